@@ -1,1 +1,1 @@
-"""How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts: a model, no GPU needed."""
+"""Models the speed of each CUDA kernel on known GPUs, from its machine code and the executor's counts; needs no GPU."""

@@ -1,7 +1,7 @@
-"""What the projection takes as given, each with where it comes from. What has no source but experience says so.
+"""The assumptions of the projection, each with its source, or marked as experience.
 
 A quantity that was not measured is a range: low, likely and high, by the time that follows. A projection is made three times,
-with all quantities low, all likely and all high, so its ends are farther apart than chance would put them.
+with all quantities low, all likely and all high, so its interval is wider than one of independent errors.
 """
 
 from __future__ import annotations
@@ -203,10 +203,10 @@ RANGE_HEADS = ("assumed", "low", "likely", "high", "origin")
 
 
 def range_rows() -> list[list[str]]:
-    """A row of RANGE_HEADS a quantity."""
+    """A row of RANGE_HEADS per quantity."""
     return [quantity.cells() for quantity in RANGES.values()]
 
 
 def lines() -> list[str]:
-    """What is taken as one value, a line each."""
+    """The assumptions with a single value, one per line."""
     return [f"{what}: {source}" for what, source in SOURCES]

@@ -1,5 +1,5 @@
-"""The linear layers of a transformer's block together: only there does it show that siblings share u = x A and the pass over
-x for its gradient. A projection as of a layer by itself (`projection`); norms, attention and activations are left out.
+"""The linear layers of a transformer's block together, in which siblings share u = x A and the pass over
+x for its gradient. A projection like that of a single layer (`projection`), without norms, attention and activations.
 
 LoTR's layers of one shape are a group, so k and v are siblings, and gate and up. LoRA is adapted layer by layer, or with q, k
 and v, and gate and up, stacked into one product each (`rivals.block`).
@@ -35,8 +35,8 @@ from .layer_time import Excess, Levels, over_frozen, table_of
 
 Block = tuple[str, int, int]  # model, tokens, rank
 LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
-BLOCKS = "llama-3-8b:8192:16"  # counted unless others are asked for
-INPUTS = (QKV, ("o",), GATE_UP, ("down",))  # what reads one x
+BLOCKS = "llama-3-8b:8192:16"  # counted by default
+INPUTS = (QKV, ("o",), GATE_UP, ("down",))  # layers that read one x
 PER_LAYER = ("lora-eager", "lora-in-place-beta")
 STACKED, UNSHARED, SHARED = "lora-stacked", "lotr_ext beta, siblings off", BETA
 
@@ -56,18 +56,18 @@ def parse(text: str) -> list[Block]:
 
 
 def shapes(block: Block) -> list[Shape]:
-    """Of its layers, each once."""
+    """The shapes of the block's layers, each once."""
     model, m, r = block
     return list(dict.fromkeys((m, *MODELS[model].of(name), r) for names in INPUTS for name in names))
 
 
 def _added(m: int, k: int) -> Step:
-    """dx of one more reader of x, which autograd adds."""
+    """Autograd's sum of dx for one more reader of x."""
     return Step("add", Work(0, 3 * ELEMENT * m * k))
 
 
 def _joined(parts: Iterable[Steps]) -> Steps:
-    """Of what is forward in this order and backward in the other."""
+    """Joins steps, in this order in forward and in reverse order in backward."""
     found: Steps = {"forward": [], "backward": []}
     for steps in parts:
         found["forward"] += steps["forward"]
@@ -76,7 +76,7 @@ def _joined(parts: Iterable[Steps]) -> Steps:
 
 
 def _apart(sizes: Sizes, m: int, r: int, rival: str) -> Steps:
-    """Every layer by itself."""
+    """The steps of separate layers."""
     parts = []
     for names in INPUTS:
         for i, name in enumerate(names):
@@ -87,7 +87,7 @@ def _apart(sizes: Sizes, m: int, r: int, rival: str) -> Steps:
 
 
 def _stacked(sizes: Sizes, m: int, r: int) -> Steps:
-    """What torch runs for stacked layers, recorded on tensors without data."""
+    """torch's operators for stacked layers, recorded on tensors without data."""
     parts = []
     for names in INPUTS:
         k, widths = sizes.of(names[0])[0], [sizes.of(name)[1] for name in names]
@@ -108,7 +108,7 @@ def _stacked(sizes: Sizes, m: int, r: int) -> Steps:
 
 
 def sibling_steps(m: int, k: int, widths: list[int], r: int, rows: dict[Key, Row], multiprocessors: int) -> Steps:
-    """Layers of one group on one x, as LoTRShrink and LoTRExpand run them: u once; k and dx summed from layer to layer, the
+    """Layers of one group on one x, as LoTRShrink and LoTRExpand run them: u once; k and dx are summed from layer to layer, the
     last of which makes the one pass over x, and puts k A^T before its g W."""
     if len(widths) == 1:
         return our_steps(BETA, (m, k, widths[0], r), rows, multiprocessors, LAYERS)

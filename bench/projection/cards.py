@@ -1,4 +1,4 @@
-"""The GPUs that times are projected for."""
+"""The GPUs for which times are projected."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ CARDS = {
 
 
 def card_called(name: str) -> str | None:
-    """The key in CARDS of a card that a driver names so; None for one that is not there."""
+    """The key in CARDS for a driver's name of a GPU; None for an unknown one."""
     return next((key for key, card in CARDS.items() if card.is_called(name)), None)

@@ -1,6 +1,6 @@
 """The kernels' machine code: compiled by nvcc for one architecture, disassembled, kept by the hash of the sources.
 
-Tools are looked for in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, nvdisasm also in the wheel nvidia-cuda-nvdisasm.
+Tools are searched in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, nvdisasm also in the wheel nvidia-cuda-nvdisasm.
 Resources are what ptxas reports: registers, spilled bytes, static shared memory.
 """
 
@@ -30,7 +30,7 @@ SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One instance of a kernel, as a multiprocessor gets it."""
+    """One compiled instance of a kernel."""
 
     symbol: str
     registers: int  # a thread
@@ -60,7 +60,7 @@ def tool(name: str) -> Path | None:
 
 
 def tools() -> tuple[Path, Path]:
-    """nvcc and nvdisasm. FileNotFoundError says in one line which is missing and how to get it."""
+    """nvcc and nvdisasm. Raises FileNotFoundError with one line: which is missing and how to get it."""
     nvcc, nvdisasm = tool("nvcc"), tool("nvdisasm")
     if nvcc is None:
         raise FileNotFoundError(

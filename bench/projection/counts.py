@@ -1,12 +1,12 @@
-"""Bytes that each CUDA kernel moves, counted by the SIMT executor, over the least it could: no GPU needed.
+"""Counts the bytes that each CUDA kernel moves, with the SIMT executor, over the minimum; needs no GPU.
 
     python -m bench.traffic                           kernels, whole layers, and a projection for known GPUs
     python -m bench.traffic --shapes 8192x4096x4096x16 --gpus h100
     python -m bench.traffic --blocks llama-3-8b:2048:16,qwen3-8b:8192:16
 
-The kernels run on the CPU with the split that the planner chooses for a GPU of so many multiprocessors. The counts are exact
-and the same every time: what a warp's instruction touches in global memory, per array, and in 32-byte sectors. "large" is what
-the kernel is about: x, g, or y in and out. Factors and partial sums are listed apart; most of what is read again comes from L2.
+The kernels run on the CPU with the split that the planner chooses for a GPU's number of multiprocessors. The counts are exact
+and deterministic: bytes of global memory that a warp's instruction accesses, per array, and 32-byte sectors. "large" is the
+kernel's large matrix: x, g, or y in and out. Factors and partial sums are listed separately; most repeated reads hit L2.
 A whole layer is its kernels and the base product, against the operators that eager LoRA runs (`layer_traffic`); what that would
 take on a GPU is a projection (`projection`), no measurement. Counts are kept in bench/results/simt-executor/traffic.jsonl and
 not made again while the kernels' sources stay as they are.
@@ -39,12 +39,12 @@ SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
-MOST_THREADS = 65535  # that the executor runs at the same time
+MOST_THREADS = 65535  # concurrent threads of the executor
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
 class Device(NamedTuple):
-    """What plans ask of a GPU besides its number of multiprocessors, as the executor's set_device takes it."""
+    """The properties of a GPU, besides its number of multiprocessors, that plans depend on, for the executor's set_device."""
 
     shared: int = 228 << 10  # bytes of a multiprocessor
     early: bool = True  # launches, and clusters
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def once(self) -> float:
-        """How often the large matrix moves; 1 is the least."""
+        """How often the large matrix moves; at least 1."""
         return self.moved / self.large
 
     @property
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def over_least(self) -> float:
-        """Those bytes over the least that any split into so many blocks could have."""
+        """Those bytes over the minimum for any split into as many blocks."""
         return (self.factors + self.partials) / least_extra(self.kernel, self.m, self.n, self.r, self.blocks)
 
     @property
@@ -106,7 +106,7 @@ def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int =
 
 
 def executor() -> ModuleType:
-    """The test module that runs the kernels on the CPU, built if need be (a minute)."""
+    """The test module that runs the kernels on the CPU, built if needed (a minute)."""
     try:
         from csrc.simt import build
     except ImportError:
@@ -120,14 +120,14 @@ def executor() -> ModuleType:
 
 
 def sources_id() -> str:
-    """Of the kernels and the executor: counts of other sources are made anew. Less gemm_lotr, which is not counted."""
+    """An id of the kernels' and the executor's sources, which a kept count must match; without gemm_lotr, not counted."""
     files = closure([*EXECUTOR.rglob("*.cpp"), *SOURCES.values(), *WGMMA], [EXECUTOR.parent])
     return cpp_id(path for path in files if not any(name in path.stem for name in NOT_COUNTED))
 
 
 @functools.cache
 def constants() -> dict[str, int]:
-    """Constants of the C++ sources, as the executor had them when it last counted."""
+    """Constants of the C++ sources at the executor's last count."""
     return json.loads(CONSTANTS.read_text(encoding="utf-8"))
 
 
@@ -139,7 +139,7 @@ def _keep_constants(lib: ModuleType) -> None:
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros from an address divisible by 256, as torch's allocator gives."""
+    """Zeros at an address divisible by 256, as from torch's allocator."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 256, np.uint8)
     start = -raw.ctypes.data % 256
@@ -147,13 +147,13 @@ def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 
 def in_rows(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """The same, rows at multiples of 16 bytes, as the operators have whatever runs along the rank."""
+    """The same, with rows at multiples of 16 bytes, as operators pad tensors along the rank."""
     chunk = 16 // np.dtype(dtype).itemsize
     return aligned((*shape[:-1], -(-shape[-1] // chunk) * chunk), dtype)[..., : shape[-1]]
 
 
 def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> tuple[Callable[[], None], np.ndarray]:
-    """A run of one kernel, and its large matrix."""
+    """A function that runs one kernel, and its large matrix."""
 
     def elements(*shape: int) -> np.ndarray:
         return in_rows(shape, DTYPES[dtype])
@@ -296,7 +296,7 @@ Key = tuple[str, int, int, int, int]  # of these
 
 
 def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
-    """The kernels of whole layers at shapes (m, k, n, r), for GPUs of so many multiprocessors."""
+    """The kernels of whole layers at shapes (m, k, n, r), for GPUs with these numbers of multiprocessors."""
     keys: list[Key] = []
     for sm in multiprocessors:
         for m, k, n, r in shapes:
@@ -312,7 +312,7 @@ def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
 
 
 def kept(store: Store, build: str, dtype: str = "bf16") -> dict[Key, Row]:
-    """The counts of a dtype that were made of these sources."""
+    """The kept counts of a dtype from these sources."""
     cells = [c for c in of_build(store.read(), build) if c["case"].get("dtype") == dtype]
     return {tuple(cell["case"][name] for name in CASE): Row(**cell["row"]) for cell in cells}
 
@@ -325,7 +325,7 @@ def keep(store: Store, build: str, key: Key, row: Row, dtype: str = "bf16") -> N
 def count_all(
     keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False, dtype: str = "bf16"
 ) -> dict[Key, Row]:
-    """The rows of keys, counted where they are not kept."""
+    """The rows of keys; counts those that are not kept."""
     build = sources_id()
     rows = {} if again else kept(store, build, dtype)
     lib = None

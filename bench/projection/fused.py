@@ -1,9 +1,9 @@
-"""A model of gemm_lotr, the base product with the adapter inside (docs/hopper.md): a model, no measurement.
+"""A model of gemm_lotr, the base product with the adapter inside (docs/hopper.md): a model, not a measurement.
 
 Clusters draw tickets in the kernel's own order, the scouts' first; a tile takes its k-steps of 128 x 256 x 64, and cannot end
 before the scout of its band has. The time of a k-step is what the library's product would take for it, over the share of the
-library's speed that the main loop is assumed to reach (assumptions.py): everything hangs on that, and `may_stay` says how low
-it may be before `beta` is faster. What else is assumed is in ASSUMED.
+library's speed that the main loop is assumed to reach (assumptions.py): the result depends mostly on that share, and `may_stay`
+is how low it may be before `beta` is faster. ASSUMED has the other assumptions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tickets:
         return cls(bands, columns, max(1, scouts), 8 // cluster, cluster, ceil(steps_of_Q, cluster))
 
     def each(self) -> Iterator[list[tuple[int, int]]]:
-        """Of each ticket its pieces (band, column), column -1 a scout; -2 the sums of Q of some k-steps."""
+        """The pieces (band, column) of each ticket; column -1: a scout; -2: the sums of Q of some k-steps."""
         for t in range(self.scouts):
             yield [(band, -1) for band in range(t, self.bands, self.scouts)]
         for start in range(0, self.bands, self.band_group):
@@ -118,9 +118,9 @@ def model(
     with_Q: bool | None = None,
     assumed: Assumed = LIKELY,
 ) -> Fused:
-    """One launch on a Hopper card; with_Q None: as the kernel has it for such a rank.
+    """Models one launch on a Hopper GPU; with_Q None: the kernel's choice for this rank.
 
-    ValueError for another card, or a rank that the kernel does not take.
+    Raises ValueError for another GPU, or a rank that the kernel does not support.
     """
     card = CARDS[gpu]
     if card.architecture != "90a":

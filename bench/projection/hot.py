@@ -41,13 +41,13 @@ _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 
 
 def kind_of(instruction: Instruction) -> str:
-    """Copy, matrix, ... of KINDS; what is left computes addresses and bounds."""
+    """The instruction's kind in KINDS; the last one computes addresses and bounds."""
     return _KIND.get(instruction.name, "address")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Warp instructions in the whole kernel, as the executor counted them; None: not looked at."""
+    """Warp instructions in the whole kernel, as counted by the executor; None: ignored."""
 
     waits: float | None  # for asynchronous copies
     copies: float | None  # asynchronous, of 16 bytes a lane
@@ -57,7 +57,7 @@ class Wanted:
     narrow: bool = False  # whether it read or wrote global memory in smaller pieces, too
 
     def pick(self, values: tuple) -> tuple:
-        """Of values for waits, copies, matrix and stores, those that are looked at."""
+        """The values for waits, copies, matrix and stores that are not ignored."""
         looked_at = (self.waits, self.copies, self.matrix, self.stores)
         return tuple(value for value, asked in zip(values, looked_at) if asked is not None)
 
@@ -67,12 +67,12 @@ class Wanted:
     def most(self) -> tuple[float, ...]:
         """That one way through the loop may have: of twice the mean tile, thrice unrolled."""
         vector = self.vector()
-        if len(vector) == 1:  # nothing to be in proportion to
+        if len(vector) == 1:  # no proportion to match
             return vector
         return tuple(6 * v / (self.waits or min(vector)) + 1 for v in vector)
 
     def of(self, code: Iterable[Instruction]) -> tuple[int, ...]:
-        """How many instructions of each some code has."""
+        """The number of instructions of each kind in some code."""
         found = Counter(_counted(i) for i in code)
         return self.pick((found["wait"], found["copy"], found["matrix"], found["store"]))
 
@@ -89,7 +89,7 @@ def _counted(instruction: Instruction) -> str:
 
 
 def _is_narrow(instruction: Instruction) -> bool:
-    """An access of a lane to global memory that is narrower than 8 bytes."""
+    """Whether it is a lane's access to global memory of less than 8 bytes."""
     return instruction.name in ("LDG", "STG", "LD", "ST") and instruction.width < 8
 
 
@@ -101,7 +101,7 @@ class Hot:
 
     @property
     def instructions(self) -> float:
-        """Of all warps together."""
+        """The number of instructions of all warps."""
         return sum(times * len(way) for times, way in self.ways)
 
     @property
@@ -117,7 +117,7 @@ class Hot:
         return dict(found)
 
     def trace(self, iterations: int) -> list[tuple[Instruction, ...]]:
-        """So many ways one after another, each as often as its share says, evenly spread."""
+        """That many ways one after another, each as often as its share, evenly spread."""
         owed = [0.0] * len(self.ways)
         found = []
         for _ in range(iterations):
@@ -130,7 +130,7 @@ class Hot:
 
 
 def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
-    """Of a kernel. ValueError where no loop can do what was counted."""
+    """The hot loop of a kernel. Raises ValueError if no loop can match the counts."""
     blocks = blocks_of(code)
     best: Hot | None = None
     loops = loops_of(blocks)
@@ -139,7 +139,7 @@ def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
         if not all(any(counts[i] for counts in own) for i in range(len(wanted.vector()))):
             continue
         if any(other < body and _holds(other, blocks, wanted) for other in loops.values()):
-            continue  # a smaller loop inside does it all
+            continue  # an inner loop suffices
         found = ways(head, body, blocks, wanted)
         known = [(vector, tuple(i for b in path for i in blocks[b].code)) for vector, path in found]
         mix = _cheapest(known, wanted)

@@ -1,4 +1,4 @@
-"""A multiprocessor that runs a loop's instructions: how long it takes if memory were never the limit.
+"""Simulates a multiprocessor that runs a loop's instructions, without limits by memory.
 
 Four schedulers issue an instruction a cycle each, from the warps that lie on them; a warp goes in order and waits for what the
 compiler's own fields say (sass.py): cycles, scoreboards. Units take turns: the integer and multiply units of a scheduler, its
@@ -25,7 +25,7 @@ QUEUED = 64  # cycles of work that the queue before the shared-memory and load p
 
 @dataclass(frozen=True)
 class Latencies:
-    """Cycles. Where they come from: `sources` in assumptions.py."""
+    """Latencies in cycles. Their origin: `sources` in assumptions.py."""
 
     matrix: float  # between two m16n8k16 of a scheduler (half as many for m16n8k8 of tf32's half the depth)
     shared: int = 29  # of a load from shared memory, without its turns
@@ -57,7 +57,7 @@ _SLOW = ("MUFU", "I2F", "F2I", "POPC", "FLO", "BREV", "I2I")
 
 
 def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
-    """Which unit an instruction takes, for how many cycles."""
+    """The unit of an instruction, and for how many cycles."""
     name = instruction.name
     if name == "HGMMA":
         return "matrix", latencies.wgmma * Product.of(instruction).columns / 8
@@ -128,7 +128,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Run:
-    """What it takes a multiprocessor to run a trace."""
+    """The result of running a trace on a multiprocessor."""
 
     cycles: float  # an iteration of all resident warps
     waits: dict[str, float]  # share of a warp's time: what it waited for; "issue": it issued, or the scheduler was taken
@@ -140,7 +140,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Step:
-    """An instruction of the trace and what it costs."""
+    """An instruction of the trace and its cost."""
 
     instruction: Instruction
     unit: str  # of `_unit`
@@ -197,7 +197,7 @@ class _Multiprocessor:
         return step.unit, 0 if step.unit == "memory" else warp.scheduler
 
     def _earliest(self, warp: _Warp, step: _Step) -> tuple[float, str]:
-        """When the warp may issue, and what it waits for until then."""
+        """When the warp may issue, and the reason of its wait."""
         time, reason = warp.ready, "dependence"
         if step.instruction.waits:
             for board in range(6):

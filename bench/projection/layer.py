@@ -1,6 +1,6 @@
 """Bytes of a whole layer: our kernels as counted, and the operators that torch runs for the rivals, counted by a dispatch mode.
 
-A library operator is taken to move each of its operands once, which is its least. Our kernels are shown twice: with the large
+A library operator is assumed to move each operand once, which is the minimum. Our kernels are shown twice: with the large
 matrices as counted and everything else once (like for like: what is read again, and partial sums, fit in L2 and stay there),
 and with every counted byte from DRAM (the worst case).
 """
@@ -35,7 +35,7 @@ class Step:
 
     name: str
     work: Work
-    kernel: Key | None = None  # of ours: whose time the model of its machine code gives (model.py)
+    kernel: Key | None = None  # a kernel of ours: the model of its machine code gives its time (model.py)
     layers: int = 1  # that one launch serves
     inner: int = 0  # what a product sums over; 0: no product of the library
     added: int = 0  # bytes that a product adds onto
@@ -74,12 +74,12 @@ class CountedOperators(TorchDispatchMode):
 
 
 def _bytes(t: Tensor) -> int:
-    """Of what a tensor touches: an expanded one reads its storage once."""
+    """The bytes of a tensor's storage: an expanded tensor reads it once."""
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
 def library_steps(rival: str, case: Case) -> Steps:
-    """What torch runs for a rival, recorded on tensors without data."""
+    """torch's operators for a rival, recorded on tensors without data."""
     from ..rivals.registry import RIVALS as MAKE
 
     meta = torch.device("meta")
@@ -106,7 +106,7 @@ def makes_Q(backward: bool, r: int) -> bool:
 
 
 def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int, backward: bool) -> Key:
-    """Of gemm_lotr's time: m rows, inner summed over, outer columns."""
+    """The key of gemm_lotr's time: m rows, inner summed over, outer columns."""
     return (f"gemm_lotr over {inner}" + " with Q" * makes_Q(backward, r), m, outer, r, multiprocessors)
 
 
@@ -133,7 +133,7 @@ def expand_step(m: int, width: int, r: int) -> Step:
 
 
 def pack_steps(k: int, r: int) -> list[Step]:
-    """A's rows are the user's; our kernels take them in whole 16 bytes."""
+    """Packs A: our kernels need rows in multiples of 16 bytes."""
     padded = -(-r // ROW) * ROW
     return [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
 
@@ -172,7 +172,7 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
 
 
 def least_steps(case: Case) -> Steps:
-    """Everything in one pass over each operand."""
+    """The minimum: one pass over each operand."""
     return {direction: [Step("all", work(case, direction, adapted=True))] for direction in ("forward", "backward")}
 
 
@@ -191,7 +191,7 @@ def total_bytes(steps: Steps, direction: str) -> int:
 
 
 def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
-    """Bytes beyond the frozen layer's, of every rival, against the least."""
+    """Each rival's bytes above the frozen layer's, against the minimum."""
     from ..measure.session import Table
 
     m, k, n, r = shape

@@ -1,4 +1,4 @@
-"""What a layer would cost on a GPU: a projection, no measurement, and labelled so wherever it appears.
+"""Projects the time of a layer on a GPU. It is not a measurement, and is labelled so everywhere.
 
 Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
 at the fractions of assumptions.py, and moves its least bytes. Our kernels take the times that model.py reads off their machine
@@ -37,8 +37,8 @@ Excess = dict[str, dict[str, Spread]]  # time over the frozen layer less one, by
 
 
 def library_seconds(step: Step, card: Card, assumed: Assumed) -> float:
-    """Of one operator that is no large kernel of ours, without its launch."""
-    if step.name in SMALL:  # of ours, and little more than its latency
+    """The seconds of one operator that is not a large kernel of ours, without its launch."""
+    if step.name in SMALL:  # of ours, with little more than its latency
         return assumed.fold / step.layers + step.work.bytes / (assumed.bandwidth * card.bytes_per_s)
     reached = assumed.one_step if 0 < step.inner <= ONE_STEP else assumed.bandwidth
     products = step.work.flops / (FLOPS_REACHED * card.flops_per_s)
@@ -47,24 +47,24 @@ def library_seconds(step: Step, card: Card, assumed: Assumed) -> float:
 
 
 def seconds(steps: Steps, direction: str, card: Card, times: Times, assumed: Assumed) -> float:
-    """Of "forward", "backward" or both ("step"). KeyError where a kernel of ours has no time."""
+    """The seconds of "forward", "backward" or both ("step"). Raises KeyError if a kernel of ours has no time."""
     names = ("forward", "backward") if direction == "step" else (direction,)
     return sum(_in_turn(steps[name], card, times, assumed) for name in names)
 
 
 def _in_turn(steps: list[Step], card: Card, times: Times, assumed: Assumed) -> float:
-    """Operators one after another, each with its launch, which several layers may share."""
+    """The seconds of sequential operators, each with its launch, which several layers may share."""
     total, after = 0.0, None
     for step in steps:
         own = KernelTime(library_seconds(step, card, assumed)) if step.kernel is None else times[step.kernel]
         total += own.seconds + gap(card, after if own.after is not None else None, assumed) / step.layers
-        if step.layers == 1:  # else hardly ever in between
+        if step.layers == 1:  # otherwise rarely between
             after = own.after
     return total
 
 
 def over_frozen(found: dict[str, Steps], card: Card, levels: Levels) -> Excess:
-    """Projected time over that of "frozen" less one."""
+    """Projected time over that of "frozen", minus one."""
     every = {
         level: {n: {d: seconds(s, d, card, times, LEVELS[level]) for d in DIRECTIONS} for n, s in found.items()}
         for level, times in levels.items()
@@ -77,7 +77,7 @@ def over_frozen(found: dict[str, Steps], card: Card, levels: Levels) -> Excess:
 
 
 def excess(shape: Shape, rows: dict[Key, Row], card: Card, levels: Levels) -> Excess:
-    """Of a layer by itself; of fused where levels have it."""
+    """The excess of a single layer; with fused if levels have it."""
     found = all_steps(shape, rows, card.multiprocessors)
     del found[IN_DRAM]  # a statement about bytes; the times contain what comes from L2 and what does not
     fused = [step.kernel for steps in found[FUSED].values() for step in steps if step.name == "gemm_lotr"]
@@ -87,7 +87,7 @@ def excess(shape: Shape, rows: dict[Key, Row], card: Card, levels: Levels) -> Ex
 
 
 def assumptions() -> str:
-    """In one sentence."""
+    """The assumptions in one sentence."""
     return (
         f"{LABEL}: our kernels as their machine code is modelled; library operators at the longer of their operations "
         f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes. The first value is with likely assumptions; in "
@@ -96,7 +96,7 @@ def assumptions() -> str:
 
 
 def table_of(title: str, columns: dict[str, Excess], label: dict[str, str] = NAMES):
-    """A row a rival, a column a GPU: forward, backward, and both with their interval."""
+    """A row per rival, a column per GPU: forward, backward, and both with their interval."""
     from ..measure.session import Table
 
     result = Table(f"{title}: {LABEL}; forward, backward, both (low-high)", "", *(CARDS[gpu].name for gpu in columns))
@@ -121,7 +121,7 @@ STEP_HEADS = ("direction", "operator", "us")
 
 
 def step_rows(shape: Shape, rows: dict[Key, Row], card: Card, levels: Levels) -> list[list[str]]:
-    """What beta's time over the frozen layer is made of: a row an operator, and one for the launches."""
+    """The parts of beta's time over the frozen layer: a row per operator, and one for the launches."""
     found = all_steps(shape, rows, card.multiprocessors)
 
     def own(step: Step, level: str) -> float:

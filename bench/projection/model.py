@@ -1,4 +1,4 @@
-"""How long a kernel takes, and what limits it: the longest of what its blocks must do, and what comes before and after.
+"""Models a kernel's time and its limit: the longest of its blocks' tasks, plus the time before and after.
 
     time = begin + sum over waves of max(issue, memory) + after the last arrival, under a set of assumptions
 
@@ -35,7 +35,7 @@ ITERATIONS = 14  # of the hot loop that are simulated
 
 
 def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tuple[int, str]:
-    """Blocks that fit on a multiprocessor, and what keeps another out."""
+    """Blocks that fit on a multiprocessor, and what limits their number."""
     unit = cards.REGISTER_UNIT
     a_warp = math.ceil(kernel.registers * 32 / unit) * unit
     asked = shared + kernel.static_shared + cards.SHARED_RESERVED
@@ -141,7 +141,7 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """An operator on a GPU, as its machine code and the executor's counts have it. Kept; `at` adds the assumptions."""
+    """An operator on a GPU, from its machine code and the executor's counts. Kept in a file; `at` adds the assumptions."""
 
     gpu: str  # of CARDS
     waves_of: list[dict[str, float]]  # seconds that each of LIMITS alone asks for, a wave of blocks; bytes at the data sheet's
@@ -190,12 +190,12 @@ class Estimate:
 
     @property
     def least_seconds(self) -> float:
-        """Its bytes from DRAM at the data sheet's bandwidth."""
+        """The time of its bytes from DRAM at the data sheet's bandwidth."""
         return self.dram / CARDS[self.gpu].bytes_per_s
 
 
 def in_turns(own: list[Estimate]) -> Estimate:
-    """Several launches of one operator; the numbers of the code are the longest's."""
+    """Sequential launches of one operator; the numbers of the code are those of the longest."""
     longest = max(own, key=lambda e: e.at().seconds)
     return replace(
         longest,
@@ -206,7 +206,7 @@ def in_turns(own: list[Estimate]) -> Estimate:
 
 
 def wanted_of(row: Row, large_stores: bool) -> Wanted:
-    """The executor's counts of a row as what the hot loop must do."""
+    """The executor's counts of a row as the required work of the hot loop."""
     m = row.machine
     read = row.moved / 512 / (2 if large_stores else 1)
     stores = read if large_stores else None
@@ -270,7 +270,7 @@ def hot_waves(row: Row, hot: Hot, resident: int, card: Card) -> tuple[list[dict[
 
 
 def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
-    """A counted kernel on a GPU of CARDS."""
+    """Estimates a counted kernel on a GPU of CARDS."""
     card = CARDS[gpu]
     kernel, hot = hot_of(row, compiled)
     m = row.machine

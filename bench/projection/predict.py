@@ -1,5 +1,5 @@
-"""Estimates of many kernels, kept in bench/results/simt-executor/static.jsonl and not made again while all that they are made
-from stays as it is: the kernels' sources, the executor and the model."""
+"""Estimates of many kernels, kept in bench/results/simt-executor/static.jsonl and reused while all that they are made
+from is unchanged: the kernels' sources, the executor and the model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Key = tuple[str, int, int, int, str, str]  # of these
 FILE, COUNTS = "static.jsonl", "traffic.jsonl"
 
 
-MODEL = ("cards", "compiled", "hot", "issue", "model", "row_model", "sass")  # modules that the estimates are made by
+MODEL = ("cards", "compiled", "hot", "issue", "model", "row_model", "sass")  # modules of the model
 
 
 def model_id() -> str:
-    """Of what the estimates are made from. Assumptions are none of it: `Estimate.at` adds them."""
+    """An id of the model's code. Assumptions are not part of it: `Estimate.at` adds them."""
     return python_id(MODEL, counts.sources_id())
 
 
 def kept(store: Store, build: str | None = None) -> dict[Key, Estimate]:
-    """The estimates of a build; None: of the last one that was kept."""
+    """The estimates of a build; None: of the last kept one."""
     own = of_build(store.read(), build)
     return {tuple(cell["case"][name] for name in CASE): Estimate(**cell["estimate"]) for cell in own}
 
@@ -59,9 +59,9 @@ def layer_keys(shapes: Iterable[tuple[int, int, int, int]], gpus: Iterable[str])
 
 
 def predict(keys: list[Key], folder: Path, begin: Callable[[str], None], again: bool = False) -> dict[Key, Estimate]:
-    """The estimates of keys. Counts and estimates that are not in folder are made and kept there.
+    """The estimates of keys. Missing counts and estimates are made and kept in folder.
 
-    FileNotFoundError where something has to be compiled and there is no nvcc or no disassembler."""
+    Raises FileNotFoundError if a kernel must be compiled and nvcc or nvdisasm is missing."""
     store, rows_store = Store(folder / FILE).prepare(), Store(folder / COUNTS).prepare()
     build = model_id()
     found = {} if again else kept(store, build)
@@ -87,7 +87,7 @@ def _row(key: Key, store: Store, again: bool) -> Row:
 
 
 def _estimate(key: Key, store: Store, again: bool) -> Estimate:
-    """Of an operator: of its one launch, or of all of them in turn (shrink_grad beyond its ranks is shrink and factor_grad)."""
+    """The estimate of an operator: of its launch, or of several (above its ranks shrink_grad is shrink and factor_grad)."""
     _, m, n, r, dtype, gpu = key
     row = _row(key, store, again)
     names = row.machine["names"]
@@ -120,7 +120,7 @@ def _times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Ke
 
 # ---- predictions ----------------------------------------------------------------------------------------------------------
 
-NAMED = {  # by which the benchmarks know a way; others have one name in both
+NAMED = {  # the benchmarks' names, if they differ
     BETA: "lotr_ext",
     FUSED: "lotr_ext-fused",
     "lotr_ext two_pass": "lotr_ext-two_pass",
@@ -129,7 +129,7 @@ NAMED = {  # by which the benchmarks know a way; others have one name in both
 
 
 def projections(shapes: list, rows: dict[counts.Key, Row], found: dict[Key, Estimate]) -> dict[str, Levels]:
-    """Times of our kernels in layers of these shapes by GPU, for those GPUs that have all counts and estimates."""
+    """Times of our kernels in layers of these shapes by GPU, for GPUs with all counts and estimates."""
     levels = {gpu: layer_levels(shapes, gpu, found) for gpu in CARDS}
     return {
         gpu: own
@@ -139,7 +139,7 @@ def projections(shapes: list, rows: dict[counts.Key, Row], found: dict[Key, Esti
 
 
 def all_predictions(rows: dict[counts.Key, Row], found: dict[Key, Estimate]) -> list[Prediction]:
-    """All that these counts and estimates say."""
+    """All predictions from these counts and estimates."""
     made = [
         Prediction("kernels", k[5], "lotr_ext", dict(zip(("kernel", "m", "n", "r", "dtype"), k)), e.spread)
         for k, e in found.items()

@@ -1,4 +1,4 @@
-"""What is projected for the benchmarks of a GPU, kept with date and commit before any is run, and set beside what they measure.
+"""Predictions for the benchmarks of a GPU, kept with date and commit before the runs, and compared with the measurements.
 
 bench/results/simt-executor/predictions.json is written by `python -m bench.traffic`. Times of kernels are seconds; of layers,
 blocks and gemm_lotr the time over the frozen layer or the library's product, less one.
@@ -21,7 +21,7 @@ VALUES = {"kernels": "seconds", "layer": "excess", "block": "excess", "fused": "
 
 
 class Prediction(NamedTuple):
-    """Of a program's cells on a card: those of a rival with at least these fields in their case."""
+    """A prediction for a program's cells on a GPU: those of a rival whose case has at least these fields."""
 
     program: str
     gpu: str
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A measured value beside its prediction, in us or in % over the frozen layer or the library's product."""
+    """A measured value and its prediction, in us or in % over the frozen layer or the library's product."""
 
     what: str
     measured: float
@@ -64,7 +64,7 @@ class Compared(NamedTuple):
 
 
 def keep(made: list[Prediction], path: Path) -> bool:
-    """Writes them with date and commit, unless the same values are kept already."""
+    """Writes the predictions with date and commit, unless the same values are already kept."""
     values = [[*one[:4], [float(f"{value:.4g}") for value in one.value]] for one in made]
     if not values or (path.exists() and json.loads(path.read_text(encoding="utf-8"))["predictions"] == values):
         return False
@@ -85,7 +85,7 @@ def kept(results: Path = RESULTS) -> tuple[str, list[Prediction]]:
 
 
 def compared(program: str, cells: Iterable[dict], made: list[Prediction]) -> list[Compared]:
-    """Each measured cell that was predicted for its card."""
+    """The measured cells that were predicted for their GPU."""
     found = []
     for cell in cells:
         gpu = card_called(cell.get("machine", {}).get("name", ""))
@@ -100,6 +100,6 @@ def compared(program: str, cells: Iterable[dict], made: list[Prediction]) -> lis
 
 
 def compared_in(folder: Path, made: list[Prediction]) -> list[Compared]:
-    """Of a card's folder of results."""
+    """The comparisons in a GPU's folder of results."""
     every = ((program, newest(Store(folder / f"{program}.jsonl").read())) for program in VALUES)
     return [one for program, cells in every for one in compared(program, cells, made)]

@@ -1,8 +1,8 @@
-"""Bytes of row_core and its backward, counted by the SIMT executor, over each operand once.
+"""Bytes of row_core and its backward, counted by the SIMT executor, over the bytes of each operand moved once.
 
 A case is TOKENS x TOP x CORES x RANK: each token goes through TOP of CORES cores. With TOP > 1 it is a mixture: rows sorted by
 core with offsets, `tokens` saying whose row each is. With TOP = 1 it is many tasks in a batch: an index, rows in no order.
-What the library sorts is not counted. What the kernels read of the sorted order, and k in float32, have no name among the
+The library's sort is not counted. The kernels' reads of the sorted order, and k in float32, have no name among the
 operands: "order, k". Counts are kept in bench/results/simt-executor/rows.jsonl.
 """
 
@@ -25,7 +25,7 @@ CASES = "2048x4x32x16,2048x4x32x64,64x1x64x16,64x1x64x64"
 OPERATORS = ("row_core", "row_core backward")
 UNNAMED, ORDER = "(unregistered)", "order, k"
 HEADS = ("operator", "tokens, of cores, r", "launches: blocks", "cores", "all", "least", "x least", "sectors used")
-MULTIPROCESSORS = 132  # an H100's, that the launches are planned for
+MULTIPROCESSORS = 132  # an H100's, for which the launches are planned
 
 
 class Mixture(NamedTuple):
@@ -109,7 +109,7 @@ def least_bytes(operator: str, case: Mixture, used: int, index_bytes: int) -> in
 
 
 def count(lib: ModuleType, operator: str, case: Mixture, multiprocessors: int) -> RowCounts:
-    """Runs one operator and counts."""
+    """Runs one operator and returns its counts."""
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
     rows, tokens, cores = (case.rows, case.r), (case.tokens, case.r), (case.cores, case.r, case.r)
@@ -149,7 +149,7 @@ def needed(cases: list[Mixture], multiprocessors: int = MULTIPROCESSORS) -> list
 
 
 def kept(store: Store, build: str | None = None) -> dict[Key, RowCounts]:
-    """The counts made of these sources; None: of the newest that were counted."""
+    """The kept counts of these sources; None: of the newest counted ones."""
     found = {}
     for cell in of_build(store.read(), build):
         operator, *sizes, sm = cell["case"].values()
@@ -176,14 +176,14 @@ def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again
 
 
 def cells_of(operator: str, case: Mixture, row: RowCounts) -> list[str]:
-    """A row of the table, for HEADS."""
+    """A row of the table with the columns HEADS."""
     sizes = [f"{size / 1e6:.3f} MB" for size in (row.moved.get("cores", 0), row.total, row.least)]
     launches = ", ".join(f"{name}: {blocks:,}" for name, blocks in row.launches)
     return [operator, str(case), launches, *sizes, f"{row.over_least:.2f}", f"{row.sector_efficiency:.1%}"]
 
 
 def table(found: dict[Key, RowCounts]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     result = Table(f"Counted bytes of row_core, bf16, planned for {MULTIPROCESSORS} multiprocessors (no GPU)", *HEADS)
     for (operator, case, _), row in found.items():
         result.add_row(*cells_of(operator, case, row))

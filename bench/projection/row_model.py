@@ -1,4 +1,4 @@
-"""row_core and its backward on known GPUs, from their machine code and the executor's counts: a model, no measurement.
+"""row_core and its backward on known GPUs, from their machine code and the executor's counts: a model, not a measurement.
 
 A turn is one pass of small_product's loop, 32 of the sum for a tile of 32 x 16: a thread stores 12 elements to shared memory,
 multiplies 128 times and meets two barriers. How many turns there are, and how many of a thread's 12 elements are loaded, the
@@ -104,7 +104,7 @@ class RowLaunch:
 
 
 def chain(name: str, case: Mixture, splits: int) -> int:
-    """Loads of a thread that wait for one another, outside of the turns."""
+    """The number of dependent loads of a thread, outside the turns."""
     if name == "row_core":
         return 1 if case.top == 1 else math.ceil(math.log2(case.cores + 1))
     if name == "row_ends":
@@ -211,7 +211,7 @@ def predict(
 
 
 def table_of(gpu: str, found: dict[Key, list[RowLaunch]]) -> Table:
-    """One GPU, a row a launch; times in us."""
+    """The table of one GPU, a row per launch; times in us."""
     result = Table(f"{CARDS[gpu].name}, bf16: row_core, model from the machine code, not measured", *HEADS)
     for (operator, case, on), launches in found.items():
         for i, e in enumerate(launches if on == gpu else ()):

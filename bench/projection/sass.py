@@ -16,7 +16,7 @@ _FIRST = re.compile(
     r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/"
 )
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
-LISTED = re.compile(r"^(\.text\.\S+:|\.L\S*:|\s*/\*[0-9a-f]{4,6}\*/.*|\s*/\* 0x[0-9a-f]{16} \*/.*)$")  # lines that are read
+LISTED = re.compile(r"^(\.text\.\S+:|\.L\S*:|\s*/\*[0-9a-f]{4,6}\*/.*|\s*/\* 0x[0-9a-f]{16} \*/.*)$")  # the lines that matter
 NONE = 7  # no scoreboard
 _ENDS = ("EXIT", "RET", "BRX", "BREAK")
 
@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        """Whether the instruction behind it never follows."""
+        """Whether control never reaches the next instruction."""
         return not self.guard and (self.name in _ENDS or (bool(self.targets) and "P" not in self.operands.split(",")[0]))
 
     @property
@@ -89,7 +89,7 @@ def _decode(first: re.Match, high: int) -> Instruction:
 
 
 def _aim(i: Instruction, labels: dict[str, int]) -> Instruction:
-    """With the addresses of its targets, where it is a branch."""
+    """The instruction, if a branch, with the addresses of its targets."""
     if i.name not in ("BRA", "BRX") and i.opcode != "CALL.REL.NOINC":
         return i
     named = re.findall(r"\.L\w+", i.operands)
@@ -108,7 +108,7 @@ class Block:
 
 
 def blocks_of(code: list[Instruction]) -> dict[int, Block]:
-    """Basic blocks by start."""
+    """The basic blocks by start address."""
     known = {i.address for i in code}
     starts = {code[0].address} if code else set()
     for here, after in zip(code, [*code[1:], None]):

@@ -1,4 +1,4 @@
-"""What kept counts and estimates are made from, as one number that comments and layout do not change."""
+"""A hash of the sources of kept counts and estimates, which comments and layout do not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokens(text: str) -> str:
 
 
 def closure(sources: Iterable[Path], roots: Iterable[Path]) -> list[Path]:
-    """The files, and all that they include by quotes from their own folder or from one of the roots."""
+    """The files, and all files that they include by quotes from their own folder or from one of the roots."""
     found: dict[Path, None] = {}
     left = list(sources)
     while left:
@@ -39,7 +39,7 @@ def cpp_id(paths: Iterable[Path]) -> str:
 
 
 def python_id(modules: Iterable[str], more: str = "") -> str:
-    """Of modules beside this one, without comments and docstrings."""
+    """A hash of modules in this folder, without comments and docstrings."""
     digest = hashlib.sha256(more.encode())
     for name in modules:
         tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))

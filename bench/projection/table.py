@@ -1,4 +1,4 @@
-"""The model's tables: for a terminal, a GPU at a time; and for README and the site, all of them side by side."""
+"""The model's tables: for a terminal, one GPU at a time; and for README and the site, all side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADS += ("limiter",)
 
 
 def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
-    """One GPU and dtype, a row a kernel; times in us."""
+    """The table of one GPU and dtype, a row per kernel; times in us."""
     own = {key: e for key, e in found.items() if key[4:] == (dtype, gpu)}
     result = Table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *HEADS)
     for key, e in own.items():
@@ -37,7 +37,7 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
 
 
 def fused_table(gpu: str) -> Table:
-    """gemm_lotr on a Hopper card: a row a shape and direction."""
+    """gemm_lotr on a Hopper GPU: a row per shape and direction."""
     result = Table(f"{CARDS[gpu].name}, bf16, gemm_lotr: a model of its tickets, not measured", *fused.HEADS)
     for row in fused.rows(fused.SHAPES, gpu):
         result.add_row(*row)
@@ -46,7 +46,7 @@ def fused_table(gpu: str) -> Table:
 
 
 def markdown_rows(found: dict[Key, Estimate], gpus: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows for a page: a row a kernel and size; its code and limiter on the first GPU, and each GPU's time."""
+    """Heads and rows for a page: a row per kernel and size; its code and limiter on the first GPU, and each GPU's time."""
     first = gpus[0]
     heads = ["kernel", "M x N, r", "registers", "blocks a multiprocessor", "instructions a 16 bytes"]
     heads += [f"{CARDS[gpu].name}: us, of bandwidth" for gpu in gpus] + [f"what limits on {CARDS[first].name}"]
@@ -63,7 +63,7 @@ def markdown_rows(found: dict[Key, Estimate], gpus: list[str]) -> tuple[list[str
 
 
 def ranges_table() -> Table:
-    """The assumptions that are ranges."""
+    """The table of the assumptions that are ranges."""
     result = Table("Assumed, by the time that follows", *assumptions.RANGE_HEADS)
     for row in assumptions.range_rows():
         result.add_row(*row)
