@@ -41,6 +41,7 @@ _FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "asan": (["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
     "race": (["-O2", "-DLOTR_SIMT_RACE=1"], ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"], ["-ldl"]),
     "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
+    "bindings": (["-O0"], ["-O0"], []),  # csrc/simt/module in every mode: it has no kernels, and its time is the compiler's
 }
 _COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 _COMMON += ["-DLOTR_SM90A"]  # kernels of sm_90a run here too; -g1: lines for reports, a quarter less to compile than -g
@@ -123,17 +124,25 @@ def _locked(mode: str) -> Iterator[None]:
         yield
 
 
-def _build(mode: str, sources: list[Path], output: Path, link: list[str], includes: list[Path], defines: list[str]) -> Path:
+def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
+    """The objects, made with the largest source first."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(lambda step: _make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
+    return [str(step[0]) for step in steps]
+
+
+def _build(
+    mode: str, sources: list[Path], output: Path, link: list[str], defines: list[str], made: tuple[str, ...] = ()
+) -> Path:
+    """made: objects that are linked last, so that of an inline function which they have too, the mode's own code runs."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
     executor = sorted(EXECUTOR.glob("*.cpp"))
     global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
     with _locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
-        steps += [_compile(mode, source, True, includes, defines) for source in sources]
-        with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(lambda step: _make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
-        objects = [str(step[0]) for step in steps]
+        steps += [_compile(mode, source, True, [], defines) for source in sources]
+        objects = [*_make_all(steps), *made]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         _make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
     return output
@@ -142,17 +151,26 @@ def _build(mode: str, sources: list[Path], output: Path, link: list[str], includ
 def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
     """An executable of one source file with a main(), the executor linked in."""
     name = "-".join([source.stem, *(d.removeprefix("-D").replace("=", "") for d in defines)])
-    return _build(mode, [source], BUILD / mode / name, [], [], list(defines))
+    return _build(mode, [source], BUILD / mode / name, [], list(defines))
 
 
-def module(mode: str = "plain") -> Path:
-    """The Python module: csrc/simt/module and the launchers of csrc/cuda."""
+def module(mode: str = "plain", kind: str | None = None) -> Path:
+    """The Python module: csrc/simt/module and the launchers of csrc/cuda. kind: the only element type that will run ("bf16"):
+    csrc/cuda/kernels_*.cu of the others are then not compiled for the mode, but taken from the plain build."""
     import pybind11
 
-    sources = [*sorted((EXECUTOR / "module").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
+    with _locked("bindings"):
+        sources = sorted((EXECUTOR / "module").glob("*.cpp"))
+        made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
+    sources, name = sorted((CSRC / "cuda").glob("*.cu")), MODULE
+    if kind is not None and mode != "plain":
+        others = [s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"]
+        sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
+        with _locked("plain"):
+            made += _make_all([_compile("plain", source, True, [], []) for source in others])
+    output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return _build(mode, sources, output, ["-shared"], [], tuple(made))
 
 
 def torch_library(mode: str = "plain") -> Path:
@@ -165,9 +183,7 @@ def torch_library(mode: str = "plain") -> Path:
     output = BUILD / mode / "cuda_on_host.so"
     with _locked(mode):
         steps = [_compile(mode, source, False, includes, defines) for source in sources]
-        with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(lambda step: _make(*step), steps))
-        objects = [*(str(step[0]) for step in steps), *launchers]
+        objects = [*_make_all(steps), *launchers]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         replaced = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("library_init_impl", "empty_strided")]
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]

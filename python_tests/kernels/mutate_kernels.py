@@ -64,7 +64,7 @@ def worker(mode: str, todo: list[list], shapes: int) -> None:
 
     from csrc.simt import build
 
-    lib = build.load(mode)
+    lib = build.load(mode, build.module(mode, KIND))
     for number, file, line, kernels in todo:
         print(json.dumps(["start", number]), flush=True)
         lib.skip_synchronisation(file.removeprefix("csrc/cuda"), line)  # compilers spell the rest of the path differently
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     for mode, shapes in (("plain", 2), ("race", 2), ("plain", 100), ("race", 100)):
         todo = [[n, file, line, kernels] for n, ((_, file, line), kernels) in chosen if n not in verdicts]
         if todo:
-            build.module(mode)
+            build.module(mode, KIND)
         verdicts |= {n: (mode, text) for n, text in try_sites(mode, todo, shapes).items() if text}
     print(f"{'operation':<24}{'place':<40}{'build':<8}noticed by")
     for n, ((op, file, line), _) in chosen:
