@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from toys import IDS, loss, toy
 
+from lotr_ext import cores
+
 peft = pytest.importorskip("peft", minversion="0.21", reason="expected PEFT 0.21 or later")
 ours = pytest.importorskip("lotr_ext.interop.peft")
 Conv1D = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
@@ -44,6 +46,9 @@ CASES = {
     "modules_to_save": ("toy", {"modules_to_save": ["head"]}),
     "conv1d": ("conv", {"target_modules": ["up", "down"]}),
 }
+# cores that are made of fewer numbers; one A a width in and one B a width out
+FEWER_NUMBERS = [{"core": core, "target_modules": ["q", "k", "up"]} for core in cores.FORMS]
+FEWER_NUMBERS += [{"target_modules": ["q", "k", "up", "down"], "group_by": "width"}]
 
 
 def base(kind: str = "toy") -> nn.Module:

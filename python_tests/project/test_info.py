@@ -42,20 +42,13 @@ def test_an_extension_that_does_not_load_is_one_line(tmp_path) -> None:
         assert piece in done.stderr
 
 
-def test_what_is_switched_off_is_shown() -> None:
+def test_what_the_environment_switches_is_shown() -> None:
+    """As it is when the package is imported."""
     both = "from lotr_ext.info import main; main([]); print('as JSON:'); main(['--json'])"
-    environment = os.environ | {"LOTR_CUDA_WITHOUT": "early,wgmma"}
+    environment = os.environ | {"LOTR_CUDA_WITHOUT": "early,wgmma", "LOTR_STRATEGY": "composite"}
     done = subprocess.run([sys.executable, "-c", both], capture_output=True, text=True, check=True, env=environment)
     text, _, facts = done.stdout.partition("as JSON:")
     assert "LOTR_CUDA_WITHOUT turns off wgmma, early" in text
     assert json.loads(facts)["cuda"]["without"] == ["wgmma", "early"]
-
-
-def test_the_environment_forces_a_strategy() -> None:
-    """As it is when the package is imported."""
-    command = [sys.executable, "-m", "lotr_ext.info", "--json"]
-    text = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"LOTR_STRATEGY": "composite"}
-    ).stdout
-    paths = json.loads(text)["runs"]["cpu"]["paths"]
+    paths = json.loads(facts)["runs"]["cpu"]["paths"]
     assert {p["strategy"] for p in paths.values()} == {"composite"} and "LOTR_STRATEGY" in paths["float32"]["why"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 
@@ -40,10 +38,3 @@ FORMS = [
 def test_every_form_of_import_works(form: str) -> None:
     with pytest.warns(DeprecationWarning, match="import it from"):
         exec(form, {})
-
-
-def test_the_package_itself_warns_of_nothing() -> None:
-    modules = "lotr_ext.cores, lotr_ext.init, lotr_ext.info, lotr_ext.convert, lotr_ext.interop"
-    lines = f"import inspect, {modules}; inspect.stack()"
-    done = subprocess.run([sys.executable, "-W", "always", "-c", lines], capture_output=True, text=True)
-    assert done.returncode == 0 and "lotr_ext" not in done.stderr, done.stderr
