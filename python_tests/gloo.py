@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ def forks() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
+
+
+def fork(function: Callable[..., object], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """A process that calls a function of a module. It has started."""
+    process = forks().Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 def values_of(

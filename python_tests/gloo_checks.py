@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from lotr_ext.ops import planner
 from nets import OpCounter, relative
 
 Grads = dict[str, Tensor]
+PATHS = {"two nodes": (0, 0), "one node": (128, 0), "one folded node": (0, 2**62)}  # arguments of few_tokens
 OTHERS = {"a factor a width": {"group_by": "width"}, "cores of a tensor train": {"core": "train"}}  # than the default
 
 
@@ -89,12 +91,16 @@ def few_tokens(below: int, little: int = 0) -> Iterator[None]:
         planner.FEW_TOKENS, planner.LITTLE_WORK = before
 
 
-def on_both_paths(check: Callable[[], float]) -> dict[str, float]:
-    found = {}
-    for below, little, name in ((0, 0, "two nodes"), (128, 0, "one node"), (0, 2**62, "one folded node")):
-        with few_tokens(below, little):
-            found[name] = check()
-    return found
+def on_all_paths(check: Callable[[], Any]) -> dict[str, Any]:
+    return {path: on_path(turn, check)[path] for turn, path in enumerate(PATHS)}
+
+
+def on_path(turn: int, check: Callable[[], Any]) -> dict[str, Any]:
+    """On one path. Cases that differ in several things take the paths in turn, so that each value of each thing meets every
+    path, but not each pair of values."""
+    path = list(PATHS)[turn % len(PATHS)]
+    with few_tokens(*PATHS[path]):
+        return {path: check()}
 
 
 def step(model: nn.Module, *inputs: Tensor) -> None:
@@ -139,13 +145,15 @@ def fsdp(rank: int, folder: Path) -> dict:
     one, two, x, later = truth(), truth(2), batch(rank), batch(rank, 1)
     found = {}
 
-    def case(name: str, run: Callable[[Stack], None], want: Grads = one, *, by: str, **settings) -> None:
+    def case(name: str, run: Callable[[Stack], None], want: Grads = one, *, turn: int | None, by: str, **settings) -> None:
+        """turn: None for all paths."""
+
         def check() -> float:
             model = shard(make(**settings), by=by)
             run(model)
             return error(model, want)
 
-        found[name] = on_both_paths(check)
+        found[name] = on_all_paths(check) if turn is None else on_path(turn, check)
 
     def one_step(model: Stack) -> None:
         step(model, x)
@@ -164,21 +172,21 @@ def fsdp(rank: int, folder: Path) -> dict:
         model.set_requires_gradient_sync(True)
         loss(model, later).backward()
 
-    for by in ("block", "factors", "root"):
-        case(f"by {by}", one_step, by=by)
-        case(f"by {by}, input gradient, two forwards", two_forwards_first, two, by=by)
-    for by in ("block", "factors"):
-        case(f"by {by}, input gradient", with_input_gradient, by=by)
-        case(f"by {by}, accumulation", accumulated, two, by=by)
-        case(f"by {by}, non-reentrant checkpointing", one_step, by=by, reentrant=False)
-        case(f"by {by}, reentrant checkpointing", with_input_gradient, by=by, reentrant=True)
-    for what, settings in OTHERS.items():
+    for i, by in enumerate(("block", "factors", "root")):
+        case(f"by {by}", one_step, turn=None, by=by)
+        case(f"by {by}, input gradient, two forwards", two_forwards_first, two, turn=i, by=by)
+    for i, by in enumerate(("block", "factors")):
+        case(f"by {by}, input gradient", with_input_gradient, turn=i, by=by)
+        case(f"by {by}, accumulation", accumulated, two, turn=None, by=by)
+        case(f"by {by}, non-reentrant checkpointing", one_step, turn=i + 1, by=by, reentrant=False)
+        case(f"by {by}, reentrant checkpointing", with_input_gradient, turn=i + 2, by=by, reentrant=True)
+    for i, (what, settings) in enumerate(OTHERS.items()):
         want = truth(**settings)
-        for by in ("block", "factors"):
-            case(f"by {by}, {what}", with_input_gradient, want, by=by, **settings)
+        for j, by in enumerate(("block", "factors")):
+            case(f"by {by}, {what}", with_input_gradient, want, turn=i + j, by=by, **settings)
             for reentrant in (False, True):
-                name = f"by {by}, {what}, {'' if reentrant else 'non-'}reentrant checkpointing"
-                case(name, with_input_gradient, want, by=by, reentrant=reentrant, **settings)
+                name, turn = f"by {by}, {what}, {'' if reentrant else 'non-'}reentrant checkpointing", i + j + 1 + reentrant
+                case(name, with_input_gradient, want, turn=turn, by=by, reentrant=reentrant, **settings)
     return found
 
 
@@ -189,8 +197,8 @@ def fsdp_mixed_precision(rank: int, folder: Path) -> dict:
     (sum(loss(reference, batch(r).bfloat16()) for r in range(2)) / 2).backward()
     grads = trained_grads(reference)
     found["eager bfloat16"] = {"one process": max(relative(grads[n], want[n]) for n in want)}
-    for reentrant in (None, False):
-        for by in ("block", "factors"):
+    for i, reentrant in enumerate((None, False)):
+        for j, by in enumerate(("block", "factors")):
 
             def check(reentrant=reentrant, by=by) -> float:
                 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -199,7 +207,7 @@ def fsdp_mixed_precision(rank: int, folder: Path) -> dict:
                 assert model.lotr_factors["16x16"].A.grad.dtype == torch.float32
                 return error(model, want)
 
-            found[f"by {by}, checkpointing {reentrant}"] = on_both_paths(check)
+            found[f"by {by}, checkpointing {reentrant}"] = on_path(i + j, check) | on_path(i + j + 1, check)
     return found
 
 

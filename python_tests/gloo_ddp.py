@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gloo_checks import OTHERS, Collectives, batch, error, few_tokens, loss, on_both_paths, step, truth
+from gloo_checks import OTHERS, Collectives, batch, error, few_tokens, loss, on_all_paths, on_path, step, truth
 from stacks import make
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +18,10 @@ def ddp(rank: int, folder: Path) -> dict:
     one, two, x = truth(), truth(2), batch(rank)
     found = {}
 
-    def case(name: str, reentrant: bool | None = None, settings: dict[str, str] | None = None, **options) -> None:
+    def case(
+        name: str, turn: int | None, *, reentrant: bool | None = None, settings: dict[str, str] | None = None, **options
+    ) -> None:
+        """turn: None for all paths."""
         want = truth(**settings) if settings else one
 
         def check() -> float:
@@ -26,18 +29,18 @@ def ddp(rank: int, folder: Path) -> dict:
             step(model, x.clone().requires_grad_(reentrant is not None))
             return error(model, want)
 
-        found[name] = on_both_paths(check)
+        found[name] = on_all_paths(check) if turn is None else on_path(turn, check)
 
-    case("plain")
-    case("find_unused_parameters", find_unused_parameters=True)
-    case("static_graph", static_graph=True)
-    case("non-reentrant checkpointing", reentrant=False)
-    case("non-reentrant checkpointing, find_unused_parameters", reentrant=False, find_unused_parameters=True)
-    case("reentrant checkpointing, static_graph", reentrant=True, static_graph=True)
-    case("gradients as views of buckets", gradient_as_bucket_view=True)
-    for what, settings in OTHERS.items():
-        case(what, settings=settings)
-        case(f"{what}, non-reentrant checkpointing", reentrant=False, settings=settings)
+    case("plain", None)
+    case("find_unused_parameters", 0, find_unused_parameters=True)
+    case("static_graph", 1, static_graph=True)
+    case("non-reentrant checkpointing", 0, reentrant=False)
+    case("non-reentrant checkpointing, find_unused_parameters", 1, reentrant=False, find_unused_parameters=True)
+    case("reentrant checkpointing, static_graph", None, reentrant=True, static_graph=True)
+    case("gradients as views of buckets", 2, gradient_as_bucket_view=True)
+    for i, (what, settings) in enumerate(OTHERS.items()):
+        case(what, i, settings=settings)
+        case(f"{what}, non-reentrant checkpointing", i + 1, reentrant=False, settings=settings)
 
     def accumulated() -> float:
         model = DistributedDataParallel(make())
@@ -46,7 +49,7 @@ def ddp(rank: int, folder: Path) -> dict:
         loss(model, batch(rank, 1)).backward()
         return error(model, two)
 
-    found["no_sync accumulation"] = on_both_paths(accumulated)
+    found["no_sync accumulation"] = on_all_paths(accumulated)
 
     def compiled() -> float:
         torch.compiler.reset()

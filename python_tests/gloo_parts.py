@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gloo_checks import adam, batch, loss, on_both_paths, output, randomize_parts, refusal, shard, train, truth
+from gloo_checks import adam, batch, loss, on_path, output, randomize_parts, refusal, shard, train, truth
 from stacks import SmoothBlock, Stack, base, make
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -96,13 +96,13 @@ def fsdp1_resumes(rank: int, folder: Path) -> dict[str, list[list[float]]]:
 def fsdp1_ways(rank: int, folder: Path) -> dict[str, dict[str, float]]:
     """Errors of FSDP1's other settings, checkpointing, and accumulation, by case and path."""
     found, later = {}, ShardingStrategy.SHARD_GRAD_OP
-    for name, by, options, settings in (
-        ("one unit", "root", {}, {}),
-        ("whole until the backward", "block", {"sharding_strategy": later}, {}),
-        ("whole until the backward, frozen cores", "block", {"sharding_strategy": later}, FROZEN_CORES),
-        ("frozen cores", "block", {}, FROZEN_CORES),
-        ("non-reentrant checkpointing", "block", {}, {"reentrant": False}),
-        ("a factor a width", "block", {}, {"group_by": "width"}),
+    for name, turns, by, options, settings in (
+        ("one unit", (1, 2), "root", {}, {}),
+        ("whole until the backward", (0, 2), "block", {"sharding_strategy": later}, {}),
+        ("whole until the backward, frozen cores", (1,), "block", {"sharding_strategy": later}, FROZEN_CORES),
+        ("frozen cores", (0, 2), "block", {}, FROZEN_CORES),
+        ("non-reentrant checkpointing", (0, 1), "block", {}, {"reentrant": False}),
+        ("a factor a width", (0, 2), "block", {}, {"group_by": "width"}),
     ):
         want = truth(2, **{key: value for key, value in settings.items() if key != "reentrant"})
 
@@ -117,7 +117,7 @@ def fsdp1_ways(rank: int, folder: Path) -> dict[str, dict[str, float]]:
             have = fsdp1_gradients(model)
             return max(relative(have[n], want[n]) for n in want)
 
-        found[name] = on_both_paths(check)
+        found[name] = {path: value for turn in turns for path, value in on_path(turn, check).items()}
     return found
 
 

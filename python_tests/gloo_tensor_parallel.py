@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_checks import few_tokens, on_both_paths
+from gloo_checks import few_tokens, on_all_paths
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -209,7 +209,7 @@ LAYOUTS: dict[str, dict] = {
 def layouts(rank: int, folder: Path) -> dict:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = {name: differences(*pair(mesh, **options)) for name, options in LAYOUTS.items()}
-    for path, own in on_both_paths(lambda: differences(*pair(mesh, prepare=True))).items():
+    for path, own in on_all_paths(lambda: differences(*pair(mesh, prepare=True))).items():
         found[path] = own
     return found
 

@@ -93,7 +93,9 @@ def train_alone(model: nn.Module, world: int, count: int) -> list[float]:
 def stages(rank: int, folder: Path) -> dict[str, dict]:
     """By stage and form of core, as gloo_parts.around."""
     world, found = joined(), {}
-    for stage, forms in ((3, SETTINGS), (2, ("dense",)), (1, ("tucker",)), (0, ("dense",))):
+    every = ((3, SETTINGS), (2, ("dense", "few")), (1, ("tucker",)), (0, ("dense",)))
+    fewer = ((3, ("dense", "tucker", "a factor a width")), (2, ("few",)))  # `through_peft` has stages 1 and 0
+    for stage, forms in every if world == 1 else fewer:  # for time: one process does all
         for form in forms:
             settings, name = SETTINGS[form], f"{stage}, {form}"
             engine, alone = engine_of(make(**settings), stage), make(**settings).double()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from gloo import fork, forks
 from safetensors.torch import load_file
 from torch import nn
 from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot, tensors_file, toy
@@ -198,52 +201,41 @@ def test_an_adapter_lies_beside_what_accelerate_saves(tmp_path: Path) -> None:
 
 # ---- killed in the middle --------------------------------------------------------------------------------------------
 
-_SAVER = """
-import os, signal, sys
-from toys import adapted, randomize
-from lotr_ext.model.saving import save_adapter
-model = adapted(target_modules="all-linear", rank=64)
-def save(directory, seed):
+
+def large() -> Toy:
+    return adapted(target_modules="all-linear", rank=64)
+
+
+def save(model: Toy, directory: Path, seed: int) -> None:
     randomize(model, seed=seed)
     save_adapter(model, directory)
-def die_at(point):
-    count = 0
-    def dying(real):
+
+
+def save_and_die(directory: Path, point: int) -> None:
+    """Saves, and is killed before the so-manieth fsync or replace."""
+    count = itertools.count(1)
+
+    def dying(real: Callable) -> Callable:
         def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == point:
+            if next(count) == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
+
         return call
+
     os.replace, os.fsync = dying(os.replace), dying(os.fsync)
-"""
-# Each point is a process of its own, forked from one that has imported everything.
-_AT_POINTS = """
-for point in range(1, 8):
-    pid = os.fork()
-    if pid == 0:
-        die_at(point)
-        save(f"{sys.argv[1]}/{point}", 2)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-_FOREVER = """
-seed = 2
-while True:
-    save(sys.argv[1], seed)
-    print(seed, flush=True)
-    seed += 1
-"""
+    save(large(), directory, 2)
 
 
-def saver(program: str, directory: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _SAVER + program, str(directory)], stdout=subprocess.PIPE, text=True)
+def save_forever(directory: Path, saved: Connection) -> None:
+    model = large()
+    for seed in itertools.count(2):
+        save(model, directory, seed)
+        saved.send(seed)
 
 
 def outputs(*seeds: int) -> dict[int, torch.Tensor]:
-    model = adapted(target_modules="all-linear", rank=64)
-    found = {}
+    model, found = large(), {}
     for seed in seeds:
         randomize(model, seed=seed)
         found[seed] = model(IDS)
@@ -257,25 +249,27 @@ def loaded_seed(directory: Path, seeds: range) -> int:
 
 def test_a_kill_at_each_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     """fsync of both files; then replace and the directory's fsync of each. The fifth step, the JSON's replace, decides."""
-    model = adapted(target_modules="all-linear", rank=64)
-    randomize(model, seed=1)
+    model = large()
     for point in range(1, 8):
-        save_adapter(model, tmp_path / str(point))
-    codes = saver(_AT_POINTS, tmp_path).communicate(timeout=1000)[0].split()
-    assert codes == [str(-signal.SIGKILL)] * 6 + ["0"]
-    for point in range(1, 8):
-        assert loaded_seed(tmp_path / str(point), range(1, 3)) == (1 if point <= 5 else 2), point
-        save_adapter(model, tmp_path / str(point))
-        assert len(list((tmp_path / str(point)).iterdir())) == 2  # what the kill left is gone
+        save(model, directory := tmp_path / str(point), 1)
+        killed = fork(save_and_die, directory, point)
+        killed.join(timeout=1000)
+        assert killed.exitcode == (-signal.SIGKILL if point < 7 else 0)
+        assert loaded_seed(directory, range(1, 3)) == (1 if point <= 5 else 2), point
+        save_adapter(model, directory)
+        assert len(list(directory.iterdir())) == 2  # what the kill left is gone
 
 
 def test_a_kill_at_any_time_leaves_a_whole_adapter(tmp_path: Path) -> None:
-    process, seed = saver(_FOREVER, tmp_path), 2
+    seeds, saved = forks().Pipe(duplex=False)
+    process = fork(save_forever, tmp_path, saved)
     for _ in range(8):  # at least so many saves, then kill wherever it is
-        seed = int(process.stdout.readline())
+        assert seeds.poll(1000)
+        last = seeds.recv()
     time.sleep(0.003)
-    process.send_signal(signal.SIGKILL)
-    rest = process.communicate(timeout=1000)[0].split()
-    last = int(rest[-1]) if rest else seed
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join(timeout=1000)
+    while seeds.poll():
+        last = seeds.recv()
+    assert process.exitcode == -signal.SIGKILL
     assert loaded_seed(tmp_path, range(last, last + 2)) >= last

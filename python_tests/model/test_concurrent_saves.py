@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import torch
+from gloo import fork, forks
 from toys import IDS, adapted, at_once, randomize, toy
 
 from lotr_ext import files, load_adapter, save_adapter
@@ -63,42 +63,31 @@ def test_a_load_during_saves_gets_a_whole_adapter(tmp_path: Path) -> None:
     assert set(seen) <= set(models) and seen
 
 
-_PROCESS = """
-import sys
-from test_concurrent_saves import model_of
-from lotr_ext import save_adapter
-models = [model_of(seed) for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 2)]
-print("ready", flush=True)
-for line in sys.stdin:
-    for model in models * 3:
-        save_adapter(model, sys.argv[1] + "/" + line.strip())
-    print("done", flush=True)
-"""
+TRIALS = 5
+
+
+def save_two(directory: Path, first: int, together: Barrier) -> None:
+    """Saves two models in turn, and again, in each trial."""
+    models = [model_of(seed) for seed in (first, first + 1)]
+    try:
+        for trial in range(TRIALS):
+            together.wait()
+            for model in models * 3:
+                save_adapter(model, directory / str(trial))
+    except BaseException:
+        together.abort()  # or the other would wait
+        raise
 
 
 def test_processes_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> None:
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    savers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(tmp_path), str(2 * i)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        for i in range(2)
-    ]
-    models = {seed: model_of(seed) for seed in range(4)}
-    assert all(saver.stdout.readline() == "ready\n" for saver in savers)
-    for trial in range(5):
-        for saver in savers:
-            saver.stdin.write(f"{trial}\n")
-            saver.stdin.flush()
-        assert all(saver.stdout.readline() == "done\n" for saver in savers)
-        assert seed_in(tmp_path / str(trial), models) in (1, 3)  # the last of one of them
+    together = forks().Barrier(2, timeout=1000)
+    savers = [fork(save_two, tmp_path, first, together) for first in (0, 2)]
     for saver in savers:
-        saver.stdin.close()
-        assert saver.wait(timeout=1000) == 0
+        saver.join(timeout=1000)
+    assert [saver.exitcode for saver in savers] == [0, 0]
+    models = {seed: model_of(seed) for seed in range(4)}
+    for trial in range(TRIALS):
+        assert seed_in(tmp_path / str(trial), models) in (1, 3)  # the last of one of them
 
 
 # ---- each order of two savers' steps ---------------------------------------------------------------------------------

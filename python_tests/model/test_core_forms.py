@@ -55,18 +55,22 @@ def test_gradients_are_those_of_plain_autograd(core: str, reentrant: bool | None
         assert_right(model, X)
 
 
-@FORMS
-def test_one_gradient_a_backward_and_one_fold_a_b(core: str, monkeypatch, two_nodes) -> None:
-    model, seen = llama(core=core), []
-    for name, parameter in model.lotr_cores.named_parameters():
+@pytest.mark.parametrize("core", ["dense", *cores.FORMS])
+def test_each_factor_and_core_has_one_gradient_a_backward_and_each_b_one_fold(core: str, monkeypatch, two_nodes) -> None:
+    model, seen, made = llama(core=core), [], []
+    parts = {name: p for name, p in model.named_parameters() if name.startswith(("lotr_factors.", "lotr_cores."))}
+    for name, parameter in parts.items():
         parameter.register_hook(lambda grad, name=name: seen.append(name))
-    made = []
-    make = type(model.lotr_cores).make
-    monkeypatch.setattr(type(model.lotr_cores), "make", lambda self, index=None: (made.append(index), make(self, index))[1])
+    if core != "dense":
+        make = type(model.lotr_cores).make
+        monkeypatch.setattr(type(model.lotr_cores), "make", lambda self, index=None: (made.append(index), make(self, index))[1])
     counter = OpCounter(monkeypatch)
     model(X).sum().backward()
-    assert sorted(seen) == sorted(name for name, _ in model.lotr_cores.named_parameters())
-    assert made == [None]  # all cores at once
+    assert sorted(seen) == sorted(parts)
+    assert {f"lotr_factors.{name}.value" for name in ("A_24", "A_40", "B_24", "B_40", "B_8")} <= parts.keys()
+    assert all(m._shared.pending() == 0 for m in model.lotr_factors.values())
+    assert made == ([] if core == "dense" else [None])  # all cores at once
+    # B for 24 (q, o, down), 8 (k, v) and 40 features (gate, up)
     assert counter["fold"] == counter["fold_grad"] == 3 and "small_forward_" not in counter
 
 
@@ -92,7 +96,7 @@ def test_places() -> None:
     assert place_of("layers.1.experts.5.up") == ("layers.1", "experts.5.up")
 
 
-@FORMS
+@pytest.mark.parametrize("core", ["dense", *cores.FORMS])
 @pytest.mark.parametrize("group_by", ["width", "shape"])
 def test_saved_and_loaded(core: str, group_by: str, tmp_path: Path) -> None:
     model = llama(group_by, core=core)
@@ -107,6 +111,13 @@ def test_saved_and_loaded(core: str, group_by: str, tmp_path: Path) -> None:
     assert torch.equal(fresh(X), model(X)) and torch.equal(other(X), model(X))
     assert fresh.lotr_config == model.lotr_config and fresh.state_dict().keys() == model.state_dict().keys()
     assert_right(fresh, X)
+
+
+@FORMS
+@pytest.mark.parametrize("group_by", ["width", "shape"])
+def test_files_of_another_form_of_core(core: str, group_by: str, tmp_path: Path) -> None:
+    model = llama(group_by, core=core)
+    save_adapter(model, tmp_path)
     with pytest.warns(UserWarning, match="apply_lotr with the same core"):
         dense = load_adapter(llama(group_by), tmp_path)
     assert relative(dense(X), model(X).detach().double()) < 1e-6
@@ -133,7 +144,7 @@ def test_merged_unmerged_disabled_unloaded_and_as_lora(core: str, tmp_path: Path
         assert torch.equal(unload(model, merge=False)(X), base()(X)) and not hasattr(model, "lotr_cores")
 
 
-@FORMS
+@pytest.mark.parametrize("core", ["dense", *cores.FORMS])
 def test_named_adapters(core: str, tmp_path: Path) -> None:
     model = llama(core=core)
     first = model(X).detach()
@@ -149,18 +160,24 @@ def test_named_adapters(core: str, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "second")
     set_adapter(model, "dense")
     assert torch.equal(model(X), base()(X)) and not hasattr(model, "lotr_cores")
+    owners = (m for layer in adapted_layers(model).values() for m, _ in layer.factors.owners)
+    assert {id(m) for m in model.lotr_factors.values()} == {id(m) for m in owners}
+    with torch.no_grad(), mixed(model, ["default"] * 50 + [None] * 50 + ["dense"] * 50):
+        y = model(X)
+    assert relative(y[:50], first[:50].double()) < 2e-6
+    assert relative(y[50:], base()(X[50:]).double()) < 1e-6  # the cores of "dense" are zero
     with torch.no_grad():
         for parameter in lotr_parameters(model):
             parameter.normal_(0, 0.3)
-    with torch.no_grad(), mixed(model, ["default"] * 75 + [None] * 75):
-        y = model(X)
-    assert relative(y[:75], first[:75].double()) < 2e-6
+    assert_right(model, X)
     save_adapter(model, tmp_path / "parked", name="second")
     load_adapter(model, tmp_path / "parked", name="third")
     for name, want in (("second", second), ("third", second), ("default", first)):
         set_adapter(model, name)
         assert active_adapter(model) == name and torch.equal(model(X), want)
     assert torch.equal(load_adapter(base(), tmp_path / "parked")(X), load_adapter(base(), tmp_path / "second")(X))
+    with pytest.raises(ValueError, match=r"config: expected rank \(4, 4\) as in the shared factors of 'default', got \(2, 2\)"):
+        add_adapter(model, "fourth", LoTRConfig(rank=2, group_by="width"), share_factors="default")
 
 
 @FORMS

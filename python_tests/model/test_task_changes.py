@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from gloo import fork
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -187,16 +188,16 @@ def test_a_source_with_one_bad_tensor_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(t, before[name]) for name, t in bank.state_dict().items())
 
 
+def die_while_saving(directory: Path) -> None:
+    files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    files.put_file(directory, "killed", b"half")
+
+
 def test_what_a_killed_save_leaves_goes_with_the_next_one(tmp_path: Path) -> None:
     """And what another saver is writing stays."""
-    script = """if True:
-        import os, pathlib, signal, sys
-        from lotr_ext import files
-        files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        files.put_file(pathlib.Path(sys.argv[1]), "killed", b"half")
-    """
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    killed = fork(die_while_saving, tmp_path)
+    killed.join(timeout=1000)
+    assert killed.exitcode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
     _, bank = with_bank()
     bank.add(task(0))
     running, file = files._temporary(tmp_path)
