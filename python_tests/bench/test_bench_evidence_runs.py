@@ -205,21 +205,8 @@ def test_one_cell_and_a_sweep_by_one_command(tmp_path: Path, monkeypatch, capsys
     assert program.main([*common, "--method", "lotr", "--rank", "3", "--seed", "4", "--lr", "0.02"]) == 0
     (one,) = (json.loads(line) for line in (tmp_path / "teacher-own.jsonl").read_text().splitlines())
     assert one["case"] == Run("teacher-own", "lotr", 3, 0.02, 4)._asdict()
-    swept = [
-        *common,
-        "--sweep",
-        "--rank",
-        "2,4",
-        "--method",
-        "lotr",
-        "--scaling",
-        "constant,rank",
-        "--seeds",
-        "1",
-        "--lr",
-        "0.02",
-    ]
-    assert program.main(swept) == 0
+    swept = "--sweep --rank 2,4 --method lotr --scaling constant,rank --seeds 1 --lr 0.02".split()
+    assert program.main([*common, *swept]) == 0
     assert len((tmp_path / "teacher-own-sweep.jsonl").read_text().splitlines()) == 4
     assert "LoTR, s as 1 / r" in capsys.readouterr().out
 

@@ -50,14 +50,6 @@ def test_rivals_add_nothing_at_the_start_and_what_they_say_later():
         torch.testing.assert_close(merge(made[OURS])(x, *chosen), y, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["48x16x8x4x2", "48x16x8x4x2x0", "a"])
-def test_bad_shapes(text):
-    with pytest.raises(ValueError, match="shapes: expected MxHxIxExKxR, comma-separated, got"):
-        experts.arguments([*QUICK, "--shapes", text])
-    with pytest.raises(ValueError, match="shapes: expected a top k of at most the 4 experts, got 5"):
-        experts.arguments([*QUICK, "--shapes", "48x16x8x4x5x2"])
-
-
 @pytest.mark.parametrize(
     ("ours", "peft", "peaks", "met"),
     [

@@ -104,21 +104,6 @@ def test_times_fill_the_budget():
     assert plans.seconds_of(parts[-1:], 30) == [30]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "0"], "budget: expected seconds of at least 1"),
-        (["--budget", "nan"], "budget: expected seconds"),
-        (["--parts", "magic"], "parts: expected some of build, info"),
-        (["--parts", ""], "parts: expected some of build, info"),
-        (["--wheel", "/none.whl"], "wheel: expected a wheel of lotr_ext, got /none.whl"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        program.arguments(arguments)
-
-
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     done = subprocess.run(
         [PYTHON, "-m", "bench.gpu", "--folder", str(tmp_path / "work")],

@@ -153,20 +153,3 @@ def _cell(rival: str, m: int, of_lotr: float, of_lora: float) -> dict:
 )
 def test_the_targets(rival, m, of_lotr, of_lora, met):
     assert [verdict.met for verdict in targets.host_verdicts([_cell(rival, m, of_lotr, of_lora)])] == met
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tokens", "4,x"], "tokens: expected positive"),
-        (["--tokens", ""], "tokens: expected positive"),
-        (["--layers", "4"], "layers a multiple of 3, got 4"),
-        (["--width", "0"], "layers, width, rank: expected positive"),
-        (["--forms", "ring"], "forms: expected some of chained, siblings, got 'ring'"),
-        (["--rivals", "magic"], "rivals: expected some of frozen"),
-        (["--rounds", "0"], "rounds"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        host.arguments(["--device", "cpu", *arguments])

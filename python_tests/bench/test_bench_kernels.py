@@ -77,20 +77,6 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
         start("bench.kernels", lambda: kernels.main([]))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--kernels", "magic"], "kernels: expected some of shrink"),
-        (["--kernels", ""], "kernels: expected some of shrink"),
-        (["--shapes", "0x2x3"], "shapes: expected MxNxR"),
-        (["--shapes", ""], "shapes: expected MxNxR"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        kernels.arguments([*QUICK, *arguments])
-
-
 def test_plans_that_the_estimate_calls_close_are_measured_beside_the_chosen_one(tmp_path, monkeypatch, capsys):
     """On a CPU, with plans as a GPU would have them: which are close, that each runs and is checked under its own rule."""
     rules, made = [], [("a=1", 10.0), ("a=2", 10.5), ("a=3", 11.0), ("a=4", 10.9), ("a=5", 12.0)]

@@ -168,22 +168,6 @@ def test_dtypes_that_are_asked_for_are_measured(monkeypatch):
     assert model.arguments([*gpu, "--dtypes", "fp32,bf16"]).dtypes == ["fp32", "bf16"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "gpt-9"], "model: expected one of minilm"),
-        (["--methods", "magic"], "methods: expected some of frozen"),
-        (["--batch", "0"], "batch, sequence, rank: expected at least 1"),
-        (["--rank", "0"], "batch, sequence, rank: expected at least 1"),
-        (["--methods", ""], "methods: expected some of frozen"),
-        (["--targets", ""], "targets: expected names of layers"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model.arguments([*QUICK, *arguments])
-
-
 def test_without_peft_the_rest_is_measured(monkeypatch):
     real = model.importlib.util.find_spec
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))

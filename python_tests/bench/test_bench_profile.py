@@ -47,12 +47,3 @@ def test_a_case_that_fails_is_named_and_what_is_kept_is_shown(tmp_path, capsys, 
     assert {cell["case"]["m"] for cell in Store(tmp_path / "profile.jsonl").read()} == {9}
     assert profile.main(arguments) == 1
     assert "9x16x16 r2 fp32 t1: extra FLOPs" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--slice", "0"], "slice: expected a positive number, got 0"), (["--shapes", ""], "shapes: expected MxKxNxR")],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        profile.arguments([*QUICK, *arguments])

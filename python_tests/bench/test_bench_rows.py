@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from bench import traffic as program
 from bench.measure.store import Store
 from bench.projection import counts
 from bench.projection import row_counts as rows
@@ -47,20 +46,6 @@ def test_a_mixture_by_hand(lib):
     assert backward.moved[rows.ORDER] > 2 * 12 * 8 * 4  # k written and read in float32, and the sorted order
     assert [name for name, _ in backward.launches] == ["row_ends", "row_core", "sum_rows", "row_core_grad"]
     assert forward.total > forward.least and backward.total > backward.least
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1x2x3", "rows: expected TOKENSxTOPxCORESxRANK, .*got '1x2x3'"),
-        ("8x1x0x4", "rows: expected TOKENSxTOPxCORESxRANK"),
-        ("8x1x2x300", "rows: expected ranks up to 256, .*got 300"),
-        ("8x3x2x4", "rows: expected at most as many cores a token as there are, 2, got 3"),
-    ],
-)
-def test_cases_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        program.arguments(["--rows", text])
 
 
 def test_an_unknown_operator_is_refused(lib):

@@ -137,12 +137,6 @@ def test_rivals_asked_for_by_name_that_cannot_run_are_named(tmp_path, monkeypatc
     assert layer.refused(cases, layer.arguments(["--device", "cpu"])) == []  # the default ones: those that can run
 
 
-@pytest.mark.parametrize("name", ["dtypes", "threads", "results", "shapes", "rivals"])
-def test_an_empty_option_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}: expected"):
-        layer.arguments(["--device", "cpu", f"--{name}", ""])
-
-
 def test_a_bar_of_which_no_case_began_leaves_nothing(capsys):
     with pytest.raises(OSError, match="cannot write"), session.progress(3):
         raise OSError("results: cannot write x")

@@ -55,21 +55,6 @@ def test_a_wrong_gradient_loses_its_case_alone(tmp_path, monkeypatch, capsys):
     assert {cell["case"]["layers"] for cell in Store(tmp_path / "shared.jsonl").read()} == {3}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--layers", "4,x"], "layers: expected positive"),
-        (["--layers", ""], "layers: expected positive"),
-        (["--shape", "3x4"], "shape: expected MxKxR"),
-        (["--shape", ""], "shape: expected MxKxR"),
-        (["--rounds", "0"], "rounds"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        shared.arguments([*QUICK, *arguments])
-
-
 PROGRAM = """
 import resource, torch
 from bench.measure.session import keep_memory

@@ -277,22 +277,6 @@ def test_limits_that_are_equal_do_not_overlap_for_nothing():
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
-        (["--dtypes", "fp64"], "dtypes: expected some of bf16, .*got 'fp64'"),
-        (["--kernels", "gemm"], "kernels: expected some of shrink, .*got 'gemm'"),
-        (["--ranks", "0"], "ranks: expected positive numbers"),
-        (["--ranks", "300"], "ranks: expected at most 256"),
-        (["--shapes", "8192"], "shapes: expected MxN"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        program.arguments(arguments)
-
-
 def test_without_tools_it_says_so_in_one_line(tmp_path, monkeypatch):
     arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--results", str(tmp_path)]
     monkeypatch.setattr(compiled, "tool", lambda name: None)

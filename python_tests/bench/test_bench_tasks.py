@@ -60,9 +60,3 @@ def test_the_index_of_a_way():
     assert by_token.shape == (4, 3) and torch.equal(by_token[:, 0], rows) and torch.equal(by_token[:3, 1], rows[1:])
     activated = index_of(WAYS["activated"], rows, 4)
     assert activated[:, :2].eq(-1).all() and torch.equal(activated[:, 2], rows) and torch.equal(activated[:, 3], rows)
-
-
-@pytest.mark.parametrize("text", ["4x3x7x16x1", "4x3x7x16x1x0", "a"])
-def test_bad_shapes(text):
-    with pytest.raises(ValueError, match="shapes: expected TOKENSxROWSxTASKSxWIDTHxBLOCKSxRANK, comma-separated, got"):
-        tasks.arguments([*QUICK, "--shapes", text])

@@ -245,20 +245,6 @@ def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
         program.main(arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", ""], "shapes: expected MxKxNxR"),
-        (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
-        (["--shapes", "1x2"], "shapes: expected MxKxNxR"),
-        (["--shapes", "8x8x8x300"], "shapes: expected ranks up to 256"),
-    ],
-)
-def test_it_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        program.arguments(arguments)
-
-
 # ---- a block ---------------------------------------------------------------------------------------------------------
 
 BLOCK = ("tiny", 64, 8)  # hidden 32, q 32, k and v 16, inner 48
