@@ -136,14 +136,19 @@ def _wide(W: Tensor, A: Tensor) -> torch.dtype:
     return torch.promote_types(accumulate_dtype(W.dtype), accumulate_dtype(A.dtype))
 
 
+def _product(W: Tensor, A: Tensor) -> Tensor:
+    """W A. With so few columns the library's product takes up to twice as long as the kernel."""
+    plain = type(W) in _PLAIN and type(A) in _PLAIN and W.is_cpu and not (W.is_neg() or A.is_neg())
+    if is_compiling() or is_grad_enabled() or _changes_unseen(W) or not plain or W.stride(1) != 1:
+        return W @ A
+    return ops.shrink(W, A)
+
+
 def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """|W_n|^2 [n], unless given, and W A [n, r_in], in float32 (float64 for float64)."""
     wide = _wide(W, A)
     A = A.to(W.device, wide)
-    if W.dtype == wide:
-        WA = W @ A
-    else:
-        WA = torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])
+    WA = _product(W, A) if W.dtype == wide else torch.cat([_product(to(part, wide), A) for part in W.split(_ROWS)])
     return torch.linalg.vector_norm(W, dim=1, dtype=wide).square() if square is None else square, WA
 
 
