@@ -138,10 +138,10 @@ def _wide(W: Tensor, A: Tensor) -> torch.dtype:
 
 def _product(W: Tensor, A: Tensor) -> Tensor:
     """W A. With so few columns the library's product takes up to twice as long as the kernel."""
-    plain = type(W) in _PLAIN and type(A) in _PLAIN and W.is_cpu and not (W.is_neg() or A.is_neg())
-    if is_compiling() or is_grad_enabled() or _changes_unseen(W) or not plain or W.stride(1) != 1:
+    if is_compiling() or is_grad_enabled() or not W.is_cpu or _changes_unseen(W):
         return W @ A
-    return ops.shrink(W, A)
+    plain = type(W) in _PLAIN and type(A) in _PLAIN and not (W.is_neg() or A.is_neg())
+    return ops.shrink(W, A) if plain and W.stride(1) == 1 else W @ A
 
 
 def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
