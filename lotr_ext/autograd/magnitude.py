@@ -176,7 +176,7 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: 
 def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
     """bias + (m / c) (y - bias) of the y [..., n] that a call has made, or y where the call's nodes have scaled it."""
     graph = is_grad_enabled()
-    if call.plan.nodes == 0 or dispatch_modes() or (graph and bias is not None and bias.requires_grad):
+    if call.plan.nodes == 0 or (graph and bias is not None and bias.requires_grad):
         scale = (made.magnitude.to(made.norm) / made.norm).to(y.device)
         return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
     applied = call.scale is not None
@@ -188,7 +188,10 @@ def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
 
 
 def _scale_(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """y <- bias + scale (y - bias), rounded once."""
+    """y <- bias + scale (y - bias), rounded once. A new tensor under dispatch modes: what selective checkpointing keeps may not
+    change."""
+    if dispatch_modes():
+        return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
     return y.mul_(scale) if bias is None else torch.addcmul(bias - bias * scale, y, scale, out=y)
 
 
@@ -204,9 +207,10 @@ class LoTRMagnitude(Node):
     def forward(ctx, y, magnitude, rows):
         ctx.set_materialize_grads(False)
         bias, _, scale, applied = rows
-        if not applied:
-            _scale_(y, bias, scale)
-        ctx.mark_dirty(y)
+        if applied or (out := _scale_(y, bias, scale)) is y:
+            ctx.mark_dirty(y)
+        else:
+            y = out
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None)
         # not saved: no gradient depends on its value, so an optimizer's step before backward must not raise
         ctx.rows, ctx.magnitude = rows, magnitude

@@ -173,6 +173,17 @@ def test_parametrized():
     assert all(relative(a, b) < 1e-12 for a, b in zip(got, want, strict=True))
 
 
+def test_a_checkpoint_in_a_selective_one():
+    """The inner region is computed again where the outer one's mode is off: it must save as many tensors."""
+    layer = layer_of(dtype=torch.float64)
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    how = {"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts([])}
+    y = checkpoint(lambda x: checkpoint(layer, x, use_reentrant=False).sin(), x, **how)
+    inputs = [*parameters_of(layer), x]
+    for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(dense(layer, x).sin().sum(), inputs)):
+        assert relative(got, want) < 1e-12
+
+
 def test_reentrant_checkpoint():
     layer = layer_of(dtype=torch.float64)
     x = torch.randn(200, 20, dtype=torch.float64, requires_grad=True)
