@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from ..evidence.digest import Digest, Point, digests
 from ..evidence.table import setting_text
@@ -91,6 +92,7 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
         axis.axhline(100, color="0.6", lw=1, ls="--")
     axis.margins(y=0.1)
     axis.set(xscale="log", xlabel="trained numbers (small figures: rank)")
+    axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
     axis.grid(alpha=0.3)
 
 
