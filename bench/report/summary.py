@@ -76,7 +76,7 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
     def row(what: str, own: Cells, number: Callable[[dict], tuple[float, str]]) -> tuple[str, ...]:
         return what, *(number(own[rival])[1] if rival in own else "-" for rival in COLUMNS)
 
-    rows = [row("adapter: trained numbers", first, parameters), row("adapter: bytes", first, size)]
+    rows = [row("adapter: trained numbers", first, parameters)]
     rows += [row(f"training step: peak memory, {dtype}", own, peak) for dtype, own in dtypes.items()]
     rows += [row(f"training step: time, {dtype}", own, step) for dtype, own in dtypes.items()]
     rows += [row(f"{_wider(own)}: time, {own[OURS]['case']['dtype']}", own, step) for own in others]

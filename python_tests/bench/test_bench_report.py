@@ -94,7 +94,6 @@ def test_readme_shows_few_rows_about_size_memory_and_cost(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| adapter: trained numbers | 1,000 | 1,000 | 1,000 |",
-        "| adapter: bytes | 4 KiB | 4 KiB | 4 KiB |",
         "| training step: peak memory, fp32 | 2.0 MiB | 4.0 MiB | 1.0 MiB |",
         "| training step: peak memory, bf16 | 2.0 MiB | 4.0 MiB | 1.0 MiB |",
         "| training step: time, fp32 | 200.00 ms | 200.00 ms | 200.00 ms |",
