@@ -182,8 +182,11 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
             rows.append(row)
         title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of {NAMES[LORA]}, whose own numbers are in its row; "
         own = [cell for method in methods.values() for cell in method.values()]
+        if lines:
+            lines.append("")
         lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
-    return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"})])
+    shown = {"model": "step time and memory of every method"} | {f"model-{key[0]}": f"the same for {key[0]}" for key in groups}
+    return "\n".join([*lines, *_images(pictures, shown)])
 
 
 def model_command(cells: list[dict]) -> str:

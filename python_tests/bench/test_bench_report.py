@@ -104,6 +104,15 @@ def test_readme_shows_few_rows_about_size_memory_and_cost(tmp_path):
     assert "a machine, 1 thread (`python -m bench.model" in text and "(bench/results/a-machine/summary.png)" in text
 
 
+def test_each_model_has_a_table_and_a_picture_of_its_own():
+    one = [model_cell(rival, 0.1, 2**20) for rival in ("lora-peft", "lotr_ext")]
+    other = [cell | {"case": cell["case"] | {"model": "another"}} for cell in one]
+    lines = report_tables.model_table([*one, *other], {"model": "one.png", "model-another": "another.png"}).splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("|---")]
+    assert len(tables) == 2 and all(lines[i - 2] == "" and lines[i - 4 : i - 3] in ([], [""]) for i in tables)
+    assert [line.split("(")[1] for line in lines if line.startswith("![")] == ["one.png)", "another.png)"]
+
+
 def test_one_name_and_one_colour_for_each_method():
     colours = [*names.COLOURS.values(), names.LIGHT_BLUE, names.DARK_BLUE, names.FROZEN]
     assert len(set(colours)) == len(colours) and set(names.COLOURS) == set(names.NAMES)
