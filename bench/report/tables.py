@@ -363,8 +363,8 @@ def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dic
 
 def summary_table(found: Summary, pictures: Pictures) -> str:
     """README's table: a row per quantity, LoRA and LoTR in plain torch beside this package."""
-    c, models = found.case, {c["case"]["model"]: c for c in (found.model, *found.others)}
-    commands = [*(model_command([cell]) for cell in models.values()), layer_command(found.layers)]
+    c = found.case
+    commands = [*dict.fromkeys(model_command([cell]) for cell in (found.model, *found.others)), layer_command(found.layers)]
     lines = [
         f"{c['model']}, {c['targets'].replace(',', ' and ')} of every block, rank {c['r']}, {c['batch']} x {c['sequence']} "
         f"tokens a step, where nothing else is said; {found.where} ({', '.join(commands)}):",

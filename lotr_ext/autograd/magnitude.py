@@ -177,8 +177,7 @@ def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
     """bias + (m / c) (y - bias) of the y [..., n] that a call has made, or y where the call's nodes have scaled it."""
     graph = is_grad_enabled()
     if call.plan.nodes == 0 or (graph and bias is not None and bias.requires_grad):
-        scale = (made.magnitude.to(made.norm) / made.norm).to(y.device)
-        return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
+        return _scale(y, bias, (made.magnitude.to(made.norm) / made.norm).to(y.device))
     applied = call.scale is not None
     scale = call.scale if applied else made.scale.to(y.device, accumulate_dtype(y.dtype))
     bias = None if bias is None else to(bias.detach(), y.dtype)
@@ -187,11 +186,15 @@ def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
     return y if applied else _scale_(y, bias, scale)
 
 
+def _scale(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """bias + scale (y - bias), rounded once to y's dtype."""
+    return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
+
+
 def _scale_(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """y <- bias + scale (y - bias), rounded once. A new tensor under dispatch modes: what selective checkpointing keeps may not
-    change."""
+    """`_scale` into y. A new tensor under dispatch modes: what selective checkpointing keeps may not change."""
     if dispatch_modes():
-        return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
+        return _scale(y, bias, scale)
     return y.mul_(scale) if bias is None else torch.addcmul(bias - bias * scale, y, scale, out=y)
 
 
