@@ -5,6 +5,8 @@
 #pragma once
 #include <cstddef>
 
+#include "plan/fold_grad.h"
+#include "plan/scale_backward.h"
 #include "prepared.h"
 #include "problem.h"
 #include "switches.h"
@@ -40,7 +42,7 @@ constexpr int64_t row_elements(DType type) {
 // the bytes of the workspace; it remembers the choice for the next call with the same sizes, strides, types
 // and GPU (prepared.h).  run() launches what was chosen.
 //
-//   const Prepared prepared = prepare(call, problem);
+//   const auto prepared = prepare(call, problem);
 //   run(call, problem, prepared, workspace);  // of prepared.workspace bytes on the device, 256-byte aligned
 //
 // The contents of the workspace do not matter. It may be freed, in stream order, when run() returns.
@@ -71,19 +73,27 @@ void run(const Call& call, const ShrinkGradProblem& p, const Prepared& prepared,
 Prepared prepare(const Call& call, const FoldProblem& p);
 void run(const Call& call, const FoldProblem& p, const Prepared& prepared, void* workspace);
 
-Prepared prepare(const Call& call, const FoldGradProblem& p);
-void run(const Call& call, const FoldGradProblem& p, const Prepared& prepared, void* workspace);
+using PreparedFoldGrad = PreparedOne<plan::FoldGrad>;
+PreparedFoldGrad prepare(const Call& call, const FoldGradProblem& p);
+void run(const Call& call, const FoldGradProblem& p, const PreparedFoldGrad& prepared, void* workspace);
 
 // What a scale of y's columns has as gradients.  g and y in the call's type, of any strides.
-Prepared prepare(const Call& call, const ScaleBackwardProblem& p);
-void run(const Call& call, const ScaleBackwardProblem& p, const Prepared& prepared, void* workspace);
+using PreparedScaleBackward = PreparedOne<plan::ScaleBackward>;
+PreparedScaleBackward prepare(const Call& call, const ScaleBackwardProblem& p);
+void run(const Call& call, const ScaleBackwardProblem& p, const PreparedScaleBackward& prepared,
+         void* workspace);
 
-// The unfolded form, for few tokens, made of the operators above.
-Prepared prepare(const Call& call, const SmallForwardProblem& p);
-void run(const Call& call, const SmallForwardProblem& p, const Prepared& prepared, void* workspace);
+// The unfolded form, for few tokens, made of the operators above: their choices in the order in which they
+// run.
+struct PreparedSmall {
+  size_t workspace = 0;
+  std::array<Prepared, 6> products{};
+};
+PreparedSmall prepare(const Call& call, const SmallForwardProblem& p);
+void run(const Call& call, const SmallForwardProblem& p, const PreparedSmall& prepared, void* workspace);
 
-Prepared prepare(const Call& call, const SmallBackwardProblem& p);
-void run(const Call& call, const SmallBackwardProblem& p, const Prepared& prepared, void* workspace);
+PreparedSmall prepare(const Call& call, const SmallBackwardProblem& p);
+void run(const Call& call, const SmallBackwardProblem& p, const PreparedSmall& prepared, void* workspace);
 
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {

@@ -1,5 +1,8 @@
 // The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
 #pragma once
+#include <stdexcept>
+#include <string>
+
 #include "launch.h"
 #include "params.h"
 #include "tile/mma.cuh"
@@ -46,5 +49,17 @@ class Workspace {
   int32_t* counters_;
   char* floats_;
 };
+
+// Bytes of the workspace of `tiles` tiles of so many floats, each summed over `splits` blocks.
+inline size_t reduction_bytes(int64_t tiles, int64_t splits, int64_t floats) {
+  return splits > 1 ? Workspace::bytes(tiles, tiles * splits * floats) : 0;
+}
+
+// Throws std::invalid_argument unless r is from 1 to MAX_RANK.
+inline void check_rank(const char* kernel, const char* name, int64_t r) {
+  if (r < 1 || r > MAX_RANK)
+    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
+                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
+}
 
 }  // namespace lotr::cuda

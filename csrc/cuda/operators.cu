@@ -7,10 +7,8 @@
 
 #include "counters.h"
 #include "dispatch.h"
-#include "kernels/fold.cuh"
 #include "launchers.h"
 #include "one_product_sm90.h"
-#include "plan/fold_grad.h"
 #include "plans.h"
 #include "shrink_grad_sm90.h"
 
@@ -33,12 +31,6 @@ void dispatch_policy(const Call& call, F f) {
     else
       f(Launchers<tile::Exact>{});
   });
-}
-
-void check_rank(const char* kernel, const char* name, int64_t r) {
-  if (r < 1 || r > MAX_RANK)
-    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
-                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
 }
 
 // Columns first .. of a matrix.
@@ -89,10 +81,6 @@ class Packer {
   char* start_;
   size_t bytes_ = 0;
 };
-
-size_t reduction_bytes(int64_t tiles, int64_t splits, int64_t floats) {
-  return splits > 1 ? Workspace::bytes(tiles, tiles * splits * floats) : 0;
-}
 
 // h = core_scale * u core as a product of its own, where no block has the whole rank of u.  In exact float32,
 // as within shrink.
@@ -381,54 +369,6 @@ void run(const Call& call, const ShrinkGradProblem& problem, const Prepared& pre
 #endif
   dispatch_policy(call,
                   [&](auto launchers) { launchers.shrink_grad(call, p, prepared.plans[0], pack.rest()); });
-}
-
-Prepared prepare(const Call&, const FoldProblem& p) {
-  check_rank("fold", "cores", p.r_in);
-  check_rank("fold", "B", p.r_out);
-  if ((p.Ft.data || p.At.data) && p.L != 1)
-    throw std::invalid_argument("fold: cores: expected one where transposes are made, got " +
-                                std::to_string(p.L));
-  return {};
-}
-
-void run(const Call& call, const FoldProblem& p, const Prepared&, void*) {
-  if (p.L == 0) return;
-  const int64_t row_tiles = plan::ceil_div(p.N, kernels::FOLD_ROWS) + plan::ceil_div(p.K, kernels::FOLD_ROWS);
-  const dim3 grid(unsigned(row_tiles), unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
-  ptx::launch({grid, dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold", call.begins_early()},
-              kernels::fold, p);
-}
-
-namespace {
-
-plan::FoldGrad fold_grad_plan(const Call& call, const FoldGradProblem& p) {
-  return plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.card.multiprocessors);
-}
-
-}  // namespace
-
-// Its plan takes a few divisions, so nothing is remembered.
-Prepared prepare(const Call& call, const FoldGradProblem& p) {
-  check_rank("fold_grad", "cores", p.r_in);
-  check_rank("fold_grad", "B", p.r_out);
-  const auto plan = fold_grad_plan(call, p);
-  Prepared made;
-  made.workspace = reduction_bytes(plan.core_tiles, plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
-  return made;
-}
-
-void run(const Call& call, const FoldGradProblem& problem, const Prepared&, void* workspace) {
-  if (problem.L == 0) return;
-  const auto plan = fold_grad_plan(call, problem);
-  auto p = params_of<FoldGradParams>(problem);
-  p.n_per_split = plan.n_per_split, p.splits = plan.splits;
-  if (plan.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
-  ptx::launch({dim3(unsigned(plan.dB_blocks + plan.core_tiles * plan.splits)),
-               dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold_grad", call.begins_early()},
-              kernels::fold_grad, p);
 }
 
 }  // namespace lotr::cuda

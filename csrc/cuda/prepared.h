@@ -16,6 +16,14 @@ struct Prepared {
   std::array<plan::Plan, 2> plans{};
 };
 
+// The same for a kernel whose plan has a form of its own.  Such a plan takes a few divisions and is not
+// cached.
+template <class Plan>
+struct PreparedOne {
+  size_t workspace = 0;
+  Plan plan{};
+};
+
 // All that the choice depends on.  No padding, since keys are compared by their bytes.
 struct Key {
   int64_t M, N;  // extents of the large matrix

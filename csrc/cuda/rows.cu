@@ -1,5 +1,4 @@
 // csrc/cuda/rows.h: how its problems are cut into blocks, and their launches.
-#include <algorithm>
 #include <cstdlib>
 
 #include "kernels/row_core.cuh"
@@ -11,28 +10,6 @@ namespace {
 
 using kernels::FoldTraits;
 using kernels::Order;
-
-// Rows of a block of row_core: a tile's, or fewer so that every multiprocessor has a block.
-int rows_of_block(int64_t rows, int64_t cols, int multiprocessors) {
-  int most = kernels::FOLD_ROWS;
-  while (most > 1 && plan::ceil_div(rows, most) * cols < 4 * int64_t(multiprocessors)) most /= 2;
-  return most;
-}
-
-struct GradPlan {
-  int64_t core_tiles;
-  int splits;
-};
-
-// Splits the rows of a core until the tiles fill the GPU, but not below 64 rows a block for a core of mean
-// size.
-GradPlan plan_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out, int multiprocessors) {
-  const int64_t tiles =
-      cores * plan::ceil_div(r_in, kernels::FOLD_ROWS) * plan::ceil_div(r_out, kernels::FOLD_COLS);
-  const int64_t wanted = plan::ceil_div(4 * int64_t(multiprocessors), tiles),
-                sensible = std::max<int64_t>(1, rows / cores / 64);
-  return {tiles, int(std::min(wanted, sensible))};
-}
 
 template <class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
@@ -52,7 +29,7 @@ void row_core(const Call& call, const RowCoreParams& problem) {
   if (problem.index.rows == 0) return;
   RowCoreParams p = problem;
   const int64_t cols = plan::ceil_div(p.r_out, kernels::FOLD_COLS);
-  p.rows_of_block = rows_of_block(p.index.rows, cols, call.card.multiprocessors);
+  p.rows_of_block = plan::rows_of_block(p.index.rows, cols, call.card.multiprocessors);
   // G^T has its neighbours in memory along the sum
   const bool along = std::abs(p.cores.row) < std::abs(p.cores.col);
   launch(call, along ? kernels::row_core<Order::along_k> : kernels::row_core<Order::across_k>,
@@ -64,16 +41,18 @@ void row_ends(const Call& call, const RowEndsParams& p) {
   launch(call, kernels::row_ends, threads(p.bound + 1), p, 0, "row_ends");
 }
 
-size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int64_t rows) {
-  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
-  return plan.splits > 1 ? Workspace::bytes(plan.core_tiles, plan.core_tiles * plan.splits *
-                                                                 kernels::FOLD_ROWS * kernels::FOLD_COLS)
-                         : 0;
+PreparedRowCoreGrad prepare_row_core_grad(const Call& call, const RowCoreGradParams& p, int64_t rows) {
+  PreparedRowCoreGrad made;
+  made.plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
+  made.workspace =
+      reduction_bytes(made.plan.core_tiles, made.plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
+  return made;
 }
 
-void row_core_grad(const Call& call, const RowCoreGradParams& problem, int64_t rows, void* workspace) {
+void row_core_grad(const Call& call, const RowCoreGradParams& problem, const PreparedRowCoreGrad& prepared,
+                   void* workspace) {
+  const plan::RowCoreGrad& plan = prepared.plan;
   RowCoreGradParams p = problem;
-  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
   p.splits = plan.splits;
   if (p.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   launch(call, kernels::row_core_grad, dim3(unsigned(plan.core_tiles * p.splits)), p,

@@ -102,37 +102,41 @@ struct Forward {
 };
 
 template <class Products, class Problem>
-Prepared prepared_products(const Call& call, const Problem& p) {
+PreparedSmall prepared_products(const Call& call, const Problem& p) {
   const Products products(call, p, nullptr);
-  size_t most = 0;
-  products.each([&](const auto& one) { most = std::max(most, prepare(call, one).workspace); });
-  Prepared made;
+  PreparedSmall made;
+  size_t most = 0, next = 0;
+  products.each([&](const auto& one) {
+    const Prepared& chosen = made.products[next++] = prepare(call, one);
+    most = std::max(most, chosen.workspace);
+  });
   made.workspace = reinterpret_cast<size_t>(products.rest) + most;
   return made;
 }
 
 template <class Products, class Problem>
-void run_products(const Call& call, const Problem& p, void* workspace) {
+void run_products(const Call& call, const Problem& p, const PreparedSmall& prepared, void* workspace) {
   const Products products(call, p, workspace);
-  products.each([&](const auto& one) { run(call, one, prepare(call, one), products.rest); });
+  size_t next = 0;
+  products.each([&](const auto& one) { run(call, one, prepared.products[next++], products.rest); });
 }
 
 }  // namespace
 
-Prepared prepare(const Call& call, const SmallForwardProblem& p) {
+PreparedSmall prepare(const Call& call, const SmallForwardProblem& p) {
   return prepared_products<Forward>(call, p);
 }
 
-void run(const Call& call, const SmallForwardProblem& p, const Prepared&, void* workspace) {
-  run_products<Forward>(call, p, workspace);
+void run(const Call& call, const SmallForwardProblem& p, const PreparedSmall& prepared, void* workspace) {
+  run_products<Forward>(call, p, prepared, workspace);
 }
 
-Prepared prepare(const Call& call, const SmallBackwardProblem& p) {
+PreparedSmall prepare(const Call& call, const SmallBackwardProblem& p) {
   return prepared_products<Backward>(call, p);
 }
 
-void run(const Call& call, const SmallBackwardProblem& p, const Prepared&, void* workspace) {
-  run_products<Backward>(call, p, workspace);
+void run(const Call& call, const SmallBackwardProblem& p, const PreparedSmall& prepared, void* workspace) {
+  run_products<Backward>(call, p, prepared, workspace);
 }
 
 }  // namespace lotr::cuda

@@ -162,7 +162,7 @@ class Context {
   // Runs an operator of cuda/launch.h, prepared once for its sizes.
   template <class Problem>
   void run(const Problem& problem) const {
-    const cuda::Prepared prepared = cuda::prepare(call_, problem);
+    const auto prepared = cuda::prepare(call_, problem);
     with_workspace(prepared.workspace,
                    [&](void* workspace) { cuda::run(call_, problem, prepared, workspace); });
   }

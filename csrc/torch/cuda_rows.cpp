@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
     q.dcores = c.written_floats(Arg("dcores", dcores));
     q.tokens = s.m, q.cores = s.cores, q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out);
     q.scale = float(scaling);
-    c.with_workspace(cuda::row_core_grad_workspace(c.call(), q, s.rows),
-                     [&](void* w) { cuda::row_core_grad(c.call(), q, s.rows, w); });
+    const auto prepared = cuda::prepare_row_core_grad(c.call(), q, s.rows);
+    c.with_workspace(prepared.workspace, [&](void* w) { cuda::row_core_grad(c.call(), q, prepared, w); });
   }
   return {du, dcores};
 }

@@ -19,24 +19,33 @@ namespace lotr {
 
 constexpr int64_t FUSED_Q_RANK = cuda::GEMM_LOTR_FACTOR_RANK;
 
-// "" if q can run, else the reason: a missing matrix or an unsupported layout.
-inline std::string fused_obstacle(const Context& c, const cuda::GemmLotr& q) {
-  std::string text = cuda::gemm_lotr_refusal(c.call(), q);
-  if (text.empty()) text = cuda::gemm_lotr_obstacle(c.call(), q, cuda::gemm_lotr_plan(c.call(), q));
-  if (text.empty() && !cuda::gemm_lotr_workspace_of(c.call().stream, cuda::gemm_lotr_workspace(q.M)))
-    text = "workspace: expected one for " + std::to_string(q.M) +
-           " rows on this stream, got none: too many rows, or too many streams and graphs have one";
-  return text;
+// The choice for a launch: why it cannot run (a missing matrix, an unsupported layout; "": it can), how it is
+// cut, and its workspace.
+struct FusedChoice {
+  std::string refusal;
+  cuda::GemmLotrPlan plan{};
+  void* workspace = nullptr;
+};
+
+inline FusedChoice choose_fused(const Context& c, const cuda::GemmLotr& q) {
+  FusedChoice made;
+  made.refusal = cuda::gemm_lotr_refusal(c.call(), q);
+  if (!made.refusal.empty()) return made;
+  made.plan = cuda::gemm_lotr_plan(c.call(), q);
+  made.refusal = cuda::gemm_lotr_obstacle(c.call(), q, made.plan);
+  if (!made.refusal.empty()) return made;
+  made.workspace = cuda::gemm_lotr_workspace_of(c.call().stream, cuda::gemm_lotr_workspace(q.M));
+  if (!made.workspace)
+    made.refusal = "workspace: expected one for " + std::to_string(q.M) +
+                   " rows on this stream, got none: too many rows, or too many streams and graphs have one";
+  return made;
 }
 
-inline void fused_launch(const Context& c, const cuda::GemmLotr& q) {
-  const std::string text = fused_obstacle(c, q);
-  if (!text.empty()) fail(c.op(), ": ", text, "; LOTR_STRATEGY=beta runs");
-  const size_t bytes = cuda::gemm_lotr_workspace(q.M);
-  const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(c.call(), q);
-  const size_t partial_bytes = cuda::gemm_lotr_partial(q, plan);
+inline void run_fused(const Context& c, const cuda::GemmLotr& q, const FusedChoice& chosen) {
+  if (!chosen.refusal.empty()) fail(c.op(), ": ", chosen.refusal, "; LOTR_STRATEGY=beta runs");
+  const size_t partial_bytes = cuda::gemm_lotr_partial(q, chosen.plan);
   c.with_workspace(partial_bytes, [&](void* partial) {
-    cuda::gemm_lotr(c.call(), q, plan, cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes, partial,
+    cuda::gemm_lotr(c.call(), q, chosen.plan, chosen.workspace, cuda::gemm_lotr_workspace(q.M), partial,
                     partial_bytes);
   });
 }
@@ -51,16 +60,16 @@ inline cuda::GemmLotr fused_base(const CudaProducts& p, const Arg& x, const Arg&
   return q;
 }
 
-// Whether one launch can compute dx and k for this g, which may have any strides.
-inline std::string fused_refusal(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
-                                 bool backward) {
+// The choice for x (g in backward), which may have any strides, and weight, before the other matrices exist.
+inline FusedChoice choose_fused(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
+                                bool backward) {
   cuda::GemmLotr q = fused_base(p, x, weight, r, backward);
   static const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t(4096));
   q.At = {anywhere, (q.K + 7) / 8 * 8, 1, Access::vector};
   q.F = {anywhere, (r + 7) / 8 * 8, 1, Access::vector};
   q.u = {const_cast<void*>(anywhere), (r + 7) / 8 * 8, 1, Access::vector};
   q.y = {const_cast<void*>(anywhere), q.N, 1, Access::vector};
-  return fused_obstacle(p.context(), q);
+  return choose_fused(p.context(), q);
 }
 
 inline Forward CudaProducts::fused_forward(const Check& c, const ForwardArgs& a, const Sizes& s,
@@ -88,7 +97,7 @@ inline Forward CudaProducts::fused_forward(const Check& c, const ForwardArgs& a,
   const Tensor bias = a.bias ? torch::stable::contiguous(*a.bias.tensor) : *At;
   if (a.bias) q.bias = bias.const_data_ptr();
   q.At = in(At_out), q.F = in(F_out), q.y = out(y.value), q.u = out(rank_rows(u, s.m, s.r_in));
-  fused_launch(context_, q);
+  run_fused(context_, q, choose_fused(context_, q));
   // F as the transpose of what the backward pass reads
   return {std::move(y.tensor), std::move(u), torch::stable::transpose(*Ft, 0, 1)};
 }
@@ -96,7 +105,8 @@ inline Forward CudaProducts::fused_forward(const Check& c, const ForwardArgs& a,
 inline bool CudaProducts::fused_backward(Made& made, Value& k, const Sum& Q, const BackwardArgs& a,
                                          const Sizes& s) const {
   if (!a.weight || !a.A || !a.F || a.k || a.dx) return false;
-  if (!fused_refusal(*this, a.g, a.weight, s.r_in, true).empty()) return false;
+  const FusedChoice chosen = choose_fused(*this, a.g, a.weight, s.r_in, true);
+  if (!chosen.refusal.empty()) return false;
   // v in g's dtype with rows at multiples of 16 bytes, as tensor maps need them; no copy if it is so
   const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
     const bool fits = v.type == context_.call().type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
@@ -116,7 +126,7 @@ inline bool CudaProducts::fused_backward(Made& made, Value& k, const Sum& Q, con
     q.u_forward = in(read(a.u)), q.Q = out(Q.value), q.accumulate = Q.add;
   else if (Q)
     add_outer(Q, read(a.g), a.u);  // one more read of g
-  fused_launch(context_, q);
+  run_fused(context_, q, chosen);
   made.dx = std::move(dx.tensor);
   return true;
 }
@@ -135,7 +145,8 @@ inline std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int6
   c.arguments({&ax, &aweight}), c.supported(ax);
   if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
   check_fused_base(c, ax, aweight, backward);
-  return fused_refusal(CudaProducts(c, ax, 0.0, Arg("seed", OptionalTensor())), ax, aweight, r, backward);
+  return choose_fused(CudaProducts(c, ax, 0.0, Arg("seed", OptionalTensor())), ax, aweight, r, backward)
+      .refusal;
 }
 
 inline std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -170,7 +181,7 @@ inline std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weigh
     c.matrix(aQ, ScalarType::Float, "[N, r]", q.K, "N, as in g", q.r, "the rank");
     q.u_forward = p.in(p.read(au)), q.Q = p.out(p.gradient(aQ, aQ, 0).value), q.accumulate = accumulate;
   }
-  fused_launch(p.context(), q);
+  run_fused(p.context(), q, choose_fused(p.context(), q));
   return {y.tensor, *u};
 }
 

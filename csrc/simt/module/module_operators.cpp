@@ -35,7 +35,7 @@ class Workspace {
 
 template <class Problem>
 void run(const cuda::Call& call, const Problem& problem) {
-  const cuda::Prepared prepared = cuda::prepare(call, problem);
+  const auto prepared = cuda::prepare(call, problem);
   Workspace workspace(prepared.workspace);
   cuda::run(call, problem, prepared, workspace.get());
   workspace.check();

@@ -121,10 +121,11 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
   q.dcores = static_cast<float*>(dcores.mutable_data());
   q.tokens = u.shape(0), q.cores = cores.shape(0), q.r_in = int32_t(r_in);
   q.r_out = int32_t(cores.shape(2)), q.scale = float(scaling);
-  const size_t bytes = cuda::row_core_grad_workspace(problem.call, q, rows);
+  const auto prepared = cuda::prepare_row_core_grad(problem.call, q, rows);
+  const size_t bytes = prepared.workspace;
   Array<uint32_t> workspace(bytes / 4 + 1, 0xFFFFFFFFu);
   if (options().count_memory && bytes) register_array("workspace", workspace.data(), bytes);
-  cuda::row_core_grad(problem.call, q, rows, workspace.data());
+  cuda::row_core_grad(problem.call, q, prepared, workspace.data());
 }
 
 }  // namespace
