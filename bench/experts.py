@@ -131,7 +131,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw(session: Session) -> None:
-    from .report.experts_table import draw_experts
+    from .pictures.experts import draw_experts
 
     draw_experts(session.store.read(), session.folder)
 

@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda case: measure(case, rh.of_form(options.rivals, case.form), session),
         show,
     )
-    from .report.host_table import draw_host
+    from .pictures.host import draw_host
 
     draw_host(newest(session.store.read()), session.folder)
     return session.finish()

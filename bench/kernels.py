@@ -146,7 +146,7 @@ def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Ses
 
 
 def draw(session: Session) -> None:
-    from .report.plots_more import draw_kernels
+    from .pictures.more import draw_kernels
 
     draw_kernels(newest(session.store.read()), session.folder)
 

@@ -245,9 +245,9 @@ def show(case: Case, results: list[dict], session: Session) -> None:
 
 
 def draw(session: Session) -> None:
-    from .report import plots
+    from .pictures import layer
 
-    pictures = plots.draw(newest(session.store.read()), session.folder)
+    pictures = layer.draw(newest(session.store.read()), session.folder)
     session.say(f"pictures: {', '.join(p.name for p in pictures)}")
 
 

@@ -233,7 +233,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw(session: Session) -> None:
-    from .report.plots_more import draw_model
+    from .pictures.more import draw_model
 
     draw_model(newest(session.store.read()), session.folder)
 

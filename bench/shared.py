@@ -175,7 +175,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw(session: Session) -> None:
-    from .report.plots_more import draw_shared
+    from .pictures.more import draw_shared
 
     draw_shared(newest(session.store.read()), session.folder)
 

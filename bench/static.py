@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(fused_table(gpu))
     print(ranges_table())
     print("Assumed, with its source:", *assumptions.lines(), sep="\n  ")
-    from .report.plots_static import draw_static
+    from .pictures.static import draw_static
 
     everything = kept(Store(options.results / FILE), model_id())
     for path in draw_static(everything, options.results):

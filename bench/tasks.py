@@ -134,7 +134,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw(session: Session) -> None:
-    from .report.plots_tasks import draw_training
+    from .pictures.tasks import draw_training
 
     draw_training(session.store.read(), session.folder)
 

@@ -326,7 +326,7 @@ def main(words: list[str] | None = None) -> None:
     show(results)
     folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
     write_whole(folder / "evolve.json", json.dumps(results, indent=1) + "\n")
-    from bench.report.plots_evolution import draw_evolution  # needs matplotlib
+    from bench.pictures.evolution import draw_evolution  # needs matplotlib
 
     draw_evolution(json.loads((folder / "evolve.json").read_text()), folder)
     print(f"kept in {folder / 'evolve'}.json and .png")

@@ -228,7 +228,7 @@ def show(rows: dict[str, dict], title: str) -> None:
 def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
-    from bench.report.plots import save  # which draws without a screen
+    from bench.pictures.figures import save  # which draws without a screen
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=(1.4, 1, 1))
     for name in rows:

@@ -254,7 +254,7 @@ def main(words: list[str] | None = None) -> int:
     show(results)
     folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
     folder.mkdir(parents=True, exist_ok=True)
-    from bench.report.plots_combining import draw_loras  # needs matplotlib
+    from bench.pictures.combining import draw_loras  # needs matplotlib
 
     write_whole(folder / "loras-to-bank.json", json.dumps(results, indent=1) + "\n")
     draw_loras(results, folder)

@@ -176,7 +176,7 @@ def main(words: list[str] | None = None) -> None:
     temporary = folder / f"{name}.json.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / f"{name}.json")
-    from bench.report.plots_tasks import draw_tasks  # needs matplotlib
+    from bench.pictures.tasks import draw_tasks  # needs matplotlib
 
     draw_tasks(results, folder)
     print(f"kept in {folder / name}.json and .png")

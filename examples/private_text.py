@@ -215,7 +215,7 @@ def show(found: dict, title: str) -> None:
 def draw(found: dict, path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
-    from bench.report.plots import save  # which draws without a screen
+    from bench.pictures.figures import save  # which draws without a screen
 
     figure, (left, *others) = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained", width_ratios=(2.2, 1, 1))
     colours = {"lotr": "tab:blue", "lora": "tab:orange"}

@@ -245,7 +245,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """The reward of each step, its mean over ten steps, and the held-out prompts before and after."""
     import matplotlib.pyplot as plt
 
-    from bench.report.plots import save  # which draws without a screen
+    from bench.pictures.figures import save  # which draws without a screen
 
     rewards = [one["reward"] for one in results["steps"]]
     smooth = [statistics.fmean(rewards[max(0, at - 9) : at + 1]) for at in range(len(rewards))]

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             work(task, options, facts, workers)
     for text in report(options):
         print(text)
-    from ..report.plots_evidence import draw_evidence
+    from .pictures import draw_evidence
 
     for path in draw_evidence(options.folder):
         print(f"picture in {path}")

@@ -24,12 +24,12 @@ from ..evidence.tasks import ALL as EVIDENCE_TASKS
 from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
+from ..measure.summary import Summary, summary
 from ..measure.timing import slug
 from ..projection import predictions
 from ..projection.predict import projections
 from ..serving import table as serving
 from . import block_table, experts_table, host_table, memory_table, rows_table, tables, tasks_table
-from .summary import Summary, summary
 
 
 class Page(NamedTuple):
@@ -219,28 +219,30 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_evidence, plots_more, plots_serving, plots_static, plots_tasks
+    from ..evidence.pictures import draw_evidence
+    from ..pictures import experts, host, layer, more, static, tasks
+    from ..serving.pictures import draw_serving
 
     written = []
     for folder in _machines(results):
-        layer, model = _read(folder / "layer.jsonl"), _read(folder / "model.jsonl")
-        written += plots.draw(layer, folder)
-        written += plots_more.draw_model(model, folder)
-        written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
-        written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
-        written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
-        written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
-        written += plots_tasks.draw_training(_read(folder / "tasks.jsonl"), folder)
-        written += plots_static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
-        written += plots_more.draw_summary(summary(layer, model), folder)
+        of_layer, of_model = _read(folder / "layer.jsonl"), _read(folder / "model.jsonl")
+        written += layer.draw(of_layer, folder)
+        written += more.draw_model(of_model, folder)
+        written += more.draw_shared(_read(folder / "shared.jsonl"), folder)
+        written += more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
+        written += host.draw_host(_read(folder / "host.jsonl"), folder)
+        written += experts.draw_experts(_read(folder / "experts.jsonl"), folder)
+        written += tasks.draw_training(_read(folder / "tasks.jsonl"), folder)
+        written += static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
+        written += more.draw_summary(summary(of_layer, of_model), folder)
         if run := serving.kept(folder):
-            written += plots_serving.draw_serving(run, folder)
-        written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
-    written += plots_evidence.draw_evidence(results / evidence.FOLDER.name)
+            written += draw_serving(run, folder)
+        written += [path for run in tasks_table.task_runs(folder) for path in tasks.draw_tasks(run, folder)]
+    written += draw_evidence(results / evidence.FOLDER.name)
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if levels := projections([tables.PROJECTED_SHAPE], rows, estimates):
-        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)
-    return written + plots_static.draw_static(estimates, folder)
+        written += more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)
+    return written + static.draw_static(estimates, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

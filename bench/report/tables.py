@@ -12,6 +12,7 @@ from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
+from ..measure.summary import EAGER, LORA, OURS, Summary
 from ..projection import block as block_traffic
 from ..projection import fused, predictions
 from ..projection.assumptions import RANGE_HEADS, range_rows
@@ -27,7 +28,6 @@ from ..projection.predict import projections
 from ..projection.table import LABEL as STATIC_LABEL
 from ..projection.table import markdown_rows
 from ..rivals.model import SHAPES as MODELS
-from .summary import EAGER, LORA, OURS, Summary
 
 # The shapes in the table; the result files and pictures have all measured shapes.
 SHOWN_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]

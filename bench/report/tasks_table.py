@@ -8,6 +8,7 @@ from pathlib import Path
 from ..measure.names import renamed
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.store import by_case
+from ..pictures.tasks import place
 from ..rivals.tasks import HEADS as TRAINING_HEADS
 from ..rivals.tasks import SHAPES, WAYS, row_of
 from . import tables
@@ -42,12 +43,6 @@ def tasks_table(run: dict, pictures: tables.Pictures) -> str:
     if name in pictures:
         lines += ["", f"![time of a batch against the tasks in it, tokens a row: {shape['tokens']}]({pictures[name]})"]
     return "\n".join(lines)
-
-
-def place(case: dict) -> str:
-    sizes = f"{case['rows']} rows of {case['tokens']} tokens, {case['tasks']:,} tasks, width {case['hidden']}"
-    threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
-    return f"{sizes}, {case['blocks']} blocks, r = {case['r']}, {case['dtype']}, {threads}"
 
 
 def training_table(cells: list[dict], pictures: tables.Pictures) -> str:

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     print(terminal(results))
     folder = options.results or RESULTS / slug(results["machine"]["name"])
     path = write_whole(folder / FILE, json.dumps(results, indent=1) + "\n")
-    from ..report.plots_serving import draw_serving  # needs matplotlib
+    from .pictures import draw_serving  # needs matplotlib
 
     draw_serving(results, folder)
     print(f"kept in {path} and .png")

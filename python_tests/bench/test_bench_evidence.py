@@ -10,11 +10,11 @@ import torch
 from bench.evidence import digest, intervals, plan, problems, sweep, table
 from bench.evidence.methods import METHODS, reference
 from bench.evidence.packing import packed, unpacked
+from bench.evidence.pictures import draw_evidence
 from bench.evidence.tasks import TASKS
 from bench.evidence.training import Run
 from bench.measure.store import Store
 from bench.report import rebuild as report
-from bench.report.plots_evidence import draw_evidence
 
 TEACHER, MOVIES = TASKS["teacher-half"], TASKS["minilm-movies"]
 ITEMS, SEEDS = 200, 5

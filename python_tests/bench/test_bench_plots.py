@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.report import plots
+from bench.pictures import layer
 
-RIVALS = ["frozen", *plots.COLOURS]
+RIVALS = ["frozen", *layer.COLOURS]
 
 
 def cells(points: list[tuple[int, int]], dtypes: tuple[str, ...] = ("fp32",)) -> list[dict]:
@@ -25,10 +25,10 @@ def cells(points: list[tuple[int, int]], dtypes: tuple[str, ...] = ("fp32",)) ->
 
 def test_pictures(tmp_path):
     points = [(128, 4), (512, 4), (2048, 4), (128, 8), (128, 16)]
-    drawn = [path.name for path in plots.draw(cells(points), tmp_path)]
+    drawn = [path.name for path in layer.draw(cells(points), tmp_path)]
     assert drawn == ["excess.png", "tokens.png", "rank.png", "memory.png"]
-    few = [path.name for path in plots.draw(cells([(512, 4)]), tmp_path)]
+    few = [path.name for path in layer.draw(cells([(512, 4)]), tmp_path)]
     assert few == ["excess.png", "memory.png"]
-    two = [path.name for path in plots.draw(cells([(128, 4), (512, 4), (128, 8)]), tmp_path)]
+    two = [path.name for path in layer.draw(cells([(128, 4), (512, 4), (128, 8)]), tmp_path)]
     assert two == few and sorted(path.name for path in tmp_path.iterdir()) == two  # the old ones are gone
-    assert plots.draw([], tmp_path) == []
+    assert layer.draw([], tmp_path) == []

@@ -9,10 +9,11 @@ import pytest
 
 from bench.gpu import summary as gpu_summary
 from bench.measure.store import Store
+from bench.pictures import static
 from bench.projection import predictions
 from bench.projection.assumptions import Spread
 from bench.projection.predictions import Prediction
-from bench.report import plots_static, tables
+from bench.report import tables
 
 CARD = "NVIDIA H100 80GB HBM3"
 KERNEL = {"kernel": "shrink", "m": 8192, "n": 4096, "r": 16, "dtype": "bf16"}
@@ -77,6 +78,6 @@ def test_the_page_and_a_picture_show_measured_beside_predicted(results):
     assert "| layer: lotr_ext 8192 4096 4096 16 bf16 | 25.0 (18.0-29.0) % | 26.0 | 1.04, within |" in table
     assert "](link.png)" in table and tables.predicted_table(results / "simt-executor", {}) == ""
     found = predictions.compared_in(results / "nvidia-h100", MADE)
-    (path,) = plots_static.draw_predicted(found, results)
+    (path,) = static.draw_predicted(found, results)
     assert path.stat().st_size > 5_000
-    assert plots_static.draw_predicted([], results) == [] and not path.exists()
+    assert static.draw_predicted([], results) == [] and not path.exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.report.plots_serving import draw_serving
 from bench.serving.__main__ import arguments, cases, main, same_texts
+from bench.serving.pictures import draw_serving
 from bench.serving.table import checks, kept, page_table, percentile, retention
 from bench.serving.work import Shape, task_of_row
 

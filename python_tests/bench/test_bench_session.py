@@ -10,7 +10,8 @@ import torch
 from bench import kernels, layer, model, shared
 from bench.measure import session, shapes, store, timing
 from bench.measure.session import Session
-from bench.report import plots, plots_more
+from bench.pictures import layer as layer_pictures
+from bench.pictures import more
 
 SMALL = ["--shapes", "8x16x16x2", "--dtypes", "fp32", "--rivals", "lotr_ext"]
 QUICK = ["--threads", "1", "--rounds", "2", "--slice", "0.0005", "--device", "cpu", "--allocator", "system"]
@@ -117,7 +118,7 @@ def test_a_run_that_goes_on_chooses_by_the_kept_ceilings(tmp_path, monkeypatch):
 )
 def test_pictures_at_the_end_show_what_tables_show(program, draw, arguments, tmp_path, monkeypatch):
     drawn: list[dict] = []
-    monkeypatch.setattr(plots if program is layer else plots_more, draw, lambda cells, folder: drawn.extend(cells) or [])
+    monkeypatch.setattr(layer_pictures if program is layer else more, draw, lambda cells, folder: drawn.extend(cells) or [])
     store.Store(tmp_path / f"{program.__name__.rsplit('.', 1)[-1]}.jsonl").prepare().append(cell("of another build"))
     common = ["--threads", "1", "--rounds", "1", "--device", "cpu", "--allocator", "system", "--results", str(tmp_path)]
     assert program.main([*arguments, *common]) == 0

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..measure.names import COLOURS
-from ..serving.table import DECODE, LABELS, PREFILL
-from .plots import save
+from ..pictures.figures import save
+from .table import DECODE, LABELS, PREFILL
 
 WAYS = {"native": COLOURS["lotr_ext"], "own": "tab:cyan", "lora": COLOURS["lora-eager"], "peft": COLOURS["lora-peft"]}
 

@@ -12,7 +12,7 @@ from ..projection.model import Estimate
 from ..projection.predict import Key
 from ..projection.predictions import Compared
 from ..projection.table import LABEL
-from .plots import save
+from .figures import save
 
 PARTS = {
     "reading and writing its bytes at the data sheet's bandwidth": "tab:blue",

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from ..measure.names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from ..measure.shapes import Shape
+from ..measure.summary import METHODS, Summary
 from ..projection.cards import CARDS
 from ..projection.counts import Key, Row
 from ..projection.layer_time import LABEL, Levels, excess
 from ..rivals.shared import LABELS
-from .plots import save
-from .summary import METHODS, Summary
+from .figures import save
 
 BAR = 0.8 / len(PROJECTED_COLOURS)
 NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr-eager-core")  # of a model; only in the table

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from ..evidence.digest import Digest, Point, digests
-from ..evidence.table import setting_text
-from .plots import save
+from ..pictures.figures import save
+from .digest import Digest, Point, digests
+from .table import setting_text
 
 SERIES = 6
 STYLES = {  # colour and line; the first SERIES that a task has are drawn, the tables have all

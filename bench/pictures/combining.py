@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from .plots import save
+from .figures import save
 
 COLOURS = {"layer": "tab:blue", "shape": "tab:green"}
 LABELS = {"layer": "bank, factors of each layer", "shape": "bank, one pair for all layers"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..measure.session import bytes_text, time_text
-from ..measure.shapes import Shape
-from ..measure.store import by_case
+from .session import bytes_text, time_text
+from .shapes import Shape
+from .store import by_case
 
 METHODS = ("lora-peft", "vera-peft", "lotr-eager", "lotr_ext")  # of the picture
 COLUMNS = LORA, EAGER, OURS = "lora-peft", "lotr-eager", "lotr_ext"  # of the table

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from ..measure.names import named, renamed
 from ..measure.store import by_case, newest
 from ..rivals.tasks import LABELS, STAGES, WAYS
-from .plots import save
-from .tasks_table import place
+from .figures import save
 
 COLOURS = {named("lora-peft"): "tab:orange", "LoTR": "tab:blue"}
 
@@ -44,6 +43,12 @@ def _tasks(run: dict) -> Figure:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     return figure
+
+
+def place(case: dict) -> str:
+    sizes = f"{case['rows']} rows of {case['tokens']} tokens, {case['tasks']:,} tasks, width {case['hidden']}"
+    threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+    return f"{sizes}, {case['blocks']} blocks, r = {case['r']}, {case['dtype']}, {threads}"
 
 
 def draw_training(cells: list[dict], folder: Path) -> list[Path]:

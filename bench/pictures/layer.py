@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from ..measure.names import COLOURS, EXTRA_FLOPS, name_of
 from ..measure.shapes import Case
+from .figures import save
 
 FEW = 128  # tokens; below, an excess is several hundred per cent, far above all other bars
 LEAST_POINTS = 3  # of a line: two do not show a shape
@@ -156,20 +154,6 @@ def _memory(cells: list[dict]) -> Figure | None:
         _bars(axis, cells, lambda c, field=field: (c[field] / 2**20,) * 3)
         axis.set(title=f"{title}, {dtype}", ylabel="MiB")
     return _finish(figure, axes, "Memory of one adapted layer", cells)
-
-
-def save(figures: dict[str, Figure | None], folder: Path, dpi: int = 100) -> list[Path]:
-    """Writes <name>.png of each figure by way of a temporary name; for None, removes the old picture."""
-    written = []
-    for name, figure in figures.items():
-        if figure is None:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-        else:
-            temporary = folder / f"{name}.tmp.png"
-            figure.savefig(temporary, dpi=dpi)
-            plt.close(figure)
-            written.append(temporary.replace(folder / f"{name}.png"))
-    return written
 
 
 def draw(cells: list[dict], folder: Path) -> list[Path]:

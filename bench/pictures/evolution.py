@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plots import save
+from .figures import save
 
 WAYS = {
     "start": ("start", "0.55"),
