@@ -9,13 +9,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SKIPPED = re.compile(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\])')""", re.DOTALL)
+_TOKEN = re.compile(
+    r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])'|\d[\w.']*|\w+|<<=|>>=|[-+*/%&|^=!<>]=|&&|\|\||<<|>>|->|\+\+|--|::|\S"""
+)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def tokens(text: str) -> str:
-    """C++ without comments, with single spaces; a preprocessor's line keeps its end."""
+    """The tokens of C++ text with a space between, however its lines are broken; a preprocessor's directive is a line."""
     bare = _SKIPPED.sub(lambda match: match[1] or " ", text.replace("\\\n", " "))
-    return "\n".join(words for line in bare.splitlines() if (words := " ".join(line.split())))
+    lines: list[list[str]] = [[]]
+    for line in bare.splitlines():
+        if line.lstrip().startswith("#"):
+            lines += [line.split(), []]
+        else:
+            lines[-1] += _TOKEN.findall(line)
+    return "\n".join(" ".join(words) for words in lines if words)
 
 
 def closure(sources: Iterable[Path], roots: Iterable[Path]) -> list[Path]:

@@ -339,6 +339,9 @@ def test_comments_and_layout_invalidate_no_record(tmp_path):
     assert sources.tokens(text) == sources.tokens(other)
     for old, new in (("1;", "2;"), ("no comment", "text"), ("#define N 1\n", "#define N 1 ")):
         assert sources.tokens(text) != sources.tokens(text.replace(old, new)), new
+    broken = "f(\n    a,\n    b)\n->c\n += 1.5f;\n#if N\n g<h>( );"
+    assert sources.tokens("f(a, b)->c += 1.5f;\n#if N\ng<h>();") == sources.tokens(broken)
+    assert sources.tokens("a++ + b") != sources.tokens("a + ++b") and sources.tokens("1 .5") != sources.tokens("1.5")
     main, header = tmp_path / "main.cu", tmp_path / "kernels" / "a.h"
     header.parent.mkdir()
     (tmp_path / "unused.h").write_text("int unused;")
