@@ -63,6 +63,19 @@ def test_module_links_to_no_one_torch_cuda_or_python(wheel, tmp_path):
         assert newest <= allowed, f"expected a module that runs from {library} {allowed} on, got one that needs {newest}"
 
 
+def test_readme_runs_from_an_installed_wheel_in_an_empty_folder(wheel, tmp_path):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    program = "\n".join([*blocks, "import lotr_ext", "print(lotr_ext.__file__)"])
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(site / "lotr_ext" / "__init__.py") and len(blocks) > 2
+
+
 @pytest.mark.parametrize(
     ("programs", "words"),
     [
