@@ -12,6 +12,7 @@ switched off for the next variants, and `python -m bench.gpu` keeps it off for a
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -22,11 +23,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lotr_ext.ops.planner import CUDA_SWITCHES
 
 from .machine import ROOT, write
+
+if TYPE_CHECKING:
+    from .torch_library import TorchLibrary
 
 OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows", "scale_backward")
 TYPES = ("bf16", "fp16", "fp32", "tf32")
@@ -34,7 +38,6 @@ RANKS = (16, 32, 64, 128)  # the compiled rank classes
 WATCHDOG_S = 20
 SECONDS = 90
 JOBS = min(16, os.cpu_count() or 1)  # concurrent processes: each spends most of its time in start-up
-DEVICES = ("cuda", "cpu", "fake")  # fake: python_tests/bench/fake_gpu.py, to test this program without a GPU
 
 
 class Variant(NamedTuple):
@@ -67,21 +70,13 @@ def variants() -> list[Variant]:
 
 def check(variant: Variant, device: str) -> None:
     """Raises AssertionError if a number is wrong."""
-    sys.path[:0] = [str(ROOT / "python_tests" / name) for name in ("cuda", "kernels", "bench")]
     if variant.operator == "fused":
         return check_fused(variant, device)
-    from arrays import ODD, PACKED
-    from cases import KERNELS
-    from shapes import Shape
+    from csrc.simt.checks.arrays import ODD, PACKED
+    from csrc.simt.checks.cases import KERNELS
+    from csrc.simt.checks.shapes import Shape
 
-    if device == "fake":
-        from fake_gpu import FakeGpu
-
-        library = FakeGpu(str(variant))
-    else:
-        from torch_backend import TorchLibrary
-
-        library = TorchLibrary(device)
+    library = library_of(device, variant)
     shapes = [Shape(333, 200, variant.rank - 3, ODD, layers=2), Shape(300, 264, variant.rank, PACKED, layers=3)]
     if device == "cuda":  # enough tiles for every SM, so that wgmma, clusters and a cooperative launch are used
         shapes += [Shape(8448, 1032, variant.rank), Shape(1032, 8448, variant.rank)]
@@ -93,10 +88,19 @@ def check(variant: Variant, device: str) -> None:
             assert values.tobytes() == first[name].tobytes(), f"{variant} {shape}: {name} has other bits in a second run"
 
 
+def library_of(device: str, variant: Variant) -> TorchLibrary:
+    """The operators on a device, or of MODULE:CLASS, which takes the variant's name."""
+    from .torch_library import TorchLibrary
+
+    module, _, name = device.partition(":")
+    return getattr(importlib.import_module(module), name)(str(variant)) if name else TorchLibrary(device)
+
+
 def check_fused(variant: Variant, device: str) -> None:
     """Checks the fused base product with the adapter, through a layer."""
     import torch
-    from fused_checks import adapted, far, step, truth
+
+    from .fused_checks import adapted, far, step, truth
 
     strategy = "fused" if device == "cuda" else "beta"
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
@@ -233,7 +237,7 @@ class Smoke:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", choices=DEVICES, help="what runs the operators (cuda)")
+    parser.add_argument("--device", default="cuda", help="what runs the operators: cuda, cpu, or MODULE:CLASS (cuda)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that all of it may take ({SECONDS})")
     parser.add_argument("--only", help="variants, comma-separated, as shrink-bf16-16 (all)")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
@@ -241,6 +245,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=JOBS, help=f"processes at a time ({JOBS})")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.device not in ("cuda", "cpu") and ":" not in options.device:
+        raise ValueError(f"device: expected cuda, cpu or MODULE:CLASS, got {options.device!r}")
     names = {str(variant): variant for variant in variants()}
     for name in (options.one, *(options.only or "").split(",")):
         if name and name not in names:

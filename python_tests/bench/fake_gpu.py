@@ -12,7 +12,7 @@ import json
 import os
 import time
 
-from torch_backend import TorchLibrary
+from bench.gpu.torch_library import TorchLibrary
 
 STICKY = "CUDA error: an illegal memory access was encountered"
 

@@ -17,7 +17,13 @@ from lotr_ext import __version__
 from lotr_ext.ops.planner import CUDA_SWITCHES
 
 SHRINK, EXPAND = smoke.Variant("shrink", "bf16", 16), smoke.Variant("expand_add", "bf16", 16)
+FAKE = "fake_gpu:FakeGpu"
 PATIENCE = 400.0  # seconds for a process to start on a loaded machine
+
+
+@pytest.fixture(autouse=True)
+def _processes_find_the_fake_gpu(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
 def faults(monkeypatch, **found: tuple[str, str | None]) -> None:
@@ -40,18 +46,18 @@ def faults(monkeypatch, **found: tuple[str, str | None]) -> None:
 )
 def test_what_a_process_comes_to(monkeypatch, kind, outcome, words):
     faults(monkeypatch, shrink__bf16__16=(kind, "wgmma"))
-    found = smoke.run(SHRINK, "fake", (), PATIENCE)
+    found = smoke.run(SHRINK, FAKE, (), PATIENCE)
     assert found.outcome == outcome and words in found.detail, found
 
 
 def test_a_feature_that_is_off_takes_its_fault_along(monkeypatch):
     faults(monkeypatch, shrink__bf16__16=("wrong", "wgmma"))
-    assert smoke.run(SHRINK, "fake", ("early", "wgmma"), PATIENCE).outcome == "passed"
+    assert smoke.run(SHRINK, FAKE, ("early", "wgmma"), PATIENCE).outcome == "passed"
 
 
 def test_a_hang_is_ended_with_all_that_it_started(monkeypatch):
     faults(monkeypatch, shrink__bf16__16=("hang", None))
-    found = smoke.run(SHRINK, "fake", (), 3.0)
+    found = smoke.run(SHRINK, FAKE, (), 3.0)
     assert found.outcome == "hung" and found.detail == "ended after 3 s"
 
 
@@ -78,7 +84,7 @@ def card(monkeypatch):
 
 def test_a_good_card_runs_each_variant_once_with_everything_on(card):
     calls = card({})
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go(smoke.variants())
     assert sorted(calls) == sorted((str(variant), ()) for variant in smoke.variants())
     assert found.without == [] and not found.unmended() and "152 passed" in found.report()[-1]
@@ -86,7 +92,7 @@ def test_a_good_card_runs_each_variant_once_with_everything_on(card):
 
 def test_the_feature_at_fault_is_switched_off_and_the_others_stay_on(card):
     card({SHRINK: {"wgmma"}, EXPAND: {"wgmma"}})
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go([SHRINK, EXPAND, smoke.Variant("fold", "bf16", 16)])
     assert found.without == ["wgmma"] and not found.unmended()
     text = "\n".join(found.report())
@@ -96,21 +102,21 @@ def test_the_feature_at_fault_is_switched_off_and_the_others_stay_on(card):
 
 def test_two_features_at_fault_are_both_switched_off(card):
     card({SHRINK: {"wgmma"}, EXPAND: {"cluster"}})
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go([SHRINK, EXPAND])
     assert sorted(found.without) == ["cluster", "wgmma"] and not found.unmended()
 
 
 def test_where_only_all_switches_together_help_all_are_switched_off(card):
     card({SHRINK: {"early", "together"}})
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go([SHRINK])
     assert sorted(found.without) == sorted(CUDA_SWITCHES) and not found.unmended()
 
 
 def test_what_no_switch_helps_is_named_and_switches_nothing_off(card):
     card({SHRINK: {"*"}}, "hung")
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go([SHRINK, EXPAND])
     assert found.without == [] and [result.variant for result in found.unmended()] == [SHRINK]
     assert "no switch helps: shrink-bf16-16" in found.report()
@@ -119,14 +125,14 @@ def test_what_no_switch_helps_is_named_and_switches_nothing_off(card):
 def test_what_the_user_has_switched_off_stays_off(card, monkeypatch):
     monkeypatch.setenv("LOTR_CUDA_WITHOUT", "early")
     calls = card({SHRINK: {"wgmma"}})
-    found = smoke.Smoke("fake", 1000)
+    found = smoke.Smoke(FAKE, 1000)
     found.go([SHRINK])
     assert found.without == ["early", "wgmma"] and all("early" in without for _, without in calls)
 
 
 def test_no_time_left_is_neither_passed_nor_failed(card):
     card({SHRINK: {"wgmma"}})
-    found = smoke.Smoke("fake", 0.5)
+    found = smoke.Smoke(FAKE, 0.5)
     found.go([SHRINK, EXPAND])
     assert [result.outcome for result in found.results] == ["not run", "not run"] and not found.unmended()
     assert "2 not run" in found.report()
@@ -134,7 +140,7 @@ def test_no_time_left_is_neither_passed_nor_failed(card):
 
 def test_the_results_are_a_file_and_the_status_says_whether_anything_failed(card, tmp_path, capsys):
     card({SHRINK: {"wgmma"}})
-    arguments = ["--device", "fake", "--only", "shrink-bf16-16,expand_add-bf16-16", "--out", str(tmp_path / "a" / "smoke.json")]
+    arguments = ["--device", FAKE, "--only", "shrink-bf16-16,expand_add-bf16-16", "--out", str(tmp_path / "a" / "smoke.json")]
     assert smoke.main(arguments) == 0
     kept = json.loads((tmp_path / "a" / "smoke.json").read_text())
     assert kept["without"] == ["wgmma"] and [row["outcome"] for row in kept["results"]] == ["wrong", "passed", "passed"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
+sys.path.insert(0, str(HERE))
 
 
 def obstacle() -> str | None:
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def backend():
     """The operators on the GPU, as the kernel tests call them."""
-    from torch_backend import TorchLibrary
+    from bench.gpu.torch_library import TorchLibrary
 
     yield TorchLibrary("cuda")
     torch.set_float32_matmul_precision("highest")

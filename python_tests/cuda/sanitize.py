@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
-from fused_checks import gradients
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from test_device import layer, lotr, step
+
+from bench.gpu.fused_checks import gradients
 
 SHAPES = ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200))
 

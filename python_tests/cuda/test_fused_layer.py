@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import lotr_ext
+from bench.gpu.machine import ROOT
 from lotr_ext.ops import planner
 
-CHECKS = Path(__file__).with_name("fused_checks.py")
 SECONDS = {"replays": 240.0}  # of a check; it takes a few
 
 
 def guarded(name: str, *arguments: str, seconds: float = 120.0) -> None:
     """Runs a check; fails where it fails, and where it is not over in time, after ending it."""
-    place = os.pathsep.join([str(Path(lotr_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(CHECKS), name, *arguments]
+    place = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "bench.gpu.fused_checks", name, *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": place}
     )

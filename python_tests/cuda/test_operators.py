@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from arrays import TYPES
-from cases import KERNELS
-from shapes import SHAPES
-from torch_backend import TorchLibrary
+
+from bench.gpu.torch_library import TorchLibrary
+from csrc.simt.checks.arrays import TYPES
+from csrc.simt.checks.cases import KERNELS
+from csrc.simt.checks.shapes import SHAPES
 
 # without small_forward_'s inner part, what runs on Hopper alone (test_fused_layer.py), and a part of layer_forward
 OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "fold_transposed", "expand_scaled")]

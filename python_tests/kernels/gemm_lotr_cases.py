@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
-from arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, place, wide
+
+from csrc.simt.checks.arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, place, wide
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import gemm_lotr_cases as gemm  # noqa: E402
-from arrays import ALIGNED, ODD, PACKED  # noqa: E402
-from cases import KERNELS  # noqa: E402
-from problem import schedule  # noqa: E402
-from shapes import SHAPES, Shape  # noqa: E402
+
+from csrc.simt.checks.arrays import ALIGNED, ODD, PACKED  # noqa: E402
+from csrc.simt.checks.cases import KERNELS  # noqa: E402
+from csrc.simt.checks.problem import schedule  # noqa: E402
+from csrc.simt.checks.shapes import SHAPES, Shape  # noqa: E402
 
 # Two blocks or more in each dimension of every grid, and walks of more tiles than there are stages, so that every stage
 # is filled a second time; with and without dropout, aligned and not. On two multiprocessors a block owns tiles in both

@@ -31,7 +31,7 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
 
 def wide_sweep(mode: str, *arguments: str) -> None:
     """All kernels and shapes, in two processes."""
-    from cases import KERNELS
+    from csrc.simt.checks.cases import KERNELS
 
     halves = [",".join(list(KERNELS)[i::2]) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
@@ -40,7 +40,7 @@ def wide_sweep(mode: str, *arguments: str) -> None:
 
 def test_no_race() -> None:
     """Every kernel but `small`, which is made of the others."""
-    from cases import KERNELS
+    from csrc.simt.checks.cases import KERNELS
 
     kernels = ",".join(kernel for kernel in KERNELS if kernel != "small")
     sweep("race", "--shapes", "some", "--kinds", "bf16", "--schedules", "forward", "--kernels", kernels, kind="bf16")

@@ -10,7 +10,8 @@ import gemm_lotr_cases as gemm
 import numpy as np
 import pytest
 from gemm_lotr_cases import Case, Inputs, new_workspace
-from problem import schedule
+
+from csrc.simt.checks.problem import schedule
 
 SCHEDULES = ["forward/1", "reverse/3", "103/4"]
 

@@ -6,12 +6,13 @@ import random
 
 import numpy as np
 import pytest
-from arrays import ALIGNED, COLUMNS, ODD, PACKED, TYPES
-from cases import KERNELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problem import Problem
-from shapes import SHAPES, Shape
+
+from csrc.simt.checks.arrays import ALIGNED, COLUMNS, ODD, PACKED, TYPES
+from csrc.simt.checks.cases import KERNELS
+from csrc.simt.checks.problem import Problem
+from csrc.simt.checks.shapes import SHAPES, Shape
 
 LAYOUTS = [PACKED, ALIGNED, ODD, COLUMNS]
 SCHEDULES = [{"order": "forward"}, {"order": "reverse"}, *({"order": "random", "seed": s} for s in range(1, 6))]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import narrow, wide
+
+from csrc.simt.checks.arrays import narrow, wide
 
 ROW = 1 << 27  # elements from row to row
 M, K, R = 20, 72, 16  # the last row starts at 19 * 2^27 > 2^31

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from arrays import narrow, wide
 
 from bench.projection.counts import aligned
+from csrc.simt.checks.arrays import narrow, wide
 
 M, N, R = 1024, 512, 16
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import ALIGNED, ODD, PACKED
-from cases import factor_grad, filled, shrink, shrink_core, shrink_grad
-from shapes import Shape
 from test_kernels import bits, in_turn
 
 from bench.projection import counts
+from csrc.simt.checks.arrays import ALIGNED, ODD, PACKED
+from csrc.simt.checks.cases import factor_grad, filled, shrink, shrink_core, shrink_grad
+from csrc.simt.checks.shapes import Shape
 
 THREADS = 160
 SCHEDULES = [

@@ -4,9 +4,10 @@ remembered choice is the one that would be made anew, and the estimate keeps the
 from __future__ import annotations
 
 import pytest
-from arrays import ALIGNED, ODD
-from cases import KERNELS
-from shapes import Shape
+
+from csrc.simt.checks.arrays import ALIGNED, ODD
+from csrc.simt.checks.cases import KERNELS
+from csrc.simt.checks.shapes import Shape
 
 LISTED = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 # What the model before this one chose on an H100 in bfloat16: kernel, M, N, r: wgmma, rows, cols, m_blocks, n_blocks, of_row.

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import factor_grad, filled, shrink, shrink_grad
 from gemm_lotr_cases import Case, Inputs, new_workspace
-from shapes import Shape
+
+from csrc.simt.checks.cases import factor_grad, filled, shrink, shrink_grad
+from csrc.simt.checks.shapes import Shape
 
 K, MN, REGISTERS = (128, False), (128, True), (0, False)  # bytes of the swizzle, whether MN-major
 MN16, MN32 = (32, True), (64, True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import shrink_grad
-from shapes import Shape
 from test_kernels import bits, in_turn
 
 from bench.projection import counts
+from csrc.simt.checks.cases import shrink_grad
+from csrc.simt.checks.shapes import Shape
 
 SCHEDULES = [
     {"order": "reverse"},

@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from arrays import ALIGNED, ODD
-from cases import KERNELS, filled
-from shapes import Shape
 
+from csrc.simt.checks.arrays import ALIGNED, ODD
+from csrc.simt.checks.cases import KERNELS, filled
+from csrc.simt.checks.shapes import Shape
 from lotr_ext.ops import planner
 
 WORDS = ("wgmma", "early", "cluster", "together")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import ODD
-from cases import KERNELS
-from shapes import Shape
 
 from bench.projection import counts as traffic
+from csrc.simt.checks.arrays import ODD
+from csrc.simt.checks.cases import KERNELS
+from csrc.simt.checks.shapes import Shape
 
 BLOCKS = 120  # of 132 multiprocessors
 

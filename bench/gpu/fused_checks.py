@@ -1,6 +1,8 @@
 """Checks of the fused strategy on a GPU, each a program of its own, since a kernel that hung would hang who waits for it:
 
-python fused_checks.py numbers [--device cpu --strategy beta]     test_fused_layer.py runs them all, under a watchdog
+python -m bench.gpu.fused_checks numbers [--device cpu --strategy beta]
+
+python_tests/cuda/test_fused_layer.py runs them all, under a watchdog.
 """
 
 from __future__ import annotations

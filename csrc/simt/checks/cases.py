@@ -7,9 +7,10 @@ from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
-from arrays import PACKED, Layout, Output, check_close, narrow, operand, wide
-from problem import Maker, Problem, finish
-from shapes import Shape
+
+from .arrays import PACKED, Layout, Output, check_close, narrow, operand, wide
+from .problem import Maker, Problem, finish
+from .shapes import Shape
 
 
 def shrink(shape: Shape, kind: str) -> Problem:

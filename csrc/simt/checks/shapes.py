@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arrays import ALIGNED, COLUMNS, ODD, PACKED, Layout
+from .arrays import ALIGNED, COLUMNS, ODD, PACKED, Layout
 
 
 @dataclass(frozen=True)

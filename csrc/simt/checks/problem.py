@@ -7,8 +7,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
-from arrays import DTYPE, Output, check_close, narrow, operand, philox_keep, place
-from shapes import Shape
+
+from .arrays import DTYPE, Output, check_close, narrow, operand, philox_keep, place
+from .shapes import Shape
 
 SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
 
