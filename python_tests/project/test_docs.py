@@ -161,11 +161,13 @@ def check_module(name: str, arguments: list[str], capsys) -> None:
 
 
 def test_paths_that_pages_name_exist():
-    """In backticks, from the root; * is any name, <..> what the reader fills in."""
+    """In backticks, from the root, also within a command; * is any name, <..> what the reader fills in. git shows gone ones."""
     folders = "|".join(("lotr_ext", "csrc", "bench", "python_tests", "examples", "docs"))
     gone = []
     for page in PAGES:
-        for path in re.findall(rf"`((?:{folders})/[^`\s]*)`", page.read_text(encoding="utf-8")):
+        quoted = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+        words = [word for text in quoted if not text.startswith("git ") for word in text.split()]
+        for path in (word for word in words if re.match(rf"(?:{folders})/", word)):
             pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
             gone += [f"{page_name(page)}: {path}"] if not any(ROOT.glob(pattern)) else []
     assert not gone, gone
