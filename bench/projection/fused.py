@@ -36,7 +36,7 @@ ASSUMED = [
 
 @dataclass(frozen=True)
 class Tickets:
-    """The order of csrc/cuda/kernels/gemm_lotr_traits.cuh, cut as gemm_lotr_plan in csrc/cuda/gemm_lotr.h does."""
+    """The order of csrc/cuda/kernels/gemm_lotr_traits.cuh, cut as csrc/cuda/plan/gemm_lotr.h does."""
 
     bands: int
     columns: int

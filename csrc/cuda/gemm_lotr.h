@@ -6,6 +6,7 @@
 #include <string>
 
 #include "launch.h"
+#include "plan/gemm_lotr.h"
 
 namespace lotr::cuda {
 
@@ -30,25 +31,9 @@ struct GemmLotr {
   bool accumulate;   // else Q = instead of Q +=; then Q is contiguous
 };
 
-// How a launch is cut. The results have the same bits for every plan.
-struct GemmLotrPlan {
-  int cluster;     // 1 or 2 blocks: two share W's tiles
-  int scouts;      // tickets that the bands' scouts are dealt to
-  int band_group;  // bands that the tiles walk together
-};
+using GemmLotrPlan = plan::GemmLotr;
 inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
-  const int cluster = q.M > 128 && !call.off.cluster ? 2 : 1;
-  const int64_t columns = q.r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
-  const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
-                clusters = call.card.multiprocessors / cluster;
-  // A quarter of the clusters compute u, so that u is ready when the first tiles need it and not all clusters
-  // read x at once; fewer if the clusters without a tile in the last wave suffice (a scout takes a third of
-  // the time of a tile).  1,024 rows make a band group: its x and the columns of W that it reads stay in L2.
-  int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
-  const int64_t last = clusters ? bands * ((q.N + columns - 1) / columns) % clusters : 0;
-  const int64_t idle = last ? clusters - last : 0;
-  if (idle < scouts && bands <= 3 * idle) scouts = idle;
-  return {cluster, int(scouts < 1 ? 1 : scouts), 8 / cluster};
+  return plan::gemm_lotr(q.M, q.N, q.r, !call.off.cluster, call.card.multiprocessors);
 }
 
 // Why the kernel cannot run it (name, expected, got), or nothing.

@@ -15,4 +15,7 @@ saving.py          save_adapter;  loading.py: load_adapter
   sentence_transformers.py  the same for a SentenceTransformer; stages.py: the model inside
 adapted.py         the adapted layers of a model; summary.py, groups.py: counts, groups for an optimizer
 first_step.py      warns about an optimizer without the adapter
+
+There are no packages inside. A package for files, or one for starts, would import `apply` and be imported by it: loading and
+gradient stand above apply.py, saving, save_hook, starts and shared_factors below it.
 """

@@ -29,7 +29,8 @@ struct Work {
   double together = 0;   // that all blocks add at the same time, all of them together
 };
 
-// A block's rate by its rank: up to 32 the loads limit it, above that the products.
+// Bytes of the large matrix that a block gets through in a clock, by bench.static: up to rank 32 the loads
+// limit it, above that the products.
 constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
 }

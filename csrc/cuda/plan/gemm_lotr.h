@@ -1,0 +1,28 @@
+// The base product with the adapter inside: kernels/gemm_lotr.cuh.
+#pragma once
+#include "machine.h"
+
+namespace lotr::plan {
+
+// How a launch is cut. The results have the same bits for every plan.
+struct GemmLotr {
+  int cluster;     // 1 or 2 blocks: two share W's tiles
+  int scouts;      // tickets that the bands' scouts are dealt to
+  int band_group;  // bands that the tiles walk together
+};
+
+// y [M, N] at rank r; clusters: whether a launch may have them.
+inline GemmLotr gemm_lotr(int64_t M, int64_t N, int64_t r, bool clusters, int multiprocessors) {
+  const int cluster = M > 128 && clusters ? 2 : 1;
+  const int64_t columns = r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
+  const int64_t bands = ceil_div(M, 128 * cluster), held = multiprocessors / cluster;
+  // A quarter of the clusters compute u, so that u is ready when the first tiles need it and not all clusters
+  // read x at once; fewer if the clusters without a tile in the last wave suffice (a scout takes a third of
+  // the time of a tile).  1,024 rows make a band group: its x and the columns of W that it reads stay in L2.
+  int64_t scouts = std::min(bands, held / 4);
+  const int64_t last = held ? bands * ceil_div(N, columns) % held : 0, idle = last ? held - last : 0;
+  if (idle < scouts && bands <= 3 * idle) scouts = idle;
+  return {cluster, int(std::max<int64_t>(1, scouts)), 8 / cluster};
+}
+
+}  // namespace lotr::plan
