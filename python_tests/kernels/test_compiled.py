@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sys
-import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from bench.projection.compiled import Compiled
+from bench.projection.compiled import Compiled, tool
 from bench.projection.compiled import compile_kernels as kept_code
 from bench.projection.sass import blocks_of
 
@@ -23,16 +19,6 @@ QUICK = ("fold", "rows", "scale_backward", "small")  # make test-full compiles a
 HOST_ONLY = ("counters", "operators", "plans", "small")  # no kernel
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
-
-
-def tool(name: str) -> str | None:
-    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ] + [
-        Path("/usr/local/cuda/bin")
-    ]
-    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
-        folders += sorted(Path(base).glob("nvidia/cu*/bin"), reverse=True) if base else []
-    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    return str(found) if found else shutil.which(name)
 
 
 NVCC, CUOBJDUMP = tool("nvcc"), tool("cuobjdump")

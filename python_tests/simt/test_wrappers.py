@@ -3,19 +3,17 @@ would silently mean something else there."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from bench.projection.compiled import tool
 from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
-FOLDERS = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/cuda/bin", os.environ.get("PATH", "")]
-NVCC = shutil.which("nvcc", path=os.pathsep.join(FOLDERS))
+NVCC = tool("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 MEMORY = ("ld.global", "ld.global.nc", "ld.global.cg", "ld.shared")
