@@ -28,7 +28,7 @@ NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
 MORE_CXX := csrc/simt csrc/simt/module csrc/simt/torch docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup check demo frontier many-tasks evolve private influence loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks evolve private influence loras causal-lm test test-slow test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
@@ -39,7 +39,8 @@ help:
 	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
 	@echo "make influence  finding wrong labels by influence, beside kronfluence (10 minutes of one core)"
 	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (3 minutes)"
-	@echo "make test       lint and what users meet (10 minutes)        make test-full   the long sweeps too (an hour or more)"
+	@echo "make test       lint and what users meet (10 minutes)        make test-slow   what CI runs beside it (4 minutes)"
+	@echo "make test-full  both and the long sweeps (an hour or more)"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
 	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
@@ -125,11 +126,16 @@ check: $(STAMPS)/build
 
 test: setup lint
 	@$(PY) -m pytest $(TWO) $(SLOWEST) $(ARGS)
-	@echo "test: left out: AddressSanitizer, most schedules, shapes and mutations of the kernels, planted bugs, code for other GPUs,"
-	@echo "test: thousands of random programs; make test-full has them. What needs a GPU: make test-gpu"
+	@echo "test: left out: other frameworks (DeepSpeed, accelerate, Opacus), quantisers, lower instruction sets, compilers: CI has them;"
+	@echo "test: AddressSanitizer, most schedules, shapes and mutations of the kernels, planted bugs, code for other GPUs, thousands"
+	@echo "test: of random programs: make test-full has them all. What needs a GPU: make test-gpu"
+
+# What CI runs beside `make test`.
+test-slow: setup
+	@$(PY) -m pytest $(TWO) -m "slow and not full" $(SLOWEST) $(ARGS)
 
 test-full: setup lint
-	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)
+	@$(PY) -m pytest $(TWO) -m "" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)
 
 # Adapters in a real vLLM, whose set-up is no part of make setup.
 serve-test: setup $(STAMPS)/vllm

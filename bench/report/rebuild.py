@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ from ..projection import predictions
 from ..projection.predict import projections
 from ..serving import table as serving
 from . import block_table, experts_table, host_table, memory_table, rows_table, tables, tasks_table
+
+Section = Callable[[Path, str], list[str]]  # its texts, from results and the path from the page's folder to the root
+SIMT = "simt-executor"
 
 
 class Page(NamedTuple):
@@ -154,65 +158,90 @@ def newest_summary(results: Path) -> tuple[Summary, Path] | None:
     return max((one for one in found if one[0] is not None), key=lambda one: one[0].model.get("when", 0), default=None)
 
 
-def _summary_section(results: Path, up: str) -> list[str]:
+def _summary(results: Path, up: str) -> list[str]:
     found = newest_summary(results)
-    if found is None:
-        return []
-    return [tables.summary_table(found[0], _pictures(found[1], up))]
+    return [] if found is None else [tables.summary_table(found[0], _pictures(found[1], up))]
 
 
-def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
-    """The generated text of each section, from the results of all machines. up: the path from the page's folder to the root."""
-    found: dict[str, list[str]] = {name: [] for page in PAGES for name in page.sections}
-    for folder in _machines(results):
-        found["demo"] += [demo_table(demo) for demo in _demos(folder)]
-        for name, table in TABLES.items():
-            cells = _read(folder / f"{name}.jsonl")
-            if cells:
-                found[name].append(table(cells, _pictures(folder, up)))
-        found["many-tasks"] += [tasks_table.tasks_table(run, _pictures(folder, up)) for run in tasks_table.task_runs(folder)]
-        if run := serving.kept(folder):
-            found["serving"].append(serving.page_table(run, _pictures(folder, up).get("serving")))
-    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
-    if rows:
-        found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
-    if counts := rows_table.row_counts(results):
-        found["traffic"].append(rows_table.rows_table(counts))
-    if estimates:
-        found["static"].append(tables.static_table(estimates, _pictures(folder, up)))
-    for folder in _machines(results):
-        if text := tables.predicted_table(folder, _pictures(folder, up)):
-            found["static"].append(text)
-    if text := rows_table.static_rows_table(results):
-        found["static"].append(text)
-    found["memory"] = [] if (counts := memory.kept(results)) is None else [memory_table.page_table(counts)]
-    found["summary"] = _summary_section(results, up)
-    return found | _evidence_sections(results / evidence.FOLDER.name, up)
+def _measured(name: str, table: Callable[[list[dict], tables.Pictures], str]) -> Section:
+    """The table of a program that keeps its cells in a machine's folder, for each machine."""
+
+    def texts(results: Path, up: str) -> list[str]:
+        found = ((_read(folder / f"{name}.jsonl"), folder) for folder in _machines(results))
+        return [table(cells, _pictures(folder, up)) for cells, folder in found if cells]
+
+    return texts
 
 
-def _evidence_sections(folder: Path, up: str) -> dict[str, list[str]]:
-    """What to take, in full and in short."""
-    found, pictures = evidence.digests(folder), _pictures(folder, up)
+def _many_tasks(results: Path, up: str) -> list[str]:
+    return [
+        tasks_table.tasks_table(run, _pictures(folder, up))
+        for folder in _machines(results)
+        for run in tasks_table.task_runs(folder)
+    ]
+
+
+def _serving(results: Path, up: str) -> list[str]:
+    found = ((serving.kept(folder), folder) for folder in _machines(results))
+    return [serving.page_table(run, _pictures(folder, up).get("serving")) for run, folder in found if run]
+
+
+def _traffic(results: Path, up: str) -> list[str]:
+    rows, counts = tables.traffic_rows(results), rows_table.row_counts(results)
+    found = [tables.traffic_table(rows, tables.static_found(results), _pictures(results / SIMT, up))] if rows else []
+    return found + ([rows_table.rows_table(counts)] if counts else [])
+
+
+def _static(results: Path, up: str) -> list[str]:
+    estimates = tables.static_found(results)
+    found = [tables.static_table(estimates, _pictures(results / SIMT, up))] if estimates else []
+    found += [tables.predicted_table(folder, _pictures(folder, up)) for folder in _machines(results)]
+    return [text for text in (*found, rows_table.static_rows_table(results)) if text]
+
+
+def _memory(results: Path, up: str) -> list[str]:
+    return [] if (counts := memory.kept(results)) is None else [memory_table.page_table(counts)]
+
+
+def _of_evidence(table: Callable[[list[evidence.Digest], tables.Pictures], str]) -> Section:
+    def texts(results: Path, up: str) -> list[str]:
+        folder = results / evidence.FOLDER.name
+        return [text] if (text := table(evidence.digests(folder), _pictures(folder, up))) else []
+
+    return texts
+
+
+def _recipe(results: Path, up: str) -> list[str]:
+    folder = results / evidence.FOLDER.name
     swept = {task.name: evidence_sweep.transfers(evidence.kept(folder, task.name, True)) for task in EVIDENCE_TASKS}
-    swept = {name: transfers for name, transfers in swept.items() if transfers}
-    texts = {
-        "advice": evidence_table.page_advice(found),
-        "accuracy": evidence_table.short_text(found, pictures),
-        "evidence": evidence_table.page_tables(found, pictures),
-        "recipe": evidence_table.page_sweeps(swept),
-    }
-    return {name: [text] if text else [] for name, text in texts.items()}
+    text = evidence_table.page_sweeps({name: transfers for name, transfers in swept.items() if transfers})
+    return [text] if text else []
+
+
+SECTIONS: dict[str, Section] = {
+    "demo": lambda results, up: [demo_table(demo) for folder in _machines(results) for demo in _demos(folder)],
+    **{name: _measured(name, table) for name, table in TABLES.items()},
+    "many-tasks": _many_tasks,
+    "serving": _serving,
+    "traffic": _traffic,
+    "static": _static,
+    "memory": _memory,
+    "summary": _summary,
+    "advice": _of_evidence(lambda found, pictures: evidence_table.page_advice(found)),
+    "accuracy": _of_evidence(evidence_table.short_text),
+    "evidence": _of_evidence(evidence_table.page_tables),
+    "recipe": _recipe,
+}
 
 
 def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
     """A page's text with its tables regenerated. Raises ValueError if a table's two marker lines are missing."""
-    found = sections(results, page.up)
     for name in page.sections:
         pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name}: expected the markers {name}:begin and {name}:end, found none")
         nothing = f"No result of `{PROGRAMS.get(name, f'python -m bench.{name}')}` is kept yet."
-        body = "\n\n".join(found[name] or [nothing])
+        body = "\n\n".join(SECTIONS[name](results, page.up) or [nothing])
         text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
     return text
 
@@ -239,7 +268,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
             written += draw_serving(run, folder)
         written += [path for run in tasks_table.task_runs(folder) for path in tasks.draw_tasks(run, folder)]
     written += draw_evidence(results / evidence.FOLDER.name)
-    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
+    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / SIMT
     if levels := projections([tables.PROJECTED_SHAPE], rows, estimates):
         written += more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)
     return written + static.draw_static(estimates, folder)

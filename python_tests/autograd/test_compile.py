@@ -71,6 +71,7 @@ def test_ten_lengths_in_one_graph_with_the_gradients_of_the_definition(backend, 
             assert errors(model, compiled, data(tokens), autocast) < bound
 
 
+@pytest.mark.slow  # a C++ compiler for each graph
 def test_one_layer_by_inductor_at_ten_lengths() -> None:
     layer = LoTRLinear(D, D, factors=LoTRFactors(D, D, 4))
     nn.init.normal_(layer.core)

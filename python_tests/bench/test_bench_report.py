@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,8 @@ def test_programs_and_kept_results_have_the_same_names():
     assert EVIDENCE["lora"].label == RECIPES["lora"].name == names.NAMES["lora-peft"] and EVIDENCE["vera"].label == "VeRA PEFT"
     assert names.renamed("LoRA (PEFT)") == "LoRA PEFT" and names.renamed("LoTR") == "LoTR"
     assert names.renamed("PEFT LoRA, 8 tasks in the batch") == "LoRA PEFT, 8 tasks in the batch"
-    shown = "".join(text for texts in report.sections().values() for text in texts)
+    pages = "".join(page.path.read_text(encoding="utf-8") for page in report.PAGES)
+    shown = "".join(re.findall(r":begin made by.*?:end -->", pages, re.DOTALL))
     former = [old for old in (*names.FORMER, "VeRA (PEFT)", "LoTR eager", "as the original") if old in shown]
     assert "LoRA PEFT" in shown and not former
 
@@ -163,7 +165,7 @@ def test_a_table_shows_one_build_and_the_shapes_for_readme(tmp_path):
     assert "LoRA eager |" not in text.replace("/ LoRA eager", "") and "3 x 5 x 7" not in text
     assert "3 x 5 x 7" in report_tables.layer_table(shown[1:], {})  # nothing else to show
     write(tmp_path / "a-machine", "layer.jsonl", cells)
-    assert "90.0%" not in report.sections(tmp_path)["layer"][0]
+    assert "90.0%" not in report.SECTIONS["layer"](tmp_path, "")[0]
 
 
 def test_a_range_of_rounds_is_said():

@@ -60,7 +60,7 @@ def test_the_page_shows_the_newest_counts(tmp_path):
         row = {"launches": [["row_core", 7]], "moved": {"cores": size}, "sectors": size // 32, "least": 10**6}
         case = {"operator": key[0]} | key[1]._asdict() | {"multiprocessors": key[2]}
         store.append({"case": case, "rival": "lotr_ext", "build": build, "row": row})
-    (text,) = report.sections(tmp_path)["traffic"]
+    (text,) = report.SECTIONS["traffic"](tmp_path, "")
     assert "| row_core | 2,048, 4 of 32, 16 | row_core: 7 | 2.000 MB | 2.000 MB | 1.000 MB | 2.00 | 100.0% |" in text
 
 
@@ -86,11 +86,11 @@ def test_the_page_shows_many_tasks(tmp_path):
     run = {"shape": shape, "machine": {"name": "box", "torch": "2", "peft": "0"}, "ways": ways}
     run |= {"bytes_a_task": {"LoTR": 2048}, "most_over_one_task": {"LoTR": 1.05}}
     (folder / "many-tasks-2-tokens.json").write_text(json.dumps(run))
-    (text,) = report.sections(tmp_path)["many-tasks"]
+    (text,) = report.SECTIONS["many-tasks"](tmp_path, "")
     assert 'make many-tasks ARGS="--tokens 2 --rounds 3 --threads 1"' in text
     assert "| **LoTR, 64 tasks in the batch** | 64.00 ms | 2,000 | 1.25 x |" in text
     assert "LoTR 1.05 x" in text and "LoTR 2 KiB" in text
     assert "| LoRA PEFT, 64 tasks in the batch | 50.00 ms |" in text  # by its name now
     assert tasks_table.task_runs(folder) == [run]
     assert report.draw(tmp_path) == [folder / "many-tasks-2-tokens.png"]
-    assert "](bench/results/machine/many-tasks-2-tokens.png)" in report.sections(tmp_path)["many-tasks"][0]
+    assert "](bench/results/machine/many-tasks-2-tokens.png)" in report.SECTIONS["many-tasks"](tmp_path, "")[0]

@@ -26,7 +26,7 @@ def test_it_measures_keeps_and_shows(tmp_path, capsys):
     assert cells["whole-bank"]["state_bytes"] == 4 * (7 * 2 * numbers + 4)
     assert cells["per-task"]["state_bytes"] == 7 * 4 * (2 * numbers + 4)
     assert (folder / "tasks.png").stat().st_size > 5000
-    (text,) = rebuild.sections(tmp_path)["tasks"]
+    (text,) = rebuild.SECTIONS["tasks"](tmp_path, "")
     assert "python -m bench.tasks --shapes 4x3x7x16x1x2 --threads 1 --rounds 1 --allocator system" in text
     assert "| **a task a row, bank.optimizer(AdamW)** |" in text and "| one adapter, AdamW |" in text
     assert "](bench/results/machine/tasks.png)" in text and tasks_table.place(CASE._asdict()) in text

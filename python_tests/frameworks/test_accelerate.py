@@ -8,6 +8,7 @@ import pytest
 from beside import values_of
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.slow
 
 
 def test_fsdp1_trains_and_saves_as_one_process_does(tmp_path: Path) -> None:

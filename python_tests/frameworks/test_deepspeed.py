@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from beside import needs, values_of
 
-pytestmark = needs("deepspeed")
+pytestmark = [needs("deepspeed"), pytest.mark.slow]
 CHECKS = ("stages", "through_peft", "resumes", "partitioned_first", "refusals")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from beside import needs, values_of
+
+pytestmark = pytest.mark.slow
 
 
 @needs("opacus")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from beside import needs, values_of
+
+pytestmark = pytest.mark.slow
 
 CHECKS = ["saved_and_loaded", "other_ways", "trained", "refused"]
 

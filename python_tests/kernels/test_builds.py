@@ -1,6 +1,7 @@
 """The kernels in the executor's other builds: sanitizers, race detector, coverage, and with one synchronisation left out.
 
-`make test` has the race detector on some shapes and each eighth synchronisation left out; `make test-full` has all of them."""
+`make test` has the race detector on some shapes and each sixteenth synchronisation left out, `make test-slow`
+each eighth; `make test-full` has all of them."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ def test_every_line_of_the_kernels_runs() -> None:
     assert run / total >= 0.98
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.full)])
 def test_each_synchronisation_left_out_is_noticed(every: int) -> None:
     command = [sys.executable, str(HERE / "mutate_kernels.py"), "--every", str(every)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)

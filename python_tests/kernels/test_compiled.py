@@ -155,7 +155,10 @@ WGMMA = {  # unit: its kernels (types, ranks, directions, clusters), and the reg
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("gemm_lotr_sm90", marks=pytest.mark.full), *list(WGMMA)[1:]])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(unit, marks=pytest.mark.full if unit == "gemm_lotr_sm90" else pytest.mark.slow) for unit in WGMMA],
+)
 def wgmma(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """A unit, its cubin, and what ptxas says of it."""
     source = ROOT / "csrc" / "cuda" / f"{request.param}.cu"

@@ -38,6 +38,7 @@ from nets import relative
 LIBRARIES = Path(sys.prefix) / "quantized"  # where make setup puts torchao and bitsandbytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBRARIES.is_dir(), reason="torchao and bitsandbytes are missing: run make setup")
 def test_with_the_real_libraries() -> None:
     """In a process of its own: wherever transformers finds torchao it imports it, loudly, at each from_pretrained."""

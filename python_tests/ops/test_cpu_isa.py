@@ -25,7 +25,7 @@ def test_subnormal_bfloat16_counts_as_zero_where_the_instructions_say_so() -> No
     assert (ops.shrink(smallest, one) == (0.0 if flushed else 32 * 2.0**-133)).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [ISAS[0], *(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[1:])])
 def test_each_instruction_set(isa: str) -> None:
     """All of test_cpu_kernels.py again with each lower instruction set of this CPU."""
     if json.loads(ops.info())["cpu"]["isa"] == isa:

@@ -112,6 +112,7 @@ SNIPPETS = ROOT / "data" / "movie_snippets.tsv"
 needs_snippets = pytest.mark.skipif(not SNIPPETS.is_file(), reason="data/ is missing: run make setup")
 
 
+@pytest.mark.slow
 @needs_snippets
 @pytest.mark.skipif(not (Path(sys.prefix) / "frameworks" / "opacus").is_dir(), reason="opacus is missing: run make setup")
 def test_private_text_keeps_its_numbers_and_a_picture(tiny, tmp_path, printed, forked):
@@ -129,6 +130,7 @@ def test_private_text_keeps_its_numbers_and_a_picture(tiny, tmp_path, printed, f
     assert (tmp_path / "private-text.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 @needs_snippets
 def test_influence_text_keeps_its_numbers_and_a_picture(tiny, tmp_path):
     sizes = "--texts 40 --held-out 5 --epochs 0.5 --seeds 1 --rank 2"
@@ -337,6 +339,7 @@ def test_causal_lm_refuses_what_only_the_files_can_tell(tiny_lm, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_loras_to_bank_keeps_its_numbers_and_a_picture(tiny_lm, tmp_path, printed):
     """Three tasks and a new one on a tiny model. At the sum of the LoRAs' ranks a bank has their losses."""
     model, _ = tiny_lm

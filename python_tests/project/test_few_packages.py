@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("rich", "psutil", "hypothesis", "yaml", "matplotlib", "transformers", "peft", "pybind11", "onnx", "mkdocs")
 BLOCKER = f"""
