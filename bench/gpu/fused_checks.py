@@ -1,4 +1,4 @@
-"""Checks of the fused strategy on a GPU, each a program of its own, since a kernel that hung would hang who waits for it:
+"""Checks of the fused strategy on a GPU. Each runs as its own program, so that a kernel that hangs ends with its process:
 
 python -m bench.gpu.fused_checks numbers [--device cpu --strategy beta]
 
