@@ -123,8 +123,8 @@ def check_shape(shape: Shape) -> None:
     _, k, n, r = shape
     if k % 8 or n % 8:
         raise ValueError(f"shapes: expected widths that are multiples of 8, got {k} and {n}")
-    if not 1 <= r <= static.MAX_RANK:
-        raise ValueError(f"shapes: expected ranks from 1 to {static.MAX_RANK}, got {r}")
+    if not 1 <= r <= planner.FUSED_MAX_RANK:
+        raise ValueError(f"shapes: expected ranks from 1 to {planner.FUSED_MAX_RANK}, got {r}")
 
 
 def cases_of(options: argparse.Namespace) -> list[FusedCase]:

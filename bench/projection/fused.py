@@ -12,6 +12,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lotr_ext.ops.planner import FUSED_MAX_RANK
+
 from ..measure.bounds import Work
 from ..measure.shapes import Shape
 from .assumptions import LEVELS, LIKELY, Assumed, Spread
@@ -23,7 +25,7 @@ from .layer_time import library_seconds
 BM, BK = 128, 64
 EPILOGUE = 2.0  # k-steps of a tile that are not hidden: 64 KB leave a multiprocessor at about 64 bytes a clock, the ring fills
 FLAG = 0.1  # k-steps: the flag, u, one more turn of the ring
-MAX_RANK = 128
+
 L2_ALL = 6154.0  # bytes a clock that L2 gives to all multiprocessors
 SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 4096, 4096, 64), (2048, 4096, 4096, 16)]
 ASSUMED = [
@@ -125,8 +127,8 @@ def model(
     card = CARDS[gpu]
     if card.architecture != "90a":
         raise ValueError(f"gpu: expected one of compute capability 9.0 ({', '.join(hopper())}), got {gpu!r}")
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"r: expected 1 to {MAX_RANK}, got {r}")
+    if not 1 <= r <= FUSED_MAX_RANK:
+        raise ValueError(f"r: expected 1 to {FUSED_MAX_RANK}, got {r}")
     with_Q = makes_Q(backward, r) if with_Q is None else with_Q
     tickets = Tickets.planned(m, outer, r, card.multiprocessors, ceil(inner, BK) if with_Q else 0)
     workers, steps, tiles = card.multiprocessors // tickets.cluster, ceil(inner, BK), tickets.bands * tickets.columns

@@ -12,6 +12,7 @@ import pytest
 from gemm_lotr_cases import Case, Inputs, new_workspace
 
 from csrc.simt.checks.problem import schedule
+from lotr_ext.ops import planner
 
 SCHEDULES = ["forward/1", "reverse/3", "103/4"]
 
@@ -204,7 +205,7 @@ REFUSED = [
     ({"At": wide_rows(5, 16, 18)}, r"At: expected a row stride .*, got 18"),
     ({"F": wide_rows(24, 5, 5)}, r"F: expected a row stride that is a multiple of 8 and at least 5, got 5"),
     ({"u": wide_rows(20, 5, 5)}, r"u: expected a row stride that is a multiple of 8 and at least 8, got 5"),
-    ({"At": wide_rows(129, 16, 16)}, r"r: expected 1 to 128, got 129"),
+    ({"At": wide_rows(129, 16, 16)}, f"r: expected 1 to {planner.FUSED_MAX_RANK}, got 129"),
     ({"workspace": np.zeros(5, np.int32)}, r"workspace: expected at least 24 bytes, got 20"),
     ({"cluster": 3}, r"cluster: expected 1 or 2, got 3"),
     ({"scouts": 0}, r"scouts: expected 1 or more, got 0"),

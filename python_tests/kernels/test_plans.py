@@ -3,11 +3,13 @@ remembered choice is the one that would be made anew, and the estimate keeps the
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from csrc.simt.checks.arrays import ALIGNED, ODD
 from csrc.simt.checks.cases import KERNELS
 from csrc.simt.checks.shapes import Shape
+from lotr_ext.ops import cuda_plans, planner
 
 LISTED = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 # What the model before this one chose on an H100 in bfloat16: kernel, M, N, r: wgmma, rows, cols, m_blocks, n_blocks, of_row.
@@ -108,6 +110,13 @@ def test_the_best_three_have_what_was_chosen_before(lib) -> None:
         assert before in keys, (kernel, m, n, r, before)
         took, third = plans[keys.index(before)]["microseconds"], sorted(p["microseconds"] for p in plans)[2]
         assert keys.index(before) < 3 or took <= 1.01 * third, (kernel, m, n, r, before, keys[:3])
+
+
+def test_ranks_that_the_package_repeats_are_the_launchers(lib) -> None:
+    assert cuda_plans.MOST_SHRINK_GRAD == lib.constants()["SHRINK_GRAD_MAX_RANK"]
+    x, A = np.zeros((1, 8), np.float32), np.zeros((8, planner.CUDA_MAX_RANK + 1), np.float32)
+    with pytest.raises(ValueError, match=f"A: expected a rank from 1 to {planner.CUDA_MAX_RANK}, got"):
+        lib.shrink(x, A, np.zeros((1, planner.CUDA_MAX_RANK + 1), np.float32))
 
 
 def test_near_ties_take_more_blocks(lib) -> None:
