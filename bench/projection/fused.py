@@ -25,7 +25,6 @@ from .layer_time import library_seconds
 BM, BK = 128, 64
 EPILOGUE = 2.0  # k-steps of a tile that are not hidden: 64 KB leave a multiprocessor at about 64 bytes a clock, the ring fills
 FLAG = 0.1  # k-steps: the flag, u, one more turn of the ring
-
 L2_ALL = 6154.0  # bytes a clock that L2 gives to all multiprocessors
 SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 4096, 4096, 64), (2048, 4096, 4096, 16)]
 ASSUMED = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..files import check_regular, parse_json, read_bytes, together
-from ..layers.checks import DTYPES, check_number
+from ..layers.checks import check_number, check_values
 from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
@@ -194,8 +194,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not (A.numel() and B.numel()):
         raise ValueError(f"{name}: expected lora_A [r, K] and lora_B [N, r], got {tuple(A.shape)} and {tuple(B.shape)}")
     for part, tensor in parts.items():
-        if tensor.is_meta or tensor.dtype not in DTYPES.values() or not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: expected finite floating values in lora_{part}, got {tensor.dtype} without")
+        check_values(name, f"lora_{part}", tensor)
     rank = _setting(name, "r", "rank_pattern", config)
     if rank is not None and rank != A.shape[0]:
         raise ValueError(f"{name}: expected rank {rank:g} as configured, got lora_A {tuple(A.shape)}")

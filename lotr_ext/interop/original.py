@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layers.checks import DTYPES, check_number
+from ..layers.checks import check_number, check_values
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter
@@ -96,8 +96,7 @@ def _check(name: str, layer: Mapping[str, Tensor]) -> None:
         shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(layer.items()))
         raise ValueError(f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}")
     for part, t in sorted(layer.items()):
-        if t.is_meta or t.dtype not in DTYPES.values() or not (t.numel() and torch.isfinite(t).all()):
-            raise ValueError(f"{name}: expected finite floating values in lotr.{part}, got {t.dtype} {list(t.shape)} without")
+        check_values(name, f"lotr.{part}", t)
 
 
 def _groups(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

@@ -21,6 +21,7 @@ __all__ = [
     "check_probability",
     "check_rank",
     "check_tensor",
+    "check_values",
 ]
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -92,6 +93,14 @@ def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
     got = tuple(tensor.shape)
     if len(got) != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, got)):
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {got}")
+
+
+def check_values(name: str, part: str, tensor: Tensor) -> None:
+    """tensor, the part of layer `name` in a file, must have finite values of a dtype in which layers compute."""
+    known = not tensor.is_meta and tensor.dtype in DTYPES.values() and tensor.numel()
+    if not (known and torch.isfinite(tensor).all()):
+        got = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name}: expected finite floating values in {part}, got {got} without")
 
 
 def check_beside(x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[str, Tensor]) -> None:
