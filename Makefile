@@ -12,7 +12,7 @@ CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) \
   || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
 # the contracts in pyproject.toml; only what is broken is worth reading
-ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
+IMPORTS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
 # tests run with one thread of torch each, so two files at a time, each in one process because its tests share what was built for
 # them; ARGS="-n 0" runs all in one process
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -163,7 +163,7 @@ docs: $(STAMPS)/build
 	@$(SITE) && echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
 CODE = $(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(ROOMS)
+  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(IMPORTS)
 LINT_FAILED = { echo "lint: see above; make format mends the layout" >&2; exit 1; }
 
 # The site too: a page outside of its navigation, a broken link or a docstring that cannot be read is an error. It shows what the

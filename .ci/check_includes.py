@@ -1,4 +1,4 @@
-"""Of the headers in csrc: no circle, and each room includes only those below it.
+"""The headers in csrc include each other without a circle, and each layer includes only those below it.
 
 simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
 wheel, includes simt and cuda. cpu and cuda include nothing of each other.
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of a path's beginning, the first that fits: what files there may include, besides their own room.
-ROOMS = {
+# By the beginning of a path (the first that matches): the layers that a file may include besides its own.
+LAYERS = {
     "cuda/problem.h": (),
     "cuda/params.h": ("cuda/problem.h",),
     "cuda/ptx": ("simt",),
@@ -60,21 +60,21 @@ def circles(graph: dict[str, list[str]]) -> list[str]:
     return lines
 
 
-def room(name: str) -> str:
-    return next((room for room in ROOMS if name == room or name.startswith(f"{room}/")), "")
+def layer(name: str) -> str:
+    return next((layer for layer in LAYERS if name == layer or name.startswith(f"{layer}/")), "")
 
 
 def strangers(graph: dict[str, list[str]]) -> list[str]:
-    """One line an include of a room that is not below."""
+    """A line for each include of a layer that is not below."""
     lines = []
     for name, targets in graph.items():
-        own = room(name)
+        own = layer(name)
         if not own:
-            lines.append(f"{name}: in none of the rooms {', '.join(ROOMS)}")
+            lines.append(f"{name}: in none of the layers {', '.join(LAYERS)}")
             continue
         for target in targets:
-            if room(target) != own and room(target) not in ROOMS[own]:
-                lines.append(f"{name} includes {target}: {own} may include {', '.join(ROOMS[own]) or 'nothing else'}")
+            if layer(target) != own and layer(target) not in LAYERS[own]:
+                lines.append(f"{name} includes {target}: {own} may include {', '.join(LAYERS[own]) or 'nothing else'}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/ that are made by hand: shared_gradient.svg and rooms.svg.
+"""Draws the pictures of docs/ that are made by hand: shared_gradient.svg and packages.svg.
 
 python docs/pictures.py
 """
@@ -18,8 +18,8 @@ plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.
 LAYERS = ("layer 1", "layer 2", "layer L")
 BLUE, ORANGE, GREEN, GREY = "#dbe9f6", "#fde3cf", "#e0f0dc", "#eeeeee"
 FORWARD, BACKWARD = "#2060a0", "#c04000"
-# The rooms of lotr_ext, the topmost first, and what is in each; below them C++.
-ROOMS = (
+# The packages of lotr_ext, from top to bottom, with their contents; below them C++.
+PACKAGES = (
     ("interop", "PEFT, LoRA, the original's checkpoints"),
     ("model", "targets, merging, adapters, files, forward scope"),
     ("layers", "LoTRFactors, LoTRLinear and kin, lotr_linear, explain"),
@@ -27,7 +27,7 @@ ROOMS = (
     ("ops", "operators, planner, composite"),
 )
 NATIVE = (("csrc/torch", "schemas, checks, outputs"), ("csrc/cpu", "CPU kernels"), ("csrc/cuda", "launchers, kernels"))
-# What a step does in each room, by number, in the order in which it happens: (forward, backward).
+# What a training step does in each package, numbered in order of time: (forward, backward).
 STEPS = (
     ("", ""),
     ("1 opens a forward scope, 5 closes it", ""),
@@ -87,21 +87,21 @@ def shared_gradient(path: Path) -> None:
     save(figure, path)
 
 
-def rooms(path: Path) -> None:
-    """A room may use those below it and no other; in each what a training step does there."""
+def packages(path: Path) -> None:
+    """The packages, each of which uses only those below it, and what a training step does in each."""
     figure, axis = plt.subplots(figsize=(5.2, 7.2), layout="constrained")
     axis.set(xlim=(0, 5.2), ylim=(0, 7.2))
     axis.axis("off")
     axis.text(0.1, 7.05, "a step: forward", color=FORWARD, fontsize=9)
     axis.text(1.75, 7.05, "backward", color=BACKWARD, fontsize=9)
-    for i, ((name, holds), steps) in enumerate(zip(ROOMS, STEPS)):
+    for i, ((name, holds), steps) in enumerate(zip(PACKAGES, STEPS)):
         y = 6.42 - 1.12 * i
         box(axis, 2.6, y, 5.0, 0.86, "", BLUE)
         axis.text(0.2, y + 0.28, name, fontsize=10.5, weight="bold", va="center")
         axis.text(0.2, y + 0.07, holds, fontsize=8.5, va="center")
         for text, line, colour in zip(steps, (0.13, 0.32), (FORWARD, BACKWARD)):
             axis.text(0.2, y - line, text, fontsize=8.5, color=colour, va="center")
-        if i + 1 < len(ROOMS):
+        if i + 1 < len(PACKAGES):
             arrow(axis, (2.6, y - 0.44), (2.6, y - 0.69), "#444444")
     (first, holds), *kernels = NATIVE
     box(axis, 2.6, 1.09, 5.0, 0.42, f"{first}: {holds}", GREEN)
@@ -120,4 +120,4 @@ def save(figure: plt.Figure, path: Path) -> None:
 if __name__ == "__main__":
     folder = Path(__file__).parent
     shared_gradient(folder / "shared_gradient.svg")
-    rooms(folder / "rooms.svg")
+    packages(folder / "packages.svg")

@@ -99,8 +99,8 @@ _operators.impl("adapted", _adapted, "CompositeImplicitAutograd")
 @functools.cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for room in ("autograd", "ops"):
-        for file in sorted(Path(__file__).parents[1].joinpath(room).glob("*.py")):
+    for package in ("autograd", "ops"):
+        for file in sorted(Path(__file__).parents[1].joinpath(package).glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

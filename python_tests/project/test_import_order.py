@@ -1,4 +1,4 @@
-"""The order of the rooms is held: each check finds what is planted, and the project itself is clean in C++."""
+"""Imports and includes keep their order: each check finds planted violations, and csrc has none."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLANTED_INCLUDES = [  # file, line, what names it
     ("cuda/tile/load.cuh", '#include "../kernels/traits.h"', "cuda/tile/load.cuh includes cuda/kernels/traits.h"),
     ("cuda/small.cu", '#include "torch/check.h"', "cuda/small.cu includes torch/check.h"),
     ("cpu/dispatch.cpp", '#include "cuda/params.h"', "cpu/dispatch.cpp includes cuda/params.h"),
-    ("other/new.h", '#include "cuda/params.h"', "other/new.h: in none of the rooms"),
+    ("other/new.h", '#include "cuda/params.h"', "other/new.h: in none of the layers"),
 ]
 PLANTED_IMPORTS = [  # file, line
     ("lotr_ext/ops/planner.py", "from ..layers import init"),
