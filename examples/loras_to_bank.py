@@ -1,13 +1,13 @@
-"""Eight LoRAs of a small language model as one bank of tasks, and a ninth task trained as cores alone.
+"""Converts eight LoRAs of a small language model to one bank of tasks, and trains a ninth task with only cores.
 
-    python examples/causal_data.py                     fetches SmolLM2-135M and the King James Bible, once
+    python examples/causal_data.py                     downloads SmolLM2-135M and the King James Bible, once
     python examples/loras_to_bank.py                   eight books of it, about five minutes of one core
     python examples/loras_to_bank.py --quick           three books and few steps: under a minute
     python examples/loras_to_bank.py --texts folder    each .txt in it is a task, the last one is the new task
 
-PEFT trains a LoRA on each of eight books. `loras_to_bank` makes factors and a task a book of them, at several ranks. The loss
-on held-out rows of each book is compared with the base model's and the LoRA's. Then a ninth book is learned twice: as a LoRA,
-and as cores over the factors that were found. Differences are paired over the held-out rows. No network is used.
+PEFT trains a LoRA on each of eight books. `loras_to_bank` converts them to shared factors and one task per book, at several
+ranks. The loss on held-out rows of each book is compared with the base model's and the LoRA's. Then a ninth book is trained as
+a LoRA, and as cores over these factors. Differences are paired over the held-out rows. No network is used.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--texts", type=Path, help="a folder of .txt files instead of the books")
     parser.add_argument("--quick", action="store_true", help="three tasks and the new one, few steps, one rank")
-    parser.add_argument("--lora-rank", type=int, default=8, help="of the LoRAs (8)")
+    parser.add_argument("--lora-rank", type=int, default=8, help="rank of the LoRAs (8)")
     parser.add_argument("--ranks", default="layer:8,layer:16,layer:32,shape:16,shape:64", help="grouping:rank, ..")
-    parser.add_argument("--steps", type=int, default=16, help="of a training (16)")
-    parser.add_argument("--batch", type=int, default=2, help="rows a step (2)")
-    parser.add_argument("--length", type=int, default=64, help="tokens a row (64)")
-    parser.add_argument("--held-out", type=int, default=6, help="rows of each text that are not trained on (6)")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of the LoRAs (5e-3)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of each training (16)")
+    parser.add_argument("--batch", type=int, default=2, help="rows per step (2)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per row (64)")
+    parser.add_argument("--held-out", type=int, default=6, help="held-out rows of each text (6)")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of the LoRAs (5e-3)")
     parser.add_argument(
-        "--core-lr", type=float, default=2e-2, help="of the new task's cores at rank 8; it falls as 1 / rank (2e-2)"
+        "--core-lr", type=float, default=2e-2, help="learning rate of the new task's cores at rank 8; falls as 1 / rank (2e-2)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one-start", action="store_true", help="all LoRAs start from the same A, as with one fixed seed")
@@ -105,7 +105,7 @@ def texts(options: argparse.Namespace) -> dict[str, str]:
 
 
 def rows_of(tokenizer, text: str, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Rows [n, length] to train on, and those of the text's end, held out."""
+    """Training rows [n, length], and held-out rows from the end of the text."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     rows = torch.tensor(ids[: len(ids) // options.length * options.length]).view(-1, options.length)
     if len(rows) < options.held_out + options.batch:
@@ -129,7 +129,7 @@ def losses(model: nn.Module, rows: Tensor, batch: int = 4) -> Tensor:
 def train_lora(
     model: nn.Module, rows: Tensor, held_out: Tensor, options: argparse.Namespace, seed: int, folder: Path
 ) -> Tensor:
-    """A LoRA by PEFT, saved in folder: its losses on the held-out rows. The model is the base again afterwards."""
+    """Trains a LoRA by PEFT, saves it in folder and removes it. Returns its losses on the held-out rows."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -155,7 +155,7 @@ def task_losses(model: nn.Module, folder: Path, held_out: Rows) -> tuple[Rows, n
 
 
 def train_cores(model: nn.Module, rows: Tensor, held_out: Tensor, options: argparse.Namespace) -> tuple[Tensor, int]:
-    """A new task over the factors that the model has: its losses on the held-out rows, and its numbers."""
+    """Trains a new task over the model's factors. Returns its losses on the held-out rows, and its number of parameters."""
     cores = [p for p in lotr_parameters(model) if p.requires_grad]
     lr = options.core_lr * 8 / max(cores[0].shape)
     train(model, rows, argparse.Namespace(**{**vars(options), "lr": lr}), cores)
@@ -258,7 +258,7 @@ def main(words: list[str] | None = None) -> int:
 
     write_whole(folder / "loras-to-bank.json", json.dumps(results, indent=1) + "\n")
     draw_loras(results, folder)
-    print(f"{results['seconds']['cpu']:.0f} s of CPU; kept in {folder / 'loras-to-bank'}.json and .png")
+    print(f"{results['seconds']['cpu']:.0f} s of CPU time; results in {folder / 'loras-to-bank'}.json and .png")
     return 0
 
 

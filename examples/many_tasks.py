@@ -1,12 +1,12 @@
-"""A thousand tasks over one model: each row of a batch goes through its own task, in one forward.
+"""A thousand tasks over one model: each row of a batch uses its own task, in one forward.
 
-A small transformer with random weights (Llama's form; nothing is downloaded) is adapted once; 1,000 tasks are cores over its
-factors, in one TaskBank. Batches of 64 rows run with 1, 8 .. 64 tasks among them, against the same model with one adapter and
-with none, and against PEFT's LoRA of the same rank by `adapter_names`, which goes through the batch adapter by adapter. All
-take turns on the same batch; the table has medians, and the results are kept as JSON and as a picture.
+A small transformer with random weights (a Llama; nothing is downloaded) is adapted once. A TaskBank has 1,000 tasks, cores over
+its factors. Batches of 64 rows with 1, 8 .. 64 tasks are compared with one adapter, with none, and with PEFT's LoRA of the same
+rank by `adapter_names`, which runs one adapter after another. All run in turns on the same batch. The table has medians, and
+the results are saved as JSON and as a picture.
 
     python examples/many_tasks.py                       prompts of 16 tokens, about three minutes
-    python examples/many_tasks.py --tokens 1            a decoding step: one token a row
+    python examples/many_tasks.py --tokens 1            a decoding step: one token per row
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=1000, help="tasks in the bank")
     parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a row")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per row")
     parser.add_argument("--hidden", type=int, default=512, help="the model's width")
     parser.add_argument("--layers", type=int, default=4, help="the model's blocks")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15, help="how often all take their turn")
+    parser.add_argument("--rounds", type=int, default=15, help="timing rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peft", type=int, default=64, help="LoRA adapters that PEFT holds, 0 for none")
+    parser.add_argument("--peft", type=int, default=64, help="LoRA adapters in PEFT, 0 for none")
     parser.add_argument("--results", type=Path, help="folder for the JSON and the picture (bench/results/<machine>)")
     return parser
 
@@ -64,7 +64,7 @@ def with_lora(options: argparse.Namespace) -> nn.Module:
 
 
 def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, int]]:
-    """How a batch is run, by name, and the bytes of a task."""
+    """The functions that run a batch, by name, and the bytes of a task."""
     model, bank = with_tasks(options.hidden, options.layers, options.rank, options.tasks)
 
     def base(ids: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tens
 
 @torch.no_grad()
 def check(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor) -> None:
-    """That a batch of tasks is what it says: other numbers than without an adapter, and finite."""
+    """Raises RuntimeError unless the logits are finite and differ from those without an adapter."""
     plain = found["no adapter"](ids)
     for name, run in found.items():
         y = run(ids)
@@ -110,7 +110,7 @@ def check(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor) -> None:
 
 @torch.no_grad()
 def measure(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round: all take their turn in each, in another order."""
+    """Seconds of each function by round. Each round runs all of them, in a different order."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
     names = list(found)
     with bar(rounds) as begin:
@@ -124,7 +124,7 @@ def measure(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, rounds: i
 
 
 def by_kinds(ways: dict[str, T]) -> dict[str, dict[int, T]]:
-    """What mixed batches have, by the number of tasks in them: {"LoTR": {1: .., 64: ..}, ..}."""
+    """The values of mixed batches by the number of tasks in them: {"LoTR": {1: .., 64: ..}, ..}."""
     found: dict[str, dict[int, T]] = {}
     for name, value in ways.items():
         label, _, what = name.partition(", ")
@@ -136,7 +136,7 @@ def by_kinds(ways: dict[str, T]) -> dict[str, dict[int, T]]:
 def show(results: dict) -> None:
     """The table."""
     shape = results["shape"]
-    title = "rows {rows}, tokens a row {tokens}, tasks {tasks}, width {hidden}, blocks {layers}, r {rank}, threads {threads}"
+    title = "rows {rows}, tokens per row {tokens}, tasks {tasks}, width {hidden}, blocks {layers}, r {rank}, threads {threads}"
     table = Table(title.format(**shape), "", "ms", "tokens/s", "over one adapter")
     for name, row in results["ways"].items():
         tokens = shape["rows"] * shape["tokens"] / row["seconds"]
@@ -179,7 +179,7 @@ def main(words: list[str] | None = None) -> None:
     from bench.pictures.tasks import draw_tasks  # needs matplotlib
 
     draw_tasks(results, folder)
-    print(f"kept in {folder / name}.json and .png")
+    print(f"results in {folder / name}.json and .png")
 
 
 if __name__ == "__main__":

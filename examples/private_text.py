@@ -1,13 +1,13 @@
-"""Private training: a text encoder tuned with differential privacy, cores of LoTR beside LoRA of the same rank.
+"""Fine-tunes a text encoder with differential privacy: cores of LoTR, compared with LoRA of the same rank.
 
-Both train under Opacus: Poisson sampling, a clipped gradient an example, noise, and its accountant. LoTR trains the cores alone
-(A and B stay random) by lotr_ext.interop.opacus, whose gradients an example come from the backward that runs anyway. LoRA
-trains under Opacus' GradSampleModule. Both train the new head. The task is the demo's: movie-review snippets on MiniLM.
+Opacus trains both: Poisson sampling, clipped gradients of each example, noise, and its accountant. LoTR trains only the cores
+(A and B stay random) by lotr_ext.interop.opacus, which gets the gradients of each example from the ordinary backward. LoRA
+uses Opacus' GradSampleModule. Both train the new head. The task is the demo's: movie-review snippets on MiniLM.
 
     python examples/private_text.py                 three epsilons, three seeds; about 12 minutes of one core
     python examples/private_text.py --quick         one epsilon, one seed, a few steps
 
-Each run is a process of its own, so that its peak memory is its own. A table is printed; JSON and a picture are kept.
+Each run is a separate process, so that its peak memory can be measured. It prints a table and writes JSON and a picture.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 METHODS = {"lotr": "LoTR, cores", "lora": "LoRA PEFT"}
 RATES = {"lotr": 1.5e-2, "lora": 1e-2}
-HELD_OUT = 1000  # of the 1,500 texts that are not trained on; the others are for choosing rates
+HELD_OUT = 1000  # of the 1,500 texts that are not trained on; learning rates are chosen on the others
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, as it is handed to its process."""
+    """One training run, as it is passed to its process."""
 
     method: str
     epsilon: float
@@ -109,7 +109,7 @@ def private(job: Job, model: Any, train: list) -> tuple[Any, Any, Any, Any, floa
 
 
 def run(job: Job) -> dict:
-    """Trains once and measures it. Runs in its own process."""
+    """Trains and measures once. Runs in a separate process."""
     if FRAMEWORKS.is_dir():
         sys.path.append(str(FRAMEWORKS))
     import torch
@@ -246,9 +246,9 @@ def draw(found: dict, path: Path, title: str) -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epsilons", default="1,3,8", help="privacy budgets (1,3,8)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs for each of them (3, at most 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per epsilon (3, at most 10)")
     parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
-    parser.add_argument("--batch", type=int, default=64, help="examples a step on average (64)")
+    parser.add_argument("--batch", type=int, default=64, help="examples per step on average (64)")
     parser.add_argument("--rank", type=int, default=16, help="rank of LoTR and of LoRA (16)")
     parser.add_argument("--lr", type=float, default=RATES["lotr"], help=f"learning rate of the cores ({RATES['lotr']:g})")
     parser.add_argument("--lora-lr", type=float, default=RATES["lora"], help=f"learning rate of LoRA ({RATES['lora']:g})")
@@ -257,16 +257,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--delta", type=float, default=1e-5, help="delta of the budget (1e-5)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a text, at most (32)")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help=f"held-out texts ({HELD_OUT}, and at most as many)")
-    parser.add_argument("--validation", action="store_true", help="accuracy on the 500 other texts, to choose rates by")
+    parser.add_argument("--validation", action="store_true", help="accuracy on the 500 other texts, to choose learning rates")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a BERT folder with query and value")
     parser.add_argument("--results", type=Path, help="folder for the JSON and the picture (bench/results/<machine>)")
-    parser.add_argument("--quick", action="store_true", help="one epsilon, one seed, 3 steps, 100 texts, kept in demo_results")
+    parser.add_argument("--quick", action="store_true", help="one epsilon, one seed, 3 steps, 100 texts, to demo_results")
     return parser
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """LoTR and LoRA take turns, so that both meet the machine in the same state."""
+    """All runs; LoTR and LoRA alternate, so that the machine's state affects both."""
     shared = {name: getattr(options, name) for name in ("rank", "steps", "batch", "head_lr", "clip", "delta", "tokens")}
     shared |= {name: getattr(options, name) for name in ("held_out", "validation", "threads", "model")}
     return [
@@ -320,7 +320,7 @@ def main(words: list[str] | None = None) -> None:
     results = {"command": "make private", "commit": commit(), "machine": found, "summary": summary, "runs": runs}
     path = write_whole(folder / "private-text.json", json.dumps(results, indent=1) + "\n")
     draw(summary, path.with_suffix(".png"), title)
-    print(f"kept in {path} and .png")
+    print(f"results in {path} and .png")
 
 
 if __name__ == "__main__":

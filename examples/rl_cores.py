@@ -1,14 +1,14 @@
-"""Reinforcement learning of cores alone: vLLM writes, a reward is computed, the cores are updated, the new version is pushed.
+"""Reinforcement learning of cores: vLLM writes answers, they are rated, the cores are updated and pushed to the engine.
 
-SmolLM2-135M is to name the larger of two numbers. A step is GRPO: vLLM writes several answers to each prompt; an answer's
-advantage is its reward less the mean of its group, over the group's deviation; one step of Adam raises the likelihood of good
-answers. Only the cores change, 54 thousand numbers, so a step sends 211 KiB into the engine, which goes on running. Each step
-also compares the engine's log-likelihood of every token with the trainer's: a token of an older version would show.
+SmolLM2-135M learns to name the larger of two numbers by GRPO. vLLM writes several answers to each prompt. An answer's advantage
+is its reward minus the mean of its group, over the group's deviation. One step of Adam raises the likelihood of good answers.
+Only the cores change, 54 thousand numbers, so a step sends 211 KiB to the running engine. Each step also compares the engine's
+log-likelihood of every token with the trainer's, which detects tokens of an older version.
 
-    python examples/causal_data.py                      fetches SmolLM2-135M, once
+    python examples/causal_data.py                      downloads SmolLM2-135M, once
     .venv/vllm/bin/python examples/rl_cores.py          needs vLLM (make rl has both); --quick: a few steps, about a minute
 
-TRL has this loop too. Its vLLM mode sends whole merged weights, and knows vLLM 0.22 to 0.31, so the loop here is our own.
+TRL's vLLM mode sends whole merged weights and supports vLLM 0.22 to 0.31, so this program has its own loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's names of
 from bench.measure.paired import interval_of_many
 
 MOST = 4  # tokens of an answer
-STALE = 0.01  # nats by which trainer and engine may differ on a token; another version differs by more
+STALE = 0.01  # largest difference between trainer and engine on a token, in nats; another version differs by more
 HELD_OUT = 200
 
 
@@ -44,19 +44,19 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="a causal model's folder")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=8, help="a step")
-    parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
+    parser.add_argument("--group", type=int, default=8, help="answers per prompt")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="4 steps, about a minute, into demo_results")
+    parser.add_argument("--quick", action="store_true", help="4 steps, about a minute, results in demo_results")
     parser.add_argument("--results", type=Path, help="folder for JSON and picture (bench/results/<machine>)")
     return parser
 
 
 def task(draw: random.Random) -> tuple[str, str]:
-    """A prompt, and the answer that is right."""
+    """A prompt and the right answer."""
     a, b = draw.sample(range(10, 100), 2)
     return f"25, 71: 71\n{a}, {b}:", str(max(a, b))
 
@@ -68,7 +68,7 @@ def reward(text: str, right: str) -> float:
 
 
 def advantages(rewards: list[float], group: int) -> list[float]:
-    """GRPO's: of each answer, within its group."""
+    """GRPO's advantage of each answer within its group."""
     found = []
     for at in range(0, len(rewards), group):
         own = rewards[at : at + group]
@@ -78,7 +78,7 @@ def advantages(rewards: list[float], group: int) -> list[float]:
 
 
 def start(options: argparse.Namespace, folder: Path) -> tuple[nn.Module, Any, Any]:
-    """The model with trained cores, the engine with its factors, and the way between them."""
+    """The model with trainable cores, the engine with its factors, and the CoreSync between them."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads), "LOTR_FACTORS": str(folder / "factors")}
@@ -111,7 +111,7 @@ def start(options: argparse.Namespace, folder: Path) -> tuple[nn.Module, Any, An
 
 
 def write(engine: Any, tasks: list[tuple[str, str]], version: Any, group: int) -> list[dict[str, Any]]:
-    """Answers by that version: token ids, the log-likelihood of each, and the reward. group 0: one, the likeliest."""
+    """Answers by that version: token ids, their log-likelihoods, and the reward. group 0: one greedy answer."""
     from vllm import SamplingParams
 
     options = {"n": group, "temperature": 1.0} if group else {"temperature": 0.0}
@@ -135,7 +135,7 @@ def likelihoods(model: nn.Module, answers: list[dict[str, Any]]) -> tuple[Tensor
 
     rows = [[*one["prompt"], *one["ids"]] for one in answers]
     width, most = max(map(len, rows)), max(len(one["ids"]) for one in answers)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])  # padded to the left: answers end together
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])  # padded on the left
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     ends = [one["ids"] for one in answers]
@@ -160,7 +160,7 @@ def update(model: nn.Module, optimizer: Any, answers: list[dict[str, Any]], grou
 
 
 def held_out() -> list[tuple[str, str]]:
-    """Prompts that no step has, each once."""
+    """Different prompts that are not trained on."""
     draw = random.Random("held out")
     found: dict[str, str] = {}
     while len(found) < HELD_OUT:
@@ -170,12 +170,12 @@ def held_out() -> list[tuple[str, str]]:
 
 
 def likeliest(engine: Any, tasks: list[tuple[str, str]], version: Any) -> list[float]:
-    """Rewards of that version's likeliest answers."""
+    """Rewards of that version's greedy answers."""
     return [one["reward"] for one in write(engine, tasks, version, 0)]
 
 
 def trained_on(draw: random.Random, count: int, apart: set[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The prompts of a step, none of them apart."""
+    """The prompts of a step, none of them in apart."""
     found: list[tuple[str, str]] = []
     while len(found) < count:
         if (one := task(draw)) not in apart:
@@ -234,7 +234,7 @@ def show(results: dict[str, Any]) -> None:
         "a step: cores are updated": f"{middle['learn_s']:.2f} s",
         "a step: push, median": f"{middle['push_ms']:.1f} ms, {middle['bytes']:,.0f} bytes",
         "a step: push, slowest": f"{max(one['push_ms'] for one in steps):.1f} ms",
-        "most that trainer and engine differ on a token": f"{max(one['gap'] for one in steps):.1e} nats",
+        "largest difference between trainer and engine on a token": f"{max(one['gap'] for one in steps):.1e} nats",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -277,7 +277,7 @@ def main(words: list[str] | None = None) -> None:
         if getattr(options, name) < least:
             parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if not (options.model / "config.json").is_file():
-        parser.error(f"--model: expected a model's folder, got {options.model}; python examples/causal_data.py fetches SmolLM2")
+        parser.error(f"--model: expected a model's folder, got {options.model}; run python examples/causal_data.py")
     import torch
 
     from bench.measure.store import QUICK, RESULTS, write_whole
@@ -293,8 +293,8 @@ def main(words: list[str] | None = None) -> None:
     folder = options.results or (QUICK if options.quick else RESULTS / slug(name))
     path = write_whole(folder / "rl-cores.json", json.dumps(results, indent=1) + "\n")
     draw(results, folder / "rl-cores.png")
-    print(f"kept in {path} and .png", flush=True)
-    os._exit(0)  # vLLM's own end can wait for ever
+    print(f"results in {path} and .png", flush=True)
+    os._exit(0)  # vLLM's shutdown can hang
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Three tasks of SmolLM2 in an OpenAI-compatible server on this machine, each 211 KiB over factors that the engine holds once.
+"""Serves three tasks of SmolLM2 by an OpenAI-compatible server on this machine; each is 211 KiB over shared factors.
 
-The first time, the tasks are trained, together: each batch has rows of all three (about two minutes). Then vLLM serves them as
-the models "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("25, 71:" -> " 71", mostly),
+The first call trains the tasks together, with rows of all three in each batch (about two minutes). Then vLLM serves them as the
+models "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("25, 71:" -> " 71", mostly),
 beside "smollm2", the base model.
 
-    python examples/causal_data.py                          fetches SmolLM2-135M and the text, once
+    python examples/causal_data.py                          downloads SmolLM2-135M and the text, once
     .venv/vllm/bin/python examples/serve_tasks.py           needs vLLM (make serve has both)
 
-It listens on 127.0.0.1 alone. Other programs of this machine can push new versions with the secret that it prints (CoreSync).
+It listens only on 127.0.0.1. Other programs on this machine can push new versions with the secret that it prints (CoreSync).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ FACTORS = "factors"
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="a causal model's folder")
-    parser.add_argument("--text", type=Path, default=TEXT, help="what bible continues")
-    parser.add_argument("--steps", type=int, default=40, help="of training")
+    parser.add_argument("--text", type=Path, default=TEXT, help="text file on which bible is trained")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
     parser.add_argument("--out", type=Path, default=MODEL.parent / "serve", help="folder for the tasks (data/serve)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--tasks-only", action="store_true", help="make the tasks and end")
+    parser.add_argument("--tasks-only", action="store_true", help="train the tasks and do not serve")
     return parser
 
 
 def parts(task: str, lines: list[str], draw: random.Random) -> list[tuple[str, bool]]:
-    """A text as the task writes it, in parts, and which of them are learnt."""
+    """A text of the task in parts, and whether each part is trained on."""
     if task == "larger":
         pairs = [draw.sample(range(10, 100), 2) for _ in range(5)]
         return [part for a, b in pairs for part in ((f"{a}, {b}:", False), (f" {max(a, b)}\n", True))]
@@ -57,7 +57,7 @@ def parts(task: str, lines: list[str], draw: random.Random) -> list[tuple[str, b
 
 
 def batch(tokenizer: Any, lines: list[str], draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [3 ROWS, LENGTH], the same with -100 where nothing is learnt, and each row's task."""
+    """Token ids [3 ROWS, LENGTH], labels with -100 for tokens that are not trained on, and each row's task."""
     import torch
 
     index = torch.arange(len(TASKS)).repeat_interleave(ROWS)
@@ -105,11 +105,11 @@ def make_tasks(options: argparse.Namespace) -> None:
             progress.step(losses)
     for task, name in enumerate(TASKS):
         export_task(model, options.out / name, task=task, base_model=str(options.model))
-    export_factors(model, options.out / FACTORS)  # last: its presence says that all is there
+    export_factors(model, options.out / FACTORS)  # last, because main takes this folder as the sign that all tasks are written
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Becomes vLLM's server."""
+    """Replaces this process by vLLM's server."""
     secret = os.environ.get("LOTR_SYNC_SECRET") or secrets.token_hex(16)
     environment = os.environ | {"LOTR_FACTORS": str(options.out / FACTORS), "LOTR_SYNC_SECRET": secret}
     for name, value in {
@@ -132,7 +132,7 @@ def serve(options: argparse.Namespace) -> None:
     command += ["--worker-extension-cls", "lotr_ext.interop.vllm.worker.CoreWorker"]
     command += ["--middleware", "lotr_ext.interop.vllm.server.CoreSyncEndpoint"]
     where = f"http://127.0.0.1:{options.port}"
-    print(f"serve: {where}/v1 has the models smollm2, {', '.join(TASKS)} once it is up (a minute); Ctrl-C ends it")
+    print(f"serve: {where}/v1 has the models smollm2, {', '.join(TASKS)} after it has started (a minute); Ctrl-C ends it")
     body = '{"model": "larger", "prompt": "25, 71:", "max_tokens": 4, "temperature": 0}'
     print(f"serve: curl {where}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
     print(f'serve: CoreSync(model, "{where}", secret="{secret}")', flush=True)

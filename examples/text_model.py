@@ -18,7 +18,7 @@ Example = tuple[str, int]  # text, class
 
 
 def movie_snippets(path: Path) -> tuple[list[Example], list[str]]:
-    """Snippets that their raters agreed on (|mean rating| >= 0.5) as (text, is it positive), and the class names."""
+    """Snippets with a clear rating (|mean| >= 0.5) as (text, whether it is positive), and the class names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the movie snippets, found no file; run make setup")
     examples = []
@@ -30,8 +30,8 @@ def movie_snippets(path: Path) -> tuple[list[Example], list[str]]:
 
 
 def read_labelled(path: Path) -> tuple[list[Example], list[str]]:
-    """A UTF-8 file of label and text, one example a line: tab-separated, or .csv with quotes. A first line that
-    reads "label", "text" is skipped. The classes are the labels found, sorted."""
+    """Reads a UTF-8 file of label and text, one example per line: tab-separated, or .csv with quotes. A first line
+    "label", "text" is skipped. The classes are the sorted labels."""
     if not path.is_file():
         raise FileNotFoundError(f"text: expected a .tsv or .csv file of label and text, got {path}, which is no file")
     try:
@@ -67,7 +67,7 @@ def split(examples: list[Example], held_out: int) -> tuple[list[Example], list[E
 
 
 class Batches:
-    """Endless training batches of token ids: shuffled, then sorted by length within a window, so that little is padding."""
+    """Endless training batches of token ids: shuffled, then sorted by length within a window, to reduce padding."""
 
     WINDOW = 20  # batches sorted together
 
@@ -94,7 +94,7 @@ class Batches:
 
 
 def padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(tokens [batch, longest], zero after each row's end, and the mask of what is no padding)."""
+    """(tokens [batch, longest] with zeros as padding, and a mask that is 0 for padding)."""
     lengths = torch.tensor([len(row) for row in ids])
     tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
     for row, target in zip(ids, tokens):
@@ -103,7 +103,7 @@ def padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 class TextClassifier(nn.Module):
-    """A pretrained encoder, the mean of its last hidden states over the tokens, a linear head."""
+    """A pretrained encoder and a linear head on the mean of its last hidden states over the tokens."""
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
@@ -111,7 +111,7 @@ class TextClassifier(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(self, ids: list[list[int]] | Tensor, mask: Tensor | None = None) -> Tensor:
-        """[batch, classes] of a batch of token id lists, or of what `padded` makes of one."""
+        """Logits [batch, classes] of a batch of token id lists, or of the result of `padded`."""
         tokens, mask = padded(ids) if mask is None else (ids, mask)
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         mask = mask[..., None].to(hidden.dtype)
@@ -147,7 +147,7 @@ def build(encoder: nn.Module, classes: int, seed: int) -> TextClassifier:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one method is trained. lr is that of the adapter; the new head has its own."""
+    """How one method is trained. lr: of the adapter. head_lr: of the new head."""
 
     name: str
     lr: float
@@ -164,7 +164,7 @@ RECIPES = {
 
 
 def adapt(model: TextClassifier, method: str, rank: int, targets: list[str], scaling: float) -> nn.Module:
-    """Freezes the encoder and puts the method's adapter into it. Returns the module to save the adapter from."""
+    """Freezes the encoder and adds the method's adapter. Returns the module from which the adapter is saved."""
     if method == "head":
         model.encoder.requires_grad_(False)
         return model
@@ -180,7 +180,7 @@ def adapt(model: TextClassifier, method: str, rank: int, targets: list[str], sca
 
 
 def save(model: nn.Module, method: str, folder: Path) -> int:
-    """Writes what was trained into folder; returns its bytes (PEFT's model card left out)."""
+    """Writes the trained tensors to folder. Returns the number of bytes, without PEFT's model card."""
     folder.mkdir(parents=True, exist_ok=True)
     if method == "head":
         from safetensors.torch import save_file
@@ -196,7 +196,7 @@ def save(model: nn.Module, method: str, folder: Path) -> int:
 
 
 def optimizer_for(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-    """AdamW over what is trained, linear warm-up and decay."""
+    """AdamW over the trained parameters, and a step function for linear warm-up and decay."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if "head." in name]
     adapter = [p for name, p in trained.items() if "head." not in name]
@@ -206,7 +206,7 @@ def optimizer_for(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.o
 
 
 def train_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, schedule: Callable[[], None]) -> Tensor:
-    """One step on the next batch; its loss."""
+    """Trains one step on the next batch. Returns its loss."""
     ids, target = batches.next()
     loss = nn.functional.cross_entropy(model(ids), target)
     optimizer.zero_grad()
@@ -217,7 +217,7 @@ def train_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimi
 
 
 def linear_decay(optimizer: torch.optim.Optimizer, steps: int, warm: int) -> Callable[[], None]:
-    """What is called after each step: rates rise over the first `warm` steps and then fall to zero at the last."""
+    """A function to call after each step: rates rise over the first `warm` steps and then fall to zero at the last."""
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
     )
@@ -225,8 +225,8 @@ def linear_decay(optimizer: torch.optim.Optimizer, steps: int, warm: int) -> Cal
 
 
 def start_from_gradient(model: nn.Module, batches: Batches, head_lr: float, steps: int, looked_at: int = 8) -> int:
-    """LoTR's A and B from the gradients of a few batches, after so many steps for the new head alone, through which the
-    gradients come; returns these steps."""
+    """Sets LoTR's A and B from the gradients of a few batches, after `steps` steps that train only the new head, through
+    which the gradients pass. Returns steps."""
     from lotr_ext import init_from_gradient
 
     def loss(model: nn.Module, batch: tuple[list[list[int]], Tensor]) -> Tensor:
@@ -245,8 +245,8 @@ def start_from_gradient(model: nn.Module, batches: Batches, head_lr: float, step
 def predict(
     model: nn.Module, ids: list[list[int]], batch: int = 100, done: Callable[[int], object] = lambda examples: None
 ) -> Tensor:
-    """Logits [examples, classes], computed in batches of similar length, in the order of ids. done: is told how many examples
-    there are after each batch."""
+    """Logits [examples, classes], computed in batches of similar length, in the order of ids. done is called with the
+    number of finished examples after each batch."""
     training = model.training
     model.eval()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -262,7 +262,7 @@ def predict(
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process so far (Linux keeps it per address space; elsewhere since the process began)."""
+    """Peak resident bytes of this process so far (on Linux per address space, elsewhere since the process began)."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 examples/train_ddp.py --shard         FSDP2: each process holds a part of every tensor
     torchrun --nproc-per-node 2 examples/train_ddp.py --text mine.tsv --model folder --targets q_proj,v_proj
 
-All layers' gradients of A and B arrive as one gradient each, so a step reduces them once, however many layers there are.
-Process 0 writes the adapter, and every process loads it into a fresh model, which has to be as accurate. No network is used.
+A and B each get one gradient per step, whatever the number of layers, so each is reduced once. Process 0 writes the adapter,
+and every process loads it into a fresh model, whose accuracy must be the same. No network is used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def common_options(description: str, batch: str, out: str) -> argparse.ArgumentParser:
-    """Of this program and of train_pp.py. batch: what --batch counts; out: the folder's name."""
+    """The options of this program, train_tp.py and train_pp.py. batch: the unit of --batch. out: the folder's name."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (16)")
     parser.add_argument("--targets", default="query,value", help="names of the adapted layers (query,value)")
     parser.add_argument("--steps", type=int, default=100, help="training steps (100)")
-    parser.add_argument("--batch", type=int, default=16, help=f"examples a {batch} (16)")
+    parser.add_argument("--batch", type=int, default=16, help=f"examples per {batch} (16)")
     parser.add_argument("--seed", type=int, default=0, help="seed (0)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a process (1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per process (1)")
     parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a Hugging Face model folder")
     parser.add_argument("--text", help="a .tsv or .csv file of label and text, instead of the movie snippets")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out examples (1000, with --text a fifth at most)")
@@ -39,7 +39,7 @@ def common_options(description: str, batch: str, out: str) -> argparse.ArgumentP
 
 
 def check_options(options: argparse.Namespace, program: str) -> argparse.Namespace:
-    """ValueError for one that cannot be, or if torchrun did not start the program."""
+    """Raises ValueError for an invalid option, or if torchrun did not start the program."""
     for name, value in vars(options).items():
         if type(value) is int and name != "seed" and value < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
@@ -68,7 +68,7 @@ def build(options: argparse.Namespace, classes: int, seed: int):
 
 
 def fit(net, options: argparse.Namespace, recipe, batches, show: bool, mean: Callable = lambda loss: loss) -> float:
-    """Trains net on this process's batches; seconds a step. show: a bar; mean: makes a loss that of all processes."""
+    """Trains net on this process's batches. Returns seconds per step. show: a bar. mean: averages a loss over processes."""
     import text_model as tm
 
     optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
@@ -82,7 +82,7 @@ def fit(net, options: argparse.Namespace, recipe, batches, show: bool, mean: Cal
 
 
 def distribute(model, shard: bool):
-    """The adapted model over all processes, by torch.distributed's own means."""
+    """The adapted model as a replica in each process, or sharded."""
     from torch import nn
 
     if not shard:
@@ -92,11 +92,11 @@ def distribute(model, shard: bool):
     for blocks in [m for m in model.modules() if type(m) is nn.ModuleList]:
         for block in blocks:
             fully_shard(block)
-    return fully_shard(model)  # the rest, in which the factors are: gathered once a forward
+    return fully_shard(model)  # the rest, including the factors, which are gathered once per forward
 
 
 def accuracy(model, ids: list, labels, total: int) -> float:
-    """Over the examples of all processes: each brings its part."""
+    """The accuracy over the examples of all processes, each of which has a part."""
     import torch
     import torch.distributed as dist
 
@@ -108,7 +108,7 @@ def accuracy(model, ids: list, labels, total: int) -> float:
 
 
 def run(options: argparse.Namespace) -> None:
-    """What each process does."""
+    """Runs in each process."""
     import torch
     import torch.distributed as dist
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
     examples, names, wanted = labelled(options)
-    train, test = tm.split(examples, max(world, wanted // world * world))  # as many in each process: FSDP2 goes in step
+    train, test = tm.split(examples, max(world, wanted // world * world))  # divisible by world, for FSDP2
     model, tokenize = build(options, len(names), options.seed)
     recipe = tm.RECIPES["lotr"]
     config = LoTRConfig(rank=options.rank, scaling=recipe.scaling, target_modules=options.targets, modules_to_save=["head"])
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
     loaded = accuracy(load_adapter(fresh, options.out), ids, labels, len(test))
     if rank == 0:
         how = "FSDP2" if options.shard else "DistributedDataParallel"
-        print(f"{how}, {world} processes, {options.steps} steps of {world} x {options.batch}: {seconds:.3f} s a step")
+        print(f"{how}, {world} processes, {options.steps} steps of {world} x {options.batch}: {seconds:.3f} s per step")
         print(f"held-out accuracy {reached:.2%}; a fresh model with the saved adapter: {loaded:.2%}; wrote {options.out}")
     if abs(loaded - reached) > 2 / len(test):
         raise RuntimeError(f"saved adapter: expected an accuracy of {reached}, got {loaded}")

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 3 examples/train_pp.py --schedule GPipe    three stages
     torchrun --nproc-per-node 2 examples/train_pp.py --text mine.tsv --model folder --targets query,value
 
-Each stage has its own cores and replicas of A and B. After the last micro-batch one all-reduce adds the gradients of the
+Each stage has its own cores and replicas of A and B. After the last micro-batch, one all-reduce sums the gradients of the
 replicas. All processes save one adapter together, and the last loads it into a whole model. No network is used.
 """
 
@@ -21,7 +21,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = common_options(__doc__.split("\n")[0], "step", "pp")
     parser.add_argument("--schedule", choices=("1F1B", "GPipe"), default="1F1B", help="1F1B or GPipe (1F1B)")
     parser.add_argument("--micro-batches", type=int, default=4, help="parts of a batch (4)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens a text, longer ones are cut (32)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per text, longer ones are cut (32)")
     options = check_options(parser.parse_args(argv), "train_pp")
     if options.batch % options.micro_batches:
         raise ValueError(f"batch: expected a multiple of {options.micro_batches} micro-batches, got {options.batch}")
@@ -69,7 +69,7 @@ def of_length(ids: list, tokens: int):
 
 
 def run(options: argparse.Namespace) -> None:
-    """What each process does."""
+    """Runs in each process."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     kind = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}[options.schedule]
     pipeline = kind(PipelineStage(stage, rank, world, torch.device("cpu")), options.micro_batches, loss_fn=F.cross_entropy)
     optimizer, schedule = tm.optimizer_for(stage, recipe, options.steps)
-    batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # in all alike
+    batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # same everywhere
 
     losses, start_s = [], time.perf_counter()
     with Bar("LoTR", options.steps, last and not options.quiet) as bar:
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
         reached = (tm.predict(whole, ids).argmax(1) == labels).float().mean().item()
         with torch.no_grad():
             apart = (whole(tokens, mask) - out).abs().max().item()
-        print(f"{options.schedule}, {world} stages, {options.steps} steps of {options.batch}: {seconds:.3f} s a step")
+        print(f"{options.schedule}, {world} stages, {options.steps} steps of {options.batch}: {seconds:.3f} s per step")
         print(f"held-out accuracy of a whole model with the saved adapter: {reached:.2%}; wrote {options.out}")
         if not apart < 1e-3 * (1 + out.abs().max().item()):
             raise RuntimeError(f"saved adapter: expected the outputs of the pipeline, got others by up to {apart:.2g}")

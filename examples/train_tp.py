@@ -1,11 +1,11 @@
-"""Fine-tune the demo's text encoder with LoTR, the weights of each block cut over all processes (tensor parallelism).
+"""Fine-tune the demo's text encoder with LoTR and tensor parallelism: the weights of each block are divided among processes.
 
     torchrun --nproc-per-node 2 examples/train_tp.py                 half of each weight in each process, on the CPU
     torchrun --nproc-per-node 2 examples/train_tp.py --text mine.tsv --model folder --targets query,value
 
-All processes have A, B and the cores whole, and see the same batches. One all-reduce a step adds the gradients of the adapter,
-however many layers there are. Process 0 writes the adapter, and every process loads it into a whole model, which has to be as
-accurate. No network is used.
+All processes have the whole A, B and cores, and the same batches. One all-reduce per step sums the gradients of the adapter,
+whatever the number of layers. Process 0 writes the adapter, and every process loads it into a whole model, whose accuracy must
+be the same. No network is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def plan(encoder, processes: int) -> dict:
-    """How `parallelize_module` cuts the blocks of a BERT-like encoder, by the names of its layers."""
+    """The styles by which `parallelize_module` divides the blocks of a BERT-like encoder, by the names of its layers."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
     if (heads := encoder.config.num_attention_heads) % processes:
@@ -38,7 +38,7 @@ def plan(encoder, processes: int) -> dict:
 
 
 def run(options: argparse.Namespace) -> None:
-    """What each process does."""
+    """Runs in each process."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     parallelize_module(model.encoder, init_device_mesh("cpu", (world,)), plan(model.encoder, world))
     if rank == 0:
         print(trainable_summary(model))
-    batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # in all alike
+    batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # same everywhere
     seconds = fit(model, options, recipe, batches, rank == 0 and not options.quiet)
 
     ids, labels = tokenize([t for t, _ in test]), torch.tensor([c for _, c in test])
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     whole, _ = build(options, len(names), options.seed + 1)
     loaded = (tm.predict(load_adapter(whole, options.out), ids).argmax(1) == labels).float().mean().item()
     if rank == 0:
-        print(f"tensor parallel, {world} processes, {options.steps} steps of {options.batch}: {seconds:.3f} s a step")
+        print(f"tensor parallel, {world} processes, {options.steps} steps of {options.batch}: {seconds:.3f} s per step")
         print(f"held-out accuracy {reached:.2%}; a whole model with the saved adapter: {loaded:.2%}; wrote {options.out}")
     if abs(loaded - reached) > 2 / len(test):
         raise RuntimeError(f"saved adapter: expected an accuracy of {reached}, got {loaded}")

@@ -1,9 +1,9 @@
-"""Run a LoTR configuration in PEFT's method comparison (MetaMathQA), by their script, in their environment.
+"""Run a LoTR configuration in PEFT's method comparison (MetaMathQA), with PEFT's script.
 
     python run.py --peft ~/peft                                    all three of experiments/lotr, an hour on one large GPU
     python run.py --peft ~/peft llama-3.2-3B-width-rank16           one of them
-    python run.py --peft ~/peft --table                             what their results and ours say, without a run
-    python run.py --peft ~/peft --try                               the whole way on a CPU: tiny random Llama, ten problems
+    python run.py --peft ~/peft --table                             print PEFT's results and LoTR's, without a run
+    python run.py --peft ~/peft --try                               all steps on a CPU: tiny random Llama, ten problems
 
 ~/peft is a clone of github.com/huggingface/peft, installed by pip install -e ~/peft. The comparison needs a GPU of 24 GiB and
 access to meta-llama/Llama-3.2-3B.
@@ -32,8 +32,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"some of {', '.join(known)} (all)")
     parser.add_argument("--peft", required=True, type=Path, help="a clone of github.com/huggingface/peft")
     parser.add_argument("--out", type=Path, default=Path("peft_comparison"), help="folder for the results (peft_comparison)")
-    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
-    parser.add_argument("--try", action="store_true", dest="try_out", help="a tiny random model on the CPU, a minute")
+    parser.add_argument("--table", action="store_true", help="only print the table of existing results")
+    parser.add_argument("--try", action="store_true", dest="try_out", help="a tiny random model on the CPU (a minute)")
     options = parser.parse_args(argv)
     if unknown := set(options.experiments) - set(known):
         parser.error(f"experiments: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
@@ -48,10 +48,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_theirs(peft: Path, experiment: str, out: Path, try_out: bool) -> Path:
-    """Runs one experiment in a process of its own and returns the copy of the result that their script wrote.
+    """Runs one experiment in a separate process. Returns the path of PEFT's result file, moved to `out`.
 
     Raises:
-        RuntimeError: their script failed, or wrote no result that counts.
+        RuntimeError: PEFT's script failed, or wrote no successful result.
     """
     theirs = peft / "method_comparison" / "MetaMathQA"
     before = set(theirs.glob("*results/lotr--*.json"))
@@ -60,7 +60,7 @@ def run_theirs(peft: Path, experiment: str, out: Path, try_out: bool) -> Path:
     written = sorted(set(theirs.glob("*results/lotr--*.json")) - before, key=lambda path: path.stat().st_mtime)
     if status or not written:
         raise RuntimeError(
-            f"{experiment}: their script ended with status {status} and wrote {len(written)} results (see above)"
+            f"{experiment}: PEFT's script ended with status {status} and wrote {len(written)} results (see above)"
         )
     result = json.loads(written[-1].read_text())
     if result["train_info"]["status"] != "success":
@@ -72,7 +72,7 @@ def run_theirs(peft: Path, experiment: str, out: Path, try_out: bool) -> Path:
 
 
 def in_their_process(peft: Path, experiment: str, try_out: bool) -> None:
-    """The process of one experiment: LoTR is registered with PEFT, then their script runs as the main program."""
+    """Registers LoTR with PEFT, then runs PEFT's script as the main program. Runs in the experiment's process."""
     theirs = peft / "method_comparison" / "MetaMathQA"
     sys.path.insert(0, str(theirs))
     folder = HERE
@@ -83,18 +83,18 @@ def in_their_process(peft: Path, experiment: str, try_out: bool) -> None:
         folder = tiny.prepare(theirs, experiment)
     import lotr_ext.interop.peft  # noqa: F401  registers LOTR
 
-    os.chdir(folder)  # their script takes the path experiments/<method>/<name>
+    os.chdir(folder)  # PEFT's script takes the path experiments/<method>/<name>
     sys.argv = [str(theirs / "run.py"), "-v", "--clean", f"experiments/lotr/{experiment}"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def interval(accuracy: float, problems: int = PROBLEMS) -> float:
-    """Half of the 95 % interval of an accuracy over so many problems: what another draw of problems could change."""
+    """Half of the 95 % interval of an accuracy over `problems` problems."""
     return 1.96 * math.sqrt(accuracy * (1 - accuracy) / problems)
 
 
 def row(path: Path) -> tuple[int, float, str] | None:
-    """(trained numbers, test accuracy, line of the table) of a result, None where there is no test accuracy."""
+    """(trained numbers, test accuracy, line of the table) of a result; None without a test accuracy."""
     result = json.loads(path.read_text())
     info, run = result["train_info"], result["run_info"]
     last = info["metrics"][-1]
@@ -107,7 +107,7 @@ def row(path: Path) -> tuple[int, float, str] | None:
 
 
 def table(peft: Path, out: Path) -> str:
-    """Their results and ours as a Markdown table, by trained numbers; a row names the day on which it was run."""
+    """PEFT's results and LoTR's as a Markdown table, sorted by trained numbers, with the date of each run."""
     files = [*(peft / "method_comparison" / "MetaMathQA" / "results").glob("*.json"), *out.glob("lotr--*.json")]
     rows = sorted(found for path in files if (found := row(path)))
     lines = [
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         for number, experiment in enumerate(options.experiments, 1):
             print(f"[{number}/{len(options.experiments)}] {experiment}", file=sys.stderr)
             try:
-                print(f"kept as {run_theirs(options.peft, experiment, options.out, options.try_out)}")
+                print(f"result in {run_theirs(options.peft, experiment, options.out, options.try_out)}")
             except RuntimeError as error:
                 print(f"run.py: {error}", file=sys.stderr)
                 return 1

@@ -1,5 +1,5 @@
-"""A try of PEFT's method comparison where neither GPU, model nor data are: a tiny random Llama on the CPU, ten made-up problems
-in the form of MetaMathQA and GSM8K, a few steps. Their script runs as it is but for its refusal of a CPU."""
+"""Tries PEFT's method comparison without a GPU, the model or the data: a tiny random Llama on the CPU, ten made-up problems in
+the form of MetaMathQA and GSM8K, and a few steps. Only the check of PEFT's script that refuses a CPU is removed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 STEPS, LETTERS = 4, "abcde"
-# what they ask of torch's module of the accelerator
+# functions that PEFT's script calls in torch's module of the accelerator
 COUNTERS = (
     "memory_allocated",
     "memory_reserved",
@@ -27,10 +27,10 @@ COUNTERS = (
 
 
 def prepare(theirs: Path, experiment: str) -> Path:
-    """Returns a folder with experiments/lotr/<experiment> for a tiny model, and makes their modules run on the CPU.
+    """Returns a folder with experiments/lotr/<experiment> for a tiny model, and makes PEFT's modules run on the CPU.
 
     Args:
-        theirs: Their folder method_comparison/MetaMathQA.
+        theirs: PEFT's folder method_comparison/MetaMathQA.
         experiment: One of experiments/lotr.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -73,7 +73,7 @@ def problems() -> list[dict[str, str]]:
 
 
 def tiny_model(folder: Path, texts: list[dict[str, str]]) -> None:
-    """A Llama of two layers whose loss over random letters is near log 5, as their check of the base model wants (1 to 2)."""
+    """A Llama of two layers whose loss over random letters is near log 5: PEFT's check of the base model requires 1 to 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -114,7 +114,7 @@ def letters(rows: int, length: int = 60) -> list[str]:
 
 
 def _data(texts: list[dict[str, str]]) -> None:
-    """load_dataset gives the made-up problems, under the names that their module asks for."""
+    """Replaces load_dataset: it returns the made-up problems under the names of MetaMathQA and GSM8K."""
     import datasets
 
     def columns(*names: str) -> datasets.Dataset:
@@ -132,11 +132,11 @@ def _data(texts: list[dict[str, str]]) -> None:
 
 
 def _on_a_cpu(theirs: Path) -> None:
-    """Loads their utils.py without the statement that refuses a CPU, and gives torch.cpu the counters of a GPU, all 0."""
+    """Loads PEFT's utils.py without the statement that refuses a CPU, and adds a GPU's counters, all 0, to torch.cpu."""
     for name in COUNTERS:
         setattr(torch.cpu, name, lambda *_: 0)
     torch.cpu.get_device_name = lambda *_: "CPU"
-    if importlib.util.find_spec("bitsandbytes") is None:  # they import it for quantised bases, which this try has none of
+    if importlib.util.find_spec("bitsandbytes") is None:  # PEFT imports it for quantised bases, which this try does not use
         absent = types.ModuleType("bitsandbytes")
         absent.__version__, absent.__path__, absent.__file__ = "absent", ["site-packages"], __file__
         sys.modules["bitsandbytes"] = absent
