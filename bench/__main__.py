@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, about two minutes")
-    parser.add_argument("--minutes", type=float, default=layer.MINUTES, help="about how long the layer's shapes may take")
+    parser.add_argument("--minutes", type=float, default=layer.MINUTES, help="minutes for the layer's shapes, about")
     parser.add_argument("--parts", help=f"some of {', '.join(PARTS)} (all that this machine can run)")
     options = parser.parse_args(argv)
     options.counted = options.results  # the folder for results that do not depend on --quick: counts of the kernels

@@ -49,8 +49,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
     parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
     parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
-    parser.add_argument("--plans", action="store_true", help="on a GPU also the plans that the estimate calls close")
-    parser.add_argument("--autotune", action="store_true", help="a GPU's library product after a search for the fastest, too")
+    parser.add_argument("--plans", action="store_true", help="on a GPU, also plans with nearly the lowest estimate")
+    parser.add_argument("--autotune", action="store_true", help="on a GPU, also the fastest library product by a search")
     options = parser.parse_args(argv)
     if options.autotune and options.device != "cuda":
         raise ValueError("autotune: expected --device cuda; only there a search for the fastest product exists")

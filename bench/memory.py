@@ -115,7 +115,7 @@ def kept(results: Path) -> dict[str, Any] | None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where memory.json is kept (bench/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for memory.json (bench/results)")
     return parser.parse_args(argv)
 
 

@@ -26,15 +26,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", default=",".join(CARDS), help=f"some of {', '.join(CARDS)} (all)")
     parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {', '.join(KERNELS)} (all)")
     parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(DTYPES)} (bf16)")
-    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="comma-separated (16,64,128)")
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="ranks, comma-separated (16,64,128)")
     parser.add_argument(
         "--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated"
     )
     parser.add_argument(
         "--rows", default=row_traffic.CASES, help=f"TOKENSxTOPxCORESxRANK of row_core, comma-separated ({row_traffic.CASES})"
     )
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder to keep them in (bench/results/simt-executor)")
-    parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the results (bench/results/simt-executor)")
+    parser.add_argument("--fresh", action="store_true", help="count and estimate again, although results exist")
     options = parser.parse_args(argv)
     for name, known in (("gpus", CARDS), ("kernels", KERNELS), ("dtypes", DTYPES)):
         setattr(options, name, chosen(name, getattr(options, name), known))

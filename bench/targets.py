@@ -194,7 +194,7 @@ def summary(found: list[Verdict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of results (those in bench/results)")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="folder of results (bench/results)")
     folders = parser.parse_args(argv).folders or sorted(
         {p.parent for name in ("layer", "host", "experts") for p in RESULTS.glob(f"*/{name}.jsonl")}
     )

@@ -32,7 +32,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", default=block_traffic.BLOCKS, help=blocks)
     parser.add_argument("--gpus", default=",".join(CARDS), help=f"to project for, some of {', '.join(CARDS)} (all)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
-    parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
+    parser.add_argument("--fresh", action="store_true", help="count again, although the sources have not changed")
     options = parser.parse_args(argv)
     options.shapes = LAYER_SHAPES if options.shapes is None else parse_shapes(options.shapes)
     for shape in options.shapes:

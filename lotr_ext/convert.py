@@ -61,29 +61,29 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("lora-to-lotr", "directory of a PEFT LoRA adapter", "LoRA to LoTR by Tucker-2, with each layer's error.")
     size = one.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=_rank, help="R, or R_IN,R_OUT")
+    size.add_argument("--rank", type=_rank, help="rank: R, or R_IN,R_OUT")
     size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
     size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
     text = "LoRAs of one model to factors that all share and a task for each, with each layer's error."
     bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
-    bank.add_argument("--rank", type=_rank, required=True, help="R, or R_IN,R_OUT")
+    bank.add_argument("--rank", type=_rank, required=True, help="rank: R, or R_IN,R_OUT")
     for own, more in ((one, ()), (bank, ("layer",))):
         own.add_argument("--group-by", choices=("shape", "name", *more), default="shape", help="which layers share A and B")
-        own.add_argument("--dtype", choices=DTYPES, default="float32", help="of the new adapter")
+        own.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter")
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
-    one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
+    one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
     one.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
-    one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type whose experts a server names in its own way")
-    one.add_argument("--base-model", help="where the base model is, for base_model_name_or_path")
+    one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type, if a server has its own names for its experts")
+    one.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
     one.add_argument("--pad-rank", type=int, metavar="R", help="pad all factors with zeros to this rank")
     one = command("lotr-to-gguf", "directory of a LoTR adapter (save_adapter)", "LoTR to a LoRA file of llama.cpp, exact.")
     one.add_argument("--base-model", required=True, help="directory of the base model, with its config.json")
     one = command("lotr-to-peft", "directory of a LoTR adapter (save_adapter)", "LoTR as PEFT saves a LoTRPeftConfig's, exact.")
-    one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
+    one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
     one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
-    one.add_argument("--scale", type=float, default=1.0, help="what its layers were made with (default 1)")
-    one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that were trained whole, such as classifier")
+    one.add_argument("--scale", type=float, default=1.0, help="the scale that its layers were made with (default 1)")
+    one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="fully trained modules, such as classifier")
     return top
 
 

@@ -237,7 +237,7 @@ class Smoke:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="what runs the operators: cuda, cpu, or MODULE:CLASS (cuda)")
+    parser.add_argument("--device", default="cuda", help="the backend of the operators: cuda, cpu, or MODULE:CLASS (cuda)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that all of it may take ({SECONDS})")
     parser.add_argument("--only", help="variants, comma-separated, as shrink-bf16-16 (all)")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")

@@ -35,15 +35,15 @@ def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> N
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (a GPU if any)")
     parser.add_argument("--dtypes", help=f"some of fp32, bf16, fp16 ({dtypes})")
     parser.add_argument("--threads", help="CPU thread counts, comma-separated (1 and all; 1 beside a GPU)")
-    parser.add_argument("--rounds", type=int, help="rounds of all rivals a case")
+    parser.add_argument("--rounds", type=int, help="rounds of all rivals per case")
     parser.add_argument("--clock", choices=CLOCKS, help="wall; cpu: CPU seconds of one thread; events (a GPU's default)")
     parser.add_argument(
         "--allocator", choices=ALLOCATORS, default="keep", help="keep: freed memory stays with the process (keep)"
     )
     add_isa_option(parser)
     parser.add_argument("--results", help="folder for the results (bench/results/<machine>; with --quick demo_results/bench)")
-    parser.add_argument("--keep", action="store_true", help="with --quick: into bench/results as well")
-    parser.add_argument("--fresh", action="store_true", help="measure again what was measured with this build")
+    parser.add_argument("--keep", action="store_true", help="with --quick, also write to bench/results")
+    parser.add_argument("--fresh", action="store_true", help="measure again, although results of this build exist")
 
 
 def keep_memory() -> bool:

@@ -276,8 +276,8 @@ def draw(results: Path = RESULTS) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--keep-demo", type=Path, metavar="FOLDER", help="keep the table of a demo run")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not what the results give")
+    parser.add_argument("--keep-demo", type=Path, metavar="FOLDER", help="store the table of a demo run")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page differs from the results")
     options = parser.parse_args(argv)
     if options.keep_demo and options.check:
         raise ValueError("check: it changes nothing; expected no --keep-demo beside it, got one")

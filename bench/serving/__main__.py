@@ -36,20 +36,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=ABOUT)
     parser.add_argument("--ways", default=",".join(ROUNDS), help=f"some of {', '.join(ROUNDS)} (all)")
     parser.add_argument(
-        "--model", type=Path, default=MODEL, help="a causal model's folder (SmolLM2; make causal-lm fetches it)"
+        "--model", type=Path, default=MODEL, help="a causal model's folder (SmolLM2; make causal-lm downloads it)"
     )
     parser.add_argument("--vllm", type=Path, help="a Python with vLLM (.venv/vllm, by make serve-test; or LOTR_VLLM_PYTHON)")
-    parser.add_argument("--tasks", default="1,8,64,1000", help="tasks that rows take turns with (1,8,64,1000)")
+    parser.add_argument("--tasks", default="1,8,64,1000", help="numbers of tasks in a batch (1,8,64,1000)")
     parser.add_argument("--rows", type=int, default=64, help="rows of a batch (64)")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (16)")
-    parser.add_argument("--new", type=int, default=12, help="tokens that a row gets (12)")
+    parser.add_argument("--new", type=int, default=12, help="new tokens per row (12)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, help="of each way (3 of vLLM without and with the plugin, 2, and 1 of the slow)")
     parser.add_argument("--pushes", type=int, default=200, help="new versions into an engine that decodes (200)")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="seconds of the process, or that pass (cpu)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, help="folder (bench/results/<machine>)")
-    parser.add_argument("--quick", action="store_true", help="8 rows, one round, two minutes, into demo_results/bench")
+    parser.add_argument("--quick", action="store_true", help="8 rows, one round, two minutes, results in demo_results/bench")
     options = parser.parse_args(argv)
     options.ways = chosen("ways", options.ways, ROUNDS)
     options.tasks = [int(n) for n in options.tasks.split(",")]
