@@ -30,7 +30,7 @@ class CoreES:
 
         es = CoreES(TaskBank(model, 256), population=256, sigma=0.05, lr=0.02)
         for _ in range(generations):
-            index = es.ask()                              # [256], the place of each member in the bank
+            index = es.ask()                              # [256], the slot of each member in the bank
             with torch.no_grad(), mixed(model, index):
                 rewards = score(model(x))                 # [256], higher is better; x has a row for each member
             es.tell(rewards)
@@ -52,7 +52,7 @@ class CoreES:
         sigma (float): the standard deviation of the perturbations. It may be changed between tell and ask.
 
     Args:
-        bank: the members take free places. Its cores [tasks, r_in, r_out] may be of experts, and the model's own cores of any
+        bank: the members take free slots. Its cores [tasks, r_in, r_out] may be of experts, and the model's own cores of any
             form: the bank's are dense.
         population: members, at least 2; an even number if antithetic.
         sigma: above 0.
@@ -65,7 +65,7 @@ class CoreES:
             members. None: torch.distributed's default group if it is initialised, else one process.
 
     Raises:
-        TypeError, ValueError: an invalid argument, more members than the bank has free places, or a start that does not fit the
+        TypeError, ValueError: an invalid argument, more members than the bank has free slots, or a start that does not fit the
             bank. The bank is unchanged then.
     """
 
@@ -105,9 +105,9 @@ class CoreES:
         self.bank, self.population, self.sigma = bank, population, float(sigma)
         self.antithetic, self.seed, self.generation = antithetic, seed, 0
         self._members = range(rank * population // world, (rank + 1) * population // world)
-        self._places, self._asked = _take(bank, len(self._members), start), False
-        self._shapes = {name: core.shape for name, core in bank.cores_of(int(self._places[0])).items()}
-        parts = [core.detach().flatten().cpu() for core in bank.cores_of(int(self._places[0])).values()]
+        self._slots, self._asked = _take(bank, len(self._members), start), False
+        self._shapes = {name: core.shape for name, core in bank.cores_of(int(self._slots[0])).items()}
+        parts = [core.detach().flatten().cpu() for core in bank.cores_of(int(self._slots[0])).values()]
         wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
         with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
             self._mean = torch.cat([part.to(wide) for part in parts])
@@ -118,26 +118,26 @@ class CoreES:
     def ask(self) -> Tensor:
         """Writes this process's members of the generation into the bank. A second call before tell writes the same members.
 
-        Returns their places [members] (int64), in the order of the members: the index for `mixed`. With n rows per member, use
+        Returns their slots [members] (int64), in the order of the members: the index for `mixed`. With n rows per member, use
         `index.repeat_interleave(n)`.
 
         Raises:
-            RuntimeError: a member's place was dropped from the bank.
+            RuntimeError: a member's slot was dropped from the bank.
         """
-        if not bool(self.bank.taken[self._places].all()):
-            raise RuntimeError("ask: expected the members' places in the bank, got one that was dropped; create a new CoreES")
+        if not bool(self.bank.taken[self._slots].all()):
+            raise RuntimeError("ask: expected the members' slots in the bank, got one that was dropped; create a new CoreES")
         at_once = max(1, _AT_ONCE // len(self._mean))
         with torch.inference_mode(self.bank.cores[0].is_inference()), _changes:  # else the version counter would not change
             for first in range(0, len(self._members), at_once):
-                members, places = self._members[first : first + at_once], self._places[first : first + at_once]
+                members, slots = self._members[first : first + at_once], self._slots[first : first + at_once]
                 values = self._mean.new_empty(len(members), len(self._mean))
                 for member, value in zip(members, values, strict=True):
                     sign = -1 if self.antithetic and member % 2 else 1
                     torch.add(self._mean, self._direction(member), alpha=sign * self.sigma, out=value)
                 for core, part in zip(self.bank.cores, self._by_layer(values), strict=True):
-                    core.index_copy_(0, places.to(core.device), part.to(core.device, core.dtype))
+                    core.index_copy_(0, slots.to(core.device), part.to(core.device, core.dtype))
         self._asked = True
-        return self._places.clone()
+        return self._slots.clone()
 
     @torch.inference_mode(False)  # optimizer state made in inference mode could not be written outside of it
     def tell(self, rewards: Tensor | Sequence[float]) -> None:
@@ -238,12 +238,12 @@ class CoreES:
 
 
 def _take(bank: TaskBank, members: int, start: Source | None) -> Tensor:
-    """Takes a place for each member; the first one gets the start."""
+    """Takes a slot for each member; the first one gets the start."""
     with _changes:
         free = int((~bank.taken).sum())
         if members > free:
             raise ValueError(
-                f"population: expected at most {free} members in this process, the bank's free places, got {members}"
+                f"population: expected at most {free} members in this process, the bank's free slots, got {members}"
             )
         return torch.tensor([bank.add(start), *(bank.add() for _ in range(members - 1))], device="cpu")
 

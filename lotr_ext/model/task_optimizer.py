@@ -34,7 +34,7 @@ _of_bank: weakref.WeakKeyDictionary[Bank, weakref.ref[TaskOptimizer]] = weakref.
 
 
 class _Task(NamedTuple):
-    """The parameters of a task, one per layer, and the write count of its place when they were created."""
+    """The parameters of a task, one per layer, and the write count of its slot when they were created."""
 
     parameters: list[nn.Parameter]
     writes: int
@@ -60,7 +60,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._tasks: dict[int, _Task] = {}
         self._noted: list[list[Tensor]] = [[] for _ in self._layers]  # by layer: the indices whose rows made its gradient
         self._noted_in = [-1] * len(self._layers)  # the backward that the last of them was noted in
-        self._writes = list(bank.writes)  # the places' write counts at the first backward since the last step
+        self._writes = list(bank.writes)  # the slots' write counts at the first backward since the last step
         _of_bank[bank] = weakref.ref(self)
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -148,7 +148,7 @@ class TaskOptimizer(torch.optim.Optimizer):
             check_index("index", index, len(self._bank.taken))
             tasks, taken = _tasks_in([index]), self._bank.taken.tolist()
             if free := [task for task in tasks if not taken[task]]:
-                raise ValueError(f"index: expected tasks of the bank, got {free[0]}, a free place")
+                raise ValueError(f"index: expected tasks of the bank, got {free[0]}, a free slot")
             return [tasks if own else [] for own in trained]
         world = torch.distributed.get_world_size() if _distributed() else 1
         if world > 1 and any(trained):
@@ -170,7 +170,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         return tasks
 
     def _unchanged(self, tasks: list[int]) -> list[int]:
-        """The tasks whose places were not written since the gradients were computed."""
+        """The tasks whose slots were not written since the gradients were computed."""
         taken, writes = self._bank.taken.tolist(), self._bank.writes
         return [task for task in tasks if taken[task] and writes[task] == self._writes[task]]
 
@@ -195,7 +195,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         found, writes = self._tasks.get(task), self._bank.writes[task]
         if found is not None and found.writes == writes:
             return found.parameters
-        self._forget(task)  # the place now holds another task
+        self._forget(task)  # the slot now holds another task
         parameters = [nn.Parameter(core.detach()[task]) for core in self._bank.cores]
         self._inner.state.update(self._make(parameters).state)  # some optimizers, such as Adagrad, create state at once
         self._tasks[task] = _Task(parameters, writes)
@@ -275,7 +275,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._bank._save(task, path, state)
 
     def add(self, path: str | PathLike[str]) -> int:
-        """Adds a task and its state from a file in the first free place of the bank. Returns the place.
+        """Adds a task and its state from a file in the first free slot of the bank. Returns the slot.
 
         Raises:
             As `TaskBank.add`; ValueError: a file without state, or with that of another class. Nothing is changed then.

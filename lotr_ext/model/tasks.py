@@ -40,11 +40,11 @@ _changes = threading.RLock()  # one lock for all banks, since a bank with its ow
 
 
 class TaskBank(nn.Module):
-    """Places for `tasks` tasks over the factors of model's active adapter; registered as `model.lotr_tasks`.
+    """Slots for `tasks` tasks over the factors of model's active adapter; registered as `model.lotr_tasks`.
 
     cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out] (experts: [tasks, e, r_in, r_out]) of
-    the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places hold
-    a task; a free place is zero.
+    the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which slots hold
+    a task; a free slot is zero.
 
     With expert parallelism each process has the cores of its experts for all tasks, and all processes must call the bank's
     methods together.
@@ -67,10 +67,10 @@ class TaskBank(nn.Module):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
         check_dimension("tasks", tasks)
         refuse_magnitudes(layers, "TaskBank")
-        cores = (_places(layer.core.detach(), tasks) for layer in layers.values())
+        cores = (_slots(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        self.writes = [0] * tasks  # write counts of the places: a write ends a task's optimizer state
+        self.writes = [0] * tasks  # write counts of the slots: a write ends a task's optimizer state
         self._layers = tuple(layers)
         self._scalings = tuple(layer.scaling for layer in layers.values())
         self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # the model registers them
@@ -86,50 +86,50 @@ class TaskBank(nn.Module):
     # ---- tasks, one by one -------------------------------------------------------------------------------------------
 
     def add(self, source: Source | None = None) -> int:
-        """Adds a task in the first free place. Returns the place.
+        """Adds a task in the first free slot. Returns the slot.
 
         source: its cores [r_in, r_out] (experts: [e, r_in, r_out]) by layer name, a file that `save` wrote, or None for a task
         with zero cores, equal to the base model.
 
         Raises:
-            RuntimeError: no place is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
+            RuntimeError: no slot is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
                 or no floating dtype. Nothing is changed then.
         """
         values = self._values(source)
         with _changes:
             free = (~self.taken).nonzero()
             if not len(free):
-                raise RuntimeError(f"add: expected a free place, got {len(self.taken)} that are all taken")
-            place = int(free[0])
-            self._write(place, values, taken=True)
-        return place
+                raise RuntimeError(f"add: expected a free slot, got {len(self.taken)} that are all taken")
+            slot = int(free[0])
+            self._write(slot, values, taken=True)
+        return slot
 
     def replace(self, task: int, source: Source | None) -> None:
         """Replaces `task` by another task. source and errors as in `add`."""
         values = self._values(source)
         with _changes:
-            self._write(self._place(task), values, taken=True)
+            self._write(self._slot(task), values, taken=True)
 
     def drop(self, task: int) -> None:
-        """Removes a task: its place becomes zero and free.
+        """Removes a task: its slot becomes zero and free.
 
         Raises:
             TypeError, ValueError: no such task.
         """
         with _changes:
-            self._write(self._place(task), self._values(None), taken=False)
+            self._write(self._slot(task), self._values(None), taken=False)
 
     def combine(
         self, tasks: Mapping[int, float], method: str = "linear", *, density: float | None = None, seed: int = 0
     ) -> int:
-        """Adds a weighted sum of tasks in the first free place. Returns the place.
+        """Adds a weighted sum of tasks in the first free slot. Returns the slot.
 
         tasks: weights by task. method: "linear", the exact sum of the adapters; or "ties" (arXiv 2306.01708), "dare" (arXiv
         2311.03099), "dare_ties" or "magnitude_prune" of each core, as PEFT defines them. density: the fraction of a core's
         elements that these methods keep, in (0, 1]. seed: of the elements that "dare" and "dare_ties" drop. Sums in float64.
 
         Raises:
-            TypeError, ValueError: no such task, no or no finite weights, an unknown method or density. RuntimeError: no place
+            TypeError, ValueError: no such task, no or no finite weights, an unknown method or density. RuntimeError: no slot
                 is free. Nothing is changed then.
         """
         rule, weights = Rule(method, density, seed), check_weights("tasks", tasks)
@@ -143,8 +143,8 @@ class TaskBank(nn.Module):
         Raises:
             TypeError, ValueError: no such task.
         """
-        place = self._place(task)
-        return {f"{name}.core": core.detach()[place] for name, core in zip(self._layers, self.cores, strict=True)}
+        slot = self._slot(task)
+        return {f"{name}.core": core.detach()[slot] for name, core in zip(self._layers, self.cores, strict=True)}
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
         """Writes a task into a safetensors file, atomically: `<layer>.core` [r_in, r_out] for each layer.
@@ -209,7 +209,7 @@ class TaskBank(nn.Module):
                 got = f"{int(index.min())} to {int(index.max())}"
                 raise ValueError(f"names: expected tasks in [-1, {len(self.taken)}), got {got}")
             if not bool(self.taken[own].all()):
-                raise ValueError(f"names: expected tasks of the bank, got {int(own[~self.taken[own]][0])}, a free place")
+                raise ValueError(f"names: expected tasks of the bank, got {int(own[~self.taken[own]][0])}, a free slot")
         cores = noted_cores(self, index)
         return [Mixture(core, scaling, index) for core, scaling in zip(cores, self._scalings, strict=True)]
 
@@ -226,7 +226,7 @@ class TaskBank(nn.Module):
             tensors, metadata = more()
         agreed("save", write, together=together)
 
-    def _place(self, task: object) -> int:
+    def _slot(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
             raise TypeError(f"task: expected an int, got {type(task).__name__} {task!r}")
         if not 0 <= task < len(self.taken) or not self.taken[task]:
@@ -234,14 +234,14 @@ class TaskBank(nn.Module):
         return task
 
     @torch.no_grad()
-    def _write(self, place: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes a task into a place; on an exception the place keeps its old values."""
-        parts = [*(core[place] for core in self.cores), self.taken[place]]
+    def _write(self, slot: int, values: Sequence[Tensor], *, taken: bool) -> None:
+        """Writes a task into a slot; on an exception the slot keeps its old values."""
+        parts = [*(core[slot] for core in self.cores), self.taken[slot]]
         before = [part.clone() for part in parts]
         try:
             for part, value in zip(parts, (*values, torch.tensor(taken, device="cpu")), strict=True):
                 part.copy_(value)
-            self.writes[place] += 1
+            self.writes[slot] += 1
         except BaseException:
             for part, value in zip(parts, before, strict=True):
                 part.copy_(value)
@@ -299,7 +299,7 @@ def task_metadata(scalings: Sequence[float], owners: Mapping[str, Owner]) -> dic
     return _FORMAT | {"scaling": scaling, "factors": factors_checksum(dict(sorted(owners.items())))}
 
 
-def _places(core: Tensor, tasks: int) -> Tensor:
+def _slots(core: Tensor, tasks: int) -> Tensor:
     """Zeros [tasks, *core.shape], sharded as core is."""
     if not is_dtensor(core):
         return core.new_zeros(tasks, *core.shape)

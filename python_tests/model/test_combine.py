@@ -170,7 +170,7 @@ def test_a_bank_refuses(tasks, options, error, match: str) -> None:
 
 def test_a_full_bank_refuses() -> None:
     _, bank, _ = bank_of_tasks(places=3)
-    with pytest.raises(RuntimeError, match="add: expected a free place, got 3 that are all taken"):
+    with pytest.raises(RuntimeError, match="add: expected a free slot, got 3 that are all taken"):
         bank.combine({0: 1.0})
 
 

@@ -341,7 +341,7 @@ def test_refuses_a_tell_before_ask_and_a_member_that_was_dropped() -> None:
     with pytest.raises(RuntimeError, match="tell: expected a call of ask before it"):
         es.tell([0.0] * 8)
     es.bank.drop(int(es.ask()[3]))
-    with pytest.raises(RuntimeError, match="ask: expected the members' places in the bank"):
+    with pytest.raises(RuntimeError, match="ask: expected the members' slots in the bank"):
         es.ask()
 
 

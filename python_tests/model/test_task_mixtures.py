@@ -194,6 +194,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"names: expected tasks in \[-1, 3\), got 0 to 3"), mixed(model, torch.tensor([0, 3])):
         pass
     bank.drop(1)
-    with pytest.raises(ValueError, match="got 1, a free place"), mixed(model, torch.tensor([0, 1])):
+    with pytest.raises(ValueError, match="got 1, a free slot"), mixed(model, torch.tensor([0, 1])):
         pass
     assert NOW.any is None

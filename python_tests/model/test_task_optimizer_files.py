@@ -47,7 +47,7 @@ def test_a_task_is_saved_with_its_state_and_goes_on(kind: str, tmp_path: Path) -
     assert set(load_file(tmp_path / "cores alone")) == set(bank.cores_of(1))
     other, its = frozen()
     again = its.optimizer(optimizer_class, **settings)
-    assert again.add(tmp_path / "one") == 5  # the free place
+    assert again.add(tmp_path / "one") == 5  # the free slot
     for key, value in optimizer.state_of(1)["1.down.core"].items():
         found = again.state_of(5)["1.down.core"][key]
         assert torch.equal(found, value) if isinstance(value, Tensor) else found == value

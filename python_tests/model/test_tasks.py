@@ -145,7 +145,7 @@ def test_tasks_come_and_go_one_by_one(tmp_path: Path) -> None:
         want = model(x)
         bank.save(2, tmp_path / "two.safetensors")
         bank.drop(2)
-        assert len(bank) == 4 and bank.add(tmp_path / "two.safetensors") == 2  # the place that was free first
+        assert len(bank) == 4 and bank.add(tmp_path / "two.safetensors") == 2  # the slot that was free first
         added = bank.add()
         bank.replace(added, tmp_path / "two.safetensors")
         assert torch.equal(model(x), want), "the others go on as before"
@@ -156,7 +156,7 @@ def test_tasks_come_and_go_one_by_one(tmp_path: Path) -> None:
     numbers = load_file(tmp_path / "two.safetensors")
     assert sum(t.numel() for t in numbers.values()) == 8 * 4 * 3  # r_in r_out numbers a layer, and no factor
     assert set(numbers) == set(bank.cores_of(2)) and [p.name for p in tmp_path.iterdir()] == ["two.safetensors"]
-    with pytest.raises(RuntimeError, match="add: expected a free place, got 6 that are all taken"):
+    with pytest.raises(RuntimeError, match="add: expected a free slot, got 6 that are all taken"):
         bank.add()
 
 
@@ -243,7 +243,7 @@ def test_an_index_of_other_tasks_is_refused() -> None:
         (torch.tensor([[[1]]]), ValueError, r"a task per row, or \[b, tokens\], one per token, got shape \(1, 1, 1\)"),
         (torch.tensor([0, 6]), ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6"),
         (torch.tensor([0, -2]), ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0"),
-        (torch.tensor([0, 5, -1]), ValueError, "names: expected tasks of the bank, got 5, a free place"),
+        (torch.tensor([0, 5, -1]), ValueError, "names: expected tasks of the bank, got 5, a free slot"),
     ):
         with pytest.raises(kind, match=message):
             enter(index)

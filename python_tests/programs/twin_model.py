@@ -139,7 +139,7 @@ class TaskBank(nn.Module):
         model.lotr_tasks = self
 
     def add(self, source: Mapping[str, Tensor]) -> int:
-        """Into the first free place, which it returns."""
+        """Into the first free slot, which it returns."""
         place = self.taken.tolist().index(False)
         self.taken[place] = True
         self.replace(place, source)
