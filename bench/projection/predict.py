@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lotr_ext.ops.planner import FUSED_MAX_RANK
+
 from ..measure.store import Store, of_build
 from . import block, counts, fused
 from .assumptions import LEVELS, Assumed, Spread
@@ -111,7 +113,7 @@ def _times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Ke
         own = e.at(assumed)
         times[(*key[:4], sm)] = KernelTime(own.seconds + assumed.launch * e.memsets, own.parts["after"])
     for m, k, n, r in shapes if gpu in fused.hopper() else ():
-        if r <= fused.MAX_RANK:
+        if r <= FUSED_MAX_RANK:
             for i, o, backward in ((k, n, False), (n, k, True)):
                 seconds = fused.model(m, i, o, r, gpu, backward, assumed=assumed).seconds
                 times[fused_key(m, i, o, r, sm, backward)] = KernelTime(seconds)
