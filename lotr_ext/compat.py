@@ -157,6 +157,16 @@ def run_unseen(function: Callable) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
+not_compiled = torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: 1.5 s of `import lotr_ext`
+
+
+def constant_while_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result without the import of the compiler: a compiled graph holds what function returned
+    when it was traced."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def saved_if(ctx, *wanted: bool) -> tuple[Tensor | None, ...]:
     """ctx.saved_tensors, None for those that are not wanted. These are not unpacked, so an in-place write to them does not
     raise; torch 2.10 unpacks all of them."""

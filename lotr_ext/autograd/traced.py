@@ -21,7 +21,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_exporting
 from torch.nn import functional as nnf
 
-from ..compat import jit_tracing, transformed
+from ..compat import constant_while_compiled, jit_tracing, transformed
 from ..ops import composite, planner
 from ..ops.composite import base_linear, to
 from ..ops.library import check_tensors, lotr
@@ -105,7 +105,7 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiled
 def decided_by() -> str:
     """What a trace's choices depend on besides arguments: this code, the environment and the driver. As a constant of Dynamo's
     graph it is in the key of AOTAutograd's cache on disk, so that no graph of another version or strategy is used."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
-from ..compat import jit_tracing, transformed
+from ..compat import jit_tracing, not_compiled, transformed
 from .library import check_tensors, shapes
 
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
@@ -212,7 +212,7 @@ class GroupedPacked(torch.autograd.Function):
         return GroupedPacked.apply(g.contiguous(), ctx.weight.mT, offs), None, None
 
 
-@torch.compiler.disable  # which experts have rows decides what is made dense
+@not_compiled  # which experts have rows decides what is made dense
 def grouped_packed(x: Tensor, weight: Packed, offs: Tensor) -> Tensor:
     """`GroupedPacked`, with checks."""
     if x.shape[1] != weight.shape[2] or offs.shape[0] != weight.shape[0]:

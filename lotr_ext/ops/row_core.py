@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..compat import OLD_VMAP, dispatch_key_included, jit_tracing, transformed
+from ..compat import OLD_VMAP, constant_while_compiled, dispatch_key_included, jit_tracing, transformed
 from . import composite, planner
 from .grouped import expert_of_rows
 from .library import accumulate_dtype, shapes
@@ -67,7 +67,7 @@ def _kernels(u: Tensor, cores: Tensor) -> bool:
     return _obstacle(max(cores.shape[1:]), u.dtype, u.device) is None
 
 
-@torch.compiler.assume_constant_result  # the driver is queried outside of the compiled graph
+@constant_while_compiled  # the driver is queried outside of the compiled graph
 def _obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return planner.obstacle_to_kernels(rank, dtype, device)
 

@@ -288,3 +288,31 @@ def test_dynamo_does_not_look_into_what_runs_unseen():
     for answer[0] in (2.0, 3.0, 2.0):
         assert torch.equal(compiled(torch.ones(2)), torch.full((2,), answer[0]))
     torch.compiler.reset()
+
+
+def test_what_is_not_compiled_breaks_the_graph_and_a_constant_is_asked_once():
+    asked = []
+
+    @compat.constant_while_compiled
+    def constant():
+        asked.append(1)
+        return 2.0
+
+    @compat.not_compiled
+    def doubled(x):
+        return 2 * x
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def times(x):
+        return x * constant()
+
+    @torch.compile(backend="eager")
+    def both(x):
+        return doubled(x) + 1
+
+    x = torch.ones(2)
+    assert torch.equal(times(x), 2 * x) and torch.equal(times(x), 2 * x) and len(asked) == 1
+    assert torch.equal(both(x), 3 * x)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: doubled(x), backend="eager", fullgraph=True)(x)
+    torch.compiler.reset()
