@@ -121,7 +121,7 @@ class LoTRConfig:
     modules_to_save: Sequence[str] | None = None
     group_by: GroupBy = "shape"
     init: str = "orthonormal"
-    train: Sequence[str] = _PARTS
+    train: Sequence[str] = ("A", "B", "core", "magnitude")
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
     target_parameters: Sequence[str] | None = None
