@@ -140,8 +140,8 @@ def page_sweeps(sweeps: dict[str, list[sweep.Transfer]]) -> str:
 
 
 DIFFERENCE = (
-    f"Means over seeds ({SEEDS} by default) and held-out items with paired 95 % bootstrap intervals. A difference inside its "
-    "interval is called none. LoTR is the one that validation prefers among those with no more numbers."
+    f"Means over seeds ({SEEDS} by default) and held-out items with paired 95 % bootstrap intervals. A difference is none if "
+    "its interval contains 0. LoTR is the one with the lowest validation loss among those with at most as many numbers."
 )
 
 

@@ -26,8 +26,8 @@ def page_table(found: Mapping[str, Any]) -> str:
             rows.append([name, str(p), *(f"{n * elements / 2**20:.1f}" for n in (4, 4, 8)), f"{16 * lora / 2**20:.0f}"])
     lines += [
         "",
-        f"MiB of what is trained at rank {memory.RANK}, float32, AdamW, in each process, whatever the weights' format; LoRA's "
-        "pairs of linear layers are counted whole too:",
+        f"MiB in each process for training at rank {memory.RANK} in float32 with AdamW, for all formats of the weights. LoRA's "
+        "pairs of linear layers are replicated too:",
         "",
     ]
     heads = ["model", "p", "adapter", "gradients", "optimizer", "all three for LoRA"]

@@ -20,9 +20,9 @@ def row_counts(results: Path) -> dict[Key, RowCounts]:
 def rows_table(found: dict[Key, RowCounts]) -> str:
     """Counted bytes of row_core and its backward: a row per operator and case."""
     title = (
-        f"`python -m bench.traffic`, no GPU: row_core, the product with a core a row, bf16, planned for {MULTIPROCESSORS} "
-        "multiprocessors. Least: every operand once, of the cores those that have rows; the backward adds k in float32, "
-        "the sorted order, and partial sums. A core is read again for each block that has rows of it, from L2:"
+        f"`python -m bench.traffic`, no GPU: row_core, the product with a core per row, bf16, planned for {MULTIPROCESSORS} "
+        "SMs. Least: every operand and every core with rows once. The backward adds k in float32, the sorted order, and "
+        "partial sums. Each block that has rows of a core reads the core again, from L2:"
     )
     lines = [cells_of(operator, case, row) for (operator, case, _), row in found.items()]
     return "\n".join([title, "", *tables.markdown(list(HEADS), lines, 3)])

@@ -180,7 +180,7 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
                 lora = methods.get("lora-peft", {}).get(key)
                 row += _against_lora(own.get(key), lora)
             rows.append(row)
-        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of {NAMES[LORA]}, whose own numbers are in its row; "
+        title = f"{name}, {batch} x {sequence} tokens per step, rank {r}; ratios to {NAMES[LORA]}, whose row has its numbers; "
         own = [cell for method in methods.values() for cell in method.values()]
         if lines:
             lines.append("")
@@ -315,7 +315,7 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     images = {"projection": f"{CARDS['h100'].name} and others, projected"}
     blocks = [line for block in block_traffic.parse(block_traffic.BLOCKS) for line in projected_block(block, rows, found)]
     others, parts = other_layers(rows, found), layer_parts(rows, levels)
-    assumed = ["", "What is assumed, by the time that follows:", "", *markdown(list(RANGE_HEADS), range_rows())]
+    assumed = ["", "The assumptions, and the time that follows from each:", "", *markdown(list(RANGE_HEADS), range_rows())]
     return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *parts, *assumed])
 
 
@@ -323,7 +323,7 @@ def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
     """The parts of beta's time over the frozen layer."""
     if "h100" not in levels:
         return []
-    says = f"Where {BETA}'s time over the frozen layer goes, the same layer on an {CARDS['h100'].name} ({LABEL}):"
+    says = f"The parts of {BETA}'s time over the frozen layer, for the same layer on an {CARDS['h100'].name} ({LABEL}):"
     lines = step_rows(PROJECTED_SHAPE, rows, CARDS["h100"], levels["h100"])
     return ["", says, "", *markdown(list(STEP_HEADS), lines, 2)]
 
@@ -339,7 +339,7 @@ def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list
         for name, label in names.items():
             cells = [over[gpu][name]["step"].percent() if name in over.get(gpu, {}) else "-" for gpu in columns]
             lines += [[f"{m} x {k} x {n}, {r}", bold(label), *cells]] if set(cells) != {"-"} else []
-    says = "Time over the frozen layer in %, projected in the same way, of other layers:"
+    says = "Time over the frozen layer in % for other layers, projected in the same way:"
     return ["", says, "", *markdown(["M x K x N, r", "", *(CARDS[gpu].name for gpu in columns)], lines, 2)] if columns else []
 
 
@@ -354,9 +354,9 @@ def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dic
         for name in columns[0]
     ]
     says = (
-        f"The linear layers of a {model} block together, {m} tokens, r = {r}, time over the frozen ones in %, projected "
-        f"alike. LoTR's layers of one shape share a pair, so k and v are siblings, and gate and up; fold and fold_grad are one "
-        f"launch for {block_traffic.LAYERS} layers; norms, attention and activations are left out:"
+        f"All linear layers of a {model} block, {m} tokens, r = {r}, time over the frozen ones in %, projected in the same "
+        f"way. LoTR's layers of one shape share a pair, so k and v share u, and so do gate and up. fold and fold_grad are one "
+        f"launch for {block_traffic.LAYERS} layers. Norms, attention and activations are not included:"
     )
     return ["", says, "", *markdown(["", *(CARDS[gpu].name for gpu in levels)], lines)]
 
@@ -367,7 +367,7 @@ def summary_table(found: Summary, pictures: Pictures) -> str:
     commands = [*dict.fromkeys(model_command([cell]) for cell in (found.model, *found.others)), layer_command(found.layers)]
     lines = [
         f"{c['model']}, {c['targets'].replace(',', ' and ')} of every block, rank {c['r']}, {c['batch']} x {c['sequence']} "
-        f"tokens a step, where nothing else is said; {found.where} ({', '.join(commands)}):",
+        f"tokens per step, unless the row says otherwise; {found.where} ({', '.join(commands)}):",
         "",
         *markdown(["", NAMES[LORA], NAMES[EAGER], bold(NAMES[OURS])], [list(row) for row in found.rows]),
     ]

@@ -35,13 +35,13 @@ def tasks_table(run: dict, pictures: tables.Pictures) -> str:
         speed = f"{shape['rows'] * shape['tokens'] / way['seconds']:,.0f}"
         label = f"**{name}**" if name.startswith("LoTR") else renamed(name)
         rows.append([label, time_text(way["seconds"]), speed, f"{way['over_one']:.2f} x"])
-    lines = [f'`make many-tasks ARGS="{flags}"`: {shape["rows"]} rows, tokens a row: {shape["tokens"]}; {where}:', ""]
+    lines = [f'`make many-tasks ARGS="{flags}"`: {shape["rows"]} rows, tokens per row: {shape["tokens"]}; {where}:', ""]
     place = f"{shape['tasks']:,} tasks, width {shape['hidden']}, {shape['layers']} blocks, r = {shape['rank']}"
     lines += [*tables.markdown([place, *HEADS], rows), ""]
     lines += [f"Most tasks in the batch over one task: {flat}. A task's bytes: {sizes}."]
     name = f"many-tasks-{shape['tokens']}-tokens"
     if name in pictures:
-        lines += ["", f"![time of a batch against the tasks in it, tokens a row: {shape['tokens']}]({pictures[name]})"]
+        lines += ["", f"![time of a batch against the tasks in it, tokens per row: {shape['tokens']}]({pictures[name]})"]
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def checks(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     if row is not None and "retention" in row["decode"]:
         for part, least in (("decode", DECODE), ("prefill", PREFILL)):
             value = row[part]["retention"]
-            found.append((f"{part} with a task a row, at least {least:.0%}", f"{value:.1%}", value >= least))
+            found.append((f"{part} with one task per row, at least {least:.0%}", f"{value:.1%}", value >= least))
     if "native" in results["push"]:
         value = percentile(results["push"]["native"]["milliseconds"], 0.99)
         found.append((f"99 % of pushes within {PUSH_MS:.0f} ms", f"{value:.1f} ms", value <= PUSH_MS))
