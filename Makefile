@@ -32,22 +32,22 @@ CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX))
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
-	@echo "make frontier   loss against trained parameters, LoTR and LoRA, hours, goes on where it was (ARGS=--quick: three minutes)"
+	@echo "make frontier   loss against trained parameters, LoTR and LoRA (hours, continues an earlier run; ARGS=--quick: three minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
-	@echo "make evolve     cores trained by forwards alone, for an accuracy and an exact match (ten minutes; ARGS=--quick: one)"
-	@echo "make loras      eight LoRAs of a small language model as one bank, and a ninth task over it (five minutes)"
+	@echo "make evolve     cores trained without a backward, for an accuracy and an exact match (ten minutes; ARGS=--quick: one)"
+	@echo "make loras      eight LoRAs of a small language model converted to one bank, and a ninth task over it (five minutes)"
 	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
-	@echo "make influence  finding wrong labels by influence, beside kronfluence (10 minutes of one core)"
-	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (3 minutes)"
-	@echo "make test       lint and what users meet (10 minutes)        make test-slow   what CI runs beside it (4 minutes)"
-	@echo "make test-full  both and the long sweeps (an hour or more)"
+	@echo "make influence  finding wrong labels by influence, compared with kronfluence (10 minutes of one core)"
+	@echo "make check      tests to run while you work: operators, autograd, layers, a few kernels (3 minutes)"
+	@echo "make test       lint and the main tests (10 minutes)         make test-slow   more tests that CI runs (4 minutes)"
+	@echo "make test-full  both, and the long sweeps (an hour or more)"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
-	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
+	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, for CPU and GPUs, checked and tested, in dist/"
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
 	@echo "make serve      three tasks of SmolLM2 in vLLM's server on this machine (2 GB are installed first)"
-	@echo "make serve-test the tests that need vLLM     make rl         reinforcement learning of cores alone, answers by vLLM"
-	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
+	@echo "make serve-test the tests that need vLLM     make rl         reinforcement learning of cores, with answers by vLLM"
+	@echo "make setup      .venv, the build, model and data             make causal-lm   the demo with a small language model"
 
 setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized_libraries $(STAMPS)/frameworks
 
