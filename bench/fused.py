@@ -1,4 +1,4 @@
-"""The base product with the adapter inside (docs/hopper.md) on a Hopper GPU, beside the library's product.
+"""The fused kernel of base product and adapter (docs/hopper.md) on a Hopper GPU, compared with the library's product.
 
     python -m bench.fused                     the four shapes of the model and their dx; needs a GPU of compute capability 9.0
     python -m bench.fused --shapes 4096x4096x4096x16 --dtypes bf16

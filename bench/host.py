@@ -1,4 +1,4 @@
-"""Host overhead of an adapted layer, forward and backward, in us a layer: its products are so small that they take no time.
+"""Host overhead of an adapted layer, forward and backward, in us per layer, at sizes at which the products take almost no time.
 
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; chained and as q, k, v; fp32, 1 thread
     python -m bench.host --tokens 1,2048 --layers 96 --clock wall

@@ -1,4 +1,4 @@
-"""A transformer trained with each method, at equal rank and at equal size: step time, tokens a second, memory, adapter bytes.
+"""A transformer trained with each method, at equal rank and at equal size: step time, tokens per second, memory, adapter bytes.
 
     python -m bench.model                     MiniLM's shape, q and v; SmolLM2-135M's, a causal language model with all linear
                                               layers adapted; rank 16. On a GPU eight layers of Llama-3's, both ways

@@ -1,4 +1,4 @@
-"""A mixture's quantised experts: the peak memory of a training step, beside the same experts dense.
+"""A mixture's quantised experts: the peak memory of a training step, compared with dense experts.
 
     python -m bench.packed                        mxfp4, fp8; 256 tokens, 32 experts H 1024, I 1024, top 4, r = 16
     PYTHONPATH=.venv/quantized python -m bench.packed --formats mxfp4,fp8,nf4,int8

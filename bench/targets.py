@@ -1,4 +1,4 @@
-"""Checks which targets on a CPU the kept results meet: python -m bench.targets [folder of results]
+"""Checks which CPU targets the stored results meet: python -m bench.targets [folder of results]
 
 On one and all threads, fp32 and bf16, one adapted layer's time over the frozen layer, forward + backward: at most half of eager
 LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most 0.9 of it at 1 and 16 tokens, at

@@ -1,8 +1,8 @@
-"""`python -m lotr_ext.convert`: adapters of LoRA and of the original LoTR implementation to this package's, and back.
+"""`python -m lotr_ext.convert`: converts adapters of LoRA and of the original LoTR implementation to LoTR, and LoTR to LoRA.
 
 lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
-loras-to-bank SOURCE... DESTINATION --rank 16    many of them, by Tucker-2: factors that all share, and a task for each
-lotr-to-lora SOURCE DESTINATION                  for PEFT and whatever else reads LoRA, exact
+loras-to-bank SOURCE... DESTINATION --rank 16    many of them, by Tucker-2, to shared factors and one task each
+lotr-to-lora SOURCE DESTINATION                  for PEFT and other programs that read LoRA, exact
 lotr-to-gguf SOURCE FILE --base-model DIR        for llama.cpp, as a LoRA, exact
 lotr-to-peft SOURCE DESTINATION                  for PeftModel.from_pretrained, as LoTR; load_adapter reads what PEFT writes
 original-to-lotr FILE DESTINATION                a state dict of github.com/daskol/lotr
@@ -55,33 +55,47 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, source: str, text: str, several: str | None = None) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
         one.add_argument("source", help=source, nargs=several)
-        what = "new file" if name == "lotr-to-gguf" else "directory for the new adapter, made if need be"
+        what = "new file" if name == "lotr-to-gguf" else "directory for the new adapter, created if missing"
         one.add_argument("destination", help=what)
         return one
 
-    one = command("lora-to-lotr", "directory of a PEFT LoRA adapter", "LoRA to LoTR by Tucker-2, with each layer's error.")
+    one = command(
+        "lora-to-lotr", "directory of a PEFT LoRA adapter", "Convert a LoRA to LoTR by Tucker-2, and print each layer's error."
+    )
     size = one.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=_rank, help="rank: R, or R_IN,R_OUT")
     size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
     size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
-    text = "LoRAs of one model to factors that all share and a task for each, with each layer's error."
+    text = "Convert LoRAs of one model to shared factors and one task each, and print each layer's error."
     bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
     bank.add_argument("--rank", type=_rank, required=True, help="rank: R, or R_IN,R_OUT")
     for own, more in ((one, ()), (bank, ("layer",))):
         own.add_argument("--group-by", choices=("shape", "name", *more), default="shape", help="which layers share A and B")
         own.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter")
-    one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
+    one = command(
+        "lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "Convert LoTR to an exact LoRA adapter for PEFT."
+    )
     one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
     one.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
     one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type, if a server has its own names for its experts")
     one.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
     one.add_argument("--pad-rank", type=int, metavar="R", help="pad all factors with zeros to this rank")
-    one = command("lotr-to-gguf", "directory of a LoTR adapter (save_adapter)", "LoTR to a LoRA file of llama.cpp, exact.")
+    one = command(
+        "lotr-to-gguf", "directory of a LoTR adapter (save_adapter)", "Convert LoTR to an exact LoRA file for llama.cpp."
+    )
     one.add_argument("--base-model", required=True, help="directory of the base model, with its config.json")
-    one = command("lotr-to-peft", "directory of a LoTR adapter (save_adapter)", "LoTR as PEFT saves a LoTRPeftConfig's, exact.")
+    one = command(
+        "lotr-to-peft",
+        "directory of a LoTR adapter (save_adapter)",
+        "Convert LoTR to the folder that PEFT saves for a LoTRPeftConfig, exactly.",
+    )
     one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
-    one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
+    one = command(
+        "original-to-lotr",
+        "checkpoint of the original LoTR implementation",
+        "Convert a state dict of github.com/daskol/lotr to LoTR.",
+    )
     one.add_argument("--scale", type=float, default=1.0, help="the scale that its layers were made with (default 1)")
     one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="fully trained modules, such as classifier")
     return top
