@@ -1,7 +1,15 @@
-"""LoTR and other tools: PEFT, transformers' Trainer, Opacus, LoRA adapters, the original implementation's checkpoints.
+"""LoTR and other tools. `lotr_ext.interop.peft` imports PEFT, `lotr_ext.interop.trainer` transformers,
+`lotr_ext.interop.opacus` Opacus and `lotr_ext.interop.vllm` vLLM. All other modules read and write files, as the command
+`python -m lotr_ext.convert` does. The files:
 
-`lotr_ext.interop.peft` imports PEFT, `lotr_ext.interop.trainer` transformers and `lotr_ext.interop.opacus` Opacus. All other
-modules here read and write files, as the command `python -m lotr_ext.convert` does.
+peft.py            what a program for PEFT imports
+  peft_config.py     LoTRPeftConfig;  peft_model.py, peft_layer.py, peft_experts.py, peft_shared.py: the method and its layers
+lora.py            export as LoRA;  expert_lora.py: of experts;  gguf.py: for llama.cpp
+from_lora.py       a LoRA as LoTR;  loras_to_bank.py: many as tasks;  lora_files.py: reading LoRA;  tucker.py: the decomposition
+original.py        checkpoints of the original implementation;  adapter.py: what a conversion makes
+packed.py          checkpoints with quantised experts, kept packed
+trainer.py         AdapterTrainer and callbacks;  opacus.py: private training
+vllm               a plugin that serves tasks, and sends new versions of them
 """
 
 from ..model.peft_files import lotr_to_peft
