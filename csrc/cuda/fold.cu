@@ -2,6 +2,7 @@
 #include "kernels/fold.cuh"
 
 #include "launchers.h"
+#include "plans.h"
 
 namespace lotr::cuda {
 
@@ -27,7 +28,7 @@ PreparedFoldGrad prepare(const Call& call, const FoldGradProblem& p) {
   check_rank("fold_grad", "cores", p.r_in);
   check_rank("fold_grad", "B", p.r_out);
   PreparedFoldGrad made;
-  made.plan = plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.card.multiprocessors);
+  made.plan = fold_grad_plan(call, p.L, p.N, p.r_in, p.r_out, p.dB);
   made.workspace =
       reduction_bytes(made.plan.core_tiles, made.plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
   return made;

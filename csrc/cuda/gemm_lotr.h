@@ -32,9 +32,6 @@ struct GemmLotr {
 };
 
 using GemmLotrPlan = plan::GemmLotr;
-inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
-  return plan::gemm_lotr(q.M, q.N, q.r, !call.off.cluster, call.card.multiprocessors);
-}
 
 // Why the kernel cannot run it (name, expected, got), or nothing.
 inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {

@@ -3,6 +3,7 @@
 
 #include "kernels/row_core.cuh"
 #include "launchers.h"
+#include "plans.h"
 #include "rows.h"
 
 namespace lotr::cuda {
@@ -43,7 +44,7 @@ void row_ends(const Call& call, const RowEndsParams& p) {
 
 PreparedRowCoreGrad prepare_row_core_grad(const Call& call, const RowCoreGradParams& p, int64_t rows) {
   PreparedRowCoreGrad made;
-  made.plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
+  made.plan = row_core_grad_plan(call, rows, p.cores, p.r_in, p.r_out);
   made.workspace =
       reduction_bytes(made.plan.core_tiles, made.plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
   return made;

@@ -2,6 +2,7 @@
 #include "dispatch.h"
 #include "kernels/scale_backward.cuh"
 #include "launchers.h"
+#include "plans.h"
 #include "ptx/stream.cuh"
 
 namespace lotr::cuda {
@@ -10,7 +11,7 @@ PreparedScaleBackward prepare(const Call& call, const ScaleBackwardProblem& p) {
   PreparedScaleBackward made;
   if (p.M == 0) return made;
   const size_t element = call.type == DType::float32 ? 4 : 2;
-  const auto plan = made.plan = plan::scale_backward(p.M, p.N, element, call.card.multiprocessors);
+  const auto plan = made.plan = scale_backward_plan(call, p.M, p.N);
   made.workspace = reduction_bytes(plan.n_tiles, plan.splits, kernels::scale_backward_cols(element));
   return made;
 }

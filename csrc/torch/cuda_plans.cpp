@@ -36,20 +36,22 @@ cuda::Call call_of(const char* op, ScalarType dtype, int64_t device, const std::
   return call;
 }
 
-// JSON: a list of {"plan": the words of a rule, "blocks", "microseconds"}, the chosen plan first.
-std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, ScalarType dtype, int64_t device,
-                       std::vector<int64_t> card) {
+// JSON: a list of {"plan": the words of a rule, "blocks", "microseconds"}, the chosen plan first;
+// microseconds 0: it has no estimate.
+std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t r_out, ScalarType dtype,
+                       int64_t device, std::vector<int64_t> card) {
   constexpr const char* name = "lotr::cuda_plans";
-  if (M < 1 || N < 1 || r < 1 || r > cuda::MAX_RANK)
+  const bool has_rank = op != "scale_backward", has_core = op == "fold_grad" || op == "row_core_grad";
+  if (M < 1 || N < 1 || r < has_rank || r > cuda::MAX_RANK || r_out < has_core || r_out > cuda::MAX_RANK)
     fail(name, ": expected M and N of at least 1 and a rank from 1 to ", cuda::MAX_RANK, ", got ", M, ", ", N,
-         " and ", r);
+         " and ", r, has_core ? " x " + std::to_string(r_out) : "");
   std::ostringstream s;
   s << '[';
   const char* comma = "";
-  for (const plan::Plan& plan : cuda::plans_of(call_of(name, dtype, device, card), op, M, N, int32_t(r))) {
-    s << comma << "{\"plan\": \"" << cuda::text_of(plan)
-      << "\", \"blocks\": " << plan.m_blocks * plan.n_blocks << ", \"microseconds\": " << plan.microseconds
-      << '}';
+  for (const cuda::PrintedPlan& plan :
+       cuda::printed_plans(call_of(name, dtype, device, card), op, M, N, int32_t(r), int32_t(r_out))) {
+    s << comma << "{\"plan\": \"" << plan.text << "\", \"blocks\": " << plan.blocks
+      << ", \"microseconds\": " << plan.microseconds << '}';
     comma = ", ";
   }
   s << ']';

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cuda/gemm_lotr.h"
+#include "cuda/plans.h"
 #include "products_cuda.h"
 
 namespace lotr {
@@ -31,7 +32,7 @@ inline FusedChoice choose_fused(const Context& c, const cuda::GemmLotr& q) {
   FusedChoice made;
   made.refusal = cuda::gemm_lotr_refusal(c.call(), q);
   if (!made.refusal.empty()) return made;
-  made.plan = cuda::gemm_lotr_plan(c.call(), q);
+  made.plan = cuda::gemm_lotr_plan(c.call(), q.M, q.N, q.r);
   made.refusal = cuda::gemm_lotr_obstacle(c.call(), q, made.plan);
   if (!made.refusal.empty()) return made;
   made.workspace = cuda::gemm_lotr_workspace_of(c.call().stream, cuda::gemm_lotr_workspace(q.M));

@@ -77,7 +77,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def(("shrink_backward_owned_" + shrink_backward + "Tensor? dA").c_str());
 #ifdef LOTR_WITH_CUDA
   m.def("cuda_probe(int device) -> str");
-  m.def("cuda_plans(str op, int M, int N, int r, ScalarType dtype, int device, int[] card) -> str");
+  m.def(
+      "cuda_plans(str op, int M, int N, int r, int r_out, ScalarType dtype, int device, int[] card) -> str");
   m.def("cuda_plan_rules(str rules, bool forced) -> str");
 #endif
 #ifdef LOTR_SM90A

@@ -139,9 +139,19 @@ def _with_launches(
         assumed = Plan.of("beta" if tokens >= planner.BETA_TOKENS else "two_pass", "")
         assumed = assumed._replace(unfolded=planner.is_unfolded(tokens, call.compute, where, graph))
     sizes = (tokens, layer.in_features, layer.out_features, *layer.core.shape[-2:])
-    launches = cuda_plans.launches(assumed, *sizes, graph)
+    launches = cuda_plans.launches(assumed, *sizes, graph, _cores_of_rows(layer, x), layer.norms is not None)
     card = plans if isinstance(plans, str) else "h100"
     return plan._replace(launches=tuple(cuda_plans.described(one, call.compute, here, card) for one in launches))
+
+
+def _cores_of_rows(layer: LoTRLayer, x: Tensor) -> int:
+    """Among how many cores each row of x has its own; 0 if all rows have the layer's one."""
+    experts, mixture = len(layer.core) if layer.core.dim() == 3 else 1, layer.mixture
+    if mixture is None:
+        return experts if layer.core.dim() == 3 else 0
+    if callable(mixture.cores):  # one for each row of the batch
+        return experts * len(x if mixture.index is None else mixture.index)
+    return experts * len(mixture.cores)
 
 
 def explain_call(

@@ -95,7 +95,8 @@ def launches_of(problem: Problem) -> list[Problem]:
         return []
     plan = planner.Plan.of("two_pass", "")._replace(unfolded=problem.form == "unfolded")
     sizes = (problem.tokens, problem.k, problem.n, problem.r_in, problem.r_out)
-    found = dict.fromkeys(cuda_plans.launches(plan, *sizes, problem.step))
+    called = cuda_plans.launches(plan, *sizes, problem.step)
+    found = dict.fromkeys(launch for launch in called if launch.kernel in cuda_plans.KERNELS)
     usual = (cuda_plans.plans(launch, problem.dtype, problem.device)[0].plan for launch in found)
     return [Problem.of_launch(problem.device, problem.dtype, *one) for one in zip(found, usual)]
 

@@ -1,9 +1,9 @@
 """How the CUDA kernels cut their problems into blocks: their plans, listed, and forced for benchmarks and bisecting.
 
-csrc/cuda/plans.h chooses a plan by an estimate of time, unless a rule names another. A rule is an operator and words
-NAME=NUMBER: "factor_grad wgmma=0", "shrink M=8192 r=16 m_blocks=64". LOTR_CUDA_PLAN in the environment holds rules, separated
-by semicolons; `forced` does the same for a block of code; `lotr_ext.tune` measures the best few plans and makes rules of the
-answers.
+csrc/cuda/plans.h chooses a plan, unless a rule names another: for KERNELS by an estimate of time among candidates, for the
+other kernels by a formula. A rule is an operator and words NAME=NUMBER: "factor_grad wgmma=0", "shrink M=8192 r=16
+m_blocks=64", "fold_grad splits=4". LOTR_CUDA_PLAN in the environment holds rules, separated by semicolons; `forced` does the
+same for a block of code; `lotr_ext.tune` measures the best few plans of KERNELS and makes rules of the answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 
 from .planner import Plan
 
-KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
+KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")  # those with candidates
+MOST_FUSED_Q = 16  # ranks; beyond them gemm_lotr's backward leaves Q to factor_grad: csrc/cuda/gemm_lotr.h
 MOST_SHRINK_GRAD = 64  # ranks; beyond them shrink_grad is shrink and factor_grad: csrc/cuda/launchers.h
 # Cards to plan for where they are not: multiprocessors, bytes of shared memory of one, MHz, MB/s of memory, early launches,
 # wgmma.
@@ -30,38 +31,56 @@ CARDS = {
 
 
 class Launch(NamedTuple):
-    """A kernel on a large matrix [m, n] at rank r."""
+    """A kernel on a large matrix [m, n] at rank r. gemm_lotr: its output; scale_backward: no rank, r 0. fold_grad: m cores
+    [r, r_out] and B [n, r_out]; row_core_grad: m rows and n cores [r, r_out]."""
 
     kernel: str
     m: int
     n: int
     r: int
+    r_out: int = 0
 
 
 class CudaPlan(NamedTuple):
-    """plan: in the words of a rule; microseconds: the estimate that it was chosen by."""
+    """plan: in the words of a rule; microseconds: the estimate that it was chosen by, 0 where there are no candidates."""
 
     plan: str
     blocks: int
     microseconds: float
 
 
-def launches(plan: Plan, tokens: int, k: int, n: int, r_in: int, r_out: int, step: bool) -> list[Launch]:
-    """The launches with plans of one layer's call; step: with its backward."""
-    if plan.strategy == "fused":
-        return []
+def launches(
+    plan: Plan, tokens: int, k: int, n: int, r_in: int, r_out: int, step: bool, cores: int = 0, scaled: bool = False
+) -> list[Launch]:
+    """The launches with plans of one layer's call; step: with its backward.
+
+    cores: among which each row has its own, 0 for one core of all rows. scaled: whether y's columns have magnitudes.
+    """
     m, onto = tokens, plan.strategy == "two_pass"
-    if plan.unfolded:
+    if plan.strategy == "fused":
+        return _fused_launches(m, k, n, r_in, r_out, step)
+    scale = [Launch("scale_backward", m, n, 0)] * scaled
+    if plan.unfolded and not cores:
         found = [Launch("shrink", m, k, r_in), Launch("expand_add", m, n, r_out)]
         if step:
-            found += [Launch("shrink", m, n, r_out), Launch("expand_add", m, k, r_in), Launch("shrink", m, r_in, r_out)]
+            found += [*scale, Launch("shrink", m, n, r_out), Launch("expand_add", m, k, r_in), Launch("shrink", m, r_in, r_out)]
             found += [Launch("factor_grad", m, *sizes) for sizes in ((k, r_in), (n, r_out), (r_in, r_out))]
         return found
-    found = [Launch("shrink", m, k, r_in)] + [Launch("expand_add", m, n, r_in)] * onto
+    inner = r_out if cores else r_in  # of the product with B, or with the folded factor
+    found = [Launch("shrink", m, k, r_in)] + [Launch("expand_add", m, n, inner)] * (onto or scaled)
     if step:
-        both = ("shrink_grad",) if r_in <= MOST_SHRINK_GRAD else ("shrink", "factor_grad")
-        found += [Launch(kernel, m, n, r_in) for kernel in both] + [Launch("factor_grad", m, k, r_in)]
+        both = ("shrink_grad",) if inner <= MOST_SHRINK_GRAD else ("shrink", "factor_grad")
+        core = Launch("row_core_grad", m, cores, r_in, r_out) if cores else Launch("fold_grad", 1, n, r_in, r_out)
+        found += [*scale, *(Launch(kernel, m, n, inner) for kernel in both), core, Launch("factor_grad", m, k, r_in)]
         found += [Launch("expand_add", m, k, r_in)] * onto
+    return found
+
+
+def _fused_launches(m: int, k: int, n: int, r_in: int, r_out: int, step: bool) -> list[Launch]:
+    found = [Launch("gemm_lotr", m, n, r_in)]
+    if step:
+        found += [Launch("factor_grad", m, n, r_in)] * (r_in > MOST_FUSED_Q)
+        found += [Launch("gemm_lotr", m, k, r_in), Launch("fold_grad", 1, n, r_in, r_out), Launch("factor_grad", m, k, r_in)]
     return found
 
 
@@ -91,8 +110,10 @@ def plans(launch: Launch, dtype: torch.dtype, device: torch.device | None = None
 def described(launch: Launch, dtype: torch.dtype, device: torch.device | None, card: str) -> str:
     """The plan that a launch takes, in one line."""
     plan = plans(launch, dtype, device, card)[0]
+    rank = f", r {launch.r}" + f" x {launch.r_out}" * bool(launch.r_out) if launch.r else ""
     where = "" if device is not None else f" on {card}"
-    return f"{launch.kernel} [{launch.m}, {launch.n}], r {launch.r}{where}: {plan.plan}, {plan.microseconds:.1f} us by estimate"
+    time = f", {plan.microseconds:.1f} us by estimate" if plan.microseconds else ""
+    return f"{launch.kernel} [{launch.m}, {launch.n}]{rank}{where}: {plan.plan}{time}"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Case:
     r: int
     kind: str = "bf16"
     backward: bool = False
-    cluster: int = 1
+    cluster: int | None = 1
     sms: int = 4
     scouts: int | None = None
     band_group: int | None = None

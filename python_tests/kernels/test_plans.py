@@ -114,6 +114,7 @@ def test_the_best_three_have_what_was_chosen_before(lib) -> None:
 
 def test_ranks_that_the_package_repeats_are_the_launchers(lib) -> None:
     assert cuda_plans.MOST_SHRINK_GRAD == lib.constants()["SHRINK_GRAD_MAX_RANK"]
+    assert cuda_plans.MOST_FUSED_Q == lib.constants()["GEMM_LOTR_FACTOR_RANK"]
     x, A = np.zeros((1, 8), np.float32), np.zeros((8, planner.CUDA_MAX_RANK + 1), np.float32)
     with pytest.raises(ValueError, match=f"A: expected a rank from 1 to {planner.CUDA_MAX_RANK}, got"):
         lib.shrink(x, A, np.zeros((1, planner.CUDA_MAX_RANK + 1), np.float32))
@@ -190,7 +191,7 @@ def test_a_rule_that_no_plan_fits(lib) -> None:
 @pytest.mark.parametrize(
     "rules, text",
     [
-        ("shrunk rows=64", "expected one of shrink, expand_add, factor_grad, shrink_grad, got shrunk"),
+        ("shrunk rows=64", "expected one of shrink, expand_add, factor_grad, shrink_grad, gemm_lotr, .*, got shrunk"),
         ("shrink rows", "expected NAME=NUMBER .* got rows"),
         ("shrink row=64", "expected NAME=NUMBER .* got row=64"),
         ("shrink rows=64; factor_grad cols=-1", "expected NAME=NUMBER .* got cols=-1"),

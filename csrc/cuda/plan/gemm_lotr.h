@@ -11,11 +11,15 @@ struct GemmLotr {
   int band_group;  // bands that the tiles walk together
 };
 
-// y [M, N] at rank r; clusters: whether a launch may have them.
-inline GemmLotr gemm_lotr(int64_t M, int64_t N, int64_t r, bool clusters, int multiprocessors) {
-  const int cluster = M > 128 && clusters ? 2 : 1;
+// Clusters of that many blocks hold this many bands of rows.
+inline int64_t gemm_lotr_bands(int64_t M, int cluster) {
+  return ceil_div(M, 128 * cluster);
+}
+
+// y [M, N] at rank r.
+inline GemmLotr gemm_lotr(int64_t M, int64_t N, int64_t r, int cluster, int multiprocessors) {
   const int64_t columns = r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
-  const int64_t bands = ceil_div(M, 128 * cluster), held = multiprocessors / cluster;
+  const int64_t bands = gemm_lotr_bands(M, cluster), held = multiprocessors / cluster;
   // A quarter of the clusters compute u, so that u is ready when the first tiles need it and not all clusters
   // read x at once; fewer if the clusters without a tile in the last wave suffice (a scout takes a third of
   // the time of a tile).  1,024 rows make a band group: its x and the columns of W that it reads stay in L2.

@@ -94,6 +94,15 @@ py::list plans_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, in
   return list;
 }
 
+// (text, blocks) of the plan that printed_plans gives first.
+py::tuple printed_plan(const std::string& kernel, int64_t M, int64_t N, int r, int r_out, int element,
+                       int multiprocessors) {
+  cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
+  as.card.multiprocessors = multiprocessors;
+  const cuda::PrintedPlan plan = cuda::printed_plans(as, kernel, M, N, r, r_out).front();
+  return py::make_tuple(plan.text, plan.blocks);
+}
+
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
 // again.
 py::list synchronisation_sites_py() {
@@ -197,6 +206,8 @@ PYBIND11_MODULE(lotr_simt, m) {
       "The kernel's plan for the large matrix [M, N], and the bytes it moves besides that matrix.");
   m.def("plans", &plans_of, "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
         "All plans, the fastest first.");
+  m.def("printed_plan", &printed_plan, "kernel"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
+        "multiprocessors"_a = 132, "The plan as explain prints it, and its blocks.");
   m.def(
       "set_rules",
       [](const std::string& forced, const std::string& measured) {

@@ -1,6 +1,7 @@
 // The launchers of csrc/cuda/gemm_lotr.h in Python.
 #include "cuda/gemm_lotr.h"
 #include "cuda/kernels/gemm_lotr_traits.cuh"
+#include "cuda/plans.h"
 #include "module.h"
 
 namespace lotr::simt {
@@ -36,7 +37,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
     q.u_forward = matrix("u_forward", u_forward.value(), type);
     q.Q = output("Q", *Q, DType::float32), q.accumulate = accumulate;
   }
-  cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q);
+  cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q.M, q.N, q.r);
   plan.cluster = cluster.value_or(plan.cluster);
   plan.scouts = scouts.value_or(plan.scouts);
   plan.band_group = band_group.value_or(plan.band_group);
@@ -99,9 +100,7 @@ void define_gemm_lotr(py::module_& m) {
   m.def("gemm_lotr_plan", [](int64_t M, int64_t N, int r, int multiprocessors) {
     cuda::Call call{};
     call.card.multiprocessors = multiprocessors;
-    cuda::GemmLotr q{};
-    q.M = M, q.N = N, q.r = r;
-    const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q);
+    const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, M, N, r);
     return py::make_tuple(plan.cluster, plan.scouts, plan.band_group);
   });
   m.def("gemm_lotr_workspace_of", [](uintptr_t stream, size_t bytes) {
