@@ -123,6 +123,15 @@ bool packs(const Matrix& m) {
   return m.access != Access::vector;
 }
 
+// Whether the wgmma kernel can run, which depends on strides too.  Inputs must be packed first, as run()
+// does.
+bool takes_bulk(const Call& call, const ShrinkProblem& p) {
+  return one_product_wgmma_takes(call, p, p.A, p.K);
+}
+bool takes_bulk(const Call& call, const FactorGradProblem& p) {
+  return one_product_wgmma_takes(call, p, p.v, p.M);
+}
+
 }  // namespace
 
 #ifndef LOTR_SM90A  // then shrink_grad_sm90.cu has it
@@ -160,7 +169,8 @@ Prepared prepare(const Call& call, const ShrinkProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
-  const bool core = p.core.data, bulk = !core && one_product_wgmma_takes(call, p, p.A, p.K);
+  const bool core = p.core.data, apart = core && p.r > max_rank(call.type);
+  const bool bulk = apart ? takes_bulk(exactly(call), core_product(p)) : !core && takes_bulk(call, p);
   const Key key = key_of(Operator::shrink, call, p.M, p.K, p.r, p.r_core,
                          {packs(problem.x), packs(problem.A), core, core && packs(problem.core),
                           core && packs(read_only(problem.u)), bulk});
@@ -168,14 +178,13 @@ Prepared prepare(const Call& call, const ShrinkProblem& problem) {
     Prepared made;
     size_t bytes = 0;
     each_launch(call, p.r, [&](int i, int64_t, int32_t ranks) {
-      const plan::Plan plan = choose(call, Operator::shrink, p.M, p.K, ranks, bulk);
+      const plan::Plan plan = choose(call, Operator::shrink, p.M, p.K, ranks, bulk && !core);
       const int R = plan::padded_rank(ranks);
       const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
       bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
       made.plans[size_t(i)] = plan;
     });
-    if (core && p.r > max_rank(call.type))
-      bytes = std::max(bytes, prepare(exactly(call), core_product(p)).workspace);
+    if (apart) bytes = std::max(bytes, prepare(exactly(call), core_product(p)).workspace);
     made.workspace = pack.bytes() + bytes;
     return made;
   });
@@ -246,7 +255,7 @@ Prepared prepare(const Call& call, const FactorGradProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
-  const bool bulk = one_product_wgmma_takes(call, p, p.v, p.M);
+  const bool bulk = takes_bulk(call, p);
   const Key key =
       key_of(Operator::factor_grad, call, p.M, p.K, p.r, 0, {packs(problem.x), packs(problem.v), bulk});
   return remembered()(key, [&] {
@@ -332,16 +341,18 @@ Prepared prepare(const Call& call, const ShrinkGradProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
-  const bool bulk = shrink_grad_wgmma_takes(call, p);
-  const Key key = key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
-                         {packs(problem.g), packs(problem.F), packs(problem.u), bulk});
+  const bool two = p.r > SHRINK_GRAD_MAX_RANK;
+  ShrinkProblem k;
+  FactorGradProblem Q;
+  if (two) two_reads(p, k, Q);
+  const bool bulk = two ? takes_bulk(call, k) : shrink_grad_wgmma_takes(call, p);
+  const Key key =
+      key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
+             {packs(problem.g), packs(problem.F), packs(problem.u), bulk, two && takes_bulk(call, Q)});
   return remembered()(key, [&] {
     Prepared made;
     made.workspace = pack.bytes();
-    if (p.r > SHRINK_GRAD_MAX_RANK) {
-      ShrinkProblem k;
-      FactorGradProblem Q;
-      two_reads(p, k, Q);
+    if (two) {
       made.workspace += std::max(prepare(call, k).workspace, prepare(call, Q).workspace);
       return made;
     }

@@ -151,6 +151,22 @@ def test_rows_that_bulk_copies_cannot_read(lib) -> None:
             assert lib.counters()["launches"] and (lib.counters()["bulk_bytes"] > 0) == bulk
 
 
+def test_an_expanded_gradient_after_a_dense_one_has_the_workspace_of_its_own_kernels(lib) -> None:
+    """Beyond shrink_grad's ranks: of the dense one wgmma makes both products, without sums; of the other neither."""
+    m, n, r = 256, 512, 100
+    F, u = np.zeros((n, r), np.float16), np.zeros((m, r), np.float16)
+    dense = np.zeros((m, n), np.float16)
+    lib.set_options()
+    lib.set_device(multiprocessors=64, wgmma=True)
+    lib.forget()
+    blocks = []
+    for g in (dense, np.broadcast_to(dense[:1], dense.shape), dense):
+        lib.reset_counters()
+        lib.shrink_grad(g, F, u, np.zeros((m, r), np.float16), np.zeros((n, r), np.float32))  # looks behind the workspace
+        blocks.append([one["block"][0] == THREADS for one in lib.counters()["launches"] if one["name"] != "pack"])
+    assert blocks == [[True, True], [False, False], [True, True]]
+
+
 @pytest.mark.parametrize("r, cluster", [(16, 4), (64, 4), (128, 2)])
 def test_bytes(lib, plan, r: int, cluster: int) -> None:
     """x once, A once for each cluster, no sums and nothing waited for; what multicast brings is counted where it arrives."""
