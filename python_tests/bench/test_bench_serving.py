@@ -88,6 +88,7 @@ def make(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_small_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = "--ways own,peft --tasks 1,3,9 --rows 3 --prompt 4 --new 3 --rank 2 --rounds 1"
     main([*sizes.split(), "--model", str(make(tmp_path / "model")), "--results", str(tmp_path / "kept")])

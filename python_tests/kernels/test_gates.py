@@ -22,6 +22,7 @@ def check(dtype: str, card: str) -> None:
     assert now and not lines, "\n".join([*lines, again])
 
 
+@pytest.mark.slow
 def test_bf16_on_an_h100() -> None:
     check("bf16", "h100")
 

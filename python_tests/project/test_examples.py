@@ -269,6 +269,7 @@ def test_bad_options_are_refused(program, arguments, message, tmp_path, monkeypa
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["", pytest.param("--shard", marks=pytest.mark.full)])
 def test_train_ddp_by_torchrun(tiny, tmp_path, how):
     model, text = tiny
@@ -292,6 +293,7 @@ def by_gloo(tiny) -> tuple[Path, dict[str, list]]:
     return folder, values_of(["gloo_examples:train_tp", "gloo_examples:train_pp"], folder)
 
 
+@pytest.mark.slow
 def test_train_tp_in_two_processes(by_gloo):
     folder, printed = by_gloo
     out = "".join(printed["gloo_examples:train_tp"])

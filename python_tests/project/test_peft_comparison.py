@@ -88,6 +88,7 @@ def test_every_configuration_is_one_that_can_be_written_today() -> None:
         }
 
 
+@pytest.mark.slow
 def test_their_script_runs_with_our_method_and_its_result_is_kept(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     peft = clone(tmp_path, f"{SCRIPT}{TRAINS}status = 'success'{WRITES}")
@@ -100,6 +101,7 @@ def test_their_script_runs_with_our_method_and_its_result_is_kept(tmp_path: Path
     assert not list((peft / "method_comparison" / "MetaMathQA" / "temporary_results").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_of_theirs_that_was_cancelled_is_named(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     peft = clone(tmp_path, f"{SCRIPT}numbers, status = 1, 'canceled'{WRITES}")
