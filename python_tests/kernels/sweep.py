@@ -102,8 +102,16 @@ def main(arguments: list[str] | None = None) -> int:
         checks = gemm_lotr_problems(options.shapes)
     else:
         checks = problems(SETS[options.shapes], options.kinds.split(","), options.kernels.split(","))
-    found = failures(lib, checks, options.schedules.split(","))
-    print(*found, sep="\n")
+    done, schedules = 0, options.schedules.split(",")
+
+    def counted() -> Iterator[tuple[str, Check]]:  # a problem has its arrays: one at a time
+        nonlocal done
+        for check in checks:
+            done += 1
+            yield check
+
+    found = failures(lib, counted(), schedules)
+    print(*found, f"{done} problems, {len(schedules)} schedules each: {len(found)} failures", sep="\n")
     if options.mode == "coverage":
         lib.write_coverage()
     return bool(found)
