@@ -28,7 +28,7 @@ NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
 MORE_CXX := csrc/simt csrc/simt/module csrc/simt/torch docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup check demo frontier many-tasks evolve private influence loras causal-lm test test-slow test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks evolve private influence loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
@@ -39,8 +39,8 @@ help:
 	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
 	@echo "make influence  finding wrong labels by influence, compared with kronfluence (10 minutes of one core)"
 	@echo "make check      tests to run while you work: operators, autograd, layers, a few kernels (3 minutes)"
-	@echo "make test       lint and the main tests (10 minutes)         make test-slow   more tests that CI runs (4 minutes)"
-	@echo "make test-full  both, and the long sweeps (an hour or more)"
+	@echo "make test       lint and the main tests (10 minutes); with the slow ones, as in CI: make test ARGS='-m \"not full\"'"
+	@echo "make test-full  the long sweeps too (an hour or more)"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
 	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, for CPU and GPUs, checked and tested, in dist/"
@@ -126,13 +126,9 @@ check: $(STAMPS)/build
 
 test: setup lint
 	@$(PY) -m pytest $(TWO) $(SLOWEST) $(ARGS)
-	@echo "test: left out: other frameworks (DeepSpeed, accelerate, Opacus), quantisers, lower instruction sets, compilers: CI has them;"
+	@echo "test: left out: without ARGS='-m \"not full\"' other frameworks, quantisers, lower instruction sets, compilers; in any case"
 	@echo "test: AddressSanitizer, most schedules, shapes and mutations of the kernels, planted bugs, code for other GPUs, thousands"
 	@echo "test: of random programs: make test-full has them all. What needs a GPU: make test-gpu"
-
-# What CI runs beside `make test`.
-test-slow: setup
-	@$(PY) -m pytest $(TWO) -m "slow and not full" $(SLOWEST) $(ARGS)
 
 test-full: setup lint
 	@$(PY) -m pytest $(TWO) -m "" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)

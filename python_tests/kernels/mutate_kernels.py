@@ -1,7 +1,7 @@
 """Leaves out, one at a time, every barrier, commit, wait, arrival and fence of the kernels, and reports whether a test notices.
 
 python python_tests/kernels/mutate_kernels.py            all of them (make test-full)
-python python_tests/kernels/mutate_kernels.py --every 8  each eighth of them (make test-slow)
+python python_tests/kernels/mutate_kernels.py --every 8  each eighth of them (CI)
 
 The executor skips the operation at one source line of csrc/cuda/kernels, csrc/cuda/tile or csrc/cuda/ptx/pipeline.cuh, so
 nothing is compiled again. Tried in this order until something fails: the plain build in several orders of threads and blocks,

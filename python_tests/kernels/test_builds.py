@@ -1,7 +1,7 @@
 """The kernels in the executor's other builds: sanitizers, race detector, coverage, and with one synchronisation left out.
 
-`make test` has the race detector on some shapes and each sixteenth synchronisation left out, `make test-slow`
-each eighth; `make test-full` has all of them."""
+`make test` has the race detector on some shapes and each sixteenth synchronisation left out, CI each eighth;
+`make test-full` has all of them."""
 
 from __future__ import annotations
 
