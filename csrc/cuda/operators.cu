@@ -123,15 +123,6 @@ bool packs(const Matrix& m) {
   return m.access != Access::vector;
 }
 
-// Whether the wgmma kernel can run, which depends on strides too.  Inputs must be packed first, as run()
-// does.
-bool takes_bulk(const Call& call, const ShrinkProblem& p) {
-  return one_product_wgmma_takes(call, p, p.A, p.K);
-}
-bool takes_bulk(const Call& call, const FactorGradProblem& p) {
-  return one_product_wgmma_takes(call, p, p.v, p.M);
-}
-
 }  // namespace
 
 #ifndef LOTR_SM90A  // then shrink_grad_sm90.cu has it
@@ -169,25 +160,26 @@ Prepared prepare(const Call& call, const ShrinkProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
-  const bool core = p.core.data, apart = core && p.r > max_rank(call.type);
-  const bool bulk = apart ? takes_bulk(exactly(call), core_product(p)) : !core && takes_bulk(call, p);
+  const bool core = p.core.data, bulk = !core && one_product_wgmma_takes(call, p, p.A, p.K);
   const Key key = key_of(Operator::shrink, call, p.M, p.K, p.r, p.r_core,
-                         {packs(problem.x), packs(problem.A), core, core && packs(problem.core),
-                          core && packs(read_only(problem.u)), bulk});
-  return remembered()(key, [&] {
+                         {packs(problem.x), packs(problem.A), core, bulk});
+  Prepared made = remembered()(key, [&] {
     Prepared made;
     size_t bytes = 0;
     each_launch(call, p.r, [&](int i, int64_t, int32_t ranks) {
-      const plan::Plan plan = choose(call, Operator::shrink, p.M, p.K, ranks, bulk && !core);
+      const plan::Plan plan = choose(call, Operator::shrink, p.M, p.K, ranks, bulk);
       const int R = plan::padded_rank(ranks);
       const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
       bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
       made.plans[size_t(i)] = plan;
     });
-    if (apart) bytes = std::max(bytes, prepare(exactly(call), core_product(p)).workspace);
     made.workspace = pack.bytes() + bytes;
     return made;
   });
+  if (core && p.r > max_rank(call.type))  // a product of its own, with a choice of its own
+    made.workspace =
+        std::max(made.workspace, pack.bytes() + prepare(exactly(call), core_product(p)).workspace);
+  return made;
 }
 
 void run(const Call& call, const ShrinkProblem& problem, const Prepared& prepared, void* workspace) {
@@ -255,7 +247,7 @@ Prepared prepare(const Call& call, const FactorGradProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
-  const bool bulk = takes_bulk(call, p);
+  const bool bulk = one_product_wgmma_takes(call, p, p.v, p.M);
   const Key key =
       key_of(Operator::factor_grad, call, p.M, p.K, p.r, 0, {packs(problem.x), packs(problem.v), bulk});
   return remembered()(key, [&] {
@@ -341,21 +333,20 @@ Prepared prepare(const Call& call, const ShrinkGradProblem& problem) {
   if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
-  const bool two = p.r > SHRINK_GRAD_MAX_RANK;
-  ShrinkProblem k;
-  FactorGradProblem Q;
-  if (two) two_reads(p, k, Q);
-  const bool bulk = two ? takes_bulk(call, k) : shrink_grad_wgmma_takes(call, p);
-  const Key key =
-      key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
-             {packs(problem.g), packs(problem.F), packs(problem.u), bulk, two && takes_bulk(call, Q)});
+  if (p.r > SHRINK_GRAD_MAX_RANK) {  // two products, each with a choice of its own
+    ShrinkProblem k;
+    FactorGradProblem Q;
+    two_reads(p, k, Q);
+    Prepared made;
+    made.workspace = pack.bytes() + std::max(prepare(call, k).workspace, prepare(call, Q).workspace);
+    return made;
+  }
+  const bool bulk = shrink_grad_wgmma_takes(call, p);
+  const Key key = key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
+                         {packs(problem.g), packs(problem.F), packs(problem.u), bulk});
   return remembered()(key, [&] {
     Prepared made;
     made.workspace = pack.bytes();
-    if (two) {
-      made.workspace += std::max(prepare(call, k).workspace, prepare(call, Q).workspace);
-      return made;
-    }
     made.plans[0] = choose(call, Operator::shrink_grad, p.M, p.N, p.r, bulk);
     made.workspace += shrink_grad_bytes(call, p, made.plans[0]);
     return made;

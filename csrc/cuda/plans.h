@@ -1,7 +1,6 @@
 // Which plan a kernel takes: the one with the least estimated time, unless a rule names another.
 #pragma once
 #include <string>
-
 #include <vector>
 
 #include "launch.h"

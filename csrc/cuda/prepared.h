@@ -44,7 +44,7 @@ class Remembered {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (const auto found = known_.find(key); found != known_.end()) return found->second;
     }
-    const Prepared made = choose();  // outside of the lock: it may prepare others
+    const Prepared made = choose();  // outside of the lock: it takes microseconds
     const std::lock_guard<std::mutex> lock(mutex_);
     if (known_.size() >= MOST) known_.clear();  // a run over batches of ever new lengths
     known_.emplace(key, made);
