@@ -57,7 +57,7 @@ def _lotr(
     return Method(label, "lotr", ranks, {"scaling": LOTR_SCALING, **own}, few, from_gradient, quick)
 
 
-OWN_GROUP = "layer"  # group_by of LoRA-XS: a group a layer
+NEIGHBOURS = 3  # blocks that share a pair in "lotr-neighbours"
 CORES = ("core",)
 LORA = named("lora-peft")
 FIRST_RATES = {  # of a pretrained model, and of the teacher's small net
@@ -77,6 +77,7 @@ METHODS = {
     "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 24, 60)), quick=8),
     "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 28)), group_by="width"),
     "lotr-name": _lotr("LoTR, by name", _ranks((), (4, 16), (16,)), group_by="name"),
+    "lotr-neighbours": _lotr("LoTR, by shape and three neighbouring blocks", _ranks((), (), (5,)), group_by="neighbours"),
     "lotr-qv": _lotr("LoTR, query and value", _ranks((), (2, 8, 32), (8, 32)), few=True),
     "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (16, 64), (32,)), train=CORES),
     "lotr-core-gradient": _lotr(
@@ -91,7 +92,7 @@ METHODS = {
     "lora-qv": Method(f"{LORA}, query and value", "peft", _ranks((), (1, 2, 4, 8), (1, 4)), few=True),
     "dora": Method(named("dora-peft"), "peft", _ranks((1, 4), (1, 4), (1,)), {"use_dora": True}),
     "lotr-magnitude": _lotr("LoTR with magnitudes", _ranks((4, 8), (8, 16), (16,)), magnitude=True),
-    "lora-xs": _lotr("LoRA-XS", _ranks((8,), (8, 32), (32,)), init="svd", group_by=OWN_GROUP, train=CORES),
+    "lora-xs": _lotr("LoRA-XS", _ranks((8,), (8, 32), (32,)), init="svd", group_by="layer", train=CORES),
     "vera": Method(named("vera-peft"), "peft", _ranks((64,), (256,), (256,)), {"vera": True}),
 }  # fmt: skip
 
@@ -99,6 +100,15 @@ METHODS = {
 def _own_group(name: str, module: nn.Module) -> str:
     """A group a layer: with factors from the layer's own weight, and the core alone trained, LoRA-XS (arXiv 2405.17604)."""
     return name.replace(".", "_")
+
+
+def _neighbours(name: str, module: nn.Module) -> str:
+    """A group for each shape and NEIGHBOURS blocks, whose number is the first in the layer's name."""
+    block = int(re.search(r"\.(\d+)\.", name)[1])
+    return f"{block // NEIGHBOURS}_{module.in_features}_{module.out_features}"
+
+
+GROUPS = {"layer": _own_group, "neighbours": _neighbours}  # what a method's group_by stands for
 
 
 def measured(task: Task) -> list[tuple[str, int]]:
@@ -133,8 +143,8 @@ def adapt(model: nn.Module, task: Task, name: str, rank: int) -> nn.Module:
     if method.family == "lotr":
         from lotr_ext import LoTRConfig, apply_lotr
 
-        if own.get("group_by") == OWN_GROUP:
-            own["group_by"] = _own_group
+        if own.get("group_by") in GROUPS:
+            own["group_by"] = GROUPS[own["group_by"]]
         return apply_lotr(model, LoTRConfig(rank=rank, target_modules=targets, modules_to_save=save, **own))
     if method.family == "peft":
         from peft import LoraConfig, VeraConfig, get_peft_model
