@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..measure.names import named
 
-FLOOR, LORA, OURS = "frozen", "lora-peft", "lotr_ext"
+FLOOR, LORA, DORA, OURS, MAGNITUDE = "frozen", "lora-peft", "dora-peft", "lotr_ext", "lotr_ext-magnitude"
 Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
 
 
@@ -48,19 +48,19 @@ def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: 
 _QV, _LLAMA_QV = ("query", "value"), ("q_proj", "v_proj")
 # not the head, which is tied to the embedding
 _LLAMA_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_FOUR = (FLOOR, LORA, "lotr-eager", OURS)
+_MAIN = (FLOOR, LORA, "lotr-eager", OURS, DORA, MAGNITUDE)
 _SMOLLM2 = _llama(576, 30, 9, 1536, 49152, groups=3) | {"tie_word_embeddings": True, "max_position_embeddings": 8192}
 _TIED = {"tie_word_embeddings": True}
 SHAPES = {
     "minilm": Shape("bert", _bert(384, 6, 12, 30522), _QV, 16, 64),
-    "smollm2-135m": Shape("causal-lm", _SMOLLM2, _LLAMA_ALL, 1, 128, _FOUR),
+    "smollm2-135m": Shape("causal-lm", _SMOLLM2, _LLAMA_ALL, 1, 128, _MAIN),
     "llama-8x4096": Shape("llama", _llama(4096, 8, 32, 14336, 32000), _LLAMA_QV, 4, 2048),
     "llama-8x2048": Shape("llama", _llama(2048, 8, 32, 5632, 32000), _LLAMA_QV, 4, 2048),
-    "llama-lm-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000) | _TIED, _LLAMA_ALL, 4, 2048, _FOUR),
-    "llama-lm-8x2048": Shape("causal-lm", _llama(2048, 8, 32, 5632, 32000) | _TIED, _LLAMA_ALL, 2, 2048, _FOUR),
+    "llama-lm-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000) | _TIED, _LLAMA_ALL, 4, 2048, _MAIN),
+    "llama-lm-8x2048": Shape("causal-lm", _llama(2048, 8, 32, 5632, 32000) | _TIED, _LLAMA_ALL, 2, 2048, _MAIN),
     "tiny-bert": Shape("bert", _bert(32, 2, 2, 100), _QV, 2, 8),
     "tiny-llama": Shape("llama", _llama(32, 2, 4, 64, 100), _LLAMA_QV, 2, 8),
-    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100) | _TIED, _LLAMA_ALL, 2, 8, _FOUR),
+    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100) | _TIED, _LLAMA_ALL, 2, 8, _MAIN),
 }
 CAUSAL = tuple(name for name, shape in SHAPES.items() if shape.family == "causal-lm")
 
@@ -217,6 +217,8 @@ METHODS = {
     ),
     "lotr-eager-core": Method(named("lotr-eager-core"), partial(eager_lotr, core_only=True)),
     "lotr_ext-core": Method(named("lotr_ext-core"), partial(our_lotr, train=("core",))),
+    DORA: Method(named(DORA), partial(peft_lora, dora=True)),
+    MAGNITUDE: Method(named(MAGNITUDE), partial(our_lotr, magnitude=True)),
 }
 
 
@@ -230,8 +232,6 @@ def _compiled(method: Method) -> Method:
 ON_REQUEST = {f"{name}-compiled": _compiled(METHODS[name]) for name in (FLOOR, "lotr-eager", OURS)}  # compiling takes a minute
 PER_EXAMPLE = f"{OURS}-per-example"
 ON_REQUEST[PER_EXAMPLE] = Method(named(PER_EXAMPLE), lambda *given: PerExample(our_lotr(*given)))
-ON_REQUEST["dora-peft"] = Method(named("dora-peft"), partial(peft_lora, dora=True))
-ON_REQUEST[f"{OURS}-magnitude"] = Method(named(f"{OURS}-magnitude"), partial(our_lotr, magnitude=True))
 KNOWN = METHODS | ON_REQUEST
 PEFTS = tuple(name for name in KNOWN if "-peft" in name)
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

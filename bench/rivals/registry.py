@@ -135,11 +135,12 @@ RIVALS: dict[str, Make] = {
 }
 # LoRA from library products, without a special kernel.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
-EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused")  # compiling takes seconds; the others need a GPU
+MAGNITUDES = ("dora-peft", MAGNITUDE)
+# At the targets only, see bench.layer: compiling takes seconds, three need a GPU.
+EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused", *MAGNITUDES)
 AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
 COMPILED = ("lotr_ext-compiled", "lotr_ext-two_pass-compiled", "lotr_ext-composite-compiled")  # on request as well
-MAGNITUDES = ("dora-peft", MAGNITUDE)  # on request
-DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED, *MAGNITUDES)]
+DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED)]
 
 
 def available(names: list[str]) -> list[str]:

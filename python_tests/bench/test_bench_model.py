@@ -19,7 +19,14 @@ def test_every_method_has_the_parameters_of_its_formula(name):
     base = mr.base_model(name, torch.float32, CPU)
     targets, r = mr.SHAPES[name].targets, 4
     widths = mr.adapted_widths(base, targets)
-    count = {"lora-peft": mr.lora_parameters, "vera-peft": mr.vera_parameters, "lotr": mr.lotr_parameters}
+    lengths = sum(n for _, n in widths)  # a magnitude for each row
+    count = {
+        "lora-peft": mr.lora_parameters,
+        "vera-peft": mr.vera_parameters,
+        mr.DORA: lambda *given: mr.lora_parameters(*given) + lengths,
+        mr.MAGNITUDE: lambda *given: mr.lotr_parameters(*given) + lengths,
+        "lotr": mr.lotr_parameters,
+    }
     for method, how in mr.METHODS.items():
         rank = how.rank(widths, r)
         made = how.make(mr.twin(base), targets, rank)
@@ -96,7 +103,14 @@ def test_a_language_model_has_all_its_linear_layers_adapted(tmp_path, capsys):
     assert model.main([*arguments, "--dtypes", "fp32,bf16"]) == 0
     cells = Store(tmp_path / "model.jsonl").read()
     own = [cell for cell in cells if cell["case"]["model"] == "tiny-lm"]
-    assert [cell["rival"] for cell in own] == 2 * ["frozen", "lora-peft", "lotr-eager", "lotr_ext"]
+    assert [cell["rival"] for cell in own] == 2 * [
+        "frozen",
+        "lora-peft",
+        "lotr-eager",
+        "lotr_ext",
+        "dora-peft",
+        "lotr_ext-magnitude",
+    ]
     assert {cell["rival"] for cell in cells if cell["case"]["model"] == "tiny-bert"} == set(mr.METHODS)
     for cell in own:
         assert cell["first_loss"] == pytest.approx(4.6, abs=0.2)  # log 100: nothing is known of 100 tokens
