@@ -21,7 +21,7 @@ from ..measure.store import ROOT, Store, build_id, commit
 from ..measure.terminal import bar
 from ..measure.timing import machine
 from . import sweep
-from .digest import FOLDER, digests, file_of, kept
+from .digest import FOLDER, digests, file_of, kept, swept
 from .intervals import too_few
 from .methods import METHODS, check, measured
 from .plan import SEEDS, Place, Search, index_of, rung
@@ -219,7 +219,7 @@ def report(options: argparse.Namespace) -> Iterator[str]:
     """What the folder has of the chosen tasks."""
     if options.sweep:
         for task in options.chosen:
-            yield str(sweep_table(task.name, sweep.transfers(kept(options.folder, task.name, True))))
+            yield str(sweep_table(task.name, swept(options.folder, task)))
         return
     names = {task.name for task in options.chosen}
     found = [one for one in digests(options.folder) if one.task.name in names]

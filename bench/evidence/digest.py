@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..measure.paired import interval
 from ..measure.store import RESULTS, Store, latest
+from . import sweep
 from .intervals import Draws, Interval, too_few, verdict
 from .methods import BASE, METHODS, reference
 from .packing import unpacked
-from .plan import MOST, Place, best_at_end, best_rate, tried_rates
+from .plan import MOST, SEEDS, Place, best_at_end, best_rate, tried_rates
 from .tasks import ALL, Task
 
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
@@ -94,6 +95,20 @@ def _at_rate(cells: list[dict], place: Place) -> list[dict]:
     counts, chosen = Counter(cell["case"]["lr"] for cell in own), best_rate(tried_rates(own, place) or {0.0: None})
     lr = max(counts, key=lambda lr: (counts[lr], lr == chosen))
     return sorted((cell for cell in own if cell["case"]["lr"] == lr), key=lambda cell: cell["case"]["seed"])
+
+
+def unadapted(task: Task, cells: list[dict]) -> dict[int, Tensor]:
+    """By seed, the held-out losses [items] of what gains are counted from (`reference`)."""
+    place = (reference(task), 0)
+    own = [cell for cell in _at_rate(cells, place) if cell["losses"] is not None] if _own(cells, place) else []
+    if own and reference(task) == BASE:  # the same for all seeds
+        return dict.fromkeys(range(SEEDS), unpacked(own[0]["losses"]))
+    return {cell["case"]["seed"]: unpacked(cell["losses"]) for cell in own}
+
+
+def swept(folder: Path, task: Task) -> list[sweep.Transfer]:
+    """What a task's kept sweep says."""
+    return sweep.transfers(kept(folder, task.name, True), unadapted(task, kept(folder, task.name)))
 
 
 def digest(task: Task, cells: list[dict]) -> Digest:

@@ -6,7 +6,7 @@ of the training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ AROUND = range(-3, 4)  # rates, counted from where the search of the method begi
 METHODS = ("lotr", "lotr-width")
 EQUAL_AT, AT_EQUAL = 8, 4.0  # the rank at which all scalings are equal, and s there
 WIDTH = 384  # the out_features at which a scaling by width is like the others
+LEAST_RATES = 2  # of what a page shows: with one rate alone nothing is lost
 WITHIN = 0.10  # what one rate may lose at any rank
 WARM = 0.06  # the part of every run's steps in which rates rise
 
@@ -93,15 +94,21 @@ def retract(model: nn.Module) -> None:
 
 
 class Transfer(NamedTuple):
-    """One method with one scaling: the one rate that loses least at its worst rank, chosen on validation; there, the held-out
-    loss over the best that any scaling and rate has at this rank, less one; the best rate at each rank; the mean held-out loss
-    over ranks at the one rate, [seeds, items]."""
+    """One method with one scaling: the one rate of those tried that loses least at its worst rank, chosen on validation.
+
+    excess: the held-out loss there over the best that any scaling and rate has at this rank, less one. lost: the part of the
+    best one's gain over the unadapted model that the one rate loses, at the rank where that is most; None without the
+    unadapted model's loss. best: the best rate at each rank. losses: the mean held-out loss over ranks at the one rate,
+    [seeds, items].
+    """
 
     method: str
     scaling: str
     lr: float
+    tried: int
     rank: int
     excess: Interval
+    lost: Interval | None
     best: dict[int, float]
     losses: Tensor
     seeds: int
@@ -110,8 +117,9 @@ class Transfer(NamedTuple):
 Key = tuple[str, str, int, float]  # method, scaling, rank, rate
 
 
-def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor]]:
-    """Mean validation losses and held-out losses [seeds, items]; of runs one of whose seeds diverged, infinite ones."""
+def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor], list[int]]:
+    """Mean validation losses and held-out losses [seeds, items], of runs one of whose seeds diverged infinite ones; the seeds
+    that all runs have."""
     found: dict[Key, dict[int, dict]] = {}
     for cell in cells:
         case = cell["case"]
@@ -125,12 +133,22 @@ def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor]]
         validation[key] = sum(cell["validation"] for cell in kept) / len(kept) if whole and kept else float("inf")
         rows = [unpacked(cell["losses"]) for cell in kept] if whole else [torch.full((items,), torch.inf).double()] * len(kept)
         held_out[key] = torch.stack(rows) if rows else torch.empty(0, items).double()
-    return validation, held_out
+    return validation, held_out, sorted(seeds)
 
 
-def transfers(cells: list[dict]) -> list[Transfer]:
-    """By method and scaling, of the seeds that all runs have."""
-    validation, held_out = _losses(cells)
+def _lost(loss: Tensor, least: Tensor, unadapted: Tensor) -> Tensor:
+    """The part of the gain from unadapted to least that a loss does not have."""
+    return (loss - least) / (unadapted - least)
+
+
+def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) -> list[Transfer]:
+    """By method and scaling, of the seeds that all runs have.
+
+    unadapted: by seed, the held-out losses [items] of the model without an adapter, or with only its new head trained.
+    """
+    validation, held_out, seeds_of_all = _losses(cells)
+    known = all(seed in (unadapted or {}) for seed in seeds_of_all)
+    without = torch.stack([unadapted[seed] for seed in seeds_of_all]) if unadapted and known and seeds_of_all else None
     found: list[Transfer] = []
     for method in dict.fromkeys(key[0] for key in validation):
         own = {key: loss for key, loss in validation.items() if key[0] == method}
@@ -150,28 +168,37 @@ def transfers(cells: list[dict]) -> list[Transfer]:
             one, least = held_out[method, scaling, rank, lr], held_out[best[rank]]
             seeds, items = one.shape
             whole = torch.isfinite(one).all()
-            excess = Draws(seeds, items).interval(lambda a, b: a / b - 1, one, least) if whole else Interval(float("inf"))
-            mean = torch.stack([held_out[method, scaling, rank, lr] for rank in ranks]).mean(0)
+            draws, never = Draws(seeds, items), Interval(float("inf"))
+            excess = draws.interval(lambda a, b: a / b - 1, one, least) if whole else never
+            at_rate = {rank: held_out[method, scaling, rank, lr] for rank in ranks}
+            lost = None
+            if without is not None and without.shape == one.shape:
+                parts = [draws.interval(_lost, at_rate[rank], held_out[best[rank]], without) for rank in ranks]
+                finite = all(torch.isfinite(losses).all() for losses in at_rate.values())
+                lost = max(parts, key=lambda part: part.value) if finite else never
+            mean = torch.stack(list(at_rate.values())).mean(0)
             by_rank = {rank: min(rates, key=lambda lr: here[rank, lr]) for rank in ranks}
-            found.append(Transfer(method, scaling, lr, rank, excess, by_rank, mean, seeds))
+            found.append(Transfer(method, scaling, lr, len(rates), rank, excess, lost, by_rank, mean, seeds))
     return found
 
 
 def rows(found: list[Transfer], label: dict[str, str]) -> list[list[str]]:
-    """A row a method and scaling: the one rate, the worst rank there and what it loses, the best rate at each rank."""
+    """A row a method and scaling: the one rate, the worst rank there, what that loses of the loss and of the gain, the best
+    rate at each rank."""
     return [
         [
             f"{label[one.method]}, {SCALINGS[one.scaling].label}",
-            f"{one.lr:g}",
+            f"{one.lr:g} of {one.tried}",
             str(one.rank),
             one.excess.text(".1%"),
+            "-" if one.lost is None else one.lost.text(".1%"),
             ", ".join(f"{rank}: {lr:g}" for rank, lr in one.best.items()),
         ]
         for one in found
     ]
 
 
-HEADS = ("", "one rate", "worst rank", "loss over the best there", "best rate by rank")
+HEADS = ("", "one rate", "worst rank", "loss over the best there", "gain lost at most", "best rate by rank")
 
 
 def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
@@ -182,6 +209,9 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
         good = [SCALINGS[name].label for name, one in own.items() if one.excess.value <= WITHIN]
         reach = f"within {WITHIN:.0%} of the best loss at every rank with one rate: {'; '.join(good) or 'no scaling'}"
         lines.append(f"{label[method]}: {reach}.")
+        if any(one.lost is not None for one in own.values()):
+            kept = [SCALINGS[name].label for name, one in own.items() if one.lost is not None and one.lost.value <= WITHIN]
+            lines.append(f"{label[method]}: at most {WITHIN:.0%} of the gain lost: {'; '.join(kept) or 'no scaling'}.")
         if (today := own.get(TODAY)) is None or not torch.isfinite(today.losses).all():
             continue
         if lacking := too_few(today.seeds):

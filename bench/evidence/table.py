@@ -132,7 +132,8 @@ def page_tables(found: list[Digest], pictures: dict[str, str]) -> str:
 def page_sweeps(sweeps: dict[str, list[sweep.Transfer]]) -> str:
     """All sweeps in Markdown."""
     lines = []
-    for task, transfers in sweeps.items():
+    for task, found in sweeps.items():
+        transfers = [one for one in found if one.tried >= sweep.LEAST_RATES]
         lines += [f'**{TASKS[task].title}** (`{COMMAND} ARGS="--sweep --task {task}"`)', ""]
         lines += [*_markdown(sweep.HEADS, sweep.rows(transfers, labels())), ""]
         lines += [*(f"- {line}" for line in sweep.words(transfers, labels())), ""]

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from .. import memory
 from ..evidence import digest as evidence
-from ..evidence import sweep as evidence_sweep
 from ..evidence import table as evidence_table
 from ..evidence.tasks import ALL as EVIDENCE_TASKS
 from ..measure.names import renamed
@@ -213,7 +212,7 @@ def _of_evidence(table: Callable[[list[evidence.Digest], tables.Pictures], str])
 
 def _recipe(results: Path, up: str) -> list[str]:
     folder = results / evidence.FOLDER.name
-    swept = {task.name: evidence_sweep.transfers(evidence.kept(folder, task.name, True)) for task in EVIDENCE_TASKS}
+    swept = {task.name: evidence.swept(folder, task) for task in EVIDENCE_TASKS}
     text = evidence_table.page_sweeps({name: transfers for name, transfers in swept.items() if transfers})
     return [text] if text else []
 

@@ -277,9 +277,15 @@ def test_the_one_rate_of_a_scaling_loses_least_at_its_worst_rank() -> None:
     today, ours = sweep.transfers(cells)
     assert (today.scaling, today.lr, today.rank) == ("constant", 1e-2, 64) and today.best == {2: 1e-2, 64: 2e-3}
     assert today.excess.value == pytest.approx(0.2, abs=5e-3) and today.excess.low <= today.excess.value <= today.excess.high
+    assert today.lost is None
+    without = {seed: torch.full((len(unpacked(cells[0]["losses"])),), 1.5).double() for seed in range(3)}
+    (today, ours) = sweep.transfers(cells, without)
+    assert today.lost.value == pytest.approx(0.2 / 0.5, abs=1e-2) and today.lost.low <= today.lost.value <= today.lost.high
+    assert sweep.transfers(cells, {0: without[0]})[0].lost is None  # not of all seeds
     assert (ours.lr, ours.best) == (1e-2, {2: 1e-2, 64: 1e-2}) and ours.excess.value == pytest.approx(0, abs=1e-3)
     lines = sweep.words([today, ours], table.labels())
     assert lines[0] == "LoTR: within 10% of the best loss at every rank with one rate: s as 1 / r."
-    assert "s as 1 / r is lower than s constant by 0.1000" in lines[1]
+    assert lines[1] == "LoTR: at most 10% of the gain lost: s as 1 / r."
+    assert "s as 1 / r is lower than s constant by 0.1000" in lines[2]
     diverged = [one | {"losses": None, "validation": None} if one["case"]["scaling"] == "rank" else one for one in cells]
     assert sweep.transfers(diverged)[1].excess.value == float("inf")
