@@ -23,6 +23,7 @@ OURS = tuple(name for name in METHODS if name.startswith("lotr"))
 THEIRS = ("lora", "lora-qv")
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
+GROUPINGS = ("lotr-width", "lotr-name", "lotr-neighbours")  # against "lotr", whose groups are by shape, of no more numbers
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
 
@@ -52,6 +53,10 @@ class Point(NamedTuple):
     @property
     def name(self) -> str:
         return self.label + (f", r = {self.rank}" if self.rank else "")
+
+    @property
+    def sized(self) -> str:
+        return f"{self.name} ({self.parameters:,} numbers)"
 
 
 class Digest(NamedTuple):
@@ -168,22 +173,25 @@ class Comparison(NamedTuple):
 
     @property
     def words(self) -> str:
-        names = (f"{point.name} ({point.parameters:,} numbers)" for point in (self.lotr, self.lora))
-        return verdict(self.difference, *names, self.seeds)
+        return verdict(self.difference, self.lotr.sized, self.lora.sized, self.seeds)
+
+
+def _no_larger(one: Digest, methods: tuple[str, ...], than: Point) -> Point | None:
+    """The point of these methods that validation prefers among those with at most as many numbers."""
+    found = [p for p in one.of(*methods) if p.parameters <= than.parameters]
+    return min(found, key=lambda p: p.validation, default=None)
 
 
 def compared(one: Digest) -> list[Comparison]:
     found = []
     for lora in sorted(one.of(*THEIRS), key=lambda p: p.parameters):
-        no_larger = [p for p in one.of(*OURS) if p.parameters <= lora.parameters]
-        if no_larger:
-            lotr = min(no_larger, key=lambda p: p.validation)
+        if (lotr := _no_larger(one, OURS, lora)) is not None:
             found.append(Comparison(one.task, lora, lotr, one.draws().difference(lotr.losses, lora.losses), one.seeds))
     return found
 
 
 def changed(one: Digest) -> list[str]:
-    """What a change of a method does at the same rank, in words, a line each of PAIRS and rank."""
+    """What a change of a method does, in words: a line each of PAIRS and rank, and of GROUPINGS and rank."""
     if too_few(one.seeds):
         return []
     lines = []
@@ -191,6 +199,9 @@ def changed(one: Digest) -> list[str]:
         by_rank = {point.rank: point for point in one.of(usual)}
         pairs = [(point, by_rank[point.rank]) for point in one.of(new) if point.rank in by_rank]
         lines += [verdict(one.draws().difference(a.losses, b.losses), a.name, b.name, one.seeds) for a, b in pairs]
+    for point in one.of(*GROUPINGS):
+        if (lotr := _no_larger(one, ("lotr",), point)) is not None:
+            lines.append(verdict(one.draws().difference(point.losses, lotr.losses), point.sized, lotr.sized, one.seeds))
     return lines
 
 

@@ -203,6 +203,13 @@ def test_a_change_of_a_method_is_compared_at_the_same_rank() -> None:
     assert digest.changed(digest.digest(MOVIES, task_cells(seeds=2))) == []
 
 
+def test_a_grouping_is_compared_with_the_usual_one_of_no_more_numbers() -> None:
+    """Rank 8 has 400 numbers and rank 16, which is lower, 600."""
+    grouped = runs("minilm-movies", "lotr-width", 12, 0.45, 500) + runs("minilm-movies", "lotr-name", 1, 0.3, 50)
+    (line,) = digest.changed(digest.digest(MOVIES, [*task_cells(), *grouped]))
+    assert line.startswith("LoTR, by width, r = 12 (500 numbers) is lower than LoTR, r = 8 (400 numbers) by 0.0500")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "take"),
     [
