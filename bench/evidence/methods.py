@@ -77,7 +77,7 @@ METHODS = {
     "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 24, 60)), quick=8),
     "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 28)), group_by="width"),
     "lotr-name": _lotr("LoTR, by name", _ranks((), (4, 16), (16,)), group_by="name"),
-    "lotr-neighbours": _lotr("LoTR, by shape and three neighbouring blocks", _ranks((), (), (5,)), group_by="neighbours"),
+    "lotr-neighbours": _lotr("LoTR, three blocks share", _ranks((), (), (5,)), group_by="neighbours"),
     "lotr-qv": _lotr("LoTR, query and value", _ranks((), (2, 8, 32), (8, 32)), few=True),
     "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (16, 64), (32,)), train=CORES),
     "lotr-core-gradient": _lotr(
