@@ -29,8 +29,8 @@ FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reac
 
 class Point(NamedTuple):
     """One method at one rank and its rate. loss, share: with intervals where there are seeds enough; share is None without a
-    reference or full fine-tuning. end: the rate is at the end of those tried. falling: the part of the training loss's fall in
-    the last tenth of the run. losses: [seeds, items] of held-out items."""
+    reference or full fine-tuning, or if full's gain is not above 0. end: the rate is at the end of those tried. falling: the
+    part of the training loss's fall in the last tenth of the run. losses: [seeds, items] of held-out items."""
 
     method: str
     rank: int
@@ -60,13 +60,19 @@ class Point(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """Of one task. unfinished: places whose runs are still missing or diverged, and why."""
+    """Of one task. unfinished: places whose runs are still missing or diverged, and why. gain: by how much full fine-tuning
+    lowers the reference's loss; None without one of them."""
 
     task: Task
     cells: list[dict]
     points: list[Point]
     seeds: int
     unfinished: list[str]
+    gain: Interval | None
+
+    @property
+    def shares(self) -> bool:
+        return all(point.share is not None for point in self.points)
 
     def of(self, *methods: str) -> list[Point]:
         return [point for point in self.points if point.method in methods]
@@ -138,9 +144,11 @@ def digest(task: Task, cells: list[dict]) -> Digest:
             losses[place] = torch.stack([unpacked(c["losses"]) for c in kept]), kept
     draws = Draws(len(seeds), next(iter(losses.values()))[0].shape[1]) if losses else None
     base, full = ((losses[p][0] if p in losses else None) for p in ((reference(task), 0), ("full", 0)))
+    gain = None if base is None or full is None else draws.difference(base, full)
+    told = gain is not None and (gain.low is None or gain.low > 0)  # else a share of it would say nothing
     for place, (own, kept) in losses.items():
         tried = tried_rates(cells, place)
-        share = draws.share(base, own, full) if base is not None and full is not None else None
+        share = draws.share(base, own, full) if told else None
         right = [c["accuracy"] for c in kept if c["accuracy"] is not None]
         points.append(
             Point(
@@ -149,7 +157,7 @@ def digest(task: Task, cells: list[dict]) -> Digest:
                 interval(right[:10]) if right else None, _falling(kept[0]), own,
             )
         )  # fmt: skip
-    return Digest(task, cells, points, len(seeds), unfinished)
+    return Digest(task, cells, points, len(seeds), unfinished, gain)
 
 
 def digests(folder: Path = FOLDER) -> list[Digest]:

@@ -66,11 +66,7 @@ def _drawn(found: list[Digest]) -> list[str]:
 
 
 def _measure(one: Digest) -> str:
-    return "share of full fine-tuning's gain, %" if _shares(one) else f"held-out loss, {one.task.unit}"
-
-
-def _shares(one: Digest) -> bool:
-    return all(p.share is not None for p in one.points)
+    return "share of full fine-tuning's gain, %" if one.shares else f"held-out loss, {one.task.unit}"
 
 
 def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
@@ -88,8 +84,8 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
         )
         for size, value, p in zip(sizes, middle, own) if method in CORNERS else ():
             axis.annotate(str(p.rank), (size, value), CORNERS[method], textcoords="offset points", fontsize=8, color=colour)
-    if _shares(one):
-        axis.axhline(100, color="0.6", lw=1, ls="--")
+    for full in one.of("full"):
+        axis.axhline(_value(one, full)[0], color="0.6", lw=1, ls="--")
     axis.margins(y=0.1)
     axis.set(xscale="log", xlabel="trained numbers (small figures: rank)")
     axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
@@ -98,6 +94,6 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
 
 def _value(one: Digest, point: Point) -> tuple[float, float, float]:
     """The middle and both ends, in per cent if they are shares."""
-    shown, unit = (point.share, 100.0) if _shares(one) else (point.loss, 1.0)
+    shown, unit = (point.share, 100.0) if one.shares else (point.loss, 1.0)
     low, high = (shown.value if end is None else end for end in (shown.low, shown.high))
     return unit * shown.value, unit * min(low, shown.value), unit * max(high, shown.value)

@@ -64,6 +64,8 @@ def sentences(one: Digest) -> list[str]:
     if lacking := too_few(one.seeds):
         lines.append(f"No intervals: {lacking}.")
     lines += [f"{line}." for line in at_the_end(one)]
+    if one.gain is not None and not one.shares:
+        lines.append(f"No shares of full fine-tuning's gain, whose interval contains 0: {one.gain.text()}.")
     if falling := [p.name for p in one.points if p.falling > FALLING]:
         lines.append(f"Not at a plateau, the last tenth of the steps had over {FALLING:.0%} of the fall: {'; '.join(falling)}.")
     if one.unfinished:
@@ -124,7 +126,8 @@ def page_tables(found: list[Digest], pictures: dict[str, str]) -> str:
             "",
         ]
         if one.task.name in pictures:
-            lines += [f"![share of full fine-tuning's gain against trained numbers]({pictures[one.task.name]})", ""]
+            drawn = "share of full fine-tuning's gain" if one.shares else "held-out loss"
+            lines += [f"![{drawn} against trained numbers]({pictures[one.task.name]})", ""]
         lines += [*(f"- {line}" for line in sentences(one)), ""]
     return "\n".join(lines).strip()
 

@@ -34,7 +34,7 @@ COLOURS = {
     "lora-in-place-beta": "tab:olive",
     "lora-compiled": "tab:cyan",
     "lora-peft": "tab:red",
-    "dora-peft": "tab:gray",
+    "dora-peft": "goldenrod",
     "vera-peft": "tab:pink",
     "lotr-eager": "0.55",
     "lora-unsloth": "tab:brown",

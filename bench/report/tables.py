@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import layer, model, shared, targets
 from ..kernels import FLOOR, TUNED
 from ..measure.forms import FORMS
-from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of
+from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of, named
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
@@ -27,6 +27,7 @@ from ..projection.predict import kept as static_kept
 from ..projection.predict import projections
 from ..projection.table import LABEL as STATIC_LABEL
 from ..projection.table import markdown_rows
+from ..rivals.model import MAGNITUDE
 from ..rivals.model import SHAPES as MODELS
 
 # The shapes in the table; the result files and pictures have all measured shapes.
@@ -93,7 +94,8 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
     for cell in cells:
         cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
     shown = {case: own for case, own in cases.items() if case[:4] in SHOWN_SHAPES} or cases
-    rivals = [rival for rival in NAMES if rival != OURS and any(rival in own for own in shown.values())]
+    columns = [rival for rival in NAMES if rival != OURS] + [MAGNITUDE]
+    rivals = [rival for rival in columns if any(rival in own for own in shown.values())]
     bounds = any("of_bound" in own.get("lotr_ext", {"step": {}})["step"] for own in shown.values())
     forms = [form for form in FORMS if any(form in own.get(OURS, {}) for own in shown.values())]
     rows = []
@@ -111,7 +113,7 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
         in_forms = [own.get(OURS, {}).get(form) for form in forms]
         rows.append(row + ["-" if stage is None else f"{stage['step']['excess'][1]:.1%}" for stage in in_forms])
     heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), f"{NAMES[OURS]} / {NAMES['lora-eager']}"]
-    heads += [NAMES[rival] for rival in rivals]
+    heads += [named(rival) for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
     heads += [f"lotr_ext {FORMS[form]}" for form in forms]
     images = {

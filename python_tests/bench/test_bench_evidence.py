@@ -203,6 +203,16 @@ def test_a_change_of_a_method_is_compared_at_the_same_rank() -> None:
     assert digest.changed(digest.digest(MOVIES, task_cells(seeds=2))) == []
 
 
+def test_without_a_gain_of_full_fine_tuning_there_are_no_shares() -> None:
+    cells = [one for one in task_cells() if one["case"]["method"] != "full"] + runs("minilm-movies", "full", 0, 0.60, 10_000)
+    found = digest.digest(MOVIES, cells)
+    assert not found.shares and found.gain.value == pytest.approx(0, abs=1e-3)
+    assert any(
+        line.startswith("No shares of full fine-tuning's gain, whose interval contains 0: ") for line in table.sentences(found)
+    )
+    assert digest.digest(MOVIES, task_cells()).shares
+
+
 def test_a_grouping_is_compared_with_the_usual_one_of_no_more_numbers() -> None:
     """Rank 8 has 400 numbers and rank 16, which is lower, 600."""
     grouped = runs("minilm-movies", "lotr-width", 12, 0.45, 500) + runs("minilm-movies", "lotr-name", 1, 0.3, 50)
