@@ -222,13 +222,13 @@ def read_once() -> None:
 
 def _take_measured_plans() -> None:
     """Makes rules of the answers for launches on the GPUs of this machine."""
-    rules = []
-    for index in range(torch.cuda.device_count()) if cuda_plans.obstacle() is None else ():
+    rules, answers = [], [(key, answer) for key, answer in _kept.items() if key.form in KERNELS]
+    for index in range(torch.cuda.device_count()) if answers and cuda_plans.obstacle() is None else ():
         device = torch.device("cuda", index)
         here = (*machine(device), _versions())
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        for key, answer in _kept.items():
-            if key.form in KERNELS and (key.machine, key.driver, key.versions) == here:
+        for key, answer in answers:
+            if (key.machine, key.driver, key.versions) == here:
                 what = f"tokens={key.tokens} N={key.k} r={key.r_in} element={4 if key.dtype == 'float32' else 2}"
                 rules.append(f"{key.form} {what} multiprocessors={processors} {answer.strategy}")
     if cuda_plans.obstacle() is None:
