@@ -146,9 +146,9 @@ def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) 
 
     unadapted: by seed, the held-out losses [items] of the model without an adapter, or with only its new head trained.
     """
-    validation, held_out, seeds_of_all = _losses(cells)
-    known = all(seed in (unadapted or {}) for seed in seeds_of_all)
-    without = torch.stack([unadapted[seed] for seed in seeds_of_all]) if unadapted and known and seeds_of_all else None
+    validation, held_out, common = _losses(cells)
+    known = common and unadapted and set(common) <= set(unadapted)
+    without = torch.stack([unadapted[seed] for seed in common]) if known else None
     found: list[Transfer] = []
     for method in dict.fromkeys(key[0] for key in validation):
         own = {key: loss for key, loss in validation.items() if key[0] == method}
@@ -165,17 +165,16 @@ def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) 
 
             lr = min(rates, key=lambda lr: (max(over(lr, rank) for rank in ranks), lr))
             rank = max(ranks, key=lambda rank: over(lr, rank))
-            one, least = held_out[method, scaling, rank, lr], held_out[best[rank]]
-            seeds, items = one.shape
-            whole = torch.isfinite(one).all()
-            draws, never = Draws(seeds, items), Interval(float("inf"))
-            excess = draws.interval(lambda a, b: a / b - 1, one, least) if whole else never
             at_rate = {rank: held_out[method, scaling, rank, lr] for rank in ranks}
+            pairs = {rank: (losses, held_out[best[rank]]) for rank, losses in at_rate.items()}
+            seeds, items = at_rate[rank].shape
+            draws, never = Draws(seeds, items), Interval(float("inf"))
+            excess = draws.interval(lambda a, b: a / b - 1, *pairs[rank]) if torch.isfinite(at_rate[rank]).all() else never
             lost = None
-            if without is not None and without.shape == one.shape:
-                parts = [draws.interval(_lost, at_rate[rank], held_out[best[rank]], without) for rank in ranks]
-                finite = all(torch.isfinite(losses).all() for losses in at_rate.values())
-                lost = max(parts, key=lambda part: part.value) if finite else never
+            if without is not None and without.shape == (seeds, items):
+                whole = all(torch.isfinite(losses).all() for losses in at_rate.values())
+                parts = (draws.interval(_lost, *pair, without) for pair in pairs.values())
+                lost = max(parts, key=lambda part: part.value) if whole else never
             mean = torch.stack(list(at_rate.values())).mean(0)
             by_rank = {rank: min(rates, key=lambda lr: here[rank, lr]) for rank in ranks}
             found.append(Transfer(method, scaling, lr, len(rates), rank, excess, lost, by_rank, mean, seeds))
