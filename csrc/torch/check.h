@@ -238,6 +238,18 @@ inline void check_scale_backward(const Check& c, const Arg& g, const Arg& y, con
   check_bias_and_scale(c, bias, scale, g, g.flat.cols, "N, as in g");
 }
 
+inline Sizes check_row_norms(const Check& c, const Arg& weight, const Arg& square, const Arg& WA,
+                             const Arg& A, const Arg& B, const Arg& core, double scaling) {
+  c.arguments({&weight, &square, &WA, &A, &B, &core});
+  c.dims(weight, 2, "[N, K]"), c.supported(weight);
+  Sizes s = check_core(c, weight, core, B, scaling);
+  check_A(c, A, weight), c.size(A, 1, s.r_in, "r_in, as in core"), s.k = A.size[0];
+  check_weight(c, weight, weight, s.n, s.k);
+  c.dims(square, 1, "[N]"), c.dtype(square, acc_dtype(weight.dtype)), c.size(square, 0, s.n, "N, as in B");
+  if (WA) c.matrix(WA, acc_dtype(weight.dtype), "[N, r_in]", s.n, "N, as in B", s.r_in, "r_in, as in core");
+  return s;
+}
+
 struct ForwardArgs {
   Arg x, weight, bias, A, B, core, u, F, seed, scale;
 

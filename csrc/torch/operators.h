@@ -138,6 +138,17 @@ std::tuple<Tensor, Tensor> scale_backward(const Tensor& g, const Tensor& y, cons
   return Products(c, ag, 0.0, none("seed")).scale_backward(ag, ay, abias, ascale);
 }
 
+template <class Products>
+std::tuple<Tensor, OptionalTensor> row_norms(const Tensor& weight, const Tensor& square,
+                                             const OptionalTensor& WA, const Tensor& A, const Tensor& B,
+                                             const Tensor& core, double scaling) {
+  const Check c{"lotr::row_norms", false, Products::max_rank};
+  const Arg aW("weight", weight), asquare("square", square), aWA("WA", WA), aA("A", A), aB("B", B),
+      acore("core", core);
+  const Sizes s = check_row_norms(c, aW, asquare, aWA, aA, aB, acore, scaling);
+  return Products(c, aW, 0.0, none("seed")).row_norms(aW, asquare, aWA, aA, aB, acore, scaling, s);
+}
+
 // dx, dA and dB are added to where they are given.
 template <class Products>
 Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const OptionalTensor& x, const Tensor& u,

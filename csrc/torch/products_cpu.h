@@ -167,6 +167,27 @@ class CpuProducts {
     cpu::scale_backward(g0.mat, line(Arg("dscale", dscale)), read(g), read(y), line(bias), line(scale));
     return {std::move(g0.tensor), std::move(dscale)};
   }
+  // The lengths of the rows of W + F A^T, and W A where none is given.
+  std::tuple<Tensor, OptionalTensor> row_norms(const Arg& W, const Arg& square, const Arg& WA, const Arg& A,
+                                               const Arg& B, const Arg& core, double scaling,
+                                               const Sizes& s) const {
+    OptionalTensor new_WA;
+    Tensor norm = empty_of<1>({s.n}, sums_);
+    const auto shared = [&](const cpu::Scratch& memory, int64_t rows) {
+      return Value{memory.get<void>(), rows, s.r_in, s.r_in, 1, cpu_dtype(sums_)};
+    };
+    const size_t row_bytes = size_t(s.r_in) * (sums_ == ScalarType::Double ? 8 : 4);
+    const cpu::Scratch F_memory(size_t(s.n) * row_bytes), AA_memory(size_t(s.r_in) * row_bytes),
+        FAA_memory(size_t(s.n) * row_bytes);
+    const Value F = shared(F_memory, s.n), AA = shared(AA_memory, s.r_in), FAA = shared(FAA_memory, s.n);
+    const Value product = WA ? read(WA) : make(new_WA, s.n, s.r_in, sums_);
+    if (!WA) cpu::shrink(product, read(W), read(A), {});
+    cpu::fold(F, 0, read(B), layer_mat(core, read_data(core)), 0, 1, scaling);
+    cpu::factor_grad(AA, read(A), read(A), {}, false);
+    cpu::shrink(FAA, F, AA, {});
+    cpu::row_norms(line(Arg("norm", norm)), read(W), line(square), product, read(A), F, FAA);
+    return {std::move(norm), std::move(new_WA)};
+  }
   Value shrink_grad(OptionalTensor& made, const Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
     const Value k = make(made, g.rows, F.size[1], dtype_);
     cpu::shrink_grad(k, Q.value, g, read(F), read(u), Q.add);

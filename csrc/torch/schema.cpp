@@ -12,6 +12,8 @@
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
 //   scale_backward  g0 = scale g, dscale = sum over tokens of g (y - bias) / scale, 0 where scale is 0
 //                                                          y, bias and scale as in layer_forward
+//   row_norms     norm_n = |W_n + F_n A^T| with F = scaling B G^T from square_n = |W_n|^2, and W A where it
+//                 is new, all in acc(T); W is in T; on a CPU alone
 //   row_core            h_i = scaling u_t(i) G_c(i)
 //   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
 //                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
@@ -43,6 +45,10 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "small_backward_(Tensor(a!)? dx, Tensor g, Tensor? x, Tensor u, Tensor A, Tensor core, Tensor B, float "
       "scaling, Tensor(b!)? dA, Tensor(c!)? dB, bool need_core) -> Tensor");
   m.def("scale_backward(Tensor g, Tensor y, Tensor? bias, Tensor scale) -> (Tensor g0, Tensor dscale)");
+  m.def(
+      "row_norms(Tensor weight, Tensor square, Tensor? WA, Tensor A, Tensor B, Tensor core, float scaling) "
+      "-> "
+      "(Tensor norm, Tensor? WA)");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
       "Tensor");

@@ -100,12 +100,8 @@ class Norms:
             if all(same) and kept.scaling == scaling:
                 return Rows(m, kept.norm, kept.scale)
         with torch.inference_mode(False), torch.no_grad(), _without_autocast(weight.device):
-            if same[0] and same[1]:
-                square, WA = kept.square, kept.WA
-            else:
-                square, WA = _products(matrix(), A, kept.square if same[0] else None)
-            # to look at values would make a GPU wait
-            norm = row_norms(square, WA, A, B, core, scaling, matrix if WA.is_cpu else None)
+            square, WA = kept.square if same[0] else None, kept.WA if same[0] and same[1] else None
+            square, WA, norm = _measured(weight, matrix, A, B, core, scaling, square, WA)
             scale = m.to(norm) / norm
         self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, square, WA, norm, scale)
         return Rows(m, norm, scale)
@@ -129,6 +125,8 @@ def _without_autocast(device: torch.device) -> torch.autocast | nullcontext:
     return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
 
 
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
 _ROWS = 1024  # of a half-precision W that are cast at a time
 
 
@@ -136,20 +134,39 @@ def _wide(W: Tensor, A: Tensor) -> torch.dtype:
     return torch.promote_types(accumulate_dtype(W.dtype), accumulate_dtype(A.dtype))
 
 
+def _measured(
+    weight: Tensor,
+    matrix: Callable[[], Tensor],
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    square: Tensor | None,
+    WA: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(|W_n|^2, W A, c_n) in float32 (float64 for float64), of which the first two may be given."""
+    dense = type(weight) in _PLAIN and weight.dtype in _DTYPES  # else W is only made for a product that is not given
+    W = matrix() if dense or square is None or WA is None else None
+    if square is None:
+        square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W, A)).square()
+    if dense and W.stride(1) == 1 and all(_suits(t, W) for t in (W, A, B, core)):
+        return square, *reversed(ops.row_norms(W, square, WA, A, B, core, scaling))
+    WA = _product(W, A) if WA is None else WA
+    # to look at values would make a GPU wait
+    return square, WA, row_norms(square, WA, A, B, core, scaling, matrix if WA.is_cpu else None)
+
+
+def _suits(t: Tensor, W: Tensor) -> bool:
+    """Whether `ops.row_norms` takes a tensor beside W."""
+    plain = type(t) in _PLAIN and t.is_cpu and not t.is_neg()
+    return plain and (t.dtype == W.dtype or (W.dtype in _HALF and t.dtype == torch.float32))
+
+
 def _product(W: Tensor, A: Tensor) -> Tensor:
-    """W A. With so few columns the library's product takes up to twice as long as the kernel."""
-    if is_compiling() or is_grad_enabled() or not W.is_cpu or _changes_unseen(W):
-        return W @ A
-    plain = type(W) in _PLAIN and type(A) in _PLAIN and not (W.is_neg() or A.is_neg())
-    return ops.shrink(W, A) if plain and W.stride(1) == 1 else W @ A
-
-
-def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """|W_n|^2 [n], unless given, and W A [n, r_in], in float32 (float64 for float64)."""
+    """W A [n, r_in] in float32 (float64 for float64)."""
     wide = _wide(W, A)
     A = A.to(W.device, wide)
-    WA = _product(W, A) if W.dtype == wide else torch.cat([_product(to(part, wide), A) for part in W.split(_ROWS)])
-    return torch.linalg.vector_norm(W, dim=1, dtype=wide).square() if square is None else square, WA
+    return W @ A if W.dtype == wide else torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])
 
 
 def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
@@ -158,7 +175,8 @@ def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -
         wide = _wide(W, A)
         full = to(W, wide) + delta_weight(A, B, core, scaling).to(W.device, wide)
         return torch.linalg.vector_norm(full, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)
-    return row_norms(*_products(W, A), A, B, core, scaling)
+    square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W, A)).square()
+    return row_norms(square, _product(W, A), A, B, core, scaling)
 
 
 # ---- y ---------------------------------------------------------------------------------------------------------------

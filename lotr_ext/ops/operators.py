@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import accumulate_dtype, bump_versions, check_tensors, shapes
+from .library import accumulate_dtype, bump_versions, check_tensors, refuse_gradients, shapes
 from .library import lotr as _lotr
 
 
@@ -177,6 +177,26 @@ def fold_grad(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | 
 @shapes("fold_grad")
 def _(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None) -> Tensor:
     return Q.new_empty(cores.shape)
+
+
+def row_norms(
+    weight: Tensor, square: Tensor, WA: Tensor | None, A: Tensor, B: Tensor, core: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(c, W A): the lengths c_n = |W_n + F_n A^T| [n] of a weight W [n, k], with F = s B G^T, and W A [n, r_in]. On CPUs only.
+
+    square [n]: |W_n|^2; WA: W A, if it is known. They and the results are float32 (float64 for float64). A [k, r_in] is rounded
+    to W's dtype in W A, as in the layer's products. The length of a row of zeros is the root of the smallest normal number.
+    """
+    if torch.is_grad_enabled():
+        refuse_gradients("row_norms", weight, square, WA, A, B, core)
+    norm, made = _lotr.row_norms.default(weight, square, WA, A, B, core, scaling)
+    return norm, made if WA is None else WA
+
+
+@shapes("row_norms")
+def _(weight, square, WA, A, B, core, scaling):
+    torch._check(weight.shape[1] == A.shape[0], lambda: f"row_norms: A: expected {weight.shape[1]} rows, got {A.shape[0]}")
+    return square.new_empty(square.shape), square.new_empty(weight.shape[0], A.shape[1]) if WA is None else None
 
 
 def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -19,13 +19,15 @@ from nets import relative
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each product W A that is made, whether |W_n|^2 was made with it."""
-    made, own = [], of_rows._products
+    made, own = [], of_rows._measured
 
-    def seen(W, A, square=None):
-        made.append(square is None)
-        return own(W, A, square)
+    def seen(*arguments):
+        square, WA = arguments[-2:]
+        if WA is None:
+            made.append(square is None)
+        return own(*arguments)
 
-    monkeypatch.setattr(of_rows, "_products", seen)
+    monkeypatch.setattr(of_rows, "_measured", seen)
     return made
 
 

@@ -275,6 +275,17 @@ def test_scale_backward(case: Case) -> None:
     assert again[0] == 0 and torch.equal(again[1:], dscale[1:])
 
 
+def test_row_norms(case: Case) -> None:
+    weight, (core,) = case.make(case.n, case.k), case.cores[:1]
+    square = weight.to(case.acc).square().sum(1)
+    norm, WA = ops.row_norms(weight, square, None, case.A, case.B, core, SCALING)
+    check_product(WA, weight.to(case.acc), case.A.to(case.acc))
+    W, A, B, G = wide(weight, case.A, case.B, core)
+    delta, size = SCALING * B @ G.t() @ A.t(), SCALING * B.abs() @ G.t().abs() @ A.t().abs()
+    eager = square + (2 * W * delta + delta.square()).sum(1).to(case.acc)
+    close(norm.square(), (W + delta).square().sum(1), eager, (W.abs() + size).square().sum(1))
+
+
 def scales(case: Case) -> Tensor:
     """[n] of both signs, none close to 0."""
     return (case.sums(1, case.n)[0].sign() * (0.5 + torch.rand(case.n))).to(case.acc)
@@ -328,6 +339,8 @@ def every_operator(c: Case) -> Iterator[Tensor]:
     )  # the library's product has its own bits
     y, *_ = ops.layer_forward(c.x, zeros, bias, None, c.B, c.cores[0], SCALING, 0, c.u, c.F, 0.0, None, scale)
     yield from (y, *ops.scale_backward(c.g, y, bias, scale))
+    weight = c.make(c.n, c.k)
+    yield from ops.row_norms(weight, weight.to(c.acc).square().sum(1), None, c.A, c.B, c.cores[0], SCALING)
 
 
 # Also odd numbers of tokens: their last pair has one row, and is summed with the tile that it ends.

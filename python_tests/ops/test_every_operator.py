@@ -55,6 +55,7 @@ def arguments(operator: str) -> list[tuple]:
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None, t(N)),
         ],
         "scale_backward": [(t(M, N), t(M, N), t(N), t(N))],
+        "row_norms": [(t(N, K), t(N), t(N, R), t(K, R), t(N, Q), t(R, Q), 0.7)],
         "layer_backward_": [
             (
                 *(t(M, N), t(N, K), t(M, K), t(M, R), t(K, R), t(N, R), t(N, Q), t(R, Q), 0.7, 0),

@@ -78,6 +78,10 @@ def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor]
             (w(n, m).t(), w(m, n), None, a(n)),
             (w(0, n), w(0, n), w(n), a(n)),
         ],
+        "row_norms": [
+            (w(n, k), a(n), None, w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7),
+            (w(k, n).t(), a(n), a(n, r_in), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7),
+        ],
         "layer_backward_": [
             (
                 *(w(m, n), w(n, k), w(m, k), w(m, r_in), w(k, r_in), w(n, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
@@ -103,7 +107,7 @@ UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
 WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
 DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
-ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand", "scale_backward")
+ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand", "scale_backward", "row_norms")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
