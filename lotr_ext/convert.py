@@ -70,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
     bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
     bank.add_argument("--rank", type=_rank, required=True, help="rank: R, or R_IN,R_OUT")
     for own, more in ((one, ()), (bank, ("layer",))):
-        own.add_argument("--group-by", choices=("shape", "name", *more), default="shape", help="which layers share A and B")
+        groups = ("shape", "block", "name", *more)
+        own.add_argument("--group-by", choices=groups, default="shape", help="which layers share A and B")
         own.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter")
     one = command(
         "lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "Convert LoTR to an exact LoRA adapter for PEFT."

@@ -23,7 +23,7 @@ OURS = tuple(name for name in METHODS if name.startswith("lotr"))
 THEIRS = ("lora", "lora-qv")
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
-GROUPINGS = ("lotr-width", "lotr-name", "lotr-neighbours")  # against "lotr", whose groups are by shape, of no more numbers
+GROUPINGS = ("lotr-width", "lotr-name", "lotr-block")  # against "lotr", whose groups are by shape, of no more numbers
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
 

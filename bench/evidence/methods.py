@@ -57,7 +57,6 @@ def _lotr(
     return Method(label, "lotr", ranks, {"scaling": LOTR_SCALING, **own}, few, from_gradient, quick)
 
 
-NEIGHBOURS = 3  # blocks that share a pair in "lotr-neighbours"
 CORES = ("core",)
 LORA = named("lora-peft")
 FIRST_RATES = {  # of a pretrained model, and of the teacher's small net
@@ -77,7 +76,7 @@ METHODS = {
     "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 24, 60)), quick=8),
     "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 28)), group_by="width"),
     "lotr-name": _lotr("LoTR, by name", _ranks((), (4, 16), (16,)), group_by="name"),
-    "lotr-neighbours": _lotr("LoTR, three blocks share", _ranks((), (), (5,)), group_by="neighbours"),
+    "lotr-block": _lotr("LoTR, by block", _ranks((), (1, 5), (1, 6)), group_by="block"),
     "lotr-qv": _lotr("LoTR, query and value", _ranks((), (2, 8, 32), (8, 32)), few=True),
     "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (16, 64), (32,)), train=CORES),
     "lotr-core-gradient": _lotr(
@@ -100,15 +99,6 @@ METHODS = {
 def _own_group(name: str, module: nn.Module) -> str:
     """A group a layer: with factors from the layer's own weight, and the core alone trained, LoRA-XS (arXiv 2405.17604)."""
     return name.replace(".", "_")
-
-
-def _neighbours(name: str, module: nn.Module) -> str:
-    """A group for each shape and NEIGHBOURS blocks, whose number is the first in the layer's name."""
-    block = int(re.search(r"\.(\d+)\.", name)[1])
-    return f"{block // NEIGHBOURS}_{module.in_features}_{module.out_features}"
-
-
-GROUPS = {"layer": _own_group, "neighbours": _neighbours}  # what a method's group_by stands for
 
 
 def measured(task: Task) -> list[tuple[str, int]]:
@@ -143,8 +133,8 @@ def adapt(model: nn.Module, task: Task, name: str, rank: int) -> nn.Module:
     if method.family == "lotr":
         from lotr_ext import LoTRConfig, apply_lotr
 
-        if own.get("group_by") in GROUPS:
-            own["group_by"] = GROUPS[own["group_by"]]
+        if own.get("group_by") == "layer":
+            own["group_by"] = _own_group
         return apply_lotr(model, LoTRConfig(rank=rank, target_modules=targets, modules_to_save=save, **own))
     if method.family == "peft":
         from peft import LoraConfig, VeraConfig, get_peft_model

@@ -20,7 +20,7 @@ STYLES = {  # colour and line; the first SERIES that a task has are drawn, the t
     "lotr-width": ("tab:cyan", "v--"),
     "lora-qv": ("tab:orange", "^--"),
     "lotr-core-gradient": ("tab:green", "s:"),
-    "lotr-neighbours": ("tab:purple", "D--"),
+    "lotr-block": ("tab:purple", "D--"),
     "lotr-core": ("tab:olive", "x:"),
     "dora": ("tab:pink", "P-"),
 }

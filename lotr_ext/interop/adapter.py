@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..model.adapter_files import LayerEntry, Manifest, write
 from ..model.config import LoTRConfig
+from ..model.names import group_name
 from ..model.targets import can_be_child
 from .lora_files import modules_holding
 
@@ -80,15 +81,15 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
     """Each layer's group, as `apply_lotr` makes them. sizes: (in_features, out_features) by layer.
 
     Raises:
-        TypeError, ValueError: group_by is not "shape", "name" or a mapping of exactly these layers to names that modules can
-            have, or it puts layers of different shapes into one group.
+        TypeError, ValueError: group_by is not "shape", "block", "name" or a mapping of exactly these layers to names that
+            modules can have, or it puts layers of different shapes into one group.
     """
     group_by = LoTRConfig(group_by=group_by).group_by
     if callable(group_by):
-        raise TypeError('group_by: expected "shape", "name" or a mapping, got a callable, which needs a model')
+        raise TypeError('group_by: expected "shape", "block", "name" or a mapping, got a callable, which needs a model')
     if group_by == "width":
         raise ValueError(
-            'group_by: expected "shape", "name" or a mapping, got "width": a pair is found for layers of one shape'
+            'group_by: expected "shape", "block", "name" or a mapping, got "width": a pair is found for layers of one shape'
         )
     if isinstance(group_by, dict) and set(group_by) != set(sizes):
         missing, unknown = sorted(set(sizes) - set(group_by)), sorted(set(group_by) - set(sizes))
@@ -98,9 +99,7 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
         )
     groups, first = {}, {}
     for name, (k, n) in sizes.items():
-        shape = f"{k}x{n}"
-        by = {"shape": shape, "name": f"{name.rpartition('.')[2]}_{shape}"}
-        group = groups[name] = group_by[name] if isinstance(group_by, dict) else by[group_by]
+        group = groups[name] = group_by[name] if isinstance(group_by, dict) else group_name(name, (k, n), group_by)
         if not can_be_child(group):
             raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
         other = first.setdefault(group, name)

@@ -80,7 +80,7 @@ def lora_to_lotr(
         rank: r, or (r_in, r_out), for all groups.
         error: the smallest rank at which each group's relative error is at most this, in (0, 1).
         parameters: the largest rank at which the adapter has at most this many (A, B and cores; not modules_to_save).
-        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig.
+        group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
         config: see `read_lora`.
         dtype: of the result. The work is done in float64.
         report: called with the current step and the fraction of the work that is done.

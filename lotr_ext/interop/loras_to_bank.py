@@ -113,8 +113,8 @@ def loras_to_bank(
         sources: folders of LoRA adapters, or results of `read_lora`, by the name of their task; or folders, whose tasks are
             named after them (`names_of`). Adapters may differ in rank and scaling, not in their layers.
         rank: r, or (r_in, r_out), for all groups. Exact if at least the sum of a group's LoRA ranks.
-        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig; or "layer": separate factors for each
-            layer, which all tasks share.
+        group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig; or "layer": separate factors for
+            each layer, which all tasks share.
         dtype: of the result. The work is done in float64.
         report: called with the current step and the fraction of the work that is done.
 

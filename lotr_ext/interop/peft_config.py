@@ -51,8 +51,8 @@ class LoTRPeftConfig(PeftConfig):
     Attributes:
         rank, or r as PEFT's other methods call it: 16 if neither is given; afterwards r equals rank.
         alpha, rslora, scaling, dropout, group_by, init, core, core_init, train, magnitude: as in `lotr_ext.LoTRConfig`;
-            group_by is "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the
-            base weights, which other adapters share) or "gradient" (which needs batches).
+            group_by is no callable (it cannot be saved), and init not "svd" (it changes the base weights, which other adapters
+            share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: PEFT's default for LoRA and the model's type; with target_parameters no module.
         target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
@@ -103,7 +103,7 @@ class LoTRPeftConfig(PeftConfig):
         if self.init == "gradient":
             raise ValueError('init: expected one that needs no batches, got "gradient"; use apply_lotr for it')
         if callable(self.group_by):
-            raise ValueError('group_by: expected "shape", "name", "width" or a mapping, got a callable, which cannot be saved')
+            raise ValueError("group_by: expected a name or a mapping, got a callable, which cannot be saved")
         if not isinstance(self.core, str) or self.core == "custom":
             raise ValueError(f"core: expected one of {', '.join(('dense', *FORMS))}, got {self.core!r}, which cannot be saved")
         if self.bias not in _BIASES:

@@ -17,6 +17,7 @@ from ..layers.settings import Settings
 
 __all__ = ["GroupBy", "LoTRConfig"]
 
+_GROUPS = ("shape", "block", "name", "width")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 
 # PEFT's names for LoRA's settings, and what they are called here
@@ -89,9 +90,10 @@ class LoTRConfig:
             ["experts.gate_up_proj", "experts.down_proj"].
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
-        group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
-            each last part of the name and shape (q and v apart); "width": no pairs but one A for each K and one B for each N,
-            over all adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
+        group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "block": one for each
+            shape and block, the layers whose names agree up to their first number ("model.layers.3"); "name": one for each last
+            part of the name and shape (q and v apart); "width": no pairs but one A for each K and one B for each N, over all
+            adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
         init: "orthonormal", "normal", "kaiming", "svd" (lotr_ext.init), or "gradient", for which `apply_lotr` needs batches and
             a loss (`init_from_gradient`).
         train: which of "A", "B", "core" and "magnitude" are trained, by default all; the rest stays as it starts.
@@ -196,15 +198,15 @@ class LoTRConfig:
 
     def _check_group_by(self) -> None:
         if isinstance(self.group_by, str):
-            if self.group_by not in ("shape", "name", "width"):
-                raise ValueError(f'group_by: expected "shape", "name", "width", a mapping or a callable, got {self.group_by!r}')
+            if self.group_by not in _GROUPS:
+                raise ValueError(f"group_by: expected one of {_GROUPS}, a mapping or a callable, got {self.group_by!r}")
         elif isinstance(self.group_by, Mapping):
             for name, group in self.group_by.items():
                 if not (isinstance(name, str) and isinstance(group, str)):
                     raise TypeError(f"group_by: expected layer names to group names, got {name!r}: {group!r}")
             object.__setattr__(self, "group_by", dict(self.group_by))
         elif not callable(self.group_by):
-            raise TypeError(f'group_by: expected "shape", "name", "width", a mapping or a callable, got {self.group_by!r}')
+            raise TypeError(f"group_by: expected one of {_GROUPS}, a mapping or a callable, got {self.group_by!r}")
 
     def _check_train(self) -> None:
         train = _names(self.train, "train")
@@ -240,7 +242,7 @@ class LoTRConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; a callable core is "custom". Raises ValueError for a callable group_by: use a mapping."""
         if callable(self.group_by):
-            raise ValueError('group_by: expected "shape", "name", "width" or a mapping for JSON, got a callable')
+            raise ValueError(f"group_by: expected one of {_GROUPS} or a mapping for JSON, got a callable")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         values["core"] = "custom" if callable(self.core) else self.core

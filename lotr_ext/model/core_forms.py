@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..layers.cores import FORMS, CoreAt, Cores
 from .config import LoTRConfig
+from .names import place_of
 
-__all__ = ["CORES", "Place", "form_at", "make_cores", "place_of"]
-
+__all__ = ["CORES", "form_at", "make_cores"]
 
 CORES = "lotr_cores"  # the model's attribute that holds its Cores
-
-
-class Place(NamedTuple):
-    """A layer's place, as "model.layers.3" and "self_attn.q_proj"."""
-
-    layer: str
-    kind: str
-
-
-def place_of(name: str) -> Place:
-    """Splits a layer's name after its first number; without a number, layer is "" and kind the whole name."""
-    found = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
-    return Place("", name) if found is None else Place(found[1], found[2] or "")
 
 
 def make_cores(

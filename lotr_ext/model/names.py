@@ -1,18 +1,43 @@
-"""Names of modules and parameters: matching by endings, suggestions for misspelt names, and parameters that share memory."""
+"""Names of modules and parameters: matching by endings, suggestions for misspelt names, a layer's block and its group, and
+parameters that share memory."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["closest", "name_ends_with", "tied_names"]
+__all__ = ["Place", "closest", "group_name", "name_ends_with", "place_of", "tied_names"]
 
 
 def name_ends_with(name: str, ending: str) -> bool:
     """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
     return f".{name}".endswith(f".{ending}")
+
+
+class Place(NamedTuple):
+    """A layer's place, as "model.layers.3" and "self_attn.q_proj"."""
+
+    layer: str
+    kind: str
+
+
+def place_of(name: str) -> Place:
+    """Splits a layer's name after its first number; without a number, layer is "" and kind the whole name."""
+    found = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
+    return Place("", name) if found is None else Place(found[1], found[2] or "")
+
+
+def group_name(name: str, sizes: tuple[int, int], group_by: str) -> str:
+    """The group of a layer of sizes (in_features, out_features). group_by: "shape", "width", "name" or "block"."""
+    shape = f"{sizes[0]}x{sizes[1]}"
+    if group_by in ("shape", "width"):  # with "width", two shared factors form the pair of each shape
+        return shape
+    part = name.rpartition(".")[2] if group_by == "name" else place_of(name).layer.replace(".", "_")
+    return f"{part}_{shape}" if part else shape
 
 
 def closest(wanted: str, names: Iterable[str], at_most: int = 3) -> str:

@@ -22,7 +22,7 @@ from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
-from .names import closest, name_ends_with, tied_names
+from .names import closest, group_name, name_ends_with, tied_names
 from .readers import How, how_read
 
 __all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select"]
@@ -353,11 +353,8 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
 
 
 def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:
-    shape = f"{sizes[0]}x{sizes[1]}"
-    if config.group_by in ("shape", "width"):  # with "width", two shared factors form the pair of each shape
-        return shape
-    if config.group_by == "name":
-        return f"{name.rpartition('.')[2]}_{shape}"
+    if isinstance(config.group_by, str):
+        return group_name(name, sizes, config.group_by)
     if isinstance(config.group_by, dict):
         if name not in config.group_by:
             raise ValueError(f"group_by: expected a group for each adapted layer, got none for {name!r}")

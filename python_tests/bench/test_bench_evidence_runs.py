@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from bench.evidence import __main__ as program
 from bench.evidence import problems, sweep
@@ -129,7 +127,7 @@ def count(shapes: list[tuple[int, int]], method: str, r: int) -> int:
     pairs, widths = sum(k + n for k, n in groups) * r, (sum({k for k, _ in groups}) + sum({n for _, n in groups})) * r
     formulas = {
         "base": 0, "head": 0, "lora": sides * r, "dora": sides * r + sum(n for _, n in shapes), "lora-xs": kinds * r * r,
-        "lotr-neighbours": pairs + kinds * r * r,  # all in one block
+        "lotr-block": pairs + kinds * r * r,  # all in one block
         "lotr": pairs + kinds * r * r, "lotr-width": widths + kinds * r * r, "lotr-name": sides * r + kinds * r * r,
         "lotr-core": kinds * r * r, "lotr-core-gradient": kinds * r * r, "lotr-gradient": pairs + kinds * r * r,
         "lotr-diagonal": pairs + kinds * r, "lotr-tucker": pairs + kinds * r + r**3, "lotr-train": pairs + (kinds + 1) * r * r,
@@ -163,14 +161,6 @@ def test_every_method_trains_the_numbers_that_it_says(task: str, shapes: list, t
             base = found["loss"]
         elif base is not None:
             assert found["loss"] != base, method  # it trains something
-
-
-def test_three_neighbouring_blocks_share_a_pair() -> None:
-    block = {"q_proj": nn.Linear(6, 4, bias=False), "k_proj": nn.Linear(6, 4, bias=False)}
-    layers = nn.ModuleList(nn.ModuleDict(copy.deepcopy(block)) for _ in range(7))
-    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
-    adapt(model, TASKS["smollm2-kjv"], "lotr-neighbours", 2)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 2 * (6 + 4) + 14 * 2 * 2
 
 
 def test_a_languages_losses_are_the_models_own(tiny: Path) -> None:

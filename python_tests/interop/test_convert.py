@@ -170,10 +170,11 @@ def test_a_lora_in_a_pickle_and_one_in_half_precision(tmp_path):
     assert all(abs(half.errors[name] - error) < 1e-2 for name, error in want.errors.items())
 
 
-def test_groups_by_name_and_by_mapping(tmp_path):
+def test_groups_by_block_by_name_and_by_mapping(tmp_path):
     truth = lora(tmp_path, target_modules=["q", "v"])
     mapping = {name: f"block{name.split('.')[1]}" for name in lora_deltas(truth)}
-    for group_by, groups in (("name", {"q_16x16", "v_16x16"}), (mapping, {"block0", "block1"})):
+    by_block = {"blocks_0_16x16", "blocks_1_16x16"}
+    for group_by, groups in (("block", by_block), ("name", {"q_16x16", "v_16x16"}), (mapping, {"block0", "block1"})):
         found = lora_to_lotr(tmp_path, rank=4, group_by=group_by)
         assert set(found.groups) == groups and max(found.errors.values()) < 1e-12
         found.save(tmp_path / "lotr")

@@ -37,7 +37,7 @@ PLAIN = {"r": 2, "lora_alpha": 2}
         (GOOD, PLAIN, {"rank": 1.5}, "rank: expected an int"),
         (GOOD, PLAIN, {"dtype": torch.int8}, "dtype: expected one of"),
         (GOOD, PLAIN, {"group_by": "layer"}, "group_by: expected"),
-        (GOOD, PLAIN, {"group_by": "width"}, 'group_by: expected "shape", "name" or a mapping, got "width"'),
+        (GOOD, PLAIN, {"group_by": "width"}, 'group_by: expected "shape", "block", "name" or a mapping, got "width"'),
         (GOOD, PLAIN, {"group_by": lambda name, module: "g"}, "group_by: expected"),
         (GOOD, PLAIN, {"group_by": {"x": "g.h"}}, "group_by: expected a name that can be a module's"),
         (

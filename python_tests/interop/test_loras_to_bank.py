@@ -219,7 +219,7 @@ def test_what_is_refused(folders, tmp_path) -> None:
     refused(folders, "rank: expected at most 48, beyond which no group can use any, got 49", rank=49)
     refused(folders, "rank: expected at least 1, got 0", rank=0)
     refused(folders, "dtype: expected that of the new adapter, got None", dtype=None)
-    refused(folders, 'group_by: expected "shape", "name" or a mapping, got "width"', group_by="width")
+    refused(folders, 'group_by: expected "shape", "block", "name" or a mapping, got "width"', group_by="width")
     refused([*folders, tmp_path / "absent"], "absent: source: expected a directory with adapter_config.json")
     trained({"r": 2}, 0, ["k", "v"]).save_pretrained(tmp_path / "fewer")
     refused(

@@ -21,6 +21,7 @@ from lotr_ext.layers.cores import FORMS
 KINDS = {
     "by shape": {"target_modules": ["q", "v", "up"]},
     "by name": {"group_by": "name"},
+    "by block": {"group_by": "block", "target_modules": ["q", "v", "up"]},
     "by width": {"group_by": "width", "target_modules": ["q", "up", "down"]},
     "a pair of ranks": {"rank": (2, 3), "alpha": 6.0, "rslora": True},
     "a head": {"modules_to_save": ["head"], "scaling": 0.7, "dropout": 0.1},

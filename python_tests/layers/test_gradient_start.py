@@ -98,7 +98,8 @@ def check(model: nn.Module, dense: dict[str, Tensor], lost: float, factors: int)
 
 
 @pytest.mark.parametrize(
-    ("group_by", "factors"), [("shape", 6), ("name", 8), ("width", 4), (lambda name, module: name.replace(".", "_"), 16)]
+    ("group_by", "factors"),
+    [("shape", 6), ("block", 12), ("name", 8), ("width", 4), (lambda name, module: name.replace(".", "_"), 16)],
 )
 def test_factors_span_the_leading_directions_of_all_layers_that_share_them(group_by, factors):
     """A single gradient, or a random pair, captures far less."""

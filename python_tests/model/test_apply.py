@@ -99,6 +99,11 @@ def test_none_and_all_linear_take_every_linear_layer() -> None:
     ("group_by", "groups"),
     [
         ("shape", {"16x16": ["q", "k", "v"], "16x32": ["up"]}),
+        (
+            "block",
+            {f"blocks_{i}_16x16": [f"q{i}", f"k{i}", f"v{i}"] for i in (0, 1)}
+            | {f"blocks_{i}_16x32": [f"up{i}"] for i in (0, 1)},
+        ),
         ("name", {"q_16x16": ["q"], "k_16x16": ["k"], "v_16x16": ["v"], "up_16x32": ["up"]}),
         (
             lambda name, module: "wide" if module.out_features == 32 else name[7],

@@ -35,7 +35,7 @@ SETTINGS = [
     },
     {"adapter_dtype": torch.bfloat16, "scaling": 0.3, "exclude_modules": ["down"], "target_modules": None},
     {"init": "svd", "alpha": 2.0, "modules_to_save": ["1.norm"]},
-    {"core_init": "identity"},
+    {"core_init": "identity", "group_by": "block"},
     {"init": "svd", "train": ("A", "B"), "group_by": "name"},
 ]
 

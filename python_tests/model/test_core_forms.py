@@ -34,7 +34,7 @@ from lotr_ext import (
 )
 from lotr_ext.interop import lotr_to_lora
 from lotr_ext.model.apply import adapted_layers
-from lotr_ext.model.core_forms import Place, place_of
+from lotr_ext.model.names import Place, group_name, place_of
 from nets import OpCounter, relative
 
 FORMS = pytest.mark.parametrize("core", cores.FORMS)
@@ -94,6 +94,7 @@ def test_places() -> None:
     assert place_of("0.q") == ("0", "q") and place_of("h.0.mlp.c_fc") == ("h.0", "mlp.c_fc")
     assert place_of("encoder.fc1") == ("", "encoder.fc1") and place_of("blocks.12") == ("blocks.12", "")
     assert place_of("layers.1.experts.5.up") == ("layers.1", "experts.5.up")
+    assert group_name("h.0.mlp.c_fc", (4, 8), "block") == "h_0_4x8" and group_name("encoder.fc1", (4, 8), "block") == "4x8"
 
 
 @pytest.mark.parametrize("core", ["dense", *cores.FORMS])
