@@ -165,6 +165,8 @@ def _suits(t: Tensor, W: Tensor) -> bool:
 def _product(W: Tensor, A: Tensor) -> Tensor:
     """W A [n, r_in] in float32 (float64 for float64)."""
     wide = _wide(W, A)
+    if W.is_cuda and W.dtype in _HALF and wide == torch.float32 and not is_compiling():
+        return torch.mm(W, A.to(W.device, W.dtype), out_dtype=wide)  # reads W as it is; on CUDA only
     A = A.to(W.device, wide)
     return W @ A if W.dtype == wide else torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])
 
