@@ -25,8 +25,9 @@ struct RowNorms {
         Acc sum = own;
         for (int64_t i = 0; i < K::kLanes; ++i) sum += sums[i];
         for (int64_t j = whole; j < r; ++j) sum += f[j] * (2 * of_W[j * WA.cs] + of_F[j]);
-        // Where the two parts nearly cancel, the difference of squares has lost its digits.
-        if (sum < own / 16) sum = measured(W, A, f, n);
+        // Where the two parts nearly cancel, the difference of squares has lost its digits; so it has where
+        // F_n A^T is far below its r terms, which with fewer columns than terms is common.
+        if (sum < own / 16 || W.cols < r) sum = measured(W, A, f, n);
         constexpr Acc kTiny = std::numeric_limits<Acc>::min();
         static_cast<Acc*>(norm.data)[n] = root(sum < kTiny ? kTiny : sum);
       }

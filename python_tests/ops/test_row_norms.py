@@ -63,6 +63,14 @@ def test_rows_that_nearly_cancel_are_measured(dtype):
     assert relative(norm[::2], truth(weight, A, B, core)[::2]) < 20 * CLOSE[dtype]
 
 
+def test_rows_shorter_than_the_rank_are_measured():
+    """The terms of F_n A^T nearly cancel, not W_n: the difference of squares has rounded their squares."""
+    large = torch.linspace(1, 100, 1000)
+    weight, A, B, core = torch.ones(1000, 1), torch.tensor([[1.0, 0.7]]), torch.stack([0.7 * large, -large], 1), torch.eye(2)
+    norm, _ = ops.row_norms(weight, weight[:, 0], None, A, B, core, S)
+    assert ((norm - truth(weight, A, B, core)).abs() <= 4 * torch.finfo(torch.float32).eps * (1 + 2 * S * large)).all()
+
+
 def test_rows_of_zeros_and_of_no_numbers(dtype):
     weight, square, A, B, core = operands(6, 20, 3, 3, dtype)
     weight[1], B[1], weight[4] = 0, 0, float("nan")
