@@ -32,12 +32,11 @@ from .rivals.library import autotuned
 
 FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
 CLOSE, MOST_PLANS = 1.1, 2  # with --plans: the largest estimate over the chosen plan's, and the most plans
-FEW = 128  # tokens below which the unfolded kernels run
 SHAPES = {
-    "cuda": [(m, n, r) for m in (8192, 1, 16, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
-    "cpu": [(m, n, r) for m in (1, 16, 512, 2048) for n in (768, 2048) for r in (16, 64)],
+    "cuda": [(m, n, r) for m in (8192, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
+    "cpu": [(m, n, r) for m in (512, 2048) for n in (768, 2048) for r in (16, 64)],
 }
-QUICK = {"cuda": [(16, 4096, 16), (8192, 4096, 16)], "cpu": [(16, 768, 16), (2048, 768, 16)]}
+QUICK = {"cuda": [(8192, 4096, 16)], "cpu": [(2048, 768, 16)]}
 T = TypeVar("T")
 LAYERS = 32  # folded together, as in Llama-3-8B
 
@@ -46,7 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
     add_options(parser, dtypes="bf16")
     parser.set_defaults(device="cuda")
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
     parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
     parser.add_argument("--plans", action="store_true", help="on a GPU, also plans with nearly the lowest estimate")
@@ -67,18 +66,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
-    """Each kernel where it runs: the unfolded ones on few tokens, the others on many, fold and fold_grad over LAYERS layers."""
+    """Each kernel at each shape; without --shapes, fold and fold_grad over LAYERS layers."""
     cases = []
     for threads in options.threads:
         for dtype in options.dtypes:
             for m, n, r in options.shapes:
                 for kernel in options.kernels:
-                    if options.given:
-                        cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
-                    elif kernel.startswith("fold"):
-                        cases.append(op.KernelCase(kernel, LAYERS, n, r, dtype, threads))
-                    elif (m < FEW) == kernel.startswith("small"):
-                        cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
+                    layers = kernel.startswith("fold") and not options.given
+                    cases.append(op.KernelCase(kernel, LAYERS if layers else m, n, r, dtype, threads))
     return list(dict.fromkeys(cases))  # all kernels at the first shape first, so that each is measured if the time ends
 
 

@@ -1,13 +1,13 @@
 """An adapted layer's time over the frozen layer by product, and the rest, for Python, autograd and memory.
 
     python -m bench.profile                                   the targets on a CPU; GPU: 8192 x 4096 x 4096, r = 16
-    python -m bench.profile --shapes 16x768x768x16 --dtypes fp32 --threads 1
+    python -m bench.profile --shapes 512x768x768x16 --dtypes fp32 --threads 1
 
 Interleaved in one process: the frozen layer and lotr_ext's layer (forward + backward, under autograd), and each product of the
 layer as an operator of its own, on the same tensors. The rest is the layer's time less the frozen layer's and the products'. A
 rest below zero means that products take less time inside the layer: on a CPU each direction is one operator, and the expand
-writes the start of the base product instead of reading and writing its result. Results go to
-bench/results/<machine>/profile.jsonl.
+writes the start of the base product instead of reading and writing its result. The unfolded form, for few tokens, has no
+operator of its own: all of its time is in the rest. Results go to bench/results/<machine>/profile.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .rivals.base import SCALING, Tensors
 Part = tuple[str, Work, Callable[[], object]]
 
 
-def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, few: bool) -> list[Part]:
+def parts(case: Case, t: Tensors, x: Tensor, g: Tensor) -> list[Part]:
     """The products that a layer by itself makes, forward and backward, each with its least work."""
     m, k, n, r = case[:4]
     element = x.element_size()
@@ -43,12 +43,6 @@ def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, few: bool) -> list[Part]
     dA, dB, Q = (torch.zeros(rows, r, dtype=wide, device=x.device) for rows in (k, n, n))
     y, dx, cores = g.clone(), x.clone(), t.core[None]
     u, F = ops.shrink(x, t.A), ops.fold(t.B, cores, SCALING, x.dtype)[0]
-    if few:
-        forward, backward = (kernel_work(f"small_{name}", m, (k + n) // 2, r, element) for name in ("forward", "backward"))
-        return [
-            ("small_forward_", forward, lambda: ops.small_forward_(y, x, t.A, t.core, t.B, SCALING)),
-            ("small_backward_", backward, lambda: ops.small_backward_(dx, g, x, u, t.A, t.core, t.B, SCALING, dA, dB, True)),
-        ]
     return [
         part("shrink: u = x A", "shrink", m, k, lambda: ops.shrink(x, t.A)),
         part("fold: F = s B G^T", "fold", 1, n, lambda: ops.fold(t.B, cores, SCALING, x.dtype)),
@@ -69,7 +63,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     g = torch.randn(case.m, case.n, generator=generator).to(device, dtype)
     layers = [rv.RIVALS[name](tensors, case) for name in (rv.FLOOR, rv.OURS)]
     how = explain(layers[1].layer, x.clone().requires_grad_())
-    found = parts(case, tensors, x, g, how.unfolded)
+    found = [] if how.unfolded else parts(case, tensors, x, g)
     calls, inputs = timed(layers, x, g)
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
     times = interleave(calls, session.clock, session.options.rounds, session.options.slice, True, inputs.deal)

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 
 import lotr_ext.ops  # noqa: F401  registers torch.ops.lotr
+from csrc.simt.checks.arrays import wide
 
 _TORCH = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32}
+UNFOLDED = 4  # of a layer's strategy: the core is multiplied with the tokens
 
 
 class TorchLibrary:
     """lotr_simt's functions, run by torch.ops.lotr on `device`."""
+
+    adds_unfolded = False  # the unfolded form is part of a layer's operators, which make a new y and dx
 
     def __init__(self, device: str | torch.device):
         self.device = torch.device(device)
@@ -102,7 +106,17 @@ class TorchLibrary:
         return None if a is None else torch.from_numpy(a).to(self.device)
 
     def small_forward_(self, y, x, A, core, B, scaling, u) -> None:
-        self._call("small_forward_", y, x, A, core, B, scaling, out=(u,))
+        """A layer whose weight is zero."""
+        weight, x = np.zeros((len(B), len(A)), x.dtype), self._for_library(x)
+        self._call("layer_forward", x, weight, None, A, B, core, scaling, UNFOLDED, out=(y, u))
 
     def small_backward_(self, *, dx, g, x, u, A, core, B, scaling, dA, dB, dcore) -> None:
-        self._call("small_backward_", dx, g, x, u, A, core, B, scaling, dA, dB, dcore is not None, out=(dcore,))
+        """The core is float32: beside factors of one dtype dcore would be rounded to it."""
+        weight, g = None if dx is None else np.zeros((len(B), len(A)), g.dtype), self._for_library(g)
+        operands = (g, weight, x, u, A, None, B, wide(core).astype(np.float32), scaling, UNFOLDED)
+        sums = (None, None, None, dA, dB, dB is not None, dcore is not None)
+        self._call("layer_backward_", *operands, *sums, out=(dx, None, None, None, dcore))
+
+    def _for_library(self, a: np.ndarray) -> np.ndarray:
+        """torch 2.13's bfloat16 product on a CPU with AMX reads what lies between the rows of its operands."""
+        return np.ascontiguousarray(a) if self.device.type == "cpu" else a

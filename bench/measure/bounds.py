@@ -62,8 +62,6 @@ def kernel_work(kernel: str, m: int, n: int, r: int, element: int) -> Work:
         "shrink_grad": Work(4 * m * n * r, large + factor + 2 * narrow + sums),
         "fold": Work(2 * m * n * r * r, factor + m * core + m * factor),
         "fold_grad": Work(4 * m * n * r * r, 4 * m * (n * r + r * r) + factor + m * core + sums),
-        "small_forward": Work(2 * m * r * (2 * n + r), 3 * large + 2 * factor + core + narrow),
-        "small_backward": Work(2 * m * r * (4 * n + 3 * r), 4 * large + 2 * factor + core + narrow + 4 * r * r + 2 * sums),
     }
     if kernel not in works:
         raise ValueError(f"kernel: expected one of {', '.join(works)}, got {kernel!r}")

@@ -140,54 +140,6 @@ def _fold_grad(i: Inputs) -> Operator:
     return Operator(lambda: ops.fold_grad(Q, B, cores, SCALING, dB[0]), library, truth, i.work, "dG", {"dB": dB})
 
 
-def _small_forward(i: Inputs) -> Operator:
-    """y += s (x A G) B^T, for few tokens"""
-    m, n, r = i.case[1:4]
-    start, x, A = i.normal(m, n), i.normal(m, n), i.normal(n, r, scale=n**-0.5)
-    core, B = i.normal(r, r, scale=r**-0.5), i.normal(n, r, scale=r**-0.5)
-    y, z = start.clone(), start.clone()
-
-    def ours() -> Tensor:
-        return ops.small_forward_(y, x, A, core, B, SCALING)
-
-    def library() -> Tensor:
-        return z.addmm_((x @ A) @ core, B.T, alpha=SCALING)
-
-    def truth() -> Results:
-        return {"y": start.double() + SCALING * ((x.double() @ A.double()) @ core.double()) @ B.double().T}
-
-    return Operator(ours, library, truth, i.work, written={"y": (y, z, start)})
-
-
-def _small_backward(i: Inputs) -> Operator:
-    """h = s g B, dx += (h G^T) A^T, dA += x^T (h G^T), dB += s g^T (u G), dG = u^T h, for few tokens"""
-    m, n, r = i.case[1:4]
-    start, g, x, A = i.normal(m, n), i.normal(m, n), i.normal(m, n), i.normal(n, r, scale=n**-0.5)
-    core, B = i.normal(r, r, scale=r**-0.5), i.normal(n, r, scale=r**-0.5)
-    u = x @ A
-    dx, dz = start.clone(), start.clone()
-    dA, dB = i.sums(n, r), i.sums(n, r)
-
-    def ours() -> Tensor:
-        return ops.small_backward_(dx, g, x, u, A, core, B, SCALING, dA[0], dB[0], True)
-
-    def library() -> Tensor:
-        h = (g @ B).mul_(SCALING)
-        k = h @ core.T
-        dz.addmm_(k, A.T)
-        dA[1].add_(x.T @ k)
-        dB[1].add_(g.T @ (u @ core), alpha=SCALING)
-        return u.T @ h
-
-    def truth() -> Results:
-        h = SCALING * (g.double() @ B.double())
-        k = h @ core.double().T
-        of_B = SCALING * g.double().T @ (u.double() @ core.double())
-        return {"dx": start.double() + k @ A.double().T, "dA": x.double().T @ k, "dB": of_B, "dG": u.double().T @ h}
-
-    return Operator(ours, library, truth, i.work, "dG", {"dx": (dx, dz, start), "dA": dA, "dB": dB})
-
-
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {
     "shrink": _shrink,
     "expand_add": _expand_add,
@@ -195,8 +147,6 @@ KERNELS: dict[str, Callable[[Inputs], Operator]] = {
     "shrink_grad": _shrink_grad,
     "fold": _fold,
     "fold_grad": _fold_grad,
-    "small_forward": _small_forward,
-    "small_backward": _small_backward,
 }
 
 

@@ -140,7 +140,7 @@ struct RowArgs {
   }
 };
 
-// ---- the unfolded products, and a direction of a layer ----
+// ---- a direction of a layer ----
 
 // The factors against the activations' dtype.
 inline void check_A(const Check& c, const Arg& A, const Arg& like) {
@@ -157,43 +157,11 @@ inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const 
   return s;
 }
 
-inline Sizes check_unfolded(const Check& c, const Arg& like, const Arg& A, const Arg& core, const Arg& B,
-                            double scaling) {
-  Sizes s = check_core(c, like, core, B, scaling);
-  check_A(c, A, like), c.size(core, 0, A.size[1], "r_in, as in A"), s.k = A.size[0];
-  return s;
-}
-
-inline Sizes check_small_forward(const Check& c, const Arg& y, const Arg& x, const Arg& A, const Arg& core,
-                                 const Arg& B, double scaling) {
-  c.arguments({&y, &x, &A, &core, &B}, {&y});
-  c.dims(y, 2, "[M, N]"), c.dims(x, 2, "[M, K]"), c.supported(x), c.dtype(y, x.dtype);
-  Sizes s = check_unfolded(c, x, A, core, B, scaling);
-  s.m = y.size[0];
-  c.size(x, 1, s.k, "K, as in A"), c.size(y, 1, s.n, "N, as in B"), c.size(x, 0, s.m, "M, as in y");
-  return s;
-}
-
 // Sums of the gradients of A and B, each where it is given.
 inline void check_sums(const Check& c, const Arg& like, const Sizes& s, const Arg& dA, const Arg& dB) {
   const ScalarType wide = acc_dtype(like.dtype);
   if (dA) c.matrix(dA, wide, "[K, r_in]", s.k, "K, as in A", s.r_in, "r_in, as in A");
   if (dB) c.matrix(dB, wide, "[N, r_out]", s.n, "N, as in B", s.r_out, "r_out, as in B");
-}
-
-inline Sizes check_small_backward(const Check& c, const Arg& dx, const Arg& g, const Arg& x, const Arg& u,
-                                  const Arg& A, const Arg& core, const Arg& B, double scaling, const Arg& dA,
-                                  const Arg& dB) {
-  c.arguments({&dx, &g, &x, &u, &A, &core, &B, &dA, &dB}, {&dx, &dA, &dB});
-  c.dims(g, 2, "[M, N]"), c.dims(u, 2, "[M, r_in]"), c.supported(g), c.dtype(u, g.dtype);
-  Sizes s = check_unfolded(c, g, A, core, B, scaling);
-  s.m = g.size[0];
-  c.size(g, 1, s.n, "N, as in B"), c.size(u, 0, s.m, "M, as in g"), c.size(u, 1, s.r_in, "r_in, as in A");
-  if (dA && !x) fail(c.op, ": x: expected a tensor [M, K] because dA is given, got None");
-  for (const Arg* a : {&x, &dx})
-    if (*a) c.matrix(*a, g.dtype, "[M, K]", s.m, "M, as in g", s.k, "K, as in A");
-  check_sums(c, g, s, dA, dB);
-  return s;
 }
 
 // The order of the products in a layer's operators, planner.Plan.order in Python: the base product first, the

@@ -107,29 +107,6 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
 }
 
 template <class Products>
-Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& core, const Tensor& B,
-                      double scaling) {
-  const Check c{"lotr::small_forward_", false, Products::max_rank};
-  const Arg ay("y", y);
-  const ForwardArgs a{{"x", x},
-                      {"weight", OptionalTensor()},
-                      {"bias", OptionalTensor()},
-                      {"A", A},
-                      {"B", B},
-                      {"core", core},
-                      none("u"),
-                      none("F"),
-                      none("seed"),
-                      none("scale")};
-  const Sizes s = check_small_forward(c, ay, a.x, a.A, a.core, a.B, scaling);
-  const Products products(c, a.x, 0.0, a.seed);
-  auto out = products.gradient(ay, ay, 0);
-  OptionalTensor u;
-  products.small_forward(u, out, a, s, scaling, false);
-  return *u;
-}
-
-template <class Products>
 std::tuple<Tensor, Tensor> scale_backward(const Tensor& g, const Tensor& y, const OptionalTensor& bias,
                                           const Tensor& scale) {
   const Check c{"lotr::scale_backward", false, Products::max_rank};
@@ -147,28 +124,6 @@ std::tuple<Tensor, OptionalTensor> row_norms(const Tensor& weight, const Tensor&
       acore("core", core);
   const Sizes s = check_row_norms(c, aW, asquare, aWA, aA, aB, acore, scaling);
   return Products(c, aW, 0.0, none("seed")).row_norms(aW, asquare, aWA, aA, aB, acore, scaling, s);
-}
-
-// dx, dA and dB are added to where they are given.
-template <class Products>
-Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const OptionalTensor& x, const Tensor& u,
-                       const Tensor& A, const Tensor& core, const Tensor& B, double scaling,
-                       const OptionalTensor& dA, const OptionalTensor& dB, bool need_core) {
-  const Check c{"lotr::small_backward_", false, Products::max_rank};
-  BackwardArgs a{{"g", g},       none("weight"), {"x", x},   {"u", u},  {"A", A},   none("F"),  {"B", B},
-                 {"core", core}, none("k"),      {"dx", dx}, none("Q"), {"dA", dA}, {"dB", dB}, none("seed")};
-  const Sizes s = check_small_backward(c, a.dx, a.g, a.x, a.u, a.A, a.core, a.B, scaling, a.dA, a.dB);
-  if (!a.dA) a.x = none("x");
-  const Products products(c, a.g, 0.0, a.seed);
-  const ScalarType sums = acc_dtype(a.g.dtype);
-  Made made;
-  if (a.dx) {
-    auto out = products.gradient(a.dx, a.g, s.k);
-    products.small_backward(made, &out, a, s, scaling, false, bool(a.dB), need_core, sums);
-  } else {
-    products.small_backward(made, nullptr, a, s, scaling, false, bool(a.dB), need_core, sums);
-  }
-  return need_core ? *made.dcore : Products::nothing(g, sums);
 }
 
 // The results of layer_backward and shrink_backward for torch.compile, which has no support for operators

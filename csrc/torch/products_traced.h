@@ -115,20 +115,29 @@ class TracedProducts {
     const Tensor part = one("aten::mm", one("aten::mm", u, core), torch::stable::transpose(B, 0, 1));
     y.value = sum(y.value, shaped(part, a.x), scaling);
   }
-  void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling, bool,
+  // In the dtype of sums. The scaling comes last, as in the kernels: s g B may leave the range of float16.
+  void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes&, double scaling, bool,
                       bool need_B, bool need_core, ScalarType narrow) const {
-    const ScalarType wide = acc_dtype(dtype_);
-    OptionalTensor sum_A = tensor(a.dA), sum_B = tensor(a.dB), out, x;
-    if (dx) out = dx->value;
-    if (a.x) x = read(a.x);
-    if (x && !sum_A) sum_A = zeros({s.k, s.r_in}, wide);
-    if (need_B && !sum_B) sum_B = zeros({s.n, s.r_out}, wide);
-    const Tensor u = a.u ? *a.u.tensor : zeros({s.m, s.r_in}, dtype_);  // read for dB and dG alone
-    const Tensor dcore = one("lotr::small_backward_", out, read(a.g), x, u, *a.A.tensor, *a.core.tensor,
-                             *a.B.tensor, scaling, sum_A, sum_B, need_core);
-    if (x && !a.dA) made.dA = in_dtype(*sum_A, narrow);
-    if (need_B && !a.dB) made.dB = in_dtype(*sum_B, narrow);
-    if (need_core) made.dcore = in_dtype(dcore, narrow);
+    const auto wide = [&](const Arg& t) { return in_dtype(in_dtype(read(t), dtype_), acc_dtype(dtype_)); };
+    const auto turned = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
+    const auto mm = [](const Tensor& left, const Tensor& right) { return one("aten::mm", left, right); };
+    const auto add = [&](OptionalTensor& made, const Arg& given, const Tensor& product) {
+      Tensor total = given ? *given.tensor : zeros({product.size(0), product.size(1)}, product.scalar_type());
+      const Tensor added = sum(total, product, scaling);
+      if (given)
+        torch::stable::copy_(total, added);
+      else
+        made = in_dtype(added, narrow);
+    };
+    const Tensor g = wide(a.g), core = wide(a.core);
+    if (need_B) add(made.dB, a.dB, mm(turned(g), mm(wide(a.u), core)));
+    if (!need_core && !a.x && !dx) return;
+    const Tensor h = mm(g, wide(a.B));
+    if (need_core) add(made.dcore, Arg("dcore", OptionalTensor()), mm(turned(wide(a.u)), h));
+    if (!a.x && !dx) return;
+    const Tensor k = mm(h, turned(core));
+    if (a.x) add(made.dA, a.dA, mm(turned(wide(a.x)), k));
+    if (dx) dx->value = in_dtype(sum(dx->value, mm(k, turned(wide(a.A))), scaling), dtype_);
   }
 
  private:

@@ -16,8 +16,6 @@ void implement_operators(Library& m) {
   m.impl("shrink_grad_", TORCH_BOX(&shrink_grad_<Products>));
   m.impl("fold", TORCH_BOX(&fold<Products>));
   m.impl("fold_grad", TORCH_BOX(&fold_grad<Products>));
-  m.impl("small_forward_", TORCH_BOX(&small_forward_<Products>));
-  m.impl("small_backward_", TORCH_BOX(&small_backward_<Products>));
   m.impl("scale_backward", TORCH_BOX(&scale_backward<Products>));
   m.impl("layer_forward", TORCH_BOX(&layer_forward<Products>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward_<Products>));

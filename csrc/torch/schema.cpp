@@ -8,7 +8,6 @@
 //   shrink_grad   k = g F, Q = g^T u                       one read of g; shrink_grad_: Q += g^T u
 //   fold          F_l = scaling B G_l^T
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
-//   small_*       the unfolded form, for few tokens        u = x A, y += s (u G) B^T, and its gradients
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
 //   scale_backward  g0 = scale g, dscale = sum over tokens of g (y - bias) / scale, 0 where scale is 0
 //                                                          y, bias and scale as in layer_forward
@@ -40,10 +39,6 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
   m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
   m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
-  m.def("small_forward_(Tensor(a!) y, Tensor x, Tensor A, Tensor core, Tensor B, float scaling) -> Tensor");
-  m.def(
-      "small_backward_(Tensor(a!)? dx, Tensor g, Tensor? x, Tensor u, Tensor A, Tensor core, Tensor B, float "
-      "scaling, Tensor(b!)? dA, Tensor(c!)? dB, bool need_core) -> Tensor");
   m.def("scale_backward(Tensor g, Tensor y, Tensor? bias, Tensor scale) -> (Tensor g0, Tensor dscale)");
   m.def(
       "row_norms(Tensor weight, Tensor square, Tensor? WA, Tensor A, Tensor B, Tensor core, float scaling) "

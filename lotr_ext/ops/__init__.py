@@ -13,8 +13,6 @@ from .operators import (
     shrink,
     shrink_grad,
     shrink_grad_,
-    small_backward_,
-    small_forward_,
 )
 from .row_core import row_core
 
@@ -35,6 +33,4 @@ __all__ = [
     "shrink_backward",
     "shrink_grad",
     "shrink_grad_",
-    "small_backward_",
-    "small_forward_",
 ]

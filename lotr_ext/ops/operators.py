@@ -199,41 +199,6 @@ def _(weight, square, WA, A, B, core, scaling):
     return square.new_empty(square.shape), square.new_empty(weight.shape[0], A.shape[1]) if WA is None else None
 
 
-def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The unfolded form, for few tokens: y [m, n] += s (x A core) B^T in place; returns u = x A [m, r_in]."""
-    return _lotr.small_forward_.default(y, x, A, core, B, scaling)
-
-
-@shapes("small_forward_")
-def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return rank_rows(x, x.shape[0], A.shape[1])
-
-
-def small_backward_(
-    dx: Tensor | None,
-    g: Tensor,
-    x: Tensor | None,
-    u: Tensor,
-    A: Tensor,
-    core: Tensor,
-    B: Tensor,
-    scaling: float,
-    dA: Tensor | None,
-    dB: Tensor | None,
-    need_core: bool,
-) -> Tensor:
-    """Backward of `small_forward_`: adds to dx [m, k], dA [k, r_in], dB [n, r_out] where given; returns dG or an empty tensor.
-
-    h = s g B;  dx += (h core^T) A^T;  dA += x^T (h core^T);  dB += s g^T (u core);  dG = u^T h.
-    """
-    return _lotr.small_backward_.default(dx, g, x, u, A, core, B, scaling, dA, dB, need_core)
-
-
-@shapes("small_backward_")
-def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
-    return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
-
-
 @torch.library.custom_op("lotr::dropout_mask", mutates_args=())
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept.
@@ -253,5 +218,5 @@ def _(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tenso
     return torch.empty(rows, cols, dtype=dtype, device=seed.device)
 
 
-for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"):
+for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad"):
     bump_versions(_name)

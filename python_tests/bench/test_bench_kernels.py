@@ -63,10 +63,7 @@ def test_default_cases_are_where_each_kernel_runs():
     cases = kernels.cases_of(kernels.arguments(QUICK))
     assert {case.kernel for case in cases} == set(operators.KERNELS)
     for case in cases:
-        if case.kernel.startswith("fold"):
-            assert case.m == kernels.LAYERS
-        else:
-            assert (case.m < kernels.FEW) == case.kernel.startswith("small")
+        assert (case.m == kernels.LAYERS) == case.kernel.startswith("fold")
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):

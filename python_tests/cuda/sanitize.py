@@ -17,6 +17,7 @@ from test_device import layer, lotr, step
 from bench.gpu.fused_checks import gradients
 
 SHAPES = ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200))
+UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 
 
 def main(small: bool) -> None:
@@ -31,9 +32,11 @@ def main(small: bool) -> None:
             lotr.fold(t["F"], cores.to(dtype), 0.5, dtype)
             lotr.fold_grad(torch.randn(3, n, r, device="cuda"), t["F"], cores.to(dtype), 0.5, torch.zeros(n, r, device="cuda"))
             core = cores[0].to(dtype)
-            u = lotr.small_forward_(t["y"], t["x"], t["A"], core, t["F"], 0.5)
+            weight = torch.randn(n, k, device="cuda").to(dtype)
+            _, u, _ = lotr.layer_forward(t["x"], weight, None, t["A"], t["F"], core, 0.5, UNFOLDED)
             dA, dB = torch.zeros(k, r, device="cuda"), torch.zeros(n, r, device="cuda")
-            lotr.small_backward_(t["dx"], t["g"], t["x"], u, t["A"], core, t["F"], 0.5, dA, dB, True)
+            operands = (t["g"], weight, t["x"], u, t["A"], None, t["F"], core, 0.5, UNFOLDED)
+            lotr.layer_backward_(*operands, None, None, None, dA, dB, True, True)
     if torch.cuda.get_device_capability() == (9, 0):
         gradients("cuda", "fused")  # gemm_lotr
     torch.cuda.synchronize()

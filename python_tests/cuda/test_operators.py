@@ -11,7 +11,7 @@ from csrc.simt.checks.arrays import TYPES
 from csrc.simt.checks.cases import KERNELS
 from csrc.simt.checks.shapes import SHAPES
 
-# without small_forward_'s inner part, what runs on Hopper alone (test_fused_layer.py), and a part of layer_forward
+# without the unfolded form's inner part, what runs on Hopper alone (test_fused_layer.py), and a part of layer_forward
 OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "fold_transposed", "expand_scaled")]
 
 

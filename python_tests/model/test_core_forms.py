@@ -71,7 +71,7 @@ def test_each_factor_and_core_has_one_gradient_a_backward_and_each_b_one_fold(co
     assert all(m._shared.pending() == 0 for m in model.lotr_factors.values())
     assert made == ([] if core == "dense" else [None])  # all cores at once
     # B for 24 (q, o, down), 8 (k, v) and 40 features (gate, up)
-    assert counter["fold"] == counter["fold_grad"] == 3 and "small_forward_" not in counter
+    assert counter["fold"] == counter["fold_grad"] == 3 and "small_forward" not in counter
 
 
 def test_numbers_of_parameters() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lotr_ext import _C  # noqa: F401  (registers the operators)
 
 ops = torch.ops.lotr
+UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 
 
 def t(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,19 +47,17 @@ ERRORS: list[tuple[str, Callable[[Tensor], object], list[str]]] = [
     ("dB shape", lambda w: ops.fold_grad(t(1, 4, 2), t(4, 3), t(1, 2, 3), 1.0, w), ["fold_grad", "dB", "3", "[4, 6]"]),
     ("Q dtype", lambda w: ops.fold_grad(t(1, 4, 2).half(), t(4, 6), t(1, 2, 6), 1.0, w), ["Q", "torch.float16"]),
     ("layers", lambda w: ops.fold_grad(t(2, 4, 2), t(4, 6), t(1, 2, 6), 1.0, w), ["cores", "2", "[1, 2, 6]"]),
-    ("core shape", lambda w: ops.small_forward_(w, t(4, 5), t(5, 2), t(3, 2), t(6, 2), 1.0), ["core", "2", "[3, 2]"]),
-    ("small y", lambda w: ops.small_forward_(w, t(4, 5), t(5, 2), t(2, 2), t(7, 2), 1.0), ["small_forward_", "y", "7"]),
-    ("small scaling", lambda w: ops.small_forward_(w, t(4, 5), t(5, 2), t(2, 2), t(6, 2), float("nan")), ["scaling", "nan"]),
     (
         "dA without x",
-        lambda w: ops.small_backward_(None, t(3, 5), None, t(3, 6), t(4, 6), t(6, 2), t(5, 2), 1.0, w, None, True),
-        ["small_backward_", "x", "dA", "None"],
+        lambda w: ops.layer_backward_(t(3, 5), None, None, t(3, 6), t(4, 6), None, t(5, 2), t(6, 2), 1.0, UNFOLDED, None, None,
+                                      None, w, None, False, True),
+        ["layer_backward_", "x", "dA", "None"],
     ),
     (
         "dB dtype",
-        lambda w: ops.small_backward_(None, t(3, 4).double(), None, t(3, 2).double(), t(7, 2).double(), t(2, 6).double(),
-                                      t(4, 6).double(), 1.0, None, w, True),
-        ["dB", "torch.float64", "torch.float32"],
+        lambda w: ops.layer_backward_(t(3, 4).double(), None, None, t(3, 2).double(), t(7, 2).double(), None, t(4, 6).double(),
+                                      t(2, 6).double(), 1.0, UNFOLDED, None, None, None, None, w, True, True),
+        ["layer_backward_", "dB", "torch.float64", "torch.float32"],
     ),
 ]  # fmt: skip
 

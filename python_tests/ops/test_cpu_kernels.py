@@ -33,6 +33,7 @@ ONE_ISA = "LOTR_CPU_ISA" in os.environ  # a run for one instruction set, started
 SHAPES_AND_LAYOUTS = [(s, layout) for i, s in enumerate(SHAPES) for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3])]
 SHAPES_AND_LAYOUTS = [s for i, s in enumerate(SHAPES_AND_LAYOUTS) if not ONE_ISA or i % 6 in (0, 3)]
 SCALING = 0.37
+UNFOLDED = 4  # of a layer's strategy: the core multiplied with the tokens
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -215,25 +216,39 @@ def test_row_core(case: Case) -> None:
     close(du, want_du, eager_du.to(case.dtype), size)
 
 
-def test_small_forward(case: Case) -> None:
-    y = laid_out(case.g, case.layout)
-    core = case.cores[0]
-    u = ops.small_forward_(y, case.x, case.A, core, case.B, SCALING)
-    check_product(u, case.x, case.A)
-    uw, corew, Bw, gw = wide(u, core, case.B, case.g)
-    plain_u, plain_core, plain_B = dense(u, core, case.B)
-    eager = case.g + (SCALING * (plain_u @ plain_core)) @ plain_B.t()
-    close(y, gw + (SCALING * uw @ corew) @ Bw.t(), eager, gw.abs() + SCALING * (uw.abs() @ corew.abs()) @ Bw.t().abs())
-    assert untouched(y)
+def of_library(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """x, g, and a weight whose products with them are exact, because it is one on the diagonal, else zero."""
+    x, g = dense(case.x, case.g) if case.dtype == torch.bfloat16 else (case.x, case.g)
+    return x, g, torch.eye(case.n, case.k, dtype=case.dtype)
 
 
-def test_small_backward(case: Case) -> None:
-    core = case.cores[0]
-    dx, dA, dB = laid_out(case.x, case.layout), case.sums(case.k, case.r), case.sums(case.n, case.r_out)
+def test_unfolded_forward(case: Case) -> None:
+    """The base product first, which the adapter's part is added to; and after it."""
+    x, _, weight = of_library(case)
+    core, start = case.cores[0], x @ weight.t()
+    for order in (0, 1):
+        y, u, F = ops.layer_forward(x, weight, None, case.A, case.B, core, SCALING, UNFOLDED + order)
+        assert F is None
+        check_product(u, case.x, case.A)
+        uw, corew, Bw, y0 = wide(u, core, case.B, start)
+        plain_u, plain_core, plain_B = dense(u, core, case.B)
+        eager = start + (SCALING * (plain_u @ plain_core)) @ plain_B.t()
+        close(y, y0 + (SCALING * uw @ corew) @ Bw.t(), eager, y0.abs() + SCALING * (uw.abs() @ corew.abs()) @ Bw.t().abs())
+
+
+@pytest.mark.parametrize("form", ["two_pass", "beta", "no dx"])
+def test_unfolded_backward(case: Case, form: str) -> None:
+    """Of two_pass, the core is in the dtype of sums, so the core's gradient is not rounded. Without dx: x and g as they lie."""
+    core = case.cores[0].to(case.acc) if form == "two_pass" else case.cores[0]
+    x, g, weight = (case.x, case.g, None) if form == "no dx" else of_library(case)
+    dA, dB = case.sums(case.k, case.r), case.sums(case.n, case.r_out)
     dA0, dB0 = dA.clone(), dB.clone()
-    dcore = ops.small_backward_(dx, case.g, case.x, case.u, case.A, core, case.B, SCALING, dA, dB, True)
+    operands = (g, weight, x, case.u, case.A, None, case.B, core, SCALING, UNFOLDED + (form == "beta"))
+    dx, _, new_dA, new_dB, dcore = ops.layer_backward_(*operands, None, None, None, dA, dB, True, True)
+    assert not new_dA.numel() and not new_dB.numel() and untouched(dA) and untouched(dB)
+    assert dcore.dtype == (case.acc if form == "two_pass" else case.dtype)
     # The eager form rounds h and k to T between the products.
-    plain_g, plain_u, plain_A, plain_B, plain_core = dense(case.g, case.u, case.A, case.B, core)
+    plain_g, plain_u, plain_A, plain_B, plain_core = dense(case.g, case.u, case.A, case.B, case.cores[0])
     h_t = SCALING * (plain_g @ plain_B)
     k_t, uc_t = h_t @ plain_core.t(), SCALING * (plain_u @ plain_core)
     x, g, u, A, corew, B = wide(case.x, case.g, case.u, case.A, core, case.B)
@@ -241,13 +256,15 @@ def test_small_backward(case: Case) -> None:
     k, uc = h @ corew.t(), SCALING * u @ corew
     size_h = SCALING * g.abs() @ B.abs()
     size_k, size_uc = size_h @ corew.abs().t(), SCALING * u.abs() @ corew.abs()
-    close(dx, x + k @ A.t(), case.x + k_t @ plain_A.t(), x.abs() + size_k @ A.abs().t())
     close_to_rounded_operand(dA, dA0, x.t(), k, k_t, size_k)
     close_to_rounded_operand(dB, dB0, g.t(), uc, uc_t, size_uc)
     close_to_rounded_operand(dcore, None, u.t(), h, h_t, size_h)
-    assert untouched(dx) and untouched(dA) and untouched(dB)
-    nothing = ops.small_backward_(None, case.g, None, case.u, case.A, core, case.B, SCALING, None, None, False)
-    assert nothing.numel() == 0
+    if weight is None:
+        assert not dx.numel()
+    else:
+        start = plain_g @ weight
+        dx0 = start.double()
+        close(dx, dx0 + k @ A.t(), start + k_t @ plain_A.t(), dx0.abs() + size_k @ A.abs().t())
 
 
 def test_forward_with_a_scale(case: Case) -> None:
@@ -305,14 +322,15 @@ def test_float32_factors_beside_half_activations_are_rounded(half: torch.dtype) 
     c = Case((37, 70, 41, 19), half, "rows apart", factor_dtype=torch.float32)
     A, F, B, core = c.rounded(c.A, c.F, c.B, c.cores[0])
     assert torch.equal(ops.shrink(c.x, c.A), ops.shrink(c.x, A))
-    ys = [laid_out(c.g, c.layout) for _ in range(4)]
+    ys = [laid_out(c.g, c.layout) for _ in range(2)]
     ops.expand_add_(ys[0], c.u, c.F), ops.expand_add_(ys[1], c.u, F)
     assert torch.equal(ys[0], ys[1])
     k, Q = ops.shrink_grad(c.g, c.F, c.u)
     k_rounded, Q_rounded = ops.shrink_grad(c.g, F, c.u)
     assert torch.equal(k, k_rounded) and torch.equal(Q, Q_rounded)
-    ops.small_forward_(ys[2], c.x, c.A, c.cores[0], c.B, SCALING), ops.small_forward_(ys[3], c.x, A, core, B, SCALING)
-    assert torch.equal(ys[2], ys[3])
+    x, _, weight = of_library(c)
+    y, *_ = ops.layer_forward(x, weight, None, c.A, c.B, c.cores[0], SCALING, UNFOLDED)
+    assert torch.equal(y, ops.layer_forward(x, weight, None, A, B, core, SCALING, UNFOLDED)[0])
     # fold multiplies before it rounds.
     check_product(ops.fold(c.B, c.cores, SCALING, half)[1], c.B, c.cores[1].t(), SCALING)
 
@@ -329,14 +347,16 @@ def every_operator(c: Case) -> Iterator[Tensor]:
     yield ops.fold(c.B, c.cores, SCALING, c.dtype)
     dB = c.sums(c.n, c.r_out)
     yield from (ops.fold_grad(c.sums(2, c.n, c.r), c.B, c.cores, SCALING, dB), dB)
-    y, dx, dA, dB = c.g.clone(), c.x.clone(), c.sums(c.k, c.r), c.sums(c.n, c.r_out)
-    u = ops.small_forward_(y, c.x, c.A, c.cores[0], c.B, SCALING)
-    yield from (y, u, ops.small_backward_(dx, c.g, c.x, u, c.A, c.cores[0], c.B, SCALING, dA, dB, True), dx, dA, dB)
     zeros, bias, scale = (
         torch.zeros(c.n, c.k, dtype=c.dtype),
         c.make(1, c.n)[0],
         scales(c),
     )  # the library's product has its own bits
+    y, u, _ = ops.layer_forward(c.x, zeros, None, c.A, c.B, c.cores[0], SCALING, UNFOLDED)
+    dA, dB = c.sums(c.k, c.r), c.sums(c.n, c.r_out)
+    operands = (c.g, zeros, c.x, u, c.A, None, c.B, c.cores[0], SCALING, UNFOLDED)
+    dx, _, _, _, dcore = ops.layer_backward_(*operands, None, None, None, dA, dB, True, True)
+    yield from (y, u, dcore, dx, dA, dB)
     y, *_ = ops.layer_forward(c.x, zeros, bias, None, c.B, c.cores[0], SCALING, 0, c.u, c.F, 0.0, None, scale)
     yield from (y, *ops.scale_backward(c.g, y, bias, scale))
     weight = c.make(c.n, c.k)

@@ -37,7 +37,6 @@ def arguments(operator: str) -> list[tuple]:
     seed, offs = torch.tensor([7]), torch.tensor([2, M], dtype=torch.int32)
     index, tokens = torch.tensor([0, 1, -1, 1, 0, 1]), torch.tensor([5, 4, 3, 2, 1, 0])
     layer = (t(M, K), t(N, K), t(N))
-    small = (t(M, N), t(M, K), t(K, R), t(R, Q), t(N, Q), 0.7)
     return {
         "shrink": [(t(M, K), t(K, R), 0.5, seed)],
         "expand_add_": [(t(M, N), t(M, R), t(N, R), 0.5, seed)],
@@ -47,8 +46,6 @@ def arguments(operator: str) -> list[tuple]:
         "fold": [(t(N, Q), t(2, R, Q), 0.7, torch.float32)],
         "fold_grad": [(t(2, N, R), t(N, Q), t(2, R, Q), 0.7, t(N, Q))],
         "expand": [(t(M, N), t(M, R), t(N, R))],
-        "small_forward_": [small],
-        "small_backward_": [(t(M, K), t(M, N), t(M, K), t(M, R), t(K, R), t(R, Q), t(N, Q), 0.7, t(K, R), t(N, Q), True)],
         "layer_forward": [
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed, t(N)),
             (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None, None),

@@ -3,6 +3,7 @@ and against the single operators that they are made of."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -304,15 +305,33 @@ def test_a_dispatch_mode_sees_the_parts(strategy, dtype):
         assert {"mm", read, "expand_add_", "factor_grad_", *folds} <= set(seen.names) and "layer_backward_" not in seen.names
         for got, want in zip([*single, *given[1]], [*whole, *given[0]]):
             assert (got is None) == (want is None) and (got is None or relative(got, want.double()) < CLOSE[dtype])
-    factors = (layer.B, layer.core, S, beta)
-    y, u = small_layer_forward(layer.x, layer.weight, layer.bias, layer.A, *factors)
-    gradients = small_layer_backward_(layer.g, layer.weight, layer.x, u, layer.A, *factors, None, None, True, True)
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_a_dispatch_mode_sees_the_parts_unfolded(beta, dtype):
+    layer, wide = Layer((6, 64, 48, 16, 5), dtype, leading=(2, 3)), ops.accumulate_dtype(dtype)
+    factors = (layer.A, layer.B, layer.core, S, beta)
+    y, u = small_layer_forward(layer.x, layer.weight, layer.bias, *factors)
     with Seen() as seen:
-        parts = small_layer_forward(layer.x, layer.weight, layer.bias, layer.A, *factors)
-        others = small_layer_backward_(layer.g, layer.weight, layer.x, u, layer.A, *factors, None, None, True, True)
-    assert {"shrink", "mm", "small_backward_"} <= set(seen.names) and "layer_forward" not in seen.names
-    for got, want in zip((*parts, *others), (y, u, *gradients)):
+        parts = small_layer_forward(layer.x, layer.weight, layer.bias, *factors)
+    assert {"shrink", "mm"} <= set(seen.names) and "layer_forward" not in seen.names
+    for got, want in zip(parts, (y, u)):
         assert relative(got, want.double()) < CLOSE[dtype]
+    for given, x, weight, *needs in itertools.product(
+        (False, True), (layer.x, None), (layer.weight, None), *2 * [(True, False)]
+    ):
+        found = []
+        for mode in (contextlib.nullcontext(), Seen()):
+            dA = torch.ones(layer.A.shape, dtype=wide) if given and x is not None else None
+            dB = torch.ones(layer.B.shape, dtype=wide) if given and needs[0] else None
+            with mode as seen:
+                result = small_layer_backward_(layer.g, weight, x, u, *factors, dA, dB, *needs)
+            assert all(t is None or t._version == 0 for t in (dA, dB))
+            found.append((*result, dA, dB))
+        assert "layer_backward_" not in seen.names and ("mm" in seen.names) == any((weight is not None, x is not None, *needs))
+        for whole, single in zip(*found):
+            assert (whole is None) == (single is None) and (whole is None or relative(single, whole.double()) < CLOSE[dtype])
+            assert whole is None or whole.dtype == single.dtype
 
 
 def test_bad_input_is_named_before_anything_runs():

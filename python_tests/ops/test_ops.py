@@ -42,20 +42,12 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
             (a(2, n, r_in), w(n, r_out), w(2, r_in, r_out), 0.7, a(n, r_out)),
             (a(2, n, r_in), w(n, r_out), w(2, r_in, r_out), 0.7, None),
         ],
-        "small_forward_": [(w(m, n), w(m, k), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7)],
         "expand": [(w(m, n), w(m, r_in), w(n, r_in)), (w(3, 3, n).transpose(0, 1), w(m, r_in), w(n, r_in))],
         "shrink_backward_": [
             (w(m, r_in), w(3, 3, k), w(3, 3, k), w(k, r_in), a(k, r_in), 0.5, seed),
             (w(m, r_in), None, w(m, k), None, None),
             (w(m, r_in), w(m, k), None, w(k, r_in), None),
             (w(0, r_in), w(0, k), w(0, k), w(k, r_in), None),
-        ],
-        "small_backward_": [
-            (
-                *(w(m, k), w(m, n), w(m, k), w(m, r_in), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7),
-                *(a(k, r_in), a(n, r_out), True),
-            ),
-            (None, w(m, n), None, w(m, r_in), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7, None, None, True),
         ],
     } | layer_samples(w, a, seed)
     return both[name]
@@ -105,7 +97,7 @@ def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor]
 
 UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
-WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
+WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad")
 DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
 ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand", "scale_backward", "row_norms")
 
@@ -210,20 +202,6 @@ def test_wrappers_are_the_reference():
     for got, truth in zip((dx, dA, dB, dcore), want):
         assert torch.allclose(got, truth, atol=1e-11)
     assert torch.equal(ops.dropout_mask(m, k, p, seed, wide), mask)
-
-
-def test_the_small_form_is_the_reference():
-    m, k, n, r_in, r_out, s = 3, 13, 10, 3, 2, 0.7
-    wide = torch.float64
-    x, W, A, B, core, g = (matrix(*t, dtype=wide) for t in ((m, k), (n, k), (k, r_in), (n, r_out), (r_in, r_out), (m, n)))
-    want = reference.backward(g, x, W, A, B, core, s)
-    y = x @ W.mT
-    u = ops.small_forward_(y, x, A, core, B, s)
-    assert torch.allclose(y, reference.forward(x, W, None, A, B, core, s), atol=1e-12)
-    dx, dA, dB = g @ W, torch.zeros_like(A), torch.zeros_like(B)
-    dcore = ops.small_backward_(dx, g, x, u, A, core, B, s, dA, dB, True)
-    for got, truth in zip((dx, dA, dB, dcore), want):
-        assert torch.allclose(got, truth, atol=1e-11)
 
 
 def test_reference_gradients_by_autograd():

@@ -38,10 +38,10 @@ OPERATORS = {
     "shrink_grad_": "Q! g F u",
     "fold": "B cores 0.5 dtype",
     "fold_grad": "Q:lnr B cores 0.5 dB!",
-    "small_forward_": "y! x A core B 0.5",
-    "small_backward_": "dx! g x u A core B 0.5 dA! dB! True",
     "layer_forward": "x weight bias A B core 0.5 0",
+    "layer_forward unfolded": "x weight bias A B core 0.5 4",
     "layer_backward_": "g weight x u A F B core 0.5 0 None dx! None dA! dB! True True",
+    "layer_backward_ unfolded": "g weight x u A None B core 0.5 4 None None None dA! dB! True True",
     "shrink_backward_": "k dx! x A dA!",
     "row_core": "u cores index None None 0.5",
     "row_core_backward": "g:ms u cores index None None 0.5 True True",
@@ -88,4 +88,4 @@ def call_operator(
         memory = torch.randn(offset + max(old.numel(), other.numel()) + offset, dtype=dtype)
         new = memory[offset : offset + old.numel()].view(old.shape)
         values = [memory[: other.numel()].view(other.shape) if t is other else t for t in values]
-    return getattr(torch.ops.lotr, operator)(*(new if t is old else t for t in values))
+    return getattr(torch.ops.lotr, operator.split()[0])(*(new if t is old else t for t in values))
