@@ -121,22 +121,23 @@ class TracedProducts {
     const auto wide = [&](const Arg& t) { return in_dtype(in_dtype(read(t), dtype_), acc_dtype(dtype_)); };
     const auto turned = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
     const auto mm = [](const Tensor& left, const Tensor& right) { return one("aten::mm", left, right); };
-    const auto add = [&](OptionalTensor& made, const Arg& given, const Tensor& product) {
-      Tensor total = given ? *given.tensor : zeros({product.size(0), product.size(1)}, product.scalar_type());
-      const Tensor added = sum(total, product, scaling);
-      if (given)
-        torch::stable::copy_(total, added);
-      else
-        made = in_dtype(added, narrow);
+    const auto scaled = [&](const Tensor& t) {
+      return sum(zeros({t.size(0), t.size(1)}, t.scalar_type()), t, scaling);
+    };
+    // Onto the given sum without another tensor of its size.
+    const auto add = [&](OptionalTensor& made, const Arg& given, const Tensor& left, const Tensor& right) {
+      const Tensor total = given ? *given.tensor : zeros({left.size(1), right.size(1)}, left.scalar_type());
+      dispatch<0>("lotr::factor_grad_", total, left, scaled(right), 0.0, OptionalTensor());
+      if (!given) made = in_dtype(total, narrow);
     };
     const Tensor g = wide(a.g), core = wide(a.core);
-    if (need_B) add(made.dB, a.dB, mm(turned(g), mm(wide(a.u), core)));
+    if (need_B) add(made.dB, a.dB, g, mm(wide(a.u), core));
     if (!need_core && !a.x && !dx) return;
     const Tensor h = mm(g, wide(a.B));
-    if (need_core) add(made.dcore, Arg("dcore", OptionalTensor()), mm(turned(wide(a.u)), h));
+    if (need_core) made.dcore = in_dtype(scaled(mm(turned(wide(a.u)), h)), narrow);
     if (!a.x && !dx) return;
     const Tensor k = mm(h, turned(core));
-    if (a.x) add(made.dA, a.dA, mm(turned(wide(a.x)), k));
+    if (a.x) add(made.dA, a.dA, wide(a.x), k);
     if (dx) dx->value = in_dtype(sum(dx->value, mm(k, turned(wide(a.A))), scaling), dtype_);
   }
 
