@@ -89,7 +89,7 @@ class CpuProducts {
     bool add;
 
     Sum(const CpuProducts& p, const Arg& given, bool own, int64_t rows, int64_t cols)
-        : memory(own ? size_t(rows * cols) * (p.sums_ == ScalarType::Double ? 8 : 4) : 0), add(bool(given)) {
+        : memory(own ? size_t(rows * cols * item_size(p.sums_)) : 0), add(bool(given)) {
       if (given) value = mat_of(given, written_data(given));
       if (own) value = {memory.get<void>(), rows, cols, cols, 1, cpu_dtype(p.sums_)};
     }
@@ -176,7 +176,7 @@ class CpuProducts {
     const auto shared = [&](const cpu::Scratch& memory, int64_t rows) {
       return Value{memory.get<void>(), rows, s.r_in, s.r_in, 1, cpu_dtype(sums_)};
     };
-    const size_t row_bytes = size_t(s.r_in) * (sums_ == ScalarType::Double ? 8 : 4);
+    const size_t row_bytes = size_t(s.r_in * item_size(sums_));
     const cpu::Scratch F_memory(size_t(s.n) * row_bytes), AA_memory(size_t(s.r_in) * row_bytes),
         FAA_memory(size_t(s.n) * row_bytes);
     const Value F = shared(F_memory, s.n), AA = shared(AA_memory, s.r_in), FAA = shared(FAA_memory, s.n);

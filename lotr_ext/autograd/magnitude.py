@@ -29,6 +29,7 @@ from .. import ops
 from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, transformed, wants
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight, row_norms, rows, to
+from ..ops.planner import CPU_DTYPES
 from .call import call_linear, compute_dtype
 from .sharing import Call, steps_taken
 
@@ -126,7 +127,6 @@ def _without_autocast(device: torch.device) -> torch.autocast | nullcontext:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
 _ROWS = 1024  # of a half-precision W that are cast at a time
 
 
@@ -145,10 +145,10 @@ def _measured(
     WA: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(|W_n|^2, W A, c_n) in float32 (float64 for float64), of which the first two may be given."""
-    dense = type(weight) in _PLAIN and weight.dtype in _DTYPES  # else W is only made for a product that is not given
+    dense = type(weight) in _PLAIN and weight.dtype in CPU_DTYPES  # else W is only made for a product that is not given
     W = matrix() if dense or square is None or WA is None else None
     if square is None:
-        square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W, A)).square()
+        square = _squares(W, A)
     if dense and W.stride(1) == 1 and all(_suits(t, W) for t in (W, A, B, core)):
         return square, *reversed(ops.row_norms(W, square, WA, A, B, core, scaling))
     WA = _product(W, A) if WA is None else WA
@@ -160,6 +160,11 @@ def _suits(t: Tensor, W: Tensor) -> bool:
     """Whether `ops.row_norms` takes a tensor beside W."""
     plain = type(t) in _PLAIN and t.is_cpu and not t.is_neg()
     return plain and (t.dtype == W.dtype or (W.dtype in _HALF and t.dtype == torch.float32))
+
+
+def _squares(W: Tensor, A: Tensor) -> Tensor:
+    """|W_n|^2 [n] in float32 (float64 for float64)."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=_wide(W, A)).square()
 
 
 def _product(W: Tensor, A: Tensor) -> Tensor:
@@ -177,8 +182,7 @@ def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -
         wide = _wide(W, A)
         full = to(W, wide) + delta_weight(A, B, core, scaling).to(W.device, wide)
         return torch.linalg.vector_norm(full, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)
-    square = torch.linalg.vector_norm(W, dim=1, dtype=_wide(W, A)).square()
-    return row_norms(square, _product(W, A), A, B, core, scaling)
+    return row_norms(_squares(W, A), _product(W, A), A, B, core, scaling)
 
 
 # ---- y ---------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ READING = 16
 LITTLE_WORK = 2**23
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
+CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
 _DRIVERS = {12: 525, 13: 580}  # the first driver of a major version of CUDA
 _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction", "cudaErrorInvalidKernelImage")
 
@@ -259,7 +259,7 @@ def fused_refusal(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> s
 def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why none of our kernels runs for these; None if they do."""
     if device.type == "cpu":
-        return None if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
+        return None if dtype in CPU_DTYPES else f"no CPU kernels for {dtype}"
     if device.type != "cuda":
         return f"no kernels for device type {device.type}"
     if dtype not in _CUDA_DTYPES:
