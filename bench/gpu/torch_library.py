@@ -84,10 +84,9 @@ class TorchLibrary:
         self._call("factor_grad_", acc, x, k, p, seed=seed)
 
     def shrink_grad(self, g, F, u, k, Q, accumulate=False) -> None:
-        if accumulate:
-            self._call("shrink_grad_", Q, g, F, u, out=(k,))
-        else:
-            self._call("shrink_grad", g, F, u, out=(k, Q))
+        if not accumulate:
+            Q[...] = 0
+        self._call("shrink_grad_", Q, g, F, u, out=(k,))
 
     def fold(self, B, cores, scaling, F) -> None:
         self._call("fold", B, cores, scaling, _TORCH[F.dtype], out=(F,))

@@ -62,7 +62,7 @@ inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const
   c.supported(g), c.factor(F, g.dtype), c.dtype(u, g.dtype);
   c.positive(g, 1, "N"), c.rank(F, 1, "r_in"), c.size(F, 0, g.size[1], "N, as in g");
   c.size(u, 0, g.size[0], "M, as in g"), c.size(u, 1, F.size[1], "r_in, as in F");
-  if (Q) c.matrix(Q, acc_dtype(g.dtype), "[N, r_in]", g.size[1], "N, as in g", F.size[1], "r_in, as in F");
+  c.matrix(Q, acc_dtype(g.dtype), "[N, r_in]", g.size[1], "N, as in g", F.size[1], "r_in, as in F");
   Sizes s;
   s.m = g.size[0], s.n = g.size[1], s.r = s.r_in = F.size[1];
   return s;

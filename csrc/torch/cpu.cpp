@@ -7,6 +7,4 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
   using Products = lotr::CpuProducts;
   lotr::implement_operators<Products>(m);
   m.impl("row_norms", TORCH_BOX(&lotr::row_norms<Products>));
-  m.impl("layer_backward_owned_", TORCH_BOX(&lotr::layer_backward<Products>));
-  m.impl("shrink_backward_owned_", TORCH_BOX(&lotr::shrink_backward<Products>));
 }

@@ -29,13 +29,18 @@
 
 namespace lotr {
 
-using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;  // y, and u and F where they are new
-using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;    // y, and u and F where they are new
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of Made
+
+// t, or an undefined tensor.
+inline Tensor defined(OptionalTensor& t) {
+  return t ? std::move(*t) : Tensor();
+}
 
 // What is new of dx, k and the gradients of A, B and the core.
 struct Made {
   OptionalTensor dx, k, dA, dB, dcore;
-  Gradients all() && { return {std::move(dx), std::move(k), std::move(dA), std::move(dB), std::move(dcore)}; }
+  Gradients all() { return {defined(dx), defined(k), defined(dA), defined(dB), defined(dcore)}; }
 };
 
 // The dtype of new gradients of the factors: the factors' own where they have one, else that of sums.
@@ -116,7 +121,7 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
   if (unfolded) {
     unfolded_backward(products, made, a, s, scaling, order == BETA && Products::unfolded_first, need_B,
                       need_core, narrow);
-    return std::move(made).all();
+    return made.all();
   }
   // k = g F and Q (+)= g^T u, from one read of g
   const bool folds = a.u && !a.Q && (need_B || need_core || a.dB);
@@ -146,14 +151,15 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
     if (expands && !expand_first) products.expand(dx_out, k_in, products.read(a.A), false, true);
     if (!a.dx) made.dx = products.result(dx_out);
   }
-  return std::move(made).all();
+  if (a.A) made.k.reset();  // was used here
+  return made.all();
 }
 
 // dx += drop(k A^T); dA += drop(x)^T k, returned where it is new.
 template <class Products>
-OptionalTensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
-                               const OptionalTensor& A, const OptionalTensor& dA, double p,
-                               const OptionalTensor& seed) {
+Tensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                       const OptionalTensor& A, const OptionalTensor& dA, double p,
+                       const OptionalTensor& seed) {
   const Check c{"lotr::shrink_backward_", Products::decomposed, Products::max_rank};
   const ShrinkBackwardArgs a{{"k", k}, {"dx", dx}, {"x", x}, {"A", A}, {"dA", dA}, {"seed", seed}};
   const Sizes s = a.check(c, p);
@@ -165,7 +171,7 @@ OptionalTensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const 
     auto dx_out = products.gradient(a.dx, a.k, s.k);
     products.expand(dx_out, k_in, products.read(a.A), false, true);
   }
-  return made;
+  return defined(made);
 }
 
 }  // namespace lotr

@@ -61,18 +61,6 @@ void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p,
 }
 
 template <class Products>
-std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
-  const Check c{"lotr::shrink_grad", false, Products::max_rank};
-  const Arg ag("g", g), aF("F", F), au("u", u), seed = none("seed");
-  const Sizes s = check_shrink_grad(c, none("Q"), ag, aF, au);
-  const Products products(c, ag, 0.0, seed);
-  OptionalTensor k, Q;
-  const typename Products::Sum Q_sum(products, Q, s.n, s.r);
-  products.shrink_grad(k, Q_sum, products.read(ag), aF, au);
-  return {*k, *Q};
-}
-
-template <class Products>
 Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
   const Check c{"lotr::shrink_grad_", false, Products::max_rank};
   const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u), seed = none("seed");
@@ -124,35 +112,6 @@ std::tuple<Tensor, OptionalTensor> row_norms(const Tensor& weight, const Tensor&
       acore("core", core);
   const Sizes s = check_row_norms(c, aW, asquare, aWA, aA, aB, acore, scaling);
   return Products(c, aW, 0.0, none("seed")).row_norms(aW, asquare, aWA, aA, aB, acore, scaling, s);
-}
-
-// The results of layer_backward and shrink_backward for torch.compile, which has no support for operators
-// that write and return "Tensor?": a gradient that was not requested is an empty tensor.
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
-
-template <class Products>
-Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
-                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
-                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
-                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
-                         double p, const OptionalTensor& seed) {
-  const auto [new_dx, new_k, new_dA, new_dB, new_core] = layer_backward<Products>(
-      g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed);
-  const ScalarType type = g.scalar_type(), narrow = gradient_dtype({"A", A}, {"B", B}, {"core", core});
-  const auto or_nothing = [&](const OptionalTensor& t, ScalarType dtype) {
-    return t ? *t : Products::nothing(g, dtype);
-  };
-  return {or_nothing(new_dx, type), or_nothing(new_k, type), or_nothing(new_dA, narrow),
-          or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
-}
-
-template <class Products>
-Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
-                        const OptionalTensor& A, const OptionalTensor& dA, double p,
-                        const OptionalTensor& seed) {
-  const OptionalTensor made = shrink_backward<Products>(k, dx, x, A, dA, p, seed);
-  return made ? *made : Products::nothing(k, acc_dtype(k.scalar_type()));
 }
 
 }  // namespace lotr

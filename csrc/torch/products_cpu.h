@@ -93,9 +93,6 @@ class CpuProducts {
       if (given) value = mat_of(given, written_data(given));
       if (own) value = {memory.get<void>(), rows, cols, cols, 1, cpu_dtype(p.sums_)};
     }
-    // A new tensor, which is written.
-    Sum(const CpuProducts& p, OptionalTensor& made, int64_t rows, int64_t cols)
-        : memory(0), value(make(made, rows, cols, p.sums_)), add(false) {}
     explicit operator bool() const { return value.data; }
   };
 
@@ -131,7 +128,6 @@ class CpuProducts {
     return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}, {}};
   }
   Tensor result(Output& y) const { return std::move(y.tensor); }
-  static Tensor nothing(const Tensor&, ScalarType dtype) { return empty_of<1>({0}, dtype); }
 
   // The base product. y's bias and scale come with the adapter's part.
   void base(Output& y, const Arg& x, const Arg& weight) const {

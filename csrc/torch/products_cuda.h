@@ -72,8 +72,6 @@ class CudaProducts {
       if (given) value = p.written(given);
       if (own) value = p.floats(memory, rows, cols);
     }
-    Sum(const CudaProducts& p, OptionalTensor& made, int64_t rows, int64_t cols)
-        : value(p.floats(made, rows, cols)), add(false) {}
     explicit operator bool() const { return value.handle; }
   };
 
@@ -109,9 +107,6 @@ class CudaProducts {
     return {*given.tensor, matrix_view(given), written(given)};
   }
   Tensor result(Output& y) const { return std::move(y.tensor); }
-  static Tensor nothing(const Tensor& like, ScalarType dtype) {
-    return torch::stable::new_empty(like, {0}, dtype);
-  }
 
   void base(Output& y, const Arg& x, const Arg& weight) const {
     cuda_mm(y.matrix, y.bias, matrix_view(x), transposed_view(weight));

@@ -47,9 +47,6 @@ class TracedProducts {
   Tensor result(Output& out) const {
     return shaped(out.scale ? scaled(out.value, *out.scale, out.bias) : out.value, out.like);
   }
-  static Tensor nothing(const Tensor& like, ScalarType dtype) {
-    return torch::stable::new_zeros(like, {0}, dtype);
-  }
 
   void base(Output& y, const Arg& x, const Arg& weight) const {
     y.value = shaped(one("aten::linear", read(x), *weight.tensor, y.scale ? std::nullopt : y.bias), x);
@@ -77,17 +74,12 @@ class TracedProducts {
       dispatch<0>("lotr::expand_add_", out.value, u, F, p_, seed_);
   }
   Value shrink_grad(OptionalTensor& made, Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
-    if (Q.given) {
-      made = one("lotr::shrink_grad_", *Q.value, g, *F.tensor, *u.tensor);
-    } else {
-      const auto both = dispatch<2>("lotr::shrink_grad", g, *F.tensor, *u.tensor);
-      made = torch::stable::detail::to<Tensor>(both[0]);
-      Q.value = torch::stable::detail::to<Tensor>(both[1]);
-    }
+    start(Q);
+    made = one("lotr::shrink_grad_", *Q.value, g, *F.tensor, *u.tensor);
     return *made;
   }
   void add_outer(Sum& Q, const Value& g, const Arg& u) const {
-    if (!Q.given) Q.value = zeros({Q.rows, Q.cols}, acc_dtype(dtype_));
+    start(Q);
     dispatch<0>("lotr::factor_grad_", *Q.value, g, *u.tensor, 0.0, OptionalTensor());
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const { k = *(made = sum(k, *given.tensor)); }
@@ -146,6 +138,9 @@ class TracedProducts {
   OptionalTensor seed_of(bool dropped) const { return dropped ? seed_ : std::nullopt; }
   Tensor zeros(std::vector<int64_t> size, ScalarType dtype) const {
     return torch::stable::new_zeros(like_, size, dtype);
+  }
+  void start(Sum& Q) const {
+    if (!Q.given) Q.value = zeros({Q.rows, Q.cols}, acc_dtype(dtype_));
   }
   // a + scale b; the stable interface has the difference alone.
   static Tensor sum(const Tensor& a, const Tensor& b, double scale = 1.0) {

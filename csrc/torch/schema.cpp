@@ -5,7 +5,7 @@
 //   shrink        u = drop(x) A                            k = g F of the backward is the same product
 //   expand_add_   y += drop(u F^T)                         dx += k A^T too; expand: u F^T onto a copy of y
 //   factor_grad_  acc += drop(x)^T k                       over all tokens
-//   shrink_grad   k = g F, Q = g^T u                       one read of g; shrink_grad_: Q += g^T u
+//   shrink_grad_  k = g F, Q += g^T u                      one read of g
 //   fold          F_l = scaling B G_l^T
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
@@ -35,7 +35,6 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
   m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
   m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, float p=0.0, Tensor? seed=None) -> ()");
-  m.def("shrink_grad(Tensor g, Tensor F, Tensor u) -> (Tensor k, Tensor Q)");
   m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
   m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
   m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
@@ -51,7 +50,9 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
       "float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
 
-  // The forward and backward of a layer. `.products`: the same as separate products, for dispatch modes. It
+  // The forward and backward of a layer. A gradient that was not requested is an undefined tensor, as in
+  // ATen's own backward operators, and None in Python: torch.compile has no support for operators that write
+  // and return "Tensor?". `.products`: the same as separate products, for dispatch modes. It
   // is an overload, since torch.compile would decompose an operator that had such a kernel itself.
   const std::string layer_forward =
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
@@ -60,22 +61,16 @@ STABLE_TORCH_LIBRARY(lotr, m)
   const std::string layer_backward =
       "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
       "float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? "
-      "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) -> ";
+      "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)";
   const std::string shrink_backward =
-      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) -> ";
+      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) -> "
+      "Tensor dA";
   for (const std::string overload : {"", ".products"}) {
     m.def(("layer_forward" + overload + layer_forward).c_str());
-    m.def(("layer_backward_" + overload + layer_backward +
-           "(Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
-              .c_str());
-    m.def(("shrink_backward_" + overload + shrink_backward + "Tensor dA").c_str());
+    m.def(("layer_backward_" + overload + layer_backward).c_str());
+    m.def(("shrink_backward_" + overload + shrink_backward).c_str());
   }
-  // On a CPU, with None for gradients that were not requested. A call takes 1.1 us less than layer_backward_
-  // (thread time of ops.layer_backward with one token), 3 % of a layer's step.
-  m.def(("layer_backward_owned_" + layer_backward +
-         "(Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)")
-            .c_str());
-  m.def(("shrink_backward_owned_" + shrink_backward + "Tensor? dA").c_str());
 #ifdef LOTR_WITH_CUDA
   m.def("cuda_probe(int device) -> str");
   m.def(

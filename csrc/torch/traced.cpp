@@ -9,6 +9,6 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)
 {
   using Products = lotr::TracedProducts;
   m.impl("layer_forward.products", TORCH_BOX(&lotr::layer_forward<Products>));
-  m.impl("layer_backward_.products", TORCH_BOX(&lotr::layer_backward_<Products>));
-  m.impl("shrink_backward_.products", TORCH_BOX(&lotr::shrink_backward_<Products>));
+  m.impl("layer_backward_.products", TORCH_BOX(&lotr::layer_backward<Products>));
+  m.impl("shrink_backward_.products", TORCH_BOX(&lotr::shrink_backward<Products>));
 }

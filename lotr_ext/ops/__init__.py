@@ -11,7 +11,6 @@ from .operators import (
     fold_grad,
     row_norms,
     shrink,
-    shrink_grad,
     shrink_grad_,
 )
 from .row_core import row_core
@@ -31,6 +30,5 @@ __all__ = [
     "scale_backward",
     "shrink",
     "shrink_backward",
-    "shrink_grad",
     "shrink_grad_",
 ]

@@ -6,8 +6,7 @@
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
 A backward operator adds to tensors that only its caller holds. So it bumps no version counter and needs no Python kernel, which
-would cost a compiled graph 20 us a call, and over 100 us with cold caches. `.._owned_` is the same operator for a CPU; it
-returns None for results that were not requested.
+would cost a compiled graph 20 us a call, and over 100 us with cold caches.
 
 Under a dispatch mode (selective checkpointing, an operator counter) the mode sees the products of an operator:
 `OpOverload.decompose` runs them in C++. Compiled graphs contain the whole operators. Therefore the products are an overload of
@@ -15,8 +14,6 @@ their own, and the shapes are registered here: C++ code would read traced sizes 
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -28,19 +25,10 @@ from .library import lotr as _lotr
 from .operators import rank_rows
 
 _FORWARD, _FORWARD_PRODUCTS = straight(_lotr.layer_forward.default), _lotr.layer_forward.products.decompose
-_BACKWARD, _BACKWARD_OWNED = straight(_lotr.layer_backward_.default), straight(_lotr.layer_backward_owned_.default)
+_BACKWARD, _BACKWARD_PRODUCTS = straight(_lotr.layer_backward_.default), _lotr.layer_backward_.products.decompose
 _SCALE_BACKWARD = straight(_lotr.scale_backward.default)
-_SHRINK, _SHRINK_OWNED = straight(_lotr.shrink_backward_.default), straight(_lotr.shrink_backward_owned_.default)
-_BACKWARD_PRODUCTS, _SHRINK_PRODUCTS = _lotr.layer_backward_.products.decompose, _lotr.shrink_backward_.products.decompose
+_SHRINK, _SHRINK_PRODUCTS = straight(_lotr.shrink_backward_.default), _lotr.shrink_backward_.products.decompose
 _UNFOLDED = 4  # is added to the order; check.h
-
-
-def _elsewhere(operator: Callable, products: Callable, arguments: tuple):
-    """Runs the operator, or under a dispatch mode its products, without bumping version counters."""
-    if is_compiling() or not dispatch_modes():
-        return operator(*arguments)
-    with private_write():
-        return products(*arguments)
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -156,18 +144,10 @@ def layer_backward(
         x = _as_rows(x)
     strategy = (order == 1) + _UNFOLDED if unfolded else order
     arguments = g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed
-    if g.is_cpu and not dispatch_modes():
-        dx, k, dA, dB, dcore = _BACKWARD_OWNED(*arguments)
-        return dx, k if A is None else None, dA, dB, dcore
-    new_dx, new_k, new_dA, new_dB, dcore = _elsewhere(_BACKWARD, _BACKWARD_PRODUCTS, arguments)
-    fold = u is not None and Q is None
-    return (
-        None if weight is None or dx is not None else new_dx,
-        new_k if A is None and F is not None else None,
-        None if x is None or dA is not None else new_dA,
-        new_dB if fold and need_B and dB is None else None,
-        dcore if fold and need_core else None,
-    )
+    if not dispatch_modes() or is_compiling():
+        return _BACKWARD(*arguments)
+    with private_write():
+        return _BACKWARD_PRODUCTS(*arguments)
 
 
 @shapes("layer_backward_")
@@ -175,17 +155,12 @@ def _(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, 
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)
     fold = u is not None and Q is None
-    new_k = g.new_empty(0) if F is None else rank_rows(g, g.numel() // g.shape[-1], core.shape[0])
-
-    def new(like: Tensor | None, made: bool) -> Tensor:
-        return g.new_empty(like.shape if like is not None and made else (0,), dtype=narrow)
-
     return (
-        g.new_empty(0 if weight is None or dx is not None else (*g.shape[:-1], weight.shape[1])),
-        new_k if k is None or F is None else new_k + k,
-        new(A, x is not None and dA is None),
-        new(B, fold and need_B and dB is None),
-        new(core, fold and need_core),
+        None if weight is None or dx is not None else g.new_empty(*g.shape[:-1], weight.shape[1]),
+        None if A is not None or F is None else rank_rows(g, g.numel() // g.shape[-1], core.shape[0]),
+        None if x is None or dA is not None else g.new_empty(x.shape[-1], core.shape[0], dtype=narrow),
+        g.new_empty(B.shape, dtype=narrow) if fold and need_B and dB is None else None,
+        g.new_empty(core.shape, dtype=narrow) if fold and need_core else None,
     )
 
 
@@ -211,21 +186,21 @@ def shrink_backward(
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
     arguments = k, dx if A is not None else None, x, A, dA, p, seed
-    if k.is_cpu and not dispatch_modes():
-        return dx, _SHRINK_OWNED(*arguments)
-    new_dA = _elsewhere(_SHRINK, _SHRINK_PRODUCTS, arguments)
-    return dx, new_dA if x is not None and dA is None else None
+    if not dispatch_modes() or is_compiling():
+        return dx, _SHRINK(*arguments)
+    with private_write():
+        return dx, _SHRINK_PRODUCTS(*arguments)
 
 
 @shapes("shrink_backward_")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
-    made = (x.shape[-1], k.shape[1]) if x is not None and dA is None else (0,)
-    return k.new_empty(made, dtype=accumulate_dtype(k.dtype))
+    if x is None or dA is not None:
+        return None
+    return k.new_empty(x.shape[-1], k.shape[1], dtype=accumulate_dtype(k.dtype))
 
 
 for _name in ("layer_backward_", "shrink_backward_"):
     refuse_negative(_name), refuse_negative(f"{_name}.products")
-    refuse_negative(f"{_name[:-1]}_owned_"), without_shapes(f"{_name[:-1]}_owned_")
 for _name in ("gemm_lotr", "gemm_lotr_refusal"):  # builds with CUDA alone have them
     if hasattr(_lotr, _name):
         without_shapes(_name)

@@ -94,47 +94,15 @@ def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = N
     torch._check(x.shape[0] == k.shape[0], lambda: f"factor_grad_: k: expected {x.shape[0]} rows, got {k.shape[0]}")
 
 
-def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """k = g F [m, r_in] in g's dtype and Q = g^T u [n, r_in] in float32 (float64), from one read of g. Differentiable."""
-    return _lotr.shrink_grad.default(g, F, u)
-
-
-@shapes("shrink_grad")
-def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
-    torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
-    k = rank_rows(g, g.shape[0], F.shape[1])
-    return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
-
-
-def _shrink_grad_backward(ctx, dk: Tensor, dQ: Tensor):
-    g, F, u = ctx.saved_tensors
-    dQ = dQ.to(g.dtype)
-    dg = dF = du = None
-    if ctx.needs_input_grad[0]:
-        dg = dk @ F.to(g.dtype).mT + u @ dQ.mT
-    if ctx.needs_input_grad[1]:
-        dF = (g.mT @ dk).to(F.dtype)
-    if ctx.needs_input_grad[2]:
-        du = g @ dQ
-    return dg, dF, du
-
-
-def _setup_shrink_grad(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setup_context=_setup_shrink_grad)
-
-
 def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
-    """`shrink_grad` that adds: Q [n, r_in] += g^T u in place; returns k = g F [m, r_in]."""
+    """Q [n, r_in] += g^T u in place, in float32 (float64 for float64); returns k = g F [m, r_in] in g's dtype. g is read once."""
     return _lotr.shrink_grad_.default(Q, g, F, u)
 
 
 @shapes("shrink_grad_")
 def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
+    torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad_: u: expected {g.shape[0]} rows, got {u.shape[0]}")
     return rank_rows(g, g.shape[0], F.shape[1])
 
 

@@ -41,7 +41,6 @@ def arguments(operator: str) -> list[tuple]:
         "shrink": [(t(M, K), t(K, R), 0.5, seed)],
         "expand_add_": [(t(M, N), t(M, R), t(N, R), 0.5, seed)],
         "factor_grad_": [(t(K, R), t(M, K), t(M, R), 0.5, seed)],
-        "shrink_grad": [(t(M, N), t(N, R), t(M, R))],
         "shrink_grad_": [(t(N, R), t(M, N), t(N, R), t(M, R))],
         "fold": [(t(N, Q), t(2, R, Q), 0.7, torch.float32)],
         "fold_grad": [(t(2, N, R), t(N, Q), t(2, R, Q), 0.7, t(N, Q))],
@@ -72,7 +71,7 @@ def arguments(operator: str) -> list[tuple]:
         "adapted": [(t(M, K), None, t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, None, 0.0, None, "")],
         "gemm_lotr": [(t(M, K), t(N, K), t(N), t(R, K), t(N, R), False, None, None, False)],
         "gemm_lotr_refusal": [(t(M, K), t(N, K), R, False)],
-    }[operator.partition(".")[0].replace("_owned_", "_")]  # the same arguments
+    }[operator.partition(".")[0]]
 
 
 def overload(operator: str) -> torch._ops.OpOverload:

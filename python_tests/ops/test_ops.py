@@ -29,7 +29,6 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
     w = lambda *shape: t(*shape, grad=False)  # noqa: E731
     both = {
         "shrink": [(t(m, k), t(k, r_in)), (t(m, k), t(k, r_in), 0.5, seed), (t(0, k), t(k, r_in))],
-        "shrink_grad": [(t(m, n), t(n, r_in), t(m, r_in)), (t(0, n), t(n, r_in), t(0, r_in))],
         "fold": [(t(n, r_out), t(2, r_in, r_out), 0.7, dtype), (t(n, r_out), t(1, r_in, r_out), 1.0, dtype)],
         "expand_add_": [
             (w(m, n), w(m, r_in), w(n, r_in)),
@@ -96,7 +95,7 @@ def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor]
 
 
 UNFOLDED = 4  # of strategy: the core multiplied with the tokens
-FUNCTIONAL = ("shrink", "shrink_grad", "fold")
+FUNCTIONAL = ("shrink", "fold")
 WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad")
 DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
 ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand", "scale_backward", "row_norms")
@@ -122,13 +121,12 @@ def test_fake_kernels_agree_with_real_ones(name, dtype):
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             fake = getattr(lotr, name).default(*fakes)
-        for a, b in zip(_tensors(real), _tensors(fake), strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        for a, b in zip(_results(real), _results(fake), strict=True):
+            assert a is b is None or (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-def _tensors(value) -> list[torch.Tensor]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [t for t in values if t is not None]
+def _results(value) -> tuple[torch.Tensor | None, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 @pytest.mark.parametrize("name", WRITING)
@@ -172,8 +170,6 @@ def test_gradcheck(p):
     seed = torch.tensor([9])
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda a, b: ops.shrink(a, b, p=p, seed=seed), (x, A))
-    g, F, u = (matrix(*s, dtype=torch.float64, grad=True) for s in ((5, 6), (6, 3), (5, 3)))
-    assert torch.autograd.gradcheck(ops.shrink_grad, (g, F, u))
     B, cores = matrix(6, 2, dtype=torch.float64, grad=True), matrix(3, 4, 2, dtype=torch.float64, grad=True)
     assert torch.autograd.gradcheck(lambda b, c: ops.fold(b, c, 0.7, torch.float64), (B, cores))
 
@@ -191,9 +187,8 @@ def test_wrappers_are_the_reference():
     y = x @ W.mT
     ops.expand_add_(y, u, F)
     assert torch.allclose(y, reference.forward(x, W, None, A, B, core, s, mask), atol=1e-12)
-    K, Q = ops.shrink_grad(g, F, u)
-    twice = Q.clone()
-    assert torch.equal(ops.shrink_grad_(twice, g, F, u), K) and torch.allclose(twice, 2 * Q, atol=1e-12)
+    Q = torch.zeros(n, r_in, dtype=wide)
+    K = ops.shrink_grad_(Q, g, F, u)
     dx = g @ W
     ops.expand_add_(dx, K, A, p=p, seed=seed)
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)

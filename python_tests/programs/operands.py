@@ -34,7 +34,6 @@ OPERATORS = {
     "expand": "y u F",
     "expand_add_": "y! u F",
     "factor_grad_": "acc! x k",
-    "shrink_grad": "g F u",
     "shrink_grad_": "Q! g F u",
     "fold": "B cores 0.5 dtype",
     "fold_grad": "Q:lnr B cores 0.5 dB!",
