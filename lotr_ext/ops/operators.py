@@ -95,7 +95,7 @@ def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = N
 
 
 def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
-    """Q [n, r_in] += g^T u in place, in float32 (float64 for float64); returns k = g F [m, r_in] in g's dtype. g is read once."""
+    """Q [n, r_in] += g^T u in place, in float32 (float64); returns k = g F [m, r_in] in g's dtype. g is read once."""
     return _lotr.shrink_grad_.default(Q, g, F, u)
 
 
