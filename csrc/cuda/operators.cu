@@ -176,9 +176,11 @@ Prepared prepare(const Call& call, const ShrinkProblem& problem) {
     made.workspace = pack.bytes() + bytes;
     return made;
   });
-  if (core && p.r > max_rank(call.type))  // a product of its own, with a choice of its own
-    made.workspace =
-        std::max(made.workspace, pack.bytes() + prepare(exactly(call), core_product(p)).workspace);
+  if (core && p.r > max_rank(call.type)) {  // a product of its own, with a choice of its own
+    const Prepared h = prepare(exactly(call), core_product(p));
+    made.workspace = std::max(made.workspace, pack.bytes() + h.workspace);
+    made.next = h.plans;
+  }
   return made;
 }
 
@@ -200,10 +202,7 @@ void run(const Call& call, const ShrinkProblem& problem, const Prepared& prepare
     dispatch_policy(
         call, [&](auto launchers) { launchers.shrink(call, piece, prepared.plans[size_t(i)], pack.rest()); });
   });
-  if (p.core.data && !whole) {
-    const ShrinkProblem core = core_product(p);
-    run(exactly(call), core, prepare(exactly(call), core), pack.rest());
-  }
+  if (p.core.data && !whole) run(exactly(call), core_product(p), {0, prepared.next}, pack.rest());
 }
 
 Prepared prepare(const Call& call, const ExpandProblem& problem) {
@@ -337,9 +336,8 @@ Prepared prepare(const Call& call, const ShrinkGradProblem& problem) {
     ShrinkProblem k;
     FactorGradProblem Q;
     two_reads(p, k, Q);
-    Prepared made;
-    made.workspace = pack.bytes() + std::max(prepare(call, k).workspace, prepare(call, Q).workspace);
-    return made;
+    const Prepared first = prepare(call, k), second = prepare(call, Q);
+    return {pack.bytes() + std::max(first.workspace, second.workspace), first.plans, second.plans};
   }
   const bool bulk = shrink_grad_wgmma_takes(call, p);
   const Key key = key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
@@ -363,8 +361,8 @@ void run(const Call& call, const ShrinkGradProblem& problem, const Prepared& pre
     ShrinkProblem k;
     FactorGradProblem Q;
     two_reads(p, k, Q);
-    run(call, k, prepare(call, k), pack.rest());
-    return run(call, Q, prepare(call, Q), pack.rest());
+    run(call, k, prepared, pack.rest());
+    return run(call, Q, {0, prepared.next}, pack.rest());
   }
 #ifdef LOTR_SM90A
   if (prepared.plans[0].wgmma) return shrink_grad_wgmma(call, p, prepared.plans[0], pack.rest());

@@ -10,10 +10,11 @@
 
 namespace lotr::cuda {
 
-// The choice for one call.  A launch takes at most max_rank() ranks; beyond them there are two.
+// The choice for one call.  A launch takes at most max_rank() ranks; beyond them there are two.  next: the
+// launches of a second product, where an operator is two.
 struct Prepared {
   size_t workspace = 0;  // bytes
-  std::array<plan::Plan, 2> plans{};
+  std::array<plan::Plan, 2> plans{}, next{};
 };
 
 // The same for a kernel whose plan has a form of its own.  Such a plan takes a few divisions and is not
