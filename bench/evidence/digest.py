@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from .intervals import Draws, Interval, too_few, verdict
 from .methods import BASE, METHODS, reference
 from .packing import unpacked
 from .plan import MOST, SEEDS, Place, best_at_end, best_rate, tried_rates
-from .tasks import ALL, Task
+from .tasks import ALL, TASKS, Task
 
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
 OURS = tuple(name for name in METHODS if name.startswith("lotr"))
@@ -24,6 +25,7 @@ THEIRS = ("lora", "lora-qv")
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
 GROUPINGS = ("lotr-width", "lotr-name", "lotr-block")  # against "lotr", whose groups are by shape, of no more numbers
+DIVERGED = 2.0  # times the untrained model's validation loss: where a run that ends above it is one that diverged
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
 
@@ -60,14 +62,16 @@ class Point(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """Of one task. unfinished: places whose runs are still missing or diverged, and why. gain: by how much full fine-tuning
-    lowers the reference's loss; None without one of them."""
+    """Of one task. unfinished: places whose runs are still missing or diverged, and why. given_up: the rates that the first
+    seed chose and another seed diverged at. gain: by how much full fine-tuning lowers the reference's loss; None without one of
+    them."""
 
     task: Task
     cells: list[dict]
     points: list[Point]
     seeds: int
     unfinished: list[str]
+    given_up: list[str]
     gain: Interval | None
 
     @property
@@ -86,9 +90,14 @@ def file_of(task: str, sweep: bool = False) -> str:
 
 
 def kept(folder: Path, task: str, sweep: bool = False) -> list[dict]:
-    """The last run of each case, of methods that are known."""
-    cells = Store(folder / file_of(task, sweep)).read()
-    return latest([cell for cell in cells if cell["rival"] in METHODS and "setting" in cell])
+    """The last run of each case, of methods that are known. Runs that ended far above the untrained model have no loss, as those
+    whose loss is not finite."""
+    cells = latest([c for c in Store(folder / file_of(task, sweep)).read() if c["rival"] in METHODS and "setting" in c])
+    untrained = next((c["validation"] for c in cells if c["rival"] == reference(TASKS[task])), None)
+    if untrained is None:
+        return cells
+    nothing = dict.fromkeys(("validation", "loss", "losses", "accuracy"))
+    return [c | nothing if (c["validation"] or 0.0) > DIVERGED * untrained else c for c in cells]
 
 
 def _own(cells: list[dict], place: Place) -> list[dict]:
@@ -130,8 +139,10 @@ def digest(task: Task, cells: list[dict]) -> Digest:
     whole = {p: [c for c in own if c["losses"] is not None] for p, own in runs.items()}
     counts = Counter(tuple(c["case"]["seed"] for c in own) for p, own in whole.items() if p[0] != BASE and own)
     seeds = max(counts, key=lambda s: (counts[s], len(s)), default=(0,))
-    unfinished, points, losses = [], [], {}
+    unfinished, given_up, points, losses = [], [], [], {}
     for place, own in whole.items():
+        name = METHODS[place[0]].label + (f", r = {place[1]}" if place[1] else "")
+        given_up += [f"{name}: {lr:g} with {bad} of {of} seeds" for lr, bad, of in _given_up(_own(cells, place))]
         have = {c["case"]["seed"]: c for c in own}
         kept = [have[s] for s in seeds if s in have]
         if place[0] == BASE and have:  # the same for all seeds
@@ -139,7 +150,7 @@ def digest(task: Task, cells: list[dict]) -> Digest:
         if len(kept) < len(seeds):
             diverged = sum(c["losses"] is None for c in runs[place])
             why = f"{diverged} runs diverged" if diverged else f"{len(kept)} of {len(seeds)} seeds"
-            unfinished.append(f"{METHODS[place[0]].label}{f', r = {place[1]}' if place[1] else ''}: {why}")
+            unfinished.append(f"{name}: {why}")
         else:
             losses[place] = torch.stack([unpacked(c["losses"]) for c in kept]), kept
     draws = Draws(len(seeds), next(iter(losses.values()))[0].shape[1]) if losses else None
@@ -157,7 +168,15 @@ def digest(task: Task, cells: list[dict]) -> Digest:
                 interval(right[:10]) if right else None, _falling(kept[0]), own,
             )
         )  # fmt: skip
-    return Digest(task, cells, points, len(seeds), unfinished, gain)
+    return Digest(task, cells, points, len(seeds), unfinished, given_up, gain)
+
+
+def _given_up(own: list[dict]) -> Iterator[tuple[float, int, int]]:
+    """(rate, runs that diverged, runs) of a place's rates with several seeds."""
+    for lr in dict.fromkeys(cell["case"]["lr"] for cell in own):
+        ends = [cell["losses"] is None for cell in own if cell["case"]["lr"] == lr]
+        if len(ends) > 1 and any(ends):
+            yield lr, sum(ends), len(ends)
 
 
 def digests(folder: Path = FOLDER) -> list[Digest]:

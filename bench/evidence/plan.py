@@ -50,12 +50,11 @@ def best_at_end(tried: dict[float, float | None]) -> int:
 
 
 def tried_rates(cells: Iterable[dict], place: Place) -> dict[float, float | None]:
-    """The validation losses of a place's runs with the first seed, by rate."""
-    return {
-        cell["case"]["lr"]: cell["validation"]
-        for cell in cells
-        if (cell["case"]["method"], cell["case"]["rank"], cell["case"]["seed"]) == (*place, 0)
-    }
+    """The validation losses of a place's runs with the first seed, by rate; None if a run with any seed diverged."""
+    own = [cell for cell in cells if (cell["case"]["method"], cell["case"]["rank"]) == place]
+    given_up = {cell["case"]["lr"] for cell in own if cell["validation"] is None}
+    first = {cell["case"]["lr"]: cell["validation"] for cell in own if cell["case"]["seed"] == 0}
+    return first | dict.fromkeys(given_up & set(first))
 
 
 class Search:

@@ -68,6 +68,8 @@ def sentences(one: Digest) -> list[str]:
         lines.append(f"No shares of full fine-tuning's gain, whose interval contains 0: {one.gain.text()}.")
     if falling := [p.name for p in one.points if p.falling > FALLING]:
         lines.append(f"Not at a plateau, the last tenth of the steps had over {FALLING:.0%} of the fall: {'; '.join(falling)}.")
+    if one.given_up:
+        lines.append(f"Rates given up, because runs diverged: {'; '.join(one.given_up)}.")
     if one.unfinished:
         lines.append(f"Not finished: {'; '.join(one.unfinished)}.")
     machines = dict.fromkeys(cell["machine"]["name"] for cell in one.cells)

@@ -149,6 +149,27 @@ def test_all_places_are_searched_before_any_gets_another_seed() -> None:
     assert search.next_runs(cells) == [] and search.estimate(cells) == 0
 
 
+def test_a_rate_at_which_another_seed_diverges_gives_way_to_the_next_best(tmp_path: Path) -> None:
+    """Also one whose loss is finite but far above the untrained model's; the search then looks below it again."""
+    task, losses = "teacher-half", {0.1: 0.7, 0.05: 0.5, 0.02: 0.6, 0.01: 0.8}
+    search, store = plan.Search(task, [("lotr", 4)], range(3)), Store(tmp_path / digest.file_of(task)).prepare()
+    store.append(cell(task, "base", 0, 0.0, 0, 1.0))
+    while runs := search.next_runs(digest.kept(tmp_path, task)):
+        for run in runs:
+            bad = run.lr == 0.05 and run.seed == 2
+            store.append(cell(task, *run[1:5], loss=2.1 if bad else losses[run.lr]))
+    cells = digest.kept(tmp_path, task)
+    assert {c["case"]["lr"]: c["case"]["seed"] for c in cells if c["case"]["method"] == "lotr"} == {
+        0.05: 2,
+        0.02: 2,
+        0.1: 0,
+        0.01: 0,
+    }
+    found = digest.digest(TASKS[task], cells)
+    assert found.of("lotr")[0].lr == 0.02 and found.given_up == ["LoTR, r = 4: 0.05 with 1 of 3 seeds"] and not found.unfinished
+    assert "Rates given up, because runs diverged: LoTR, r = 4: 0.05 with 1 of 3 seeds." in table.sentences(found)
+
+
 def test_one_cell_is_searched_with_the_first_seed_and_run_with_its_own() -> None:
     search = plan.Search("teacher-half", [("lotr", 4)], [3])
     cells = [cell("teacher-half", *run[1:5], loss=abs(run.lr - 0.05)) for run in search.next_runs([])]
