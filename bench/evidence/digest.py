@@ -90,7 +90,7 @@ def file_of(task: str, sweep: bool = False) -> str:
 
 
 def kept(folder: Path, task: str, sweep: bool = False) -> list[dict]:
-    """The last run of each case, of methods that are known. Runs that ended far above the untrained model have no loss, as those
+    """The last run of each case, of methods that are known. A run that ended far above the untrained model has no loss, as one
     whose loss is not finite."""
     cells = latest([c for c in Store(folder / file_of(task, sweep)).read() if c["rival"] in METHODS and "setting" in c])
     untrained = next((c["validation"] for c in cells if c["rival"] == reference(TASKS[task])), None)
