@@ -11,11 +11,10 @@ import ctypes
 import numpy as np
 import torch
 
-import lotr_ext.ops  # noqa: F401  registers torch.ops.lotr
 from csrc.simt.checks.arrays import wide
+from lotr_ext.ops import UNFOLDED
 
 _TORCH = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32}
-UNFOLDED = 4  # of a layer's strategy: the core is multiplied with the tokens
 
 
 class TorchLibrary:

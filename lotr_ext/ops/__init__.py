@@ -1,6 +1,6 @@
 """The operators of lotr_ext, the planner that chooses among them, and their formulas in torch's own products."""
 
-from .layer import layer_backward, layer_forward, scale_backward, shrink_backward
+from .layer import UNFOLDED, layer_backward, layer_forward, scale_backward, shrink_backward
 from .library import accumulate_dtype
 from .operators import (
     dropout_mask,
@@ -16,6 +16,7 @@ from .operators import (
 from .row_core import row_core
 
 __all__ = [
+    "UNFOLDED",
     "accumulate_dtype",
     "dropout_mask",
     "expand",

@@ -28,7 +28,7 @@ _FORWARD, _FORWARD_PRODUCTS = straight(_lotr.layer_forward.default), _lotr.layer
 _BACKWARD, _BACKWARD_PRODUCTS = straight(_lotr.layer_backward_.default), _lotr.layer_backward_.products.decompose
 _SCALE_BACKWARD = straight(_lotr.scale_backward.default)
 _SHRINK, _SHRINK_PRODUCTS = straight(_lotr.shrink_backward_.default), _lotr.shrink_backward_.products.decompose
-_UNFOLDED = 4  # is added to the order; check.h
+UNFOLDED = 4  # is added to the order in the operators' strategy; csrc/torch/check.h
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def layer_forward(
         x = _as_rows(x)
     operator = _FORWARD_PRODUCTS if dispatch_modes() and not is_compiling() else _FORWARD
     if unfolded:
-        return operator(x, weight, bias, A, B, core, scaling, (order == 1) + _UNFOLDED, None, None, 0.0, None, scale)
+        return operator(x, weight, bias, A, B, core, scaling, (order == 1) + UNFOLDED, None, None, 0.0, None, scale)
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed, scale)
     return y, new_u if u is None else u, new_F if F is None else F
 
@@ -82,7 +82,7 @@ def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, see
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
     new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
-    new_F = rank_rows(x, B.shape[0], r_in) if F is None and strategy < _UNFOLDED else None
+    new_F = rank_rows(x, B.shape[0], r_in) if F is None and strategy < UNFOLDED else None
     return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, new_F
 
 
@@ -142,7 +142,7 @@ def layer_backward(
         g = _as_rows(g)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    strategy = (order == 1) + _UNFOLDED if unfolded else order
+    strategy = (order == 1) + UNFOLDED if unfolded else order
     arguments = g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed
     if not dispatch_modes() or is_compiling():
         return _BACKWARD(*arguments)

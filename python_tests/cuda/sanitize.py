@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from test_device import layer, lotr, step
 
 from bench.gpu.fused_checks import gradients
+from lotr_ext.ops import UNFOLDED
 
 SHAPES = ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200))
-UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 
 
 def main(small: bool) -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr_ext import _C  # noqa: F401  (registers the operators)
+from lotr_ext.ops import UNFOLDED
 
 ops = torch.ops.lotr
-UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 
 
 def t(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr_ext import _C  # noqa: F401  (registers the operators)
-from lotr_ext.ops import accumulate_dtype
+from lotr_ext.ops import UNFOLDED, accumulate_dtype
 from lotr_ext.reference import dropout_mask, philox_4x32_10  # held to published numbers by test_ops.py
 
 Shape = tuple[int, int, int, int]
@@ -33,7 +32,6 @@ ONE_ISA = "LOTR_CPU_ISA" in os.environ  # a run for one instruction set, started
 SHAPES_AND_LAYOUTS = [(s, layout) for i, s in enumerate(SHAPES) for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3])]
 SHAPES_AND_LAYOUTS = [s for i, s in enumerate(SHAPES_AND_LAYOUTS) if not ONE_ISA or i % 6 in (0, 3)]
 SCALING = 0.37
-UNFOLDED = 4  # of a layer's strategy: the core multiplied with the tokens
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

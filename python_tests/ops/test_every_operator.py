@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lotr_ext  # noqa: F401  (registers the operators)
+from lotr_ext.ops import UNFOLDED
 
 M, K, N, R, Q = 6, 5, 4, 3, 2  # tokens, in, out, r_in, r_out
 SCHEMAS = {
@@ -24,7 +24,6 @@ SCHEMAS = {
 DTYPES = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ON_CUDA_ALONE = {"gemm_lotr", "gemm_lotr_refusal"}
-UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 DTYPES_OF_TORCH = {"adapted"}  # which only compilers call, of layers that have looked at the dtypes
 
 

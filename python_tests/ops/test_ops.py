@@ -9,6 +9,7 @@ import torch
 from torch.library import opcheck
 
 from lotr_ext import ops, reference
+from lotr_ext.ops import UNFOLDED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 lotr = torch.ops.lotr
@@ -94,7 +95,6 @@ def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor]
     }
 
 
-UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 FUNCTIONAL = ("shrink", "fold")
 WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad")
 DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
