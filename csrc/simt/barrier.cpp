@@ -1,5 +1,5 @@
-// Block barriers, named barriers, and the warp collectives that exchange only register values: shuffle,
-// ballot, __syncwarp.
+// Block barriers, named barriers, and the warp collectives that exchange only register values: shuffle and
+// __syncwarp.
 #include <cstring>
 
 #include "state.h"
@@ -70,7 +70,6 @@ void check_named(int id, int threads, const char* op, Site site) {
 struct Exchange {
   uint64_t in, out;
   int source;  // lane, or negative: keep the own value
-  bool predicate;
 };
 
 void exchange(Warp& warp, uint32_t mask, void* op) {
@@ -83,16 +82,6 @@ void exchange(Warp& warp, uint32_t mask, void* op) {
            __builtin_ctz(lanes), own.source, mask);
     own.out = static_cast<Exchange*>(warp.thread[own.source].operand)->in;
   }
-}
-
-void vote(Warp& warp, uint32_t mask, void*) {
-  uint32_t result = 0;
-  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    if (static_cast<Exchange*>(warp.thread[lane].operand)->predicate) result |= 1u << lane;
-  }
-  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1)
-    static_cast<Exchange*>(warp.thread[__builtin_ctz(lanes)].operand)->out = result;
 }
 
 void nothing(Warp&, uint32_t, void*) {}
@@ -172,36 +161,15 @@ void sync_warp(uint32_t mask, Site site) {
   warp_collective("__syncwarp", mask, site, nullptr, nothing, nullptr, true);
 }
 
-uint32_t ballot(uint32_t mask, bool predicate, Site site) {
-  race::ExecutorScope scope;
-  Exchange e{0, 0, -1, predicate};
-  warp_collective("__ballot_sync", mask, site, &e, vote, nullptr, false);
-  return uint32_t(e.out);
-}
-
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Site site) {
   race::ExecutorScope scope;
-  static const char* const names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
-  const char* op = names[int(kind)];
+  const char* op = kind == Shuffle::index ? "__shfl_sync" : "__shfl_xor_sync";
   if (width < 1 || width > 32 || (width & (width - 1)))
     fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line, width);
   const int lane = int(self().lane), first = lane / width * width, last = first + width - 1;
-  int source = -1;
-  switch (kind) {
-    case Shuffle::index:
-      source = first + (operand & (width - 1));
-      break;
-    case Shuffle::up:
-      source = lane - operand >= first ? lane - operand : -1;
-      break;
-    case Shuffle::down:
-      source = lane + operand <= last ? lane + operand : -1;
-      break;
-    case Shuffle::exclusive_or:
-      source = (lane ^ operand) <= last ? lane ^ operand : -1;
-      break;
-  }
-  Exchange e{bits, bits, source, false};
+  int source = kind == Shuffle::index ? first + (operand & (width - 1)) : lane ^ operand;
+  if (source > last) source = -1;
+  Exchange e{bits, bits, source};
   warp_collective(op, mask, site, &e, exchange, const_cast<char*>(op), false);
   return e.out;
 }

@@ -82,9 +82,8 @@ void sync_threads(Site site);
 void sync_warp(uint32_t mask, Site site);
 void barrier_sync(int id, int threads, Site site);
 void barrier_arrive(int id, int threads, Site site);
-uint32_t ballot(uint32_t mask, bool predicate, Site site);
 
-enum class Shuffle { index, up, down, exclusive_or };
+enum class Shuffle { index, exclusive_or };
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Site site);
 
 template <class T>
@@ -109,12 +108,6 @@ inline void __syncthreads(LOTR_SIMT_SITE) {
 inline void __syncwarp(unsigned mask = ~0u, LOTR_SIMT_SITE) {
   ::lotr::simt::sync_warp(mask, site);
 }
-inline void __threadfence(LOTR_SIMT_SITE) {
-  ::lotr::simt::fence_device(site);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate, LOTR_SIMT_SITE) {
-  return ::lotr::simt::ballot(mask, predicate != 0, site);
-}
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, LOTR_SIMT_SITE) {
   return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::index, mask, value, lane, width, site);
@@ -122,24 +115,4 @@ T __shfl_sync(unsigned mask, T value, int lane, int width = 32, LOTR_SIMT_SITE) 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LOTR_SIMT_SITE) {
   return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::exclusive_or, mask, value, lanes, width, site);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, LOTR_SIMT_SITE) {
-  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::up, mask, value, int(delta), width, site);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, LOTR_SIMT_SITE) {
-  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::down, mask, value, int(delta), width, site);
-}
-inline int atomicAdd(int* p, int value, LOTR_SIMT_SITE) {
-  return ::lotr::simt::atomic_add(p, value, false, site);
-}
-inline float atomicAdd(float* p, float value, LOTR_SIMT_SITE) {
-  return ::lotr::simt::atomic_add(p, value, site);
-}
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return unsigned(uint64_t(a) * b >> 32);
-}
-inline int __popc(unsigned x) {
-  return __builtin_popcount(x);
 }
