@@ -41,8 +41,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("scale_backward(Tensor g, Tensor y, Tensor? bias, Tensor scale) -> (Tensor g0, Tensor dscale)");
   m.def(
       "row_norms(Tensor weight, Tensor square, Tensor? WA, Tensor A, Tensor B, Tensor core, float scaling) "
-      "-> "
-      "(Tensor norm, Tensor? WA)");
+      "-> (Tensor norm, Tensor? WA)");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
       "Tensor");
@@ -52,8 +51,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
 
   // The forward and backward of a layer. A gradient that was not requested is an undefined tensor, as in
   // ATen's own backward operators, and None in Python: torch.compile has no support for operators that write
-  // and return "Tensor?". `.products`: the same as separate products, for dispatch modes. It
-  // is an overload, since torch.compile would decompose an operator that had such a kernel itself.
+  // and return "Tensor?". `.products`: the same as separate products, for dispatch modes. It is an overload,
+  // since torch.compile would decompose an operator that had such a kernel itself.
   const std::string layer_forward =
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
       "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None, Tensor? scale=None) "
@@ -64,8 +63,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
       "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)";
   const std::string shrink_backward =
-      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) -> "
-      "Tensor dA";
+      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) "
+      "-> Tensor dA";
   for (const std::string overload : {"", ".products"}) {
     m.def(("layer_forward" + overload + layer_forward).c_str());
     m.def(("layer_backward_" + overload + layer_backward).c_str());
