@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.label + (f", r = {self.rank}" if self.rank else "")
+        return name_of(self.method, self.rank)
 
     @property
     def sized(self) -> str:
@@ -83,6 +83,10 @@ class Digest(NamedTuple):
 
     def draws(self) -> Draws:
         return Draws(self.seeds, self.points[0].losses.shape[1])
+
+
+def name_of(method: str, rank: int) -> str:
+    return METHODS[method].label + (f", r = {rank}" if rank else "")
 
 
 def file_of(task: str, sweep: bool = False) -> str:
@@ -141,7 +145,7 @@ def digest(task: Task, cells: list[dict]) -> Digest:
     seeds = max(counts, key=lambda s: (counts[s], len(s)), default=(0,))
     unfinished, given_up, points, losses = [], [], [], {}
     for place, own in whole.items():
-        name = METHODS[place[0]].label + (f", r = {place[1]}" if place[1] else "")
+        name = name_of(*place)
         given_up += [f"{name}: {lr:g} with {bad} of {of} seeds" for lr, bad, of in _given_up(_own(cells, place))]
         have = {c["case"]["seed"]: c for c in own}
         kept = [have[s] for s in seeds if s in have]
