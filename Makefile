@@ -35,7 +35,7 @@ help:
 	@echo "make frontier   loss against trained parameters, LoTR and LoRA (hours, continues an earlier run; ARGS=--quick: three minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
 	@echo "make evolve     cores trained without a backward, for an accuracy and an exact match (ten minutes; ARGS=--quick: one)"
-	@echo "make loras      eight LoRAs of a small language model converted to one bank, and a ninth task over it (five minutes)"
+	@echo "make loras      eight LoRAs of a small language model converted to one bank, and a ninth task over it (four minutes)"
 	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
 	@echo "make influence  finding wrong labels by influence, compared with kronfluence (10 minutes of one core)"
 	@echo "make check      tests to run while you work: operators, autograd, layers, a few kernels (3 minutes)"

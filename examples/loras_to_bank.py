@@ -1,7 +1,7 @@
 """Converts eight LoRAs of a small language model to one bank of tasks, and trains a ninth task with only cores.
 
     python examples/causal_data.py                     downloads SmolLM2-135M and the King James Bible, once
-    python examples/loras_to_bank.py                   eight books of it, about five minutes of one core
+    python examples/loras_to_bank.py                   eight books of it, about four minutes of one core
     python examples/loras_to_bank.py --quick           three books and few steps: under a minute
     python examples/loras_to_bank.py --texts folder    each .txt in it is a task, the last one is the new task
 
