@@ -3,7 +3,7 @@
     y = x W^T + bias + s ((x A) G_l) B^T
 
 A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A and B shared by all layers of a group, and a
-small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
+small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
 import sys

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as _hooks_of_all
 from torch.utils import checkpoint as _checkpoint
 
-# ---- what is going on around a call ----------------------------------------------------------------------------------
+# ---- the state around a call ------------------------------------------------------------------------------------------
 
 any_autocast = torch._C._is_any_autocast_enabled  # on any device: torch.is_autocast_enabled raises for some, meta among them
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many: selective checkpointing, counters of operators
@@ -120,7 +120,7 @@ def transformed() -> bool:
 
 class _Nodes(type(Function)):
     """Makes autograd's engine call `backward` directly. The method between them chooses at each call among the ways in which a
-    Function can be written: 1 us a layer and step (bench.host, one token)."""
+    Function can be written: 1 us per layer and step (bench.host, one token)."""
 
     def __init__(cls, name, bases, attributes):
         super().__init__(name, bases, attributes)
@@ -128,7 +128,7 @@ class _Nodes(type(Function)):
 
 
 class Node(Function, metaclass=_Nodes):
-    """A Function with `run`: `apply` without the checks for functorch's transforms, which cost 5 us a layer and step
+    """A Function with `run`: `apply` without the checks for functorch's transforms, which cost 5 us per layer and step
     (bench.host, one token). Call it only where no transform is active."""
 
     run = torch._C._FunctionBase.__dict__["apply"]
@@ -157,7 +157,7 @@ def run_unseen(function: Callable) -> None:
     _eval_frame.set_code_exec_strategy(function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
-not_compiled = torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here: 1.5 s of `import lotr_ext`
+not_compiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler here: 1.5 s of `import lotr_ext`
 
 
 def constant_while_compiled(function: Callable) -> Callable:
@@ -206,7 +206,7 @@ def post_accumulate_hooks(leaf: Tensor) -> bool:
 
 def straight(operator: torch._ops.OpOverload) -> Callable:
     """operator, called through the dispatcher with its modes and the profiler, but without the check for __torch_function__,
-    which costs 2 us a layer and step (bench.host, one token). No tensor that reaches a kernel has one."""
+    which costs 2 us per layer and step (bench.host, one token). No tensor that reaches a kernel has one."""
     return partial(torch._C._dispatch_call_boxed, operator._handle)
 
 

@@ -103,12 +103,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _line(text: str) -> str:
-    """text in one line, and what controls a terminal spelled out: names come from files."""
+    """text in one line, with control characters escaped, because names come from files."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[str], title: str) -> None:
-    """As wide as it has to be, whatever the terminal is: a name that is cut or broken cannot be copied."""
+    """Prints a table at its full width, even in a narrower terminal, so that names can be copied."""
     from rich.box import SIMPLE_HEAD
     from rich.measure import Measurement
     from rich.table import Table
@@ -237,7 +237,7 @@ def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
 
 
 def _check_destination(destination: Path, *, a_file: bool) -> None:
-    """By a file without a name: what a disk refuses is known before anything is read."""
+    """Raises ValueError, before anything is read, if destination cannot be written. Tests it by a file without a name."""
     if a_file and destination.is_dir():
         raise ValueError(f"destination: expected a file, got the directory {destination}")
     above = destination.absolute().parents if a_file else (destination.absolute(), *destination.absolute().parents)
@@ -254,7 +254,7 @@ def _check_destination(destination: Path, *, a_file: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 0, or 2 with a message on stderr where something cannot be converted; then nothing was written."""
+    """The command. Returns 0, or 2 with a message on stderr if the input cannot be converted; then nothing was written."""
     parsed = parser().parse_args(arguments)
     try:
         from rich.console import Console

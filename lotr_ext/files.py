@@ -22,7 +22,7 @@ LEVELS = 100  # of JSON: far below where Python's own recursion ends, so that a 
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without it to open a FIFO waits for a writer
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without it, opening a FIFO waits for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "Not a regular file", path)
@@ -71,7 +71,7 @@ def lock(file: BinaryIO, *, wait: bool) -> bool:
 
 @contextmanager
 def together(directory: Path) -> Iterator[None]:
-    """Inside, no other caller reads or writes several files of directory that belong together."""
+    """Context with a lock on directory: one caller at a time reads or writes files of it that belong together."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -149,11 +149,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def placed(directory: Path, files: Mapping[str, bytes], *, apart: str | None = None) -> Iterator[None]:
-    """Puts files into directory by name, each whole or not at all. Inside the context other savers take them for those of one
-    at work.
+    """Puts files into directory by name, each whole or not at all. They stay locked until the context ends, so that no other
+    save removes them as leftovers.
 
-    All are written before the first is renamed, so a full disk changes nothing. They are renamed in their order. apart: one
-    whose old content does not belong to the new files: it is removed before the first is renamed, so that a kill in between
+    All are written before the first is renamed, so a full disk changes nothing. They are renamed in the given order. apart: a
+    file that is removed before the first is renamed, because its old content does not fit the new files: so a kill in between
     leaves no mixture. Temporary files that killed savers have left in directory are removed.
 
     Raises:

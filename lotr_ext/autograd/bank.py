@@ -3,7 +3,7 @@
 It casts A to the compute dtype, and computes F_l = s B G_l^T of all layers that have B in one product. Backward computes dB and
 all dG_l in one product of the Q_l [l, n, r_in]:
 
-    B, G_1 .. G_L --> [LoTRShared: F, one a forward] --> nodes of layers 1 .. L, which read F_l
+    B, G_1 .. G_L --> [LoTRShared: F, one per forward] --> nodes of layers 1 .. L, which read F_l
     backward: the node of layer l adds Q_l = g^T u to the sum and returns None for F;
     the flush of this shared gradient is fold_grad: dB = s sum_l Q_l G_l, dG_l = s Q_l^T B.
 

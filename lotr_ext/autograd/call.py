@@ -98,7 +98,7 @@ def plan_call(
 
 
 def _forced(call: Call) -> tuple[str | None, str]:
-    """(the forced strategy, or None; the source of it)"""
+    """(the forced strategy, or None; what forces it)"""
     return planner.forced_strategy(call.strategy, planner.LOTR_STRATEGY)
 
 
@@ -111,13 +111,13 @@ def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None
     elif tokens < planner.FEW_TOKENS:
         why = "few tokens"
     elif weight is None:
-        why = "the base is no product of ours"
+        why = "the base is not a plain frozen product"
     elif call.p:
         why = "dropout"
     elif call.scale is not None:
         why = "magnitudes"
     elif not one:
-        why = "A is frozen and x is trained: u and x would both be kept"
+        why = "A is frozen and x needs a gradient: u and x would both be saved"
     else:
         why = planner.fused_refusal(x, weight, call.core.shape[0], call.compute) if x.is_cuda else None
         if why is None:
@@ -163,14 +163,14 @@ def _plan(
         return plan._replace(why="factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names))
     if dtype == torch.float16:
         if one:
-            return plan._replace(nodes=1, why="float16: unfolded, for s B G^T could leave its range", unfolded=True)
-        return plan._replace(why="float16, where one node cannot serve: unfolded, for s B G^T could leave its range")
+            return plan._replace(nodes=1, why="float16: unfolded, because s B G^T could overflow", unfolded=True)
+        return plan._replace(why="float16, where one node cannot be used: unfolded, because s B G^T could overflow")
     if one and few and planner.is_unfolded(0, dtype, device, graph):
         return plan._replace(nodes=1, why="few tokens: the unfolded form as one node costs least", unfolded=True)
     if one and alone:
         return plan._replace(nodes=1, why="no other layer has these factors: nothing to share")
     if one and little and device.type == "cpu":
-        return plan._replace(nodes=1, why="little work on x: less than a second node costs the host")
+        return plan._replace(nodes=1, why="little work on x: sharing u would save less than the host overhead of a second node")
     return plan._replace(nodes=2, why="siblings on the same x share one u = x A")
 
 

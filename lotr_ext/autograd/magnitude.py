@@ -152,7 +152,7 @@ def _measured(
     if dense and W.stride(1) == 1 and all(_suits(t, W) for t in (W, A, B, core)):
         return square, *reversed(ops.row_norms(W, square, WA, A, B, core, scaling))
     WA = _product(W, A) if WA is None else WA
-    # to look at values would make a GPU wait
+    # reading values would synchronise with a GPU
     return square, WA, row_norms(square, WA, A, B, core, scaling, matrix if WA.is_cpu else None)
 
 
@@ -177,7 +177,7 @@ def _product(W: Tensor, A: Tensor) -> Tensor:
 
 
 def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """c [n] in float32 (float64 for float64). Looks at no values."""
+    """c [n] in float32 (float64 for float64). Reads no values on the host."""
     if W.shape[1] <= 2 * A.shape[1]:  # any such row can be near one that F A^T makes
         wide = _wide(W, A)
         full = to(W, wide) + delta_weight(A, B, core, scaling).to(W.device, wide)

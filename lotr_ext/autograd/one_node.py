@@ -1,8 +1,8 @@
 """LoTRFunction: an adapted layer as one autograd node (`Plan.nodes` 1). Equations: `reference.py`; choice of nodes: `call.py`.
 
-It runs one operator a direction. A factor's gradient is added to its `SharedGradient` if another layer has the factor, else it
-is returned to autograd. A backward that is itself recorded (create_graph=True) or batched runs torch's own products instead,
-and returns all gradients to autograd. So do the nodes of `two_nodes.py`.
+It runs one operator per direction. A factor's gradient is added to its `SharedGradient` if another layer has the factor,
+else it is returned to autograd. A backward that is itself recorded (create_graph=True) or batched runs torch's own products
+instead, and returns all gradients to autograd. So do the nodes of `two_nodes.py`.
 """
 
 from __future__ import annotations

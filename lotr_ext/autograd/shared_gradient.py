@@ -1,6 +1,6 @@
 """The shared gradient: many layers add into one sum, and autograd gets one gradient.
 
-    A --> [LoTRShared: identity, one a forward] --> layer 1 .. layer L
+    A --> [LoTRShared: identity, one per forward] --> layer 1 .. layer L
     backward: layer L .. layer 1 add into one sum (float32; float64 for float64) and return None for A;
     autograd runs LoTRShared's backward once all its users have run; it returns `flush` of the sum.
 
@@ -55,7 +55,7 @@ class TaskSums:
     def __init__(self) -> None:
         self.sums: weakref.WeakValueDictionary[tuple[int, Any], TaskSum] = weakref.WeakValueDictionary()
         # the sum that was looked up last, since the next look-up is often the same: the lock and the dictionary would cost 2
-        # us a layer and step (bench.host, one token)
+        # us per layer and step (bench.host, one token)
         self._last: Callable[[], TaskSum | None] = _nothing
         self._lock = threading.Lock()
 
@@ -169,9 +169,8 @@ class LoTRShared(Node):
         # not save_for_backward: a checkpoint around the first user would miss them in its recomputation; a change of params is
         # still detected, because each user saves the tensors that it reads
         ctx.shared, ctx.params = shared, params
-        return (
-            params[0] if value is None else value
-        ).detach()  # shares the version counter, but is not a view, whose graph an optimizer step would invalidate
+        # shares the version counter, but is not a view, whose graph an optimizer step would invalidate
+        return (params[0] if value is None else value).detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor | None):

@@ -6,7 +6,7 @@
 Each process runs its layer on local tensors, with the same nodes as other layers. A, B and the cores are plain tensors with the
 same values in all processes. Each process computes one term of their gradients:
 
-    A, B, G_1 .. G_L --> [LoTRReplicas, one a forward] --> layers 1 .. L
+    A, B, G_1 .. G_L --> [LoTRReplicas, one per forward] --> layers 1 .. L
     backward: LoTRReplicas adds the terms of all processes, in one all-reduce
 
 A layer that is whole in all processes does not read the replicas, so its gradient is not added p times.

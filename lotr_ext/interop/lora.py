@@ -114,8 +114,8 @@ def _outermost(names: Iterable[str]) -> list[str]:
 
 
 def _patterns(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and the layers with another, by full name: as PEFT matches them, that is any name ending so, and
-    where this would take in a layer with another value, a pattern for the one layer."""
+    """The most frequent value, and the others by full name. PEFT matches every name that ends so; if one of these has another
+    value, the key is an anchored pattern instead."""
     common = Counter(values.values()).most_common(1)[0][0]
     patterns = {}
     for name, value in values.items():
@@ -138,14 +138,14 @@ def export_lora(
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
-    `apply_lotr` was given. modules_to_save go along. lora_alpha = s r, with rank and alpha patterns where layers differ. An
-    adapter with magnitudes becomes a DoRA (use_dora), which PEFT reads and most servers do not.
+    `apply_lotr` was given. It also writes modules_to_save. lora_alpha = s r, with rank and alpha patterns where layers differ.
+    An adapter with magnitudes becomes a DoRA (use_dora), which PEFT reads and most servers do not.
 
     All processes together export a model that is held in parts, as `save_adapter` saves it.
 
     Args:
         model: an adapted model, merged or not, from `apply_lotr` or built by hand.
-        directory: made if need be.
+        directory: created if it does not exist.
         task_type: PEFT's, such as "SEQ_CLS" or "CAUSAL_LM"; None for a plain PeftModel.
         experts: the form of adapted experts (`expert_lora.py`): "peft"; or for servers "shared-outer", "vllm-shared" or
             "per-expert", which PEFT does not read. An exported adapter with experts has no dropout: PEFT has none for them.

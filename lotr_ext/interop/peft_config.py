@@ -80,7 +80,7 @@ class LoTRPeftConfig(PeftConfig):
     group_by: str | dict[str, str] = field(default="shape", metadata={"help": "which layers share A and B"})
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
-    core: str = field(default="dense", metadata={"help": "a core a layer, or what makes them all of fewer numbers"})
+    core: str = field(default="dense", metadata={"help": "one core per layer, or how all are made of fewer numbers"})
     train: list[str] | None = field(
         default=None, metadata={"help": "which parts are trained; None: all that it does not share"}
     )

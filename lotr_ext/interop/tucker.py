@@ -87,8 +87,8 @@ class LowRankStack:
         return Tucker2(A, B, cores, residuals, self.norms, iterations)
 
     def _start(self, r_in: int, r_out: int) -> tuple[Tensor, Tensor | None]:
-        """The start of HOOI: at low ranks the result of HOOI in the core of a few leading vectors of both sides, which costs
-        almost nothing; otherwise HOSVD's A."""
+        """The start (A, B) of HOOI: at low ranks, the result of HOOI within a few leading vectors of both sides, which takes
+        little time; otherwise (A of HOSVD, None)."""
         p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
         right = [compressed(self.V, self.U.mT)]
         if max(p, q) <= EXACT or 2 * wide > min(p, q):
@@ -138,15 +138,14 @@ def fitted(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Matrices [d, r_l] as one [L, d, r], narrower ones padded with zeros: one product for all costs less than L small
-    ones."""
+    """Matrices [d, r_l] as one [L, d, r], padded with zeros: one product for all takes less time than L small ones."""
     widest = max(t.shape[1] for t in parts)
     return torch.stack([pad(t, (0, widest - t.shape[1])) for t in parts])
 
 
 def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The parts [d, r_l] in an orthonormal basis of all their columns, one after the other, and the basis; unchanged if
-    that is no smaller."""
+    """The parts [d, r_l], stacked, in an orthonormal basis of all their columns, and the basis; the parts themselves and None
+    if the basis has d columns or more."""
     widths, basis = [t.shape[1] for t in parts], None
     if sum(widths) < parts[0].shape[0]:
         basis, upper = torch.linalg.qr(torch.cat(parts, 1))
@@ -155,8 +154,8 @@ def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def compressed(a: Tensor, b: Tensor) -> Tensor:
-    """[d, L c] of the [d, c <= min] for each l, with the same columns' Gram matrix as a b: a [L, d, r] times the triangle of b
-    [L, r, c]'s LQ. Side by side, for one product over all l costs less than L small ones."""
+    """The products a_l b_l of a [L, d, r] and b [L, r, c] side by side, [d, L min(r, c)]. If c > r, b_l is replaced by the
+    triangle of its LQ, which leaves a_l b_l (a_l b_l)^T unchanged."""
     product = a @ (b if b.shape[2] <= b.shape[1] else torch.linalg.qr(b.mT, mode="r")[1].mT)
     return product.transpose(0, 1).reshape(product.shape[1], -1)
 

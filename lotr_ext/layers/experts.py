@@ -34,7 +34,7 @@ def _check_routing(x: Tensor, experts: int, features: int, offs: object, tokens:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}")
         if tensor.dim() != 1 or (name == "offs" and tensor.shape[0] != experts):
-            want = f"one end an expert, shape ({experts},)" if name == "offs" else "shape [rows]"
+            want = f"one end per expert, shape ({experts},)" if name == "offs" else "shape [rows]"
             raise ValueError(f"{name}: expected {want}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
@@ -58,10 +58,9 @@ def lotr_grouped_linear(
     weight [e, n, k] (any layout, also a transposed view), bias [e, n] or None, A [k, r_in], B [n, r_out], cores
     [e, r_in, r_out]. offs [e] (int32): the end of each expert's rows, as in torch.nn.functional.grouped_mm. Rows from
     offs[-1] on belong to no expert: they are not read, and are zero in y and in dx. A token without an expert is zero in dx.
-    tokens None: x [rows, k] is already sorted by expert. tokens
-    [rows] (int64): x [m, k] has one row per token, row i is token tokens[i], and x A is computed once per token.
-    core_index (int64), one for each row of x: the task whose core for the row's expert is used, from cores [t, e, r_in, r_out];
-    -1: none.
+    tokens None: x [rows, k] is already sorted by expert. tokens [rows] (int64): x [m, k] has one row per token, row i is token
+    tokens[i], and x A is computed once per token. core_index (int64), one for each row of x: the task whose core for the row's
+    expert is used, from cores [t, e, r_in, r_out]; -1: none.
     x, weight and bias share a dtype (or autocast is on), the adapter may be float32 beside a half-precision x. Differentiable
     in x, A, B and cores, and in weight and bias if they require grad.
     Raises TypeError or ValueError that names the argument; on a GPU the values of offs and tokens are not checked.
@@ -75,7 +74,7 @@ def lotr_grouped_linear(
     if core_index is not None:
         check_index("core_index", core_index, len(cores))
         if core_index.shape != x.shape[:1]:
-            raise ValueError(f"core_index: expected one index a row of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}")
+            raise ValueError(f"core_index: expected one index per row of x {tuple(x.shape)}, got {tuple(core_index.shape)}")
         core_index = core_index.to(x.device)
     if bias is not None:
         check_tensor("bias", bias, e, n)

@@ -37,8 +37,8 @@ class LoTRFactor(StaysWhole):
     """One factor [features, rank]: an A of layers with that many in_features, or a B of layers with that many out_features. It
     may be in several pairs: `LoTRFactors.of(A, B)`.
 
-    Its gradient is one float32 sum (float64 for float64) over the layers of all its pairs, and autograd sees one gradient a
-    backward. Layers with the same A share u = x A, even if their B differ.
+    Its gradient is one float32 sum (float64 for float64) over the layers of all its pairs, and autograd sees one gradient
+    per backward. Layers with the same A share u = x A, even if their B differ.
     init, device, dtype, errors and warnings: as for LoTRFactors. State: `value`.
     """
 
@@ -87,7 +87,7 @@ class LoTRFactors(StaysWhole):
     (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: float32, float64, bfloat16 or float16, torch's default if
     None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
-    one gradient a backward (`lotr_ext.autograd.shared_gradient`).
+    one gradient per backward (`lotr_ext.autograd.shared_gradient`).
     Raises TypeError or ValueError naming the argument; warns about a rank above the widths.
 
     State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of

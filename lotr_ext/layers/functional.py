@@ -94,16 +94,17 @@ def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, 
     check_index("core_index", core_index, len(core))
     if core_index.dim() not in (1, 2) or core_index.dim() >= x.dim() or core_index.shape != x.shape[: core_index.dim()]:
         raise ValueError(
-            f"core_index: expected one index a row, or a token, of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}"
+            f"core_index: expected one index per row or per token of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}"
         )
 
 
 def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None, plans: bool | str = False) -> Plan:
     """Which path layer(x) takes and why, decided by the same code as a call; nothing is computed. x [..., in_features].
 
-    device: the device to assume for layer and x, such as "cuda". plans: also how the CUDA kernels of a step
-    cut their matrices into blocks, one line each; the name of a GPU ("h100", "a100", "b200"): for that GPU. True: this
-    machine's GPU, otherwise an h100. Raises ValueError for plans without CUDA kernels in this build, or on another device.
+    device: the device to assume for layer and x, such as "cuda". plans: also how the CUDA kernels of a step divide their
+    matrices into blocks, one line each; True: on this machine's GPU, without one on an H100; or "h100", "a100", "b200".
+    Raises TypeError for another layer; ValueError for another shape, and for plans without CUDA kernels in this build or on
+    another device.
     """
     if not isinstance(layer, LoTRLayer):
         raise TypeError(f"layer: expected an adapted layer (LoTRLinear, ...), got {type(layer).__name__}")

@@ -52,8 +52,7 @@ def cores_of(mixture: Mixture, core: Tensor, b: int) -> Tensor:
 
 
 def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
-    """The adapter of each of tokens [rows], from the index. The m tokens of the batch lie row after
-    row.
+    """The adapter of each of tokens [rows], from the index. The m tokens of the batch lie row after row.
 
     Raises ValueError unless all rows have the same number of tokens.
     """
@@ -82,15 +81,15 @@ def _of_this_forward(index: Tensor, count: int) -> Tensor:
     if scope is None or scope.cached is None:
         if count != t:
             raise ValueError(
-                f"x: expected {t} tokens a row, as in the index of tasks, got {count}; give an index [b, {count}], or [b] for "
-                "one task a row. Steps after the index need a cache in the model's own forward"
+                f"x: expected {t} tokens per row, as in the index of tasks, got {count}; give an index [b, {count}], or [b] "
+                "for one task per row. Steps after the index need a cache in the model's own forward"
             )
         return index
     past, own = scope.cached
     if count != own:
         raise ValueError(
-            f"x: expected the {own} tokens a row that the model was called with, got {count}: an index a token does not say "
-            "which these are; give an index [b] of one task a row, or do not adapt this layer"
+            f"x: expected the {own} tokens per row that the model was called with, got {count}: an index per token does not "
+            "say which these are; give an index [b] of one task per row, or do not adapt this layer"
         )
     if isinstance(past, Tensor):
         return index[:, (torch.arange(count, device=past.device) + past).clamp(max=t - 1).to(index.device)]
@@ -110,8 +109,8 @@ def index_for(mixture: Mixture, x: Tensor) -> Tensor:
         return index
     if x.dim() != 3 or x.shape[0] != index.shape[0]:
         raise ValueError(
-            f"x: expected shape [{index.shape[0]}, tokens, k] for an index [{index.shape[0]}, {index.shape[1]}] of a task a "
-            f"token, got {tuple(x.shape)}; give an index [b] of one task a row, or do not adapt this layer"
+            f"x: expected shape [{index.shape[0]}, tokens, k] for an index [{index.shape[0]}, {index.shape[1]}] of a task per "
+            f"token, got {tuple(x.shape)}; give an index [b] of one task per row, or do not adapt this layer"
         )
     return _of_this_forward(index, x.shape[1])
 
@@ -132,7 +131,7 @@ def call_mixed(
     Raises ValueError if x's first dimension is not b, or if a process has fewer rows.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
-        raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
+        raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one per adapter name, got shape {tuple(x.shape)}")
     if is_dtensor(x):
         return _call_in_part(x, *base, A, B, cores, index, call)
     if isinstance(base, tuple):

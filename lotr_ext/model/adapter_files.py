@@ -1,7 +1,7 @@
 """An adapter on disk: one directory with a JSON file and a safetensors file, replaced atomically.
 
     lotr_adapter.json                   format version, configuration, layers, tensors, the other file's name and checksum
-    lotr_adapter.<digits>.safetensors   the tensors, under a unique name: 16 random digits
+    lotr_adapter.<digits>.safetensors   the tensors, under a unique name: 16 random hexadecimal digits
 
 A save writes the tensors first, then the JSON under a temporary name, and renames it over the old one. This rename is atomic: a
 process killed before it leaves the old adapter, one killed after it the new one. Of several saves, the last rename wins. If the

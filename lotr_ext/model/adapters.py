@@ -210,7 +210,8 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     expert. Differentiable; cores that require grad get gradients, parked ones by default do not.
 
     Raises:
-        TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
+        TypeError, ValueError: no names, an unknown adapter or task, one with other factors, or magnitudes. RuntimeError: as
+            `set_adapter`,
             or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
             len(names), or in experts no multiple of it; for an index [b, t] one with another number of tokens.
     """

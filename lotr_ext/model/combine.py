@@ -75,7 +75,7 @@ def combine(
     Raises:
         TypeError, ValueError: as `add_adapter`; no such adapter; no or no finite weights; an unknown method or density; another
             method than "linear" for adapters with different factors or with rank; a rank above that of the exact sum, or with
-            group_by="width"; modules_to_save that differ. RuntimeError: as `add_adapter`. Nothing is changed then.
+            group_by="width"; modules_to_save that differ; magnitudes. RuntimeError: as `add_adapter`. Nothing is changed then.
     """
     parked = parked_of(model, "combine")
     rule, weights = Rule(method, density, seed), check_weights("adapters", adapters)

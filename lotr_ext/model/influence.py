@@ -77,7 +77,7 @@ def influence(
     Raises:
         TypeError, ValueError, RuntimeError: no adapter, a merged one, or one held in parts; train or query that are no
             batches, are shuffled, have no example, or can be read only once; a loss that is no scalar, does not depend on any
-            core, or has gradients that are not finite. Warns about a loss that is a mean, where this is visible.
+            core, or has gradients that are not finite; magnitudes. Warns about a loss that is a mean, where this is visible.
     """
     model = unwrapped(model)
     layers = _checked(model, loss, damping, curvature)

@@ -141,8 +141,8 @@ def per_example(model: nn.Module, *, batch: int | None = None, norms_only: bool 
         gradients["layers.0.q_proj"]        # [batch, r_in, r_out]
 
     The loss must be a sum over the examples. A mean over b examples gives gradients divided by b, and one over tokens mixes the
-    examples' lengths in. Forward and backward run inside the context. All other gradients are as without it. What is kept is
-    batch r_in r_out numbers a layer, and nothing of the weights' size.
+    examples' lengths in. Forward and backward run inside the context. All other gradients are as without it. It stores
+    batch r_in r_out numbers per layer, and nothing of the weights' size.
 
     Args:
         model: a model from `apply_lotr` or built by hand, whose cores require grad. DistributedDataParallel is unwrapped: each
@@ -152,8 +152,8 @@ def per_example(model: nn.Module, *, batch: int | None = None, norms_only: bool 
         norms_only: keep only the norms.
 
     Raises:
-        TypeError: model is no nn.Module, or batch no int. ValueError: batch is below 1, or a core is frozen. RuntimeError: no
-            adapter, a merged one, or a call inside torch.compile.
+        TypeError: model is no nn.Module, or batch no int. ValueError: batch is below 1, a core is frozen, or an adapter has
+            magnitudes. RuntimeError: no adapter, a merged one, or a call inside torch.compile.
     """
     layers = layers_of(model, "per_example")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):

@@ -130,7 +130,7 @@ class PipelineStages(nn.ModuleList):
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Sums the gradients of each factor's replicas, in one all-reduce over the group for all factors. Every process must
-        call it once a step: after the schedule's last micro-batch, before `clip_grad_norm_` and the optimizer."""
+        call it once per step: after the schedule's last micro-batch, before `clip_grad_norm_` and the optimizer."""
         wide = max((accumulate_dtype(one.dtype) for one in self._summed.values()), key=lambda t: t.itemsize, default=None)
         if wide is None:
             return

@@ -54,8 +54,8 @@ class TaskBank(nn.Module):
     before such a change raises, as after any in-place write.
 
     Raises:
-        TypeError: tasks is no int. ValueError: fewer than one. RuntimeError: no adapter, layers built by hand, or a
-            bank that exists already.
+        TypeError: tasks is no int. ValueError: fewer than one, or an adapter with magnitudes. RuntimeError: no adapter, layers
+            built by hand, or a bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):

@@ -1,4 +1,7 @@
-"""The operators of lotr_ext, the planner that chooses among them, and their formulas in torch's own products."""
+"""The operators of lotr_ext, the planner that chooses among them, and their formulas in torch's own products.
+
+An operator raises RuntimeError, `lotr::<operator>: <argument>: expected .., got ..`, before it writes anything.
+"""
 
 from .layer import UNFOLDED, layer_backward, layer_forward, scale_backward, shrink_backward
 from .library import accumulate_dtype

@@ -57,8 +57,8 @@ def row_norms(
 ) -> Tensor:
     """c_n = |W_n + F_n A^T| [n] in WA's dtype, from |W_n|^2 [n] and W A [n, r_in]. Rows of zeros have the smallest number.
 
-    matrix: returns W [n, k], for rows whose two parts nearly cancel: a difference of squares has lost their digits, so these
-    few rows are measured themselves. It takes a look at values. Without it c_n is at least |W_n| times the root of a rounding.
+    matrix: returns W [n, k]. With it, rows whose two parts nearly cancel are computed from W itself, because the difference of
+    squares loses their digits; this reads values on the host. Without it, c_n is at least |W_n| sqrt(eps).
     """
     A, F = A.to(WA.device, WA.dtype), fold(B, core, scaling, WA.dtype).to(WA.device)
     squares = square + (torch.addmm(WA, F, A.t() @ A, beta=2) * F).sum(-1)
@@ -124,9 +124,8 @@ def expand_backward(
 def _is_unfolded(t: Tensor) -> bool:
     """Whether t (u or g, [m, ..]) is multiplied with the core, which is then not folded into B: for few tokens, and for
     float16, where F may overflow."""
-    known = not is_compiling() and isinstance(
-        t.shape[0], int
-    )  # comparing a traced size would add a guard to the compiled graph
+    # comparing a traced size would add a guard to the compiled graph
+    known = not is_compiling() and isinstance(t.shape[0], int)
     return t.dtype == torch.float16 or (known and t.shape[0] < planner.FEW_TOKENS)
 
 

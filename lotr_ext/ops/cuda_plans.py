@@ -1,4 +1,4 @@
-"""How the CUDA kernels cut their problems into blocks: their plans, listed, and forced for benchmarks and bisecting.
+"""Lists and forces the plans of the CUDA kernels: how a kernel divides its problem into blocks.
 
 csrc/cuda/plans.h chooses a plan, unless a rule names another: for KERNELS by an estimate of time among candidates, for the
 other kernels by a formula. A rule is an operator and words NAME=NUMBER: "factor_grad wgmma=0", "shrink M=8192 r=16
@@ -21,8 +21,8 @@ from .planner import Plan
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")  # those with candidates
 MOST_FUSED_Q = 16  # ranks; beyond them gemm_lotr's backward leaves Q to factor_grad: csrc/cuda/gemm_lotr.h
 MOST_SHRINK_GRAD = 64  # ranks; beyond them shrink_grad is shrink and factor_grad: csrc/cuda/launchers.h
-# Cards to plan for where they are not: multiprocessors, bytes of shared memory of one, MHz, MB/s of memory, early launches,
-# wgmma.
+# GPUs whose plans can be listed without one: SMs, bytes of shared memory per SM, MHz, MB/s of memory, whether launches may be
+# early, whether wgmma runs.
 CARDS = {
     "h100": (132, 233472, 1755, 3352320, 1, 1),
     "a100": (108, 167936, 1410, 2039040, 0, 0),
@@ -54,7 +54,8 @@ def launches(
 ) -> list[Launch]:
     """The launches with plans of one layer's call; step: with its backward.
 
-    cores: among which each row has its own, 0 for one core of all rows. scaled: whether y's columns have magnitudes.
+    cores: the number of cores from which each row takes one; 0: all rows have the same. scaled: whether y's columns have
+    magnitudes.
     """
     m, onto = tokens, plan.strategy == "two_pass"
     if plan.strategy == "fused":

@@ -99,7 +99,7 @@ def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
     if index is not None and index.shape[0] != rows:
         raise ValueError(f"index: expected {rows} rows, as {'u' if tokens is None else 'tokens'} has, got {index.shape[0]}")
     if offs is not None and offs.shape[0] != cores.shape[0]:
-        raise ValueError(f"offs: expected one end a core, {cores.shape[0]}, got {offs.shape[0]}")
+        raise ValueError(f"offs: expected one end per core, {cores.shape[0]}, got {offs.shape[0]}")
 
 
 @shapes("row_core")

@@ -299,7 +299,7 @@ def test_dropout_is_drawn_once_a_token_and_copies_stand_alone():
 BAD = {
     "offs that do not ascend": ({"offs": [10, 9, 130, 201, 260]}, ValueError, r"offs: expected ascending ends in \[0, 260\]"),
     "offs beyond the rows": ({"offs": [10, 10, 130, 201, 261]}, ValueError, r"offs: expected ascending ends in \[0, 260\]"),
-    "other offs": ({"offs": [10, 10, 260]}, ValueError, r"offs: expected one end an expert, shape \(5,\), got \(3,\)"),
+    "other offs": ({"offs": [10, 10, 260]}, ValueError, r"offs: expected one end per expert, shape \(5,\), got \(3,\)"),
     "offs of int64": ({"offs": OFFS.long()}, TypeError, r"offs: expected a tensor of torch\.int32, got torch\.int64"),
     "tokens of int32": ({"tokens": torch.zeros(260, dtype=torch.int32)}, TypeError, "tokens: expected a tensor of torch.int64"),
     "a token too many": ({"tokens": torch.full((260,), 150)}, ValueError, r"tokens: expected rows of x in \[0, 150\), got 150"),

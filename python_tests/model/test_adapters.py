@@ -312,7 +312,7 @@ def test_bad_input() -> None:
             "core_index: expected an int64 tensor, got torch.float32",
             lambda: linear(torch.zeros(4, 2, 2), torch.zeros(3)),
         ),
-        (ValueError, r"a row, or a token, of x \(3, 5\)", lambda: linear(torch.zeros(4, 2, 2), torch.zeros(2).long())),
+        (ValueError, r"per row or per token of x \(3, 5\)", lambda: linear(torch.zeros(4, 2, 2), torch.zeros(2).long())),
         (ValueError, r"indices in \[-1, 4\), got 0 to 4", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, 4, 1]))),
         (ValueError, r"indices in \[-1, 4\), got -2 to 1", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, -2, 1]))),
     ]
@@ -322,6 +322,6 @@ def test_bad_input() -> None:
             call()
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    with mixed(model, ["default"] * 3), pytest.raises(ValueError, match="a batch of 3 rows, one an adapter name, got shape"):
+    with mixed(model, ["default"] * 3), pytest.raises(ValueError, match="a batch of 3 rows, one per adapter name, got shape"):
         model(IDS)
     assert NOW.any is None

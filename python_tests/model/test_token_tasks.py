@@ -309,7 +309,7 @@ def test_layers_with_other_tokens_are_refused(which: str) -> None:
     shape = {
         "pool": r"\[2, tokens, k\] .* got \(2, 4\)",
         "flat": r"\[2, tokens, k\] .* got \(6, 4\)",
-        "cut": "3 tokens a row.*got 2",
+        "cut": "3 tokens per row.*got 2",
     }
     shape["more"] = r"got \(2, 1, 3, 4\)"
     with mixed(model, torch.zeros(2, 3, dtype=torch.int64)), pytest.raises(ValueError, match=f"x: expected .*{shape[which]}"):
@@ -325,11 +325,11 @@ def test_bad_input() -> None:
         (ValueError, r"got shape \(3, 0\)", lambda: run(INDEX[:, :0])),
         (ValueError, r"expected tasks in \[-1, 3\), got -1 to 3", lambda: run(INDEX.masked_fill(INDEX == 2, 3))),
         (ValueError, r"x: expected shape \[2, tokens, k\].*got \(3, 7, 32\)", lambda: run(INDEX[:2])),
-        (ValueError, "x: expected 6 tokens a row, as in the index of tasks, got 7", lambda: run(INDEX[:, :6])),
-        (ValueError, "x: expected 7 tokens a row, as in the index of tasks, got 8", lambda: run(INDEX, PROMPTS)),
+        (ValueError, "x: expected 6 tokens per row, as in the index of tasks, got 7", lambda: run(INDEX[:, :6])),
+        (ValueError, "x: expected 7 tokens per row, as in the index of tasks, got 8", lambda: run(INDEX, PROMPTS)),
         (TypeError, "core_index: expected an int64 tensor, got torch.int32", lambda: linear(INDEX.int())),
-        (ValueError, r"a token, of x \(3, 7, 5\), got shape \(3, 6\)", lambda: linear(INDEX[:, :6])),
-        (ValueError, r"a token, of x \(3, 7, 5\), got shape \(3, 7, 1\)", lambda: linear(INDEX[..., None])),
+        (ValueError, r"per token of x \(3, 7, 5\), got shape \(3, 6\)", lambda: linear(INDEX[:, :6])),
+        (ValueError, r"per token of x \(3, 7, 5\), got shape \(3, 7, 1\)", lambda: linear(INDEX[..., None])),
         (ValueError, r"core_index: expected indices in \[-1, 2\), got -1 to 2", lambda: linear(INDEX, tasks=2)),
         (TypeError, "input_ids: expected a tensor of integers, got torch.float32", lambda: activated(IDS.float(), 0, [1])),
         (ValueError, r"input_ids: expected shape \[b, t\], got \(7,\)", lambda: activated(IDS[0], 0, [1])),
@@ -353,7 +353,7 @@ def test_bad_input() -> None:
             call()
     with torch.no_grad(), mixed(model, INDEX):  # layers on which the cache's tokens are not those of the model
         model.model.layers[0].mlp.gate_proj.register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))
-        with pytest.raises(ValueError, match="x: expected the 7 tokens a row that the model was called with, got 1"):
+        with pytest.raises(ValueError, match="x: expected the 7 tokens per row that the model was called with, got 1"):
             model(IDS, past_key_values=cache)
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match=r"an encoder and a decoder, whose tokens differ, got shape \(3, 7\)"):

@@ -111,7 +111,7 @@ ERRORS = [
     (ValueError, r"tokens: expected rows of u in \[0, 4\), got 4 in row 1", {"index": [0, 1], "tokens": [0, 4]}),
     (ValueError, r"offs: expected ascending ends in \[0, 4\], got 2 after 3", {"offs": [3, 2]}),
     (ValueError, r"offs: expected ascending ends in \[0, 4\], got 5 after 3", {"offs": [3, 5]}),
-    (ValueError, "offs: expected one end a core, 2, got 3", {"offs": [1, 2, 4]}),
+    (ValueError, "offs: expected one end per core, 2, got 3", {"offs": [1, 2, 4]}),
 ]
 
 

@@ -68,7 +68,7 @@ class CoreSync:
 
     Raises:
         TypeError: an engine of another kind. ValueError: no http or https URL, a missing or short secret, or an adapter
-            that the engine cannot hold (experts, init "svd", modules_to_save). RuntimeError: no adapter.
+            that the engine cannot hold (experts, init "svd", magnitudes, modules_to_save). RuntimeError: no adapter.
     """
 
     def __init__(self, model: nn.Module, engine: Any, *, secret: str | None = None, timeout: float = 60.0):
