@@ -27,6 +27,18 @@ def write_(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+def _replace(target: Tensor, value: Tensor) -> Tensor:
+    """`write_`, which leaves the old value after an error or an interruption: Ctrl-C is raised when the copy has ended. Returns
+    a copy of the old value."""
+    before = target.detach().clone()
+    try:
+        write_(target, value)
+    except BaseException:
+        write_(target, before)
+        raise
+    return before
+
+
 def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = "") -> None:
     """Refuses a weight or bias that is computed in each forward, which would overwrite or ignore a merged value.
 
@@ -80,13 +92,16 @@ class Merges(nn.Module):
 
     def _write_merged(self, weight: Tensor, merged: Tensor, keep_backup: bool = True) -> None:
         """weight <- merged."""
+        before = _replace(weight, merged)
         if keep_backup and self.weight_backup is None:
-            self.weight_backup = weight.detach().clone()
-        write_(weight, merged)
+            self.weight_backup = before
         self.notice = MergeNotice()
 
     def _write_back(self, weight: Tensor, value: Tensor) -> None:
         """weight <- value, the weight before the merge."""
-        write_(weight, value)
+        if self.weight_backup is None:
+            _replace(weight, value)
+        else:  # after an interruption the backup is still there, and unmerging works again
+            write_(weight, value)
         self.weight_backup = None
         self.__dict__.pop("notice", None)  # the class attribute is None

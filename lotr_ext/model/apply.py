@@ -291,15 +291,17 @@ def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequa
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights.
+    """Removes the adapter from the weights of all merged layers. After an interruption, call it again for the rest.
 
     Raises:
         TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
     """
     layers = adapted_layers(model)
-    expect_merged(layers, True, "unmerge")
-    _check_unmergeable(layers)
-    for layer in layers.values():
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    if not merged:
+        expect_merged(layers, True, "unmerge")
+    _check_unmergeable(merged)
+    for layer in merged.values():
         layer.unmerge()
     return model
 

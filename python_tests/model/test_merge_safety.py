@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import prune
 from toys import IDS, REPARAMETRISED, adapted, assert_unchanged, no_warnings, snapshot
 
 from lotr_ext import LoTRLinear, add_adapter, merge, save_adapter, set_adapter, unload, unmerge
+from lotr_ext.layers import merging
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.model.loading import load_adapter
 
@@ -68,6 +70,41 @@ def test_what_leaves_the_weights_alone_leaves_the_backward_alone():
 
 
 # ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], write: int) -> None:
+    """call, with Ctrl-C during that write of a weight: Python raises it when the copy has ended."""
+    written, written_by = [], merging.write_
+
+    def stopped(target: Tensor, value: Tensor) -> None:
+        written_by(target, value)
+        written.append(target)
+        if len(written) == write:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(merging, "write_", stopped)
+        call()
+
+
+@pytest.mark.parametrize("write", [1, 3])
+def test_an_interrupted_merge_merges_nothing(write: int, monkeypatch) -> None:
+    model = adapted()
+    before = snapshot(model)
+    interrupted(monkeypatch, lambda: merge(model), write)
+    assert_unchanged(model, before)
+    assert not any(layer.merged or layer.weight_backup is not None for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("keep_backup", [True, False])
+def test_an_interrupted_unmerge_is_finished_by_another(keep_backup: bool, monkeypatch) -> None:
+    model = adapted()
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge(model, keep_backup=keep_backup)
+    interrupted(monkeypatch, lambda: unmerge(model), 3)
+    unmerge(model)
+    got = model.state_dict()
+    assert all(torch.allclose(got[name], tensor, rtol=0, atol=1e-6 * (not keep_backup)) for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("kind", [*REPARAMETRISED, "pruned bias"])
