@@ -49,6 +49,12 @@ def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
     return LayerEntry(names if len(names) > 1 else names[0], *sizes, 1.0, 0.0, experts)
 
 
+def _in_order_of(saved: list[dict[str, Any]] | None, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers in the order of a loaded adapter's, if they are the same: the order in which its file has their cores."""
+    at = {str(layer.get("name")): i for i, layer in enumerate(saved or ()) if isinstance(layer, dict)}
+    return sorted(layers, key=lambda layer: at[layer["name"]]) if at.keys() == {layer["name"] for layer in layers} else layers
+
+
 def _keys_of(adapter_name: str) -> re.Pattern[str]:
     """A pattern that matches the names of an adapter's tensors in the model's state_dict, and no other names."""
     name = re.escape(adapter_name)
@@ -139,13 +145,15 @@ class LoTRPeftModel(BaseTuner):
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
         self._groups = {target.name: target.group for target in targets}
-        peft_config.layers = described_layers({target.name: _entry(target, config) for target in targets})
+        peft_config.layers = _in_order_of(
+            peft_config.layers, described_layers({target.name: _entry(target, config) for target in targets})
+        )
         self._parameters_found = [target for target in targets if target.parameter is not None]
         self._owners = set(self._groups.values())
         if config.group_by == "width":
             self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
         self._shared = shared_factors(self, config, targets)
-        self._cores = make_cores(config.to_lotr(), list(self._groups), "cpu")
+        self._cores = make_cores(config.to_lotr(), [layer["name"] for layer in peft_config.layers], "cpu")
         self._check_adapter_names(config)
 
     def _matching(self, config: LoTRPeftConfig, modules: dict[str, nn.Module]) -> list[str]:

@@ -14,7 +14,7 @@ All of them start at G = 0 with a nonzero gradient, so the model's function star
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,10 @@ class Cores(StaysWhole):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
 
     places: the places of the layers' cores, each once. rank: the factors' rank, r or (r_in, r_out).
+    rows: the tensors with a row for each of `places`, `layers` or `kinds`, and which of these.
     """
+
+    rows: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, places: Sequence[Hashable], rank: int | tuple[int, int]):
         super().__init__()
@@ -88,6 +91,17 @@ class Cores(StaysWhole):
         """The module that returns the core of one place, for a layer's `use_core`. Raises ValueError for an unknown place."""
         return CoreAt(self, self.index(place))
 
+    def in_order_of(self, places: Sequence[Hashable], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of Cores that were made for `places`, a permutation of this one's, with its rows in this one's order."""
+        of = {"places": list(places)}
+        if isinstance(self, LayersAndKinds):
+            of |= {name: list(dict.fromkeys(place[i] for place in places)) for i, name in enumerate(("layers", "kinds"))}
+        found = dict(state)
+        for key, name in self.rows:
+            if key in found and len(found[key]) == len(of[name]):  # tied numbers have one row
+                found[key] = found[key][[of[name].index(one) for one in getattr(self, name)]]
+        return found
+
     def begin_as_identity(self) -> None:
         """Sets G = I, for core_init="identity". Raises ValueError if the form cannot represent it."""
         raise ValueError(f'core_init: expected "zero" with {type(self).__name__}, got "identity"')
@@ -103,6 +117,8 @@ class Cores(StaysWhole):
 
 class LayersAndKinds(Cores):
     """Cores of a grid: the layers times the kinds that occur in places, [(layer, kind), ..]."""
+
+    rows = (("layer", "layers"), ("kind", "kinds"))
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
@@ -122,6 +138,8 @@ class LayersAndKinds(Cores):
 
 class DiagonalCores(Cores):
     """G_p = diag(d[p]): r numbers per layer. State: `diagonal` [places, r]."""
+
+    rows = (("diagonal", "places"),)
 
     def __init__(self, places: Sequence[Hashable], rank: int):
         super().__init__(places, rank)
@@ -160,6 +178,8 @@ class TuckerCores(Cores):
 
     slices: how many C[j], r_in by default. State: `weights` [places, slices], `slices` [slices, r_in, r_out].
     """
+
+    rows = (("weights", "places"),)
 
     def __init__(self, places: Sequence[Hashable], rank: int | tuple[int, int], slices: int | None = None):
         super().__init__(places, rank)
@@ -208,6 +228,7 @@ class FewCores(Cores):
     numbers], and the buffer `random` [numbers, r_in, r_out].
     """
 
+    rows = (("numbers", "places"),)
     random: Tensor
 
     def __init__(

@@ -256,13 +256,17 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
 
 @contextmanager
 def in_use(model: Model, name: str) -> Iterator[Model]:
-    """Inside the context the adapter `name` is the active one. Raises as `set_adapter`."""
-    before = active_adapter(model)
+    """Inside the context the adapter `name` is the active one. Afterwards the parameters of the one before have their gradients
+    and their requires_grad again. Raises as `set_adapter`."""
+    before, layers = active_adapter(model), adapted_layers(model).values()
+    kept = {p: (p.requires_grad, p.grad) for layer in layers for p in layer.adapter_parameters()} if name != before else {}
     set_adapter(model, name)
     try:
         yield model
     finally:
         set_adapter(model, before)
+        for parameter, (requires_grad, grad) in kept.items():
+            parameter.requires_grad_(requires_grad).grad = grad
 
 
 def rename_active(model: nn.Module, name: str) -> None:
@@ -276,11 +280,16 @@ def rename_active(model: nn.Module, name: str) -> None:
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def _check_new_name(parked: ParkedAdapters, name: object) -> None:
+def check_name(name: object) -> None:
+    """Raises TypeError or ValueError for a name that no adapter can have."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__} {name!r}")
     if not can_be_child(name, ParkedAdapters):
         raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
+
+
+def _check_new_name(parked: ParkedAdapters, name: object) -> None:
+    check_name(name)
     if name == parked.active or name in parked:
         raise ValueError(f"name: expected a new name, got {name!r}, which exists")
 

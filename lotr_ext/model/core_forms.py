@@ -41,6 +41,8 @@ def make_cores(
         raise ValueError(f"rank: expected one at which cores can be made, got {config.rank} ({error})") from None
     if not isinstance(cores, Cores):
         raise TypeError(f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}")
+    if any(parameter.is_meta for parameter in cores.parameters()):  # also by PEFT, which fills them from a file
+        device = "meta"
     if config.core_init == "identity":
         cores.begin_as_identity()
     with torch.no_grad():

@@ -28,6 +28,7 @@ from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import warn_of_another_base
+from .names import place_of
 from .peft_files import read_either
 from .pipeline import PipelineStages, expect_whole_model, part_of
 from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
@@ -84,6 +85,8 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     expect_whole_model(model, "load_adapter")
+    if name is not None:
+        adapters.check_name(name)
     target, stages = unwrapped(model), model if isinstance(model, PipelineStages) else None
     together = stages is not None or holds_parts(target)
     manifest, tensors = agreed("load_adapter", lambda: read_either(checked_path(directory)), together=together)
@@ -101,7 +104,9 @@ def load_adapter(
             agreed("load_adapter", lambda: _fill_adapted(target, manifest, tensors, cast), together=together)
     else:
         tensors = _fitted(target, manifest, tensors)
-        _install(target, manifest.config, *_check_plain(target, manifest, tensors, cast))
+        selection, cores = _check_plain(target, manifest, tensors, cast)
+        _install(target, manifest.config, selection, cores)
+        tensors = _in_order_of(cores, manifest, tensors)
         with whole(model, adapter_slots(target), write=True):
             _fill(target, manifest, tensors)
     if name is not None:
@@ -170,7 +175,18 @@ def _load_parked(
 def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the form that the model's parametrizations need."""
     layers = layers_in(model)
+    tensors = _in_order_of(getattr(model, CORES, None), manifest, tensors)
     return fitted_to_parametrizations(layers, module_prefixes(model, layers), manifest, tensors)
+
+
+def _in_order_of(cores: object, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of the file's Cores in the order of the model's layers. The file has them in its own order, and
+    another version of a model's class may define its layers in another one."""
+    places = [place_of(name) for name in manifest.layers]
+    if not isinstance(cores, Cores) or cores.places == places or set(cores.places) != set(places):
+        return tensors
+    state = {key.removeprefix(f"{CORES}."): t for key, t in tensors.items() if key.startswith(f"{CORES}.")}
+    return tensors | {f"{CORES}.{key}": t for key, t in cores.in_order_of(places, state).items()}
 
 
 def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
@@ -192,7 +208,8 @@ def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast
     for key, want in expected.items():
         got = tensors[key]
         if want.shape != got.shape or (want.dtype != got.dtype and not cast):
-            raise ValueError(f"{key}: expected {describe(want)} as in the model, got {describe(got)} in the adapter")
+            advice = "; give cast=True" if want.shape == got.shape else ""
+            raise ValueError(f"{key}: expected {describe(want)} as in the model, got {describe(got)} in the adapter{advice}")
 
 
 def _expected(

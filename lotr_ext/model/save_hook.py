@@ -21,6 +21,7 @@ from ..layers.layer import LoTRLayer
 from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
 from . import adapters
+from .adapted import expect_merged, layers_in
 from .saved import adapter_slots
 from .saving import contents, save_adapter
 from .stages import is_of_sentence_transformers
@@ -76,6 +77,8 @@ class SavePretrained:
                 "model.push_to_hub(...), which uploads it"
             )
         state = settings.get("state_dict")
+        if state is None:  # before transformers writes its first file
+            expect_merged(layers_in(model), False, "save_pretrained")
         state = None if state is None else dict(state)  # a copy: transformers removes entries from it
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):

@@ -7,7 +7,9 @@ and the parameters and buffers of modules_to_save. Format and writing: `adapter_
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -146,5 +148,12 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    known = config if isinstance(config, LoTRConfig) else None
-    return Manifest(known, entries, tuple(saved), fingerprint(layers)), tensors
+    return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers)), tensors
+
+
+def _as_it_is(config: object, held: Iterable[tuple[LoTRFactors, Tensor, Tensor | None, float, float]]) -> LoTRConfig | None:
+    """config with the dtype that the adapter has now, which `model.to(dtype)` changes; None for a model built by hand."""
+    if not isinstance(config, LoTRConfig):
+        return None
+    dtypes = {t.dtype for factors, core, *_ in held for t in (factors.A, factors.B, core)}
+    return replace(config, adapter_dtype=dtypes.pop()) if len(dtypes) == 1 else config

@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft_toys import FEWER_NUMBERS, base, close, config, loaded, peft, randomize, trained, tuned
+from torch import nn
 from toys import IDS, assert_unchanged, snapshot
 
-from lotr_ext import cores
+from lotr_ext import LoTRConfig, apply_lotr, cores, load_adapter, save_adapter
 from nets import OpCounter
+
+
+def in_another_order(model: nn.Module) -> nn.Module:
+    """The model with the children of its blocks defined in the opposite order."""
+    for block in model.blocks:
+        block._modules = dict(reversed(block._modules.items()))
+    return model
 
 
 def test_by_width_siblings_share_u(monkeypatch, two_nodes) -> None:
@@ -37,6 +45,30 @@ def test_saved_loaded_merged_switched_and_deleted(settings: dict, tmp_path: Path
     assert torch.equal(model(IDS), want)
     model.delete_adapter("other")
     assert list(model.base_model.lotr_cores) == ["default"] * ("core" in settings) and torch.equal(model(IDS), want)
+
+
+@pytest.mark.parametrize("core", cores.FORMS)
+def test_loaded_onto_a_model_that_defines_its_layers_in_another_order(core: str, tmp_path: Path) -> None:
+    model = tuned(core=core, target_modules=["q", "k", "up"])
+    want = model(IDS).detach()
+    model.save_pretrained(tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(in_another_order(base()), tmp_path / "peft").eval()
+    assert close(again(IDS), want)
+    again.save_pretrained(tmp_path / "again")
+    for folder in ("peft", "again"):
+        assert close(loaded(tmp_path / folder)(IDS), want)
+        save_adapter(load_adapter(in_another_order(base()), tmp_path / folder), tmp_path / "lotr")
+        onto_adapted = apply_lotr(base(), LoTRConfig(rank=4, core=core, target_modules=["q", "k", "up"]))
+        for plain in (base(), in_another_order(base()), onto_adapted):
+            assert close(load_adapter(plain, tmp_path / "lotr").eval()(IDS), want)
+
+
+@pytest.mark.parametrize("settings", FEWER_NUMBERS, ids=str)
+def test_loaded_with_low_cpu_mem_usage(settings: dict, tmp_path: Path) -> None:
+    model = tuned(**settings)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def test_half_precision_gets_float32_cores() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
-from toys import IDS, randomize, toy
+from toys import IDS, assert_unchanged, randomize, snapshot, toy
 
 import lotr_ext
 from lotr_ext import (
@@ -136,6 +137,31 @@ def test_saved_and_loaded_by_name(shared: bool, tmp_path) -> None:
     set_adapter(fresh, "fr")
     load_adapter(fresh, tmp_path / "default", name="default")  # again, into the one that is there
     assert torch.equal(outputs(fresh)["default"], want["default"])
+
+
+def test_loading_another_adapter_leaves_what_is_trained_and_its_gradients(tmp_path) -> None:
+    model = model_with(shared=False)
+    save_adapter(model, tmp_path)
+    model.lotr_factors.requires_grad_(False)
+    model(IDS).sum().backward()
+    before = {name: (p.requires_grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+    for name in ("fr", "new"):
+        with pytest.raises(ValueError, match="expected") if name == "fr" else contextlib.nullcontext():
+            load_adapter(model, tmp_path, name=name)
+        for key, (requires_grad, grad) in before.items():
+            parameter = model.get_parameter(key)
+            assert parameter.requires_grad == requires_grad and (parameter.grad is None) == (grad is None), key
+            assert grad is None or torch.equal(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "active", 3])
+def test_a_plain_model_is_not_adapted_under_a_name_that_cannot_be(name: object, tmp_path) -> None:
+    save_adapter(model_with(shared=False), tmp_path)
+    model = toy()
+    before = snapshot(model)
+    with pytest.raises((TypeError, ValueError), match="name: expected"):
+        load_adapter(model, tmp_path, name=name)
+    assert_unchanged(model, before)
 
 
 def test_a_failed_load_adds_nothing(tmp_path) -> None:

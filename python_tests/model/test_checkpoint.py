@@ -72,6 +72,18 @@ def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
     merge(fresh), unmerge(fresh), unload(fresh, merge=True)
 
 
+@pytest.mark.parametrize("settings", [{}, {"group_by": "width", "core": "cp"}, {"magnitude": True}], ids=str)
+def test_an_adapter_in_another_dtype_than_it_was_made_in_loads(settings: dict, tmp_path: Path) -> None:
+    model = trained(modules_to_save=["head"], **settings).bfloat16()
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(toy().eval().bfloat16(), tmp_path)
+    assert torch.equal(fresh(IDS), model(IDS)) and fresh.blocks[0].q.core.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"got bfloat16.* in the adapter; give cast=True"):
+        load_adapter(onto := adapted(modules_to_save=["head"], **settings).eval(), tmp_path)
+    load_adapter(onto, tmp_path, cast=True)
+    assert torch.equal(onto.blocks[0].q.factors.A.bfloat16(), model.blocks[0].q.factors.A)
+
+
 FIRST_FIELDS = {
     *("rank", "alpha", "rslora", "scaling", "dropout", "target_modules", "exclude_modules", "modules_to_save"),
     *("group_by", "init", "train", "adapter_dtype", "core_init"),
