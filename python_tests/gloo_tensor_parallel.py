@@ -270,9 +270,10 @@ def told(rank: int, folder: Path) -> dict:
 
 
 def dropout(rank: int, folder: Path) -> dict:
-    """The mean over many masks is the output without; the processes have the same masks."""
+    """The mean over many masks is the output without, also of a second layer while the first one's graph is alive; the
+    processes have the same masks; a second call on the same x has another one."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    alone, cut = pair(mesh, settings={"dropout": 0.5}, layers=1)
+    alone, cut = pair(mesh, settings={"dropout": 0.5})
     torch.manual_seed(rank)  # the seeds of masks are rank 0's
     layer, single, x = cut.blocks[0].down, alone.blocks[0].down, torch.ones(4, HIDDEN, dtype=torch.float64)
     local = x.chunk(dist.get_world_size(), -1)[rank]
@@ -282,7 +283,17 @@ def dropout(rank: int, folder: Path) -> dict:
     alike = [torch.empty_like(drawn[0]) for _ in range(dist.get_world_size())]
     dist.all_gather(alike, drawn[0])
     up = [torch.equal(a, alike[0]) for a in alike]
-    return {"spread": spread, "off": off, "alike": all(up)}
+    y, later = layer(local), cut.blocks[1].down
+    again = [later(-3 * local).detach() for _ in range(400)]
+    off_later = (torch.stack(again).mean(0) - alone.blocks[1].down.eval()(-3 * x).detach()).abs().max().item()
+    return {
+        "spread": spread,
+        "off": off,
+        "spread later": torch.stack(again).std(0).max().item(),
+        "off later": off_later,
+        "alike": all(up),
+        "drawn again": not torch.equal(y, layer(local)),
+    }
 
 
 def files(rank: int, folder: Path) -> dict:

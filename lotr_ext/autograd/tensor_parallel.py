@@ -257,12 +257,15 @@ def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, c
 
 
 class _Newest(threading.local):
-    """A thread's newest local input, the tensor that it aliases, and the same with dropout."""
+    """A thread's newest local input, the tensor that it aliases, and the same with dropout p, which some layers (users) have
+    read."""
 
     input: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    dropped: Callable[[], Tensor | None] = staticmethod(lambda: None)
     root: Callable[[], Tensor | None] = staticmethod(lambda: None)
     key: tuple | None = None
+    dropped: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    p = 0.0
+    users: frozenset[int] = frozenset()
 
 
 _newest = _Newest()
@@ -285,15 +288,18 @@ def _local_input(x: DTensor, gradient: Sequence[Placement]) -> Tensor:
     if before is not None and _newest.root() is root and _newest.key == key:
         return before
     _newest.input, _newest.root, _newest.key = weakref.ref(local), weakref.ref(root), key
+    _newest.dropped = lambda: None  # of the input before
     return local
 
 
-def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
-    """drop(x) with this process's columns of the mask of the whole x [.., columns]; siblings share the mask."""
+def _dropped(x: Tensor, cut: Cut, p: float, columns: int, user: object) -> Tensor:
+    """drop(x) for a layer (user) with this process's columns of the mask of the whole x [.., columns]. Siblings share the mask;
+    a second call of a layer draws a new one."""
     import torch.distributed as dist
 
     before = _newest.dropped()
-    if _newest.input() is x and before is not None and before.shape == x.shape:
+    if _newest.input() is x and before is not None and _newest.p == p and id(user) not in _newest.users:
+        _newest.users |= {id(user)}
         return before
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     if cut.axis is not None:
@@ -302,7 +308,7 @@ def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
     if cut.axis is not None and cut.dim == 1:
         mask = mask[:, cut.start : cut.stop]
     dropped = x * mask.reshape(x.shape)
-    _newest.dropped = weakref.ref(dropped)
+    _newest.dropped, _newest.p, _newest.users = weakref.ref(dropped), p, frozenset({id(user)})
     return dropped
 
 
@@ -371,7 +377,7 @@ def call_cut(
         y = y + nothing.to(y.dtype)
     elif call.p:
         p, call.p = call.p, 0.0
-        y = add(_dropped(x_, cut, p, x.shape[-1]), base_linear(x_, weight_, bias_, call.dtype), A_, B_, call)
+        y = add(_dropped(x_, cut, p, x.shape[-1], call.owner), base_linear(x_, weight_, bias_, call.dtype), A_, B_, call)
     else:
         y = run(x_, weight_, bias_, A_, B_, call)
     size = torch.Size((*x.shape[:-1], len(weight)))

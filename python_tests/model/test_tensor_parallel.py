@@ -82,8 +82,9 @@ def test_siblings_share_u_on_local_tensors(found: dict) -> None:
 
 def test_processes_draw_one_dropout_mask(found: dict) -> None:
     for by_rank in found["dropout"]:
-        assert by_rank["alike"]
-        assert by_rank["off"] < 6 * by_rank["spread"] / 400**0.5
+        assert by_rank["alike"] and by_rank["drawn again"]
+        for of in ("", " later"):
+            assert 0 < by_rank[f"off{of}"] < 6 * by_rank[f"spread{of}"] / 400**0.5
 
 
 def test_files_and_merging(found: dict) -> None:
