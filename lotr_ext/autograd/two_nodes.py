@@ -47,7 +47,8 @@ class LoTRShrink(Node):
         ctx.set_materialize_grads(False)
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
-        ctx.call, ctx.input, ctx.view, ctx.A_cast, ctx.shape, ctx.device = call, shared_input, A, A_cast, x.shape, x.device
+        ctx.call, ctx.input, ctx.view, ctx.shape, ctx.device = call, shared_input, A, x.shape, x.device
+        ctx.A_cast = None if A_cast is A else A_cast  # not A itself: saved-tensor hooks may have kept an older value of it
         shared_input().node = weakref.ref(ctx)
         flat = x if x.dim() == 2 else rows(x)
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
@@ -86,7 +87,8 @@ class LoTRShrink(Node):
         if recorded(k):
             return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
         if A is not None:
-            A = ctx.A_cast if ctx.A_cast.device == k.device else ctx.A_cast.to(k.device)
+            A = A if ctx.A_cast is None else ctx.A_cast
+            A = A if A.device == k.device else A.to(k.device)
         dA = None
         if x is not None:
             x = x if x.dtype == k.dtype else x.to(k.dtype)
@@ -106,7 +108,7 @@ class LoTRShrink(Node):
             x, A, seed = ctx.saved_tensors
         except RuntimeError:  # freed, or changed: left to this node
             return None
-        A, view, there = ctx.A_cast, ctx.view, ctx.device
+        A, view, there = A if ctx.A_cast is None else ctx.A_cast, ctx.view, ctx.device
         A = A if A.device == there else A.to(there)
         return x, A, seed, call.group.A.accumulator(view if view.device == there else view.to(there)) if need_A else None
 

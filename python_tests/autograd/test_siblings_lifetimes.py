@@ -117,6 +117,22 @@ def test_save_on_cpu(net, x):
         assert truth.error(net) < CLOSE
 
 
+@pytest.mark.parametrize("part", ["A", "B", "core", "x"])
+def test_saved_copies_give_the_gradients_of_the_forward_after_a_change(net, part):
+    q, k, (A, B) = net.blocks[0].q, net.blocks[0].k, (net.factors.A, net.factors.B)
+    leaf = torch.randn(40, 24, requires_grad=True)
+    z, A_, B_, G, H = (t.detach().double().requires_grad_() for t in (leaf, A, B, q.core, k.core))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        x = leaf * 1
+        loss = q(x).square().sum() + k(x).square().sum()
+    with torch.no_grad():
+        {"A": A, "B": B, "core": q.core, "x": x}[part].mul_(2)
+    loss.backward()
+    sum(plain(layer, A_, B_, core, z).square().sum() for layer, core in ((q, G), (k, H))).backward()
+    for got, want in ((leaf, z), (A, A_), (B, B_), (q.core, G), (k.core, H)):
+        assert relative(got.grad, want.grad) < CLOSE
+
+
 def test_siblings_in_two_backwards(net):
     q, k = net.blocks[0].q, net.blocks[0].k
     for requires_grad in (True, False):
