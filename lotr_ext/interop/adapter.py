@@ -29,6 +29,8 @@ class LoTRAdapter:
     tensors: dict[str, Tensor]
     saved: dict[str, Tensor]
 
+    _tied = None  # as in Manifest
+
     @property
     def parameters(self) -> int:
         """The adapter's own parameters, without modules_to_save."""
@@ -50,7 +52,8 @@ class LoTRAdapter:
         """
         endings = self.config.modules_to_save or ()
         modules = {name: None for key in self.saved for name in modules_holding(key, endings)}
-        write(Path(directory), Manifest(self.config, self.layers, tuple(modules)), {**self.tensors, **self.saved})
+        manifest = Manifest(self.config, self.layers, tuple(modules), tied=self._tied)
+        write(Path(directory), manifest, {**self.tensors, **self.saved})
 
 
 def assembled(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Conversion(LoTRAdapter):
     errors: dict[str, float]
     group_errors: dict[str, float]
     lora_parameters: int
+
+    _tied: ClassVar[Mapping[str, str | None]] = {}  # PEFT's modules_to_save are copies
 
     @property
     def rank(self) -> int | tuple[int, int]:

@@ -37,7 +37,7 @@ from ..model.adapter_files import Manifest, serialized
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
-from ..model.saved import adapter_slots, saved_modules, saved_tensors
+from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties, without_ties
 from ..model.saving import unwrapped
 from ..ops import accumulate_dtype
 from .expert_lora import (
@@ -172,11 +172,12 @@ def export_lora(
         return adapter_slots(inner)
 
     def write() -> None:
-        entries, stacked, config = _as_lora(inner, experts)
+        saved, also = _beside(inner)
+        entries, stacked, config = _as_lora(inner, experts, also)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
             export = _Export(entries, stacked, experts, host, pad_rank)
-            _write(directory, export, saved_tensors(saved_modules(inner)), config)
+            _write(directory, export, saved, config)
 
     slots = agreed("export_lora", check, together=together)
     base = _base_model(base_model or loaded_from(inner))
@@ -184,8 +185,16 @@ def export_lora(
         agreed("export_lora", write, together=together)
 
 
-def _as_lora(model: nn.Module, form: str) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
-    """The adapted layers of a model, its experts, and their entries for adapter_config.json."""
+def _beside(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of modules_to_save, and of modules that share some of them: in PEFT each module has its own."""
+    saved = saved_tensors(saved_modules(model))
+    return without_ties(saved, ties(model, saved), model)
+
+
+def _as_lora(
+    model: nn.Module, form: str, also: list[str]
+) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
+    """The adapted layers of a model, its experts, and their entries for adapter_config.json. also: as from `_beside`."""
     layers, saved = adapted_layers(model), saved_modules(model)
     stacked = _stacked(layers, form)
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
@@ -194,7 +203,7 @@ def _as_lora(model: nn.Module, form: str) -> tuple[dict[str, LoRALayer], dict[st
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
         "target_modules": _exact_targets(layers, model) if layers else [],
-        "modules_to_save": _outermost(saved) or None,
+        "modules_to_save": _outermost({*saved, *also}) or None,
     }
     return entries, stacked, config
 
@@ -245,13 +254,14 @@ def lotr_to_lora(
     host = host_of(hosts, experts, None)
     manifest, tensors = read_either(Path(source))
     entries, stacked, saved = lora_of(manifest, tensors, experts)
+    saved, also = without_ties(saved, manifest.tied or {})
     config: dict[str, Any] = {
         "task_type": task_type,
         "base_model_name_or_path": _base_model(base_model),
         "lora_dropout": 0.0 if stacked else max(entry.dropout for entry in manifest.layers.values()),
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names
-        "modules_to_save": _outermost(manifest.modules_to_save) or None,
+        "modules_to_save": _outermost({*manifest.modules_to_save, *also}) or None,
     }
     _write(Path(directory), _Export(entries, stacked, experts, host, pad_rank), saved, config)
     return entries | stacked

@@ -75,12 +75,14 @@ class LayerEntry:
 @dataclass(frozen=True)
 class Manifest:
     """The content of the JSON file. config: None for a model that was built by hand. modules_to_save: full names. base: by
-    layer name, a fingerprint of the base weights of a few layers (`lotr_ext.model.fingerprint`)."""
+    layer name, a fingerprint of the base weights of a few layers (`lotr_ext.model.fingerprint`). tied: other names in the model
+    of tensors of modules_to_save, as from `saved.ties`; None if they are not known."""
 
     config: LoTRConfig | None
     layers: dict[str, LayerEntry]
     modules_to_save: tuple[str, ...]
     base: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str | None] | None = None
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -166,6 +168,7 @@ def write(
         "layers": {name: _written(entry) for name, entry in manifest.layers.items()},
         "modules_to_save": list(manifest.modules_to_save),
         "base_weights": dict(manifest.base),
+        **({} if manifest.tied is None else {"tied": dict(manifest.tied)}),
         "tensors_file": tensors_name,
         "tensors_sha256": digest,
         "tensors": _described(tensors),
@@ -332,7 +335,10 @@ def manifest_of(path: Path, content: Mapping[str, Any]) -> Manifest:
     base = _entry(path, {"base_weights": {}, **content}, "base_weights", dict)
     if not all(isinstance(value, str) for value in base.values()):
         raise ValueError(f"{path}: expected base_weights to be strings, got {base!r}")
-    return Manifest(config, layers, tuple(saved), base)
+    tied = None if content.get("tied") is None else _entry(path, content, "tied", dict)
+    if not all(of is None or isinstance(of, str) for of in (tied or {}).values()):
+        raise ValueError(f"{path}: expected tied to be names by name, got {tied!r}")
+    return Manifest(config, layers, tuple(saved), base, tied)
 
 
 def describe(tensor: Tensor) -> str:

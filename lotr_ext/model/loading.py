@@ -31,7 +31,7 @@ from .fingerprint import warn_of_another_base
 from .names import place_of
 from .peft_files import read_either
 from .pipeline import PipelineStages, expect_whole_model, part_of
-from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors, with_ties
 from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
 from .shared_factors import factors_by_part, width_names
 from .starts import set_start
@@ -252,6 +252,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
     own = {name: (layer.factors.A, layer.factors.B, layer.core, layer.magnitude) for name, layer in layers.items()}
     expected = _expected(manifest, own.__getitem__, tensors)
+    tensors = with_ties(model, saved, manifest, tensors)
     _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
     for names in _groups(manifest.layers).values():
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
@@ -316,7 +317,7 @@ def _check_plain(
     expected = _expected(manifest, like, tensors)
     if cores is not None:
         expected |= {f"{CORES}.{key}": t for key, t in cores.state_dict(keep_vars=True).items()}
-    _check_tensors(expected | saved_tensors(selection.saved), tensors, cast)
+    _check_tensors(expected | saved_tensors(selection.saved), with_ties(model, selection.saved, manifest, tensors), cast)
     return selection, cores
 
 

@@ -28,6 +28,7 @@ from .config import LoTRConfig
 from .core_forms import CORES, form_at, make_cores
 from .experts import parameter_name
 from .names import name_ends_with
+from .saved import without_ties
 
 __all__ = ["described_layers", "lotr_to_peft", "read_either"]
 
@@ -97,7 +98,7 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
         "modules_to_save": modules or None,
         "adapter_dtype": str(adapters[0].dtype).removeprefix("torch.") if adapters else "float32",
     }
-    manifest = manifest_of(path, {"config": config, "layers": layers, "modules_to_save": modules})
+    manifest = manifest_of(path, {"config": config, "layers": layers, "modules_to_save": modules, "tied": {}})
     if manifest.config.core in FORMS:
         tensors |= _made(manifest, tensors)
     check_shapes(manifest, tensors)
@@ -171,6 +172,8 @@ def lotr_to_peft(
     if len(same) > 1:
         raise ValueError(f"source: expected one scaling and dropout for all layers, got {sorted(same)}")
     (scaling, dropout), experts = same.pop(), [n for n, entry in manifest.layers.items() if entry.experts]
+    beside, also = _beside(manifest, tensors)
+    saved = sorted({*manifest.modules_to_save, *also})
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in SAME}
     linear = [name for name in manifest.layers if name not in experts]
     content = {
@@ -188,13 +191,10 @@ def lotr_to_peft(
         "init": config.init if config.init != "gradient" else "orthonormal",  # the values are in the file
         "target_modules": "|".join(map(re.escape, linear)) if linear else None,
         "target_parameters": [parameter_name(name) for name in experts] or None,
-        "modules_to_save": [
-            n for n in manifest.modules_to_save if not any(n.startswith(f"{o}.") for o in manifest.modules_to_save)
-        ]
-        or None,
+        "modules_to_save": [n for n in saved if not any(n.startswith(f"{other}.") for other in saved)] or None,
         "layers": described_layers(manifest.layers),
     }
-    stored = _stored(manifest, tensors)
+    stored = _stored(manifest, tensors) | {f"base_model.model.{key}": t for key, t in beside.items()}
     text = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     with folder(Path(directory)), together(Path(directory)):
         with placed(Path(directory), {TENSORS_NAME: serialized(stored), CONFIG_NAME: text}, apart=CONFIG_NAME):
@@ -211,5 +211,10 @@ def _stored(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         stored |= {f"base_model.model.{name}.lotr_adapter.core": tensors[f"{name}.core"] for name in manifest.layers}
     if manifest.config.magnitude:
         stored |= {f"base_model.model.{name}.lotr_adapter.magnitude": tensors[f"{name}.magnitude"] for name in manifest.layers}
+    return stored
+
+
+def _beside(manifest: Manifest, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`without_ties` of the file's modules_to_save."""
     saved = tuple(f"{name}." for name in manifest.modules_to_save)
-    return stored | {f"base_model.model.{key}": t for key, t in tensors.items() if saved and key.startswith(saved)}
+    return without_ties({key: t for key, t in tensors.items() if saved and key.startswith(saved)}, manifest.tied or {})

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..autograd.bank import core_form_of
 from ..layers.cores import FORMS, CoreAt, Cores
-from ..layers.factors import LoTRFactor, LoTRFactors
+from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
-from ..layers.sharded import Slot, named_modules
+from ..layers.sharded import Slot, holds_parts, named_modules
 from .adapter_files import Manifest
 from .config import LoTRConfig
 from .core_forms import CORES
@@ -26,6 +26,9 @@ __all__ = [
     "fitted_to_parametrizations",
     "saved_modules",
     "saved_tensors",
+    "ties",
+    "with_ties",
+    "without_ties",
 ]
 
 Layers = Mapping[str, LoTRLayer]
@@ -53,6 +56,71 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
                 seen.add(id(value))
                 tensors[f"{name}.{key}"] = value
     return tensors
+
+
+# ---- ties: tensors that a model has under several names, and a file under one -----------------------------------------
+
+
+def ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """The tensors, by full name, of modules that share one with modules_to_save: the name in `tensors` of the same tensor, or
+    None for another one of such a module, which `tensors` lacks. tensors: as from `saved_tensors`."""
+    first, found = {id(t): name for name, t in tensors.items()}, {}
+    for at, module in named_modules(model) if tensors else ():
+        held = (*module._parameters.items(), *module._buffers.items())
+        own = {f"{at}.{key}" if at else key: t for key, t in held if t is not None}
+        if any(first.get(id(t), name) != name for name, t in own.items()):
+            found |= {name: first.get(id(t)) for name, t in own.items() if name not in tensors}
+    return found
+
+
+def without_ties(
+    tensors: Mapping[str, Tensor], tied: Mapping[str, str | None], model: nn.Module | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """modules_to_save for PEFT, in which each module has tensors of its own: the tensors under all of their names, and the
+    modules to add. model: has the values of those that are not in tensors.
+
+    Raises:
+        ValueError: a module of which tensors are missing, or a parameter of the whole model.
+    """
+    rest = {} if model is None else {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    found = dict(tensors)
+    for name, of in tied.items():
+        value = rest.get(name) if of is None else tensors.get(of)
+        if value is None or "." not in name:
+            raise ValueError(
+                f"modules_to_save: expected modules that share all of their tensors or none, got one that shares its tensors "
+                f"with that of {name!r}, whose value is not in the file; name this module in modules_to_save too"
+            )
+        found[name] = value
+    return found, list(dict.fromkeys(name.rpartition(".")[0] for name in tied))
+
+
+def with_ties(
+    model: nn.Module, saved: dict[str, nn.Module], manifest: Manifest, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A file's tensors under the names that the model's modules_to_save have.
+
+    Raises:
+        ValueError: a tensor that the model ties to another one and the adapter does not, or the reverse: one of the two would
+            get a wrong value.
+    """
+    tied = {name: of for name, of in ties(model, saved_tensors(saved)).items() if of is not None}
+    known, found = manifest.tied, dict(tensors)
+    for name, of in tied.items():
+        own = found.pop(name, None)
+        same = known is None or known.get(name) is not None if own is None else of in found and same_values(own, found[of])
+        if not same:
+            raise ValueError(
+                f"{name}: expected a tensor tied to {of}, as in the model, got one of its own in the adapter; before loading, "
+                "give the module a copy: module.weight = nn.Parameter(module.weight.detach().clone())"
+            )
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, of in () if known is None or holds_parts(model) else known.items():  # gathered tensors are tied to nothing
+        if of is not None and name in names and name not in tied:
+            raise ValueError(
+                f"{name}: expected a tensor of its own, as in the model, got one tied to {of} in the adapter; tie it"
+            )
+    return found
 
 
 def adapter_slots(model: nn.Module) -> list[Slot]:

@@ -29,7 +29,7 @@ from .core_forms import CORES
 from .fingerprint import fingerprint
 from .parked import parked_adapter, parked_layers
 from .pipeline import PipelineStages, expect_whole_model
-from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors
+from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors, ties
 from .stages import inner_model
 
 __all__ = ["checked_path", "contents", "factor_prefix", "module_prefixes", "save_adapter", "unwrapped"]
@@ -148,7 +148,8 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers)), tensors
+    tied = ties(model, saved_tensors(saved))
+    return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers), tied), tensors
 
 
 def _as_it_is(config: object, held: Iterable[tuple[LoTRFactors, Tensor, Tensor | None, float, float]]) -> LoTRConfig | None:

@@ -124,7 +124,7 @@ def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
             if quantised is not None:
                 raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{quantised}, quantised")
         saved.update(found)
-    return saved
+    return {name: m for name, m in model.named_modules() if name in saved}  # in the order in which `saved_modules` finds them
 
 
 def select(model: nn.Module, config: LoTRConfig) -> Selection:

@@ -19,6 +19,7 @@ from torch import nn
 from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot, tensors_file, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
+from lotr_ext.interop import export_lora, lotr_to_lora, lotr_to_peft
 from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
@@ -111,6 +112,71 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     assert "embed.weight" in stored and "head.weight" not in stored and "head.bias" in stored
     fresh = load_adapter(Tied(), tmp_path)
     assert torch.equal(fresh(IDS), model(IDS)) and fresh.head.weight is fresh.embed.weight
+
+
+TIES = [["head"], ["embed"], ["embed", "head"], ["head", "embed"]]
+
+
+def tied(saved: list[str]) -> nn.Module:
+    model = apply_lotr(Tied(), LoTRConfig(rank=2, modules_to_save=saved, target_modules=["q", "v"]))
+    randomize(model)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("saved", TIES, ids=str)
+def test_a_tied_tensor_loads_whatever_the_order_of_modules_to_save(saved: list[str], tmp_path: Path) -> None:
+    model = tied(saved)
+    save_adapter(model, tmp_path)
+    for fresh in (Tied(), apply_lotr(Tied(), model.lotr_config)):
+        assert torch.equal(load_adapter(fresh, tmp_path)(IDS), model(IDS)) and fresh.head.weight is fresh.embed.weight
+
+
+def untied() -> nn.Module:
+    model = Tied()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    return model
+
+
+@pytest.mark.parametrize("make, onto", [(Tied, untied), (untied, Tied)], ids=["tied", "untied"])
+def test_a_head_is_not_loaded_where_its_ties_differ(make: Callable, onto: Callable, tmp_path: Path) -> None:
+    """One of the two tensors would get the other's value, or keep the base model's."""
+    model = apply_lotr(make(), LoTRConfig(rank=2, modules_to_save=["head"], target_modules=["q", "v"]))
+    save_adapter(model, tmp_path)
+    for fresh in (onto(), apply_lotr(onto(), model.lotr_config)):
+        before = snapshot(fresh)
+        with pytest.raises(
+            ValueError, match=r"embed.weight: expected a tensor (tied to head.weight|of its own), as in the model"
+        ):
+            load_adapter(fresh, tmp_path)
+        assert_unchanged(fresh, before)
+
+
+@pytest.mark.parametrize("saved", TIES, ids=str)
+def test_each_of_two_tied_modules_has_its_tensors_in_an_export(saved: list[str], tmp_path: Path) -> None:
+    """PEFT copies each module of modules_to_save, so a trained tensor that two modules share belongs to both."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("lotr_ext.interop.peft")
+    model = tied(saved)
+    export_lora(model, tmp_path / "exported", base_model="base")
+    save_adapter(model, tmp_path / "lotr")
+    folders = ["exported"]
+    if saved == ["embed"]:
+        for convert in (lotr_to_lora, lotr_to_peft):
+            with pytest.raises(
+                ValueError, match=r"shares its tensors with that of 'head.bias', whose value is not in the file"
+            ):
+                convert(tmp_path / "lotr", tmp_path / "converted")
+        assert not (tmp_path / "converted").exists()
+    else:
+        folders += ["lora", "peft"]
+        lotr_to_lora(tmp_path / "lotr", tmp_path / "lora", base_model="base")
+        lotr_to_peft(tmp_path / "lotr", tmp_path / "peft")
+        assert torch.equal(load_adapter(Tied(), tmp_path / "peft")(IDS), model(IDS))
+    for folder in folders:
+        again = peft.PeftModel.from_pretrained(Tied(), tmp_path / folder)
+        assert torch.allclose(again(IDS), model(IDS), atol=1e-5), folder
 
 
 def test_every_tensor_is_stored_once_and_nothing_else(tmp_path: Path) -> None:
