@@ -217,6 +217,20 @@ private_write = torch._C._AutoDispatchBelowADInplaceOrView
 below_in_place = torch._C._after_ADInplaceOrView_keyset  # the dispatch keys after the one at which version counters move
 
 
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a torch without CUDA has none
+
+
+def stream_of(t: Tensor) -> int:
+    """The CUDA stream on which operators on t's device run now; 0 is the default stream, and the answer without a GPU.
+
+    A value that is computed once for several calls may be read on this stream alone: other streams wait for a tensor only
+    where the user makes them, and the user does not see it.
+    """
+    if not t.is_cuda or not torch.cuda.is_initialized():  # fake tensors are on a GPU that need not exist
+        return 0
+    return _raw_stream(t.device.index)
+
+
 def same_storage(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:
     """Whether two storages, both held, are one: sharded training moves a storage's memory, not the storage."""
     return one._cdata == other._cdata

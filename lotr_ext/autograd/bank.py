@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compat import dispatch_modes, graph_task, private_write
+from ..compat import dispatch_modes, graph_task, private_write, stream_of
 from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
@@ -140,9 +140,10 @@ class Scope:
         self.replicas: dict[tuple, Any] = {}  # `tensor_parallel.Replicas`, by process groups and grad mode
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
-        """B's bank in dtype, created at the first call. One for each grad mode: an F without a graph cannot be used in
-        one."""
-        key = (B_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        """B's bank in dtype, created at the first call. One for each grad mode, since an F without a graph cannot be used in
+        one, and for each CUDA stream."""
+        stream = B.is_cuda and stream_of(B)
+        key = (B_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), stream)
         found = self.banks.get(key)
         if found is None and B_shared in self.layers:
             found = self.banks[key] = Bank(B)
@@ -150,22 +151,26 @@ class Scope:
         return found
 
     def cast(self, A_shared: SharedFactor, A: Tensor, dtype: torch.dtype) -> Tensor:
-        """A in dtype, cast at the first call in each grad mode."""
+        """A in dtype, cast at the first call in each grad mode and on each CUDA stream."""
         if type(A) not in _PLAIN:
             return A
-        key = (A_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        stream = A.is_cuda and stream_of(A)
+        key = (A_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), stream)
         found = self.casts.get(key)
         if found is None:
             found = self.casts[key] = Cast(A, dtype)
         return found.of(A)
 
     def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...] | None:
-        """All cores [r_in, r_out] that a module makes, made at the first call in each grad mode, and again if its tensors have
-        changed. None if it draws random numbers: a recomputation computes the cores one by one and must draw the same."""
-        key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        """All cores [r_in, r_out] that a module makes, made at the first call in each grad mode and on each CUDA stream, and
+        again if its tensors have changed. None if it draws random numbers: a recomputation computes the cores one by one and
+        must draw the same."""
+        tensors = _tensors(cores)
+        streams = {stream_of(t) for t in tensors if t.is_cuda}
+        key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *streams)
         found = self.cores.get(key)
-        if found is None or not found.is_of(cores):
-            found = self.cores[key] = Made(cores, make)
+        if found is None or not found.is_of(cores, tensors):
+            found = self.cores[key] = Made(cores, tensors, make)
         return found.values
 
 
@@ -173,8 +178,8 @@ class Made:
     """All cores from a module, and the tensors and versions that made them. values is None if the module drew
     random numbers; the generators are then reset to their state before the call."""
 
-    def __init__(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]):
-        self.training, self.tensors = cores.training, _tensors(cores)
+    def __init__(self, cores: nn.Module, tensors: list[Tensor], make: Callable[[nn.Module], Tensor]):
+        self.training, self.tensors = cores.training, tensors
         self.versions = _versions(self.tensors)
         generators = _generators(self.tensors)
         before = [generator.get_state() for generator in generators or ()]
@@ -185,9 +190,8 @@ class Made:
                 made = None
         self.values = None if made is None else made.unbind()
 
-    def is_of(self, cores: nn.Module) -> bool:
-        """Whether the module's tensors and mode are those that made the cores."""
-        now = _tensors(cores)
+    def is_of(self, cores: nn.Module, now: list[Tensor]) -> bool:
+        """Whether the module's tensors and mode are now those that made the cores."""
         same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
         return same and cores.training == self.training and _versions(now) == self.versions
 

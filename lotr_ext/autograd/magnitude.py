@@ -26,7 +26,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, transformed, wants
+from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, stream_of, transformed, wants
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight, row_norms, rows, to
 from ..ops.planner import CPU_DTYPES
@@ -48,13 +48,14 @@ class Rows(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What was made of weight, A, B, core and magnitude. marks: as these tensors were (`_mark`), when so many steps had been
-    taken."""
+    """What was made of weight, A, B, core and magnitude on a CUDA stream. marks: as these tensors were (`_mark`), when so many
+    steps had been taken."""
 
     refs: tuple[weakref.ref, ...]
     marks: list[tuple[int, int, bool]]
     scaling: float
     steps: int
+    stream: int
     square: Tensor
     WA: Tensor
     norm: Tensor
@@ -90,7 +91,8 @@ class Norms:
                 norm = row_lengths(matrix().detach(), A.detach(), B.detach(), core.detach(), scaling)
                 return Rows(m, norm, m.detach().to(norm) / norm)
         kept, steps, marks = self._kept, steps_taken(), list(map(_mark, tensors))
-        if kept is None:
+        stream = stream_of(weight)
+        if kept is None or kept.stream != stream:
             same = [False] * 5
         else:
             stepped = kept.steps != steps  # a fused optimizer moves no version counter
@@ -104,7 +106,7 @@ class Norms:
             square, WA = kept.square if same[0] else None, kept.WA if same[0] and same[1] else None
             square, WA, norm = _measured(weight, matrix, A, B, core, scaling, square, WA)
             scale = m.to(norm) / norm
-        self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, square, WA, norm, scale)
+        self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, stream, square, WA, norm, scale)
         return Rows(m, norm, scale)
 
 

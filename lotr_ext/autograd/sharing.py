@@ -16,10 +16,10 @@ Such layers are siblings, also with different B. Four objects hold the state:
 own g W. If the last sibling cannot be determined (retain_graph, a sibling that is not in the loss), LoTRShrink's backward
 takes the pending gradients (`SharedInput.take`) and does both. Autograd runs it after the siblings.
 
-A call reuses u only for the same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and checkpoint
-region, with no optimizer step between, and only once for each layer: a second call of a layer starts a new round. One kind of
-change is not detected: a write to x or A between two siblings' calls through `.data` or a NumPy view, which does not change
-version counters. No activation is kept alive.
+A call reuses u only for the same x object, unchanged, in the same grad mode, dtype, autocast state, dropout, checkpoint
+region and CUDA stream, with no optimizer step between, and only once for each layer: a second call of a layer starts a new
+round. One kind of change is not detected: a write to x or A between two siblings' calls through `.data` or a NumPy view, which
+does not change version counters. No activation is kept alive.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ..compat import (
     running_function,
     same_storage,
     saved_tensor_hook,
+    stream_of,
     wraps_inputs,
 )
 from ..ops import planner
@@ -218,7 +219,7 @@ class SharedFactor(SharedGradient):
         key = (
             *(x._version, self.address(x), x.shape, x.requires_grad, x.is_leaf),
             *(A._version, A.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            *(_steps.taken, how),
+            *(_steps.taken, x.is_cuda and stream_of(x), how),
         )
         found = self._newest.input()
         if found is None or found.x() is not x or not found.serves(A, key, region, user):

@@ -25,6 +25,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from .. import ops
+from ..compat import stream_of
 from ..ops.composite import base_linear
 from .bank import Scope, core_of, open_scope
 from .sharing import Call, Group
@@ -192,7 +193,7 @@ def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: C
     own = () if is_dtensor(call.core) else (call.core,)  # a process computes the whole gradient of its experts' cores
     if scope is None:
         return Replicas(groups, (A, B, *own))
-    key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled())
+    key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled(), stream_of(A))
     found = scope.replicas.get(key)
     if found is None or not (found.has(A) and found.has(B)):
         found = scope.replicas[key] = Replicas(groups, (A, B, *own, *_of_scope(scope)))
@@ -283,7 +284,7 @@ def _local_input(x: DTensor, gradient: Sequence[Placement]) -> Tensor:
         node, place = node.next_functions[0]
     of = None if node is None else (type(node).__name__, node._sequence_nr(), place)
     shape = local.shape, local.stride(), local.storage_offset()
-    key = (local._version, *shape, local.requires_grad, of, tuple(gradient))
+    key = (local._version, *shape, local.requires_grad, of, tuple(gradient), stream_of(local))
     before = _newest.input()
     if before is not None and _newest.root() is root and _newest.key == key:
         return before

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import ops
+from lotr_ext.autograd import bank, sharing
 from lotr_ext.model import scope
 from lotr_ext.model.scope import attach_scope, detach_scope
 from nets import Net, Truth, plain, relative, shapes_of_sums
@@ -56,6 +57,19 @@ def test_under_checkpointing(net, x, reentrant):
     net.reentrant = reentrant
     net.step(x.requires_grad_())
     assert truth.error(net) < CLOSE and relative(x.grad, truth.x.grad) < CLOSE
+
+
+def test_each_cuda_stream_has_its_own_folded_factors(net, x, counter, monkeypatch):
+    """Layers on a second stream do not read what the first one computes at the same time."""
+    truth, stream = Truth(net, x), [1]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    for module in (bank, sharing):
+        monkeypatch.setattr(module, "stream_of", lambda t: stream[0])
+    net.blocks[1].register_forward_pre_hook(lambda module, args: stream.insert(0, 2))
+    y = net(x)
+    assert counter["fold"] == 2
+    y.square().sum().backward()
+    assert counter["fold_grad"] == 2 and relative(y, truth.y) < 1e-6 and truth.error(net) < CLOSE
 
 
 def test_partial_failed_and_repeated_backwards(net, x):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from lotr_ext.autograd import sharing
 from lotr_ext.autograd.call import Call, call_linear
 from nets import Truth, dropped, relative, right
 
@@ -90,6 +91,22 @@ def test_another_x_never_reuses_u(net, grad):
         keep = block.q(x)
         assert right(net, block.k, other) and right(net, block.v, x)
     del keep
+
+
+@GRAD_MODES
+def test_calls_on_two_cuda_streams_share_nothing(net, x, counter, monkeypatch, grad):
+    """A stream waits for another only where the user makes it, and the user does not see u. Here the streams are pretended; on
+    a GPU: test_calls_on_two_streams in test_device.py."""
+    stream = 1
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(sharing, "stream_of", lambda t: stream)
+    block = net.blocks[0]
+    with torch.set_grad_enabled(grad):
+        q = block.q(x)
+        stream = 2
+        k, v = block.k(x), block.v(x)
+    assert counter["shrink"] == 2
+    assert right(net, block.q, x, q) and right(net, block.k, x, k) and right(net, block.v, x, v)
 
 
 @GRAD_MODES

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lotr_ext import ops  # noqa: F401  registers torch.ops.lotr
+from lotr_ext import LoTRFactors, LoTRLinear
 
 lotr = torch.ops.lotr
 HERE = Path(__file__).resolve().parent
@@ -104,6 +104,24 @@ def test_many_streams_at_once() -> None:
                 results.append(step(t))
     torch.cuda.synchronize()
     assert all(same(result, expected[i % len(layers)]) for i, result in enumerate(results))
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_calls_on_two_streams() -> None:
+    """The first stream is held up, so a layer on the second one that read its u would read what nothing has written yet."""
+    factors = LoTRFactors(512, 512, 16)
+    q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
+    torch.nn.init.normal_(k.core)
+    first, second, x = torch.cuda.Stream(), torch.cuda.Stream(), torch.randn(2000, 512, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(500_000_000)
+        kept = q(x)
+    with torch.cuda.stream(second):
+        y = k(x)
+    torch.cuda.synchronize()
+    want = x @ k.weight.T + k.bias + k.scaling * x @ factors.A @ k.core @ factors.B.T
+    assert torch.allclose(y, want, rtol=1e-3, atol=1e-3) and torch.isfinite(kept).all()
 
 
 def test_nothing_synchronises() -> None:

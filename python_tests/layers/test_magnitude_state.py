@@ -57,6 +57,19 @@ def test_frozen_factors_keep_W_A(products):
     assert products == [] and relative(layer(x), dense(layer, x)) < 2e-6
 
 
+def test_each_cuda_stream_makes_norms_of_its_own(products, monkeypatch):
+    """What another stream computes may not be there yet."""
+    layer, x, stream = layer_of(), torch.randn(6, 20), 0
+    monkeypatch.setattr(of_rows, "stream_of", lambda t: stream)
+    layer(x)
+    products.clear()
+    layer(x)
+    stream = 1
+    layer(x)
+    layer(x)
+    assert products == [True]
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 def test_steps_of_an_optimizer_are_seen(fused):
     """A fused one moves no version counter."""

@@ -201,6 +201,20 @@ def test_tensors_without_values_are_told():
     assert not isinstance(torch.ones(2), compat.FakeTensor) and not isinstance(torch.ones(2, device="meta"), compat.FakeTensor)
 
 
+def test_the_stream_of_a_tensor():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert compat.stream_of(torch.ones(2, device="cuda")) == 0  # on any machine
+    assert compat.stream_of(torch.ones(2)) == 0 and compat.stream_of(torch.ones(2, device="meta")) == 0
+    if not torch.cuda.is_available():
+        return
+    t, side = torch.ones(2, device="cuda"), torch.cuda.Stream()
+    assert compat.stream_of(t) == torch.cuda.current_stream().cuda_stream
+    with torch.cuda.stream(side):
+        assert compat.stream_of(t) == side.cuda_stream
+
+
 def test_hooks_that_run_once_a_gradient_is_there_are_told():
     leaf = torch.ones(2, requires_grad=True)
     assert not compat.post_accumulate_hooks(leaf)
