@@ -1,5 +1,5 @@
-// Products in AMX tiles: a tile is 16 rows of 64 bytes, and one instruction multiplies two of pairs of
-// bfloat16 into a third of float sums: what 256 instructions of block.h's do.
+// Products in AMX tiles of 16 rows of 64 bytes: one instruction multiplies two tiles of bfloat16 pairs and
+// adds the products to a third tile, of float32. That replaces 256 instructions of block.h.
 //
 //   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]      A: 16 rows of units along the summed
 //                                                                 dimension; B: 16 units of 16 columns

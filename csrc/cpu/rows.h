@@ -1,5 +1,5 @@
-// A core a row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have a core, or a token, in
-// common.
+// One core per row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same core, or
+// the same token.
 //
 // A group is a small dense product of the kinds in operators.h, on its rows where they follow one another, as
 // those of an expert do, else on a copy of them. A group of a few rows, as each of many tasks has, is

@@ -16,13 +16,13 @@ namespace lotr::cuda {
 constexpr int MAX_RANK = 256;
 
 struct Call {
-  DType type;       // of the large matrix
-  Float32 float32;  // how float32 is multiplied
-  plan::Card card;  // decides how the work is split
-  void* stream;     // cudaStream_t
-  bool early;  // whether launches may be, and in clusters (ptx/launch.cuh): waits_in_kernels() of probe.h
-  bool wgmma = false;  // whether kernels may run by wgmma: runs_wgmma()
-  Switches off{};      // what of this is turned off all the same: switches()
+  DType type;          // of the large matrix
+  Float32 float32;     // how float32 is multiplied
+  plan::Card card;     // decides how the work is split
+  void* stream;        // cudaStream_t
+  bool early;          // waits_in_kernels(): kernels may be launched early, and in clusters
+  bool wgmma = false;  // runs_wgmma(): kernels may use wgmma
+  Switches off{};      // what LOTR_CUDA_WITHOUT turns off
 
   bool begins_early() const { return early && !off.early; }
   bool in_clusters() const { return early && !off.cluster; }

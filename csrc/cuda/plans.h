@@ -9,8 +9,8 @@
 
 namespace lotr::cuda {
 
-// The first four choose among candidates by their estimated times; the others have one plan, of other
-// numbers.
+// The first four choose among candidates by their estimated times; each of the others has one plan, a struct
+// of its own.
 enum class Operator : uint32_t {
   shrink,
   expand_add,

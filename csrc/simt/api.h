@@ -44,7 +44,7 @@ struct Options {
   // The most blocks of a cooperative launch, as under MPS: a larger one fails.  Its blocks all run at the
   // same time, whatever `resident` is.
   uint64_t room = UINT64_MAX;
-  size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
+  size_t shared_limit = 232448;  // bytes that a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: barriers, warp synchronisation, commits, waits and fences at this line do
 // nothing, as if the line were deleted.  file: the end of its path, as "tile/reduce.cuh"; empty: no line.
@@ -111,7 +111,7 @@ struct Counters {
   // After the last product: bytes that a block stores, bytes that it moves to and from its own shared memory
   // (maxima over blocks), and a thread's loads from global memory (maximum over threads).
   uint64_t late_stored = 0, last_shared = 0, last_loads = 0;
-  uint64_t half_loads = 0;  // per warp, of 2 bytes a lane, with count_memory
+  uint64_t half_loads = 0;  // per warp, of 2 bytes per lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;

@@ -42,7 +42,7 @@ struct Device {
   bool early, wgmma;  // as in Call
 };
 
-// The driver's answers for the current device, whose index that is.
+// The driver's answers for the current device, which has index `device`.
 inline Device ask_driver(const char* op, int32_t device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;

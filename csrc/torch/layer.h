@@ -10,8 +10,8 @@
 //   unfolded, for few tokens: h = s u G,  y = x W^T + bias + h B^T;   h = s g B,  k = h G^T,
 //                             dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),  dG = u^T h
 //
-// Why one operator: a base product of a few milliseconds leaves nothing in cache of what Python, the
-// dispatcher and autograd run between two operators, and each operator then costs tens of microseconds
+// A direction is one operator, because a base product of a few milliseconds evicts the code and data of
+// Python, the dispatcher and autograd from the caches: each further operator costs tens of microseconds
 // instead of two.
 //
 // BETA: the adapter's part is written first, and the base product accumulates onto it (its beta is 1).

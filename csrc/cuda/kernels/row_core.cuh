@@ -9,7 +9,7 @@
 //
 // Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A block
 //                         goes through the runs of its rows that have the same core, which passes through
-//                         shared memory once a run.  rows.cu takes fewer rows a block where there are few.
+//                         shared memory once per run.  If there are few rows, rows.cu takes fewer per block.
 //          row_core_grad  for each core, tile of it and split of its rows, a block
 //          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once

@@ -66,7 +66,7 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 
 // shrink and factor_grad by wgmma (sm_90a): the largest rank, their tiles of x.
 constexpr int ONE_PRODUCT_WGMMA_RANK = 128, ONE_PRODUCT_WGMMA_ROWS = 64, ONE_PRODUCT_WGMMA_COLS = 64;
-// `down`: factor_grad's, down x's columns.  It has half as many blocks as shrink of a square matrix: one a
+// `down`: factor_grad's, down x's columns.  It has half as many blocks as shrink of a square matrix: one per
 // multiprocessor, with a ring twice as long, whose steps are multiplied two at a time, since each has its
 // waits.  Blocks that a multiprocessor holds; steps of 64, of 8 KB of x and as much of the factor for each 64
 // ranks; how many are multiplied together.

@@ -9,10 +9,10 @@ namespace lotr::plan {
 
 // The same on every card, from published microbenchmarks of Hopper unless another origin is named.
 struct Rates {
-  double l2 = 30;         // bytes a clock that a multiprocessor reads from L2 while all of them read
+  double l2 = 30;         // bytes per clock that a multiprocessor reads from L2 while all of them read
   double l2_alone = 63;   // the same while it is the only one: the width of its port
   double l2_sums = 23;    // the same while all of them read partial sums, in short runs
-  double cluster = 14;    // bytes a clock from the shared memory of another block of the cluster
+  double cluster = 14;    // bytes per clock from the shared memory of another block of the cluster
   double handover = 0.5;  // microseconds from a block's last store of a partial sum to the load by another
 };
 constexpr Rates RATES;

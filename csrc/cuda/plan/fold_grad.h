@@ -10,7 +10,7 @@ struct FoldGrad {
 };
 
 // The core's gradient is small and its sum long: split N until its tiles fill nine tenths of the GPU, but not
-// below 256 rows a block.
+// below 256 rows per block.
 inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, bool dB, int multiprocessors) {
   const int64_t out = ceil_div(r_out, kernels::FOLD_COLS);
   FoldGrad plan;

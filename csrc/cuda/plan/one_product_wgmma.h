@@ -18,7 +18,7 @@ inline void add_one_product_wgmma(Plans& plans, Machine machine, int64_t made, i
   Work work;
   work.large = 2.0 * double(made) * double(length);
   work.factors = 2.0 * double(r) * double(length) * double(clusters);
-  // bytes of x a clock, by bench.static
+  // bytes of x per clock, by bench.static
   work.rate = down ? (r <= 32 ? 41 : r <= 64 ? 34 : 22) : (r <= 32 ? 35 : r <= 64 ? 28.5 : 19.4);
   machine.blocks = 1;  // a second block of a multiprocessor adds nothing: bench.static
   add(plans, machine, plan, work);

@@ -16,8 +16,8 @@ struct RowCoreGrad {
   int splits = 0;
 };
 
-// Splits the rows of a core until the tiles fill the GPU, but not below 64 rows a block for a core of mean
-// size.
+// Splits the rows of a core until the tiles fill the GPU, but not below 64 rows per block for a core of
+// mean size.
 inline RowCoreGrad row_core_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out,
                                  int multiprocessors) {
   const int64_t tiles = cores * ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS);

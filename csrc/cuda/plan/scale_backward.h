@@ -8,8 +8,8 @@ struct ScaleBackward {
   int64_t n_tiles = 0, m_tiles = 0, splits = 0;
 };
 
-// Tokens are split until there are four blocks a multiprocessor, but not below 256 tokens a block, whose rows
-// then take several times as long as its sums.
+// Tokens are split until there are four blocks per multiprocessor, but not below 256 tokens per block: then
+// its rows still take several times as long as its sums.
 inline ScaleBackward scale_backward(int64_t M, int64_t N, size_t element, int multiprocessors) {
   ScaleBackward plan;
   plan.n_tiles = ceil_div(N, kernels::scale_backward_cols(element));

@@ -37,7 +37,7 @@ void each_split(const Machine& machine, int64_t owned, int64_t split, int subs, 
     };
     attempt(1);
     for (int64_t power = 2; owners * power <= machine.slots(); power *= 2) attempt(power);
-    // one block a multiprocessor, nine tenths of them, all places
+    // blocks on nine tenths of the multiprocessors, one on each, as many as run at a time
     attempt(ceil_div(ceil_div(int64_t(machine.card.multiprocessors) * 9, 10), owners));
     attempt(machine.card.multiprocessors / owners);
     attempt(machine.slots() / owners);
