@@ -49,10 +49,11 @@ class Rows(NamedTuple):
 
 class _Kept(NamedTuple):
     """What was made of weight, A, B, core and magnitude on a CUDA stream. marks: as these tensors were (`_mark`), when so many
-    steps had been taken."""
+    steps had been taken; values: of core and magnitude on a CPU."""
 
-    refs: tuple[weakref.ref, ...]
+    refs: tuple[Callable[[], Tensor | None], ...]
     marks: list[tuple[int, int, bool]]
+    values: tuple[Tensor, Tensor] | None
     scaling: float
     steps: int
     stream: int
@@ -60,6 +61,16 @@ class _Kept(NamedTuple):
     WA: Tensor
     norm: Tensor
     scale: Tensor
+
+    def has(self, core: Tensor, m: Tensor) -> bool:
+        """Whether core and m have their values still, as far as that can be seen without waiting for a GPU."""
+        return self.values is None or (torch.equal(core, self.values[0]) and torch.equal(m, self.values[1]))
+
+
+def _reference(t: Tensor) -> Callable[[], Tensor | None]:
+    """A strong reference to a parameter, since torch.utils.swap_tensors, by which nn.Module.to may convert it, refuses tensors
+    with weak references. A weak one to another tensor, which may be a weight made for one call."""
+    return (lambda: t) if isinstance(t, nn.Parameter) else weakref.ref(t)
 
 
 def _mark(t: Tensor) -> tuple[int, int, bool]:
@@ -72,7 +83,8 @@ class Norms:
 
     Nothing is kept where a change cannot be seen: under torch.compile, functorch and dispatch modes, of inference tensors,
     while a CUDA graph is captured, and in processes with FSDP or DeepSpeed. A write through `.data` that keeps the memory is
-    missed. Copies and pickles start empty.
+    detected only on a CPU, by the values of core and m: if one of these has changed, everything is computed again. Copies and
+    pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -80,6 +92,10 @@ class Norms:
 
     def __reduce__(self):
         return Norms, ()
+
+    def forget(self) -> None:
+        """Drops what is kept, and with it the references to the layer's tensors."""
+        self._kept = None
 
     def rows(
         self, m: Tensor, weight: Tensor, matrix: Callable[[], Tensor], A: Tensor, B: Tensor, core: Tensor, scaling: float
@@ -100,13 +116,17 @@ class Norms:
                 ref() is t and old == mark and not (stepped and mark[2])
                 for ref, old, t, mark in zip(kept.refs, kept.marks, tensors, marks)
             ]
+            if all(same[3:]) and not kept.has(core, m):
+                same = [False] * 5
             if all(same) and kept.scaling == scaling:
                 return Rows(m, kept.norm, kept.scale)
         with torch.inference_mode(False), torch.no_grad(), _without_autocast(weight.device):
             square, WA = kept.square if same[0] else None, kept.WA if same[0] and same[1] else None
             square, WA, norm = _measured(weight, matrix, A, B, core, scaling, square, WA)
             scale = m.to(norm) / norm
-        self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, stream, square, WA, norm, scale)
+            readable = all(type(t) in _PLAIN and t.is_cpu for t in (core, m))
+            values = (core.detach().clone(), m.detach().clone()) if readable else None
+        self._kept = _Kept(tuple(map(_reference, tensors)), marks, values, scaling, steps, stream, square, WA, norm, scale)
         return Rows(m, norm, scale)
 
 
@@ -253,9 +273,14 @@ class LoTRMagnitude(Node):
         need_y, need_m = ctx.needs_input_grad[:2]
         try:
             (y,) = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed
+        except RuntimeError as error:  # freed, or changed
             if need_m and wants(ctx, 1):
-                raise
+                if "inplace" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{error} lotr_ext: a layer with magnitudes needs its output in backward; follow it with operations that "
+                    "are not in place, such as nn.ReLU(inplace=False)"
+                ) from None
             need_m, y = False, None
         if recorded(g):
             return *LoTRMagnitude._recorded(ctx, g, y if need_m else None), None

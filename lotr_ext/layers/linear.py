@@ -306,6 +306,8 @@ class LoTRWrapped(AdaptsModule):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
         self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
         self.base_layer, self.merged, self.notice = linear, True, MergeNotice()
+        if self.norms is not None:
+            self.norms.forget()  # else they would hold the quantised weight
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -102,6 +104,28 @@ def test_changes_are_seen(change):
         assert relative(layer(x), dense(layer, x)) < 2e-6
 
 
+@pytest.mark.parametrize("part", ["core", "magnitude"])
+def test_writes_through_data_are_seen(part):
+    """As libraries swap in averaged parameters for an evaluation. What is seen of one part holds for all."""
+    layer, x = layer_of(), torch.randn(6, 20)
+    with torch.no_grad():
+        layer(x)
+        for t in (layer.weight, layer.factors.A, layer.factors.B, getattr(layer, part)):
+            t.data.mul_(1.5)
+        assert relative(layer(x), dense(layer, x)) < 2e-6
+
+
+def test_parameters_can_be_swapped():
+    layer, x = layer_of(), torch.randn(6, 20)
+    layer(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert relative(layer(x.double()), dense(layer, x.double())) < 1e-12
+
+
 def test_copies_and_modes_have_norms_of_their_own():
     layer, x = layer_of(), torch.randn(6, 20, requires_grad=True)
     with torch.inference_mode():
@@ -176,3 +200,7 @@ def test_merge_of_a_wrapped_base():
     assert relative(layer(x), want) < 2e-6
     layer.unmerge()
     assert relative(layer(x), want) < 2e-6
+    weight = weakref.ref(layer.base_layer.weight)
+    layer.merge(keep_backup=False, dequantize=True)
+    gc.collect()
+    assert weight() is None
