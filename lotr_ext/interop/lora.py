@@ -33,7 +33,8 @@ from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
 from ..layers.sharded import Slot, agreed, holds_parts, whole, writing_rank
 from ..model.adapted import adapted_layers
-from ..model.adapter_files import Manifest, serialized
+from ..model.adapter_files import JSON_NAME, Manifest, serialized
+from ..model.config import check_task
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
@@ -156,13 +157,14 @@ def export_lora(
 
     Raises:
         TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device; of
-            a model in parts an error in another process. ValueError: directory is a file, experts is no form, a layer has a
-            rank above pad_rank, or some layers have magnitudes and others none.
+            a model in parts an error in another process. ValueError: directory is a file, task_type or experts is unknown, a
+            layer has a rank above pad_rank, or some layers have magnitudes and others none.
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
     """
     check_form(experts)
+    task_type = check_task(task_type)
     inner, directory = unwrapped(model), Path(directory)
     host = host_of(hosts, experts, getattr(getattr(inner, "config", None), "model_type", None))
     together = isinstance(inner, nn.Module) and holds_parts(inner)
@@ -248,11 +250,15 @@ def lotr_to_lora(
         The LoRA layers, by name; of experts by the name of the parameter. Without padding.
 
     Raises:
-        ValueError: no such adapter, directory is a file, experts is no form, or a layer has a rank above pad_rank.
+        ValueError: no such adapter, directory is a file or a source that PEFT has saved, task_type or experts is unknown, or a
+            layer has a rank above pad_rank.
     """
     check_form(experts)
+    task_type = check_task(task_type)
     host = host_of(hosts, experts, None)
     manifest, tensors = read_either(Path(source))
+    if Path(directory).resolve() == Path(source).resolve() and not (Path(source) / JSON_NAME).exists():
+        raise ValueError(f"directory: expected another one than source, whose files have the same names, got {directory}")
     entries, stacked, saved = lora_of(manifest, tensors, experts)
     saved, also = without_ties(saved, manifest.tied or {})
     config: dict[str, Any] = {

@@ -55,6 +55,15 @@ def check_names(given: Iterable[str], of: str) -> None:
 
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
+
+
+def check_task(task_type: object) -> str | None:
+    """Returns PEFT's name of a task as a str, or raises ValueError for another one."""
+    if task_type is not None and task_type not in TASKS:
+        raise ValueError(f"task_type: expected one of {', '.join(TASKS)} or None, got {task_type!r}")
+    return None if task_type is None else str.__str__(task_type)  # PEFT's own is an enumeration of strings
+
+
 _PARTS = ("A", "B", "core", "magnitude")
 
 
@@ -172,10 +181,7 @@ class LoTRConfig:
         if self.adapter_dtype is None:
             raise TypeError(f"adapter_dtype: expected one of {', '.join(DTYPES)}, got None")
         check_dtype(self.adapter_dtype, "adapter_dtype")
-        if self.task_type is not None:
-            if self.task_type not in TASKS:
-                raise ValueError(f"task_type: expected one of {', '.join(TASKS)} or None, got {self.task_type!r}")
-            put("task_type", str.__str__(self.task_type))  # PEFT's own is an enumeration of strings
+        put("task_type", check_task(self.task_type))
         self._check_train()
         self._check_core()
         if self.magnitude and self.target_parameters is not None:

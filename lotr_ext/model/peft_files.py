@@ -24,7 +24,7 @@ from ..layers.cores import FORMS
 from ..layers.settings import Settings
 from . import adapter_files
 from .adapter_files import JSON_NAME, LayerEntry, Manifest, check_shapes, manifest_of, serialized, tensors_of
-from .config import LoTRConfig
+from .config import LoTRConfig, check_task
 from .core_forms import CORES, form_at, make_cores
 from .experts import parameter_name
 from .names import name_ends_with
@@ -156,10 +156,11 @@ def lotr_to_peft(
         The layers, by name.
 
     Raises:
-        ValueError: no such adapter; directory is a file; an adapter that PEFT does not support: of a model built by hand, with
+        ValueError: no such adapter; directory is a file; an unknown task_type; an adapter that PEFT does not support: of a model built by hand, with
             a start in the base weights (init "svd"), with cores from a callable, or with several scalings or dropouts.
         OSError: the disk.
     """
+    task_type = check_task(task_type)
     manifest, tensors = read_either(Path(source))
     config = manifest.config
     if config is None:

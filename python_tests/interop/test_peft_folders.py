@@ -14,7 +14,7 @@ import torch
 from toys import IDS, Toy, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import LoTRConfig, apply_lotr, convert, load_adapter, save_adapter
-from lotr_ext.interop import lotr_to_lora, lotr_to_peft
+from lotr_ext.interop import export_lora, lotr_to_lora, lotr_to_peft
 from lotr_ext.interop.peft import LoTRPeftConfig
 from lotr_ext.layers.cores import FORMS
 
@@ -140,6 +140,24 @@ def test_a_start_in_the_base_weights_is_not_written_for_peft(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="svd"):
         lotr_to_peft(tmp_path / "lotr", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+def test_a_conversion_to_lora_does_not_replace_its_source(tmp_path: Path) -> None:
+    by_peft("by shape").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="directory: expected another one than source"):
+        lotr_to_lora(tmp_path, tmp_path / ".." / tmp_path.name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_task_type_that_peft_does_not_have_is_not_written(tmp_path: Path) -> None:
+    model = apply_lotr(base(), LoTRConfig(rank=3, target_modules=["q"]))
+    save_adapter(model, tmp_path / "lotr")
+    for write in (export_lora, lambda _, to, **given: lotr_to_lora(tmp_path / "lotr", to, **given),
+                  lambda _, to, **given: lotr_to_peft(tmp_path / "lotr", to, **given)):  # fmt: skip
+        with pytest.raises(ValueError, match="task_type: expected one of SEQ_CLS, .*got 'causal_lm'"):
+            write(model, tmp_path / "out", task_type="causal_lm")
+        assert not (tmp_path / "out").exists()
 
 
 def test_scalings_that_differ_are_not_written_for_peft(tmp_path: Path) -> None:
