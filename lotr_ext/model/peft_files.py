@@ -156,8 +156,9 @@ def lotr_to_peft(
         The layers, by name.
 
     Raises:
-        ValueError: no such adapter; directory is a file; an unknown task_type; an adapter that PEFT does not support: of a model built by hand, with
-            a start in the base weights (init "svd"), with cores from a callable, or with several scalings or dropouts.
+        ValueError: no such adapter; directory is a file; an unknown task_type; an adapter that PEFT does not support: of a
+            model built by hand, with a start in the base weights (init "svd"), with cores from a callable, or with several
+            scalings or dropouts.
         OSError: the disk.
     """
     task_type = check_task(task_type)

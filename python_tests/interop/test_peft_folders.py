@@ -155,7 +155,7 @@ def test_a_task_type_that_peft_does_not_have_is_not_written(tmp_path: Path) -> N
     save_adapter(model, tmp_path / "lotr")
     for write in (export_lora, lambda _, to, **given: lotr_to_lora(tmp_path / "lotr", to, **given),
                   lambda _, to, **given: lotr_to_peft(tmp_path / "lotr", to, **given)):  # fmt: skip
-        with pytest.raises(ValueError, match="task_type: expected one of SEQ_CLS, .*got 'causal_lm'"):
+        with pytest.raises(ValueError, match=r"task_type: expected one of SEQ_CLS, .*got 'causal_lm'"):
             write(model, tmp_path / "out", task_type="causal_lm")
         assert not (tmp_path / "out").exists()
 
