@@ -9,7 +9,7 @@ from torch import nn
 from ..layers.layer import LoTRLayer
 from ..layers.sharded import named_modules
 
-__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters", "refuse_magnitudes"]
+__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters", "refuse_magnitudes", "refuse_starts"]
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -63,4 +63,15 @@ def refuse_magnitudes(layers: Mapping[str, LoTRLayer], name: str) -> None:
             raise ValueError(
                 f"{name}: expected an adapter without magnitudes, since rows with different cores have different lengths, "
                 f"got {layer_name!r} with magnitudes; adapt with magnitude=False"
+            )
+
+
+def refuse_starts(layers: Mapping[str, LoTRLayer], name: str) -> None:
+    """Raises ValueError for an adapter that init "svd" has taken from the weights: they are not the base model's, which rows
+    without an adapter and tasks with zero cores compute. name: the caller."""
+    for layer_name, layer in layers.items():
+        if layer.start_core is not None:
+            raise ValueError(
+                f'{name}: expected an adapter with another init than "svd", which moves a part of the base weights into the '
+                f"adapter, so that rows without one would not be the base model's, got {layer_name!r} with it"
             )

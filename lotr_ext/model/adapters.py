@@ -28,7 +28,7 @@ from ..layers.mixture import Mixture, mixture_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over
-from .adapted import adapted_layers, expect_merged, refuse_magnitudes
+from .adapted import adapted_layers, expect_merged, refuse_magnitudes, refuse_starts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
@@ -210,10 +210,10 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     expert. Differentiable; cores that require grad get gradients, parked ones by default do not.
 
     Raises:
-        TypeError, ValueError: no names, an unknown adapter or task, one with other factors, or magnitudes. RuntimeError: as
-            `set_adapter`,
-            or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
-            len(names), or in experts no multiple of it; for an index [b, t] one with another number of tokens.
+        TypeError, ValueError: no names, an unknown adapter or task, one with other factors, with magnitudes, or of init
+            "svd". RuntimeError: as `set_adapter`, or an index where the model has no TaskBank. In a layer, ValueError: an input
+            whose first dimension is not len(names), or in experts no multiple of it; for an index [b, t] one with another
+            number of tokens.
     """
     parked = parked_of(model, "mixed", in_parts_too=isinstance(names, Tensor))
     layers = adapted_layers(model)
@@ -224,6 +224,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     else:
         mixtures = _mixtures(model, parked, names)
     refuse_magnitudes(layers, "mixed")
+    refuse_starts(layers, "mixed")
     flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert beside them gets 2-D inputs too
     with in_force({layer: own._replace(flat=flat) for layer, own in zip(layers.values(), mixtures, strict=True)}):
         yield model

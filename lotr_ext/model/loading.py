@@ -34,7 +34,7 @@ from .pipeline import PipelineStages, expect_whole_model, part_of
 from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors, with_ties
 from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
 from .shared_factors import factors_by_part, width_names
-from .starts import set_start
+from .starts import check_start, set_start
 from .targets import Selection, features, select
 
 __all__ = ["load_adapter"]
@@ -256,13 +256,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
     for names in _groups(manifest.layers).values():
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
-            for name in names:
-                layers[name].check_parameter("weight", "load_adapter", name)
-                if holds_parts(layers[name].holder):
-                    raise RuntimeError(
-                        f'load_adapter: expected whole weights, since init "svd" changes them, got {name!r} held in parts; '
-                        "load the adapter first, then shard the model"
-                    )
+            check_start(model, {name: layers[name] for name in names})
 
 
 def _check_not_meta(name: str, module: nn.Module) -> None:

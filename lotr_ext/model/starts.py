@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..layers.init import tucker2
 from ..layers.layer import LoTRLayer
 from ..layers.merging import plus, write_
 from ..layers.settings import Settings
-from ..layers.sharded import in_parts
+from ..layers.sharded import holds_parts, in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
 from .targets import Selection
@@ -46,6 +46,23 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequen
         write_(layer._weight_to_write("load_adapter"), weight)
         layer.start_core = None if new is None else new[i]
     factors.start_A, factors.start_B = (None, None) if new is None else (A, B)
+
+
+def check_start(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
+    """Raises unless `load_adapter` may change the weights of these layers of a model, by name."""
+    for name, layer in layers.items():
+        layer.check_parameter("weight", "load_adapter", name)
+        if holds_parts(layer.holder):
+            raise RuntimeError(
+                f'load_adapter: expected whole weights, since init "svd" changes them, got {name!r} held in parts; '
+                "load the adapter first, then shard the model"
+            )
+    others = [*getattr(model, "lotr_parked", ()), *(["a TaskBank"] if hasattr(model, "lotr_tasks") else [])]
+    if others:
+        raise RuntimeError(
+            'load_adapter: expected an init other than "svd", which changes the base weights, in a model with '
+            f'{", ".join(others)} over the same weights, got "svd"; load it into a model of its own'
+        )
 
 
 def svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:

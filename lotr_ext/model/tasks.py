@@ -28,7 +28,7 @@ from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
 from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
-from .adapted import adapted_layers, refuse_magnitudes
+from .adapted import adapted_layers, refuse_magnitudes, refuse_starts
 from .shared_factors import Owner, SharedFactors, factors_checksum
 from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
@@ -54,8 +54,8 @@ class TaskBank(nn.Module):
     before such a change raises, as after any in-place write.
 
     Raises:
-        TypeError: tasks is no int. ValueError: fewer than one, or an adapter with magnitudes. RuntimeError: no adapter, layers
-            built by hand, or a bank that exists already.
+        TypeError: tasks is no int. ValueError: fewer than one, or an adapter with magnitudes or of init "svd".
+            RuntimeError: no adapter, layers built by hand, or a bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -67,6 +67,7 @@ class TaskBank(nn.Module):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
         check_dimension("tasks", tasks)
         refuse_magnitudes(layers, "TaskBank")
+        refuse_starts(layers, "TaskBank")
         cores = (_slots(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))

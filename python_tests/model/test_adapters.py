@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -164,6 +165,19 @@ def test_a_plain_model_is_not_adapted_under_a_name_that_cannot_be(name: object, 
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("beside", ["another adapter", "a TaskBank"])
+def test_a_start_is_not_taken_from_weights_that_others_use(beside: str, tmp_path) -> None:
+    config = LoTRConfig(rank=4, target_modules=["q", "v"])
+    save_adapter(apply_lotr(toy(), dataclasses.replace(config, init="svd")), tmp_path)
+    model = apply_lotr(toy(), config)
+    add_adapter(model, "another adapter") if beside == "another adapter" else lotr_ext.TaskBank(model, 2)
+    before = snapshot(model)
+    for name in (None, "default"):
+        with pytest.raises(RuntimeError, match=f'expected an init other than "svd".* with {beside} over the same weights'):
+            load_adapter(model, tmp_path, name=name)
+    assert_unchanged(model, before)
+
+
 def test_a_failed_load_adds_nothing(tmp_path) -> None:
     model = model_with(shared=False)
     save_adapter(model, tmp_path / "fr", name="fr")
@@ -316,6 +330,8 @@ def test_bad_input() -> None:
         (RuntimeError, "built by hand", lambda: add_adapter(by_hand, "a")),
         (RuntimeError, '"svd"', lambda: add_adapter(svd, "a")),
         (RuntimeError, '"svd"', lambda: add_adapter(model, "a", LoTRConfig(init="svd"))),
+        (ValueError, 'mixed: expected .* "svd"', lambda: mixed(svd, ["default", None]).__enter__()),
+        (ValueError, 'TaskBank: expected .* "svd"', lambda: lotr_ext.TaskBank(svd, 3)),
         (TypeError, "name: expected a str, got int 3", lambda: add_adapter(model, 3)),
         (ValueError, "without dots", lambda: add_adapter(model, "a.b")),
         (ValueError, "without dots", lambda: add_adapter(model, "keys")),
