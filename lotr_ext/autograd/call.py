@@ -65,10 +65,12 @@ def plan_call(
         names = {"x": x, "A": A, "weight": weight}
         others = (f"{name} is a {type(t).__name__}" for name, t in names.items() if type(t) not in _WEIGHTS)
         why = f"{', '.join(others)}: only plain tensors go to kernels"
+    elif x.layout is not torch.strided:
+        why = f"x has layout {x.layout}: only strided tensors go to kernels"
     else:
         why = None
     shape, core = x.shape, call.core.shape
-    elements, r_in, r_out = shape.numel(), core[-2], core[-1]
+    elements, r_in, r_out = 0 if x.is_nested else shape.numel(), core[-2], core[-1]
     tokens = elements // shape[-1]
     # with a frozen A, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
@@ -374,7 +376,7 @@ def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
     if not call.p:
         return x
     eager = not (is_compiling() or jit_tracing() is not None or transformed()) and type(x) in _PLAIN
-    if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
+    if not eager or x.layout is not torch.strided or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, call.p)
     group, how = call.group, (call.compute, call.dtype, call.p)
     found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, how)

@@ -234,6 +234,8 @@ def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
 
 def _scale(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """bias + scale (y - bias), rounded once to y's dtype."""
+    if bias is not None and y.is_nested:  # addcmul takes none
+        return to(y * scale + (bias - bias * scale), y.dtype)
     return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
 
 

@@ -128,10 +128,12 @@ def call_mixed(
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
     an x [b, t, ..., k]. base: a function, or weight and bias of a linear layer.
 
-    Raises ValueError if x's first dimension is not b, or if a process has fewer rows.
+    Raises ValueError if x's first dimension is not b, or if a process has fewer rows; TypeError for a nested x.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one per adapter name, got shape {tuple(x.shape)}")
+    if x.is_nested:
+        raise TypeError("x: expected a dense batch where each row has its own core, got a nested tensor; pad it")
     if is_dtensor(x):
         return _call_in_part(x, *base, A, B, cores, index, call)
     if isinstance(base, tuple):

@@ -79,6 +79,8 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """s ((x A) G) B^T in dtype. x has been through dropout."""
     A, B, core = here(x.device, A, B, core)
+    if x.is_nested:  # its rows cannot be reshaped
+        return expand(to(x, dtype) @ to(A, dtype), B, core, scaling)
     return expand(rows(to(x, dtype)) @ to(A, dtype), B, core, scaling).reshape(*x.shape[:-1], B.shape[0])
 
 

@@ -249,6 +249,9 @@ def test_an_index_of_other_tasks_is_refused() -> None:
             enter(index)
     with mixed(model, torch.tensor([0, 1])), pytest.raises(ValueError, match="a batch of 2 rows"):
         model(torch.randn(3, 12))
+    nested = torch.nested.nested_tensor([torch.randn(n, 12) for n in (2, 3)], layout=torch.jagged)
+    with mixed(model, torch.tensor([0, 1])), pytest.raises(TypeError, match="x: expected a dense batch"):
+        model(nested)
     set_adapter(model, "own factors")
     with pytest.raises(ValueError, match="names: expected tasks of the active adapter's factors, got others in"):
         enter(torch.tensor([0]))

@@ -54,6 +54,31 @@ def test_an_x_that_is_negated_only_by_a_mark(tokens, alone):
     close(y, formula(layers[0], x))
 
 
+@pytest.mark.parametrize("lengths", [(3, 1, 2), (3, 1, 200)], ids=str)
+@pytest.mark.parametrize("magnitude", [False, True], ids=["plain", "magnitude"])
+def test_a_nested_x_is_the_layer_on_each_part(lengths, magnitude):
+    torch.manual_seed(0)
+    layer = LoTRLinear(K, K, 3, magnitude=magnitude, dropout=0.5).eval()
+    nn.init.normal_(layer.core)
+    trained = list(layer.adapter_parameters())
+    parts = [torch.randn(n, K, requires_grad=True) for n in lengths]
+    y = layer(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+    found = torch.autograd.grad(y.values().sin().sum(), [*parts, *trained])
+    close(found, torch.autograd.grad(sum(layer(x).sin().sum() for x in parts), [*parts, *trained]))
+    assert layer.train()(torch.nested.nested_tensor(parts, layout=torch.jagged)).shape[0] == len(lengths)
+
+
+@TOKENS
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_x(tokens, kind):
+    layers, x = layers_of(2), torch.randn(tokens, K).relu()
+    found = sum(layer(getattr(x, kind)()) for layer in layers)
+    _, expected, wanted = both(layers, x)
+    close(found, expected)
+    close(torch.autograd.grad(found.sin().sum(), wanted[1:]), torch.autograd.grad(expected.sin().sum(), wanted[1:]))
+    assert "layout torch.sparse" in str(explain(layers[0], getattr(x, kind)()))
+
+
 GRADIENTS: dict[str, Callable[[int], Tensor]] = {
     "negated": lambda tokens: torch._neg_view(torch.randn(tokens, K)),
     "zero without memory": lambda tokens: torch._efficientzerotensor((tokens, K)),
