@@ -216,11 +216,14 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
         if lacking := too_few(today.seeds):
             lines.append(f"{label[method]}: no intervals, {lacking}.")
             continue
-        draws = Draws(*today.losses.shape)
+        draws, means, even = Draws(*today.losses.shape), f"{label[method]}, mean loss over ranks, each at its one rate", []
         for name, one in own.items():
             if name != TODAY and torch.isfinite(one.losses).all():
-                said = verdict(
-                    draws.difference(one.losses, today.losses), SCALINGS[name].label, SCALINGS[TODAY].label, one.seeds
-                )
-                lines.append(f"{label[method]}, mean loss over ranks, each at its one rate: {said}.")
+                difference, own_label = draws.difference(one.losses, today.losses), SCALINGS[name].label
+                if difference.sign:
+                    lines.append(f"{means}: {verdict(difference, own_label, SCALINGS[TODAY].label, one.seeds)}.")
+                else:
+                    even.append(f"{own_label} ({difference.text()})")
+        if even:
+            lines.append(f"{means}: no difference to {SCALINGS[TODAY].label}: {'; '.join(even)}.")
     return lines

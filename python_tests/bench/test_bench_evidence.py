@@ -325,5 +325,10 @@ def test_the_one_rate_of_a_scaling_loses_least_at_its_worst_rank() -> None:
     assert lines[0] == "LoTR: within 10% of the best loss at every rank with one rate: s as 1 / r."
     assert lines[1] == "LoTR: at most 10% of the gain lost: s as 1 / r."
     assert "s as 1 / r is lower than s constant by 0.1000" in lines[2]
+    lines = sweep.words(
+        [today, ours._replace(losses=today.losses), ours._replace(scaling="root", losses=today.losses)], table.labels()
+    )
+    even = "s as 1 / r (0.0000 (0.0000 to 0.0000)); s as 1 / sqrt(r) (0.0000 (0.0000 to 0.0000))"
+    assert lines[2:] == [f"LoTR, mean loss over ranks, each at its one rate: no difference to s constant: {even}."]
     diverged = [one | {"losses": None, "validation": None} if one["case"]["scaling"] == "rank" else one for one in cells]
     assert sweep.transfers(diverged)[1].excess.value == float("inf")
