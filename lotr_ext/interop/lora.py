@@ -158,7 +158,7 @@ def export_lora(
     Raises:
         TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device; of
             a model in parts an error in another process. ValueError: directory is a file, task_type or experts is unknown, a
-            layer has a rank above pad_rank, or some layers have magnitudes and others none.
+            layer has a rank above pad_rank or is in two places, or some layers have magnitudes and others none.
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
@@ -198,6 +198,7 @@ def _as_lora(
 ) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
     """The adapted layers of a model, its experts, and their entries for adapter_config.json. also: as from `_beside`."""
     layers, saved = adapted_layers(model), saved_modules(model)
+    _check_places(model)
     stacked = _stacked(layers, form)
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
     entries = {name: LoRALayer(*lora_factors(layer), layer.scaling, layer.magnitude) for name, layer in layers.items()}
@@ -208,6 +209,18 @@ def _as_lora(
         "modules_to_save": _outermost({*saved, *also}) or None,
     }
     return entries, stacked, config
+
+
+def _check_places(model: nn.Module) -> None:
+    """ValueError for a layer in two places: PEFT would put the adapter into one of them."""
+    first: dict[int, str] = {}
+    for at, module in model.named_modules():
+        for child, layer in module._modules.items():
+            if (
+                isinstance(layer, LoTRLayer)
+                and (other := first.setdefault(id(layer), name := f"{at}.{child}".lstrip("."))) != name
+            ):
+                raise ValueError(f"model: expected layers in one place each, got one at {other} and {name}; merge the adapter")
 
 
 def _stacked(layers: Mapping[str, LoTRLayer], form: str) -> dict[str, ExpertLoRA]:

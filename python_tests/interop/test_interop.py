@@ -112,6 +112,11 @@ def test_factors_in_the_adapters_dtype() -> None:
     assert lora_A.dtype == torch.float64 and torch.allclose(layer.scaling * lora_B @ lora_A, layer.delta_weight().double())
 
 
+def twice() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with torch.device("meta"):
@@ -121,6 +126,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         (meta, "x", RuntimeError, "expected tensors with values"),
         (adapted(), "file", ValueError, "directory: expected"),
         ([], "x", TypeError, "model: expected an nn.Module"),
+        (apply_lotr(twice(), LoTRConfig(rank=2)), "x", ValueError, "expected layers in one place each, got one at 0 and 2"),
     ]
     for model, where, kind, message in cases:
         with pytest.raises(kind, match=message):
