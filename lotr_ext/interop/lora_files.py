@@ -34,8 +34,13 @@ _NOT_PLAIN = {
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "layers that the base model has not",
     "alora_invocation_tokens": "an adapter that is on for some tokens only",
+    "use_qalora": "an input that is averaged over groups of features",
+    "use_bdlora": "factors that are block-diagonal",
+    "arrow_config": "a router over several adapters",
+    "kasa_config": "a diagonal between the factors, and changed base weights",
+    "monteclora_config": "factors that are drawn at random",
 }
-_MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq")
+_MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class LoRALayer:
 
 @dataclass(frozen=True)
 class LoRAAdapter:
-    """A whole adapter. saved: parameters of modules_to_save by full name; modules_to_save: name endings, as configured."""
+    """A whole adapter. saved: parameters of modules_to_save by full name; modules_to_save: name endings, as configured,
+    of those that are in the file."""
 
     layers: dict[str, LoRALayer]
     saved: dict[str, Tensor]
@@ -109,6 +115,8 @@ def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mappin
     if not factors:
         raise ValueError(f"adapter: expected tensors <layer>.lora_A.weight and .lora_B.weight, got {len(tensors)} others")
     layers = {name: _layer(name, parts, config) for name, parts in factors.items()}
+    # of a classifier PEFT writes all names that a head may have, so some of them match no module
+    endings = tuple(ending for ending in endings if any(modules_holding(name, (ending,)) for name in saved))
     return LoRAAdapter(layers, saved, endings, _finite("lora_dropout", config.get("lora_dropout", 0.0)))
 
 
@@ -180,7 +188,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"modules_to_save: expected names of modules, got {names!r}")
     init = str(config.get("init_lora_weights", True))
-    if init.startswith(_MOVED_WEIGHTS):
+    if init.lower().startswith(_MOVED_WEIGHTS):
         raise ValueError(
             f"init_lora_weights: expected an init that leaves the base weights as they are, got {init!r}; save the adapter "
             "with PEFT's path_initial_model_for_weight_conversion first"

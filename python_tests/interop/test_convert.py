@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft_toys import Conv1D, ConvToy, peft
 from safetensors.torch import save_file
+from tiny_models import bert
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from toys import IDS, Largest, adapted, assert_unchanged, no_warnings, randomize, snapshot, toy
@@ -148,6 +150,23 @@ def test_bisection_finds_what_a_scan_of_all_ranks_finds():
             scan = 1 + next(i for i, e in enumerate(errors) if e <= error)
             assert _smallest_rank(stack, error, 1, lambda r: None) == scan
             assert _smallest_rank(stack, error, scan + 2, lambda r: None) == scan + 2
+
+
+def test_a_classifier_of_peft_names_heads_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """PEFT writes both "classifier" and "score" into modules_to_save for the task SEQ_CLS."""
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    base = bert()
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    torch.nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "lora")
+    assert set(json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"]) == {
+        "classifier",
+        "score",
+    }
+    lora_to_lotr(tmp_path / "lora", rank=8).save(tmp_path / "lotr")
+    again = load_adapter(base, tmp_path / "lotr").eval()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_zero_adapter_and_ranks_beyond_the_width(tmp_path):
