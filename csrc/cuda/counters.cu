@@ -29,10 +29,11 @@ struct Owner {
 template <int PLACES, int EACH>
 class Places {
  public:
-  // The place of a stream, the same at each call; null if all are taken.  find(): the array on the current
-  // device.
+  // The place of a stream, the same at each call; null if all are taken, or if the handle means several
+  // streams.  find(): the array on the current device.
   template <class Find>
   int32_t* of(void* stream, Find find) {
+    if (ptx::of_each_thread(stream)) return nullptr;
     const Owner owner{stream, ptx::capture_of(stream)};
     const int device = ptx::current_device();
     if (device >= DEVICES) return nullptr;

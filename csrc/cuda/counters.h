@@ -9,7 +9,8 @@ namespace lotr::cuda {
 constexpr int COUNTERS_EACH = 8192;  // of a stream
 
 // `count` zeros on the current device, used only by launches of `stream`, or during a capture only by those
-// of its graph.  Null if all are taken: the caller then clears counters in the workspace.
+// of its graph.  Null if all are taken, or for cudaStreamPerThread, whose handle means another stream in each
+// thread: the caller then clears counters in the workspace.
 int32_t* counters(void* stream, int64_t count);
 
 void clear(void* data, size_t bytes, void* stream);

@@ -83,7 +83,8 @@ inline size_t gemm_lotr_workspace(int64_t M) {
 }
 
 // A workspace on the current device, used only by launches of `stream`, or during a capture only by those of
-// its graph; zeros before the first.  Null if all are taken or `bytes` is too large (counters.cu).
+// its graph; zeros before the first.  Null if all are taken, for cudaStreamPerThread, or if `bytes` is too
+// large (counters.cu).
 void* gemm_lotr_workspace_of(void* stream, size_t bytes);
 
 // Bytes of `partial`, which holds Q's partial sums for one call; 0 without Q.  Its contents do not matter.

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,29 @@ def test_many_streams_at_once() -> None:
                 results.append(step(t))
     torch.cuda.synchronize()
     assert all(same(result, expected[i % len(layers)]) for i, result in enumerate(results))
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "shrink_grad", "factor_grad"])
+def test_threads_that_have_used_no_gpu(kernel: str) -> None:
+    """Such a thread has no current context, and torch's device guard gives it none. A tensor map needs one."""
+    t = layer(4096, 1024, 1024, 16)
+    v, sums, got = t["x"][:, :16].contiguous(), [torch.zeros(1024, 16, device="cuda") for _ in range(3)], []
+    calls = {
+        "shrink": lambda i: lotr.shrink(t["x"], t["A"]),
+        "shrink_grad": lambda i: lotr.shrink_grad_(sums[i], t["g"], t["F"], v),
+        "factor_grad": lambda i: lotr.factor_grad_(sums[i], t["x"], v),
+    }
+    before = lotr.cuda_plan_rules(f"{kernel} wgmma=1", False)  # where there is such a plan
+    try:
+        got.append(calls[kernel](0))  # here, so that a thread finds the driver's answers and memory
+        for i in (1, 2):
+            thread = threading.Thread(target=lambda: got.append(calls[kernel](i)))  # noqa: B023
+            thread.start()
+            thread.join()
+    finally:
+        lotr.cuda_plan_rules(before, False)
+    assert len(got) == 3 and same(sums[1:], [sums[0]] * 2)
+    assert kernel == "factor_grad" or same(got[1:], [got[0]] * 2)
 
 
 @pytest.mark.usefixtures("two_nodes")

@@ -57,10 +57,18 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
   const CUtensorMapSwizzle swizzle = box_cols == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : box_cols == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                       : CU_TENSOR_MAP_SWIZZLE_32B;
-  const CUresult result = encode(
-      &map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<T*>(base), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto make = [&] {
+    return encode(
+        &map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2, const_cast<T*>(base), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = make();
+  // The driver needs a current context.  A thread gets one at its first call of the runtime, but not from
+  // torch's device guard (pytorch issue 195256), so a new thread, also one of autograd's, may have none.
+  int device = 0;
+  if (result == CUDA_ERROR_INVALID_CONTEXT && !cudaGetDevice(&device) && !cudaSetDevice(device))
+    result = make();
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("tensor map: cuTensorMapEncodeTiled failed with error " +
                              std::to_string(int(result)));

@@ -26,6 +26,15 @@ inline int current_device() {
   return device;
 }
 
+// Whether the handle is that of each thread's own default stream, so of several streams.
+inline bool of_each_thread([[maybe_unused]] void* stream) {
+#ifdef __CUDACC__
+  return static_cast<cudaStream_t>(stream) == cudaStreamPerThread;
+#else
+  return false;
+#endif
+}
+
 // The id of the capture that the stream belongs to, 0: none.
 inline unsigned long long capture_of([[maybe_unused]] void* stream) {
   unsigned long long capture = 0;
