@@ -2,6 +2,7 @@
 // kernels on a device, without a launch.  lotr_ext/ops/planner.py calls it once per device and uses the
 // composite if it cannot, so that no training step fails halfway.
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <sstream>
@@ -13,17 +14,17 @@
 namespace lotr {
 namespace {
 
-// "" if the driver can load this module's kernels on the device, else the error's name.  Restores the current
-// device.
+// "" if the driver can load this module's kernels on the device, else the error's name.
 std::string load_error(int device) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (!error) error = cudaSetDevice(device);
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (!error && device >= count) error = cudaErrorInvalidDevice;
   if (!error) {
+    // Torch's guard and not cudaSetDevice, which would make a context, of some hundred megabytes, also on the
+    // device that was current before.
+    const torch::stable::accelerator::DeviceGuard guard{device};
     cudaFuncAttributes attributes{};
     error = cudaFuncGetAttributes(&attributes, cuda::probe_kernel());
-    const cudaError_t back = cudaSetDevice(before);
-    if (!error) error = back;
   }
   cudaGetLastError();  // clears the error, which the next launch would report otherwise
   return error ? cudaGetErrorName(error) : "";

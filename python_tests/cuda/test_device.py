@@ -215,6 +215,16 @@ def test_second_device_while_the_first_is_current() -> None:
         assert b.device.index == 1 and torch.allclose(a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device_alone_makes_no_context_on_the_first() -> None:
+    """A context takes some hundred megabytes."""
+    program = (
+        "import torch, lotr_ext; layer = lotr_ext.LoTRLinear(64, 64, 8, device='cuda:1'); "
+        "layer(torch.ones(8, 64, device='cuda:1')).sum().backward(); assert not torch._C._cuda_hasPrimaryContext(0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer(tool: str) -> None:
