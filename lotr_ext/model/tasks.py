@@ -187,6 +187,17 @@ class TaskBank(nn.Module):
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
+    def check_factors(self, model: nn.Module, argument: str) -> None:
+        """Raises ValueError unless the model's active adapter has the factors of the tasks. argument: for the message."""
+        for group, owner in self._owners.items():
+            if model.lotr_factors[group] is not owner:
+                raise ValueError(f"{argument}: expected tasks of the active adapter's factors, got others in {group!r}")
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The tasks' scaling of each layer, by its name."""
+        return dict(zip(self._layers, self._scalings, strict=True))
+
     def mixtures(self, model: nn.Module, index: Tensor) -> list[Mixture]:
         """A Mixture of the bank's tasks for each layer, in the model's order, for `mixed`."""
         if index.dtype != torch.int64:
@@ -201,9 +212,7 @@ class TaskBank(nn.Module):
                 f"names: expected an index [b] for a model with an encoder and a decoder, whose tokens differ, got shape "
                 f"{tuple(index.shape)}"
             )
-        for group, owner in self._owners.items():
-            if model.lotr_factors[group] is not owner:
-                raise ValueError(f"names: expected tasks of the active adapter's factors, got others in {group!r}")
+        self.check_factors(model, "names")
         if index.device.type == "cpu" and self.taken.device.type == "cpu":
             own = index[index >= 0]
             if int(index.min()) < -1 or int(index.max()) >= len(self.taken):

@@ -6,14 +6,15 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
 
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr
-from lotr_ext.interop.vllm import CoreSync
+from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, set_adapter
+from lotr_ext.interop.vllm import CoreSync, export_task
 from lotr_ext.interop.vllm.message import PATH, SIGNATURE, Message, pack, signature, unpack
 from lotr_ext.model.adapted import adapted_layers
 
@@ -170,6 +171,36 @@ def test_what_cannot_be_sent_is_refused(server: ThreadingHTTPServer) -> None:
     with pytest.raises(ValueError, match=r"model: expected the factors that it had when CoreSync was made, got others in "):
         sync.push()
     assert not server.got
+
+
+def test_cores_of_other_factors_are_refused(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Another adapter is active than the one whose factors the engine or the bank has."""
+    net = model(tasks=2)
+    net.lotr_tasks.add()
+    sync = CoreSync(net, server.url, secret=SECRET)
+    add_adapter(net, "same", share_factors="default")
+    add_adapter(net, "other")
+    set_adapter(net, "same")
+    sync.push(), sync.push(0), export_task(net, tmp_path / "task", task=0, base_model="base")
+    set_adapter(net, "other")
+    for task in (None, 0):
+        with pytest.raises(ValueError, match="model: expected the factors that it had when CoreSync was made"):
+            sync.push(task)
+    with pytest.raises(ValueError, match="task: expected tasks of the active adapter's factors"):
+        CoreSync(net, server.url, secret=SECRET).push(0)
+    with pytest.raises(ValueError, match="task: expected tasks of the active adapter's factors"):
+        export_task(net, tmp_path / "refused", task=0, base_model="base")
+    assert len(server.got) == 2 and not (tmp_path / "refused").exists()
+
+
+def test_a_task_has_the_scaling_that_mixed_computes_with(server: ThreadingHTTPServer) -> None:
+    net = model(tasks=1)
+    task = net.lotr_tasks.add({f"{name}.core": torch.ones(2, 3) for name in "abc"})
+    scaling = adapted_layers(net)["a"].scaling
+    for layer in adapted_layers(net).values():
+        layer.scaling *= 2  # as a file with another scaling does
+    CoreSync(net, server.url, secret=SECRET).push(task)
+    assert torch.equal(sent(server).cores, torch.full((18,), scaling))
 
 
 def test_an_engine_that_cannot_be_reached_is_refused(server: ThreadingHTTPServer) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files import folder, parse_json, placed, read_bytes, together
+from ...layers.layer import LoTRLayer
 from ...model.adapted import adapted_layers
 from ...model.adapter_files import Manifest, serialized, tensors_of
 from ...model.peft_files import read_either
@@ -35,6 +36,7 @@ from ..lora import loaded_from
 __all__ = [
     "Factors",
     "check_finite",
+    "cores_and_scalings",
     "export_factors",
     "export_task",
     "factors_of",
@@ -135,15 +137,13 @@ def export_task(
 
     Raises:
         RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
-            cannot hold, or directory is a file.
+            cannot hold, a bank over the factors of an inactive adapter, or directory is a file.
     """
     model, directory = unwrapped(model), Path(directory)
     factors = factors_of(*contents(model), "export_task")
-    own = None if task is None else bank_of(model, "export_task").cores_of(task)
-    cores = {}
-    for name, layer in adapted_layers(model).items():
-        core = layer.core if own is None else own[f"{name}.core"]
-        cores[f"{name}.core"] = layer.scaling * core.detach()
+    layers = adapted_layers(model)
+    scaled = zip(layers, *cores_and_scalings(model, layers, task, "export_task"), strict=True)
+    cores = {f"{name}.core": scaling * core for name, core, scaling in scaled}
     rank = max(max(factors.core_shape(name)) for name in factors.layers)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -158,6 +158,22 @@ def export_task(
     with folder(directory), together(directory):
         with placed(directory, {TENSORS_NAME: serialized(cores), CONFIG_NAME: text}, apart=CONFIG_NAME):
             pass
+
+
+def cores_and_scalings(
+    model: nn.Module, layers: Mapping[str, LoTRLayer], task: int | None, where: str
+) -> tuple[list[Tensor], list[float]]:
+    """The cores of the model's layers and their scalings: of a task of the model's bank, or of the active adapter for None.
+
+    Raises:
+        RuntimeError: no bank. TypeError, ValueError: no such task, or a bank over other factors than the active adapter's.
+    """
+    if task is None:
+        return [layer.core.detach() for layer in layers.values()], [layer.scaling for layer in layers.values()]
+    bank = bank_of(model, where)
+    bank.check_factors(model, "task")
+    cores, scalings = bank.cores_of(task), bank.scalings
+    return [cores[f"{name}.core"] for name in layers], [scalings[name] for name in layers]
 
 
 def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ...model.adapted import adapted_layers
 from ...model.saving import contents, unwrapped
-from ...model.tasks import bank_of
-from .files import Factors, check_finite, factors_of
+from .files import Factors, check_finite, cores_and_scalings, factors_of
 from .message import PATH, SIGNATURE, Message, checked_name, checked_secret, pack, signature
 
 __all__ = ["CoreSync", "Pushed"]
@@ -74,11 +73,10 @@ class CoreSync:
     def __init__(self, model: nn.Module, engine: Any, *, secret: str | None = None, timeout: float = 60.0):
         self._model = unwrapped(model)
         live = factors_of(*contents(self._model), "CoreSync")
-        self._live = live.tensors
         self._factors = Factors(live.layers, {key: t.detach().cpu().clone() for key, t in live.tensors.items()})
         self._checksum = self._factors.checksum
         layers = adapted_layers(self._model)
-        self._layers = [layers[name] for name in self._factors.spans]
+        self._layers = {name: layers[name] for name in self._factors.spans}
         self._ends = torch.tensor([span.stop for span in self._factors.spans.values()])
         self._channel = _Server(engine, secret, timeout) if isinstance(engine, str) else _Local(engine)
         self._sent: dict[str, _Sent] = {}
@@ -116,12 +114,7 @@ class CoreSync:
     @torch.no_grad()
     def _cores(self, task: int | None) -> Tensor:
         """s G of all layers in one vector, by `Factors.spans`."""
-        if task is None:
-            cores = [layer.core for layer in self._layers]
-        else:
-            own = bank_of(self._model, "push").cores_of(task)
-            cores = [own[f"{layer}.core"] for layer in self._factors.spans]
-        scaled = torch._foreach_mul([core.detach() for core in cores], [layer.scaling for layer in self._layers])
+        scaled = torch._foreach_mul(*cores_and_scalings(self._model, self._layers, task, "push"))
         return torch.cat([core.flatten() for core in scaled]).cpu()
 
     def _changed(self, cores: Tensor, before: Tensor) -> list[int]:
@@ -130,8 +123,11 @@ class CoreSync:
         return torch.bincount(at).nonzero()[:, 0].tolist()
 
     def _check_factors(self) -> None:
+        live = {}
+        for name, layer in self._layers.items():
+            live |= dict(zip(self._factors.layers[name], (layer.factors.A, layer.factors.B), strict=True))
         for key, value in self._factors.tensors.items():
-            if not torch.equal(self._live[key].detach().cpu(), value):
+            if not torch.equal(live[key].detach().cpu(), value):
                 raise ValueError(
                     f"model: expected the factors that it had when CoreSync was made, got others in {key}; train the cores "
                     "alone, or make a new CoreSync (an engine with LOTR_FACTORS has to be started again)"
