@@ -96,7 +96,8 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
             "the adapter is active"
         )
     factors = _new_factors(model, config) if owner is None else _factors_of(model, parked, owner, config)
-    cores = make_cores(config, list(layers), next(iter(layers.values())).core.device)
+    dtype = next(getattr(module, part).dtype for _, module, part in factors_by_part(factors))  # shared ones may have another
+    cores = make_cores(config, list(layers), next(iter(layers.values())).core.device, dtype)
     held = [form_at(cores, at) for at in layers] if cores is not None else _new_cores(model, config, factors)
     made = (*(t for owner in factors.values() for t in owner.parameters()), *(held if cores is None else cores.parameters()))
     agree_over(next(filter(is_dtensor, (layer._parameters.get("weight") for layer in layers.values())), None), made)
@@ -176,7 +177,7 @@ def delete_adapter(model: Model, name: str) -> Model:
 
     Raises:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`; the active adapter, merged or not (activate
-            another one first, or call `unload`).
+            another one first, or call `unload`); the last one with the factors of a TaskBank's tasks.
     """
     parked = parked_of(model, "delete_adapter")
     name = find_name(parked, name, "name")
@@ -185,6 +186,12 @@ def delete_adapter(model: Model, name: str) -> Model:
         state = "merged into the weights" if merged else "active"
         advice = "unmerge it" if merged else "set_adapter another one first, or unload the model"
         raise RuntimeError(f"delete_adapter: expected a parked adapter, got {name!r}, which is {state}; {advice}")
+    bank, old = getattr(model, "lotr_tasks", None), parked[name].factors
+    others = [dict(model.lotr_factors.items()), *(one.factors for other, one in parked.items() if other != name)]
+    if bank is not None and bank.uses(old) and not any(bank.uses(factors) for factors in others):
+        raise RuntimeError(
+            f"delete_adapter: expected an adapter whose factors no TaskBank uses, got {name!r}; del model.lotr_tasks"
+        )
     del parked[name]
     _register_once(model)
     return model

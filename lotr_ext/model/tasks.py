@@ -193,6 +193,10 @@ class TaskBank(nn.Module):
             if model.lotr_factors[group] is not owner:
                 raise ValueError(f"{argument}: expected tasks of the active adapter's factors, got others in {group!r}")
 
+    def uses(self, factors: Mapping[str, Owner]) -> bool:
+        """Whether the tasks are over these factors, by group."""
+        return all(factors[group] is owner for group, owner in self._owners.items())
+
     @property
     def scalings(self) -> dict[str, float]:
         """The tasks' scaling of each layer, by its name."""

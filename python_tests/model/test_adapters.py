@@ -178,6 +178,32 @@ def test_a_start_is_not_taken_from_weights_that_others_use(beside: str, tmp_path
     assert_unchanged(model, before)
 
 
+def test_the_factors_of_a_bank_are_not_deleted(tmp_path) -> None:
+    model = apply_lotr(toy(), LoTRConfig(rank=4, target_modules=["q", "v"]))
+    task = lotr_ext.TaskBank(model, 2).add()
+    add_adapter(model, "same", share_factors="default")
+    add_adapter(model, "own")
+    set_adapter(model, "own")
+    delete_adapter(model, "default")  # "same" has the factors too
+    with pytest.raises(RuntimeError, match="delete_adapter: expected an adapter whose factors no TaskBank uses, got 'same'"):
+        delete_adapter(model, "same")
+    with mixed(set_adapter(model, "same"), torch.tensor([task] * len(IDS))):
+        assert torch.equal(model(IDS), toy()(IDS))
+    del model.lotr_tasks
+    delete_adapter(set_adapter(model, "own"), "same")
+
+
+@pytest.mark.parametrize("core", ["dense", "cp", "train"])
+def test_cores_over_shared_factors_have_their_dtype(core: str, tmp_path) -> None:
+    model = apply_lotr(toy(), LoTRConfig(rank=4, target_modules=["q", "v"])).double()
+    add_adapter(model, "new", LoTRConfig(rank=4, core=core), share_factors="default")
+    set_adapter(model, "new")
+    randomize(model)
+    model(IDS).sum().backward()
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(toy().double(), tmp_path)(IDS), model(IDS))
+
+
 def test_a_failed_load_adds_nothing(tmp_path) -> None:
     model = model_with(shared=False)
     save_adapter(model, tmp_path / "fr", name="fr")
