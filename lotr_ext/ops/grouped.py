@@ -124,6 +124,19 @@ grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_setup)
 grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_setup)
 
 
+def _plain_products(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """grouped_mm in PyTorch operations: forward-mode AD drops the tangents of a custom operator without an error, and functorch
+    refuses its second derivatives. If vmap hides the values of offs, each expert multiplies all rows."""
+    rows = x.shape[0]
+    try:
+        bounds = [0, *_ends(offs, rows)]
+    except RuntimeError:  # batched by vmap
+        expert = expert_of_rows(offs, rows).unsqueeze(1)
+        return sum(torch.where(expert == c, x @ W.t(), 0) for c, W in enumerate(weight.unbind()))
+    parts = [x[start:end] @ W.t() for (start, end), W in zip(pairwise(bounds), weight.unbind())]
+    return torch.cat((*parts, x.new_zeros(rows - bounds[-1], weight.shape[1])))
+
+
 # ---- packed weights ----------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +287,8 @@ def grouped_linear(x: Tensor, weight: Tensor | Packed, offs: Tensor, bias: Tenso
     if isinstance(weight, Packed):
         y = grouped_packed(x, weight, offs)
     else:
-        y = grouped_mm(x, weight if dtype is None else weight.to(dtype), offs)
+        product = grouped_mm if is_compiling() or not transformed() else _plain_products
+        y = product(x, weight if dtype is None else weight.to(dtype), offs)
     if bias is None:
         return y
     experts = expert_of_rows(offs, x.shape[0]).clamp(max=bias.shape[0] - 1)

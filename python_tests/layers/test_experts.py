@@ -179,6 +179,28 @@ def test_rows_of_no_expert_in_the_module(state):
             layer(x, OFFS.clamp(max=2), tokens=torch.tensor([0, bad]))
 
 
+@pytest.mark.parametrize("sent", [True, False], ids=["by token", "sorted"])
+def test_functorch_and_forward_mode(sent):
+    given = case(torch.float64, sent=sent)
+    tangents = {name: torch.randn_like(given[name]) for name in ("x", "A", "B", "cores")}
+    values = {name: given.pop(name).detach() for name in tangents}
+
+    def ours(moved):
+        return lotr_grouped_linear(offs=OFFS, scaling=0.7, **given, **moved)
+
+    def truth(moved):
+        return written_out(scaling=0.7, **given, **moved)
+
+    (_, found), (_, want) = (torch.func.jvp(f, (values,), (tangents,)) for f in (ours, truth))
+    assert relative(found, want) < 1e-12
+    found, want = (torch.func.grad(lambda moved, f=f: f(moved).sin().sum())(values) for f in (ours, truth))
+    assert all(relative(found[name], want[name]) < 1e-12 for name in tangents)
+    twice, in_dims = torch.stack([OFFS, OFFS * 0 + ROWS]), (dict.fromkeys(values), 0)
+    many = torch.vmap(lambda moved, offs: lotr_grouped_linear(offs=offs, scaling=0.7, **given, **moved), in_dims)(values, twice)
+    each = [lotr_grouped_linear(offs=offs, scaling=0.7, **given, **values) for offs in twice]
+    assert relative(many, torch.stack(each)) < 1e-12
+
+
 def test_the_grouped_operators():
     x, weight = torch.randn(260, K), torch.randn(EXPERTS, N, K)
     for operator, args in ((grouped.grouped_mm, (x, weight, OFFS)), (grouped.grouped_outer, (torch.randn(260, N), x, OFFS))):
