@@ -342,12 +342,12 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
         if isinstance(layer, LoTRLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, bases[id(layer)])
-    if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
-        del model.lotr_factors, model.lotr_config
+    for owner in [m for m in model.modules() if isinstance(m._modules.get("lotr_factors"), SharedFactors)]:  # a part, maybe
+        del owner.lotr_factors, owner.lotr_config
         for beside in ("lotr_parked", "lotr_tasks", "lotr_cores"):
-            if hasattr(model, beside):
-                delattr(model, beside)
-        detach_scope(model)
+            if hasattr(owner, beside):
+                delattr(owner, beside)
+        detach_scope(owner)
     return model
 
 

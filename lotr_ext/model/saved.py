@@ -36,12 +36,14 @@ Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the mode
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules_to_save, by name."""
-    config = getattr(model, "lotr_config", None)
-    endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
-    beside = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)
-    named = ((name, m) for name, m in named_modules(model) if not name.startswith(beside))
-    return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
+    """The modules_to_save, by name; of a model in which `apply_lotr` has adapted parts, those of the parts."""
+    beside, found = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES), {}
+    for at, owner in named_modules(model):
+        config = owner.__dict__.get("lotr_config")
+        for name, m in named_modules(owner) if isinstance(config, LoTRConfig) and config.modules_to_save else ():
+            if name and not name.startswith(beside) and any(name_ends_with(name, e) for e in config.modules_to_save):
+                found[f"{at}.{name}" if at else name] = m
+    return found
 
 
 def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:

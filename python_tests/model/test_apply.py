@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys import IDS, adapted, loss, plain, randomize, target_names, toy
 
-from lotr_ext import LoTRFactors, LoTRLinear, adapt, ops
+from lotr_ext import LoTRFactors, LoTRLinear, adapt, add_adapter, ops
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.summary import trainable_summary
@@ -262,6 +262,16 @@ class Own(nn.Linear):
 
     def dequantize(self) -> torch.Tensor:
         return self.weight
+
+
+def test_unload_of_a_model_around_the_adapted_one_leaves_nothing() -> None:
+    part, config = toy(), LoTRConfig(rank=2, target_modules=["q"], core="cp")
+    before = set(part.state_dict())
+    apply_lotr(part, config)
+    add_adapter(part, "other")
+    unload(nn.Sequential(part), merge=False)
+    assert set(part.state_dict()) == before and not any("lotr" in name for name in (*vars(part), *part._modules))
+    apply_lotr(part, config)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Own])

@@ -133,6 +133,24 @@ def test_a_tied_tensor_loads_whatever_the_order_of_modules_to_save(saved: list[s
         assert torch.equal(load_adapter(fresh, tmp_path)(IDS), model(IDS)) and fresh.head.weight is fresh.embed.weight
 
 
+def test_a_model_with_an_adapted_part_is_saved_with_the_modules_to_save_of_the_part(tmp_path: Path) -> None:
+    def around() -> nn.Sequential:
+        model = nn.Sequential(toy(), nn.Linear(3, 2))
+        apply_lotr(model[0], LoTRConfig(rank=2, target_modules=["q"], modules_to_save=["head"]))
+        return model.requires_grad_(False)
+
+    model = around()
+    with torch.no_grad():
+        for parameter in (*model[0].head.parameters(), model[0].blocks[0].q.core, *model[1].parameters()):
+            parameter.fill_(0.3)
+    save_adapter(model, tmp_path / "lotr")
+    fresh = around()
+    load_adapter(fresh, tmp_path / "lotr")
+    assert torch.equal(fresh[0](IDS), model[0](IDS))
+    export_lora(model, tmp_path / "lora", base_model="base")
+    assert "base_model.model.0.head.weight" in load_file(tmp_path / "lora" / "adapter_model.safetensors")
+
+
 def untied() -> nn.Module:
     model = Tied()
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
