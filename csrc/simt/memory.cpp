@@ -120,6 +120,7 @@ uint32_t shared_offset(const void* p) {
 void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
+  if (read_only) check_read_only(t.op, site);
   check_global(p, bytes, t.op, site);
   ++count_anew(t).last.loads;
   if (t.block->arrived && is_late(t)) {

@@ -241,8 +241,9 @@ void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
 
 // ---- early.cpp ----
-void check_early(const char* op, Site site);  // before the running thread touches global memory
-void check_early_end(const Thread& thread);   // before it ends
+void check_early(const char* op, Site site);      // before the running thread touches global memory
+void check_read_only(const char* op, Site site);  // before it reads memory as read-only
+void check_early_end(const Thread& thread);       // before it ends
 
 // ---- sites.cpp ----
 // Counts the call. True: skip_synchronisation names this place.

@@ -137,6 +137,8 @@ def test_hopper_kernels_wait_first_and_let_the_next_begin(source: str) -> None:
         assert too_early(kernel) == [], kernel.symbol
         names = [i.name for i in kernel.code]
         assert names.count("ACQBULK") == 1 and "PREEXIT" in names, kernel.symbol
+        read_only = [i.opcode for i in kernel.code if ".CONSTANT" in i.opcode]  # ld.global.nc, which no wait orders
+        assert read_only == [], kernel.symbol
 
 
 @pytest.mark.full

@@ -119,6 +119,7 @@ def test_early_launches_wait_for_what_is_ahead() -> None:
         2: rf"cp\.async at .*:{line_of('EARLY COPY')}: global memory in an early launch before .* thread 5:",
         3: rf"griddepcontrol\.launch_dependents at .*:{line_of('EARLY LAUNCH')}: before griddepcontrol\.wait",
         4: r"thread exits from an early launch without griddepcontrol\.wait .* thread 100:",
+        5: rf"ld\.global\.nc at .*:{line_of('EARLY READ')}: in an early launch: its memory may be written .* thread 7:",
     }
     for what, message in refused.items():
         assert re.search(message, run("early", str(what), "1")), what

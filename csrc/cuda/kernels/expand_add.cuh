@@ -83,7 +83,7 @@ LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int
     const T* from = static_cast<const T*>(F.data) + row * F.row + c * Traits::CHUNK;
     Chunk value{};
     if (valid == Traits::CHUNK) {
-      value = ptx::load_nc(reinterpret_cast<const Chunk*>(from));
+      value = ptx::load(reinterpret_cast<const Chunk*>(from));
     } else {
 #pragma unroll
       for (int e = 0; e < Traits::CHUNK; ++e)
@@ -104,8 +104,8 @@ LOTR_DEVICE void load_scale(typename Traits::Smem& sm, const RowScale& from, int
     float scale = 0.f;
     T bias = ptx::from_float<T>(0.f);
     if (col < N) {
-      scale = ptx::load_nc(from.scale + col * from.scale_stride);
-      if (from.bias) bias = ptx::load_nc(static_cast<const T*>(from.bias) + col * from.bias_stride);
+      scale = ptx::load(from.scale + col * from.scale_stride);
+      if (from.bias) bias = ptx::load(static_cast<const T*>(from.bias) + col * from.bias_stride);
     }
     ptx::store_shared(&sm.scale[index], scale);
     ptx::store_shared(&sm.bias[index], bias);

@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS)
   for (int e = 0; e < CHUNK; ++e) {
     scale[e] = bias[e] = sum[e] = 0.f;
     if (e >= valid) continue;
-    scale[e] = ptx::load_nc(p.of_rows.scale + (col + e) * p.of_rows.scale_stride);
+    scale[e] = ptx::load(p.of_rows.scale + (col + e) * p.of_rows.scale_stride);
     if (p.of_rows.bias)
-      bias[e] = ptx::to_float(
-          ptx::load_nc(static_cast<const T*>(p.of_rows.bias) + (col + e) * p.of_rows.bias_stride));
+      bias[e] =
+          ptx::to_float(ptx::load(static_cast<const T*>(p.of_rows.bias) + (col + e) * p.of_rows.bias_stride));
   }
   int64_t row = begin + row_of_thread;
   if (valid == CHUNK && p.g.access == Access::vector && p.y.access == Access::vector &&
@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS)
         Chunk in[COUNT], out[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-          in[i] = ptx::load_nc(reinterpret_cast<const Chunk*>(g + i * ROWS * p.g.row));
-          out[i] = ptx::load_nc(reinterpret_cast<const Chunk*>(y + i * ROWS * p.y.row));
+          in[i] = ptx::load(reinterpret_cast<const Chunk*>(g + i * ROWS * p.g.row));
+          out[i] = ptx::load(reinterpret_cast<const Chunk*>(y + i * ROWS * p.y.row));
         }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS)
 #pragma unroll
       for (int e = 0; e < CHUNK; ++e, g += p.g.col, y += p.y.col, g0 += p.g0.col) {
         if (e >= valid) break;
-        const float g_e = ptx::to_float(ptx::load_nc(g));
-        sum[e] += g_e * (ptx::to_float(ptx::load_nc(y)) - bias[e]);
+        const float g_e = ptx::to_float(ptx::load(g));
+        sum[e] += g_e * (ptx::to_float(ptx::load(y)) - bias[e]);
         ptx::store(g0, ptx::from_float<T>(g_e * scale[e]));
       }
     }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS)
     if (own < COLS) total = sum_column<COLS>(partial, p.splits);
   }
   if (own < COLS && tile_col + own < p.N) {
-    const float c = ptx::load_nc(p.of_rows.scale + (tile_col + own) * p.of_rows.scale_stride);
+    const float c = ptx::load(p.of_rows.scale + (tile_col + own) * p.of_rows.scale_stride);
     ptx::store(p.dscale + tile_col + own, c == 0.f ? 0.f : total / c);
   }
 }

@@ -73,7 +73,9 @@ LOTR_DEVICE T load(const T* p LOTR_SITE) {
 #endif
 }
 
-// ld.global.nc: for memory that nothing writes during the launch (the race detector checks it).
+// ld.global.nc: for memory that nothing writes during the launch (the race detector checks it).  Not in a
+// launch that may be early, which the kernel ahead may still write for: no wait orders such loads after its
+// stores, since the memory consistency model leaves them out (the executor checks it).
 template <class T>
 LOTR_DEVICE T load_nc(const T* p LOTR_SITE) {
   static_assert(is_word<T>, "2, 4, 8 or 16 bytes");

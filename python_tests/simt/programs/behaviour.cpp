@@ -128,7 +128,7 @@ void launches() {
 
 // An early launch: a thread may touch global memory, let the next launch begin and end only once it has
 // waited.
-enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES };
+enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES, READS_ONLY };
 __global__ void early(int what, float* x) {
   Smem& s = ptx::shared_storage<Smem>();
   const int t = threadIdx.x;
@@ -143,11 +143,12 @@ __global__ void early(int what, float* x) {
   if (what == LEAVES && t == 100) return;
   ptx::griddepcontrol_wait();
   if (blockIdx.x) ptx::griddepcontrol_launch_dependents();
+  if (what == READS_ONLY && t == 7) ptx::store_shared(&s.f[t], ptx::load_nc(x + 200));  // EARLY READ
   ptx::store(x + t, ptx::load(x + t) + 1.f);
 }
 
 void early_launch(int what, bool is_early) {
-  std::vector<float> x(128);
+  std::vector<float> x(256);
   ptx::launch({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, early, what,
               x.data());
   const simt::LaunchRecord& l = simt::counters().launches[0];
