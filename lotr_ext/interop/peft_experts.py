@@ -8,7 +8,6 @@ place, and its forward calls the adapters.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +87,3 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        core = self.lotr_adapter[adapter_name]
-        if not core.core.is_meta:
-            core.to(*self.place())

@@ -147,6 +147,14 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         """The base layer's device and dtype."""
         return self._get_base_layer_device_and_dtype(self.base_layer)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As BaseTunerLayer's, but keeps the dtype. PEFT calls it after it has loaded values into tensors without memory
+        (low_cpu_mem_usage): a cast would round them, and A and B, which the tuner owns, would not follow."""
+        device = self.place()[0] if device is None else device
+        own = self.lotr_adapter[adapter_name] if adapter_name in self.lotr_adapter else None
+        if own is not None and device is not None and not any(parameter.is_meta for parameter in own.parameters()):
+            own.to(device)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names: expected None in a call of a layer, got names; give them to the model")
