@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -83,6 +83,16 @@ class TaskSums:
         return len(self.sums)
 
 
+class _Round(NamedTuple):
+    """The users of one node, by id, and its output. param is a strong reference, because torch.utils.swap_tensors refuses
+    tensors with weak references; address: of its memory."""
+
+    param: Tensor | None
+    address: int
+    users: set[int]
+    view: Callable[[], Tensor | None]
+
+
 class SharedGradient(TaskSums):
     """The gradient of one tensor, summed over its users: one sum for each device, since each device has an autograd thread."""
 
@@ -94,10 +104,7 @@ class SharedGradient(TaskSums):
 
     def renew(self) -> None:
         """The next use starts a new node."""
-        self._view: Callable[[], Tensor | None] = _nothing
-        self._param: Tensor | None = None
-        self._data = 0
-        self._users: set[int] = set()
+        self._round = _Round(None, 0, set(), _nothing)
 
     def view(self, param: Tensor, user: object) -> Tensor:
         """param for a user: the output of a LoTRShared node if it gets a gradient.
@@ -107,16 +114,15 @@ class SharedGradient(TaskSums):
         """
         if not (param.requires_grad and is_grad_enabled()):
             return param
-        user_id, address = id(user), self.address(param)
-        if self._param is not param or user_id in self._users or self._data != address:
-            # a strong reference, because torch.utils.swap_tensors refuses tensors with weak references
-            self._view, self._param, self._data, self._users = _nothing, param, address, {user_id}
-        else:
-            self._users.add(user_id)
-        view = self._view()
+        # read and replaced as a whole: replicas in other threads (nn.DataParallel) have another param
+        now, user_id, address = self._round, id(user), self.address(param)
+        if now.param is not param or user_id in now.users or now.address != address:
+            now = _Round(param, address, set(), _nothing)
+        now.users.add(user_id)
+        view = now.view()
         if view is None:
             view = LoTRShared.run(self, None, param)
-            self._view = weakref.ref(view)
+            self._round = now._replace(view=weakref.ref(view))
         return view
 
     def accumulator(self, like: Tensor) -> Tensor | None:

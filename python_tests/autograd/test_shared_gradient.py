@@ -284,6 +284,22 @@ def test_one_model_in_two_threads(either_path, net):
     assert len(errors) == 30 and max(errors) < 1e-5 and net.pending() == 0
 
 
+def test_a_replica_in_another_thread_has_its_own_node(monkeypatch):
+    """nn.DataParallel's replicas share the group and have their own factors; a thread may be interrupted as it makes a node."""
+    shared, (one, other) = hub.SharedGradient(), (torch.randn(2, 2, requires_grad=True) for _ in range(2))
+    run, users = hub.LoTRShared.run, [object() for _ in range(3)]
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(hub.LoTRShared, "run", run)
+        shared.view(other, users[0])
+        return run(*arguments)
+
+    monkeypatch.setattr(hub.LoTRShared, "run", interrupted)
+    views = [shared.view(one, users[1]), shared.view(other, users[2])]
+    for view, replica in zip(views, (one, other)):
+        assert view.grad_fn.next_functions[0][0].variable is replica
+
+
 def test_a_group_over_two_devices(two_nodes, net, x, monkeypatch):
     """Simulated: every second addition to a factor goes to the sum of another device."""
     truth = Truth(net, x)
