@@ -368,3 +368,15 @@ def test_bad_input_changes_nothing(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         apply_lotr(model, LoTRConfig(**{"rank": 4, **settings}))
     assert_unchanged(model, before)
+
+
+@FORMS
+def test_a_diverged_run_loads(core: str, tmp_path: Path) -> None:
+    model = llama(core=core)
+    with torch.no_grad():
+        next(model.lotr_cores.parameters())[0] = torch.nan
+    save_adapter(model, tmp_path)
+    for onto in (base().double(), llama(core=core)):
+        load_adapter(onto, tmp_path)
+        own = onto.lotr_cores.state_dict()
+        assert all(torch.equal(own[key].nan_to_num(7), t.nan_to_num(7)) for key, t in model.lotr_cores.state_dict().items())
