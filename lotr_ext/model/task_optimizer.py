@@ -43,7 +43,8 @@ class _Task(NamedTuple):
 class TaskOptimizer(torch.optim.Optimizer):
     """A torch optimizer with a state per task of a bank. Created by `TaskBank.optimizer`, which describes the arguments.
 
-    param_groups: one group with the bank's cores and the settings, for schedulers, GradScaler and clipping.
+    param_groups: one group with the bank's cores and the settings, for schedulers, GradScaler and clipping. Copy or pickle it
+    together with the model.
     """
 
     def __init__(self, bank: Bank, optimizer_class: type[torch.optim.Optimizer], **settings: Any):
@@ -87,6 +88,10 @@ class TaskOptimizer(torch.optim.Optimizer):
                 f"{changed or 'state'} for all together; use another one, such as AdamW or SGD"
             )
         return self._make([parameter])
+
+    def __reduce__(self) -> tuple:
+        """A copy or pickle is of the bank too, and knows of no rows."""
+        return _restored, (self._bank, self._class, self._settings, self.state_dict())
 
     def add_param_group(self, param_group: dict) -> None:
         """Raises RuntimeError except in the constructor: other parameters need another optimizer."""
@@ -316,6 +321,12 @@ class TaskOptimizer(torch.optim.Optimizer):
             parameter.data = core.detach()[task]
         self._inner.state.update(optimizer.state)
         self._tasks[task] = _Task(parameters, self._bank.writes[task])
+
+
+def _restored(bank: Bank, optimizer_class: type, settings: dict[str, Any], state: Mapping[str, Any]) -> TaskOptimizer:
+    optimizer = TaskOptimizer(bank, optimizer_class, **settings)
+    optimizer.load_state_dict(state)
+    return optimizer
 
 
 _ADVICE = "create the optimizer after the model was moved, and load its state_dict"

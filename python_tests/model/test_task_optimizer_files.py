@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,17 @@ def test_everything_is_saved_and_resumed() -> None:
     assert again.param_groups[0]["lr"] == 0.01
     train(other, again)
     assert all(torch.equal(a, b) for a, b in zip(bank.cores, its.cores, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
+def test_a_copy_with_its_model_goes_on_alone(copied) -> None:
+    model, bank = frozen()
+    optimizer = bank.optimizer(ADAMW[0], **ADAMW[1])
+    train(model, optimizer)
+    optimizer.param_groups[0]["lr"] = 0.01
+    other, again = copied((model, optimizer))
+    before = [core.clone() for core in bank.cores]
+    train(other, again)
+    assert all(torch.equal(a, b) for a, b in zip(bank.cores, before, strict=True))
+    train(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(bank.cores, other.lotr_tasks.cores, strict=True))
