@@ -27,6 +27,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..files import folder, placed, read_bytes, together
+from ..layers.checks import check_dimension
 from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
@@ -39,7 +40,7 @@ from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
 from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties, without_ties
-from ..model.saving import unwrapped
+from ..model.saving import checked_path, unwrapped
 from ..ops import accumulate_dtype
 from .expert_lora import (
     ExpertLoRA,
@@ -165,7 +166,7 @@ def export_lora(
     """
     check_form(experts)
     task_type = check_task(task_type)
-    inner, directory = unwrapped(model), Path(directory)
+    inner, directory = unwrapped(model), checked_path(directory)
     host = host_of(hosts, experts, getattr(getattr(inner, "config", None), "model_type", None))
     together = isinstance(inner, nn.Module) and holds_parts(inner)
 
@@ -270,7 +271,8 @@ def lotr_to_lora(
     task_type = check_task(task_type)
     host = host_of(hosts, experts, None)
     manifest, tensors = read_either(Path(source))
-    if Path(directory).resolve() == Path(source).resolve() and not (Path(source) / JSON_NAME).exists():
+    directory = checked_path(directory)
+    if directory.resolve() == Path(source).resolve() and not (Path(source) / JSON_NAME).exists():
         raise ValueError(f"directory: expected another one than source, whose files have the same names, got {directory}")
     entries, stacked, saved = lora_of(manifest, tensors, experts)
     saved, also = without_ties(saved, manifest.tied or {})
@@ -282,7 +284,7 @@ def lotr_to_lora(
         "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names
         "modules_to_save": _outermost({*manifest.modules_to_save, *also}) or None,
     }
-    _write(Path(directory), _Export(entries, stacked, experts, host, pad_rank), saved, config)
+    _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved, config)
     return entries | stacked
 
 
@@ -334,7 +336,7 @@ class _Export(NamedTuple):
 
 def _padded(name: str, one: _Layer, rank: int | None) -> _Layer:
     """A layer padded with zeros to that rank: A in its second to last dimension, B in its last."""
-    more = 0 if rank is None else rank - one.rank
+    more = 0 if rank is None else check_dimension("pad_rank", rank) - one.rank
     if more < 0:
         raise ValueError(f"pad_rank: expected at least {one.rank}, the rank of {name}, got {rank}")
     return replace(one, A=nnf.pad(one.A, (0, 0, 0, more)), B=nnf.pad(one.B, (0, more))) if more else one

@@ -126,11 +126,15 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         (meta, "x", RuntimeError, "expected tensors with values"),
         (adapted(), "file", ValueError, "directory: expected"),
         ([], "x", TypeError, "model: expected an nn.Module"),
+        (adapted(), b"x", TypeError, "directory: expected a path, got bytes"),
         (apply_lotr(twice(), LoTRConfig(rank=2)), "x", ValueError, "expected layers in one place each, got one at 0 and 2"),
     ]
     for model, where, kind, message in cases:
         with pytest.raises(kind, match=message):
-            export_lora(model, tmp_path / where)
+            export_lora(model, tmp_path / where if isinstance(where, str) else where)
+    for rank in (2.5, True):
+        with pytest.raises(TypeError, match="pad_rank: expected an int"):
+            export_lora(adapted(), tmp_path / "x", pad_rank=rank)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(TypeError, match="layer: expected a LoTRLayer, got Linear"):
         lora_factors(nn.Linear(2, 2))
