@@ -1,5 +1,7 @@
-// csrc/cuda/launch.h: fold and its gradients, in one launch each.
+// csrc/cuda/launch.h: fold and its gradients, in one launch each (fold in more above 65,535 layers).
 #include "kernels/fold.cuh"
+
+#include <algorithm>
 
 #include "launchers.h"
 #include "plans.h"
@@ -15,13 +17,33 @@ Prepared prepare(const Call&, const FoldProblem& p) {
   return {};
 }
 
-void run(const Call& call, const FoldProblem& p, const Prepared&, void*) {
-  if (p.L == 0) return;
+namespace {
+
+int64_t element_size(DType type) {
+  return type == DType::float32 ? 4 : 2;
+}
+
+// Up to MOST_LAYERS layers.
+constexpr int64_t MOST_LAYERS = 65535;  // of a grid in z
+void launch(const Call& call, const FoldProblem& p) {
   const int64_t row_tiles = plan::ceil_div(p.N, kernels::FOLD_ROWS) + plan::ceil_div(p.K, kernels::FOLD_ROWS);
   const dim3 grid(unsigned(row_tiles), unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
   ptx::launch({grid, dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold", call.begins_early()},
               kernels::fold, p);
+}
+
+}  // namespace
+
+void run(const Call& call, const FoldProblem& p, const Prepared&, void*) {
+  for (int64_t first = 0; first < p.L; first += MOST_LAYERS) {
+    FoldProblem some = p;
+    some.L = int32_t(std::min(MOST_LAYERS, p.L - first));
+    some.cores.data =
+        static_cast<const char*>(p.cores.data) + first * p.core_stride * element_size(p.core_type);
+    some.F = static_cast<char*>(p.F) + first * p.F_layer * element_size(p.F_type);
+    launch(call, some);
+  }
 }
 
 PreparedFoldGrad prepare(const Call& call, const FoldGradProblem& p) {

@@ -55,3 +55,14 @@ def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
     g0, dscale = far_rows(lib, K), np.ones(K, np.float32)
     lib.scale_backward(big, big, None, two, g0, dscale)
     assert (wide(g0) == 2 * x).all() and (dscale == np.square(x).sum(0) / 2).all()
+
+
+@pytest.mark.full
+def test_more_layers_than_a_grid_has_in_z(lib) -> None:
+    """65,535; fold's layers are its grid's z."""
+    lib.set_device(multiprocessors=4)
+    lib.set_options()
+    cores = np.arange(65_540, dtype=np.float32).reshape(-1, 1, 1)
+    F = np.full_like(cores, np.nan)
+    lib.fold(np.full((1, 1), 2, np.float32), cores, 0.5, F)
+    assert (F == cores).all()
