@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import plain
+from toys import IDS, Tied, plain
 
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter
 from lotr_ext.layers.sharded import agreed
@@ -311,6 +311,20 @@ def fsdp_resumes(rank: int, folder: Path) -> dict:
     with torch.no_grad():
         found["adapter"] = loaded(batch(0)).sum().item()
     return found
+
+
+def fsdp_tied_head(rank: int, folder: Path) -> dict:
+    """How far what a sharded model with a trained, tied head saves and loads is from what it computes."""
+    config = LoTRConfig(rank=2, target_modules=["q"], modules_to_save=["head"])
+    whole, mesh = apply_lotr(Tied(), config), init_device_mesh("cpu", (2,))
+    with torch.no_grad():
+        for parameter in (whole.head.weight, *(layer.core for layer in adapted_layers(whole).values())):
+            parameter.fill_(0.3)
+    want = whole(IDS).detach()
+    save_adapter(fully_shard(whole, mesh=mesh), folder / "tied-adapter")
+    found = {"in one process": relative(load_adapter(Tied(), folder / "tied-adapter")(IDS), want)}
+    again = fully_shard(apply_lotr(Tied(), config), mesh=mesh)
+    return found | {"in parts": relative(load_adapter(again, folder / "tied-adapter")(IDS), want)}
 
 
 def randomize_parts(model: nn.Module) -> None:

@@ -148,7 +148,7 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    tied = ties(model, saved_tensors(saved))
+    tied = None if holds_parts(model) else ties(model, saved_tensors(saved))  # gathered tensors are tied to nothing
     return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers), tied), tensors
 
 
