@@ -39,10 +39,11 @@ OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in b
 
 def recorded(g: Tensor) -> bool:
     """Whether the running backward of g must run torch's own products: it is being recorded (double backward, compiled
-    autograd) or batched (is_grads_batched, vmap). AOTAutograd traces a backward with tensors of its own type and takes the
-    nodes."""
+    autograd) or batched (is_grads_batched, vmap), or g may have a tangent of forward-mode AD. AOTAutograd traces a backward
+    with tensors of its own type and takes the nodes."""
     compiled = is_compiling() and type(g) is Tensor
-    return is_grad_enabled() or compiled or dispatch_key_included(OLD_VMAP) or functorch_active()
+    batched = dispatch_key_included(OLD_VMAP) or functorch_active()
+    return is_grad_enabled() or compiled or batched or forward_ad._current_level >= 0
 
 
 def keeps_all_by_itself() -> bool:

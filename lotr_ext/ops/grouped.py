@@ -111,6 +111,9 @@ def _grouped_mm_backward(ctx, g: Tensor):
     x, weight, offs = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
     g = g.contiguous()  # a sum's gradient is one element, expanded
+    if not is_compiling() and transformed():
+        dW = _plain_outer(g, x, offs) if need_weight else None
+        return _plain_products(g, weight.mT, offs) if need_x else None, dW, None
     return grouped_mm(g, weight.mT, offs) if need_x else None, grouped_outer(g, x, offs) if need_weight else None, None
 
 
@@ -135,6 +138,11 @@ def _plain_products(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         return sum(torch.where(expert == c, x @ W.t(), 0) for c, W in enumerate(weight.unbind()))
     parts = [x[start:end] @ W.t() for (start, end), W in zip(pairwise(bounds), weight.unbind())]
     return torch.cat((*parts, x.new_zeros(rows - bounds[-1], weight.shape[1])))
+
+
+def _plain_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    """grouped_outer in PyTorch operations."""
+    return torch.stack([g[start:end].t() @ x[start:end] for start, end in pairwise([0, *_ends(offs, g.shape[0])])])
 
 
 # ---- packed weights ----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores) -> tuple[Te
 def _backward(ctx, g: Tensor):
     u, cores, index, offs, tokens = ctx.saved_tensors
     need_u, need_cores = ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled() or dispatch_key_included(OLD_VMAP):  # recorded, or batched
+    if torch.is_grad_enabled() or dispatch_key_included(OLD_VMAP) or transformed():  # recorded, batched, or with tangents
         with torch.enable_grad():
             h = composite.row_core(u, cores, _index(u, cores, index, offs, tokens), tokens, ctx.scaling)
         wanted = [t for t, need in ((u, need_u), (cores, need_cores)) if need]

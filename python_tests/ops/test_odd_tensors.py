@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from lotr_ext import LoTRFactors, LoTRLinear, explain, lotr_linear
+from lotr_ext import LoTRExperts, LoTRFactors, LoTRLinear, explain, lotr_linear
 
 K = 12
 TOKENS = pytest.mark.parametrize("tokens", [5, 200], ids=["unfolded", "folded"])
@@ -92,6 +93,32 @@ def test_a_gradient_that_is_so_only_by_a_mark(tokens, alone, kind):
     y, expected, wanted = both(layers_of(1 if alone else 2), torch.randn(tokens, K, requires_grad=True))
     g = GRADIENTS[kind](tokens)
     close(torch.autograd.grad(y, wanted, g), torch.autograd.grad(expected, wanted, g))
+
+
+@TOKENS
+@pytest.mark.parametrize("kind", ["alone", "siblings", "magnitude", "rows", "experts"])
+def test_a_gradient_with_a_tangent(tokens, kind):
+    """Backward is linear in it: the tangents of its results are the gradients of the tangent."""
+    torch.manual_seed(0)
+    x, layers = torch.randn(tokens, K, requires_grad=True), layers_of(2 if kind == "siblings" else 1)
+    layer = LoTRExperts(2, K, K, 3) if kind == "experts" else LoTRLinear(K, K, 3, magnitude=kind == "magnitude")
+    for one in (layer, *layers):
+        nn.init.normal_(one.core)
+    A, B, W, cores = layer.factors.A, layer.factors.B, layer.weight, torch.randn(2, 3, 3, requires_grad=True)
+    if kind == "experts":
+        wanted = [x, A, layer.core, W.requires_grad_()]
+        y = layer(x, torch.tensor([1, tokens], dtype=torch.int32))
+    elif kind == "rows":
+        y, wanted = lotr_linear(x, W, None, A, B, cores, 0.5, core_index=torch.arange(tokens) % 2), [x, A, B, cores]
+    elif kind == "magnitude":
+        y, wanted = layer(x), [x, A, B, layer.core, layer.magnitude]
+    else:
+        y, _, wanted = both(layers, x)
+    tangent = torch.randn_like(y)
+    expected = torch.autograd.grad(y, wanted, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, wanted, forward_ad.make_dual(torch.randn_like(y), tangent))
+        close(tuple(forward_ad.unpack_dual(t).tangent for t in found), expected)
 
 
 @TOKENS
