@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     size = one.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=_rank, help="rank: R, or R_IN,R_OUT")
     size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
-    size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
+    size.add_argument("--parameters", type=int, help="largest useful rank with at most so many parameters")
     text = "Convert LoRAs of one model to shared factors and one task each, and print each layer's error."
     bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
     bank.add_argument("--rank", type=_rank, required=True, help="rank: R, or R_IN,R_OUT")
@@ -137,9 +137,7 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     adapter, rank = read_lora(arguments.source), arguments.rank
     most = exact_rank(adapter, arguments.group_by)
     if rank is not None and max(check_rank(rank)) > most:
-        raise ValueError(
-            f"rank: expected at most {most}, the sum of a group's LoRA ranks, from which on it is exact, got {rank}"
-        )
+        raise ValueError(f"rank: expected at most {most}, at which the result is exact, got {rank}")
     with progress_bar("converts", 100) as show:
         found: Conversion = lora_to_lotr(
             adapter,

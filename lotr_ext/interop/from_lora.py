@@ -81,7 +81,8 @@ def lora_to_lotr(
         source: a directory, a state dict (with config), or the result of `read_lora`. modules_to_save are copied.
         rank: r, or (r_in, r_out), for all groups.
         error: the smallest rank at which each group's relative error is at most this, in (0, 1).
-        parameters: the largest rank at which the adapter has at most this many (A, B and cores; not modules_to_save).
+        parameters: the largest rank at which the adapter has at most this many (A, B and cores; not modules_to_save), or the
+            `exact_rank` if that is lower.
         group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
         config: see `read_lora`.
         dtype: of the result. The work is done in float64.
@@ -109,7 +110,7 @@ def lora_to_lotr(
     sizes = {group: adapter.layers[names[0]].sizes for group, names in groups.items()}
     bound = max(max(sum(adapter.layers[name].rank for name in names), sum(sizes[group])) for group, names in groups.items())
     if parameters is not None:
-        rank = min(_rank_for(parameters, sizes, groups), bound)
+        rank = min(_rank_for(parameters, sizes, groups), exact_rank(adapter, group_by))
     if rank is not None and max(check_rank(rank)) > bound:
         raise ValueError(f"rank: expected at most {bound}, beyond which no group can use any, got {rank}")
     pairs = {group: [low_rank_pair(adapter.layers[name]) for name in names] for group, names in groups.items()}
@@ -131,11 +132,14 @@ def _check_size(rank: int | tuple[int, int] | None, error: float | None, paramet
 
 
 def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
-    """The lowest rank at which the conversion is always exact: the largest sum of LoRA ranks in a group."""
-    ranks: dict[str, int] = {}
-    for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
+    """The lowest rank at which the conversion of any LoRAs of these ranks and widths is exact: for each group, the sum of its
+    LoRA ranks or its larger width, whichever is lower; of these the largest."""
+    sizes = {name: layer.sizes for name, layer in adapter.layers.items()}
+    ranks, widths = dict[str, int](), dict[str, int]()
+    for name, group in group_names(sizes, group_by).items():
         ranks[group] = ranks.get(group, 0) + adapter.layers[name].rank
-    return max(ranks.values())
+        widths[group] = max(sizes[name])
+    return max(min(ranks[group], widths[group]) for group in ranks)
 
 
 def low_rank_pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def test_the_rank_for_an_error_is_the_smallest_and_for_a_budget_the_largest(tmp_
     for r, error in errors.items():  # what a rank reaches is reached by no smaller one
         found = lora_to_lotr(tmp_path, error=error * 1.001)
         assert found.rank == r and max(found.group_errors.values()) <= error * 1.001
-    for budget in (88, 500, 501, 4000):
+    for budget in (88, 500, 501, 2000):
         found = lora_to_lotr(tmp_path, parameters=budget)
         larger = lora_to_lotr(tmp_path, rank=found.rank + 1)
         assert found.parameters <= budget < larger.parameters
@@ -356,12 +356,19 @@ def test_a_rank_that_loses_most_and_one_larger_than_the_lora_are_said():
         lora_to_lotr({k.replace("m.0", f"m.{i}"): t for k, t in one.items() for i in range(12)}, config=PLAIN, rank=2)
 
 
+@pytest.mark.parametrize(("layers", "rank"), [(12, 24), (30, 40)])  # the sum of the LoRA ranks, or the width
+@pytest.mark.filterwarnings("ignore:lotr_ext. at rank")
+def test_a_budget_above_the_exact_rank_gives_that_rank(layers: int, rank: int):
+    found = lora_to_lotr(unrelated(layers), config=PLAIN, parameters=10**15)
+    assert found.rank == rank and max(found.errors.values()) < 1e-6
+    assert max(lora_to_lotr(unrelated(layers), config=PLAIN, rank=rank - 1).errors.values()) > 1e-3
+
+
 def test_a_rank_that_nothing_can_use_is_refused_before_any_work(tmp_path, capsys):
     with pytest.raises(ValueError, match="rank: expected at most 80, beyond which no group can use any, got 99999"):
         lora_to_lotr(unrelated(), config=PLAIN, rank=99999)
     with pytest.raises(ValueError, match=r"rank: expected at most 80, .*got \(3, 81\)"):
         lora_to_lotr(unrelated(), config=PLAIN, rank=(3, 81))
-    assert lora_to_lotr(unrelated(), config=PLAIN, parameters=10**15).rank == 80
     lora(tmp_path / "lora", target_modules=["q", "v"])
     for rank, got in (("99999", "99999"), ("3,9", r"\(3, 9\)"), (str(10**30), "")):
         assert main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "new"), "--rank", rank]) == 2
