@@ -51,7 +51,8 @@ class TaskOptimizer(torch.optim.Optimizer):
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class: expected a class of torch.optim.Optimizer, got {optimizer_class!r:.80}")
         given = {name for name, value in settings.items() if value is not None}
-        if "foreach" in inspect.signature(optimizer_class).parameters and not given & {"foreach", "fused"}:
+        numbers = not any(isinstance(value, Tensor) for value in settings.values())  # Adam refuses a tensor with foreach=True
+        if numbers and "foreach" in inspect.signature(optimizer_class).parameters and not given & {"foreach", "fused"}:
             settings["foreach"] = True
         self._class, self._settings = optimizer_class, settings
         self._inner = self._probe(bank)
@@ -59,9 +60,10 @@ class TaskOptimizer(torch.optim.Optimizer):
         super().__init__(list(bank.cores), self._inner.defaults)
         self._storages = [core.untyped_storage() for core in bank.cores]
         self._tasks: dict[int, _Task] = {}
-        self._noted: list[list[Tensor]] = [[] for _ in self._layers]  # by layer: the indices whose rows made its gradient
+        self._writes = list(bank.writes)  # the slots' write counts at the last backward
+        # by layer: the indices whose rows made its gradient, and the write counts then
+        self._noted: list[list[tuple[Tensor, list[int]]]] = [[] for _ in self._layers]
         self._noted_in = [-1] * len(self._layers)  # the backward that the last of them was noted in
-        self._writes = list(bank.writes)  # the slots' write counts at the first backward since the last step
         _of_bank[bank] = weakref.ref(self)
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -168,26 +170,29 @@ class TaskOptimizer(torch.optim.Optimizer):
                     f"step: expected tasks with rows in {name}, got a gradient without rows: its backward was compiled, or ran "
                     "before this optimizer was created or its last step; call step(index=...)"
                 )
-            key = tuple(id(one) for one in noted)  # most layers have the same indices
+            key = tuple(id(part) for one in noted for part in one)  # most layers have the same indices
             if own and key not in found:
-                found[key] = self._unchanged(_tasks_in(noted))
+                found[key] = self._current(noted)
             tasks.append(found[key] if own else [])
         return tasks
 
-    def _unchanged(self, tasks: list[int]) -> list[int]:
-        """The tasks whose slots were not written since the gradients were computed."""
-        taken, writes = self._bank.taken.tolist(), self._bank.writes
-        return [task for task in tasks if taken[task] and writes[task] == self._writes[task]]
+    def _current(self, noted: Sequence[tuple[Tensor, list[int]]]) -> list[int]:
+        """The tasks that had rows in some indices, without rows of a task that was dropped or replaced since."""
+        taken, now, tasks = self._bank.taken.tolist(), self._bank.writes, set[int]()
+        for writes in {id(own): own for _, own in noted}.values():
+            rows = _tasks_in(index for index, own in noted if own is writes)
+            tasks.update(task for task in rows if taken[task] and writes[task] == now[task])
+        return sorted(tasks)
 
     def _note(self, l: int, index: Tensor) -> None:
         """Records that rows of an index gave layer l a gradient. Called in backward, before the gradient is added."""
         if self._bank.cores[l].grad is None and self._noted_in[l] != graph_task():
             self._noted[l].clear()  # they belong to a gradient that was dropped
         self._noted_in[l] = graph_task()
-        if not any(self._noted):
+        if self._writes != self._bank.writes:
             self._writes = list(self._bank.writes)
-        if all(one is not index for one in self._noted[l]):
-            self._noted[l].append(index)
+        if all(one is not index or writes is not self._writes for one, writes in self._noted[l]):
+            self._noted[l].append((index, self._writes))
 
     def _forget_rows(self) -> None:
         for noted in self._noted:

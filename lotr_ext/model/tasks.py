@@ -167,9 +167,9 @@ class TaskBank(nn.Module):
 
         Each task is updated as by its own torch optimizer that steps only when the task has rows: momentum, the step count of a
         bias correction and weight decay are per task. A task's state is created when it is first trained, and dropped when the
-        task is dropped or replaced. The default is foreach=True unless settings contain foreach or fused; fused=True is the
-        fastest if torch supports it. Create the optimizer after the model was moved. A second optimizer of a bank replaces the
-        first one.
+        task is dropped or replaced. The default is foreach=True unless settings contain foreach, fused or a tensor; fused=True
+        is the fastest if torch supports it. Create the optimizer after the model was moved. A second optimizer of a bank
+        replaces the first one.
 
         optimizer_class: one whose state belongs to each parameter, such as all of torch's except LBFGS and SparseAdam.
         settings: its arguments.
@@ -249,7 +249,7 @@ class TaskBank(nn.Module):
 
     @torch.no_grad()
     def _write(self, slot: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes a task into a slot; on an exception the slot keeps its old values."""
+        """Writes a task into a slot, whose gradient becomes zero; on an exception the slot keeps its old values."""
         parts = [*(core[slot] for core in self.cores), self.taken[slot]]
         before = [part.clone() for part in parts]
         try:
@@ -260,6 +260,9 @@ class TaskBank(nn.Module):
             for part, value in zip(parts, before, strict=True):
                 part.copy_(value)
             raise
+        for core in self.cores:
+            if core.grad is not None:  # of the slot's last task; it would move this one, and count in a norm for clipping
+                core.grad[slot].zero_()
 
     def _values(self, source: Source | None) -> list[Tensor]:
         """The cores of a task, checked, in the dtype and on the device of the bank."""

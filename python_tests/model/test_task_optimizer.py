@@ -153,6 +153,36 @@ def test_micro_batches_and_tokens_add_up() -> None:
         assert moved(reset, first=[4, 4, 4, 4]) == [True, True, False, True, False, False]
 
 
+def test_a_task_that_is_added_or_replaced_between_micro_batches() -> None:
+    """The step moves it by the gradient of its own rows, as if there had been no task in its slot before."""
+    moved = []
+    for late in (False, True):
+        model, bank = frozen()
+        new = {name: torch.ones_like(core) for name, core in bank.cores_of(1).items()}
+        optimizer = bank.optimizer(torch.optim.SGD, lr=0.1)
+        if late:
+            backward(model, batches()[0], [0, 1, 1, 2])
+        bank.replace(1, new)
+        assert bank.add(new) == 5 and all(core.grad is None or not core.grad[1].any() for core in bank.cores)
+        if not late:
+            backward(model, batches()[0], [0, -1, -1, 2])
+        backward(model, batches()[1], [0, 1, 5, -1])
+        optimizer.step()
+        moved.append([core.detach() for core in bank.cores])
+    for one, other in zip(*moved, strict=True):
+        torch.testing.assert_close(one, other)
+        assert (one[[1, 5]] != 1).flatten(1).any(1).all()
+
+
+def test_a_learning_rate_in_a_tensor() -> None:
+    moved = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        model, bank = frozen()
+        train(model, bank.optimizer(torch.optim.AdamW, lr=lr))
+        moved.append([core.detach() for core in bank.cores])
+    torch.testing.assert_close(*moved)
+
+
 def test_an_index_that_is_written_to_in_place() -> None:
     """Each forward counts with the index that it saw."""
     model, bank = frozen()
