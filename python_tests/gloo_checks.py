@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import IDS, Tied, plain
 
-from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, unload, unmerge
 from lotr_ext.layers.sharded import agreed
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.ops import planner
@@ -348,6 +348,15 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
         "an error of another kind": lambda: agreed("saving", lambda: {0: "fine"}[rank]),
         "svd": lambda: load_adapter(sharded, folder / "svd-adapter"),
         "other rank": lambda: load_adapter(sharded, folder / "rank-2-adapter"),
+    }
+    gathered, merged = shard(make(), by="root"), shard(merge(make()), by="root")
+    with torch.no_grad():  # the root stays gathered: its parameters look whole
+        gathered(batch(0)), merged(batch(0))
+    attempts |= {
+        "merge, gathered": lambda: merge(gathered),
+        "unmerge, gathered": lambda: unmerge(merged),
+        "unload, gathered": lambda: unload(gathered, merge=False),
+        "bank": lambda: TaskBank(gathered, 2),
     }
     found = {name: refusal(attempt) for name, attempt in attempts.items()}
     assert all(torch.equal(p.to_local(), cores[n]) for n, p in sharded.named_parameters())

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, unload
 from lotr_ext.model import adapter_files
 from nets import relative
 
@@ -127,5 +127,8 @@ def fsdp1_refuses(rank: int, folder: Path) -> dict[str, str]:
     return {
         "inside": refusal(lambda: save_adapter(model.module, folder / "inside")),
         "merge": refusal(lambda: merge(model)),
+        "unload": refusal(lambda: unload(model, merge=False)),
+        "bank": refusal(lambda: TaskBank(model, 2)),
+        "start": refusal(lambda: init_from_gradient(model, [batch(rank)], loss)),
         "apply": refusal(lambda: apply_lotr(fsdp1_shard(base()), LoTRConfig(rank=2))),
     }

@@ -35,7 +35,7 @@ from .sharded import agreed, holds_parts
 from .tucker import leading, padded
 from .untouched import untouched
 
-__all__ = ["PASSES", "Key", "Loss", "Probed", "check_loss", "leading_directions", "write_factors"]
+__all__ = ["PASSES", "Key", "Loss", "Probed", "check_loss", "expect_whole", "leading_directions", "write_factors"]
 
 PASSES, OVERSAMPLE = 3, 8
 _WHERE = "the start from the gradient"
@@ -246,12 +246,7 @@ def _look(
 
 def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
     """The batches as a list."""
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
-    if wrapped or holds_parts(model):
-        state = "wrapped or compiled" if wrapped else "held in parts"
-        raise TypeError(
-            f"model: expected a plain, whole one for a start from the gradient, got {type(model).__name__}, {state}"
-        )
+    expect_whole(model)
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
     if not callable(loss):
@@ -260,6 +255,16 @@ def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None)
     if not kept:
         raise ValueError("batches: expected at least one for a start from the gradient, got none")
     return kept
+
+
+def expect_whole(model: nn.Module) -> None:
+    """TypeError for a model from which a start cannot be computed: wrapped, compiled or held in parts."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
+    if wrapped or holds_parts(model):
+        state = "wrapped or compiled" if wrapped else "held in parts"
+        raise TypeError(
+            f"model: expected a plain, whole one for a start from the gradient, got {type(model).__name__}, {state}"
+        )
 
 
 def check_loss(value: object, reentrant: bool = False) -> None:

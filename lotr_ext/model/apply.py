@@ -31,7 +31,7 @@ from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
 from ..layers.settings import Settings
-from ..layers.sharded import agree_over, holds_parts, is_tensor_parallel
+from ..layers.sharded import agree_over, holds_parts, is_tensor_parallel, reshard
 from .adapted import adapted_layers, expect_merged, lotr_parameters
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -201,6 +201,7 @@ def _check_mergeable(
 ) -> None:
     if not isinstance(dequantize, bool) and not (isinstance(dequantize, torch.dtype) and dequantize.is_floating_point):
         raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
+    _check_whole(model, layers, "merge")
     tied = tied_names(model)
     for name, layer in layers.items():
         if isinstance(layer, LoTRWrapped):
@@ -214,10 +215,6 @@ def _check_mergeable(
         layer.check_parameter("weight", "merge", name)
         if others := tied.get(id(layer.holder)):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-        if (holds_parts(layer.holder) or holds_parts(layer)) and not is_tensor_parallel(model):
-            raise RuntimeError(
-                f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
-            )
         if layer.weight.is_meta or layer.core.is_meta:
             raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
         if not has_plain_weight(layer):
@@ -225,6 +222,18 @@ def _check_mergeable(
             raise TypeError(f"merge: expected a plain weight, got {kind} in {name!r}; quantise a model before apply_lotr")
         if safe and not layer.merged:
             _check_finite(name, layer._merged_weight())
+
+
+def _check_whole(model: nn.Module, layers: dict[str, LoTRLayer], where: str) -> None:
+    """Raises RuntimeError if FSDP or ZeRO-3 holds a layer in parts. where: the caller, for the message."""
+    reshard(model)  # FSDP2 keeps its root whole after a forward without gradients, and writes to that copy would be lost
+    if is_tensor_parallel(model):
+        return
+    for name, layer in layers.items():
+        if holds_parts(layer.holder) or holds_parts(layer):
+            raise RuntimeError(
+                f"{where}: expected whole tensors, got {name!r} held in parts; save_adapter, then load it in one process"
+            )
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
@@ -294,12 +303,13 @@ def unmerge(model: Model) -> Model:
     """Removes the adapter from the weights of all merged layers. After an interruption, call it again for the rest.
 
     Raises:
-        TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
+        TypeError, RuntimeError: no adapter, one that is not merged or in parts, or a dequantised one without a backup.
     """
     layers = adapted_layers(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if not merged:
         expect_merged(layers, True, "unmerge")
+    _check_whole(model, merged, "unmerge")
     _check_unmergeable(merged)
     for layer in merged.values():
         layer.unmerge()
@@ -314,8 +324,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     layer, returns the plain layer with the same weight and bias.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter or adapted layers
-            with hooks. The model is unchanged then.
+        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter, adapted layers
+            with hooks, or a model in parts. The model is unchanged then.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -352,6 +362,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
 
 
 def _check_unloadable(model: nn.Module, layers: dict[str, LoTRLayer], merge: bool, dequantize: bool | torch.dtype) -> None:
+    _check_whole(model, layers, "unload")  # the wrapper would go on gathering the parameters for the removed layers
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts) and not isinstance(layer, LoTRHostedExperts):
             raise TypeError(

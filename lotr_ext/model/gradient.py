@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..layers.experts import LoTRExperts
-from ..layers.gradient import Loss, Probed, leading_directions, write_factors
+from ..layers.gradient import Loss, Probed, expect_whole, leading_directions, write_factors
 from ..layers.layer import LoTRLayer
 from ..layers.merging import check_is_parameter
 from ..layers.sharded import agreed
@@ -54,6 +54,7 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
 def _probed(model: nn.Module) -> tuple[dict[str, LoTRLayer], dict[nn.Module, Probed]]:
     """The adapted layers, checked."""
     layers = adapted_layers(model)
+    expect_whole(model)
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")

@@ -73,7 +73,11 @@ def parked_of(model: nn.Module, name: str, *, in_parts_too: bool = False) -> Par
     parts."""
     adapted_layers(model)
     if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
-        raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
+        if any(isinstance(getattr(module, "lotr_factors", None), SharedFactors) for module in model.modules()):
+            got = f"{type(model).__name__} around one; pass the model inside"
+        else:
+            got = "one whose layers were built by hand"
+        raise RuntimeError(f"{name}: expected a model from apply_lotr, got {got}")
     whole = in_parts_too or not any(in_parts(slot.tensor) for slot in adapter_slots(model))
     if holds_parts(model) and not (whole and is_tensor_parallel(model)):
         raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")

@@ -29,7 +29,8 @@ from ..layers.mixture import Mixture
 from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
 from .adapted import adapted_layers, refuse_magnitudes, refuse_starts
-from .shared_factors import Owner, SharedFactors, factors_checksum
+from .parked import parked_of
+from .shared_factors import Owner, factors_checksum
 from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
 __all__ = ["TaskBank", "bank_of"]
@@ -55,14 +56,13 @@ class TaskBank(nn.Module):
 
     Raises:
         TypeError: tasks is no int. ValueError: fewer than one, or an adapter with magnitudes or of init "svd".
-            RuntimeError: no adapter, layers built by hand, or a bank that exists already.
+            RuntimeError: no adapter, layers built by hand, a model that FSDP holds in parts, or a bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
         super().__init__()
         layers = adapted_layers(model)
-        if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
-            raise RuntimeError("TaskBank: expected a model from apply_lotr, got one whose layers were built by hand")
+        parked_of(model, "TaskBank", in_parts_too=True)
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
         check_dimension("tasks", tasks)

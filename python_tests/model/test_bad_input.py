@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, snapshot, toy
 
-from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, explain, lotr_linear
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, TaskBank, adapt, add_adapter, explain, lotr_linear, mixed
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
 from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
@@ -252,6 +252,10 @@ def merged() -> Toy:
     return merge(adapted())
 
 
+def around() -> nn.Module:
+    return nn.Sequential(adapted())
+
+
 def with_infinite_core() -> Toy:
     model = adapted()
     model.blocks[1].v.core.data[0, 0] = math.inf
@@ -305,6 +309,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], 
     "unloading without an adapter": (toy, lambda m: unload(m, merge=True), "model"),
     "unloading with an unclear wish": (adapted, lambda m: unload(m, merge="yes"), "merge"),
     "disabling without an adapter": (toy, lambda m: disabled(m).__enter__(), "model"),
+    "tasks for a model around the adapted one": (around, lambda m: TaskBank(m, 2), "Sequential around one"),
+    "a mixed batch in a model around the adapted one": (around, lambda m: mixed(m, ["default"]).__enter__(), "around one"),
     "disabling while merged": (merged, lambda m: disabled(m).__enter__(), "disabled"),
     "parameters without an adapter": (toy, lotr_parameters, "model"),
     "a summary without an adapter": (toy, trainable_summary, "model"),

@@ -145,6 +145,9 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
         assert "RuntimeError: merge: expected whole tensors, got 'blocks.0.q' held in parts" in refused["merge"]
         assert "TypeError: model: expected whole tensors, got FSDPStack held in parts" in refused["apply"]
         assert 'RuntimeError: load_adapter: expected whole weights, since init "svd" changes them' in refused["svd"]
+        for what in ("merge", "unmerge", "unload"):  # after a forward without gradients
+            assert f"RuntimeError: {what}: expected whole tensors, got 'blocks.0.q'" in refused[f"{what}, gathered"]
+        assert "RuntimeError: TaskBank: expected whole tensors" in refused["bank"]
         assert "ValueError" in refused["other rank"] and "expected float32 [16, 4]" in refused["other rank"]
     assert first["a file in the way"].startswith("ValueError: directory: expected a directory")
     assert "expected all processes to succeed, got an error in process 0: ValueError: directory" in second["a file in the way"]
@@ -203,6 +206,9 @@ def test_fsdp1_refuses_what_needs_whole_tensors(found: dict) -> None:
         assert "RuntimeError: model: expected what FullyShardedDataParallel returned, got Stack" in refused["inside"]
         assert "RuntimeError: merge: expected whole tensors, got 'blocks.0.q' held in parts" in refused["merge"]
         assert "TypeError: model: expected whole tensors" in refused["apply"]
+        assert "RuntimeError: unload: expected whole tensors, got 'blocks.0.q' held in parts" in refused["unload"]
+        assert "RuntimeError: TaskBank: expected whole tensors" in refused["bank"]
+        assert "TypeError: model: expected a plain, whole one for a start from the gradient" in refused["start"]
 
 
 def test_each_process_of_ddp_has_the_gradients_of_its_own_examples(found: dict) -> None:
