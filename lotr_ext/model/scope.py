@@ -61,7 +61,12 @@ def _cached(args, kwargs) -> tuple[int | Tensor, int] | None:
     if tokens is None or not hasattr(cache, "get_seq_length"):
         return None
     past = cache.get_seq_length()
-    return (past.clone() if isinstance(past, Tensor) else past), tokens.shape[1]  # a static cache changes its count in place
+    if isinstance(past, Tensor):
+        return past.clone(), tokens.shape[1]  # a static cache changes its count in place
+    if past == 0:  # also of MiniMax's cache after tokens: its first layer keeps no tokens, but a state
+        layers = (layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
+        past = max((layer.get_seq_length() for layer in layers), default=0)
+    return past, tokens.shape[1]
 
 
 def _leave(model: nn.Module, args, output) -> None:

@@ -9,7 +9,7 @@ import torch
 from mixtures import IDS, adapted
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
 
 from lotr_ext import LoTRConfig, TaskBank, activated, apply_lotr, disabled, lotr_grouped_linear, lotr_linear, mixed
 from nets import relative
@@ -156,6 +156,22 @@ def test_generation_with_a_cache_is_that_without(dtype: torch.dtype) -> None:
     for run in (got, chunks, static):
         assert torch.equal(run.sequences, want) and relative(torch.stack(run.logits), logits) < EPSILON[dtype]
     assert relative(torch.stack(other.logits), logits) > 0.01
+
+
+def test_a_cache_whose_first_layer_keeps_no_tokens() -> None:
+    """MiniMax's cache says that it is empty: layer 0 has linear attention, whose state has no length."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kinds = ["linear_attention", "full_attention"]
+    config = MiniMaxConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=2, layer_types=kinds)
+    model = apply_lotr(MiniMaxForCausalLM(config).eval(), LoTRConfig(rank=4, target_modules=["q_proj", "v_proj"]))
+    fill(TaskBank(model, TASKS))
+    index = activated(PROMPTS, ROWS, INVOCATION)
+    with torch.no_grad():
+        want, logits = uncached(model, PROMPTS, index, 6)
+        with mixed(model, index):
+            got = model.generate(PROMPTS, **LOGITS)
+    assert torch.equal(got.sequences, want) and relative(torch.stack(got.logits), logits) < EPSILON[torch.float32]
 
 
 def test_steps_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
