@@ -13,6 +13,7 @@ The roots have at most 2 k and 2 n columns; a QR reduces them. A root has twice 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,18 +78,18 @@ class BankConversion(LoTRAdapter):
 
 
 def names_of(folders: Sequence[str | PathLike[str]]) -> dict[str, Path]:
-    """A name for each folder: its path without the leading and trailing parts that all folders share.
+    """A name for each folder: its path without the leading and trailing parts that all folders share, but at least one part.
 
     Raises:
         ValueError: no folders, or the same one twice.
     """
-    paths = [Path(folder).absolute() for folder in folders]
+    paths = [Path(os.path.abspath(folder)) for folder in folders]  # without "..", which is no part of a name
     if not paths:
         raise ValueError("sources: expected folders of LoRA adapters, got none")
     parts = [path.parts for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"sources: expected different folders, got {next(p for p in paths if paths.count(p) > 1)} twice")
-    while len(parts) > 1 and len({own[:1] for own in parts}) == 1:
+    while len(parts) > 1 and len({own[:1] for own in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [own[1:] for own in parts]
     while len(parts) > 1 and len({own[-1:] for own in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [own[:-1] for own in parts]

@@ -199,7 +199,8 @@ def test_names() -> None:
     assert list(names_of(["/l/law/adapter", "/l/art/x/adapter"])) == ["law", "art-x"]
     assert list(names_of(["/l/law/adapter"])) == ["adapter"]
     assert list(names_of(["/l/a/b-c", "/l/a-b/c"])) == ["0-a-b-c", "1-a-b-c"]
-    assert list(names_of(["/l", "/l/a"]))[1] == "a"
+    assert list(names_of(["/l/run", "/l/run/checkpoint-9"])) == ["run", "run-checkpoint-9"]
+    assert list(names_of(["/l/law", "/l/law/../art"])) == ["law", "art"]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
