@@ -74,6 +74,12 @@ class PerExampleGradients(Mapping[str, Tensor]):
         """Of one call of a layer, in its backward."""
         task, parts = graph_task(), self._found.setdefault(layer, [])
         if parts and self._task[layer] == task:
+            if len(parts[-1]) != len(gradient):  # one row would be added to all rows of the other call
+                name = next(name for name, one in self._layers.items() if one is layer)
+                raise ValueError(
+                    f"x: expected as many rows in all calls of {name!r} before one backward, got {len(parts[-1])} and "
+                    f"{len(gradient)}; call backward after each forward"
+                )
             parts[-1] = parts[-1] + gradient
             return
         if parts and self._norms_only:
@@ -153,7 +159,8 @@ def per_example(model: nn.Module, *, batch: int | None = None, norms_only: bool 
 
     Raises:
         TypeError: model is no nn.Module, or batch no int. ValueError: batch is below 1, a core is frozen, or an adapter has
-            magnitudes. RuntimeError: no adapter, a merged one, or a call inside torch.compile.
+            magnitudes; in backward, calls of a layer with different numbers of rows. RuntimeError: no adapter, a merged one,
+            or a call inside torch.compile.
     """
     layers = layers_of(model, "per_example")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):

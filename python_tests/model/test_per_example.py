@@ -133,6 +133,16 @@ def test_a_layer_that_runs_twice_has_the_sum_of_its_calls() -> None:
     check(model, batch(4, 3))
 
 
+@pytest.mark.parametrize("other", [1, 3])  # one row would be added to all four
+def test_calls_with_other_rows_before_one_backward_are_refused(other: int) -> None:
+    model = adapted()
+    with (
+        per_example(model),
+        pytest.raises(ValueError, match=r"as many rows in all calls of '.*' before one backward, got . and "),
+    ):
+        (loss(model(batch(4, 3))) + loss(model(batch(other, 3)))).backward()
+
+
 def test_tokens_in_one_list_need_the_batch() -> None:
     model, x = adapted(), batch(4, 3)
     with per_example(model) as want:
