@@ -67,7 +67,7 @@ def assembled(
     """The config, layers and tensors of a LoTRAdapter with scaling 1.
 
     groups: layer names by group; sizes: (in_features, out_features) by layer; factors: A and B by group; cores: by layer.
-    settings: other fields of the configuration.
+    settings: other fields of the configuration. Raises ValueError for values that dtype cannot hold.
     """
     layers, tensors = {}, {}
     config = LoTRConfig(scaling=1.0, target_modules=sorted(sizes), adapter_dtype=dtype, **settings)
@@ -77,7 +77,15 @@ def assembled(
         for name in names:
             layers[name] = LayerEntry(prefix, *sizes[name], 1.0, config.dropout)
             tensors[f"{name}.core"] = cores[name].to(dtype)
+    check_range(tensors)
     return config, layers, tensors
+
+
+def check_range(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless all values are finite: finite ones may have become infinite in a narrow dtype."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"dtype: expected one that can hold the values of {name}, got {tensor.dtype}; use a wider one")
 
 
 def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[str, str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from ..layers.factors import LoTRFactors
 from ..layers.tucker import POWERS, leading, padded
 from ..model.adapter_files import Manifest, write
 from ..model.tasks import task_metadata
-from .adapter import LoTRAdapter, assembled, group_names
+from .adapter import LoTRAdapter, assembled, check_range, group_names
 from .from_lora import Report, low_rank_pair
 from .lora_files import LoRAAdapter, read_lora
 from .tucker import compressed, fitted, norms, stacked
@@ -266,6 +266,8 @@ def _conversion(
         for layer, core, residual, norm in zip(stream.groups[group], cores, residuals, whole, strict=True):
             tasks[task][f"{layer}.core"] = core.clone()
             errors[task][layer] = float(residual / norm) if norm > 0 else 0.0
+    for own in tasks.values():
+        check_range(own)
     config, layers, tensors = assembled(
         stream.groups,
         stream.layers,

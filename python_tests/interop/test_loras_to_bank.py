@@ -194,6 +194,14 @@ def test_a_zero_adapter(folders) -> None:
         assert not any(core.any() for core in found.tasks["none"].values()) and set(found.errors["none"].values()) == {0.0}
 
 
+def test_values_that_the_dtype_cannot_hold_are_refused() -> None:
+    state = {f"l.lora_{part}.weight": torch.full((2, 4) if part == "A" else (4, 2), 300.0) for part in "AB"}
+    adapter = read_lora(state, {"r": 2, "lora_alpha": 2})
+    for convert, source in ((lora_to_lotr, adapter), (loras_to_bank, {"a": adapter})):
+        with pytest.raises(ValueError, match=r"dtype: expected one that can hold the values of l\.core, got torch\.float16"):
+            convert(source, rank=2, dtype=torch.float16)
+
+
 def test_names() -> None:
     assert list(names_of(["/l/law", "/l/art"])) == ["law", "art"]
     assert list(names_of(["/l/law/adapter", "/l/art/x/adapter"])) == ["law", "art-x"]
