@@ -17,6 +17,7 @@ from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .merging import check_is_parameter
 from .packed import weight_of
+from .placement import home
 from .settings import Settings
 
 __all__ = ["Host", "Hosted", "LoTRHostedExperts"]
@@ -99,15 +100,16 @@ class LoTRHostedExperts(Hosted, LoTRExperts):
         nn.Module.__init__(self)
         self._refer_to(host, parameter, transposed, bias)
         e, n, k = self.weight.shape
+        device = home(host)
         self._check_factors(factors, k, n)
-        self._check_device(factors, self.weight.device)
+        self._check_device(factors, device)
         for own, tensor in host.named_parameters(recurse=False):
             if own.startswith(parameter):  # the weight or its packed tensors, and the bias
                 tensor.requires_grad_(False)
         self.num_experts, self.in_features, self.out_features = e, k, n
         stored = host._parameters.get(parameter)
         self._cut = experts_cut(stored, transposed) if is_dtensor(stored) else None
-        self._attach(factors, self.weight.device, settings or Settings())
+        self._attach(factors, device, settings or Settings())
         self.train(host.training)
 
     @property

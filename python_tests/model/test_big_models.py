@@ -200,6 +200,27 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path
     assert relative(reloaded(IDS), want(IDS).detach().double()) < 1e-6
 
 
+def test_an_adapter_over_offloaded_experts_is_in_memory_and_trains(tmp_path: Path) -> None:
+    """Also the experts' cores, which are made for the device to which accelerate moves the experts for a forward."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    base = transformers.MixtralForCausalLM(shape)
+    config = LoTRConfig(rank=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"], target_modules=["q_proj"])
+    want, ids = apply_lotr(copy.deepcopy(base), config), IDS.view(1, -1)
+    randomize(want)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    save_adapter(want, tmp_path / "adapter")
+    model = apply_lotr(dispatched(base, tmp_path / "disk", places), config)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta and all(not p.is_meta for p in lotr_parameters(model))
+    load_adapter(model, tmp_path / "adapter")
+    for net in (want, model):
+        net(ids, labels=ids, use_cache=False).loss.backward()
+    for got, right in zip(lotr_parameters(model), lotr_parameters(want), strict=True):
+        assert relative(got.grad, right.grad.double()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("offloaded", "named"), [({}, "LoTRLinear.core"), ({"lotr_factors": "disk", "blocks.1": "cpu"}, "LoTRFactors.A")]
 )
