@@ -294,8 +294,14 @@ class TaskOptimizer(torch.optim.Optimizer):
         if metadata.get("optimizer") != self._class.__name__:
             got = metadata.get("optimizer", "a file without state")
             raise ValueError(f"source: expected the state of {self._class.__name__}, got {got}; TaskBank.add reads the cores")
+        try:
+            numbers = dict(json.loads(metadata["values"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"source: expected the state's numbers as JSON in the metadata, got a damaged file {path}"
+            ) from None
         state: dict[str, dict[str, Any]] = {}
-        for key, value in (tensors | json.loads(metadata["values"])).items():
+        for key, value in (tensors | numbers).items():
             name, _, what = key.removeprefix(STATE).rpartition("/")
             state.setdefault(name, {})[what] = value
         own = self._loaded(state, "source")

@@ -283,7 +283,10 @@ class TaskBank(nn.Module):
                 raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
             if value.is_meta and not core.is_meta:
                 raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-            values.append(parted_as(value.detach().to(core.device, core.dtype), core.detach()[0]))
+            held = value.detach().to(core.device, core.dtype)
+            if not held.is_meta and bool((held.isinf() & value.detach().to(core.device).isfinite()).any()):
+                raise ValueError(f"{name}: expected values that the bank's {core.dtype} can hold, got larger {value.dtype}")
+            values.append(parted_as(held, core.detach()[0]))
         return values
 
     def _read(self, source: object) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:

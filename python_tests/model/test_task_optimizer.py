@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from mixtures import IDS
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_task_mixtures import with_tasks
 from test_tasks import adapted as with_bank
 from torch import Tensor, nn
@@ -346,6 +348,9 @@ def test_bad_input(tmp_path: Path) -> None:
     optimizer.save(0, tmp_path / "adamw")
     bank.save(0, tmp_path / "cores")
     state = optimizer.state_dict()
+    with safe_open(tmp_path / "adamw", "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    save_file(tensors, tmp_path / "damaged", metadata | {"values": "3"})
     _, other = with_bank(torch.float64)
     sgd = other.optimizer(torch.optim.SGD, lr=0.1)
     full = frozen()[1]
@@ -366,6 +371,7 @@ def test_bad_input(tmp_path: Path) -> None:
         (ValueError, "task: expected a task of the bank, as add returned it, got 5", lambda: optimizer.state_of(5)),
         (ValueError, "source: expected the state of SGD, got AdamW", lambda: sgd.add(tmp_path / "adamw")),
         (ValueError, "expected the state of AdamW, got a file without state", lambda: optimizer.add(tmp_path / "cores")),
+        (ValueError, "source: expected the state's numbers .* got a damaged file", lambda: optimizer.add(tmp_path / "damaged")),
         (RuntimeError, "add: expected a free slot", lambda: its.add(tmp_path / "adamw")),
         (ValueError, "state_dict: expected one of SGD, got 'AdamW'", lambda: sgd.load_state_dict(state)),
         (ValueError, "expected tasks of the bank, got 5", lambda: optimizer.load_state_dict(state | {"tasks": {5: {}}})),

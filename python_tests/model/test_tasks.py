@@ -219,6 +219,11 @@ def test_bad_input(tmp_path: Path) -> None:
             rf"{first}: expected shape \(4, 3\), got torch.Size\(\[3, 4\]\)",
             lambda: bank.replace(0, cores | {first: cores[first].mT}),
         ),
+        (
+            ValueError,
+            f"{first}: expected values that the bank's torch.float32 can hold, got larger torch.float64",
+            lambda: bank.replace(0, cores | {first: cores[first].double() + 1e300}),
+        ),
         (ValueError, "source: expected factors .* as the model has, got", lambda: foreign.add(tmp_path / "zero")),
         (ValueError, "expected scaling 3.0 as the model has, got 0.5", lambda: TaskBank(scaled, 1).add(tmp_path / "zero")),
         (ValueError, "source: expected format lotr_task as the model has, got None", lambda: bank.add(tmp_path / "no task")),

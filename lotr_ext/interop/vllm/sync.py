@@ -54,7 +54,8 @@ class CoreSync:
 
     Each version is a separate adapter. Running requests keep the version they started with, and the prefix cache separates
     versions. The engine loads a version whole, between two steps. Only layers whose cores have changed since the last push
-    are sent. The engine holds the last 4 versions of a task, and those of running requests.
+    are sent. The engine holds the last 4 versions of a task, and those of running requests. For an engine that was started
+    again, make a new CoreSync.
 
     Start the engine with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
     plugin) cores go into its bank. Without it, A and B are sent once, and the workers compute ordinary LoRA factors from them.
