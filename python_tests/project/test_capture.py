@@ -12,6 +12,7 @@ CAPTURED = {
     "cudaMemsetAsync": "becomes a node of the graph",
     "cudaStreamGetCaptureInfo": "asks",
     "cudaGetDevice": "asks",
+    "cudaGetDeviceCount": "asks: the probe",
     "cudaSetDevice": "asks and sets; no work",
     "cudaDeviceGetAttribute": "asks",
     "cudaFuncGetAttributes": "asks: the probe",
