@@ -103,15 +103,18 @@ def load_adapter(
         with whole(model, adapter_slots(target), write=True):
             agreed("load_adapter", lambda: _fill_adapted(target, manifest, tensors, cast), together=together)
     else:
-        tensors = _fitted(target, manifest, tensors)
-        selection, cores = _check_plain(target, manifest, tensors, cast)
-        _install(target, manifest.config, selection, cores)
-        tensors = _in_order_of(cores, manifest, tensors)
-        with whole(model, adapter_slots(target), write=True):
-            _fill(target, manifest, tensors)
+        _adapt_and_fill(model, target, manifest, _fitted(target, manifest, tensors), cast)
     if name is not None:
         adapters.rename_active(target, name)
     return model
+
+
+def _adapt_and_fill(model: nn.Module, target: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
+    """Adapts a plain model as the file says, and loads its values. target: the model without its wrapper."""
+    selection, cores = _check_plain(target, manifest, tensors, cast)
+    _install(target, manifest.config, selection, cores)
+    with whole(model, adapter_slots(target), write=True):
+        _fill(target, manifest, _in_order_of(cores, manifest, tensors))
 
 
 def _fill_stages(stages: PipelineStages, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:

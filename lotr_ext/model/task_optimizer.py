@@ -297,9 +297,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         try:
             numbers = dict(json.loads(metadata["values"]))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"source: expected the state's numbers as JSON in the metadata, got a damaged file {path}"
-            ) from None
+            raise ValueError(f"source: expected the state's numbers in its metadata, got a damaged file {path}") from None
         state: dict[str, dict[str, Any]] = {}
         for key, value in (tensors | numbers).items():
             name, _, what = key.removeprefix(STATE).rpartition("/")
