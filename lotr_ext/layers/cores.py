@@ -61,7 +61,7 @@ class Cores(StaysWhole):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
 
     places: the places of the layers' cores, each once. rank: the factors' rank, r or (r_in, r_out).
-    rows: the tensors with a row for each of `places`, `layers` or `kinds`, and which of these.
+    rows: the tensors with a row for each entry of an axis, and the axis: "places", and of a grid "layers" and "kinds".
     """
 
     rows: tuple[tuple[str, str], ...] = ()
@@ -93,14 +93,15 @@ class Cores(StaysWhole):
 
     def in_order_of(self, places: Sequence[Hashable], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of Cores that were made for `places`, a permutation of this one's, with its rows in this one's order."""
-        of = {"places": list(places)}
-        if isinstance(self, LayersAndKinds):
-            of |= {name: list(dict.fromkeys(place[i] for place in places)) for i, name in enumerate(("layers", "kinds"))}
-        found = dict(state)
-        for key, name in self.rows:
-            if key in found and len(found[key]) == len(of[name]):  # tied numbers have one row
-                found[key] = found[key][[of[name].index(one) for one in getattr(self, name)]]
+        of, own, found = self._axes(places), self._axes(self.places), dict(state)
+        for key, axis in self.rows:
+            if key in found and len(found[key]) == len(of[axis]):  # tied numbers have one row
+                found[key] = found[key][[of[axis].index(one) for one in own[axis]]]
         return found
+
+    def _axes(self, places: Sequence[Hashable]) -> dict[str, list[Hashable]]:
+        """What the rows of tensors are for, in the order of places."""
+        return {"places": list(places)}
 
     def begin_as_identity(self) -> None:
         """Sets G = I, for core_init="identity". Raises ValueError if the form cannot represent it."""
@@ -125,7 +126,12 @@ class LayersAndKinds(Cores):
         for place in self.places:
             if not (isinstance(place, tuple) and len(place) == 2):
                 raise TypeError(f"places: expected pairs (layer, kind), got {place!r}")
-        self.layers, self.kinds = (list(dict.fromkeys(place[i] for place in self.places)) for i in (0, 1))
+        axes = self._axes(self.places)
+        self.layers, self.kinds = axes["layers"], axes["kinds"]
+
+    def _axes(self, places: Sequence[tuple[Hashable, Hashable]]) -> dict[str, list[Hashable]]:
+        own = {axis: list(dict.fromkeys(place[i] for place in places)) for i, axis in enumerate(("layers", "kinds"))}
+        return super()._axes(places) | own
 
     def index(self, place: Hashable) -> int:
         if not (isinstance(place, tuple) and len(place) == 2):

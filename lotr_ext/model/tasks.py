@@ -283,10 +283,10 @@ class TaskBank(nn.Module):
                 raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
             if value.is_meta and not core.is_meta:
                 raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-            held = value.detach().to(core.device, core.dtype)
-            if not held.is_meta and bool((held.isinf() & value.detach().to(core.device).isfinite()).any()):
+            held = value.detach().to(core.dtype)
+            if value.dtype != core.dtype and not value.is_meta and bool((held.isinf() & value.isfinite()).any()):
                 raise ValueError(f"{name}: expected values that the bank's {core.dtype} can hold, got larger {value.dtype}")
-            values.append(parted_as(held, core.detach()[0]))
+            values.append(parted_as(held.to(core.device), core.detach()[0]))
         return values
 
     def _read(self, source: object) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:

@@ -141,6 +141,15 @@ def uncached(model: nn.Module, ids: Tensor, index: Tensor, steps: int) -> tuple[
     return ids, torch.stack(found)
 
 
+def check_generation_with_a_cache(model: nn.Module, dtype: torch.dtype) -> None:
+    index = activated(PROMPTS, ROWS, INVOCATION)
+    with torch.no_grad():
+        want, logits = uncached(model, PROMPTS, index, 6)
+        with mixed(model, index):
+            got = model.generate(PROMPTS, **LOGITS)
+    assert torch.equal(got.sequences, want) and relative(torch.stack(got.logits), logits) < EPSILON[dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_generation_with_a_cache_is_that_without(dtype: torch.dtype) -> None:
     model, _ = llama(dtype)
@@ -166,12 +175,7 @@ def test_a_cache_whose_first_layer_keeps_no_tokens() -> None:
     config = MiniMaxConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=2, layer_types=kinds)
     model = apply_lotr(MiniMaxForCausalLM(config).eval(), LoTRConfig(rank=4, target_modules=["q_proj", "v_proj"]))
     fill(TaskBank(model, TASKS))
-    index = activated(PROMPTS, ROWS, INVOCATION)
-    with torch.no_grad():
-        want, logits = uncached(model, PROMPTS, index, 6)
-        with mixed(model, index):
-            got = model.generate(PROMPTS, **LOGITS)
-    assert torch.equal(got.sequences, want) and relative(torch.stack(got.logits), logits) < EPSILON[torch.float32]
+    check_generation_with_a_cache(model, torch.float32)
 
 
 def test_steps_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +250,7 @@ def test_left_padding_and_beams() -> None:
 def test_experts_generate_by_token_with_a_cache() -> None:
     model = adapted("Mixtral", torch.float64, target_modules=["q_proj", "v_proj"])
     fill(TaskBank(model, TASKS))
-    index = activated(PROMPTS, ROWS, INVOCATION)
-    with torch.no_grad():
-        want, logits = uncached(model, PROMPTS, index, 6)
-        with mixed(model, index):
-            got = model.generate(PROMPTS, **LOGITS)
-    assert torch.equal(got.sequences, want) and relative(torch.stack(got.logits), logits) < EPSILON[torch.float64]
+    check_generation_with_a_cache(model, torch.float64)
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
