@@ -118,7 +118,7 @@ def core_of(layer: nn.Module) -> Tensor | None:
     """The core of a layer, if it is one tensor for the whole forward; None if each call computes it."""
     if "core" in layer._parameters:
         return layer._parameters["core"]
-    shared = getattr(core_form_of(layer), "shared", None)  # of a CoreAt
+    shared = getattr(core_form_of(layer), "_lotr_shared", None)  # of a CoreAt
     return None if shared is None else shared()
 
 

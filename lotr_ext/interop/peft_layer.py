@@ -43,7 +43,6 @@ from .peft_config import LoTRPeftConfig
 class LoTRCore(HasCore, HasMagnitude):
     """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], its magnitudes, factors, scaling and
     dropout.
-    `scope.py` recognises it by its attribute start_core.
 
     form: the module that computes the core, if the core is not a parameter.
     """

@@ -43,10 +43,10 @@ class CoreAt(nn.Module):
         self.__dict__["cores"] = self._modules.pop("cores")
 
     def forward(self) -> Tensor:
-        shared = None if is_compiling() else self.shared()
+        shared = None if is_compiling() else self._lotr_shared()
         return self.cores(self.index) if shared is None else shared
 
-    def shared(self) -> Tensor | None:
+    def _lotr_shared(self) -> Tensor | None:
         """The core, if the running forward has computed those of all places at once; None outside a forward, and for random
         cores."""
         scope = open_scope()

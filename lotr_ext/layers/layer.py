@@ -65,7 +65,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear: expected an nn.Module, got {type(linear).__name__}")
         for module in linear.modules():
-            if isinstance(module, LoTRFactors) or hasattr(module, "start_core"):  # also PEFT's cores
+            if isinstance(module, LoTRFactors | HasCore):  # also PEFT's cores
                 raise TypeError(f"linear: expected a plain layer, got {type(linear).__name__}, which is adapted already")
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.bank import Scope, _open, open_scope
+from ..layers.core import HasCore
 from ..layers.placement import check_not_offloaded
 from ..layers.request import NOW
 
@@ -36,7 +37,7 @@ class _Layers:
         if self.by_B is None:
             self.by_B = {}
             for module in model.modules():
-                if not hasattr(module, "start_core"):  # an attribute of adapted layers, and of the cores under PEFT
+                if not isinstance(module, HasCore):  # an adapted layer, or a core under PEFT
                     continue
                 self.parts |= dict.fromkeys((*module.factors.owners, (module, "core")))
                 if getattr(module, "in_use", True):

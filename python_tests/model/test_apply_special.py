@@ -121,6 +121,44 @@ def test_hooks_and_parametrizations_of_a_layer_are_kept() -> None:
     assert model.blocks[1].q.core.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["start_core", "core", "factors", "magnitude", "merged", "base_layer", "in_use"])
+def test_names_in_the_model_are_free(name: str) -> None:
+    model = toy()
+    model.add_module(name, model.head)
+    model.blocks[0].add_module(name, model.blocks[0].q)
+    base = model(IDS)
+    apply_lotr(model, LoTRConfig(rank=2))
+    assert torch.allclose(model(IDS), base, atol=1e-6)
+    randomize(model)
+    assert torch.allclose(model(IDS), plain(copy.deepcopy(model))(IDS), atol=1e-5)
+
+
+class Transparent(nn.Module):
+    """Has all attributes of the module inside."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def test_wrapper_with_the_attributes_of_the_adapted_layer() -> None:
+    model = toy()
+    model.blocks[0].q = Transparent(model.blocks[0].q)
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["inside", "v"]))
+    randomize(model)
+    assert torch.allclose(model(IDS), plain(copy.deepcopy(model))(IDS), atol=1e-5)
+    assert len(adapted_layers(model)) == 3 and sum(len(of) for of in model._lotr_layers.by_B.values()) == 3
+
+
 # ---- settings, devices -----------------------------------------------------------------------------------------------
 
 

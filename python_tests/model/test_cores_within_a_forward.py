@@ -85,10 +85,10 @@ class DroppedCore(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.randn(R, R))
+        self.shared = nn.Parameter(torch.randn(R, R))  # a name of any kind: it once was a method that lotr_ext called
 
     def forward(self) -> Tensor:
-        return nnf.dropout(self.value, 0.5)
+        return nnf.dropout(self.shared, 0.5)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
