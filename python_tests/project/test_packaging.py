@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -104,6 +105,20 @@ def test_make_wheel_says_what_is_missing(tmp_path, programs, words):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and all(word in result.stderr for word in words), result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("make wheel: ")
+
+
+def test_source_archive_has_all_that_the_build_reads(tmp_path):
+    """`pip install` of the archive compiles: CMake's files and the sources are no Python, so setuptools leaves them out."""
+    command = f"setup.py --quiet egg_info --egg-base {tmp_path} sdist --dist-dir {tmp_path}"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    assert needed | {name for name in sources if not name.startswith("csrc/simt/")} <= names, needed - names
+    assert not any(name.startswith(("build", "python_tests", "csrc/simt")) for name in names)
 
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
