@@ -2,9 +2,10 @@
 
 Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's list),
 LOTR_CPU_ISAS (all; native: this machine's best instruction set alone; or names), MAX_JOBS (parallel compilations), CXX (the
-compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
+compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty value counts as none.
 """
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -21,6 +23,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 MIN_CMAKE = (3, 26)
+# CMake reads these when it first configures a build folder, and ignores later changes of them.
+READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CMAKE_GENERATOR")
 NOTE = "-- note: "  # how csrc/cuda/toolkit.cmake begins a line for the person who waits
 
 
@@ -65,6 +69,14 @@ def check_requirements() -> str:
     if numbers(first_line.split()[-1]) < MIN_CMAKE:
         stop(f"expected cmake >= 3.26, got {first_line} at {cmake}. Upgrade it: pip install -U cmake")
     return cmake
+
+
+def parallel_jobs() -> str:
+    """How many files to compile at a time: MAX_JOBS, or one for each core up to eight."""
+    jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+    if not jobs.isdecimal() or int(jobs) < 1:
+        stop(f"MAX_JOBS: expected a whole number of 1 or more, got {jobs!r}. Unset it to use one job for each core.")
+    return jobs
 
 
 def progress_line(line: str, seconds: float) -> str | None:
@@ -114,25 +126,48 @@ class CMakeBuild(build_ext):
     """Build lotr_ext/_C.abi3.so with CMake in build/cmake-*, which is kept: a second build compiles what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        cmake = check_requirements()
-        folder = Path(os.environ.get("LOTR_BUILD_DIR") or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
-        configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
-        if ninja := find_tool("ninja"):
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
-        configure += [f"-D{name}={os.environ.get(name, default)}" for name, default in options.items()]
-        configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
-        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
-        try:
-            run_with_progress(configure)
-            run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
-        except subprocess.CalledProcessError as error:
-            step = "building" if "--build" in error.cmd else "configuring"
-            stop(f"{step} with CMake failed, see the first error above (build folder: {folder})")
+        cmake, jobs = check_requirements(), parallel_jobs()
+        folder = Path(os.environ.get("LOTR_BUILD_DIR") or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / "_C.abi3.so", target)
+        with open(folder / "lotr_configured_with.txt", "a+") as settings:
+            fcntl.flock(settings, fcntl.LOCK_EX)  # two builds in one folder would write the same objects
+            try:
+                self.configure(cmake, folder, settings)
+                run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
+            except subprocess.CalledProcessError as error:
+                step = "building" if "--build" in error.cmd else "configuring"
+                stop(f"{step} with CMake failed, see the first error above (build folder: {folder}).{self.hint()}")
+            shutil.copy2(folder / "_C.abi3.so", target)
+
+    def hint(self) -> str:
+        """What to do about a failed build for which nvcc may be the reason."""
+        if os.environ.get("LOTR_CUDA") == "OFF":
+            return ""
+        return (
+            " If nvcc is the reason, set CUDA_HOME to another toolkit, CUDAHOSTCXX to a compiler that it supports, or "
+            "LOTR_CUDA=OFF to build only the CPU kernels."
+        )
+
+    def configure(self, cmake: str, folder: Path, settings: TextIO) -> None:
+        """Runs CMake; from the start if what it reads only once differs from settings, the file of the last run's values."""
+        command = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+        ninja = find_tool("ninja")
+        if ninja:
+            command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # Every option is given every time: a value of an earlier build would live on in CMake's cache.
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
+        command += [f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()]
+        command += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
+        now = repr([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])
+        settings.seek(0)
+        if settings.read() != now:
+            command.append("--fresh")
+        settings.truncate(0)  # of a run that failed, nothing is kept
+        run_with_progress(command)
+        settings.write(now)
+        settings.flush()
 
     def copy_extensions_to_source(self) -> None:
         """In place: never write into the old module, a running Python may have it mapped."""

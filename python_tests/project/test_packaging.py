@@ -202,6 +202,53 @@ runpy.run_path("setup.py", run_name="__main__")
     assert all(word in line for word in words), line
 
 
+CMAKE = """#!/bin/sh
+case "$1" in
+--version) echo cmake version 3.30.0 ;;
+--build) : >"$2/_C.abi3.so" ;;
+*) echo "$*" >>"$LOTR_BUILD_DIR/called"; exit "${FAILS:-0}" ;;
+esac
+"""
+CONFIGURE = """
+import runpy, shutil as s, sys
+which, (_, cmake, built) = s.which, sys.argv
+s.which = lambda name, **k: cmake if name == "cmake" else which(name, **k)
+sys.argv = ["setup.py", "--quiet", "build_ext", "--build-lib", built, "--build-temp", built]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def configure(tmp_path: Path, **environment: str) -> tuple[list[str], str]:
+    """The arguments of the last call of CMake, which this replaces by a program that only writes them down; and the errors."""
+    cmake, folder = tmp_path / "cmake", tmp_path / "build"
+    cmake.write_text(CMAKE)
+    cmake.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOTR_", "CXX", "MAX_JOBS"))}
+    command = [sys.executable, "-c", CONFIGURE, str(cmake), str(tmp_path / "lib")]
+    environment = kept | {"LOTR_BUILD_DIR": str(folder)} | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    calls = (folder / "called").read_text().splitlines() if (folder / "called").exists() else [""]
+    return calls[-1].split(), done.stderr if done.returncode else ""
+
+
+def test_what_cmake_reads_once_starts_a_build_folder_anew(tmp_path):
+    """CMake would go on with the first compiler, and refuse another generator or source folder."""
+    assert "--fresh" in configure(tmp_path)[0]
+    assert "--fresh" not in configure(tmp_path, LOTR_CUDA="OFF")[0]
+    assert "--fresh" in configure(tmp_path, CXX="g++", FAILS="1")[0]
+    assert "--fresh" in configure(tmp_path, CXX="g++")[0]
+    assert "--fresh" not in configure(tmp_path, CXX="g++")[0]
+    assert "--fresh" in configure(tmp_path, CXX="g++", CUDA_HOME="/elsewhere")[0]
+
+
+def test_an_empty_variable_is_none_and_a_wrong_number_of_jobs_is_refused(tmp_path):
+    arguments, _ = configure(tmp_path, LOTR_CUDA="", LOTR_ARCHS="", LOTR_CPU_ISAS="", MAX_JOBS="")
+    assert {"-DLOTR_CUDA=AUTO", "-DLOTR_ARCHS=AUTO", "-DLOTR_CPU_ISAS=all"} <= set(arguments)
+    for jobs in ("zero", "0", "-2", "1.5"):
+        _, errors = configure(tmp_path, MAX_JOBS=jobs)
+        assert f"lotr_ext: MAX_JOBS: expected a whole number of 1 or more, got {jobs!r}" in errors
+
+
 NINJA = """
 import sys, time
 lines = ["-- configuring", "-- note: five minutes", "[1/4] Building CXX object a/b.cpp.o", "ptxas: a spill"]
