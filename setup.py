@@ -160,7 +160,7 @@ class CMakeBuild(build_ext):
         options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
         command += [f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()]
         command += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
-        now = repr([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])
+        now = ascii([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])
         settings.seek(0)
         if settings.read() != now:
             command.append("--fresh")
