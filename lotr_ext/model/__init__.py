@@ -9,7 +9,7 @@ apply.py             apply_lotr, merge, unload: put an adapter into a model, and
 adapters.py          several adapters by name, and `mixed`; parked.py: the adapters that are not active
 tasks.py             TaskBank: the cores of many tasks; task_optimizer.py: an optimizer with a state for each
 combine.py           weighted sums of adapters; activated.py: a task for each token
-saving.py            save_adapter;  loading.py: load_adapter
+saving.py            save_adapter;  loading.py, loading_checks.py: load_adapter
   adapter_files.py     the format of a folder; saved.py: which tensors of a model it contains
   peft_files.py        folders that PEFT wrote; fingerprint.py: identifies the base model
   save_hook.py         save_pretrained of an adapted model; pretrained.py: from_pretrained

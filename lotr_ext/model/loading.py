@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
@@ -22,16 +21,26 @@ from ..layers.placement import home
 from ..layers.sharded import agreed, holds_parts, whole
 from . import adapters
 from .adapted import adapted_layers, expect_merged, layers_in
-from .adapter_files import LayerEntry, Manifest, describe, empty
+from .adapter_files import LayerEntry, Manifest, empty
 from .apply import install
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import warn_of_another_base
+from .loading_checks import by_factors, check_names, check_not_meta, check_tensors, expected_tensors
 from .names import place_of
 from .peft_files import read_either
 from .pipeline import PipelineStages, expect_whole_model, part_of
-from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors, with_ties
+from .saved import (
+    adapter_slots,
+    computed_tensors,
+    fitted_to_parametrizations,
+    of_adapted_part,
+    parts,
+    saved_modules,
+    saved_tensors,
+    with_ties,
+)
 from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
 from .shared_factors import factors_by_part, width_names
 from .starts import check_start, set_start
@@ -40,14 +49,6 @@ from .targets import Selection, features, select
 __all__ = ["load_adapter"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[str]]:
-    """Layer names, grouped by factors."""
-    groups: dict[str | tuple[str, str], list[str]] = {}
-    for name, entry in entries.items():
-        groups.setdefault(entry.factors, []).append(name)
-    return groups
 
 
 def load_adapter(
@@ -60,9 +61,9 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, and adapts the model first if needed.
 
-    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that is adapted already, by
-    `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its values are replaced in place (and with
-    init "svd" the loaded start is subtracted from its base weights instead of its own).
+    A plain base model, or the one part of it that was adapted, is adapted as it was by `apply_lotr` when the adapter was saved.
+    A model that is adapted already, by `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its
+    values are replaced in place (and with init "svd" the loaded start is subtracted from its base weights instead of its own).
 
     With FSDP or ZeRO-3 the model must be adapted already; with tensor parallelism it need not be. Every process calls this,
     reads the files and keeps its own parts.
@@ -103,25 +104,34 @@ def load_adapter(
         with whole(model, adapter_slots(target), write=True):
             agreed("load_adapter", lambda: _fill_adapted(target, manifest, tensors, cast), together=together)
     else:
-        _adapt_and_fill(model, target, manifest, _fitted(target, manifest, tensors), cast)
+        target = _adapt_and_fill(model, target, manifest, tensors, cast)
     if name is not None:
         adapters.rename_active(target, name)
     return model
 
 
-def _adapt_and_fill(model: nn.Module, target: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
-    """Adapts a plain model as the file says, and loads its values. target: the model without its wrapper."""
-    selection, cores = _check_plain(target, manifest, tensors, cast)
-    _install(target, manifest.config, selection, cores)
+def _adapt_and_fill(
+    model: nn.Module, target: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool
+) -> nn.Module:
+    """Adapts a plain model as the file says, and loads its values. target: the model without its wrapper. Returns the module
+    that was adapted: target, or the part of it that the file names."""
+    at, manifest, tensors = of_adapted_part(manifest, tensors)
+    part = dict(target.named_modules()).get(at)
+    if part is None:
+        raise ValueError(f"layers: expected a model with the adapted part {at!r}, got a {type(target).__name__} without")
+    tensors = _fitted(part, manifest, tensors)
+    selection, cores = _check_plain(part, manifest, tensors, cast)
+    _install(part, manifest, selection, cores, tensors)
     with whole(model, adapter_slots(target), write=True):
-        _fill(target, manifest, _in_order_of(cores, manifest, tensors))
+        _fill(part, manifest, _in_order_of(cores, manifest, tensors))
+    return part
 
 
 def _fill_stages(stages: PipelineStages, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
     """Loads each stage's part of the file."""
 
     def checked() -> list[tuple[Manifest, dict[str, Tensor]]]:
-        _check_names(stages.layers, set(manifest.layers))
+        check_names(stages.layers, set(manifest.layers))
         if stages.saved != set(manifest.modules_to_save):
             want, got = sorted(stages.saved), sorted(manifest.modules_to_save)
             raise ValueError(f"modules_to_save: expected {want} as in the model, got {got}")
@@ -201,46 +211,14 @@ def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_fact
             raise ValueError(f"share_factors: expected the values of {key} to be those of {share_factors!r}, got others")
 
 
-def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast: bool) -> None:
-    missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or foreign:
-        raise ValueError(
-            f"adapter: expected the model's {len(expected)} tensors, got {len(tensors)}: missing "
-            f"{', '.join(missing[:5]) or 'none'}; not in the model {', '.join(foreign[:5]) or 'none'}"
-        )
-    for key, want in expected.items():
-        got = tensors[key]
-        if want.shape != got.shape or (want.dtype != got.dtype and not cast):
-            advice = "; give cast=True" if want.shape == got.shape else ""
-            raise ValueError(f"{key}: expected {describe(want)} as in the model, got {describe(got)} in the adapter{advice}")
-
-
-def _expected(
-    manifest: Manifest, like: Callable[[str], tuple[Tensor | None, ...]], tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors that the file must contain. like: a layer's A, B, core and magnitude (or None), or empty ones of their
-    shapes."""
-    expected: dict[str, Tensor] = {}
-    for names in _groups(manifest.layers).values():
-        starts = (*(manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB"), *(f"{n}.start_core" for n in names))
-        start = any(key in tensors for key in starts)
-        for name in names:
-            (A, B, core, magnitude), entry = like(name), manifest.layers[name]
-            for part in ("", "start_") if start else ("",):
-                expected |= {entry.tensor(f"{part}A"): A, entry.tensor(f"{part}B"): B, f"{name}.{part}core": core}
-            if magnitude is not None:
-                expected[f"{name}.magnitude"] = magnitude
-    return expected
-
-
 def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
     layers = layers_in(model)
     prefixes = module_prefixes(model, layers)
-    _check_names(set(layers), set(manifest.layers))
+    check_names(set(layers), set(manifest.layers))
     expect_merged(layers, False, "load_adapter")
     for name, entry in manifest.layers.items():
         layer = layers[name]
-        _check_not_meta(name, layer)
+        check_not_meta(name, layer)
         want, got = (layer.in_features, layer.out_features), (entry.in_features, entry.out_features)
         if want != got:
             raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the model, got {got} in the adapter")
@@ -254,26 +232,12 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     if set(saved) != set(manifest.modules_to_save):
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
     own = {name: (layer.factors.A, layer.factors.B, layer.core, layer.magnitude) for name, layer in layers.items()}
-    expected = _expected(manifest, own.__getitem__, tensors)
+    expected = expected_tensors(manifest, own.__getitem__, tensors)
     tensors = with_ties(model, saved, manifest, tensors)
-    _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
-    for names in _groups(manifest.layers).values():
+    check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
+    for names in by_factors(manifest.layers).values():
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
             check_start(model, {name: layers[name] for name in names})
-
-
-def _check_not_meta(name: str, module: nn.Module) -> None:
-    if any(t.is_meta for t in module.parameters()) and home(module).type == "meta":
-        raise RuntimeError(f"load_adapter: expected a model with values, got {name!r} on the meta device; materialise it first")
-
-
-def _check_names(have: set[str], want: set[str]) -> None:
-    if have != want:
-        missing, extra = sorted(want - have), sorted(have - want)
-        raise ValueError(
-            f"layers: expected the adapter's {len(want)} layers to be the model's, got {len(have)}: not in the model "
-            f"{', '.join(missing[:5]) or 'none'}; not in the adapter {', '.join(extra[:5]) or 'none'}"
-        )
 
 
 def _check_plain(
@@ -287,17 +251,17 @@ def _check_plain(
     config = manifest.config
     if config is None:
         raise ValueError(
-            "adapter: expected a model with LoTR layers, like the hand-built one it was saved from, got one without"
+            "adapter: expected a model with LoTR layers, built by hand or in parts as the one it was saved from, got none"
         )
     modules = dict(model.named_modules())
     found = {name for name, entry in manifest.layers.items() if _module_name(name, entry) in modules}
-    _check_names(found, set(manifest.layers))
+    check_names(found, set(manifest.layers))
     for name, entry in manifest.layers.items():
         module = modules[_module_name(name, entry)]
         _check_sizes(name, entry, module)
-        _check_not_meta(name, module)
+        check_not_meta(name, module)
     selection = _selection(model, manifest, config)
-    _check_names({t.name for t in selection.targets}, set(manifest.layers))
+    check_names({t.name for t in selection.targets}, set(manifest.layers))
     if set(selection.saved) != set(manifest.modules_to_save):
         want, got = sorted(manifest.modules_to_save), sorted(selection.saved)
         raise ValueError(f"modules_to_save: expected {want} in the model, got {got}")
@@ -307,14 +271,16 @@ def _check_plain(
         entry = manifest.layers[name]
         core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
         shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
-        magnitude = empty((entry.out_features,), config.adapter_dtype) if config.magnitude else None
+        # PEFT's over half-precision factors are float32
+        dtype = tensors[f"{name}.magnitude"].dtype if config.magnitude else None
+        magnitude = empty((entry.out_features,), dtype) if config.magnitude else None
         return *(empty(shape, config.adapter_dtype) for shape in shapes), magnitude
 
     cores = make_cores(config, [t.name for t in selection.targets], "meta") if config.core in FORMS else None
-    expected = _expected(manifest, like, tensors)
+    expected = expected_tensors(manifest, like, tensors)
     if cores is not None:
         expected |= {f"{CORES}.{key}": t for key, t in cores.state_dict(keep_vars=True).items()}
-    _check_tensors(expected | saved_tensors(selection.saved), with_ties(model, selection.saved, manifest, tensors), cast)
+    check_tensors(expected | saved_tensors(selection.saved), with_ties(model, selection.saved, manifest, tensors), cast)
     return selection, cores
 
 
@@ -358,7 +324,10 @@ def _selection(model: nn.Module, manifest: Manifest, config: LoTRConfig) -> Sele
     return select(model, replace(config, **these, group_by="width" if config.group_by == "width" else groups))
 
 
-def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: Cores | None) -> None:
+def _install(
+    model: nn.Module, manifest: Manifest, selection: Selection, cores: Cores | None, tensors: dict[str, Tensor]
+) -> None:
+    config = manifest.config
     plain = replace(config, init="kaiming", core_init="zero", train=("A", "B", "core"), core="dense")
     if cores is not None:
         cores = cores.to_empty(device=home(selection.targets[0].module))
@@ -367,7 +336,9 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: 
         cores.requires_grad_("core" in config.train)
     model.lotr_config = config if config.core in FORMS else replace(config, core="dense")
     model.lotr_factors.set_trained(config.train)
-    for layer in adapted_layers(model).values():
+    for name, layer in adapted_layers(model).items():
+        if config.magnitude:
+            layer.hold_magnitude(nn.Parameter(layer.magnitude.detach().to(tensors[f"{name}.magnitude"].dtype)))
         layer.set_trained(config.train)
 
 
@@ -375,7 +346,7 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: 
 def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     layers = layers_in(model)
     warn_of_another_base(model, manifest.base)
-    for names in _groups(manifest.layers).values():
+    for names in by_factors(manifest.layers).values():
         group, start = [layers[name] for name in names], None
         start_A, start_B = (manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB")
         if start_A in tensors:

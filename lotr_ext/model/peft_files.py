@@ -28,7 +28,7 @@ from .config import LoTRConfig, check_task
 from .core_forms import CORES, form_at, make_cores
 from .experts import parameter_name
 from .names import name_ends_with
-from .saved import without_ties
+from .saved import of_adapted_part, without_ties
 
 __all__ = ["described_layers", "lotr_to_peft", "read_either"]
 
@@ -170,6 +170,10 @@ def lotr_to_peft(
         raise ValueError('source: expected another init than "svd", whose start is part of the base weights, got "svd"')
     if config.core == "custom":
         raise ValueError('source: expected cores of a named form, got "custom"')
+    if (part := of_adapted_part(manifest, {})[0]) != "":
+        raise ValueError(
+            f"source: expected an adapter of the whole model, got one of its part {part!r}; save the adapter of this part alone"
+        )
     same = {(entry.scaling, entry.dropout) for entry in manifest.layers.values()}
     if len(same) > 1:
         raise ValueError(f"source: expected one scaling and dropout for all layers, got {sorted(same)}")

@@ -22,7 +22,7 @@ from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
 from . import adapters
 from .adapted import expect_merged, layers_in
-from .saved import adapter_slots
+from .saved import adapter_slots, of_part
 from .saving import contents, save_adapter
 from .stages import is_of_sentence_transformers
 
@@ -120,20 +120,14 @@ def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dic
 
 
 def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
-    """The manifest and tensors of the part of the model whose names begin with prefix: its layers and their factors."""
-
-    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
-        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-    layers, config = inside(manifest.layers), manifest.config
-    saved = tuple(inside(dict.fromkeys(manifest.modules_to_save)))
-    factors = (entry.factors if isinstance(entry.factors, tuple) else (entry.factors,) for entry in layers.values())
-    owners = tuple(f"{one}." for several in factors for one in several)
-    found = inside(tensors) | {name: tensor for name, tensor in tensors.items() if name.startswith(owners)}
-    if config is not None:
-        by = inside(config.group_by) if isinstance(config.group_by, Mapping) else config.group_by
-        config = replace(config, modules_to_save=saved or None, group_by=by, task_type=None)
-    return files.Manifest(config, layers, saved, inside(manifest.base)), found
+    """`of_part` with a config for the part alone, which has copies of the factors."""
+    part, found = of_part(manifest, tensors, prefix)
+    if (config := part.config) is not None:
+        by = config.group_by
+        if isinstance(by, Mapping):
+            by = {name.removeprefix(prefix): group for name, group in by.items() if name.startswith(prefix)}
+        config = replace(config, modules_to_save=part.modules_to_save or None, group_by=by, task_type=None)
+    return replace(part, config=config, tied=None), found
 
 
 def name_loader(model: nn.Module, holder: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ __all__ = [
     "computed_parts",
     "computed_tensors",
     "fitted_to_parametrizations",
+    "of_adapted_part",
+    "of_part",
     "saved_modules",
     "saved_tensors",
     "ties",
@@ -123,6 +127,41 @@ def with_ties(
                 f"{name}: expected a tensor of its own, as in the model, got one tied to {of} in the adapter; tie it"
             )
     return found
+
+
+# ---- parts of a model -------------------------------------------------------------------------------------------------
+
+
+def of_part(manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str) -> tuple[Manifest, dict[str, Tensor]]:
+    """A file's contents for the part of the model whose names begin with prefix, by the names in the part: its layers, their
+    factors, which may be outside of it, and its modules_to_save."""
+
+    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    def named(factors: str | tuple[str, str]) -> str | tuple[str, str]:
+        return factors.removeprefix(prefix) if isinstance(factors, str) else tuple(one.removeprefix(prefix) for one in factors)
+
+    layers = {name: replace(entry, factors=named(entry.factors)) for name, entry in inside(manifest.layers).items()}
+    owners = {
+        f"{entry.tensor(part).rpartition('.')[0]}."
+        for name, entry in manifest.layers.items()
+        for part in "AB"
+        if name.startswith(prefix)
+    }
+    found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith((prefix, *owners))}
+    saved = tuple(inside(dict.fromkeys(manifest.modules_to_save)))
+    tied = None if manifest.tied is None else {k: of and of.removeprefix(prefix) for k, of in inside(manifest.tied).items()}
+    return Manifest(manifest.config, layers, saved, inside(manifest.base), tied), found
+
+
+def of_adapted_part(manifest: Manifest, tensors: dict[str, Tensor]) -> tuple[str, Manifest, dict[str, Tensor]]:
+    """The name of the part of the model that `apply_lotr` adapted, "" for the whole, and the file's contents by the names in
+    this part."""
+    owners = {entry.tensor(part).rpartition("lotr_factors.")[0] for entry in manifest.layers.values() for part in "AB"}
+    if manifest.config is None or len(owners) != 1 or not (prefix := owners.pop()):
+        return "", manifest, tensors
+    return prefix.rstrip("."), *of_part(manifest, tensors, prefix)
 
 
 def adapter_slots(model: nn.Module) -> list[Slot]:

@@ -7,7 +7,7 @@ and the parameters and buffers of modules_to_save. Format and writing: `adapter_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
@@ -119,7 +119,7 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
 def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
     layers = layers_in(model)
     prefixes, saved = module_prefixes(model, layers), saved_modules(model)
-    config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
+    config, beside = _config_of(model, layers), saved_tensors(saved)
     tensors: dict[str, Tensor] = {}
     if name is None or name == adapters.active_adapter(model):
         held = [(m.factors, m.core, m.magnitude, m.scaling, m.dropout) for m in layers.values()]
@@ -150,6 +150,17 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
     tied = None if holds_parts(model) else ties(model, saved_tensors(saved))  # gathered tensors are tied to nothing
     return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers), tied), tensors
+
+
+def _config_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> LoTRConfig | None:
+    """The config of a model, or of its only adapted part. None for layers built by hand, several parts, or a part whose cores
+    are computed, which cannot be loaded without it."""
+    owners = [m for _, m in named_modules(model) if isinstance(m.__dict__.get("lotr_config"), LoTRConfig)]
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    whole_part = owner.lotr_config.core == "dense" and len(layers_in(owner)) == len(layers)
+    return owner.lotr_config if owner is model or whole_part else None
 
 
 def _as_it_is(config: object, held: Iterable[tuple[LoTRFactors, Tensor, Tensor | None, float, float]]) -> LoTRConfig | None:

@@ -121,6 +121,25 @@ def test_half_precision_starts_as_the_base():
     assert relative(model(IDS), net(IDS)) < 1e-2
 
 
+@pytest.mark.parametrize("core", ["dense", "cp"])
+def test_load_adapter_keeps_float32_magnitudes_beside_half_precision_factors(core, tmp_path):
+    own = config(magnitude=True, core=core)
+    model = peft.get_peft_model(base().bfloat16(), own, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    onto = load_adapter(base().bfloat16(), tmp_path)
+    layers = adapted_layers(onto).values()
+    assert {(m.magnitude.dtype, m.factors.A.dtype, m.magnitude.requires_grad) for m in layers} == {
+        (torch.float32, torch.bfloat16, True)
+    }
+    assert torch.equal(onto.eval()(IDS), model.eval()(IDS))
+    save_adapter(onto, tmp_path / "lotr")
+    assert torch.equal(load_adapter(base().bfloat16(), tmp_path / "lotr").eval()(IDS), model(IDS))
+
+
 def test_several_adapters():
     model = tuned(magnitude=True)
     first = model(IDS)

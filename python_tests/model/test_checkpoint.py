@@ -21,6 +21,7 @@ from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot,
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.interop import export_lora, lotr_to_lora, lotr_to_peft
 from lotr_ext.model.adapter_files import JSON_NAME
+from lotr_ext.model.adapters import active_adapter
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
@@ -144,9 +145,15 @@ def test_a_model_with_an_adapted_part_is_saved_with_the_modules_to_save_of_the_p
         for parameter in (*model[0].head.parameters(), model[0].blocks[0].q.core, *model[1].parameters()):
             parameter.fill_(0.3)
     save_adapter(model, tmp_path / "lotr")
-    fresh = around()
-    load_adapter(fresh, tmp_path / "lotr")
+    fresh = load_adapter(around(), tmp_path / "lotr")
     assert torch.equal(fresh[0](IDS), model[0](IDS))
+    fresh = load_adapter(nn.Sequential(toy(), nn.Linear(3, 2)), tmp_path / "lotr", name="one")
+    assert torch.equal(fresh[0](IDS), model[0](IDS)) and active_adapter(fresh[0]) == "one"
+    assert fresh[1].weight.requires_grad  # only the part was adapted
+    with pytest.raises(ValueError, match="layers: expected a model with the adapted part '0', got a Toy without"):
+        load_adapter(toy(), tmp_path / "lotr")
+    with pytest.raises(ValueError, match="source: expected an adapter of the whole model, got one of its part '0'"):
+        lotr_to_peft(tmp_path / "lotr", tmp_path / "peft")
     export_lora(model, tmp_path / "lora", base_model="base")
     assert "base_model.model.0.head.weight" in load_file(tmp_path / "lora" / "adapter_model.safetensors")
 
