@@ -13,10 +13,8 @@ With magnitudes the result is a DoRA of PEFT: W + s lora_B lora_A, and therefore
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -53,6 +51,7 @@ from .expert_lora import (
     host_of,
 )
 from .lora_files import LoRALayer
+from .lora_names import exact_targets, full_names, outermost, patterns, with_names
 
 __all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
 
@@ -99,34 +98,6 @@ def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
     return _lora_pair(factors.A, factors.B, layer.core.detach(), start)
 
 
-def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
-    """target_modules that by PEFT's rules match `names` and nothing else: last parts, full names, or else a regex."""
-    want = set(names)
-    everything = [name for name, _ in model.named_modules() if not name.startswith("lotr_factors")]
-    for endings in ({name.rpartition(".")[2] for name in want}, want):
-        found = {name for name in everything if any(name == e or name.endswith(f".{e}") for e in endings)}
-        if found == want:
-            return sorted(endings)
-    return "|".join(map(re.escape, sorted(want)))
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-
-
-def _patterns(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The most frequent value, and the others by full name. PEFT matches every name that ends so; if one of these has another
-    value, the key is an anchored pattern instead."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    patterns = {}
-    for name, value in values.items():
-        if value != common:
-            alone = all(v == value or not re.match(rf"(.*\.)?({name})$", other) for other, v in values.items())
-            patterns[name if alone else f"^{re.escape(name)}"] = value
-    return common, patterns
-
-
 def export_lora(
     model: nn.Module,
     directory: str | PathLike[str],
@@ -140,7 +111,8 @@ def export_lora(
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
-    `apply_lotr` was given. It also writes modules_to_save. lora_alpha = s r, with rank and alpha patterns where layers differ.
+    `apply_lotr` was given. It also writes modules_to_save. lora_alpha / r is the largest scaling of all layers; the lora_B of a
+    layer with another scaling is multiplied by the quotient. r is the largest rank, with patterns for layers of lower ranks.
     An adapter with magnitudes becomes a DoRA (use_dora), which PEFT reads and most servers do not.
 
     All processes together export a model that is held in parts, as `save_adapter` saves it.
@@ -206,8 +178,8 @@ def _as_lora(
     config = {
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
-        "target_modules": _exact_targets(layers, model) if layers else [],
-        "modules_to_save": _outermost({*saved, *also}) or None,
+        "target_modules": exact_targets(layers, model) if layers else [],
+        "modules_to_save": outermost({*saved, *also}) or None,
     }
     return entries, stacked, config
 
@@ -281,8 +253,8 @@ def lotr_to_lora(
         "base_model_name_or_path": _base_model(base_model),
         "lora_dropout": 0.0 if stacked else max(entry.dropout for entry in manifest.layers.values()),
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names
-        "modules_to_save": _outermost({*manifest.modules_to_save, *also}) or None,
+        "target_modules": full_names(entries),
+        "modules_to_save": outermost({*manifest.modules_to_save, *also}) or None,
     }
     _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved, config)
     return entries | stacked
@@ -342,9 +314,20 @@ def _padded(name: str, one: _Layer, rank: int | None) -> _Layer:
     return replace(one, A=nnf.pad(one.A, (0, 0, 0, more)), B=nnf.pad(one.B, (0, more))) if more else one
 
 
+def _at_scaling(one: _Layer, scaling: float) -> _Layer:
+    """The same layer at another scaling: the rest is multiplied into B."""
+    if one.scaling == scaling:
+        return one
+    wide = accumulate_dtype(one.B.dtype)
+    return replace(one, B=(one.B.to(wide) * (one.scaling / scaling)).to(one.B.dtype), scaling=scaling)
+
+
 def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: dict[str, Any]) -> None:
+    # TGI and older versions of vLLM read r and lora_alpha alone: they compute lora_alpha / r for all layers
+    scaling = max((one.scaling for one in (*export.layers.values(), *export.experts.values())), key=abs) or 1.0
     layers, stacked = (
-        {name: _padded(name, one, export.pad_rank) for name, one in part.items()} for part in (export.layers, export.experts)
+        {name: _padded(name, _at_scaling(one, scaling), export.pad_rank) for name, one in part.items()}
+        for part in (export.layers, export.experts)
     )
     tensors: dict[str, Tensor] = {}
     plain = [name for name, layer in layers.items() if layer.magnitude is None]
@@ -357,19 +340,19 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
     beside = expert_tensors(stacked, export.form, export.host) | saved
     tensors |= {f"{_PREFIX}{key}": value for key, value in beside.items()}
     everything = layers | stacked
-    r, rank_pattern = _patterns({name: layer.rank for name, layer in everything.items()})
-    alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in everything.items()})
+    r = max(layer.rank for layer in everything.values())
+    ranks = patterns({name: layer.rank for name, layer in everything.items()}, r)
     if stacked and export.form == "peft":
         config["target_parameters"] = sorted(stacked)
     elif stacked:  # servers expect names of modules
-        config["target_modules"] = _with_names(config["target_modules"], {name.rpartition(".")[2] for name in stacked})
+        config["target_modules"] = with_names(config["target_modules"], {name.rpartition(".")[2] for name in stacked})
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
         "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "lora_alpha": _number(scaling * r),
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: _number(scaling * rank) for name, rank in ranks.items()},
         "bias": "none",
         **({"use_dora": True} if layers and not plain else {}),
         **config,
@@ -383,13 +366,6 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
             apart = path.name
         with placed(directory, {"adapter_model.safetensors": data, path.name: text}, apart=apart):
             pass
-
-
-def _with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:
-    """target_modules that also match modules of these names."""
-    if isinstance(targets, str):
-        return "|".join([targets, *(rf".*\.{re.escape(name)}" for name in sorted(names))])
-    return sorted({*targets, *names})
 
 
 def _number(value: float) -> float:

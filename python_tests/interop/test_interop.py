@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from toys import IDS, Toy, adapted, randomize, toy
 
-from lotr_ext import LoTRFactors, LoTRLinear
-from lotr_ext.interop import export_lora, lora_factors
+from lotr_ext import LoTRFactors, LoTRLinear, save_adapter
+from lotr_ext.interop import export_lora, lora_factors, lotr_to_lora
 from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
 from lotr_ext.model.config import LoTRConfig
 
@@ -67,6 +68,7 @@ class Mixed(nn.Module):
         )
         if lotr:
             self.a = LoTRLinear.from_linear(self.a, LoTRFactors(6, 6, 2), alpha=3.0)
+            self.inner["a"] = LoTRLinear.from_linear(self.inner["a"], LoTRFactors(6, 6, 4), scaling=-1.0)
             self.inner["b"] = LoTRLinear.from_linear(self.inner["b"], LoTRFactors(6, 6, (3, 4)), scaling=0.5)
 
     def forward(self, x):
@@ -80,7 +82,34 @@ def test_rank_and_alpha_patterns_and_exact_targets(tmp_path: Path) -> None:
     other = loaded(Mixed(lotr=False), tmp_path)
     assert torch.allclose(other(x), model(x), atol=1e-5)
     ranks = {n: m.r["default"] for n, m in other.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert ranks == {"base_model.model.a": 2, "base_model.model.inner.b": 3}
+    assert ranks == {"base_model.model.a": 2, "base_model.model.inner.a": 4, "base_model.model.inner.b": 3}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"^a": 2, "inner.b": 3}
+
+
+def test_a_reader_of_r_and_lora_alpha_alone_gets_every_layers_scaling(tmp_path: Path) -> None:
+    """As TGI and older versions of vLLM, which do not read the patterns."""
+    model = Mixed(lotr=True)
+    randomize(model)
+    layers = adapted_layers(model)
+    deltas = {name: layer.delta_weight() for name, layer in layers.items()}
+    export_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert config["r"] == 4  # no layer has a higher rank
+    for name, delta in deltas.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert torch.allclose(config["lora_alpha"] / config["r"] * B @ A, delta, atol=1e-6)
+
+
+def test_a_converted_file_names_its_modules_one_by_one(tmp_path: Path) -> None:
+    """SGLang refuses a regex in target_modules; a PEFT model of the base has no other adapted module."""
+    model = adapted()
+    randomize(model)
+    save_adapter(model, tmp_path / "saved")
+    lotr_to_lora(tmp_path / "saved", tmp_path / "lora", base_model="base")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(adapted_layers(model))
 
 
 def test_gpt2_conv1d_and_bert_heads(tmp_path: Path) -> None:
