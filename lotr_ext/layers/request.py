@@ -159,7 +159,8 @@ def in_force(layers: Mapping[nn.Module, Said]) -> Iterator[None]:
         with _lock:
             _all.add(one)
             _answers.pop(NOW, None)
-        _put((*_opened.get(), one))
+        # without the closed ones: a context that another thread or task has closed stays in this one's ContextVar
+        _put((*(other for other in _opened.get() if other.open), one))
         yield
     finally:
         one.open = False

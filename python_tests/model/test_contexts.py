@@ -97,6 +97,20 @@ def test_a_context_may_close_in_another_thread(world: World, kind: str) -> None:
     world.check(None)
 
 
+def test_contexts_that_others_close_do_not_pile_up(world: World) -> None:
+    """As of an abandoned generator: opened in the consumer, and closed where the generator is freed."""
+    for _ in range(3):
+        context = world.open("off")
+        context.__enter__()
+        thread = threading.Thread(target=lambda context=context: context.__exit__(None, None, None))
+        thread.start()
+        thread.join()
+        assert len(request._opened.get()) == 1
+    with world.open("off"):
+        assert len(request._opened.get()) == 1
+    assert not request._opened.get()
+
+
 @pytest.mark.parametrize("kind", [*STATES, "all"])
 def test_four_threads_on_one_model(world: World, kind: str) -> None:
     states = {"disabled": ["off", None, "off", None], "mixed": [*STATES["mixed"], None, [0, 0, 0, 1]]}
