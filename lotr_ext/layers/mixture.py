@@ -63,7 +63,7 @@ def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
             "per_example(model, batch=...)"
         )
     b = index.shape[0]
-    if m % b:
+    if m % b if b else m:
         raise ValueError(f"x: expected the tokens of a batch of {b} rows of equal length, got {m}")
     each = max(1, m // b)
     if index.dim() == 1:

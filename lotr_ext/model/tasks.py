@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..autograd.tensor_parallel import is_dtensor
-from ..files import put_file
+from ..files import check_regular, put_file
 from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
 from ..layers.sharded import agreed, gathered, parted_as
@@ -208,7 +208,7 @@ class TaskBank(nn.Module):
             raise TypeError(f"names: expected adapter names or an int64 index of tasks, got {index.dtype}")
         if index.is_meta and not self.taken.is_meta:
             raise ValueError("names: expected an index with values, got one on the meta device; create it on another device")
-        if index.dim() not in (1, 2) or not index.numel():
+        if index.dim() not in (1, 2) or 0 in index.shape[1:]:
             got = tuple(index.shape)
             raise ValueError(f"names: expected an index [b], a task per row, or [b, tokens], one per token, got shape {got}")
         if index.dim() == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -217,7 +217,7 @@ class TaskBank(nn.Module):
                 f"{tuple(index.shape)}"
             )
         self.check_factors(model, "names")
-        if index.device.type == "cpu" and self.taken.device.type == "cpu":
+        if index.device.type == "cpu" and self.taken.device.type == "cpu" and index.numel():
             own = index[index >= 0]
             if int(index.min()) < -1 or int(index.max()) >= len(self.taken):
                 got = f"{int(index.min())} to {int(index.max())}"
@@ -276,15 +276,16 @@ class TaskBank(nn.Module):
         values = []
         for name, core in zip(names, self.cores, strict=True):
             value = tensors[name]
-            if not isinstance(value, Tensor) or value.shape != core.shape[1:]:
-                got = getattr(value, "shape", type(value).__name__)
-                raise ValueError(f"{name}: expected shape {tuple(core.shape[1:])}, got {got}")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.shape != core.shape[1:]:
+                raise ValueError(f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}")
             if not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
             if value.is_meta and not core.is_meta:
                 raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
             held = value.detach().to(core.dtype)
-            if value.dtype != core.dtype and not value.is_meta and bool((held.isinf() & value.isfinite()).any()):
+            if _max(value.dtype) > _max(core.dtype) and not value.is_meta and bool((held.isinf() & value.isfinite()).any()):
                 raise ValueError(f"{name}: expected values that the bank's {core.dtype} can hold, got larger {value.dtype}")
             values.append(parted_as(held.to(core.device), core.detach()[0]))
         return values
@@ -293,6 +294,7 @@ class TaskBank(nn.Module):
         """The cores of a file, its other tensors, and its metadata."""
         path = _path(source)
         try:
+            check_regular(path)
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 for key, want in self._metadata().items():
@@ -335,6 +337,10 @@ def bank_of(model: nn.Module, where: str) -> TaskBank:
     if not isinstance(bank, TaskBank):
         raise RuntimeError(f"{where}: expected a model with a TaskBank for an index of tasks, got one without")
     return bank
+
+
+def _max(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
 
 
 def _path(path: object) -> Path:

@@ -164,6 +164,7 @@ def test_a_source_with_one_bad_tensor_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(data[:-7])
     (tmp_path / "text").write_text("no task")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")  # opening it waits for a writer
     for source, kind, message in (
         (
             task(1) | {last: torch.zeros(R, R, dtype=torch.int64)},
@@ -176,16 +177,26 @@ def test_a_source_with_one_bad_tensor_changes_nothing(tmp_path: Path) -> None:
             ValueError,
             f"{last}: expected a tensor with values, got one on the",
         ),
-        (task(1) | {last: [1.0]}, ValueError, rf"{last}: expected shape \(3, 3\), got list"),
+        (task(1) | {last: [1.0]}, TypeError, f"{last}: expected a tensor, got list"),
+        (task(1) | {last: torch.zeros(R, R).numpy()}, TypeError, f"{last}: expected a tensor, got ndarray"),
+        (task(1) | {last: torch.zeros(R)}, ValueError, rf"{last}: expected shape \(3, 3\), got \(3,\)"),
         (tmp_path / "cut", ValueError, "source: expected a safetensors file, got .*cut"),
         (tmp_path / "text", ValueError, "source: expected a safetensors file, got .*text"),
         (tmp_path / "folder", ValueError, "source: expected a safetensors file, got .*folder"),
         (tmp_path / "none", ValueError, "source: expected a safetensors file, got .*none"),
+        (tmp_path / "fifo", ValueError, "source: expected a safetensors file, got .*fifo"),
     ):
         for call in (lambda s=source: bank.replace(held, s), lambda s=source: bank.add(s)):
             with pytest.raises(kind, match=message):
                 call()
     assert all(torch.equal(t, before[name]) for name, t in bank.state_dict().items())
+
+
+def test_cores_in_fp8_are_cast() -> None:
+    _, bank = with_bank()
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        small = {name: core.to(dtype) for name, core in task(1).items()}
+        assert same(bank, bank.add(small), {name: core.float() for name, core in small.items()})
 
 
 def die_while_saving(directory: Path) -> None:

@@ -216,7 +216,7 @@ def test_bad_input(tmp_path: Path) -> None:
         (ValueError, "source: expected 8 cores, got .* missing", lambda: bank.replace(0, {first: cores[first]})),
         (
             ValueError,
-            rf"{first}: expected shape \(4, 3\), got torch.Size\(\[3, 4\]\)",
+            rf"{first}: expected shape \(4, 3\), got \(3, 4\)",
             lambda: bank.replace(0, cores | {first: cores[first].mT}),
         ),
         (
@@ -236,6 +236,21 @@ def test_bad_input(tmp_path: Path) -> None:
     assert len(foreign) == 0 and not foreign.cores[0].any()
 
 
+def test_a_batch_may_be_empty() -> None:
+    model, bank = adapted()
+    optimizer = bank.requires_grad_().optimizer(torch.optim.AdamW, lr=0.1)
+    before = [core.detach().clone() for core in bank.cores]
+    for index, x in ((torch.zeros(0), torch.randn(0, 5, 12)), (torch.zeros(0, 5), torch.randn(0, 5, 12))):
+        with mixed(model, index.long()):
+            y = model(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        optimizer.step()
+        assert all(torch.equal(core, old) for core, old in zip(bank.cores, before))
+        with mixed(model, index.long()), pytest.raises(ValueError, match=r"x: expected .*\b0"):
+            model(torch.randn(2, 5, 12))
+
+
 def test_an_index_of_other_tasks_is_refused() -> None:
     model, _ = adapted()
     add_adapter(model, "own factors")
@@ -246,6 +261,7 @@ def test_an_index_of_other_tasks_is_refused() -> None:
     for index, kind, message in (
         (torch.ones(1), TypeError, r"names: expected adapter names or an int64 index of tasks, got torch\.float32"),
         (torch.tensor([[[1]]]), ValueError, r"a task per row, or \[b, tokens\], one per token, got shape \(1, 1, 1\)"),
+        (torch.zeros(3, 0).long(), ValueError, r"a task per row, or \[b, tokens\], one per token, got shape \(3, 0\)"),
         (torch.tensor([0, 6]), ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6"),
         (torch.tensor([0, -2]), ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0"),
         (torch.tensor([0, 5, -1]), ValueError, "names: expected tasks of the bank, got 5, a free slot"),
