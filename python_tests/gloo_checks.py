@@ -356,6 +356,9 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
         "merge, gathered": lambda: merge(gathered),
         "unmerge, gathered": lambda: unmerge(merged),
         "unload, gathered": lambda: unload(gathered, merge=False),
+        "merge, gathered layer": lambda: gathered.blocks[0].q.merge(),
+        "unmerge, gathered layer": lambda: merged.blocks[0].q.unmerge(),
+        "merge, sharded layer": lambda: sharded.blocks[0].q.merge(),
         "bank": lambda: TaskBank(gathered, 2),
     }
     found = {name: refusal(attempt) for name, attempt in attempts.items()}

@@ -320,5 +320,6 @@ class Call:
             if wanted[name] and t._version != before:
                 raise RuntimeError(
                     f"lotr_ext: {name}: expected version {before}, got {t._version}: it was changed in place between forward "
-                    "and backward of a layer under selective checkpointing, which keeps what was made of it"
+                    "and backward of a layer under a dispatch mode (selective checkpointing, allow_mutation_on_saved_tensors), "
+                    "which keeps what was made of it; change it after the backward"
                 )

@@ -27,7 +27,7 @@ from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
 from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
-from ..layers.merging import Merges, check_is_parameter, plus
+from ..layers.merging import Merges, check_is_parameter, plus, refuse_fsdp2
 from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
 from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight, is_conv1d
@@ -264,7 +264,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     def mergeable_weight(self) -> Tensor:
-        """A view of the base's W [n, k]. Raises TypeError if the base cannot be merged into."""
+        """A view of the base's W [n, k]. Raises TypeError if the base cannot be merged into, RuntimeError if FSDP2
+        holds it in parts."""
         weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
         if weight is None:
             raise TypeError(
@@ -272,6 +273,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
                 "model without merging"
             )
         check_is_parameter(self.base_layer, "weight", "merge")
+        refuse_fsdp2(self.base_layer, "merge")
         return weight.detach()  # shares the parameter's version counter, so that autograd sees a change
 
     @torch.no_grad()

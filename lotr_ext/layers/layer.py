@@ -18,7 +18,7 @@ from .checks import check_rank
 from .core import HasCore
 from .factors import LoTRFactors
 from .magnitude import HasMagnitude, Stored, with_lengths
-from .merging import Merges, check_is_parameter, plus, write_
+from .merging import Merges, check_is_parameter, plus, refuse_fsdp2, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 from .request import NOW, InRequests
@@ -253,8 +253,10 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         return self.factors(lambda A, B: delta_weight(A[of_A], B[of_B], self.core, self.scaling))
 
     def _weight_to_write(self, where: str) -> Tensor:
-        """W [n, k], or this process's part of it, as a view of its parameter. Raises TypeError if it is not a parameter."""
+        """W [n, k], or this process's part of it, as a view of its parameter. Raises TypeError if it is not a parameter,
+        RuntimeError if FSDP2 holds it in parts."""
         self.check_parameter("weight", where)
+        refuse_fsdp2(self.holder, where)
         return self._local_matrix()
 
     def _check_base(self) -> None:
@@ -277,8 +279,9 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
         safe: raise ValueError, without a change, if the result has a non-finite element. keep_backup: keep a copy of W, so
         that unmerge restores it bit for bit; without, unmerge subtracts, and raises for a layer with magnitudes.
-        RuntimeError if merged already; TypeError for a base that cannot be merged into, and for a weight that is no longer a
-        parameter (weight_norm, spectral_norm, parametrizations, pruning). A backward through an earlier forward then raises.
+        RuntimeError if merged already or held in parts by FSDP2; TypeError for a base that cannot be merged into, and for a
+        weight that is no longer a parameter (weight_norm, spectral_norm, parametrizations, pruning). A backward through an
+        earlier forward then raises.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")

@@ -17,7 +17,7 @@ from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .magnitude import Stored, no_magnitude, stored_in
-from .merging import MergeNotice
+from .merging import MergeNotice, refuse_fsdp2
 from .parallel_styles import move_hooks
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d, one_layer, ready_to_train
@@ -301,6 +301,7 @@ class LoTRWrapped(AdaptsModule):
         why = self.why_not_mergeable(dequantize)
         if why is not None:
             raise TypeError(why)
+        refuse_fsdp2(self.base_layer, "merge")
         linear = self.merged_linear(None if dequantize is True else dequantize)
         if safe and not bool(torch.isfinite(linear.weight).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from ..ops import accumulate_dtype
 
-__all__ = ["MergeNotice", "Merges", "check_is_parameter", "plus", "write_"]
+__all__ = ["MergeNotice", "Merges", "check_is_parameter", "plus", "refuse_fsdp2", "write_"]
 
 
 @torch.no_grad()
@@ -54,6 +54,17 @@ def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = ""
             f"{where}: expected a {name} that is a parameter, got {got} computed from {parts} by a reparametrisation; "
             "remove that first (of torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
             "remove_spectral_norm or prune.remove)"
+        )
+
+
+def refuse_fsdp2(module: nn.Module, where: str) -> None:
+    """Raises RuntimeError for a module that FSDP2 holds in parts. The tensors that it gathers for a forward look whole, but a
+    write to them is lost. where: the caller's name."""
+    of_fsdp1 = getattr(module._parameters.get("weight"), "_fsdp_flattened", False)  # its summon_full_params keeps writes
+    if getattr(module, "_is_fsdp_managed_module", False) and not of_fsdp1:
+        raise RuntimeError(
+            f"{where}: expected whole tensors, got a {type(module).__name__} held in parts by FSDP2; save_adapter, then load "
+            "it in one process"
         )
 
 

@@ -260,7 +260,7 @@ def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bo
 
 def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> Model:
     """Adds every layer's s B G^T A^T to its weight, and with magnitudes scales each row to its length (in fp32, cast once). On
-    an error no layer is merged.
+    an error, also Ctrl-C, no layer is merged; without keep_backup the weights are then as before up to rounding.
 
     safe: raise if a result is not finite. keep_backup: keep the weights, so that `unmerge` restores the same bits. Without
     them it subtracts, which is exact only up to rounding, and raises with magnitudes. dequantize: replace each quantised layer
@@ -325,7 +325,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
 
     Raises:
         TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter, adapted layers
-            with hooks, or a model in parts. The model is unchanged then.
+            with hooks, or a model in parts. The model is unchanged then; if a merge of some layers was undone (no memory,
+            Ctrl-C), up to rounding.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")

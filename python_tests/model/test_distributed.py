@@ -147,6 +147,8 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
         assert 'RuntimeError: load_adapter: expected whole weights, since init "svd" changes them' in refused["svd"]
         for what in ("merge", "unmerge", "unload"):  # after a forward without gradients
             assert f"RuntimeError: {what}: expected whole tensors, got 'blocks.0.q'" in refused[f"{what}, gathered"]
+        for what in ("merge, gathered layer", "unmerge, gathered layer", "merge, sharded layer"):
+            assert f"RuntimeError: {what.partition(',')[0]}: expected whole tensors, got a LoTRLinear" in refused[what]
         assert "RuntimeError: TaskBank: expected whole tensors" in refused["bank"]
         assert "ValueError" in refused["other rank"] and "expected float32 [16, 4]" in refused["other rank"]
     assert first["a file in the way"].startswith("ValueError: directory: expected a directory")
