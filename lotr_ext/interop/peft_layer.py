@@ -30,6 +30,7 @@ from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
 from ..layers.merging import Merges, check_is_parameter, plus, refuse_fsdp2
 from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
 from ..layers.parametrized import parameters_of
+from ..layers.placement import home
 from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
@@ -143,8 +144,9 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         return LoTRCore(factors, config, form=form)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """The base layer's device and dtype."""
-        return self._get_base_layer_device_and_dtype(self.base_layer)
+        """The base layer's device and dtype; if accelerate offloads it, the device to which it is moved for a forward."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        return home(self.base_layer) if device.type == "meta" else device, dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As BaseTunerLayer's, but keeps the dtype. PEFT calls it after it has loaded values into tensors without memory
@@ -274,6 +276,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
             )
         check_is_parameter(self.base_layer, "weight", "merge")
         refuse_fsdp2(self.base_layer, "merge")
+        if weight.is_meta:
+            raise TypeError("merge: expected a weight with values, got one on the meta device, which accelerate may offload")
         return weight.detach()  # shares the parameter's version counter, so that autograd sees a change
 
     @torch.no_grad()

@@ -200,6 +200,24 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path
     assert relative(reloaded(IDS), want(IDS).detach().double()) < 1e-6
 
 
+@pytest.mark.parametrize("settings", [{}, {"core": "cp"}, {"group_by": "width"}], ids=str)
+def test_a_peft_adapter_over_offloaded_layers_is_in_memory_and_trains(settings: dict, tmp_path: Path) -> None:
+    peft_toys = pytest.importorskip("peft_toys")
+    want = peft_toys.tuned(**settings)
+    want.save_pretrained(tmp_path / "adapter")
+    model = peft_toys.peft.get_peft_model(dispatched(toy(), tmp_path, MAP), peft_toys.config(**settings))
+    assert model.base_model.model.blocks[1].q.base_layer.weight.is_meta
+    assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
+    randomize(model)
+    loss(model).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    peft_toys.peft.set_peft_model_state_dict(model, peft_toys.peft.load_peft_weights(tmp_path / "adapter"))
+    assert relative(model(IDS), want(IDS).detach().double()) < 1e-6
+    with pytest.raises(TypeError, match=r"merge: expected a weight with values, got one on the meta device.*blocks.1.q"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in model.base_model._adapted().values())
+
+
 def test_an_adapter_over_offloaded_experts_is_in_memory_and_trains(tmp_path: Path) -> None:
     """Also the experts' cores, which are made for the device to which accelerate moves the experts for a forward."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
