@@ -174,8 +174,9 @@ def _measured(
     if dense and W.stride(1) == 1 and all(_suits(t, W) for t in (W, A, B, core)):
         return square, *reversed(ops.row_norms(W, square, WA, A, B, core, scaling))
     WA = _product(W, A) if WA is None else WA
+    again = matrix if W is None else lambda: W  # to make a quantised W dense takes time
     # reading values would synchronise with a GPU
-    return square, WA, row_norms(square, WA, A, B, core, scaling, matrix if WA.is_cpu else None)
+    return square, WA, row_norms(square, WA, A, B, core, scaling, again if WA.is_cpu else None)
 
 
 def _suits(t: Tensor, W: Tensor) -> bool:

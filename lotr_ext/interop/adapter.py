@@ -14,7 +14,7 @@ from torch import Tensor
 from ..model.adapter_files import LayerEntry, Manifest, write
 from ..model.config import LoTRConfig
 from ..model.names import group_name
-from ..model.targets import can_be_child
+from ..model.targets import checked_group
 from .lora_files import modules_holding
 
 __all__ = ["LoTRAdapter", "assembled", "group_names"]
@@ -110,9 +110,8 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
         )
     groups, first = {}, {}
     for name, (k, n) in sizes.items():
-        group = groups[name] = group_by[name] if isinstance(group_by, dict) else group_name(name, (k, n), group_by)
-        if not can_be_child(group):
-            raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
+        group = group_by[name] if isinstance(group_by, dict) else group_name(name, (k, n), group_by)
+        groups[name] = checked_group(name, group)
         other = first.setdefault(group, name)
         if sizes[other] != (k, n):
             raise ValueError(

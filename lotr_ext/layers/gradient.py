@@ -198,16 +198,17 @@ def _random(layers: Mapping[str, Probed]) -> dict[Key, Tensor]:
 def leading_directions(
     model: nn.Module, layers: Mapping[str, Probed], batches: Iterable[Any] | None, loss: Loss | None, progress: bool
 ) -> dict[Key, Tensor]:
-    """A [k, r_in] and B [n, r_out] with orthonormal columns for every factor of the model's layers, float64.
+    """A [k, r_in] and B [n, r_out] with orthonormal columns for every factor of the model's layers, float64. model: one that
+    `expect_whole` accepts.
 
     With torch.distributed, every process calls this with its own batches, and all get the same result.
 
     Raises:
-        TypeError, ValueError: a sharded or wrapped model; no batches; a loss that is not a function, returns no
-            scalar, or does not depend on any layer; a gradient that is not finite, or zero for all layers of a factor.
+        TypeError, ValueError: no batches; a loss that is not a function, returns no scalar, or does not depend on any layer; a
+            gradient that is not finite, or zero for all layers of a factor.
     """
     with untouched(model):
-        kept = agreed(_WHERE, lambda: _checked(model, batches, loss))
+        kept = agreed(_WHERE, lambda: _checked(batches, loss))
         factors = _random(layers)
         _freeze(model, layers)
         with progress_bar("looks at gradients", PASSES * len(kept), progress) as report:
@@ -244,9 +245,8 @@ def _look(
             done(i)
 
 
-def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
+def _checked(batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
     """The batches as a list."""
-    expect_whole(model)
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
     if not callable(loss):

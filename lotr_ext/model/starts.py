@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.gradient import Key, Loss, Probed, leading_directions
+from ..layers.gradient import Key, Loss, Probed, expect_whole, leading_directions
 from ..layers.init import tucker2
 from ..layers.layer import LoTRLayer
 from ..layers.merging import plus, write_
@@ -96,6 +96,7 @@ def directions(
     model: nn.Module, probed: dict[str, Probed], batches: Iterable[Any] | None, loss: Loss | None, progress: bool
 ) -> dict[Key, Tensor]:
     """`leading_directions` of a model that is not adapted yet."""
+    expect_whole(model)
     set_fast_paths(model, off=True, adapted=nn.Module)  # a fast path would not call the layers
     try:
         return leading_directions(model, probed, batches, loss, progress)

@@ -25,7 +25,7 @@ from .heads import output_layers
 from .names import closest, group_name, name_ends_with, tied_names
 from .readers import How, how_read
 
-__all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select"]
+__all__ = ["Selection", "Target", "can_be_child", "checked_group", "features", "left_out", "name_ends_with", "select"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -361,6 +361,11 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
         group = config.group_by[name]
     else:
         group = config.group_by(name, module)
+    return checked_group(name, group)
+
+
+def checked_group(name: str, group: object) -> str:
+    """Returns the group of the layer `name`. Raises TypeError or ValueError unless it can be the name of a module."""
     if not isinstance(group, str):
         raise TypeError(f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}")
     if not can_be_child(group):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, set_adapter
 from lotr_ext.interop.vllm import CoreSync, export_task
 from lotr_ext.interop.vllm.message import PATH, SIGNATURE, Message, pack, signature, unpack
+from lotr_ext.interop.vllm.sync import joined
 from lotr_ext.model.adapted import adapted_layers
 
 SECRET = "sixteen letters."
@@ -249,3 +251,10 @@ def test_a_message_that_is_none_is_refused() -> None:
             unpack(save({"cores": torch.zeros(2)}, {key: value for key, value in fields.items() if key != missing}))
     with pytest.raises(ValueError, match="push"):
         unpack(save({"other": torch.zeros(2)}, fields))
+
+
+def test_cores_on_several_devices_are_joined() -> None:
+    with FakeTensorMode():
+        several = [torch.ones(2, 3, device=f"cuda:{i}") for i in range(2)]
+        assert (found := joined(several)).device.type == "cpu" and found.shape == (12,)
+    assert joined([torch.zeros(2, 1), torch.ones(1, 2)]).tolist() == [0, 0, 1, 1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, explain, lotr_linear, reference
+from lotr_ext.autograd.magnitude import Norms
 from nets import relative
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -274,6 +275,18 @@ def test_rows_that_nearly_cancel(k):
     assert relative(layer(x), want) < 1e-3
     compiled = torch.compile(layer, backend="eager")(x)  # looks at no values
     assert compiled.isfinite().all() and (relative(compiled, want) < 1e-3 or k > 1)
+
+
+def test_a_quantised_weight_is_made_dense_once_for_rows_that_nearly_cancel():
+    codes, calls = torch.randint(1, 9, (6, 5), dtype=torch.int8), []
+    W = codes.float()
+
+    def matrix() -> Tensor:
+        calls.append(1)
+        return codes.float()
+
+    found = Norms().rows(torch.ones(6), codes, matrix, torch.eye(5), -0.999 * W, torch.eye(5), 1.0)
+    assert len(calls) == 1 and relative(found.norm, (0.001 * W.double()).norm(dim=1)) < 1e-3
 
 
 def test_layers_of_other_kinds():

@@ -46,6 +46,14 @@ class _Sent:
     pushed: Pushed
 
 
+def joined(cores: Sequence[Tensor]) -> Tensor:
+    """All cores in one vector on the CPU, by one copy if they are on one device."""
+    flat = [core.flatten() for core in cores]
+    if len({core.device for core in flat}) > 1:  # of a model over several devices
+        flat = [core.cpu() for core in flat]
+    return torch.cat(flat).cpu()
+
+
 class CoreSync:
     """Sends the cores of a model to a running vLLM engine, each time as a new version of a task.
 
@@ -116,7 +124,7 @@ class CoreSync:
     def _cores(self, task: int | None) -> Tensor:
         """s G of all layers in one vector, by `Factors.spans`."""
         scaled = torch._foreach_mul(*cores_and_scalings(self._model, self._layers, task, "push"))
-        return torch.cat([core.flatten() for core in scaled]).cpu()
+        return joined(scaled)
 
     def _changed(self, cores: Tensor, before: Tensor) -> list[int]:
         """The indices of the layers that differ."""
