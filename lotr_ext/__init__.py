@@ -30,6 +30,7 @@ from .layers.factors import LoTRFactor, LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
 from .layers.tuning import tune
+from .model import holders as holders  # adds itself to what saving calls
 from .model.activated import activated
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge

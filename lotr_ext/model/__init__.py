@@ -13,7 +13,7 @@ saving.py            save_adapter;  loading.py, loading_checks.py: load_adapter
   adapter_files.py     the format of a folder; saved.py: which tensors of a model it contains
   peft_files.py        folders that PEFT wrote; fingerprint.py: identifies the base model
   save_hook.py         save_pretrained of an adapted model; pretrained.py: from_pretrained
-  sentence_transformers.py  the same for a SentenceTransformer; stages.py: the model inside
+  sentence_transformers.py  the same for a SentenceTransformer; holders.py: names this class; stages.py: the model inside
 pipeline.py          PipelineStages: the stages of one process
 per_example.py       gradients of each example; influence.py: which examples matter; evolution.py: training by forwards alone
 adapted.py           the adapted layers of a model; summary.py, groups.py: counts, groups for an optimizer

@@ -40,7 +40,7 @@ from .first_step import expect_training
 from .heads import warn_of_frozen_heads, with_head
 from .names import tied_names
 from .readers import hook_fusing, unhook_fusing
-from .save_hook import hook_saving, name_loader, unhook_saving
+from .save_hook import hook_saving, tell_holder, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
 from .sizes import check_memory
@@ -95,7 +95,7 @@ def apply_lotr(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
         for module in model.modules():
-            name_loader(inner, module)
+            tell_holder(inner, module)
         return model
     config = with_head(model, config)
     if batches is not None and config.init == "orthonormal" and not {"A", "B"} & set(config.train):

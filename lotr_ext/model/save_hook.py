@@ -10,7 +10,7 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from . import adapters
 from .adapted import expect_merged, layers_in
 from .saved import adapter_slots, of_part
 from .saving import contents, save_adapter
-from .stages import is_of_sentence_transformers
 
-__all__ = ["hook_saving", "name_loader", "unhook_saving"]
+__all__ = ["hook_saving", "of_holders", "tell_holder", "unhook_saving"]
 
 _NAME = "save_pretrained"
+of_holders: list[Callable[[nn.Module, nn.Module], None]] = []  # of (adapted model, module that holds it): `holders.py`
 
 
 class SavePretrained:
@@ -85,7 +85,7 @@ class SavePretrained:
             _save_beside(owner, model, Path(settings["save_directory"]), state)
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, nn.Module):
-            name_loader(model, caller)
+            tell_holder(model, caller)
 
 
 def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
@@ -130,13 +130,10 @@ def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) 
     return replace(part, config=config, tied=None), found
 
 
-def name_loader(model: nn.Module, holder: nn.Module) -> None:
-    """Changes the class of a sentence-transformers module that holds the adapted `model` to one that loads the adapter: a
-    SentenceTransformer writes the class of each module into its folder."""
-    if is_of_sentence_transformers(holder) and any(child is model for child in holder.children()):
-        from .sentence_transformers import load_with_adapter
-
-        load_with_adapter(holder)
+def tell_holder(model: nn.Module, holder: nn.Module) -> None:
+    """Calls all of `of_holders`: after model was adapted, and when holder saves it."""
+    for function in of_holders:
+        function(model, holder)
 
 
 def hook_saving(model: nn.Module) -> None:
