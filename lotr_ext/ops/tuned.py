@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..files import parse_json, put_file, read_bytes
+from ..files import parse_json, put_file, read_bytes, together
 from . import cuda_plans, planner
 from .cuda_plans import KERNELS, Launch, is_plan
 from .planner import Plan
@@ -181,9 +181,10 @@ def keep(found: Mapping[Problem, Answer]) -> None:
         on = bool(_kept) or ask is not None
         _take_measured_plans()
     path = file()
-    rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    put_file(path.parent, path.name, json.dumps({"format": FORMAT, "answers": rows}, indent=1).encode())
+    with together(path.parent):  # what another process writes after the read would be lost
+        rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
+        put_file(path.parent, path.name, json.dumps({"format": FORMAT, "answers": rows}, indent=1).encode())
 
 
 def load() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,25 @@ def test_written_at_once_and_beside_others(timed, cache: Path, monkeypatch) -> N
     with pytest.raises(OSError, match=r"tuned\.json"):
         tune(LoTRLinear(24, 72, 3), TOKENS)
     assert cache.read_bytes() == before and [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_answers_kept_at_the_same_time_are_all_in_the_file(cache: Path, monkeypatch) -> None:
+    problems = [next(tuning.problems_of(LoTRLinear(24, n, 3), TOKENS)) for n in (24, 40)]
+    read, both = tuned.read, threading.Barrier(2)
+
+    def slowly(path: Path) -> dict:
+        found = read(path)
+        with contextlib.suppress(threading.BrokenBarrierError):  # with the lock, the second one cannot come
+            both.wait(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(tuned, "read", slowly)
+    threads = [threading.Thread(target=tuned.keep, args=({p: Answer("beta", {"beta": 1e-6})},)) for p in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key.n for key in read(cache)} == {24, 40}
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["a FIFO in the file's place", "no home"])
