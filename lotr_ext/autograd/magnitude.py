@@ -229,7 +229,7 @@ def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
     scale = call.scale if applied else made.scale.to(y.device, accumulate_dtype(y.dtype))
     bias = None if bias is None else to(bias.detach(), y.dtype)
     if graph and (y.requires_grad or made.magnitude.requires_grad):
-        return LoTRMagnitude.run(y, made.magnitude, (bias, made.norm, scale, applied))
+        return LoTRMagnitude.run(y, made.magnitude, (bias, made.norm, scale, applied))[0]
     return y if applied else _scale_(y, bias, scale)
 
 
@@ -252,7 +252,9 @@ class LoTRMagnitude(Node):
 
     backward: g0 = (m / c) g for z,  dm_n = sum_t g_tn z_tn / c_n.
 
-    apply(y [..., n], m [n], (bias, norm, scale, applied)): y is bias + z, or where the scale is applied the result.
+    apply(y [..., n], m [n], (bias, norm, scale, applied)) -> y, z: the given y is bias + z, or where the scale is applied the
+    result. The output z has y's memory and represents z in the graph: a recorded backward makes dm from it. Made from y, whose
+    graph has m, dm would seem to depend on m.
     """
 
     @staticmethod
@@ -263,19 +265,23 @@ class LoTRMagnitude(Node):
             ctx.mark_dirty(y)
         else:
             y = out
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None)
+        need_y, need_m, _ = ctx.needs_input_grad
+        z = y.detach() if need_m else None  # shares y's version counter
+        if need_m and not need_y:
+            ctx.mark_non_differentiable(z)
+        ctx.save_for_backward(z)
         # not saved: no gradient depends on its value, so an optimizer's step before backward must not raise
         ctx.rows, ctx.magnitude = rows, magnitude
         ctx.version = None if magnitude.grad_fn is None else magnitude._version
-        return y
+        return y, z
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, dz):
         if g is None:
-            return None, None, None
+            return dz, None, None
         need_y, need_m = ctx.needs_input_grad[:2]
         try:
-            (y,) = ctx.saved_tensors
+            (z,) = ctx.saved_tensors
         except RuntimeError as error:  # freed, or changed
             if need_m and wants(ctx, 1):
                 if "inplace" not in str(error):
@@ -284,28 +290,33 @@ class LoTRMagnitude(Node):
                     f"{error} lotr_ext: a layer with magnitudes needs its output in backward; follow it with operations that "
                     "are not in place, such as nn.ReLU(inplace=False)"
                 ) from None
-            need_m, y = False, None
+            need_m, z = False, None
+        dm = None
         if recorded(g):
-            return *LoTRMagnitude._recorded(ctx, g, y if need_m else None), None
-        bias, norm, scale, _ = ctx.rows
-        if not need_m:
-            return torch.mul(g, scale, out=torch.empty_like(g)), None, None
-        g0, dscale = ops.scale_backward(g, y, bias, scale)
-        return g0 if need_y else None, (dscale.to(norm) / norm).to(ctx.magnitude), None
+            g0, dm = LoTRMagnitude._recorded(ctx, g, z)
+        else:
+            bias, norm, scale, _ = ctx.rows
+            if need_m:
+                g0, dscale = ops.scale_backward(g, z, bias, scale)
+                dm = (dscale.to(norm) / norm).to(ctx.magnitude)
+            else:
+                g0 = torch.mul(g, scale, out=torch.empty_like(g))
+        g0 = g0 if dz is None else g0 + dz
+        return g0 if need_y else None, dm, None
 
     @staticmethod
-    def _recorded(ctx, g: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _recorded(ctx, g: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
         (bias, norm, applied, _), magnitude = ctx.rows, ctx.magnitude
         if ctx.version is not None and magnitude._version != ctx.version:  # its graph is now that of the change
             raise RuntimeError("magnitude: expected it as it was in the forward, got one changed by an inplace operation")
         scale = (magnitude.to(norm) / norm).to(applied)
         scale = scale + (applied - scale).detach()  # the forward's value, whatever the parameter is now
         g0 = to(g * scale, g.dtype)
-        if y is None:
+        if z is None:
             return g0, None
-        wide = to(y, scale.dtype)
+        wide, scale = to(z, scale.dtype), applied
         dead = scale == 0  # y is the bias there; dm is 0, as `ops.scale_backward` has it
-        z = (wide if bias is None else wide - to(bias, scale.dtype)) / torch.where(dead, 1, scale)
-        z = torch.where(dead, 0, z)
+        value = (wide if bias is None else wide - to(bias, scale.dtype)) / torch.where(dead, 1, scale)
+        z = torch.where(dead, 0, value.detach() + (wide - wide.detach()))  # the gradient of z, passed on as it is
         dm = (rows(to(g, z.dtype)) * rows(z)).sum(0).to(norm.device) / norm
         return g0, dm.to(magnitude)

@@ -132,6 +132,21 @@ def test_twice_where_a_magnitude_is_zero():
         assert relative(got, want) < 1e-11
 
 
+@pytest.mark.parametrize("core", [True, False], ids=["core trained", "magnitude alone"])
+def test_the_gradient_of_a_magnitude_does_not_depend_on_it(core):
+    """dm of a linear loss has no graph to m, as in plain torch: a double backward gives m no gradient of rounding errors."""
+    layer, x = layer_of(dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64)
+    layer.factors.requires_grad_(False)
+    layer.core.requires_grad_(core)
+    (dm,) = torch.autograd.grad(layer(x).mean(), layer.magnitude, create_graph=True)
+    assert dm.requires_grad == core
+    if core:
+        of_core, of_m = torch.autograd.grad(dm.square().sum(), (layer.core, layer.magnitude), allow_unused=True)
+        (plain,) = torch.autograd.grad(dense(layer, x).mean(), layer.magnitude, create_graph=True)
+        assert of_m is None
+        assert relative(of_core, torch.autograd.grad(plain.square().sum(), layer.core)[0]) < 1e-12
+
+
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 def test_a_magnitude_may_change_before_backward(twice):
     """No gradient depends on its value, as none does in plain torch."""

@@ -21,7 +21,7 @@ from lotr_ext.cores import Cores
 from lotr_ext.ops import planner
 
 
-class ProductCores(Product, Cores):
+class OurProductCores(Product, Cores):
     """A user's own cores."""
 
     def __init__(self, places, rank, noisy: bool):
@@ -59,7 +59,7 @@ class Ours(World):
         dtype, init = settings.pop("dtype"), "zero" if "core" in settings["train"] else "identity"
         form = settings.pop("form")
         if form is not None:
-            settings["core"], init = partial(ProductCores, noisy=form == "noisy"), "zero"
+            settings["core"], init = partial(OurProductCores, noisy=form == "noisy"), "zero"
         config = lotr_ext.LoTRConfig(
             rank=rank, target_modules=list(groups), group_by=groups, adapter_dtype=dtype, core_init=init, **settings
         )
