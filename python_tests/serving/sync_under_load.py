@@ -148,6 +148,7 @@ class Trial:
     def end(self, way: str) -> dict:
         """After more versions than the worker keeps, and from a trainer that was started again."""
         from lotr_ext.interop.vllm import CoreSync
+        from lotr_ext.interop.vllm.message import Message, pack
         from lotr_ext.interop.vllm.worker import KEPT, _versions
 
         for _ in range(KEPT + 4):
@@ -162,6 +163,11 @@ class Trial:
         self.keep_cores(0)
         tokens, got = taken(out.outputs[0])
         gap = float((got - self.logprobs(0, self.prompts[0], tokens)).abs().max())
+        cores = self.sync._cores(None)[next(iter(self.sync._factors.spans.values()))]
+        of_others = pack(Message("policy", fresh.version + 1, fresh.version, self.sync._checksum, [0], cores, None, "0"))
+        found["other base"] = self.llm.collective_rpc("lotr_push", args=(of_others,))[0]
+        self.sync.drop("policy")
+        found["dropped"] = "policy" in versions.held, self.sync.push(name="policy").version
         return found | {"gap": gap, "fresh": fresh.version, "traced": way == "slots" or reads_no_values(self.llm)}
 
 

@@ -76,6 +76,8 @@ def test_a_sequence_is_of_one_version_while_versions_are_pushed(tmp_path: Path, 
         assert message in errors[name], (name, errors[name])
     end = found["end"]
     assert end["gap"] < 1e-4 and end["traced"]  # the engine serves on
+    assert end["other base"] == {"need": "cores", "version": end["fresh"]}
+    assert not end["dropped"][0] and end["dropped"][1] > end["fresh"]
     assert end["newest"] and end["held"] == end["kept"] and end["fresh"] > end["last"]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...files import parse_json
 from ...model.adapter_files import tensors_of
+from ...model.shared_factors import add_values
 from .files import Factors
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "checked_name",
     "checked_secret",
+    "cores_checksum",
     "pack",
     "signature",
     "unpack",
@@ -44,8 +46,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Message:
     """One version of a task.
 
-    base: the version from which the other layers are taken; 0 if all are sent. checksum: of the factors. places: indices of
-    the sent layers in the order of `Factors.spans`. cores: their numbers, s G.
+    base: the version from which the other layers are taken; 0 if all are sent. base_checksum: of the cores of that version: a
+    restarted engine may have another sender's version of this number; "" without a base. checksum: of the factors. places:
+    indices of the sent layers in the order of `Factors.spans`; none: the engine drops the task's versions. cores: numbers s G.
     """
 
     name: str
@@ -55,6 +58,14 @@ class Message:
     places: Sequence[int]
     cores: Tensor
     factors: Factors | None = None
+    base_checksum: str = ""
+
+
+def cores_checksum(cores: Tensor) -> str:
+    """SHA-256 of a vector of cores."""
+    digest = hashlib.sha256()
+    add_values(digest, "cores", cores)
+    return digest.hexdigest()
 
 
 def checked_name(name: object) -> str:
@@ -80,6 +91,7 @@ def pack(message: Message) -> bytes:
         layers = json.dumps(message.factors.layers)
         tensors |= {f"{_FACTOR}{key}": value.contiguous() for key, value in message.factors.tensors.items()}
     fields = {"name": message.name, "version": str(message.version), "base": str(message.base), "checksum": message.checksum}
+    fields["base_checksum"] = message.base_checksum
     return save(tensors, {"format": _FORMAT, "layers": layers, "places": json.dumps(list(message.places)), **fields})
 
 
@@ -99,11 +111,12 @@ def unpack(data: bytes) -> Message:
             factors = Factors(layers, {key: tensors[f"{_FACTOR}{key}"] for pair in layers.values() for key in pair})
         places = [operator.index(place) for place in parse_json(metadata["places"].encode())]
         name, checksum, cores = metadata["name"], metadata["checksum"], tensors["cores"]
+        base_checksum = metadata["base_checksum"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"push: expected the fields of a message by CoreSync, got {error!r} wrong") from None
     if version < 1 or not 0 <= base < version:
         raise ValueError(f"push: expected a version above its base, got {version} on {base}")
-    return Message(checked_name(name), version, base, checksum, places, cores, factors)
+    return Message(checked_name(name), version, base, checksum, places, cores, factors, base_checksum)
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -74,8 +74,8 @@ class CoreSyncEndpoint:
             return 422, found
         if "name" in found:
             served[found["name"]] = engine.LoRARequest(found["name"], found["number"], found["path"])
-            for name in found["dropped"]:
-                served.pop(name, None)
+        for name in found.get("dropped", ()):
+            served.pop(name, None)
         return 200, found
 
 

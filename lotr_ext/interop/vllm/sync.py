@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...model.adapted import adapted_layers
 from ...model.saving import contents, unwrapped
 from .files import Factors, check_finite, cores_and_scalings, factors_of
-from .message import PATH, SIGNATURE, Message, checked_name, checked_secret, pack, signature
+from .message import PATH, SIGNATURE, Message, checked_name, checked_secret, cores_checksum, pack, signature
 
 __all__ = ["CoreSync", "Pushed"]
 
@@ -62,8 +62,8 @@ class CoreSync:
 
     Each version is a separate adapter. Running requests keep the version they started with, and the prefix cache separates
     versions. The engine loads a version whole, between two steps. Only layers whose cores have changed since the last push
-    are sent. The engine holds the last 4 versions of a task, and those of running requests. For an engine that was started
-    again, make a new CoreSync.
+    are sent. The engine holds the last 4 versions of a task until `drop`, and those of running requests. For an engine that was
+    started again, make a new CoreSync.
 
     Start the engine with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
     plugin) cores go into its bank. Without it, A and B are sent once, and the workers compute ordinary LoRA factors from them.
@@ -120,6 +120,18 @@ class CoreSync:
             self._sent[name] = _Sent(cores, found)
             return found
 
+    def drop(self, name: str) -> None:
+        """Removes a task's versions from the engine, except those of requests in flight. A later push sends all of its cores.
+
+        Raises:
+            ValueError, OSError: as `push`.
+        """
+        name = checked_name(name)
+        with self._lock:
+            self._versions[name] = self._versions.get(name, 0) + 1
+            self._sent.pop(name, None)
+            self._channel.send(pack(Message(name, self._versions[name], 0, self._checksum, (), torch.empty(0))))
+
     @torch.no_grad()
     def _cores(self, task: int | None) -> Tensor:
         """s G of all layers in one vector, by `Factors.spans`."""
@@ -144,12 +156,13 @@ class CoreSync:
 
     def _send(self, name: str, cores: Tensor, places: Sequence[int], sent: _Sent | None) -> tuple[dict[str, Any], int, int]:
         """The engine's answer, and the numbers of cores and bytes sent. What it lacks is sent once."""
-        size, base, factors = 0, 0 if sent is None else sent.pushed.version, None
+        size, factors = 0, None
+        base, of_base = (0, "") if sent is None else (sent.pushed.version, cores_checksum(sent.cores))
         spans = list(self._factors.spans.values())
         for _ in range(3):
             version = self._versions[name] = self._versions.get(name, 0) + 1  # each attempt gets a new version
             some = cores if len(places) == len(spans) else torch.cat([cores[spans[place]] for place in places])
-            data = pack(Message(name, version, base, self._checksum, places, some, factors))
+            data = pack(Message(name, version, base, self._checksum, places, some, factors, of_base))
             size += len(data)
             answer = self._channel.send(data)
             need = answer.get("need")
@@ -158,7 +171,7 @@ class CoreSync:
             if need == "factors":
                 factors = self._factors
             self._versions[name] = max(version, answer.get("version", 0))
-            base, places = 0, range(len(spans))
+            base, of_base, places = 0, "", range(len(spans))
         raise ValueError(f"engine: expected an answer to a complete message, got {answer}")
 
 
@@ -208,14 +221,17 @@ class _Server:
         headers = {"content-type": "application/octet-stream", SIGNATURE: signature(self.secret, data)}
         try:
             status, body = self._post(self.path + PATH, data, headers)
-        except BaseException:
+        except BaseException as error:
             self.connection.close()
+            if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+                raise ConnectionError(f"engine: expected a whole HTTP answer, got {error!r:.200}; push again") from error
             raise
         try:
             answer = json.loads(body)
         except ValueError:
             answer = None
-        if not isinstance(answer, dict) or status not in (200, 401, 403, 413, 422) or (status != 200 and "error" not in answer):
+        fields = {"name", "need", "dropped"} if status == 200 else {"error"} if status in (401, 403, 413, 422) else set()
+        if not isinstance(answer, dict) or fields.isdisjoint(answer):
             raise ValueError(
                 f"engine: expected a server with the middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint, got the answer "
                 f"{status} {body[:200]!r}"

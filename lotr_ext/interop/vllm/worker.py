@@ -7,7 +7,6 @@ an adapter from its store and load it again.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from . import engine
 from .files import Factors, check_finite
 from .loading import check_layers, expanded, native, served
-from .message import PREFIX, Message, unpack, versioned
+from .message import PREFIX, Message, cores_checksum, unpack, versioned
 
 __all__ = ["KEPT", "CoreWorker"]
 
@@ -32,10 +31,10 @@ class CoreWorker:
     """Methods that vLLM adds to its worker."""
 
     def lotr_push(self, data: bytes, in_use: Iterable[str] = ()) -> dict[str, Any]:
-        """Adds a version of a task. data: of `message.pack`. in_use: the adapters of requests in flight.
+        """Adds a version of a task, or drops a task. data: of `message.pack`. in_use: the adapters of requests in flight.
 
-        Returns {"name", "number", "path", "dropped"}, or {"error": message}, or what the sender must add:
-        {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
+        Returns {"name", "number", "path", "dropped"}, without a new version {"dropped"}, or {"error": message}, or what the
+        sender must add: {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
         """
         try:
             adapters = engine.adapters_of(self)
@@ -50,18 +49,24 @@ class CoreWorker:
 
 
 class _Versions:
-    """The versions in one worker. held: {task: {version: (checksum of the factors, vector of the cores)}}, oldest first."""
+    """The versions in one worker. held: {task: {version: (checksum of the factors, vector of the cores)}}, oldest first.
+    newest: the last version of each task, also of a dropped one: vLLM's prefix cache may still have a version of this name."""
 
     def __init__(self, adapters: engine.Adapters):
         own = served()
         self.native = own is not None
         self.adapters = adapters
         self.factors: dict[str, Factors] = {} if own is None else {own[1]: own[0]}  # by checksum
-        self.held: defaultdict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
+        self.held: dict[str, dict[int, tuple[str, Tensor]]] = {}
+        self.newest: dict[str, int] = {}
         self.fitting: set[str] = set()  # checksums of the factors that match the model
         self.numbers = _FIRST
 
     def push(self, message: Message, in_use: frozenset[str]) -> dict[str, Any]:
+        newest = self.newest.get(message.name, 0)
+        if not message.places:
+            self.newest[message.name] = max(newest, message.version)
+            return {"dropped": self._drop(message.name, 0, in_use)}
         if message.checksum not in self.factors:
             if self.native:
                 raise ValueError(
@@ -73,32 +78,43 @@ class _Versions:
             if message.factors.checksum != message.checksum:
                 raise ValueError("push: expected factors with the checksum that the message says, got others")
         factors = self.factors.get(message.checksum) or message.factors
-        own, name = self.held[message.name], versioned(message.name, message.version)
-        newest, before = max(own, default=0), own.get(message.base)
-        if message.version <= newest or (message.base and (before is None or before[0] != message.checksum)):
+        own, name = self.held.get(message.name, {}), versioned(message.name, message.version)
+        before = own.get(message.base)
+        if message.version <= newest or (message.base and not _is_base(before, message)):
             return {"need": "cores", "version": newest}
         cores = _merged(message, factors, before[1] if message.base else None)
         if message.checksum not in self.fitting:
             check_layers(self.adapters, factors)
             self.fitting.add(message.checksum)
         request = engine.LoRARequest(name, self.numbers, f"{PREFIX}{name}")
-        self.factors[message.checksum] = factors
-        own[message.version] = (message.checksum, cores)
+        kept = self.factors
+        self.factors = kept | {message.checksum: factors}
+        self.held[message.name] = own | {message.version: (message.checksum, cores)}
         try:
             self.adapters.add_adapter(request)
         except BaseException:
-            del own[message.version]
+            self.factors, self.held[message.name] = kept, own
             raise
+        self.newest[message.name] = message.version
         self.numbers += 1
-        dropped = [version for version in list(own)[:-KEPT] if versioned(message.name, version) not in in_use]
-        for version in dropped:
-            del own[version]
-        gone = [versioned(message.name, version) for version in dropped]
+        gone = self._drop(message.name, KEPT, in_use)
         return {"name": name, "number": request.lora_int_id, "path": request.lora_path, "dropped": gone}
+
+    def _drop(self, task: str, kept: int, in_use: frozenset[str]) -> list[str]:
+        """Drops the versions of a task except the newest `kept` and those in use, and factors that no version uses. Returns the
+        names of the versions."""
+        own = self.held.pop(task, {})
+        gone = [version for version in list(own)[: max(0, len(own) - kept)] if versioned(task, version) not in in_use]
+        if left := {version: one for version, one in own.items() if version not in gone}:
+            self.held[task] = left
+        if not self.native:
+            used = {checksum for versions in self.held.values() for checksum, _ in versions.values()}
+            self.factors = {checksum: factors for checksum, factors in self.factors.items() if checksum in used}
+        return [versioned(task, version) for version in gone]
 
     def load(self, request: engine.LoRARequest) -> engine.LoRAModel:
         name, _, version = request.lora_path.removeprefix(PREFIX).rpartition("@")
-        found = self.held[name].get(int(version))
+        found = self.held.get(name, {}).get(int(version))
         if found is None:
             raise ValueError(
                 f"adapter: expected a version that the engine holds, got {request.lora_name}; use the request of the last push"
@@ -107,6 +123,11 @@ class _Versions:
         if self.native:
             return native(self.adapters, request.lora_int_id, cores)
         return expanded(self.adapters, request.lora_int_id, self.factors[checksum], cores)
+
+
+def _is_base(before: tuple[str, Tensor] | None, message: Message) -> bool:
+    """Whether a held version is the one that the message's cores are to be merged into."""
+    return before is not None and (before[0], cores_checksum(before[1])) == (message.checksum, message.base_checksum)
 
 
 def _merged(message: Message, factors: Factors, before: Tensor | None) -> Tensor:
