@@ -30,7 +30,7 @@ from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
-from ..layers.sharded import Slot, agreed, holds_parts, whole, writing_rank
+from ..layers.sharded import Slot, agreed, gathered, holds_parts, whole, writing_rank
 from ..model.adapted import adapted_layers
 from ..model.adapter_files import JSON_NAME, Manifest, serialized
 from ..model.config import check_task
@@ -39,6 +39,7 @@ from ..model.experts import parameter_name
 from ..model.peft_files import read_either
 from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties, without_ties
 from ..model.saving import checked_path, unwrapped
+from ..model.tasks import cores_and_scalings
 from ..ops import accumulate_dtype
 from .expert_lora import (
     ExpertLoRA,
@@ -46,7 +47,6 @@ from .expert_lora import (
     check_form,
     core_side,
     expert_lora,
-    expert_lora_factors,
     expert_tensors,
     host_of,
 )
@@ -93,9 +93,14 @@ def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
         raise TypeError(f"layer: expected a linear layer, got {type(layer).__name__}; expert_lora_factors takes it")
     if layer.core.is_meta:
         raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
+    return _with_core(layer, layer.core.detach())
+
+
+def _with_core(layer: LoTRLayer, core: Tensor) -> tuple[Tensor, Tensor]:
+    """`lora_factors` with another core."""
     factors = layer.factors
     start = None if layer.start_core is None else (factors.start_A, factors.start_B, layer.start_core)
-    return _lora_pair(factors.A, factors.B, layer.core.detach(), start)
+    return _lora_pair(factors.A, factors.B, core, start)
 
 
 def export_lora(
@@ -107,6 +112,7 @@ def export_lora(
     hosts: str | Mapping[str, str] | None = None,
     base_model: str | None = None,
     pad_rank: int | None = None,
+    task: int | None = None,
 ) -> None:
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
@@ -127,11 +133,13 @@ def export_lora(
             names and their replacements. None: as the model's type says in "vllm-shared" and "per-expert", unchanged otherwise.
         base_model: where the base model is, for base_model_name_or_path. None: the path or name that the model was loaded from.
         pad_rank: pads all factors with zeros to this rank. None: each layer keeps its own.
+        task: of the model's TaskBank, written instead of the active adapter's cores. The model does not change.
 
     Raises:
         TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device; of
-            a model in parts an error in another process. ValueError: directory is a file, task_type or experts is unknown, a
-            layer has a rank above pad_rank or is in two places, or some layers have magnitudes and others none.
+            a model in parts an error in another process; a task of a model without a bank. ValueError: directory is a file,
+            task_type or experts is unknown, a layer has a rank above pad_rank or is in two places, some layers have magnitudes
+            and others none, or no such task.
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
@@ -143,12 +151,14 @@ def export_lora(
     together = isinstance(inner, nn.Module) and holds_parts(inner)
 
     def check() -> list[Slot]:
-        adapted_layers(inner)  # raises an error without any
+        layers = adapted_layers(inner)  # raises an error without any
+        if task is not None:
+            cores_and_scalings(inner, layers, task, "export_lora")
         return adapter_slots(inner)
 
     def write() -> None:
         saved, also = _beside(inner)
-        entries, stacked, config = _as_lora(inner, experts, also)
+        entries, stacked, config = _as_lora(inner, experts, also, task)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
             export = _Export(entries, stacked, experts, host, pad_rank)
@@ -167,14 +177,27 @@ def _beside(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _as_lora(
-    model: nn.Module, form: str, also: list[str]
+    model: nn.Module, form: str, also: list[str], task: int | None
 ) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
     """The adapted layers of a model, its experts, and their entries for adapter_config.json. also: as from `_beside`."""
     layers, saved = adapted_layers(model), saved_modules(model)
     _check_places(model)
-    stacked = _stacked(layers, form)
-    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
-    entries = {name: LoRALayer(*lora_factors(layer), layer.scaling, layer.magnitude) for name, layer in layers.items()}
+    entries, stacked = {}, {}
+    values = zip(layers.items(), *cores_and_scalings(model, layers, task, "export_lora"), strict=True)
+    for (name, layer), core, scaling in values:
+        if layer.core.is_meta:
+            raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
+        core = gathered(core)
+        if isinstance(layer, LoTRHostedExperts):
+            side = core_side(layer.parameter, form)
+            stacked[parameter_name(name)] = expert_lora(layer.factors.A, layer.factors.B, core, scaling, side)
+        elif isinstance(layer, LoTRExperts):
+            raise TypeError(
+                f"model: expected experts of transformers, got {name!r}, a LoTRExperts; expert_lora_factors has its LoRA"
+            )
+        else:
+            entries[name] = LoRALayer(*_with_core(layer, core), scaling, layer.magnitude)
+    layers = {name: layers[name] for name in entries}
     config = {
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
@@ -194,19 +217,6 @@ def _check_places(model: nn.Module) -> None:
                 and (other := first.setdefault(id(layer), name := f"{at}.{child}".lstrip("."))) != name
             ):
                 raise ValueError(f"model: expected layers in one place each, got one at {other} and {name}; merge the adapter")
-
-
-def _stacked(layers: Mapping[str, LoTRLayer], form: str) -> dict[str, ExpertLoRA]:
-    """The experts among the layers, by the names of their parameters. TypeError for experts built by hand."""
-    found = {}
-    for name, layer in layers.items():
-        if isinstance(layer, LoTRHostedExperts):
-            found[parameter_name(name)] = expert_lora_factors(layer, core_side(layer.parameter, form))
-        elif isinstance(layer, LoTRExperts):
-            raise TypeError(
-                f"model: expected experts of transformers, got {name!r}, a LoTRExperts; expert_lora_factors has its LoRA"
-            )
-    return found
 
 
 def lotr_to_lora(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..autograd.tensor_parallel import is_dtensor
 from ..files import check_regular, put_file
 from ..layers.checks import check_dimension
+from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
@@ -33,7 +34,7 @@ from .parked import parked_of
 from .shared_factors import Owner, factors_checksum
 from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
-__all__ = ["TaskBank", "bank_of"]
+__all__ = ["TaskBank", "bank_of", "cores_and_scalings"]
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
 _FORMAT = {"format": "lotr_task", "version": "1"}
@@ -341,6 +342,22 @@ def bank_of(model: nn.Module, where: str) -> TaskBank:
 
 def _max(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
+
+
+def cores_and_scalings(
+    model: nn.Module, layers: Mapping[str, LoTRLayer], task: int | None, where: str
+) -> tuple[list[Tensor], list[float]]:
+    """The cores of the model's layers and their scalings: of a task of the model's bank, or of the active adapter for None.
+
+    Raises:
+        RuntimeError: no bank. TypeError, ValueError: no such task, or a bank over other factors than the active adapter's.
+    """
+    if task is None:
+        return [layer.core.detach() for layer in layers.values()], [layer.scaling for layer in layers.values()]
+    bank = bank_of(model, where)
+    bank.check_factors(model, "task")
+    cores, scalings = bank.cores_of(task), bank.scalings
+    return [cores[f"{name}.core"] for name in layers], [scalings[name] for name in layers]
 
 
 def _path(path: object) -> Path:

@@ -177,6 +177,30 @@ def scaling(name: str, r: int, ranks: dict[str, int], alpha: float, alphas: dict
     return alpha / r
 
 
+@pytest.mark.parametrize("form", ["peft", "per-expert", "vllm-shared", "shared-outer"])
+def test_a_task_is_exported_as_if_its_cores_were_the_models(tmp_path: Path, form: str) -> None:
+    model = adapted("Mixtral", rank=(3, 5), alpha=6.0, target_modules=["q_proj", "v_proj"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bank = TaskBank(model, 2)
+    bank.add()
+    task = bank.add({name: torch.randn_like(core) for name, core in bank.cores_of(0).items()})
+    export_lora(model, tmp_path / "task", experts=form, base_model="base", task=task)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            layer.core.copy_(bank.cores_of(task)[f"{name}.core"])
+    export_lora(model, tmp_path / "own", experts=form, base_model="base")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "task" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
+    bank.drop(task)
+    with pytest.raises(ValueError, match="task: expected a task of the bank, as add returned it, got 1"):
+        export_lora(model, tmp_path / "none", base_model="base", task=task)
+    del model.lotr_tasks
+    with pytest.raises(RuntimeError, match="export_lora: expected a model with a TaskBank"):
+        export_lora(model, tmp_path / "none", base_model="base", task=0)
+    assert not (tmp_path / "none").exists()
+
+
 def test_ungated_experts_have_no_gate(tmp_path: Path) -> None:
     model = adapted("NemotronH")
     with pytest.raises(ValueError, match=r"experts: expected gated experts .* got up_proj"):

@@ -24,19 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from ...files import folder, parse_json, placed, read_bytes, together
-from ...layers.layer import LoTRLayer
 from ...model.adapted import adapted_layers
 from ...model.adapter_files import Manifest, serialized, tensors_of
 from ...model.peft_files import read_either
 from ...model.saving import contents, save_adapter, unwrapped
 from ...model.shared_factors import add_values
-from ...model.tasks import bank_of
+from ...model.tasks import cores_and_scalings
 from ..lora import loaded_from
 
 __all__ = [
     "Factors",
     "check_finite",
-    "cores_and_scalings",
     "export_factors",
     "export_task",
     "factors_of",
@@ -158,22 +156,6 @@ def export_task(
     with folder(directory), together(directory):
         with placed(directory, {TENSORS_NAME: serialized(cores), CONFIG_NAME: text}, apart=CONFIG_NAME):
             pass
-
-
-def cores_and_scalings(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], task: int | None, where: str
-) -> tuple[list[Tensor], list[float]]:
-    """The cores of the model's layers and their scalings: of a task of the model's bank, or of the active adapter for None.
-
-    Raises:
-        RuntimeError: no bank. TypeError, ValueError: no such task, or a bank over other factors than the active adapter's.
-    """
-    if task is None:
-        return [layer.core.detach() for layer in layers.values()], [layer.scaling for layer in layers.values()]
-    bank = bank_of(model, where)
-    bank.check_factors(model, "task")
-    cores, scalings = bank.cores_of(task), bank.scalings
-    return [cores[f"{name}.core"] for name in layers], [scalings[name] for name in layers]
 
 
 def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:

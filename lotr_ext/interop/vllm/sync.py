@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...model.adapted import adapted_layers
 from ...model.saving import contents, unwrapped
-from .files import Factors, check_finite, cores_and_scalings, factors_of
+from ...model.tasks import cores_and_scalings
+from .files import Factors, check_finite, factors_of
 from .message import PATH, SIGNATURE, Message, checked_name, checked_secret, cores_checksum, pack, signature
 
 __all__ = ["CoreSync", "Pushed"]
