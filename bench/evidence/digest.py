@@ -1,4 +1,4 @@
-"""What a task's kept runs say: a point a method and rank with intervals, and LoTR against LoRA at each size."""
+"""What a task's kept runs say: a point a method and rank with intervals, and LoTR against LoRA and VeRA at each size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tasks import ALL, TASKS, Task
 
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
 OURS = tuple(name for name in METHODS if name.startswith("lotr"))
-THEIRS = ("lora", "lora-qv")
+LORA, VERA = ("lora", "lora-qv"), ("vera",)
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
 GROUPINGS = ("lotr-width", "lotr-name", "lotr-block")  # against "lotr", whose groups are by shape, of no more numbers
@@ -189,22 +189,22 @@ def digests(folder: Path = FOLDER) -> list[Digest]:
     return [digest(task, cells) for task, cells in found if cells]
 
 
-# ---- LoTR against LoRA -----------------------------------------------------------------------------------------------
+# ---- LoTR against LoRA and VeRA --------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
-    """LoRA at one size, and the LoTR that validation prefers among those that are no larger. difference: LoTR's held-out loss
-    less LoRA's."""
+    """LoRA or VeRA at one size, and the LoTR that validation prefers among those that are no larger. difference: LoTR's
+    held-out loss less the rival's."""
 
     task: Task
-    lora: Point
+    rival: Point
     lotr: Point
     difference: Interval
     seeds: int
 
     @property
     def words(self) -> str:
-        return verdict(self.difference, self.lotr.sized, self.lora.sized, self.seeds)
+        return verdict(self.difference, self.lotr.sized, self.rival.sized, self.seeds)
 
 
 def _no_larger(one: Digest, methods: tuple[str, ...], than: Point) -> Point | None:
@@ -215,9 +215,9 @@ def _no_larger(one: Digest, methods: tuple[str, ...], than: Point) -> Point | No
 
 def compared(one: Digest) -> list[Comparison]:
     found = []
-    for lora in sorted(one.of(*THEIRS), key=lambda p: p.parameters):
-        if (lotr := _no_larger(one, OURS, lora)) is not None:
-            found.append(Comparison(one.task, lora, lotr, one.draws().difference(lotr.losses, lora.losses), one.seeds))
+    for rival in sorted(one.of(*LORA, *VERA), key=lambda p: p.parameters):
+        if (lotr := _no_larger(one, OURS, rival)) is not None:
+            found.append(Comparison(one.task, rival, lotr, one.draws().difference(lotr.losses, rival.losses), one.seeds))
     return found
 
 
@@ -238,11 +238,16 @@ def changed(one: Digest) -> list[str]:
 
 def below(one: Digest) -> Point | None:
     """The LoTR that validation prefers among those smaller than every LoRA that was measured."""
-    least = min((p.parameters for p in one.of(*THEIRS)), default=0)
+    least = min((p.parameters for p in one.of(*LORA)), default=0)
     return min((p for p in one.of(*OURS) if p.parameters < least), key=lambda p: p.validation, default=None)
 
 
-SIZES = (("as LoRA of rank 1 or 2", range(1, 3)), ("as LoRA of rank 4 or 8", range(3, 9)), ("as larger LoRA", range(9, 10**6)))
+SIZES = (
+    ("as LoRA of rank 1 or 2", "LoRA", LORA, range(1, 3)),
+    ("as LoRA of rank 4 or 8", "LoRA", LORA, range(3, 9)),
+    ("as larger LoRA", "LoRA", LORA, range(9, 10**6)),
+    ("as VeRA", "VeRA", VERA, range(1, 10**6)),
+)
 
 
 class Advice(NamedTuple):
@@ -265,23 +270,23 @@ def advice(found: list[Digest]) -> list[Advice]:
         ends = dict.fromkeys(f"{share:.0%}" for share in (shares[0], shares[-1])) if shares else ()
         reach = f" ({' to '.join(ends)} of full fine-tuning's gain)" if shares else ""
         rows.append(Advice("smaller than any LoRA", 0, 0, 0, f"LoTR: LoRA has none as small{reach}"))
-    for size, ranks in SIZES:
-        own = [c for one in found for c in compared(one) if c.lora.rank in ranks]
+    for size, rival, methods, ranks in SIZES:
+        own = [c for one in found for c in compared(one) if c.rival.method in methods and c.rival.rank in ranks]
         if not own:
             continue
         lower, higher = ([c for c in own if c.difference.sign == sign] for sign in (-1, 1))
-        rows.append(Advice(size, len(lower), len(own) - len(lower) - len(higher), len(higher), _take(lower, higher)))
+        rows.append(Advice(size, len(lower), len(own) - len(lower) - len(higher), len(higher), _take(rival, lower, higher)))
     return rows
 
 
-def _take(lower: list[Comparison], higher: list[Comparison]) -> str:
+def _take(rival: str, lower: list[Comparison], higher: list[Comparison]) -> str:
     if not lower and not higher:
         return "either: no difference; LoTR trains no more numbers"
     if not higher:
         return "LoTR"
     if not lower:
-        return "LoRA"
-    tasks = {name: dict.fromkeys(c.task.name for c in own) for name, own in (("LoTR", lower), ("LoRA", higher))}
+        return rival
+    tasks = {name: dict.fromkeys(c.task.name for c in own) for name, own in (("LoTR", lower), (rival, higher))}
     return "; ".join(f"{name} for {', '.join(own)}" for name, own in tasks.items())
 
 

@@ -34,7 +34,8 @@ class Method:
 
     def begins_at(self, kind: str) -> float:
         """The middle of the learning rates that are tried first."""
-        return FIRST_RATES["vera" if self.settings.get("vera") else self.family][kind == "teacher"]
+        special = "vera" if self.settings.get("vera") else self.settings.get("core")
+        return FIRST_RATES.get(special, FIRST_RATES[self.family])[kind == "teacher"]
 
     def layers(self, task: Task) -> str:
         return task.few if self.few else task.layers
@@ -65,6 +66,7 @@ FIRST_RATES = {  # of a pretrained model, and of the teacher's small net
     "norm": (5e-3, 5e-3),
     "full": (1e-4, 1e-2),
     "lotr": (5e-3, 5e-2),
+    "diagonal": (2e-2, 5e-2),  # a sum over r instead of r^2, which scaling="auto" is made for
     "peft": (2e-3, 2e-2),
     "vera": (1e-2, 2e-2),
 }

@@ -57,8 +57,8 @@ def title(one: Digest) -> str:
 
 
 def sentences(one: Digest) -> list[str]:
-    """What follows from the numbers: LoTR against LoRA at each size of LoRA, one change of a method at the same rank, then what
-    is to be known of the runs."""
+    """What follows from the numbers: LoTR against LoRA and VeRA at each of their sizes, one change of a method at the same
+    rank, then what is to be known of the runs."""
     lines = [f"{comparison.words}." for comparison in compared(one)] if not too_few(one.seeds) else []
     lines += [f"{line}." for line in changed(one)]
     if lacking := too_few(one.seeds):

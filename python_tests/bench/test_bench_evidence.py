@@ -213,7 +213,7 @@ def test_lotr_is_chosen_by_validation_among_those_no_larger() -> None:
         if one["case"]["method"] == "lotr" and one["case"]["rank"] == 2:
             one["losses"] = packed(losses_of(0.30, one["case"]["seed"]))
     (comparison,) = digest.compared(digest.digest(MOVIES, cells))
-    assert (comparison.lotr.rank, comparison.lora.rank) == (8, 1) and comparison.difference.sign == 1
+    assert (comparison.lotr.rank, comparison.rival.rank) == (8, 1) and comparison.difference.sign == 1
     assert comparison.words.startswith("LoRA PEFT, r = 1 (500 numbers) is lower than LoTR, r = 8 (400 numbers) by 0.0200")
 
 
@@ -260,6 +260,14 @@ def test_what_to_take_is_what_the_intervals_allow(first, second, take) -> None:
     signs = [(lotr > lora) - (lotr < lora) for lotr, lora in (first, second)]
     assert (one_or_two.lower, one_or_two.none, one_or_two.higher) == tuple(signs.count(sign) for sign in (-1, 0, 1))
     assert digest.advice([digest.digest(MOVIES, task_cells(seeds=2))]) == []
+
+
+def test_vera_has_a_row_of_its_own() -> None:
+    """With 450 numbers: the LoTR of no more is rank 8 with 400, which is higher than VeRA and no different from LoRA."""
+    cells = task_cells(lotr=0.48, lora=0.48)
+    *_, lora, vera = digest.advice([digest.digest(MOVIES, [*cells, *runs("minilm-movies", "vera", 256, 0.40, 450)])])
+    assert lora == ("as LoRA of rank 1 or 2", 0, 1, 0, "either: no difference; LoTR trains no more numbers")
+    assert vera == ("as VeRA", 0, 0, 1, "VeRA")
 
 
 def test_pages_and_pictures_come_from_the_files(tmp_path: Path) -> None:
