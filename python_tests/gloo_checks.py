@@ -5,6 +5,7 @@ Every check takes (rank, folder), is called in both processes in the same order,
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from stacks import D, Stack, base, make, trained_grads
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -25,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import IDS, Tied, plain
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext.interop import export_lora
 from lotr_ext.layers.sharded import agreed
+from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.ops import planner
 from nets import OpCounter, relative
@@ -321,7 +325,15 @@ def fsdp_tied_head(rank: int, folder: Path) -> dict:
         for parameter in (whole.head.weight, *(layer.core for layer in adapted_layers(whole).values())):
             parameter.fill_(0.3)
     want = whole(IDS).detach()
+    if rank == 0:
+        save_adapter(whole, folder / "tied, whole")
     save_adapter(fully_shard(whole, mesh=mesh), folder / "tied-adapter")
+    tied = [json.loads((folder / at / JSON_NAME).read_text())["tied"] for at in ("tied, whole", "tied-adapter")]
+    again = fully_shard(load_adapter(Tied(), folder / "tied-adapter"), mesh=mesh)
+    export_lora(again, folder / "tied-lora", base_model="base")
+    lora = load_file(folder / "tied-lora" / "adapter_model.safetensors")
+    assert torch.equal(lora["base_model.model.embed.weight"], lora["base_model.model.head.weight"])
+    assert tied[0] == tied[1] == {"embed.weight": "head.weight"}, tied
     found = {"in one process": relative(load_adapter(Tied(), folder / "tied-adapter")(IDS), want)}
     again = fully_shard(apply_lotr(Tied(), config), mesh=mesh)
     return found | {"in parts": relative(load_adapter(again, folder / "tied-adapter")(IDS), want)}

@@ -37,7 +37,7 @@ from ..model.config import check_task
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
-from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties, without_ties
+from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties_of, without_ties
 from ..model.saving import checked_path, unwrapped
 from ..model.tasks import cores_and_scalings
 from ..ops import accumulate_dtype
@@ -150,30 +150,29 @@ def export_lora(
     host = host_of(hosts, experts, getattr(getattr(inner, "config", None), "model_type", None))
     together = isinstance(inner, nn.Module) and holds_parts(inner)
 
-    def check() -> list[Slot]:
+    def check() -> tuple[list[Slot], dict[str, str | None]]:
         layers = adapted_layers(inner)  # raises an error without any
         if task is not None:
             cores_and_scalings(inner, layers, task, "export_lora")
-        return adapter_slots(inner)
+        return adapter_slots(inner), ties_of(inner)
 
     def write() -> None:
-        saved, also = _beside(inner)
+        saved, also = _beside(inner, tied)
         entries, stacked, config = _as_lora(inner, experts, also, task)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
             export = _Export(entries, stacked, experts, host, pad_rank)
             _write(directory, export, saved, config)
 
-    slots = agreed("export_lora", check, together=together)
+    slots, tied = agreed("export_lora", check, together=together)
     base = _base_model(base_model or loaded_from(inner))
     with whole(model, slots):
         agreed("export_lora", write, together=together)
 
 
-def _beside(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def _beside(model: nn.Module, tied: Mapping[str, str | None]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of modules_to_save, and of modules that share some of them: in PEFT each module has its own."""
-    saved = saved_tensors(saved_modules(model))
-    return without_ties(saved, ties(model, saved), model)
+    return without_ties(saved_tensors(saved_modules(model)), tied, model)
 
 
 def _as_lora(

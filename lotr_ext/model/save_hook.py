@@ -22,7 +22,7 @@ from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
 from . import adapters
 from .adapted import expect_merged, layers_in
-from .saved import adapter_slots, of_part
+from .saved import adapter_slots, of_part, ties_of
 from .saving import contents, save_adapter
 
 __all__ = ["hook_saving", "of_holders", "tell_holder", "unhook_saving"]
@@ -106,8 +106,9 @@ def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dic
             stacklevel=4,
         )
     else:
+        tied = ties_of(owner)
         with whole(owner, adapter_slots(owner), state):
-            manifest, tensors = contents(owner)
+            manifest, tensors = contents(owner, tied=tied)
             if part:
                 manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
             files.write(directory, manifest, tensors)

@@ -15,7 +15,7 @@ from ..layers.cores import FORMS, CoreAt, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
-from ..layers.sharded import Slot, holds_parts, named_modules
+from ..layers.sharded import Slot, holds_parts, in_parts, named_modules
 from .adapter_files import Manifest
 from .config import LoTRConfig
 from .core_forms import CORES
@@ -31,6 +31,7 @@ __all__ = [
     "saved_modules",
     "saved_tensors",
     "ties",
+    "ties_of",
     "with_ties",
     "without_ties",
 ]
@@ -67,6 +68,20 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 # ---- ties: tensors that a model has under several names, and a file under one -----------------------------------------
 
 
+def ties_of(model: nn.Module) -> dict[str, str | None]:
+    """`ties` of a model's modules_to_save, before a model in parts is gathered: gathered tensors are tied to nothing."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, top in saved_modules(model).items():
+        for at, module in named_modules(top):  # not by state_dict, which FSDP1 would gather
+            own = module._parameters | {k: t for k, t in module._buffers.items() if k not in module._non_persistent_buffers_set}
+            for key, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    tensors[".".join(part for part in (name, at, key) if part)] = tensor
+    return ties(model, tensors)
+
+
 def ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
     """The tensors, by full name, of modules that share one with modules_to_save: the name in `tensors` of the same tensor, or
     None for another one of such a module, which `tensors` lacks. tensors: as from `saved_tensors`."""
@@ -92,7 +107,7 @@ def without_ties(
     found = dict(tensors)
     for name, of in tied.items():
         value = rest.get(name) if of is None else tensors.get(of)
-        if value is None or "." not in name:
+        if value is None or in_parts(value) or "." not in name:
             raise ValueError(
                 f"modules_to_save: expected modules that share all of their tensors or none, got one that shares its tensors "
                 f"with that of {name!r}, whose value is not in the file; name this module in modules_to_save too"

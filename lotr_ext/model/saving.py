@@ -29,7 +29,7 @@ from .core_forms import CORES
 from .fingerprint import fingerprint
 from .parked import parked_adapter, parked_layers
 from .pipeline import PipelineStages, expect_whole_model
-from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors, ties
+from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors, ties_of
 from .stages import inner_model
 
 __all__ = ["checked_path", "contents", "factor_prefix", "module_prefixes", "save_adapter", "unwrapped"]
@@ -86,37 +86,40 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     joined = stages is model
     together = joined or (isinstance(model, nn.Module) and holds_parts(inner[0]))
 
-    def check() -> tuple[Path, list[list[Slot]]]:
+    def check() -> tuple[Path, list[list[Slot]], dict[str, str | None]]:
         if not joined:
             expect_whole_model(model, "save_adapter")
             adapted_layers(inner[0])  # raises if there are none
-        return checked_path(directory), [adapter_slots(one) for one in inner]
+        return checked_path(directory), [adapter_slots(one) for one in inner], {} if joined else ties_of(inner[0])
 
     def write() -> None:
-        manifest, tensors = contents(inner[0], name) if found is None else found
+        manifest, tensors = contents(inner[0], name, tied) if found is None else found
         if writing_rank(model, together):
             files.write(path, manifest, tensors)
 
-    path, slots = agreed("save_adapter", check, together=together)
+    path, slots, tied = agreed("save_adapter", check, together=together)
     with ExitStack() as gathered:
         for stage, own in zip(stages, slots):
             gathered.enter_context(whole(stage, own))
-        found = stages.gathered("save_adapter", lambda: [_contents(one, name) for one in inner]) if joined else None
+        found = stages.gathered("save_adapter", lambda: [_contents(one, name, {}) for one in inner]) if joined else None
         agreed("save_adapter", write, together=together)
 
 
 @torch.no_grad()
-def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
-    """The manifest and tensors of an adapter's file. name: None for the active one. The tensors are not copied.
+def contents(
+    model: nn.Module, name: str | None = None, tied: Mapping[str, str | None] | None = None
+) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest and tensors of an adapter's file. name: None for the active one. tied: `ties_of` a model that was gathered
+    since. The tensors are not copied.
 
     Raises:
         RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: no adapter of that name.
     """
     adapted_layers(model)  # raises if there are none
-    return _contents(model, name)
+    return _contents(model, name, ties_of(model) if tied is None else tied)
 
 
-def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
+def _contents(model: nn.Module, name: str | None, tied: Mapping[str, str | None]) -> tuple[Manifest, dict[str, Tensor]]:
     layers = layers_in(model)
     prefixes, saved = module_prefixes(model, layers), saved_modules(model)
     config, beside = _config_of(model, layers), saved_tensors(saved)
@@ -148,7 +151,6 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    tied = None if holds_parts(model) else ties(model, saved_tensors(saved))  # gathered tensors are tied to nothing
     return Manifest(_as_it_is(config, held), entries, tuple(saved), fingerprint(layers), tied), tensors
 
 

@@ -128,7 +128,6 @@ def test_fsdp2_saves_and_one_process_goes_on(found: dict, alone: dict, folder: P
 
 
 def test_a_tied_head_is_saved_and_loaded_in_parts(found: dict) -> None:
-    """A gathered tensor is tied to nothing, so such a file does not say which tensors the model ties."""
     for by_way in found["fsdp_tied_head"]:
         assert max(by_way.values()) < 1e-6, by_way
 
