@@ -33,6 +33,7 @@ from ..layers.request import OFF, in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over, holds_parts, is_tensor_parallel, reshard
 from .adapted import adapted_layers, expect_merged, lotr_parameters
+from .batching import hook_batching, unhook_batching
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
@@ -158,6 +159,7 @@ def install(
     attach_scope(model)
     hook_saving(model)
     hook_fusing(model)
+    hook_batching(model)
     expect_training(model)
     return model
 
@@ -347,6 +349,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     set_fast_paths(model, off=False)
     unhook_saving(model)
     unhook_fusing(model)
+    unhook_batching(model)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):

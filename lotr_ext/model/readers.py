@@ -1,7 +1,7 @@
 """Finds code that reads a layer's weight instead of calling the layer: it would ignore an adapter in the layer.
 
 `how_read` reads the source of the class that has the layer. `hook_fusing` disables methods that copy the weights of adapted
-layers into new layers (diffusers' fuse_qkv_projections), since the new layers would have no adapter.
+layers into new layers (diffusers' fuse_qkv_projections, resize_token_embeddings), since the new layers would have no adapter.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def how_read(parent: nn.Module, child: str) -> tuple[str, How] | None:
     return (cls.__name__, How.ALSO) if any(not _is_fusing(name) for name in readers) else None
 
 
-# ---- methods that fuse layers ----------------------------------------------------------------------------------------
+# ---- methods that would lose an adapter ------------------------------------------------------------------------------
 
 
 def _is_fusing(name: str) -> bool:
@@ -134,7 +134,8 @@ def _is_fusing(name: str) -> bool:
 
 
 class Refused:
-    """Replaces a method that would copy the weights of adapted layers without their adapters; raises when called."""
+    """Replaces a method that would copy the weights of adapted layers, or replace a layer, without its adapter; raises when
+    called."""
 
     def __init__(self, name: str, layer: str):
         self.name, self.layer = name, layer
@@ -174,9 +175,19 @@ def _has_fusing(cls: type) -> bool:
     return any(_is_fusing(name) for base in cls.__mro__ for name, value in vars(base).items() if inspect.isfunction(value))
 
 
+def _resizing(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Each transformers model with an adapted output layer, as `_fusing`: resize_token_embeddings makes a new layer."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        if hasattr(module, "resize_token_embeddings") and hasattr(module, "get_output_embeddings"):
+            head = module.get_output_embeddings()
+            if isinstance(head, LoTRLayer):
+                yield module, "resize_token_embeddings", names[id(head)]
+
+
 def hook_fusing(model: nn.Module) -> None:
     """Replaces methods that would drop the adapter by Refused."""
-    for module, method, layer in list(_fusing(model)):
+    for module, method, layer in [*_fusing(model), *_resizing(model)]:
         module.__dict__[method] = Refused(method, layer)
 
 

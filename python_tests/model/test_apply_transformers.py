@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import plain, randomize
 from transformers.utils import ModelOutput
 
-from lotr_ext import LoTRConv1D, LoTRLinear
+from lotr_ext import LoTRConv1D, LoTRLinear, mixed
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
@@ -162,6 +162,43 @@ def test_llama_with_grouped_queries_has_several_groups() -> None:
     assert "lm_head" in [t.name for t in select(llama(), LoTRConfig(target_modules=["lm_head", "q_proj"])).targets]
     for tied in (False, True):  # as PEFT's "all-linear", which leaves an output layer out, tied or not
         assert "lm_head" not in [t.name for t in select(llama(tie_word_embeddings=tied), LoTRConfig()).targets]
+
+
+def test_resizing_an_adapted_output_layer_is_refused_and_keeps_the_adapter() -> None:
+    """transformers makes a new layer, which would have no adapter."""
+    model = apply_lotr(llama(), LoTRConfig(rank=4, target_modules=["q_proj", "lm_head"]))
+    randomize(model)
+    ids = torch.randint(3, 67, (2, 5))
+    want = model(ids).logits
+    with pytest.raises(RuntimeError, match=r"resize_token_embeddings: expected layers without an adapter.*'lm_head'"):
+        model.resize_token_embeddings(80)
+    assert torch.equal(model(ids).logits, want)
+    assert unload(model, merge=True).resize_token_embeddings(80).weight.shape == model.lm_head.weight.shape == (80, 32)
+    kept = apply_lotr(llama(), LoTRConfig(rank=4, target_modules=["q_proj"]))
+    kept.resize_token_embeddings(80)
+    assert kept(ids).logits.shape[-1] == 80
+
+
+def test_continuous_batching_is_refused_in_contexts_that_its_thread_does_not_see() -> None:
+    config = pytest.importorskip("transformers.generation.configuration_utils")
+    small = config.ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=64)
+    how = config.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    model = apply_lotr(llama(initializer_range=0.2), LoTRConfig(rank=4, target_modules=["q_proj", "v_proj"])).eval()
+    randomize(model, std=0.5)
+    prompt = [3, 4, 5, 6]
+
+    def batch(of: nn.Module) -> list[int]:
+        (found,) = of.generate_batch([prompt], generation_config=how, continuous_batching_config=small).values()
+        return found.generated_tokens
+
+    want = model.generate(torch.tensor([prompt]), generation_config=how)[0, len(prompt) :].tolist()
+    assert batch(model) == batch(copy.deepcopy(model)) == want
+    for context in (disabled(model), mixed(model, ["default"])):
+        with context, pytest.raises(RuntimeError, match="init_continuous_batching: expected a call outside of disabled"):
+            batch(model)
+    with disabled(apply_lotr(llama(), LoTRConfig(rank=4, target_modules=["q_proj"]))):  # another model's context
+        assert batch(model) == want
+    assert batch(unload(model, merge=True)) == want and "init_continuous_batching" not in vars(model)
 
 
 def test_save_pretrained_holds_the_factors_once(tmp_path: Path) -> None:
