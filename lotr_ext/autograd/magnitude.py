@@ -5,7 +5,7 @@
     backward                g0 = (m / c) g is the gradient of z,  dm_n = sum_t g_tn z_tn / c_n
 
 c is constant for the gradient, as in the paper and in PEFT. z is taken from the output, z = (y - bias) c / m: the next product
-usually keeps y anyway, so no second activation is kept. An in-place change of y before backward raises torch's error.
+usually keeps y anyway, so no second activation is kept. An in-place change of y or the bias before backward raises torch's error.
 
 Norms            c of one layer, and what is kept of it between calls
 LoTRMagnitude    y of z, as an autograd node behind those of the layer
@@ -26,7 +26,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, stream_of, transformed, wants
+from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, saved_if, stream_of, transformed, wants
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight, row_norms, rows, to
 from ..ops.planner import CPU_DTYPES
@@ -260,7 +260,7 @@ class LoTRMagnitude(Node):
     @staticmethod
     def forward(ctx, y, magnitude, rows):
         ctx.set_materialize_grads(False)
-        bias, _, scale, applied = rows
+        bias, norm, scale, applied = rows
         if applied or (out := _scale_(y, bias, scale)) is y:
             ctx.mark_dirty(y)
         else:
@@ -269,9 +269,10 @@ class LoTRMagnitude(Node):
         z = y.detach() if need_m else None  # shares y's version counter
         if need_m and not need_y:
             ctx.mark_non_differentiable(z)
-        ctx.save_for_backward(z)
+        # saved, so that a checkpoint's recomputation makes all of them of the same parameters, and a change of the bias raises
+        ctx.save_for_backward(scale, norm, z, bias if need_m else None)
         # not saved: no gradient depends on its value, so an optimizer's step before backward must not raise
-        ctx.rows, ctx.magnitude = rows, magnitude
+        ctx.magnitude = magnitude
         ctx.version = None if magnitude.grad_fn is None else magnitude._version
         return y, z
 
@@ -281,40 +282,41 @@ class LoTRMagnitude(Node):
             return dz, None, None
         need_y, need_m = ctx.needs_input_grad[:2]
         try:
-            (z,) = ctx.saved_tensors
+            scale, norm, z, bias = ctx.saved_tensors
         except RuntimeError as error:  # freed, or changed
             if need_m and wants(ctx, 1):
                 if "inplace" not in str(error):
                     raise
                 raise RuntimeError(
-                    f"{error} lotr_ext: a layer with magnitudes needs its output in backward; follow it with operations that "
-                    "are not in place, such as nn.ReLU(inplace=False)"
+                    f"{error} lotr_ext: a layer with magnitudes needs its output and its bias in backward; follow it with "
+                    "operations that are not in place, such as nn.ReLU(inplace=False), and change the bias after backward"
                 ) from None
-            need_m, z = False, None
+            need_m = False
+            scale, norm, z, bias = saved_if(ctx, True, True, False, False)
         dm = None
         if recorded(g):
-            g0, dm = LoTRMagnitude._recorded(ctx, g, z)
+            g0, dm = LoTRMagnitude._recorded(ctx, g, scale, norm, z, bias)
+        elif need_m:
+            g0, dscale = ops.scale_backward(g, z, bias, scale)
+            dm = (dscale.to(norm) / norm).to(ctx.magnitude)
         else:
-            bias, norm, scale, _ = ctx.rows
-            if need_m:
-                g0, dscale = ops.scale_backward(g, z, bias, scale)
-                dm = (dscale.to(norm) / norm).to(ctx.magnitude)
-            else:
-                g0 = torch.mul(g, scale, out=torch.empty_like(g))
+            g0 = torch.mul(g, scale, out=torch.empty_like(g))
         g0 = g0 if dz is None else g0 + dz
         return g0 if need_y else None, dm, None
 
     @staticmethod
-    def _recorded(ctx, g: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        (bias, norm, applied, _), magnitude = ctx.rows, ctx.magnitude
+    def _recorded(
+        ctx, g: Tensor, scale: Tensor, norm: Tensor, z: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        magnitude = ctx.magnitude
         if ctx.version is not None and magnitude._version != ctx.version:  # its graph is now that of the change
             raise RuntimeError("magnitude: expected it as it was in the forward, got one changed by an inplace operation")
-        scale = (magnitude.to(norm) / norm).to(applied)
-        scale = scale + (applied - scale).detach()  # the forward's value, whatever the parameter is now
-        g0 = to(g * scale, g.dtype)
+        of_m = (magnitude.to(norm) / norm).to(scale)
+        of_m = of_m + (scale - of_m).detach()  # the forward's value, whatever the parameter is now
+        g0 = to(g * of_m, g.dtype)
         if z is None:
             return g0, None
-        wide, scale = to(z, scale.dtype), applied
+        wide = to(z, scale.dtype)
         dead = scale == 0  # y is the bias there; dm is 0, as `ops.scale_backward` has it
         value = (wide if bias is None else wide - to(bias, scale.dtype)) / torch.where(dead, 1, scale)
         z = torch.where(dead, 0, value.detach() + (wide - wide.detach()))  # the gradient of z, passed on as it is

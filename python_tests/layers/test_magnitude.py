@@ -196,6 +196,22 @@ def test_a_checkpoint_in_a_selective_one():
         assert relative(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_a_checkpoint_computes_all_of_the_parameters_as_they_are_in_backward(twice):
+    """Also the lengths c: as in plain torch, no value of the first forward is left."""
+    layer = layer_of(dtype=torch.float64)
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    inputs = [*parameters_of(layer), x]
+    y = checkpoint(layer, x, use_reentrant=False)
+    with torch.no_grad():
+        layer.factors.A.mul_(0.5)
+        layer.magnitude.mul_(2.0)
+    g = torch.randn_like(y)
+    got = torch.autograd.grad(y, inputs, g, create_graph=twice)
+    for a, b in zip(got, torch.autograd.grad(dense(layer, x), inputs, g), strict=True):
+        assert relative(a, b) < 1e-12
+
+
 def test_reentrant_checkpoint():
     layer = layer_of(dtype=torch.float64)
     x = torch.randn(200, 20, dtype=torch.float64, requires_grad=True)
@@ -245,6 +261,17 @@ def test_a_changed_output_raises_where_its_gradient_needs_it():
     y.mul_(2)
     y.sum().backward()
     assert relative(x.grad, torch.autograd.grad(2 * dense(layer, x).sum(), x)[0]) < 1e-6
+
+
+def test_a_changed_bias_raises_where_the_gradient_of_the_magnitude_needs_it():
+    layer, x = layer_of(), torch.randn(4, 20, requires_grad=True)
+    want = torch.autograd.grad(dense(layer, x).sum(), x)[0]
+    y = layer(x)
+    with torch.no_grad():
+        layer.bias.add_(1.0)
+    assert relative(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], want) < 1e-6
+    with pytest.raises(RuntimeError, match=r"inplace operation.*its output and its bias"):
+        y.sum().backward()
 
 
 # ---- the start -------------------------------------------------------------------------------------------------------
