@@ -5,7 +5,7 @@
     backward                g0 = (m / c) g is the gradient of z,  dm_n = sum_t g_tn z_tn / c_n
 
 c is constant for the gradient, as in the paper and in PEFT. z is taken from the output, z = (y - bias) c / m: the next product
-usually keeps y anyway, so no second activation is kept. An in-place change of y or the bias before backward raises torch's error.
+usually keeps y anyway, so no second activation is kept. An in-place change of y or bias before backward raises torch's error.
 
 Norms            c of one layer, and what is kept of it between calls
 LoTRMagnitude    y of z, as an autograd node behind those of the layer
