@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
 from ..autograd.magnitude import scaled
+from ..autograd.tensor_parallel import is_dtensor
 from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
@@ -27,8 +28,22 @@ from .sharded import whole_shape
 Layer = TypeVar("Layer", bound="AdaptsModule")
 
 
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return vars(module), module._parameters, module._buffers, module._modules
+
+
+def _hand_over(source: nn.Module, target: nn.Module, names: frozenset[str]) -> None:
+    """Gives target the attributes, parameters, buffers and modules of these names that source has."""
+    for to, held in zip(_held(target), _held(source)):
+        to.update({name: held[name] for name in names if name in held})
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set & names
+
+
 class AdaptsModule(LoTRLayer):
     """Base class of layers that adapt one existing module."""
+
+    _base_class: type[nn.Module] = nn.Linear
+    _base_further: frozenset[str] = frozenset()  # attributes, tensors and modules that others have set on the module
 
     @classmethod
     def from_linear(
@@ -65,6 +80,12 @@ class AdaptsModule(LoTRLayer):
         layer._take(linear)
         move_hooks(linear, layer)
         layer._attach(factors, device, settings)
+        layer._base_class = type(linear)
+        # LoTRWrapped keeps the module itself, and tensor parallelism sets attributes of its own
+        if not (isinstance(layer, LoTRWrapped) or is_dtensor(linear.weight)):
+            linear.requires_grad_(False)
+            layer._base_further = frozenset(n for held in _held(linear) for n in held if not hasattr(layer, n))
+            _hand_over(linear, layer, layer._base_further)
         return layer.train(linear.training)
 
     @classmethod
@@ -80,6 +101,17 @@ class AdaptsModule(LoTRLayer):
     def _take(self, linear: nn.Module) -> None:
         """Takes over linear's weight and bias, or the module."""
         self.weight, self.bias = linear.weight, linear.bias
+
+    def _give_back(self, **attributes: object) -> nn.Module:
+        """A module of the adapted one's class with its weight, bias and attributes, without what an init moved out of it."""
+        base = self._base_class.__new__(self._base_class)
+        nn.Module.__init__(base)
+        base.weight, base.bias = self.weight, self.bias
+        vars(base).update(attributes)
+        _hand_over(self, base, self._base_further)
+        move_hooks(self, base)
+        self._give_start_back()
+        return base.train(self.training)
 
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear that computes the same as this layer in eval mode, and shares no tensor with it."""
@@ -152,16 +184,13 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         return self.weight
 
     def to_base(self) -> nn.Linear:
-        """A plain nn.Linear with the current base weight and bias (which include the adapter if merged).
+        """A plain nn.Linear, of the class that was adapted, with the current base weight and bias (which include the adapter if
+        merged).
 
         TypeError for a weight or bias that is no longer a parameter (weight_norm, spectral_norm, parametrizations, pruning).
         """
         self._check_base()
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        move_hooks(self, linear)
-        self._give_start_back()
-        return linear.train(self.training)
+        return self._give_back(in_features=self.in_features, out_features=self.out_features)
 
 
 class LoTRConv1D(AdaptsModule):
@@ -178,7 +207,7 @@ class LoTRConv1D(AdaptsModule):
 
     def _take(self, linear: nn.Module) -> None:
         super()._take(linear)
-        self.nx, self.nf, self._base_class = self.in_features, self.out_features, type(linear)
+        self.nx, self.nf = self.in_features, self.out_features
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight.t(), self.bias)
@@ -189,11 +218,7 @@ class LoTRConv1D(AdaptsModule):
     def to_base(self) -> nn.Module:
         """A plain Conv1D with the current base weight and bias. TypeError as `LoTRLinear.to_base`."""
         self._check_base()
-        layer = self._base_class.__new__(self._base_class)
-        nn.Module.__init__(layer)
-        layer.nx, layer.nf, layer.weight, layer.bias = self.nx, self.nf, self.weight, self.bias
-        self._give_start_back()
-        return layer.train(self.training)
+        return self._give_back(nx=self.nx, nf=self.nf)
 
 
 class LoTRWrapped(AdaptsModule):

@@ -159,6 +159,30 @@ def test_wrapper_with_the_attributes_of_the_adapted_layer() -> None:
     assert len(adapted_layers(model)) == 3 and sum(len(of) for of in model._lotr_layers.by_B.values()) == 3
 
 
+class Tagged(nn.Linear):
+    """With nn.Linear's own forward."""
+
+
+def test_what_others_have_added_to_a_layer_is_kept() -> None:
+    model = toy()
+    linear = Tagged(16, 16)
+    linear.tag, linear.extra, linear.child = "q", nn.Parameter(torch.ones(2)), nn.LayerNorm(3)
+    linear.register_buffer("seen", torch.zeros(()))
+    linear.register_buffer("passing", torch.zeros(()), persistent=False)
+    model.blocks[0].q = linear
+    keys, y = list(model.state_dict()), model(IDS)
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["q", "v"]))
+    layer = model.blocks[0].q
+    assert isinstance(layer, LoTRLinear) and layer.tag == "q" and layer.seen is linear.seen
+    assert set(keys) <= set(model.state_dict()) and not layer.extra.requires_grad
+    layer.tag = "changed"
+    for one in (copy.deepcopy(model), model):
+        unload(merge(one), merge=True)
+        assert sorted(one.state_dict()) == sorted(keys) and torch.equal(one(IDS), y)
+        plain_layer = one.blocks[0].q
+        assert type(plain_layer) is Tagged and plain_layer.tag == "changed" and "passing" in dict(plain_layer.named_buffers())
+
+
 # ---- settings, devices -----------------------------------------------------------------------------------------------
 
 
