@@ -14,6 +14,9 @@ Block& block_of_cluster(uint32_t rank, Site site) {
     fail("%s at %s:%d: rank is %u, expected below %u", t.op, site.file, site.line, rank,
          machine.cluster_size);
   Block& block = machine.blocks[t.block->first + rank];
+  if (&block != t.block && !machine.cluster_barriers[t.block->first / machine.cluster_size].generation)
+    fail("%s at %s:%d: no barrier of the cluster yet: block %u may not have started", t.op, site.file,
+         site.line, rank);
   if (!block.threads_left)
     fail("%s at %s:%d: block %u of the cluster has exited", t.op, site.file, site.line, rank);
   return block;

@@ -30,7 +30,9 @@ void check_launch(const Launch& launch) {
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
-  check("blocks in a cluster", cluster, 16);
+  if (launch.early && launch.cooperative)
+    throw Error(std::string(launch.name) + ": early and cooperative: CUDA does not document such a launch");
+  check("blocks in a cluster", cluster, 8);  // more only if the kernel has asked for a size of few GPUs
   const unsigned long blocks = launch.cooperative ? 1ul * launch.grid.x * launch.grid.y * launch.grid.z
                                                   : cluster * machine.options.resident;
   const unsigned long at_once = blocks * launch.block.x * launch.block.y * launch.block.z;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr char MARK[] = "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
 constexpr uint32_t CHUNK = 16;
+constexpr int64_t MOST = (1 << 20) - 1;  // arrivals, and bytes that are announced or have come early
 
 uint32_t row_bytes(const TensorMap& map) {
   return map.box_cols * 2;
@@ -83,6 +84,7 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
                         uint32_t box_rows, uint32_t box_cols) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_stride % 8)
     throw Error("tensor map: rows must start at multiples of 16 bytes");
+  if (!rows || !cols) throw Error("tensor map: expected at least one row and column");
   if (rows > 1 && row_stride < cols) throw Error("tensor map: rows overlap");
   if (box_rows < 1 || box_rows > 256)
     throw Error("tensor map: a box has 1 to 256 rows, got " + std::to_string(box_rows));
@@ -95,7 +97,8 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   race::ExecutorScope scope;
   enter("mbarrier.init", site);
   check_shared(barrier, 8, 8, self().op, site);
-  if (!arrivals) fail("mbarrier.init at %s:%d: 0 arrivals, expected 1 or more", site.file, site.line);
+  if (!arrivals || arrivals > MOST)
+    fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line, arrivals);
   memcpy(barrier, MARK, 8);
   MemoryBarrier b;
   b.expected = b.pending = arrivals;
@@ -125,6 +128,9 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::release(b.sync);
   pass_on(self(), b.landed);
   b.bytes += bytes;
+  if (b.bytes > MOST)
+    fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file, site.line,
+         (long long)b.bytes);
   arrive(b, site);
 }
 

@@ -106,6 +106,21 @@ def test_trap_and_exception() -> None:
 def test_launches_that_a_gpu_would_refuse() -> None:
     assert run("no_grid") == "error: empty: a GPU would refuse this launch: gridDim.x is 0, expected 1 to 2147483647"
     assert "shared memory in bytes is 300000, expected 1 to 232448" in run("shared")
+    assert "blocks in a cluster is 16, expected 1 to 8" in run("cluster")
+    assert "tensor map: expected at least one row and column" in run("map")
+    assert "early and cooperative" in run("early cooperative")
+
+
+def test_another_block_is_reached_only_after_a_barrier_of_the_cluster() -> None:
+    message = rf"st\.shared::cluster at .*:{line_of('REMOTE LINE')}: no barrier of the cluster yet: block 1 may not"
+    assert re.search(message, run("remote"))
+
+
+def test_an_mbarrier_counts_20_bits() -> None:
+    most = 2**20 - 1
+    assert run("mbarrier", str(most), str(most)) == ""
+    assert "1048576 arrivals, expected 1 to 2^20 - 1" in run("mbarrier", str(most + 1), "0")
+    assert "1048576 bytes are announced, expected at most 2^20 - 1" in run("mbarrier", "1", str(most + 1))
 
 
 def test_launches_are_listed() -> None:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/ptx/sm80.cuh"
+#include "cuda/ptx/sm90.cuh"
 #include "simt/api.h"
 
 namespace {
@@ -63,6 +63,18 @@ void shared_starts_as_nan() {
   int nans = 0;
   for (float v : out) nans += std::isnan(v);
   printf("%d\n", nans);
+}
+
+__global__ void reaches_too_early() {
+  auto& word = ptx::shared_storage<int32_t>();
+  ptx::store_cluster(&word, 1 - ptx::cluster_rank(), 1);  // REMOTE LINE
+}
+
+__global__ void mbarrier(uint32_t arrivals, uint32_t bytes) {
+  auto& s = ptx::shared_storage<uint64_t>();
+  ptx::mbarrier_init(&s, arrivals);
+  ptx::fence_mbarrier_init();
+  ptx::mbarrier_arrive_expect_tx(&s, bytes);
 }
 
 // 128-thread block, half of which never comes.
@@ -214,6 +226,14 @@ int main(int argc, char** argv) {
     if (what == "cooperative crowd")
       ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd", false, true}, nothing);
     if (what == "shared") ptx::launch({dim3(1), dim3(32), 300000, nullptr, dim3(1, 1, 1), "large"}, nothing);
+    if (what == "cluster") ptx::launch({dim3(16), dim3(32), 0, nullptr, dim3(16), "large"}, nothing);
+    if (what == "early cooperative")
+      ptx::launch({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "both", true, true}, nothing);
+    if (what == "remote") ptx::launch({dim3(2), dim3(32), 4, nullptr, dim3(2), "remote"}, reaches_too_early);
+    if (what == "mbarrier")
+      ptx::launch({dim3(1), dim3(1), 8, nullptr, dim3(1, 1, 1), "mbarrier"}, mbarrier,
+                  uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
+    if (what == "map") ptx::tensor_map_2d(static_cast<const __half*>(nullptr), 0, 64, 64, 64);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();
     if (what == "early") early_launch(atoi(argv[2]), atoi(argv[3]));
