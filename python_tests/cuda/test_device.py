@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,30 @@ def test_more_than_31_bits_of_elements() -> None:
     assert 0.49 < kept < 0.51
 
 
+def test_more_columns_than_a_grid_has_in_y() -> None:
+    """65,535 tiles of 64; an x whose columns lie apart is packed first, tile by tile."""
+    k = 65_536 * 64 + 3
+    x, A = torch.randn(2, 2 * k, device="cuda", dtype=torch.bfloat16)[:, ::2], torch.zeros(k, 8, device="cuda").bfloat16()
+    A[[0, k // 2, k - 1]] = 1
+    want = x[:, [0, k // 2, k - 1]].double().sum(1, keepdim=True)
+    assert torch.allclose(lotr.shrink(x, A).double(), want.expand(2, 8), rtol=2**-7, atol=1e-2)
+
+
+def test_first_calls_of_a_process_inside_of_a_capture() -> None:
+    """The driver is asked about the device, kernels are loaded, and counters are found while a stream is captured."""
+    program = """
+import torch, lotr_ext
+from test_device import layer, same, step
+t = layer(4096, 1024, 1024, 16)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step(t)
+graph.replay()
+assert same(captured, step(t))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+
+
 def test_wrong_devices_overlap_and_rank_are_named() -> None:
     t = layer(8, 16, 16, 4)
     with pytest.raises(RuntimeError, match="lotr::shrink: A: expected the device of x"):
@@ -213,6 +238,15 @@ def test_second_device_while_the_first_is_current() -> None:
     there = {name: a.to("cuda:1") for name, a in t.items()}
     for a, b in zip(step(t), step(there), strict=True):
         assert b.device.index == 1 and torch.allclose(a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device_in_a_thread_that_has_used_no_gpu() -> None:
+    t, got = layer(4096, 1024, 1024, 16, device="cuda:1"), []
+    thread = threading.Thread(target=lambda: got.extend(step(t)))
+    thread.start()
+    thread.join()
+    assert same(got, step(t))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
