@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 
+#include "params.h"
 #include "plan/fold_grad.h"
 #include "plan/scale_backward.h"
 #include "prepared.h"
@@ -23,6 +24,7 @@ struct Call {
   bool early;          // waits_in_kernels(): kernels may be launched early, and in clusters
   bool wgmma = false;  // runs_wgmma(): kernels may use wgmma
   Switches off{};      // what LOTR_CUDA_WITHOUT turns off
+  int most_of_cluster = MOST_OF_CLUSTER;  // largest_cluster(): blocks
 
   bool begins_early() const { return early && !off.early; }
   bool in_clusters() const { return early && !off.cluster; }

@@ -124,8 +124,8 @@ void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradProblem& proble
 template <class P>
 void Launchers<P>::pack(const Call& call, const PackParams& p) {
   using Traits = kernels::PackTraits<typename P::T>;
-  const dim3 grid = grid_of(plan::ceil_div(p.rows, Traits::ROWS), plan::ceil_div(p.to_row, Traits::COLS));
-  launch<Traits>(call, kernels::pack<Traits>, grid, p, "pack");
+  const int64_t tiles = plan::ceil_div(p.rows, Traits::ROWS) * plan::ceil_div(p.to_row, Traits::COLS);
+  launch<Traits>(call, kernels::pack<Traits>, grid_of(tiles, 1), p, "pack");
 }
 
 }  // namespace lotr::cuda

@@ -112,7 +112,7 @@ Key key_of(Operator op, const Call& call, int64_t M, int64_t N, int64_t r, int64
   for (const bool bit : {call.float32 == Float32::tf32, call.early, call.wgmma, off.wgmma, off.early,
                          off.cluster, off.together, off.fused})
     key.how = key.how * 2 + bit;
-  key.how = key.how * 4 + uint32_t(call.type);
+  key.how = (key.how * 16 + uint32_t(call.most_of_cluster)) * 4 + uint32_t(call.type);
   return key;
 }
 plan::Plan choose(const Call& call, Operator op, int64_t M, int64_t N, int32_t r, bool wgmma = false) {

@@ -11,8 +11,8 @@ struct Reduction {
   int32_t* arrived;  // [tiles], zero before the launch and after it
 };
 
-// On GPUs with clusters the blocks may form one and sum through each other's shared memory. 2, 4 or 8 blocks
-// fit on every such GPU.
+// On GPUs with clusters the blocks may form one and sum through each other's shared memory. Every such GPU
+// takes 2, 4 or 8 blocks, but those that are too small for 8, as a MIG slice may be: largest_cluster().
 constexpr int MOST_OF_CLUSTER = 8;
 
 // A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.

@@ -212,6 +212,7 @@ plan::Machine machine_of(const Call& call) {
   plan::Machine machine;
   machine.card = call.card;
   machine.has_clusters = call.early, machine.clusters = call.in_clusters();
+  machine.most_of_cluster = call.most_of_cluster;
   machine.cooperative = !call.off.together;
   return machine;
 }

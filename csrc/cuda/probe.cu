@@ -2,6 +2,7 @@
 // time, where the others would take seconds.
 #include "probe.h"
 
+#include "params.h"
 #include "ptx/launch.cuh"
 
 namespace lotr::cuda {
@@ -15,6 +16,14 @@ const void* probe_kernel() {
 
 bool waits_in_kernels() {
   return ptx::capability_of_code(probe_kernel()) >= 90;
+}
+
+int largest_cluster(int shared) {
+  unsigned blocks = waits_in_kernels() ? MOST_OF_CLUSTER : 1;
+  while (blocks > 1 && !ptx::resident_clusters(
+                           {dim3(blocks), dim3(1024), size_t(shared), nullptr, dim3(blocks)}, probe_kernel()))
+    blocks /= 2;
+  return int(blocks);
 }
 
 }  // namespace lotr::cuda

@@ -40,7 +40,16 @@ inline void* current_stream(int32_t device) {
 struct Device {
   plan::Card card;
   bool early, wgmma;  // as in Call
+  int most_of_cluster;
 };
+
+// This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the device of
+// torch's.  The two agree where the thread has a current context, which both follow.
+inline cudaError_t make_current(int32_t device) {
+  int current = -1;
+  const cudaError_t error = cudaGetDevice(&current);
+  return error || current == device ? error : cudaSetDevice(device);
+}
 
 // The driver's answers for the current device, which has index `device`.
 inline Device ask_driver(const char* op, int32_t device) {
@@ -56,7 +65,10 @@ inline Device ask_driver(const char* op, int32_t device) {
          attribute(cudaDevAttrComputeCapabilityMinor),
          "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
-  Device d{{}, cuda::waits_in_kernels(), cuda::runs_wgmma()};
+  Device d{{},
+           cuda::waits_in_kernels(),
+           cuda::runs_wgmma(),
+           cuda::largest_cluster(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
   d.card.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   d.card.shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   // kHz; memory: two transfers a clock, over a bus of so many bits.  A driver may not know them: 0.
@@ -101,6 +113,8 @@ class Context {
  public:
   Context(const char* op, const Arg& like) : op_(op), device_(like.device_index), guard_(like.device_index) {
     const DType type = dtype_of(op, like);
+    if (const cudaError_t error = make_current(device_))
+      fail(op, ": device ", device_, ": ", cudaGetErrorString(error));
     const Device device = device_of(op, device_);
     call_ = {type,
              type == DType::float32 ? float32_products() : Float32::exact,
@@ -108,7 +122,8 @@ class Context {
              current_stream(device_),
              device.early,
              device.wgmma,
-             cuda::switches()};
+             cuda::switches(),
+             device.most_of_cluster};
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }

@@ -25,8 +25,11 @@ cuda::Call call_of(const char* op, ScalarType dtype, int64_t device, const std::
   call.off = cuda::switches();
   if (device >= 0) {
     const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
+    if (const cudaError_t error = make_current(int32_t(device)))
+      fail(op, ": device ", device, ": ", cudaGetErrorString(error));
     const Device found = device_of(op, int32_t(device));
     call.card = found.card, call.early = found.early, call.wgmma = found.wgmma;
+    call.most_of_cluster = found.most_of_cluster;
     return call;
   }
   if (card.size() != 6 || card[0] < 1)

@@ -8,8 +8,7 @@
 #include <sstream>
 #include <string>
 
-#include "cuda/probe.h"
-#include "float32.h"
+#include "cuda_args.h"
 
 namespace lotr {
 namespace {
@@ -24,9 +23,14 @@ std::string load_error(int device) {
     // device that was current before.
     const torch::stable::accelerator::DeviceGuard guard{device};
     cudaFuncAttributes attributes{};
-    error = cudaFuncGetAttributes(&attributes, cuda::probe_kernel());
+    error = make_current(device);
+    // The kernel is loaded, which a capture could forbid: ptx::DriverQuery.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (!error) error = cudaFuncGetAttributes(&attributes, cuda::probe_kernel());
+    cudaThreadExchangeStreamCaptureMode(&mode);
   }
-  cudaGetLastError();  // clears the error, which the next launch would report otherwise
+  cudaGetLastError();  // clears the error
   return error ? cudaGetErrorName(error) : "";
 }
 

@@ -133,7 +133,8 @@ def cuda_obstacle(index: int) -> str | None:
     error = cuda_probe(index)["error"]
     if not error:
         return None
-    mend = f"build it with LOTR_ARCHS={major}{minor}, or AUTO on this machine"
+    arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"  # wgmma is 90a's alone
+    mend = f"build it with LOTR_ARCHS={arch}, or AUTO on this machine"
     if error in _NO_CODE:
         archs = ", ".join(map(str, built["archs"]))
         return f"lotr_ext has no code for compute capability {major}.{minor}, only for {archs} ({error}): {mend}"

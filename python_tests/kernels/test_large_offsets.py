@@ -58,6 +58,22 @@ def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.full
+def test_more_columns_than_a_grid_has_in_y(lib) -> None:
+    """65,535 tiles of 64; an x whose columns lie far apart is packed first, tile by tile."""
+    lib.set_device(multiprocessors=4)
+    lib.set_options()
+    K = 65_536 * 64 + 3
+    x, A = lib.sparse_array([2, 3 * K], np.dtype(np.uint16))[:, ::3], lib.sparse_array([K, 8], np.dtype(np.uint16))
+    ends, out = [0, 1, K // 2, K - 2, K - 1], np.zeros((2, 8), np.uint16)
+    values, factors = np.arange(10.0).reshape(2, 5) - 4, np.arange(40.0).reshape(5, 8) % 7
+    x[:, ends], A[ends] = narrow(values, "bf16"), narrow(factors, "bf16")
+    lib.reset_counters()
+    lib.shrink(x, A, out)
+    assert [one["name"] for one in lib.counters()["launches"]] == ["pack", "shrink"]
+    assert (wide(out) == values @ factors).all()
+
+
+@pytest.mark.full
 def test_more_layers_than_a_grid_has_in_z(lib) -> None:
     """65,535; fold's layers are its grid's z."""
     lib.set_device(multiprocessors=4)

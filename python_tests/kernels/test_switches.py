@@ -62,6 +62,14 @@ def test_with_all_off_hopper_runs_the_kernels_of_an_a100(lib, shape: Shape) -> N
     assert hopper == older
 
 
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+def test_no_cluster_is_larger_than_the_device_has_room_for(lib, most: int) -> None:
+    """As on a slice of a GPU.  There the wgmma kernels do not run, and no launch is a cooperative one."""
+    found = launches(lib, Shape(1010, 256, 16, sms=16, most_of_cluster=most))
+    assert max(max(one["cluster"]) for one in found) == most
+    assert not any(one["cooperative"] for one in found)
+
+
 @pytest.mark.parametrize("words", ["wgmma,tma", "all", "wgmma early", "Wgmma"])
 def test_an_unknown_word_is_an_error_that_lists_the_known(lib, words: str) -> None:
     with pytest.raises(ValueError, match="LOTR_CUDA_WITHOUT: expected words of wgmma, early, cluster, together, fused"):

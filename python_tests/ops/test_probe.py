@@ -50,6 +50,7 @@ OBSTACLES = [
     ({}, (9, 0), 0, ["sees 0 GPUs"]),
     ({}, (7, 5), 1, ["8.0 or later, got 7.5"]),
     ({"error": "cudaErrorNoKernelImageForDevice"}, (12, 0), 1, ["no code", "12.0", "80-real, 90a-real", "LOTR_ARCHS=120"]),
+    ({"error": "cudaErrorNoKernelImageForDevice"}, (9, 0), 1, ["no code", "9.0", "LOTR_ARCHS=90a,"]),
     ({"error": "cudaErrorUnsupportedPtxVersion"}, (12, 0), 1, ["cudaErrorUnsupportedPtxVersion", "update the driver"]),
 ]
 

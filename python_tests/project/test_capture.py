@@ -17,6 +17,8 @@ CAPTURED = {
     "cudaDeviceGetAttribute": "asks",
     "cudaFuncGetAttributes": "asks: the probe",
     "cudaOccupancyMaxActiveClusters": "asks: whether a persistent launch fits",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor": "asks: whether a cooperative launch fits",
+    "cudaThreadExchangeStreamCaptureMode": "sets what this thread may call while another call of this list asks",
     "cudaFuncSetAttribute": "of a kernel, no work",
     "cudaGetLastError": "asks",
     "cudaGetErrorName": "a text",

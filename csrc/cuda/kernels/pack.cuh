@@ -3,9 +3,9 @@
 // For what cannot be copied 16 bytes at a time: float32 factors beside half activations, odd row strides,
 // transposed matrices.  One pass before the pipelined kernels, which then have one way to read.
 //
-// Grid     x: tiles of ROWS rows, y: tiles of COLS columns.  A tile passes through shared memory, so that
-// both
-//          sides are touched along their rows in memory, whichever way `from` lies.
+// Grid     x: tiles of ROWS x COLS, one below the other.  Not y: its 65,535 blocks are only 4,194,240
+//          columns.  A tile passes through shared memory, so that both sides are touched along their rows in
+//          memory, whichever way `from` lies.
 // Bytes    from once, to once.
 #pragma once
 #include "../tile/load.cuh"
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
   using T = typename Traits::T;
   constexpr int THREADS = Traits::THREADS, ROWS = Traits::ROWS, COLS = Traits::COLS, CHUNK = Traits::CHUNK;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
-  const int64_t row0 = int64_t(blockIdx.x) * ROWS, col0 = int64_t(blockIdx.y) * COLS;
+  const unsigned row_tiles = unsigned((p.rows + ROWS - 1) / ROWS);
+  const int64_t row0 = int64_t(blockIdx.x % row_tiles) * ROWS, col0 = int64_t(blockIdx.x / row_tiles) * COLS;
   const bool down = p.from.row == 1 && p.from.col != 1;  // neighbours in memory are in a column
   ptx::griddepcontrol_wait();
 #pragma unroll 4

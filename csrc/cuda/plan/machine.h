@@ -19,9 +19,10 @@ struct Card {
 struct Machine {
   Card card;
   bool has_clusters = true;
-  bool clusters = true;     // has_clusters, and this kernel's splits may be one
-  bool cooperative = true;  // all blocks may be launched to run at the same time
-  int blocks = 1;           // of this kernel that a multiprocessor holds
+  bool clusters = true;                   // has_clusters, and this kernel's splits may be one
+  bool cooperative = true;                // all blocks may be launched to run at the same time
+  int most_of_cluster = MOST_OF_CLUSTER;  // blocks
+  int blocks = 1;                         // of this kernel that a multiprocessor holds
 
   // For a kernel whose registers allow that many blocks per multiprocessor, of that much shared memory each.
   Machine with(int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) const {
@@ -31,7 +32,7 @@ struct Machine {
   }
   // whether that many splits form one cluster
   bool cluster(int64_t splits) const {
-    return clusters && splits > 1 && splits <= std::min<int>(MOST_OF_CLUSTER, card.multiprocessors) &&
+    return clusters && splits > 1 && splits <= std::min(most_of_cluster, int(card.multiprocessors)) &&
            (splits & (splits - 1)) == 0;
   }
   // whether the splits may wait for each other without a cluster: the whole grid runs at the same time

@@ -17,7 +17,8 @@
 //
 // A cooperative launch begins when all of its blocks fit on the device, so that they may wait for each other.
 // Under MPS or in a green context fewer blocks may fit than on the whole device: then nothing is launched.
-// How many clusters fit depends on the device's GPCs, so the driver is queried, once per kernel and shape.
+// How many clusters fit depends on the device's GPCs. So the driver is queried, once per kernel and shape,
+// and before the launch: one that fails would end the capture of a graph.
 #pragma once
 #include "base.cuh"
 
@@ -88,10 +89,29 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 #endif
 }
 
+#ifdef __CUDACC__
+// Queries of the driver while it lives: a query may load a kernel or allocate the module's memory, which a
+// capture by this or another thread could forbid. Neither touches a stream.
+class DriverQuery {
+ public:
+  DriverQuery() { exchange(); }
+  ~DriverQuery() { exchange(); }
+  DriverQuery(const DriverQuery&) = delete;
+  DriverQuery& operator=(const DriverQuery&) = delete;
+
+ private:
+  void exchange() {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_)) cudaGetLastError();
+  }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+#endif
+
 // The compute capability, times ten, of the kernel's code that the current device runs: the lower of the
 // virtual and the real one.  0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
+  const DriverQuery query;
   cudaFuncAttributes code{};
   if (!cudaFuncGetAttributes(&code, kernel)) return std::min(code.ptxVersion, code.binaryVersion);
   cudaGetLastError();  // clears the error, which the next launch would report
@@ -101,31 +121,54 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch the current device holds at a time: 0 if a block needs more than the
-// device has, or there is no code for the device.
+#ifdef __CUDACC__
+// The same as resident_clusters, from the driver.
+inline cudaError_t count_resident(const LaunchArgs& args, const void* kernel, int device, int& count) {
+  const DriverQuery query;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem)))
+    return error;
+  if (args.cluster.x * args.cluster.y * args.cluster.z > 1) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
+    cluster.val.clusterDim.z = args.cluster.z;
+    cudaLaunchConfig_t config{};
+    config.gridDim = args.grid, config.blockDim = args.block, config.dynamicSmemBytes = args.smem;
+    config.attrs = &cluster, config.numAttrs = 1;
+    return cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  }
+  int multiprocessors = 0, each = 0;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  const cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(args.block.x), args.smem);
+  count = multiprocessors * each;
+  return error;
+}
+#endif
+
+// How many clusters, or blocks where a cluster is one, of such a launch the current device holds at a time: 0
+// if a block needs more than the device has, there is no code for the device, or it has no cooperative
+// launches and this is one (some virtual GPUs).
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
-  using Key = std::tuple<int, const void*, unsigned, unsigned, unsigned, unsigned, size_t>;
+  using Key = std::tuple<int, const void*, unsigned, unsigned, unsigned, unsigned, size_t, bool>;
   static std::map<Key, int> known;  // the query takes microseconds
   static std::mutex mutex;
   int device = 0;
   if (cudaGetDevice(&device)) return 0;
-  const Key key{device, kernel, args.cluster.x, args.cluster.y, args.cluster.z, args.block.x, args.smem};
+  const Key key{device,         kernel,       args.cluster.x, args.cluster.y,
+                args.cluster.z, args.block.x, args.smem,      args.cooperative};
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
-  cluster.val.clusterDim.z = args.cluster.z;
-  cudaLaunchConfig_t config{};
-  config.gridDim = args.grid, config.blockDim = args.block, config.dynamicSmemBytes = args.smem;
-  config.attrs = &cluster, config.numAttrs = 1;
-  int count = 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem));
-  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (error) cudaGetLastError();  // clears the error, which the next launch would report
-  return known[key] = error ? 0 : count;
+  int count = 0, cooperative = 1;
+  cudaError_t error = cudaSuccess;
+  if (args.cooperative) error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (!error) error = count_resident(args, kernel, device, count);
+  if (error) cudaGetLastError();  // clears the error
+  return known[key] = error || !cooperative ? 0 : count;
 #else
   return 1;
 #endif
@@ -138,8 +181,9 @@ template <class... Params, class... Args>
 bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params) {
 #ifdef __CUDACC__
   const auto check = [&](cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // clears the error, unless it is one that ends the context
+    throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorString(error));
   };
   if (args.smem > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -148,7 +192,7 @@ bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
   cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   const unsigned blocks = args.cluster.x * args.cluster.y * args.cluster.z;
-  if (args.cooperative && blocks > 1) {
+  if (args.cooperative) {
     const int64_t clusters = int64_t(args.grid.x) * args.grid.y * args.grid.z / blocks;
     if (resident_clusters(args, reinterpret_cast<const void*>(kernel)) < clusters) return false;
   }
@@ -175,9 +219,9 @@ bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
   config.attrs = attributes;
   config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...);
-  // not supported: on some virtual GPUs
+  // in spite of the query: the driver may count less room than it told
   if (args.cooperative && (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported)) {
-    cudaGetLastError();  // clears the error, which the next launch would report
+    cudaGetLastError();  // clears the error
     return false;
   }
   check(error, "launch");

@@ -51,6 +51,7 @@ inline unsigned long long capture_of([[maybe_unused]] void* stream) {
 template <class T, size_t N>
 T* global_memory(T (&array)[N]) {
 #ifdef __CUDACC__
+  const DriverQuery query;
   void* address = nullptr;
   check(cudaGetSymbolAddress(&address, array), "global memory");
   return static_cast<T*>(address);

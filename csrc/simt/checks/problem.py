@@ -74,7 +74,7 @@ class Maker:
     def prepare(self, lib: ModuleType) -> dict:
         float32 = "tf32" if self.kind == "tf32" else "exact"
         on = {"wgmma": self.shape.wgmma, "early": self.shape.early, "without": self.shape.without}
-        lib.set_device(multiprocessors=self.shape.sms, float32=float32, **on)
+        lib.set_device(multiprocessors=self.shape.sms, float32=float32, most_of_cluster=self.shape.most_of_cluster, **on)
         return {"p": self.shape.p, "seed": self.seed}
 
     def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:

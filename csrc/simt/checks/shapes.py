@@ -23,6 +23,7 @@ class Shape:
     wgmma: bool = False
     early: bool = True  # a GPU with early launches and clusters
     without: str = ""  # LOTR_CUDA_WITHOUT
+    most_of_cluster: int = 8  # blocks of the largest cluster that the device has room for
 
     @property
     def other(self) -> int:

@@ -153,7 +153,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "set_device",
       [](int multiprocessors, const std::string& float32, int shared, bool wgmma, bool early,
-         const std::string& without, float clock, float memory) {
+         const std::string& without, float clock, float memory, int most_of_cluster) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
         if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
@@ -162,15 +162,17 @@ PYBIND11_MODULE(lotr_simt, m) {
                     float32 == "tf32" ? Float32::tf32 : Float32::exact,
                     wgmma,
                     early,
-                    cuda::switches_of(without)};
+                    cuda::switches_of(without),
+                    most_of_cluster};
         Options o = options();
         o.shared_limit = settings.shared_limit();
         set_options(o);
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472, "wgmma"_a = false,
       "early"_a = true, "without"_a = "", "clock"_a = plan::Card{}.clock, "memory"_a = plan::Card{}.memory,
+      "most_of_cluster"_a = MOST_OF_CLUSTER,
       "without: as LOTR_CUDA_WITHOUT; early: a GPU with early launches and clusters, of compute capability "
-      "9.0 or later");
+      "9.0 or later; most_of_cluster: blocks of the largest cluster that it has room for");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1, "room"_a = py::none());
   define_gemm_lotr(m);

@@ -24,6 +24,7 @@ struct Settings {
   Float32 float32 = Float32::exact;
   bool wgmma = false, early = true;
   lotr::cuda::Switches off{};
+  int most_of_cluster = MOST_OF_CLUSTER;
   size_t shared_limit() const { return wgmma ? SHARED_LIMIT_SM90 : SHARED_LIMIT; }
 };
 inline Settings settings;
@@ -80,7 +81,8 @@ inline Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed
 }
 
 inline cuda::Call call(DType type) {
-  return {type, settings.float32, settings.card, nullptr, settings.early, settings.wgmma, settings.off};
+  return {type,           settings.float32, settings.card, nullptr,
+          settings.early, settings.wgmma,   settings.off,  settings.most_of_cluster};
 }
 
 void define_operators(py::module_& m);

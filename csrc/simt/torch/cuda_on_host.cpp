@@ -32,6 +32,13 @@ LOTR_HIDDEN int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
 LOTR_HIDDEN int32_t aoti_torch_delete_device_guard(void*) {
   return 0;
 }
+LOTR_HIDDEN cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+LOTR_HIDDEN cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
 LOTR_HIDDEN cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrComputeCapabilityMajor             ? 9
            : which == cudaDevAttrMultiProcessorCount              ? 132
