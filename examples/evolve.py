@@ -26,7 +26,7 @@ from pathlib import Path
 import causal_lm
 import torch
 from causal_data import MODEL as SMOLLM
-from finetune_text import Bar, check_seed
+from finetune_text import Bar, check_folder, check_seed, end
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +74,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     check_seed(options.seed)
-    options.members = [int(n) for n in options.members.split(",")]
+    if not all(word.isdecimal() and int(word) for word in options.members.split(",")):
+        parser.error(f"--members: expected whole numbers of 1 or more with commas, got {options.members!r}")
+    options.members = [int(word) for word in options.members.split(",")]
     options.parts = options.parts.split(",")
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -317,6 +319,7 @@ def main(words: list[str] | None = None) -> None:
         options.parts.remove("sums")
     shape = {name: value for name, value in vars(options).items() if name not in ("results", "model", "language_model")}
     results = {"shape": shape, "machine": machine(torch.device("cpu")), "commit": commit()}
+    folder = check_folder(options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"]), "results")
     for part, run in (("accuracy", accuracy_run), ("sums", sums_run)):
         if part in options.parts:
             results[part] = [run(options, options.seed + i) for i in range(options.seeds)]
@@ -324,7 +327,6 @@ def main(words: list[str] | None = None) -> None:
         results["speed"] = speed(options)
     results["summary"] = summary(results)
     show(results)
-    folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
     write_whole(folder / "evolve.json", json.dumps(results, indent=1) + "\n")
     from bench.pictures.evolution import draw_evolution  # needs matplotlib
 
@@ -333,4 +335,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, "evolve")

@@ -299,12 +299,15 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
 
 
-def check_folder(out: str) -> None:
-    """Raises ValueError before training if no folder for the results can be made there."""
-    path = Path(out)
+def check_folder(path: str | Path, option: str = "out") -> Path:
+    """Returns path; raises ValueError, before minutes of work, if no folder for the results can be made or written there."""
+    path = Path(path)
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
-        raise ValueError(f"out: expected a folder or a new path, got {out}, where {nearest} is a file")
+        raise ValueError(f"{option}: expected a folder or a new path, got {path}, where {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: expected a folder that can be written, got {path}; name another one with --{option}")
+    return path
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = Path(sys.prefix) / "frameworks"  # where make setup puts kronfluence
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from finetune_text import check_folder, end  # noqa: E402
+
 import data  # noqa: E402
 import text_model as tm  # noqa: E402
 from bench.measure.paired import interval  # noqa: E402
@@ -125,6 +127,9 @@ def run(options: argparse.Namespace, seed: int, report: Callable[[str], None]) -
     """The suspicion of each training text by each method, and CPU seconds, for one seed."""
     examples = tm.movie_snippets(data.SNIPPETS)[0]
     training, held_out = tm.split(examples, 1500)
+    for name, wanted, there in (("texts", options.texts, training), ("held-out", options.held_out, held_out)):
+        if wanted > len(there):
+            raise ValueError(f"{name}: expected at most {len(there)}, got {wanted}")
     draw = random.Random(seed)
     training, held_out = draw.sample(training, options.texts), draw.sample(held_out, options.held_out)
     wrong = set(draw.sample(range(options.texts), round(options.flipped * options.texts)))
@@ -282,6 +287,8 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None) -> argpars
         parser.error(f"expected at least 10 texts and at most 10 seeds, got {options.texts} and {options.seeds}")
     if not 0 < options.flipped < 1:
         parser.error(f"--flipped: expected a share between 0 and 1, got {options.flipped}")
+    if not 0 < options.epochs < float("inf"):
+        parser.error(f"--epochs: expected a positive number, got {options.epochs}")
     return options
 
 
@@ -296,6 +303,8 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     found, runs = machine(torch.device("cpu")), []
+    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
+    check_folder(folder, "results")
     stages = 5 + (not options.without_kronfluence)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         shown = progress.add_task("influence", total=options.seeds * stages)
@@ -311,7 +320,6 @@ def main(words: list[str] | None = None) -> None:
     title = f"{options.texts} texts, {options.flipped:.0%} of the labels flipped, r = {options.rank}, {options.seeds} "
     title += f"seed{'s' * (options.seeds > 1)}; {found['name']}"
     show(rows, title)
-    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
     shape = {k: v for k, v in vars(options).items() if k not in ("results", "model")}
     results = {"command": "make influence", "commit": commit(), "machine": found, "shape": shape, "ways": rows, "runs": runs}
     path = write_whole(folder / "influence-text.json", json.dumps(results, indent=1) + "\n")
@@ -320,4 +328,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, "influence_text")

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal
 
 from causal_data import MODEL, TEXT
 from causal_lm import load, read_text, train
-from finetune_text import end
+from finetune_text import check_folder, end
 
 from bench.measure.paired import interval_of_many
 from bench.measure.store import commit, write_whole
@@ -53,6 +53,7 @@ BOOKS = {  # how each begins; the last one is the new task
 }
 CHARACTERS = 40_000  # of a book: more than the steps use
 TARGETS = ["q_proj", "v_proj"]
+GROUPINGS = ("layer", "shape", "block", "name")
 Rows = dict[str, Tensor]
 
 
@@ -87,6 +88,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         options.ways = [(by, int(rank)) for by, rank in (way.split(":") for way in options.ranks.split(","))]
     except ValueError:
         parser.error(f"--ranks: expected grouping:rank pairs such as layer:16,shape:32, got {options.ranks!r}")
+    if any(by not in GROUPINGS or rank < 1 for by, rank in options.ways):
+        parser.error(f"--ranks: expected groupings {', '.join(GROUPINGS)} and ranks of 1 or more, got {options.ranks!r}")
+    if options.length < 2:
+        parser.error(f"--length: expected at least 2 tokens, got {options.length}")
     options.quiet = True
     return options
 
@@ -244,19 +249,19 @@ def main(words: list[str] | None = None) -> int:
     options = arguments(words)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(options.threads)
+    found = machine(torch.device("cpu"))
+    folder = check_folder(options.results or ROOT / "bench" / "results" / slug(found["name"]), "results")
     start, seconds = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         results = run(options, Path(scratch))
     results["seconds"] = {"wall": time.perf_counter() - start, "cpu": time.process_time() - seconds}
     kept = ("lora_rank", "steps", "batch", "length", "held_out", "lr", "core_lr", "seed", "one_start", "threads")
     results["options"] = {name: getattr(options, name) for name in kept}
-    results |= {"machine": machine(torch.device("cpu")), "commit": commit()}
+    results |= {"machine": found, "commit": commit()}
     show(results)
-    folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
-    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "loras-to-bank.json", json.dumps(results, indent=1) + "\n")
     from bench.pictures.combining import draw_loras  # needs matplotlib
 
-    write_whole(folder / "loras-to-bank.json", json.dumps(results, indent=1) + "\n")
     draw_loras(results, folder)
     print(f"{results['seconds']['cpu']:.0f} s of CPU time; results in {folder / 'loras-to-bank'}.json and .png")
     return 0

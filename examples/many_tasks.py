@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,7 +25,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
 
+from finetune_text import check_folder, end
+
 from bench.measure.names import named
+from bench.measure.store import write_whole
 from bench.measure.terminal import Table, bar
 from bench.measure.timing import machine, slug
 from bench.rivals.tasks import TARGETS, task_of_row, transformer, with_tasks
@@ -154,7 +156,11 @@ def main(words: list[str] | None = None) -> None:
     for name in ("tasks", "rows", "tokens", "hidden", "layers", "rank", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.peft < 0:
+        parser.error(f"--peft: expected 0 or more, got {options.peft}")
     torch.set_num_threads(options.threads)
+    name = slug(machine(torch.device("cpu"))["name"])
+    folder = check_folder(options.results or Path(__file__).resolve().parents[1] / "bench" / "results" / name, "results")
     found, size = ways(options)
     ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
     check(found, ids)
@@ -170,17 +176,12 @@ def main(words: list[str] | None = None) -> None:
         for label, own in by_kinds(seconds).items()
     }
     show(results)
-    folder = options.results or Path(__file__).resolve().parents[1] / "bench" / "results" / slug(results["machine"]["name"])
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"many-tasks-{options.tokens}-tokens"
-    temporary = folder / f"{name}.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / f"{name}.json")
+    path = write_whole(folder / f"many-tasks-{options.tokens}-tokens.json", json.dumps(results, indent=1) + "\n")
     from bench.pictures.tasks import draw_tasks  # needs matplotlib
 
     draw_tasks(results, folder)
-    print(f"results in {folder / name}.json and .png")
+    print(f"results in {path} and .png")
 
 
 if __name__ == "__main__":
-    main()
+    end(main, "many_tasks")

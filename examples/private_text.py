@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_text import check_folder, end
+
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = Path(sys.prefix) / "frameworks"  # where make setup puts Opacus
 sys.path.insert(0, str(ROOT))
@@ -292,6 +294,11 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None) -> argpars
         parser.error(f"--seeds: expected at most 10, got {options.seeds}")
     if not all(0 < one < float("inf") for one in options.epsilons):
         parser.error(f"--epsilons: expected positive numbers, got {options.epsilons}")
+    for name in ("clip", "lr", "lora_lr", "head_lr"):
+        if not 0 < getattr(options, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(options, name)}")
+    if not 0 < options.delta < 1:
+        parser.error(f"--delta: expected a number between 0 and 1, got {options.delta}")
     return options
 
 
@@ -307,6 +314,8 @@ def main(words: list[str] | None = None) -> None:
     from bench.measure.timing import machine, slug
 
     found, runs = machine(torch.device("cpu")), []
+    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
+    check_folder(folder, "results")
     for job in track(jobs(options), "private training", disable=not sys.stderr.isatty()):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             runs.append(pool.submit(run, job).result())
@@ -316,7 +325,6 @@ def main(words: list[str] | None = None) -> None:
     title = f"{options.steps} steps of about {options.batch} texts, r = {options.rank}, δ = {options.delta:g}, "
     title += f"{options.seeds} seed{'s' * (options.seeds > 1)}; {found['name']}"
     show(summary, title)
-    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
     results = {"command": "make private", "commit": commit(), "machine": found, "summary": summary, "runs": runs}
     path = write_whole(folder / "private-text.json", json.dumps(results, indent=1) + "\n")
     draw(summary, path.with_suffix(".png"), title)
@@ -324,4 +332,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, "private_text")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from causal_data import MODEL
+from finetune_text import check_folder, end
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -284,13 +285,13 @@ def main(words: list[str] | None = None) -> None:
     from bench.measure.timing import machine, slug
 
     torch.set_num_threads(options.threads)
+    name = machine(torch.device("cpu"))["name"]
+    folder = check_folder(options.results or (QUICK if options.quick else RESULTS / slug(name)), "results")
     with tempfile.TemporaryDirectory() as scratch:
         results = train(options, Path(scratch))
-    name = machine(torch.device("cpu"))["name"]
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "results")}
     results = {"settings": settings, "machine": name, "load": os.getloadavg()[0], **results}
     show(results)
-    folder = options.results or (QUICK if options.quick else RESULTS / slug(name))
     path = write_whole(folder / "rl-cores.json", json.dumps(results, indent=1) + "\n")
     draw(results, folder / "rl-cores.png")
     print(f"results in {path} and .png", flush=True)
@@ -298,4 +299,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main, "rl_cores")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from causal_data import MODEL, TEXT
 from causal_lm import load, read_text
-from finetune_text import Bar
+from finetune_text import Bar, check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,8 +145,11 @@ def main(words: list[str] | None = None) -> None:
     for name in ("steps", "port", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.port > 65535:
+        parser.error(f"--port: expected at most 65535, got {options.port}")
     try:
         if not (options.out / FACTORS).is_dir():
+            check_folder(options.out)
             make_tasks(options)
             print(f"serve: made {', '.join(TASKS)} in {options.out}")
     except (ValueError, OSError) as error:

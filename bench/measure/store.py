@@ -29,8 +29,11 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def commit() -> str | None:
-    """The commit of this source tree; None where it is not one of git."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """The commit of this source tree; None where it is not one of git, or git is not installed."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
     return git.stdout.strip() if git.returncode == 0 else None
 
 

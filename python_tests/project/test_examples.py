@@ -243,8 +243,16 @@ REFUSED = [
     ("private_text", "--epsilons 0", "--epsilons: expected positive numbers"),
     ("private_text", "--seeds 11", "--seeds: expected at most 10, got 11"),
     ("influence_text", "--flipped 1", "--flipped: expected a share between 0 and 1, got 1.0"),
+    ("private_text", "--delta 1", "--delta: expected a number between 0 and 1, got 1.0"),
+    ("private_text", "--clip 0", "--clip: expected a positive number, got 0.0"),
     ("influence_text", "--texts 3", "expected at least 10 texts"),
+    ("influence_text", "--epochs 0", "--epochs: expected a positive number, got 0.0"),
+    ("evolve", "--members 8,x", "--members: expected whole numbers of 1 or more with commas, got '8,x'"),
+    ("loras_to_bank", "--ranks layer:0", "--ranks: expected groupings layer, shape, block, name and ranks of 1 or more"),
+    ("loras_to_bank", "--length 1", "--length: expected at least 2 tokens, got 1"),
+    ("many_tasks", "--peft -1", "--peft: expected 0 or more, got -1"),
 ]
+PARSED = ("private_text", "influence_text", "evolve", "loras_to_bank", "many_tasks")  # argparse refuses: SystemExit
 
 
 @pytest.mark.parametrize(("program", "arguments", "message"), REFUSED)
@@ -256,7 +264,7 @@ def test_bad_options_are_refused(program, arguments, message, tmp_path, monkeypa
         monkeypatch.setenv("RANK", "0")
     if program == "causal_lm":
         monkeypatch.setattr(module, "TEXT", tmp_path)
-    if program in ("private_text", "influence_text"):  # refused by their parser
+    if program in PARSED:
         with pytest.raises(SystemExit):
             module.main(words)
         assert message in capsys.readouterr().err
@@ -264,6 +272,23 @@ def test_bad_options_are_refused(program, arguments, message, tmp_path, monkeypa
     with pytest.raises((ValueError, OSError), match=message):
         module.main(["--out", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists() or "finetune" in program
+
+
+@pytest.mark.parametrize("program", ["evolve", "influence_text", "loras_to_bank", "many_tasks", "private_text", "rl_cores"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(program, tmp_path, monkeypatch):
+    """These run for minutes, and wrote their results last: all of it was lost."""
+    module, model = importlib.import_module(program), tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ["--results", str(tmp_path / "results"), *(("--model", str(model)) if program == "rl_cores" else ())]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(module, "FRAMEWORKS", tmp_path, raising=False)
+    (tmp_path / "opacus").mkdir()
+    with pytest.raises(
+        ValueError, match=r"results: expected a folder that can be written, got .*; name another one with --results"
+    ):
+        module.main(words)
+    assert not (tmp_path / "results").exists()
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
