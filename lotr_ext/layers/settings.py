@@ -18,9 +18,9 @@ class Settings:
     """The scaling and the dropout of an adapter, and whether it has magnitudes, as given by users.
 
     s is `scaling` if given, otherwise alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. scaling = "auto" is
-    4 (8 / r)^1.5, which lets one learning rate serve every rank (docs/choosing.md, One rate for every rank). dropout: the
-    probability of dropping an element of the adapter's x in training, in [0, 1). magnitude: a trained length of each row of W
-    (DoRA).
+    4 (8 / r)^1.5, which lets one learning rate serve every rank (docs/choosing.md, One rate for every rank), with diagonal
+    cores, whose products have a factor r fewer terms, 4 (8 / r)^0.5. dropout: the probability of dropping an element of the
+    adapter's x in training, in [0, 1). magnitude: a trained length of each row of W (DoRA).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, or scaling together with alpha or rslora.
@@ -31,6 +31,7 @@ class Settings:
     scaling: float | Literal["auto"] | None = None
     dropout: float = 0.0
     magnitude: bool = False
+    diagonal: bool = False
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
@@ -41,7 +42,7 @@ class Settings:
         elif self.scaling is not None:
             check_number("scaling", self.scaling)
         check_probability("dropout", self.dropout)
-        for name in ("rslora", "magnitude"):
+        for name in ("rslora", "magnitude", "diagonal"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
         if self.scaling is not None and (self.alpha is not None or self.rslora):
@@ -51,13 +52,13 @@ class Settings:
     @classmethod
     def of(cls, config: Any) -> Settings:
         """The Settings of a LoTRConfig or a LoTRPeftConfig."""
-        return cls(config.alpha, config.rslora, config.scaling, config.dropout, config.magnitude)
+        return cls(config.alpha, config.rslora, config.scaling, config.dropout, config.magnitude, config.core == "diagonal")
 
     def scale(self, rank: int | tuple[int, int]) -> float:
         """s at this rank: r, or the larger of (r_in, r_out)."""
         r = rank if isinstance(rank, int) else max(rank)
         if self.scaling == AUTO:
-            return 4.0 * (8 / r) ** 1.5
+            return 4.0 * (8 / r) ** (0.5 if self.diagonal else 1.5)
         if self.scaling is not None:
             return float(self.scaling)
         return (r if self.alpha is None else self.alpha) / (math.sqrt(r) if self.rslora else r)

@@ -89,7 +89,8 @@ class LoTRConfig:
         rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
         alpha: the adapter is scaled by alpha / r (alpha / sqrt(r) with rslora), r = max(r_in, r_out). None: alpha = r.
         rslora: divide by sqrt(r) instead of r (arXiv 2312.03732).
-        scaling: s itself, instead of alpha; "auto": 4 (8 / r)^1.5, for one learning rate at every rank (docs/choosing.md).
+        scaling: s itself, instead of alpha; "auto": 4 (8 / r)^1.5, with diagonal cores 4 (8 / r)^0.5, for one learning
+            rate at every rank (docs/choosing.md).
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight

@@ -191,6 +191,8 @@ def test_settings_reach_the_layers() -> None:
     assert {(layer.scaling, layer.dropout) for layer in adapted_layers(model).values()} == {(4.0 / 8**0.5, 0.25)}
     for scaling, expected in ((0.7, 0.7), ("auto", 4.0 * (8 / 2) ** 1.5)):
         assert {layer.scaling for layer in adapted_layers(adapted(scaling=scaling, rank=2)).values()} == {expected}
+    diagonal = adapted(scaling="auto", rank=2, core="diagonal")
+    assert {layer.scaling for layer in adapted_layers(diagonal).values()} == {4.0 * (8 / 2) ** 0.5}
     assert not torch.equal(model.train()(IDS), model(IDS)) and torch.equal(model.eval()(IDS), model(IDS))
     assert all(layer.training == (i < 1) for i, layer in enumerate([adapted().train().blocks[0].q, model.blocks[0].q]))
 
