@@ -48,7 +48,8 @@ class LoTRShrink(Node):
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
         ctx.call, ctx.input, ctx.view, ctx.shape, ctx.device = call, shared_input, A, x.shape, x.device
-        ctx.A_cast = None if A_cast is A else A_cast  # not A itself: saved-tensor hooks may have kept an older value of it
+        # None for A itself: saved-tensor hooks may have kept an older value of it
+        ctx.A_cast = None if A_cast is A or not need_x else (A_cast, A._version)
         shared_input().node = weakref.ref(ctx)
         flat = x if x.dim() == 2 else rows(x)
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
@@ -87,7 +88,7 @@ class LoTRShrink(Node):
         if recorded(k):
             return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
         if A is not None:
-            A = A if ctx.A_cast is None else ctx.A_cast
+            A = A if ctx.A_cast is None else LoTRShrink._cast(ctx, A)
             A = A if A.device == k.device else A.to(k.device)
         dA = None
         if x is not None:
@@ -108,9 +109,16 @@ class LoTRShrink(Node):
             x, A, seed = ctx.saved_tensors
         except RuntimeError:  # freed, or changed: left to this node
             return None
-        A, view, there = A if ctx.A_cast is None else ctx.A_cast, ctx.view, ctx.device
+        A, view, there = A if ctx.A_cast is None else LoTRShrink._cast(ctx, A), ctx.view, ctx.device
         A = A if A.device == there else A.to(there)
         return x, A, seed, call.group.A.accumulator(view if view.device == there else view.to(there)) if need_A else None
+
+    @staticmethod
+    def _cast(ctx, A: Tensor) -> Tensor:
+        """The forward's cast of the saved A. A itself if it was changed: then a checkpoint's recomputation has saved it, and
+        computed u with the new value."""
+        value, version = ctx.A_cast
+        return value if A._version == version else A
 
     @staticmethod
     def _read(ctx, shared_input: SharedInput | None) -> Sequence[Tensor | None]:

@@ -271,6 +271,23 @@ def test_A_is_cast_once_a_forward(x, monkeypatch):
     assert len(dtypes) == 6 and len(set(dtypes)) == 1 and dtypes[0][0] == torch.bfloat16
 
 
+def test_a_recomputation_reads_an_A_that_was_changed_since(net, x):
+    """The cast that the forward made of A is then older than u, which the checkpoint computes again."""
+    half = Net(dtype=torch.bfloat16)
+    half.load_state_dict(net.state_dict())
+    attach_scope(half)
+    gradients = []
+    for model in (net, half):
+        model.reentrant = False
+        given = x.to(model.blocks[0].q.weight.dtype).requires_grad_()
+        y = model(given)
+        with torch.no_grad():
+            model.factors.A.mul_(3.0)
+        gradients.append(torch.autograd.grad(y.sum(), (given, model.factors.A)))
+    for of_float, of_half in zip(*gradients, strict=True):
+        assert relative(of_half, of_float) < 0.05
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, ValueError])
 def test_a_forward_that_ends_by_an_exception_of_any_kind_leaves_nothing(net, x, kind):
     """The layer is then called by itself with a B and core that have changed without a trace."""
