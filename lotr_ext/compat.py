@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, _guards, is_grad_enabled, nn
 from torch._C import _dispatch_key_parse
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import FakeTensor as FakeTensor  # tensors without values, of compilers that trace
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as _hooks_of_all
 from torch.utils import checkpoint as _checkpoint
 
@@ -35,6 +35,15 @@ _AROUND_REGIONS = frozenset(("forward", "backward", "checkpoint", "unpack_hook")
 
 dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
+
+
+def is_compiling() -> bool:
+    """Whether this thread compiles or exports what it runs. torch's own is True in all threads while any of them does (since
+    torch 2.13): a layer that runs in another thread would take the state of the compiled code for its own."""
+    if not torch.compiler.is_compiling():
+        return False
+    own = is_dynamo_compiling() or dispatch_modes() > 0  # Dynamo reads no further
+    return own or _guards.CompileContext.try_get() is not None or _guards.TracingContext.try_get() is not None
 
 
 def recorded(g: Tensor) -> bool:

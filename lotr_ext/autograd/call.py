@@ -14,11 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import any_autocast, dispatch_modes, jit_tracing, transformed
+from ..compat import any_autocast, dispatch_modes, is_compiling, jit_tracing, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.grouped import Packed, grouped_linear

@@ -23,10 +23,20 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, saved_if, stream_of, transformed, wants
+from ..compat import (
+    Node,
+    any_autocast,
+    dispatch_modes,
+    is_compiling,
+    jit_tracing,
+    recorded,
+    saved_if,
+    stream_of,
+    transformed,
+    wants,
+)
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight, row_norms, rows, to
 from ..ops.planner import CPU_DTYPES

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
 
 from .. import ops
 from ..compat import (
     Node,
     dispatch_modes,
     functorch_active,
+    is_compiling,
     kept,
     recorded,
     saved_if,

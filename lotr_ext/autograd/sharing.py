@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from ..compat import (
     BackwardCFunction,
     graph_task,
+    is_compiling,
     keeps_graph,
     running_function,
     same_storage,
@@ -311,7 +312,7 @@ class Call:
     def note_versions(self, **tensors: Tensor) -> None:
         """Notes the version counters of tensors under a dispatch mode: selective checkpointing keeps results of them, and
         autograd then does not check whether they were changed in place."""
-        if not (torch.compiler.is_compiling() or any(t.is_inference() for t in tensors.values())):
+        if not (is_compiling() or any(t.is_inference() for t in tensors.values())):
             self.read = {name: (t, t._version) for name, t in tensors.items()}
 
     def refuse_changed(self, **wanted: bool) -> None:

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import stream_of
+from ..compat import is_compiling, stream_of
 from ..ops.composite import base_linear
 from .bank import Scope, core_of, open_scope
 from .sharing import Call, Group

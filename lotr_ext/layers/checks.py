@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..autograd.call import compute_dtype
+from ..compat import is_compiling
 
 __all__ = [
     "DTYPES",

@@ -7,11 +7,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from ..autograd.bank import core_form_of
-from ..compat import any_autocast, saved_tensor_hook
+from ..compat import any_autocast, is_compiling, saved_tensor_hook
 
 __all__ = ["HasCore", "made"]
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
+from ..compat import is_compiling
 from .checks import check_dimension, check_rank
 from .core import made
 from .sharded import StaysWhole

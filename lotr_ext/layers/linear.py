@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
 from ..autograd.magnitude import scaled
 from ..autograd.tensor_parallel import is_dtensor
+from ..compat import is_compiling
 from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
+from ..compat import is_compiling
 from ..ops import accumulate_dtype
 
 __all__ = ["MergeNotice", "Merges", "check_is_parameter", "plus", "refuse_fsdp2", "write_"]

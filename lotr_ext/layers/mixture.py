@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
 from ..autograd.call import Call, add_rows, linear_rows
 from ..autograd.tensor_parallel import call_cut, is_dtensor
+from ..compat import is_compiling
 
 
 class Mixture(NamedTuple):

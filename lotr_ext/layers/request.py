@@ -22,9 +22,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
 from torch import is_inference_mode_enabled, nn
-from torch.compiler import is_compiling
 
-from ..compat import carried, carry, checkpoint_regions, graph_task, run_unseen
+from ..compat import carried, carry, checkpoint_regions, graph_task, is_compiling, run_unseen
 
 if TYPE_CHECKING:
     from .mixture import Mixture

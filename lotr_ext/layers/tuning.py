@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..autograd.call import Call, compute_dtype, plan_call, problem_of
+from ..compat import is_compiling
 from ..ops import cuda_plans, planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer
@@ -119,7 +120,7 @@ def _answers(problems: list[Problem], again: bool) -> dict[Problem, Answer]:
 
 def _untimeable(device: torch.device) -> str | None:
     """Why timing is impossible now; None if it is possible."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "under a compiler"
     if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "while a CUDA graph is captured"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from ..compat import is_compiling
 from ..layers.layer import LoTRLayer
 
 __all__ = ["expect_training"]
@@ -32,7 +33,7 @@ def expect_training(model: nn.Module) -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _handle
-    if torch.compiler.is_compiling() or optimizer in _seen:
+    if is_compiling() or optimizer in _seen:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):

@@ -14,9 +14,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from ..compat import graph_task
+from ..compat import graph_task, is_compiling
 from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.request import in_force

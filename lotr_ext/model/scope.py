@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.bank import Scope, _open, open_scope
+from ..compat import is_compiling
 from ..layers.core import HasCore
 from ..layers.placement import check_not_offloaded
 from ..layers.request import NOW
@@ -48,7 +49,7 @@ class _Layers:
 
 
 def _enter(model: nn.Module, args, kwargs) -> None:
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         open_scope()  # drops scopes of forwards that ended before their last hook
         cached = None if NOW.any is None else _cached(args, kwargs)
         _open.stack.append(Scope(model, model._lotr_layers.of(model), sys._getframe(1), cached))
@@ -71,7 +72,7 @@ def _cached(args, kwargs) -> tuple[int | Tensor, int] | None:
 
 
 def _leave(model: nn.Module, args, output) -> None:
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         stack = _open.stack
         for i in reversed(range(len(stack))):
             if stack[i].model() is model:

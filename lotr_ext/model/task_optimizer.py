@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.compiler import is_compiling
 
-from ..compat import graph_task, same_storage
+from ..compat import graph_task, is_compiling, same_storage
 from ..layers.checks import check_index
 
 __all__ = ["TaskOptimizer"]

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
+from ..compat import is_compiling
 from . import planner
 from .library import accumulate_dtype
 

@@ -19,10 +19,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
-from ..compat import jit_tracing, not_compiled, transformed
+from ..compat import is_compiling, jit_tracing, not_compiled, transformed
 from .library import check_tensors, shapes
 
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
 
-from ..compat import dispatch_modes, private_write, straight
+from ..compat import dispatch_modes, is_compiling, private_write, straight
 from .library import accumulate_dtype, refuse_gradients, refuse_negative, shapes, without_shapes
 from .library import lotr as _lotr
 from .operators import rank_rows

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from ..compat import OLD_VMAP, constant_while_compiled, dispatch_key_included, jit_tracing, transformed
+from ..compat import OLD_VMAP, constant_while_compiled, dispatch_key_included, is_compiling, jit_tracing, transformed
 from . import composite, planner
 from .grouped import expert_of_rows
 from .library import accumulate_dtype, shapes

@@ -278,6 +278,27 @@ def test_compiled_code_runs_by_the_state_of_each_call(fresh, world: World) -> No
                         assert relative(compiled(world.x), world.truth("off")) < 1e-9, state
 
 
+@pytest.mark.parametrize("kind", [*STATES])
+def test_threads_beside_a_compilation_have_states_of_their_own(fresh, world: World, kind: str) -> None:
+    """torch.compiler.is_compiling() is True in all threads while one compiles."""
+    state, seen = STATES[kind][0], []
+
+    def beside() -> None:
+        with torch.no_grad(), world.open(state), ThreadPoolExecutor(1) as another:
+            world.check(state)
+            another.submit(torch.no_grad()(world.check), None).result()
+        seen.append(state)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(beside).result()
+        return graph
+
+    with torch.no_grad():
+        torch.compile(world.model, backend=backend, fullgraph=True)(world.x)
+    assert seen == [state]
+
+
 def test_compiled_code_in_four_threads(fresh, world: World) -> None:
     compiled, states = torch.compile(world.model, backend="aot_eager", fullgraph=True), [None, "off", *STATES["mixed"]]
     for state in states:

@@ -304,6 +304,34 @@ def test_dynamo_does_not_look_into_what_runs_unseen():
     torch.compiler.reset()
 
 
+def test_only_the_thread_that_compiles_is_compiling():
+    def found_by_another() -> bool:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(compat.is_compiling()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def asked(x):
+        return x + compat.is_compiling()
+
+    class Asked(nn.Module):
+        def forward(self, x):
+            seen.append(("exported", compat.is_compiling(), found_by_another()))
+            return x + 1
+
+    def backend(graph, inputs):
+        seen.append(("compiled", compat.is_compiling(), found_by_another()))
+        return graph
+
+    seen, x = [], torch.zeros(2)
+    assert torch.equal(torch.compile(asked, backend=backend, fullgraph=True)(x), x + 1)  # traced with the answer True
+    torch.export.export(Asked(), (x,), strict=False)
+    assert {("compiled", True, False), ("exported", True, False)} == {one for one in seen if one[1]}
+    assert not compat.is_compiling() and torch.equal(asked(x), x)
+    torch.compiler.reset()
+
+
 def test_what_is_not_compiled_breaks_the_graph_and_a_constant_is_asked_once():
     asked = []
 
