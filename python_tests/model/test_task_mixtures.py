@@ -104,7 +104,7 @@ def test_tasks_of_experts_come_and_go(tmp_path: Path) -> None:
     first = next(iter(cores := bank.cores_of(0)))
     expert = next(name for name in cores if name.endswith("down_proj.core"))
     for name, shape in ((first, (3, 3)), (expert, (5, 4, 4))):
-        with pytest.raises(ValueError, match=rf"{name}: expected shape .*got torch\.Size"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape .*got \("):
             bank.replace(0, cores | {name: torch.zeros(shape)})
     with torch.no_grad(), mixed(model, index):
         assert torch.equal(logits(model), want)
