@@ -145,8 +145,11 @@ test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)
 
 # Of the machine as it is: nothing is installed, so no set-up. The Python that has torch: PYTHON, .venv's, or python3.
+GPU_PY = $(or $(PYTHON),$(if $(wildcard $(PY)),$(PY),python3))
 gpu:
-	@$(or $(PYTHON),$(if $(wildcard $(PY)),$(PY),python3)) -m bench.gpu $(ARGS)
+	@$(GPU_PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
+	  || { echo "make gpu: expected a Python that has torch, got $(GPU_PY); name it: make gpu PYTHON=/path/to/python" >&2; exit 1; }
+	@$(GPU_PY) -m bench.gpu $(ARGS)
 
 # TORCH="2.10.* 2.13.*" names the versions it is tried with (the oldest and the newest); each gets an environment in build-wheel.
 wheel: $(STAMPS)/deps

@@ -5,6 +5,8 @@ LOTR_CPU_ISAS (all; native: this machine's best instruction set alone; or names)
 compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty value counts as none.
 """
 
+from __future__ import annotations
+
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -111,7 +113,8 @@ def run_with_progress(command: list[str]) -> None:
         subprocess.run(command, check=True)
         return
     begin = time.monotonic()
-    with terminal, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as build:
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with terminal, subprocess.Popen(command, **piped) as build:
         for line in build.stdout:
             sys.stdout.write(line)
             if shown := terminal_line(line, time.monotonic() - begin):
