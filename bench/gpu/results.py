@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from lotr_ext import __version__
@@ -70,8 +71,9 @@ def _unpack(path: Path, into: Path) -> Path:
             if sum(member.size for member in members) > MOST_BYTES:
                 raise ValueError(f"import-results: expected at most {MOST_BYTES} bytes in {path}, got more")
             archive.extractall(into, filter="data")
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"import-results: expected the results.tar.gz of a run, got {path} ({error})") from None
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"import-results: expected the whole results.tar.gz of a run, got {path} ({why})") from None
     return into / "results"
 
 

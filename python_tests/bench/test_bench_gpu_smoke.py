@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -236,13 +237,18 @@ def test_what_is_no_archive_of_a_run_is_refused(tmp_path):
         pass
     with tarfile.open(tmp_path / "outside.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "text", arcname="../outside")
+    (tmp_path / "random").write_bytes(os.urandom(99_999))
+    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "random", arcname="results/random")
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "whole.tar.gz").read_bytes()[:50_000])  # as a broken transfer leaves it
     for name, words in {
-        "text": "results.tar.gz of a run",
+        "text": "whole results.tar.gz of a run",
+        "cut.tar.gz": "whole results.tar.gz of a run",
         "empty.tar.gz": "summary.json of a run",
-        "gone": "results.tar.gz",
+        "gone": "whole results.tar.gz",
     }.items():
         with pytest.raises(ValueError, match=f"^import-results: expected (the )?{words}"):
             results.import_results(tmp_path / name, tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"^import-results: expected the results\.tar\.gz of a run"):
+    with pytest.raises(ValueError, match=r"^import-results: expected the whole results\.tar\.gz of a run"):
         results.import_results(tmp_path / "outside.tar.gz", tmp_path / "kept")
     assert not (tmp_path / "outside").exists() and not (tmp_path / "kept").exists()
