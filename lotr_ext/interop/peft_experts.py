@@ -16,11 +16,12 @@ from ..autograd.call import call_routed, compute_dtype
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.hosted import Hosted
+from ..layers.placement import home
 from ..model.experts import expert_sizes
 from ..ops.grouped import Packed, grouped_linear, of_groups_alone
 from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
-from .peft_layer import LoTRCore, LoTRPeftLinear
+from .peft_layer import LoTRCore, LoTRPeftLinear, expect_values
 
 
 def hosts(layers: Iterable[LoTRPeftLinear]) -> list[nn.Module]:
@@ -41,7 +42,8 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
         self._start()
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        return self.weight.device, self.weight.dtype
+        weight = self.weight
+        return home(self.host()) if weight.is_meta else weight.device, weight.dtype
 
     def _core(self, factors: LoTRFactors, config: LoTRPeftConfig, form: None) -> LoTRCore:
         return LoTRCore(factors, config, self.num_experts)
@@ -78,7 +80,7 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
 
     def mergeable_weight(self) -> Tensor:
         self.check_parameter("weight", "merge")
-        return self.weight.detach()
+        return expect_values(self.host(), self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """s B G_c^T A^T in the layout and dtype of the host's parameter."""

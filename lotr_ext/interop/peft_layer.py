@@ -275,10 +275,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
                 "model without merging"
             )
         check_is_parameter(self.base_layer, "weight", "merge")
-        refuse_fsdp2(self.base_layer, "merge")
-        if weight.is_meta:
-            raise TypeError("merge: expected a weight with values, got one on the meta device, which accelerate may offload")
-        return weight.detach()  # shares the parameter's version counter, so that autograd sees a change
+        return expect_values(self.base_layer, weight)
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str], safe: bool) -> Tensor:
@@ -326,6 +323,15 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
+
+
+def expect_values(owner: nn.Module, weight: Tensor) -> Tensor:
+    """Returns weight without a graph, with the parameter's version counter, so that autograd sees a change. Raises RuntimeError
+    if FSDP2 holds owner in parts, TypeError if weight is on the meta device."""
+    refuse_fsdp2(owner, "merge")
+    if weight.is_meta:
+        raise TypeError("merge: expected a weight with values, got one on the meta device, which accelerate may offload")
+    return weight.detach()
 
 
 def check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:

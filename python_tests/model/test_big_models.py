@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toys import IDS, Toy, adapted, loss, randomize, toy
 
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, LoTRWrapped, load_adapter, save_adapter
+from lotr_ext.interop import lotr_to_peft
 from lotr_ext.model.apply import adapted_layers, apply_lotr, lotr_parameters
 from nets import relative
 
@@ -230,6 +231,7 @@ def test_an_adapter_over_offloaded_experts_is_in_memory_and_trains(tmp_path: Pat
     places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     save_adapter(want, tmp_path / "adapter")
+    for_peft = dispatched(copy.deepcopy(base), tmp_path / "disk, PEFT", places)
     model = apply_lotr(dispatched(base, tmp_path / "disk", places), config)
     assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta and all(not p.is_meta for p in lotr_parameters(model))
     load_adapter(model, tmp_path / "adapter")
@@ -237,6 +239,10 @@ def test_an_adapter_over_offloaded_experts_is_in_memory_and_trains(tmp_path: Pat
         net(ids, labels=ids, use_cache=False).loss.backward()
     for got, right in zip(lotr_parameters(model), lotr_parameters(want), strict=True):
         assert relative(got.grad, right.grad.double()) < 1e-5
+    peft_toys = pytest.importorskip("peft_toys")
+    lotr_to_peft(tmp_path / "adapter", tmp_path / "peft")
+    loaded = peft_toys.peft.PeftModel.from_pretrained(for_peft, tmp_path / "peft", offload_dir=str(tmp_path / "to"))
+    assert relative(loaded(ids).logits, want(ids).logits.double()) < 1e-6
 
 
 @pytest.mark.parametrize(
