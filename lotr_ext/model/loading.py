@@ -251,8 +251,8 @@ def _check_plain(
     config = manifest.config
     if config is None:
         raise ValueError(
-            "adapter: expected a model with LoTR layers like the one that it was saved from, built by hand or in several parts, "
-            "got one without; adapt it in the same way first"
+            "adapter: expected a model with LoTR layers like the one that it was saved from, built by hand or in several "
+            "parts, got one without; adapt it in the same way first"
         )
     modules = dict(model.named_modules())
     found = {name for name, entry in manifest.layers.items() if _module_name(name, entry) in modules}
