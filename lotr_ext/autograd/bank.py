@@ -42,17 +42,19 @@ class FoldedGradient(SharedGradient):
     def __init__(self, scaling: float):
         super().__init__()
         self.scaling = scaling
-        # by running backward, the layers that have added to the sum: the cores of the others get None instead of zeros
-        self.came: defaultdict[int, set[int]] = defaultdict(set)
+        # by running backward: the layers that added to the sum, with the cores that they read, under checkpointing those of
+        # the recomputation. The cores of other layers get None instead of zeros.
+        self.came: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of B and the cores. dF is always None: a recorded backward does not use F."""
-        came = self.came.pop(graph_task(), ())
+        came = self.came.pop(graph_task(), {})
         if Q is None:
             return None, *(None for _ in cores)
         dB = torch.zeros(B.shape, dtype=Q.dtype, device=B.device) if B.requires_grad else None
         with torch.no_grad(), private_write():
-            dcores = ops.fold_grad(Q, B, torch.stack(cores), self.scaling, dB)
+            read = torch.stack(list(map(came.get, range(len(cores)), cores)))
+            dcores = ops.fold_grad(Q, B, read, self.scaling, dB)
         dcores = [d.to(core.dtype) if l in came else None for l, (d, core) in enumerate(zip(dcores, cores))]
         return None if dB is None else dB.to(B.dtype), *dcores
 

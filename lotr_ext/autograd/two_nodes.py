@@ -221,7 +221,7 @@ class LoTRExpand(Node):
         else:  # the shared gradient of F computes dB and dG from Q
             need_B = need_core = False
             if need_F:
-                call.bank.gradient.came[graph_task()].add(call.l)
+                call.bank.gradient.came[graph_task()][call.l] = own_core if core is None else core
                 Q = call.bank.gradient.accumulator(ctx.F)[call.l]
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
         if shrink is not None and ctx.summed and weight is not None and need_u and wants(ctx, 1):

@@ -139,3 +139,24 @@ def test_a_parameter_or_buffer_replaced_within_a_forward_is_the_one_of_later_lay
     y = model(x)
     with torch.no_grad():
         assert relative(y, truth(model, x, true_core).double()) < 1e-5
+
+
+def test_factors_get_their_gradients_from_the_cores_of_a_recomputation() -> None:
+    """Where what the cores are made of changes between forward and backward: all of a layer comes from the new cores."""
+    model = adapted("diagonal")
+    x = torch.randn(40, D, requires_grad=True)
+    middle = model.pair(0, x).detach()
+    model.reentrant = False
+    y = model(x)
+    with torch.no_grad():
+        model.lotr_cores.diagonal.mul_(2.0)
+    got = gradients(model, y, x)
+    x.grad = None
+
+    # the recomputation of each region begins with what the forward gave it
+    middle.requires_grad_()
+    model.pair(2, middle).backward(2 * y.detach())
+    model.pair(0, x).backward(middle.grad)
+    want = [t.grad for t in (x, *model.lotr_factors.parameters(), *model.lotr_cores.parameters())]
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < 5e-6
