@@ -196,3 +196,8 @@ def test_the_cells_of_other_builds_are_dropped(tmp_path):
         kept.append(cell("lotr_ext", build=build))
     kept.keep_only("new")
     assert [c["build"] for c in kept.read()] == ["new", "new"] and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_results_have_no_commit_where_git_is_not_installed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert store.commit() is None
