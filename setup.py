@@ -21,6 +21,7 @@ from typing import TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
@@ -178,11 +179,19 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
 
 
+class BuildPython(build_py):
+    """Starts without what an earlier build left: setuptools would put modules that are gone from the source into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "lotr_ext", ignore_errors=True)
+        super().run()
+
+
 if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -121,6 +121,16 @@ def test_source_archive_has_all_that_the_build_reads(tmp_path):
     assert not any(name.startswith(("build", "python_tests", "csrc/simt")) for name in names)
 
 
+def test_modules_of_an_earlier_build_are_not_packed(tmp_path):
+    old = tmp_path / "lotr_ext" / "gone.py"
+    old.parent.mkdir()
+    old.write_text("")
+    command = f"setup.py --quiet egg_info --egg-base {tmp_path} build_py --build-lib {tmp_path}"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lotr_ext" / "info.py").is_file() and not old.exists()
+
+
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 
 
