@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as nnf
 
 from ..autograd.bank import core_form_of
 from ..autograd.call import Call, call_linear
@@ -143,6 +145,8 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
             self.__dict__["factors"] = self._modules.pop("factors")
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Proxy:
+            return self._symbolic(x)
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
@@ -163,6 +167,27 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
         run = self._call if self.norms is None else self._call_scaled
         return factors(partial(run, x, call) if mixture is None else partial(self._call_mixed, x, call, mixture))
+
+    def _symbolic(self, x: Proxy) -> Proxy:
+        """The forward as torch.fx records it: torch's own products of the base and the adapter, in their current state.
+
+        Raises:
+            ValueError: magnitudes, a core that is no parameter, or inside `mixed`.
+        """
+        off, mixture = self._state()
+        if self.merged or (off and self.start_core is None):
+            return self._base(x)
+        core, A, B = self._parameters.get("core"), self.factors.A, self.factors.B
+        if off:
+            core, A, B = self.start_core, self.factors.start_A, self.factors.start_B
+        elif mixture is not None or core is None or self.norms is not None:
+            why = "a batch of several adapters" if mixture is not None else "a computed core" if core is None else "magnitudes"
+            raise ValueError(
+                f"x: expected a tensor in a layer with {why}, got a torch.fx.Proxy; merge first, or use torch.export"
+            )
+        dropped = nnf.dropout(x, self.dropout) if self.dropout and self.training and not off else x
+        core, A, B = (Proxy(x.tracer.create_arg(t), x.tracer).to(x.dtype) for t in (core, A, B))
+        return self._base(x) + (dropped @ A @ core @ B.transpose(0, 1)) * self.scaling
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, call)
