@@ -7,6 +7,7 @@ compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty va
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -136,7 +137,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(folder / "lotr_configured_with.txt", "a+") as settings:
-            fcntl.flock(settings, fcntl.LOCK_EX)  # two builds in one folder would write the same objects
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(settings, fcntl.LOCK_EX)  # two builds in one folder would write the same objects
             try:
                 self.configure(cmake, folder, settings)
                 run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
