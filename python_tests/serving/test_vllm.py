@@ -39,6 +39,11 @@ SIZES = {
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 32}),
+    "phi3": (  # qkv_proj and gate_up_proj are one module each
+        transformers.Phi3ForCausalLM,
+        transformers.Phi3Config,
+        {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
     "qwen3-moe": (
         transformers.Qwen3MoeForCausalLM,
         transformers.Qwen3MoeConfig,
@@ -110,9 +115,10 @@ def batch(numbers: list[int | None]) -> dict:
         ("llama", {}),
         ("qwen3", {"group_by": "shape"}),
         ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12}),  # over max_lora_rank
+        ("phi3", {}),
         ("qwen3-moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     ],
-    ids=["llama-width", "qwen3-shape", "llama-name", "qwen3-moe-attention"],
+    ids=["llama-width", "qwen3-shape", "llama-name", "phi3-fused", "qwen3-moe-attention"],
 )
 def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) -> None:
     model = banked(kind, tmp_path, 3, **settings)
