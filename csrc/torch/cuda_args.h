@@ -41,6 +41,8 @@ struct Device {
   plan::Card card;
   bool early, wgmma;  // as in Call
   int most_of_cluster;
+  // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be captured.
+  bool early_in_graphs;
 };
 
 // This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the device of
@@ -65,10 +67,14 @@ inline Device ask_driver(const char* op, int32_t device) {
          attribute(cudaDevAttrComputeCapabilityMinor),
          "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
+  int driver = 0;
+  if (const cudaError_t error = cudaDriverGetVersion(&driver))
+    fail(op, ": device ", device, ": ", cudaGetErrorString(error));
   Device d{{},
            cuda::waits_in_kernels(),
            cuda::runs_wgmma(),
-           cuda::largest_cluster(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
+           cuda::largest_cluster(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+           driver >= 12030};
   d.card.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   d.card.shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   // kHz; memory: two transfers a clock, over a bus of so many bits.  A driver may not know them: 0.
@@ -124,6 +130,7 @@ class Context {
              device.wgmma,
              cuda::switches(),
              device.most_of_cluster};
+    call_.off.early |= !device.early_in_graphs;
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }

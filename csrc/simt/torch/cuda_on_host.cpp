@@ -39,6 +39,10 @@ LOTR_HIDDEN cudaError_t cudaGetDevice(int* device) {
 LOTR_HIDDEN cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
+LOTR_HIDDEN cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
 LOTR_HIDDEN cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrComputeCapabilityMajor             ? 9
            : which == cudaDevAttrMultiProcessorCount              ? 132
