@@ -85,7 +85,7 @@ METHODS = {
         "LoTR, cores only, from the gradient", _ranks((8, 16), (16, 64), (32,)), train=CORES, from_gradient=True
     ),
     "lotr-gradient": _lotr("LoTR, from the gradient", _ranks((4, 8), (8, 16), (16,)), from_gradient=True),
-    "lotr-diagonal": _lotr("LoTR, diagonal cores", _ranks((16,), (32,), (32,)), core="diagonal"),
+    "lotr-diagonal": _lotr("LoTR, diagonal cores", _ranks((5, 11, 16, 22, 45), (8, 32), (48,)), core="diagonal"),
     "lotr-tucker": _lotr("LoTR, cores of a common basis", _ranks((8,), (32,), ()), core="tucker"),
     "lotr-train": _lotr("LoTR, cores a train", _ranks((8,), (32,), ()), core="train"),
     "lotr-few": _lotr("LoTR, few numbers a core", _ranks((8,), (32,), (32,)), core="few", train=CORES),
