@@ -24,7 +24,7 @@ OURS = tuple(name for name in METHODS if name.startswith("lotr"))
 LORA, VERA = ("lora", "lora-qv"), ("vera",)
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
-GROUPINGS = ("lotr-width", "lotr-name", "lotr-block")  # against "lotr", whose groups are by shape, of no more numbers
+FORMS = ("lotr-width", "lotr-name", "lotr-block", "lotr-diagonal")  # against "lotr", by shape and dense, of no more numbers
 DIVERGED = 2.0  # times the untrained model's validation loss: where a run that ends above it is one that diverged
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
@@ -222,7 +222,7 @@ def compared(one: Digest) -> list[Comparison]:
 
 
 def changed(one: Digest) -> list[str]:
-    """What a change of a method does, in words: a line each of PAIRS and rank, and of GROUPINGS and rank."""
+    """What a change of a method does, in words: a line each of PAIRS and rank, and of FORMS and rank."""
     if too_few(one.seeds):
         return []
     lines = []
@@ -230,7 +230,7 @@ def changed(one: Digest) -> list[str]:
         by_rank = {point.rank: point for point in one.of(usual)}
         pairs = [(point, by_rank[point.rank]) for point in one.of(new) if point.rank in by_rank]
         lines += [verdict(one.draws().difference(a.losses, b.losses), a.name, b.name, one.seeds) for a, b in pairs]
-    for point in one.of(*GROUPINGS):
+    for point in one.of(*FORMS):
         if (lotr := _no_larger(one, ("lotr",), point)) is not None:
             lines.append(verdict(one.draws().difference(point.losses, lotr.losses), point.sized, lotr.sized, one.seeds))
     return lines
