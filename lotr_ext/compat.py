@@ -39,7 +39,8 @@ OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in b
 
 def is_compiling() -> bool:
     """Whether this thread compiles or exports what it runs. torch's own is True in all threads while any of them does (since
-    torch 2.13): a layer that runs in another thread would take the state of the compiled code for its own."""
+    torch 2.13): a layer that runs in another thread would take the state of the compiled code for its own. Code that runs in
+    every call asks torch's first, which saves a call."""
     if not torch.compiler.is_compiling():
         return False
     own = is_dynamo_compiling() or dispatch_modes() > 0  # Dynamo reads no further
@@ -50,7 +51,7 @@ def recorded(g: Tensor) -> bool:
     """Whether the running backward of g must run torch's own products: it is being recorded (double backward, compiled
     autograd) or batched (is_grads_batched, vmap), or g may have a tangent of forward-mode AD. AOTAutograd traces a backward
     with tensors of its own type and takes the nodes."""
-    compiled = is_compiling() and type(g) is Tensor
+    compiled = torch.compiler.is_compiling() and is_compiling() and type(g) is Tensor
     batched = dispatch_key_included(OLD_VMAP) or functorch_active()
     return is_grad_enabled() or compiled or batched or forward_ad._current_level >= 0
 

@@ -56,7 +56,7 @@ def plan_call(
     weight: of a frozen product x W^T that the nodes compute, None for another base. device: assumed for x. purpose:
     "run", "explain" (times nothing) or "tune" (ignores measured choices).
     """
-    if is_compiling() or jit_tracing() is not None:
+    if (torch.compiler.is_compiling() and is_compiling()) or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any read of sizes, which would become guards
     if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
