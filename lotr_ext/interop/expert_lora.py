@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..layers.experts import LoTRExperts
+from ..layers.layer import LoTRLayer
 from ..ops import accumulate_dtype
 
 __all__ = ["FORMS", "HOSTS", "ExpertLoRA", "Host", "expert_lora", "expert_lora_factors", "expert_tensors"]
@@ -108,9 +109,14 @@ def expert_lora_factors(layer: LoTRExperts, core: str | None = None) -> ExpertLo
     """
     if not isinstance(layer, LoTRExperts):
         raise TypeError(f"layer: expected LoTRExperts, got {type(layer).__name__}")
+    check_values(layer)
+    return expert_lora(layer.factors.A, layer.factors.B, layer.core.detach(), layer.scaling, core)
+
+
+def check_values(layer: LoTRLayer) -> None:
+    """Raises RuntimeError for a layer on the meta device."""
     if layer.core.is_meta:
         raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
-    return expert_lora(layer.factors.A, layer.factors.B, layer.core.detach(), layer.scaling, core)
 
 
 def check_form(form: str) -> str:

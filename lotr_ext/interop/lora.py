@@ -45,6 +45,7 @@ from .expert_lora import (
     ExpertLoRA,
     Host,
     check_form,
+    check_values,
     core_side,
     expert_lora,
     expert_tensors,
@@ -91,8 +92,7 @@ def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
         raise TypeError(f"layer: expected a LoTRLayer, got {type(layer).__name__}")
     if isinstance(layer, LoTRExperts):
         raise TypeError(f"layer: expected a linear layer, got {type(layer).__name__}; expert_lora_factors takes it")
-    if layer.core.is_meta:
-        raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
+    check_values(layer)
     return _with_core(layer, layer.core.detach())
 
 
@@ -150,24 +150,25 @@ def export_lora(
     host = host_of(hosts, experts, getattr(getattr(inner, "config", None), "model_type", None))
     together = isinstance(inner, nn.Module) and holds_parts(inner)
 
-    def check() -> tuple[list[Slot], dict[str, str | None]]:
-        layers = adapted_layers(inner)  # raises an error without any
-        if task is not None:
-            cores_and_scalings(inner, layers, task, "export_lora")
-        return adapter_slots(inner), ties_of(inner)
-
     def write() -> None:
         saved, also = _beside(inner, tied)
         entries, stacked, config = _as_lora(inner, experts, also, task)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
-            export = _Export(entries, stacked, experts, host, pad_rank)
-            _write(directory, export, saved, config)
+            _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved, config)
 
-    slots, tied = agreed("export_lora", check, together=together)
+    slots, tied = agreed("export_lora", lambda: _checked(inner, task), together=together)
     base = _base_model(base_model or loaded_from(inner))
     with whole(model, slots):
         agreed("export_lora", write, together=together)
+
+
+def _checked(model: nn.Module, task: int | None) -> tuple[list[Slot], dict[str, str | None]]:
+    """The places of the tensors to export, and the ties of modules_to_save. Raises without an adapter or the task."""
+    layers = adapted_layers(model)
+    if task is not None:
+        cores_and_scalings(model, layers, task, "export_lora")
+    return adapter_slots(model), ties_of(model)
 
 
 def _beside(model: nn.Module, tied: Mapping[str, str | None]) -> tuple[dict[str, Tensor], list[str]]:
@@ -184,8 +185,7 @@ def _as_lora(
     entries, stacked = {}, {}
     values = zip(layers.items(), *cores_and_scalings(model, layers, task, "export_lora"), strict=True)
     for (name, layer), core, scaling in values:
-        if layer.core.is_meta:
-            raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
+        check_values(layer)
         core = gathered(core)
         if isinstance(layer, LoTRHostedExperts):
             side = core_side(layer.parameter, form)

@@ -213,9 +213,8 @@ class LoTRPeftModel(BaseTuner):
             self.lotr_cores[adapter_name] = self._cores.to(factors.A.device, factors.A.dtype)
         layer.add(adapter_name, factors, peft_config, None if self._cores is None else form_at(self._cores, current_key))
         if not known:
-            setattr(
-                parent, target_name, layer
-            )  # PEFT's _replace_module would move the core to an offloaded weight's meta device
+            # PEFT's _replace_module would move the core to an offloaded weight's meta device
+            setattr(parent, target_name, layer)
 
     def _inject_parameters(
         self, peft_config: LoTRPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

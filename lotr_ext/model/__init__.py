@@ -5,14 +5,14 @@ apply.py             apply_lotr, merge, unload: put an adapter into a model, and
   targets.py           which layers; heads.py, readers.py, experts.py, sizes.py, names.py: what it asks
   shared_factors.py    A and B of each group; core_forms.py: cores made of fewer numbers
   starts.py            init "svd" and "gradient"; gradient.py: init_from_gradient
-  scope.py             the hooks of the forward scope
+  scope.py             the hooks of the forward scope; batching.py: refuses what they do not reach
 adapters.py          several adapters by name, and `mixed`; parked.py: the adapters that are not active
 tasks.py             TaskBank: the cores of many tasks; task_optimizer.py: an optimizer with a state for each
 combine.py           weighted sums of adapters; activated.py: a task for each token
 saving.py            save_adapter;  loading.py, loading_checks.py: load_adapter
   adapter_files.py     the format of a folder; saved.py: which tensors of a model it contains
   peft_files.py        folders that PEFT wrote; fingerprint.py: identifies the base model
-  save_hook.py         save_pretrained of an adapted model; pretrained.py: from_pretrained
+  save_hook.py         save_pretrained of an adapted model; replaced.py: how; pretrained.py: from_pretrained
   sentence_transformers.py  the same for a SentenceTransformer; holders.py: names this class; stages.py: the model inside
 pipeline.py          PipelineStages: the stages of one process
 per_example.py       gradients of each example; influence.py: which examples matter; evolution.py: training by forwards alone

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
 
 from ..layers.request import NOW
 from .adapted import layers_in
+from .replaced import ReplacedMethod
 
 __all__ = ["hook_batching", "unhook_batching"]
 
 _NAME = "init_continuous_batching"  # generate_batch and continuous_batching_context_manager call it first
 
 
-class InitContinuousBatching:
+class InitContinuousBatching(ReplacedMethod):
     """Replaces init_continuous_batching of a model with adapted layers: refuses it inside `disabled` and `mixed`, which the
-    thread that runs the model would not see.
+    thread that runs the model would not see."""
 
-    Holds a weak reference: in a reference cycle the model's memory would be freed only by the garbage collector.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
-
-    def __reduce__(self):
-        return InitContinuousBatching, (self.model(),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InitContinuousBatching:
-        return InitContinuousBatching(memo.get(id(self.model()), self.model()))
+    name = _NAME
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method of the model's class. Raises RuntimeError inside `disabled`, `mixed` or `per_example`."""
-        model = self.model()
-        if model is None:
-            raise RuntimeError(f"{_NAME}: expected a model that is still referenced, got one that was freed")
+        model = self.model
         if NOW.any is not None and any(layer._said != (False, None) for layer in layers_in(model).values()):
             raise RuntimeError(
                 f"{_NAME}: expected a call outside of disabled and mixed, got one inside: continuous batching runs the model "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
 from . import adapters
 from .adapted import expect_merged, layers_in
+from .replaced import ReplacedMethod
 from .saved import adapter_slots, of_part, ties_of
 from .saving import contents, save_adapter
 
@@ -31,20 +31,11 @@ _NAME = "save_pretrained"
 of_holders: list[Callable[[nn.Module, nn.Module], None]] = []  # of (adapted model, module that holds it): `holders.py`
 
 
-class SavePretrained:
-    """Replaces save_pretrained of an adapted model, or of a part of it. owner: the whole model, which has the factors.
+class SavePretrained(ReplacedMethod):
+    """Replaces save_pretrained of an adapted model, or of a part of it. models: this one, and the whole model, which has the
+    factors."""
 
-    Holds weak references: in a reference cycle the model's memory would be freed only by the garbage collector.
-    """
-
-    def __init__(self, model: nn.Module, owner: nn.Module):
-        self.model, self.owner = weakref.ref(model), weakref.ref(owner)
-
-    def __reduce__(self):
-        return SavePretrained, (self.model(), self.owner())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        return SavePretrained(*(memo.get(id(m), m) for m in (self.model(), self.owner())))
+    name = _NAME
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Calls save_pretrained of the model's class, then writes the adapter into the same directory.
@@ -54,9 +45,7 @@ class SavePretrained:
                 made from parameters that all layers share.
             ValueError: push_to_hub, which would upload no adapter; model.push_to_hub uploads it.
         """
-        model, owner = self.model(), self.owner()
-        if model is None:
-            raise RuntimeError("save_pretrained: expected a model that is still referenced, got one that was freed")
+        model, owner = self.model, self.models[1]
         if owner is None or all(module is not model for module in owner.modules()):
             raise RuntimeError(
                 f"save_pretrained: expected a part of the model that has the factors, got a {type(model).__name__} outside of "
