@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ptx_layouts import encode
 
 from csrc.interpreter import fragments, matrix
 from csrc.interpreter.errors import PtxError
@@ -68,14 +69,6 @@ def b_position(k: int, sixteen: bool, lane: int, i: int) -> tuple[int, int]:
 def d_position(lane: int, i: int) -> tuple[int, int]:
     """Row and column of c_i and d_i, as the manual prints them."""
     return (lane >> 2) + (0 if i < 2 else 8), (lane % 4) * 2 + (i & 1)
-
-
-def encode(type_name: str, values: np.ndarray) -> np.ndarray:
-    """The bits of values that the type represents exactly."""
-    if type_name == "f16":
-        return values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    bits = values.astype(np.float32).view(np.uint32)
-    return bits >> 16 if type_name == "bf16" else bits
 
 
 def pack(bits: np.ndarray, position, elements: int, sixteen: bool) -> list[np.ndarray]:
