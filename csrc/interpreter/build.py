@@ -1,0 +1,102 @@
+"""Builds what the interpreter runs: objects of nvcc that hold PTX alone, linked with runtime.cpp in place of the CUDA runtime.
+
+`module(capability)` is the Python module of csrc/simt/module over these kernels: the same functions on numpy arrays as the SIMT
+executor's, so that the same problems (csrc/simt/checks) run on both.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from csrc.simt import build as simt
+
+HERE = Path(__file__).resolve().parent
+BUILD = simt.ROOT / "build-ptx"
+CAPABILITIES = (80, 90)
+_JOBS = 2
+
+
+def nvcc() -> Path | None:
+    """The toolkit's compiler, if there is one."""
+    from bench.projection.compiled import tool
+
+    return tool("nvcc")
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise simt.BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _up_to_date(output: Path, command: list[str]) -> bool:
+    note, depends = output.with_suffix(".cmd"), output.with_suffix(".d")
+    if not output.exists() or not note.exists() or note.read_text() != "\n".join(command) or not depends.exists():
+        return False
+    read = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(Path(name).exists() and Path(name).stat().st_mtime <= output.stat().st_mtime for name in read)
+
+
+def compile_object(source: Path, capability: int, options: tuple[str, ...] = ()) -> Path:
+    """An object whose device code is PTX for the capability (80 or 90; 90 is compute_90a). Compiled again if what it reads, or
+    the command, has changed.
+
+    Raises:
+        csrc.simt.build.BuildError: the compiler's message, or that there is none.
+    """
+    compiler = nvcc()
+    if compiler is None:
+        raise simt.BuildError("nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; install the CUDA toolkit")
+    folder = BUILD / str(capability)
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"{source.stem}.o"
+    virtual = "compute_90a" if capability == 90 else f"compute_{capability}"
+    command = [str(compiler), "-std=c++17", "-O3", "-Xcompiler=-fPIC", "-gencode", f"arch={virtual},code={virtual}", "--no-compress"]
+    command += [f"-I{simt.CSRC}", *options, "-MD", "-MF", str(output.with_suffix(".d")), "-c", str(source), "-o", str(output)]
+    if not _up_to_date(output, command):
+        output.with_suffix(".cmd").unlink(missing_ok=True)
+        _run(command)
+        output.with_suffix(".cmd").write_text("\n".join(command))
+    return output
+
+
+def _host(source: Path, includes: list[Path]) -> Path:
+    """An object of the host's compiler."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    output = BUILD / f"{source.stem}.o"
+    command = [simt.compiler(), "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DLOTR_SM90A", f"-I{simt.CSRC}"]
+    for folder in [simt.cuda_include(), *includes]:
+        command += ["-isystem", str(folder)]
+    command += ["-MMD", "-c", str(source), "-o", str(output)]
+    if not _up_to_date(output, command):
+        output.with_suffix(".cmd").unlink(missing_ok=True)
+        _run(command)
+        output.with_suffix(".cmd").write_text("\n".join(command))
+    return output
+
+
+def link(objects: list[Path], output: Path) -> Path:
+    """A library of objects and the stand-in runtime."""
+    parts = [*objects, _host(HERE / "runtime.cpp", [])]
+    if not output.exists() or any(part.stat().st_mtime > output.stat().st_mtime for part in parts):
+        _run([simt.compiler(), "-shared", *map(str, parts), "-o", str(output)])
+    return output
+
+
+def module(capability: int) -> Path:
+    """The kernels of csrc/cuda as PTX for a GPU of this capability, with the functions of csrc/simt/module. Those of the SIMT
+    executor that control it do nothing here."""
+    import pybind11
+
+    def compiled(source: Path) -> Path:  # files named sm90 exist for 90 alone, as in CMakeLists.txt
+        return compile_object(source, 90 if "sm90" in source.stem else capability, ("-DLOTR_SM90A",))
+
+    with simt._locked("interpreter"), ThreadPoolExecutor(_JOBS) as pool:
+        objects = list(pool.map(compiled, sorted((simt.CSRC / "cuda").glob("*.cu"))))
+        includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+        host = [*sorted((simt.EXECUTOR / "module").glob("*.cpp")), *sorted(simt.EXECUTOR.glob("*.cpp"))]
+        objects += pool.map(lambda source: _host(source, includes), host)
+        return link(objects, BUILD / str(capability) / f"{simt.MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}")

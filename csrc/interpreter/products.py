@@ -1,0 +1,148 @@
+"""Products of matrices: ldmatrix, movmatrix, mma and wgmma."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from . import matrix, wgmma
+from .errors import PtxError
+from .grid import WarpGroup
+from .memory import access_of
+from .parse import Constant, Instruction, Vector
+from .program import Mask, Program, Run, Signal, operation
+from .warp import Warp
+
+
+def _all_threads(m: Mask, i: Instruction) -> None:
+    if m is not None:
+        raise PtxError(f"{i.text}: expected all 32 threads of the warp together")
+
+
+@operation("ldmatrix", collective=True)
+def _load_matrix(program: Program, i: Instruction) -> Run:
+    targets, address = program.targets(i.operands[0]), program.address(i.operands[1])
+    transpose, access = i.has("trans"), access_of(i)
+
+    def run(w: Warp, m: Mask) -> None:
+        _all_threads(m, i)
+        addresses = address(w)
+        memory, place, _ = access(w, addresses)[0]
+        loaded = matrix.ldmatrix(memory.data, place.astype(np.uint32), len(targets), transpose)
+        for slot, value in zip(targets, loaded, strict=True):
+            w.registers[slot] = value
+
+    return run
+
+
+@operation("movmatrix", collective=True)
+def _move_matrix(program: Program, i: Instruction) -> Run:
+    d, a = program.target(i.operands[0]), program.slot(i.operands[1], 4)
+
+    def run(w: Warp, m: Mask) -> None:
+        _all_threads(m, i)
+        w.registers[d] = matrix.movmatrix(w.registers[a])
+
+    return run
+
+
+@operation("mma", collective=True)
+def _multiply(program: Program, i: Instruction) -> Run:
+    """mma.sync.aligned.shape.row.col.d.a.b.c"""
+    shape, kinds = i.words[3], i.words[-4:]
+    if i.words[4:6] != ("row", "col") or kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
+        raise PtxError(f"{i.text}: expected row.col with float32 sums")
+    targets = program.targets(i.operands[0])
+    a, b, c = (program.slots(o, 4) for o in i.operands[1:4])
+    kind = kinds[1]
+
+    def run(w: Warp, m: Mask) -> None:
+        _all_threads(m, i)
+        r = w.registers
+        result = matrix.mma(shape, kind, [r[s] for s in a], [r[s] for s in b], [r[s] for s in c])
+        for slot, value in zip(targets, result, strict=True):
+            r[slot] = value
+
+    return run
+
+
+@operation("wgmma", collective=True)
+def _warpgroup(program: Program, i: Instruction) -> Run:
+    action = i.words[1]
+    if action == "mma_async":
+        return _product(program, i)
+    if action == "fence":
+        return lambda w, m: None
+    if action == "commit_group":
+        return lambda w, m: w.product_groups.append(w.products_issued)
+    if action != "wait_group":
+        raise PtxError(f"{i.text}: expected mma_async, fence, commit_group or wait_group")
+    number = i.operands[0]
+    assert isinstance(number, Constant)
+    left = number.bits
+
+    def wait(w: Warp, m: Mask) -> Signal:
+        if len(w.product_groups) <= left:
+            return None
+        until, group = w.product_groups[-1 - left], w.block.groups[w.index // 4]
+        return lambda: group.advance(until)
+
+    return wait
+
+
+def _product(program: Program, i: Instruction) -> Run:
+    """D = A B + D of a warpgroup. It runs when all four warps have issued it, at the earliest; its operands are read then."""
+    n, kinds = int(i.words[4].split("n")[1].split("k")[0]), i.words[-3:]
+    if kinds[0] != "f32" or kinds[1] != kinds[2]:
+        raise PtxError(f"{i.text}: expected float32 sums")
+    d = program.targets(i.operands[0])
+    first = i.operands[1]
+    a_registers = program.slots(first, 4) if isinstance(first, Vector) else None
+    a_slot = program.slot(first, 8) if a_registers is None else -1
+    b_slot, scale_d = program.slot(i.operands[2], 8), program.predicate(i.operands[3])
+    numbers = [_immediate(o) for o in i.operands[4:]]
+    scales, transposes = numbers[:2], numbers[2:]
+    transpose_a, transpose_b = (0, *transposes) if len(transposes) == 1 else tuple(transposes) or (0, 0)
+
+    def issue(w: Warp, m: Mask) -> Signal:
+        _all_threads(m, i)
+        group = w.block.groups[w.index // 4]
+        number = w.products_issued
+        w.products_issued += 1
+        a = w.uniform(a_slot, m, i.text) if a_registers is None else None
+        b, adds = w.uniform(b_slot, m, i.text), bool(scale_d(w)[0])
+        if number == len(group.queue):
+            group.queue.append(_run(group, n, kinds[1], a, a_registers, b, d, adds, scales, (transpose_a, transpose_b)))
+            group.arrived.append(0)
+        group.arrived[number] += 1
+        if group.arrived[number] == len(group.warps) and not w.block.grid.late():
+            group.advance(number + 1)
+        return None
+
+    return issue
+
+
+def _immediate(operand: object) -> int:
+    if not isinstance(operand, Constant):
+        raise PtxError(f"wgmma: expected a number, got {operand}")
+    return operand.bits - 2**64 if operand.bits >> 63 else operand.bits
+
+
+def _run(
+    group: WarpGroup, n: int, kind: str, a: int | None, a_registers: list[int] | None, b: int, d: list[int], adds: bool,
+    scales: list[int], transposes: tuple[int, ...],
+) -> Callable[[], None]:
+    def gathered(slot: int) -> np.ndarray:
+        return np.concatenate([w.registers[slot] for w in group.warps])
+
+    def product() -> None:
+        block = group.warps[0].block
+        left = a if a_registers is None else [gathered(slot) for slot in a_registers]
+        sums = wgmma.product(n, kind, block.shared.data, left, b, [gathered(slot) for slot in d], adds, *scales, *transposes)
+        for slot, value in zip(d, sums, strict=True):
+            for index, w in enumerate(group.warps):
+                w.registers[slot] = value[32 * index : 32 * index + 32]
+        block.grid.events += 1
+
+    return product
