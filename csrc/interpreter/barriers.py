@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,39 +16,80 @@ from .warp import Warp
 if TYPE_CHECKING:
     from .grid import Block
 
+
+@dataclass
+class NamedBarrier:
+    """arrived: threads in this phase; votes: of bar.red, results: of the phases that have ended."""
+
+    arrived: int = 0
+    phase: int = 0
+    votes: list[bool] = field(default_factory=list)
+    results: dict[int, list[bool]] = field(default_factory=dict)
+
+
 EXPECTED, PENDING, BYTES, PHASE = range(4)  # of an mbarrier
 _MOST_ARRIVALS = 2**20 - 1
 
 
 @operation("bar", "barrier", collective=True)
 def _barrier(program: Program, i: Instruction) -> Run:
-    """bar.sync and bar.arrive on a named barrier, bar.warp.sync, barrier.cluster."""
+    """bar.sync, bar.arrive and bar.red on a named barrier, bar.warp.sync, barrier.cluster."""
     words = [word for word in i.words if word not in ("aligned", "cta")]
     if words[1] == "warp":
         members = program.slot(i.operands[0], 4)
         return lambda w, m: w.expect_members(w.registers[members], m, i)
     if words[1] == "cluster":
         return _cluster_arrive if words[2] == "arrive" else _cluster_wait
+    if words[1] == "red":
+        return _reduce(program, i)
     if words[1] not in ("sync", "arrive"):
-        raise PtxError(f"{i.text}: expected .sync or .arrive")
+        raise PtxError(f"{i.text}: expected .sync, .arrive or .red")
     waits, slots = words[1] == "sync", [program.slot(o, 4) for o in i.operands]
 
     def run(w: Warp, m: Mask) -> Signal:
-        _whole(w, m, i)
-        block = w.block
-        name = w.uniform(slots[0], m, i.text)
-        count = w.uniform(slots[1], m, i.text) if len(slots) > 1 else block.threads
-        if name > 15 or count % LANES or count > block.threads:
-            raise PtxError(f"{i.text}: expected barrier 0 to 15 and whole warps of the block, got {name} and {count}")
-        state = block.barriers.setdefault(name, [0, 0])
-        state[0] += LANES
-        completed = state[1]
-        if state[0] >= count:
-            if state[0] > count:
-                raise PtxError(f"{i.text}: expected {count} threads at barrier {name}, got {state[0]}")
-            state[0], state[1] = 0, completed + 1
-            block.grid.events += 1
-        return (lambda: state[1] > completed) if waits else None
+        barrier, phase = _arrive_at(w, m, slots, i)
+        return (lambda: barrier.phase > phase) if waits else None
+
+    return run
+
+
+def _arrive_at(w: Warp, m: Mask, slots: list[int], i: Instruction, holds: Lanes | None = None) -> tuple[NamedBarrier, int]:
+    """One warp more; of as many threads as the instruction says, or the block has."""
+    _whole(w, m, i)
+    block = w.block
+    name = w.uniform(slots[0], m, i.text)
+    count = w.uniform(slots[1], m, i.text) if len(slots) > 1 else block.threads
+    if name > 15 or count % LANES or count > block.threads:
+        raise PtxError(f"{i.text}: expected barrier 0 to 15 and whole warps of the block, got {name} and {count}")
+    barrier = block.barriers.setdefault(name, NamedBarrier())
+    phase = barrier.phase
+    barrier.arrived += LANES
+    barrier.votes += [] if holds is None else holds.tolist()
+    if barrier.arrived > count:
+        raise PtxError(f"{i.text}: expected {count} threads at barrier {name}, got {barrier.arrived}")
+    if barrier.arrived == count:
+        barrier.results[phase] = barrier.votes
+        barrier.arrived, barrier.phase, barrier.votes = 0, phase + 1, []
+        block.grid.events += 1
+    return barrier, phase
+
+
+def _reduce(program: Program, i: Instruction) -> Run:
+    """bar.red: whether the predicate holds in all threads (.and), in any (.or), or in how many (.popc)."""
+    kind, d, holds = i.words[i.words.index("red") + 1], program.target(i.operands[0]), program.predicate(i.operands[-1])
+    slots = [program.slot(o, 4) for o in i.operands[1:-1]]
+    reduced = {"and": all, "or": any, "popc": sum}[kind]
+
+    def run(w: Warp, m: Mask) -> Signal:
+        barrier, phase = _arrive_at(w, m, slots, i, holds(w))
+
+        def ready() -> bool:
+            if barrier.phase > phase:
+                put(w, d, np.full(LANES, reduced(barrier.results[phase]), w.registers[d].dtype), m)
+                return True
+            return False
+
+        return ready
 
     return run
 

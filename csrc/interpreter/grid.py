@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .barriers import NamedBarrier
 from .errors import PtxError
 from .memory import Bytes
+from .parse import Variable
 from .program import LANES, Program
 from .warp import Warp
 
@@ -30,8 +32,8 @@ class Launch:
     shared: int
     cooperative: bool
     addresses: dict[str, int] = field(default_factory=dict)
-    dynamic: str = ""  # the name of the array of dynamic shared memory
-    dynamic_align: int = 16
+    statics: list[Variable] = field(default_factory=list)  # shared variables of the module
+    dynamic: Variable | None = None  # the array of dynamic shared memory
 
 
 class WarpGroup:
@@ -65,7 +67,7 @@ class Block:
         self.threads = threads
         self.warps = [Warp(self, i, launch.program) for i in range(threads // LANES)]
         self.groups = [WarpGroup(self.warps[i : i + 4]) for i in range(0, len(self.warps), 4)]
-        self.barriers: dict[int, list[int]] = {}  # named: threads that have arrived, how often it has completed
+        self.barriers: dict[int, NamedBarrier] = {}
         self.mbarriers: dict[int, list[int]] = {}  # by address: see barriers.py
         for warp in self.warps:
             self._special(warp)
@@ -77,17 +79,18 @@ class Block:
     def _layout(self, launch: Launch) -> tuple[dict[str, int], int]:
         """Static arrays first, then the dynamic one, aligned to no more than its declaration asks for."""
         at, offsets = 0, {}
-        for v in launch.program.entry.shared:
+        read = {name for name, _ in launch.program.symbols}
+        for v in [*launch.program.entry.shared, *(v for v in launch.statics if v.name in read)]:
             at = -(-at // v.align) * v.align
             offsets[v.name] = at
             at += v.size
-        align = max(launch.dynamic_align, 16)
+        align = max(launch.dynamic.align if launch.dynamic else 1, 16)
         start = max(at, SHARED_START)
         start = -(-start // align) * align
         if start // align % 2 == 0 and align < SHARED_START:
             start += align  # an odd multiple: no more aligned than declared
         if launch.dynamic:
-            offsets[launch.dynamic] = start
+            offsets[launch.dynamic.name] = start
         return offsets, start + launch.shared
 
     def _special(self, warp: Warp) -> None:

@@ -133,11 +133,10 @@ class Library:
             copies.append(copy)
         for variable in module.globals:
             addresses[variable.name] = self.functions.interpreter_variable(variable.name.encode()) or 0
-        dynamic = next((v for v in module.shared if v.size == 0), None)
         grid, block, cluster = tuple(given.grid), tuple(given.block), tuple(given.cluster)
         launch = Launch(program, grid, block, cluster, given.shared, bool(given.cooperative), addresses)
-        if dynamic is not None:
-            launch.dynamic, launch.dynamic_align = dynamic.name, dynamic.align
+        launch.statics = [v for v in module.shared if v.size]
+        launch.dynamic = next((v for v in module.shared if not v.size), None)
         self.launches.append((name, grid, cluster))
         with np.errstate(all="ignore"):
             self.steps += Grid(launch, self.seed).run()

@@ -126,6 +126,9 @@ EXPORTED void** __cudaRegisterFatBinary(void* image) {
 }
 EXPORTED void __cudaRegisterFatBinaryEnd(void**) {}
 EXPORTED void __cudaUnregisterFatBinary(void**) {}
+EXPORTED char __cudaInitModule(void**) {
+  return 1;
+}
 EXPORTED void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*,
                                      dim3*, dim3*, int*) {
   kernels()[host] = name;

@@ -40,7 +40,6 @@ class Warp:
         self.paths = [Path(0, _ALL)]
         self.copies: list[Callable[[], None]] = []  # cp.async since the last commit, that have not run
         self.copy_groups: deque[list[Callable[[], None]]] = deque()
-        self.bulk_groups: deque[list[Callable[[], None]]] = deque()
         self.products_issued = 0
         self.product_groups: list[int] = []  # how many products were issued at each commit
         self.cluster_phase = 0
