@@ -1,4 +1,4 @@
-"""Barriers of warps, blocks and clusters, and mbarriers (PTX manual, "Parallel Synchronization and Communication Instructions")."""
+"""Barriers of warps, blocks and clusters, and mbarriers (PTX manual, "Parallel Synchronization and Communication")."""
 
 from __future__ import annotations
 
@@ -180,7 +180,9 @@ def _mbarrier(program: Program, i: Instruction) -> Run:
             count = int(w.registers[number][lane]) if number is not None else 1
             if action == "init":
                 if at % 8 or not 1 <= count <= _MOST_ARRIVALS:
-                    raise PtxError(f"{i.text}: expected a multiple of 8 and 1 to {_MOST_ARRIVALS} arrivals, got {at:#x} and {count}")
+                    raise PtxError(
+                        f"{i.text}: expected a multiple of 8 and 1 to {_MOST_ARRIVALS} arrivals, got {at:#x} and {count}"
+                    )
                 block.mbarriers[at] = [count, count, 0, 0]
             elif action == "inval":
                 state_of(block, at)

@@ -49,12 +49,22 @@ def compile_object(source: Path, capability: int, options: tuple[str, ...] = ())
     """
     compiler = nvcc()
     if compiler is None:
-        raise simt.BuildError("nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; install the CUDA toolkit")
+        raise simt.BuildError(
+            "nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; install the CUDA toolkit"
+        )
     folder = BUILD / str(capability)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"{source.stem}.o"
     virtual = "compute_90a" if capability == 90 else f"compute_{capability}"
-    command = [str(compiler), "-std=c++17", "-O3", "-Xcompiler=-fPIC", "-gencode", f"arch={virtual},code={virtual}", "--no-compress"]
+    command = [
+        str(compiler),
+        "-std=c++17",
+        "-O3",
+        "-Xcompiler=-fPIC",
+        "-gencode",
+        f"arch={virtual},code={virtual}",
+        "--no-compress",
+    ]
     command += [f"-I{simt.CSRC}", *options, "-MD", "-MF", str(output.with_suffix(".d")), "-c", str(source), "-o", str(output)]
     if not _up_to_date(output, command):
         output.with_suffix(".cmd").unlink(missing_ok=True)

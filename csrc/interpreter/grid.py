@@ -23,7 +23,7 @@ SHARED_START = 1024  # where dynamic shared memory begins if it may: below it th
 
 @dataclass
 class Launch:
-    """One kernel launch. parameters: host address of each parameter's copy, by name; globals: addresses of the module's variables."""
+    """One kernel launch. addresses: in the host's memory, of each parameter's copy and each variable of the module, by name."""
 
     program: Program
     grid: Three
@@ -98,7 +98,11 @@ class Block:
         launch, (bx, by, _) = self.grid.launch, self.grid.launch.block
         thread = np.arange(LANES, dtype=np.uint32) + LANES * warp.index
         cx, cy, cz = launch.cluster
-        values: dict[str, np.ndarray | int] = {"%tid.x": thread % bx, "%tid.y": thread // bx % by, "%tid.z": thread // (bx * by)}
+        values: dict[str, np.ndarray | int] = {
+            "%tid.x": thread % bx,
+            "%tid.y": thread // bx % by,
+            "%tid.z": thread // (bx * by),
+        }
         values |= {"%laneid": thread % LANES, "%warpid": warp.index, "%cluster_ctarank": self.rank, "WARP_SZ": LANES}
         values |= {"%cluster_nctarank": cx * cy * cz, "%smid": 0, "%clock": 0, "%dynamic_smem_size": launch.shared}
         values |= {"%is_explicit_cluster": int(cx * cy * cz > 1), "%nwarpid": len(self.warps)}

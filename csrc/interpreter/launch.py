@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from . import tensor_map
+from . import arithmetic, barriers, conversion, copies, memory, products, tensor_map  # noqa: F401  they register the instructions
 from .errors import PtxError
 from .grid import Grid, Launch
 from .parse import Module
 from .program import Program
-
-from . import arithmetic, barriers, conversion, copies, memory, products  # noqa: F401  they register the instructions
 
 _IMAGE = 0xBA55ED50  # the magic number of a fat binary
 
@@ -123,14 +121,14 @@ class Library:
     def _run(self, given: _LaunchOf) -> None:
         name = given.kernel.decode()
         program, module = self._program(name)
-        copies = []  # each parameter at its alignment
+        kept = []  # each parameter at its alignment
         addresses: dict[str, int] = {}
         for n, parameter in enumerate(program.entry.parameters):
             copy = np.zeros(parameter.size + parameter.align, np.uint8)
             at = -(-copy.ctypes.data // parameter.align) * parameter.align
             ctypes.memmove(at, given.parameters[n], parameter.size)
             addresses[parameter.name] = at
-            copies.append(copy)
+            kept.append(copy)
         for variable in module.globals:
             addresses[variable.name] = self.functions.interpreter_variable(variable.name.encode()) or 0
         grid, block, cluster = tuple(given.grid), tuple(given.block), tuple(given.cluster)
@@ -141,10 +139,19 @@ class Library:
         with np.errstate(all="ignore"):
             self.steps += Grid(launch, self.seed).run()
 
-    def _on_encode(self, map_at: int, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int) -> int:
+    def _on_encode(
+        self, map_at: int, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int
+    ) -> int:
         try:
             described = tensor_map.encode(
-                kind, rank, address or 0, list(sizes[:rank]), list(strides[: rank - 1]), list(box[:rank]), list(steps[:rank]), *modes
+                kind,
+                rank,
+                address or 0,
+                list(sizes[:rank]),
+                list(strides[: rank - 1]),
+                list(box[:rank]),
+                list(steps[:rank]),
+                *modes,
             )
         except PtxError as error:
             self._error = error

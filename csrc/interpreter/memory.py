@@ -24,12 +24,16 @@ class Bytes:
     def __init__(self, data: np.ndarray, name: str, base: int = 0) -> None:
         self.data, self.name, self.base, self.end = data, name, base, base + len(data)
         whole = len(data) // 8 * 8
-        self._views = {width: data[: whole if width == 8 else len(data) // width * width].view(STORED[width]) for width in (1, 2, 4, 8)}
+        self._views = {
+            width: data[: whole if width == 8 else len(data) // width * width].view(STORED[width]) for width in (1, 2, 4, 8)
+        }
 
     def _index(self, addresses: Lanes, width: int, count: int) -> Lanes:
         size = width * count
         if (addresses % size).any():
-            raise PtxError(f"address: expected a multiple of {size}, got {hex(int(addresses[np.argmax(addresses % size != 0)]))}")
+            raise PtxError(
+                f"address: expected a multiple of {size}, got {hex(int(addresses[np.argmax(addresses % size != 0)]))}"
+            )
         least, most = int(addresses.min()), int(addresses.max()) + size
         if least < self.base or most > self.end:
             raise PtxError(f"address: expected {self.name}, {self.base:#x} to {self.end:#x}, got {least:#x} to {most:#x}")
@@ -161,7 +165,14 @@ def _updated(operation_name: str, old: Any, new: Any, compared: Any) -> Any:
         return old.dtype.type(0) if old >= new else old + old.dtype.type(1)
     if operation_name == "cas":
         return compared if old == new else old
-    table = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    table = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
     return new if operation_name == "exch" else table[operation_name](old, new)
 
 

@@ -117,7 +117,9 @@ class Variable:
 
 
 _ENTRY = re.compile(r"\.(entry|func)\s+(?:\([^)]*\)\s*)?([\w$]+)\s*\(([^)]*)\)([^{;]*)\{")
-_VARIABLE = re.compile(r"\.(param|shared|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_VARIABLE = re.compile(
+    r"\.(param|shared|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+)
 _RANGE = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _LABEL = re.compile(r"([\w$%]+):(?!:)")
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|\d+(\.\d+)?([eE][-+]?\d+)?)U?$")

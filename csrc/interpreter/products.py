@@ -130,8 +130,16 @@ def _immediate(operand: object) -> int:
 
 
 def _run(
-    group: WarpGroup, n: int, kind: str, a: int | None, a_registers: list[int] | None, b: int, d: list[int], adds: bool,
-    scales: list[int], transposes: tuple[int, ...],
+    group: WarpGroup,
+    n: int,
+    kind: str,
+    a: int | None,
+    a_registers: list[int] | None,
+    b: int,
+    d: list[int],
+    adds: bool,
+    scales: list[int],
+    transposes: tuple[int, ...],
 ) -> Callable[[], None]:
     def gathered(slot: int) -> np.ndarray:
         return np.concatenate([w.registers[slot] for w in group.warps])

@@ -79,8 +79,10 @@ class Program:
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         instructions = entry.instructions
-        self.values: list[Lanes] = [np.full(LANES, 0xCDCDCDCDCDCDCDCD & (256**w - 1), STORED[w]) if w else
-                                    np.zeros(LANES, np.bool_) for w in entry.widths]
+        self.values: list[Lanes] = [
+            np.full(LANES, 0xCDCDCDCDCDCDCDCD & (256**w - 1), STORED[w]) if w else np.zeros(LANES, np.bool_)
+            for w in entry.widths
+        ]
         self.specials: dict[str, int] = {}
         self.symbols: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[int, int], int] = {}
@@ -109,8 +111,11 @@ class Program:
         if isinstance(operand, Constant):
             key = (width, operand.bits)
             if key not in self._constants:
-                self._constants[key] = self._new(np.full(LANES, operand.bits & (256**width - 1), STORED[width]) if width else
-                                                 np.full(LANES, operand.bits & 1, np.bool_))
+                self._constants[key] = self._new(
+                    np.full(LANES, operand.bits & (256**width - 1), STORED[width])
+                    if width
+                    else np.full(LANES, operand.bits & 1, np.bool_)
+                )
             return self._constants[key]
         if isinstance(operand, Special):
             if operand.name not in self.specials:

@@ -13,7 +13,7 @@ from .errors import PtxError
 if TYPE_CHECKING:
     from .grid import Block
     from .parse import Instruction
-    from .program import Lanes, Mask, Program
+    from .program import Lanes, Mask, Program, Signal, Step
 
 LANES = 32
 _ALL = np.ones(LANES, np.bool_)
@@ -22,10 +22,10 @@ _ALL = np.ones(LANES, np.bool_)
 class Path:
     """Threads at the same instruction."""
 
-    __slots__ = ("blocked", "full", "mask", "pc", "ready", "spun")
+    __slots__ = ("blocked", "count", "mask", "pc", "ready", "spun")
 
     def __init__(self, pc: int, mask: Lanes) -> None:
-        self.pc, self.mask, self.full = pc, mask, bool(mask.all())
+        self.pc, self.mask, self.count = pc, mask, int(np.count_nonzero(mask))
         self.ready: Callable[[], bool] | None = None  # what it waits for
         self.blocked = False  # at a collective, for the warp's other threads
         self.spun = False  # has asked in vain since the others ran
@@ -116,71 +116,72 @@ class Warp:
             path = self._choose()
 
     def _run_path(self, path: Path, steps: int) -> tuple[int, bool]:
-        """Until it diverges, waits, spins, may meet another, or `steps`. Returns the instructions that ran, and whether it spins."""
-        code, registers = self.program.steps, self.registers
-        alone = len(self.paths) == 1
+        """Until it diverges, waits, spins or may meet another. Returns how many instructions ran, and whether it spins."""
+        code, alone = self.program.steps, len(self.paths) == 1
         pc, taken = path.pc, 0
-        whole = None if path.full else path.mask
+        whole = None if path.count == LANES else path.mask
         while taken < steps:
             step = code[pc]
             taken += 1
             mask = whole
             if step.guard >= 0:
-                holds = registers[step.guard]
-                if step.negated:
-                    holds = ~holds
-                if mask is not None:
-                    holds = holds & mask
-                count = int(np.count_nonzero(holds))
+                holds, count = self._guarded(step, whole)
                 if count == 0:
                     pc += 1
                     continue
-                if count < LANES and (mask is None or count < np.count_nonzero(mask)):
+                if count < path.count:
                     if step.kind != "run":
                         path.pc = pc
-                        self._diverge(path, step.kind, step.target, holds)
+                        self._diverge(path, step, holds)
                         return taken, False
                     mask = holds
             if step.kind == "branch":
-                pc = step.target
+                pc, signal = step.target, None
                 if alone:
                     continue
-                path.pc = pc
-                return taken, False
-            if step.kind == "exit":
+            elif step.kind == "exit":
                 self.paths.remove(path)
-                self._ended(path)
+                self._ended()
                 return taken, False
-            if step.collective and not alone and not path.blocked:
+            elif step.collective and not alone and not path.blocked:
                 path.pc, path.blocked = pc, True
                 return taken, False
-            try:
-                signal = step.run(self, mask)
-            except (PtxError, IndexError, ValueError) as error:
-                raise PtxError(f"{self.block.name} warp {self.index}, at {step.text}: {error}") from error
-            path.blocked = False
-            pc += 1
-            if signal is not None:
-                path.pc = pc
-                if callable(signal):
-                    path.ready = signal
-                    return taken, False
-                return taken, True
-            if not alone:
-                path.pc = pc
-                return taken, False
+            else:
+                signal = self._execute(step, mask)
+                path.blocked = False
+                pc += 1
+                if signal is None and alone:
+                    continue
+            path.pc = pc
+            path.ready = signal if callable(signal) else None
+            return taken, signal == "yield"
         path.pc = pc
         return taken, False
 
-    def _diverge(self, path: Path, kind: str, target: int, holds: Lanes) -> None:
-        """Threads for which the predicate holds branch or end, the others go on."""
-        rest = Path(path.pc + 1, path.mask & ~holds)
-        self.paths.remove(path)
-        self.paths.append(rest)
-        if kind == "branch":
-            self.paths.append(Path(target, holds))
+    def _guarded(self, step: Step, whole: Mask) -> tuple[Lanes, int]:
+        """The threads of the path for which the instruction's predicate holds, and how many they are."""
+        holds = self.registers[step.guard]
+        if step.negated:
+            holds = ~holds
+        if whole is not None:
+            holds = holds & whole
+        return holds, int(np.count_nonzero(holds))
 
-    def _ended(self, path: Path) -> None:
+    def _execute(self, step: Step, mask: Mask) -> Signal:
+        try:
+            return step.run(self, mask)
+        except (PtxError, IndexError, ValueError) as error:
+            raise PtxError(f"{self.block.name} warp {self.index}, at {step.text}: {error}") from error
+
+    def _diverge(self, path: Path, step: Step, holds: Lanes) -> None:
+        """Threads for which the predicate holds branch or end, the others go on."""
+        self.paths.remove(path)
+        self.paths.append(Path(path.pc + 1, path.mask & ~holds))
+        if step.kind == "branch":
+            self.paths.append(Path(step.target, holds))
+
+    def _ended(self) -> None:
+        """Of the last thread: its copies land."""
         if not self.paths:
             for group in [*self.copy_groups, self.copies]:
                 for copy in group:
