@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from csrc.interpreter.errors import PtxError
+from .errors import PtxError
 
 Words = npt.NDArray[np.uint32]
 Values = npt.NDArray[np.float64]

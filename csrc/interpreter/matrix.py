@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from csrc.interpreter import fragments
-from csrc.interpreter.errors import PtxError
-from csrc.interpreter.fragments import Words
+from . import fragments
+from .errors import PtxError
+from .fragments import Words
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -13,10 +13,10 @@ from functools import cache, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from csrc.interpreter import fragments
-from csrc.interpreter.errors import PtxError
-from csrc.interpreter.fragments import Indices, Values, Words
-from csrc.interpreter.swizzle import CHUNK, swizzle
+from . import fragments
+from .errors import PtxError
+from .fragments import Indices, Values, Words
+from .swizzle import CHUNK, swizzle
 
 Bytes = npt.NDArray[np.uint8]
 
