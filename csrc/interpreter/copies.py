@@ -58,7 +58,7 @@ def _copy_16(program: Program, i: Instruction) -> Run:
             for memory, place, some in shared_of(w, to):
                 if (place % bytes_).any():
                     raise PtxError(f"{i.text}: expected shared addresses at multiples of {bytes_}")
-                memory.write(place, values[some].view(np.uint64) if words > 1 else values[some])
+                memory.write(place, values[some].view(np.uint64) if words > 1 else values[some], w.index)
 
         if w.block.grid.late():
             w.copies.append(copy)
@@ -153,6 +153,8 @@ def _box_copy(w: Warp, to: int, map_at: int, index: list[int], barrier: int, mas
         box = tensor_map.load(described, index, _read)
         for block, signalled in targets:
             tensor_map.place(block.shared.data, offset, box, described)
+            assert block.shared.unfenced is not None
+            tensor_map.place(block.shared.unfenced.data, offset, np.zeros_like(box), described)
             complete_bytes(signalled, barrier_offset, tensor_map.box_bytes(described))
 
     return copy

@@ -61,6 +61,7 @@ class Block:
         self.grid, self.cluster, self.index, self.rank = grid, cluster, index, rank
         self.offsets, size = self._layout(launch)
         self.shared = Bytes(np.full(size, 0xFF, np.uint8), "shared memory")
+        self.shared.unfenced = Bytes(np.zeros(size, np.uint8), "shared memory")
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         if threads % LANES:
             raise PtxError(f"block: expected a multiple of {LANES} threads, got {threads}")

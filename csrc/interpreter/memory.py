@@ -19,7 +19,14 @@ _FIRST = 1 << 16  # no array begins below
 
 
 class Bytes:
-    """Memory as arrays of each width. base: the address of its first byte."""
+    """Memory as arrays of each width. base: the address of its first byte.
+
+    Attributes:
+        unfenced: of shared memory, for each byte that a thread has written since its warp's last fence.proxy.async, the warp's
+            number + 1. TMA and wgmma read by another proxy, which need not see such a byte.
+    """
+
+    unfenced: Bytes | None = None
 
     def __init__(self, data: np.ndarray, name: str, base: int = 0) -> None:
         self.data, self.name, self.base, self.end = data, name, base, base + len(data)
@@ -44,10 +51,13 @@ class Bytes:
         index = self._index(addresses, width, count)
         return self._views[width][index[:, None] + np.arange(count)]
 
-    def write(self, addresses: Lanes, values: np.ndarray) -> None:
+    def write(self, addresses: Lanes, values: np.ndarray, warp: int = 0) -> None:
         """values: [lanes, count]. If lanes write to one address, the last remains."""
-        index = self._index(addresses, values.dtype.itemsize, values.shape[1])
-        self._views[values.dtype.itemsize][index[:, None] + np.arange(values.shape[1])] = values
+        width = values.dtype.itemsize
+        index = self._index(addresses, width, values.shape[1])[:, None] + np.arange(values.shape[1])
+        self._views[width][index] = values
+        if self.unfenced is not None:
+            self.unfenced._views[width][index] = (warp + 1) * (0x0101010101010101 & 256**width - 1)
 
 
 def _process() -> Bytes:
@@ -153,7 +163,7 @@ def _store(program: Program, i: Instruction) -> Run:
             value = w.registers[slot]
             values[:, n] = value if lanes is None else value[lanes]
         for memory, at, some in access(w, addresses):
-            memory.write(at, values[some])
+            memory.write(at, values[some], w.index)
         w.block.grid.events += 1
 
     return run
@@ -202,7 +212,7 @@ def _atomic(program: Program, i: Instruction) -> Run:
                 old = memory.read(at, width)[0].view(view)[0]
                 before[lane] = old.view(STORED[width])
                 new = _updated(name, old, r[b][lane : lane + 1].view(view)[0], r[c][lane : lane + 1].view(view)[0])
-                memory.write(at, np.array([[new]], view).view(STORED[width]))
+                memory.write(at, np.array([[new]], view).view(STORED[width]), w.index)
         if returns:
             put(w, d, before, m)
         w.block.grid.events += 1
@@ -213,8 +223,15 @@ def _atomic(program: Program, i: Instruction) -> Run:
 
 @operation("fence", "membar", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "applypriority", "discard")
 def _nothing(program: Program, i: Instruction) -> Run:
-    """Memory is one here, and launches follow each other."""
-    return lambda w, m: None
+    """Memory is one here, and launches follow each other. fence.proxy.async shows the warp's stores to TMA and wgmma."""
+    return _show_to_async if i.words[1:3] == ("proxy", "async") else lambda w, m: None
+
+
+def _show_to_async(w: Warp, m: Mask) -> None:
+    for block in w.block.cluster.blocks:
+        unfenced = block.shared.unfenced
+        assert unfenced is not None
+        unfenced.data[unfenced.data == w.index + 1] = 0
 
 
 @operation("nanosleep")

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import matrix, wgmma
 from .errors import PtxError
-from .grid import WarpGroup
+from .grid import Block, WarpGroup
 from .memory import access_of
 from .parse import Constant, Instruction, Vector
 from .program import Mask, Program, Run, Signal, operation
@@ -129,6 +129,16 @@ def _immediate(operand: object) -> int:
     return operand.bits - 2**64 if operand.bits >> 63 else operand.bits
 
 
+def _check_proxy(block: Block, operands: list[tuple[int, int, int]], kind: str) -> None:
+    """Raises if a thread has written an operand without fence.proxy.async since (PTX manual, "Proxies" and "wgmma.fence")."""
+    unfenced = block.shared.unfenced
+    assert unfenced is not None
+    if unfenced.data.any():
+        for descriptor, rows, transpose in operands:
+            if wgmma.operand(unfenced.data, descriptor, rows, kind, transpose).any():
+                raise PtxError(f"{block.name}: expected fence.proxy.async between a store and the wgmma that reads it")
+
+
 def _run(
     group: WarpGroup,
     n: int,
@@ -146,6 +156,9 @@ def _run(
 
     def product() -> None:
         block = group.warps[0].block
+        _check_proxy(
+            block, [(x, rows, t) for x, rows, t in zip((a, b), (64, n), transposes, strict=True) if x is not None], kind
+        )
         left = a if a_registers is None else [gathered(slot) for slot in a_registers]
         sums = wgmma.product(n, kind, block.shared.data, left, b, [gathered(slot) for slot in d], adds, *scales, *transposes)
         for slot, value in zip(d, sums, strict=True):
