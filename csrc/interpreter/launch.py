@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,11 +53,13 @@ class Library:
         launches: (kernel, grid, cluster) of each launch.
         steps: instructions of warps that have run.
         functions: the library, for ctypes.
+        edit: applied to the text of each source file before it is parsed, for tests; after a change call `forget`.
     """
 
     def __init__(self, path: Path, capability: int = 90, multiprocessors: int = 132, shared_per_block: int = 232448) -> None:
         self.path, self.seed, self.steps = path, 0, 0
         self.launches: list[tuple[str, Sequence[int], Sequence[int]]] = []
+        self.edit: Callable[[str], str] = lambda text: text
         self._error: BaseException | None = None
         self._modules: list[Module] | None = None
         self._programs: dict[str, tuple[Program, Module]] = {}
@@ -83,7 +85,11 @@ class Library:
         if error is not None:
             raise error
 
-    def _texts(self) -> list[str]:
+    def forget(self) -> None:
+        """Parses the texts again at the next launch."""
+        self._modules, self._programs = None, {}
+
+    def texts(self) -> list[str]:
         """The PTX of each source file, from the image that its host code registers."""
         texts, index = [], 0
         while data := self.functions.interpreter_image(ctypes.c_size_t(index)):
@@ -102,7 +108,7 @@ class Library:
 
     def _program(self, name: str) -> tuple[Program, Module]:
         if self._modules is None:
-            self._modules = [Module(text) for text in self._texts()]
+            self._modules = [Module(self.edit(text)) for text in self.texts()]
         if name not in self._programs:
             module = next((m for m in self._modules if name in m.entries), None)
             if module is None:
