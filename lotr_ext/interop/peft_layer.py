@@ -35,6 +35,7 @@ from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
 from ..layers.sharded import in_parts, named_modules
+from ..layers.uninterrupted import uninterrupted
 from ..model.targets import features, needs_wrap
 from ..ops.composite import delta_weight
 from ..ops.planner import Plan
@@ -296,16 +297,19 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         if not names:
             return
         self._check_alone([*self.merged_adapters, *names], "merge")
-        self._write_merged(self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge))
-        self.merged_adapters.extend(names)
+        merged = self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        with uninterrupted():
+            self._write_merged(self.mergeable_weight(), merged)
+            self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._write_back(self.mergeable_weight(), self.weight_backup)
-        self.merged_adapters.clear()
+        with uninterrupted():
+            self._write_back(self.mergeable_weight(), self.weight_backup)
+            self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What merging adds without magnitudes, s B G^T A^T, in the layout and dtype of the base's weight: [n, k], or [k, n]

@@ -26,6 +26,7 @@ from .parametrized import parameters_of
 from .request import NOW, InRequests
 from .settings import Settings
 from .sharded import agree_over, in_place_of
+from .uninterrupted import uninterrupted
 
 DEFAULT_RANK = 8
 
@@ -313,8 +314,9 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         weight, merged = self._weight_to_write("merge"), self._merged_weight()
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
-        self._write_merged(weight, merged, keep_backup)
-        self.merged = True
+        with uninterrupted():
+            self._write_merged(weight, merged, keep_backup)
+            self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -327,8 +329,9 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
             )
         weight = self._weight_to_write("unmerge")
         restored = plus(weight, self._local_delta(), -1) if self.weight_backup is None else self.weight_backup
-        self._write_back(weight, restored)
-        self.merged = False
+        with uninterrupted():
+            self._write_back(weight, restored)
+            self.merged = False
 
     @torch.no_grad()
     def _give_start_back(self) -> None:

@@ -24,6 +24,7 @@ from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d, one_layer, ready_to_train
 from .settings import Settings
 from .sharded import whole_shape
+from .uninterrupted import uninterrupted
 
 Layer = TypeVar("Layer", bound="AdaptsModule")
 
@@ -330,8 +331,9 @@ class LoTRWrapped(AdaptsModule):
         linear = self.merged_linear(None if dequantize is True else dequantize)
         if safe and not bool(torch.isfinite(linear.weight).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
-        self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
-        self.base_layer, self.merged, self.notice = linear, True, MergeNotice()
+        with uninterrupted():
+            self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
+            self.base_layer, self.merged, self.notice = linear, True, MergeNotice()
         if self.norms is not None:
             self.norms.forget()  # else they would hold the quantised weight
 
@@ -348,9 +350,10 @@ class LoTRWrapped(AdaptsModule):
         base, device = self.quantized_base, self.base_layer.weight.device
         if home(base) != device:  # the model has been moved since
             base = base.to(device)
-        self.base_layer, self.merged = base.train(self.training), False
-        self.quantized_base = None
-        self.__dict__.pop("notice", None)
+        with uninterrupted():
+            self.base_layer, self.merged = base.train(self.training), False
+            self.quantized_base = None
+            self.__dict__.pop("notice", None)
 
     def to_base(self) -> nn.Module:
         """The wrapped module, or if merged, the plain nn.Linear that replaces it."""

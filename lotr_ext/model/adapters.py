@@ -28,6 +28,7 @@ from ..layers.mixture import Mixture, mixture_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over
+from ..layers.uninterrupted import uninterrupted
 from .adapted import adapted_layers, expect_merged, refuse_magnitudes, refuse_starts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -104,9 +105,10 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     magnitudes = _new_magnitudes(model, config, factors, held) if config.magnitude else None
     settings = (Settings.of(config).scale(config.rank), config.dropout)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
-    parked[name] = ParkedAdapter(config, factors, held, magnitudes, cores, [settings] * len(held), saved)
-    model.lotr_parked = parked
-    _register_once(model)
+    new = ParkedAdapter(config, factors, held, magnitudes, cores, [settings] * len(held), saved)
+    with uninterrupted():
+        parked[name], model.lotr_parked = new, parked
+        _register_once(model)
     return model
 
 
@@ -192,8 +194,9 @@ def delete_adapter(model: Model, name: str) -> Model:
         raise RuntimeError(
             f"delete_adapter: expected an adapter whose factors no TaskBank uses, got {name!r}; del model.lotr_tasks"
         )
-    del parked[name]
-    _register_once(model)
+    with uninterrupted():
+        del parked[name]
+        _register_once(model)
     return model
 
 
@@ -268,8 +271,8 @@ def in_use(model: Model, name: str) -> Iterator[Model]:
     and their requires_grad again. Raises as `set_adapter`."""
     before, layers = active_adapter(model), adapted_layers(model).values()
     kept = {p: (p.requires_grad, p.grad) for layer in layers for p in layer.adapter_parameters()} if name != before else {}
-    set_adapter(model, name)
     try:
+        set_adapter(model, name)
         yield model
     finally:
         set_adapter(model, before)
@@ -331,6 +334,7 @@ def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool
     return replace(config, **kept)
 
 
+@uninterrupted()
 def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     layers = adapted_layers(model)
     new = parked[name]

@@ -32,6 +32,7 @@ from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over, holds_parts, is_tensor_parallel, reshard
+from ..layers.uninterrupted import uninterrupted
 from .adapted import adapted_layers, expect_merged, lotr_parameters
 from .batching import hook_batching, unhook_batching
 from .config import LoTRConfig
@@ -110,8 +111,9 @@ def apply_lotr(
     cores = make_cores(config, [t.name for t in selection.targets], home(selection.targets[0].module))
     found = directions(model, probed, batches, loss, progress) if probed else {}
     starts = svd_starts(selection, config) if config.init == "svd" else None
-    install(model, config, selection, starts, cores)
-    write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
+    with uninterrupted():
+        install(model, config, selection, starts, cores)
+        write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
     warn_of_frozen_heads(model)
     return model
 
@@ -286,11 +288,13 @@ def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequa
     done: list[LoTRLayer] = []
     try:
         for layer in layers:
-            _merge_layer(layer, safe, keep_backup or layer.unmerges_by_backup, dequantize)
-            done.append(layer)
+            with uninterrupted():
+                _merge_layer(layer, safe, keep_backup or layer.unmerges_by_backup, dequantize)
+                done.append(layer)
     except BaseException:
-        for layer in done:
-            layer.unmerge()
+        with uninterrupted():
+            for layer in done:
+                layer.unmerge()
         raise
     notice = MergeNotice()
     for layer in done:
@@ -343,6 +347,12 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
+    return _without_adapters(model, layers)
+
+
+@uninterrupted()
+def _without_adapters(model: Model, layers: dict[str, LoTRLayer]) -> Model:
+    """`unload` once nothing more can be refused."""
     for host in {id(layer.holder): layer.holder for layer in layers.values() if isinstance(layer, LoTRHostedExperts)}.values():
         release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not isinstance(layer, LoTRHostedExperts)}

@@ -19,6 +19,7 @@ from ..layers.packed import expert_parameters
 from ..layers.parametrized import state_of
 from ..layers.placement import home
 from ..layers.sharded import agreed, holds_parts, whole
+from ..layers.uninterrupted import uninterrupted
 from . import adapters
 from .adapted import adapted_layers, expect_merged, layers_in
 from .adapter_files import LayerEntry, Manifest, empty
@@ -121,9 +122,10 @@ def _adapt_and_fill(
         raise ValueError(f"layers: expected a model with the adapted part {at!r}, got a {type(target).__name__} without")
     tensors = _fitted(part, manifest, tensors)
     selection, cores = _check_plain(part, manifest, tensors, cast)
-    _install(part, manifest, selection, cores, tensors)
-    with whole(model, adapter_slots(target), write=True):
-        _fill(part, manifest, _in_order_of(cores, manifest, tensors))
+    with uninterrupted():
+        _install(part, manifest, selection, cores, tensors)
+        with whole(model, adapter_slots(target), write=True):
+            _fill(part, manifest, _in_order_of(cores, manifest, tensors))
     return part
 
 
@@ -145,16 +147,20 @@ def _fill_stages(stages: PipelineStages, manifest: Manifest, tensors: dict[str, 
     with ExitStack() as gathered:
         for stage, one in zip(stages, inner):
             gathered.enter_context(whole(stage, adapter_slots(one), write=True))
-        for one, own in zip(inner, agreed("load_adapter", checked)):
-            _fill(one, *own)
+        checked_parts = agreed("load_adapter", checked)
+        with uninterrupted():
+            for one, own in zip(inner, checked_parts):
+                _fill(one, *own)
 
 
 def _fill_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
     tensors = _fitted(model, manifest, tensors)
     _check_adapted(model, manifest, tensors, cast)
-    _fill(model, manifest, tensors)
+    with uninterrupted():
+        _fill(model, manifest, tensors)
 
 
+@uninterrupted()
 def _load_parked(
     model: nn.Module,
     manifest: Manifest,
