@@ -57,13 +57,13 @@ def test_tiles_that_the_system_refuses_are_not_used() -> None:
     # asked for by name it is an error, as on a CPU without tiles
     run = subprocess.run([sys.executable, "-c", program], env=dict(os.environ, LOTR_CPU_ISA="amx_bf16"), capture_output=True)
     assert run.returncode != 0
-    assert b"LOTR_CPU_ISA: expected one of generic, avx2, avx512, avx512_bf16 (what this CPU runs), got amx_bf16" in run.stderr
+    assert re.search(rb"LOTR_CPU_ISA: expected one of .*avx512_bf16 \(what this CPU runs\), got amx_bf16", run.stderr)
 
 
 def test_unknown_instruction_set_is_refused() -> None:
     command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]
     run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA="mmx"), capture_output=True, text=True)
-    assert run.returncode != 0 and "LOTR_CPU_ISA: expected one of generic" in run.stderr and "got mmx" in run.stderr
+    assert run.returncode != 0 and re.search(r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got mmx", run.stderr)
 
 
 def configured(folder: Path, isas: str) -> subprocess.CompletedProcess:
