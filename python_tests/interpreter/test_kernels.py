@@ -38,7 +38,8 @@ def cases() -> list:
 @pytest.mark.parametrize("gpu, kind, kernel", cases())
 def test_kernel(kernels: OF, gpu: int, kind: str, kernel: str) -> None:
     of_gpu = kernels(gpu)
-    for shape in SHAPES[:3] if gpu == 80 else SHAPES:
+    largest = gpu == 90 and kernel not in ("rows", "small")  # which are made of many launches
+    for shape in SHAPES if largest else SHAPES[:3]:
         problem = KERNELS[kernel](shape, kind)
         first, second = (of_gpu.bits(problem.checked, seed) for seed in (1, 2))
         assert first == second, f"{kernel} {kind} {shape}: the bits depend on the order"
