@@ -10,7 +10,7 @@ import numpy as np
 from . import tensor_map
 from .barriers import complete_bytes
 from .errors import PtxError
-from .memory import GLOBAL, RANK_SHIFT, shared_of
+from .memory import GLOBAL, RANK_SHIFT, expect_waited, shared_of
 from .parse import Address, Constant, Instruction
 from .program import LANES, Lanes, Mask, Program, Run, Signal, operation
 from .warp import Warp
@@ -43,6 +43,7 @@ def _copy_16(program: Program, i: Instruction) -> Run:
     def run(w: Warp, m: Mask) -> None:
         lanes = np.arange(LANES) if m is None else np.flatnonzero(m)
         to, at = into(w)[lanes], source(w)[lanes]
+        expect_waited(w)
         count = np.full(len(lanes), bytes_) if read is None else w.registers[read][lanes].astype(np.int64)
         if (at % bytes_).any() or (count > bytes_).any():
             raise PtxError(f"{i.text}: expected addresses at multiples of {bytes_} and at most as many bytes")
@@ -123,6 +124,7 @@ def _load_box(program: Program, i: Instruction) -> Run:
     blocks = program.slot(i.operands[3], 2) if i.has("multicast::cluster") else None
 
     def run(w: Warp, m: Mask) -> Signal:
+        expect_waited(w)
         for lane in range(LANES) if m is None else np.flatnonzero(m):
             r = w.registers
             index = [int(r[slot][lane].view(np.int32)) for slot in coordinates]
@@ -152,6 +154,7 @@ def _box_copy(w: Warp, to: int, map_at: int, index: list[int], barrier: int, mas
     def copy() -> None:
         box = tensor_map.load(described, index, _read)
         for block, signalled in targets:
+            block.expect_alive(w.block)
             tensor_map.place(block.shared.data, offset, box, described)
             assert block.shared.unfenced is not None
             tensor_map.place(block.shared.unfenced.data, offset, np.zeros_like(box), described)

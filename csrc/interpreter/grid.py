@@ -31,6 +31,7 @@ class Launch:
     cluster: Three
     shared: int
     cooperative: bool
+    early: bool  # may begin before the launch ahead has ended
     addresses: dict[str, int] = field(default_factory=dict)
     statics: list[Variable] = field(default_factory=list)  # shared variables of the module
     dynamic: Variable | None = None  # the array of dynamic shared memory
@@ -76,6 +77,18 @@ class Block:
     @property
     def name(self) -> str:
         return f"{self.grid.launch.program.entry.name} block {self.index}"
+
+    def expect_alive(self, other: Block) -> None:
+        """Raises unless `other`, of the same cluster, may access this block's shared memory: between the first barrier of the
+        cluster, which shows that all its blocks run, and this block's end (CUDA guide, "Distributed Shared Memory")."""
+        if self is other:
+            return
+        if self.cluster.phase == 0:
+            raise PtxError(
+                f"{other.name}: expected a barrier of the cluster before the shared memory of {self.name} is accessed"
+            )
+        if all(warp.done for warp in self.warps):
+            raise PtxError(f"{other.name}: expected {self.name} to run while its shared memory is accessed")
 
     def _layout(self, launch: Launch) -> tuple[dict[str, int], int]:
         """Static arrays first, then the dynamic one, aligned to no more than its declaration asks for."""

@@ -138,7 +138,7 @@ class Library:
         for variable in module.globals:
             addresses[variable.name] = self.functions.interpreter_variable(variable.name.encode()) or 0
         grid, block, cluster = tuple(given.grid), tuple(given.block), tuple(given.cluster)
-        launch = Launch(program, grid, block, cluster, given.shared, bool(given.cooperative), addresses)
+        launch = Launch(program, grid, block, cluster, given.shared, bool(given.cooperative), bool(given.early), addresses)
         launch.statics = [v for v in module.shared if v.size]
         launch.dynamic = next((v for v in module.shared if not v.size), None)
         self.launches.append((name, grid, cluster))

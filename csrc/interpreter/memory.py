@@ -80,6 +80,7 @@ def shared_of(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarr
         if rank > len(blocks):
             raise PtxError(f"address: expected shared memory of {len(blocks)} blocks, got {hex(int(addresses[lanes[0]]))}")
         block = warp.block if rank == 0 else blocks[int(rank) - 1]
+        block.expect_alive(warp.block)
         found.append((block.shared, addresses[lanes] & (1 << RANK_SHIFT) - 1, lanes))
     return found
 
@@ -88,8 +89,19 @@ def _own_shared(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.nda
     return [(warp.block.shared, addresses & 0xFFFFFFFF, np.arange(len(addresses)))]
 
 
-def _global(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarray]]:
+def _parameters(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarray]]:
     return [(GLOBAL, addresses, np.arange(len(addresses)))]
+
+
+def _global(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarray]]:
+    expect_waited(warp)
+    return _parameters(warp, addresses)
+
+
+def expect_waited(warp: Warp) -> None:
+    """Raises if an early launch accesses global memory before griddepcontrol.wait: the launch ahead may still write to it."""
+    if not warp.waited:
+        raise PtxError("expected griddepcontrol.wait before an early launch accesses global memory")
 
 
 def _generic(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarray]]:
@@ -102,7 +114,9 @@ def _generic(warp: Warp, addresses: Lanes) -> list[tuple[Bytes, Lanes, np.ndarra
 
 def access_of(i: Instruction) -> Access:
     """Where the addresses of a load, store or atomic lie. shared::cta and shared are the own block's memory."""
-    if any(word in i.words for word in ("global", "param", "const")):
+    if "param" in i.words or "const" in i.words:
+        return _parameters
+    if "global" in i.words:
         return _global
     if "shared::cluster" in i.words:
         return shared_of
@@ -221,7 +235,17 @@ def _atomic(program: Program, i: Instruction) -> Run:
     return run
 
 
-@operation("fence", "membar", "prefetch", "prefetchu", "griddepcontrol", "setmaxnreg", "applypriority", "discard")
+@operation("griddepcontrol")
+def _wait_for_launch(program: Program, i: Instruction) -> Run:
+    """Launches follow each other here, so nothing is waited for; `expect_waited` checks."""
+
+    def run(w: Warp, m: Mask) -> None:
+        w.waited |= i.words[1] == "wait"
+
+    return run
+
+
+@operation("fence", "membar", "prefetch", "prefetchu", "setmaxnreg", "applypriority", "discard")
 def _nothing(program: Program, i: Instruction) -> Run:
     """Memory is one here, and launches follow each other. fence.proxy.async shows the warp's stores to TMA and wgmma."""
     return _show_to_async if i.words[1:3] == ("proxy", "async") else lambda w, m: None

@@ -73,7 +73,7 @@ def _warpgroup(program: Program, i: Instruction) -> Run:
     if action == "mma_async":
         return _product(program, i)
     if action == "fence":
-        return lambda w, m: None
+        return _fence
     if action == "commit_group":
         return lambda w, m: w.product_groups.append(w.products_issued)
     if action != "wait_group":
@@ -89,6 +89,11 @@ def _warpgroup(program: Program, i: Instruction) -> Run:
         return lambda: group.advance(until)
 
     return wait
+
+
+def _fence(w: Warp, m: Mask) -> None:
+    """Registers as they are now are those that products may read."""
+    w.fenced = list(w.registers)
 
 
 def _product(program: Program, i: Instruction) -> Run:
@@ -108,6 +113,9 @@ def _product(program: Program, i: Instruction) -> Run:
     def issue(w: Warp, m: Mask) -> Signal:
         _all_threads(m, i)
         group = w.block.groups[w.index // 4]
+        for slot in [*(a_registers or ()), *(d if scale_d(w)[0] else ())]:
+            if w.fenced[slot] is not w.registers[slot]:
+                raise PtxError(f"{i.text}: expected wgmma.fence after a register of the product was written")
         number = w.products_issued
         w.products_issued += 1
         a = w.uniform(a_slot, m, i.text) if a_registers is None else None
@@ -163,7 +171,7 @@ def _run(
         sums = wgmma.product(n, kind, block.shared.data, left, b, [gathered(slot) for slot in d], adds, *scales, *transposes)
         for slot, value in zip(d, sums, strict=True):
             for index, w in enumerate(group.warps):
-                w.registers[slot] = value[32 * index : 32 * index + 32]
+                w.registers[slot] = w.fenced[slot] = value[32 * index : 32 * index + 32]
         block.grid.events += 1
 
     return product

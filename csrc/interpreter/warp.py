@@ -40,7 +40,9 @@ class Warp:
         self.paths = [Path(0, _ALL)]
         self.copies: list[Callable[[], None]] = []  # cp.async since the last commit, that have not run
         self.copy_groups: deque[list[Callable[[], None]]] = deque()
+        self.waited = not block.grid.launch.early  # for the launch ahead
         self.products_issued = 0
+        self.fenced: list[Lanes] = list(program.values)  # the registers at the last wgmma.fence
         self.product_groups: list[int] = []  # how many products were issued at each commit
         self.cluster_phase = 0
         self.steps = 0
