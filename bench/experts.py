@@ -25,6 +25,7 @@ from .measure.names import sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start
 from .measure.shapes import DTYPES
 from .measure.timing import check_error, interleave, training
+from .pictures import draw_measured
 from .rivals.experts import HEADS, LABELS, OURS, SHAPES, frozen, rivals, row_of
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
@@ -130,20 +131,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def draw(session: Session) -> None:
-    from .pictures.experts import draw_experts
-
-    draw_experts(session.store.read(), session.folder)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "experts.jsonl")
     session.introduce()
     cases = [ExpertsCase(*shape, d, t) for t in options.threads for d in options.dtypes for shape in options.shapes]
     session.run(cases, lambda case: LABELS, lambda case: measure(case, session), show)
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

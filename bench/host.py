@@ -30,8 +30,8 @@ from .measure.host_calls import count_step, count_text
 from .measure.names import chosen, named, numbers
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Case
-from .measure.store import newest
 from .measure.timing import Timed, against, check_error, interleave, quartiles, training, with_sum
+from .pictures import draw_measured
 from .rivals import host as rh
 from .rivals.host import LAYERS, RANK, TOKENS, WIDTH
 
@@ -185,10 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda case: measure(case, rh.of_form(options.rivals, case.form), session),
         show,
     )
-    from .pictures.host import draw_host
-
-    draw_host(newest(session.store.read()), session.folder)
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from lotr_ext.ops import cuda_plans
 from .measure.names import chosen, sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES
-from .measure.store import newest
 from .measure.timing import Timed, against, check_error, interleave
+from .pictures import draw_measured
 from .rivals import operators as op
 from .rivals.library import autotuned
 
@@ -140,12 +140,6 @@ def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Ses
     table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
 
 
-def draw(session: Session) -> None:
-    from .pictures.more import draw_kernels
-
-    draw_kernels(newest(session.store.read()), session.folder)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "kernels.jsonl")
@@ -156,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         cases_of(options), lambda case: rivals_of(case, options), lambda case: measure(case, session), partial(add_row, table)
     )
     print(table)
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from .measure.forms import FORMS, more_forms, stages
 from .measure.names import named
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
-from .measure.store import newest
 from .measure.timing import Timed, interleave
+from .pictures import draw_measured
 from .rivals import registry as rv
 from .rivals.base import Rival, Tensors
 from .rivals.library import obstacle
@@ -244,13 +244,6 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     print(table)
 
 
-def draw(session: Session) -> None:
-    from .pictures import layer
-
-    pictures = layer.draw(newest(session.store.read()), session.folder)
-    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "layer.jsonl", slice=options.slice)
@@ -264,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     session.run(
         chosen, lambda case: rivals_of(case, options), lambda case: measure(case, rivals_of(case, options), session), show
     )
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

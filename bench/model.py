@@ -30,8 +30,8 @@ from .measure.counted import peak_bytes
 from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
-from .measure.store import newest
 from .measure.timing import Timed, against, check_error, interleave, with_sum
+from .pictures import draw_measured
 from .rivals import model as mr
 
 RANK = 16
@@ -232,12 +232,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def draw(session: Session) -> None:
-    from .pictures.more import draw_model
-
-    draw_model(newest(session.store.read()), session.folder)
-
-
 def methods_of(model: str, options: argparse.Namespace) -> list[str]:
     """The chosen methods, or the model's default ones, that can run here; always the frozen model."""
     usual = mr.SHAPES[model].methods or (mr.QUICK if options.quick else tuple(mr.METHODS))
@@ -268,8 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda case: measure(case, methods_of(case.model, options), session),
         show,
     )
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from .measure.forms import stages
 from .measure.names import numbers, sizes
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
-from .measure.store import newest
 from .measure.timing import check_error, interleave, training
+from .pictures import draw_measured
 from .rivals.shared import FLOOR, LABELS
 
 LAYERS = (4, 16, 64)
@@ -174,12 +174,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def draw(session: Session) -> None:
-    from .pictures.more import draw_shared
-
-    draw_shared(newest(session.store.read()), session.folder)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "shared.jsonl")
@@ -188,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         SharedCase(count, *options.shape, d, t) for t in options.threads for d in options.dtypes for count in options.layers
     ]
     session.run(cases, lambda case: LABELS, lambda case: measure(case, session), show)
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from .measure.names import sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, interleave
+from .pictures import draw_measured
 from .rivals.tasks import (
     HEADS,
     LABELS,
@@ -133,20 +134,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def draw(session: Session) -> None:
-    from .pictures.tasks import draw_training
-
-    draw_training(session.store.read(), session.folder)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "tasks.jsonl")
     session.introduce()
     cases = [TasksCase(*shape, d, t) for t in options.threads for d in options.dtypes for shape in options.shapes]
     session.run(cases, lambda case: LABELS, lambda case: measure(case, session), show)
-    session.draw(lambda: draw(session))
-    return session.finish()
+    return session.finish(draw_measured)
 
 
 if __name__ == "__main__":

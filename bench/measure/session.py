@@ -17,13 +17,14 @@ import torch
 from .isa import add_isa_option, check_isa, restart_if_asked
 from .names import chosen
 from .shapes import DTYPES
-from .store import QUICK, RESULTS, Store, build_id, case_of, runs, setting_of
+from .store import QUICK, RESULTS, Store, build_id, case_of, newest, runs, setting_of
 from .terminal import Table as Table
 from .terminal import bar
 from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
+Draw = Callable[[str, list[dict], Path], list[Path]]  # of a program's name, its cells and a folder: the pictures
 ALLOCATORS = ("keep", "system")
 # of each program by default
 ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61, "experts": 9, "tasks": 9}
@@ -207,17 +208,20 @@ class Session:
                 facts = ", ".join(f"{key} {value}" for key, value in found.items())
                 self.say(f"{name}: the GPU was throttled {when} it: {facts}")
 
-    def draw(self, pictures: Callable[[], object]) -> None:
+    def _draw(self, draw: Draw) -> None:
         """Draws the pictures; prints a line instead if matplotlib is not installed."""
         try:
-            pictures()
+            drawn = draw(self.store.path.stem, newest(self.store.read()), self.folder)
+            self.say(f"pictures: {', '.join(path.name for path in drawn)}")
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] != "matplotlib":
                 raise
             self.say("no pictures: matplotlib is not installed; python -m bench.report draws them where it is")
 
-    def finish(self) -> int:
-        """Prints where the results are. Returns 1 if something could not be measured."""
+    def finish(self, draw: Draw | None = None) -> int:
+        """Draws the pictures, and prints where the results are. Returns 1 if something could not be measured."""
+        if draw is not None:
+            self._draw(draw)
         self.say(f"results in {self.store.path}")
         if self.failures:
             self.say(f"not measured, {len(self.failures)}: " + "; ".join(self.failures))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..measure.store import by_case, newest
+from ..measure.store import by_case
 from ..rivals.experts import FLOOR, LABELS, OURS
 from .figures import save
 
@@ -18,7 +18,7 @@ def place(case: dict) -> str:
 
 def draw_experts(cells: list[dict], folder: Path) -> list[Path]:
     """Bars of the excess over the frozen experts, and of the peak above theirs, two panels per case."""
-    found = by_case(newest(cells))
+    found = by_case(cells)
     if not found:
         return []
     figure, axes = plt.subplots(len(found), 2, figsize=(11, 1.9 * len(found) + 0.6), layout="constrained", squeeze=False)

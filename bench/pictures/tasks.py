@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..measure.names import named, renamed
-from ..measure.store import by_case, newest
+from ..measure.store import by_case
 from ..rivals.tasks import LABELS, STAGES, WAYS
 from .figures import save
 
@@ -53,7 +53,7 @@ def place(case: dict) -> str:
 
 def draw_training(cells: list[dict], folder: Path) -> list[Path]:
     """Bars of the results of bench.tasks: each part of a step over the whole step of one adapter, a panel per case."""
-    found = by_case(newest(cells)) if cells else []
+    found = by_case(cells)
     if not found:
         return []
     figure, axes = plt.subplots(len(found), 1, figsize=(9, 3.2 * len(found)), layout="constrained", squeeze=False)

@@ -26,6 +26,7 @@ from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
 from ..measure.summary import Summary, summary
 from ..measure.timing import slug
+from ..pictures import MEASURED, draw_measured
 from ..projection import predictions
 from ..projection.predict import projections
 from ..serving import table as serving
@@ -248,21 +249,15 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
     from ..evidence.pictures import draw_evidence
-    from ..pictures import experts, host, layer, more, static, tasks
+    from ..pictures import more, static, tasks
     from ..serving.pictures import draw_serving
 
     written = []
     for folder in _machines(results):
-        of_layer, of_model = _read(folder / "layer.jsonl"), _read(folder / "model.jsonl")
-        written += layer.draw(of_layer, folder)
-        written += more.draw_model(of_model, folder)
-        written += more.draw_shared(_read(folder / "shared.jsonl"), folder)
-        written += more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
-        written += host.draw_host(_read(folder / "host.jsonl"), folder)
-        written += experts.draw_experts(_read(folder / "experts.jsonl"), folder)
-        written += tasks.draw_training(_read(folder / "tasks.jsonl"), folder)
+        cells = {program: _read(folder / f"{program}.jsonl") for program in MEASURED}
+        written += [path for program, own in cells.items() for path in draw_measured(program, own, folder)]
         written += static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
-        written += more.draw_summary(summary(of_layer, of_model), folder)
+        written += more.draw_summary(summary(cells["layer"], cells["model"]), folder)
         if run := serving.kept(folder):
             written += draw_serving(run, folder)
         written += [path for run in tasks_table.task_runs(folder) for path in tasks.draw_tasks(run, folder)]

@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import kernels, layer, model, shared
+from bench import layer
 from bench.measure import session, shapes, store, timing
 from bench.measure.session import Session
 from bench.pictures import layer as layer_pictures
-from bench.pictures import more
 
 SMALL = ["--shapes", "8x16x16x2", "--dtypes", "fp32", "--rivals", "lotr_ext"]
 QUICK = ["--threads", "1", "--rounds", "2", "--slice", "0.0005", "--device", "cpu", "--allocator", "system"]
@@ -106,22 +105,12 @@ def test_a_run_that_goes_on_chooses_by_the_kept_ceilings(tmp_path, monkeypatch):
     assert seen and all(ceilings == kept for ceilings in seen)
 
 
-@pytest.mark.parametrize(
-    ("program", "draw", "arguments"),
-    [
-        (layer, "draw", [*SMALL, "--slice", "0.0005"]),
-        (model, "draw_model", ["--model", "tiny-bert", "--methods", "frozen", "--dtypes", "fp32"]),
-        (shared, "draw_shared", ["--layers", "1", "--shape", "8x16x2"]),
-        (kernels, "draw_kernels", ["--shapes", "8x16x2", "--kernels", "shrink"]),
-    ],
-    ids=["layer", "model", "shared", "kernels"],
-)
-def test_pictures_at_the_end_show_what_tables_show(program, draw, arguments, tmp_path, monkeypatch):
+def test_pictures_at_the_end_show_what_tables_show(tmp_path, monkeypatch):
     drawn: list[dict] = []
-    monkeypatch.setattr(layer_pictures if program is layer else more, draw, lambda cells, folder: drawn.extend(cells) or [])
-    store.Store(tmp_path / f"{program.__name__.rsplit('.', 1)[-1]}.jsonl").prepare().append(cell("of another build"))
+    monkeypatch.setattr(layer_pictures, "draw", lambda cells, folder: drawn.extend(cells) or [])
+    store.Store(tmp_path / "layer.jsonl").prepare().append(cell("of another build"))
     common = ["--threads", "1", "--rounds", "1", "--device", "cpu", "--allocator", "system", "--results", str(tmp_path)]
-    assert program.main([*arguments, *common]) == 0
+    assert layer.main([*SMALL, "--slice", "0.0005", *common]) == 0
     assert drawn and all(c["rival"] != "of another build" for c in drawn)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bench import shared
+from bench.measure.session import time_text
 from bench.measure.store import ROOT, Store
 
 QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1"]
@@ -36,7 +37,7 @@ def test_it_counts_what_one_sum_saves(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 of 2 cases are in" in out
     for layers in (2, 6):
-        low, _, high = (f"{1e6 * s:.0f} us" for s in cells["lotr_ext", layers]["step"]["seconds"])
+        low, _, high = map(time_text, cells["lotr_ext", layers]["step"]["seconds"])
         assert f"{layers} layers 128x96x96 r4 fp32 t1" in out and f"{low}, {high}" in out
 
 
