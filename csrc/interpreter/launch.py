@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,12 +54,15 @@ class Library:
         launches: (kernel, grid, cluster) of each launch.
         steps: instructions of warps that have run.
         functions: the library, for ctypes.
+        resident: clusters that run at the same time; a cooperative launch has all.
+        dynamic_align: bytes; dynamic shared memory begins at a multiple of it if it is more than the kernel declares.
         edit: applied to the text of each source file before it is parsed, for tests; after a change call `forget`.
     """
 
     def __init__(self, path: Path, capability: int = 90, multiprocessors: int = 132, shared_per_block: int = 232448) -> None:
         self.path, self.seed, self.steps = path, 0, 0
         self.launches: list[tuple[str, Sequence[int], Sequence[int]]] = []
+        self.resident, self.dynamic_align = 2, 1
         self.edit: Callable[[str], str] = lambda text: text
         self._error: BaseException | None = None
         self._modules: list[Module] | None = None
@@ -140,10 +144,10 @@ class Library:
         grid, block, cluster = tuple(given.grid), tuple(given.block), tuple(given.cluster)
         launch = Launch(program, grid, block, cluster, given.shared, bool(given.cooperative), bool(given.early), addresses)
         launch.statics = [v for v in module.shared if v.size]
-        launch.dynamic = next((v for v in module.shared if not v.size), None)
+        launch.dynamic = next((replace(v, align=max(v.align, self.dynamic_align)) for v in module.shared if not v.size), None)
         self.launches.append((name, grid, cluster))
         with np.errstate(all="ignore"):
-            self.steps += Grid(launch, self.seed).run()
+            self.steps += Grid(launch, self.seed, self.resident).run()
 
     def _on_encode(
         self, map_at: int, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int
