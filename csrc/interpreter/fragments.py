@@ -5,8 +5,8 @@ mma.m16n8k16 with floating point type". The sections "Matrix Fragments for wgmma
 figures; CuTe's layouts for wgmma show the same distribution in each warp of the warpgroup, and warp w holds the rows
 16 w to 16 w + 15.
 
-An array of registers has the shape [threads, registers]. An array of elements has the shape [threads, elements]; its columns
-are in the manual's order a0, a1, ...: the lower half of a 16-bit pair comes first.
+A register of many threads is a uint32 array [threads]. Positions are arrays [threads, elements] in the manual's order a0, a1,
+...: the lower half of a 16-bit pair comes first.
 """
 
 from __future__ import annotations
@@ -16,21 +16,12 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from .errors import PtxError
-
 Words = npt.NDArray[np.uint32]
 Values = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 ELEMENT_BITS = {"bf16": 16, "f16": 16, "tf32": 32, "f32": 32}
 TF32_BITS = np.uint32(0xFFFFE000)  # sign, 8 bits of exponent, 10 of mantissa: the lower 13 bits are not read
-
-
-def element_bits(type_name: str) -> int:
-    """The number of bits of an element in registers and memory. Raises PtxError for a type that is not supported."""
-    if type_name not in ELEMENT_BITS:
-        raise PtxError(f"type: expected one of {', '.join(ELEMENT_BITS)}, got {type_name}")
-    return ELEMENT_BITS[type_name]
 
 
 def widen(type_name: str, bits: npt.NDArray[np.uint16] | Words) -> Values:
@@ -45,21 +36,29 @@ def widen(type_name: str, bits: npt.NDArray[np.uint16] | Words) -> Values:
 
 def narrow(type_name: str, values: Values) -> npt.NDArray[np.uint16] | Words:
     """The bits of float64 values rounded once, to the nearest even f32 or f16."""
+    if type_name == "f16":
+        return values.astype(np.float16).view(np.uint16)
+    return values.astype(np.float32).view(np.uint32)
+
+
+def read(registers: list[Words], type_name: str) -> Values:
+    """The values in registers, flat: one register after the other, in each one thread after the other, the lower half first."""
+    words = np.concatenate(registers)
+    return widen(type_name, words.view(np.uint16) if ELEMENT_BITS[type_name] == 16 else words)
+
+
+def multiply(a: Values, b: Values, c: list[Words] | None, accumulator: str, threads: int) -> list[Words]:
+    """The registers of a @ b + c for matrices a [threads / 2, k] and b [k, n] and registers c of the accumulator's type.
+
+    The sum is computed in float64, where products of bf16, f16 and tf32 are exact, and rounded once. The manual leaves the
+    order and the rounding of the accumulation unspecified ("at least single precision"), so a GPU's last bits can differ.
+    """
+    order = d_order(ELEMENT_BITS[accumulator], threads, b.shape[1])
     with np.errstate(over="ignore", invalid="ignore"):
-        if type_name == "f16":
-            return values.astype(np.float16).view(np.uint16)
-        return values.astype(np.float32).view(np.uint32)
-
-
-def elements_of(registers: list[Words], bits: int) -> npt.NDArray[np.uint16] | Words:
-    """The elements [threads, elements] in registers, low to high."""
-    words = np.stack(registers, axis=-1)
-    return words.view(np.uint16) if bits == 16 else words
-
-
-def registers_of(elements: npt.NDArray[np.uint16] | Words) -> list[Words]:
-    """The registers that hold elements [threads, elements]: the inverse of elements_of."""
-    return list(np.ascontiguousarray(np.ascontiguousarray(elements).view(np.uint32).T))
+        sums = (a @ b).ravel()[order]
+        if c is not None:
+            sums += read(c, accumulator)
+        return list(narrow(accumulator, sums).view(np.uint32).reshape(-1, threads))
 
 
 def _threads(threads: int) -> tuple[Indices, Indices]:
@@ -96,19 +95,33 @@ def d_positions(threads: int, elements: int) -> tuple[Indices, Indices]:
     return group + 8 * (i // 2 % 2), 2 * in_group + i % 2 + 8 * (i // 4)
 
 
-def assemble(values: Values, positions: tuple[Indices, Indices], shape: tuple[int, int]) -> Values:
-    """The matrix of a shape whose elements [threads, elements] lie at the positions."""
-    matrix = np.empty(shape)
-    matrix[positions] = values
-    return matrix
+def _flat(bits: int, threads: int, elements: int) -> Indices:
+    """Where read puts element i of a thread, [threads, elements]."""
+    held = 32 // bits  # elements in a register
+    i = np.arange(elements)[None, :]
+    return (i // held * threads + np.arange(threads)[:, None]) * held + i % held
 
 
-def accumulate(a: Values, b: Values, c: Values | None) -> Values:
-    """a @ b + c in float64. Products of bf16, f16 and tf32 are exact in float64.
+@cache
+def a_order(bits: int, threads: int, k: int) -> Indices:
+    """The index, in what read returns, of each element of A [threads / 2, k]."""
+    order = np.empty((threads // 2, k), np.intp)
+    order[a_positions(bits, threads, k // 2)] = _flat(bits, threads, k // 2)
+    return order
 
-    The manual leaves the order and the rounding of the accumulation unspecified ("at least single precision"), so results on a
-    GPU can differ from this one in the last bits.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = a @ b
-        return product if c is None else product + c
+
+@cache
+def b_order(bits: int, k: int) -> Indices:
+    """The index, in what read returns, of each element of B [k, 8]."""
+    order = np.empty((k, 8), np.intp)
+    order[b_positions(bits, k // 4)] = _flat(bits, 32, k // 4)
+    return order
+
+
+@cache
+def d_order(bits: int, threads: int, n: int) -> Indices:
+    """The index in D [threads / 2, n], flat, of each element in the order of read."""
+    rows, columns = d_positions(threads, n // 2)
+    order = np.empty(threads * n // 2, np.intp)
+    order[_flat(bits, threads, n // 2)] = rows * n + columns
+    return order

@@ -40,20 +40,14 @@ def mma(shape: str, type_name: str, a: list[Words], b: list[Words], c: list[Word
     if accumulator != "f32" and (accumulator, type_name) != ("f16", "f16"):
         raise PtxError(f"mma: {type_name} with {accumulator} accumulators is not supported")
     k = int(shape.rpartition("k")[2])
-    bits = fragments.element_bits(type_name)
-    d_bits = fragments.element_bits(accumulator)
+    bits = fragments.ELEMENT_BITS[type_name]
+    d_bits = fragments.ELEMENT_BITS[accumulator]
     counts = (16 * k * bits // 1024, 8 * k * bits // 1024, 16 * 8 * d_bits // 1024)
     if (len(a), len(b), len(c)) != counts:
         raise PtxError(f"mma: expected {counts} registers of A, B and C, got {(len(a), len(b), len(c))}")
-    a_elements = fragments.widen(type_name, fragments.elements_of(a, bits))
-    b_elements = fragments.widen(type_name, fragments.elements_of(b, bits))
-    c_elements = fragments.widen(accumulator, fragments.elements_of(c, d_bits))
-    a_matrix = fragments.assemble(a_elements, fragments.a_positions(bits, 32, a_elements.shape[1]), (16, k))
-    b_matrix = fragments.assemble(b_elements, fragments.b_positions(bits, b_elements.shape[1]), (k, 8))
-    d_positions = fragments.d_positions(32, 4)
-    c_matrix = fragments.assemble(c_elements, d_positions, (16, 8))
-    d_matrix = fragments.accumulate(a_matrix, b_matrix, c_matrix)
-    return fragments.registers_of(fragments.narrow(accumulator, d_matrix[d_positions]))
+    a_matrix = fragments.read(a, type_name)[fragments.a_order(bits, 32, k)]
+    b_matrix = fragments.read(b, type_name)[fragments.b_order(bits, k)]
+    return fragments.multiply(a_matrix, b_matrix, c, accumulator, 32)
 
 
 def ldmatrix(shared: Bytes, addresses: Words, count: int, transpose: bool) -> list[Words]:

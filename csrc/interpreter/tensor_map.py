@@ -210,9 +210,10 @@ def reduce_add(described: TensorMap, coordinates: Sequence[int], shared: Bytes, 
     if described.type_name not in ("u32", "s32", "u64", "f16", "bf16", "f32"):
         raise PtxError(f"tensor map: the reduction add of {described.type_name} is not supported")
     box = take(shared, offset, described)
-    for row, first, last, address in _segments(described, coordinates):
-        old = np.frombuffer(read(address, last - first), np.uint8)
-        write(address, _sum(described.type_name, old, box[row, first:last]).tobytes())
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row, first, last, address in _segments(described, coordinates):
+            old = np.frombuffer(read(address, last - first), np.uint8)
+            write(address, _sum(described.type_name, old, box[row, first:last]).tobytes())
 
 
 def _expect(condition: bool, what: str, expected: str, got: object) -> None:

@@ -8,7 +8,7 @@ wgmma.mma_async instruction"; each function names its part.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +84,13 @@ def product(
     Raises PtxError for operands that the manual does not allow, and for an operand that leaves shared memory.
     """
     _check_operands(n, type_name, a, d, (scale_a, scale_b), (transpose_a, transpose_b), accumulator)
-    a_matrix = _in_registers(a, type_name) if isinstance(a, list) else operand(shared, a, M, type_name, transpose_a)
-    b_matrix = operand(shared, b, n, type_name, transpose_b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = (a_matrix * (scale_a * scale_b) @ b_matrix.T).ravel()[_register_order(n)]
-        if scale_d:
-            result += fragments.widen(accumulator, _elements(d, accumulator))
-    return _registers(fragments.narrow(accumulator, result), accumulator)
+    if isinstance(a, list):
+        bits = fragments.ELEMENT_BITS[type_name]
+        a_matrix = fragments.read(a, type_name)[fragments.a_order(bits, THREADS, K_BYTES * 8 // bits)]
+    else:
+        a_matrix = operand(shared, a, M, type_name, transpose_a)
+    b_matrix = operand(shared, b, n, type_name, transpose_b).T
+    return fragments.multiply(a_matrix * (scale_a * scale_b), b_matrix, d if scale_d else None, accumulator, THREADS)
 
 
 def operand(shared: Bytes, descriptor: int, rows: int, type_name: str, transpose: int) -> Values:
@@ -98,7 +98,7 @@ def operand(shared: Bytes, descriptor: int, rows: int, type_name: str, transpose
 
     Raises PtxError for an undefined descriptor and an operand that leaves shared memory.
     """
-    bits = fragments.element_bits(type_name)
+    bits = fragments.ELEMENT_BITS[type_name]
     descriptor = int(descriptor)
     chunks = _chunks(descriptor, rows, bool(transpose))
     limit = shared.size // CHUNK
@@ -154,37 +154,6 @@ def _mn_major(descriptor: Descriptor, rows: int) -> npt.NDArray[np.int64]:
     width = descriptor.span // CHUNK
     along_rows = chunk % width * CHUNK + chunk // width * descriptor.leading
     return along_rows + k % 8 * descriptor.span + k // 8 * descriptor.stride
-
-
-def _in_registers(a: list[Words], type_name: str) -> Values:
-    """A [64, k] from its four registers."""
-    bits = fragments.element_bits(type_name)
-    elements = fragments.widen(type_name, fragments.elements_of(a, bits))
-    positions = fragments.a_positions(bits, THREADS, elements.shape[1])
-    return fragments.assemble(elements, positions, (M, K_BYTES * 8 // bits))
-
-
-@cache
-def _register_order(n: int) -> Indices:
-    """The index in D [64, n] of element i of each thread, as [n / 2, 128]."""
-    rows, columns = fragments.d_positions(THREADS, n // 2)
-    return np.ascontiguousarray((rows * n + columns).T)
-
-
-def _elements(d: list[Words], accumulator: str) -> npt.NDArray[np.uint16] | Words:
-    """The elements [n / 2, 128] in the registers of D."""
-    words = np.concatenate(d).reshape(len(d), THREADS)
-    if accumulator == "f32":
-        return words
-    return words.view(np.uint16).reshape(len(d), THREADS, 2).transpose(0, 2, 1).reshape(2 * len(d), THREADS)
-
-
-def _registers(elements: npt.NDArray[np.uint16] | Words, accumulator: str) -> list[Words]:
-    """The registers of D that hold elements [n / 2, 128]."""
-    if accumulator == "f32":
-        return list(elements)
-    pairs = np.ascontiguousarray(elements.reshape(-1, 2, THREADS).transpose(0, 2, 1))
-    return list(pairs.view(np.uint32).reshape(-1, THREADS))
 
 
 def _check_operands(
