@@ -37,7 +37,8 @@ def runtime_calls(text: str) -> set[str]:
 
 
 def test_operators_call_nothing_that_a_capture_forbids() -> None:
-    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    folders = ("torch", "cpu", "cuda", "simt")  # csrc/interpreter stands in for the runtime, so it defines all of these
+    files = [p for folder in folders for p in (ROOT / "csrc" / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
     found = set().union(*(runtime_calls(path.read_text()) for path in files))
     assert found == CAPTURED.keys()
 
