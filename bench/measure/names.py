@@ -18,7 +18,6 @@ NAMES = {
     "lotr-eager": "LoTR in three lines",
     "lotr_ext": "lotr_ext",
 }
-FORMER = {"LoRA (PEFT)": "lora-peft", "PEFT LoRA": "lora-peft"}  # in kept results of the examples, which have no keys
 VARIANTS = {
     "-as-lotr": ", size of LoTR",
     "-as-lora": ", size of LoRA",
@@ -94,12 +93,6 @@ def named(rival: str) -> str:
 def name_of(cell: dict) -> str:
     """The method of a result; one that has no name is called what its result calls it."""
     return named(cell["rival"]) if _parts(cell["rival"])[0] in NAMES else cell["label"]
-
-
-def renamed(text: str) -> str:
-    """What a result without keys calls a method, and what follows, by the method's name now."""
-    former = next((old for old in FORMER if text.startswith(old)), None)
-    return text if former is None else named(FORMER[former]) + text.removeprefix(former)
 
 
 def colour_of(rival: str) -> str:

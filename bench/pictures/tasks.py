@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ..measure.names import named, renamed
+from ..measure.names import named
 from ..measure.store import by_case
 from ..rivals.tasks import LABELS, STAGES, WAYS
 from .figures import save
@@ -21,7 +21,7 @@ def draw_tasks(run: dict, folder: Path) -> list[Path]:
 
 
 def _tasks(run: dict) -> Figure:
-    ways = {renamed(name): 1000 * row["seconds"] for name, row in run["ways"].items()}
+    ways = {name: 1000 * row["seconds"] for name, row in run["ways"].items()}
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     ticks: set[int] = set()
     for label, colour in COLOURS.items():

@@ -21,7 +21,6 @@ from .. import memory
 from ..evidence import digest as evidence
 from ..evidence import table as evidence_table
 from ..evidence.tasks import ALL as EVIDENCE_TASKS
-from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
 from ..measure.summary import Summary, summary
@@ -113,7 +112,7 @@ def demo_table(demo: dict) -> str:
         disk, memory = f"{row['adapter_bytes'] / 1024:,.1f} KiB", f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
         seconds = "-" if busy else f"{row['seconds_per_step']:.3f}"  # runs are sequential, so load affects each differently
         numbers = [f"{row['trained_parameters']:,}", disk, accuracy, seconds, memory]
-        lines.append(f"| {renamed(row['method'])} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {row['method']} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 

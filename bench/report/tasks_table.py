@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..measure.names import renamed
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.store import by_case
 from ..pictures.tasks import place
@@ -29,11 +28,11 @@ def tasks_table(run: dict, pictures: tables.Pictures) -> str:
     flags = " ".join(f"--{name} {value}" for name, value in shape.items() if value != usual.get(name))
     where = f"{machine['name']}, torch {machine['torch']}, PEFT {machine['peft']}, medians of {shape['rounds']} rounds"
     sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in run["bytes_a_task"].items())
-    flat = ", ".join(f"{renamed(name)} {ratio:.2f} x" for name, ratio in run["most_over_one_task"].items())
+    flat = ", ".join(f"{name} {ratio:.2f} x" for name, ratio in run["most_over_one_task"].items())
     rows = []
     for name, way in run["ways"].items():
         speed = f"{shape['rows'] * shape['tokens'] / way['seconds']:,.0f}"
-        label = f"**{name}**" if name.startswith("LoTR") else renamed(name)
+        label = f"**{name}**" if name.startswith("LoTR") else name
         rows.append([label, time_text(way["seconds"]), speed, f"{way['over_one']:.2f} x"])
     lines = [f'`make many-tasks ARGS="{flags}"`: {shape["rows"]} rows, tokens per row: {shape["tokens"]}; {where}:', ""]
     place = f"{shape['tasks']:,} tasks, width {shape['hidden']}, {shape['layers']} blocks, r = {shape['rank']}"

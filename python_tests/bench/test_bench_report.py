@@ -127,7 +127,7 @@ def test_one_name_and_one_colour_for_each_method():
 
 
 def test_programs_and_kept_results_have_the_same_names():
-    """Those with keys, those of examples, which have none, and what was kept when a method was still called otherwise."""
+    """Those with keys, those of examples, which have none, and what is kept."""
     tensors = Tensors.random(Case(2, 8, 8, 2, "fp32", 1), torch.device("cpu"))
     here = [name for name in names.NAMES if name not in ("lora-compiled", "lora-unsloth", "lora-lorafusion")]
     assert all(RIVALS[name](tensors, Case(2, 8, 8, 2, "fp32", 1)).name == names.NAMES[name] for name in here)
@@ -136,11 +136,9 @@ def test_programs_and_kept_results_have_the_same_names():
     own = [name for name in host.RIVALS if name in names.NAMES]
     assert len(own) == 4 and all(host.RIVALS[name].label.split(", ")[0] == names.NAMES[name] for name in own)
     assert EVIDENCE["lora"].label == RECIPES["lora"].name == names.NAMES["lora-peft"] and EVIDENCE["vera"].label == "VeRA PEFT"
-    assert names.renamed("LoRA (PEFT)") == "LoRA PEFT" and names.renamed("LoTR") == "LoTR"
-    assert names.renamed("PEFT LoRA, 8 tasks in the batch") == "LoRA PEFT, 8 tasks in the batch"
     pages = "".join(page.path.read_text(encoding="utf-8") for page in report.PAGES)
     shown = "".join(re.findall(r":begin made by.*?:end -->", pages, re.DOTALL))
-    former = [old for old in (*names.FORMER, "VeRA (PEFT)", "LoTR eager", "as the original") if old in shown]
+    former = [old for old in ("LoRA (PEFT)", "PEFT LoRA", "VeRA (PEFT)", "LoTR eager", "as the original") if old in shown]
     assert "LoRA PEFT" in shown and not former
 
 
