@@ -59,6 +59,8 @@ $(STAMPS)/deps: $(STAMPS)/venv requirements-dev.txt
 	@echo "setup: installing requirements-dev.txt into $(VENV) (minutes the first time)"
 	@$(PIP) install --quiet $(PIP_ARGS) -r requirements-dev.txt \
 	  || { echo "make setup: pip could not install requirements-dev.txt (see above); set PIP_ARGS for another index" >&2; exit 1; }
+	@$(PIP) install --quiet $(PIP_ARGS) --no-deps "nvidia-cutlass>=4.2" \
+	  || echo "setup: pip could not install nvidia-cutlass (headers alone): python_tests/interpreter/test_cutlass.py will be skipped" >&2
 	@touch $@
 
 # For the tests of quantised bases alone, in a folder of their own: transformers imports torchao, loudly, wherever it finds it.
