@@ -31,7 +31,8 @@ saved_tensor_hook = torch._C._autograd._top_saved_tensors_default_hooks  # (Fals
 
 _SKIP = _eval_frame._FrameAction.SKIP
 _CHECKPOINT_FILE = _checkpoint.__file__
-_AROUND_REGIONS = frozenset(("forward", "backward", "checkpoint", "unpack_hook"))  # functions of torch's on the stack
+# functions of torch on the stack; checkpoint calls _checkpoint_impl since torch 2.15
+_AROUND_REGIONS = frozenset(("forward", "backward", "checkpoint", "_checkpoint_impl", "unpack_hook"))
 
 dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
