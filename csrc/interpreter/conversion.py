@@ -1,4 +1,4 @@
-"""cvt: between integers, floats, bfloat16 and tf32 (PTX manual, "cvt")."""
+"""cvt: between integers, and between float32 and f16, bf16 and tf32 (PTX manual, "cvt")."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from .parse import WIDTHS, Instruction
 from .program import SIGNED, STORED, Lanes, Mask, Program, Run, operation, put, view_of
 from .warp import Warp
 
+_NAN = np.uint16(0x7FFF)  # of both 16-bit types
 
-def bf16_bits(values: Lanes) -> Lanes:
-    """float32 rounded to the nearest bfloat16, ties to even, as uint16. A NaN becomes 0x7FFF."""
+
+def half_bits(values: Lanes, name: str) -> Lanes:
+    """float32 rounded to the nearest f16 or bf16, ties to even, as uint16."""
+    if name == "f16":
+        return np.where(np.isnan(values), _NAN, values.astype(np.float16).view(np.uint16))
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+    return np.where(np.isnan(values), _NAN, rounded)
 
 
-def f32_of_bf16(bits: Lanes) -> Lanes:
-    """The float32 of bfloat16 bits."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+def f32_of_half(bits: Lanes, name: str) -> Lanes:
+    """The float32 of f16 or bf16 bits, which holds each of them."""
+    return (
+        bits.view(np.float16).astype(np.float32)
+        if name == "f16"
+        else (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    )
 
 
 def tf32_bits(values: Lanes) -> Lanes:
@@ -28,67 +36,50 @@ def tf32_bits(values: Lanes) -> Lanes:
     return np.where(np.isfinite(values), bits + np.uint32(0x1000) & np.uint32(0xFFFFE000), bits)
 
 
-def _floats(bits: Lanes, name: str) -> Lanes:
-    return f32_of_bf16(bits.astype(np.uint16)) if name == "bf16" else bits.view(view_of(name))
+@operation("cvt", forms=r"f32\.(bf16|f16)")
+def _widen(program: Program, i: Instruction) -> Run:
+    d, a, name = program.target(i.operands[0], 4), program.slot(i.operands[1], 2), i.words[2]
+    return lambda w, m: put(w, d, f32_of_half(w.registers[a], name).view(np.uint32), m)
 
 
-def _narrowed(values: Lanes, name: str) -> Lanes:
-    """Bits of floats rounded to nearest."""
-    if name == "bf16":
-        return bf16_bits(values.astype(np.float32))
-    return values.astype(view_of(name)).view(STORED[WIDTHS[name]])
+@operation("cvt", forms=r"rn\.(bf16|f16)\.f32")
+def _narrow(program: Program, i: Instruction) -> Run:
+    d, a, name = program.target(i.operands[0], 2), program.slot(i.operands[1], 4), i.words[2]
+    return lambda w, m: put(w, d, half_bits(w.registers[a].view(np.float32), name), m)
 
 
-@operation("cvt")
-def _convert(program: Program, i: Instruction) -> Run:
-    types = [word for word in i.words if word in WIDTHS]
-    if len(types) != 2 or any(word in i.words for word in ("sat", "ftz", "relu", "satfinite")):
-        raise PtxError(f"{i.text}: expected two types, without .sat, .ftz and .relu")
-    into, source = types
-    d = program.target(i.operands[0])
-    if into in ("bf16x2", "f16x2"):
-        return _pack(program, i, into[:-2])
-    a = program.slot(i.operands[1], WIDTHS[source])
-    stored, width = STORED[program.entry.widths[d]], WIDTHS[source]
-    if into == "tf32":
-        if not i.has("rna"):
-            raise PtxError(f"{i.text}: expected .rna")
-        return lambda w, m: put(w, d, tf32_bits(w.registers[a].view(np.float32)), m)
-    from_float, to_float = "f" in source, "f" in into
-    if to_float and from_float:
-        if WIDTHS[into] < width and not i.has("rn"):
-            raise PtxError(f"{i.text}: expected .rn")
-        return lambda w, m: put(w, d, _narrowed(_floats(w.registers[a], source), into).astype(stored), m)
-    view, result = view_of(source) if not from_float else None, view_of(into)
-    rounding = next((f for word, f in _ROUNDED.items() if word in i.words), None)
+@operation("cvt", forms=r"rn\.(bf16x2|f16x2)\.f32")
+def _pack(program: Program, i: Instruction) -> Run:
+    """The first operand is the upper half."""
+    d, name = program.target(i.operands[0], 4), i.words[2][:-2]
+    a, b = (program.slot(o, 4) for o in i.operands[1:])
 
     def run(w: Warp, m: Mask) -> None:
-        bits = w.registers[a]
-        if from_float:
-            assert rounding is not None, i.text
-            limits = np.iinfo(result)
-            value = np.clip(rounding(_floats(bits, source).astype(np.float64)), limits.min, limits.max).astype(result)
-        elif to_float:
-            value = _narrowed(bits.view(view), into)
-        else:  # a source register may be wider than its type
-            value = bits.astype(STORED[width]).view(view).astype(result)
-        signed = value.dtype.kind == "i"
-        put(w, d, value.astype(SIGNED[np.dtype(stored).itemsize] if signed else stored).view(stored), m)
+        high, low = (half_bits(w.registers[s].view(np.float32), name).astype(np.uint32) for s in (a, b))
+        put(w, d, high << np.uint32(16) | low, m)
 
     return run
 
 
-_ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+@operation("cvt", forms=r"rna\.tf32\.f32")
+def _round(program: Program, i: Instruction) -> Run:
+    d, a = program.target(i.operands[0], 4), program.slot(i.operands[1], 4)
+    return lambda w, m: put(w, d, tf32_bits(w.registers[a].view(np.float32)), m)
 
 
-def _pack(program: Program, i: Instruction, half: str) -> Run:
-    """Two float32 into one register: the first operand is the upper half."""
-    if not i.has("rn"):
-        raise PtxError(f"{i.text}: expected .rn")
-    d, a, b = program.target(i.operands[0]), program.slot(i.operands[1], 4), program.slot(i.operands[2], 4)
+@operation("cvt", forms=r"[su](8|16|32|64)\.[su](8|16|32|64)")
+def _resize(program: Program, i: Instruction) -> Run:
+    """Integers: extended as the source's type says, or cut. In a wider register they are extended as the result's type says."""
+    into, source = i.words[1:]
+    d = program.target(i.operands[0], WIDTHS[into], at_least=True)
+    a = program.slot(i.operands[1], WIDTHS[source], at_least=True)
+    held = program.entry.widths[d]
+    if d == 0:
+        raise PtxError("result: expected a register, got _")
+    extended = (SIGNED if into[0] == "s" else STORED)[held]
 
     def run(w: Warp, m: Mask) -> None:
-        high, low = (_narrowed(w.registers[s].view(np.float32), half).astype(np.uint32) for s in (a, b))
-        put(w, d, high << np.uint32(16) | low, m)
+        value = w.registers[a].astype(STORED[WIDTHS[source]]).view(view_of(source)).astype(view_of(into))
+        put(w, d, value.astype(extended).view(STORED[held]), m)
 
     return run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .barriers import NamedBarrier
+from .barriers import Mbarrier, NamedBarrier
 from .errors import PtxError
 from .memory import Bytes
 from .parse import Variable
@@ -17,8 +17,10 @@ from .warp import Warp
 
 Three = tuple[int, int, int]
 QUANTUM = 400  # instructions that a warp runs before another may
-PATIENCE = 20_000  # turns without any event after which nothing can end a wait
-SHARED_START = 1024  # where dynamic shared memory begins if it may: below it the hardware keeps its own on sm_90
+PATIENCE = 20_000  # turns without any event in which warps wait or spin; after them nothing can end the wait
+LONGEST_SPIN = 100  # instructions; a warp that runs more of them in a turn computes
+ENDLESS = 30_000_000  # instructions without any event
+SHARED_START = 1024  # where a block's shared memory begins: below it the hardware keeps its own on sm_90
 
 
 @dataclass
@@ -43,6 +45,7 @@ class WarpGroup:
     def __init__(self, warps: list[Warp]) -> None:
         self.warps = warps
         self.queue: list[Callable[[], None]] = []  # one a product, in order
+        self.issued: list[tuple[str, int | None, int, bool]] = []  # the text and the operands of each
         self.arrived: list[int] = []  # warps that have issued it
         self.done = 0
 
@@ -61,7 +64,7 @@ class Block:
         launch = grid.launch
         self.grid, self.cluster, self.index, self.rank = grid, cluster, index, rank
         self.offsets, size = self._layout(launch)
-        self.shared = Bytes(np.full(size, 0xFF, np.uint8), "shared memory")
+        self.shared = Bytes(np.full(size, 0xFF, np.uint8), "shared memory", first=SHARED_START)
         self.shared.unfenced = Bytes(np.zeros(size, np.uint8), "shared memory")
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         if threads % LANES:
@@ -70,7 +73,7 @@ class Block:
         self.warps = [Warp(self, i, launch.program) for i in range(threads // LANES)]
         self.groups = [WarpGroup(self.warps[i : i + 4]) for i in range(0, len(self.warps), 4)]
         self.barriers: dict[int, NamedBarrier] = {}
-        self.mbarriers: dict[int, list[int]] = {}  # by address: see barriers.py
+        self.mbarriers: dict[int, Mbarrier] = {}  # by address
         for warp in self.warps:
             self._special(warp)
 
@@ -78,53 +81,47 @@ class Block:
     def name(self) -> str:
         return f"{self.grid.launch.program.entry.name} block {self.index}"
 
-    def expect_alive(self, other: Block) -> None:
-        """Raises unless `other`, of the same cluster, may access this block's shared memory: between the first barrier of the
-        cluster, which shows that all its blocks run, and this block's end (CUDA guide, "Distributed Shared Memory")."""
-        if self is other:
-            return
-        if self.cluster.phase == 0:
-            raise PtxError(
-                f"{other.name}: expected a barrier of the cluster before the shared memory of {self.name} is accessed"
-            )
-        if all(warp.done for warp in self.warps):
-            raise PtxError(f"{other.name}: expected {self.name} to run while its shared memory is accessed")
+    @property
+    def done(self) -> bool:
+        return all(w.done for w in self.warps)
+
+    def threads_ended(self) -> None:
+        """Barriers do not wait for threads that have ended."""
+        for barrier in self.barriers.values():
+            barrier.complete(self)
+        self.cluster.complete()
 
     def _layout(self, launch: Launch) -> tuple[dict[str, int], int]:
         """Static arrays first, then the dynamic one, aligned to no more than its declaration asks for."""
-        at, offsets = 0, {}
+        at, offsets = SHARED_START, {}
         read = {name for name, _ in launch.program.symbols}
         for v in [*launch.program.entry.shared, *(v for v in launch.statics if v.name in read)]:
             at = -(-at // v.align) * v.align
             offsets[v.name] = at
             at += v.size
         align = max(launch.dynamic.align if launch.dynamic else 1, 16)
-        start = max(at, SHARED_START)
-        start = -(-start // align) * align
+        start = -(-at // align) * align
         if start // align % 2 == 0 and align < SHARED_START:
             start += align  # an odd multiple: no more aligned than declared
-        if launch.dynamic:
-            offsets[launch.dynamic.name] = start
+        if launch.dynamic is None:
+            return offsets, at
+        offsets[launch.dynamic.name] = start
         return offsets, start + launch.shared
 
     def _special(self, warp: Warp) -> None:
         """Fills the special registers and symbols that the program reads."""
         launch, (bx, by, _) = self.grid.launch, self.grid.launch.block
         thread = np.arange(LANES, dtype=np.uint32) + LANES * warp.index
-        cx, cy, cz = launch.cluster
         values: dict[str, np.ndarray | int] = {
             "%tid.x": thread % bx,
             "%tid.y": thread // bx % by,
             "%tid.z": thread // (bx * by),
+            "%laneid": thread % LANES,
+            "%cluster_ctarank": self.rank,
         }
-        values |= {"%laneid": thread % LANES, "%warpid": warp.index, "%cluster_ctarank": self.rank, "WARP_SZ": LANES}
-        values |= {"%cluster_nctarank": cx * cy * cz, "%smid": 0, "%clock": 0, "%dynamic_smem_size": launch.shared}
-        values |= {"%is_explicit_cluster": int(cx * cy * cz > 1), "%nwarpid": len(self.warps)}
         for n, axis in enumerate("xyz"):
             values[f"%ntid.{axis}"], values[f"%ctaid.{axis}"] = launch.block[n], self.index[n]
-            values[f"%nctaid.{axis}"], values[f"%cluster_nctaid.{axis}"] = launch.grid[n], launch.cluster[n]
-            values[f"%clusterid.{axis}"] = self.index[n] // launch.cluster[n]
-            values[f"%nclusterid.{axis}"] = launch.grid[n] // launch.cluster[n]
+            values[f"%nctaid.{axis}"] = launch.grid[n]
             values[f"%cluster_ctaid.{axis}"] = self.index[n] % launch.cluster[n]
         for name, slot in launch.program.specials.items():
             if name not in values:
@@ -142,12 +139,35 @@ class Cluster:
 
     def __init__(self, grid: Grid, index: Three) -> None:
         cx, cy, cz = grid.launch.cluster
+        self.grid = grid
         self.blocks: list[Block] = []
-        self.arrived, self.phase = 0, 0  # threads at barrier.cluster, and how often it has completed
+        self.phase = 0  # how often barrier.cluster has completed
         for rank in range(cx * cy * cz):
             x, y, z = rank % cx, rank // cx % cy, rank // (cx * cy)
             self.blocks.append(Block(grid, self, (index[0] * cx + x, index[1] * cy + y, index[2] * cz + z), rank))
-        self.threads = sum(b.threads for b in self.blocks)
+
+    def complete(self) -> None:
+        """Ends the phase of barrier.cluster if all threads that have not ended have arrived."""
+        warps = [w for b in self.blocks for w in b.warps if not w.done]
+        if warps and all((w.cluster_arrivals[w.live] > self.phase).all() for w in warps):
+            self.phase += 1
+            self.grid.events += 1
+
+    def block(self, rank: int, other: Block) -> Block:
+        """The block of a rank, whose shared memory `other` accesses.
+
+        Raises:
+            PtxError: if there is none; before the first barrier of the cluster, which shows that all its blocks run; or after
+                the block's end (CUDA guide, "Distributed Shared Memory").
+        """
+        if rank >= len(self.blocks):
+            raise PtxError(f"{other.name}: expected shared memory of {len(self.blocks)} blocks, got that of block {rank}")
+        block = self.blocks[rank]
+        if block is not other and self.phase == 0:
+            raise PtxError(f"{other.name}: expected a barrier of the cluster before shared memory of {block.name} is accessed")
+        if block is not other and block.done:
+            raise PtxError(f"{other.name}: expected {block.name} to run while its shared memory is accessed")
+        return block
 
 
 class Grid:
@@ -173,31 +193,49 @@ class Grid:
         return waiting
 
     def run(self) -> int:
-        """Until all threads have ended. Returns how many instructions of warps ran."""
+        """Until all threads have ended. Returns how many instructions of warps ran.
+
+        Raises:
+            PtxError: what the program may not do, or that nothing can end the wait of its warps.
+        """
+        with np.errstate(all="ignore"):
+            return self._run()
+
+    def _run(self) -> int:
         waiting, clusters, warps = self._clusters(), [], []
         resident = len(waiting) if self.launch.cooperative else self.resident
-        steps, idle, seen = 0, 0, 0
+        steps, idle, seen, last_event = 0, 0, 0, 0
         while waiting or warps or self.pending:
             while waiting and len(clusters) < resident:
                 clusters.append(Cluster(self, waiting.pop()))
                 warps += [w for b in clusters[-1].blocks for w in b.warps]
             if self.pending and (not warps or self.random.random() < 0.3):
                 self._land()
+            taken = 0
             if warps:
                 warp = self.random.choice(warps)
-                if warp.runnable():
-                    before = warp.steps
-                    warp.run(self.random.randrange(1, 2 * QUANTUM))
-                    steps += warp.steps - before
+                taken = self._turn(warp)
                 if warp.done:
                     self.events += 1
                     warps.remove(warp)
-                    clusters = [c for c in clusters if any(not w.done for b in c.blocks for w in b.warps)]
-            idle = 0 if self.events != seen or self.pending else idle + 1
+                    clusters = [c for c in clusters if not all(b.done for b in c.blocks)]
+            steps += taken
+            idle += 1
+            if self.events != seen or self.pending:
+                idle, last_event = 0, steps
+            elif taken > LONGEST_SPIN:
+                idle = 0
             seen = self.events
-            if idle > PATIENCE:
+            if idle > PATIENCE or steps - last_event > ENDLESS:
                 raise PtxError(self._stuck(warps))
         return steps
+
+    def _turn(self, warp: Warp) -> int:
+        """Runs a warp if it can. Returns how many instructions ran."""
+        before = warp.steps
+        if warp.runnable():
+            warp.run(self.random.randrange(1, 2 * QUANTUM))
+        return warp.steps - before
 
     def _land(self) -> None:
         self.pending.pop(self.random.randrange(len(self.pending)))()
@@ -205,4 +243,4 @@ class Grid:
 
     def _stuck(self, warps: list[Warp]) -> str:
         places = [f"  {w.block.name} warp {w.index}: {w.program.steps[max(p.pc - 1, 0)].text}" for w in warps for p in w.paths]
-        return "\n".join(["deadlock: expected the threads to end, got all of them waiting at", *places[:40]])
+        return "\n".join(["deadlock: expected the threads to end, got all of them waiting or in a loop at", *places[:40]])

@@ -140,14 +140,15 @@ class Library:
             addresses[parameter.name] = at
             kept.append(copy)
         for variable in module.globals:
-            addresses[variable.name] = self.functions.interpreter_variable(variable.name.encode()) or 0
+            address = self.functions.interpreter_variable(variable.name.encode())
+            if address:  # none: the host does not know the variable; a kernel that reads it is refused
+                addresses[variable.name] = address
         grid, block, cluster = tuple(given.grid), tuple(given.block), tuple(given.cluster)
         launch = Launch(program, grid, block, cluster, given.shared, bool(given.cooperative), bool(given.early), addresses)
         launch.statics = [v for v in module.shared if v.size]
         launch.dynamic = next((replace(v, align=max(v.align, self.dynamic_align)) for v in module.shared if not v.size), None)
         self.launches.append((name, grid, cluster))
-        with np.errstate(all="ignore"):
-            self.steps += Grid(launch, self.seed, self.resident).run()
+        self.steps += Grid(launch, self.seed, self.resident).run()
 
     def _on_encode(
         self, map_at: int, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *modes: int

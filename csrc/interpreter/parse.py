@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,10 +20,10 @@ class Register:
 
 @dataclass(frozen=True)
 class Constant:
-    """Bits of a number as PTX writes it; `text` for messages."""
+    """A number. width: 4 or 8 bytes if it is written as the bits of a float, 0 of an integer."""
 
     bits: int
-    text: str
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,28 @@ class Instruction:
 
 @dataclass
 class Scope:
-    """The names declared between two braces."""
+    """The names declared between two braces. widths: of all registers of the kernel, in bytes."""
 
     outer: Scope | None
+    widths: list[int]
     registers: dict[str, int] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)  # %r<100> as (width, 100)
     labels: dict[str, int] = field(default_factory=dict)
 
+    def declare(self, name: str, width: int) -> int:
+        self.widths.append(width)
+        self.registers[name] = len(self.widths) - 1
+        return self.registers[name]
+
     def register(self, name: str) -> int | None:
-        found = self.registers.get(name)
-        return found if found is not None or self.outer is None else self.outer.register(name)
+        """Its slot. Registers of a range get one when they first appear."""
+        if name in self.registers:
+            return self.registers[name]
+        prefix = name.rstrip("0123456789")
+        width, count = self.ranges.get(prefix, (0, 0))
+        if name != prefix and int(name[len(prefix) :]) < count:
+            return self.declare(name, width)
+        return None if self.outer is None else self.outer.register(name)
 
     def label(self, name: str) -> int:
         if name in self.labels:
@@ -118,11 +130,14 @@ class Variable:
 
 _ENTRY = re.compile(r"\.(entry|func)\s+(?:\([^)]*\)\s*)?([\w$]+)\s*\(([^)]*)\)([^{;]*)\{")
 _VARIABLE = re.compile(
-    r"\.(param|shared|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+    r"\.(param|shared|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
+    r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d*)\])?"
 )
 _RANGE = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _LABEL = re.compile(r"([\w$%]+):(?!:)")
-_NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|\d+(\.\d+)?([eE][-+]?\d+)?)U?$")
+_INTEGER = re.compile(r"(-?(?:0[xX][0-9a-fA-F]+|0|[1-9]\d*))U?")
+_FLOAT = re.compile(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})")
+_IGNORED = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:loc|file)\b[^\n]*", re.DOTALL | re.MULTILINE)
 
 
 def variable(text: str) -> Variable:
@@ -135,15 +150,20 @@ def variable(text: str) -> Variable:
     return Variable(name, int(align or width), width if count is None else width * int(count or 0))
 
 
-def constant(text: str) -> Constant:
-    """The bits of a number: two's complement of 64 bits, or those of a 0f or 0d literal."""
-    bare = text.rstrip("U")
-    sign, digits = (-1, bare[1:]) if bare.startswith("-") else (1, bare)
-    if digits[:2] in ("0f", "0F", "0d", "0D"):
-        return Constant(int(digits[2:], 16), text)
-    if re.search(r"[.eE]", digits) and not digits.lower().startswith("0x"):
-        return Constant(struct.unpack("<Q", struct.pack("<d", sign * float(digits)))[0], text)
-    return Constant((sign * int(digits, 0)) & 0xFFFFFFFFFFFFFFFF, text)
+def constant(text: str) -> Constant | None:
+    """The bits of a number, integers in two's complement of 64 bits. None if it is none.
+
+    Raises:
+        PtxError: for a form that nvcc does not write (octal, binary, a decimal fraction).
+    """
+    if integer := _INTEGER.fullmatch(text):
+        return Constant(int(integer.group(1), 0) & 0xFFFFFFFFFFFFFFFF, 0)
+    if number := _FLOAT.fullmatch(text):
+        digits = number.group(1) or number.group(2)
+        return Constant(int(digits, 16), len(digits) // 2)
+    if text[0].isdigit() or text[0] == "-":
+        raise PtxError(f"number: expected an integer, 0f and 8 or 0d and 16 hexadecimal digits, got {text}")
+    return None
 
 
 def split(text: str) -> list[str]:
@@ -159,18 +179,17 @@ def split(text: str) -> list[str]:
 
 
 class Entry:
-    """A kernel. Its body is parsed when it is first asked for."""
+    """A kernel. Its body is parsed when `instructions` is first read."""
 
     def __init__(self, name: str, parameters: list[Variable], body: str) -> None:
         self.name, self.parameters, self._body = name, parameters, body
         self.widths: list[int] = [8]  # of each register, in bytes; 0: a predicate; slot 0: results named _
         self.shared: list[Variable] = []
-        self._ranges: dict[str, int] = {}
 
     @cached_property
     def instructions(self) -> list[Instruction]:
         found: list[Instruction] = []
-        scope = Scope(None)
+        scope = Scope(None, self.widths)
         text, at = self._body, 0
         while True:
             while at < len(text) and text[at].isspace():
@@ -178,7 +197,7 @@ class Entry:
             if at >= len(text):
                 return found
             if text[at] in "{}":
-                scope = Scope(scope) if text[at] == "{" else scope.outer or scope
+                scope = Scope(scope, self.widths) if text[at] == "{" else scope.outer or scope
                 at += 1
             elif label := _LABEL.match(text, at):
                 scope.labels[label.group(1)] = len(found)
@@ -190,47 +209,24 @@ class Entry:
 
     def _statement(self, text: str, scope: Scope, found: list[Instruction]) -> None:
         if text.startswith(".reg"):
-            self._declare(text, scope)
+            _declare(text, scope)
         elif text.startswith(".shared"):
             self.shared.append(variable(text))
-        elif not text.startswith((".pragma", ".loc", ".file")) and text:
+        elif not text.startswith(".pragma") and text:
             found.append(self._instruction(text, scope))
-
-    def _declare(self, text: str, scope: Scope) -> None:
-        match = _RANGE.match(text)
-        assert match, text
-        width = WIDTHS[match.group(1)]
-        for name in split(match.group(2)):
-            if "<" in name:
-                self._ranges[name[: name.index("<")]] = width
-            else:
-                scope.registers[name] = self._new(width)
-
-    def _new(self, width: int) -> int:
-        self.widths.append(width)
-        return len(self.widths) - 1
 
     def _instruction(self, text: str, scope: Scope) -> Instruction:
         guard = None
         if text.startswith("@"):
             before, text = text[1:].split(None, 1)
             name = before.lstrip("!")
-            slot = self._slot(name, scope)
-            if slot is None:
-                raise PtxError(f"predicate: expected a register, got {name}")
+            slot = scope.register(name)
+            if slot is None or self.widths[slot]:
+                raise PtxError(f"predicate: expected a predicate register, got {name}")
             guard = Register(slot, before.startswith("!"))
         opcode, *rest = text.split(None, 1)
         operands = [self._operand(part, scope) for part in split(rest[0])] if rest else []
         return Instruction(tuple(opcode.split(".")), operands, guard, text, scope)
-
-    def _slot(self, name: str, scope: Scope) -> int | None:
-        found = scope.register(name)
-        if found is None and (match := re.fullmatch(r"(%[a-zA-Z_]+)\d+", name)) and match.group(1) in self._ranges:
-            outermost = scope
-            while outermost.outer is not None:
-                outermost = outermost.outer
-            found = outermost.registers[name] = self._new(self._ranges[match.group(1)])
-        return found
 
     def _operand(self, text: str, scope: Scope) -> Operand:
         if text.startswith("{"):
@@ -248,26 +244,38 @@ class Entry:
         if text == "_":
             return Register(0)
         name = text.lstrip("!")
-        slot = self._slot(name, scope)
+        slot = scope.register(name)
         if slot is not None:
             return Register(slot, text.startswith("!"))
-        if _NUMBER.match(text):
-            return constant(text)
+        number = constant(text)
+        if number is not None:
+            return number
         return Special(text) if text.startswith("%") or text == "WARP_SZ" else Symbol(text)
 
 
+def _declare(text: str, scope: Scope) -> None:
+    """.reg .b32 %r<100>, a;"""
+    match = _RANGE.match(text)
+    if match is None or match.group(1) not in WIDTHS:
+        raise PtxError(f"declaration: expected registers of a type that the interpreter knows, got {text}")
+    width = WIDTHS[match.group(1)]
+    for name in split(match.group(2)):
+        prefix, _, count = name.partition("<")
+        if count:
+            scope.ranges[prefix] = (width, int(count.rstrip(">")))
+        else:
+            scope.declare(name, width)
+
+
 class Module:
-    """One PTX text: its kernels and its variables.
+    """One PTX text: its kernels and its variables. Functions that are called are left out: `call` is no known instruction.
 
     Args:
         text: as nvcc writes it; a NUL ends it.
-
-    Raises:
-        PtxError: if it has functions that are called, which the interpreter does not run.
     """
 
     def __init__(self, text: str) -> None:
-        text = re.sub(r"//[^\n]*", "", text.split("\0", 1)[0])
+        text = _IGNORED.sub("", text.split("\0", 1)[0])
         target = re.search(r"\.target\s+sm_(\d+)", text)
         self.capability = int(target.group(1)) if target else 0
         self.entries: dict[str, Entry] = {}
@@ -282,7 +290,9 @@ class Module:
         outside.append(text[at:])
         declared = [part for part in "".join(outside).split(";") if _VARIABLE.search(part)]
         self.shared = [variable(part) for part in declared if ".shared" in part]
-        self.globals = [variable(part) for part in declared if ".global" in part or ".const" in part]
+        # No memory holds the value of a constant or of a variable with an initial value. They are left out, so that a kernel
+        # which reads one is refused.
+        self.globals = [variable(part) for part in declared if ".global" in part and "=" not in part]
 
 
 def _closing(text: str, at: int) -> int:

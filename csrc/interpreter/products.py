@@ -9,9 +9,8 @@ import numpy as np
 from . import matrix, wgmma
 from .errors import PtxError
 from .grid import Block, WarpGroup
-from .memory import access_of
 from .parse import Constant, Instruction, Vector
-from .program import Mask, Program, Run, Signal, operation
+from .program import WARP, Mask, Program, Run, Signal, operation
 from .warp import Warp
 
 
@@ -20,25 +19,26 @@ def _all_threads(m: Mask, i: Instruction) -> None:
         raise PtxError(f"{i.text}: expected all 32 threads of the warp together")
 
 
-@operation("ldmatrix", collective=True)
+@operation(
+    "ldmatrix", forms=r"sync\.aligned\.(m8n8\.x[124](\.trans)?|x[124](\.trans)?\.m8n8)\.shared(::cta)?\.b16", together=WARP
+)
 def _load_matrix(program: Program, i: Instruction) -> Run:
-    targets, address = program.targets(i.operands[0]), program.address(i.operands[1])
-    transpose, access = i.has("trans"), access_of(i)
+    targets, address, transpose = program.targets(i.operands[0], 4), program.address(i.operands[1]), i.has("trans")
+    if f"x{len(targets)}" not in i.words:
+        raise PtxError(f"expected as many registers as matrices, got {len(targets)}")
 
     def run(w: Warp, m: Mask) -> None:
         _all_threads(m, i)
-        addresses = address(w)
-        memory, place, _ = access(w, addresses)[0]
-        loaded = matrix.ldmatrix(memory.data, place.astype(np.uint32), len(targets), transpose)
+        loaded = matrix.ldmatrix(w.block.shared.data, address(w).astype(np.uint32), len(targets), transpose)
         for slot, value in zip(targets, loaded, strict=True):
             w.registers[slot] = value
 
     return run
 
 
-@operation("movmatrix", collective=True)
+@operation("movmatrix", forms=r"sync\.aligned\.m8n8\.trans\.b16", together=WARP)
 def _move_matrix(program: Program, i: Instruction) -> Run:
-    d, a = program.target(i.operands[0]), program.slot(i.operands[1], 4)
+    d, a = program.target(i.operands[0], 4), program.slot(i.operands[1], 4)
 
     def run(w: Warp, m: Mask) -> None:
         _all_threads(m, i)
@@ -47,15 +47,12 @@ def _move_matrix(program: Program, i: Instruction) -> Run:
     return run
 
 
-@operation("mma", collective=True)
+@operation("mma", forms=r"sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(bf16\.bf16|f16\.f16|tf32\.tf32)\.f32", together=WARP)
 def _multiply(program: Program, i: Instruction) -> Run:
     """mma.sync.aligned.shape.row.col.d.a.b.c"""
-    shape, kinds = i.words[3], i.words[-4:]
-    if i.words[4:6] != ("row", "col") or kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
-        raise PtxError(f"{i.text}: expected row.col with float32 sums")
-    targets = program.targets(i.operands[0])
+    shape, kind = i.words[3], i.words[7]
+    targets = program.targets(i.operands[0], 4)
     a, b, c = (program.slots(o, 4) for o in i.operands[1:4])
-    kind = kinds[1]
 
     def run(w: Warp, m: Mask) -> None:
         _all_threads(m, i)
@@ -67,20 +64,25 @@ def _multiply(program: Program, i: Instruction) -> Run:
     return run
 
 
-@operation("wgmma", collective=True)
-def _warpgroup(program: Program, i: Instruction) -> Run:
-    action = i.words[1]
-    if action == "mma_async":
-        return _product(program, i)
-    if action == "fence":
-        return _fence
-    if action == "commit_group":
-        return lambda w, m: w.product_groups.append(w.products_issued)
-    if action != "wait_group":
-        raise PtxError(f"{i.text}: expected mma_async, fence, commit_group or wait_group")
-    number = i.operands[0]
-    assert isinstance(number, Constant)
-    left = number.bits
+@operation("wgmma", forms=r"fence\.sync\.aligned", together=WARP)
+def _order_registers(program: Program, i: Instruction) -> Run:
+    """Registers as they are now are those that products may read."""
+
+    def run(w: Warp, m: Mask) -> None:
+        w.fenced = list(w.registers)
+
+    return run
+
+
+@operation("wgmma", forms=r"commit_group\.sync\.aligned", together=WARP)
+def _commit(program: Program, i: Instruction) -> Run:
+    return lambda w, m: w.product_groups.append(w.products_issued)
+
+
+@operation("wgmma", forms=r"wait_group\.sync\.aligned", together=WARP)
+def _wait(program: Program, i: Instruction) -> Run:
+    """For all groups but the last N."""
+    left = _immediate(i.operands[0])
 
     def wait(w: Warp, m: Mask) -> Signal:
         if len(w.product_groups) <= left:
@@ -91,17 +93,11 @@ def _warpgroup(program: Program, i: Instruction) -> Run:
     return wait
 
 
-def _fence(w: Warp, m: Mask) -> None:
-    """Registers as they are now are those that products may read."""
-    w.fenced = list(w.registers)
-
-
+@operation("wgmma", forms=r"mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.(bf16\.bf16|f16\.f16|tf32\.tf32)", together=WARP)
 def _product(program: Program, i: Instruction) -> Run:
     """D = A B + D of a warpgroup. It runs when all four warps have issued it, at the earliest; its operands are read then."""
-    n, kinds = int(i.words[4].split("n")[1].split("k")[0]), i.words[-3:]
-    if kinds[0] != "f32" or kinds[1] != kinds[2]:
-        raise PtxError(f"{i.text}: expected float32 sums")
-    d = program.targets(i.operands[0])
+    n, kind = int(i.words[4].split("n")[1].split("k")[0]), i.words[6]
+    d = program.targets(i.operands[0], 4)
     first = i.operands[1]
     a_registers = program.slots(first, 4) if isinstance(first, Vector) else None
     a_slot = program.slot(first, 8) if a_registers is None else -1
@@ -110,23 +106,26 @@ def _product(program: Program, i: Instruction) -> Run:
     scales, transposes = numbers[:2], numbers[2:]
     transpose_a, transpose_b = (0, *transposes) if len(transposes) == 1 else tuple(transposes) or (0, 0)
 
-    def issue(w: Warp, m: Mask) -> Signal:
+    def issue(w: Warp, m: Mask) -> None:
         _all_threads(m, i)
         group = w.block.groups[w.index // 4]
         for slot in [*(a_registers or ()), *(d if scale_d(w)[0] else ())]:
             if w.fenced[slot] is not w.registers[slot]:
-                raise PtxError(f"{i.text}: expected wgmma.fence after a register of the product was written")
+                raise PtxError("expected wgmma.fence after a register of the product was written")
         number = w.products_issued
         w.products_issued += 1
         a = w.uniform(a_slot, m, i.text) if a_registers is None else None
         b, adds = w.uniform(b_slot, m, i.text), bool(scale_d(w)[0])
+        same = (i.text, a, b, adds)
         if number == len(group.queue):
-            group.queue.append(_run(group, n, kinds[1], a, a_registers, b, d, adds, scales, (transpose_a, transpose_b)))
+            group.queue.append(_run(group, n, kind, a, a_registers, b, d, adds, scales, (transpose_a, transpose_b)))
+            group.issued.append(same)
             group.arrived.append(0)
+        if group.issued[number] != same:
+            raise PtxError(f"expected the same product in all warps of a warpgroup, got {same} and {group.issued[number]}")
         group.arrived[number] += 1
         if group.arrived[number] == len(group.warps) and not w.block.grid.late():
             group.advance(number + 1)
-        return None
 
     return issue
 

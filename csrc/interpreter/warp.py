@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import PtxError
+from .program import ALONE, LANES, WARP
 
 if TYPE_CHECKING:
     from .grid import Block
-    from .parse import Instruction
     from .program import Lanes, Mask, Program, Signal, Step
 
-LANES = 32
 _ALL = np.ones(LANES, np.bool_)
+_FAR = 1 << 60
 
 
 class Path:
@@ -27,7 +27,7 @@ class Path:
     def __init__(self, pc: int, mask: Lanes) -> None:
         self.pc, self.mask, self.count = pc, mask, int(np.count_nonzero(mask))
         self.ready: Callable[[], bool] | None = None  # what it waits for
-        self.blocked = False  # at a collective, for the warp's other threads
+        self.blocked = False  # at an instruction that it executes together with threads that are elsewhere
         self.spun = False  # has asked in vain since the others ran
 
 
@@ -38,21 +38,26 @@ class Warp:
         self.block, self.index, self.program = block, index, program
         self.registers: list[Lanes] = list(program.values)
         self.paths = [Path(0, _ALL)]
+        self.live, self.live_count = _ALL, LANES  # threads that have not ended
         self.copies: list[Callable[[], None]] = []  # cp.async since the last commit, that have not run
         self.copy_groups: deque[list[Callable[[], None]]] = deque()
         self.waited = not block.grid.launch.early  # for the launch ahead
+        self.waited = not block.grid.launch.early  # for the launch ahead
         self.products_issued = 0
         self.fenced: list[Lanes] = list(program.values)  # the registers at the last wgmma.fence
+        self.fenced: list[Lanes] = list(program.values)  # the registers at the last wgmma.fence
         self.product_groups: list[int] = []  # how many products were issued at each commit
-        self.cluster_phase = 0
+        self.cluster_arrivals = np.zeros(LANES, np.int64)  # of each thread at barrier.cluster
+        self.cluster_waits = np.zeros(LANES, np.int64)
         self.steps = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.block.name} warp {self.index}"
 
     @property
     def done(self) -> bool:
         return not self.paths
-
-    def first_lane(self, mask: Mask) -> int:
-        return 0 if mask is None else int(mask.argmax())
 
     def uniform(self, slot: int, mask: Mask, what: str) -> int:
         """A value that must be the same in all threads."""
@@ -61,33 +66,32 @@ class Warp:
             raise PtxError(f"{what}: expected one value in the warp, got {sorted(set(values.tolist()))}")
         return int(values[0])
 
-    def expect_members(self, members: Lanes, mask: Mask, at: Instruction) -> None:
-        """Raises if a thread of the mask of members does not take part."""
-        expected = int(members[self.first_lane(mask)])
-        here = 0xFFFFFFFF if mask is None else sum(1 << n for n in range(LANES) if mask[n])
-        if expected & ~here:
-            raise PtxError(f"{at.text}: expected the threads {expected:#x} together, got {here:#x}")
-
     def runnable(self) -> bool:
         """Whether a path waits for nothing."""
         for path in self.paths:
-            if path.ready is None:
-                return True
-            if path.ready():
+            if path.ready is not None and path.ready():
                 path.ready = None
-                return True
-        return False
+        return any(path.ready is None for path in self.paths)
+
+    def _misses(self, path: Path, step: Step) -> bool:
+        """Whether threads that execute the step together with those of the path are elsewhere."""
+        if step.together == WARP:
+            return path.count < self.live_count
+        members, here = self.uniform(step.together, path.mask, f"{self.name}, at {step.text}"), _bits(path.mask)
+        if here & ~members:
+            raise PtxError(f"{self.name}, at {step.text}: expected threads of the members {members:#x}, got {here:#x}")
+        return bool(members & _bits(self.live) & ~here)
 
     def _choose(self) -> Path | None:
-        """None if all wait. A collective runs with fewer threads only if no other can come."""
+        """Of the paths that can go on, the one furthest behind; one that has spun only after the others. None if all wait."""
+        code = self.program.steps
         able = [p for p in self.paths if p.ready is None]
-        if not able:
-            return None
-        free = [p for p in able if not p.blocked]
+        free = [p for p in able if not (p.blocked and self._misses(p, code[p.pc]))]
         if not free:
-            if len(able) < len(self.paths):
-                return None
-            return min(able, key=lambda p: p.pc)
+            if able and len(able) == len(self.paths):
+                places = "; ".join(f"{code[p.pc].text} ({_bits(p.mask):#x})" for p in able)
+                raise PtxError(f"{self.name}: expected all threads that execute an instruction together, got them at {places}")
+            return None
         if all(p.spun for p in free):
             for p in free:
                 p.spun = False
@@ -118,47 +122,44 @@ class Warp:
             path = self._choose()
 
     def _run_path(self, path: Path, steps: int) -> tuple[int, bool]:
-        """Until it diverges, waits, spins or may meet another. Returns how many instructions ran, and whether it spins."""
-        code, alone = self.program.steps, len(self.paths) == 1
-        pc, taken = path.pc, 0
+        """Until it diverges, waits, spins, may meet another or is no more the one furthest behind. Returns how many
+        instructions ran, and whether it spins."""
+        code = self.program.steps
+        limit = min((p.pc for p in self.paths if p is not path and p.ready is None), default=_FAR)
+        pc, taken, signal = path.pc, 0, None
         whole = None if path.count == LANES else path.mask
+        path.blocked = False
         while taken < steps:
             step = code[pc]
             taken += 1
-            mask = whole
+            mask, signal = whole, None
             if step.guard >= 0:
                 holds, count = self._guarded(step, whole)
-                if count == 0:
-                    pc += 1
-                    continue
                 if count < path.count:
-                    if step.kind != "run":
+                    if count and (step.kind != "run" or step.together != ALONE):
                         path.pc = pc
                         self._diverge(path, step, holds)
                         return taken, False
                     mask = holds
-            if step.kind == "branch":
-                pc, signal = step.target, None
-                if alone:
-                    continue
+            if step.guard >= 0 and count == 0:
+                pc += 1
+            elif step.kind == "branch":
+                pc = step.target
             elif step.kind == "exit":
                 self.paths.remove(path)
-                self._ended()
+                self._end(path.mask)
                 return taken, False
-            elif step.collective and not alone and not path.blocked:
+            elif step.together != ALONE and self._misses(path, step):
                 path.pc, path.blocked = pc, True
                 return taken, False
             else:
                 signal = self._execute(step, mask)
-                path.blocked = False
                 pc += 1
-                if signal is None and alone:
-                    continue
-            path.pc = pc
-            path.ready = signal if callable(signal) else None
-            return taken, signal == "yield"
+            if signal is not None or pc >= limit:
+                break
         path.pc = pc
-        return taken, False
+        path.ready = signal if callable(signal) else None
+        return taken, signal == "yield"
 
     def _guarded(self, step: Step, whole: Mask) -> tuple[Lanes, int]:
         """The threads of the path for which the instruction's predicate holds, and how many they are."""
@@ -173,20 +174,33 @@ class Warp:
         try:
             return step.run(self, mask)
         except (PtxError, IndexError, ValueError) as error:
-            raise PtxError(f"{self.block.name} warp {self.index}, at {step.text}: {error}") from error
+            raise PtxError(f"{self.name}, at {step.text}: {error}") from error
 
     def _diverge(self, path: Path, step: Step, holds: Lanes) -> None:
-        """Threads for which the predicate holds branch or end, the others go on."""
+        """Threads for which the predicate holds branch, end or stay at an instruction that its members execute together. The
+        others go on."""
+        if step.together == WARP:
+            raise PtxError(f"{self.name}, at {step.text}: expected a predicate that is the same in all threads of the warp")
         self.paths.remove(path)
         self.paths.append(Path(path.pc + 1, path.mask & ~holds))
-        if step.kind == "branch":
-            self.paths.append(Path(step.target, holds))
+        if step.kind == "exit":
+            self._end(holds)
+        else:
+            self.paths.append(Path(step.target if step.kind == "branch" else path.pc, holds))
 
-    def _ended(self) -> None:
-        """Of the last thread: its copies land."""
-        if not self.paths:
+    def _end(self, threads: Lanes) -> None:
+        """Barriers do not wait for threads that have ended. After the last thread its copies land."""
+        self.live = self.live & ~threads
+        self.live_count = int(np.count_nonzero(self.live))
+        if self.done:
             for group in [*self.copy_groups, self.copies]:
                 for copy in group:
                     copy()
             self.copy_groups.clear()
             self.copies = []
+        self.block.threads_ended()
+
+
+def _bits(mask: Lanes) -> int:
+    """Lane n as bit n."""
+    return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
