@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class _LaunchOf(ctypes.Structure):
     ]
 
 
+_NUMBERS = itertools.count()
 _Launched = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_LaunchOf))
 _U32, _U64 = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint64)
 _Encoded = ctypes.CFUNCTYPE(
@@ -77,7 +79,8 @@ class Library:
 
     def python_module(self, name: str) -> ModuleType:
         """The library as a Python module, if it is one. It is not entered into sys.modules."""
-        spec = importlib.util.spec_from_file_location(name, self.path)
+        # pybind11 keeps modules by their full name. Without a package of its own a second library would be the first one again.
+        spec = importlib.util.spec_from_file_location(f"library_{next(_NUMBERS)}.{name}", self.path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

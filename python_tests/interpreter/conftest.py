@@ -22,6 +22,7 @@ class Kernels:
     def __init__(self, capability: int) -> None:
         self.library = Library(build.module(capability), capability)
         self.module: ModuleType = self.library.python_module("lotr_simt")
+        assert self.module.__file__ == str(self.library.path)
 
     def bits(self, run: Callable[[ModuleType], list[bytes]], seed: int) -> list[bytes]:
         """What `run` returns, in one order of warps and copies. Raises what stopped a kernel."""

@@ -64,9 +64,8 @@ void fold_transposed(py::array B, py::array core, py::array A, double scaling, p
   p.Ft = output("Ft", Ft, p.F_type), p.At = output("At", At, p.F_type);
   p.L = 1, p.N = B.shape(0), p.K = A.shape(0);
   p.r_in = int32_t(core.shape(0)), p.r_out = int32_t(core.shape(1)), p.scale = float(scaling);
-  cuda::Call call{};
-  call.type = p.F_type, call.early = true;
-  cuda::run(call, p, cuda::prepare(call, p), nullptr);
+  const cuda::Call on = call(p.F_type);
+  cuda::run(on, p, cuda::prepare(on, p), nullptr);
 }
 
 // The piece of work of each ticket, in order: (ticket, band, column), column -1 for a scout, -2 for Q's sums.

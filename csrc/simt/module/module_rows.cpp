@@ -48,7 +48,7 @@ struct Problem {
 
   Problem(const py::array& u, const py::array& cores, const Indices& core, const Ends& offs,
           const Indices& tokens, int64_t rows, int multiprocessors)
-      : call{dtype_of("u", u), Float32::exact, {multiprocessors}, nullptr, true} {
+      : call{dtype_of("u", u), Float32::exact, {multiprocessors}, nullptr, settings.early} {
     if (core) index.core = core->data(), name_array("index", *core);
     if (offs) index.ends = offs->data(), name_array("offs", *offs);
     if (tokens) index.token = tokens->data(), name_array("tokens", *tokens);
