@@ -70,6 +70,7 @@ class Block:
         if threads % LANES:
             raise PtxError(f"block: expected a multiple of {LANES} threads, got {threads}")
         self.threads = threads
+        self.waited = not launch.early  # a thread has waited for the launch ahead
         self.warps = [Warp(self, i, launch.program) for i in range(threads // LANES)]
         self.groups = [WarpGroup(self.warps[i : i + 4]) for i in range(0, len(self.warps), 4)]
         self.barriers: dict[int, NamedBarrier] = {}

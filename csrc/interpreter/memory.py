@@ -98,8 +98,12 @@ def _global(warp: Warp, addresses: Lanes) -> Places:
 
 
 def expect_waited(warp: Warp) -> None:
-    """Raises if an early launch accesses global memory before griddepcontrol.wait: the launch ahead may still write to it."""
-    if not warp.waited:
+    """Raises if an early launch accesses global memory before griddepcontrol.wait: the launch ahead may still write to it.
+
+    One thread's wait makes the memory visible to the grid, and CUTLASS' warps rely on the wait of the warp that gives them
+    their tiles. A warp that nothing orders after a wait is found in an order where it runs first.
+    """
+    if not warp.block.waited:
         raise PtxError("expected griddepcontrol.wait before an early launch accesses global memory")
 
 
@@ -216,7 +220,7 @@ def _wait_for_launch(program: Program, i: Instruction) -> Run:
     """Launches follow each other here, so nothing is waited for; `expect_waited` checks."""
 
     def run(w: Warp, m: Mask) -> None:
-        w.waited |= i.has("wait")
+        w.block.waited |= i.has("wait")
 
     return run
 

@@ -41,10 +41,7 @@ class Warp:
         self.live, self.live_count = _ALL, LANES  # threads that have not ended
         self.copies: list[Callable[[], None]] = []  # cp.async since the last commit, that have not run
         self.copy_groups: deque[list[Callable[[], None]]] = deque()
-        self.waited = not block.grid.launch.early  # for the launch ahead
-        self.waited = not block.grid.launch.early  # for the launch ahead
         self.products_issued = 0
-        self.fenced: list[Lanes] = list(program.values)  # the registers at the last wgmma.fence
         self.fenced: list[Lanes] = list(program.values)  # the registers at the last wgmma.fence
         self.product_groups: list[int] = []  # how many products were issued at each commit
         self.cluster_arrivals = np.zeros(LANES, np.int64)  # of each thread at barrier.cluster
