@@ -1,4 +1,4 @@
-"""Matrix instructions of one warp: mma.sync, ldmatrix, stmatrix, movmatrix.
+"""Matrix instructions of one warp: mma.sync, ldmatrix, movmatrix.
 
 A register of a warp is a uint32 array [32], one word for each lane. Registers of f32 hold the bits of their values.
 Source of all rules: PTX ISA manual, chapter "Warp Level Matrix Multiply-Accumulate Instructions", section "Matrix
@@ -65,21 +65,6 @@ def ldmatrix(shared: Bytes, addresses: Words, count: int, transpose: bool) -> li
     if transpose:
         matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
     return list(matrices.view(np.uint32).reshape(count, 32))
-
-
-def stmatrix(shared: Bytes, addresses: Words, registers: list[Words], transpose: bool) -> None:
-    """Stores the matrices in registers, the inverse of ldmatrix: stmatrix.sync.aligned.m8n8.x<count>{.trans}.shared.b16.
-
-    shared (uint8 [bytes]) is written in place; the number of registers is the count.
-
-    Source: "Warp-level matrix store instruction: stmatrix". Raises PtxError as ldmatrix does.
-    """
-    count = len(registers)
-    rows = _rows("stmatrix", shared, addresses, count)
-    matrices = np.stack(registers).view(np.uint16).reshape(count, 8, 8)
-    if transpose:
-        matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
-    shared[rows] = matrices.view(np.uint8).reshape(8 * count, ROW_BYTES)
 
 
 def movmatrix(a: Words) -> Words:

@@ -1,8 +1,7 @@
 """Tensor maps and the copies of boxes that they describe: cuTensorMapEncodeTiled and cp.async.bulk.tensor in tile mode.
 
 Sources: CUDA driver API, "Tensor Map Object Management", for what a map may contain; PTX ISA manual, "Tensors" (tiled mode,
-swizzling modes), "Restriction on Tensor Copy instructions", "cp.async.bulk.tensor" and "cp.reduce.async.bulk.tensor" for the
-copies; CUDA C++ programming guide, "Alignment requirements for multi-dimensional bulk tensor asynchronous copy operations".
+swizzling modes) and "cp.async.bulk.tensor" for the copies; CUDA C++ programming guide, "Alignment requirements for multi-dimensional bulk tensor asynchronous copy operations".
 
 Dimension 0 is the innermost one. A box is a uint8 array [rows, bytes of a row]; dimension 1 is the fastest of the rows.
 Not supported: interleaved layouts, im2col, packed and flushing types, and the swizzles of newer GPUs (128 bytes
@@ -25,7 +24,6 @@ from .swizzle import CHUNK, swizzle
 
 Bytes = npt.NDArray[np.uint8]
 Read = Callable[[int, int], bytes]  # address, size
-Write = Callable[[int, bytes], None]  # address, data
 
 MAP_BYTES = 128  # sizeof(CUtensorMap)
 SHARED_ALIGNMENT = 128
@@ -183,39 +181,6 @@ def place(shared: Bytes, offset: int, box: Bytes, described: TensorMap) -> None:
     shared[: shared.size // CHUNK * CHUNK].reshape(-1, CHUNK)[chunks] = box.reshape(-1, CHUNK)
 
 
-def take(shared: Bytes, offset: int, described: TensorMap) -> Bytes:
-    """The box [rows, bytes of a row] at an offset in shared memory: the inverse of place, with its errors."""
-    chunks = _chunks(shared, offset, described)
-    return shared[: shared.size // CHUNK * CHUNK].reshape(-1, CHUNK)[chunks].reshape(-1, described.row_bytes)
-
-
-def store(described: TensorMap, coordinates: Sequence[int], shared: Bytes, offset: int, write: Write) -> None:
-    """Copies the box at an offset in shared memory to global memory; elements outside the tensor are not written.
-
-    Raises PtxError as place does, and for negative coordinates ("Restriction on Tensor Copy instructions").
-    """
-    _check_not_negative(coordinates)
-    box = take(shared, offset, described)
-    for row, first, last, address in _segments(described, coordinates):
-        write(address, box[row, first:last].tobytes())
-
-
-def reduce_add(described: TensorMap, coordinates: Sequence[int], shared: Bytes, offset: int, read: Read, write: Write) -> None:
-    """Adds the box at an offset in shared memory to global memory: cp.reduce.async.bulk.tensor with .add.
-
-    Integers wrap; floating-point sums are rounded to the nearest even, and subnormal numbers are kept.
-    Raises PtxError as store does, and for a type other than u32, s32, u64, f16, bf16 and f32.
-    """
-    _check_not_negative(coordinates)
-    if described.type_name not in ("u32", "s32", "u64", "f16", "bf16", "f32"):
-        raise PtxError(f"tensor map: the reduction add of {described.type_name} is not supported")
-    box = take(shared, offset, described)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for row, first, last, address in _segments(described, coordinates):
-            old = np.frombuffer(read(address, last - first), np.uint8)
-            write(address, _sum(described.type_name, old, box[row, first:last]).tobytes())
-
-
 def _expect(condition: bool, what: str, expected: str, got: object) -> None:
     if not condition:
         raise PtxError(f"tensor map: {what}: expected {expected}, got {got}")
@@ -243,11 +208,6 @@ def _check_numbers(described: TensorMap) -> None:
     if described.span:
         _expect(described.row_bytes <= described.span, "box", f"rows of up to {described.span} bytes", described.row_bytes)
     _expect(described.fill == FILL_ZERO or described.type_name in FLOATS, "fill", "0 for integers", described.fill)
-
-
-def _check_not_negative(coordinates: Sequence[int]) -> None:
-    if min(coordinates) < 0:
-        raise PtxError(f"tensor map: a store expects coordinates of 0 and above, got {tuple(coordinates)}")
 
 
 def _segments(described: TensorMap, coordinates: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -290,17 +250,3 @@ def _rounded_to_tf32(data: Bytes) -> Bytes:
     rounded = (bits + np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))) & fragments.TF32_BITS
     finite = bits & np.uint32(0x7F800000) != np.uint32(0x7F800000)
     return np.where(finite, rounded, bits).view(np.uint8)
-
-
-def _sum(type_name: str, old: Bytes, new: Bytes) -> npt.NDArray[np.generic]:
-    """old + new, elements of a type given as bytes."""
-    if type_name in ("u32", "s32", "u64"):
-        integers = np.uint64 if type_name == "u64" else np.uint32
-        return old.view(integers) + new.view(integers)
-    if type_name != "bf16":
-        floats = np.float32 if type_name == "f32" else np.float16
-        return old.view(floats) + new.view(floats)
-    values = fragments.widen("bf16", old.view(np.uint16)) + fragments.widen("bf16", new.view(np.uint16))
-    bits = fragments.narrow("f32", values)  # the sum of two bf16 is not rounded here next to a tie of bf16
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)

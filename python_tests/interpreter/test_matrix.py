@@ -191,22 +191,6 @@ def test_ldmatrix_gives_four_lanes_a_row(count: int, transpose: bool) -> None:
             assert registers[m][lane] == low | high << 16
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("transpose", [False, True])
-def test_stmatrix_writes_what_ldmatrix_reads(count: int, transpose: bool) -> None:
-    shared, addresses, matrices = scattered_rows(np.random.default_rng(count), count)
-    registers = matrix.ldmatrix(shared, addresses, count, transpose)
-    target = np.zeros_like(shared)
-    matrix.stmatrix(target, addresses, registers, transpose)
-    written = np.zeros_like(matrices)
-    for m in range(count):
-        for row in range(8):
-            start = int(addresses[8 * m + row])
-            written[m, row] = np.frombuffer(target[start : start + 16].tobytes(), "<u2")
-    np.testing.assert_array_equal(written, matrices)
-    assert np.count_nonzero(target) <= 128 * count
-
-
 def test_matrix_loads_refuse_bad_rows() -> None:
     shared = np.zeros(1024, np.uint8)
     addresses = np.arange(32, dtype=np.uint32) * 16

@@ -28,10 +28,6 @@ class Memory:
         assert size > 0 and address >= BASE and address + size <= BASE + self.data.size
         return self.data[address - BASE : address - BASE + size].tobytes()
 
-    def write(self, address: int, data: bytes) -> None:
-        assert data and address >= BASE and address + len(data) <= BASE + self.data.size
-        self.data[address - BASE : address - BASE + len(data)] = np.frombuffer(data, np.uint8)
-
 
 def describe(
     kind: int,
@@ -164,56 +160,6 @@ def test_place_refuses_what_is_not_documented() -> None:
     short = describe(BF16, [256, 64], [512], [32, 8], swizzle=3)
     with pytest.raises(PtxError, match="shorter than the swizzled span"):
         tensor_map.place(shared, 0, box[:, :64], short)
-
-
-@pytest.mark.parametrize("start", [[0, 0], [16, 5], [30, 7], [200, 2]])
-def test_store_writes_only_inside_the_tensor(start: list[int]) -> None:
-    memory, sizes, strides = Memory(4096), [50, 9], [112]
-    described = describe(BF16, sizes, strides, [32, 4], swizzle=2)
-    box = np.random.default_rng(3).integers(0, 256, (4, 64), dtype=np.uint8)
-    shared = np.zeros(1024, np.uint8)
-    tensor_map.place(shared, 512, box, described)
-    before = memory.data.copy()
-    expected = Memory(4096)
-    tensor = tensor_of(expected, BF16, sizes, strides)
-    inside = tensor[start[1] : start[1] + 4, start[0] : start[0] + 32]
-    inside[:] = box.view(np.uint16)[: inside.shape[0], : inside.shape[1]]
-    tensor_map.store(described, start, shared, 512, memory.write)
-    np.testing.assert_array_equal(memory.data, expected.data)
-    assert (memory.data != before).any() == bool(inside.size)
-    with pytest.raises(PtxError, match="coordinates of 0 and above"):
-        tensor_map.store(described, [-1, 0], shared, 512, memory.write)
-
-
-@pytest.mark.parametrize("kind", [U32, S32, U64, F32, F16])
-def test_reduce_add_adds_inside_the_tensor(kind: int) -> None:
-    element = NUMPY[kind]
-    memory, sizes, size = Memory(4096), [20, 6], np.dtype(element).itemsize
-    tensor = tensor_of(memory, kind, sizes, [192])
-    tensor[:] = np.arange(120).reshape(6, 20)
-    described = describe(kind, sizes, [192], [16, 4])
-    box = np.arange(64).reshape(4, 16).astype(element)
-    if kind == U32:
-        tensor[3, 10] = 2**32 - 1  # wraps
-    expected = tensor.copy()
-    expected[3:6, 8:20] += box[:3, :12]
-    shared = np.zeros(4096, np.uint8)
-    tensor_map.place(shared, 128, box.view(np.uint8).reshape(4, 16 * size), described)
-    tensor_map.reduce_add(described, [8, 3], shared, 128, memory.read, memory.write)
-    np.testing.assert_array_equal(tensor, expected)
-
-
-def test_reduce_add_of_bf16_rounds_to_the_nearest_even() -> None:
-    old = np.array([0x3F80, 0x3F80, 0x3F81, 0x3F80, 0x7F7F, 0x7FC0, 0xBF80, 0x3F80], np.uint16)
-    new = np.array([0x3F80, 0x3B80, 0x3B80, 0x3B81, 0x7F7F, 0x3F80, 0x3F80, 0x0001], np.uint16)  # 0x3B80 is half an ulp of 1
-    expected = np.array([0x4000, 0x3F80, 0x3F82, 0x3F81, 0x7F80, 0x7FFF, 0x0000, 0x3F80], np.uint16)
-    memory = Memory(1024)
-    memory.data[:16] = old.view(np.uint8)
-    described = describe(BF16, [8], [], [8])
-    tensor_map.reduce_add(described, [0], new.view(np.uint8), 0, memory.read, memory.write)
-    np.testing.assert_array_equal(memory.data[:16].view(np.uint16), expected)
-    with pytest.raises(PtxError, match="reduction add of u8"):
-        tensor_map.reduce_add(describe(U8, [32], [], [16]), [0], np.zeros(16, np.uint8), 0, memory.read, memory.write)
 
 
 def test_out_of_bounds_nans() -> None:
