@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Kernels
 
 from csrc.interpreter import build as interpreter
+from csrc.interpreter import copies, fragments, matrix, tensor_map, wgmma
 from csrc.interpreter.calibrate import build, forms
+from csrc.interpreter.errors import PtxError
 from csrc.interpreter.launch import Library
 from csrc.simt.build import BuildError
 
@@ -173,3 +177,62 @@ def test_every_form_of_our_kernels_is_calibrated_or_listed(kernels: Callable[[in
     ours = set().union(*(forms.forms(kernels(capability).library.texts()) for capability in interpreter.CAPABILITIES))
     programs = set().union(*(forms.forms(library(program).texts()) for program in build.PROGRAMS))
     assert ours - programs == set(forms.ONLY_OURS)
+
+
+def _without_swizzle(span: int) -> Callable[[Any], Any]:
+    return lambda right: lambda addresses, of, line=0: addresses if of == span else right(addresses, of, line)
+
+
+def _exchanged(right: Any) -> Any:
+    return lambda d, rows: right(replace(d, leading=d.stride, stride=d.leading), rows)
+
+
+def _beyond_the_end(right: Any) -> Any:
+    return lambda d, at, read: right(replace(d, sizes=tuple(-(-n // 64) * 64 for n in d.sizes)), at, read)
+
+
+BF16_TT, F16_NT = ("sm90_bf16_tt_cooperative", "bf16", "tt", (136, 136, 72)), ("sm90_f16_nt", "f16", "nt", (72, 40, 40))
+F16_N256, BF16_TN = ("sm90_f16_tn_n256", "f16", "tn", (72, 264, 40)), ("sm90_bf16_tn", "bf16", "tn", (72, 100, 72))
+WRONG_READINGS = {  # what is misread: the function, what stands in for it, a program that shows it
+    "the two offsets of an MN-major descriptor": (wgmma, "_mn_major", _exchanged, F16_NT),
+    "the stride of a K-major descriptor": (
+        wgmma,
+        "_k_major",
+        lambda right: lambda d, n: right(replace(d, stride=0), n),
+        BF16_TN,
+    ),
+    "the 32-byte swizzle, by wgmma alone": (wgmma, "swizzle", _without_swizzle(32), F16_N256),
+    "the 64-byte swizzle, by wgmma alone": (wgmma, "swizzle", _without_swizzle(64), F16_NT),
+    "the 128-byte swizzle, by wgmma alone": (wgmma, "swizzle", _without_swizzle(128), BF16_TN),
+    "the transpose bits": (wgmma, "operand", lambda right: lambda *a: right(*a[:4], 0), BF16_TT),
+    "the columns of a thread's sums": (
+        fragments,
+        "d_positions",
+        lambda right: lambda *a: (right(*a)[0], right(*a)[1] ^ 1),
+        BF16_TN,
+    ),
+    "the bytes that a bulk copy completes": (
+        copies,
+        "complete_bytes",
+        lambda right: lambda b, at, n: right(b, at, n // 2),
+        BF16_TN,
+    ),
+    "the blocks of a multicast": (copies, "_box_copy", lambda right: lambda *a: right(*a[:5], None), BF16_TT),
+    "what lies outside of a tensor": (tensor_map, "load", _beyond_the_end, BF16_TN),
+}
+
+
+def _forget() -> None:
+    for cached in [f for module in (fragments, matrix, wgmma) for f in vars(module).values() if hasattr(f, "cache_clear")]:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("reading", WRONG_READINGS)
+def test_a_wrong_reading_of_the_manual_shows(reading: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, function, wrong, gemm = WRONG_READINGS[reading]
+    _forget()
+    monkeypatch.setattr(module, function, wrong(getattr(module, function)))
+    with pytest.raises((AssertionError, PtxError)):
+        check_gemm("sm90_gemm", *gemm, 2, True)
+    monkeypatch.undo()
+    _forget()
