@@ -93,12 +93,12 @@ def too_few(seeds: int) -> str:
     return f"too few seeds for an interval: {seeds}; give --seeds {LEAST_SEEDS} or more"
 
 
-def verdict(difference: Interval, one: str, other: str, seeds: int, form: str = ".4f") -> str:
+def verdict(difference: Interval, one: str, other: str, seeds: int) -> str:
     """Which of two has the lower loss, in words. difference: one's loss less other's."""
     if lacking := too_few(seeds):
         return f"{one} against {other}: {lacking}"
     if not difference.sign:
-        return f"no difference between {one} and {other} ({difference.text(form)})"
+        return f"no difference between {one} and {other} ({difference.text()})"
     lower, higher = (one, other) if difference.sign < 0 else (other, one)
     ends = sorted(abs(end) for end in (difference.low, difference.high))
-    return f"{lower} is lower than {higher} by {abs(difference.value):{form}} ({ends[0]:{form}} to {ends[1]:{form}})"
+    return f"{lower} is lower than {higher} by {abs(difference.value):.4f} ({ends[0]:.4f} to {ends[1]:.4f})"

@@ -50,13 +50,13 @@ def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure
     return figure, list(axes.flat[:count])
 
 
-def _finish(figure: Figure, axes: list[Axes], title: str, cells: list[dict], columns: int = 5) -> Figure:
+def _finish(figure: Figure, axes: list[Axes], title: str, cells: list[dict]) -> Figure:
     """Adds a legend below with every label once, and a title with the machine."""
     handles: dict[str, object] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(f"{title}\n{cells[-1]['machine']['name']}", fontsize=10)
     return figure
 

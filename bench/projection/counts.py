@@ -95,13 +95,13 @@ class Row:
         return self.total / kernel_work(self.kernel, self.m, self.n, self.r, ELEMENT).bytes
 
 
-def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int = ELEMENT) -> float:
+def least_extra(kernel: str, m: int, n: int, r: int, blocks: int) -> float:
     """Least bytes of factors and partial sums for s x t = `blocks` blocks, s along the tokens and t along the columns.
 
     The factor of the columns is read s times and that of the tokens t times; a partial sum is 4 bytes, written and read.
     """
-    along_m = r * n * {"shrink": element, "expand_add": element, "factor_grad": 8, "shrink_grad": element + 8}[kernel]
-    along_n = r * m * {"shrink": 8, "expand_add": element, "factor_grad": element, "shrink_grad": element + 8}[kernel]
+    along_m = r * n * {"shrink": ELEMENT, "expand_add": ELEMENT, "factor_grad": 8, "shrink_grad": ELEMENT + 8}[kernel]
+    along_n = r * m * {"shrink": 8, "expand_add": ELEMENT, "factor_grad": ELEMENT, "shrink_grad": ELEMENT + 8}[kernel]
     return 2 * (along_m * along_n * blocks) ** 0.5  # s along_m + t along_n is least where the two are equal
 
 

@@ -40,12 +40,12 @@ def group_name(name: str, sizes: tuple[int, int], group_by: str) -> str:
     return f"{part}_{shape}" if part else shape
 
 
-def closest(wanted: str, names: Iterable[str], at_most: int = 3) -> str:
+def closest(wanted: str, names: Iterable[str]) -> str:
     """For messages: the endings most similar to wanted, as "; the closest are 'q_proj', 'k_proj'", or ""."""
     parts = wanted.count(".") + 1
     endings = {".".join(name.split(".")[-parts:]) for name in names}
     endings = sorted(ending for ending in endings if ending and not ending.isdigit())
-    found = difflib.get_close_matches(wanted, endings, at_most, cutoff=0.6)
+    found = difflib.get_close_matches(wanted, endings, cutoff=0.6)
     return f"; the closest {'is' if len(found) == 1 else 'are'} {', '.join(map(repr, found))}" if found else ""
 
 
