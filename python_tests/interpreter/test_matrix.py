@@ -1,4 +1,4 @@
-"""The interpreter's mma, ldmatrix, stmatrix and movmatrix against plain products, with fragments from the manual's formulas.
+"""The interpreter's mma, ldmatrix and movmatrix against plain products, with fragments from the manual's formulas.
 
 The formulas below are written out as the PTX ISA manual prints them, case by case, and not as csrc/interpreter/fragments.py
 computes them. POSITIONS holds a few positions worked out by hand, one near each boundary of each formula.
@@ -200,7 +200,7 @@ def test_matrix_loads_refuse_bad_rows() -> None:
         matrix.ldmatrix(shared, addresses, 2, False)
     addresses[9] = 1024
     with pytest.raises(PtxError, match="past the 1024 shared bytes"):
-        matrix.stmatrix(shared, addresses, [np.zeros(32, np.uint32)] * 2, False)
+        matrix.ldmatrix(shared, addresses, 2, False)
     with pytest.raises(PtxError, match="1, 2 or 4"):
         matrix.ldmatrix(shared, addresses, 3, False)
 
