@@ -90,8 +90,7 @@ class TaskOptimizer(torch.optim.Optimizer):
             )
         return self._make([parameter])
 
-    def __reduce__(self) -> tuple:
-        """A copy or pickle is of the bank too, and knows of no rows."""
+    def __reduce__(self) -> tuple:  # a copy or pickle is of the bank too, and knows of no rows
         return _restored, (self._bank, self._class, self._settings, self.state_dict())
 
     def add_param_group(self, param_group: dict) -> None:
