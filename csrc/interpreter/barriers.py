@@ -137,13 +137,22 @@ class Mbarrier:
         expected: arrivals in each phase.
         pending: arrivals that this phase still needs.
         bytes: the tx-count; below zero if bytes have come before they were expected.
+        by: the warp that initialised it.
+        shown: whether that warp has then executed fence.mbarrier_init or fence.proxy.async: bulk copies and other blocks of the
+            cluster need it.
         phase: how many phases have ended.
     """
 
     expected: int
     pending: int
+    by: int
+    shown: bool = False
     bytes: int = 0
     phase: int = 0
+
+    def expect_shown(self) -> None:
+        if not self.shown:
+            raise PtxError("mbarrier: expected fence.mbarrier_init after it was initialised")
 
     def add_bytes(self, count: int) -> None:
         self.bytes += count
@@ -172,6 +181,7 @@ def mbarrier_at(block: Block, address: int) -> Mbarrier:
 def complete_bytes(block: Block, address: int, count: int) -> None:
     """A bulk copy has brought `count` bytes."""
     barrier = mbarrier_at(block, address)
+    barrier.expect_shown()
     barrier.add_bytes(-count)
     barrier.complete(block)
 
@@ -195,7 +205,7 @@ def _init(program: Program, i: Instruction) -> Run:
             count = int(w.registers[number][lane])
             if at % 8 or at + 8 > block.shared.end or not 1 <= count <= _MOST:
                 raise PtxError(f"expected a multiple of 8 in shared memory and 1 to {_MOST} arrivals, got {at:#x} and {count}")
-            block.mbarriers[at] = Mbarrier(count, count)
+            block.mbarriers[at] = Mbarrier(count, count, w.index)
 
     return run
 
@@ -212,6 +222,8 @@ def _arrive(program: Program, i: Instruction) -> Run:
         for lane, block, at in _places(w, m, i, address(w)):
             count = int(w.registers[number][lane]) if number is not None else 1
             barrier = mbarrier_at(block, at)
+            if block is not w.block:
+                barrier.expect_shown()
             if expects:
                 barrier.add_bytes(count)
             barrier.arrive(block, 1 if expects else count)

@@ -232,10 +232,18 @@ def _wait_for_launch(program: Program, i: Instruction) -> Run:
 @operation("prefetch", forms="tensormap")
 def _fence(program: Program, i: Instruction) -> Run:
     """A store is visible to all at once, but for the async proxy: TMA and wgmma."""
+    if i.words[1] == "mbarrier_init":
+        return _show_mbarriers
     return _show_to_async if i.words[1:3] == ("proxy", "async") and not i.has("global") else lambda w, m: None
 
 
+def _show_mbarriers(w: Warp, m: Mask) -> None:
+    for barrier in w.block.mbarriers.values():
+        barrier.shown |= barrier.by == w.index
+
+
 def _show_to_async(w: Warp, m: Mask) -> None:
+    _show_mbarriers(w, m)
     for block in w.block.cluster.blocks:
         unfenced = block.shared.unfenced
         assert unfenced is not None

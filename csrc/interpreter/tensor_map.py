@@ -1,7 +1,8 @@
 """Tensor maps and the copies of boxes that they describe: cuTensorMapEncodeTiled and cp.async.bulk.tensor in tile mode.
 
 Sources: CUDA driver API, "Tensor Map Object Management", for what a map may contain; PTX ISA manual, "Tensors" (tiled mode,
-swizzling modes) and "cp.async.bulk.tensor" for the copies; CUDA C++ programming guide, "Alignment requirements for multi-dimensional bulk tensor asynchronous copy operations".
+swizzling modes) and "cp.async.bulk.tensor" for the copies; CUDA C++ programming guide, "Alignment requirements for
+multi-dimensional bulk tensor asynchronous copy operations".
 
 Dimension 0 is the innermost one. A box is a uint8 array [rows, bytes of a row]; dimension 1 is the fastest of the rows.
 Not supported: interleaved layouts, im2col, packed and flushing types, and the swizzles of newer GPUs (128 bytes

@@ -68,8 +68,8 @@ def test_bulk_copy_counts_its_bytes(first: str, seed: int) -> None:
     values, out = np.arange(16 * 8, dtype=np.float32).reshape(16, 8), np.zeros(32, np.float32)
     expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 128;"
     copy = f"{COPY} [memory], [%d0, {{4, 2}}], [bar];"
-    body = ".shared .b64 bar; mov.u32 %r0, %tid.x; setp.eq.u32 %p0, %r0, 0; mbarrier.init.shared::cta.b64 [bar], 1;"
-    body = body.replace("mbarrier", "@%p0 mbarrier") + "".join(
+    body = ".shared .b64 bar; mov.u32 %r0, %tid.x; setp.eq.u32 %p0, %r0, 0; @%p0 mbarrier.init.shared::cta.b64 [bar], 1;"
+    body += "fence.mbarrier_init.release.cluster;" + "".join(
         f"@%p0 {text}" for text in ((expect, copy) if first == "expect" else (copy, expect))
     )
     body += f"{WAIT} mul.wide.u32 %d50, %r0, 4; add.s64 %d51, %d1, %d50; shl.b32 %r1, %r0, 2; mov.u32 %r2, memory;"

@@ -73,6 +73,7 @@ MUTATIONS = {
     "wgmma without its fence": (launch(FUSED), r"wgmma\.fence\.sync\.aligned;", ""),
     "no barrier of the cluster": (launch(FUSED), r"barrier\.cluster\.\w+(\.relaxed)?\.aligned;", ""),
     "no wait for the launch ahead": (one("shrink", wgmma=False), r"griddepcontrol\.wait;", ""),
+    "mbarriers without their fence": (launch(FUSED), r"fence\.mbarrier_init\.release\.cluster;", ""),
     "B as K-major": (launch(FUSED), r"(wgmma\.mma_async[^;]*), 0, 1;", r"\1, 0, 0;"),
     "another descriptor": (launch(FUSED), r"46116862933\d+", "0"),
     "fewer bytes expected": (launch(FUSED), r"(arrive\.expect_tx[^;]*), %r\d+;", r"\1, 128;"),

@@ -264,8 +264,8 @@ def test_blocks_of_a_cluster_exchange(seed: int) -> None:
 @orders
 def test_arrival_at_an_mbarrier_of_another_block(seed: int) -> None:
     """Both blocks arrive at the mbarrier of block 0, whose threads wait for 128 arrivals."""
-    body = INIT + f"@%p0 mbarrier.init.shared::cta.b64 [memory], 128; {BETWEEN} mov.u32 %r10, 0;"
-    body += "mapa.shared::cluster.u32 %r4, %r2, %r10;"
+    body = INIT + "@%p0 mbarrier.init.shared::cta.b64 [memory], 128; fence.mbarrier_init.release.cluster;"
+    body += f"{BETWEEN} mov.u32 %r10, 0; mapa.shared::cluster.u32 %r4, %r2, %r10;"
     body += "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r4]; mov.u32 %r11, %cluster_ctarank;"
     body += "setp.eq.u32 %p3, %r11, 1;"
     body += f"@%p3 bra end; {wait('0', 'w')} mov.u32 %r1, 5; end: {BETWEEN}"
