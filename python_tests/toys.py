@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -220,6 +221,15 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
         was = before["tensors"][name]
         assert tensor.dtype == was.dtype, name
         assert torch.equal(*(t.nan_to_num(1e30) if t.dtype.itemsize > 1 else t.view(torch.uint8) for t in (tensor, was))), name
+
+
+@contextlib.contextmanager
+def refused(model: nn.Module, error: type[Exception], *, match: str) -> Iterator[None]:
+    """The block raises this error, and changes nothing of the model."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        yield
+    assert_unchanged(model, before)
 
 
 def tensors_file(directory: Path) -> Path:

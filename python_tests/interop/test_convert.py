@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import bert
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from toys import IDS, Largest, adapted, assert_unchanged, no_warnings, randomize, snapshot, toy
+from toys import IDS, Largest, adapted, no_warnings, randomize, refused, toy
 
 from lotr_ext import load_adapter, save_adapter
 from lotr_ext.convert import main
@@ -323,10 +323,8 @@ def test_a_converted_adapter_on_the_wrong_model_changes_nothing(tmp_path):
     adapted_already = adapted(rank=3)
     randomize(adapted_already)
     for model in (toy(d=24), toy(layers=1), ConvToy(), adapted_already):
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="expected"):
+        with refused(model, ValueError, match="expected"):
             load_adapter(model, tmp_path / "lotr")
-        assert_unchanged(model, before)
 
 
 # ---- what speaks against a conversion --------------------------------------------------------------------------------

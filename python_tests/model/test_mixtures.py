@@ -12,7 +12,7 @@ import torch
 import transformers
 from mixtures import IDS, MIXTURES, adapted, logits, loss, mixture, randomize, written_out
 from torch import nn
-from toys import assert_unchanged, snapshot
+from toys import refused
 
 from lotr_ext import (
     LoTRConfig,
@@ -202,10 +202,8 @@ def test_saved_and_loaded(tmp_path, name):
     with pytest.raises(ValueError, match=r"lotr\.gate_up_proj: expected \(experts, in_features, out_features\) \(4, 32, 48\)"):
         load_adapter(mixture(name, num_local_experts=5), tmp_path)
     other = adapted(name, model=mixture(name, num_local_experts=5), **settings)
-    before = snapshot(other)
-    with pytest.raises(ValueError, match=r"lotr\.gate_up_proj: expected 5 experts as in the model, got 4 in the adapter"):
+    with refused(other, ValueError, match=r"lotr\.gate_up_proj: expected 5 experts as in the model, got 4 in the adapter"):
         load_adapter(other, tmp_path)
-    assert_unchanged(other, before)
     with pytest.raises(ValueError, match="layers: expected the adapter's 5 layers"):
         load_adapter(nn.Sequential(nn.Linear(3, 3)), tmp_path)
 
@@ -368,10 +366,8 @@ REFUSED = {
 @pytest.mark.parametrize("make, settings, error, message", REFUSED.values(), ids=REFUSED)
 def test_refused_by_name_before_anything_changes(make, settings, error, message):
     model = make()
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
+    with refused(model, error, match=message):
         apply_lotr(model, LoTRConfig(**{"rank": 2, "target_parameters": BOTH, **settings}))
-    assert_unchanged(model, before)
 
 
 def test_counts_at_the_shape_of_qwen3_30b():

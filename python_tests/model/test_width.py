@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import IDS, PlainLoTR, Toy, adapted, assert_unchanged, loss, plain, snapshot, toy
+from toys import IDS, PlainLoTR, Toy, adapted, loss, plain, refused, toy
 
 from lotr_ext import (
     LoTRConfig,
@@ -125,10 +125,10 @@ def test_sizes_at_llama_3_8b() -> None:
 def test_an_adapter_is_not_loaded_onto_other_groups(tmp_path: Path) -> None:
     save_adapter(llama(), tmp_path)
     by_shape = llama("shape")
-    before = snapshot(by_shape)
-    with pytest.raises(ValueError, match=r"0\.q: expected factors 'lotr_factors\.24x24' as in the model, got \('lotr_factors"):
+    with refused(
+        by_shape, ValueError, match=r"0\.q: expected factors 'lotr_factors\.24x24' as in the model, got \('lotr_factors"
+    ):
         load_adapter(by_shape, tmp_path)
-    assert_unchanged(by_shape, before)
 
 
 def test_rank_in_and_rank_out() -> None:
