@@ -1,7 +1,7 @@
 """The forms of the hardware's own instructions in PTX texts, so that those of the project's kernels can be looked up in the
 programs of this folder.
 
-    PYTHONPATH=. python csrc/interpreter/calibrate/forms.py    a table: form, programs that have it
+    python -m csrc.interpreter.calibrate.forms    a table: form, programs that have it
 """
 
 from __future__ import annotations
