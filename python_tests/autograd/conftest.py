@@ -1,6 +1,8 @@
-"""A small model and its input."""
+"""A small model and its input, and a compiler without earlier graphs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +18,11 @@ def net() -> Net:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(5, 7, 24)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # else a graph of an earlier run's code is taken
+        yield
+    torch.compiler.reset()

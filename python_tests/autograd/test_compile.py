@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,12 +16,7 @@ from nets import relative
 LENGTHS = (7, 16, 33, 64, 5, 130, 12, 40, 100, 9)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # else a graph of an earlier run's code is taken
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def data(tokens: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,13 +23,7 @@ from lotr_ext.autograd import traced
 from lotr_ext.ops import planner
 from nets import relative
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # else a graph of an earlier run's code is taken
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Graphs:
