@@ -6,9 +6,9 @@ executor's, so that the same problems (csrc/simt/checks) run on both.
 
 from __future__ import annotations
 
-import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from csrc.simt import build as simt
@@ -26,18 +26,9 @@ def nvcc() -> Path | None:
     return tool("nvcc")
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise simt.BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-
-
-def _up_to_date(output: Path, command: list[str]) -> bool:
-    note, depends = output.with_suffix(".cmd"), output.with_suffix(".d")
-    if not output.exists() or not note.exists() or note.read_text() != "\n".join(command) or not depends.exists():
-        return False
-    read = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    return all(Path(name).exists() and Path(name).stat().st_mtime <= output.stat().st_mtime for name in read)
+def locked() -> AbstractContextManager[None]:
+    """One process at a time builds in BUILD."""
+    return simt.locked("interpreter")
 
 
 def compile_object(source: Path, capability: int, options: tuple[str, ...] = ()) -> Path:
@@ -66,10 +57,7 @@ def compile_object(source: Path, capability: int, options: tuple[str, ...] = ())
         "--no-compress",
     ]
     command += [f"-I{simt.CSRC}", *options, "-MD", "-MF", str(output.with_suffix(".d")), "-c", str(source), "-o", str(output)]
-    if not _up_to_date(output, command):
-        output.with_suffix(".cmd").unlink(missing_ok=True)
-        _run(command)
-        output.with_suffix(".cmd").write_text("\n".join(command))
+    simt.make(output, command)
     return output
 
 
@@ -81,18 +69,15 @@ def _host(source: Path, includes: list[Path]) -> Path:
     for folder in [simt.cuda_include(), *includes]:
         command += ["-isystem", str(folder)]
     command += ["-MMD", "-c", str(source), "-o", str(output)]
-    if not _up_to_date(output, command):
-        output.with_suffix(".cmd").unlink(missing_ok=True)
-        _run(command)
-        output.with_suffix(".cmd").write_text("\n".join(command))
+    simt.make(output, command)
     return output
 
 
 def link(objects: list[Path], output: Path) -> Path:
     """A library of objects and the stand-in runtime."""
     parts = [*objects, _host(HERE / "runtime.cpp", [])]
-    if not output.exists() or any(part.stat().st_mtime > output.stat().st_mtime for part in parts):
-        _run([simt.compiler(), "-shared", *map(str, parts), "-o", str(output)])
+    output.with_suffix(".d").write_text("out: " + " ".join(map(str, parts)))
+    simt.make(output, [simt.compiler(), "-shared", *map(str, parts), "-o", str(output)])
     return output
 
 
@@ -104,7 +89,7 @@ def module(capability: int) -> Path:
     def compiled(source: Path) -> Path:  # files named sm90 exist for 90 alone, as in CMakeLists.txt
         return compile_object(source, 90 if "sm90" in source.stem else capability, ("-DLOTR_SM90A",))
 
-    with simt._locked("interpreter"), ThreadPoolExecutor(_JOBS) as pool:
+    with locked(), ThreadPoolExecutor(_JOBS) as pool:
         objects = list(pool.map(compiled, sorted((simt.CSRC / "cuda").glob("*.cu"))))
         includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
         host = [*sorted((simt.EXECUTOR / "module").glob("*.cpp")), *sorted(simt.EXECUTOR.glob("*.cpp"))]

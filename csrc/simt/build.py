@@ -95,7 +95,8 @@ def _stale(output: Path, command: list[str]) -> bool:
     return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
 
 
-def _make(output: Path, command: list[str]) -> bool:
+def make(output: Path, command: list[str]) -> bool:
+    """Runs the command, which writes `output`, if it or a file that it read has changed. Whether it ran."""
     if not _stale(output, command):
         return False
     output.with_suffix(".cmd").unlink(missing_ok=True)
@@ -116,7 +117,8 @@ def _compile(mode: str, source: Path, has_kernels: bool, includes: list[Path], d
 
 
 @contextlib.contextmanager
-def _locked(mode: str) -> Iterator[None]:
+def locked(mode: str) -> Iterator[None]:
+    """One process at a time builds in this folder of build-simt."""
     folder = BUILD / mode
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
@@ -127,7 +129,7 @@ def _locked(mode: str) -> Iterator[None]:
 def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
     """The objects, made with the largest source first."""
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(lambda step: _make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
+        list(pool.map(lambda step: make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
     return [str(step[0]) for step in steps]
 
 
@@ -139,12 +141,12 @@ def _build(
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
     executor = sorted(EXECUTOR.glob("*.cpp"))
     global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
-    with _locked(mode):
+    with locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
         steps += [_compile(mode, source, True, [], defines) for source in sources]
         objects = [*_make_all(steps), *made]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
-        _make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
+        make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
     return output
 
 
@@ -160,14 +162,14 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     import pybind11
 
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    with _locked("bindings"):
+    with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
         made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
     sources, name = sorted((CSRC / "cuda").glob("*.cu")), MODULE
     if kind is not None and mode != "plain":
         others = [s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"]
         sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
-        with _locked("plain"):
+        with locked("plain"):
             made += _make_all([_compile("plain", source, True, [], []) for source in others])
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _build(mode, sources, output, ["-shared"], [], tuple(made))
@@ -181,13 +183,13 @@ def torch_library(mode: str = "plain") -> Path:
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030A0000"]
     launchers = [o for o in module(mode).with_suffix(".d").read_text().split()[1:] if not Path(o).name.startswith("module")]
     output = BUILD / mode / "cuda_on_host.so"
-    with _locked(mode):
+    with locked(mode):
         steps = [_compile(mode, source, False, includes, defines) for source in sources]
         objects = [*_make_all(steps), *launchers]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         replaced = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("library_init_impl", "empty_strided")]
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _make(output, [compiler(), "-shared", *objects, *replaced, *libraries, *_FLAGS[mode][2], "-o", str(output)])
+        make(output, [compiler(), "-shared", *objects, *replaced, *libraries, *_FLAGS[mode][2], "-o", str(output)])
     return output
 
 

@@ -32,5 +32,6 @@ def library(program: str) -> Path:
     options = ["--expt-relaxed-constexpr", "-w", "-DNDEBUG", "-DCUTLASS_ENABLE_GDC_FOR_SM90=1"]
     for folder in cutlass():
         options += ["-isystem", str(folder)]
-    compiled = build.compile_object(HERE / f"{program}.cu", PROGRAMS[program], tuple(options))
-    return build.link([compiled], build.BUILD / f"{program}.so")
+    with build.locked():
+        compiled = build.compile_object(HERE / f"{program}.cu", PROGRAMS[program], tuple(options))
+        return build.link([compiled], build.BUILD / f"{program}.so")
