@@ -91,7 +91,7 @@ def _stale(output: Path, command: list[str]) -> bool:
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
     made = output.stat().st_mtime
-    words = depends.read_text().replace("\\\n", " ").split()[1:] if depends.exists() else []
+    words = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split() if depends.exists() else []
     return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
 
 
