@@ -56,6 +56,12 @@ std::map<const void*, Variable>& variables() {
   return all;
 }
 
+// Bytes of dynamic shared memory that a kernel may have: 48 KiB unless cudaFuncSetAttribute allows more.
+size_t& most_shared(const void* kernel) {
+  static std::map<const void*, size_t> all;
+  return all.try_emplace(kernel, 48 * 1024).first->second;
+}
+
 struct Configured {
   dim3 grid, block;
   size_t shared;
@@ -66,6 +72,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, dim3 cluster, size_t 
                 bool early, void** parameters) {
   const auto found = kernels().find(kernel);
   if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
+  if (shared > most_shared(kernel)) return cudaErrorInvalidValue;
   const LaunchOf launch{found->second.c_str(),
                         {grid.x, grid.y, grid.z},
                         {block.x, block.y, block.z},
@@ -80,7 +87,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, dim3 cluster, size_t 
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                      CUtensorMapFloatOOBfill fill) {
   return encoded && !encoded(map, type, rank, address, reinterpret_cast<const uint64_t*>(sizes),
                              reinterpret_cast<const uint64_t*>(strides), box, element_strides, interleave,
                              swizzle, promotion, fill)
@@ -95,7 +103,8 @@ CUresult driver_version(int* version) {
 
 }  // namespace
 
-// ---- for launch.py --------------------------------------------------------------------------------------------------
+// ---- for launch.py
+// --------------------------------------------------------------------------------------------------
 
 EXPORTED void interpreter_on_launch(Launched function) {
   launched = function;
@@ -117,7 +126,8 @@ EXPORTED void* interpreter_variable(const char* name) {
   return nullptr;
 }
 
-// ---- what nvcc's host code calls ------------------------------------------------------------------------------------
+// ---- what nvcc's host code calls
+// ------------------------------------------------------------------------------------
 
 EXPORTED void** __cudaRegisterFatBinary(void* image) {
   static void* handle = nullptr;
@@ -144,7 +154,8 @@ EXPORTED cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 blo
                                         size_t shared, cudaStream_t) {
   return run(kernel, grid, block, dim3(1, 1, 1), shared, false, false, parameters);
 }
-EXPORTED unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
+EXPORTED unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
+                                              struct CUstream_st* stream) {
   configured = {grid, block, shared, stream};
   return 0;
 }
@@ -154,7 +165,8 @@ EXPORTED cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t*
   return cudaSuccess;
 }
 
-// ---- the runtime ----------------------------------------------------------------------------------------------------
+// ---- the runtime
+// ----------------------------------------------------------------------------------------------------
 
 EXPORTED cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** parameters,
                                       size_t shared, cudaStream_t) {
@@ -187,19 +199,33 @@ EXPORTED cudaError_t cudaSetDevice(int) {
 }
 EXPORTED cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = device.capability / 10; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = device.capability % 10; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device.shared_per_block; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.shared_per_block;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = device.shared_per_multiprocessor;
       return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
   }
 }
-EXPORTED cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return value <= device.shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
+EXPORTED cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value > device.shared_per_block) return cudaErrorInvalidValue;
+  most_shared(kernel) = size_t(value);
+  return cudaSuccess;
 }
 EXPORTED cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   std::memset(attributes, 0, sizeof *attributes);
@@ -217,11 +243,12 @@ EXPORTED cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int*
                                                                             unsigned) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, shared);
 }
-EXPORTED cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
-  const dim3 c = config->attrs[0].val.clusterDim.x ? dim3(config->attrs[0].val.clusterDim.x,
-                                                          config->attrs[0].val.clusterDim.y,
-                                                          config->attrs[0].val.clusterDim.z)
-                                                   : dim3(1, 1, 1);
+EXPORTED cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
+                                                    const cudaLaunchConfig_t* config) {
+  const dim3 c = config->attrs[0].val.clusterDim.x
+                     ? dim3(config->attrs[0].val.clusterDim.x, config->attrs[0].val.clusterDim.y,
+                            config->attrs[0].val.clusterDim.z)
+                     : dim3(1, 1, 1);
   *count = device.multiprocessors / int(c.x * c.y * c.z);
   return cudaSuccess;
 }

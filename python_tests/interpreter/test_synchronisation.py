@@ -128,9 +128,12 @@ def test_producers_arrive_and_consumers_wait(seed: int) -> None:
 
 
 @orders
-def test_bar_sync_does_not_wait_for_warps_that_have_ended(seed: int) -> None:
-    body = "setp.lt.u32 %p1, %r0, 32; @%p1 exit; bar.sync 0; mov.u32 %r1, 1; bar.sync 0;"
-    assert of_threads(body, block=96, seed=seed) == [0xFFFFFFFF] * 32 + [1] * 64
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"])
+def test_barriers_do_not_wait_for_warps_that_have_ended(barrier: str, seed: int) -> None:
+    """Neither for one that ends at once, nor for one that ends while the others wait."""
+    body = "setp.ge.u32 %p1, %r0, 64; @%p1 bra go; setp.ge.u32 %p2, %r0, 32; @%p2 exit; loop: add.s32 %r1, %r1, 1;"
+    body += f"setp.lt.u32 %p3, %r1, 3000; @%p3 bra loop; exit; go: {barrier} mov.u32 %r1, 1; {barrier}"
+    assert of_threads(body, block=128, seed=seed) == [0xFFFFFFFF] * 64 + [1] * 64
 
 
 @pytest.mark.parametrize("kind, first, expected", [("and", 0, 1), ("and", 1, 0), ("or", 128, 0), ("or", 127, 1)])
@@ -285,6 +288,11 @@ def test_cluster_barrier_of_diverged_threads(seed: int) -> None:
     "body, message",
     [
         ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "between two arrivals"),
+        (
+            f"{INIT} @%p0 mbarrier.init.shared::cta.b64 [memory], 128; {BETWEEN} mapa.shared::cluster.u32 %r4, %r2, 0;"
+            f"mbarrier.arrive.shared::cluster.b64 _, [%r4]; {BETWEEN}",
+            "fence.mbarrier_init",
+        ),
         ("barrier.cluster.wait.aligned;", "before the wait"),
         ("setp.lt.u32 %p1, %r72, 5; @%p1 barrier.cluster.arrive.aligned;", "the same in all threads"),
         (
