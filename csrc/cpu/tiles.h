@@ -136,15 +136,16 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
   by_dtype(a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
     int64_t i = 0;
-    if constexpr (pairs<K> && same<S, bf16>) {
-      // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
-      const bool whole = a.cs == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
-      const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
-      for (; whole && i + 2 <= rows; i += 2, tile += ld) {
-        for (int64_t j = 0; j < cols; j += K::kLanes)
-          store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
+    if constexpr (pairs<K>)
+      if constexpr (same<S, bf16>) {  // apart: else clang++ looks for pair_up in every K
+        // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
+        const bool whole = a.cs == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
+        const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
+        for (; whole && i + 2 <= rows; i += 2, tile += ld) {
+          for (int64_t j = 0; j < cols; j += K::kLanes)
+            store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
+        }
       }
-    }
     if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
       // A row of a rank that fills no vector: its elements and the zeros behind them at once.
       const bool whole = a.cs == 1 && !drop.on && ld % K::kLanes == 0;

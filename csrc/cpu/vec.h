@@ -27,7 +27,6 @@ using vd = VecOf<double>::type;
 using vi = VecOf<uint32_t>::type;
 typedef uint16_t vh __attribute__((vector_size(LOTR_VB / 2)));
 typedef uint16_t vh_memory __attribute__((vector_size(LOTR_VB / 2), aligned(2), may_alias));
-typedef _Float16 v16 __attribute__((vector_size(LOTR_VB / 2)));
 
 // Storage types of tensor elements.
 struct bf16 {
@@ -43,10 +42,20 @@ LOTR_INLINE float to_float(bf16 h) {
   std::memcpy(&f, &b, 4);
   return f;
 }
+// Without F16C by integers: g++ before 12 and clang++ before 15 have no _Float16 on x86.
 LOTR_INLINE float to_float(f16 h) {
-  _Float16 v;
-  std::memcpy(&v, &h, 2);
-  return float(v);
+#ifdef __F16C__
+  return _cvtsh_ss(h.bits);
+#else
+  const uint32_t exponent = h.bits >> 10 & 31u, fraction = h.bits & 0x3ffu;
+  uint32_t b = (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13;
+  const float subnormal = float(fraction) * 0x1p-24f;
+  if (exponent == 0) std::memcpy(&b, &subnormal, 4);
+  b |= (h.bits & 0x8000u) << 16;
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+#endif
 }
 LOTR_INLINE float to_float(float f) {
   return f;
@@ -71,10 +80,24 @@ struct Narrow<bf16> {
 template <>
 struct Narrow<f16> {
   static LOTR_INLINE f16 from(float f) {
-    const _Float16 v = _Float16(f);
-    f16 h;
-    std::memcpy(&h, &v, 2);
-    return h;
+#ifdef __F16C__
+    return {uint16_t(_cvtss_sh(f, 0))};
+#else
+    uint32_t b;
+    std::memcpy(&b, &f, 4);
+    const uint32_t sign = b >> 16 & 0x8000u;
+    b &= 0x7fffffffu;
+    if (b > 0x7f800000u) return {uint16_t(sign | 0x7e00u | (b >> 13 & 0x3ffu))};
+    if (b >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above: infinity
+    if (b < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, as the sum with 0.5 is
+      float sum;
+      std::memcpy(&sum, &b, 4);
+      sum += 0.5f;
+      std::memcpy(&b, &sum, 4);
+      return {uint16_t(sign | (b - 0x3f000000u))};
+    }
+    return {uint16_t(sign | ((b + 0xfffu + (b >> 13 & 1u) - (112u << 23)) >> 13))};
+#endif
   }
 };
 

@@ -16,6 +16,7 @@ import torch
 from lotr_ext import _C  # noqa: F401  (registers the operators)
 
 ops = torch.ops.lotr
+ROOT = Path(__file__).parents[2]
 ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
@@ -36,6 +37,18 @@ def test_each_instruction_set(isa: str) -> None:
     if "(what this CPU runs), got " in run.stdout:
         pytest.skip(f"this CPU has no {isa}")
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+@pytest.mark.parametrize("source", ["supported.h", "table.cpp f32", "table.cpp bf16", "table.cpp f16"])
+def test_clang_compiles_the_kernels(source: str) -> None:
+    """It refuses names that g++ takes: "f16c" of a CPU, _Float16, and a member of a branch that is not taken."""
+    name, _, element = source.partition(" ")
+    macros = ["-DLOTR_ISA=generic", "-DLOTR_VB=16", f"-DLOTR_TYPE={element}"] if element else []
+    options = ["-x", "c++", "-std=c++17", "-fsyntax-only", "-Wno-pragma-once-outside-header", "-I", ROOT / "csrc", *macros]
+    done = subprocess.run(["clang++", *options, ROOT / "csrc" / "cpu" / name], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[:3000]
 
 
 def test_tiles_that_the_system_refuses_are_not_used() -> None:
