@@ -1,7 +1,7 @@
 """The headers in csrc include each other without a circle, and each layer includes only those below it.
 
 simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
-wheel, includes simt and cuda. cpu and cuda include nothing of each other.
+wheel, includes simt and cuda. cpu and cuda include nothing of each other, and interpreter nothing of this project.
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """
@@ -25,6 +25,7 @@ LAYERS = {
     "cpu": (),
     "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan"),
     "simt": (),
+    "interpreter": (),
     "torch": ("cpu", "cuda", "cuda/problem.h"),
 }
 
