@@ -98,13 +98,13 @@ def test_atomics_on_one_address() -> None:
     total, old, wrapped = np.zeros(1, np.uint32), np.zeros(128, np.uint32), np.zeros(1, np.uint32)
     body = own(0, 4, 0) + "atom.relaxed.gpu.global.add.u32 %r1, [%d0], 3; st.global.u32 [%d41], %r1;"
     run(
-        body + "atom.global.inc.u32 %r2, [%d2], 5; @%p0 atom.add.acq_rel.gpu.s32 %r2, [%d0], 100;",
+        body + "atom.global.inc.u32 %r2, [%d2], 6; @%p0 atom.add.acq_rel.gpu.s32 %r2, [%d0], 100;",
         total,
         old,
         wrapped,
         block=128,
     )
-    assert total[0] == 3 * 128 and sorted(old.tolist()) == list(range(0, 3 * 128, 3)) and wrapped[0] == 128 % 6
+    assert total[0] == 3 * 128 and sorted(old.tolist()) == list(range(0, 3 * 128, 3)) and wrapped[0] == 128 % 7
 
 
 def test_atomic_add_wraps() -> None:
