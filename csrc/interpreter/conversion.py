@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import PtxError
+from .fragments import f32_of_half
 from .parse import WIDTHS, Instruction
 from .program import SIGNED, STORED, Lanes, Mask, Program, Run, operation, put, view_of
 from .warp import Warp
@@ -19,15 +20,6 @@ def half_bits(values: Lanes, name: str) -> Lanes:
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), _NAN, rounded)
-
-
-def f32_of_half(bits: Lanes, name: str) -> Lanes:
-    """The float32 of f16 or bf16 bits, which holds each of them."""
-    return (
-        bits.view(np.float16).astype(np.float32)
-        if name == "f16"
-        else (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    )
 
 
 def tf32_bits(values: Lanes) -> Lanes:

@@ -109,11 +109,11 @@ def _load_box(program: Program, i: Instruction) -> Run:
 
     def run(w: Warp, m: Mask) -> None:
         expect_waited(w)
+        r, into_at, maps, barriers = w.registers, to(w), place(w), at(w)
         for lane in range(LANES) if m is None else np.flatnonzero(m):
-            r = w.registers
             index = [int(r[slot][lane].view(np.int32)) for slot in coordinates]
             mask = int(r[blocks][lane]) if blocks is not None else None
-            copy = _box_copy(w, int(to(w)[lane]), int(place(w)[lane]), index, int(at(w)[lane]), mask)
+            copy = _box_copy(w, int(into_at[lane]), int(maps[lane]), index, int(barriers[lane]), mask)
             if w.block.grid.late():
                 w.block.grid.pending.append(copy)
             else:

@@ -24,12 +24,17 @@ ELEMENT_BITS = {"bf16": 16, "f16": 16, "tf32": 32, "f32": 32}
 TF32_BITS = np.uint32(0xFFFFE000)  # sign, 8 bits of exponent, 10 of mantissa: the lower 13 bits are not read
 
 
+def f32_of_half(bits: npt.NDArray[np.uint16], type_name: str) -> npt.NDArray[np.float32]:
+    """The float32 of f16 or bf16 bits, which holds each of them."""
+    if type_name == "f16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def widen(type_name: str, bits: npt.NDArray[np.uint16] | Words) -> Values:
     """The exact float64 values of elements that are given as uint16 (bf16, f16) or uint32 (tf32, f32) bits."""
-    if type_name == "f16":
-        return bits.view(np.float16).astype(np.float64)
-    if type_name == "bf16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    if type_name in ("f16", "bf16"):
+        return f32_of_half(bits, type_name).astype(np.float64)
     words = bits & TF32_BITS if type_name == "tf32" else bits
     return words.view(np.float32).astype(np.float64)
 

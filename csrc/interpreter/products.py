@@ -108,14 +108,14 @@ def _product(program: Program, i: Instruction) -> Run:
 
     def issue(w: Warp, m: Mask) -> None:
         _all_threads(m, i)
-        group = w.block.groups[w.index // 4]
-        for slot in [*(a_registers or ()), *(d if scale_d(w)[0] else ())]:
+        group, adds = w.block.groups[w.index // 4], bool(scale_d(w)[0])
+        for slot in [*(a_registers or ()), *(d if adds else ())]:
             if w.fenced[slot] is not w.registers[slot]:
                 raise PtxError("expected wgmma.fence after a register of the product was written")
         number = w.products_issued
         w.products_issued += 1
         a = w.uniform(a_slot, m, i.text) if a_registers is None else None
-        b, adds = w.uniform(b_slot, m, i.text), bool(scale_d(w)[0])
+        b = w.uniform(b_slot, m, i.text)
         same = (i.text, a, b, adds)
         if number == len(group.queue):
             group.queue.append(_run(group, n, kind, a, a_registers, b, d, adds, scales, (transpose_a, transpose_b)))
