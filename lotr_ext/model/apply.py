@@ -93,11 +93,7 @@ def apply_lotr(
     """
     if (inner := inner_model(model)) is not model:
         apply_lotr(inner, config, batches=batches, loss=loss, progress=progress)
-        own = {id(p) for p in inner.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
-        for module in model.modules():
-            tell_holder(inner, module)
+        _adapt_around(model, inner)
         return model
     config = with_head(model, config)
     if batches is not None and config.init == "orthonormal" and not {"A", "B"} & set(config.train):
@@ -116,6 +112,15 @@ def apply_lotr(
         write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
     warn_of_frozen_heads(model)
     return model
+
+
+def _adapt_around(model: nn.Module, inner: nn.Module) -> None:
+    """What holds `inner`, which is adapted: all of it is frozen, and its modules save and load the adapter."""
+    own = {id(p) for p in inner.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
+    for module in model.modules():
+        tell_holder(inner, module)
 
 
 def install(
