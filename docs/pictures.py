@@ -20,9 +20,9 @@ BLUE, ORANGE, GREEN, GREY = "#dbe9f6", "#fde3cf", "#e0f0dc", "#eeeeee"
 FORWARD, BACKWARD = "#2060a0", "#c04000"
 # The packages of lotr_ext, from top to bottom, with their contents; below them C++.
 PACKAGES = (
-    ("interop", "PEFT, LoRA, the original's checkpoints"),
+    ("interop", "PEFT, LoRA files, llama.cpp, vLLM, Opacus"),
     ("model", "targets, merging, adapters, files, forward scope"),
-    ("layers", "LoTRFactors, LoTRLinear and kin, lotr_linear, explain"),
+    ("layers", "LoTRFactors, LoTRLinear, LoTRExperts, lotr_linear, explain"),
     ("autograd", "Call, the Functions, SharedGradient, SharedInput, Bank"),
     ("ops", "operators, planner, composite"),
 )
@@ -92,8 +92,8 @@ def packages(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.2, 7.2), layout="constrained")
     axis.set(xlim=(0, 5.2), ylim=(0, 7.2))
     axis.axis("off")
-    axis.text(0.1, 7.05, "a step: forward", color=FORWARD, fontsize=9)
-    axis.text(1.75, 7.05, "backward", color=BACKWARD, fontsize=9)
+    axis.text(0.1, 7.05, "a training step: forward", color=FORWARD, fontsize=9)
+    axis.text(2.25, 7.05, "backward", color=BACKWARD, fontsize=9)
     for i, ((name, holds), steps) in enumerate(zip(PACKAGES, STEPS)):
         y = 6.42 - 1.12 * i
         box(axis, 2.6, y, 5.0, 0.86, "", BLUE)

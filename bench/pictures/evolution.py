@@ -68,5 +68,5 @@ def _speed(axis: Axes, run: dict) -> None:
     axis.set(xscale="log", ylim=(0, 1.15), xlabel="members in one forward", ylabel="throughput over the base model")
     axis.set_xticks(members, [str(n) for n in members])
     axis.minorticks_off()
-    axis.set_title(f"MiniLM, {run['speed']['tokens']} tokens a row, r = 16", fontsize=10)
+    axis.set_title(f"MiniLM, {run['speed']['tokens']} tokens per row, r = 16", fontsize=10)
     axis.legend(fontsize=8, loc="lower left")

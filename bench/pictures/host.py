@@ -49,11 +49,12 @@ def draw_host(cells: list[dict], folder: Path) -> list[Path]:
             axis.errorbar(middle, where, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color="k", lw=1)
         axis.set_xlim(0, 1.2 * max(1e6 * own[name]["step"]["seconds"][1] for name in names))  # error bars may exceed the panel
         axis.set_title(place(case), fontsize=9)
-        axis.set_xlabel("us a layer: forward, backward (lighter)", fontsize=8)
+        axis.set_xlabel("us per layer: forward, backward (lighter)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     for row in axes:
         row[0].set_yticks(range(len(names)), [rh.RIVALS[name].label for name in reversed(names)], fontsize=8)
     case = cases[0][0]
-    where = f"{case['layers']} layers {case['k']} x {case['k']}, {case['dtype']}, {case['threads']} thread(s)"
+    threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+    where = f"{case['layers']} layers {case['k']} x {case['k']}, {case['dtype']}, {threads}"
     figure.suptitle(f"Host time of a layer whose products cost nothing: {where}\n{cells[-1]['machine']['name']}", fontsize=10)
     return save({"host": figure}, folder)

@@ -104,8 +104,8 @@ def _excess(cells: list[dict]) -> Figure | None:
 
 
 def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
-    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other one with most measured points; none
-    of fewer than LEAST_POINTS."""
+    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other one with most measured points. Panels of
+    fewer than LEAST_POINTS are left out."""
     other = {"m": "r", "r": "m"}[axis_of]
     points: dict[tuple, set[int]] = {}
     for c in cells:
@@ -113,10 +113,10 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
     if not points:
         return None
     k, n, fixed = max(points, key=lambda p: len(points[p]))
-    if len(points[k, n, fixed]) < LEAST_POINTS:
-        return None
     cells = [c for c in cells if (c["case"]["k"], c["case"]["n"], c["case"][other]) == (k, n, fixed)]
-    panels = _panels(cells)
+    panels = [p for p in _panels(cells) if len({c["case"][axis_of] for c in _of(cells, p)}) >= LEAST_POINTS]
+    if not panels:
+        return None
     figure, axes = _grid(len(panels), 2, 4.6, 3.2)
     for axis, panel in zip(axes, panels):
         shown = sorted(_of(cells, panel), key=lambda c: c["case"][axis_of])

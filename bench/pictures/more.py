@@ -17,7 +17,8 @@ from ..rivals.shared import LABELS
 from .figures import save
 
 BAR = 0.8 / len(PROJECTED_COLOURS)
-NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr-eager-core")  # of a model; only in the table
+# of a model; only in the table, so that a picture has at most six methods
+NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr_ext-core", "lotr-eager-core")
 
 
 def draw_model(cells: list[dict], folder: Path) -> list[Path]:
@@ -48,7 +49,7 @@ def _model(cells: list[dict]) -> Figure:
         right.barh(place, c["peak_bytes"] / 2**20, color=colour_of(c["rival"]))
     names = [name_of(c) + (f", r = {c['rank']}" if c["rank"] else "") for c in cells]
     left.set_yticks(places, names, fontsize=8)
-    left.set(xlabel="ms a step: forward, backward (lighter), optimizer (lightest)")
+    left.set(xlabel="ms per step: forward, backward (lighter), optimizer (lightest)")
     right.set(xlabel="MiB allocated at the peak of a step")
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
@@ -81,7 +82,8 @@ def draw_shared(cells: list[dict], folder: Path) -> list[Path]:
             own = sorted((c for c in cells if c["rival"] == rival), key=lambda c: c["case"]["layers"])
             if own:
                 style = {"color": SHARED_COLOURS[rival], "label": label, "ms": 4}
-                axis.plot([c["case"]["layers"] for c in own], [value(c) for c in own], "o-", **style)
+                line = "o--" if rival == "lotr_ext-scope" else "o-"  # it covers the one of layers by hand
+                axis.plot([c["case"]["layers"] for c in own], [value(c) for c in own], line, **style)
         axis.set(xlabel="layers on one A and B", title=name)
         axis.set_ylim(bottom=0)
         axis.set_xticks(sorted({c["case"]["layers"] for c in cells}))

@@ -37,9 +37,9 @@ def _tasks(run: dict) -> Figure:
     axis.set_ylim(top=1.08 * axis.get_ylim()[1])  # no point on the frame
     axis.set_xticks(sorted(ticks), [str(n) for n in sorted(ticks)])
     axis.set_xlabel(f"tasks in a batch of {run['shape']['rows']} rows")
-    axis.set_ylabel("milliseconds a batch")
+    axis.set_ylabel("milliseconds per batch")
     tokens = run["shape"]["tokens"]
-    axis.set_title(f"{tokens} token{'s' * (tokens > 1)} a row, r = {run['shape']['rank']}\n{run['machine']['name']}")
+    axis.set_title(f"{tokens} token{'s' * (tokens > 1)} per row, r = {run['shape']['rank']}\n{run['machine']['name']}")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     return figure
