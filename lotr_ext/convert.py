@@ -26,8 +26,9 @@ from .interop.from_lora import exact_rank
 from .interop.gguf import lotr_to_gguf
 from .interop.lora_files import LoRALayer
 from .interop.loras_to_bank import loras_to_bank, names_of
-from .layers.checks import DTYPES, check_rank
+from .layers.checks import check_rank
 from .layers.progress import progress_bar
+from .ops.planner import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops.planner import CUDA_WITHOUT, build_info, cuda_obstacle, cuda_probe, cuda_version, plan
+from .ops.planner import CUDA_DTYPES, CUDA_WITHOUT, build_info, cuda_obstacle, cuda_probe, cuda_version, plan
 
 __all__ = ["collect", "main"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
 
 
@@ -32,7 +31,7 @@ def collect() -> dict[str, Any]:
     runs = {}
     for device in devices:
         name = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-        chosen = {str(t).removeprefix("torch."): plan(4096, 16, t, device) for t in _DTYPES}
+        chosen = {str(t).removeprefix("torch."): plan(4096, 16, t, device) for t in CUDA_DTYPES}
         runs[str(device)] = {"name": name, "paths": {t: {"strategy": p.strategy, "why": p.reason} for t, p in chosen.items()}}
     return {
         "lotr_ext": __version__,

@@ -159,7 +159,7 @@ def _plan(
     plan = planner.plan_of(many, rank, dtype, device, strategy, environment)
     if why is not None or plan.strategy == "composite":
         return plan._replace(why=why or plan.reason)
-    if A_dtype != dtype and (A_dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
+    if A_dtype != dtype and (A_dtype != torch.float32 or dtype not in planner.HALVES):
         names = (str(t).removeprefix("torch.") for t in (A_dtype, dtype))
         return plan._replace(why="factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names))
     if dtype == torch.float16:
@@ -362,7 +362,7 @@ def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
 def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
     """cores on x's device, in a dtype that row_core accepts: it rounds float32 ones itself, only those of the rows."""
     cores = cores.to(x.device)
-    return cores if cores.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16) else to(cores, compute)
+    return cores if cores.dtype == torch.float32 and compute in planner.HALVES else to(cores, compute)
 
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:

@@ -39,7 +39,7 @@ from ..compat import (
 )
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight, row_norms, rows, to
-from ..ops.planner import CPU_DTYPES
+from ..ops.planner import CPU_DTYPES, HALVES
 from .call import call_linear, compute_dtype
 from .sharing import Call, steps_taken
 
@@ -158,7 +158,6 @@ def _without_autocast(device: torch.device) -> torch.autocast | nullcontext:
     return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
 
 
-_HALF = (torch.bfloat16, torch.float16)
 _ROWS = 1024  # of a half-precision W that are cast at a time
 
 
@@ -192,7 +191,7 @@ def _measured(
 def _suits(t: Tensor, W: Tensor) -> bool:
     """Whether `ops.row_norms` takes a tensor beside W."""
     plain = type(t) in _PLAIN and t.is_cpu and not t.is_neg()
-    return plain and (t.dtype == W.dtype or (W.dtype in _HALF and t.dtype == torch.float32))
+    return plain and (t.dtype == W.dtype or (W.dtype in HALVES and t.dtype == torch.float32))
 
 
 def _squares(W: Tensor, A: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ def _squares(W: Tensor, A: Tensor) -> Tensor:
 def _product(W: Tensor, A: Tensor) -> Tensor:
     """W A [n, r_in] in float32 (float64 for float64)."""
     wide = _wide(W, A)
-    if W.is_cuda and W.dtype in _HALF and wide == torch.float32 and not is_compiling():
+    if W.is_cuda and W.dtype in HALVES and wide == torch.float32 and not is_compiling():
         return torch.mm(W, A.to(W.device, W.dtype), out_dtype=wide)  # reads W as it is; on CUDA only
     A = A.to(W.device, wide)
     return W @ A if W.dtype == wide else torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])

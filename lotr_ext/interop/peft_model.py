@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..layers.checks import DTYPES
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
@@ -34,6 +33,7 @@ from ..model.shared_factors import SharedFactors, factors_by_part, width_names
 from ..model.sizes import check_memory
 from ..model.starts import set_fast_paths
 from ..model.targets import Target, can_be_child, features, name_ends_with, select
+from ..ops.planner import DTYPES, HALVES
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts
 from .peft_layer import LoTRPeftLinear, check_whole
@@ -59,9 +59,6 @@ def _keys_of(adapter_name: str) -> re.Pattern[str]:
     """A pattern that matches the names of an adapter's tensors in the model's state_dict, and no other names."""
     name = re.escape(adapter_name)
     return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
-
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class LoTRPeftModel(BaseTuner):
@@ -240,10 +237,10 @@ class LoTRPeftModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, module, name in factors_by_part(self.lotr_factors[adapter_name]) if autocast_adapter_dtype else ():
             old = getattr(module, name)
-            if old.dtype in _HALVES:
+            if old.dtype in HALVES:
                 setattr(module, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
         cores = self.lotr_cores[adapter_name] if autocast_adapter_dtype and adapter_name in self.lotr_cores else None
-        if cores is not None and next(cores.parameters()).dtype in _HALVES:
+        if cores is not None and next(cores.parameters()).dtype in HALVES:
             cores.float()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

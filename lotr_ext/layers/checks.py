@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..autograd.call import compute_dtype
 from ..compat import is_compiling
+from ..ops.planner import DTYPES
 
 __all__ = [
-    "DTYPES",
     "check_beside",
     "check_dimension",
     "check_dtype",
@@ -24,7 +24,6 @@ __all__ = [
     "check_values",
 ]
 
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _LARGEST = 2**31 - 1  # of a dimension
 
 

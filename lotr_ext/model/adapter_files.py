@@ -28,10 +28,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..files import folder, lock, parse_json, placed, read_bytes
-from ..layers.checks import DTYPES
 from ..layers.cores import FORMS
 from ..layers.settings import Settings
 from ..layers.sharded import in_parts
+from ..ops.planner import DTYPES
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..layers.checks import DTYPES, check_dtype, check_rank
+from ..layers.checks import check_dtype, check_rank
 from ..layers.cores import FORMS, Cores
 from ..layers.init import CORE_INITS, FACTOR_INITS, FOUND_INITS
 from ..layers.settings import Settings
+from ..ops.planner import DTYPES
 
 __all__ = ["GroupBy", "LoTRConfig"]
 

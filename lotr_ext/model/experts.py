@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..autograd.call import compute_dtype
 from ..autograd.tensor_parallel import is_dtensor
-from ..layers.checks import DTYPES
 from ..layers.factors import LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import Mixture, tasks_of_tokens
@@ -28,6 +27,7 @@ from ..layers.quantized import is_plain
 from ..layers.settings import Settings
 from ..layers.sharded import whole_shape
 from ..ops.grouped import grouped_linear, of_groups_alone
+from ..ops.planner import DTYPES
 
 __all__ = [
     "CHILD",

@@ -52,8 +52,11 @@ FEW_TOKENS = 129  # below, the unfolded form costs less than folding
 READING = 16
 LITTLE_WORK = 2**23
 CUDA_MAX_RANK = 256
-_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, *HALVES)
+# in which layers compute, and the CPU kernels; by the names that files and commands use
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, *HALVES)}
+CPU_DTYPES = tuple(DTYPES.values())
 _DRIVERS = {12: 525, 13: 580}  # the first driver of a major version of CUDA
 _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction", "cudaErrorInvalidKernelImage")
 
@@ -241,7 +244,7 @@ def fused_obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str |
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"device: expected compute capability 9.0, got {major}.{minor}"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALVES:
         return f"dtype: expected float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if rank > FUSED_MAX_RANK:
         return f"rank: expected at most {FUSED_MAX_RANK}, got {rank}"
@@ -263,7 +266,7 @@ def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> 
         return None if dtype in CPU_DTYPES else f"no CPU kernels for {dtype}"
     if device.type != "cuda":
         return f"no kernels for device type {device.type}"
-    if dtype not in _CUDA_DTYPES:
+    if dtype not in CUDA_DTYPES:
         return f"no CUDA kernels for {dtype}"
     if rank > CUDA_MAX_RANK:
         return f"rank {rank} is above {CUDA_MAX_RANK}, the largest of our CUDA kernels"
