@@ -147,7 +147,7 @@ def tuned(device: str, strategy: str) -> None:
 
 
 def refused(device: str, strategy: str) -> None:
-    """The operator by itself: what it cannot take, it says before anything runs."""
+    """The operator by itself: it refuses what it cannot run before anything runs."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).bfloat16()

@@ -27,11 +27,11 @@ class TorchLibrary:
         self._buffers: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
 
     def set_device(self, *, float32: str = "exact", **machine: object) -> None:
-        """machine: what the executor would play. Here the card is what it is; switches come from LOTR_CUDA_WITHOUT."""
+        """machine: the GPU that the executor would simulate; ignored here. Switches come from LOTR_CUDA_WITHOUT."""
         torch.set_float32_matmul_precision("high" if float32 == "tf32" else "highest")
 
     def set_options(self, **schedule: object) -> None:
-        """Threads run as the device likes."""
+        """Does nothing: the order of threads is the device's."""
 
     def _on_device(self, a: np.ndarray | None) -> torch.Tensor | None:
         if a is None:

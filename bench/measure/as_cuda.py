@@ -1,9 +1,8 @@
 """Tensors that are CUDA tensors as far as Python can tell, without a GPU: which calls and operators the CUDA path makes.
 
-They are plain tensors on the meta device, so operators run their shape functions and autograd runs its nodes, while every
-question about their device is answered with cuda:0. torch's FakeTensors would not do: they are a subclass, which is turned away
-from kernels; they need a dispatch mode, to which a fused operator of ours shows its parts; and where torch was built without
-CUDA, autograd takes none that is on "cuda".
+They are plain tensors on the meta device whose `device` is cuda:0, so operators run their shape functions and autograd runs its
+nodes. FakeTensors do not work here: kernels refuse a subclass of Tensor; a fused operator calls its single products under
+their dispatch mode; and a torch without CUDA refuses them in autograd if they are on "cuda".
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Library:
 
     Args:
         path: as build.link returns it.
-        capability: of the GPU that it is told to be on, times ten.
+        capability: of the GPU that the library finds, times ten.
         multiprocessors: of that GPU.
 
     Attributes:

@@ -219,7 +219,7 @@ bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
   config.attrs = attributes;
   config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...);
-  // in spite of the query: the driver may count less room than it told
+  // although the query found room: the driver may count less of it at the launch
   if (args.cooperative && (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported)) {
     cudaGetLastError();  // clears the error
     return false;
