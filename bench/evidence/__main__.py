@@ -63,6 +63,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.methods = chosen("method", options.method, METHODS, [])
     options.ranks = numbers("rank", options.rank, [])
     options.scalings = chosen("scaling", options.scaling, sweep.SCALINGS)
+    if options.scaling is not None and not options.sweep:
+        raise ValueError(f"scaling: expected --sweep beside it, got {options.scaling!r} without")
     for name in ("seeds", "steps", "batch", "jobs"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -10,7 +10,7 @@ from .tasks import TASKS
 from .training import Run
 
 SEEDS = 5
-FIRST, MOST = 3, 9  # rates that are tried of every method at first, and at most where the best one is at the end
+MOST = 9  # rates that are tried of a method at most, where the best one is at the end
 Place = tuple[str, int]  # method and rank
 STEPS = (1, 2, 5)  # of a decade
 
@@ -30,8 +30,7 @@ def rates_to_try(begins_at: float, tried: dict[float, float | None]) -> list[flo
     """The rates to try next, by the validation losses of those tried (None: diverged). Three neighbours first; while the best
     of them is the lowest or the highest, the next one beyond it; none: the search is over."""
     middle = index_of(begins_at)
-    wanted = [rung(middle + step) for step in (0, -1, 1)][:FIRST]
-    if missing := [lr for lr in wanted if lr not in tried]:
+    if missing := [lr for step in (0, -1, 1) if (lr := rung(middle + step)) not in tried]:
         return missing
     end = best_at_end(tried)
     return [rung(index_of(best_rate(tried)) + end)] if end and len(tried) < MOST else []
@@ -65,11 +64,14 @@ class Search:
 
     def _first_rates(self, place: Place, cells: list[dict]) -> list[float]:
         """Those to try next with the first seed."""
-        tried, begins_at = tried_rates(cells, place), METHODS[place[0]].begins_at(TASKS[self.task].kind)
+        tried = tried_rates(cells, place)
         if place[0] == BASE or self.lr is not None or self.quick:
             only = self.rate(place, cells)
             return [] if only in tried else [only]
-        return rates_to_try(begins_at, tried)
+        return rates_to_try(self._begins_at(place), tried)
+
+    def _begins_at(self, place: Place) -> float:
+        return METHODS[place[0]].begins_at(TASKS[self.task].kind)
 
     def _is_searched(self, place: Place) -> bool:
         """Whether it has runs with the first seed before others."""
@@ -81,8 +83,7 @@ class Search:
             return 0.0
         if self.lr is not None:
             return self.lr
-        begins_at = METHODS[place[0]].begins_at(TASKS[self.task].kind)
-        return begins_at if self.quick else best_rate(tried_rates(cells, place))
+        return self._begins_at(place) if self.quick else best_rate(tried_rates(cells, place))
 
     def next_runs(self, cells: list[dict]) -> list[Run]:
         """Runs that may go side by side, given those that are kept; none: the task is done. All places finish their search

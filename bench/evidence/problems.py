@@ -177,8 +177,7 @@ class Classified:
     head = True
 
     def __init__(self, corpus: Path, setting: Setting, encoder: Path = ENCODER):
-        tm = example("text_model")
-
+        tm = self.text_model = example("text_model")
         self.encoder, tokenize = tm.load_encoder(encoder)
         examples, _ = tm.movie_snippets(corpus)
         rest, held_out = tm.split(examples, setting.held_out)
@@ -189,23 +188,17 @@ class Classified:
         }
 
     def model(self, seed: int) -> nn.Module:
-        tm = example("text_model")
-
-        return tm.build(copy.deepcopy(self.encoder), 2, seed)
+        return self.text_model.build(copy.deepcopy(self.encoder), 2, seed)
 
     def batches(self, seed: int, size: int) -> Batches:
-        tm = example("text_model")
-
-        return tm.Batches(*self.parts["training"], size, seed)
+        return self.text_model.Batches(*self.parts["training"], size, seed)
 
     def loss(self, model: nn.Module, batch: tuple[list[list[int]], Tensor]) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def measure(self, model: nn.Module, part: str) -> tuple[Tensor, float]:
-        tm = example("text_model")
-
         ids, classes = self.parts[part][0], torch.tensor(self.parts[part][1])
-        logits = tm.predict(model, ids)
+        logits = self.text_model.predict(model, ids)
         losses = nn.functional.cross_entropy(logits.double(), classes, reduction="none")
         return losses, (logits.argmax(1) == classes).double().mean().item()
 

@@ -44,9 +44,9 @@ class Scaling:
         return AT_EQUAL * (EQUAL_AT / rank) ** self.power * wide
 
 
-TODAY = "constant"
+CONSTANT = "constant"  # what the others are compared with
 SCALINGS = {
-    TODAY: Scaling("s constant", 0.0),
+    CONSTANT: Scaling("s constant", 0.0),
     "root": Scaling("s as 1 / sqrt(r)", 0.5),
     "rank": Scaling("s as 1 / r", 1.0),
     "steep": Scaling("s as r^-1.5", 1.5),
@@ -200,30 +200,34 @@ def rows(found: list[Transfer], label: dict[str, str]) -> list[list[str]]:
 HEADS = ("", "one rate", "worst rank", "loss over the best there", "gain lost at most", "best rate by rank")
 
 
+def _loses_little(part: Interval | None) -> bool:
+    """Whether at most WITHIN is lost, by the whole interval where there is one."""
+    return part is not None and (part.value if part.high is None else part.high) <= WITHIN
+
+
 def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
-    """For each method: whether a scaling keeps within WITHIN at every rank, and how each compares with today's."""
+    """For each method: whether a scaling keeps within WITHIN at every rank, and how each compares with a constant s."""
     lines = []
     for method in dict.fromkeys(one.method for one in found):
         own = {one.scaling: one for one in found if one.method == method}
-        good = [SCALINGS[name].label for name, one in own.items() if one.excess.value <= WITHIN]
+        good = [SCALINGS[name].label for name, one in own.items() if _loses_little(one.excess)]
         reach = f"within {WITHIN:.0%} of the best loss at every rank with one rate: {'; '.join(good) or 'no scaling'}"
         lines.append(f"{label[method]}: {reach}.")
         if any(one.lost is not None for one in own.values()):
-            kept = [SCALINGS[name].label for name, one in own.items() if one.lost is not None and one.lost.value <= WITHIN]
+            kept = [SCALINGS[name].label for name, one in own.items() if _loses_little(one.lost)]
             lines.append(f"{label[method]}: at most {WITHIN:.0%} of the gain lost: {'; '.join(kept) or 'no scaling'}.")
-        if (today := own.get(TODAY)) is None or not torch.isfinite(today.losses).all():
+        if (usual := own.get(CONSTANT)) is None or too_few(usual.seeds) or not torch.isfinite(usual.losses).all():
             continue
-        if lacking := too_few(today.seeds):
-            lines.append(f"{label[method]}: no intervals, {lacking}.")
-            continue
-        draws, means, even = Draws(*today.losses.shape), f"{label[method]}, mean loss over ranks, each at its one rate", []
+        draws, means, even = Draws(*usual.losses.shape), f"{label[method]}, mean loss over ranks, each at its one rate", []
         for name, one in own.items():
-            if name != TODAY and torch.isfinite(one.losses).all():
-                difference, own_label = draws.difference(one.losses, today.losses), SCALINGS[name].label
+            if name != CONSTANT and torch.isfinite(one.losses).all():
+                difference, own_label = draws.difference(one.losses, usual.losses), SCALINGS[name].label
                 if difference.sign:
-                    lines.append(f"{means}: {verdict(difference, own_label, SCALINGS[TODAY].label, one.seeds)}.")
+                    lines.append(f"{means}: {verdict(difference, own_label, SCALINGS[CONSTANT].label, one.seeds)}.")
                 else:
                     even.append(f"{own_label} ({difference.text()})")
         if even:
-            lines.append(f"{means}: no difference to {SCALINGS[TODAY].label}: {'; '.join(even)}.")
+            lines.append(f"{means}: no difference to {SCALINGS[CONSTANT].label}: {'; '.join(even)}.")
+    if found and (lacking := too_few(found[0].seeds)):  # all have the same seeds
+        lines.append(f"No intervals: {lacking}.")
     return lines

@@ -27,8 +27,8 @@ def parameter_groups(
     "magnitudes", and "other" (modules_to_save, such as a new head, and all else that requires grad). Each group has its name
     under "name". Magnitudes get no weight decay, which would shrink the frozen weight.
 
-    Pass the list to any torch optimizer. transformers' Trainer and TRL's trainers accept the optimizer and apply their schedule
-    to all groups: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+    Pass the list to any optimizer that takes groups. transformers' Trainer and TRL's trainers accept the optimizer and apply
+    their schedule to all groups: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
 
     Args:
         model: from `apply_lotr`, or built by hand from adapted layers.

@@ -338,5 +338,9 @@ def test_the_one_rate_of_a_scaling_loses_least_at_its_worst_rank() -> None:
     )
     even = "s as 1 / r (0.0000 (0.0000 to 0.0000)); s as 1 / sqrt(r) (0.0000 (0.0000 to 0.0000))"
     assert lines[2:] == [f"LoTR, mean loss over ranks, each at its one rate: no difference to s constant: {even}."]
+    wide = sweep.words([today, ours._replace(excess=intervals.Interval(0.08, 0.0, 0.13))], table.labels())
+    assert wide[0] == "LoTR: within 10% of the best loss at every rank with one rate: no scaling."
+    alone = sweep.words([ours._replace(seeds=1)], table.labels())
+    assert alone[-1] == "No intervals: too few seeds for an interval: 1; give --seeds 3 or more."
     diverged = [one | {"losses": None, "validation": None} if one["case"]["scaling"] == "rank" else one for one in cells]
     assert sweep.transfers(diverged)[1].excess.value == float("inf")

@@ -225,6 +225,7 @@ def test_one_cell_and_a_sweep_by_one_command(tmp_path: Path, monkeypatch, capsys
         (["--seed", "1", "--seeds", "2"], ["seed", "no --seeds"]),
         (["--lr", "-1"], ["lr", "positive", "-1"]),
         (["--rank", "x"], ["rank", "positive numbers", "'x'"]),
+        (["--scaling", "rank"], ["scaling", "--sweep", "'rank'"]),
         (["--sweep", "--method", "lora"], ["method", "LoTR", "'lora'"]),
         (["--results", "Makefile/results"], ["results", "cannot write", "Makefile/results"]),
     ],
