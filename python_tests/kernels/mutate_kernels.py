@@ -107,7 +107,7 @@ def try_sites(mode: str, todo: list[list], shapes: int, timeout: float = 900) ->
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; 1 if a mutation survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="each so-manieth place (default all)")
+    parser.add_argument("--every", type=int, default=1, help="only every Nth place (1: all)")
     parser.add_argument("--worker", choices=("plain", "race"), help=argparse.SUPPRESS)
     parser.add_argument("--shapes", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -313,7 +313,7 @@ def save(model: Toy, directory: Path, seed: int) -> None:
 
 
 def save_and_die(directory: Path, point: int) -> None:
-    """Saves, and is killed before the so-manieth fsync or replace."""
+    """Saves, and is killed before the fsync or replace with this number."""
     count = itertools.count(1)
 
     def dying(real: Callable) -> Callable:

@@ -98,7 +98,7 @@ class Output:
 
 
 def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str) -> None:
-    """DESIGN's rule: error against float64 at most twice that of the eager formula with the same operands, plus epsilon.
+    """The error against float64 may be at most twice that of the eager formula with the same operands, plus epsilon.
 
     The epsilon is a unit of the stored type at the result's magnitude (two rounded values may differ by one), and what
     another order of summation in float32 may cost: a few units of the sum of absolute products, `scale`.
