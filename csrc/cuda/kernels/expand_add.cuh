@@ -5,8 +5,8 @@
 //          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
 //          written last is still in L2, and walks each tile by tile.  The piece's rows of F stay in shared
 //          memory.
-// Bytes    y once in and once out; F once for each block along tokens, u once for each piece of N.  plan.h
-//          balances them.  c and the bias as F.
+// Bytes    y once in and once out; F once for each block along tokens, u once for each piece of N
+//          (plan/expand_add.h balances them).  c and the bias as F.
 // Sums     float32, y added last, rounded once.
 //
 // A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each

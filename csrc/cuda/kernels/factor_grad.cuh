@@ -4,7 +4,7 @@
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.  At rank 16 the
 //          tiles are narrow, so that there is one piece of M where the strips of columns fill the GPU.
 // Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
-//          written s times and read s times.  plan.h balances the number of pieces of K against s.
+//          written s times and read s times.  plan/factor_grad.h balances the pieces of K against s.
 // Sums     float32; over m in the block's order; of narrow tiles, each warp over its part of every tile's
 //          rows, then over these warps in order, in shared memory; then over the pieces of M in order
 //          (tile/reduce.cuh), where they are a cluster by all its blocks, each a share of the tile, from

@@ -5,7 +5,7 @@
 //          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
 //          At rank 16 there is one piece of K where the row tiles fill the GPU.
 // Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written s times as partial sums and
-//          read s times.  plan.h chooses the pieces.
+//          read s times.  plan/shrink.h chooses the pieces.
 // Sums     float32; over k in the block's order; where WARP_COLS warps share a tile's columns, each over its
 //          part of them, then over these warps in order, in shared memory; then over the pieces of K in order
 //          (tile/reduce.cuh).

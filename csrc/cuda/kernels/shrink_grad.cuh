@@ -6,8 +6,8 @@
 //          after each row tile.
 // Threads  eight warps multiply, four sum over the blocks meanwhile.
 // Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as partial sums, written and read,
-//          8 R (s_N M + s_M N); without those of Q where the s_M blocks of a column are a cluster.  plan.h
-//          balances s_M N against s_N M.
+//          8 R (s_N M + s_M N); without those of Q where the s_M blocks of a column are a cluster.
+//          plan/shrink_grad.h balances s_M N against s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).  k's during the
 //          walk: the last of the s_N blocks to reach a row tile adds all of them.  Q's at its end: a column
 //          tile is sent with the last row tile and summed while the next one is multiplied, by all s_M

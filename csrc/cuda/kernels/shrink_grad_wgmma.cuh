@@ -2,8 +2,8 @@
 // read of g, by wgmma.  mma.sync loads the fragments of g, F and u again for each warp, which costs more of a
 // multiprocessor's time than g takes to arrive; here F and u come once for 64 rows, g once a product.
 //
-// Grid     x: pieces of N, up to SUBS tiles of COLS columns, up to eight neighbours a cluster; y: pieces of
-// M.
+// Grid     x: pieces of N, up to SUBS tiles of COLS columns, up to eight neighbours a cluster;
+//          y: pieces of M.
 //          A block's F [COLS SUBS, R] stays in shared memory, its Q^T in registers.
 // Threads  two warpgroups multiply; of a third one thread fetches by bulk copies, which fill with zeros what
 //          lies beyond a matrix, and three warps sum k.
