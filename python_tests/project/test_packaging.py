@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,12 +70,21 @@ def test_readme_runs_from_an_installed_wheel_in_an_empty_folder(wheel, tmp_path)
     empty.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     program = "\n".join([*blocks, "import lotr_ext", "print(lotr_ext.__file__)"])
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(site / "lotr_ext" / "__init__.py") and len(blocks) > 2
+    (empty / "my-lora").symlink_to("as-lora")  # the block of commands converts the saved adapter to as-lora, and my-lora back
+    commands = re.findall(r"^(?:cd \.\. && )?python (-m lotr_ext[^#\n]*)", readme, re.MULTILINE)
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)], cwd=empty, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert len(commands) > 2
 
 
 @pytest.mark.parametrize(
