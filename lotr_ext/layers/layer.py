@@ -145,7 +145,8 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         if "factors" in self._modules:
             self.__dict__["factors"] = self._modules.pop("factors")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # nn.Linear's name for it, by which code may pass it
         if type(x) is Proxy:
             return self._symbolic(x)
         shape = x.shape

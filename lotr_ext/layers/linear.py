@@ -210,6 +210,9 @@ class LoTRConv1D(AdaptsModule):
         super()._take(linear)
         self.nx, self.nf = self.in_features, self.out_features
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # Conv1D's name of the argument
+
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight.t(), self.bias)
 

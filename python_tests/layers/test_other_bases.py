@@ -67,6 +67,15 @@ def test_wrapped_bfloat16_base_under_autocast():
     assert relative(y, truth(layer, x, layer.base_layer.codes * 0.1)) < 2e-2 and x.grad is not None
 
 
+def test_the_argument_has_the_bases_name():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    x, hooked = torch.randn(3, 6), nn.Linear(6, 4)
+    hooked.register_forward_hook(lambda module, args, y: y.tanh())
+    for base, name in ((nn.Linear(6, 4), "input"), (hooked, "input"), (Conv1D(4, 6), "x")):
+        layer = adapt(base, LoTRFactors(6, 4, 2))
+        assert torch.equal(layer(**{name: x}), layer(x))
+
+
 def test_conv1d(either_path):
     Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
     base = Conv1D(14, 20)
