@@ -8,12 +8,15 @@
 namespace lotr::cuda {
 namespace {
 
+// The walk: shrink's along the rows of x, factor_grad's down them.
+constexpr bool ALONG = false, DOWN = true;
+
 // f(the traits of the type and rank)
-template <bool DOWN, class F>
+template <bool WALK, class F>
 void with_traits(const Call& call, int64_t r, F f) {
   dispatch_rank<kernels::ONE_PRODUCT_WGMMA_RANK>(r, [&](auto rank) {
     dispatch_half(call.type, [&](auto element) {
-      f(kernels::OneProductTraits<decltype(element), decltype(rank)::value, DOWN>{});
+      f(kernels::OneProductTraits<decltype(element), decltype(rank)::value, WALK>{});
     });
   });
 }
@@ -33,7 +36,7 @@ void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* 
 
 void shrink_wgmma(const Call& call, const ShrinkProblem& problem, const plan::Plan& plan) {
   const auto p = params_of<ShrinkParams>(problem);
-  with_traits<false>(call, p.r, [&](auto traits) {
+  with_traits<ALONG>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
     launch<Traits>(call, plan, "shrink", kernels::shrink_wgmma<Traits>, p, p.A);
   });
@@ -41,7 +44,7 @@ void shrink_wgmma(const Call& call, const ShrinkProblem& problem, const plan::Pl
 
 void factor_grad_wgmma(const Call& call, const FactorGradProblem& problem, const plan::Plan& plan) {
   const auto p = params_of<FactorGradParams>(problem);
-  with_traits<true>(call, p.r, [&](auto traits) {
+  with_traits<DOWN>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
     launch<Traits>(call, plan, "factor_grad", kernels::factor_grad_wgmma<Traits>, p, p.v);
   });

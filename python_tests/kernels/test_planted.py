@@ -140,7 +140,7 @@ PIPELINE: dict[str, tuple[str, str, str]] = {
     "left_with_a_stage_out": ("i < STAGES; ++i, at.advance()", "i < STAGES - 1; ++i, at.advance()", "has exited"),
 }
 SHRINK_GRAD: dict[str, tuple[str, str, str]] = {
-    "wrong_rows": ("own.g[16 * c], 0), true)", "own.g[8 * c], 0), true)", ": Q: "),
+    "wrong_rows": ("own.g[16 * c], 0)", "own.g[8 * c], 0)", ": Q: "),
     "both_take_the_first_stage": ("s_.stage[first + group_]", "s_.stage[first]", ": Q: "),
     "the_first_block_sums_for_all": ("int(ptx::cluster_rank()) * share", "0", ": k: "),
     "sums_of_clusters_in_one_place": ("int(blockIdx.x) / p_.cluster", "0", ": k: "),

@@ -271,7 +271,7 @@ class Multiplier {
     float d[Traits::BN / 2];
     int last = over_k([&](const auto& stage, uint64_t x, int k, bool accumulate) {
       if constexpr (Traits::W_MN_MAJOR)
-        ptx::wgmma<T, Traits::BN, true>(
+        ptx::wgmma<T, Traits::BN, ptx::Major::mn>(
             d, x, ptx::swizzled_descriptor_mn(stage.w + k * 64, Traits::BK * 64 * sizeof(T)), accumulate);
       else
         ptx::wgmma<T, Traits::BN>(d, x, ptx::swizzled_descriptor(stage.w + k), accumulate);

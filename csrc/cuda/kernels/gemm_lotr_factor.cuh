@@ -53,8 +53,8 @@ class FactorSums {
   LOTR_DEVICE void multiply(const T (&g)[Traits::BM][Traits::BK]) {
 #pragma unroll
     for (int c = 0; c < Traits::BM / 16; ++c)
-      ptx::wgmma<T, Traits::BK, true>(sum_, u_[c], ptx::swizzled_descriptor_mn(&g[16 * c][0], 0),
-                                      c > 0 || !fresh_);
+      ptx::wgmma<T, Traits::BK, ptx::Major::mn>(sum_, u_[c], ptx::swizzled_descriptor_mn(&g[16 * c][0], 0),
+                                                c > 0 || !fresh_);
   }
 
   // After the wait.

@@ -117,7 +117,7 @@ class OneProduct {
         const int k = row % ROWS;
         const uint64_t x = Traits::DOWN ? ptx::swizzled_descriptor_mn(stage.x[k], 0)
                                         : ptx::swizzled_descriptor(&stage.x[0][k]);
-        ptx::wgmma<T, R, true, Traits::DOWN>(
+        ptx::wgmma<T, R, ptx::Major::mn, Traits::DOWN ? ptx::Major::mn : ptx::Major::k>(
             d, x, ptx::swizzled_descriptor_mn<Traits::PANEL>(stage.factor[0][k], sizeof(stage.factor[0])),
             true);
       }

@@ -98,10 +98,11 @@ class ShrinkGrad {
     for (int n = 0; n < walk_.n_tiles; ++n) load_F(s_.F[n], walk_.n_begin + n, 0);
     for (int i = 0; i < STAGES - 1; ++i) fetch();
 
+    constexpr bool LAST = true;
     ColumnSums<Traits> Q;
 #pragma unroll 1
-    while (here.m < walk_.m_tiles - 1) row_tile<false>(Q, here, fetch);
-    row_tile<true>(Q, here, fetch);
+    while (here.m < walk_.m_tiles - 1) row_tile<!LAST>(Q, here, fetch);
+    row_tile<LAST>(Q, here, fetch);
     ptx::griddepcontrol_launch_dependents();
     finish_Q(Q);
   }

@@ -132,11 +132,12 @@ class ShrinkGradWgmma {
   // ---- the warpgroups that multiply ----
 
   LOTR_DEVICE void multiply() {
+    constexpr bool LAST = true;
     float Q[SUBS][OWN_COLS / 2] = {};
     Place at;
 #pragma unroll 1
-    for (int i = 0; i < m_tiles_ - 1; ++i) row_tile<false>(Q, i, at);
-    row_tile<true>(Q, m_tiles_ - 1, at);
+    for (int i = 0; i < m_tiles_ - 1; ++i) row_tile<!LAST>(Q, i, at);
+    row_tile<LAST>(Q, m_tiles_ - 1, at);
     ptx::griddepcontrol_launch_dependents();
     sum_Q();
   }
@@ -189,7 +190,8 @@ class ShrinkGradWgmma {
       const auto& own = s_.stage[first + group_];
 #pragma unroll
       for (int c = 0; c < ROWS / 16; ++c)
-        ptx::wgmma<T, OWN_COLS, true>(Q[n], u[c], ptx::swizzled_descriptor_mn(own.g[16 * c], 0), true);
+        ptx::wgmma<T, OWN_COLS, ptx::Major::mn>(Q[n], u[c], ptx::swizzled_descriptor_mn(own.g[16 * c], 0),
+                                                true);
       ptx::wgmma_commit();
       if constexpr (LAST) {
         ptx::wgmma_wait<0>();
@@ -244,8 +246,8 @@ class ShrinkGradWgmma {
                          bool accumulate) {
 #pragma unroll
     for (int c = 0; c < OWN_COLS; c += 16)
-      ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[OWN_ROWS * group_][c]),
-                             ptx::swizzled_descriptor_mn<R>(F + c * R, 0), accumulate || c > 0);
+      ptx::wgmma<T, R, ptx::Major::mn>(k, ptx::swizzled_descriptor(&stage.g[OWN_ROWS * group_][c]),
+                                       ptx::swizzled_descriptor_mn<R>(F + c * R, 0), accumulate || c > 0);
   }
 
   // To shared memory, for the cluster: a warp's rows are a slice.

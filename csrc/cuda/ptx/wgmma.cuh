@@ -113,7 +113,7 @@ LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
                "wgmma.mma_async.sync.aligned.m64n" #N_ "k16.f32." TYPE "." TYPE " {" LOTR_D##N_ \
                "}, " A ", " B ", p, 1, 1, " SIGNS_AND_T ";\n}"                                  \
                : OUT(0)                                                                         \
-               : __VA_ARGS__, "l"(b), "r"(int(accumulate)), "n"(int(B_MN)), "n"(int(A_MN)))
+               : __VA_ARGS__, "l"(b), "r"(int(accumulate)), "n"(int(B_MAJOR)), "n"(int(A_MAJOR)))
 #define LOTR_WGMMA_TYPES(N_, ...)                   \
   if constexpr (N == N_) {                          \
     if constexpr (std::is_same_v<T, __nv_bfloat16>) \
@@ -128,9 +128,13 @@ template <class T, int N>
 constexpr bool has_wgmma = (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) &&
                            (N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
 
-// d = a b^T, plus d if accumulate; a and b K-major or (A_MN, B_MN) MN-major.  Warp w holds rows 16 w to 16 w
-// + 15 of d, columns 8 j to 8 j + 7 in d[4 j ..] as mma_m16n8k16 does.
-template <class T, int N, bool B_MN = false, bool A_MN = false>
+// How an operand lies in shared memory: the elements of a row, along the sum, are neighbours (k), or those of
+// a column are (mn).
+enum class Major { k = 0, mn = 1 };
+
+// d = a b^T, plus d if accumulate.  Warp w holds rows 16 w to 16 w + 15 of d, columns 8 j to 8 j + 7 in
+// d[4 j ..] as mma_m16n8k16 does.
+template <class T, int N, Major B_MAJOR = Major::k, Major A_MAJOR = Major::k>
 LOTR_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate LOTR_SITE) {
   static_assert(has_wgmma<T, N>, "T is __nv_bfloat16 or __half, N is 16, 32, 64, 128 or 256");
 #ifdef __CUDACC__
@@ -140,16 +144,17 @@ LOTR_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulat
   LOTR_WGMMA_TYPES(128, LOTR_OUT64, "%64", "%65", "%66", "%68, %67", "l"(a))
   LOTR_WGMMA_TYPES(256, LOTR_OUT128, "%128", "%129", "%130", "%132, %131", "l"(a))
 #else
-  simt::wgmma(d, N, {a, nullptr, b, A_MN, B_MN}, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
+  simt::wgmma(d, N, {a, nullptr, b, A_MAJOR == Major::mn, B_MAJOR == Major::mn}, accumulate,
+              std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 
 // The same with a in registers: each thread holds its fragment of its warp's 16 rows, as for mma_m16n8k16.
-template <class T, int N, bool B_MN = false>
+template <class T, int N, Major B_MAJOR = Major::k>
 LOTR_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate LOTR_SITE) {
   static_assert(has_wgmma<T, N>, "T is __nv_bfloat16 or __half, N is 16, 32, 64, 128 or 256");
 #ifdef __CUDACC__
-  constexpr bool A_MN = false;  // of the text, which does not name it here
+  constexpr Major A_MAJOR = Major::k;  // of the text, which does not name it here
   LOTR_WGMMA_TYPES(16, LOTR_OUT8, "{%8,%9,%10,%11}", "%12", "%13", "%14", "r"(a[0]), "r"(a[1]), "r"(a[2]),
                    "r"(a[3]))
   LOTR_WGMMA_TYPES(32, LOTR_OUT16, "{%16,%17,%18,%19}", "%20", "%21", "%22", "r"(a[0]), "r"(a[1]), "r"(a[2]),
@@ -161,7 +166,8 @@ LOTR_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bo
   LOTR_WGMMA_TYPES(256, LOTR_OUT128, "{%128,%129,%130,%131}", "%132", "%133", "%134", "r"(a[0]), "r"(a[1]),
                    "r"(a[2]), "r"(a[3]))
 #else
-  simt::wgmma(d, N, {0, a, b, false, B_MN}, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
+  simt::wgmma(d, N, {0, a, b, false, B_MAJOR == Major::mn}, accumulate, std::is_same_v<T, __nv_bfloat16>,
+              site);
 #endif
 }
 

@@ -85,8 +85,8 @@ LOTR_DEVICE void products(uint64_t k_major, uint64_t mn_major, const uint32_t (&
   float d[N / 2] = {};
   ptx::wgmma_fence();
   ptx::wgmma<T, N>(d, k_major, k_major, true);
-  ptx::wgmma<T, N, true>(d, k_major, mn_major, true);
-  ptx::wgmma<T, N, true, true>(d, mn_major, mn_major, true);
+  ptx::wgmma<T, N, ptx::Major::mn>(d, k_major, mn_major, true);
+  ptx::wgmma<T, N, ptx::Major::mn, ptx::Major::mn>(d, mn_major, mn_major, true);
   ptx::wgmma<T, N>(d, a, k_major, true);
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();

@@ -215,8 +215,8 @@ constexpr int NARROWEST = 16;
 template <int N>
 struct alignas(1024) Operands {
   static constexpr int WIDTH = N > 64 ? 64 : N < NARROWEST ? NARROWEST : N;
-  __half a[64][64];                // K-major, or across: [k][m]
-  __half b[N < 64 ? 64 : N][64];   // K-major: [n][k]
+  __half a[64][64];                              // K-major, or across: [k][m]
+  __half b[N < 64 ? 64 : N][64];                 // K-major: [n][k]
   __half c[(N + WIDTH - 1) / WIDTH][64][WIDTH];  // MN-major: panels of WIDTH n, [k][n]
   uint64_t full;
 };
@@ -246,14 +246,15 @@ __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
   uint32_t a[4][4];
   memcpy(a, registers + t * 16, sizeof a);
   const auto multiply = [&](float (&sums)[N / 2], int k) {
+    constexpr ptx::Major B_MAJOR = B_MN ? ptx::Major::mn : ptx::Major::k;
     const uint64_t b = B_MN ? ptx::swizzled_descriptor_mn<WIDTH>(&s.c[0][k][0], sizeof s.c[0])
                             : ptx::swizzled_descriptor(&s.b[0][k]);
     if constexpr (FIRST == First::registers)
-      ptx::wgmma<__half, N, B_MN>(sums, a[k / 16], b, k > 0);
+      ptx::wgmma<__half, N, B_MAJOR>(sums, a[k / 16], b, k > 0);
     else if constexpr (FIRST == First::across)
-      ptx::wgmma<__half, N, B_MN, true>(sums, ptx::swizzled_descriptor_mn(s.a[k], 0), b, k > 0);
+      ptx::wgmma<__half, N, B_MAJOR, ptx::Major::mn>(sums, ptx::swizzled_descriptor_mn(s.a[k], 0), b, k > 0);
     else
-      ptx::wgmma<__half, N, B_MN>(sums, ptx::swizzled_descriptor(&s.a[0][k]), b, k > 0);
+      ptx::wgmma<__half, N, B_MAJOR>(sums, ptx::swizzled_descriptor(&s.a[0][k]), b, k > 0);
   };
   ptx::wgmma_fence();
   for (int k = 0; k < 64; k += 16) multiply(d, k);

@@ -94,7 +94,7 @@ LOTR_DEVICE void consume(Smem& s, const Params& p) {
       if (p.bug == wrong_major)
         ptx::wgmma<bf16, BN>(d, x, ptx::swizzled_descriptor(&stage.w[0][0][k]), i + k > 0);
       else
-        ptx::wgmma<bf16, BN, true>(
+        ptx::wgmma<bf16, BN, ptx::Major::mn>(
             d, x,
             ptx::swizzled_descriptor_mn(&stage.w[0][k], p.bug == wrong_panel ? 1024 : sizeof stage.w[0]),
             i + k > 0);
