@@ -19,10 +19,6 @@ Prepared prepare(const Call&, const FoldProblem& p) {
 
 namespace {
 
-int64_t element_size(DType type) {
-  return type == DType::float32 ? 4 : 2;
-}
-
 // Up to MOST_LAYERS layers.
 constexpr int64_t MOST_LAYERS = 65535;  // of a grid in z
 void launch(const Call& call, const FoldProblem& p) {

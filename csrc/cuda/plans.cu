@@ -204,10 +204,6 @@ int64_t forced_or(const Problem& problem, const char* name, int64_t usual, int64
   return usual;
 }
 
-int element_size(const Call& call) {
-  return call.type == DType::float32 ? 4 : 2;
-}
-
 plan::Machine machine_of(const Call& call) {
   plan::Machine machine;
   machine.card = call.card;
@@ -220,7 +216,7 @@ plan::Machine machine_of(const Call& call) {
 }  // namespace
 
 plan::Plans plans_of(const Call& call, Operator op, int64_t M, int64_t N, int32_t r, bool wgmma) {
-  const int element = element_size(call);
+  const int element = element_size(call.type);
   const plan::Machine machine = machine_of(call);
   plan::Plans plans = op == Operator::shrink        ? plan::shrink(M, N, r, element, machine, wgmma)
                       : op == Operator::expand_add  ? plan::expand_add(M, N, r, element, machine)
@@ -244,7 +240,7 @@ plan::Plans plans_of(const Call& call, const std::string& op, int64_t M, int64_t
 
 plan::GemmLotr gemm_lotr_plan(const Call& call, int64_t M, int64_t N, int32_t r) {
   const int multiprocessors = call.card.multiprocessors;
-  const Problem problem{Operator::gemm_lotr, M, N, r, element_size(call), multiprocessors};
+  const Problem problem{Operator::gemm_lotr, M, N, r, element_size(call.type), multiprocessors};
   const int cluster = int(forced_or(problem, "cluster", M > 128 && !call.off.cluster ? 2 : 1,
                                     call.off.cluster || multiprocessors < 2 ? 1 : 2));
   plan::GemmLotr plan = plan::gemm_lotr(M, N, r, cluster, multiprocessors);
@@ -264,7 +260,7 @@ plan::FoldGrad fold_grad_plan(const Call& call, int64_t L, int64_t N, int32_t r_
 }
 
 plan::ScaleBackward scale_backward_plan(const Call& call, int64_t M, int64_t N) {
-  const int element = element_size(call), multiprocessors = call.card.multiprocessors;
+  const int element = element_size(call.type), multiprocessors = call.card.multiprocessors;
   plan::ScaleBackward plan = plan::scale_backward(M, N, size_t(element), multiprocessors);
   plan.splits = forced_or({Operator::scale_backward, M, N, 0, element, multiprocessors}, "splits",
                           plan.splits, plan.m_tiles);
@@ -275,7 +271,7 @@ plan::RowCoreGrad row_core_grad_plan(const Call& call, int64_t rows, int64_t cor
                                      int32_t r_out) {
   const int multiprocessors = call.card.multiprocessors;
   plan::RowCoreGrad plan = plan::row_core_grad(rows, cores, r_in, r_out, multiprocessors);
-  const Problem problem{Operator::row_core_grad, rows, cores, r_in, element_size(call), multiprocessors};
+  const Problem problem{Operator::row_core_grad, rows, cores, r_in, element_size(call.type), multiprocessors};
   plan.splits =
       int(forced_or(problem, "splits", plan.splits, std::max<int64_t>(1, plan::ceil_div(rows, 32))));
   return plan;

@@ -9,6 +9,11 @@ namespace lotr {
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Float32 : int32_t { exact = 0, tf32 = 1 };  // torch's float32 matmul precision
 
+// Bytes.
+constexpr int element_size(DType type) {
+  return type == DType::float32 ? 4 : 2;
+}
+
 // How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time, rounded to the
 // kernel's type.
 enum class Access : int32_t { vector = 0, element = 1, float32_element = 2 };
@@ -25,6 +30,10 @@ struct MutableMatrix {
   int64_t row, col;
   Access access;
 };
+
+inline Matrix read_only(const MutableMatrix& m) {
+  return {m.data, m.row, m.col, m.access};
+}
 
 // Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/philox.cuh).
 struct Dropout {

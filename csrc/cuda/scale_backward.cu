@@ -1,16 +1,16 @@
 // csrc/cuda/launch.h: the gradients of a scale of y's columns, in one launch.
+#include "counters.h"
 #include "dispatch.h"
 #include "kernels/scale_backward.cuh"
 #include "launchers.h"
 #include "plans.h"
-#include "ptx/stream.cuh"
 
 namespace lotr::cuda {
 
 PreparedScaleBackward prepare(const Call& call, const ScaleBackwardProblem& p) {
   PreparedScaleBackward made;
   if (p.M == 0) return made;
-  const size_t element = call.type == DType::float32 ? 4 : 2;
+  const size_t element = size_t(element_size(call.type));
   const auto plan = made.plan = scale_backward_plan(call, p.M, p.N);
   made.workspace = reduction_bytes(plan.n_tiles, plan.splits, kernels::scale_backward_cols(element));
   return made;
@@ -18,7 +18,7 @@ PreparedScaleBackward prepare(const Call& call, const ScaleBackwardProblem& p) {
 
 void run(const Call& call, const ScaleBackwardProblem& problem, const PreparedScaleBackward& prepared,
          void* workspace) {
-  if (problem.M == 0) return ptx::clear(problem.dscale, size_t(problem.N) * sizeof(float), call.stream);
+  if (problem.M == 0) return clear(problem.dscale, size_t(problem.N) * sizeof(float), call.stream);
   const plan::ScaleBackward& plan = prepared.plan;
   auto p = params_of<ScaleBackwardParams>(problem);
   p.m_pieces = plan::pieces(plan.m_tiles, plan.splits);

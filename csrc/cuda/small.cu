@@ -10,11 +10,8 @@ namespace {
 MutableMatrix take_matrix(const Call& call, char*& workspace, int64_t M, int64_t r) {
   void* data = workspace;
   const int64_t chunk = row_elements(call.type), row = (r + chunk - 1) / chunk * chunk;
-  workspace += aligned(size_t(M * row) * (call.type == DType::float32 ? 4 : 2));
+  workspace += aligned(size_t(M * row) * size_t(element_size(call.type)));
   return {data, row, 1, Access::vector};
-}
-Matrix read_only(const MutableMatrix& m) {
-  return {m.data, m.row, m.col, m.access};
 }
 Matrix transposed(const Matrix& m) {
   return {m.data, m.col, m.row, m.access == Access::float32_element ? m.access : Access::element};

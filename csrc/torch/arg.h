@@ -158,9 +158,9 @@ struct Check {
   bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
   int64_t max_rank = 0;     // of the kernels of a device; 0: any
 
-  // What every operator expects of its tensors and checks first: each
-  // is there, on the device of the first, with memory for all its elements. A tensor that is written has no
-  // element twice, and shares none with another argument: kernels read and write in no particular order.
+  // What every operator expects of its tensors and checks first: each is there, on the device of the first,
+  // with memory for all its elements. A tensor that is written has no element twice, and shares none with
+  // another argument: kernels read and write in no particular order.
   void arguments(std::initializer_list<const Arg*> all,
                  std::initializer_list<const Arg*> written = {}) const {
     const Arg* first = nullptr;

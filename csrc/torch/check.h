@@ -9,50 +9,41 @@ namespace lotr {
 
 // Sizes of a checked call; 0 for those that the operator does not have.
 struct Sizes {
-  int64_t m = 0, k = 0, n = 0, r = 0, r_in = 0, r_out = 0, l = 0;
+  int64_t m = 0, k = 0, n = 0, r = 0, r_in = 0, r_out = 0;
 };
 
-inline Sizes check_shrink(const Check& c, const Arg& x, const Arg& A, double p, const Arg& seed) {
+inline void check_shrink(const Check& c, const Arg& x, const Arg& A, double p, const Arg& seed) {
   c.arguments({&x, &A, &seed});
   c.dims(x, 2, "[M, K]"), c.dims(A, 2, "[K, r]");
   c.supported(x), c.factor(A, x.dtype);
   c.positive(x, 1, "K"), c.rank(A, 1, "r"), c.size(A, 0, x.size[1], "K, as in x");
   c.dropout(p, seed);
-  Sizes s;
-  s.m = x.size[0], s.k = x.size[1], s.r = A.size[1];
-  return s;
 }
 
 // written: y is added to in place, and a matrix; else [.., N].
-inline Sizes check_expand(const Check& c, const Arg& y, const Arg& u, const Arg& F, bool written, double p,
-                          const Arg& seed) {
+inline void check_expand(const Check& c, const Arg& y, const Arg& u, const Arg& F, bool written, double p,
+                         const Arg& seed) {
   if (written)
     c.arguments({&y, &u, &F, &seed}, {&y}), c.dims(y, 2, "[M, N]");
   else
     c.arguments({&y, &u, &F, &seed});
   if (y.dim < 1) fail(c.op, ": y: expected a tensor of 1 or more dimensions, got shape ", y.shape());
-  Sizes s;
-  s.m = y.flat.rows, s.n = y.flat.cols;
   c.dims(u, 2, "[M, r]"), c.dims(F, 2, "[N, r]");
   c.supported(y), c.dtype(u, y.dtype), c.factor(F, y.dtype);
   c.positive(y, y.dim - 1, "N"), c.rank(u, 1, "r");
-  c.size(u, 0, s.m, "M, as in y"), c.size(F, 0, s.n, "N, as in y"), c.size(F, 1, u.size[1], "r, as in u");
+  c.size(u, 0, y.flat.rows, "M, as in y"), c.size(F, 0, y.flat.cols, "N, as in y");
+  c.size(F, 1, u.size[1], "r, as in u");
   c.dropout(p, seed);
-  s.r = u.size[1];
-  return s;
 }
 
-inline Sizes check_factor_grad(const Check& c, const Arg& acc, const Arg& x, const Arg& k, double p,
-                               const Arg& seed) {
+inline void check_factor_grad(const Check& c, const Arg& acc, const Arg& x, const Arg& k, double p,
+                              const Arg& seed) {
   c.arguments({&acc, &x, &k, &seed}, {&acc});
   c.dims(acc, 2, "[K, r]"), c.dims(x, 2, "[M, K]"), c.dims(k, 2, "[M, r]");
   c.supported(x), c.dtype(k, x.dtype), c.dtype(acc, acc_dtype(x.dtype));
   c.positive(x, 1, "K"), c.rank(k, 1, "r"), c.size(k, 0, x.size[0], "M, as in x");
   c.size(acc, 0, x.size[1], "K, as in x"), c.size(acc, 1, k.size[1], "r, as in k");
   c.dropout(p, seed);
-  Sizes s;
-  s.m = x.size[0], s.k = x.size[1], s.r = k.size[1];
-  return s;
 }
 
 // Q: the sum that shrink_grad_ adds to.
@@ -68,7 +59,7 @@ inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const
   return s;
 }
 
-inline Sizes check_fold(const Check& c, const Arg& B, const Arg& cores, double scaling, ScalarType dtype) {
+inline void check_fold(const Check& c, const Arg& B, const Arg& cores, double scaling, ScalarType dtype) {
   c.arguments({&B, &cores});
   c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");
   if (!is_supported(dtype)) {
@@ -78,13 +69,10 @@ inline Sizes check_fold(const Check& c, const Arg& B, const Arg& cores, double s
   c.factor(B, dtype), c.factor(cores, dtype);
   c.positive(B, 0, "N"), c.rank(B, 1, "r_out"), c.positive(cores, 0, "L"), c.rank(cores, 1, "r_in");
   c.size(cores, 2, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
-  Sizes s;
-  s.n = B.size[0], s.r_out = B.size[1], s.l = cores.size[0], s.r_in = cores.size[1];
-  return s;
 }
 
-inline Sizes check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const Arg& cores, double scaling,
-                             const Arg& dB) {
+inline void check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const Arg& cores, double scaling,
+                            const Arg& dB) {
   c.arguments({&Q, &B, &cores, &dB}, {&dB});
   c.dims(Q, 3, "[L, N, r_in]"), c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");
   if (Q.dtype != ScalarType::Float && Q.dtype != ScalarType::Double) {
@@ -102,20 +90,17 @@ inline Sizes check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const A
   c.size(cores, 1, Q.size[2], "r_in, as in Q"), c.size(cores, 2, B.size[1], "r_out, as in B");
   c.finite("scaling", scaling);
   if (dB) c.matrix(dB, Q.dtype, "[N, r_out]", Q.size[1], "N, as in Q", B.size[1], "r_out, as in B");
-  Sizes s;
-  s.n = Q.size[1], s.r_out = B.size[1], s.l = Q.size[0], s.r_in = Q.size[2];
-  return s;
 }
 
-// ---- row_core: the values of the indices are checked on a CPU only, since on a GPU that would synchronise
-// ----
+// ---- row_core ----
 
 struct RowSizes {
   int64_t rows, m, cores, r_in, r_out;
 };
 
 // Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that each reads.
-// g: that of the backward.
+// g: that of the backward.  The values of the indices are checked on a CPU alone, since on a GPU that would
+// synchronise.
 struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 
@@ -123,8 +108,8 @@ struct RowArgs {
     c.arguments({&g, &u, &cores, &index, &offs, &tokens});
     c.dims(u, 2, "[m, r_in]"), c.dims(cores, 3, "[c, r_in, r_out]");
     c.supported(u), c.factor(cores, u.dtype);
-    c.positive(u, 1, "r_in"), c.positive(cores, 0, "c"), c.positive(cores, 2, "r_out");
-    c.size(cores, 1, u.size[1], "r_in, as in u"), c.finite("scaling", scaling);
+    c.positive(u, 1, "r_in"), c.positive(cores, 0, "c"), c.rank(cores, 2, "r_out");
+    c.size(cores, 1, u.size[1], "r_in, as in u"), c.rank(cores, 1, "r_in"), c.finite("scaling", scaling);
     if (bool(index) == bool(offs))
       fail(c.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
     const RowSizes s{tokens && tokens.dim == 1 ? tokens.size[0] : u.size[0], u.size[0], cores.size[0],

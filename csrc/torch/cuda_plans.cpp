@@ -15,13 +15,7 @@ namespace {
 // {multiprocessors, bytes of shared memory per multiprocessor, MHz, MB/s of memory, early launches, wgmma}.
 cuda::Call call_of(const char* op, ScalarType dtype, int64_t device, const std::vector<int64_t>& card) {
   cuda::Call call{};
-  call.type = dtype == ScalarType::Float      ? DType::float32
-              : dtype == ScalarType::BFloat16 ? DType::bfloat16
-              : dtype == ScalarType::Half
-                  ? DType::float16
-                  : (fail(op, ": dtype: expected torch.float32, torch.bfloat16 or torch.float16, got ",
-                          dtype_name(dtype)),
-                     DType::float32);
+  call.type = dtype_of(op, "dtype", dtype);
   call.off = cuda::switches();
   if (device >= 0) {
     const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};

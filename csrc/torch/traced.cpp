@@ -2,7 +2,6 @@
 // lotr_ext/ops/layer.py calls them through OpOverload.decompose.
 #include <torch/csrc/stable/library.h>
 
-#include "operators.h"
 #include "products_traced.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)

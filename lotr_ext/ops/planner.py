@@ -113,9 +113,11 @@ def build_info() -> dict:
 
 
 def cuda_probe(device: int) -> dict:
-    """What the CUDA runtime in the extension finds, asked without a launch: {"runtime", "driver"}, versions as CUDA counts
-    them (12080 is 12.8; driver 0: none), and "error", the name of the driver's error where it cannot load a kernel of ours on
-    device ("": it can). device < 0: the versions alone. Needs an extension built with CUDA kernels.
+    """What the CUDA runtime in the extension finds, without a launch. Needs an extension built with CUDA kernels.
+
+    "runtime", "driver": versions as CUDA counts them (12080 is 12.8; driver 0: none). "float32", "float32_from": how float32
+    products are rounded now, and how that was read (csrc/torch/float32.h). "error": the name of the driver's error if it cannot
+    load a kernel of ours on device, else ""; device < 0: "".
     """
     return json.loads(torch.ops.lotr.cuda_probe(device))
 

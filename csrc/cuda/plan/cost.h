@@ -7,7 +7,7 @@
 
 namespace lotr::plan {
 
-// The same on every card, from published microbenchmarks of Hopper unless another origin is named.
+// Assumed the same on every card, of the size that microbenchmarks of Hopper report (arXiv 2402.13499).
 struct Rates {
   double l2 = 30;         // bytes per clock that a multiprocessor reads from L2 while all of them read
   double l2_alone = 63;   // the same while it is the only one: the width of its port
@@ -19,17 +19,17 @@ constexpr Rates RATES;
 
 // Bytes of a launch, as its kernel moves them.
 struct Work {
-  double large = 0;     // of the large matrix, in and out
-  double factors = 0;   // of factors, which blocks read again and again, from L2: a fiftieth misses it
-  double partials = 0;  // of partial sums, written and read: half of them reach memory
-  double rate = 1;    // of the large matrix that a block gets through in a clock, alone on its multiprocessor
-  double last = 0;    // of partial sums that the last block adds, when the others have ended
-  double passed = 0;  // that each block adds from its cluster
-  double meanwhile = 0;  // that it adds from its cluster while the large matrix still arrives
-  double together = 0;   // that all blocks add at the same time, all of them together
+  double large = 0;      // of the large matrix, read and written
+  double factors = 0;    // of factors, read again and again from L2: a fiftieth misses it
+  double partials = 0;   // of partial sums, written and read: half of them reach memory
+  double rate = 1;       // of the large matrix that a block processes in a clock, alone on a multiprocessor
+  double last = 0;       // of partial sums that the last block adds after the others have ended
+  double passed = 0;     // of partial sums that each block adds from its cluster
+  double meanwhile = 0;  // the same, added while the large matrix still arrives
+  double together = 0;   // of partial sums that all blocks add at the same time; those of all blocks
 };
 
-// Bytes of the large matrix that a block gets through in a clock, by bench.static: up to rank 32 the loads
+// Bytes of the large matrix that a block processes in a clock, by bench.static: up to rank 32 the loads
 // limit it, above that the products.
 constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
@@ -39,7 +39,7 @@ constexpr double block_rate(int R, double up_to_32, double at_64) {
 // 1.9.
 constexpr double TWO_BLOCK_SPEEDUP = 1.5;
 
-// The time of two overlapping activities: the longer one, and more if both take equally long.
+// The time of overlapping activities: that of the longest, and more if another takes as long.
 inline double overlapped(double a, double b, double c, double d) {
   return std::pow(std::pow(a, 8) + std::pow(b, 8) + std::pow(c, 8) + std::pow(d, 8), 1 / 8.);
 }
@@ -50,9 +50,9 @@ inline double microseconds(const Machine& machine, const Work& work, int64_t blo
   const double all = card.multiprocessors, clock = card.clock;
   // Waves of blocks on the busiest multiprocessor: two blocks at a time where it holds two.
   const int64_t mine = ceil_div(blocks, card.multiprocessors);
-  const double turns =
+  const double waves =
       machine.blocks == 2 ? double(mine / 2) * 2 / TWO_BLOCK_SPEEDUP + double(mine % 2) : double(mine);
-  const double own = work.large * uneven / double(blocks) * turns / (work.rate * clock);
+  const double own = work.large * uneven / double(blocks) * waves / (work.rate * clock);
   const double memory = (work.large + work.partials / 2 + work.factors / 50) / (card.memory * all);
   const double l2 = (work.large + work.factors + work.partials) / (RATES.l2 * clock * all);
   double sums = 0;
