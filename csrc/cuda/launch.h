@@ -37,7 +37,7 @@ bool runs_wgmma();
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes
 // at a time; give u, k, h and F such rows whatever their rank is.
 constexpr int64_t row_elements(DType type) {
-  return type == DType::float32 ? 4 : 8;
+  return 16 / element_size(type);
 }
 
 // Each operator is two calls.  prepare() chooses the kernel, how the problem is cut into blocks (a plan) and
@@ -97,11 +97,14 @@ void run(const Call& call, const SmallForwardProblem& p, const PreparedSmall& pr
 PreparedSmall prepare(const Call& call, const SmallBackwardProblem& p);
 void run(const Call& call, const SmallBackwardProblem& p, const PreparedSmall& prepared, void* workspace);
 
+// A copy of a matrix in the call's type, for a product of the library.
+void pack(const Call& call, const PackParams& p);
+
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {
   if (stored != type) return Access::float32_element;
-  const int64_t size = type == DType::float32 ? 4 : 2;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || row * size % 16 == 0);
+  const bool whole = rows <= 1 || row % row_elements(type) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole;
   return col == 1 && aligned ? Access::vector : Access::element;
 }
 

@@ -15,10 +15,6 @@
 namespace lotr::cuda {
 namespace {
 
-int element_size(DType type) {
-  return type == DType::float32 ? 4 : 2;
-}
-
 template <class F>
 void dispatch_policy(const Call& call, F f) {
   dispatch_type(call.type, [&](auto type) {
@@ -45,10 +41,6 @@ M columns(M m, int64_t first, DType type) {
   return m;
 }
 
-Matrix read_only(const MutableMatrix& m) {
-  return {m.data, m.row, m.col, m.access};
-}
-
 // f(i, first, ranks) for the i-th of at most two launches, which takes so many ranks from `first` on
 template <class F>
 void each_launch(const Call& call, int64_t r, F f) {
@@ -67,10 +59,7 @@ class Packer {
     const int64_t chunk = row_elements(call_.type), row = plan::ceil_div(cols, chunk) * chunk;
     const Matrix packed{start_ + bytes_, row, 1, Access::vector};
     bytes_ += aligned(size_t(rows * row) * size_t(element_size(call_.type)));
-    if (start_) {
-      const PackParams p{m, const_cast<void*>(packed.data), rows, cols, row};
-      dispatch_policy(call_, [&](auto launchers) { launchers.pack(call_, p); });
-    }
+    if (start_) pack(call_, {m, const_cast<void*>(packed.data), rows, cols, row});
     m = packed;
   }
   size_t bytes() const { return bytes_; }
@@ -146,6 +135,10 @@ Reduction Workspace::take(int64_t tiles, int64_t floats) {
   counters_ += tiles;
   floats_ += aligned(size_t(floats) * sizeof(float));
   return sum;
+}
+
+void pack(const Call& call, const PackParams& p) {
+  dispatch_policy(call, [&](auto launchers) { launchers.pack(call, p); });
 }
 
 Remembered& remembered() {

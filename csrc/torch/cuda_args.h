@@ -1,9 +1,8 @@
 // What a call on CUDA tensors needs besides its operands: the stream, workspaces, new outputs, matrices for
 // the launchers of cuda/launch.h.
 //
-// The extension module must import under a torch without CUDA. So it does not link libtorch_cuda, and looks
-// up the functions that it needs at their first use.  Nothing here synchronises, and all memory comes from
-// torch's allocator on the current stream, so a CUDA graph may capture a call.
+// Nothing here synchronises, and all memory comes from torch's allocator on the current stream, so a CUDA
+// graph may capture a call.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -18,23 +17,42 @@
 #include "cuda/launch.h"
 #include "cuda/probe.h"
 #include "float32.h"
+#include "matrix_view.h"
 
 namespace lotr {
 
 constexpr int MAX_DEVICES = 64;
 
-inline void* current_stream(int32_t device) {
-  using Get = int32_t (*)(int32_t, void**);
-  static const Get get = [] {
+// The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
+// without CUDA.  They do not pass through the dispatcher, whose stable interface has neither a product with
+// alpha and beta nor a sum.
+struct TorchCuda {
+  int32_t (*current_stream)(int32_t, void**);
+  int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+  int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
+                       double);
+  int32_t (*add)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
+
+  static const TorchCuda& functions() {
+    static const TorchCuda found;
+    return found;
+  }
+
+ private:
+  TorchCuda() {
     // the library that torch has loaded; RTLD_DEFAULT would not see it
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  if (!get) fail("lotr: expected a torch built with CUDA, got one without libtorch_cuda.so");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return stream;
-}
+    const auto find = [&](auto& function, const char* name) {
+      function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name)) : nullptr;
+      if (!function)
+        fail("lotr: expected a torch built with CUDA, got one whose libtorch_cuda.so has no ", name);
+    };
+    find(current_stream, "aoti_torch_get_current_cuda_stream");
+    find(mm_out, "aoti_torch_cuda_mm_out");
+    find(addmm_out, "aoti_torch_cuda_addmm_out");
+    find(add, "aoti_torch_cuda_add_Tensor");
+  }
+};
 
 // The properties of a device that plans are made from.
 struct Device {
@@ -100,8 +118,8 @@ inline Device device_of(const char* op, int32_t device) {
   return known[size_t(device)];
 }
 
-inline DType dtype_of(const char* op, const Arg& a) {
-  switch (a.dtype) {
+inline DType dtype_of(const char* op, const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return DType::float32;
     case ScalarType::BFloat16:
@@ -109,9 +127,12 @@ inline DType dtype_of(const char* op, const Arg& a) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      fail(op, ": ", a.name, ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
-           dtype_name(a.dtype), "; the composite path takes it (LOTR_STRATEGY=composite)");
+      fail(op, ": ", name, ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
+           dtype_name(dtype), "; the composite path takes it (LOTR_STRATEGY=composite)");
   }
+}
+inline DType dtype_of(const char* op, const Arg& a) {
+  return dtype_of(op, a.name, a.dtype);
 }
 
 // Everything a call needs besides its operands.  Its device is current during its lifetime.
@@ -122,10 +143,12 @@ class Context {
     if (const cudaError_t error = make_current(device_))
       fail(op, ": device ", device_, ": ", cudaGetErrorString(error));
     const Device device = device_of(op, device_);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().current_stream(device_, &stream));
     call_ = {type,
              type == DType::float32 ? float32_products() : Float32::exact,
              device.card,
-             current_stream(device_),
+             stream,
              device.early,
              device.wgmma,
              cuda::switches(),
@@ -190,18 +213,14 @@ class Context {
   }
 
   Matrix read(const Arg& a) const {
-    const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
+    const void* data = read_data(a);
     const int64_t row = a.stride[a.dim - 2], col = a.stride[a.dim - 1];
     return {data, row, col, cuda::access_of(data, row, col, a.size[a.dim - 2], dtype_of(op_, a), call_.type)};
   }
   MutableMatrix written(const Arg& a) const {
-    void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(a.handle, &data));
     const Matrix m = read(a);
-    return {data, m.row, m.col, m.access};
+    return {written_data(a), m.row, m.col, m.access};
   }
-  float* written_floats(const Arg& a) const { return static_cast<float*>(written(a).data); }
 
  private:
   const char* op_;
@@ -210,17 +229,9 @@ class Context {
   cuda::Call call_;
 };
 
-inline void check_rank(const char* op, const Arg& a, int64_t axis) {
-  if (a.size[axis] > cuda::MAX_RANK) {
-    fail(op, ": ", a.name, ": expected a rank of at most ", cuda::MAX_RANK, " in dimension ", axis,
-         ", got shape ", a.shape(), "; the composite path takes it (LOTR_STRATEGY=composite)");
-  }
-}
-
-inline Dropout dropout(double p, const OptionalTensor& seed) {
+inline Dropout dropout(double p, const Arg& seed) {
   if (p == 0.0) return {nullptr, 0, 1.f};
-  return {static_cast<const int64_t*>(seed->const_data_ptr()), uint32_t(p * 4294967296.0),
-          float(1.0 / (1.0 - p))};
+  return {static_cast<const int64_t*>(read_data(seed)), uint32_t(p * 4294967296.0), float(1.0 / (1.0 - p))};
 }
 
 }  // namespace lotr

@@ -30,11 +30,10 @@ struct Rows {
   }
 };
 
-void check_sizes(const Context& c, const RowSizes& s, const Arg& cores) {
-  check_rank(c.op(), cores, 1), check_rank(c.op(), cores, 2);
+void check_sizes(const Check& c, const RowSizes& s) {
   for (const int64_t size : {s.rows, s.m, s.cores})
     if (size >= std::numeric_limits<int32_t>::max())
-      fail(c.op(), ": expected fewer than 2^31 rows, tokens and cores, got ", size);
+      fail(c.op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
 }
 
 // h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
@@ -84,12 +83,12 @@ struct Sorted {
 
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
                 const OptionalTensor& tokens, double scaling) {
-  const Check check{"lotr::row_core"};
+  const Check check{"lotr::row_core", false, cuda::MAX_RANK};
   const RowArgs a{{"g", OptionalTensor()}, {"u", u},       {"cores", cores},
                   {"index", index},        {"offs", offs}, {"tokens", tokens}};
   const RowSizes s = a.check(check, scaling);
+  check_sizes(check, s);
   const Context c(check.op, a.u);
-  check_sizes(c, s, a.cores);
   const Rows rows(a);
   Tensor h = c.empty_rows<2>({s.rows, s.r_out});
   product(c, Arg("h", h), a.u, rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
@@ -100,11 +99,11 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& index, const OptionalTensor& offs,
                                              const OptionalTensor& tokens, double scaling, bool need_u,
                                              bool need_cores) {
-  const Check check{"lotr::row_core_backward"};
+  const Check check{"lotr::row_core_backward", false, cuda::MAX_RANK};
   const RowArgs a{{"g", g}, {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
   const RowSizes s = a.check(check, scaling);
+  check_sizes(check, s);
   const Context c(check.op, a.u);
-  check_sizes(c, s, a.cores);
   const Rows rows(a);
   Tensor du = need_u ? c.empty_rows<2>({s.m, s.r_in}) : c.empty<2>({0, 0});
   Tensor dcores = c.empty_float<3>(need_cores ? std::array<int64_t, 3>{s.cores, s.r_in, s.r_out}
@@ -132,7 +131,7 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
     RowCoreGradParams q{};
     q.of_core = by_core ? by_core->segments() : Segments{nullptr, x.ends, 1};
     q.token = x.token, q.u = c.read(a.u), q.g = c.read(a.g), q.type = dtype_of(check.op, a.u);
-    q.dcores = c.written_floats(Arg("dcores", dcores));
+    q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
     q.tokens = s.m, q.cores = s.cores, q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out);
     q.scale = float(scaling);
     const auto prepared = cuda::prepare_row_core_grad(c.call(), q, s.rows);

@@ -65,7 +65,7 @@ inline cuda::GemmLotr fused_base(const CudaProducts& p, const Arg& x, const Arg&
 inline FusedChoice choose_fused(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
                                 bool backward) {
   cuda::GemmLotr q = fused_base(p, x, weight, r, backward);
-  static const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t(4096));
+  const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t(4096));  // aligned; nothing reads it
   q.At = {anywhere, (q.K + 7) / 8 * 8, 1, Access::vector};
   q.F = {anywhere, (r + 7) / 8 * 8, 1, Access::vector};
   q.u = {const_cast<void*>(anywhere), (r + 7) / 8 * 8, 1, Access::vector};
@@ -112,10 +112,7 @@ inline bool CudaProducts::fused_backward(Made& made, Value& k, const Sum& Q, con
   const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
     const bool fits = v.type == context_.call().type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
                       reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-    if (fits) return v;
-    const Value made_rows = rank_rows(copy, v.rows, v.cols);
-    torch::stable::copy_(*copy, matrix_view(v.handle, v.rows, v.cols, v.row, v.col));
-    return made_rows;
+    return fits ? v : packed(copy, v);
   };
   const Value F = read(a.F), Ft{F.data, F.cols, F.rows, F.col, F.row, F.type, F.handle};
   OptionalTensor F_copy, A_copy;

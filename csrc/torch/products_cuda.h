@@ -5,36 +5,14 @@
 #include "cuda/counters.h"
 #include "cuda_args.h"
 #include "layer.h"
-#include "matrix_view.h"
 
 namespace lotr {
 
-// The matrix products of libtorch_cuda, looked up by name: the dispatcher's stable interface has no alpha and
-// beta, and this module must load under a torch without CUDA.
-struct CudaLibrary {
-  int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle) = nullptr;
-  int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
-                       double) = nullptr;
-
-  static const CudaLibrary& of_torch() {
-    static const CudaLibrary found;
-    return found;
-  }
-
- private:
-  CudaLibrary() {
-    void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);  // RTLD_DEFAULT would not find it
-    if (!torch) fail("lotr: expected a torch built with CUDA, got one without libtorch_cuda.so");
-    mm_out = reinterpret_cast<decltype(mm_out)>(dlsym(torch, "aoti_torch_cuda_mm_out"));
-    addmm_out = reinterpret_cast<decltype(addmm_out)>(dlsym(torch, "aoti_torch_cuda_addmm_out"));
-  }
-};
-
 // out = start + a b; start null: a b.
 inline void cuda_mm(const Tensor& out, AtenTensorHandle start, const Tensor& a, const Tensor& b) {
-  const CudaLibrary& library = CudaLibrary::of_torch();
-  STABLE_TORCH_ERROR_CODE_CHECK(start ? library.addmm_out(out.get(), start, a.get(), b.get(), 1.0, 1.0)
-                                      : library.mm_out(out.get(), a.get(), b.get()));
+  const TorchCuda& torch = TorchCuda::functions();
+  STABLE_TORCH_ERROR_CODE_CHECK(start ? torch.addmm_out(out.get(), start, a.get(), b.get(), 1.0, 1.0)
+                                      : torch.mm_out(out.get(), a.get(), b.get()));
 }
 
 class CudaProducts {
@@ -76,9 +54,7 @@ class CudaProducts {
   };
 
   CudaProducts(const Check& c, const Arg& like, double p, const Arg& seed)
-      : context_(c.op, like),
-        dtype_(like.dtype),
-        dropout_(dropout(p, seed ? OptionalTensor(*seed.tensor) : std::nullopt)) {}
+      : context_(c.op, like), dropout_(dropout(p, seed)) {}
   static int64_t order_of(const Check& c, int64_t strategy) {
     const int64_t order = strategy & ~UNFOLDED;
     if (order != TWO_PASS && order != BETA && !(fuses && strategy == FUSED))
@@ -131,12 +107,7 @@ class CudaProducts {
   Value fold(OptionalTensor& made, const Arg& B, const Arg& cores, double scaling, ScalarType dtype) const {
     const Value core = first(cores), factor = read(B);
     const int64_t n = B.size[0], r_in = core.rows, l = cores.dim == 3 ? cores.size[0] : 1;
-    if (dtype == ScalarType::Double)
-      fail(context_.op(), ": dtype: expected torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
-           dtype_name(dtype));
-    const DType type = dtype == ScalarType::Float  ? DType::float32
-                       : dtype == ScalarType::Half ? DType::float16
-                                                   : DType::bfloat16;
+    const DType type = dtype_of(context_.op(), "dtype", dtype);
     made =
         cores.dim == 3 ? context_.empty_rows<3>({l, n, r_in}, type) : context_.empty_rows<2>({n, r_in}, type);
     const int64_t row = made->stride(cores.dim - 2);
@@ -153,12 +124,13 @@ class CudaProducts {
   void expand(Output& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
     const Dropout drop = mask(dropped);
     if (fresh && !drop.seed) {
-      const Tensor factor = matrix_view(F.handle, F.cols, F.rows, F.col, F.row);
+      OptionalTensor copy;
+      const Value factor = F.type == context_.call().type ? F : packed(copy, F);
       cuda_mm(y.matrix, y.bias, matrix_view(u.handle, u.rows, u.cols, u.row, u.col),
-              in_dtype(factor, dtype_));
+              matrix_view(factor.handle, factor.cols, factor.rows, factor.col, factor.row));
       return;
     }
-    if (fresh) torch::stable::zero_(y.tensor);
+    if (fresh) clear(y.value);
     ExpandProblem q{};
     q.y = out(y.value), q.u = in(u), q.F = in(F);
     q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = drop;
@@ -178,7 +150,9 @@ class CudaProducts {
     outer(Q.value, g, read(u), false, Q.add);
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    made = torch::stable::subtract(*made, *given.tensor, -1.0);  // the stable interface has no sum of tensors
+    AtenTensorHandle sum = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().add(made->get(), given.handle, 1.0, &sum));
+    made = Tensor(sum);
     k = read(Arg("k", *made));
   }
   // Of one core, or of all of [l, r_in, r_out], whose Q are Q_stride apart. dB is added to where it is given.
@@ -193,7 +167,7 @@ class CudaProducts {
     if (dB)
       sum = written(dB);
     else if (need_B)
-      sum = floats(total, n, r_out), torch::stable::zero_(*total);
+      sum = zeros(total, n, r_out);
     FoldGradProblem q{};
     q.Q = in(Q), q.Q_stride = Q_stride;
     q.B = in(factor), q.cores = in(core), q.core_stride = cores.dim == 3 ? cores.stride[0] : 0;
@@ -274,6 +248,12 @@ class CudaProducts {
     const Matrix m = in(v);
     return {v.data, m.row, m.col, m.access};
   }
+  // A copy of v in the call's type, whose rows start at multiples of 16 bytes.
+  Value packed(OptionalTensor& copy, const Value& v) const {
+    const Value rows = rank_rows(copy, v.rows, v.cols);
+    cuda::pack(context_.call(), {in(v), rows.data, v.rows, v.cols, rows.row});
+    return rows;
+  }
   // A new matrix [rows, rank], whose rows start at multiples of 16 bytes.
   Value rank_rows(OptionalTensor& made, int64_t rows, int64_t rank) const {
     made = context_.empty_rows<2>({rows, rank});
@@ -304,10 +284,17 @@ class CudaProducts {
     return {made->mutable_data_ptr(), rows, cols, cols, 1, DType::float32, made->get()};
   }
   Value sum_or_zeros(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols) const {
-    if (given) return written(given);
+    return given ? written(given) : zeros(made, rows, cols);
+  }
+  Value zeros(OptionalTensor& made, int64_t rows, int64_t cols) const {
     const Value v = floats(made, rows, cols);
-    torch::stable::zero_(*made);
+    clear(v);
     return v;
+  }
+  // Makes a new contiguous matrix zeros.  Not by torch's zero_, which would pass through the dispatcher.
+  void clear(const Value& made) const {
+    const size_t bytes = size_t(made.rows * made.cols) * size_t(element_size(made.type));
+    if (bytes) cuda::clear(made.data, bytes, context_.call().stream);
   }
   // D (add: +=, else =) drop(x)^T v.
   void outer(const Value& D, const Value& x, const Value& v, bool dropped, bool add) const {
@@ -319,7 +306,6 @@ class CudaProducts {
   Dropout mask(bool dropped) const { return dropped ? dropout_ : Dropout{nullptr, 0, 1.f}; }
 
   Context context_;
-  ScalarType dtype_;
   Dropout dropout_;
 };
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc.simt import build
 from lotr_ext import reference
@@ -86,6 +87,33 @@ def test_step_of_a_layer(call: Callable, dtype: torch.dtype, strategy: int, p: f
     found = ((dx, layer.dx, "dx"), (dA, layer.dA, "dA"), (dB, layer.dB, "dB"), (dcore, layer.dcore, "dcore"))
     for got, want, what in found:
         layer.close(got, want, what)
+
+
+class Seen(TorchDispatchMode):
+    """Lists the operators that pass through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("strategy", "p"), [(0, 0.0), (0, 0.4), (1, 0.0), (1, 0.4), (UNFOLDED, 0.0)])
+def test_no_product_of_a_layer_passes_through_the_dispatcher(call: Callable, strategy: int, p: float) -> None:
+    """Nor do casts of float32 factors, new memory that is added to, or the sum of siblings' k."""
+    torch.use_deterministic_algorithms(False)  # which fills new memory through the dispatcher
+    layer = Layer(torch.bfloat16, p=p)
+    given = [None, None] if strategy == UNFOLDED else [torch.randn(M, R).bfloat16(), torch.randn(M, K).bfloat16()]
+    with Seen() as seen:
+        _, u, F = layer.forward(call, strategy)
+        operands = (layer.g, layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, strategy)
+        for siblings in ([None, None], given):
+            call("layer_backward_", *operands, *siblings, None, None, None, True, True, p, layer.seed)
+    library = {"aten.expand.default", "aten.copy_.default"}  # of the bias, in torch's product on a CPU
+    assert set(seen.names) <= library
 
 
 @pytest.mark.parametrize("strategy", [0, 1])

@@ -15,6 +15,7 @@ extern "C" int32_t aoti_torch_delete_tensor_object(TensorHandle);
 extern "C" int32_t aoti_torch_cpu_mm_out(TensorHandle, TensorHandle, TensorHandle);
 extern "C" int32_t aoti_torch_cpu_addmm_out(TensorHandle, TensorHandle, TensorHandle, TensorHandle, double,
                                             double);
+extern "C" int32_t aoti_torch_cpu_add_Tensor(TensorHandle, TensorHandle, double, TensorHandle*);
 
 // ---- the device ----
 
@@ -81,11 +82,16 @@ LOTR_HIDDEN void* dlopen(const char* name, int) {
   return std::strcmp(name, "libtorch_cuda.so") == 0 ? const_cast<char*>(name) : nullptr;
 }
 LOTR_HIDDEN void* dlsym(void*, const char* name) {
-  return std::strcmp(name, "aoti_torch_cuda_mm_out") == 0 ? reinterpret_cast<void*>(&aoti_torch_cpu_mm_out)
-         : std::strcmp(name, "aoti_torch_cuda_addmm_out") == 0
-             ? reinterpret_cast<void*>(&aoti_torch_cpu_addmm_out)
-         : std::strcmp(name, "aoti_torch_get_current_cuda_stream") == 0 ? reinterpret_cast<void*>(&no_stream)
-                                                                        : nullptr;
+  const struct {
+    const char* name;
+    void* function;
+  } known[] = {{"aoti_torch_cuda_mm_out", reinterpret_cast<void*>(&aoti_torch_cpu_mm_out)},
+               {"aoti_torch_cuda_addmm_out", reinterpret_cast<void*>(&aoti_torch_cpu_addmm_out)},
+               {"aoti_torch_cuda_add_Tensor", reinterpret_cast<void*>(&aoti_torch_cpu_add_Tensor)},
+               {"aoti_torch_get_current_cuda_stream", reinterpret_cast<void*>(&no_stream)}};
+  for (const auto& one : known)
+    if (std::strcmp(name, one.name) == 0) return one.function;
+  return nullptr;
 }
 
 // ---- registration: at a key that no other library of this process has kernels for ----
