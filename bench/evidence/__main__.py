@@ -34,7 +34,7 @@ QUICK_SEEDS = 2
 ABOUT = """Held-out loss against trained parameters, and the share of full fine-tuning's gain: LoTR, its relatives, LoRA, DoRA,
 VeRA and full fine-tuning on ten tasks. Every method has the same search for its learning rate, on validation items and with the
 first seed, and is run with the other seeds at the best one. Each finished run is kept, and the same command goes on from there.
-One cell: --task minilm-movies --method lotr --rank 8 --seed 3."""
+One cell again: --task minilm-movies --method lotr --rank 8 --seed 3 --results another_folder."""
 
 
 def parser() -> argparse.ArgumentParser:
