@@ -1,6 +1,5 @@
 """The kernels' machine code: compiled by nvcc for one architecture, disassembled, kept by the hash of the sources.
 
-Tools are searched in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, nvdisasm also in the wheel nvidia-cuda-nvdisasm.
 Resources are what ptxas reports: registers, spilled bytes, static shared memory.
 """
 
@@ -8,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from csrc.simt.build import tool
 
 from ..measure.store import ROOT
 from .sass import LISTED, Instruction, parse
@@ -47,16 +45,6 @@ class Compiled:
     def numbers(self) -> tuple[int, ...]:
         """The template's integers: the rank class first."""
         return tuple(int(n) for n in re.findall(r"Li(\d+)E", self.symbol))
-
-
-def tool(name: str) -> Path | None:
-    """The path of one of the toolkit's programs."""
-    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
-    folders.append(Path("/usr/local/cuda/bin"))
-    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
-        folders += sorted(Path(base).glob("nvidia/cu*/bin"), reverse=True) if base else []
-    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    return found or (Path(path) if (path := shutil.which(name)) else None)
 
 
 def tools() -> tuple[Path, Path]:

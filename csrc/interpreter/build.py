@@ -19,13 +19,6 @@ CAPABILITIES = (80, 90)
 _JOBS = 2
 
 
-def nvcc() -> Path | None:
-    """The toolkit's compiler, if there is one."""
-    from bench.projection.compiled import tool
-
-    return tool("nvcc")
-
-
 def locked() -> AbstractContextManager[None]:
     """One process at a time builds in BUILD."""
     return simt.locked("interpreter")
@@ -38,7 +31,7 @@ def compile_object(source: Path, capability: int, options: tuple[str, ...] = ())
     Raises:
         csrc.simt.build.BuildError: the compiler's message, or that there is none.
     """
-    compiler = nvcc()
+    compiler = simt.tool("nvcc")
     if compiler is None:
         raise simt.BuildError(
             "nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; install the CUDA toolkit"

@@ -56,13 +56,25 @@ def compiler() -> str:
     return "g++" if shutil.which("g++") else os.environ.get("CXX") or "c++"
 
 
+def _toolkit(name: str) -> list[Path]:
+    """The folders of this name (bin, include) of CUDA toolkits, and of the wheels of their parts."""
+    found = [Path(os.environ[root]) / name for root in ("CUDA_HOME", "CUDA_PATH") if root in os.environ]
+    found.append(Path("/usr/local/cuda") / name)
+    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        found += sorted(Path(base).glob(f"nvidia/cu*/{name}"), reverse=True) if base else []
+    return found
+
+
+def tool(name: str) -> Path | None:
+    """The path of one of the toolkit's programs: in CUDA_HOME/bin or /usr/local/cuda/bin, in a wheel (nvidia-cuda-nvdisasm), or
+    in PATH."""
+    found = next((folder / name for folder in _toolkit("bin") if (folder / name).is_file()), None)
+    return found or (Path(path) if (path := shutil.which(name)) else None)
+
+
 def cuda_include() -> Path:
     """The folder of cuda_bf16.h: a CUDA toolkit's, or that of the wheels nvidia-cuda-runtime, -crt and -cccl."""
-    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + [Path("/usr/local/cuda")]
-    candidates = [root / "include" for root in roots]
-    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
-        candidates += sorted(Path(base).glob("nvidia/cu*/include"), reverse=True) if base else []
-    for include in candidates:
+    for include in _toolkit("include"):
         if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
             return include
     raise BuildError(

@@ -37,7 +37,7 @@ class Kernels:
 @pytest.fixture(scope="session")
 def kernels() -> Callable[[int], Kernels]:
     """kernels(capability), built once."""
-    if build.nvcc() is None:
+    if build.simt.tool("nvcc") is None:
         pytest.skip("no nvcc")
     made: dict[int, Kernels] = {}
 

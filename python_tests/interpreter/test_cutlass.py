@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csrc.interpreter import build as interpreter
 from csrc.interpreter import copies, fragments, matrix, tensor_map, wgmma
 from csrc.interpreter.calibrate import build
 from csrc.interpreter.errors import PtxError
 from csrc.interpreter.launch import Library
-from csrc.simt.build import BuildError
+from csrc.simt.build import BuildError, tool
 
 try:
     build.cutlass()
-    MISSING = "" if interpreter.nvcc() else "no nvcc: nothing makes PTX of the programs"
+    MISSING = "" if tool("nvcc") else "no nvcc: nothing makes PTX of the programs"
 except BuildError as error:
     MISSING = str(error)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.projection.compiled import Compiled, tool
+from bench.projection.compiled import Compiled
 from bench.projection.compiled import compile_kernels as kept_code
 from bench.projection.sass import blocks_of
+from csrc.simt.build import tool
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: below

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gates
 import pytest
 
-from bench.projection.compiled import tool
+from csrc.simt.build import tool
 
 pytestmark = pytest.mark.skipif(
     tool("nvcc") is None or tool("nvdisasm") is None, reason="no nvcc or no nvdisasm: nothing to look at"

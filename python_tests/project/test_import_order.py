@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -81,3 +82,11 @@ def test_every_wrong_import_is_named(tmp_path):
     modules = [file.removesuffix(".py").replace("/", ".") for file, _ in PLANTED_IMPORTS]
     assert code != 0 and [module for module in modules if module not in broken] == [], broken
     assert not any(module in lint(ROOT)[1] for module in modules)
+
+
+def test_python_in_csrc_imports_neither_bench_nor_lotr_ext():
+    """import-linter reads packages alone, and csrc is none."""
+    statement = re.compile(r"^\s*(?:from|import) (?:bench|lotr_ext)\b.*", re.MULTILINE)
+    assert statement.search("def late():\n    from bench.projection.compiled import tool\n")
+    found = {path.relative_to(ROOT): statement.findall(path.read_text()) for path in (ROOT / "csrc").rglob("*.py")}
+    assert found and {path: lines for path, lines in found.items() if lines} == {}

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.projection.compiled import tool
 from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
-NVCC = tool("nvcc")
+NVCC = build.tool("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 MEMORY = ("ld.global", "ld.global.nc", "ld.global.cg", "ld.shared")
