@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ def collect() -> dict[str, Any]:
     runs = {}
     for device in devices:
         name = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-        chosen = {str(t).removeprefix("torch."): plan(4096, 16, t, device) for t in CUDA_DTYPES}
-        runs[str(device)] = {"name": name, "paths": {t: {"strategy": p.strategy, "why": p.reason} for t, p in chosen.items()}}
+        runs[str(device)] = {"name": name, "paths": {str(t).removeprefix("torch."): _path(t, device) for t in CUDA_DTYPES}}
     return {
         "lotr_ext": __version__,
         "python": platform.python_version(),
@@ -45,6 +45,15 @@ def collect() -> dict[str, Any]:
         "cuda": _cuda(),
         "runs": runs,
     }
+
+
+def _path(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
+    """The strategy, None if LOTR_STRATEGY is one that cannot run there, and why."""
+    try:
+        chosen = plan(4096, 16, dtype, device)
+    except ValueError as error:
+        return {"strategy": None, "why": str(error)}
+    return {"strategy": chosen.strategy, "why": chosen.reason}
 
 
 def _cuda() -> dict[str, Any]:
@@ -80,7 +89,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     for device, found in facts["runs"].items():
         lines.append(f"  {device}: {found['name']}")
-        lines += [f"    {dtype:9} {path['strategy']}: {path['why']}" for dtype, path in found["paths"].items()]
+        lines += [f"    {dtype:9} {path['strategy'] or 'error'}: {path['why']}" for dtype, path in found["paths"].items()]
     return lines
 
 
@@ -88,8 +97,14 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m lotr_ext.info", description="Versions, what was built, what runs.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    facts = collect()
-    print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else "\n".join(_lines(facts)))
+    as_json = parser.parse_args(arguments).json
+    try:
+        facts = collect()
+    except RuntimeError as error:
+        if not str(error).startswith("LOTR_CPU_ISA: "):
+            raise
+        sys.exit(f"lotr_ext: {error}")
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
 
 
 if __name__ == "__main__":

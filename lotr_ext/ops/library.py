@@ -14,19 +14,27 @@ from ..compat import below_in_place, private_write
 
 def _load() -> None:
     library = Path(__file__).parent.with_name("_C.abi3.so")
-    if not library.is_file():
-        inside = library.relative_to(library.parents[1])
-        for folder in sys.path:  # a checkout's folder comes before the packages where Python is started in it
-            if (Path(folder) / inside).is_file():
-                raise ImportError(
-                    f"lotr_ext: expected the compiled extension {library}, got none; this source folder hides the package "
-                    f"installed in {folder}: start Python in another folder, or as `python -P`"
-                )
-        raise ImportError(
-            f"lotr_ext: expected the compiled extension {library}, got none; build it with "
-            "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder"
-        )
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # with a name: python -m lotr_ext.info prints one line on it, and no traceback
+        raise ImportError(f"lotr_ext: {_obstacle(library, error.__cause__ or error)}", name="lotr_ext") from None
+
+
+def _obstacle(library: Path, error: BaseException) -> str:
+    """Why the library cannot be loaded, and what to do."""
+    build = "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder"
+    if library.is_file():
+        return f"expected a compiled extension that loads, got {error}; build it again with {build}"
+    if not library.parent.is_dir():
+        return f"expected a package in a folder, got {library.parent}: no library loads from an archive; install it with pip"
+    inside = library.relative_to(library.parents[1])
+    for folder in sys.path:  # a checkout's folder comes before the packages where Python is started in it
+        if (Path(folder) / inside).is_file():
+            return (
+                f"expected the compiled extension {library}, got none; this source folder hides the package installed in "
+                f"{folder}: start Python in another folder, or as `python -P`"
+            )
+    return f"expected the compiled extension {library}, got none; build it with {build}"
 
 
 _load()
