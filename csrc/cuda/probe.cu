@@ -8,20 +8,23 @@
 namespace lotr::cuda {
 namespace {
 __global__ void probe() {}
+const void* const PROBE = reinterpret_cast<const void*>(&probe);
 }  // namespace
 
-const void* probe_kernel() {
-  return reinterpret_cast<const void*>(&probe);
+int load_probe() {
+  const ptx::DriverQuery query;
+  cudaFuncAttributes code{};
+  return cudaFuncGetAttributes(&code, PROBE);
 }
 
 bool waits_in_kernels() {
-  return ptx::capability_of_code(probe_kernel()) >= 90;
+  return ptx::capability_of_code(PROBE) >= 90;
 }
 
 int largest_cluster(int shared) {
   unsigned blocks = waits_in_kernels() ? MOST_OF_CLUSTER : 1;
-  while (blocks > 1 && !ptx::resident_clusters(
-                           {dim3(blocks), dim3(1024), size_t(shared), nullptr, dim3(blocks)}, probe_kernel()))
+  while (blocks > 1 &&
+         !ptx::resident_clusters({dim3(blocks), dim3(1024), size_t(shared), nullptr, dim3(blocks)}, PROBE))
     blocks /= 2;
   return int(blocks);
 }

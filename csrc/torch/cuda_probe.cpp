@@ -22,13 +22,8 @@ std::string load_error(int device) {
     // Torch's guard and not cudaSetDevice, which would make a context, of some hundred megabytes, also on the
     // device that was current before.
     const torch::stable::accelerator::DeviceGuard guard{device};
-    cudaFuncAttributes attributes{};
     error = make_current(device);
-    // The kernel is loaded, which a capture could forbid: ptx::DriverQuery.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    if (!error) error = cudaFuncGetAttributes(&attributes, cuda::probe_kernel());
-    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (!error) error = cudaError_t(cuda::load_probe());
   }
   cudaGetLastError();  // clears the error
   return error ? cudaGetErrorName(error) : "";
