@@ -26,7 +26,7 @@ from pathlib import Path
 import causal_lm
 import torch
 from causal_data import MODEL as SMOLLM
-from finetune_text import Bar, check_folder, check_seed, end
+from finetune_text import Bar, check_seed, end, results_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench's terminal and names of machines
 
 from bench.measure.paired import interval  # noqa: E402
-from bench.measure.store import QUICK, commit, write_whole  # noqa: E402
+from bench.measure.store import commit, write_whole  # noqa: E402
 from bench.measure.terminal import Table  # noqa: E402
-from bench.measure.timing import machine, slug  # noqa: E402
+from bench.measure.timing import machine  # noqa: E402
 from lotr_ext import CoreES, LoTRConfig, TaskBank, apply_lotr, disabled, init_from_gradient, mixed  # noqa: E402
 
 DESCRIPTIONS = ("a bad movie", "a good movie")
@@ -69,7 +69,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.quick:
         small = {"seeds": 1, "generations": 3, "population": 64, "steps": 3, "held_out": 100, "sum_generations": 1}
-        vars(options).update(small, members="16,64", rounds=2, results=options.results or QUICK)
+        vars(options).update(small, members="16,64", rounds=2)
     for name in ("seeds", "generations", "population", "steps", "held_out", "sum_generations", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
@@ -319,7 +319,7 @@ def main(words: list[str] | None = None) -> None:
         options.parts.remove("sums")
     shape = {name: value for name, value in vars(options).items() if name not in ("results", "model", "language_model")}
     results = {"shape": shape, "machine": machine(torch.device("cpu")), "commit": commit()}
-    folder = check_folder(options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"]), "results")
+    folder = results_folder(options, results["machine"]["name"])
     for part, run in (("accuracy", accuracy_run), ("sums", sums_run)):
         if part in options.parts:
             results[part] = [run(options, options.seed + i) for i in range(options.seeds)]

@@ -310,6 +310,15 @@ def check_folder(path: str | Path, option: str = "out") -> Path:
     return path
 
 
+def results_folder(options: argparse.Namespace, machine: str) -> Path:
+    """--results, or demo_results/bench with --quick, or bench/results/<machine>. Needs this project's folder in sys.path."""
+    from bench.measure.store import QUICK, RESULTS
+    from bench.measure.timing import slug
+
+    quick = getattr(options, "quick", False)
+    return check_folder(options.results or (QUICK if quick else RESULTS / slug(machine)), "results")
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, default=16, help="rank of LoTR and of LoRA (16)")

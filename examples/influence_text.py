@@ -38,13 +38,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = Path(sys.prefix) / "frameworks"  # where make setup puts kronfluence
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from finetune_text import check_folder, end  # noqa: E402
+from finetune_text import end, results_folder  # noqa: E402
 
 import data  # noqa: E402
 import text_model as tm  # noqa: E402
 from bench.measure.paired import interval  # noqa: E402
-from bench.measure.store import QUICK, commit, write_whole  # noqa: E402
-from bench.measure.timing import machine, slug  # noqa: E402
+from bench.measure.store import commit, write_whole  # noqa: E402
+from bench.measure.timing import machine  # noqa: E402
 from lotr_ext import influence, unload  # noqa: E402
 
 TARGETS = ["query", "value"]
@@ -303,8 +303,7 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     found, runs = machine(torch.device("cpu")), []
-    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
-    check_folder(folder, "results")
+    folder = results_folder(options, found["name"])
     stages = 5 + (not options.without_kronfluence)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         shown = progress.add_task("influence", total=options.seeds * stages)

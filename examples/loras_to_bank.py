@@ -30,16 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal
 
 from causal_data import MODEL, TEXT
 from causal_lm import load, read_text, train
-from finetune_text import check_folder, end
+from finetune_text import end, results_folder
 
 from bench.measure.paired import interval_of_many
 from bench.measure.store import commit, write_whole
 from bench.measure.terminal import Table, bar
-from bench.measure.timing import machine, slug
+from bench.measure.timing import machine
 from lotr_ext import TaskBank, load_adapter, lotr_parameters, mixed, unload
 from lotr_ext.interop import BankConversion, loras_to_bank
 
-ROOT = Path(__file__).resolve().parents[1]
 BOOKS = {  # how each begins; the last one is the new task
     "Genesis": "In the beginning God created",
     "Job": "There was a man in the land of Uz",
@@ -250,7 +249,7 @@ def main(words: list[str] | None = None) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(options.threads)
     found = machine(torch.device("cpu"))
-    folder = check_folder(options.results or ROOT / "bench" / "results" / slug(found["name"]), "results")
+    folder = results_folder(options, found["name"])
     start, seconds = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         results = run(options, Path(scratch))

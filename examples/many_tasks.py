@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
 
-from finetune_text import check_folder, end
+from finetune_text import end, results_folder
 
 from bench.measure.names import named
 from bench.measure.store import write_whole
 from bench.measure.terminal import Table, bar
-from bench.measure.timing import machine, slug
+from bench.measure.timing import machine
 from bench.rivals.tasks import TARGETS, task_of_row, transformer, with_tasks
 from lotr_ext import disabled, mixed
 
@@ -159,15 +159,15 @@ def main(words: list[str] | None = None) -> None:
     if options.peft < 0:
         parser.error(f"--peft: expected 0 or more, got {options.peft}")
     torch.set_num_threads(options.threads)
-    name = slug(machine(torch.device("cpu"))["name"])
-    folder = check_folder(options.results or Path(__file__).resolve().parents[1] / "bench" / "results" / name, "results")
+    facts = machine(torch.device("cpu"))
+    folder = results_folder(options, facts["name"])
     found, size = ways(options)
     ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
     check(found, ids)
     seconds = measure(found, ids, options.rounds)
     one = {name: seconds[f"{LORA}, one adapter" if name.startswith(LORA) else "LoTR, one adapter"] for name in found}
     shape = {k: v for k, v in vars(options).items() if k != "results"}
-    results = {"shape": shape, "machine": machine(torch.device("cpu")), "bytes_a_task": size, "ways": {}}
+    results = {"shape": shape, "machine": facts, "bytes_a_task": size, "ways": {}}
     for name, own in seconds.items():
         ratios = [a / b for a, b in zip(own, one[name], strict=True)]
         results["ways"][name] = {"seconds": statistics.median(own), "over_one": statistics.median(ratios)}

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_text import check_folder, end
+from finetune_text import end, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = Path(sys.prefix) / "frameworks"  # where make setup puts Opacus
@@ -310,12 +310,11 @@ def main(words: list[str] | None = None) -> None:
     import torch
     from rich.progress import track
 
-    from bench.measure.store import QUICK, commit, write_whole
-    from bench.measure.timing import machine, slug
+    from bench.measure.store import commit, write_whole
+    from bench.measure.timing import machine
 
     found, runs = machine(torch.device("cpu")), []
-    folder = options.results or (QUICK if options.quick else ROOT / "bench" / "results" / slug(found["name"]))
-    check_folder(folder, "results")
+    folder = results_folder(options, found["name"])
     for job in track(jobs(options), "private training", disable=not sys.stderr.isatty()):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             runs.append(pool.submit(run, job).result())

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from causal_data import MODEL
-from finetune_text import check_folder, end
+from finetune_text import end, results_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -281,12 +281,12 @@ def main(words: list[str] | None = None) -> None:
         parser.error(f"--model: expected a model's folder, got {options.model}; run python examples/causal_data.py")
     import torch
 
-    from bench.measure.store import QUICK, RESULTS, write_whole
-    from bench.measure.timing import machine, slug
+    from bench.measure.store import write_whole
+    from bench.measure.timing import machine
 
     torch.set_num_threads(options.threads)
     name = machine(torch.device("cpu"))["name"]
-    folder = check_folder(options.results or (QUICK if options.quick else RESULTS / slug(name)), "results")
+    folder = results_folder(options, name)
     with tempfile.TemporaryDirectory() as scratch:
         results = train(options, Path(scratch))
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "results")}

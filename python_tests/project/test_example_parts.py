@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import zipfile
 
 import pytest
 import torch
 
 import text_model as tm
+from bench.measure.store import QUICK, RESULTS
 
 
 def test_auroc_and_the_curve_of_influence_text():
@@ -17,6 +19,16 @@ def test_auroc_and_the_curve_of_influence_text():
     assert influence_text.auroc([3, 1, 2], {1, 2}) == 0
     curve = influence_text.found_curve([9.0, 8.0, 7.0, 6.0], {0, 3})
     assert curve[24] == curve[49] == curve[74] == 0.5 and curve[99] == 1
+
+
+@pytest.mark.parametrize("program", ["evolve", "loras_to_bank"])
+def test_quick_results_are_not_kept_beside_those_of_whole_runs(program, tmp_path):
+    """loras_to_bank --quick replaced the numbers from which docs have tables."""
+    module = importlib.import_module(program)
+    quick, whole = module.arguments(["--quick"]), module.arguments([])
+    assert module.results_folder(quick, "A CPU, 2 cores") == QUICK
+    assert module.results_folder(whole, "A CPU, 2 cores") == RESULTS / "a-cpu-2-cores"
+    assert module.results_folder(module.arguments(["--quick", "--results", str(tmp_path)]), "any") == tmp_path
 
 
 def test_the_text_is_read_from_the_package_without_running_it(tmp_path, monkeypatch):
