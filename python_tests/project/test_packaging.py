@@ -178,6 +178,29 @@ def test_missing_tools_get_one_line(tmp_path, programs, arguments, words):
     assert not (tmp_path / "venv").exists()
 
 
+def test_frameworks_install_without_a_warning(tmp_path):
+    """With tiny packages of their names. Two of them have a folder in common, which a second call of pip would leave out."""
+    index = tmp_path / "index"
+    index.mkdir()
+    names = ("deepspeed", "accelerate", "sentence_transformers", "trl", "opacus", "kronfluence", "einconv")
+    for name in names:
+        about = f"{name}-99.0.dist-info"
+        files = {
+            f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n",
+            f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"examples/of_{name}.py": "",
+        }
+        with zipfile.ZipFile(index / f"{name}-99.0-py3-none-any.whl", "w") as wheel:
+            for path, text in {**files, f"{about}/RECORD": "".join(f"{path},,\n" for path in files)}.items():
+                wheel.writestr(path, text)
+    command = ["sh", str(ROOT / ".ci" / "make_frameworks"), sys.executable, str(tmp_path / "frameworks")]
+    command += ["--no-index", "--find-links", str(index)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = {path.stem.removeprefix("of_") for path in (tmp_path / "frameworks" / "examples").glob("*.py")}
+    assert set(names) - {"accelerate"} <= found, found  # an environment may have that one
+
+
 def test_a_later_python_is_found_and_a_broken_environment_is_made_anew(tmp_path):
     fake = f"""#!/bin/sh
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit 0; fi
