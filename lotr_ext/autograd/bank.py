@@ -167,7 +167,7 @@ class Scope:
         """All cores [r_in, r_out] that a module makes, made at the first call in each grad mode and on each CUDA stream, and
         again if its tensors have changed. None if it draws random numbers: a recomputation computes the cores one by one and
         must draw the same."""
-        tensors = _tensors(cores)
+        tensors = tensors_of(cores)
         streams = {stream_of(t) for t in tensors if t.is_cuda}
         key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *streams)
         found = self.cores.get(key)
@@ -182,7 +182,7 @@ class Made:
 
     def __init__(self, cores: nn.Module, tensors: list[Tensor], make: Callable[[nn.Module], Tensor]):
         self.training, self.tensors = cores.training, tensors
-        self.versions = _versions(self.tensors)
+        self.versions = versions_of(self.tensors)
         generators = _generators(self.tensors)
         before = [generator.get_state() for generator in generators or ()]
         made = None if generators is None else make(cores)
@@ -195,15 +195,15 @@ class Made:
     def is_of(self, cores: nn.Module, now: list[Tensor]) -> bool:
         """Whether the module's tensors and mode are now those that made the cores."""
         same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
-        return same and cores.training == self.training and _versions(now) == self.versions
+        return same and cores.training == self.training and versions_of(now) == self.versions
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
     """The module's parameters and buffers."""
     return [t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 

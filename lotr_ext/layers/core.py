@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -9,14 +10,31 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from ..autograd.bank import core_form_of
-from ..compat import any_autocast, is_compiling, saved_tensor_hook
+from ..autograd.bank import core_form_of, tensors_of, versions_of
+from ..compat import any_autocast, is_compiling, same_storage, saved_tensor_hook
 
 __all__ = ["HasCore", "made"]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _as_it_was(form: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns a saved tensor of form, in place of a checkpoint's recomputation: a parameter with its value of now, which the
+    recomputation of the core reads too. What was computed of parameters that have changed since raises."""
+    own = tensors_of(form)
+    before = versions_of(own)
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if versions_of(own) == before or any(same_storage(tensor.untyped_storage(), t.untyped_storage()) for t in own):
+            return tensor
+        raise RuntimeError(
+            f"core: expected the parameters of {type(form).__name__} as the forward read them, got ones that were changed in "
+            "place before the backward that recomputes it (activation checkpointing); change them after backward"
+        )
+
+    return unpack
 
 
 def made(form: nn.Module, *args) -> Tensor:
@@ -29,7 +47,7 @@ def made(form: nn.Module, *args) -> Tensor:
         return form(*args)
     with ExitStack() as around:
         if saved_tensor_hook(False) is not None:
-            around.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
+            around.enter_context(saved_tensors_hooks(_as_it_is, _as_it_was(form)))
         if any_autocast():
             device = next((t.device.type for t in form.parameters()), "cpu")
             around.enter_context(torch.autocast(device, enabled=False))

@@ -219,7 +219,8 @@ class TrainCores(LayersAndKinds):
         if index is not None:
             l, k = divmod(index, len(self.kinds))
             return self.layer[l] @ self.kind[k]
-        return (self.layer.unsqueeze(1) @ self.kind).flatten(0, 1)
+        # one product per kind: a product over both axes would save copies, which a change of the parameters does not reach
+        return torch.stack([self.layer @ kind for kind in self.kind], 1).flatten(0, 1)
 
     @torch.no_grad()
     def begin_as_identity(self) -> None:

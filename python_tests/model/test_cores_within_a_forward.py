@@ -9,7 +9,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import LoTRConfig, apply_lotr
-from lotr_ext.cores import Cores
+from lotr_ext.cores import FORMS, Cores
 from nets import relative
 
 D, R, LAYERS = 12, 4, 4
@@ -32,8 +32,13 @@ class Chain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(LAYERS))
+        pairs = (nn.ModuleDict({"q": nn.Linear(D, D), "v": nn.Linear(D, D)}) for _ in range(LAYERS // 2))
+        self.blocks = nn.ModuleList(pairs)
         self.reentrant: bool | None = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [layer for block in self.blocks for layer in block.values()]
 
     def pair(self, i: int, x: Tensor) -> Tensor:
         return torch.tanh(self.layers[i + 1](torch.tanh(self.layers[i](x))))
@@ -46,7 +51,7 @@ class Chain(nn.Module):
 
 def adapted(core) -> Chain:
     torch.manual_seed(0)
-    model = apply_lotr(Chain(), LoTRConfig(rank=R, core=core, target_modules=r"layers\.\d"))
+    model = apply_lotr(Chain(), LoTRConfig(rank=R, core=core, target_modules=["q", "v"]))
     for parameter in (*model.lotr_factors.parameters(), *model.lotr_cores.parameters()):
         nn.init.normal_(parameter, std=0.4)
     return model
@@ -94,7 +99,7 @@ class DroppedCore(nn.Module):
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_a_random_core_of_one_layer_draws_in_a_recomputation_what_it_drew_before(reentrant: bool | None) -> None:
     torch.manual_seed(0)
-    model = apply_lotr(Chain(), LoTRConfig(rank=R, target_modules=r"layers\.\d"))
+    model = apply_lotr(Chain(), LoTRConfig(rank=R, target_modules=["q", "v"]))
     for i, layer in enumerate(model.layers):
         nn.init.normal_(layer.core)
         if i % 2:
@@ -141,15 +146,17 @@ def test_a_parameter_or_buffer_replaced_within_a_forward_is_the_one_of_later_lay
         assert relative(y, truth(model, x, true_core).double()) < 1e-5
 
 
-def test_factors_get_their_gradients_from_the_cores_of_a_recomputation() -> None:
-    """Where what the cores are made of changes between forward and backward: all of a layer comes from the new cores."""
-    model = adapted("diagonal")
+@pytest.mark.parametrize("core", list(FORMS))
+def test_all_gradients_come_from_the_cores_of_a_recomputation(core: str) -> None:
+    """Where what the cores are made of changes between forward and backward. Those of a train came from the older ones."""
+    model = adapted(core)
     x = torch.randn(40, D, requires_grad=True)
     middle = model.pair(0, x).detach()
     model.reentrant = False
     y = model(x)
     with torch.no_grad():
-        model.lotr_cores.diagonal.mul_(2.0)
+        for parameter in model.lotr_cores.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
     got = gradients(model, y, x)
     x.grad = None
 
@@ -160,3 +167,31 @@ def test_factors_get_their_gradients_from_the_cores_of_a_recomputation() -> None
     want = [t.grad for t in (x, *model.lotr_factors.parameters(), *model.lotr_cores.parameters())]
     for a, b in zip(got, want, strict=True):
         assert relative(a, b) < 5e-6
+
+
+class Squared(Cores):
+    """Each core is a square's square: autograd keeps the inner square."""
+
+    def __init__(self, places, rank):
+        super().__init__(places, rank)
+        self.roots = nn.Parameter(torch.ones(len(self.places), self.r_in, self.r_out))
+
+    def make(self, index: int | None = None) -> Tensor:
+        return (self.roots if index is None else self.roots[index]).square().square()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_core_keeps_of_older_parameters_is_an_error(reentrant: bool) -> None:
+    """The recomputation reads the new ones, and does not make again what autograd kept. Reentrant checkpointing does."""
+    model = adapted(Squared)
+    model.reentrant = reentrant
+    x = torch.randn(40, D, requires_grad=True)
+    gradients(model, model(x), x)
+    y = model(x)
+    with torch.no_grad():
+        model.lotr_cores.roots.mul_(0.9)
+    if reentrant:
+        gradients(model, y, x)
+    else:
+        with pytest.raises(RuntimeError, match="core: expected the parameters of Squared as the forward read them"):
+            gradients(model, y, x)
