@@ -145,6 +145,18 @@ def test_a_push_after_a_fault_has_all_changes(server: ThreadingHTTPServer, fault
         assert serves(server, pushed.name, model)
 
 
+def test_a_push_without_changes_reaches_an_engine_that_was_started_again(server: ThreadingHTTPServer) -> None:
+    (model, sync), (_, other) = trainer(server, 1), trainer(server, 2)
+    first = sync.push(name="policy")
+    assert (sync.push(name="policy").name, list(server.engine.adapters.loaded)) == (first.name, [first.name])
+    for turn in range(2):
+        server.engine = server.start()
+        if turn:
+            other.push(name="policy")  # a version of the same number, with other cores
+        pushed = sync.push(name="policy")
+        assert pushed.layers == 3 and serves(server, pushed.name, model)
+
+
 def test_changes_are_merged_only_into_the_senders_own_version(server: ThreadingHTTPServer) -> None:
     (one, first), (other, second) = trainer(server, 1), trainer(server, 2)
     for _ in range(3):

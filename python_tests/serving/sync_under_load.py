@@ -93,7 +93,7 @@ class Trial:
                     if version == 1 or i % 2 == version % 2:  # the other layers stay
                         layer.core.copy_(0.7 * torch.randn_like(layer.core))
             pushed, again = self.sync.push(name="policy"), self.sync.push(name="policy")
-            sent.append({"version": pushed.version, "layers": pushed.layers, "bytes": pushed.bytes, "again": again.bytes})
+            sent.append({"version": pushed.version, "layers": pushed.layers, "bytes": pushed.bytes, "again": again.layers})
             assert again.version == pushed.version and again.request == pushed.request
             self.keep_cores(version)
             for row, ids in enumerate(self.prompts):

@@ -48,7 +48,8 @@ class Message:
 
     base: the version from which the other layers are taken; 0 if all are sent. base_checksum: of the cores of that version: a
     restarted engine may have another sender's version of this number; "" without a base. checksum: of the factors. places:
-    indices of the sent layers in the order of `Factors.spans`; none: the engine drops the task's versions. cores: numbers s G.
+    indices of the sent layers in the order of `Factors.spans`; none, without a base: the engine drops the task's versions, with
+    one: it says whether it holds that version. cores: numbers s G.
     """
 
     name: str

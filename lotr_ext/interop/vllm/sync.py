@@ -63,8 +63,8 @@ class CoreSync:
 
     Each version is a separate adapter. Running requests keep the version they started with, and the prefix cache separates
     versions. The engine loads a version whole, between two steps. Only layers whose cores have changed since the last push
-    are sent. The engine holds the last 4 versions of a task until `drop`, and those of running requests. For an engine that was
-    started again, make a new CoreSync.
+    are sent, and all to a server that was started again. The engine holds the last 4 versions of a task until `drop`, and those
+    of running requests.
 
     Start the engine with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
     plugin) cores go into its bank. Without it, A and B are sent once, and the workers compute ordinary LoRA factors from them.
@@ -97,7 +97,7 @@ class CoreSync:
         """Sends the changed cores of a task as its next version.
 
         task: of the model's TaskBank; None for the cores of the active adapter. name: of the task in the engine, "adapter" or
-        "task-<task>" by default. Nothing is sent if no core has changed; the last version stays valid.
+        "task-<task>" by default. If no core has changed and the engine has the last version, that one stays valid.
 
         Raises:
             TypeError, ValueError: no such task, a name that cannot be served, cores that are not finite, factors that have
@@ -111,11 +111,13 @@ class CoreSync:
             cores = self._cores(task)
             check_finite(cores, self._factors, "push")
             sent = self._sent.get(name)
-            places = range(len(self._layers)) if sent is None else self._changed(cores, sent.cores)
+            places = [] if sent is None else self._changed(cores, sent.cores)
             if sent is not None and not places:
-                last = sent.pushed
-                return Pushed(last.name, last.version, last.request, 0, 0, time.perf_counter() - began)
-            answer, layers, size = self._send(name, cores, places, sent)
+                last, (held, size) = sent.pushed, self._holds(name, sent)
+                if held:
+                    return Pushed(last.name, last.version, last.request, 0, size, time.perf_counter() - began)
+                sent = None
+            answer, layers, size = self._send(name, cores, places or range(len(self._layers)), sent)
             took = time.perf_counter() - began
             found = Pushed(answer["name"], self._versions[name], self._channel.request(answer), layers, size, took)
             self._sent[name] = _Sent(cores, found)
@@ -154,6 +156,12 @@ class CoreSync:
                     f"model: expected the factors that it had when CoreSync was made, got others in {key}; train the cores "
                     "alone, or make a new CoreSync (an engine with LOTR_FACTORS has to be started again)"
                 )
+
+    def _holds(self, name: str, sent: _Sent) -> tuple[bool, int]:
+        """Whether the engine holds the last version of a task: not after a new start. And the bytes of the message."""
+        last, none = sent.pushed.version, torch.empty(0)
+        data = pack(Message(name, last + 1, last, self._checksum, (), none, base_checksum=cores_checksum(sent.cores)))
+        return "held" in self._channel.send(data), len(data)
 
     def _send(self, name: str, cores: Tensor, places: Sequence[int], sent: _Sent | None) -> tuple[dict[str, Any], int, int]:
         """The engine's answer, and the numbers of cores and bytes sent. What it lacks is sent once."""
@@ -231,7 +239,8 @@ class _Server:
             answer = json.loads(body)
         except ValueError:
             answer = None
-        fields = {"name", "need", "dropped"} if status == 200 else {"error"} if status in (401, 403, 413, 422) else set()
+        refusal = {"error"} if status in (401, 403, 413, 422) else set()
+        fields = {"name", "need", "dropped", "held"} if status == 200 else refusal
         if not isinstance(answer, dict) or fields.isdisjoint(answer):
             raise ValueError(
                 f"engine: expected a server with the middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint, got the answer "

@@ -31,10 +31,11 @@ class CoreWorker:
     """Methods that vLLM adds to its worker."""
 
     def lotr_push(self, data: bytes, in_use: Iterable[str] = ()) -> dict[str, Any]:
-        """Adds a version of a task, or drops a task. data: of `message.pack`. in_use: the adapters of requests in flight.
+        """Adds a version of a task, drops a task, or says whether a version is held. data: of `message.pack`. in_use: the
+        adapters of requests in flight.
 
-        Returns {"name", "number", "path", "dropped"}, without a new version {"dropped"}, or {"error": message}, or what the
-        sender must add: {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
+        Returns {"name", "number", "path", "dropped"}, without a new version {"dropped"} or {"held"}, or {"error": message}, or
+        what the sender must add: {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
         """
         try:
             adapters = engine.adapters_of(self)
@@ -64,6 +65,10 @@ class _Versions:
 
     def push(self, message: Message, in_use: frozenset[str]) -> dict[str, Any]:
         newest = self.newest.get(message.name, 0)
+        own = self.held.get(message.name, {})
+        before = own.get(message.base)
+        if not message.places and message.base:
+            return {"held": True} if _is_base(before, message) else {"need": "cores", "version": newest}
         if not message.places:
             self.newest[message.name] = max(newest, message.version)
             return {"dropped": self._drop(message.name, 0, in_use)}
@@ -78,8 +83,7 @@ class _Versions:
             if message.factors.checksum != message.checksum:
                 raise ValueError("push: expected factors with the checksum that the message says, got others")
         factors = self.factors.get(message.checksum) or message.factors
-        own, name = self.held.get(message.name, {}), versioned(message.name, message.version)
-        before = own.get(message.base)
+        name = versioned(message.name, message.version)
         if message.version <= newest or (message.base and not _is_base(before, message)):
             return {"need": "cores", "version": newest}
         cores = _merged(message, factors, before[1] if message.base else None)
