@@ -182,6 +182,8 @@ def _load_parked(
         raise ValueError(f"share_factors: expected the name of a new adapter with it, got name={name!r}")
     try:
         with adapters.in_use(model, name):
+            if new:
+                _hold_magnitudes_as_saved(model, tensors)
             if share_factors is not None:
                 _check_same_factors(model, _fitted(model, manifest, tensors), share_factors)
             _fill_adapted(model, manifest, tensors, cast)
@@ -278,7 +280,6 @@ def _check_plain(
         entry = manifest.layers[name]
         core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
         shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
-        # PEFT's over half-precision factors are float32
         dtype = tensors[f"{name}.magnitude"].dtype if config.magnitude else None
         magnitude = empty((entry.out_features,), dtype) if config.magnitude else None
         return *(empty(shape, config.adapter_dtype) for shape in shapes), magnitude
@@ -343,10 +344,16 @@ def _install(
         cores.requires_grad_("core" in config.train)
     model.lotr_config = config if config.core in FORMS else replace(config, core="dense")
     model.lotr_factors.set_trained(config.train)
-    for name, layer in adapted_layers(model).items():
-        if config.magnitude:
-            layer.hold_magnitude(nn.Parameter(layer.magnitude.detach().to(tensors[f"{name}.magnitude"].dtype)))
+    _hold_magnitudes_as_saved(model, tensors)
+    for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
+
+
+def _hold_magnitudes_as_saved(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives new magnitudes the dtype of the file's: PEFT's over half-precision factors are float32."""
+    for name, layer in adapted_layers(model).items():
+        if (saved := tensors.get(f"{name}.magnitude")) is not None and layer.magnitude is not None:
+            layer.hold_magnitude(nn.Parameter(layer.magnitude.detach().to(saved.dtype)))
 
 
 @torch.no_grad()

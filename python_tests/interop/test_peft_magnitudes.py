@@ -10,7 +10,7 @@ from peft_toys import Conv1D, base, config, peft, tuned
 from torch import Tensor, nn
 from toys import IDS
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, set_adapter
 from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora
 from lotr_ext.interop.peft import LoTRPeftLinear
 from lotr_ext.interop.vllm.files import export_factors
@@ -121,8 +121,9 @@ def test_half_precision_starts_as_the_base():
     assert relative(model(IDS), net(IDS)) < 1e-2
 
 
-@pytest.mark.parametrize("core", ["dense", "cp"])
-def test_load_adapter_keeps_float32_magnitudes_beside_half_precision_factors(core, tmp_path):
+@pytest.mark.parametrize("core, name", [("dense", None), ("cp", None), ("dense", "second")])
+def test_load_adapter_keeps_float32_magnitudes_beside_half_precision_factors(core, name, tmp_path):
+    """name: beside an adapter that the model has."""
     own = config(magnitude=True, core=core)
     model = peft.get_peft_model(base().bfloat16(), own, autocast_adapter_dtype=False)
     with torch.no_grad():
@@ -130,7 +131,14 @@ def test_load_adapter_keeps_float32_magnitudes_beside_half_precision_factors(cor
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    onto = load_adapter(base().bfloat16(), tmp_path)
+    onto = base().bfloat16()
+    if name is not None:
+        apply_lotr(onto, LoTRConfig(rank=2, target_modules=["q", "v"]))
+        first = onto.eval()(IDS)
+    load_adapter(onto, tmp_path, name=name)
+    if name is not None:
+        assert torch.equal(onto(IDS), first)
+        set_adapter(onto, name)
     layers = adapted_layers(onto).values()
     assert {(m.magnitude.dtype, m.factors.A.dtype, m.magnitude.requires_grad) for m in layers} == {
         (torch.float32, torch.bfloat16, True)
