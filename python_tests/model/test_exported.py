@@ -79,3 +79,13 @@ def test_an_exported_model_computes_the_same(way: Callable, kind: str, tmp_path:
             run = way(model, tmp_path)
             for ids, values in zip((IDS, OTHERS), want):
                 torch.testing.assert_close(run(ids), values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_or_a_layer_is_exported_alone() -> None:
+    """The factors are parameters of the model around them."""
+    model = MODELS["bert"]().eval()
+    randomize(model)
+    attention, x = model.model.bert.encoder.layer[0].attention.self, torch.randn(2, 5, 32)
+    for part, run in ((attention, lambda y: y[0]), (attention.query, lambda y: y)):
+        got, want = run(torch.export.export(part, (x,)).module()(x)), run(part(x))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
