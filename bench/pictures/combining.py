@@ -37,10 +37,9 @@ def _points(axis: Axes, rows: dict[str, dict], ways: dict[str, dict], value: str
         if own:
             x, y, bars = [r["numbers"] for r, _ in own], [r[value] for r, _ in own], [r[half] for r, _ in own]
             axis.errorbar(x, y, bars, marker="o", capsize=3, color=colour, label=LABELS[by])
-            for row, way in own:
-                axis.annotate(
-                    f"r = {way['rank']}", (row["numbers"], row[value]), (6, -12), textcoords="offset points", fontsize=8
-                )
+            for row, way in own:  # blue above its point and green below: two points may be close to each other
+                style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+                axis.annotate(f"r = {way['rank']}", (row["numbers"], row[value]), (6, 5 if by == "layer" else -12), **style)
     axis.set_xscale("log")
     axis.grid(alpha=0.3, which="both")
     axis.margins(x=0.15)
