@@ -29,6 +29,8 @@ _MAMBAS = (
     *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
 )
 _READERS = {"MultiheadAttention": {"out_proj"}, **{name: {"x_proj", "dt_proj", "out_proj"} for name in _MAMBAS}}
+# Layers whose weight, but no adapter, the model divides by a power of two when it enters eval mode.
+_DIVIDED = {"RwkvSelfAttention": "output", "RwkvFeedForward": "value"}
 _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "requires_grad", "is_meta", "is_cuda"}
 _NOT_IN_FORWARD = ("init", "reset", "load", "save", "convert")  # in the names of methods that no forward calls
 
@@ -117,6 +119,8 @@ def how_read(parent: nn.Module, child: str) -> tuple[str, How] | None:
     known = next((base.__name__ for base in cls.__mro__ if child in _READERS.get(base.__name__, ())), None)
     if known is not None:
         return known, How.ONLY
+    if _DIVIDED.get(cls.__name__) == child and getattr(getattr(parent, "config", None), "rescale_every", 0) > 0:
+        return "RwkvModel in eval mode (unless its config.rescale_every is 0)", How.ONLY
     methods = _methods(cls)
     readers = {name for name, m in methods.items() if child in m.reads and not any(part in name for part in _NOT_IN_FORWARD)}
     if readers & _called_by_forward(cls) and not any(child in m.uses for m in methods.values()):

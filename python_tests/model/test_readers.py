@@ -111,6 +111,26 @@ def test_a_layer_that_is_read_and_never_called_is_refused(make: type[nn.Module])
     assert all(layer.core.grad is not None and layer.core.grad.abs().max() > 0 for layer in adapted_layers(model).values())
 
 
+def test_rwkvs_layers_that_eval_mode_divides_are_left_out() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 4, "attention_hidden_size": 8, "intermediate_size": 12}
+    ids = torch.arange(6).unsqueeze(0)
+
+    def rwkv(every: int) -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, context_length=8, rescale_every=every)).train()
+
+    with refused(model := rwkv(2), ValueError, match="blocks.0.attention.output', whose weight RwkvModel in eval mode"):
+        apply_lotr(model, LoTRConfig(rank=2, target_modules=["attention.output"]))
+    with pytest.warns(UserWarning, match="left out rwkv.blocks.0.attention.output, rwkv.blocks.0.feed_forward.value"):
+        apply_lotr(model, LoTRConfig(rank=2))
+    whole = apply_lotr(rwkv(0), LoTRConfig(rank=2, target_modules=["attention.output", "feed_forward.value"]))
+    for adapted in (model, whole):
+        randomize(adapted)
+        with torch.no_grad():
+            torch.testing.assert_close(adapted.eval()(ids).logits, adapted.train()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_may_be_read_are_warned_of_once_with_a_count() -> None:
     with pytest.warns(
         UserWarning, match=r"Either reads 0.fc.weight, and so do parents of 3 other layers; if it does not"
