@@ -34,6 +34,7 @@ from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
 from .saved import CORES, saved_modules, saved_tensors
+from .saving import module_prefixes
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
@@ -87,6 +88,7 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     _check_new_name(parked, name)
     expect_merged(layers, False, "add_adapter")
     _check_parameters(layers, "add_adapter")
+    module_prefixes(model, layers)  # raises for a copy of an adapted block, which has factors that are in no group
     owner = None if share_factors is None else find_name(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
