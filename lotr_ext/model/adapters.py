@@ -33,8 +33,7 @@ from .adapted import adapted_layers, expect_merged, refuse_magnitudes, refuse_st
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
-from .saved import CORES, saved_modules, saved_tensors
-from .saving import module_prefixes
+from .saved import CORES, module_prefixes, saved_modules, saved_tensors
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child

@@ -35,14 +35,16 @@ from .pipeline import PipelineStages, expect_whole_model, part_of
 from .saved import (
     adapter_slots,
     computed_tensors,
+    factor_prefix,
     fitted_to_parametrizations,
+    module_prefixes,
     of_adapted_part,
     parts,
     saved_modules,
     saved_tensors,
     with_ties,
 )
-from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
+from .saving import checked_path, unwrapped
 from .shared_factors import factors_by_part, width_names
 from .starts import check_start, set_start
 from .targets import Selection, features, select

@@ -25,7 +25,9 @@ __all__ = [
     "adapter_slots",
     "computed_parts",
     "computed_tensors",
+    "factor_prefix",
     "fitted_to_parametrizations",
+    "module_prefixes",
     "of_adapted_part",
     "of_part",
     "saved_modules",
@@ -225,6 +227,23 @@ def cores_of(layer: nn.Module) -> nn.Module | None:
     parametrized."""
     form = core_form_of(layer)
     return form.cores if isinstance(form, CoreAt) else form
+
+
+def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
+    """The names of the modules that have a factor or make cores, by id(module)."""
+    found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
+    for name, layer in layers.items():
+        if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
+            raise RuntimeError(f"model: expected it to register the Cores of {name!r}, got one that no module owns")
+        if any(id(module) not in found for module, _ in layer.factors.owners):
+            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
+    return found
+
+
+def factor_prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
+    """The names of a layer's factors, as in LayerEntry.factors."""
+    A, B = (prefixes[id(module)] for module, _ in factors.owners)
+    return A if A == B else (A, B)
 
 
 def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, str]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..layers.cores import Cores
-from ..layers.factors import LoTRFactor, LoTRFactors
+from ..layers.factors import LoTRFactors
 from ..layers.layer import LoTRLayer
 from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
 from . import adapter_files as files
@@ -29,10 +28,18 @@ from .core_forms import CORES
 from .fingerprint import fingerprint
 from .parked import parked_adapter, parked_layers
 from .pipeline import PipelineStages, expect_whole_model
-from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors, ties_of
+from .saved import (
+    adapter_slots,
+    computed_tensors,
+    factor_prefix,
+    module_prefixes,
+    saved_modules,
+    saved_tensors,
+    ties_of,
+)
 from .stages import inner_model
 
-__all__ = ["checked_path", "contents", "factor_prefix", "module_prefixes", "save_adapter", "unwrapped"]
+__all__ = ["checked_path", "contents", "save_adapter", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -46,23 +53,6 @@ def checked_path(directory: object) -> Path:
     if not isinstance(directory, (str, PathLike)):
         raise TypeError(f"directory: expected a path, got {type(directory).__name__} {directory!r}")
     return Path(directory)
-
-
-def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
-    """The names of the modules that have a factor or make cores, by id(module)."""
-    found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
-    for name, layer in layers.items():
-        if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
-            raise RuntimeError(f"model: expected it to register the Cores of {name!r}, got one that no module owns")
-        if any(id(module) not in found for module, _ in layer.factors.owners):
-            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
-    return found
-
-
-def factor_prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
-    """The names of a layer's factors, as in LayerEntry.factors."""
-    A, B = (prefixes[id(module)] for module, _ in factors.owners)
-    return A if A == B else (A, B)
 
 
 def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
