@@ -12,9 +12,7 @@ const void* const PROBE = reinterpret_cast<const void*>(&probe);
 }  // namespace
 
 int load_probe() {
-  const ptx::DriverQuery query;
-  cudaFuncAttributes code{};
-  return cudaFuncGetAttributes(&code, PROBE);
+  return ptx::load_code(PROBE);
 }
 
 bool waits_in_kernels() {

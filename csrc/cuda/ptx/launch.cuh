@@ -107,6 +107,17 @@ class DriverQuery {
 };
 #endif
 
+// Loads a kernel on the current device without a launch.  Returns the cudaError_t, 0 if the driver can.
+inline int load_code([[maybe_unused]] const void* kernel) {
+#ifdef __CUDACC__
+  const DriverQuery query;
+  cudaFuncAttributes code{};
+  return cudaFuncGetAttributes(&code, kernel);
+#else
+  return 0;
+#endif
+}
+
 // The compute capability, times ten, of the kernel's code that the current device runs: the lower of the
 // virtual and the real one.  0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
