@@ -23,7 +23,7 @@ std::string load_error(int device) {
     // device that was current before.
     const torch::stable::accelerator::DeviceGuard guard{device};
     error = make_current(device);
-    if (!error) error = cudaError_t(cuda::load_probe());
+    if (!error) error = static_cast<cudaError_t>(cuda::load_probe());
   }
   cudaGetLastError();  // clears the error
   return error ? cudaGetErrorName(error) : "";

@@ -35,6 +35,14 @@ OURS = str(Path(lotr_ext.__file__).parent)
 POINTS = 25
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own handler of SIGINT, which a shell ignores in what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def traced(call: Callable[[], object], at: int | None) -> int:
     """Calls call, with SIGINT as the at-th function of lotr_ext begins, where Python looks for signals too. Returns the number
     of functions. Generators are not counted: Python drops what is raised in one that it closes."""
