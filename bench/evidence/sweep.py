@@ -142,16 +142,15 @@ def _lost(loss: Tensor, least: Tensor, unadapted: Tensor) -> Tensor:
 
 
 def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) -> list[Transfer]:
-    """By method and scaling, of the seeds that all runs have.
+    """By method and scaling, of the seeds that all runs of the method have.
 
     unadapted: by seed, the held-out losses [items] of the model without an adapter, or with only its new head trained.
     """
-    validation, held_out, common = _losses(cells)
-    known = common and unadapted and set(common) <= set(unadapted)
-    without = torch.stack([unadapted[seed] for seed in common]) if known else None
     found: list[Transfer] = []
-    for method in dict.fromkeys(key[0] for key in validation):
-        own = {key: loss for key, loss in validation.items() if key[0] == method}
+    for method in dict.fromkeys(cell["case"]["method"] for cell in cells):
+        own, held_out, common = _losses(cell for cell in cells if cell["case"]["method"] == method)
+        known = common and unadapted and set(common) <= set(unadapted)
+        without = torch.stack([unadapted[seed] for seed in common]) if known else None
         ranks = sorted({key[2] for key in own})
         best = {rank: min((key for key in own if key[2] == rank), key=own.__getitem__) for rank in ranks}
         for scaling in dict.fromkeys(key[1] for key in own):
@@ -216,6 +215,8 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
         if any(one.lost is not None for one in own.values()):
             kept = [SCALINGS[name].label for name, one in own.items() if _loses_little(one.lost)]
             lines.append(f"{label[method]}: at most {WITHIN:.0%} of the gain lost: {'; '.join(kept) or 'no scaling'}.")
+        if lacking := too_few(next(iter(own.values())).seeds):  # those of all scalings
+            lines.append(f"{label[method]}: no intervals, {lacking}.")
         if (usual := own.get(CONSTANT)) is None or too_few(usual.seeds) or not torch.isfinite(usual.losses).all():
             continue
         draws, means, even = Draws(*usual.losses.shape), f"{label[method]}, mean loss over ranks, each at its one rate", []
@@ -228,6 +229,4 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
                     even.append(f"{own_label} ({difference.text()})")
         if even:
             lines.append(f"{means}: no difference to {SCALINGS[CONSTANT].label}: {'; '.join(even)}.")
-    if found and (lacking := too_few(found[0].seeds)):  # all have the same seeds
-        lines.append(f"No intervals: {lacking}.")
     return lines

@@ -341,6 +341,8 @@ def test_the_one_rate_of_a_scaling_loses_least_at_its_worst_rank() -> None:
     wide = sweep.words([today, ours._replace(excess=intervals.Interval(0.08, 0.0, 0.13))], table.labels())
     assert wide[0] == "LoTR: within 10% of the best loss at every rank with one rate: no scaling."
     alone = sweep.words([ours._replace(seeds=1)], table.labels())
-    assert alone[-1] == "No intervals: too few seeds for an interval: 1; give --seeds 3 or more."
+    assert alone[-1] == "LoTR: no intervals, too few seeds for an interval: 1; give --seeds 3 or more."
+    other = [one | {"case": one["case"] | {"method": "lotr-width"}} for one in cells if one["case"]["seed"] == 0]
+    assert [one.seeds for one in sweep.transfers(cells + other)] == [3, 3, 1, 1]
     diverged = [one | {"losses": None, "validation": None} if one["case"]["scaling"] == "rank" else one for one in cells]
     assert sweep.transfers(diverged)[1].excess.value == float("inf")
