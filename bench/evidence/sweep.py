@@ -114,16 +114,16 @@ class Transfer(NamedTuple):
     seeds: int
 
 
-Key = tuple[str, str, int, float]  # method, scaling, rank, rate
+Key = tuple[str, int, float]  # scaling, rank, rate
 
 
 def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor], list[int]]:
-    """Mean validation losses and held-out losses [seeds, items], of runs one of whose seeds diverged infinite ones; the seeds
-    that all runs have."""
+    """Of one method: mean validation losses and held-out losses [seeds, items], of runs one of whose seeds diverged infinite
+    ones; the seeds that all runs have."""
     found: dict[Key, dict[int, dict]] = {}
     for cell in cells:
         case = cell["case"]
-        found.setdefault((case["method"], case["scaling"], case["rank"], case["lr"]), {})[case["seed"]] = cell
+        found.setdefault((case["scaling"], case["rank"], case["lr"]), {})[case["seed"]] = cell
     seeds = set.intersection(*(set(own) for own in found.values())) if found else set()
     items = max((len(unpacked(one["losses"])) for own in found.values() for one in own.values() if one["losses"]), default=1)
     validation, held_out = {}, {}
@@ -151,10 +151,10 @@ def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) 
         own, held_out, common = _losses(cell for cell in cells if cell["case"]["method"] == method)
         known = common and unadapted and set(common) <= set(unadapted)
         without = torch.stack([unadapted[seed] for seed in common]) if known else None
-        ranks = sorted({key[2] for key in own})
-        best = {rank: min((key for key in own if key[2] == rank), key=own.__getitem__) for rank in ranks}
-        for scaling in dict.fromkeys(key[1] for key in own):
-            here = {(rank, lr): loss for (_, name, rank, lr), loss in own.items() if name == scaling}
+        ranks = sorted({rank for _, rank, _ in own})
+        best = {rank: min((key for key in own if key[1] == rank), key=own.__getitem__) for rank in ranks}
+        for scaling in dict.fromkeys(name for name, _, _ in own):
+            here = {(rank, lr): loss for (name, rank, lr), loss in own.items() if name == scaling}
             rates = [lr for lr in sorted({lr for _, lr in here}) if all((rank, lr) in here for rank in ranks)]
             if not rates or not len(next(iter(held_out.values()))):
                 continue
@@ -164,7 +164,7 @@ def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) 
 
             lr = min(rates, key=lambda lr: (max(over(lr, rank) for rank in ranks), lr))
             rank = max(ranks, key=lambda rank: over(lr, rank))
-            at_rate = {rank: held_out[method, scaling, rank, lr] for rank in ranks}
+            at_rate = {rank: held_out[scaling, rank, lr] for rank in ranks}
             pairs = {rank: (losses, held_out[best[rank]]) for rank, losses in at_rate.items()}
             seeds, items = at_rate[rank].shape
             draws, never = Draws(seeds, items), Interval(float("inf"))
@@ -217,7 +217,7 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
             lines.append(f"{label[method]}: at most {WITHIN:.0%} of the gain lost: {'; '.join(kept) or 'no scaling'}.")
         if lacking := too_few(next(iter(own.values())).seeds):  # those of all scalings
             lines.append(f"{label[method]}: no intervals, {lacking}.")
-        if (usual := own.get(CONSTANT)) is None or too_few(usual.seeds) or not torch.isfinite(usual.losses).all():
+        if lacking or (usual := own.get(CONSTANT)) is None or not torch.isfinite(usual.losses).all():
             continue
         draws, means, even = Draws(*usual.losses.shape), f"{label[method]}, mean loss over ranks, each at its one rate", []
         for name, one in own.items():
