@@ -80,14 +80,13 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
         TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit, or one with
             init "gradient".
         RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights), a
-            parametrized core or factor.
+            parametrized core or factor, a copy of an adapted block.
     """
     parked = parked_of(model, "add_adapter")
     layers = adapted_layers(model)
     _check_new_name(parked, name)
     expect_merged(layers, False, "add_adapter")
-    _check_parameters(layers, "add_adapter")
-    module_prefixes(model, layers)  # raises for a copy of an adapted block, which has factors that are in no group
+    _check_movable(model, layers, "add_adapter")
     owner = None if share_factors is None else find_name(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
@@ -163,14 +162,14 @@ def set_adapter(model: Model, name: str) -> Model:
     Create the optimizer afterwards, since the layers now have other parameters.
 
     Raises:
-        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or a parametrized core or
-            factor where another adapter becomes the active one.
+        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or where another adapter
+            becomes the active one a parametrized core or factor, or a copy of an adapted block.
     """
     parked = parked_of(model, "set_adapter")
     name = find_name(parked, name, "name")
     expect_merged(adapted_layers(model), False, "set_adapter")
     if name != parked.active:
-        _check_parameters(adapted_layers(model), "set_adapter")
+        _check_movable(model, adapted_layers(model), "set_adapter")
         _swap(model, parked, name)
     return model
 
@@ -315,6 +314,12 @@ def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
                     f"{where}: expected cores and factors that are parameters, got {name!r}, whose {part} has a "
                     "parametrization; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
                 )
+
+
+def _check_movable(model: nn.Module, layers: dict[str, LoTRLayer], where: str) -> None:
+    """Raises RuntimeError as `_check_parameters`, and for a copy of an adapted block, whose factors are in no group."""
+    _check_parameters(layers, where)
+    module_prefixes(model, layers)
 
 
 def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool) -> LoTRConfig:

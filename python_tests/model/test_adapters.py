@@ -347,7 +347,7 @@ def test_bad_input() -> None:
     by_hand = nn.Sequential(lotr_ext.LoTRLinear(4, 4))
     svd = apply_lotr(toy(), LoTRConfig(rank=2, init="svd", target_modules=["q"]))
     grown = apply_lotr(nn.Sequential(nn.Linear(4, 4)), LoTRConfig(rank=2))
-    grown.again = copy.deepcopy(grown[0])
+    add_adapter(grown, "b").again = copy.deepcopy(grown[0])
 
     def linear(core, index):
         x, W, A, B = torch.zeros(3, 5), torch.zeros(6, 5), torch.zeros(5, 2), torch.zeros(6, 2)
@@ -357,6 +357,7 @@ def test_bad_input() -> None:
         (RuntimeError, "without; apply_lotr", lambda: add_adapter(bare, "a")),
         (RuntimeError, "built by hand", lambda: add_adapter(by_hand, "a")),
         (RuntimeError, "the factors of 'again', got factors that no module owns", lambda: add_adapter(grown, "a")),
+        (RuntimeError, "the factors of 'again', got factors that no module owns", lambda: set_adapter(grown, "b")),
         (RuntimeError, '"svd"', lambda: add_adapter(svd, "a")),
         (RuntimeError, '"svd"', lambda: add_adapter(model, "a", LoTRConfig(init="svd"))),
         (ValueError, 'mixed: expected .* "svd"', lambda: mixed(svd, ["default", None]).__enter__()),
