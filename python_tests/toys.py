@@ -76,6 +76,23 @@ REPARAMETRISED: dict[str, Callable[[nn.Module], nn.Module]] = {  # ways in which
 }
 
 
+class Seen(TorchDispatchMode):
+    """The operators that pass through the dispatcher inside, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []  # such as aten.mm.default
+
+    @property
+    def names(self) -> list[str]:
+        """Such as mm."""
+        return [operator.split(".")[1] for operator in self.operators]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that is made inside."""
 

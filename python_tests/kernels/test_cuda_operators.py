@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Seen
 
 from csrc.simt import build
 from lotr_ext import reference
@@ -89,18 +89,6 @@ def test_step_of_a_layer(call: Callable, dtype: torch.dtype, strategy: int, p: f
         layer.close(got, want, what)
 
 
-class Seen(TorchDispatchMode):
-    """Lists the operators that pass through the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("strategy", "p"), [(0, 0.0), (0, 0.4), (1, 0.0), (1, 0.4), (UNFOLDED, 0.0)])
 def test_no_product_of_a_layer_passes_through_the_dispatcher(call: Callable, strategy: int, p: float) -> None:
     """Nor do casts of float32 factors, new memory that is added to, or the sum of siblings' k."""
@@ -113,7 +101,7 @@ def test_no_product_of_a_layer_passes_through_the_dispatcher(call: Callable, str
         for siblings in ([None, None], given):
             call("layer_backward_", *operands, *siblings, None, None, None, True, True, p, layer.seed)
     library = {"aten.expand.default", "aten.copy_.default"}  # of the bias, in torch's product on a CPU
-    assert set(seen.names) <= library
+    assert set(seen.operators) <= library
 
 
 @pytest.mark.parametrize("strategy", [0, 1])

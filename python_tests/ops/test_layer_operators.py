@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Seen
 
 from lotr_ext import ops, reference
 from nets import relative
@@ -261,18 +261,6 @@ def test_same_bits_at_any_thread_count(dtype):
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-
-
-class Seen(TorchDispatchMode):
-    """The operators that a dispatch mode is shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func).split(".")[1])
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("strategy", ["two_pass", "beta"])
