@@ -95,7 +95,7 @@ def places_of(task: Task, options: argparse.Namespace) -> list[Place]:
     else:
         own = measured(task)
     if options.methods:
-        own = [place for place in own if place[0] in options.methods]
+        own = [(name, rank) for name in options.methods for rank in METHODS[name].ranks[task.kind]]
         ranked = [name for name in options.methods if METHODS[name].family in ("lotr", "peft")]
         own += [(name, rank) for name in ranked for rank in options.ranks]
     if options.ranks:

@@ -21,7 +21,7 @@ from .tasks import ALL, TASKS, Task
 
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
 OURS = tuple(name for name in METHODS if name.startswith("lotr"))
-LORA, VERA = ("lora", "lora-qv"), ("vera",)
+LORA, VERA = ("lora",), ("vera",)
 # one change of a method, at the same rank
 PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
 FORMS = ("lotr-width", "lotr-name", "lotr-block", "lotr-diagonal")  # against "lotr", by shape and dense, of no more numbers

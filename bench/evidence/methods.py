@@ -21,14 +21,12 @@ Ranks = Mapping[str, tuple[int, ...]]  # by kind of task; none: not measured the
 @dataclass(frozen=True)
 class Method:
     """family: "lotr", "peft" (LoRA, DoRA, VeRA), or what is trained whole: "full", "norm", "head", "base". settings: of
-    LoTRConfig, or of PEFT's configuration. few: adapts the few layers of the task. from_gradient: A and B start from the
-    gradient. quick: its rank in --quick."""
+    LoTRConfig, or of PEFT's configuration. from_gradient: A and B start from the gradient. quick: its rank in --quick."""
 
     label: str
     family: str
     ranks: Ranks
     settings: Mapping[str, Any] = field(default_factory=dict)
-    few: bool = False
     from_gradient: bool = False
     quick: int | None = None
 
@@ -37,25 +35,20 @@ class Method:
         special = "vera" if self.settings.get("vera") else self.settings.get("core")
         return FIRST_RATES.get(special, FIRST_RATES[self.family])[kind == "teacher"]
 
-    def layers(self, task: Task) -> str:
-        return task.few if self.few else task.layers
-
     def definition(self, task: Task) -> dict[str, Any]:
         """What a kept run must have been made with."""
         words = {
             name: value if isinstance(value, str | int | float | bool) else str(value) for name, value in self.settings.items()
         }
-        return {"layers": self.layers(task), "from_gradient": self.from_gradient, **words}
+        return {"layers": task.layers, "from_gradient": self.from_gradient, **words}
 
 
 def _ranks(teacher: tuple[int, ...] = (), classifier: tuple[int, ...] = (), language: tuple[int, ...] = ()) -> Ranks:
     return {"teacher": teacher, "classifier": classifier, "language": language}
 
 
-def _lotr(
-    label: str, ranks: Ranks, few: bool = False, from_gradient: bool = False, quick: int | None = None, **own: Any
-) -> Method:
-    return Method(label, "lotr", ranks, {"scaling": LOTR_SCALING, **own}, few, from_gradient, quick)
+def _lotr(label: str, ranks: Ranks, from_gradient: bool = False, quick: int | None = None, **own: Any) -> Method:
+    return Method(label, "lotr", ranks, {"scaling": LOTR_SCALING, **own}, from_gradient, quick)
 
 
 CORES = ("core",)
@@ -75,27 +68,29 @@ METHODS = {
     "head": Method("head only", "head", _ranks((), (0,), ()), quick=0),
     "full": Method("full fine-tuning", "full", _ranks((0,), (0,), (0,)), quick=0),
     "norm": Method("norms only", "norm", _ranks((), (0,), (0,))),
-    "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 24, 60)), quick=8),
-    "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 28)), group_by="width"),
-    "lotr-name": _lotr("LoTR, by name", _ranks((), (4, 16), (16,)), group_by="name"),
-    "lotr-block": _lotr("LoTR, by block", _ranks((), (1, 5), (1, 6)), group_by="block"),
-    "lotr-qv": _lotr("LoTR, query and value", _ranks((), (2, 8, 32), (8, 32)), few=True),
-    "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (16, 64), (32,)), train=CORES),
+    "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60)), quick=8),
+    "lotr-width": _lotr("LoTR, by width", _ranks((), (16,), (28,)), group_by="width"),
+    "lotr-name": _lotr("LoTR, by name", _ranks((), (16,), ()), group_by="name"),
+    "lotr-block": _lotr("LoTR, by block", _ranks((), (1, 5), (6,)), group_by="block"),
+    "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (64,), (32,)), train=CORES),
     "lotr-core-gradient": _lotr(
-        "LoTR, cores only, from the gradient", _ranks((8, 16), (16, 64), (32,)), train=CORES, from_gradient=True
+        "LoTR, cores only, from the gradient", _ranks((8, 16), (64,), (32,)), train=CORES, from_gradient=True
     ),
-    "lotr-gradient": _lotr("LoTR, from the gradient", _ranks((4, 8), (8, 16), (16,)), from_gradient=True),
-    "lotr-diagonal": _lotr("LoTR, diagonal cores", _ranks((5, 11, 16, 22, 45), (8, 32), (48,)), core="diagonal"),
-    "lotr-tucker": _lotr("LoTR, cores of a common basis", _ranks((8,), (32,), ()), core="tucker"),
-    "lotr-train": _lotr("LoTR, cores a train", _ranks((8,), (32,), ()), core="train"),
+    "lotr-gradient": _lotr("LoTR, from the gradient", _ranks((4, 8), (8, 16), ()), from_gradient=True),
+    "lotr-diagonal": _lotr("LoTR, diagonal cores", _ranks((5, 11, 16, 22, 45), (8,), (48,)), core="diagonal"),
+    "lotr-tucker": _lotr("LoTR, cores of a common basis", _ranks((8,), (), ()), core="tucker"),
+    "lotr-train": _lotr("LoTR, cores a train", _ranks((8,), (), ()), core="train"),
     "lotr-few": _lotr("LoTR, few numbers a core", _ranks((8,), (32,), (32,)), core="few", train=CORES),
-    "lora": Method(LORA, "peft", _ranks((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 4, 16)), quick=2),
-    "lora-qv": Method(f"{LORA}, query and value", "peft", _ranks((), (1, 2, 4, 8), (1, 4)), few=True),
-    "dora": Method(named("dora-peft"), "peft", _ranks((1, 4), (1, 4), (1,)), {"use_dora": True}),
-    "lotr-magnitude": _lotr("LoTR with magnitudes", _ranks((4, 8), (8, 16), (16,)), magnitude=True),
-    "lora-xs": _lotr("LoRA-XS", _ranks((8,), (8, 32), (32,)), init="svd", group_by="layer", train=CORES),
+    "lora": Method(LORA, "peft", _ranks((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), quick=2),
+    "dora": Method(named("dora-peft"), "peft", _ranks((1, 4), (1,), (1,)), {"use_dora": True}),
+    "lotr-magnitude": _lotr("LoTR with magnitudes", _ranks((4, 8), (16,), (24,)), magnitude=True),
+    "lora-xs": _lotr("LoRA-XS", _ranks((8,), (32,), (32,)), init="svd", group_by="layer", train=CORES),
     "vera": Method(named("vera-peft"), "peft", _ranks((64,), (256,), (256,)), {"vera": True}),
 }  # fmt: skip
+MAIN: Mapping[str, Mapping[str, tuple[int, ...]]] = {  # by kind: what a task without all methods is measured with
+    "classifier": {"head": (0,), "full": (0,), "lotr": (4, 16), "lotr-block": (5,), "lotr-diagonal": (8,), "lora": (1, 4)},
+    "language": {BASE: (0,), "full": (0,), "lotr": (4, 24, 60), "lotr-block": (6,), "lotr-diagonal": (48,), "lora": (1, 4)},
+}
 
 
 def _own_group(name: str, module: nn.Module) -> str:
@@ -105,6 +100,8 @@ def _own_group(name: str, module: nn.Module) -> str:
 
 def measured(task: Task) -> list[tuple[str, int]]:
     """The methods and ranks that a task is measured with."""
+    if not task.all_methods:
+        return [(name, rank) for name, ranks in MAIN[task.kind].items() for rank in ranks]
     return [(name, rank) for name, method in METHODS.items() for rank in method.ranks[task.kind]]
 
 
@@ -122,15 +119,13 @@ def check(name: str, task: Task) -> None:
         )
     if method.family == "norm" and not task.norms:
         raise ValueError(f"method: expected a task whose model has norms for 'norm', got {task.name}, without; leave it out")
-    if method.few and not task.few:
-        raise ValueError(f"method: expected a task with queries and values for {name!r}, got {task.name}, without; take 'lotr'")
 
 
 def adapt(model: nn.Module, task: Task, name: str, rank: int) -> nn.Module:
     """Freezes a fresh model but for its new head and adds what the method trains. Returns the module to train."""
     method = METHODS[name]
     check(name, task)
-    targets, save = method.layers(task), ["head"] if hasattr(model, "head") else None
+    targets, save = task.layers, ["head"] if hasattr(model, "head") else None
     own = dict(method.settings)
     if method.family == "lotr":
         from lotr_ext import LoTRConfig, apply_lotr

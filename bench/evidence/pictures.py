@@ -18,7 +18,6 @@ STYLES = {  # colour and line; the first SERIES that a task has are drawn, the t
     "lotr": ("tab:blue", "o-"),
     "lora": ("tab:red", "o-"),
     "lotr-width": ("tab:cyan", "v--"),
-    "lora-qv": ("tab:orange", "^--"),
     "lotr-core-gradient": ("tab:green", "s:"),
     "lotr-block": ("tab:purple", "D--"),
     "lotr-core": ("tab:olive", "x:"),

@@ -117,23 +117,31 @@ class Transfer(NamedTuple):
 Key = tuple[str, int, float]  # scaling, rank, rate
 
 
-def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor], list[int]]:
-    """Of one method: mean validation losses and held-out losses [seeds, items], of runs one of whose seeds diverged infinite
-    ones; the seeds that all runs have."""
+def _by_key(cells: Iterable[dict]) -> dict[Key, dict[int, dict]]:
+    """The cells of one method, by seed for each scaling, rank and rate."""
     found: dict[Key, dict[int, dict]] = {}
     for cell in cells:
         case = cell["case"]
         found.setdefault((case["scaling"], case["rank"], case["lr"]), {})[case["seed"]] = cell
-    seeds = set.intersection(*(set(own) for own in found.values())) if found else set()
-    items = max((len(unpacked(one["losses"])) for own in found.values() for one in own.values() if one["losses"]), default=1)
-    validation, held_out = {}, {}
-    for key, own in found.items():
-        kept = [own[seed] for seed in sorted(seeds)]
-        whole = all(cell["losses"] is not None for cell in kept)
-        validation[key] = sum(cell["validation"] for cell in kept) / len(kept) if whole and kept else float("inf")
-        rows = [unpacked(cell["losses"]) for cell in kept] if whole else [torch.full((items,), torch.inf).double()] * len(kept)
-        held_out[key] = torch.stack(rows) if rows else torch.empty(0, items).double()
-    return validation, held_out, sorted(seeds)
+    return found
+
+
+def _seeds_of_all(runs: Iterable[dict[int, dict]]) -> list[int]:
+    return sorted(set.intersection(*map(set, runs)))
+
+
+def _validation(runs: dict[int, dict], seeds: list[int]) -> float:
+    """The mean over seeds, infinite if one of them diverged."""
+    found = [runs[seed]["validation"] for seed in seeds]
+    return float("inf") if None in found else sum(found) / len(found)
+
+
+def _held_out(runs: dict[int, dict], seeds: list[int], items: int) -> Tensor:
+    """[seeds, items], infinite if a seed diverged."""
+    found = [runs[seed]["losses"] for seed in seeds]
+    if None in found:
+        return torch.full((len(seeds), items), torch.inf).double()
+    return torch.stack([unpacked(losses) for losses in found])
 
 
 def _lost(loss: Tensor, least: Tensor, unadapted: Tensor) -> Tensor:
@@ -141,43 +149,73 @@ def _lost(loss: Tensor, least: Tensor, unadapted: Tensor) -> Tensor:
     return (loss - least) / (unadapted - least)
 
 
+class _Chosen(NamedTuple):
+    """Of one scaling: the one rate, how many were tried at every rank, the rank where it loses most, the best by rank."""
+
+    lr: float
+    tried: int
+    rank: int
+    best: dict[int, float]
+
+
+def _choose(score: Mapping[Key, float], best: Mapping[int, Key], scaling: str) -> _Chosen | None:
+    """By validation losses. best: of all scalings and rates, by rank. None if no rate was tried at every rank."""
+    here = {(rank, lr): loss for (name, rank, lr), loss in score.items() if name == scaling}
+    rates = [lr for lr in sorted({lr for _, lr in here}) if all((rank, lr) in here for rank in best)]
+    if not rates:
+        return None
+
+    def over(lr: float, rank: int) -> float:
+        return here[rank, lr] / score[best[rank]] - 1
+
+    lr = min(rates, key=lambda lr: (max(over(lr, rank) for rank in best), lr))
+    by_rank = {rank: min(rates, key=lambda lr: here[rank, lr]) for rank in best}
+    return _Chosen(lr, len(rates), max(best, key=lambda rank: over(lr, rank)), by_rank)
+
+
 def transfers(cells: list[dict], unadapted: Mapping[int, Tensor] | None = None) -> list[Transfer]:
-    """By method and scaling, of the seeds that all runs of the method have.
+    """By method and scaling. Rates are chosen by the seeds that all runs of the method have; the losses are of the seeds that
+    the chosen runs and the best ones have.
 
     unadapted: by seed, the held-out losses [items] of the model without an adapter, or with only its new head trained.
     """
     found: list[Transfer] = []
     for method in dict.fromkeys(cell["case"]["method"] for cell in cells):
-        own, held_out, common = _losses(cell for cell in cells if cell["case"]["method"] == method)
-        known = common and unadapted and set(common) <= set(unadapted)
-        without = torch.stack([unadapted[seed] for seed in common]) if known else None
-        ranks = sorted({rank for _, rank, _ in own})
-        best = {rank: min((key for key in own if key[1] == rank), key=own.__getitem__) for rank in ranks}
-        for scaling in dict.fromkeys(name for name, _, _ in own):
-            here = {(rank, lr): loss for (name, rank, lr), loss in own.items() if name == scaling}
-            rates = [lr for lr in sorted({lr for _, lr in here}) if all((rank, lr) in here for rank in ranks)]
-            if not rates or not len(next(iter(held_out.values()))):
-                continue
-
-            def over(lr: float, rank: int, here: dict = here, best: dict = best, own: dict = own) -> float:
-                return here[rank, lr] / own[best[rank]] - 1
-
-            lr = min(rates, key=lambda lr: (max(over(lr, rank) for rank in ranks), lr))
-            rank = max(ranks, key=lambda rank: over(lr, rank))
-            at_rate = {rank: held_out[scaling, rank, lr] for rank in ranks}
-            pairs = {rank: (losses, held_out[best[rank]]) for rank, losses in at_rate.items()}
-            seeds, items = at_rate[rank].shape
-            draws, never = Draws(seeds, items), Interval(float("inf"))
-            excess = draws.interval(lambda a, b: a / b - 1, *pairs[rank]) if torch.isfinite(at_rate[rank]).all() else never
-            lost = None
-            if without is not None and without.shape == (seeds, items):
-                whole = all(torch.isfinite(losses).all() for losses in at_rate.values())
-                parts = (draws.interval(_lost, *pair, without) for pair in pairs.values())
-                lost = max(parts, key=lambda part: part.value) if whole else never
-            mean = torch.stack(list(at_rate.values())).mean(0)
-            by_rank = {rank: min(rates, key=lambda lr: here[rank, lr]) for rank in ranks}
-            found.append(Transfer(method, scaling, lr, len(rates), rank, excess, lost, by_rank, mean, seeds))
+        runs = _by_key(cell for cell in cells if cell["case"]["method"] == method)
+        if not (common := _seeds_of_all(runs.values())):
+            continue
+        score = {key: _validation(own, common) for key, own in runs.items()}
+        best = {rank: min((k for k in score if k[1] == rank), key=score.__getitem__) for rank in sorted({k[1] for k in score})}
+        made = {scaling: _choose(score, best, scaling) for scaling in dict.fromkeys(name for name, _, _ in runs)}
+        chosen = {scaling: own for scaling, own in made.items() if own is not None}
+        at_rates = {scaling: {rank: (scaling, rank, own.lr) for rank in best} for scaling, own in chosen.items()}
+        shown = {*best.values(), *(key for keys in at_rates.values() for key in keys.values())}
+        seeds = _seeds_of_all(runs[key] for key in shown)
+        items = max((len(unpacked(one["losses"])) for key in shown for one in runs[key].values() if one["losses"]), default=1)
+        losses = {key: _held_out(runs[key], seeds, items) for key in shown}
+        known = unadapted and set(seeds) <= set(unadapted) and {len(unadapted[seed]) for seed in seeds} == {items}
+        without = torch.stack([unadapted[seed] for seed in seeds]) if known else None
+        for scaling, own in chosen.items():
+            pairs = {rank: (losses[key], losses[best[rank]]) for rank, key in at_rates[scaling].items()}
+            excess, lost = _what_is_lost(pairs, own.rank, without)
+            mean = torch.stack([at_rate for at_rate, _ in pairs.values()]).mean(0)
+            found.append(Transfer(method, scaling, own.lr, own.tried, own.rank, excess, lost, own.best, mean, len(seeds)))
     return found
+
+
+def _what_is_lost(
+    pairs: Mapping[int, tuple[Tensor, Tensor]], rank: int, without: Tensor | None
+) -> tuple[Interval, Interval | None]:
+    """Of the losses [seeds, items] at the one rate and the best ones, by rank: the excess at the worst rank, and the largest
+    part of the gain. without: the unadapted model's losses."""
+    draws, never = Draws(*pairs[rank][0].shape), Interval(float("inf"))
+    excess = draws.interval(lambda a, b: a / b - 1, *pairs[rank]) if torch.isfinite(pairs[rank][0]).all() else never
+    if without is None:
+        return excess, None
+    if not all(torch.isfinite(at_rate).all() for at_rate, _ in pairs.values()):
+        return excess, never
+    parts = [draws.interval(_lost, *pair, without) for pair in pairs.values()]
+    return excess, max(parts, key=lambda part: part.value)
 
 
 def rows(found: list[Transfer], label: dict[str, str]) -> list[list[str]]:

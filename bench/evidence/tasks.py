@@ -13,9 +13,9 @@ from .problems import DATA, ENCODER, LANGUAGE_MODEL, WIDTH, Classified, Problem,
 @dataclass(frozen=True)
 class Task:
     """title: for people; kind: which ranks and learning rates a method begins with; unit: of the loss; layers: what all
-    methods adapt, a regular expression; few: what those with "-qv" adapt, "" where there is nothing less; norms: the modules
-    that "norm" trains; needs: files and folders, and the command that fetches them; main: drawn for README; most: the
-    largest rank of a sweep."""
+    methods adapt, a regular expression; norms: the modules that "norm" trains; needs: files and folders, and the command that
+    fetches them; all_methods: measured with all of them, not only the main ones; main: drawn for README; most: the largest
+    rank of a sweep."""
 
     name: str
     title: str
@@ -25,10 +25,10 @@ class Task:
     setting: Setting
     quick: Setting
     make: Callable[[Setting], Problem]
-    few: str = ""
     norms: str = ""
     needs: tuple[Path, ...] = ()
     command: str = ""
+    all_methods: bool = False
     main: bool = False
     most: int = 64
 
@@ -49,6 +49,7 @@ def _teacher(name: str, title: str, shared: float, **further: bool) -> Task:
         setting=Setting(400, 64, 1000, 2000),
         quick=Setting(40, 64, 200, 200),
         make=lambda setting: Teacher(shared, setting),
+        all_methods=True,
         most=WIDTH,
         **further,
     )
@@ -61,7 +62,6 @@ def _classified(name: str, title: str, file: str, setting: Setting, **further: b
         kind="classifier",
         unit="nats a text",
         layers=r".*\.layer\.\d+\..*\.(query|key|value|dense)",
-        few=r".*\.(query|value)",
         norms=r".*\.LayerNorm",
         setting=setting,
         quick=Setting(4, 16, 50, 50),
@@ -79,7 +79,6 @@ def _written(name: str, title: str, file: str, **further: bool) -> Task:
         kind="language",
         unit="nats a token",
         layers=r".*\.layers\.\d+\..*_proj",
-        few=r".*\.(q_proj|v_proj)",
         norms=r".*(norm|layernorm)",
         setting=Setting(60, 4, 32, 96),
         quick=Setting(2, 2, 4, 4),
@@ -94,11 +93,13 @@ ALL = (
     _teacher("shared", "the change shared between layers", 1.0),
     _teacher("half", "the change half shared", 0.5),
     _teacher("own", "the change not shared", 0.0),
-    _classified("movies", "snippets of movie reviews", "movie_snippets.tsv", Setting(150, 32, 500, 1500), main=True),
+    _classified(
+        "movies", "snippets of movie reviews", "movie_snippets.tsv", Setting(150, 32, 500, 1500), all_methods=True, main=True
+    ),
     _classified("tweets", "tweets", "tweets.tsv", Setting(100, 32, 400, 1000)),
     _classified("products", "snippets of product reviews", "product_snippets.tsv", Setting(100, 32, 400, 1000)),
     _classified("editorials", "snippets of editorials", "editorial_snippets.tsv", Setting(100, 32, 400, 1000)),
-    _written("kjv", "the King James Bible", "kjv.txt", main=True),
+    _written("kjv", "the King James Bible", "kjv.txt", all_methods=True, main=True),
     _written("wycliffe", "Wycliffe's Bible, in Middle English", "wycliffe.txt"),
     _written("verilog", "SystemVerilog", "verilog.txt", main=True),
 )

@@ -41,12 +41,15 @@ class Remembered {
   // The Prepared of the key, made by choose() the first time.
   template <class Choose>
   Prepared operator()(const Key& key, Choose choose) {
+    uint64_t times;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (const auto found = known_.find(key); found != known_.end()) return found->second;
+      times = forgotten_;
     }
     const Prepared made = choose();  // outside of the lock: it takes microseconds
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (times != forgotten_) return made;  // perhaps by the rules before
     if (known_.size() >= MOST) known_.clear();  // a run over batches of ever new lengths
     known_.emplace(key, made);
     return made;
@@ -54,6 +57,7 @@ class Remembered {
   void forget() {
     const std::lock_guard<std::mutex> lock(mutex_);
     known_.clear();
+    ++forgotten_;
   }
   size_t size() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -74,6 +78,7 @@ class Remembered {
     bool operator()(const Key& a, const Key& b) const { return std::memcmp(&a, &b, sizeof(Key)) == 0; }
   };
   std::unordered_map<Key, Prepared, Hash, Equal> known_;
+  uint64_t forgotten_ = 0;  // how often
   std::mutex mutex_;
 };
 Remembered& remembered();

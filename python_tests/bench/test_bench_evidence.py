@@ -344,5 +344,9 @@ def test_the_one_rate_of_a_scaling_loses_least_at_its_worst_rank() -> None:
     assert alone[-1] == "LoTR: no intervals, too few seeds for an interval: 1; give --seeds 3 or more."
     other = [one | {"case": one["case"] | {"method": "lotr-width"}} for one in cells if one["case"]["seed"] == 0]
     assert [one.seeds for one in sweep.transfers(cells + other)] == [3, 3, 1, 1]
+    needed = [one for one in cells if one["case"]["lr"] == 1e-2 or one["case"]["rank"] == 64 or one["case"]["seed"] == 0]
+    assert len(needed) < len(cells) and sweep.transfers(needed)[0][:7] == today._replace(lost=None)[:7]  # chosen by seed 0
+    fewer = [one for one in needed if one["case"]["rank"] == 2 or one["case"]["lr"] == 1e-2 or one["case"]["seed"] == 0]
+    assert [one.seeds for one in sweep.transfers(fewer)] == [1, 1]  # of the best at rank 64 there is one seed
     diverged = [one | {"losses": None, "validation": None} if one["case"]["scaling"] == "rank" else one for one in cells]
     assert sweep.transfers(diverged)[1].excess.value == float("inf")

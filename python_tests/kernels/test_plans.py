@@ -234,6 +234,10 @@ def test_a_remembered_choice_is_the_one_made_anew(lib) -> None:
         assert launched(*call) == before, call
 
 
+def test_a_choice_made_while_rules_change_is_not_remembered(lib) -> None:
+    assert lib.remembered_of_a_choice_during_forget() == 0
+
+
 def test_blocks_that_do_not_run_at_once_are_not_preferred_for_their_number(lib) -> None:
     """On 108 multiprocessors 128 blocks of rank 128, one each, take two turns: 64 blocks of twice the rows are faster."""
     lib.set_device(multiprocessors=108, shared=167936, clock=1410, memory=18.9e3, early=False)

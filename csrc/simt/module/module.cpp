@@ -218,4 +218,12 @@ PYBIND11_MODULE(lotr_simt, m) {
       py::kw_only(), "forced"_a = "", "measured"_a = "", "Rules of csrc/cuda/plans.h");
   m.def("remembered", [] { return cuda::remembered().size(); }, "How many problems' choices are remembered");
   m.def("forget", [] { cuda::remembered().forget(); });
+  m.def(
+      "remembered_of_a_choice_during_forget",
+      [] {
+        cuda::Remembered own;
+        own(cuda::Key{}, [&] { return own.forget(), cuda::Prepared{}; });
+        return own.size();
+      },
+      "How many choices are remembered after one that was being made when the rules changed");
 }
