@@ -9,7 +9,15 @@ from torch import nn
 from ..layers.layer import LoTRLayer
 from ..layers.sharded import named_modules
 
-__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters", "refuse_magnitudes", "refuse_starts"]
+__all__ = [
+    "adapted_layers",
+    "expect_count",
+    "expect_merged",
+    "layers_in",
+    "lotr_parameters",
+    "refuse_magnitudes",
+    "refuse_starts",
+]
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -46,6 +54,15 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             if parameter.requires_grad:
                 seen.setdefault(id(parameter), parameter)
     return iter(seen.values())
+
+
+def expect_count(layers: Mapping[str, LoTRLayer], count: int, name: str) -> None:
+    """Raises RuntimeError unless there are as many layers as an adapter has cores. name: the caller."""
+    if len(layers) != count:
+        raise RuntimeError(
+            f"{name}: expected the {count} layers that the adapters and tasks were made for, got {len(layers)}; a block was "
+            "copied or removed since"
+        )
 
 
 def expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None:

@@ -29,7 +29,7 @@ from ..layers.request import in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over
 from ..layers.uninterrupted import uninterrupted
-from .adapted import adapted_layers, expect_merged, refuse_magnitudes, refuse_starts
+from .adapted import adapted_layers, expect_count, expect_merged, refuse_magnitudes, refuse_starts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
@@ -163,13 +163,15 @@ def set_adapter(model: Model, name: str) -> Model:
 
     Raises:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or where another adapter
-            becomes the active one a parametrized core or factor, or a copy of an adapted block.
+            becomes the active one a parametrized core or factor, or an adapted block that was copied or removed.
     """
     parked = parked_of(model, "set_adapter")
     name = find_name(parked, name, "name")
     expect_merged(adapted_layers(model), False, "set_adapter")
     if name != parked.active:
-        _check_movable(model, adapted_layers(model), "set_adapter")
+        layers = adapted_layers(model)
+        _check_movable(model, layers, "set_adapter")
+        expect_count(layers, len(parked[name].settings), "set_adapter")
         _swap(model, parked, name)
     return model
 
@@ -230,9 +232,11 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     expect_merged(layers, False, "mixed")
     _check_parameters(layers, "mixed")
     if isinstance(names, Tensor):
-        mixtures = bank_of(model, "mixed").mixtures(model, names)
+        bank = bank_of(model, "mixed")
+        expect_count(layers, len(bank.cores), "mixed")
+        mixtures = bank.mixtures(model, names)
     else:
-        mixtures = _mixtures(model, parked, names)
+        mixtures = _mixtures(model, layers, parked, names)
     refuse_magnitudes(layers, "mixed")
     refuse_starts(layers, "mixed")
     flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert beside them gets 2-D inputs too
@@ -240,13 +244,16 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
         yield model
 
 
-def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | None]) -> list[Mixture]:
+def _mixtures(
+    model: nn.Module, layers: dict[str, LoTRLayer], parked: ParkedAdapters, names: Sequence[str | None]
+) -> list[Mixture]:
     """A Mixture of named adapters for each layer, in the model's order."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise TypeError(f"names: expected a sequence of adapter names, one per row, or an index of tasks, got {names!r}")
     kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
     for name in kinds:
         if find_name(parked, name, "names") != parked.active:
+            expect_count(layers, len(parked[name].settings), "mixed")
             if parked[name].magnitudes is not None:
                 raise ValueError(f"names: expected adapters without magnitudes, got {name!r} with; call set_adapter for it")
             for group, factors in parked[name].factors.items():
@@ -256,7 +263,7 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
                     )
     index = torch.tensor([-1 if name is None else kinds.index(name) for name in names], device="cpu")
     mixtures, values = [], {name: parked[name].values for name in kinds if name in parked}
-    for i, layer in enumerate(adapted_layers(model).values()):
+    for i, layer in enumerate(layers.values()):
         parts = [
             (layer.core, layer.scaling) if name == parked.active else (values[name][i], parked[name].settings[i][0])
             for name in kinds

@@ -31,6 +31,7 @@ from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
 from .adapted import adapted_layers, refuse_magnitudes, refuse_starts
 from .parked import parked_of
+from .saved import module_prefixes
 from .shared_factors import Owner, factors_checksum
 from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
@@ -57,7 +58,8 @@ class TaskBank(nn.Module):
 
     Raises:
         TypeError: tasks is no int. ValueError: fewer than one, or an adapter with magnitudes or of init "svd".
-            RuntimeError: no adapter, layers built by hand, a model that FSDP holds in parts, or a bank that exists already.
+            RuntimeError: no adapter, layers built by hand, a copy of an adapted block, a model that FSDP holds in parts, or a
+            bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -69,6 +71,7 @@ class TaskBank(nn.Module):
         check_dimension("tasks", tasks)
         refuse_magnitudes(layers, "TaskBank")
         refuse_starts(layers, "TaskBank")
+        module_prefixes(model, layers)  # raises for a copied block, whose factors are in no group
         cores = (_slots(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
@@ -350,13 +353,16 @@ def cores_and_scalings(
     """The cores of the model's layers and their scalings: of a task of the model's bank, or of the active adapter for None.
 
     Raises:
-        RuntimeError: no bank. TypeError, ValueError: no such task, or a bank over other factors than the active adapter's.
+        RuntimeError: no bank, or a layer that was added since. TypeError, ValueError: no such task, or a bank over other
+            factors than the active adapter's.
     """
     if task is None:
         return [layer.core.detach() for layer in layers.values()], [layer.scaling for layer in layers.values()]
     bank = bank_of(model, where)
     bank.check_factors(model, "task")
     cores, scalings = bank.cores_of(task), bank.scalings
+    if new := [name for name in layers if name not in scalings]:
+        raise RuntimeError(f"{where}: expected the layers that the tasks were made for, got {new[0]!r}, which was added since")
     return [cores[f"{name}.core"] for name in layers], [scalings[name] for name in layers]
 
 

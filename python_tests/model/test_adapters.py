@@ -347,7 +347,11 @@ def test_bad_input() -> None:
     by_hand = nn.Sequential(lotr_ext.LoTRLinear(4, 4))
     svd = apply_lotr(toy(), LoTRConfig(rank=2, init="svd", target_modules=["q"]))
     grown = apply_lotr(nn.Sequential(nn.Linear(4, 4)), LoTRConfig(rank=2))
-    add_adapter(grown, "b").again = copy.deepcopy(grown[0])
+    add_adapter(grown, "b", share_factors="default")
+    bank = lotr_ext.TaskBank(grown, 2)
+    grown.again = copy.deepcopy(grown[0])
+    shrunk = add_adapter(apply_lotr(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoTRConfig(rank=2)), "b")
+    shrunk[0] = nn.Identity()
 
     def linear(core, index):
         x, W, A, B = torch.zeros(3, 5), torch.zeros(6, 5), torch.zeros(5, 2), torch.zeros(6, 2)
@@ -358,6 +362,9 @@ def test_bad_input() -> None:
         (RuntimeError, "built by hand", lambda: add_adapter(by_hand, "a")),
         (RuntimeError, "the factors of 'again', got factors that no module owns", lambda: add_adapter(grown, "a")),
         (RuntimeError, "the factors of 'again', got factors that no module owns", lambda: set_adapter(grown, "b")),
+        (RuntimeError, "mixed: expected the 1 layers .*, got 2", lambda: mixed(grown, ["b", None]).__enter__()),
+        (RuntimeError, "mixed: expected the 1 layers .*, got 2", lambda: mixed(grown, torch.tensor([bank.add()])).__enter__()),
+        (RuntimeError, "set_adapter: expected the 2 layers .*, got 1", lambda: set_adapter(shrunk, "b")),
         (RuntimeError, '"svd"', lambda: add_adapter(svd, "a")),
         (RuntimeError, '"svd"', lambda: add_adapter(model, "a", LoTRConfig(init="svd"))),
         (ValueError, 'mixed: expected .* "svd"', lambda: mixed(svd, ["default", None]).__enter__()),
