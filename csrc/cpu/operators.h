@@ -295,11 +295,39 @@ struct Operators {
     }
   }
 
-  // g and y are read row by row, once, while the next row is prefetched (a quarter less time with one thread,
-  // since the hardware's prefetcher stops at each page). The sums of the chunks of rows are added in order.
+  // Rows [i, i + ROWS) of scale_backward, added to sum in order. The next rows are prefetched (a quarter less
+  // time with one thread, since the hardware's prefetcher stops at each page).
+  template <int ROWS>
+  static void scale_rows(const Mat& g0, const Mat& g, const Mat& y, int64_t i, int64_t whole,
+                         const Acc* factor, const Acc* start, Acc* sum) {
+    const int64_t n = g.cols;
+    const T *from = static_cast<const T*>(g.data) + i * g.rs, *out = static_cast<const T*>(y.data) + i * y.rs;
+    T* to = static_cast<T*>(g0.data) + i * n;
+    for (int64_t j = 0; j < whole; j += K::kLanes) {
+      const auto c = load(factor + j), b = load(start + j);
+      auto total = load(sum + j);
+      for (int64_t row = 0; row < ROWS; ++row) {
+        const T *here = from + row * g.rs + j, *there = out + row * y.rs + j;
+        __builtin_prefetch(here + ROWS * g.rs, 0, 2), __builtin_prefetch(there + ROWS * y.rs, 0, 2);
+        __builtin_prefetch(to + (ROWS + row) * n + j, 1, 2);
+        const auto v = load(here);
+        store(to + row * n + j, v * c);
+        total += v * (load(there) - b);
+      }
+      store(sum + j, total);
+    }
+    for (int64_t row = 0; row < ROWS; ++row)
+      for (int64_t j = whole; j < n; ++j) {
+        const Acc v = to_float(from[row * g.rs + j * g.cs]);
+        to[row * n + j] = Narrow<T>::from(v * factor[j]);
+        sum[j] += v * (to_float(out[row * y.rs + j * y.cs]) - start[j]);
+      }
+  }
+
+  // g and y are read once, a few rows at a time. The sums of the chunks of rows are added in order.
   static void scale_backward(const Mat& g0, const Mat& dscale, const Mat& g, const Mat& y, const Mat& bias,
                              const Mat& scale) {
-    constexpr int kLanes = K::kLanes;
+    constexpr int kLanes = K::kLanes, kAtOnce = 4;
     const Chunks chunks(g.rows);
     const int64_t n = g.cols, whole = g.cs == 1 && y.cs == 1 ? n / kLanes * kLanes : 0;
     Scratch memory(size_t((chunks.count + 2) * n) * sizeof(Acc));
@@ -312,23 +340,10 @@ struct Operators {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         Acc* sum = sums + chunk * n;
         std::memset(sum, 0, size_t(n) * sizeof(Acc));
-        for (int64_t i = chunk * chunks.rows; i < smaller((chunk + 1) * chunks.rows, g.rows); ++i) {
-          const T *from = static_cast<const T*>(g.data) + i * g.rs,
-                  *out = static_cast<const T*>(y.data) + i * y.rs;
-          T* to = static_cast<T*>(g0.data) + i * n;
-          for (int64_t j = 0; j < whole; j += kLanes) {
-            __builtin_prefetch(from + g.rs + j, 0, 2), __builtin_prefetch(out + y.rs + j, 0, 2);
-            __builtin_prefetch(to + n + j, 1, 2);
-            const auto v = load(from + j);
-            store(to + j, v * load(factor + j));
-            store(sum + j, load(sum + j) + v * (load(out + j) - load(start + j)));
-          }
-          for (int64_t j = whole; j < n; ++j) {
-            const Acc v = to_float(from[j * g.cs]);
-            to[j] = Narrow<T>::from(v * factor[j]);
-            sum[j] += v * (to_float(out[j * y.cs]) - start[j]);
-          }
-        }
+        const int64_t last = smaller((chunk + 1) * chunks.rows, g.rows);
+        int64_t i = chunk * chunks.rows;
+        for (; i + kAtOnce <= last; i += kAtOnce) scale_rows<kAtOnce>(g0, g, y, i, whole, factor, start, sum);
+        for (; i < last; ++i) scale_rows<1>(g0, g, y, i, whole, factor, start, sum);
       }
     });
     for (int64_t j = 0; j < n; ++j) {
