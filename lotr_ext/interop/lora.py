@@ -38,7 +38,7 @@ from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
 from ..model.saved import adapter_slots, saved_modules, saved_tensors, ties_of, without_ties
-from ..model.saving import checked_path, unwrapped
+from ..model.saving import checked_path, unwrapped, warn_of_unsaved
 from ..model.tasks import cores_and_scalings
 from ..ops import accumulate_dtype
 from .expert_lora import (
@@ -143,7 +143,9 @@ def export_lora(
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
+            Also as `save_adapter`.
     """
+    warn_of_unsaved(model, "export_lora")
     check_form(experts)
     task_type = check_task(task_type)
     inner, directory = unwrapped(model), checked_path(directory)

@@ -24,7 +24,7 @@ from ..layers.sharded import holds_parts
 from ..model.adapted import adapted_layers
 from ..model.adapter_files import describe, serialized
 from ..model.loading import load_adapter
-from ..model.saving import contents, save_adapter, unwrapped
+from ..model.saving import contents, unwrapped, write_adapter
 from ..model.targets import features
 
 __all__ = ["AdapterCheckpoint", "AdapterTrainer"]
@@ -52,7 +52,7 @@ class AdapterCheckpoint(TrainerCallback):
         """Called in every process after Trainer has written a checkpoint."""
         if (together := holds_parts(model)) or state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
-            save_adapter(model if together else unwrapped(model), folder)
+            write_adapter(model if together else unwrapped(model), folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_
@@ -105,7 +105,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_adapter(self.model, folder)
+        write_adapter(self.model, folder)
         _save_rest(self.model, folder)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
@@ -130,7 +130,7 @@ class AdapterTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer uploads output_dir; it copies only files with names that it knows from the checkpoint to it."""
         if (Path(checkpoint_folder) / REST).is_file() and self.is_world_process_zero():
-            save_adapter(self.model, self.args.output_dir)
+            write_adapter(self.model, self.args.output_dir)
             _save_rest(self.model, Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 

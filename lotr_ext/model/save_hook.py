@@ -23,7 +23,7 @@ from . import adapters
 from .adapted import expect_merged, layers_in
 from .replaced import ReplacedMethod
 from .saved import adapter_slots, of_part, ties_of
-from .saving import contents, save_adapter
+from .saving import contents, write_adapter
 
 __all__ = ["hook_saving", "of_holders", "tell_holder", "unhook_saving"]
 
@@ -87,7 +87,7 @@ def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dic
             "call save_adapter for the whole model in every process"
         )
     if sharded and state is None:
-        save_adapter(owner, directory)  # without a state_dict every process calls save_pretrained
+        write_adapter(owner, directory)  # without a state_dict every process calls save_pretrained
     elif sharded and not state:  # Trainer with DeepSpeed: an empty state_dict, in process 0 only
         warnings.warn(
             "lotr_ext: save_pretrained wrote no adapter, since state_dict is empty and the model is held in parts: add "

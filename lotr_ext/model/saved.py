@@ -42,13 +42,16 @@ Layers = Mapping[str, LoTRLayer]
 Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the model's state_dict, by id
 
 
+BESIDE = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)  # what an adapted model has beside its layers
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules_to_save, by name; of a model in which `apply_lotr` has adapted parts, those of the parts."""
-    beside, found = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES), {}
+    found = {}
     for at, owner in named_modules(model):
         config = owner.__dict__.get("lotr_config")
         for name, m in named_modules(owner) if isinstance(config, LoTRConfig) and config.modules_to_save else ():
-            if name and not name.startswith(beside) and any(name_ends_with(name, e) for e in config.modules_to_save):
+            if name and not name.startswith(BESIDE) and any(name_ends_with(name, e) for e in config.modules_to_save):
                 found[f"{at}.{name}" if at else name] = m
     return found
 

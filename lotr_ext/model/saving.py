@@ -7,6 +7,7 @@ and the parameters and buffers of modules_to_save. Format and writing: `adapter_
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +30,7 @@ from .fingerprint import fingerprint
 from .parked import parked_adapter, parked_layers
 from .pipeline import PipelineStages, expect_whole_model
 from .saved import (
+    BESIDE,
     adapter_slots,
     computed_tensors,
     factor_prefix,
@@ -39,7 +41,7 @@ from .saved import (
 )
 from .stages import inner_model
 
-__all__ = ["checked_path", "contents", "save_adapter", "unwrapped"]
+__all__ = ["checked_path", "contents", "save_adapter", "unwrapped", "warn_of_unsaved", "write_adapter"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -67,10 +69,42 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     or tensor parallelism all processes must call it (with FSDP1 for the FullyShardedDataParallel, with a pipeline for the
     `PipelineStages`): they gather the tensors, process 0 writes, and all wait for it.
 
+    Warns about parameters that are trained beside the adapter and are not of modules_to_save: the directory lacks them.
+
     Raises:
         TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; for a model in parts, an error
             in another process. ValueError: directory is a file.
     """
+    warn_of_unsaved(model, "save_adapter")
+    write_adapter(model, directory, name)
+
+
+def warn_of_unsaved(model: object, caller: str) -> None:
+    """Warns about trained parameters that an adapter's file lacks. `apply_lotr` had frozen them. Not of a model in parts."""
+    if not isinstance(model, nn.Module) or holds_parts(inner := unwrapped(model)):
+        return
+    if beside := _trained_beside(inner):
+        warnings.warn(
+            f"lotr_ext: {caller} does not write {len(beside)} trained parameters that are neither the adapter's nor of "
+            f"modules_to_save, such as {beside[0]}; name their modules in modules_to_save, or save them separately",
+            stacklevel=3,
+        )
+
+
+def _trained_beside(model: nn.Module) -> list[str]:
+    own = {id(p) for layer in layers_in(model).values() for p in layer.adapter_parameters()}
+    own |= {id(p) for module in saved_modules(model).values() for p in module.parameters()}
+    return [
+        f"{at}.{name}" if at else name
+        for at, owner in named_modules(model)
+        if isinstance(owner.__dict__.get("lotr_config"), LoTRConfig)
+        for name, p in owner.named_parameters()
+        if p.requires_grad and id(p) not in own and not name.startswith(BESIDE)
+    ]
+
+
+def write_adapter(model: nn.Module, directory: str | PathLike[str], name: str | None = None) -> None:
+    """`save_adapter` without the warning, for callers that write what is trained beside the adapter."""
     stages = model if isinstance(model, PipelineStages) else [model]
     inner = [unwrapped(stage) for stage in stages]
     joined = stages is model

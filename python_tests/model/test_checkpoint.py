@@ -16,12 +16,12 @@ import torch
 from gloo import fork, forks
 from safetensors.torch import load_file
 from torch import nn
-from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, refused, snapshot, tensors_file, toy
+from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, randomize, refused, snapshot, tensors_file, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.interop import export_lora, lotr_to_lora, lotr_to_peft
 from lotr_ext.model.adapter_files import JSON_NAME
-from lotr_ext.model.adapters import active_adapter
+from lotr_ext.model.adapters import active_adapter, add_adapter
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
@@ -72,6 +72,20 @@ def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
     with disabled(fresh), disabled(model):
         assert torch.equal(fresh(IDS), model(IDS))
     merge(fresh), unmerge(fresh), unload(fresh, merge=True)
+
+
+def test_what_is_trained_beside_the_adapter_is_named_since_the_file_lacks_it(tmp_path: Path) -> None:
+    part, by_hand = nn.Sequential(adapted(), nn.Linear(4, 4)), nn.Sequential(LoTRLinear(4, 4), nn.LayerNorm(4))
+    for model in (adapted(modules_to_save=["head"]), adapted(train=("core",)), adapted(core="tucker"), part, by_hand):
+        add_adapter(model, "other").lotr_parked.requires_grad_(True) if model not in (part, by_hand) else None
+        with no_warnings():
+            save_adapter(model, tmp_path)
+    for model, at in ((adapted(modules_to_save=["head"]), "embed"), (part, "0.embed")):
+        model.get_submodule(at).requires_grad_(True)
+        for write in (save_adapter, export_lora):
+            match = rf"{write.__name__} does not write 1 trained parameters .* such as {at}.weight; .*modules_to_save"
+            with pytest.warns(UserWarning, match=match):
+                write(model, tmp_path / write.__name__)
 
 
 @pytest.mark.parametrize("settings", [{}, {"group_by": "width", "core": "cp"}, {"magnitude": True}], ids=str)
