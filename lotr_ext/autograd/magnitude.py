@@ -92,9 +92,9 @@ class Norms:
     """c [n] of one layer. Kept between calls: |W_n|^2 while W stays, W A while W and A stay, c and m / c while all stay.
 
     Nothing is kept where a change cannot be seen: under torch.compile, functorch and dispatch modes, of inference tensors,
-    while a CUDA graph is captured, and in processes with FSDP or DeepSpeed. A write through `.data` that keeps the memory is
-    detected only on a CPU, by the values of core and m: if one of these has changed, everything is computed again. Copies and
-    pickles start empty.
+    while a CUDA graph is captured, and in processes with FSDP or DeepSpeed. If core or m has changed and no optimizer has taken
+    a step, everything is computed again, since W and A may have been written through `.data`, which no counter shows. For that,
+    the values of core and m are compared, on a CPU only. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Norms:
                 ref() is t and old == mark and not (stepped and mark[2])
                 for ref, old, t, mark in zip(kept.refs, kept.marks, tensors, marks)
             ]
-            if all(same[3:]) and not kept.has(core, m):
+            if not (stepped or (all(same[3:]) and kept.has(core, m))):  # written by hand, and perhaps W and A as well
                 same = [False] * 5
             if all(same) and kept.scaling == scaling:
                 return Rows(m, kept.norm, kept.scale)
