@@ -217,6 +217,14 @@ def test_evolves_by_forwards_alone(name: str) -> None:
     assert seen[-1] > seen[0] + 0.1
 
 
+@pytest.mark.parametrize("kind", [Dense, Rounded])
+def test_all_linear_means_layers_that_can_be_made_dense(kind: type[Rounded]) -> None:
+    model = apply_lotr(with_layers(kind), LoTRConfig(rank=2))
+    adapted = {name.rpartition(".")[2] for name in adapted_layers(model)}
+    assert (kind is Dense) == (set(TARGETS) <= adapted) and adapted - set(TARGETS)
+    assert (kind is Rounded) == ("a Rounded: name it to adapt it" in str(trainable_summary(model)))
+
+
 def test_transformers_fp8_layers_are_merged_on_request() -> None:
     """Their own forward needs a GPU's kernels."""
     from transformers.integrations.finegrained_fp8 import FP8Linear
