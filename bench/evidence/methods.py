@@ -88,7 +88,7 @@ METHODS = {
     "vera": Method(named("vera-peft"), "peft", _ranks((64,), (256,), (256,)), {"vera": True}),
 }  # fmt: skip
 MAIN: Mapping[str, Mapping[str, tuple[int, ...]]] = {  # by kind: what a task without all methods is measured with
-    "classifier": {"head": (0,), "full": (0,), "lotr": (4, 16), "lotr-block": (5,), "lotr-diagonal": (8,), "lora": (1, 4)},
+    "classifier": {"head": (0,), "full": (0,), "lotr": (4, 16), "lora": (1, 4)},
     "language": {BASE: (0,), "full": (0,), "lotr": (4, 24, 60), "lotr-block": (6,), "lotr-diagonal": (48,), "lora": (1, 4)},
 }
 
