@@ -13,7 +13,7 @@ import torch
 
 from bench.evidence import __main__ as program
 from bench.evidence import problems, sweep
-from bench.evidence.methods import METHODS, adapt, measured
+from bench.evidence.methods import METHODS, adapt, check, measured, reference
 from bench.evidence.packing import unpacked
 from bench.evidence.tasks import TASKS, problem_of
 from bench.evidence.training import Run, train
@@ -162,6 +162,15 @@ def test_every_method_trains_the_numbers_that_it_says(task: str, shapes: list, t
             base = found["loss"]
         elif base is not None:
             assert found["loss"] != base, method  # it trains something
+
+
+def test_a_task_is_measured_with_methods_that_suit_it() -> None:
+    for task in TASKS.values():
+        places = measured(task)
+        for name, rank in places:
+            check(name, task)
+            assert (rank > 0) == (METHODS[name].family in ("lotr", "peft")), (task.name, name)
+        assert len(set(places)) == len(places) and {reference(task), "full", "lotr", "lora"} <= {name for name, _ in places}
 
 
 def test_a_languages_losses_are_the_models_own(tiny: Path) -> None:
