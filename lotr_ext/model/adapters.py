@@ -240,7 +240,14 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     refuse_magnitudes(layers, "mixed")
     refuse_starts(layers, "mixed")
     flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert beside them gets 2-D inputs too
-    with in_force({layer: own._replace(flat=flat) for layer, own in zip(layers.values(), mixtures, strict=True)}):
+    at_device: dict[torch.device, Tensor] = {}  # the index, copied once to each device that layers are on
+    said: dict[nn.Module, Mixture] = {}
+    for layer, own in zip(layers.values(), mixtures, strict=True):
+        device = layer.factors.A.device
+        if device not in at_device:
+            at_device[device] = own.index.to(device)
+        said[layer] = own._replace(index=at_device[device], flat=flat)
+    with in_force(said):
         yield model
 
 

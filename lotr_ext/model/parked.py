@@ -78,9 +78,10 @@ def parked_of(model: nn.Module, name: str, *, in_parts_too: bool = False) -> Par
         else:
             got = "one whose layers were built by hand"
         raise RuntimeError(f"{name}: expected a model from apply_lotr, got {got}")
-    whole = in_parts_too or not any(in_parts(slot.tensor) for slot in adapter_slots(model))
-    if holds_parts(model) and not (whole and is_tensor_parallel(model)):
-        raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
+    if holds_parts(model):
+        whole = in_parts_too or not any(in_parts(slot.tensor) for slot in adapter_slots(model))
+        if not (whole and is_tensor_parallel(model)):
+            raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
     parked = getattr(model, "lotr_parked", None)
     return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_mixtures import host_of, routing
 from torch import Tensor, nn
 
-from lotr_ext import TaskBank, add_adapter, disabled, explain, mixed, set_adapter
+from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, disabled, explain, mixed, set_adapter
 from lotr_ext.layers.request import NOW
 from lotr_ext.model.apply import adapted_layers
 from nets import relative
@@ -197,3 +197,13 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="got 1, a free slot"), mixed(model, torch.tensor([0, 1])):
         pass
     assert NOW.any is None
+
+
+@pytest.mark.parametrize("names", [torch.tensor([0, -1]), ["other", None]], ids=["tasks", "names"])
+def test_the_index_is_copied_to_a_device_once_for_all_layers(names) -> None:
+    model = apply_lotr(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).to("meta"), LoTRConfig(rank=2))
+    TaskBank(model, TASKS).add()
+    add_adapter(model, "other", share_factors="default")
+    with mixed(model, names):
+        first, second = (layer._state()[1].index for layer in adapted_layers(model).values())
+        assert first is second and first.is_meta and model(torch.empty(2, 6, device="meta")).shape == (2, 6)
