@@ -49,7 +49,7 @@ class Remembered {
     }
     const Prepared made = choose();  // outside of the lock: it takes microseconds
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (times != forgotten_) return made;  // perhaps by the rules before
+    if (times != forgotten_) return made;       // perhaps by the rules before
     if (known_.size() >= MOST) known_.clear();  // a run over batches of ever new lengths
     known_.emplace(key, made);
     return made;
