@@ -87,7 +87,9 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
         axis.axhline(_value(one, full)[0], color="0.6", lw=1, ls="--")
     axis.margins(y=0.1)
     axis.set(xscale="log", xlabel="trained numbers (small figures: rank)")
-    axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
+    least, most = axis.get_xlim()
+    subs = (1, 2, 5) if most < 100 * least else (1, 3)  # labels of a wider range would overlap
+    axis.xaxis.set(major_locator=LogLocator(subs=subs), major_formatter=EngFormatter(sep=""), minor_locator=NullLocator())
     axis.grid(alpha=0.3)
 
 
