@@ -244,8 +244,8 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     said: dict[nn.Module, Mixture] = {}
     for layer, own in zip(layers.values(), mixtures, strict=True):
         device = layer.factors.A.device
-        if device not in at_device:
-            at_device[device] = own.index.to(device)
+        if device not in at_device:  # offloaded parameters are on the meta device until their forward
+            at_device[device] = own.index if device.type == "meta" else own.index.to(device)
         said[layer] = own._replace(index=at_device[device], flat=flat)
     with in_force(said):
         yield model
