@@ -45,12 +45,17 @@ Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the mode
 BESIDE = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)  # what an adapted model has beside its layers
 
 
+def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model, or its parts, that `apply_lotr` has adapted, by name."""
+    return ((at, m) for at, m in named_modules(model) if isinstance(m.__dict__.get("lotr_config"), LoTRConfig))
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules_to_save, by name; of a model in which `apply_lotr` has adapted parts, those of the parts."""
     found = {}
-    for at, owner in named_modules(model):
-        config = owner.__dict__.get("lotr_config")
-        for name, m in named_modules(owner) if isinstance(config, LoTRConfig) and config.modules_to_save else ():
+    for at, owner in configured(model):
+        config = owner.lotr_config
+        for name, m in named_modules(owner) if config.modules_to_save else ():
             if name and not name.startswith(BESIDE) and any(name_ends_with(name, e) for e in config.modules_to_save):
                 found[f"{at}.{name}" if at else name] = m
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactors
 from ..layers.layer import LoTRLayer
-from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
+from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, whole, writing_rank
 from . import adapter_files as files
 from . import adapters
 from .adapted import adapted_layers, layers_in
@@ -33,6 +33,7 @@ from .saved import (
     BESIDE,
     adapter_slots,
     computed_tensors,
+    configured,
     factor_prefix,
     module_prefixes,
     saved_modules,
@@ -96,8 +97,7 @@ def _trained_beside(model: nn.Module) -> list[str]:
     own |= {id(p) for module in saved_modules(model).values() for p in module.parameters()}
     return [
         f"{at}.{name}" if at else name
-        for at, owner in named_modules(model)
-        if isinstance(owner.__dict__.get("lotr_config"), LoTRConfig)
+        for at, owner in configured(model)
         for name, p in owner.named_parameters()
         if p.requires_grad and id(p) not in own and not name.startswith(BESIDE)
     ]
@@ -181,7 +181,7 @@ def _contents(model: nn.Module, name: str | None, tied: Mapping[str, str | None]
 def _config_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> LoTRConfig | None:
     """The config of a model, or of its only adapted part. None for layers built by hand, several parts, or a part whose cores
     are computed, which cannot be loaded without it."""
-    owners = [m for _, m in named_modules(model) if isinstance(m.__dict__.get("lotr_config"), LoTRConfig)]
+    owners = [owner for _, owner in configured(model)]
     if len(owners) != 1:
         return None
     (owner,) = owners

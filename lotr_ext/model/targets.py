@@ -76,8 +76,9 @@ def _matches(name: str, pattern: Sequence[str] | str) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means it: also a quantised layer that is no nn.Linear, such as HQQ's."""
-    quantised = features(module) is not None and callable(getattr(module, "dequantize", None))
-    return isinstance(module, nn.Linear) or is_conv1d(module) or quantised
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    return features(module) is not None and callable(getattr(module, "dequantize", None))
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
