@@ -101,7 +101,7 @@ class Training:
 def gradient_error(eager: Training, ours: Training) -> float:
     """Relative error of our cores' gradients against the eager formula's, at the same factors and cores. Changes eager's and
     ours' values, so they are trained from there on."""
-    from lotr_ext.model.apply import adapted_layers
+    from lotr_ext.model.adapted import adapted_layers
 
     wrapped = [m for m in eager.model.modules() if isinstance(m, mr.EagerLoTR)]
     layers = list(adapted_layers(ours.model).values())

@@ -24,12 +24,14 @@ from .autograd.two_nodes import LoTRShrink as LoTRShrink
 from .layers.experts import LoTRExperts, lotr_grouped_linear
 from .layers.factors import LoTRFactor, LoTRFactors
 from .layers.functional import explain, lotr_linear
-from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+from .layers.linear import LoTRConv1D, LoTRLinear
 from .layers.tuning import tune
+from .layers.wrapped import LoTRWrapped, adapt
 from .model import holders as holders  # adds itself to what saving calls
 from .model.activated import activated
+from .model.adapted import lotr_parameters
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
-from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from .model.apply import apply_lotr, disabled
 from .model.combine import combine
 from .model.config import LoTRConfig
 from .model.evolution import CoreES
@@ -37,6 +39,7 @@ from .model.gradient import init_from_gradient
 from .model.groups import parameter_groups
 from .model.influence import influence
 from .model.loading import load_adapter
+from .model.merging import merge, unload, unmerge
 from .model.per_example import per_example
 from .model.pipeline import PipelineStages
 from .model.pretrained import from_pretrained

@@ -29,8 +29,8 @@ from toys import IDS, Tied, plain
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, unload, unmerge
 from lotr_ext.interop import export_lora
 from lotr_ext.layers.sharded import agreed
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.adapter_files import JSON_NAME
-from lotr_ext.model.apply import adapted_layers
 from lotr_ext.ops import planner
 from nets import OpCounter, relative
 

@@ -239,9 +239,17 @@ def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
         return run(x, *rest)
 
 
+def _check_base(y: object, B: Tensor) -> None:
+    """Of what an adapted layer's own forward has returned."""
+    if not isinstance(y, Tensor) or (not y.is_nested and y.shape[-1] != B.shape[0]):
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"the adapted layer: expected it to return a tensor [..., {B.shape[0]}], got {got}; do not adapt it")
+
+
 def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
     """y + s ((drop(x) A) G) B^T."""
     if call.dtype is None:
+        _check_base(y, B)
         if compute_dtype(x) is not None:
             return explicitly_cast(add_adapter, x, y, A, B, call)
         call.compute = x.dtype
@@ -259,6 +267,7 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
     """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], one core for all its tokens; -1: none. index [b],
     or of more of x's leading dimensions."""
     if call.dtype is None:
+        _check_base(y, B)
         if compute_dtype(x) is not None:
             return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
         call.compute = x.dtype

@@ -29,6 +29,7 @@ from ..layers.init import fill_core_
 from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
 from ..layers.merging import Merges, check_is_parameter, plus, refuse_fsdp2
 from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
+from ..layers.own_forward import dense_view, returns_product
 from ..layers.parametrized import parameters_of
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight, is_conv1d
@@ -270,6 +271,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         """A view of the base's W [n, k]. Raises TypeError if the base cannot be merged into, RuntimeError if FSDP2
         holds it in parts."""
         weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
+        if weight is None and (own := dense_view(self.base_layer)) is not None and returns_product(self.base_layer):
+            weight = own
         if weight is None:
             raise TypeError(
                 f"merge: expected a plain nn.Linear or Conv1D base, got {base}, which has no dense weight to add to; use the "

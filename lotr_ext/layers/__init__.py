@@ -1,7 +1,7 @@
 """Adapted layers of any model. The files:
 
 layer.py           LoTRLayer: the forward of every adapted layer, merging, state
-  linear.py          LoTRLinear, LoTRConv1D, LoTRWrapped;  experts.py, hosted.py: experts of mixtures
+  linear.py          LoTRLinear, LoTRConv1D;  wrapped.py: LoTRWrapped;  experts.py, hosted.py: experts of mixtures
   factors.py         A and B;  core.py, cores.py: G, and cores made of fewer numbers
   magnitude.py       a trained length for each row of W
   settings.py        scaling and dropout;  checks.py: of arguments

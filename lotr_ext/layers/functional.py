@@ -14,8 +14,8 @@ from .checks import check_beside, check_index, check_number, check_probability, 
 from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .layer import LoTRLayer
-from .linear import LoTRWrapped
 from .mixture import call_mixed
+from .wrapped import LoTRWrapped
 
 
 def lotr_linear(

@@ -1,30 +1,23 @@
-"""Adapted layers: LoTRLinear replaces nn.Linear, LoTRConv1D transformers' Conv1D, and LoTRWrapped wraps all other layers."""
+"""Adapted layers: LoTRLinear replaces nn.Linear, LoTRConv1D transformers' Conv1D."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
-from ..autograd.magnitude import scaled
+from ..autograd.call import Call, call_linear
 from ..autograd.tensor_parallel import is_dtensor
-from ..compat import is_compiling
-from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
-from .magnitude import Stored, no_magnitude, stored_in
-from .merging import MergeNotice, refuse_fsdp2
+from .magnitude import no_magnitude
 from .parallel_styles import move_hooks
-from .placement import home
-from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d, one_layer, ready_to_train
+from .quantized import is_conv1d
 from .settings import Settings
 from .sharded import whole_shape
-from .uninterrupted import uninterrupted
 
 Layer = TypeVar("Layer", bound="AdaptsModule")
 
@@ -45,6 +38,7 @@ class AdaptsModule(LoTRLayer):
 
     _base_class: type[nn.Module] = nn.Linear
     _base_further: frozenset[str] = frozenset()  # attributes, tensors and modules that others have set on the module
+    _keeps_module = False  # instead of its tensors
 
     @classmethod
     def from_linear(
@@ -82,8 +76,7 @@ class AdaptsModule(LoTRLayer):
         move_hooks(linear, layer)
         layer._attach(factors, device, settings)
         layer._base_class = type(linear)
-        # LoTRWrapped keeps the module itself, and tensor parallelism sets attributes of its own
-        if not (isinstance(layer, LoTRWrapped) or is_dtensor(linear.weight)):
+        if not (cls._keeps_module or is_dtensor(linear.weight)):  # tensor parallelism sets attributes of its own
             linear.requires_grad_(False)
             layer._base_further = frozenset(n for held in _held(linear) for n in held if not hasattr(layer, n))
             _hand_over(linear, layer, layer._base_further)
@@ -223,163 +216,3 @@ class LoTRConv1D(AdaptsModule):
         """A plain Conv1D with the current base weight and bias. TypeError as `LoTRLinear.to_base`."""
         self._check_base()
         return self._give_back(nx=self.nx, nf=self.nf)
-
-
-class LoTRWrapped(AdaptsModule):
-    """Any module with in_features and out_features, adapted: its own forward is called.
-
-    For quantised (torchao, bitsandbytes) and other special linear layers. In training with many tokens, the product of a base
-    whose weight can be made dense and the adapter run as one layer (`quantized.one_layer`). state_dict: the base's keys under
-    `base_layer.`, and `core`.
-    """
-
-    quantized_base: nn.Module | None
-
-    @classmethod
-    def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
-        for name in ("in_features", "out_features"):
-            if not isinstance(got := getattr(linear, name, None), int):
-                raise TypeError(f"linear: expected a module with an int {name}, got {type(linear).__name__} with {got!r}")
-        return linear.in_features, linear.out_features
-
-    @staticmethod
-    def _device_of(linear: nn.Module) -> torch.device | None:
-        return None if next(iter((*linear.parameters(), *linear.buffers())), None) is None else home(linear)
-
-    def _take(self, linear: nn.Module) -> None:
-        self.base_layer = linear.requires_grad_(False)
-        self.__dict__["quantized_base"] = None  # the base while merged; not a child, so not in the state_dict
-
-    @property
-    def weight(self) -> Tensor:
-        """The base module's own weight, for code that asks for its device or dtype."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base module's own bias."""
-        return getattr(self.base_layer, "bias", None)
-
-    def _base(self, x: Tensor) -> Tensor:
-        return self.base_layer(x)
-
-    def _mixed_base(self) -> Callable[[Tensor], Tensor]:
-        return self._base
-
-    def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        base = self.base_layer
-        if torch.is_grad_enabled() and not is_compiling():  # a compiled graph would specialise on the number of tokens
-            ready_to_train(base)
-            dense = one_layer(base, x) if compute_dtype(x) is None else None
-            if dense is not None:
-                return call_packed(x, dense, base.bias, base, A, B, call)
-        return add_adapter(x, base(x), A, B, call)
-
-    def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        y = self._call(x, call, A, B)
-        return scaled(y, self.bias, self.rows_of(self.stored(), A, B, call), call)
-
-    def stored(self) -> Stored:
-        return stored_in(self.base_layer)
-
-    def _matrix(self) -> Tensor:
-        if self.merged:
-            return self.base_layer.weight
-        raise TypeError(self.why_not_mergeable(False))
-
-    # ---- merging: only into a dense layer that replaces the base --------------------------------------------------------
-
-    unmerges_by_backup = True
-
-    def why_not_mergeable(self, dequantize: bool | torch.dtype, name: str = "a layer") -> str | None:
-        """Why the layer cannot be merged; None if it can."""
-        got = f"{name} over {type(self.base_layer).__name__}"
-        if dequantizer(self.base_layer) is None:
-            return (
-                "merge: expected a base whose dense weight can be read (nn.Linear, Conv1D, torchao, bitsandbytes, or a module "
-                f"with dequantize()), got {got}; use the model without merging, or put a dense layer in the base's place first"
-            )
-        if dequantize is False:
-            return (
-                f"merge: expected an nn.Linear or Conv1D base, got {got}, whose quantised weight would round the adapter away; "
-                "dequantize=True puts a plain nn.Linear in its place"
-            )
-        return None
-
-    @torch.no_grad()
-    def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain frozen nn.Linear: the base's dequantised weight plus the adapter, summed in float32 and cast once.
-
-        dtype: of weight and bias; None for the bias's dtype, or without a bias the dtype in which the quantiser returns W.
-        """
-        weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
-        dtype = dtype or (weight if bias is None else bias).dtype
-        merged = self._joined(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight()).to(dtype)
-        return self._plain(merged, None if bias is None else bias.detach().to(dtype, copy=True))
-
-    @torch.no_grad()
-    def merge(self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> None:
-        """Replaces the base by a plain nn.Linear of the dequantised weight and the adapter, if `dequantize` is set.
-
-        dequantize: True, or the dtype of the nn.Linear. keep_backup: keep the quantised base, so that unmerge can restore it.
-        RuntimeError if merged already; TypeError without dequantize, or for a base that cannot be made dense; ValueError with
-        safe, if the result has a non-finite element. Nothing is changed then.
-        """
-        if self.merged:
-            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
-        why = self.why_not_mergeable(dequantize)
-        if why is not None:
-            raise TypeError(why)
-        refuse_fsdp2(self.base_layer, "merge")
-        linear = self.merged_linear(None if dequantize is True else dequantize)
-        if safe and not bool(torch.isfinite(linear.weight).all()):
-            raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
-        with uninterrupted():
-            self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
-            self.base_layer, self.merged, self.notice = linear, True, MergeNotice()
-        if self.norms is not None:
-            self.norms.forget()  # else they would hold the quantised weight
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restores the quantised base, on the layer's current device and in its current mode.
-
-        RuntimeError if it is not merged, or was merged without a backup.
-        """
-        if not self.merged:
-            raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
-        if self.quantized_base is None:
-            raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
-        base, device = self.quantized_base, self.base_layer.weight.device
-        if home(base) != device:  # the model has been moved since
-            base = base.to(device)
-        with uninterrupted():
-            self.base_layer, self.merged = base.train(self.training), False
-            self.quantized_base = None
-            self.__dict__.pop("notice", None)
-
-    def to_base(self) -> nn.Module:
-        """The wrapped module, or if merged, the plain nn.Linear that replaces it."""
-        return self.base_layer
-
-
-def adapt(
-    module: nn.Module,
-    factors: LoTRFactors,
-    *,
-    alpha: float | None = None,
-    rslora: bool = False,
-    scaling: float | Literal["auto"] | None = None,
-    dropout: float = 0.0,
-    magnitude: bool = False,
-) -> LoTRLayer:
-    """Adapts module with the class that fits it (`layer_class`). Arguments as for `LoTRLinear.from_linear`."""
-    return layer_class(module).adapting(module, factors, Settings(alpha, rslora, scaling, dropout, magnitude))
-
-
-def layer_class(module: nn.Module) -> type[AdaptsModule]:
-    """LoTRLinear for an nn.Linear, LoTRConv1D for a Conv1D, otherwise LoTRWrapped: also for a quantised weight and for a
-    subclass of nn.Linear with another forward."""
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    known = LoTRLinear if linear else LoTRConv1D if is_conv1d(module) else None
-    return LoTRWrapped if known is None or not has_plain_weight(module) else known

@@ -26,8 +26,8 @@ from ..compat import is_compiling
 from ..ops import cuda_plans, planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer
-from .linear import LoTRWrapped
 from .progress import progress_bar
+from .wrapped import LoTRWrapped
 
 ROUNDS, LEAST, SECONDS, SAMPLE = 15, 5, 1.0, 1e-3  # of a problem: rounds, at least; about how long; least time of a sample
 _lock = threading.Lock()

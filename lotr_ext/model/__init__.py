@@ -1,6 +1,6 @@
 """Adapters of whole models. The files:
 
-apply.py             apply_lotr, merge, unload: put an adapter into a model, and take it out
+apply.py             apply_lotr: puts an adapter into a model; merging.py: merge and unload take it out
   config.py            LoTRConfig
   targets.py           which layers; heads.py, readers.py, experts.py, sizes.py, names.py: what it asks
   shared_factors.py    A and B of each group; core_forms.py: cores made of fewer numbers

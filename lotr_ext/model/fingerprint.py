@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..layers.layer import LoTRLayer
-from ..layers.linear import LoTRConv1D, LoTRWrapped
+from ..layers.linear import LoTRConv1D
 from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.sharded import in_parts
+from ..layers.wrapped import LoTRWrapped
 
 __all__ = ["fingerprint", "warn_of_another_base"]
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..autograd.tensor_parallel import is_dtensor
 from ..layers.hosted import LoTRHostedExperts
-from ..layers.linear import LoTRWrapped
 from ..layers.quantized import base_format
+from ..layers.wrapped import LoTRWrapped
 from ..ops.grouped import Packed
 from .adapted import adapted_layers
 from .config import LoTRConfig

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ..autograd.tensor_parallel import cut_of, experts_cut, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.magnitude import no_magnitude
+from ..layers.own_forward import other_result
 from ..layers.packed import expert_parameters, packed
 from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_conv1d, is_plain
@@ -147,7 +148,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     everything = wants_everything(config)
     _check_endings(config, places.values())
 
-    tied, hidden, doubtful, targets = tied_names(model), [], [], []
+    tied, skipped, doubtful, targets = tied_names(model), {}, [], []
     outputs = output_layers(model) if everything else {}
     for module, names in places.values():
         if id(module) in inside_saved or not _is_wanted(module, names, config):
@@ -158,16 +159,22 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         _check_sizes(names[0], module, sizes)
         _check_cut(names[0], module)
         readers = _readers(_parents(model, names))
-        reader = readers.get(How.ONLY)
-        if everything and (id(module) in tied or reader is not None or id(module) in outputs):
-            hidden += [names[0]] if reader is not None else []
+        reader, other = readers.get(How.ONLY), other_result(module)
+        if everything and (reader is not None or other is not None):
+            why = "their parents read the weight without calling it" if reader is not None else other.what
+            skipped.setdefault(why, []).append(names[0])
+            continue
+        if everything and (id(module) in tied or id(module) in outputs):
             continue
         _check_reachable(names[0], reader, tied.get(id(module), []))
+        if other is not None and other.certain:
+            got = f"{names[0]!r} ({type(module).__name__}): {other.what}"
+            raise ValueError(f"target_modules: expected layers that return x W^T, got {got}")
         if readers:
             doubtful.append((names[0], readers[How.ALSO]))
         group = _group(names[0], module, sizes, config)
         targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
-    _warn(hidden, doubtful)
+    _warn(skipped, doubtful)
     targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
@@ -222,11 +229,11 @@ def _check_experts_cut(full: str, module: nn.Module, own: str) -> None:
         )
 
 
-def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
-    """Warns once about layers that were left out because their weight is read, and once about layers whose weight may be read.
+def _warn(skipped: dict[str, list[str]], doubtful: list[tuple[str, str]]) -> None:
+    """Warns about layers that were left out, once a reason, and once about layers whose weight may be read.
     doubtful: (layer, reading class)."""
-    if hidden:
-        warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=4)
+    for why, names in skipped.items():
+        warnings.warn(f"lotr_ext: left out {', '.join(names)}: {why}", stacklevel=4)
     if doubtful:
         (first, reader), more = doubtful[0], len(doubtful) - 1
         warnings.warn(
@@ -291,8 +298,10 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
                 reason = f"{reader} reads its weight without calling it"
             elif id(module) in tied:
                 reason = f"its weight is tied to {tied[id(module)][0]}"
+            elif id(module) in outputs:
+                reason = outputs[id(module)]
             else:
-                reason = outputs.get(id(module))
+                reason = getattr(other_result(module), "what", None)
         else:
             reason = _why_not_linear(module, everything)
         if reason is not None:

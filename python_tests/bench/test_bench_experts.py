@@ -10,7 +10,7 @@ from bench.experts import ExpertsCase, randomize, routing
 from bench.measure.store import Store
 from bench.report import experts_table
 from bench.rivals.experts import FLOOR, GROUPED, LABELS, OURS, PEFT, frozen, rivals
-from lotr_ext.model.apply import merge
+from lotr_ext.model.merging import merge
 
 QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1"]
 

@@ -23,8 +23,8 @@ from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora, original_t
 from lotr_ext.interop.from_lora import _smallest_rank
 from lotr_ext.interop.tucker import LowRankStack
 from lotr_ext.layers.init import tucker2
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.adapter_files import read
-from lotr_ext.model.apply import adapted_layers
 
 MAKE = {"toy": toy, "conv": ConvToy}
 LORAS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lotr_ext import LoTRExperts, save_adapter
 from lotr_ext.interop import expert_lora_factors, export_lora, lora_factors, lotr_to_lora
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.experts import parameter_name
 from nets import relative
 

@@ -20,7 +20,7 @@ from lotr_ext.interop import export_lora, lotr_to_lora
 from lotr_ext.interop.vllm import export_factors, export_task
 from lotr_ext.interop.vllm.files import read_factors, read_task
 from lotr_ext.layers.experts import LoTRExperts
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.experts import parameter_name
 from nets import relative
 

@@ -15,7 +15,7 @@ from lotr_ext import LoTRConfig, apply_lotr, save_adapter
 from lotr_ext.convert import main
 from lotr_ext.interop import lotr_to_gguf
 from lotr_ext.interop.gguf import interleave_halves
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from nets import relative
 
 SIZES = {

@@ -15,8 +15,10 @@ from toys import IDS, Toy, adapted, randomize, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear, save_adapter
 from lotr_ext.interop import export_lora, lora_factors, lotr_to_lora
-from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
+from lotr_ext.model.adapted import adapted_layers
+from lotr_ext.model.apply import apply_lotr
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.merging import merge
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -12,7 +12,7 @@ from torch import nn
 from toys import assert_unchanged, snapshot
 
 from lotr_ext.interop.peft import LoTRPeftConfig
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from nets import relative
 
 

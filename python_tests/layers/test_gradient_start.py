@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lotr_ext
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, save_adapter
 from lotr_ext.layers import gradient
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 
 D, UP = 60, 94  # beyond q = r + 8, so that what is left out matters
 TARGETS = ["q", "v", "up", "down"]

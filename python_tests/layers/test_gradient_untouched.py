@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 
 D, TARGETS = 24, ["q", "v"]
 Batch = tuple[Tensor, Tensor]

@@ -10,8 +10,10 @@ from torch import Tensor
 from toys import IDS, Toy, adapted, loss, toy
 
 from lotr_ext.layers.init import FACTOR_INITS, fill_core_, fill_factor_, tucker2
-from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
+from lotr_ext.model.adapted import adapted_layers
+from lotr_ext.model.apply import apply_lotr, disabled
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.merging import merge, unload, unmerge
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

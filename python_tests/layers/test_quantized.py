@@ -32,7 +32,8 @@ from lotr_ext import (
     unmerge,
 )
 from lotr_ext.layers import linear, quantized
-from lotr_ext.model.apply import adapted_layers, apply_lotr
+from lotr_ext.model.adapted import adapted_layers
+from lotr_ext.model.apply import apply_lotr
 from nets import relative
 
 LIBRARIES = Path(sys.prefix) / "quantized"  # where make setup puts torchao and bitsandbytes

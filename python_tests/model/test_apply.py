@@ -11,8 +11,10 @@ from torch import nn
 from toys import IDS, adapted, loss, plain, randomize, target_names, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear, adapt, add_adapter, ops
-from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters
+from lotr_ext.model.apply import apply_lotr, disabled
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.merging import merge, unload, unmerge
 from lotr_ext.model.summary import trainable_summary
 from lotr_ext.ops import planner
 

@@ -12,8 +12,10 @@ from toys import IDS, Largest, Tied, Toy, adapted, loss, plain, randomize, targe
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
 from lotr_ext.layers.layer import LoTRLayer
-from lotr_ext.model.apply import adapted_layers, apply_lotr, lotr_parameters, merge, unload
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters
+from lotr_ext.model.apply import apply_lotr
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.merging import merge, unload
 from lotr_ext.model.summary import trainable_summary
 
 # ---- weights that are shared, or read without a call -----------------------------------------------------------------

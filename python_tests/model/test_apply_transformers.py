@@ -14,9 +14,11 @@ from toys import plain, randomize
 from transformers.utils import ModelOutput
 
 from lotr_ext import LoTRConv1D, LoTRLinear, mixed
-from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters
+from lotr_ext.model.apply import apply_lotr, disabled
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.merging import merge, unload, unmerge
 from lotr_ext.model.saving import save_adapter
 from lotr_ext.model.summary import trainable_summary
 from lotr_ext.model.targets import select

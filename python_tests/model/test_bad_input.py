@@ -13,9 +13,11 @@ from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, refused
 
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, TaskBank, adapt, add_adapter, explain, lotr_linear, mixed
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
-from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.adapted import lotr_parameters
+from lotr_ext.model.apply import apply_lotr, disabled
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.merging import merge, unload, unmerge
 from lotr_ext.model.saving import save_adapter
 from lotr_ext.model.summary import trainable_summary
 

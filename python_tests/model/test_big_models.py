@@ -13,7 +13,8 @@ from toys import IDS, Toy, adapted, loss, randomize, toy
 
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, LoTRWrapped, load_adapter, save_adapter
 from lotr_ext.interop import lotr_to_peft
-from lotr_ext.model.apply import adapted_layers, apply_lotr, lotr_parameters
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters
+from lotr_ext.model.apply import apply_lotr
 from nets import relative
 
 CONFIG = LoTRConfig(rank=4, target_modules=["q", "v"], modules_to_save=["head"])

@@ -20,11 +20,13 @@ from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, randomi
 
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.interop import export_lora, lotr_to_lora, lotr_to_peft
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.adapters import active_adapter, add_adapter
-from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
+from lotr_ext.model.apply import apply_lotr, disabled
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.merging import merge, unload, unmerge
 from lotr_ext.model.saving import save_adapter
 
 SETTINGS = [

@@ -15,10 +15,12 @@ from torch import nn
 from toys import Toy, adapted, assert_unchanged, edit_json, edit_tensors, refused, snapshot, tensors_file, toy
 
 from lotr_ext.model import adapter_files
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.adapter_files import JSON_NAME
-from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
+from lotr_ext.model.apply import apply_lotr
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.merging import merge
 from lotr_ext.model.saving import contents, save_adapter
 
 

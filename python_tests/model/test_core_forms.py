@@ -33,7 +33,7 @@ from lotr_ext import (
     unmerge,
 )
 from lotr_ext.interop import lotr_to_lora
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.names import Place, group_name, place_of
 from nets import OpCounter, relative
 

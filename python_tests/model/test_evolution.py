@@ -16,7 +16,7 @@ from gloo_evolution import bank_of_blocks, blocks, evolve, score
 from torch import Tensor, nn
 
 from lotr_ext import CoreES, LoTRConfig, TaskBank, apply_lotr, mixed
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from nets import relative
 
 WIDE = torch.float64

@@ -11,7 +11,7 @@ from torch import nn
 from toys import adapted, target_names, toy
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 
 
 def classifier(kind: str) -> nn.Module:

@@ -13,7 +13,7 @@ from toys import IDS, REPARAMETRISED, adapted, assert_unchanged, no_warnings, sn
 
 from lotr_ext import LoTRLinear, add_adapter, merge, save_adapter, set_adapter, unload, unmerge
 from lotr_ext.layers import merging
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.loading import load_adapter
 
 

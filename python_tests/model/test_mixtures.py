@@ -31,7 +31,7 @@ from lotr_ext import (
 )
 from lotr_ext.layers.factors import LoTRFactors
 from lotr_ext.layers.hosted import LoTRHostedExperts
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.experts import adapt_parameter, expert_sizes, first_projection
 from nets import relative
 

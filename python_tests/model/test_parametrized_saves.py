@@ -12,8 +12,8 @@ from toys import IDS, Toy, adapted, assert_unchanged, randomize, refused, snapsh
 
 from lotr_ext import add_adapter, load_adapter, lotr_parameters, merge, mixed, save_adapter, trainable_summary, unload
 from lotr_ext.interop import lotr_to_lora
+from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.adapter_files import read
-from lotr_ext.model.apply import adapted_layers
 
 
 class Tanh(nn.Module):

@@ -27,7 +27,7 @@ from lotr_ext import (
     trainable_summary,
     unload,
 )
-from lotr_ext.model.apply import adapted_layers, lotr_parameters
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters
 
 IDS = torch.randint(3, 67, (4, 6), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from toys import randomize, refused, target_names
 
 from lotr_ext import LoTRConfig, apply_lotr, trainable_summary, unload
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 
 
 def attention(x: Tensor, qkv: Tensor, proj: Tensor) -> Tensor:

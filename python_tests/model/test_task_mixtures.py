@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, disabled, explain, mixed, set_adapter
 from lotr_ext.layers.request import NOW
-from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.adapted import adapted_layers
 from nets import relative
 
 TASKS = 3

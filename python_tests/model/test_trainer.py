@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*torch
 
 from lotr_ext import LoTRConfig, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
 from lotr_ext.interop.trainer import AdapterCheckpoint, AdapterTrainer  # noqa: E402
-from lotr_ext.model.apply import adapted_layers, lotr_parameters  # noqa: E402
+from lotr_ext.model.adapted import adapted_layers, lotr_parameters  # noqa: E402
 
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 Make = Callable[[], nn.Module]
