@@ -112,9 +112,9 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     quantised layers from the backup.
 
     Raises:
-        TypeError: no nn.Module, a base that cannot be merged into or, by its forward or a hook, does not return x W^T + bias, or
-            a weight that is no longer a parameter (weight_norm, spectral_norm, parametrizations, pruning). ValueError: safe, and
-            a result is not finite.
+        TypeError: no nn.Module, a base that cannot be merged into, or that does not return x W^T + bias, by a hook or its own
+            forward, or a weight that is no longer a parameter (weight_norm, spectral_norm, parametrizations, pruning).
+        ValueError: safe, and a result is not finite.
         RuntimeError: no adapter, one that is merged already, on the meta device, in parts, or a weight tied to another module.
     """
     layers = adapted_layers(model)
