@@ -52,7 +52,7 @@ from .expert_lora import (
     host_of,
 )
 from .lora_files import LoRALayer
-from .lora_names import exact_targets, full_names, outermost, patterns, with_names
+from .lora_names import exact_targets, full_names, outermost, patterns, warn_of_moved, with_names
 
 __all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
 
@@ -143,7 +143,7 @@ def export_lora(
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
-            Also as `save_adapter`.
+            A layer whose adapter PEFT does not read back from any file. Also as `save_adapter`.
     """
     warn_of_unsaved(model, "export_lora")
     check_form(experts)
@@ -155,6 +155,8 @@ def export_lora(
     def write() -> None:
         saved, also = _beside(inner, tied)
         entries, stacked, config = _as_lora(inner, experts, also, task)
+        if experts == "peft":
+            warn_of_moved(entries, inner)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
             _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved, config)

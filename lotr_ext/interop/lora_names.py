@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-__all__ = ["exact_targets", "full_names", "outermost", "patterns", "with_names"]
+__all__ = ["exact_targets", "full_names", "outermost", "patterns", "warn_of_moved", "with_names"]
 
 
 def exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
@@ -49,3 +51,31 @@ def with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:
     if isinstance(targets, str):
         return "|".join([targets, *(rf".*\.{re.escape(name)}" for name in sorted(names))])
     return sorted({*targets, *names})
+
+
+def warn_of_moved(names: Iterable[str], model: nn.Module) -> None:
+    """Warns of the layers whose adapters PEFT does not read back: if transformers 4 had a model's experts as separate layers, it
+    takes names such as gate_proj for those of experts, also in a dense block and in a shared expert."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        if kind is None or mapping.get_checkpoint_conversion_mapping(kind) is None:
+            return
+        peft, conversion = map(importlib.import_module, ("peft", "peft.utils.transformers_weight_conversion"))
+    except ImportError:  # an older transformers or PEFT, which moves nothing, or none
+        return
+    ends = {name.rpartition(".")[2] for name in names}
+    config = peft.LoraConfig(target_modules=sorted(ends))
+    try:
+        conversion.convert_peft_config_for_transformers(config, model, None)
+        moved = ends - set(config.target_modules)
+    except ValueError:  # only one of two layers that are one parameter of the experts
+        moved = ends
+    lost = [name for name in names if name.rpartition(".")[2] in moved]
+    if lost:
+        warnings.warn(
+            f"lotr_ext: export_lora: PEFT {peft.__version__} takes layers named {', '.join(sorted(moved))} in a model of type "
+            f"{kind!r} for experts. It will not load the adapters of {lost[0]!r} and {len(lost) - 1} more, which the file has. "
+            "For PEFT, exclude these layers, merge the adapter, or save it with LoTRPeftConfig",
+            stacklevel=5,
+        )

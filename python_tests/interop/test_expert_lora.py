@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import torch
 from mixtures import adapted, logits, mixture
 from safetensors.torch import load_file
+from tiny_models import LLAMA, transformers
 
-from lotr_ext import LoTRExperts, save_adapter
+from lotr_ext import LoTRConfig, LoTRExperts, apply_lotr, save_adapter
 from lotr_ext.interop import expert_lora_factors, export_lora, lora_factors, lotr_to_lora
 from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.experts import parameter_name
@@ -101,3 +103,24 @@ def test_refusals(tmp_path):
     with pytest.raises(TypeError, match="model: expected experts of transformers, got 'one', a LoTRExperts"):
         export_lora(torch.nn.ModuleDict({"one": layer}), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("targets", [["o_proj", "gate_proj", "up_proj", "down_proj"], ["o_proj"]])
+def test_layers_that_peft_takes_for_experts_are_named(tmp_path, targets):
+    """PEFT takes a DeepSeek-V2's gate_proj, up_proj and down_proj for experts, also those of dense blocks and shared experts."""
+    sizes = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = transformers.DeepseekV2Config(
+        **{**LLAMA, "num_key_value_heads": 4}, **sizes, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2
+    )
+    torch.manual_seed(0)
+    plain = transformers.DeepseekV2ForCausalLM(config).eval()
+    model = apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2, target_modules=targets)).eval()
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.core)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        export_lora(model, tmp_path, base_model="none")
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    lost = not torch.allclose(logits(loaded), logits(model), atol=1e-4)
+    assert lost == any("gate_proj" in str(w.message) and "PEFT" in str(w.message) for w in found)
+    assert not (lost and targets == ["o_proj"])
