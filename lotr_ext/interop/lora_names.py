@@ -54,8 +54,8 @@ def with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:
 
 
 def warn_of_moved(names: Iterable[str], model: nn.Module) -> None:
-    """Warns of the layers whose adapters PEFT does not read back: if transformers 4 had a model's experts as separate layers, it
-    takes names such as gate_proj for those of experts, also in a dense block and in a shared expert."""
+    """Warns of the layers whose adapters PEFT does not read back: if a model's experts were separate layers in transformers 4,
+    PEFT takes names such as gate_proj for those of experts, also in a dense block and in a shared expert."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")

@@ -107,7 +107,7 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize("targets", [["o_proj", "gate_proj", "up_proj", "down_proj"], ["o_proj"]])
 def test_layers_that_peft_takes_for_experts_are_named(tmp_path, targets):
-    """PEFT takes a DeepSeek-V2's gate_proj, up_proj and down_proj for experts, also those of dense blocks and shared experts."""
+    """PEFT takes a DeepSeek-V2's gate_proj, up_proj and down_proj for experts, also in dense blocks and shared experts."""
     sizes = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     config = transformers.DeepseekV2Config(
         **{**LLAMA, "num_key_value_heads": 4}, **sizes, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2
