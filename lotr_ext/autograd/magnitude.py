@@ -298,7 +298,8 @@ class LoTRMagnitude(Node):
                     raise
                 raise RuntimeError(
                     f"{error} lotr_ext: a layer with magnitudes needs its output and its bias in backward; follow it with "
-                    "operations that are not in place, such as nn.ReLU(inplace=False), and change the bias after backward"
+                    "operations that are not in place, such as nn.ReLU(inplace=False), or do not adapt it (exclude_modules); "
+                    "change the bias after backward"
                 ) from None
             need_m = False
             scale, norm, z, bias = saved_if(ctx, True, True, False, False)

@@ -131,7 +131,10 @@ def call_mixed(
     Raises ValueError if x's first dimension is not b, or if a process has fewer rows; TypeError for a nested x.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
-        raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one per adapter name, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected a batch of {index.shape[0]} rows, one per adapter name, got shape {tuple(x.shape)}; if these are the "
+            "tokens of all rows, row after row, give mixed(..., flat=True), or per_example a batch"
+        )
     if x.is_nested:
         raise TypeError("x: expected a dense batch where each row has its own core, got a nested tensor; pad it")
     if is_dtensor(x):

@@ -203,7 +203,7 @@ def delete_adapter(model: Model, name: str) -> Model:
 
 
 @contextmanager
-def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]:
+def mixed(model: Model, names: Sequence[str | None] | Tensor, *, flat: bool = False) -> Iterator[Model]:
     """Inside the context, row i of a batch uses the adapter names[i]; None: the base model.
 
     names may instead be an index [b] (int64) of tasks in the model's `TaskBank`, -1 for none. The time then does not depend on
@@ -217,15 +217,15 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
 
     One forward computes the whole batch: x A and the product with B are one product each, and only the core is chosen per row,
     y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
-    adapted layer must have the batch as its first dimension. Experts, and in their model a layer with a 2-D input, get the
-    tokens of all rows, row after row, equally many of each (as transformers flattens them). Experts choose a core by row and
-    expert. Differentiable; cores that require grad get gradients, parked ones by default do not.
+    adapted layer must have the batch as its first dimension. With flat, and in a model with adapted experts, a 2-D input has
+    the tokens of all rows, row after row, equally many of each, as OPT and shared experts get them in transformers. Experts
+    choose a core by row and expert. Differentiable; cores that require grad get gradients, parked ones by default do not.
 
     Raises:
         TypeError, ValueError: no names, an unknown adapter or task, one with other factors, with magnitudes, or of init
             "svd". RuntimeError: as `set_adapter`, or an index where the model has no TaskBank. In a layer, ValueError: an input
-            whose first dimension is not len(names), or in experts no multiple of it; for an index [b, t] one with another
-            number of tokens.
+            whose first dimension is not len(names), or with flat or in experts no multiple of it; for an index [b, t] one with
+            another number of tokens.
     """
     parked = parked_of(model, "mixed", in_parts_too=isinstance(names, Tensor))
     layers = adapted_layers(model)
@@ -239,7 +239,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
         mixtures = _mixtures(model, layers, parked, names)
     refuse_magnitudes(layers, "mixed")
     refuse_starts(layers, "mixed")
-    flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert beside them gets 2-D inputs too
+    flat = flat or any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert gets 2-D inputs too
     at_device: dict[torch.device, Tensor] = {}  # the index, copied once to each device that layers are on
     said: dict[nn.Module, Mixture] = {}
     for layer, own in zip(layers.values(), mixtures, strict=True):

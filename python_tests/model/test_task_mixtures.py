@@ -12,6 +12,7 @@ from mixtures import IDS, adapted, mixture, written_out
 from safetensors.torch import load_file
 from test_mixtures import host_of, routing
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, disabled, explain, mixed, set_adapter
 from lotr_ext.layers.request import NOW
@@ -208,3 +209,35 @@ def test_all_layers_have_one_index_with_its_values(names) -> None:
     with mixed(model, names):
         first, second = (layer._state()[1].index for layer in adapted_layers(model).values())
         assert first is second and first.tolist() == [0, -1] and model(torch.empty(2, 6, device="meta")).shape == (2, 6)
+
+
+def opt() -> nn.Module:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return apply_lotr(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32)).eval(), LoTRConfig(rank=4))
+
+
+def with_shared_expert() -> nn.Module:
+    return apply_lotr(mixture("Qwen2Moe").eval(), LoTRConfig(rank=4, exclude_modules=["shared_expert_gate"]))
+
+
+@pytest.mark.parametrize("make", [opt, with_shared_expert])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_layers_that_get_the_tokens_of_all_rows_in_one_list(make, tokens: int) -> None:
+    torch.manual_seed(0)
+    model, ids = make(), IDS[:, :tokens]
+    bank = TaskBank(model, TASKS)
+    for _ in range(TASKS):
+        for core in bank.cores_of(bank.add()).values():
+            nn.init.normal_(core, std=0.3)
+    index = torch.tensor([2, -1, 0])
+    with torch.no_grad():
+        with mixed(model, index, flat=True):
+            found = logits(model, ids)
+        for i, task in enumerate(index.tolist()):
+            with alone(model, bank, task):
+                assert relative(found[i], logits(model, ids)[i]) < 1e-5
+        with mixed(model, torch.tensor([[2] * tokens, [-1] * tokens, [0] * tokens]), flat=True):
+            assert relative(logits(model, ids), found) < 1e-5
+        if tokens > 1:
+            with pytest.raises(ValueError, match="flat=True"), mixed(model, index):
+                logits(model, ids)
