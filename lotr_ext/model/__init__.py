@@ -2,7 +2,7 @@
 
 apply.py             apply_lotr: puts an adapter into a model; merging.py: merge and unload take it out
   config.py            LoTRConfig
-  targets.py           which layers; heads.py, readers.py, experts.py, sizes.py, names.py: what it asks
+  targets.py           which layers; effect.py, heads.py, experts.py, sizes.py, names.py: what it asks
   shared_factors.py    A and B of each group; core_forms.py: cores made of fewer numbers
   starts.py            init "svd" and "gradient"; gradient.py: init_from_gradient
   scope.py             the hooks of the forward scope; batching.py: refuses what they do not reach

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +14,16 @@ from torch.nn.utils import parametrize
 from ..autograd.tensor_parallel import cut_of, experts_cut, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.magnitude import no_magnitude
-from ..layers.own_forward import other_result
 from ..layers.packed import expert_parameters, packed
 from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_conv1d, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
+from .effect import check_effect, no_effect, readers_of, warn_of_doubtful, warn_of_skipped
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
 from .names import closest, group_name, name_ends_with, tied_names
-from .readers import How, how_read
+from .readers import How
 
 __all__ = ["Selection", "Target", "can_be_child", "checked_group", "features", "left_out", "name_ends_with", "select"]
 
@@ -90,15 +89,6 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return found if all(isinstance(n, int) for n in found) else None
 
 
-def _parents(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
-    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-
-
-def _readers(parents: list[tuple[nn.Module, str]]) -> dict[How, str]:
-    """The classes of parents that read the weight of their child without calling it, by how certain that is."""
-    return {found[1]: found[0] for parent, child in parents if (found := how_read(parent, child)) is not None}
-
-
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -158,23 +148,18 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             continue  # a regular expression is a filter over the layers that can be adapted
         _check_sizes(names[0], module, sizes)
         _check_cut(names[0], module)
-        readers = _readers(_parents(model, names))
-        reader, other = readers.get(How.ONLY), other_result(module)
-        if everything and (reader is not None or other is not None):
-            why = "their parents read the weight without calling it" if reader is not None else other.what
-            skipped.setdefault(why, []).append(names[0])
+        if everything and (why := no_effect(model, module, names)) is not None:
+            skipped[names[0]] = why
             continue
         if everything and (id(module) in tied or id(module) in outputs):
             continue
-        _check_reachable(names[0], reader, tied.get(id(module), []))
-        if other is not None and other.certain:
-            got = f"{names[0]!r} ({type(module).__name__}): {other.what}"
-            raise ValueError(f"target_modules: expected layers that return x W^T, got {got}")
-        if readers:
-            doubtful.append((names[0], readers[How.ALSO]))
+        check_effect(model, module, names, tied.get(id(module), []))
+        if (reader := readers_of(model, names).get(How.ALSO)) is not None:
+            doubtful.append((names[0], reader))
         group = _group(names[0], module, sizes, config)
         targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
-    _warn(skipped, doubtful)
+    warn_of_skipped(skipped)
+    warn_of_doubtful(doubtful)
     targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
@@ -185,16 +170,6 @@ def _is_wanted(module: nn.Module, names: list[str], config: LoTRConfig) -> bool:
     if config.exclude_modules and any(_matches(name, config.exclude_modules) for name in names):
         return False
     return _is_linear(module) if wants_everything(config) else any(_matches(n, config.target_modules or ()) for n in names)
-
-
-def _check_reachable(name: str, reader: str | None, tied: list[str]) -> None:
-    if reader is not None:
-        raise ValueError(
-            f"target_modules: expected layers that are called, got {name!r}, whose weight {reader} reads without calling it, "
-            "which would ignore the adapter"
-        )
-    if tied:
-        raise ValueError(f"target_modules: expected layers with a weight of their own, got {name!r}, tied to {', '.join(tied)}")
 
 
 def _check_sizes(name: str, module: nn.Module, sizes: tuple[int, int] | None) -> None:
@@ -226,20 +201,6 @@ def _check_experts_cut(full: str, module: nn.Module, own: str) -> None:
         raise ValueError(
             "target_parameters: expected experts cut by experts, rows or columns over one axis of their mesh, got "
             f"{full!r} with {tuple(parts[own].placements)}; leave it out"
-        )
-
-
-def _warn(skipped: dict[str, list[str]], doubtful: list[tuple[str, str]]) -> None:
-    """Warns about layers that were left out, once a reason, and once about layers whose weight may be read.
-    doubtful: (layer, reading class)."""
-    for why, names in skipped.items():
-        warnings.warn(f"lotr_ext: left out {', '.join(names)}: {why}", stacklevel=4)
-    if doubtful:
-        (first, reader), more = doubtful[0], len(doubtful) - 1
-        warnings.warn(
-            f"lotr_ext: {reader} reads {first}.weight{f', and so do parents of {more} other layers' if more else ''}; if it "
-            "does not call the layer, the adapter is ignored",
-            stacklevel=4,
         )
 
 
@@ -293,15 +254,8 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
         elif config.exclude_modules and _matches(name, config.exclude_modules):
             reason = "exclude_modules" if features(module) else None
         elif _is_linear(module):
-            reader = _readers(_parents(model, [name])).get(How.ONLY)
-            if reader is not None:
-                reason = f"{reader} reads its weight without calling it"
-            elif id(module) in tied:
-                reason = f"its weight is tied to {tied[id(module)][0]}"
-            elif id(module) in outputs:
-                reason = outputs[id(module)]
-            else:
-                reason = getattr(other_result(module), "what", None)
+            if (reason := no_effect(model, module, [name])) is None:
+                reason = f"its weight is tied to {tied[id(module)][0]}" if id(module) in tied else outputs.get(id(module))
         else:
             reason = _why_not_linear(module, everything)
         if reason is not None:

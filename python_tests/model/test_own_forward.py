@@ -198,3 +198,16 @@ def test_peft_merges_a_product() -> None:
     assert not torch.equal(special.weight, bits) and relative(model(x), want.double()) < 2e-5
     model.unmerge_adapter()
     assert torch.equal(special.weight, bits)
+
+
+def test_pefts_all_linear_leaves_out_the_same() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from lotr_ext.interop.peft import LoTRPeftConfig
+
+    with pytest.warns(UserWarning, match="left out special: its forward"):
+        model = peft.get_peft_model(Net(Router(8, 8)), LoTRPeftConfig(r=2, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lotr_adapter")} == {"plain", "last"}
+    with pytest.warns(UserWarning, match="left out special: its forward"):
+        model.add_adapter("second", LoTRPeftConfig(r=2, target_modules="all-linear"))
+    assert all(set(m.lotr_adapter) == {"default", "second"} for m in model.modules() if hasattr(m, "lotr_adapter"))
+    assert model.peft_config["second"].target_modules == {"plain", "last"}
