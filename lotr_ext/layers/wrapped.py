@@ -133,6 +133,12 @@ class LoTRWrapped(AdaptsModule):
             )
         return None
 
+    def to_linear(self) -> nn.Linear:
+        """As `LoTRLinear.to_linear`. TypeError for a base that cannot be merged into."""
+        if not self.merged and (why := self.why_not_mergeable(False)) is not None:
+            raise TypeError(why)
+        return super().to_linear()
+
     @torch.no_grad()
     def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain frozen nn.Linear: the base's dequantised weight plus the adapter, summed in float32 and cast once.

@@ -113,6 +113,7 @@ def test_merging_adds_to_the_weight_and_keeps_the_module(base: str, magnitude: b
     assert isinstance(model.special, LoTRWrapped)
     with torch.no_grad():
         want = model(x)
+        assert relative(model.special.to_linear()(x), model.special(x).double()) < 2e-5
         delta = model.special.delta_weight()
         merge(model)
         assert model.special.merged and model.special.base_layer is special and relative(model(x), want.double()) < 2e-5
@@ -149,6 +150,9 @@ def test_a_base_that_is_no_product_is_not_merged_and_nothing_changes(special) ->
         merge(model)
     with pytest.raises(TypeError):
         model.special.merge()
+    if special is doubled:
+        with pytest.raises(TypeError, match="returns something else"):
+            model.special.to_linear()
     assert torch.equal(model.plain.weight, before) and torch.equal(model(x), want)
     assert not any(layer.merged for layer in (model.plain, model.special, model.last))
 
