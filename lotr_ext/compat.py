@@ -15,6 +15,7 @@ from torch import Tensor, _guards, is_grad_enabled, nn
 from torch._C import _dispatch_key_parse
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import FakeTensor as FakeTensor  # tensors without values, of compilers that trace
+from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_dynamo_compiling

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as nnf
 
+from ..compat import FakeTensorMode
 from .quantized import has_plain_weight, is_conv1d
 from .sharded import in_parts
 
@@ -70,6 +70,8 @@ def returns_product(module: nn.Module) -> bool:
     want = nnf.linear(x, weight, module.bias)
     try:
         y = module.eval()(x)
+    except Exception:  # of any kind: the forward is not ours
+        return False
     finally:
         for part, training in modes:
             part.training = training

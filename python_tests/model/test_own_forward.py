@@ -183,6 +183,8 @@ def test_a_name_of_what_is_no_product_is_refused() -> None:
     model = apply_lotr(Net(Grouped(8, 8)), LoTRConfig(rank=2, target_modules=["special"]))  # raised an error: perhaps it works
     with pytest.raises(TypeError, match="return"):
         model.special(torch.randn(3, 2, 8))
+    with pytest.raises(TypeError, match=r"special.*returns something else"):
+        merge(model)
 
 
 @torch.no_grad()
