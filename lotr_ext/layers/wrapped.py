@@ -115,6 +115,8 @@ class LoTRWrapped(AdaptsModule):
         """Why the layer cannot be merged; None if it can."""
         got = f"{name} over {type(self.base_layer).__name__}"
         if self.in_place:
+            if self.base_layer.weight.is_meta:
+                return f"merge: expected tensors with values, got {got} on the meta device"
             if returns_product(self.base_layer):
                 return None
             return (
