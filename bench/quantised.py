@@ -50,25 +50,25 @@ FORMATS = {"nf4": _nf4, "int8": _torchao("Int8"), "int4": _torchao("int4"), "fp8
 def measure(base: nn.Module, tokens: int, dtype: torch.dtype, rounds: int) -> list[list[float]]:
     """Seconds of each round of the base's own forward with the adapter, and of one layer."""
     from lotr_ext import LoTRFactors, LoTRWrapped
-    from lotr_ext.layers import linear, quantized
+    from lotr_ext.layers import quantized, wrapped
 
     k, n = base.in_features, base.out_features
     layer = LoTRWrapped.from_linear(base, LoTRFactors(k, n, 16))
     nn.init.normal_(layer.core, 0, 0.1)
     x, g = torch.randn(tokens, k, dtype=dtype, requires_grad=True), torch.randn(tokens, n, dtype=dtype)
     ways = (lambda *_: None, quantized.one_layer)
-    least, chosen = copy.copy(quantized._ONE_LAYER), linear.one_layer
+    least, chosen = copy.copy(quantized._ONE_LAYER), wrapped.one_layer
     quantized._ONE_LAYER.update(dict.fromkeys(least, 0))
     times: list[list[float]] = [[], []]
     try:
         for _ in range(rounds + 1):
             for way, own in zip(ways, times):
-                linear.one_layer = way
+                wrapped.one_layer = way
                 begin = time.thread_time()
                 layer(x).backward(g)
                 own.append(time.thread_time() - begin)
     finally:
-        linear.one_layer = chosen
+        wrapped.one_layer = chosen
         quantized._ONE_LAYER.update(least)
     return [own[1:] for own in times]  # the first round is warm-up
 

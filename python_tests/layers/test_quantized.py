@@ -31,7 +31,7 @@ from lotr_ext import (
     unload,
     unmerge,
 )
-from lotr_ext.layers import linear, quantized
+from lotr_ext.layers import quantized, wrapped
 from lotr_ext.model.adapted import adapted_layers
 from lotr_ext.model.apply import apply_lotr
 from nets import relative
@@ -162,14 +162,14 @@ def test_many_tokens_run_as_one_layer_that_keeps_no_dense_weight(name: str, monk
         make = quantized.one_layer(module, x)
         return dense
 
-    monkeypatch.setattr(linear, "one_layer", watched)
+    monkeypatch.setattr(wrapped, "one_layer", watched)
     total = model(MANY).square().sum()
     assert len(counts) == 6 and not any(ref() is not None for ref in alive)
     total.backward()
     # again for the gradients of x, which q and v of the first block do not need
     assert len(counts) == 6 + 4 and max(counts) == 1 and not any(ref() is not None for ref in alive)
     got = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-    monkeypatch.setattr(linear, "one_layer", lambda *_: None)  # the base's own forward, and the adapter onto it
+    monkeypatch.setattr(wrapped, "one_layer", lambda *_: None)  # the base's own forward, and the adapter onto it
     model.zero_grad()
     want = model(MANY).square().sum()
     want.backward()
