@@ -53,8 +53,8 @@ def other_result(module: nn.Module) -> Other | None:
 
 def dense_view(module: nn.Module) -> Tensor | None:
     """W [out_features, in_features], a view of the weight, of an nn.Linear, a subclass of it or a Conv1D; None for a quantised
-    weight, or one that ZeRO-3 gathers for the forward."""
-    if not has_plain_weight(module) or hasattr(module.weight, "ds_id"):
+    weight, and for one that ZeRO-3 gathers, or compressed-tensors rounds, in the forward."""
+    if not has_plain_weight(module) or hasattr(module.weight, "ds_id") or hasattr(module, "quantization_scheme"):
         return None
     if is_conv1d(module):
         return module.weight.t()
