@@ -155,8 +155,6 @@ def export_lora(
     def write() -> None:
         saved, also = _beside(inner, tied)
         entries, stacked, config = _as_lora(inner, experts, also, task)
-        if experts == "peft":
-            warn_of_moved(entries, inner)
         config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
             _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved, config)
@@ -200,6 +198,8 @@ def _as_lora(
             )
         else:
             entries[name] = LoRALayer(*_with_core(layer, core), scaling, layer.magnitude)
+    if form == "peft":
+        warn_of_moved(entries, model)
     layers = {name: layers[name] for name in entries}
     config = {
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),

@@ -77,5 +77,5 @@ def warn_of_moved(names: Iterable[str], model: nn.Module) -> None:
             f"lotr_ext: export_lora: PEFT {peft.__version__} takes layers named {', '.join(sorted(moved))} in a model of type "
             f"{kind!r} for experts. It will not load the adapters of {lost[0]!r} and {len(lost) - 1} more, which the file has. "
             "For PEFT, exclude these layers, merge the adapter, or save it with LoTRPeftConfig",
-            stacklevel=5,
+            stacklevel=6,
         )

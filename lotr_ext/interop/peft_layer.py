@@ -29,10 +29,10 @@ from ..layers.init import fill_core_
 from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
 from ..layers.merging import Merges, check_is_parameter, plus, refuse_fsdp2
 from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
-from ..layers.own_forward import dense_view, returns_product
+from ..layers.own_forward import dense_view, has_own_forward, returns_product
 from ..layers.parametrized import parameters_of
 from ..layers.placement import home
-from ..layers.quantized import has_plain_weight, is_conv1d
+from ..layers.quantized import is_conv1d
 from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
 from ..layers.sharded import in_parts, named_modules
@@ -105,11 +105,7 @@ class LoTRCore(HasCore, HasMagnitude):
 def own_weight(base: nn.Module) -> Tensor | None:
     """W [n, k] of a base that computes x W^T + bias and nothing else. None if only its forward can read the weight: a
     quantised one, or one that ZeRO-3 gathers for the forward."""
-    if not has_plain_weight(base) or parametrize.is_parametrized(base) or hasattr(base.weight, "ds_id"):
-        return None
-    if isinstance(base, nn.Linear):
-        return base.weight if type(base).forward is nn.Linear.forward else None
-    return base.weight.t() if is_conv1d(base) else None
+    return None if parametrize.is_parametrized(base) or has_own_forward(base) else dense_view(base)
 
 
 class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):

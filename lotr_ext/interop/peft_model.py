@@ -26,7 +26,7 @@ from ..layers.merging import MergeNotice
 from ..layers.sharded import named_modules
 from ..model.adapter_files import LayerEntry
 from ..model.core_forms import form_at, make_cores
-from ..model.effect import no_effect, warn_of_skipped
+from ..model.effect import effect_of, warn_of_skipped
 from ..model.experts import expert_sizes, parameter_name, place, release
 from ..model.peft_files import described_layers
 from ..model.scope import attach_scope, detach_scope
@@ -134,7 +134,7 @@ class LoTRPeftModel(BaseTuner):
         everything = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)
         if everything:  # these are names now
-            reasons = {name: no_effect(model, model.get_submodule(name), [name]) for name in sorted(config.target_modules)}
+            reasons = {name: effect_of(model, model.get_submodule(name), [name]).none for name in sorted(config.target_modules)}
             warn_of_skipped({name: why for name, why in reasons.items() if why is not None}, stacklevel=9)
             config.target_modules = {name for name, why in reasons.items() if why is None}
         names = self._matching(config, dict(model.named_modules()))

@@ -16,7 +16,7 @@ from ..compat import FakeTensorMode
 from .quantized import has_plain_weight, is_conv1d
 from .sharded import in_parts
 
-__all__ = ["Other", "dense_view", "other_result", "returns_product"]
+__all__ = ["Other", "dense_view", "has_own_forward", "other_result", "returns_product"]
 
 
 class Other(NamedTuple):
@@ -27,15 +27,18 @@ class Other(NamedTuple):
     certain: bool
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the class of an nn.Linear has another forward."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
 def other_result(module: nn.Module) -> Other | None:
     """None unless module is a subclass of nn.Linear whose forward returns something else than [.., out_features].
 
     Runs the forward of a copy, without hooks and on tensors without values, so no state changes. A quantised weight is not
     tried: its product may need values.
     """
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
-        return None
-    if not has_plain_weight(module) or in_parts(module.weight):
+    if not has_own_forward(module) or not has_plain_weight(module) or in_parts(module.weight):
         return None
     own = copy.copy(module)
     vars(own).update({held: dict(vars(module)[held]) for held in ("_parameters", "_buffers", "_modules")})
@@ -54,7 +57,7 @@ def other_result(module: nn.Module) -> Other | None:
 def dense_view(module: nn.Module) -> Tensor | None:
     """W [out_features, in_features], a view of the weight, of an nn.Linear, a subclass of it or a Conv1D; None for a quantised
     weight, and for one that ZeRO-3 gathers, or compressed-tensors rounds, in the forward."""
-    if not has_plain_weight(module) or hasattr(module.weight, "ds_id") or hasattr(module, "quantization_scheme"):
+    if not has_plain_weight(module) or hasattr(module.weight, "ds_id") or "quantization_scheme" in vars(module):
         return None
     if is_conv1d(module):
         return module.weight.t()

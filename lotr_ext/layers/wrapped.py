@@ -17,7 +17,7 @@ from .layer import LoTRLayer
 from .linear import AdaptsModule, LoTRConv1D, LoTRLinear
 from .magnitude import Stored, stored_in
 from .merging import MergeNotice, check_is_parameter, refuse_fsdp2
-from .own_forward import dense_view, returns_product
+from .own_forward import dense_view, has_own_forward, returns_product
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d, one_layer, ready_to_train
 from .settings import Settings
@@ -223,6 +223,6 @@ def adapt(
 def layer_class(module: nn.Module) -> type[AdaptsModule]:
     """LoTRLinear for an nn.Linear, LoTRConv1D for a Conv1D, otherwise LoTRWrapped: also for a quantised weight and for a
     subclass of nn.Linear with another forward."""
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    linear = isinstance(module, nn.Linear) and not has_own_forward(module)
     known = LoTRLinear if linear else LoTRConv1D if is_conv1d(module) else None
     return LoTRWrapped if known is None or not has_plain_weight(module) else known

@@ -14,12 +14,13 @@ from torch.nn.utils import parametrize
 from ..autograd.tensor_parallel import cut_of, experts_cut, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.magnitude import no_magnitude
+from ..layers.own_forward import has_own_forward
 from ..layers.packed import expert_parameters, packed
 from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_conv1d, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
-from .effect import check_effect, no_effect, readers_of, warn_of_doubtful, warn_of_skipped
+from .effect import effect_of, warn_of_doubtful, warn_of_skipped
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
 from .names import closest, group_name, name_ends_with, tied_names
@@ -148,13 +149,14 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             continue  # a regular expression is a filter over the layers that can be adapted
         _check_sizes(names[0], module, sizes)
         _check_cut(names[0], module)
-        if everything and (why := no_effect(model, module, names)) is not None:
-            skipped[names[0]] = why
+        effect = effect_of(model, module, names)
+        if everything and effect.none is not None:
+            skipped[names[0]] = effect.none
             continue
         if everything and (id(module) in tied or id(module) in outputs):
             continue
-        check_effect(model, module, names, tied.get(id(module), []))
-        if (reader := readers_of(model, names).get(How.ALSO)) is not None:
+        effect.check(names[0], module, tied.get(id(module), []))
+        if (reader := effect.readers.get(How.ALSO)) is not None:
             doubtful.append((names[0], reader))
         group = _group(names[0], module, sizes, config)
         targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
@@ -254,7 +256,7 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
         elif config.exclude_modules and _matches(name, config.exclude_modules):
             reason = "exclude_modules" if features(module) else None
         elif _is_linear(module):
-            if (reason := no_effect(model, module, [name])) is None:
+            if (reason := effect_of(model, module, [name]).none) is None:
                 reason = f"its weight is tied to {tied[id(module)][0]}" if id(module) in tied else outputs.get(id(module))
         else:
             reason = _why_not_linear(module, everything)
@@ -346,8 +348,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def needs_wrap(module: nn.Module) -> bool:
     """Whether replacing the module would lose hooks, parametrizations, a forward of its own or a quantised weight."""
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
     hooked = has_hooks(module) and not is_dtensor(getattr(module, "weight", None))  # tensor parallelism's hooks are kept
     replaced = "forward" in vars(module) and tp_style(module) is None
-    return hooked or own_forward or quantized or replaced or parametrize.is_parametrized(module)
+    return hooked or has_own_forward(module) or quantized or replaced or parametrize.is_parametrized(module)
