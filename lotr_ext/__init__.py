@@ -10,5 +10,37 @@ __version__ = "0.1.0"
 
 from .functional import lotr_linear
 from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt
+from .model import (
+    LoTRConfig,
+    apply_lotr,
+    disabled,
+    explain,
+    init_from_gradient,
+    lotr_parameters,
+    merge,
+    parameter_groups,
+    trainable_summary,
+    unload,
+    unmerge,
+)
 
-__all__ = ["LoTRConv1D", "LoTRFactor", "LoTRFactors", "LoTRLinear", "LoTRWrapped", "adapt", "lotr_linear"]
+__all__ = [
+    "LoTRConfig",
+    "LoTRConv1D",
+    "LoTRFactor",
+    "LoTRFactors",
+    "LoTRLinear",
+    "LoTRWrapped",
+    "adapt",
+    "apply_lotr",
+    "disabled",
+    "explain",
+    "init_from_gradient",
+    "lotr_linear",
+    "lotr_parameters",
+    "merge",
+    "parameter_groups",
+    "trainable_summary",
+    "unload",
+    "unmerge",
+]
