@@ -8,6 +8,7 @@ small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `
 
 __version__ = "0.1.0"
 
+from .files import load_adapter, save_adapter
 from .functional import lotr_linear
 from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt
 from .model import (
@@ -23,6 +24,7 @@ from .model import (
     unload,
     unmerge,
 )
+from .tasks import TaskBank, use_tasks
 
 __all__ = [
     "LoTRConfig",
@@ -31,16 +33,20 @@ __all__ = [
     "LoTRFactors",
     "LoTRLinear",
     "LoTRWrapped",
+    "TaskBank",
     "adapt",
     "apply_lotr",
     "disabled",
     "explain",
     "init_from_gradient",
+    "load_adapter",
     "lotr_linear",
     "lotr_parameters",
     "merge",
     "parameter_groups",
+    "save_adapter",
     "trainable_summary",
     "unload",
     "unmerge",
+    "use_tasks",
 ]

@@ -647,6 +647,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
+    if hasattr(model, "lotr_tasks"):
+        model.lotr_tasks.remove_hooks()
     hosts = {id(layer.holder): layer.holder for layer in layers.values() if hasattr(layer, "holder")}
     if hosts:
         from .experts import release

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import HEADED_TASKS, LoTRConfig, place_of
+from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .linear import LoTRLayer, features, has_plain_weight, is_conv1d, layer_class
 
-__all__ = ["Selection", "Target", "closest", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
+__all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
 
 # Heads of transformers models that have no output embeddings.
 _HEADS = (
@@ -104,7 +104,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             left_out[names[0]] = reason or outputs[id(module)]
         else:
             _check_layer(names[0], module, sizes, reason)
-            targets.append(Target(tuple(names), module, *sizes, _group(names[0], module, sizes, config)))
+            targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
     if config.everything:
         left_out |= _not_linear(places.values())
     targets += _expert_targets(model, config, inside)
@@ -258,7 +258,7 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
             if next(module.parameters(), None) is None:
                 raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
             for own, p in module.named_parameters():
-                if type(p) is not nn.Parameter and not _is_dtensor(p) or p.dtype.itemsize < 2:
+                if (type(p) is not nn.Parameter and not _is_dtensor(p)) or p.dtype.itemsize < 2:
                     raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised")
             if any(isinstance(m, LoTRLayer) for m in module.modules()) and not hasattr(model, "lotr_factors"):
                 raise ValueError(f"modules_to_save: expected plain modules, got {name!r} with an adapter inside")
@@ -291,7 +291,7 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
                 raise TypeError(f"target_parameters: expected plain weights, got a DTensor in {full!r}. Leave it out.")
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
-            targets.append(Target((at,), module, k, n, _group(at, module, (k, n), config), own))
+            targets.append(Target((at,), module, k, n, group_of(at, module, (k, n), config.group_by), own))
     if unused:
         near = closest(min(unused), (name for name, _ in model.named_parameters()))
         raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none{near}")
@@ -387,11 +387,11 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
             raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
 
 
-def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:
+def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
-    by, shape = config.group_by, f"{sizes[0]}x{sizes[1]}"
+    shape = f"{sizes[0]}x{sizes[1]}"
     if isinstance(by, str):
-        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0]}.get(by, "")
+        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(by, "")
         return f"{part}_{shape}" if part else shape
     if isinstance(by, dict) and name not in by:
         raise ValueError(f"group_by: expected a group for each adapted layer, got none for {name!r}")
