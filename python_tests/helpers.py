@@ -1,4 +1,4 @@
-"""What the tables of tests share: comparisons with bounds, tensors with NaN around them, and good arguments of every operator."""
+"""What the tables of tests share: comparisons with bounds, tensors with NaN around them, good arguments of operators."""
 
 from __future__ import annotations
 
