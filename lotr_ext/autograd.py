@@ -394,13 +394,13 @@ class FactorState:
 
 
 @functools.cache
-def _obstacle_to_dtypes(x, W, A, B, core, device, rank) -> str | None:
+def _obstacle_to_dtypes(x, W, A, B, core, device, shape) -> str | None:
     for name, dtype in (("A", A), ("B", B), ("core", core)):
         if dtype != x and not (dtype == torch.float32 and x.itemsize == 2):
             return f"{name} is {dtype} beside an x of {x}"
     if W != x:
         return f"the base is {W} beside an x of {x}"
-    return ops.obstacle_to_kernels(rank, x, device)
+    return ops.obstacle_to_kernels(max(shape[-2:]), x, device)
 
 
 def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y: Tensor | None = None) -> str | None:
@@ -414,9 +414,7 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
     here = (x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu) or x.device == A.device == B.device == core.device
     if not here or (y is not None and y.device != x.device):
         return "the tensors are on several devices"
-    return _obstacle_to_dtypes(
-        x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype, x.device, max(core.shape[-2:])
-    )
+    return _obstacle_to_dtypes(x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype, x.device, core.shape)
 
 
 def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tensor:
@@ -459,7 +457,6 @@ def lotr_linear(
     core: Tensor,
     scaling: float,
     p: float = 0.0,
-    *,
     y: Tensor | None = None,
     index: Tensor | None = None,
     factors: tuple[FactorState, FactorState] | None = None,
@@ -476,14 +473,13 @@ def lotr_linear(
         W, bias, y = (None if t is None else t.to(dtype) for t in (W, bias, y))
         x = x.to(dtype) if factors is None or torch.compiler.is_compiling() else factors[0].cast(x, dtype)
         with torch.autocast(device, enabled=False):
-            return lotr_linear(x, W, bias, A, B, core, scaling, p, y=y, index=index, factors=factors, user=user)
+            return lotr_linear(x, W, bias, A, B, core, scaling, p, y, index, factors, user)
     if torch.compiler.is_compiling():
         if not torch.compiler.is_exporting():
             return lotr.linear.default(x, W, bias, A, B, core, scaling, p, y, index, VERSION)
     elif obstacle(x, W, A, B, core, y) is None:
-        own = factors or (FactorState(), FactorState())
         rows = None if index is None else ops.rows_of(index, x)
-        return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, own, user)
+        return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, factors or (FactorState(), FactorState()), user)
     return ops.layer(x, W, bias, A, B, core, scaling, p, y, index)
 
 
@@ -501,7 +497,7 @@ def _linear_in_graph(x, W, bias, A, B, core, scaling, p, y, index, version) -> T
 
 def _fits(x, W, A, B, core, y) -> bool:
     dtypes = x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype
-    return _obstacle_to_dtypes(*dtypes, x.device, max(core.shape[-2:])) is None
+    return _obstacle_to_dtypes(*dtypes, x.device, core.shape) is None
 
 
 _library = torch.library.Library("lotr", "FRAGMENT")

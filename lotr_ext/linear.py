@@ -301,10 +301,9 @@ class LoTRLayer(nn.Module):
             if state is not None:
                 core, index = state(input)
         W, bias, y = self._operands(input)
-        factors, p = self.factors, self.dropout if self.training else 0.0
+        factors, run, s, p = self.factors, autograd.lotr_linear, self.scaling, self.dropout if self.training else 0.0
         states = factors.A.state, factors.B.state
-        call = partial(autograd.lotr_linear, input, W, bias, core=core, scaling=self.scaling, p=p)
-        return factors.read(partial(call, y=y, index=index, factors=states, user=self))
+        return factors.read(lambda A, B: run(input, W, bias, A, B, core, s, p, y, index, states, self))
 
     def _operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(W, bias, None), or (None, None, y) with the output y of a base that computes its own product."""
