@@ -307,6 +307,8 @@ def _recorded_backward(ctx, g: Tensor, x, u, A, B, core) -> tuple[Tensor | None,
 
 # Function.apply without the checks for functorch's transforms (5 us a layer and step); `_obstacle` has made them.
 _run_layer, _run_shrink, _run_shared, _run_row_core = (super(Function, node).apply for node in (Layer, Shrink, Shared, RowCore))
+for _node in (Layer, Shrink, Shared, RowCore):  # the engine calls backward without a method that looks for vjp: 1 us a layer
+    _node._backward_cls.apply = _node.backward
 
 
 # ---- what calls share ------------------------------------------------------------------------------------------------
