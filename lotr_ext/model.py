@@ -82,9 +82,10 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
         config = replace(config, modules_to_save=saved)
     selection = select(model, config)
-    cores = _cores(config, selection)
     starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    install(model, config, selection, cores, starts)
+    cores = cores_for(config, selection)
+    with unchanged_on_error(model):
+        install(model, config, selection, cores, starts)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -93,6 +94,20 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes off an adapter that an exception inside has left half made."""
+    plain, before = not layers_in(model), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if plain:
+            _without_adapters(model, layers_in(model))
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
 
 
 def install(
@@ -193,7 +208,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def _cores(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
+def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
