@@ -485,7 +485,7 @@ def test_a_changed_weight_makes_an_older_backward_raise() -> None:
 def test_another_default_device_changes_nothing() -> None:
     model, x = zoo.net("mlp"), zoo.inputs("mlp")
     with torch.device("meta"):
-        moved_model = apply_lotr(model, config("mlp", "train"))
+        moved_model = apply_lotr(model, config("mlp"))
         lotr_ext.init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
         lotr_ext.TaskBank(model, 2).add()
         with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0], device="cpu")):
