@@ -123,11 +123,8 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes an adapter (`contents`) into a directory, which it creates if needed; other files in it stay.
-
-    Raises:
-        ValueError: directory is a file. OSError: the disk; the adapter that was there is then unchanged.
-    """
+    """Writes an adapter (`contents`) into a directory, which it creates if needed; other files in it stay. Raises ValueError:
+    directory is a file; OSError: the disk, and the adapter that was there is unchanged."""
     from safetensors.torch import save
 
     if directory.exists() and not directory.is_dir():
@@ -275,11 +272,8 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or the
     new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
 
-    Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks.
-
-    Raises:
-        TypeError: no nn.Module, no path, or tensors in parts. RuntimeError: no adapter, or one on the meta device. ValueError:
-            directory is a file.
+    Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks. Raises
+    TypeError: no path, or tensors in parts; RuntimeError: no adapter, or one on the meta device; ValueError: a file.
     """
     path, inner, writes = checked_path(directory, "directory"), model, True
     while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
@@ -384,17 +378,10 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its values are replaced in place (and with
     init "svd" the loaded start is subtracted from its base weights instead of its own).
 
-    Args:
-        model: the base model, on any device. Sharded models: `lotr_ext.sharded`.
-        directory: a local folder written by `save_adapter`.
-        cast: accept tensors of another dtype than the model's, and cast them.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: no such adapter; a truncated, foreign or newer file; layers, shapes or dtypes that
-            do not fit the model; a merged model, or one with a TaskBank. The model is unchanged then.
+    directory: a local folder written by `save_adapter`. cast: accept tensors of another dtype than the model's, and cast them.
+    Returns the same model. Sharded models: `lotr_ext.sharded`.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no such adapter; a truncated, foreign or newer file;
+    layers, shapes or dtypes that do not fit the model; a merged model, or one with a TaskBank.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
