@@ -72,7 +72,9 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _recorded(g: Tensor) -> bool:
     """Whether the running backward must be PyTorch's own products. AOTAutograd traces a backward with tensors of its own type,
     and the nodes' operators then belong into the graph."""
-    return torch.is_grad_enabled() or _batched() or _functorch() or (torch.compiler.is_compiling() and type(g) is Tensor)
+    tangents = forward_ad._current_level >= 0
+    compiled = torch.compiler.is_compiling() and type(g) is Tensor
+    return torch.is_grad_enabled() or _batched() or _functorch() or tangents or compiled
 
 
 def _gradients(formula: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g: Tensor) -> list[Tensor | None]:
