@@ -8,7 +8,7 @@ disable_adapter, merge_adapter, unmerge_adapter, merge_and_unload, modules_to_sa
 adapter must import this module first. PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the mappings
 behind it take any string.
 
-    base_model.lotr_factors.<adapter>.<group>.A.value       A and B of a group, once; with group_by="width" A_<in_features>.value
+    base_model.lotr_factors.<adapter>.<group>.A.value       A and B of a group, once; by width A_<in_features>.value, ..
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
     base_model.lotr_cores.<adapter>.<parameter>             instead of those, if `core` is not "dense"
 
@@ -36,10 +36,12 @@ from torch import Tensor, nn
 from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
 from .cores import FORMS
+from .files import _config_of_version_1
 from .functional import check_rank
-from .init import START, fill_core_
-from .linear import LoTRFactor, LoTRFactors, LoTRWrapped, features, is_conv1d, layer_class, scaling_of
-from .targets import Target, _check_layer, _check_targets, _group, _reason, tied_names
+from .init import fill_core_
+from .linear import LoTRFactor, LoTRFactors, LoTRWrapped, features, is_conv1d, layer_class
+from .model import _fast_paths
+from .targets import Target, _check_layer, _check_targets, _reason, group_of, tied_names
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
@@ -95,7 +97,7 @@ class LoTRPeftConfig(PeftConfig):
     rank: int | tuple[int, int] | None = field(default=None, metadata={"help": "r, or (r_in, r_out); None: r"})
     alpha: float | None = field(default=None, metadata={"help": "the adapter is scaled by alpha / r"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
-    scaling: float | str | None = field(default="auto", metadata={"help": "the scaling itself, or auto; None: alpha / r"})
+    scaling: float | str = field(default="auto", metadata={"help": "the scaling itself, or auto, instead of alpha"})
     dropout: float = field(default=0.0, metadata={"help": "on the adapter's x"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
@@ -129,8 +131,6 @@ class LoTRPeftConfig(PeftConfig):
         if len(ranks) > 1:
             raise ValueError(f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}")
         self.rank = self.r = ranks.pop() if ranks else 16
-        if self.scaling is None:  # what it was called before the default was "auto"
-            self.alpha, self.scaling = (max(check_rank(self.rank)) if self.alpha is None else self.alpha), "auto"
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
             raise ValueError(f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}")
         if self.init == "svd":
@@ -160,9 +160,8 @@ class LoTRPeftConfig(PeftConfig):
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """As PEFT's. Also reads the files of the first version, in which "auto" was without START."""
-        if kwargs.get("scaling") == "auto":
-            rank = kwargs.get("rank") or kwargs.get("r") or 16
-            kwargs["scaling"] = scaling_of(rank, diagonal=kwargs.get("core") == "diagonal") * START**3
+        if kwargs.get("scaling") in (None, "auto"):
+            kwargs["scaling"] = _config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})["scaling"]
         former = {name: kwargs.pop(name) for name in _FORMER if name in kwargs}
         cls.__new__(cls, **former)  # raises for values that cannot be ignored
         return super().from_peft_type(**kwargs)
@@ -404,6 +403,12 @@ class LoTRPeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+        _fast_paths(self.model, on=False, adapted=LoTRPeftLinear)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        _fast_paths(model, on=True)
+        return model
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the layers and their groups, and raises for those that cannot be adapted, before PEFT changes the model."""
@@ -419,7 +424,7 @@ class LoTRPeftModel(BaseTuner):
                 config.target_modules.discard(name)
                 continue
             _check_layer(name, module, sizes, reason)
-            targets.append(target := Target((name,), module, *sizes, _group(name, module, sizes, config.to_lotr())))
+            targets.append(target := Target((name,), module, *sizes, group_of(name, module, sizes, config.group_by)))
             owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
             factors = [f"lotr_factors.{owner}" for owner in owners]
             sizes_of = {"in_features": sizes[0], "out_features": sizes[1]}
@@ -586,8 +591,8 @@ class LoTRPeftModel(BaseTuner):
         for key, tensor in found.items():
             if 0 in tensor.shape or hasattr(tensor, "placements"):
                 raise RuntimeError(
-                    f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}, held in parts. Gather a "
-                    f"sharded model first, as accelerate's get_state_dict does, and pass the result as state_dict."
+                    f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}, held in parts. Gather "
+                    f"a sharded model first, as accelerate's get_state_dict does, and pass the result as state_dict."
                 )
         return found
 

@@ -86,7 +86,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def pytest_configure() -> None:
     init = ours.LoTRPeftCore.__init__
 
-    def started(self: ours.LoTRPeftCore, factors: Any, config: ours.LoTRPeftConfig, form: torch.nn.Module | None = None) -> None:
+    def started(
+        self: ours.LoTRPeftCore, factors: Any, config: ours.LoTRPeftConfig, form: torch.nn.Module | None = None
+    ) -> None:
         init(self, factors, config, form)
         for part, parameter in self.parts() if config.revision == STARTED["revision"] else ():
             if part == "core" and not parameter.is_meta:
