@@ -59,6 +59,10 @@ VARIANTS = {
     "-core": ", cores only",
     "-model": ", in a model",
     "-compiled": ", compiled",
+    "-one": ", one task",
+    "-row": ", a task a row",
+    "-token": ", a task a token",
+    "-half": ", half of the tokens the base's",
 }
 CLOCKS = ("wall", "cpu", "events")
 FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
@@ -220,7 +224,10 @@ def rows_of(times: Sequence[dict[str, list[float]]], group: Group, floor: str) -
         stages = [*step.stages, "step"][: len(own)]
         for stage, seconds, base in zip(stages, own, like):
             over = dict(zip(("over", "over_low", "over_high"), interval(seconds / base - 1)))
-            rows.append({"rival": name, "stage": stage, "seconds": float(np.median(seconds)), **over, **step.facts})
+            row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds)), **over, **step.facts}
+            if "least_bytes" in row:
+                row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9
+            rows.append(row)
     return rows
 
 
@@ -353,6 +360,8 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
+    if abs(count) < 2**10:
+        return f"{count:.0f} B"
     return f"{count / 2**10:.0f} KiB" if abs(count) < 2**20 else f"{count / 2**20:.1f} MiB"
 
 

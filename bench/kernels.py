@@ -1,0 +1,281 @@
+"""Each CUDA kernel alone against the library's product: time, bandwidth, error.
+
+    python -m bench.kernels                             every kernel at Llama-3-8B's widths; needs a GPU
+    python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
+    python -m bench.kernels --device cpu                the CPU kernels instead
+    python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
+
+A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: width x width is
+the weight). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a rounding. On a
+GPU, times are the device's own with a cold L2. least: every operand moved once; GB/s: these bytes in our time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .common import DTYPES, Case, Group, Program, Step, check_error, error_of, listed, sizes
+from .rivals import chosen, dtype_of
+
+SCALING = 0.5
+Results = tuple[Tensor, ...]
+SHAPES = {
+    "cuda": "8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128",
+    "cpu": "2048x768x16,512x768x16,2048x768x64",
+}
+CHECKED = "333x200x13,300x264x16,17x4104x61,520x1032x64,257x136x128,130x72x200"
+LAYERS = 32  # folded together, as in Llama-3-8B
+
+
+def library() -> object:
+    import lotr_ext.ops  # loads the operators
+
+    return torch.ops.lotr
+
+
+@dataclass
+class Operator:
+    """Calls that return all results, written in place or new. reset: of what they write. bytes: every operand once."""
+
+    ours: Callable[[], Results]
+    library: Callable[[], Results]
+    truth: Callable[[], Results]
+    bytes: int
+    reset: Callable[[], None] = lambda: None
+    more: dict[str, Callable[[], Results]] = field(default_factory=dict)
+
+
+class Inputs:
+    """Random tensors of a case."""
+
+    def __init__(self, case: Case, device: str):
+        self.dtype, self.device = dtype_of(case), device
+        self.m, self.n, self.r = case["m"], case["n"], case["r"]
+        self.generator = torch.Generator().manual_seed(3)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
+
+    def sums(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def shrink(i: Inputs) -> Operator:
+    """u = x A"""
+    x, A = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5)
+    op = library().shrink
+    return Operator(
+        lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), _bytes(x, A) + i.m * i.r * x.itemsize
+    )
+
+
+def expand_add(i: Inputs) -> Operator:
+    """y += u F^T"""
+    start, u, F = i.normal(i.m, i.n), i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
+    y, z, op = start.clone(), start.clone(), library().expand_add_
+
+    def ours() -> Results:
+        op(y, u, F)
+        return (y,)
+
+    def reset() -> None:
+        y.copy_(start), z.copy_(start)
+
+    truth = lambda: (start.double() + u.double() @ F.double().T,)  # noqa: E731
+    return Operator(ours, lambda: (z.addmm_(u, F.T),), truth, _bytes(y, y, u, F), reset)
+
+
+def factor_grad(i: Inputs) -> Operator:
+    """D += x^T k"""
+    x, k, D, E = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(i.n, i.r), i.sums(i.n, i.r)
+    op = library().factor_grad_
+
+    def ours() -> Results:
+        op(D, x, k)
+        return (D,)
+
+    def reset() -> None:
+        D.zero_(), E.zero_()
+
+    return Operator(
+        ours, lambda: (E.add_(x.T @ k),), lambda: (x.double().T @ k.double(),), _bytes(x, k, D, D), reset
+    )  # fmt: skip
+
+
+def shrink_grad(i: Inputs) -> Operator:
+    """k = g F and Q += g^T u"""
+    g, F, u = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), i.normal(i.m, i.r, scale=i.m**-0.5)
+    Q, P, op = i.sums(i.n, i.r), i.sums(i.n, i.r), library().shrink_grad_
+
+    def reset() -> None:
+        Q.zero_(), P.zero_()
+
+    truth = lambda: (g.double() @ F.double(), g.double().T @ u.double())  # noqa: E731
+    return Operator(
+        lambda: (op(Q, g, F, u), Q), lambda: (g @ F, P.add_(g.T @ u)), truth, _bytes(g, F, u, u, Q, Q), reset
+    )  # fmt: skip
+
+
+def fold(i: Inputs) -> Operator:
+    """F_l = s B G_l^T of all layers"""
+    B, cores, op = i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.m, i.r, i.r), library().fold
+    return Operator(
+        lambda: (op(B, cores, SCALING, i.dtype),),
+        lambda: ((B * SCALING) @ cores.mT,),
+        lambda: (SCALING * (B.double() @ cores.double().mT),),
+        _bytes(B, cores) + i.m * B.nbytes,
+    )
+
+
+def fold_grad(i: Inputs) -> Operator:
+    """dG_l = s Q_l^T B, dB += s sum_l Q_l G_l"""
+    Q, B = i.normal(i.m, i.n, i.r, dtype=torch.float32), i.normal(i.n, i.r, scale=i.r**-0.5)
+    cores, dB, dC, op = i.normal(i.m, i.r, i.r), i.sums(i.n, i.r), i.sums(i.n, i.r), library().fold_grad
+
+    def reset() -> None:
+        dB.zero_(), dC.zero_()
+
+    def by_library() -> Results:
+        return SCALING * (Q.mT @ B.float()), dC.add_((Q @ cores.float()).sum(0), alpha=SCALING)
+
+    def truth() -> Results:
+        return SCALING * (Q.double().mT @ B.double()), SCALING * (Q.double() @ cores.double()).sum(0)
+
+    moved = _bytes(Q, B, cores, dB, dB) + 4 * cores.numel()
+    return Operator(lambda: (op(Q, B, cores, SCALING, dB), dB), by_library, truth, moved, reset)
+
+
+def row_core(i: Inputs) -> Operator:
+    """h_i = s u_i G_c(i)"""
+    u, cores = i.normal(i.m, i.r), i.normal(i.n, i.r, i.r, scale=i.r**-0.5)
+    index = torch.randint(i.n, (i.m,), generator=i.generator).to(i.device)
+    op = library().row_core
+    return Operator(
+        lambda: (op(u, cores, index, None, None, SCALING),),
+        lambda: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
+        lambda: (SCALING * torch.einsum("mr,mrs->ms", u.double(), cores.double()[index]),),
+        _bytes(u, u, index) + len(index.unique()) * cores[0].nbytes,
+    )
+
+
+def gemm_lotr(i: Inputs) -> Operator:
+    """y = x W^T + u F^T in one kernel; the library's base product alone, and beta: u F^T first, then the product onto it."""
+    x, W = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5)
+    u, F = i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
+    op = library().gemm_lotr
+    return Operator(
+        lambda: (op(x, W, None, u, F, False),),
+        lambda: ((x @ W.T).addmm_(u, F.T),),
+        lambda: (x.double() @ W.double().T + u.double() @ F.double().T,),
+        _bytes(x, W, u, F, x),
+        more={"base product alone": lambda: (x @ W.T,), "library, beta": lambda: ((u @ F.T).addmm_(x, W.T),)},
+    )
+
+
+KERNELS: dict[str, Callable[[Inputs], Operator]] = {
+    "shrink": shrink,
+    "expand_add": expand_add,
+    "factor_grad": factor_grad,
+    "shrink_grad": shrink_grad,
+    "fold": fold,
+    "fold_grad": fold_grad,
+    "row_core": row_core,
+    "gemm_lotr": gemm_lotr,
+}
+
+
+def runs(case: Case, device: str) -> bool:
+    """gemm_lotr: on Hopper, in half precision, up to rank 128."""
+    if case["kernel"] != "gemm_lotr":
+        return True
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return hopper and case["dtype"] != "fp32" and case["r"] <= 128 and not case["n"] % 8 and hasattr(library(), "gemm_lotr")
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    names = chosen({}, options.kernels, KERNELS, KERNELS)
+    found = []
+    for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
+        for kernel in names:
+            layers = kernel.startswith("fold") and not options.shapes
+            found.append({"kernel": kernel, **shape} | ({"m": LAYERS} if layers else {}))
+    return [case for case in found if case["kernel"] != "gemm_lotr" or runs({**case, "dtype": "bf16"}, options.device)]
+
+
+def errors(operator: Operator, dtype: torch.dtype) -> float:
+    """The largest error of our results. Raises ArithmeticError above twice the library's, plus a rounding."""
+    truth = operator.truth()
+    operator.reset()
+    ours, theirs = (max(map(error_of, call(), truth)) for call in (operator.ours, operator.library))
+    return check_error("ours", ours, 2 * theirs + torch.finfo(dtype).eps)
+
+
+def build(case: Case, options: argparse.Namespace) -> Group:
+    if not runs(case, options.device):
+        raise ValueError("gemm_lotr: expected an H100, bf16 or fp16, a rank of at most 128 and a width in multiples of 8")
+    operator = KERNELS[case["kernel"]](Inputs(case, options.device))
+    facts = {"error": errors(operator, dtype_of(case)), "least_bytes": operator.bytes}
+    sides = {"library": operator.library, **operator.more, "lotr_ext": operator.ours}
+    steps = {name: Step({"step": lambda _, call=call: call()}) for name, call in sides.items()}
+    steps["lotr_ext"].facts = facts
+    return Group(steps)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Compares every kernel with float64, and its bits with those of a second run. Returns 1 if a number is wrong."""
+    wrong = 0
+    for shape in options.shapes or sizes("m", "n", "r")(CHECKED):
+        for kernel in chosen({}, options.kernels, KERNELS, KERNELS):
+            for dtype in options.dtypes:
+                case = {"kernel": kernel, **shape, "dtype": dtype}
+                if kernel.startswith("fold"):
+                    case["m"] = 3
+                if not runs(case, options.device):
+                    continue
+                operator = KERNELS[kernel](Inputs(case, options.device))
+                try:
+                    error = errors(operator, DTYPES[dtype])
+                    operator.reset()
+                    first = [t.clone() for t in operator.ours()]
+                    operator.reset()
+                    same = all(torch.equal(a, b) for a, b in zip(first, operator.ours()))
+                    said = f"error {error:.1e}" + ("" if same else ", WRONG: other bits in a second run")
+                except ArithmeticError as problem:
+                    same, said = False, f"WRONG: {problem}"
+                wrong += not same
+                print(f"{kernel} {case['m']}x{case['n']} r{case['r']} {dtype}: {said}", flush=True)
+    return int(wrong > 0)
+
+
+def more_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", type=listed, help=f"some of {', '.join(KERNELS)}")
+    parser.add_argument("--shapes", type=sizes("m", "n", "r"), help="MxNxR, comma-separated")
+    parser.add_argument("--check", action="store_true", help="compare with float64 at odd sizes, and measure nothing")
+
+
+PROGRAM = Program(
+    "kernels",
+    __doc__,
+    cases,
+    build,
+    form="{kernel} {m} x {n}, r {r}",
+    floor="library",
+    rounds=15,
+    slice_s=0.01,
+    dtypes="bf16",
+    columns=("least_bytes", "gb_per_s", "error"),
+    options=more_options,
+)
+if __name__ == "__main__":
+    options = PROGRAM.arguments(None)
+    sys.exit(check(options) if options.check else PROGRAM.main())
