@@ -5,14 +5,15 @@
     python -m bench.kernels --device cpu                the CPU kernels instead
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
-A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: width x width is
-the weight). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a rounding. On a
-GPU, times are the device's own with a cold L2. least: every operand moved once; GB/s: these bytes in our time.
+A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight is
+width x width). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a rounding.
+On a GPU, times are the device's own with a cold L2. least: every operand moved once; gb_per_s: these bytes in our time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ LAYERS = 32  # folded together, as in Llama-3-8B
 
 
 def library() -> object:
-    import lotr_ext.ops  # loads the operators
+    importlib.import_module("lotr_ext.ops")  # loads the operators
 
     return torch.ops.lotr
 

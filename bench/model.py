@@ -1,4 +1,4 @@
-"""A transformer trained with each method, at equal rank and at equal size: time of a step, peak memory, trained numbers.
+"""A transformer rv.trained with each method, at equal rank and at equal size: time of a step, peak memory, rv.trained numbers.
 
     python -m bench.model                     SmolLM2-135M's shape with all linear layers adapted; MiniLM's with query and value
     python -m bench.model --models minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
@@ -7,7 +7,7 @@
 
 Weights are random: times do not depend on them. A step is forward, a loss, backward, AdamW. All methods share the frozen
 weights. The gradients of our cores are compared with the three-line formula's first. "-as-lotr": LoRA or VeRA at the rank whose
-size is nearest to LoTR's (LoRA has a floor: rank 1); "-as-lora": LoTR at LoRA's size; "-core": only the cores are trained.
+size is nearest to LoTR's (LoRA has a floor: rank 1); "-as-lora": LoTR at LoRA's size; "-core": only the cores are rv.trained.
 Adapters have the dtype that their users get: PEFT's and ours float32, the original's the model's own.
 """
 
@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import rivals as rv
 from .common import Case, Group, Program, Step, check_error, error_of, listed, peak_bytes
-from .rivals import METHODS, MODELS, EagerLoTR, adapted_model, adapted_widths, base_model, chosen, dtype_of
-from .rivals import factors_of, our_layers_in, rank_of, trained
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # of our cores' gradients, through all layers
 USUAL = {"cpu": ["smollm2-135m", "minilm"], "cuda": ["llama-8x4096", "smollm2-135m"]}
@@ -31,11 +30,11 @@ RANK = 16
 
 def cases(options: argparse.Namespace) -> list[Case]:
     names = options.models or (["tiny-lm"] if options.quick else USUAL[options.device])
-    if bad := [name for name in names if name not in MODELS]:
-        raise ValueError(f"models: expected some of {', '.join(MODELS)}, got {bad[0]!r}")
+    if bad := [name for name in names if name not in rv.MODELS]:
+        raise ValueError(f"models: expected some of {', '.join(rv.MODELS)}, got {bad[0]!r}")
     found = []
     for name in names:
-        shape = MODELS[name]
+        shape = rv.MODELS[name]
         sizes = {"batch": options.batch or shape.batch, "sequence": options.sequence or shape.sequence, "r": options.rank}
         found.append({"model": name, "targets": ",".join(options.targets or shape.targets), **sizes})
     return found
@@ -45,7 +44,7 @@ class Training:
     """One method's model, its optimizer and its steps on one fixed batch."""
 
     def __init__(self, model: nn.Module, case: Case, ids: Tensor, target: Tensor | None):
-        self.model, self.parameters, self.ids, self.target = model, trained(model), ids, target
+        self.model, self.parameters, self.ids, self.target = model, rv.trained(model), ids, target
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3) if self.parameters else None
 
     def forward(self, _: object = None) -> Tensor:
@@ -69,13 +68,13 @@ class Training:
 def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
     """The error of our cores' gradients against the three-line formula's, at the same factors and random cores."""
     torch.manual_seed(1)
-    eager = adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
-    theirs = [module for module in eager.modules() if isinstance(module, EagerLoTR)]
-    layers = our_layers_in(ours.model)
+    eager = rv.adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
+    theirs = [module for module in eager.modules() if isinstance(module, rv.EagerLoTR)]
+    layers = rv.our_layers_in(ours.model)
     with torch.no_grad():
         for other, layer in zip(theirs, layers, strict=True):
             other.core.normal_(std=0.1)
-            factors = factors_of(layer)
+            factors = rv.factors_of(layer)
             for mine, value in ((factors["A"], other.A), (factors["B"], other.B), (layer.core, other.core)):
                 mine.copy_(value)
     for one in (ours, Training(eager, case, ours.ids, ours.target)):
@@ -88,22 +87,22 @@ def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    base = base_model(case["model"], dtype_of(case), options.device)
+    base = rv.base_model(case["model"], rv.dtype_of(case), options.device)
     targets = case["targets"].split(",")
-    widths, rows = adapted_widths(base, targets), (case["batch"], case["sequence"])
+    widths, rows = rv.adapted_widths(base, targets), (case["batch"], case["sequence"])
     if not widths:
         raise ValueError(f"targets: expected names of linear layers of {case['model']}, got {case['targets']!r}")
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, base.config.vocab_size, rows, generator=generator).to(options.device)
     target = None
-    if MODELS[case["model"]].family == "encoder":
+    if rv.MODELS[case["model"]].family == "encoder":
         target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
-    usual = [name for name in METHODS if name != "lotr_ext-compiled"]
+    usual = [name for name in rv.METHODS if name != "lotr_ext-compiled"]
     steps = {}
-    for name in chosen(case, options.rivals, usual, METHODS):
+    for name in rv.chosen(case, options.rivals, usual, rv.METHODS):
         torch.manual_seed(1)
-        rank = rank_of(name, widths, case["r"])
-        training = Training(adapted_model(name, base, targets, rank), case, ids, target)
+        rank = rv.rank_of(name, widths, case["r"])
+        training = Training(rv.adapted_model(name, base, targets, rank), case, ids, target)
         facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in training.parameters)}
         if name == "lotr_ext":
             facts["error"] = gradient_error(training, base, case)
@@ -114,7 +113,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", type=listed, help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=listed, help=f"some of {', '.join(rv.MODELS)}")
     parser.add_argument("--targets", type=listed, help="endings of the adapted layers' names (the model's own)")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--sequence", type=int, help="tokens a row")

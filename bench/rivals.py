@@ -1,8 +1,8 @@
 """The rivals: one layer, a stack of layers, and a whole transformer with each method of adaptation, on the same weights.
 
-LoRA from library products stands in four forms: as it is usually written (eager), with a handwritten backward and as few passes
-as the library allows (in-place; beta: the adapter's product comes first and the base product accumulates onto it, which on a GPU
-is the fastest LoRA that cuBLAS gives), compiled, and PEFT's layer. LoTR in three lines is what the original implementation does.
+LoRA from library products has five forms: as it is usually written (eager); with a handwritten backward and as few passes as the
+library allows (in-place); the same with the adapter's product first, onto which the base product accumulates (beta: on a GPU the
+fastest LoRA that cuBLAS gives); compiled; PEFT's layer. LoTR in three lines is README's formula in plain torch.
 """
 
 from __future__ import annotations
@@ -41,9 +41,14 @@ class Tensors:
             return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
 
         return cls(
-            normal(n, k, scale=k**-0.5), normal(n, scale=0.1), normal(k, rank, scale=k**-0.5), normal(n, rank, scale=rank**-0.5),
-            normal(rank, rank, scale=rank**-0.5), normal(rank, scale=1.0), normal(n, scale=1.0),
-        )  # fmt: skip
+            weight=normal(n, k, scale=k**-0.5),
+            bias=normal(n, scale=0.1),
+            A=normal(k, rank, scale=k**-0.5),
+            B=normal(n, rank, scale=rank**-0.5),
+            core=normal(rank, rank, scale=rank**-0.5),
+            d=normal(rank, scale=1.0),
+            b=normal(n, scale=1.0),
+        )
 
     def double(self) -> Tensors:
         return Tensors(**{name: None if t is None else t.double() for name, t in vars(self).items()})
@@ -377,7 +382,9 @@ def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
         if name.rpartition(".")[2] in targets:
             width, like = (module.in_features, module.out_features), module.weight
             if width not in pairs:
-                pairs[width] = [parameter(torch.randn(size, r, device=like.device).to(like.dtype) * size**-0.5) for size in width]
+                pairs[width] = [
+                    parameter(torch.randn(size, r, device=like.device).to(like.dtype) * size**-0.5) for size in width
+                ]
             model.set_submodule(name, EagerLoTR(module, *pairs[width]))
     return model
 
@@ -469,4 +476,3 @@ def saved_bytes(rival: Rival, t: Tensors, x: Tensor) -> int:
         y = rival(x)
     kept.pop(y.untyped_storage().data_ptr(), None)
     return sum(kept.values())
-
