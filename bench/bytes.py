@@ -3,11 +3,11 @@
     python -m bench.bytes                     the kernels and the whole layer at 8192 x 4096 x 4096, r = 16 (minutes)
     python -m bench.bytes --shapes 2048x4096x4096x64 --multiprocessors 108
 
-A shape is tokens x in x out x rank, in bfloat16. The kernels run on the CPU with the split that the planner chooses for a GPU of
-so many multiprocessors. Counted bytes are exact and the same in every run: all that a warp's instructions read and write in global
-memory. What a kernel reads again of its factors, and partial sums, fit in a GPU's L2; so a whole layer is shown with the large
-matrices as counted and everything else once, and the worst case with every counted byte. Operators of torch are taken to move
-every operand once, which is their least. Layers are shown less the frozen layer's bytes. No GPU has run these kernels.
+A shape is tokens x in x out x rank, in bfloat16. The kernels run on the CPU with the split that the planner chooses for a GPU
+of so many multiprocessors. Counted bytes are exact and the same in every run: all that a warp's instructions read and write in
+global memory. What a kernel reads again of its factors, and partial sums, fit in a GPU's L2; so a whole layer is shown with the
+large matrices as counted and everything else once, and the worst case with every counted byte. Operators of torch are taken to
+move every operand once, which is their least. Layers are shown less the frozen layer's bytes. No GPU has run these kernels.
 """
 
 from __future__ import annotations

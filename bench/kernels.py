@@ -5,9 +5,10 @@
     python -m bench.kernels --device cpu                the CPU kernels instead
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
-A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight is
-width x width). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a rounding.
-On a GPU, times are the device's own with a cold L2. least: every operand moved once; gb_per_s: these bytes in our time.
+A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
+is width x width). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a
+rounding. On a GPU, times are the device's own with a cold L2. least: every operand moved once; gb_per_s: these bytes in our
+time.
 """
 
 from __future__ import annotations

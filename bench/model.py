@@ -1,4 +1,4 @@
-"""A transformer rv.trained with each method, at equal rank and at equal size: time of a step, peak memory, rv.trained numbers.
+"""A transformer trained with each method, at equal rank and at equal size: time of a step, peak memory, trained numbers.
 
     python -m bench.model                     SmolLM2-135M's shape with all linear layers adapted; MiniLM's with query and value
     python -m bench.model --models minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
@@ -7,7 +7,7 @@
 
 Weights are random: times do not depend on them. A step is forward, a loss, backward, AdamW. All methods share the frozen
 weights. The gradients of our cores are compared with the three-line formula's first. "-as-lotr": LoRA or VeRA at the rank whose
-size is nearest to LoTR's (LoRA has a floor: rank 1); "-as-lora": LoTR at LoRA's size; "-core": only the cores are rv.trained.
+size is nearest to LoTR's (LoRA has a floor: rank 1); "-as-lora": LoTR at LoRA's size; "-core": only the cores are trained.
 Adapters have the dtype that their users get: PEFT's and ours float32, the original's the model's own.
 """
 

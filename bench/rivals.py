@@ -1,8 +1,8 @@
 """The rivals: one layer, a stack of layers, and a whole transformer with each method of adaptation, on the same weights.
 
-LoRA from library products has five forms: as it is usually written (eager); with a handwritten backward and as few passes as the
-library allows (in-place); the same with the adapter's product first, onto which the base product accumulates (beta: on a GPU the
-fastest LoRA that cuBLAS gives); compiled; PEFT's layer. LoTR in three lines is README's formula in plain torch.
+LoRA from library products has five forms: as it is usually written (eager); with a handwritten backward and as few passes as
+the library allows (in-place); the same with the adapter's product first, onto which the base product accumulates (beta: on a
+GPU the fastest LoRA that cuBLAS gives); compiled; PEFT's layer. LoTR in three lines is README's formula in plain torch.
 """
 
 from __future__ import annotations

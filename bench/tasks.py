@@ -4,10 +4,10 @@
     python -m bench.tasks --shapes 64x1x1000x512x4x16
 
 A shape is rows x tokens a row x tasks x width x blocks x rank. The model is a small Llama of random weights, whose q, k, v and
-o are adapted. train: forward, backward and AdamW on the cores alone; the bank's step moves all tasks. serve: a forward without a
-gradient; PEFT's LoRA by `adapter_names` runs one adapter after another. Each round draws the rows' tasks again. "lotr_ext-row":
-a task a row; "-token": a task a token; "-half": a task a row for the second half of its tokens, the base for the first.
-task: the bytes of one task, cores or a LoRA.
+o are adapted. train: forward, backward and AdamW on the cores alone; the bank's step moves all tasks. serve: a forward without
+a gradient; PEFT's LoRA by `adapter_names` runs one adapter after another. Each round draws the rows' tasks again.
+"lotr_ext-row": a task a row; "-token": a task a token; "-half": a task a row for the second half of its tokens, the base for
+the first. task: the bytes of one task, cores or a LoRA.
 """
 
 from __future__ import annotations
