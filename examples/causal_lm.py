@@ -4,8 +4,8 @@
     python examples/causal_lm.py                      40 steps, a few minutes on two cores
     python examples/causal_lm.py --text mine.txt --prompt "Dear" --steps 100
 
-The loss of a held-out twentieth of the text is measured before and after. The adapter is saved in demo_results/causal-lm, loaded
-into a fresh model and merged there: the loss must be the same.
+The loss of a held-out twentieth of the text is measured before and after. The adapter is saved in demo_results/causal-lm and
+merged into a fresh model: the loss must be the same.
 """
 
 from __future__ import annotations
