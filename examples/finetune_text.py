@@ -32,12 +32,11 @@ def adapt(model: TextClassifier, method: str, options: argparse.Namespace) -> nn
     if method == "head":
         model.encoder.requires_grad_(False)
         return model
+    targets = {"target_modules": options.targets, "modules_to_save": ["head"]}
     if method == "lotr":
-        config = LoTRConfig(rank=options.rank, target_modules=options.targets, modules_to_save=["head"])
-        return apply_lotr(model, config)
+        return apply_lotr(model, LoTRConfig(rank=options.rank, **targets))
     from peft import LoraConfig, get_peft_model
 
-    targets = {"target_modules": options.targets, "modules_to_save": ["head"]}
     return get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, **targets))
 
 
@@ -66,17 +65,15 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     model = adapt(model, method, options)
     data = batches(tokenize([t for t, _ in examples]), [c for _, c in examples], options.batch, seed)
     begun = time.perf_counter()
-    optimizer = optimizer_of(model, options.lr)
-    losses = train(METHODS[method], options.steps, optimizer, lambda: text_loss(model, next(data)))
+    losses = train(METHODS[method], options.steps, optimizer_of(model, options.lr), lambda: text_loss(model, next(data)))
     seconds = (time.perf_counter() - begun) / options.steps
     ids, labels = tokenize([t for t, _ in held_out]), torch.tensor([c for _, c in held_out])
     logits = predict(model, ids)
-    folder = options.out / method
     if method == "lotr":
-        save_adapter(model, folder)
-        check_saved(folder, ids, logits)
+        save_adapter(model, options.out / method)
+        check_saved(options.out / method, ids, logits)
     elif method == "lora":
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(options.out / method))
     return {
         "method": METHODS[method],
         "trained numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -92,13 +89,13 @@ def show(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    print(f"{'method':12} {'trained numbers':>16} {'accuracy':>26} {'s a step':>9} {'peak memory':>12}")
+    print(f"{'method':12} {'trained numbers':>16} {'accuracy':>24} {'s a step':>9} {'peak memory':>12}")
     for name in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == name]
         right = [100 * run["accuracy"] for run in own]
-        accuracy = f"{statistics.fmean(right):.1f} % ({min(right):.1f} to {max(right):.1f})" if own[1:] else f"{right[0]:.1f} %"
+        accuracy = f"{statistics.fmean(right):.1f} % ({min(right):.1f} to {max(right):.1f})"
         step, peak = statistics.median(run["seconds a step"] for run in own), max(run["peak MiB"] for run in own)
-        print(f"{name:12} {own[0]['trained numbers']:16,} {accuracy:>26} {step:9.3f} {peak:8,.0f} MiB")
+        print(f"{name:12} {own[0]['trained numbers']:16,} {accuracy:>24} {step:9.3f} {peak:8,.0f} MiB")
         mean = torch.tensor([run["losses"] for run in own]).mean(0)
         axes.plot([mean[max(0, i - 15) : i + 1].mean() for i in range(len(mean))], label=f"{name}: {accuracy}")
     axes.set(xlabel="step", ylabel="training loss (mean of 15 steps)")

@@ -41,7 +41,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "model")
     for file in MINILM.glob("*token*"):
         shutil.copy(file, folder / "model")
-    line = "A line that is long enough for two of the three tasks, {} and {} and {}, and {} words more and more, and so on, {}.\n"
+    line = "A line that is long enough for two of the three tasks, {} and {} and {}, and {} words more, and so on, {}.\n"
     (folder / "text").write_text("".join(line.format(i, i * i, 7 * i, 3 * i, i + 1) for i in range(200)))
     return ["--model", str(folder / "model"), "--text", str(folder / "text")]
 
