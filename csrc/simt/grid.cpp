@@ -87,6 +87,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   block.registers_free = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
+  block.unfenced.clear();
   give_shared_memory(block, number);
   for (uint32_t w = 0; w < warps; ++w) {
     Warp& warp = block.warps[w];
@@ -113,6 +114,8 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     t.op = "its start";
     t.site = Site{machine.launch.name, 0};
     t.copies.clear();
+    t.stores.clear();
+    t.unfenced.clear();
     t.products.clear();
     t.products_issued = 0;
     t.wgmma_fenced = false;

@@ -100,6 +100,8 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   if (!arrivals || arrivals > MOST)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line, arrivals);
   memcpy(barrier, MARK, 8);
+  Block& block = *self().block;
+  if (block.unfenced.empty()) block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
   MemoryBarrier b;
   b.expected = b.pending = arrivals;
   b.unfenced = &self();

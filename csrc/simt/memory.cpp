@@ -153,6 +153,7 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   maybe_preempt();
+  note_store(p, bytes);
   race::access(p, bytes, race::Use::write);
   move(p, value, bytes);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -24,6 +25,13 @@ struct AsyncCopy {
   const void* from;
   uint32_t bytes, source_bytes;
   bool commit;  // the end of a group instead of a copy
+};
+
+// A bulk copy from shared to global memory; without a tile: the end of a group.
+struct BulkStore {
+  const unsigned char* tile;
+  size_t bytes;
+  std::shared_ptr<bool> landed;
 };
 
 struct WarpgroupProduct {
@@ -60,6 +68,8 @@ struct Thread {
   int barrier = 0;          // the barrier it waits at
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
+  std::vector<BulkStore> stores;
+  std::vector<uint32_t> unfenced;  // words of shared memory written since the last fence.proxy.async
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
@@ -112,6 +122,7 @@ struct Block {
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
   uint32_t registers_free = 0;                      // given back by its warps
   unsigned char* shared = nullptr;
+  std::vector<uint16_t> unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
   size_t shared_bytes = 0;
   Barrier barriers[16];
   bool let_next = false;  // has called griddepcontrol.launch_dependents
@@ -198,6 +209,9 @@ void check_early_end(const Thread& thread);       // before it ends
 // Counts the call. True: skip_synchronisation names this place.
 bool left_out(const char* op, Site site);
 void forget_sites();
+
+// ---- bulk_store.cpp ----
+void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
 
 // ---- mbarrier.cpp ----
 MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it was not initialised
