@@ -1,7 +1,7 @@
-"""Arrays for the kernel tests: element types, poisoned padding, truth in float64 and the tolerance rule.
+"""Arrays for the kernel tests: element types, poisoned padding, the tolerance rule.
 
-bfloat16 is carried as uint16, as csrc/simt/module/module.cpp takes it. Everything outside a matrix is NaN: the columns between
-its rows, the rows after the last, what lies before the first. A kernel that reads any of it shows.
+bfloat16 is carried as uint16, as the executor's module takes it. Everything outside a matrix is NaN: the columns between its
+rows, the rows after the last, and the elements before the first. A kernel that reads any of it produces NaN.
 """
 
 from __future__ import annotations
@@ -78,18 +78,20 @@ def place(values: np.ndarray, dtype: np.dtype, layout: Layout = ALIGNED) -> np.n
 
 
 class Output:
-    """An output in poisoned memory that knows whether anything around it was written."""
+    """An output in poisoned memory; check_outside asserts that nothing around it was written. Three dimensions are packed."""
 
-    def __init__(self, shape: tuple[int, int], dtype: np.dtype, layout: Layout = ALIGNED, values: np.ndarray | None = None):
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, layout: Layout = ALIGNED, values: np.ndarray | None = None):
+        shape, whole, layout = (int(np.prod(shape[:-1])), shape[-1]), shape, PACKED if len(shape) > 2 else layout
         self.buffer, self.view = poisoned(shape, dtype, layout)
-        if values is not None:
-            self.view[...] = values
         word = np.uint16 if self.buffer.itemsize == 2 else np.uint32
         inside = np.zeros(self.buffer.shape, bool)
         strides = tuple(s // self.buffer.itemsize for s in self.view.strides)
         rows, cols = np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij")
         inside[layout.offset + rows * strides[0] + cols * strides[1]] = True
         self._outside, self._words = ~inside, self.buffer.view(word)
+        self.view = self.view.reshape(whole)
+        if values is not None:
+            self.view[...] = values
 
     def check_outside(self) -> None:
         """Asserts that only the matrix itself was written."""
@@ -118,7 +120,7 @@ def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np
 
 
 def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
-    """The mask of drop(): written from the contract's words, with numpy integers, not from the kernel."""
+    """The elements that dropout keeps: Philox 4x32-10 in numpy integers, written from its definition, not from the kernel."""
     e = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols) + np.arange(cols, dtype=np.uint64)[None, :]
     q, low = e // np.uint64(4), np.uint64(0xFFFFFFFF)
     c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
