@@ -524,7 +524,7 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
     x = x.to(dtype)
     y = x.new_empty(0) if isinstance(layer, LoTRWrapped) else None
     weight = None if y is not None else layer.weight.detach().to(dtype)
-    reason = layer.factors(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
+    reason = layer.factors.read(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
     return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
 
