@@ -448,7 +448,8 @@ def _check(
             "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the factors. "
             "Load the adapter first, or del model.lotr_tasks."
         )
-    if list(entries) != list(layers):
+    dense = config is None or config.core == "dense"  # computed cores depend on the order; a converted LoRA has its own order
+    if (sorted if dense else list)(entries) != (sorted if dense else list)(layers):
         missing, extra = sorted(set(entries) - set(layers)), sorted(set(layers) - set(entries))
         raise ValueError(
             f"layers: expected the adapter's {len(entries)} layers in their order, got the model's {len(layers)}: not in the "

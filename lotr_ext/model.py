@@ -128,9 +128,7 @@ def install(
         factors = pairs.of(group, targets[0])
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
-            form = cores.at(place_of(target.name))
-            form.leave_cores_to_owner()
-            layer.use_core(form)
+            layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
             with torch.no_grad():
@@ -257,7 +255,7 @@ def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | No
         weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) - delta)
 
 
-def _fast_paths(model: nn.Module, *, on: bool) -> None:
+def _fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
     """Turns fast paths off, or on again, in modules with adapted layers. nn.TransformerEncoderLayer's reads the weights of its
     linear layers without calling them, and nn.TransformerEncoder makes nested tensors for it. Both depend on attributes that
     nothing else reads."""
@@ -268,7 +266,7 @@ def _fast_paths(model: nn.Module, *, on: bool) -> None:
             continue
         if on and "lotr_fast_path" in vars(module):
             setattr(module, name, vars(module).pop("lotr_fast_path"))
-        elif not on and any(isinstance(m, LoTRLayer) for m in module.modules()):
+        elif not on and any(isinstance(m, adapted) for m in module.modules()):
             module.lotr_fast_path = getattr(module, name)
             setattr(module, name, False)
 
