@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import autograd, ops
 from .config import LoTRConfig, place_of
+from .cores import FORMS, Cores
+from .experts import LoTRExperts, adapt_parameter, release
 from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, LoTRWrapped, adapt
@@ -114,7 +117,7 @@ def install(
     model: nn.Module,
     config: LoTRConfig,
     selection: Selection,
-    cores: nn.Module | None = None,
+    cores: Cores | None = None,
     starts: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> None:
     """Adapts the layers of a selection. cores: the Cores of all layers, or None for dense ones. starts: A, B and the cores [l,
@@ -193,8 +196,6 @@ def _home(module: nn.Module) -> torch.device:
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
     if target.parameter is not None:
-        from .experts import adapt_parameter
-
         layer = adapt_parameter(target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout)
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
@@ -206,12 +207,10 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
+def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> Cores | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
-    from .cores import FORMS, Cores
-
     if config.core == "custom":
         raise ValueError('core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.')
     places = [place_of(t.name) for t in selection.targets]
@@ -500,11 +499,13 @@ def explain(model: nn.Module, x: Any) -> str:
     layers = adapted_layers(model)
     lines: Counter[str] = Counter()
 
-    def note(layer: LoTRLayer, args: tuple, kwargs: dict) -> None:
+    def note(layer: LoTRLayer, called: nn.Module, args: tuple, kwargs: dict) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         lines[_line(layer, given)] += 1
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
+    # the experts of a mixture run inside of their host's forward
+    calls = [(getattr(layer, "host", layer), partial(note, layer)) for layer in layers.values()]
+    handles = [called.register_forward_pre_hook(hook, with_kwargs=True) for called, hook in calls]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -529,7 +530,7 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     x = x.to(dtype)
-    y = x.new_empty(0) if isinstance(layer, LoTRWrapped) else None
+    y = x.new_empty(0) if isinstance(layer, (LoTRWrapped, LoTRExperts)) else None
     weight = None if y is not None else layer.weight.detach().to(dtype)
     reason = layer.factors.read(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
@@ -621,13 +622,13 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     for name, layer in layers.items():
         own = bank.hooks_on(layer) if bank is not None else 0
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if sum(map(len, hooks)) > own and not hasattr(layer, "holder"):
+        if sum(map(len, hooks)) > own and not hasattr(layer, "host"):
             raise RuntimeError(
                 f"unload: expected layers without hooks, which would be lost, got some on {name!r}. Remove them."
             )
         if layer.start_core is not None and not merge:
             layer._weight_to_write("unload")
-        if not hasattr(layer, "to_base") and not hasattr(layer, "holder"):
+        if not hasattr(layer, "to_base") and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     _check_unmergeable({} if merge else merged)
@@ -642,13 +643,9 @@ def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
     if hasattr(model, "lotr_tasks"):
         model.lotr_tasks.remove_hooks()
-    hosts = {id(layer.holder): layer.holder for layer in layers.values() if hasattr(layer, "holder")}
-    if hosts:
-        from .experts import release
-
-        for host in hosts.values():
-            release(host)
-    bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "holder")}
+    for host in {id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")}.values():
+        release(host)
+    bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
     _fast_paths(model, on=True)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd
+from .experts import CHILD
 from .files import checked_path, put_file, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
@@ -75,7 +76,8 @@ class TaskBank(nn.Module):
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         model.lotr_tasks = self
         guard = _Guard(self)
-        self._hooks = [layer.register_forward_pre_hook(guard) for layer in layers.values()]
+        called = {id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())}  # a host calls its experts
+        self._hooks = [module.register_forward_pre_hook(guard) for module in called.values()]
         if not isinstance(model, LoTRLayer):
             self._hooks.append(model.register_forward_pre_hook(_note_columns, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(_forget_columns, always_call=True))
@@ -391,7 +393,9 @@ class _Guard:
         self.bank = (lambda: None) if bank is None else weakref.ref(bank)
 
     def __call__(self, layer: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or autograd._graph_task() < 0 or layer in autograd.requests() or self.bank() is None:
+        if torch.compiler.is_compiling() or autograd._graph_task() < 0 or self.bank() is None:
+            return
+        if not autograd.requests().keys().isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values())):
             return
         raise RuntimeError(
             "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got one "
