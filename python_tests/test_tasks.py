@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from helpers import relative, worst
 from models import moved, own_parameters, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import zoo
 from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
 from lotr_ext.model import adapted_layers
 
@@ -342,7 +342,7 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="free slot"):
         bank.add()
     bank.save(1, tmp_path / "one.safetensors")
-    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == {n: (3, 3) for n in own}
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == dict.fromkeys(own, (3, 3))
     bank.remove(1)
     assert len(bank) == 1 and not any(bool(core[1].any()) for core in bank.cores)
     bank.replace(0, tmp_path / "one.safetensors")
