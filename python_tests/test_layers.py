@@ -1,6 +1,6 @@
 """LAYERS: kind of layer x form of its node x context, against float64 autograd of the formula (`layers.py`).
 
-A context takes a Side and returns tensors: outputs and gradients. It runs on the layers and on the truth, and the two must agree.
+A context takes a Side and returns tensors: outputs and gradients. It runs on the layers and on the truth; the two must agree.
 """
 
 from __future__ import annotations
@@ -388,7 +388,9 @@ def test_compile(kind: str, form: str) -> None:
     compiled.forward = torch.compile(net.forward, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (6, 18, 12):
         for context in (once, no_grad_first):
-            assert worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+            assert (
+                worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+            )
     assert counters["stats"]["unique_graphs"] <= 3  # with a graph, without, and the first of static sizes
 
 
