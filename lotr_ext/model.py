@@ -113,9 +113,7 @@ def install(
         factors = pairs.of(group, targets[0])
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
-            form = cores.at(place_of(target.name))
-            form.leave_cores_to_owner()
-            layer.use_core(form)
+            layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
             with torch.no_grad():

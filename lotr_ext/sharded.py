@@ -1,23 +1,82 @@
 """Models that several processes train: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO.
 
 Each process adds its layers' gradients of A and of B into one sum, and autograd sees each sum once a backward, so training in
-several processes reduces A once and B once a step. Under FSDP2 and ZeRO-3 a process holds only a part of a tensor. `gathered`
-gives whole tensors for a file, and `write_parts` distributes whole tensors again.
+several processes reduces A once and B once a step. Under FSDP2 and ZeRO-3 a process holds only a part of a tensor:
+`save_adapter` and `load_adapter` here gather whole tensors for the file and distribute them again.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["agreed", "gathered", "in_parts", "shard_factors", "unwrapped", "write_parts", "writes_files"]
+from . import files
+from .linear import LoTRFactor
+
+__all__ = ["load_adapter", "save_adapter", "shard_factors"]
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shard_factors(model: Model, **options: Any) -> Model:
+    """Shards A and B of an adapted model with FSDP2. Call it before `fully_shard` of the blocks and of the model.
+
+    Each factor is gathered by itself, around the calls that read it, and stays gathered until the backward has ended: one
+    gather a factor and step instead of one a layer. options: as for torch's `fully_shard` (mesh, mp_policy, ..).
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, LoTRFactor):
+            fully_shard(module, **{"reshard_after_forward": False, **options})
+    return model
+
+
+def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """`lotr_ext.save_adapter` of a model that several processes hold, whole or in parts. All processes must call it.
+
+    They gather the tensors, process 0 writes, and all wait for it. model: with its wrapper (DistributedDataParallel,
+    DeepSpeed's engine, FSDP2's model).
+
+    Raises:
+        As `lotr_ext.save_adapter`; RuntimeError in all other processes if one of them fails.
+    """
+    inner, path = _unwrapped(model), files.checked_path(directory, "directory")
+    _reshard(inner)
+    document, tensors = files.contents(inner, _whole)
+
+    def write() -> None:
+        if _processes() == 1 or dist.get_rank() == 0:
+            files.write(path, document, tensors)
+
+    files.warn_of_unsaved(inner)
+    _agreed("save_adapter", write)
+
+
+def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
+    """`lotr_ext.load_adapter` into a model that several processes hold, whole or in parts. All processes must call it.
+
+    A model in parts must be adapted already, because its parameters are sharded after `apply_lotr`. Each process reads the
+    directory. A ZeRO optimizer's float32 copies of half-precision parameters are set, too.
+
+    Raises:
+        As `lotr_ext.load_adapter`; RuntimeError in all other processes if one of them fails.
+    """
+    inner, path = _unwrapped(model), files.checked_path(directory, "directory")
+    document, tensors = _agreed("load_adapter", lambda: files.read(path))
+    _reshard(inner)
+    files.load_into(inner, document, tensors, cast=cast, write_=_write)
+    return model
+
+
+# ---- tensors in parts ------------------------------------------------------------------------------------------------
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
@@ -26,44 +85,12 @@ def _class(module: str, name: str) -> type | tuple[()]:
     return getattr(sys.modules.get(module), name, ())
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile and DeepSpeed's engine."""
     wrappers = nn.parallel.DistributedDataParallel, _class("deepspeed.runtime.engine", "DeepSpeedEngine")
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
     return model
-
-
-def shard_factors(model: nn.Module, **options: Any) -> nn.Module:
-    """Shards A and B of an adapted model with FSDP2. Call it before `fully_shard` of the blocks and of the model.
-
-    Each factor is gathered by itself, around the calls that read it, and stays gathered until the backward has ended: that
-    takes one gather a factor and step instead of one a layer. options: as for torch's `fully_shard` (mesh, mp_policy, ..).
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    from .linear import LoTRFactor
-
-    for module in model.modules():
-        if isinstance(module, LoTRFactor):
-            fully_shard(module, **{"reshard_after_forward": False, **options})
-    return model
-
-
-# ---- whole tensors ---------------------------------------------------------------------------------------------------
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
-
-
-def _is_zero(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id")  # ZeRO-3's mark of its parameters
-
-
-def in_parts(tensors: Iterable[Tensor]) -> bool:
-    """Whether a process holds only a part of one of the tensors: a DTensor, or a parameter of ZeRO-3."""
-    return any(_is_dtensor(tensor) or _is_zero(tensor) for tensor in tensors)
 
 
 def _reshard(model: nn.Module) -> None:
@@ -74,57 +101,49 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@torch.no_grad()
-def gathered(model: nn.Module, tensors: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole, plain tensors by name. A collective if the model is held in parts: every process must call it.
-
-    tensors: returns the model's tensors by name, after FSDP2 has freed what it gathered for the last forward.
-    """
-    _reshard(model)
-    found = {name: tensor.full_tensor() if _is_dtensor(tensor) else tensor for name, tensor in tensors().items()}
-    if zero := {name: tensor for name, tensor in found.items() if _is_zero(tensor)}:
-        with _zero_gathered(zero.values()):
-            found |= {name: tensor.detach().clone() for name, tensor in zero.items()}
-    return found
-
-
-@torch.no_grad()
-def write_parts(model: nn.Module, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copies whole values, which all processes have, into the model's tensors of the same names, or into this process's parts.
-
-    Also into the float32 copies that a ZeRO optimizer keeps of half-precision parameters.
-    """
-    _reshard(model)
-    zero = {name: tensor for name, tensor in targets.items() if _is_zero(tensor)}
-    for name, target in targets.items():
-        if name in zero:
-            continue
-        value = values[name].to(target.device, target.dtype)
-        if _is_dtensor(target):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(value)
-    if zero:
-        with _zero_gathered(zero.values(), modifier_rank=0):
-            for name, target in zero.items():
-                target.data.copy_(values[name])
-    if "deepspeed.utils" in sys.modules:
-        _write_zero_masters(targets, values)
-
-
-def _zero_gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> Any:
+def _zero_gathered(tensor: Tensor, modifier_rank: int | None = None) -> Any:
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(tensors), modifier_rank=modifier_rank)
+    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=modifier_rank)
 
 
-def _write_zero_masters(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor or of a parameter of ZeRO-3, which all processes gather together; any other tensor as it is."""
+    if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
+        with _zero_gathered(tensor):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if isinstance(tensor, _class("torch.distributed.tensor", "DTensor")) else tensor
 
-    for name, target in targets.items():
-        if hasattr(target, "_hp_mapping") or _is_zero(target):
-            safe_set_full_fp32_param(target, values[name].float().to(target.device))
+
+@torch.no_grad()
+def _write(target: Tensor, value: Tensor) -> None:
+    """Writes a whole value, which all processes have, into a tensor, or into this process's part of it."""
+    if hasattr(target, "ds_id"):
+        with _zero_gathered(target, modifier_rank=0):
+            target.data.copy_(value)
+    elif isinstance(target, _class("torch.distributed.tensor", "DTensor")):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+    else:
+        target.copy_(value)
+    _write_master(target)
+
+
+def _write_master(parameter: Tensor) -> None:
+    """Writes a parameter's new value into the float32 copy of a ZeRO optimizer, whose next step would restore the old one."""
+    if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
+        return
+    if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:  # this process's part: nothing is sent
+        get, put, value = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param, parameter.ds_tensor
+    elif hasattr(parameter, "_hp_mapping"):
+        get, put, value = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param, parameter
+    else:
+        return
+    if (master := get(parameter)) is not None:
+        put(parameter, value.detach().float().view_as(master))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -134,20 +153,9 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def writes_files(model: nn.Module) -> bool:
-    """Whether this process writes the files of a model that several processes hold, whole or in parts: process 0 does."""
-    return _processes() == 1 or dist.get_rank() == 0
-
-
-def agreed(where: str, work: Callable[[], T], together: bool = True) -> T:
-    """Runs work() in every process. If it fails in one process it fails in all, so that no process waits for a failed one.
-
-    together: whether the other processes call this, too.
-
-    Raises:
-        In the failed process its own exception; in the others RuntimeError with its message and the process's rank.
-    """
-    if not together or _processes() == 1:
+def _agreed(where: str, work: Callable[[], T]) -> T:
+    """Runs work() in every process. If it fails in one process it fails in all, so that no process waits for a failed one."""
+    if _processes() == 1:
         return work()
     result, error = None, None
     try:
