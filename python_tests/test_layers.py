@@ -378,7 +378,7 @@ GRAPH_KINDS = ("linear", "siblings", "again", "two Bs", "wrapped", "function", "
 
 
 @pytest.mark.parametrize("kind", GRAPH_KINDS)
-def test_compile(kind: str, form: str) -> None:
+def test_compile(kind: str) -> None:
     """One graph, with our operators, forward and backward; no recompilation for another number of tokens."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -727,7 +727,8 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     plain = layer.to_linear()
     layer.merge()
     ulp = torch.finfo(dtype).eps * (W + delta).abs()
-    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + 1e-7 * (dtype == torch.float32)).all())
+    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
+    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
     assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
     assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
     with pytest.raises(RuntimeError, match="unmerge"):
@@ -746,8 +747,7 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
 
 def test_merge_that_is_not_finite_changes_nothing() -> None:
     layer = Net("linear", torch.float16).layers[0]
-    with torch.no_grad():
-        layer.core.fill_(6e4)
+    layer.scaling = 1e6
     before = layer.weight.clone()
     with pytest.raises(ValueError, match="finite"):
         layer.merge(safe=True)
