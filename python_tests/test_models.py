@@ -236,11 +236,7 @@ SELECTED = [
     ("mlp", {}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]),
     ("mlp", {"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
     ("mlp", {"target_modules": ["0.up", "head"]}, ["blocks.0.up", "head"]),
-    (
-        "mlp",
-        {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]},
-        ["blocks.0.down", "blocks.1.up", "blocks.1.down"],
-    ),
+    ("mlp", {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]}, ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
     ("mlp", {"exclude_modules": r"blocks\..*"}, ["head"]),
     ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
     ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
@@ -497,9 +493,7 @@ def test_one_warning_for_a_rank_above_the_width() -> None:
 def test_explain_says_what_runs_and_why() -> None:
     model, x = trained("mlp"), zoo.inputs("mlp")
     lines = explain(model, x).splitlines()
-    assert lines == [
-        f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")
-    ]
+    assert lines == [f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")]
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in explain(model, x)
     with disabled(model):
