@@ -281,8 +281,13 @@ def agree(net: Net, context: Callable[[Side], Found], x: Tensor, close: float = 
     assert error < close, f"{error:.1e}"
 
 
+ONE_FORM = {"wrapped", "trained base", "rows", "rows of siblings", "rows, wrapped"}  # these always run Shrink
+FORMS = [(kind, form) for kind in KINDS for form in ("alone", "folded", "shared") if form == "shared" or kind not in ONE_FORM]
+each_form = pytest.mark.parametrize("kind, form", FORMS, indirect=["form"])
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("kind", KINDS)
+@each_form
 def test_contexts(kind: str, context: str, form: str) -> None:
     agree(Net(kind), CONTEXTS[context], inputs(6), 1e-6 if context == "in_threads" else CLOSE[torch.float64])
 
@@ -296,7 +301,7 @@ def test_trained_parts(trained: set[str], trains_x: bool, form: str) -> None:
     """Every combination of trained A, B, cores, base weights and x: each gradient alone, then twice."""
     if not trained and not trains_x:
         return
-    for kind in ("linear", "siblings", "wrapped"):
+    for kind in ("linear", "siblings", "wrapped")[: 3 if form == "shared" else 2]:
         net = Net(kind)
         for name, p in net.named_parameters():
             part = name.split(".")[-2] if "factors" in name else "core" if name.endswith("core") else "base"
@@ -334,7 +339,7 @@ DTYPES = [(t, t) for t in (torch.float32, *HALVES)] + [(t, torch.float32) for t 
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
-@pytest.mark.parametrize("kind", KINDS)
+@each_form
 def test_dtypes(kind: str, dtype: torch.dtype, factors: torch.dtype, form: str) -> None:
     """x's dtype, and the adapter's: gradients have their parameters' dtypes."""
     net, x = Net(kind, dtype, factors), inputs(60, dtype=dtype)
