@@ -1,7 +1,7 @@
 """BAD: argument x bad value, in every entry point that has the argument.
 
 Each row is (id, the argument that the message names, a call that must be refused): by an error of a plain type that says what
-was expected and what was found, before anything changes. Files bad_*.py beside this one have rows of other parts of the package.
+was expected and what was found, before anything changes. Files bad_*.py beside this one have the rows of other files.
 The operators' arguments need no rows: a walk over their schemas makes them.
 """
 
