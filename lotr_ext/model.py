@@ -113,9 +113,7 @@ def install(
         factors = pairs.of(group, targets[0])
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
-            form = cores.at(place_of(target.name))
-            form.leave_cores_to_owner()
-            layer.use_core(form)
+            layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
             with torch.no_grad():
@@ -133,7 +131,7 @@ def install(
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
     _fast_paths(model, on=False)
-    _FirstStep(model)
+    _waiting.add(model)
 
 
 class _Pairs:
@@ -258,38 +256,33 @@ def _fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLa
             setattr(module, name, False)
 
 
-class _FirstStep:
-    """Warns at the first optimizer step about adapted layers that no forward has called: their cores have no gradient, and
-    those of others have one."""
+_waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that no optimizer has stepped yet
 
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
-        self.handle = register_optimizer_step_post_hook(self)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        model = self.model()
-        if model is None:
-            self.handle.remove()
-            return
-        if torch.compiler.is_compiling():
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
+    have no gradient, and those of others have one."""
+    if not _waiting or torch.compiler.is_compiling():
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(_waiting):
         grads = {}
         for name, layer in layers_in(model).items():
-            own = [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]
-            if own:
+            if own := [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]:
                 grads[name] = any(p.grad is not None for p in own)
         if not any(grads.values()):
-            return  # an optimizer of something else, or a step without a backward
-        self.handle.remove()
-        idle = [name for name, found in grads.items() if not found]
-        if idle:
+            continue  # an optimizer of something else, or a step without a backward
+        _waiting.discard(model)
+        if idle := [name for name, found in grads.items() if not found]:
             more = f" and {len(idle) - 1} more layers" if len(idle) > 1 else ""
             warnings.warn(
                 f"lotr_ext: {idle[0]}{more} had no part in the first optimizer step: no forward has called them, so their "
                 f"adapters have no effect. Leave them out with exclude_modules.",
                 stacklevel=3,
             )
+
+
+register_optimizer_step_post_hook(_after_step)  # torch iterates over its hooks, so a hook cannot remove itself
 
 
 # ---- an adapted model ------------------------------------------------------------------------------------------------
@@ -529,7 +522,7 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
     x = x.to(dtype)
     y = x.new_empty(0) if isinstance(layer, LoTRWrapped) else None
     weight = None if y is not None else layer.weight.detach().to(dtype)
-    reason = layer.factors(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
+    reason = layer.factors.read(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
     return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
 

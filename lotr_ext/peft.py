@@ -515,9 +515,7 @@ class LoTRPeftModel(BaseTuner):
             if config.core_init == "identity":
                 cores.begin_as_identity()
             self.lotr_cores[adapter_name] = cores.to(like.device, like.dtype)
-        form = self.lotr_cores[adapter_name].at(place_of(layer))
-        form.leave_cores_to_owner()
-        return form
+        return self.lotr_cores[adapter_name].at(place_of(layer), owned=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
