@@ -106,16 +106,21 @@ class Shared(Function):
         return _added(grad, None if total is None else total.to(ctx.dtype)), None
 
 
-def _sum_of(shared: Tensor | None, need: bool) -> Tensor | None:
-    """The sum of the gradients of A or B (an output of Shared) in the running backward; None if that backward does not need
-    it."""
-    if not (need and _will_run(shared.grad_fn)):
-        return None
-    found = shared.sums.get(task := _graph_task())
+def _sum_of(factor: Tensor | None, need: bool) -> tuple[bool, Tensor | None]:
+    """(whether the running backward needs the gradient of A or B, the sum that it is added to).
+
+    factor: an output of Shared; or a leaf that one layer alone uses, which has no sum: its gradient is returned as it is.
+    """
+    node = factor.grad_fn if need else None
+    if node is None:
+        return need, None
+    if not _will_run(node):
+        return False, None
+    found = factor.sums.get(task := _graph_task())
     if found is None:
-        found = torch.zeros(shared.shape, dtype=ops.accumulate_dtype(shared.dtype), device=shared.device)
-        shared.sums[task] = found
-    return found
+        found = torch.zeros(factor.shape, dtype=ops.accumulate_dtype(factor.dtype), device=factor.device)
+        factor.sums[task] = found
+    return True, found
 
 
 class Shrink(Function):
@@ -150,10 +155,9 @@ class Shrink(Function):
             else:
                 if need_x and dx is None:
                     dx = k.new_zeros(k.shape[0], ctx.shape[-1])
-                sum_A = _sum_of(ctx.shared, need_A)
-                _shrink_backward(
-                    k, dx, None if sum_A is None else x, A, sum_A, ctx.p, seed
-                )  # writes dx, which only this node holds
+                need_A, sum_A = _sum_of(ctx.shared, need_A)
+                # writes to dx, which only this node holds
+                dA = _shrink_backward(k, dx, x if need_A else None, A, sum_A, ctx.p, seed)
         return None if dx is None else dx.view(ctx.shape), dA, None, None
 
 
@@ -250,13 +254,16 @@ class Layer(Function):
             sums = ctx.after.sums.setdefault(_graph_task(), [None, None])
         adds_k = sums is not None and core is not None and need_u  # without a core, k is the gradient of h: RowCore's alone
         k, dx = sums[0] if adds_k else None, sums[1] if sums is not None and need_x else None
-        sum_A, sum_B, Q = _sum_of(ctx.shared_A, need_A), _sum_of(ctx.shared_B, need_B), None
-        if core is None:
-            core, Q, sum_B = B.new_empty(B.shape[1], B.shape[1]), sum_B, None  # Q = g^T h is dB
-        new_dx, new_k, _, _, dcore = _backward(
+        need_A, sum_A = _sum_of(ctx.shared_A, need_A)
+        need_B, sum_B = _sum_of(ctx.shared_B, need_B)
+        Q, dB = None, None
+        if core is None:  # Q = g^T h is dB
+            Q = torch.zeros_like(B, dtype=ops.accumulate_dtype(B.dtype)) if need_B and sum_B is None else sum_B
+            dB, need_B, sum_B, core = Q if sum_B is None else None, False, None, B.new_empty(B.shape[1], B.shape[1])
+        new_dx, new_k, dA, new_dB, dcore = _backward(
             g,
             W if need_x else None,
-            None if sum_A is None else x,
+            x if need_A else None,
             u,
             A,
             F if need_u or ctx.alone else None,
@@ -269,7 +276,7 @@ class Layer(Function):
             Q,
             sum_A,
             sum_B,
-            sum_B is not None,
+            need_B,
             need_core,
         )
         if adds_k:
@@ -278,7 +285,7 @@ class Layer(Function):
             sums[1], new_dx = new_dx if dx is None else dx, None
         elif need_x:
             new_dx = new_dx.view(*shape[:-1], W.shape[1])
-        return new_dx, dy, new_k, None, None, dcore, None, None, None, None
+        return new_dx, dy, new_k, dA, dB if new_dB is None else new_dB, dcore, None, None, None, None
 
 
 def _recorded_backward(ctx, g: Tensor, x, u, A, B, core) -> tuple[Tensor | None, ...]:
@@ -300,6 +307,8 @@ def _recorded_backward(ctx, g: Tensor, x, u, A, B, core) -> tuple[Tensor | None,
 
 # Function.apply without the checks for functorch's transforms (5 us a layer and step); `_obstacle` has made them.
 _run_layer, _run_shrink, _run_shared, _run_row_core = (super(Function, node).apply for node in (Layer, Shrink, Shared, RowCore))
+for _node in (Layer, Shrink, Shared, RowCore):  # the engine calls backward without a method that looks for vjp: 1 us a layer
+    _node._backward_cls.apply = _node.backward
 
 
 # ---- what calls share ------------------------------------------------------------------------------------------------
@@ -331,20 +340,21 @@ def _where(x: Tensor) -> tuple[object, ...]:
 
 class FactorState:
     """What calls with one A, or one B, share: the Shared node of its sum, for A the u of the newest x, and the newest cast of
-    an x."""
+    an x. layers: how many modules use the factor, 0 if that is unknown; one alone needs no Shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 0) -> None:
+        self.layers = layers
         self._node: tuple = (_NOTHING, None, _NOTHING)  # (the factor, its version and storage, the output of Shared)
         self._input: tuple = (_NOTHING, None, _NOTHING, None)  # (x, key, Shrunk, ids of the layers that used it)
         self._cast: tuple = (_NOTHING, None, _NOTHING)  # (x, key, x in another dtype)
 
     def __reduce__(self) -> tuple:
-        return FactorState, ()  # a copy shares nothing
+        return FactorState, (self.layers,)  # a copy shares nothing
 
     def shared(self, factor: Tensor) -> Tensor:
         """The output of Shared for the factor: the same one for all layers, as long as the factor is unchanged and a graph
         holds it."""
-        if not (factor.requires_grad and torch.is_grad_enabled()):
+        if not (factor.requires_grad and torch.is_grad_enabled()) or (self.layers == 1 and factor.is_leaf):
             return factor
         of, key, node = self._node
         now = factor._version, _storage(factor)
@@ -386,13 +396,13 @@ class FactorState:
 
 
 @functools.cache
-def _obstacle_to_dtypes(x, W, A, B, core, device, rank) -> str | None:
+def _obstacle_to_dtypes(x, W, A, B, core, device, shape) -> str | None:
     for name, dtype in (("A", A), ("B", B), ("core", core)):
         if dtype != x and not (dtype == torch.float32 and x.itemsize == 2):
             return f"{name} is {dtype} beside an x of {x}"
     if W != x:
         return f"the base is {W} beside an x of {x}"
-    return ops.obstacle_to_kernels(rank, x, device)
+    return ops.obstacle_to_kernels(max(shape[-2:]), x, device)
 
 
 def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y: Tensor | None = None) -> str | None:
@@ -406,40 +416,35 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
     here = (x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu) or x.device == A.device == B.device == core.device
     if not here or (y is not None and y.device != x.device):
         return "the tensors are on several devices"
-    return _obstacle_to_dtypes(
-        x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype, x.device, max(core.shape[-2:])
-    )
+    return _obstacle_to_dtypes(x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype, x.device, core.shape)
 
 
 def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tensor:
-    """The layer as nodes. Chooses one node alone, or Shrink and Layer."""
+    """The layer as nodes: one alone where x is small, else Layer after Shrink, which siblings share."""
     if x.dim() > 2 and not x.is_contiguous():
         x = x.contiguous()  # the operators take leading dimensions that lie as one
     (of_A, of_B), half = factors, x.dtype == torch.float16
-    shared_A, shared_B = of_A.shared(A), of_B.shared(B)
+    A, B = of_A.shared(A), of_B.shared(B)
     if y is None and (W.requires_grad or (bias is not None and bias.requires_grad)):
         y = nnf.linear(x, W, bias)
     base = (x, W, bias) if y is None else (None, None, None)
     tokens = x.numel() // x.shape[-1] if x.numel() else 0  # under torch.compile a symbol, which gets no guard
     order = ops.product_order(tokens, x.dtype, x.device)
-    keeps_no_x = (
-        half or A.requires_grad or not x.requires_grad
-    )  # alone, a layer keeps x for k A^T's sake, also where A is frozen
-    if y is None and index is None and not p and keeps_no_x:
-        known = isinstance(tokens, int)
-        if half or (known and tokens * x.shape[-1] * (core.shape[0] + 16) < LITTLE_WORK):
-            unfolded = half or tokens < FEW_TOKENS
-            return _layer(x, None, None, shared_A, shared_B, core, base, scaling, order + UNFOLDED * unfolded, None)
-    u = (shrunk := of_A.shrunk(x, shared_A, p, user)).u
-    if index is not None:
-        cores = core if core.dtype in (u.dtype, torch.float32) else core.to(u.dtype)
-        u, core, scaling = _run_row_core(u, cores, scaling, ops.rows_of(index, x), None, None), None, 1.0
-    elif half:  # not folded: see ops.expand
-        u, core, scaling = (u @ core.to(u.dtype)) * scaling, None, 1.0
-    return _layer(shrunk.route if y is None else None, y, u, None, shared_B, core, base, scaling, order, shrunk)
-
-
-def _layer(x, y, u, A, B, core, base, scaling, order, shrunk) -> Tensor:
+    known = isinstance(tokens, int)
+    little = half or (known and tokens * x.shape[-1] * (core.shape[0] + 16) < LITTLE_WORK)
+    keeps_x = x.requires_grad and not A.requires_grad and not half  # alone, a layer keeps x, which a frozen A does not need
+    if little and y is None and index is None and not p and not keeps_x:
+        u, shrunk = None, None
+        if half or tokens < FEW_TOKENS:
+            order += UNFOLDED
+    else:
+        shrunk = of_A.shrunk(x, A, p, user)
+        u, A, x = shrunk.u, None, shrunk.route if y is None else None
+        if index is not None:
+            cores = core if core.dtype in (u.dtype, torch.float32) else core.to(u.dtype)
+            u, core, scaling = _run_row_core(u, cores, scaling, index, None, None), None, 1.0
+        elif half:  # not folded: see ops.expand
+            u, core, scaling = (u @ core.to(u.dtype)) * scaling, None, 1.0
     if torch.is_grad_enabled():
         return _run_layer(x, y, u, A, B, core, base, scaling, order, shrunk)
     return _compute(y, u, base, A, B, core, scaling, order)[0]
@@ -454,7 +459,6 @@ def lotr_linear(
     core: Tensor,
     scaling: float,
     p: float = 0.0,
-    *,
     y: Tensor | None = None,
     index: Tensor | None = None,
     factors: tuple[FactorState, FactorState] | None = None,
@@ -471,13 +475,13 @@ def lotr_linear(
         W, bias, y = (None if t is None else t.to(dtype) for t in (W, bias, y))
         x = x.to(dtype) if factors is None or torch.compiler.is_compiling() else factors[0].cast(x, dtype)
         with torch.autocast(device, enabled=False):
-            return lotr_linear(x, W, bias, A, B, core, scaling, p, y=y, index=index, factors=factors, user=user)
+            return lotr_linear(x, W, bias, A, B, core, scaling, p, y, index, factors, user)
     if torch.compiler.is_compiling():
         if not torch.compiler.is_exporting():
             return lotr.linear.default(x, W, bias, A, B, core, scaling, p, y, index, VERSION)
     elif obstacle(x, W, A, B, core, y) is None:
-        own = factors or (FactorState(), FactorState())
-        return _nodes(x, W, bias, A, B, core, scaling, p, y, index, own, user)
+        rows = None if index is None else ops.rows_of(index, x)
+        return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, factors or (FactorState(), FactorState()), user)
     return ops.layer(x, W, bias, A, B, core, scaling, p, y, index)
 
 
@@ -489,12 +493,13 @@ def _linear_in_graph(x, W, bias, A, B, core, scaling, p, y, index, version) -> T
     for factor in (A, B):
         if not hasattr(factor, "_lotr_state"):
             factor._lotr_state = FactorState()  # on the tensor that is traced, which ends with the trace
-    return _nodes(x, W, bias, A, B, core, scaling, p, y, index, (A._lotr_state, B._lotr_state), core)
+    rows = None if index is None else ops.rows_of(index, x)
+    return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, (A._lotr_state, B._lotr_state), core)
 
 
 def _fits(x, W, A, B, core, y) -> bool:
     dtypes = x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype
-    return _obstacle_to_dtypes(*dtypes, x.device, max(core.shape[-2:])) is None
+    return _obstacle_to_dtypes(*dtypes, x.device, core.shape) is None
 
 
 _library = torch.library.Library("lotr", "FRAGMENT")

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import DIAGONAL, LoTRConfig
-from .functional import check_probability
+from .functional import check_number, check_probability
 from .linear import LoTRFactor, LoTRLayer
-from .model import _cores, _without_adapters, adapted_layers, expect_merged, install, layers_in, set_start
+from .model import adapted_layers, cores_for, expect_merged, install, layers_in, set_start, unchanged_on_error
 from .targets import BESIDE, saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -239,6 +239,7 @@ def _check_document(path: Path, content: dict[str, Any]) -> None:
         entry["experts"] = _entry(path, {"experts": 0, **entry}, "experts", int)
         entry["scaling"] = float(_entry(path, entry, "scaling", (int, float)))
         try:
+            check_number("scaling", entry["scaling"])
             check_probability("dropout", entry.get("dropout"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected valid settings for layer {name!r}, got {error}") from None
@@ -455,18 +456,10 @@ def load_into(
     write_: Callable[[Tensor, Tensor], object] = lambda target, value: target.copy_(value),
 ) -> None:
     """`load_adapter` of what `read` returned. write_: puts a whole value into a tensor of the model that may be in parts."""
-    plain = not layers_in(model)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        if plain:
+    with unchanged_on_error(model):
+        if not layers_in(model):
             _adapt(model, document)
         targets = _check(model, document, tensors, cast)
-    except BaseException:
-        if plain and (layers := layers_in(model)):
-            _without_adapters(model, layers)
-        for p, requires_grad in before:
-            p.requires_grad_(requires_grad)
-        raise
     _fill(model, document, tensors, targets, write_)
 
 
@@ -495,7 +488,7 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
         init="kaiming" if config.init == "svd" else config.init,
     )
     selection = select(model, exact)
-    install(model, exact, selection, _cores(config, selection))
+    install(model, exact, selection, cores_for(config, selection))
     model.lotr_config, model.lotr_left_out = config, {}
     for layer in layers_in(model).values():
         layer.set_trained(config.train)
@@ -531,10 +524,14 @@ def _check(
                 raise ValueError(
                     f"{name}: expected the model to share {part} as the adapter does ({entry[part]}), got another one"
                 )
-            if (saved := tensors.get(entry[part])) is not None and saved.dim() == 2 and saved.shape[1] != factor.rank:
+            saved, own = tensors.get(entry[part]), document["config"]
+            ranks = {saved.shape[1]} if saved is not None and saved.dim() == 2 else set()
+            if own is not None:
+                ranks.add(own.ranks[part == "B"])
+            if ranks - {factor.rank}:
                 raise ValueError(
-                    f"rank: expected {factor.rank} as in the model ({names[factor]}), got {saved.shape[1]} in the adapter. "
-                    f"Load it into the plain model: call unload(model) first."
+                    f"rank: expected {factor.rank} as in the model ({names[factor]}), got {max(ranks - {factor.rank})} in the "
+                    f"adapter. Load it into the plain model: call unload(model) first."
                 )
     if len(set(map(id, used.values()))) != len(used):
         raise ValueError("layers: expected factors that the adapter shares as the model does, got more of them in the adapter")

@@ -129,6 +129,7 @@ class LoTRFactors(nn.Module):
         super().__init__()
         self.A = LoTRFactor(in_features, r_in, init=init, device=device, dtype=dtype)
         self.B = LoTRFactor(out_features, r_out, init=init, device=device, dtype=dtype)
+        self._keep_references()
 
     @staticmethod
     def of(A: LoTRFactor, B: LoTRFactor) -> LoTRFactors:
@@ -144,7 +145,11 @@ class LoTRFactors(nn.Module):
         pair = LoTRFactors.__new__(LoTRFactors)
         nn.Module.__init__(pair)
         pair.A, pair.B = A, B
+        pair._keep_references()
         return pair
+
+    def _keep_references(self) -> None:
+        self.__dict__.update(self._modules)  # read without nn.Module.__getattr__
 
     @property
     def in_features(self) -> int:
@@ -167,13 +172,22 @@ class LoTRFactors(nn.Module):
         """An int if r_in = r_out, else the pair."""
         return self.r_in if self.r_in == self.r_out else (self.r_in, self.r_out)
 
-    def forward(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns operation(A, B): the only way to read A and B, so that sharded training gathers them around this call.
+    def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Returns operation(A, B). Sharded training gathers A and B around this call: shard each LoTRFactor, not the pair.
 
         The operation holds x and its other tensors itself. If they were arguments, FSDP2 would wrap each x in a new tensor, and
         siblings could not recognise it.
         """
-        return self.A(lambda A: self.B(partial(operation, A)))
+        A, B = self.A, self.B
+        if A._forward_pre_hooks or B._forward_pre_hooks:
+            return A(lambda A: B(partial(operation, A)))
+        # Two calls of modules would cost 7 us a layer, and nn.Module.__getattr__ costs 0.6 us a read (bench.host, one token):
+        # so here and in the layers, parameters that are plain ones are read from nn.Module's own dictionary.
+        own_A, own_B = A._parameters, B._parameters
+        return operation(
+            own_A["value"] if "value" in own_A else A.value,
+            own_B["value"] if "value" in own_B else B.value,
+        )
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -261,21 +275,25 @@ class LoTRLayer(nn.Module):
         self.scaling, self.dropout, self.merged = scaling, float(dropout), False
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
+        for factor in (factors.A, factors.B):
+            factor.state.layers += 1
         self.factors = factors  # registered, so that a model built by hand owns A and B
+        self.__dict__["factors"] = factors  # read without nn.Module.__getattr__
 
     def leave_factors_to_owner(self) -> None:
         """Keeps a plain reference to the factors, which another module registers. state_dict then names them once."""
-        self.__dict__["factors"] = self._modules.pop("factors")
+        self._modules.pop("factors")
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if input.shape[-1:] != (self.in_features,):
+        if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
             check_input(input, self.in_features)
         if self.merged:
             return self.base(input)
-        core, index = self.core, None
+        own, index = self._parameters, None
+        core = own["core"] if "core" in own else self.core
         if autograd.open_requests:
             state = autograd.requests().get(self)
             if state is OFF:
@@ -283,11 +301,9 @@ class LoTRLayer(nn.Module):
             if state is not None:
                 core, index = state(input)
         W, bias, y = self._operands(input)
-        p, factors, run = self.dropout if self.training else 0.0, self.factors, autograd.lotr_linear
+        factors, run, s, p = self.factors, autograd.lotr_linear, self.scaling, self.dropout if self.training else 0.0
         states = factors.A.state, factors.B.state
-        return factors(
-            lambda A, B: run(input, W, bias, A, B, core, self.scaling, p, y=y, index=index, factors=states, user=self)
-        )
+        return factors.read(lambda A, B: run(input, W, bias, A, B, core, s, p, y, index, states, self))
 
     def _operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(W, bias, None), or (None, None, y) with the output y of a base that computes its own product."""
@@ -368,7 +384,7 @@ class LoTRLayer(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), which merge adds to W."""
-        return self.factors(lambda A, B: ops.delta_weight(A, B, self.core, self.scaling))
+        return self.factors.read(lambda A, B: ops.delta_weight(A, B, self.core, self.scaling))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -506,6 +522,12 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     @staticmethod
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
         return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else None
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        own = self._parameters
+        if "weight" in own and "bias" in own:
+            return own["weight"], own["bias"], None
+        return self.weight, self.bias, None
 
     def matrix(self) -> Tensor:
         return self.weight

@@ -82,9 +82,10 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
         config = replace(config, modules_to_save=saved)
     selection = select(model, config)
-    cores = _cores(config, selection)
     starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    install(model, config, selection, cores, starts)
+    cores = cores_for(config, selection)
+    with unchanged_on_error(model):
+        install(model, config, selection, cores, starts)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -93,6 +94,20 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes off an adapter that an exception inside has left half made."""
+    plain, before = not layers_in(model), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if plain:
+            _without_adapters(model, layers_in(model))
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
 
 
 def install(
@@ -133,7 +148,7 @@ def install(
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
     _fast_paths(model, on=False)
-    _FirstStep(model)
+    _waiting.add(model)
 
 
 class _Pairs:
@@ -193,7 +208,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def _cores(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
+def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
@@ -258,38 +273,33 @@ def _fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLa
             setattr(module, name, False)
 
 
-class _FirstStep:
-    """Warns at the first optimizer step about adapted layers that no forward has called: their cores have no gradient, and
-    those of others have one."""
+_waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that no optimizer has stepped yet
 
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
-        self.handle = register_optimizer_step_post_hook(self)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        model = self.model()
-        if model is None:
-            self.handle.remove()
-            return
-        if torch.compiler.is_compiling():
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
+    have no gradient, and those of others have one."""
+    if not _waiting or torch.compiler.is_compiling():
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(_waiting):
         grads = {}
         for name, layer in layers_in(model).items():
-            own = [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]
-            if own:
+            if own := [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]:
                 grads[name] = any(p.grad is not None for p in own)
         if not any(grads.values()):
-            return  # an optimizer of something else, or a step without a backward
-        self.handle.remove()
-        idle = [name for name, found in grads.items() if not found]
-        if idle:
+            continue  # an optimizer of something else, or a step without a backward
+        _waiting.discard(model)
+        if idle := [name for name, found in grads.items() if not found]:
             more = f" and {len(idle) - 1} more layers" if len(idle) > 1 else ""
             warnings.warn(
                 f"lotr_ext: {idle[0]}{more} had no part in the first optimizer step: no forward has called them, so their "
                 f"adapters have no effect. Leave them out with exclude_modules.",
                 stacklevel=3,
             )
+
+
+register_optimizer_step_post_hook(_after_step)  # torch iterates over its hooks, so a hook cannot remove itself
 
 
 # ---- an adapted model ------------------------------------------------------------------------------------------------
@@ -529,7 +539,7 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
     x = x.to(dtype)
     y = x.new_empty(0) if isinstance(layer, LoTRWrapped) else None
     weight = None if y is not None else layer.weight.detach().to(dtype)
-    reason = layer.factors(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
+    reason = layer.factors.read(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
     return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
 

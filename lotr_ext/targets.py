@@ -374,6 +374,8 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
         )
     if isinstance(config.group_by, dict) and (unknown := sorted(set(config.group_by) - {t.name for t in targets})):
         raise ValueError(f"group_by: expected names of adapted layers, got {', '.join(unknown)}")
+    if config.ranks[0] * config.ranks[1] >= 2**31:
+        raise ValueError(f"rank: expected one whose cores have fewer than 2^31 elements, got {config.rank}")
     first: dict[str, Target] = {}
     for t in targets:
         want = first.setdefault(t.group, t)
