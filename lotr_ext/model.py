@@ -128,9 +128,7 @@ def install(
         factors = pairs.of(group, targets[0])
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
-            form = cores.at(place_of(target.name))
-            form.leave_cores_to_owner()
-            layer.use_core(form)
+            layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
             with torch.no_grad():
@@ -350,16 +348,10 @@ def init_from_gradient(
     passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
     before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
 
-    Args:
-        model: from `apply_lotr` or built by hand, in the mode (train or eval) in which the gradients are to be computed.
-        batches: a few batches, each used three times.
-        loss: (model, batch) -> the loss, a scalar.
-        progress: prints a line a pass.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: no adapter, or one of experts; a merged or wrapped model; a core that is not zero;
-            no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite, or all zero. The
-            model is unchanged then.
+    batches: a few, each used three times. loss: (model, batch) -> a scalar. progress: prints a line a pass.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
+    core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
+    or all zero.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
@@ -554,11 +546,9 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     it subtracts, which is exact only up to rounding. dequantize: replace each quantised layer (torchao, bitsandbytes) by a
     plain nn.Linear, of this dtype if one is given. `unmerge` restores the quantised layers from the backup.
 
-    Raises:
-        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter (weight_norm,
-            parametrizations, pruning) or held in parts.
-        ValueError: safe, and a result is not finite.
-        RuntimeError: no adapter, one that is merged already, on the meta device, or a weight tied to another module.
+    Raises TypeError: a base that cannot be merged into, or a weight that is no parameter (weight_norm, parametrizations,
+    pruning) or held in parts; ValueError: safe, and a result is not finite; RuntimeError: no adapter, one that is merged
+    already, on the meta device, or a weight tied to another module.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "merge")
@@ -597,11 +587,8 @@ def _merge_all(
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers.
-
-    Raises:
-        TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
-    """
+    """Removes the adapter from the weights of all merged layers. Raises TypeError or RuntimeError: no adapter, one that is not
+    merged, or a dequantised one without a backup."""
     layers = adapted_layers(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if not merged:
@@ -624,12 +611,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     """Removes the adapter: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
 
     merge: False restores the base weights (with "svd" up to one rounding); True merges the adapter into them. modules_to_save
-    stay as they are now. dequantize: as in `merge`. Returns the same model; if the model is itself an adapted layer, returns
-    the plain layer with the same weight and bias.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
-            The model is unchanged then.
+    stay as they are now. dequantize: as in `merge`. Returns the same model; if it is itself an adapted layer, the plain one.
+    Raises, with the model unchanged, as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")

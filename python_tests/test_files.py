@@ -148,28 +148,18 @@ def test_wrapped_models_are_unwrapped(tmp_path: Path) -> None:
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), model(x))
 
 
-def test_tied_modules_must_be_tied_where_they_are_loaded(tmp_path: Path) -> None:
-    def make(tied: bool) -> nn.Module:
-        model = nn.ModuleDict({"a": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
-        zoo.fill(model)
-        if tied:
-            model["head"].weight = model["embed"].weight
+def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = zoo.fill(nn.ModuleDict({"a": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)}))
+        model["head"].weight = model["embed"].weight
         return model
 
-    settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["head"])
-    save_adapter(zoo.fill(apply_lotr(make(True), settings), 3), tmp_path)
-    assert json.loads((tmp_path / JSON_NAME).read_text())["tied"] == {"embed.weight": "head.weight"}
-    load_adapter(make(True), tmp_path)
-    plain = make(False)
-    before = state(plain)
-    with pytest.raises(ValueError, match="embed.weight: expected"):
-        load_adapter(plain, tmp_path)
-    assert same(state(plain), before)
-    both = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["head", "embed"])
-    model = zoo.fill(apply_lotr(make(True), both), 3)
-    save_adapter(model, tmp_path)
-    other = load_adapter(make(True), tmp_path)
-    assert torch.equal(other["embed"].weight, model["head"].weight)
+    for saved in (["head"], ["embed", "head"], ["head", "embed"]):
+        model = zoo.fill(apply_lotr(make(), LoTRConfig(rank=2, target_modules=["a"], modules_to_save=saved)), 3)
+        save_adapter(model, tmp_path)
+        assert len([n for n in load_file(tensors_file(tmp_path)) if n.split(".")[0] in ("embed", "head")]) == 1
+        other = load_adapter(make(), tmp_path)
+        assert torch.equal(other["embed"].weight, model["head"].weight) and other["head"].weight is other["embed"].weight
 
 
 def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:
@@ -340,8 +330,6 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "modules to save as a string": edited(modules_to_save="head"),
     "other modules to save": edited(modules_to_save=["blocks"]),
     "modules to save as numbers": edited(modules_to_save=[1]),
-    "ties as a list": edited(tied=[]),
-    "other ties": edited(tied={"head.weight": "lotr_factors.0.value"}),
     "a tensor missing": of_tensors(lambda t: t.pop("blocks.1.up.core")),
     "a tensor more": of_tensors(lambda t: t.update(extra=torch.zeros(2))),
     "a tensor of another shape": of_tensors(lambda t: t.update({"blocks.1.up.core": torch.zeros(3, 2)})),
@@ -455,11 +443,6 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.
                 save_adapter(new, tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), old(x))
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "put_file", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError):
-            save_adapter(new, tmp_path / "a" / "b")
-    assert not (tmp_path / "a").exists()
 
 
 def test_saves_and_loads_at_the_same_time(tmp_path: Path) -> None:

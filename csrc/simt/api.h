@@ -82,12 +82,9 @@ struct LaunchRecord {
   std::string name;
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
-  const void* kernel;  // its address in this module
-  bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
   bool early;          // a programmatic dependent launch: may begin before the launch before it has ended
   bool cooperative;    // all blocks have run at the same time
-  uint64_t barriers = 0, half_loads = 0, bytes = 0;  // as in Counters; bytes: read and written, all arrays
-  uint64_t let_next = 0;                             // blocks that called griddepcontrol.launch_dependents
+  uint64_t let_next = 0;  // blocks that called griddepcontrol.launch_dependents
 };
 
 struct Counters {
@@ -95,23 +92,11 @@ struct Counters {
   uint64_t barriers = 0;                     // completed __syncthreads and named barriers
   uint64_t warp_collectives = 0;             // shuffles, __syncwarp, ldmatrix, mma, ...
   uint64_t mma = 0, wgmma = 0;               // per warp, per warpgroup
-  uint64_t multiply = 0;                     // 1 + the highest index in its block of a warp that issued one
   uint64_t ldmatrix = 0;                     // per warp
   uint64_t async_copies = 0;                 // cp.async, per lane
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
   uint64_t atomics = 0;                      // per lane
-  // Late reads: after a block's last product and its first atomic, as in a cross-block reduction. Loads: the
-  // maximum over threads. Bytes: the maximum over blocks.
-  uint64_t late_loads = 0, late_bytes = 0;
-  uint64_t late_total = 0;                        // bytes, summed over blocks
-  uint64_t cluster_loads = 0, cluster_bytes = 0;  // late reads of the cluster's shared memory, likewise
-  uint64_t cluster_total = 0;                     // bytes of the whole launch, late or not
-  uint64_t sum_loads = 0;                         // late loads of both kinds, the maximum over threads
-  // After the last product: bytes that a block stores, bytes that it moves to and from its own shared memory
-  // (maxima over blocks), and a thread's loads from global memory (maximum over threads).
-  uint64_t late_stored = 0, last_shared = 0, last_loads = 0;
-  uint64_t half_loads = 0;  // per warp, of 2 bytes per lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
@@ -125,15 +110,11 @@ using ProductLayout = std::tuple<int, bool, int, bool, int, bool>;
 extern std::set<ProductLayout> product_layouts;
 
 Counters counters();
-uint64_t bytes_moved();
 void reset_counters();  // registered arrays stay
 
 // Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.
 void register_array(const std::string& name, const void* base, size_t bytes);
 void clear_arrays();
-
-// Memory whose changes between launches set LaunchRecord::cleared; null: none.
-void watch(const void* base, size_t bytes);
 
 // Zero pages that take memory only when touched: for arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc

@@ -49,14 +49,12 @@ void meet(int id, uint32_t threads, const char* op, Site site) {
          site.file, site.line, b.site.file, b.site.line);
   race::Sync& sync = b.sync[b.generation % 2];
   race::release(sync);
-  pass_on(t, b.landed);
   t.barrier = id;
   if (++b.arrived == threads)
     open_barrier(block, id);
   else
     wait_here(State::at_barrier, op, site);
   race::acquire(sync);
-  take_over(t, b.landed);
   maybe_preempt();
 }
 
@@ -151,7 +149,6 @@ void barrier_arrive(int id, int threads, Site site) {
   Barrier& b = t.block->barriers[id];
   expect(b, id, uint32_t(threads), t.op, site);
   race::release(b.sync[b.generation % 2]);
-  pass_on(t, b.landed);
   if (++b.arrived == uint32_t(threads)) open_barrier(*t.block, id);
 }
 

@@ -41,7 +41,7 @@ _FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "asan": (["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
     "race": (["-O2", "-DLOTR_SIMT_RACE=1"], ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"], ["-ldl"]),
     "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
-    "bindings": (["-O0"], ["-O0"], []),  # csrc/simt/module in every mode: it has no kernels, and its time is the compiler's
+    "bindings": (["-O0"], ["-O0"], []),  # csrc/simt/module in every mode: it has no kernels, so -O0 compiles fastest
 }
 _COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 _COMMON += ["-DLOTR_SM90A"]  # kernels of sm_90a run here too; -g1: lines for reports, a quarter less to compile than -g
@@ -185,24 +185,6 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
             made += _make_all([_compile("plain", source, True, [], []) for source in others])
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _build(mode, sources, output, ["-shared"], [], tuple(made))
-
-
-def torch_library(mode: str = "plain") -> Path:
-    """The CUDA operators of csrc/torch on CPU tensors: torch.ops.load_library registers them at the key PrivateUse1."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    sources = [CSRC / "torch" / "cuda.cpp", CSRC / "torch" / "cuda_rows.cpp", EXECUTOR / "torch" / "cuda_on_host.cpp"]
-    includes = [torch / "include", Path(sysconfig.get_path("include"))]
-    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030A0000"]
-    launchers = [o for o in module(mode).with_suffix(".d").read_text().split()[1:] if not Path(o).name.startswith("module")]
-    output = BUILD / mode / "cuda_on_host.so"
-    with locked(mode):
-        steps = [_compile(mode, source, False, includes, defines) for source in sources]
-        objects = [*_make_all(steps), *launchers]
-        output.with_suffix(".d").write_text("out: " + " ".join(objects))
-        replaced = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("library_init_impl", "empty_strided")]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        make(output, [compiler(), "-shared", *objects, *replaced, *libraries, *_FLAGS[mode][2], "-o", str(output)])
-    return output
 
 
 def changed_module(mode: str, source: Path, folder: Path) -> Path:

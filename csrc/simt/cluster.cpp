@@ -31,7 +31,6 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site si
   MemoryBarrier& b = memory_barrier(block.shared + shared_offset(barrier), site);
   if (&block != t.block) check_fenced(b, site);
   race::release(release && &block != t.block ? b.remote : b.sync);
-  if (&block == t.block) pass_on(t, b.landed);
   arrive(b, site);
 }
 
@@ -49,9 +48,6 @@ void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Sit
   Thread& t = enter("ld.shared::cluster", site);
   check_shared(p, bytes, bytes, t.op, site);
   const unsigned char* there = block_of_cluster(rank, site).shared + shared_offset(p);
-  ++count_anew(t).cluster_loads;
-  if (is_late(t)) t.block->arrived = true, t.block->cluster_bytes += bytes;
-  totals.cluster_total += bytes;
   touch_read(there, bytes);
   std::memcpy(value, there, bytes);
   maybe_preempt();
@@ -84,7 +80,6 @@ void cluster_barrier(bool relaxed, Site site) {
   }
   if (relaxed) return;
   race::acquire(sync);
-  take_over(t, t.block->landed);
 }
 
 }  // namespace

@@ -79,7 +79,6 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
   for (size_t i = 0; i < n; ++i)
     add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic, lanes[0]->space,
         __builtin_popcount(touched[i].bytes), 1);
-  totals.half_loads += lanes[0]->space == Space::global_read && lanes[0]->bytes == 2;
   if (lanes[0]->space == Space::global_atomic)
     for (size_t i = 0; i < count; ++i) ++array_of(lanes[i]->address).traffic.atomics;
 }
@@ -235,12 +234,6 @@ Counters counters() {
   return result;
 }
 
-uint64_t bytes_moved() {
-  uint64_t sum = unregistered.traffic.read_bytes + unregistered.traffic.written_bytes;
-  for (const Array& array : arrays) sum += array.traffic.read_bytes + array.traffic.written_bytes;
-  return sum;
-}
-
 void reset_counters() {
   totals = Counters{};
   product_layouts.clear();
@@ -255,9 +248,11 @@ void reset_counters() {
 void register_array(const std::string& name, const void* base, size_t bytes) {
   if (!bytes) return;
   const uintptr_t from = reinterpret_cast<uintptr_t>(base);
-  for (const Array& array : arrays)
+  for (const Array& array : arrays) {
+    if (array.base == from && array.bytes == bytes && array.traffic.name == name) return;
     if (from < array.base + array.bytes && array.base < from + bytes)
       throw std::invalid_argument("register_array: " + name + " overlaps " + array.traffic.name);
+  }
   Array array;
   array.base = from;
   array.bytes = bytes;

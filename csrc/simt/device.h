@@ -34,17 +34,16 @@ struct Launch {
   bool early, cooperative;  // as LaunchArgs has them
 };
 bool finds_room(dim3 grid);  // as a cooperative launch
-void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
+void run_grid(const Launch& launch, void (*thread)(void*), void* context);
 
-// False if a cooperative launch has more blocks than Options::room.  The kernel's address identifies the
-// template instance: the benchmarks look it up among the module's symbols.
+// False if a cooperative launch has more blocks than Options::room.
 template <class... Params, class... Args>
 bool launch(const Launch& launch, void (*kernel)(Params...), Args&&... params) {
   if (launch.cooperative && !finds_room(launch.grid)) return false;
   std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(params)...);
   auto thread = [&] { std::apply(kernel, copies); };
   const auto run = [](void* context) { (*static_cast<decltype(thread)*>(context))(); };
-  run_grid(launch, run, &thread, reinterpret_cast<const void*>(kernel));
+  run_grid(launch, run, &thread);
   return true;
 }
 

@@ -78,8 +78,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     block.thread_count = threads;
   }
   block.index = index;
-  block.arrived = block.let_next = false;
-  block.late_bytes = block.cluster_bytes = block.landed = 0;
+  block.let_next = false;
   block.rank = number % machine.cluster_size;
   block.first = number - block.rank;
   block.threads_left = threads;
@@ -88,6 +87,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   block.registers_free = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
+  block.unfenced.clear();
   give_shared_memory(block, number);
   for (uint32_t w = 0; w < warps; ++w) {
     Warp& warp = block.warps[w];
@@ -114,13 +114,12 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     t.op = "its start";
     t.site = Site{machine.launch.name, 0};
     t.copies.clear();
+    t.stores.clear();
+    t.unfenced.clear();
     t.products.clear();
     t.products_issued = 0;
-    t.multiplies = false;
     t.wgmma_fenced = false;
     t.may_touch_global = !machine.launch.early;
-    t.late_loads = t.cluster_loads = t.since = t.seen = 0;
-    t.last = {};
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
   }
@@ -178,35 +177,13 @@ struct ClusterOrder {
   }
 };
 
-struct Watched {
-  const unsigned char* base = nullptr;
-  size_t bytes = 0;
-  uint64_t sum = 0;
-
-  uint64_t now() const {  // FNV-1a over whole words; nothing watched: 0, as at the start
-    if (!bytes) return 0;
-    uint64_t hash = 0xcbf29ce484222325ull;
-    for (size_t i = 0; i + 8 <= bytes; i += 8) {
-      uint64_t word;
-      memcpy(&word, base + i, 8);
-      hash = (hash ^ word) * 0x100000001b3ull;
-    }
-    return hash;
-  }
-} watched;
-
 }  // namespace
-
-void watch(const void* base, size_t bytes) {
-  watched = {static_cast<const unsigned char*>(base), base ? bytes : 0, 0};
-  watched.sum = watched.now();
-}
 
 bool finds_room(dim3 grid) {
   return uint64_t(grid.x) * grid.y * grid.z <= machine.options.room;
 }
 
-void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel) {
+void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   race::ExecutorScope scope;
   if (machine.current) fail("%s: a kernel cannot launch a kernel here", launch.name);
   check_launch(launch);
@@ -220,13 +197,11 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
   LaunchRecord record{
-      launch.name,       {}, {}, {}, launch.smem, kernel, watched.now() != watched.sum, launch.early,
-      launch.cooperative};
+      launch.name, {}, {}, {}, launch.smem, launch.early, launch.cooperative};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);
   totals.launches.push_back(record);
-  const uint64_t barriers = totals.barriers, half_loads = totals.half_loads, bytes = bytes_moved();
 
   race::begin_launch();
   const dim3 g = launch.grid, c = launch.cluster;
@@ -247,10 +222,6 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
     machine.blocks.clear();
     throw Error("kernel " + std::string(launch.name) + ": " + machine.error);
   }
-  watched.sum = watched.now();
-  LaunchRecord& done = totals.launches.back();
-  done.barriers = totals.barriers - barriers, done.half_loads = totals.half_loads - half_loads;
-  done.bytes = bytes_moved() - bytes;
   const std::string races = race::report();
   if (!races.empty()) throw Error("kernel " + std::string(launch.name) + ": " + races);
 }

@@ -23,6 +23,13 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
 // Writes to the same offset in each block of the mask `blocks` and counts at that block's mbarrier.
 void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
                            uint16_t blocks, Site site);
+// From shared memory to the matrix.  The tile is read, and the matrix written, some time before a bulk_wait
+// that keeps fewer groups in flight returns.
+void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site);
+void bulk_commit(Site site);
+void bulk_wait(int keep, Site site);
+void fence_proxy_async(Site site);
+
 // release: of cluster scope, so the wait needs cluster scope too.  Without it the arrival still orders this
 // thread's reads before the waiting thread.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site site);

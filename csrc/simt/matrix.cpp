@@ -101,7 +101,7 @@ struct Fragments {
 
 // Sums in float along k; the hardware's own order and truncation are not specified.
 template <int K>
-void multiply_add(Warp& warp, Fragments* const* f, const float (&A)[16][K], const float (&B)[K][8]) {
+void multiply_add(Fragments* const* f, const float (&A)[16][K], const float (&B)[K][8]) {
   float D[16][8];
   const auto of_lane = [&](int lane, int e) -> float& {
     return D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
@@ -111,10 +111,8 @@ void multiply_add(Warp& warp, Fragments* const* f, const float (&A)[16][K], cons
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < K; ++k)
       for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
-  for (int lane = 0; lane < 32; ++lane) {
+  for (int lane = 0; lane < 32; ++lane)
     for (int e = 0; e < 4; ++e) f[lane]->d[e] = of_lane(lane, e);
-    begin_late(warp.thread[lane]);
-  }
   ++totals.mma;
 }
 
@@ -135,7 +133,7 @@ void multiply_half(Warp& warp, uint32_t, void*) {
       B[q + 8 + h][g] = half(f[lane]->b[1]);
     }
   }
-  multiply_add(warp, f, A, B);
+  multiply_add(f, A, B);
 }
 
 void multiply_tf32(Warp& warp, uint32_t, void*) {
@@ -151,7 +149,7 @@ void multiply_tf32(Warp& warp, uint32_t, void*) {
     B[q][g] = from_tf32(f[lane]->b[0]);
     B[q + 4][g] = from_tf32(f[lane]->b[1]);
   }
-  multiply_add(warp, f, A, B);
+  multiply_add(f, A, B);
 }
 
 void check_whole_warp(const char* op, Site site) {
@@ -162,7 +160,6 @@ void check_whole_warp(const char* op, Site site) {
 void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   race::ExecutorScope scope;
   check_whole_warp(op, site);
-  note_multiply(self());
   Fragments f{d, a, b};
   warp_collective(op, WARP, site, &f, leader, nullptr, false);
 }

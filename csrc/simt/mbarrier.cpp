@@ -100,6 +100,8 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   if (!arrivals || arrivals > MOST)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line, arrivals);
   memcpy(barrier, MARK, 8);
+  Block& block = *self().block;
+  if (block.unfenced.empty()) block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
   MemoryBarrier b;
   b.expected = b.pending = arrivals;
   b.unfenced = &self();
@@ -126,7 +128,6 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   if (left_out(self().op, site)) return;
   MemoryBarrier& b = memory_barrier(barrier, site);
   race::release(b.sync);
-  pass_on(self(), b.landed);
   b.bytes += bytes;
   if (b.bytes > MOST)
     fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file, site.line,
@@ -147,7 +148,6 @@ void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site) {
   progress();
   const MemoryBarrier& b = memory_barrier(barrier, site);
   race::acquire(b.sync);
-  take_over(self(), b.landed);
   if (cluster) race::acquire(b.remote);
   maybe_preempt();
 }

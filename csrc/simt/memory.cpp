@@ -60,7 +60,6 @@ T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
   } else {
     check_global(p, sizeof(T), t.op, site);
     record(Space::global_atomic, p, sizeof(T), site);
-    if (is_late(t)) t.block->arrived = true;
   }
   race::access(p, sizeof(T), race::Use::atomic);
   race::atomic(p, acq_rel);
@@ -122,11 +121,6 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
   if (read_only) check_read_only(t.op, site);
   check_global(p, bytes, t.op, site);
-  ++count_anew(t).last.loads;
-  if (t.block->arrived && is_late(t)) {
-    ++t.late_loads;
-    t.block->late_bytes += bytes;
-  }
   record(Space::global_read, p, bytes, site);
   race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);
   move(value, p, bytes);
@@ -135,7 +129,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 
 void store_global(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  count_anew(enter("st.global", site)).last.stored += bytes;
+  enter("st.global", site);
   check_global(p, bytes, self().op, site);
   record(Space::global_write, p, bytes, site);
   maybe_preempt();
@@ -145,7 +139,7 @@ void store_global(void* p, const void* value, uint32_t bytes, Site site) {
 
 void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  count_anew(enter("ld.shared", site)).last.shared += bytes;
+  enter("ld.shared", site);
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   race::access(p, bytes, race::Use::read);
@@ -155,10 +149,11 @@ void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
 
 void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  count_anew(enter("st.shared", site)).last.shared += bytes;
+  enter("st.shared", site);
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   maybe_preempt();
+  note_store(p, bytes);
   race::access(p, bytes, race::Use::write);
   move(p, value, bytes);
 }

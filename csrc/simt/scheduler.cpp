@@ -106,25 +106,11 @@ void check_aligned(const Thread& t, State state) {
   }
 }
 
-// Checks that nothing of the block is still in flight, and adds its late traffic to the totals.
+// Checks that nothing of the block is still in flight.
 void leave_block(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
   check_registers(block);
-  Last last;
-  for (const Thread& t : block.threads) {
-    if (!t.multiplies && t.since != block.landed) continue;  // nothing since the last product
-    last.stored += t.last.stored, last.shared += t.last.shared;
-    totals.last_loads = std::max(totals.last_loads, t.last.loads);
-    totals.late_loads = std::max(totals.late_loads, t.late_loads);
-    totals.cluster_loads = std::max(totals.cluster_loads, t.cluster_loads);
-    totals.sum_loads = std::max(totals.sum_loads, t.late_loads + t.cluster_loads);
-  }
-  totals.late_stored = std::max(totals.late_stored, last.stored);
-  totals.last_shared = std::max(totals.last_shared, last.shared);
-  totals.late_bytes = std::max(totals.late_bytes, block.late_bytes);
-  totals.late_total += block.late_bytes;
-  totals.cluster_bytes = std::max(totals.cluster_bytes, block.cluster_bytes);
 }
 
 void reschedule() {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -26,6 +27,13 @@ struct AsyncCopy {
   bool commit;  // the end of a group instead of a copy
 };
 
+// A bulk copy from shared to global memory; without a tile: the end of a group.
+struct BulkStore {
+  const unsigned char* tile;
+  size_t bytes;
+  std::shared_ptr<bool> landed;
+};
+
 struct WarpgroupProduct {
   float* d;
   uint64_t a, b;                // descriptors
@@ -46,12 +54,6 @@ struct Access {
   Space space;
 };
 
-// What a thread has done since its last product.
-struct Last {
-  uint64_t stored = 0, shared = 0;  // bytes: to global memory, to and from the block's own shared memory
-  uint64_t loads = 0;               // from global memory
-};
-
 struct Thread {
   Fiber fiber;
   uint3 index{};  // threadIdx
@@ -66,17 +68,12 @@ struct Thread {
   int barrier = 0;          // the barrier it waits at
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
+  std::vector<BulkStore> stores;
+  std::vector<uint32_t> unfenced;  // words of shared memory written since the last fence.proxy.async
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
-  uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
-  uint64_t cluster_loads = 0;
-  Last last;
-  bool multiplies = false;  // has issued a product
-  // For a thread that issues no products: how many products of the block it has waited for (seen), and at
-  // which of them its late counts last began anew (since).
-  uint64_t seen = 0, since = 0;
   std::vector<Access> log;
 };
 
@@ -97,7 +94,6 @@ struct Barrier {
   uint32_t arrived = 0, expected = 0, generation = 0;
   Site site{"", 0};
   const char* op = "";
-  uint64_t landed = 0;  // products of the block that come before it
   race::Sync sync[2];
 };
 
@@ -105,7 +101,6 @@ struct MemoryBarrier {  // an mbarrier
   uint32_t expected = 0, pending = 0;
   int64_t bytes = 0;
   uint64_t phase = 0;
-  uint64_t landed = 0;  // as a Barrier's
   race::Sync sync;
   race::Sync remote;                 // arrivals of other blocks of the cluster
   const Thread* unfenced = nullptr;  // the thread that initialised it, until its fence.mbarrier_init
@@ -127,49 +122,14 @@ struct Block {
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
   uint32_t registers_free = 0;                      // given back by its warps
   unsigned char* shared = nullptr;
+  std::vector<uint16_t> unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
   size_t shared_bytes = 0;
   Barrier barriers[16];
-  bool arrived = false;     // has done an atomic in global memory or a load from the cluster
-  bool let_next = false;    // has called griddepcontrol.launch_dependents
-  uint64_t late_bytes = 0;  // read since
-  uint64_t cluster_bytes = 0;
-  uint64_t landed = 0;  // completed products of all threads; each one restarts the late counts
+  bool let_next = false;  // has called griddepcontrol.launch_dependents
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;
 };
-
-// A product of the thread is done: the late counts of the thread and its block restart.
-inline void begin_late(Thread& t) {
-  t.last = {};
-  t.late_loads = t.cluster_loads = 0;
-  Block& block = *t.block;
-  ++block.landed;
-  block.arrived = false;
-  block.late_bytes = block.cluster_bytes = 0;
-}
-
-// A thread that arrives at a barrier publishes how many products it knows of; one that waits there reads it.
-inline void pass_on(const Thread& t, uint64_t& landed) {
-  landed = std::max(landed, t.multiplies ? t.block->landed : t.seen);
-}
-inline void take_over(Thread& t, uint64_t landed) {
-  t.seen = std::max(t.seen, landed);
-}
-
-// Whether the thread runs after the last product of its block so far.
-inline bool is_late(const Thread& t) {
-  return t.multiplies || t.seen == t.block->landed;
-}
-
-// A thread that issues no products restarts its late counts when it learns of a new product.
-inline Thread& count_anew(Thread& t) {
-  if (t.multiplies || t.since == t.seen) return t;
-  t.since = t.seen;
-  t.late_loads = t.cluster_loads = 0;
-  t.last = {};
-  return t;
-}
 
 struct Machine {
   Options options;
@@ -250,6 +210,9 @@ void check_early_end(const Thread& thread);       // before it ends
 bool left_out(const char* op, Site site);
 void forget_sites();
 
+// ---- bulk_store.cpp ----
+void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
+
 // ---- mbarrier.cpp ----
 MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it was not initialised
 void arrive(MemoryBarrier& b, Site site);
@@ -269,11 +232,6 @@ float half_to_float(uint32_t bits, bool is_bf16);
 // ---- counters.cpp ----
 extern Counters totals;  // without arrays
 
-// The thread issues a product.
-inline void note_multiply(Thread& t) {
-  t.multiplies = true;
-  totals.multiply = std::max<uint64_t>(totals.multiply, t.warp->index + 1);
-}
 void record(Space space, const void* address, uint32_t bytes, Site site);
 void flush_log(Warp& warp);  // called when the warp has converged
 void count_shared_phase(int wavefronts);

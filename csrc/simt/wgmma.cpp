@@ -121,7 +121,6 @@ void read_registers(Warp& warp, uint32_t, void* done) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  begin_late(t);
   const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
   DecodedProduct& decoded = operands(t, w);
   const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
@@ -190,7 +189,6 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
     product_layouts.insert({of.a_registers ? 0 : int(swizzle_bytes(of.a)), of.trans_a,
                             int(swizzle_bytes(of.b)), of.trans_b, n, is_bf16});
   }
-  note_multiply(t);
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
   WarpgroupProduct product{d,          of.a,       of.b,  of.a_registers,      n, !accumulate, is_bf16,

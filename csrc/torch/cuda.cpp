@@ -1,6 +1,6 @@
 // The operators on CUDA tensors: operators.h and layer.h over products_cuda.h.
+#include "operators.h"
 #include "products_cuda.h"
-#include "registration.h"
 #ifdef LOTR_SM90A
 #include "fused_cuda.h"
 #endif

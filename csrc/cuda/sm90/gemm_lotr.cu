@@ -1,0 +1,109 @@
+// Launches gemm_lotr.cuh: checks, tensor maps, grid.
+#include "gemm_lotr.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../dispatch.h"
+#include "gemm_lotr.cuh"
+
+namespace lotr::cuda {
+namespace {
+
+constexpr int64_t MOST = int64_t(1) << 30;  // rows and columns
+
+// f(the traits of the instance for the problem).
+template <class F>
+void with_traits(const Call& call, const GemmLotr& q, F f) {
+  dispatch_half(call.type, [&](auto element) {
+    using T = decltype(element);
+    if (q.backward)
+      f(kernels::GemmLotrTraits<T, true>{});
+    else
+      f(kernels::GemmLotrTraits<T, false>{});
+  });
+}
+
+// Whether a tensor map can describe m [rows, cols].
+std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols) {
+  const std::string what = std::string(name) + ": expected ";
+  if (m.col != 1) return what + "a column stride of 1, got " + std::to_string(m.col);
+  if (reinterpret_cast<uintptr_t>(m.data) % 16) return what + "an address divisible by 16";
+  if (rows > 1 && (m.row % 8 || m.row < cols || m.row > MOST))
+    return what + "a row stride that is a multiple of 8 and at least " + std::to_string(cols) + ", got " +
+           std::to_string(m.row);
+  return {};
+}
+
+std::string refuse_layout(const GemmLotr& q) {
+  const auto extent = [](const char* name, int64_t least, int64_t n) {
+    return n >= least && n <= MOST
+               ? std::string()
+               : name + (": expected " + std::to_string(least)) + " to 2^30, got " + std::to_string(n);
+  };
+  const int64_t W_rows = q.backward ? q.K : q.N, W_cols = q.backward ? q.N : q.K;
+  for (const auto& text :
+       {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K),
+        q.M * q.N <= int64_t(1) << 44 ? "" : "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N),
+        refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols), refuse("u", q.u, q.M, q.r),
+        refuse("F", q.F, q.N, q.r), refuse("y", read_only(q.y), q.M, q.N)})
+    if (!text.empty()) return text;
+  return {};
+}
+
+template <class Traits>
+ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
+  ptx::LaunchArgs args{dim3(unsigned(pairs * Traits::PAIR)), dim3(Traits::THREADS),
+                       sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream)};
+  args.cluster = dim3(Traits::PAIR);
+  args.name = "gemm_lotr";
+  args.early = call.early;
+  return args;
+}
+
+template <class Traits>
+void run(const Call& call, const GemmLotr& q) {
+  using T = typename Traits::T;
+  constexpr int HEIGHT = Traits::PAIR * Traits::BM;
+  const auto map = [](const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
+    const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
+    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
+                              uint32_t(box_rows));
+  };
+  const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
+  const kernels::GemmLotrParams p{q.bias, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
+  const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
+  ptx::launch<kernels::gemm_lotr<Traits>>(launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
+              q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
+              map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE),
+              map(read_only(q.y), q.M, q.N, 64), p);
+}
+
+}  // namespace
+
+std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
+  if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
+  if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
+    return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " + std::to_string(q.r);
+  if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
+    return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
+           std::to_string(got % 10);
+  std::string text = refuse_layout(q);
+  if (text.empty())
+    with_traits(call, q, [&](auto traits) {
+      using Traits = decltype(traits);
+      if (!ptx::resident_clusters(launch_args<Traits>(call, 1),
+                                  reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
+        text = "device: expected room for a pair of blocks of " +
+               std::to_string(sizeof(typename Traits::Smem)) + " bytes of shared memory, got none";
+    });
+  return text;
+}
+
+void gemm_lotr(const Call& call, const GemmLotr& q) {
+  if (const std::string refusal = gemm_lotr_refusal(call, q); !refusal.empty())
+    throw std::invalid_argument("gemm_lotr: " + refusal);
+  if (q.M > 0) with_traits(call, q, [&](auto traits) { run<decltype(traits)>(call, q); });
+}
+
+}  // namespace lotr::cuda

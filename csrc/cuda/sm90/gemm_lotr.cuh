@@ -1,0 +1,301 @@
+// gemm_lotr:  y = x W^T + bias + u F^T        sm_90a, bf16 or fp16, float32 sums
+//             dx = g W + k A^T                the same kernel, with W read MN-major: no transposed copy
+//
+//   x [M, K], W [N, K] (backward: [K, N]), u [M, r], F [N, r], y [M, N].  In the backward pass read
+//   dx, g, W, k and A for y, x, W, u and F.  u comes from the shrink kernel, k from shrink_grad.
+//
+// The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and multiplies
+// into the same accumulators.  The tensor maps fill ranks beyond r with zeros.
+//
+// Grid     pairs of blocks, as many as the GPU has multiprocessors or fewer.  Pair c computes tiles
+//          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block loads half
+//          of W's columns and writes them to both blocks (multicast).  Blocks of different pairs share
+//          nothing.
+// Block    two warpgroups multiply 64 x 256 each, one thread of a third one loads.
+// Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2; u and F
+//          likewise; y is written once and never read.
+//
+// Timeline of a block, one tile of six k-steps and the rank's, then the next tile.  L: copy in flight or
+// landed.  P: product.  R: the rank's product.  .: the product may still run, one group is left in flight.
+//   stage 0   L P . L L P . L L L L P        each stage has an mbarrier `full`, which counts the copies'
+//   stage 1   L L P . L L P . L L L L P      bytes, and an mbarrier `empty`, at which the warps of both
+//   stage 2   L L L P . L L R . L L L L      blocks arrive that have read it
+//   stage 3   L L L L P . L L L L P .
+//   y                         S S S S        S: a warpgroup stores 64 of its 256 columns
+//
+// Epilogue A warpgroup writes 64 x 64 of y to shared memory, and one thread stores it by a bulk copy while the
+//          others write the next 64 columns to a second buffer.  Meanwhile the producer loads the next tile's
+//          stages, and the other warpgroup, up to four k-steps behind, multiplies.
+// Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead ends.  The
+//          next kernel may begin when a block's last store is complete.
+// Bits     Each element of y is summed by one thread in one order.
+#pragma once
+#include "../ptx/launch.cuh"
+#include "ptx.cuh"
+
+namespace lotr::kernels {
+
+template <class T_, bool BACKWARD_>
+struct GemmLotrTraits {
+  using T = T_;
+  static constexpr bool BACKWARD = BACKWARD_;
+  static constexpr int BM = 128, BN = 256, BK = 64;
+  static constexpr int PAIR = 2, SHARE = BN / PAIR;  // blocks of a cluster, columns that each loads for both
+  static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
+  static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
+
+  struct Stage {      // one k-step of a tile, or one of the rank
+    T x[BM][BK];      // x, or u
+    T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK].  W MN-major: [BN / 64][BK][64]
+  };
+  struct alignas(1024) Smem {
+    Stage stage[STAGES];
+    T out[GROUPS][2][64][PANEL];
+    T bias[GROUPS][BN];
+    uint64_t full[STAGES], empty[STAGES];
+  };
+  static_assert(sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
+};
+
+// Tiles of the pairs, 256 x 256, in the order in which the pairs take them.
+struct GemmLotrTiles {
+  // The bands that are walked together.  With 66 pairs at work, 8 x 8 tiles read 2,048 rows of x and 2,048
+  // columns of W, the least that a wave can read.
+  static constexpr int BANDS_TOGETHER = 8;
+  int bands, columns;
+  struct Tile {
+    int band, column;
+  };
+
+  LOTR_DEVICE int count() const { return bands * columns; }
+  LOTR_DEVICE Tile operator[](int i) const {
+    const int first = i / (BANDS_TOGETHER * columns) * BANDS_TOGETHER, rest = i - first * columns;
+    const int together = bands - first < BANDS_TOGETHER ? bands - first : BANDS_TOGETHER;
+    return {first + rest % together, rest / together};
+  }
+};
+
+struct GemmLotrParams {
+  const void* bias;  // [N], or null
+  int N, K, r;
+  GemmLotrTiles tiles;
+};
+
+// A place in the ring of stages.  All threads walk the stages in the same order, so each keeps its own.
+template <int STAGES>
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;  // of the stage's phase; it changes with each turn of the ring
+  LOTR_DEVICE void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+  LOTR_DEVICE int before() const { return (stage + STAGES - 1) % STAGES; }
+};
+
+// f(first row of the block's tile, first column) for each tile of the block.
+template <class Traits, class F>
+LOTR_DEVICE void each_tile(const GemmLotrParams& p, F f) {
+  const int pair = int(blockIdx.x) / Traits::PAIR, rank = int(blockIdx.x) % Traits::PAIR,
+            pairs = int(gridDim.x) / Traits::PAIR;
+  for (int i = pair; i < p.tiles.count(); i += pairs) {
+    const auto tile = p.tiles[i];
+    f((tile.band * Traits::PAIR + rank) * Traits::BM, tile.column * Traits::BN);
+  }
+}
+
+// ---- the thread that loads ----
+
+template <class Traits>
+struct Producer {
+  using Stage = typename Traits::Stage;
+  typename Traits::Smem& s;
+  const ptx::TensorMap &X, &W, &U, &F;
+  const GemmLotrParams& p;
+  Place<Traits::STAGES> at{};
+
+  LOTR_DEVICE void run() {
+    const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;  // the first column that it loads for both
+    each_tile<Traits>(p, [&](int m0, int n0) {
+#pragma unroll 1
+      for (int k = 0; k < p.K; k += Traits::BK)
+        step(X, k, m0, [&](Stage& stage, uint64_t* full) {
+          if constexpr (Traits::BACKWARD) {
+#pragma unroll
+            for (int n = share; n < share + Traits::SHARE; n += 64)
+              load_for_both(stage.w + n * Traits::BK, W, n0 + n, k, full);
+          } else {
+            load_for_both(stage.w + share * Traits::BK, W, k, n0 + share, full);
+          }
+        });
+#pragma unroll 1
+      for (int k = 0; k < p.r; k += Traits::BK)
+        step(U, k, m0, [&](Stage& stage, uint64_t* full) {
+          load_for_both(stage.w + share * Traits::BK, F, k, n0 + share, full);
+        });
+    });
+  }
+
+ private:
+  // Fills the next stage, once both blocks' warps have read it.
+  template <class LoadW>
+  LOTR_DEVICE void step(const ptx::TensorMap& x, int k, int m0, LoadW load_w) {
+    Stage& stage = s.stage[at.stage];
+    uint64_t* full = &s.full[at.stage];
+    ptx::mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));  // half of w comes from the other block
+    ptx::tma_load_2d(stage.x, &x, k, m0, full);
+    load_w(stage, full);
+    at.advance();
+  }
+  LOTR_DEVICE void load_for_both(typename Traits::T* to, const ptx::TensorMap& map, int col, int row,
+                                 uint64_t* full) {
+    ptx::tma_load_2d_multicast(to, &map, col, row, full, (1 << Traits::PAIR) - 1);
+  }
+};
+
+// ---- the warpgroups that multiply ----
+
+template <class Traits>
+struct Multiplier {
+  using T = typename Traits::T;
+  using Stage = typename Traits::Stage;
+  typename Traits::Smem& s;
+  const ptx::TensorMap& Y;
+  const GemmLotrParams& p;
+  const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  Place<Traits::STAGES> at{};
+
+  LOTR_DEVICE void run() {
+    each_tile<Traits>(p, [&](int m0, int n0) {
+      load_bias(n0);
+      float d[Traits::BN / 2];
+#pragma unroll 1
+      for (int k = 0; k < p.K; k += Traits::BK) {
+        const Stage& stage = next();
+        const uint64_t x = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
+        const uint64_t w = Traits::BACKWARD ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
+                                            : ptx::swizzled_descriptor(stage.w);
+        constexpr auto MAJOR = Traits::BACKWARD ? ptx::Major::mn : ptx::Major::k;
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < Traits::BK; kk += 16)
+          ptx::wgmma<T, MAJOR>(d, x + ptx::descriptor_step<T>(kk),
+                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk), k + kk > 0);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (k > 0) release(at.before());
+        at.advance();
+      }
+#pragma unroll 1
+      for (int k = 0; k < p.r; k += Traits::BK) {
+        const Stage& stage = next();
+        const uint64_t u = ptx::swizzled_descriptor(&stage.x[64 * group][0]),
+                       f = ptx::swizzled_descriptor(stage.w);
+        // 16 ranks are a group of their own: products in a branch without their fence would be serialised
+        for (int kk = 0; kk < Traits::BK && k + kk < p.r; kk += 16) {
+          ptx::wgmma_fence();
+          ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk), true);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();
+        }
+        release(at.before());
+        at.advance();
+      }
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_landed(d);
+      release(at.before());
+      store(d, m0 + 64 * group, n0);
+    });
+    if (thread == 0) ptx::bulk_wait_all();
+  }
+
+ private:
+  // The stage of the next step, once all of it is there.
+  LOTR_DEVICE const Stage& next() {
+    ptx::mbarrier_wait(&s.full[at.stage], at.parity);
+    return s.stage[at.stage];
+  }
+
+  // A whole warp: to the producers of both blocks, for each of them writes here.
+  LOTR_DEVICE void release(int stage) {
+    __syncwarp();  // the reads of all lanes are over
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane < Traits::PAIR) ptx::mbarrier_arrive_cluster(&s.empty[stage], lane);
+  }
+
+  // The tile's bias, for this warpgroup.  The barriers of store() separate it from the reads, before and after.
+  LOTR_DEVICE void load_bias(int n0) {
+    const auto* bias = static_cast<const T*>(p.bias);
+#pragma unroll
+    for (int n = thread; n < Traits::BN; n += 128)
+      ptx::store_shared(&s.bias[group][n],
+                        bias && n0 + n < p.N ? ptx::load(bias + n0 + n) : ptx::from_float<T>(0.f));
+  }
+
+  // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and `row` + 8, of
+  // each 8 columns the two from `pair` on.  A panel is swizzled as its tensor map says, so the 8 rows of a
+  // warp's store lie in different banks.
+  struct alignas(4) Two {
+    T v[2];
+  };
+  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], int m0, int n0) {
+    // held: else the addresses that depend on it are computed before the main loop, which has no registers left
+    const int lane = ptx::held(thread % 32), row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
+#pragma unroll
+    for (int panel = 0; panel < Traits::BN / Traits::PANEL; ++panel) {
+      auto& out = s.out[group][panel % 2];
+      if (thread == 0) ptx::bulk_wait_read<1>();  // the panel two before has been read from here
+      ptx::barrier_sync(1 + group, 128);
+#pragma unroll
+      for (int j = 0; j < Traits::PANEL / 8; ++j) {
+        const int n = panel * Traits::PANEL + 8 * j;
+        auto two = ptx::bit_cast<Two>(
+            ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
+        float b0, b1;
+        ptx::to_floats(two.v, b0, b1);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {  // row + 8 h
+          ptx::from_floats(two.v, d[n / 2 + 2 * h] + b0, d[n / 2 + 2 * h + 1] + b1);
+          ptx::store_shared(reinterpret_cast<uint32_t*>(&out[row + 8 * h][8 * (j ^ row % 8) + pair]),
+                            ptx::bit_cast<uint32_t>(two));
+        }
+      }
+      ptx::fence_proxy_async();
+      ptx::barrier_sync(1 + group, 128);
+      if (thread == 0) {
+        ptx::tma_store_2d(&Y, n0 + panel * Traits::PANEL, m0, out);
+        ptx::bulk_commit();
+      }
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::THREADS, 1)
+    gemm_lotr(const __grid_constant__ ptx::TensorMap X, const __grid_constant__ ptx::TensorMap W,
+              const __grid_constant__ ptx::TensorMap U, const __grid_constant__ ptx::TensorMap F,
+              const __grid_constant__ ptx::TensorMap Y, const __grid_constant__ GemmLotrParams p) {
+  auto& s = ptx::shared_storage<typename Traits::Smem>();
+  if (threadIdx.x == 0) {
+    for (const auto* map : {&X, &W, &U, &F, &Y}) ptx::prefetch_tensor_map(map);
+    for (int i = 0; i < Traits::STAGES; ++i) {
+      ptx::mbarrier_init(&s.full[i], 1);
+      ptx::mbarrier_init(&s.empty[i], Traits::WARPS * Traits::PAIR);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::cluster_sync();  // both blocks have mbarriers
+  ptx::griddepcontrol_wait();
+  if (threadIdx.x >= 128 * Traits::GROUPS) {
+    if (threadIdx.x == 128 * Traits::GROUPS) Producer<Traits>{s, X, W, U, F, p}.run();
+    __syncwarp();
+  } else {
+    Multiplier<Traits>{s, Y, p}.run();
+    __syncwarp();
+  }
+  // No block may leave while the other still arrives at its mbarriers.  All stores are complete here.
+  ptx::cluster_sync();
+  ptx::griddepcontrol_launch_dependents();
+}
+
+}  // namespace lotr::kernels

@@ -1,0 +1,234 @@
+// The table of kernels that run() takes: names, and how their arguments become the problems of csrc/cuda.
+// Outputs are the caller's arrays, so that a test may poison, pad or stride them.
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "cuda/launch.h"
+#include "given.h"
+
+namespace lotr::simt {
+namespace {
+
+cuda::Call call_of(DType type) {
+  return {type, device.card, nullptr, device.early};
+}
+
+template <class Problem>
+void launch(const cuda::Call& call, const Problem& problem) {
+  Memory memory("workspace", cuda::workspace(call, problem));
+  cuda::run(call, problem, memory.as<void>());
+  memory.check();
+}
+template <class Problem>
+void launch(DType type, const Problem& problem) {
+  launch(call_of(type), problem);
+}
+
+void shrink(const Given& given) {
+  const DType type = given.type("x");
+  ShrinkProblem q{};
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.r = int32_t(given.extent("A", 1));
+  q.x = given.input("x", type, q.M, q.K), q.A = given.input("A", type, q.K, q.r);
+  q.u = given.output("u", type, q.M, q.r);
+  q.scale = float(given.number("scale")), q.dropout = given.dropout();
+  if (given.has("core")) {
+    q.r_core = int32_t(given.extent("core", 1)), q.core_scale = float(given.number("core_scale"));
+    q.core = given.input("core", type, q.r, q.r_core), q.h = given.output("h", type, q.M, q.r_core);
+  }
+  launch(type, q);
+}
+
+void expand_add(const Given& given) {
+  const DType type = given.type("y");
+  ExpandProblem q{};
+  q.M = given.extent("y", 0), q.N = given.extent("y", 1), q.r = int32_t(given.extent("F", 1));
+  q.y = given.output("y", type, q.M, q.N), q.u = given.input("u", type, q.M, q.r);
+  q.F = given.input("F", type, q.N, q.r), q.dropout = given.dropout();
+  q.fresh = int32_t(given.number("fresh"));
+  q.bias = given.line("bias", type, q.N), q.bias_stride = given.stride("bias", 0);
+  launch(type, q);
+}
+
+void factor_grad(const Given& given) {
+  const DType type = given.type("x");
+  FactorGradProblem q{};
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.r = int32_t(given.extent("v", 1));
+  q.x = given.input("x", type, q.M, q.K), q.v = given.input("v", type, q.M, q.r);
+  q.D = given.floats("D", {q.K, q.r}), q.D_row = given.stride("D", 0), q.D_col = given.stride("D", 1);
+  q.accumulate = int32_t(given.number("accumulate")), q.dropout = given.dropout();
+  launch(type, q);
+}
+
+void shrink_grad(const Given& given) {
+  const DType type = given.type("g");
+  ShrinkGradProblem q{};
+  q.M = given.extent("g", 0), q.N = given.extent("g", 1), q.r = int32_t(given.extent("F", 1));
+  q.g = given.input("g", type, q.M, q.N), q.F = given.input("F", type, q.N, q.r);
+  q.u = given.input("u", type, q.M, q.r), q.k = given.output("k", type, q.M, q.r);
+  q.Q = given.floats("Q", {q.N, q.r}), q.Q_row = given.stride("Q", 0), q.Q_col = given.stride("Q", 1);
+  q.accumulate = int32_t(given.number("accumulate"));
+  launch(type, q);
+}
+
+void fold(const Given& given) {
+  FoldProblem q{};
+  q.N = given.extent("B", 0), q.r_out = int32_t(given.extent("B", 1));
+  q.L = int32_t(given.extent("cores", 0)), q.r_in = int32_t(given.extent("cores", 1));
+  q.B_type = given.type("B"), q.core_type = given.type("cores"), q.F_type = given.type("F");
+  q.B = given.input("B", q.B_type, q.N, q.r_out);
+  const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), F = given.stack("F", q.L, q.N, q.r_in);
+  q.cores = cores.matrix, q.core_stride = cores.first;
+  q.F = const_cast<void*>(F.matrix.data), q.F_layer = F.first, q.F_row = F.matrix.row;
+  q.scale = float(given.number("scale"));
+  launch(q.F_type, q);
+}
+
+void fold_grad(const Given& given) {
+  FoldGradProblem q{};
+  q.N = given.extent("B", 0), q.r_out = int32_t(given.extent("B", 1));
+  q.L = int32_t(given.extent("cores", 0)), q.r_in = int32_t(given.extent("cores", 1));
+  q.B_type = given.type("B"), q.core_type = given.type("cores");
+  const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), Q = given.stack("Q", q.L, q.N, q.r_in);
+  q.Q = Q.matrix, q.Q_stride = Q.first, q.cores = cores.matrix, q.core_stride = cores.first;
+  q.B = given.input("B", q.B_type, q.N, q.r_out);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.add_dB = int32_t(given.number("accumulate"));
+  q.dcores = given.floats("dcores", {q.L, q.r_in, q.r_out}), q.scale = float(given.number("scale"));
+  launch(DType::float32, q);
+}
+
+void small_forward(const Given& given) {
+  const DType type = given.type("x");
+  SmallForwardProblem q{};
+  q.M = given.extent("x", 0), q.K = given.extent("A", 0), q.N = given.extent("B", 0);
+  q.r_in = int32_t(given.extent("A", 1)), q.r_out = int32_t(given.extent("B", 1));
+  q.y = given.output("y", type, q.M, q.N), q.x = given.input("x", type, q.M, q.K);
+  q.A = given.input("A", type, q.K, q.r_in), q.core = given.input("core", type, q.r_in, q.r_out);
+  q.B = given.input("B", type, q.N, q.r_out), q.u = given.output("u", type, q.M, q.r_in);
+  q.scale = float(given.number("scale"));
+  launch(type, q);
+}
+
+void small_backward(const Given& given) {
+  const DType type = given.type("g");
+  SmallBackwardProblem q{};
+  q.M = given.extent("g", 0), q.K = given.extent("A", 0), q.N = given.extent("B", 0);
+  q.r_in = int32_t(given.extent("A", 1)), q.r_out = int32_t(given.extent("B", 1));
+  q.dx = given.output("dx", type, q.M, q.K), q.g = given.input("g", type, q.M, q.N);
+  q.x = given.input("x", type, q.M, q.K), q.u = given.input("u", type, q.M, q.r_in);
+  q.A = given.input("A", type, q.K, q.r_in), q.core = given.input("core", type, q.r_in, q.r_out);
+  q.B = given.input("B", type, q.N, q.r_out);
+  q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0), q.dA_col = given.stride("dA", 1);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.add_dA = q.add_dB = int32_t(given.number("accumulate"));
+  q.dcore = given.floats("dcore", {q.r_in, q.r_out}), q.scale = float(given.number("scale"));
+  launch(type, q);
+}
+
+// ---- row_core: csrc/torch sorts the rows with torch, here std::stable_sort does ----
+
+RowIndex index_of(const Given& given, int64_t rows) {
+  const int64_t cores = given.extent("cores", 0), tokens = given.extent("u", 0);
+  return {given.integers<int64_t>("index"), given.integers<int32_t>("offs"),
+          given.integers<int64_t>("tokens"), rows, tokens, cores};
+}
+
+Matrix any(const Given& given, const char* name) {
+  return given.input(name, given.type(name), given.extent(name, 0), given.extent(name, 1));
+}
+MutableMatrix any_output(const Given& given, const char* name) {
+  const Matrix m = any(given, name);
+  return {const_cast<void*>(m.data), m.row, m.col, m.access};
+}
+
+// h = scale a G by rows; transposed: a G^T.
+void product(const Given& given, const Given::Stack& cores, const RowIndex& index, Matrix a, DType a_type,
+             MutableMatrix h, DType h_type, bool transposed, float missing) {
+  RowCoreProblem q{};
+  q.index = index, q.a = a, q.cores = cores.matrix, q.core_stride = cores.first;
+  q.r_in = int32_t(given.extent("cores", 1)), q.r_out = int32_t(given.extent("cores", 2));
+  if (transposed) std::swap(q.cores.row, q.cores.col), std::swap(q.r_in, q.r_out);
+  q.h = h, q.a_type = a_type, q.core_type = given.type("cores"), q.h_type = h_type;
+  q.scale = float(given.number("scale")), q.missing = missing;
+  launch(given.type("u"), q);
+}
+
+Given::Stack cores_of(const Given& given) {
+  return given.stack("cores", given.extent("cores", 0), given.extent("cores", 1), given.extent("cores", 2));
+}
+
+void row_core(const Given& given) {
+  product(given, cores_of(given), index_of(given, given.extent("h", 0)), any(given, "u"), given.type("u"),
+          any_output(given, "h"), given.type("h"), false, std::numeric_limits<float>::quiet_NaN());
+}
+
+// Rows sorted by a key, and where those of each key end.
+struct Sorted {
+  Memory order, keys, ends;
+
+  Sorted(const cuda::Call& call, const int64_t* key, int64_t rows, int64_t bound)
+      : order(nullptr, size_t(rows) * 8), keys(nullptr, size_t(rows) * 8), ends(nullptr, size_t(bound + 1) * 4) {
+    auto* places = order.as<int64_t>();
+    std::iota(places, places + rows, 0);
+    std::stable_sort(places, places + rows, [&](int64_t a, int64_t b) { return key[a] < key[b]; });
+    for (int64_t i = 0; i < rows; ++i) keys.as<int64_t>()[i] = key[places[i]];
+    launch(call, RowEndsProblem{keys.as<int64_t>(), ends.as<int32_t>(), rows, bound});
+  }
+  Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
+};
+
+void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core, int64_t rows, Matrix g) {
+  const int64_t r_in = given.extent("cores", 1), tokens = given.extent("u", 0);
+  Sorted by_token(call, given.integers<int64_t>("tokens"), rows, tokens);
+  Memory k(nullptr, size_t(rows * r_in) * 4);
+  product(given, cores_of(given), by_core, g, given.type("g"), {k.as<float>(), r_in, 1, Access::element},
+          DType::float32, true, 0.f);
+  SumRowsProblem q{};
+  q.of_token = by_token.segments(), q.k = k.as<float>(), q.tokens = tokens, q.r = int32_t(r_in);
+  q.du = any_output(given, "du"), q.du_type = given.type("du");
+  launch(call, q);
+}
+
+void row_core_backward(const Given& given) {
+  const cuda::Call call = call_of(given.type("u"));
+  const int64_t rows = given.extent("g", 0), r_in = given.extent("cores", 1), r_out = given.extent("cores", 2);
+  const RowIndex index = index_of(given, rows);
+  RowIndex by_core = index;
+  by_core.token = nullptr, by_core.tokens = rows;
+  const Matrix g = any(given, "g");
+  if (given.has("tokens"))
+    sum_over_rows(given, call, by_core, rows, g);
+  else
+    product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"), given.type("du"),
+            true, 0.f);
+  Sorted by_index(call, index.core, index.core ? rows : 0, index.cores);
+  RowCoreGradProblem q{};
+  q.of_core = index.core ? by_index.segments() : Segments{nullptr, index.ends, 1};
+  q.token = index.token, q.u = any(given, "u"), q.g = g, q.type = given.type("u");
+  q.dcores = given.floats("dcores", {index.cores, r_in, r_out});
+  q.tokens = index.tokens, q.cores = index.cores, q.r_in = int32_t(r_in), q.r_out = int32_t(r_out);
+  q.scale = float(given.number("scale"));
+  q.rows = rows;
+  launch(call, q);
+}
+
+}  // namespace
+
+const std::vector<Kernel>& kernels() {
+  static const std::vector<Kernel> table = {
+      {"shrink", "x A u [ seed core h ]", "p=0 scale=1 core_scale=1", shrink},
+      {"expand_add", "y u F [ seed bias ]", "p=0 fresh=0", expand_add},
+      {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
+      {"shrink_grad", "g F u k Q", "accumulate=0", shrink_grad},
+      {"fold", "B cores F", "scale=1", fold},
+      {"fold_grad", "Q B cores dcores [ dB ]", "scale=1 accumulate=1", fold_grad},
+      {"small_forward", "y x A core B u", "scale=1", small_forward},
+      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
+      {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
+      {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
+  };
+  return table;
+}
+
+}  // namespace lotr::simt

@@ -1,0 +1,134 @@
+"""Arrays for the kernel tests: element types, poisoned padding, the tolerance rule.
+
+bfloat16 is carried as uint16, as the executor's module takes it. Everything outside a matrix is NaN: the columns between its
+rows, the rows after the last, and the elements before the first. A kernel that reads any of it produces NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TYPES = ("bf16", "fp16", "tf32", "fp32")  # element type and, for float32, the way products are formed
+DTYPE = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}
+# Half a unit in the last place of what a kernel of the type stores, relative.
+UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-24, "fp32": 2.0**-24}
+
+
+def narrow(a: np.ndarray, kind: str) -> np.ndarray:
+    """Rounds float values to the stored type, to nearest even."""
+    if kind != "bf16":
+        return np.asarray(a).astype(DTYPE[kind])
+    bits = np.ascontiguousarray(np.asarray(a, np.float32)).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
+
+
+def wide(a: np.ndarray, kind: str | None = None) -> np.ndarray:
+    """float64 values of a stored array."""
+    if a.dtype == np.uint16:
+        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return a.astype(np.float64)
+
+
+def operand(a: np.ndarray, kind: str) -> np.ndarray:
+    """float64 values of a stored array as the product sees them: tf32 drops 13 bits, to nearest, ties away."""
+    if kind == "tf32":
+        bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+        return ((bits + 0x1000) & 0xFFFFE000).view(np.float32).astype(np.float64)
+    return wide(narrow(a, kind) if kind in ("bf16", "fp16") and a.dtype == np.float32 else a)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix lies in its poisoned buffer: elements before it, between its rows; transposed: columns in memory."""
+
+    offset: int = 0
+    pad: int = 0
+    transposed: bool = False
+
+
+ALIGNED = Layout(8, 8)
+ODD = Layout(3, 5)
+COLUMNS = Layout(1, 3, True)
+PACKED = Layout()
+
+
+def poisoned(shape: tuple[int, int], dtype: np.dtype, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """A NaN-filled buffer, and the view of `shape` inside it. The buffer starts at an address divisible by 64."""
+    rows, cols = shape[::-1] if layout.transposed else shape
+    stride = cols + layout.pad
+    if not layout.offset and not layout.pad:
+        stride = cols
+    size = layout.offset + rows * stride + 96
+    raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    buffer = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
+    buffer.view(np.uint16 if buffer.itemsize == 2 else np.uint32)[...] = 0xFFFF if buffer.itemsize == 2 else 0xFFFFFFFF
+    view = buffer[layout.offset : layout.offset + rows * stride].reshape(rows, stride)[:, :cols]
+    return buffer, view.T if layout.transposed else view
+
+
+def place(values: np.ndarray, dtype: np.dtype, layout: Layout = ALIGNED) -> np.ndarray:
+    """A copy of `values` (already of the stored type) in poisoned memory."""
+    _, view = poisoned(values.shape, dtype, layout)
+    view[...] = values
+    return view
+
+
+class Output:
+    """An output in poisoned memory; check_outside asserts that nothing around it was written. Three dimensions are packed."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, layout: Layout = ALIGNED, values: np.ndarray | None = None):
+        shape, whole, layout = (int(np.prod(shape[:-1])), shape[-1]), shape, PACKED if len(shape) > 2 else layout
+        self.buffer, self.view = poisoned(shape, dtype, layout)
+        word = np.uint16 if self.buffer.itemsize == 2 else np.uint32
+        inside = np.zeros(self.buffer.shape, bool)
+        strides = tuple(s // self.buffer.itemsize for s in self.view.strides)
+        rows, cols = np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij")
+        inside[layout.offset + rows * strides[0] + cols * strides[1]] = True
+        self._outside, self._words = ~inside, self.buffer.view(word)
+        self.view = self.view.reshape(whole)
+        if values is not None:
+            self.view[...] = values
+
+    def check_outside(self) -> None:
+        """Asserts that only the matrix itself was written."""
+        words = self._words[self._outside]
+        assert (words == words.dtype.type(~words.dtype.type(0))).all(), "wrote outside the output"
+
+
+def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str) -> None:
+    """The error against float64 may be at most twice that of the eager formula with the same operands, plus epsilon.
+
+    The epsilon is a unit of the stored type at the result's magnitude (two rounded values may differ by one), and what
+    another order of summation in float32 may cost: a few units of the sum of absolute products, `scale`.
+    """
+    got = wide(got)
+    assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
+    if not truth.size:
+        return
+    assert np.isfinite(got).all(), f"{what}: {np.count_nonzero(~np.isfinite(got))} of {got.size} values are not finite"
+    error, allowed = np.abs(got - truth), 2 * np.abs(wide(eager) - truth)
+    allowed = np.maximum(allowed, 0) + 2 * UNIT[kind] * np.abs(truth) + 8 * 2.0**-24 * scale + 1e-30
+    worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+    assert (error <= allowed).all(), (
+        f"{what}: at {tuple(int(i) for i in worst)} got {got[worst]:.9g}, expected {truth[worst]:.9g} "
+        f"within {allowed[worst]:.3g}, {np.count_nonzero(error > allowed)} of {error.size} values are off"
+    )
+
+
+def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
+    """The elements that dropout keeps: Philox 4x32-10 in numpy integers, written from its definition, not from the kernel."""
+    e = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols) + np.arange(cols, dtype=np.uint64)[None, :]
+    q, low = e // np.uint64(4), np.uint64(0xFFFFFFFF)
+    c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
+    k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+            c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & low, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & low]
+            k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    words = np.choose((e % np.uint64(4)).astype(int), c)
+    return words >= np.uint64(int(p * 2**32))

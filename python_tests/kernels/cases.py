@@ -1,0 +1,428 @@
+"""The table KERNELS: every kernel as a problem with inputs in poisoned memory and the float64 truth of its outputs.
+
+A problem runs on any object with `set_device` and `run(name, arrays, numbers)`: the executor's module (csrc/simt), or
+torch_backend.TorchBackend, which calls torch.ops.lotr on a CPU or a GPU.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
+
+SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
+FLOAT = np.float32
+Views = dict[str, np.ndarray]
+
+
+class Backend(Protocol):
+    """What runs a problem."""
+
+    def set_device(self, *, multiprocessors: int, float32: str, early: bool) -> None: ...
+
+    def run(self, name: str, arrays: Views, numbers: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """m tokens, k columns of the large matrix, ranks r and r2 (0: the same). The device has `sms` multiprocessors."""
+
+    m: int
+    k: int
+    r: int
+    layout: Layout = ALIGNED
+    p: float = 0.0
+    sms: int = 132
+    r2: int = 0
+    layers: int = 1
+    float_factors: bool = False
+
+    @property
+    def other(self) -> int:
+        return self.r2 or self.r
+
+    def __str__(self) -> str:
+        place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
+        return f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+
+
+# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
+SHAPES = [
+    Shape(0, 64, 16),
+    Shape(0, 1, 1, ODD),
+    Shape(1, 1, 1),
+    Shape(1, 1, 1, ODD, 0.5),
+    Shape(1, 64, 16, PACKED),
+    Shape(1, 1000, 8, sms=8),
+    Shape(2, 333, 5, ODD, 0.1),
+    Shape(3, 129, 17, COLUMNS),
+    Shape(5, 7, 3, COLUMNS, 0.3),
+    Shape(16, 256, 16, PACKED, layers=3),
+    Shape(16, 512, 64, sms=4, r2=32),
+    Shape(17, 65, 33, ODD, sms=1),
+    Shape(31, 255, 31, sms=3, float_factors=True),
+    Shape(33, 31, 256),
+    Shape(48, 200, 128, p=0.25),
+    Shape(63, 64, 16, sms=2),
+    Shape(64, 64, 16, PACKED, sms=1),
+    Shape(64, 128, 32, PACKED, 0.5, 4, layers=2),
+    Shape(65, 63, 15, sms=7),
+    Shape(65, 200, 12, ODD, 0.1, 6, r2=20),
+    Shape(96, 96, 96, sms=2),
+    Shape(100, 100, 100, COLUMNS, sms=5),
+    Shape(127, 129, 16, sms=12, layers=4),
+    Shape(128, 64, 8, PACKED, sms=9, float_factors=True),
+    Shape(65, 72, 200, sms=3),
+    Shape(129, 257, 1, p=0.9, sms=20),
+    Shape(130, 520, 16, sms=10),
+    Shape(150, 70, 60, ODD, sms=2, r2=7),
+    Shape(192, 192, 64, sms=6),
+    Shape(130, 40, 129, sms=4),
+    Shape(200, 330, 24, PACKED, sms=16),
+    Shape(255, 65, 2, ODD, 0.2, 5),
+    Shape(256, 256, 16, PACKED, sms=3, layers=2),
+    Shape(256, 320, 32, p=0.1, sms=2),
+    Shape(67, 100, 250, sms=2),
+    Shape(300, 72, 48, COLUMNS, sms=3),
+    Shape(320, 640, 16, sms=12),
+    Shape(385, 130, 10, ODD, sms=8, float_factors=True),
+    Shape(400, 24, 4, PACKED, 0.4, 11),
+    Shape(512, 64, 64, sms=4),
+    Shape(600, 90, 36, sms=2, r2=50, layers=5),
+    Shape(777, 33, 7, ODD, sms=132),
+    Shape(1030, 8, 16, PACKED, sms=40),
+    Shape(300, 560, 24, sms=10),
+    Shape(260, 200, 100, COLUMNS, sms=6),
+    Shape(520, 264, 60, ODD, sms=12),
+    Shape(700, 512, 13, ODD, sms=16),
+    Shape(2040, 40, 13, ODD, sms=16),
+]
+
+
+@dataclass
+class Problem:
+    """One call of a kernel: its inputs, how its outputs are made anew for each run, and the check of their values."""
+
+    name: str
+    kernel: str
+    device: dict[str, Any]
+    inputs: Views
+    numbers: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
+    check: Callable[[Views], None] = lambda views: None
+
+    def run(self, backend: Backend) -> Views:
+        """Fresh poisoned outputs by name, after the call; asserts that nothing beside them was written."""
+        outputs = {name: make() for name, make in self.outputs.items()}
+        backend.set_device(**self.device)
+        backend.run(self.kernel, {**self.inputs, **{name: o.view for name, o in outputs.items()}}, self.numbers)
+        for output in outputs.values():
+            output.check_outside()
+        return {name: output.view for name, output in outputs.items()}
+
+    def checked(self, backend: Backend) -> dict[str, bytes]:
+        """Runs once and checks the values; the bits of the outputs."""
+        views = self.run(backend)
+        self.check(views)
+        return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
+
+
+class Maker:
+    """Random operands of a shape and element type, in poisoned memory, and the comparison with the truth."""
+
+    def __init__(self, shape: Shape, kind: str, name: str):
+        self.shape, self.kind, self.name, self.dtype = shape, kind, f"{name} {kind} {shape}", DTYPE[kind]
+        self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+
+    def values(self, *size: int) -> np.ndarray:
+        return self.rng.standard_normal(size)
+
+    def floats(self, *size: int) -> np.ndarray:
+        return self.values(*size).astype(FLOAT)
+
+    def large(self, rows: int, cols: int) -> np.ndarray:
+        return place(narrow(self.values(rows, cols), self.kind), self.dtype, self.shape.layout)
+
+    def factor(self, rows: int, cols: int) -> np.ndarray:
+        if self.shape.float_factors:
+            return place(self.floats(rows, cols), FLOAT, self.shape.layout)
+        return self.large(rows, cols)
+
+    def cores(self, count: int) -> np.ndarray:
+        return np.stack([self.factor(self.shape.r, self.shape.other) for _ in range(count)])
+
+    def op(self, a: np.ndarray) -> np.ndarray:
+        """An operand's values as the kernel's product sees them."""
+        return operand(a, self.kind)
+
+    def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
+        device = {"multiprocessors": self.shape.sms, "float32": "tf32" if self.kind == "tf32" else "exact", "early": True}
+        return Problem(self.name, kernel, device, inputs, numbers)
+
+    def with_dropout(self, problem: Problem) -> np.ndarray | float:
+        """Adds the shape's dropout to a problem; what dropout multiplies the large matrix by."""
+        shape = self.shape
+        if not shape.p:
+            return 1.0
+        problem.inputs["seed"], problem.numbers["p"] = np.array([SEED], np.int64), shape.p
+        return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
+
+    def out(self, *size: int, start: np.ndarray | None = None, dtype: type | None = None, packed: bool = False):
+        """A function that makes an output: of the kernel's type, NaN unless it has values at the start."""
+        layout = PACKED if packed else self.shape.layout
+        return lambda: Output(size, dtype or self.dtype, layout, start)
+
+    def close(self, got, left, right, what: str, add=0.0, mask=1.0, kind: str | None = None, scale: float = 1.0) -> None:
+        """got = add + mask scale (left right), compared with float64 and with float32 arithmetic."""
+        kind = kind or self.kind
+        truth = add + mask * scale * (left @ right)
+        eager = add + mask * scale * (left.astype("f4") @ right.astype("f4"))
+        size = np.abs(add) + np.abs(mask * scale) * (np.abs(left) @ np.abs(right))
+        check_close(got, truth, narrow(eager, kind), size, kind, f"{self.name}: {what}")
+
+
+def shrink(shape: Shape, kind: str) -> Problem:
+    t = Maker(shape, kind, "shrink")
+    x, A = t.large(shape.m, shape.k), t.factor(shape.k, shape.r)
+    problem = t.problem("shrink", {"x": x, "A": A})
+    mask = t.with_dropout(problem)
+    problem.outputs = {"u": t.out(shape.m, shape.r)}
+    problem.check = lambda out: t.close(out["u"], t.op(x) * mask, t.op(A), "u")
+    return problem
+
+
+def shrink_core(shape: Shape, kind: str) -> Problem:
+    """shrink of few tokens: u and h = 3 u core from one launch."""
+    t = Maker(shape, kind, "shrink_core")
+    x, A, core = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.factor(shape.r, shape.other)
+    problem = t.problem("shrink", {"x": x, "A": A, "core": core}, scale=0.5, core_scale=3.0)
+    problem.outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
+
+    def check(out: Views) -> None:
+        t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
+        # the second product reads the u that is stored; it is in float32 whatever the first one is
+        u, c = (t.op(out["u"]), t.op(core)) if kind != "tf32" else (wide(out["u"]), wide(core))
+        t.close(out["h"], u, c, "h", scale=3.0)
+
+    problem.check = check
+    return problem
+
+
+def expand_add(shape: Shape, kind: str) -> Problem:
+    t = Maker(shape, kind, "expand_add")
+    u, F, y0 = t.large(shape.m, shape.r), t.factor(shape.k, shape.r), narrow(t.values(shape.m, shape.k), kind)
+    problem = t.problem("expand_add", {"u": u, "F": F})
+    mask = t.with_dropout(problem)
+    problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
+    problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), mask)
+    return problem
+
+
+def factor_grad(shape: Shape, kind: str) -> Problem:
+    """D += x^T v; D = x^T v, which may start as NaN, where the shape has several layers."""
+    t = Maker(shape, kind, "factor_grad")
+    x, v, D0 = t.large(shape.m, shape.k), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
+    adds = shape.layers == 1
+    problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=adds)
+    left = (t.op(x) * t.with_dropout(problem)).T
+    problem.outputs = {"D": t.out(shape.k, shape.r, start=D0 if adds else None, dtype=FLOAT)}
+    problem.check = lambda out: t.close(out["D"], left, t.op(v), "D", wide(D0) if adds else 0.0, kind="fp32")
+    return problem
+
+
+def shrink_grad(shape: Shape, kind: str) -> Problem:
+    """k = g F with Q = g^T u, or Q += g^T u where the shape has dropout (which this kernel has not)."""
+    t = Maker(shape, kind, "shrink_grad")
+    g, F, u = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r)
+    adds, Q0 = shape.p > 0, t.floats(shape.k, shape.r)
+    problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=adds)
+    Q = t.out(shape.k, shape.r, start=Q0 if adds else None, dtype=FLOAT, packed=not adds)
+    problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
+
+    def check(out: Views) -> None:
+        t.close(out["k"], t.op(g), t.op(F), "k")
+        t.close(out["Q"], t.op(g).T, t.op(u), "Q", wide(Q0) if adds else 0.0, kind="fp32")
+
+    problem.check = check
+    return problem
+
+
+def fold(shape: Shape, kind: str) -> Problem:
+    t = Maker(shape, kind, "fold")
+    B, cores = t.factor(shape.k, shape.other), t.cores(shape.layers)
+    problem = t.problem("fold", {"B": B, "cores": cores}, scale=0.25)
+    problem.outputs = {"F": t.out(shape.layers, shape.k, shape.r)}
+
+    def check(out: Views) -> None:
+        for layer, core in enumerate(cores):
+            t.close(out["F"][layer], wide(B), wide(core).T, f"F[{layer}]", scale=0.25)
+
+    problem.check = check
+    return problem
+
+
+def fold_grad(shape: Shape, kind: str) -> Problem:
+    """dB only where the shape has no dropout."""
+    t = Maker(shape, kind, "fold_grad")
+    B, cores, Q = t.factor(shape.k, shape.other), t.cores(shape.layers), t.floats(shape.layers, shape.k, shape.r)
+    dB0 = t.floats(shape.k, shape.other)
+    problem = t.problem("fold_grad", {"Q": Q, "B": B, "cores": cores}, scale=0.25)
+    problem.outputs = {"dcores": t.out(shape.layers, shape.r, shape.other, dtype=FLOAT)}
+    if not shape.p:
+        problem.outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
+
+    def check(out: Views) -> None:
+        for layer in range(shape.layers):
+            t.close(out["dcores"][layer], wide(Q[layer]).T, wide(B), f"dcores[{layer}]", scale=0.25, kind="fp32")
+        if "dB" in out:
+            left, right = np.concatenate([wide(q) for q in Q], 1), np.concatenate([wide(core) for core in cores])
+            t.close(out["dB"], left, right, "dB", wide(dB0), scale=0.25, kind="fp32")
+
+    problem.check = check
+    return problem
+
+
+# ---- the unfolded form: products of products, of which the inner one may be stored rounded ----
+
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-10, "fp32": 2.0**-20}
+
+
+class Rounded:
+    """A matrix and the root mean square of its rounding error, in units of the type: h and k may be stored rounded or not."""
+
+    def __init__(self, value: np.ndarray, square: np.ndarray):
+        self.value, self.square = value, square
+
+    @classmethod
+    def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> Rounded:
+        """The error of a product is that of its terms, which may cancel in its value."""
+        value = scale * (left @ right)
+        return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
+
+
+def check_unfolded(t: Maker, got: np.ndarray, left: Rounded, right: np.ndarray, add: np.ndarray, kind: str, what: str) -> None:
+    """got = add + left right, whose error may be four of left's rounding errors."""
+    unit = ROUNDING[t.kind]
+    truth, size = wide(add) + left.value @ right, np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
+    error = np.abs(wide(got) - truth)
+    rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
+    allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
+    assert np.isfinite(error).all() and (error <= allowed).all(), f"{t.name}: {what} is off by {error.max():.3g}"
+
+
+def small_forward(shape: Shape, kind: str) -> Problem:
+    """u = x A, y += s (u core) B^T."""
+    t = Maker(shape, kind, "small_forward")
+    m, k, n, s = shape.m, shape.k, max(1, shape.k // 2), 0.125
+    x, A, core, B = t.large(m, k), t.factor(k, shape.r), t.factor(shape.r, shape.other), t.factor(n, shape.other)
+    y0 = narrow(t.values(m, n), kind)
+    problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
+    problem.outputs = {"y": t.out(m, n, start=y0), "u": t.out(m, shape.r)}
+
+    def check(out: Views) -> None:
+        t.close(out["u"], t.op(x), t.op(A), "u")
+        check_unfolded(t, out["y"], Rounded.product(s, t.op(out["u"]), t.op(core)), t.op(B).T, y0, kind, "y")
+
+    problem.check = check
+    return problem
+
+
+def small_backward(shape: Shape, kind: str) -> Problem:
+    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h. dx, dA without dropout only."""
+    t = Maker(shape, kind, "small_backward")
+    m, k, n, r, q, s = shape.m, shape.k, max(1, shape.k // 2), shape.r, shape.other, 0.125
+    x, g, u = t.large(m, k), t.large(m, n), t.large(m, r)
+    A, core, B = t.factor(k, r), t.factor(r, q), t.factor(n, q)
+    dx0, dA0, dB0 = narrow(t.values(m, k), kind), t.floats(k, r), t.floats(n, q)
+    problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
+    problem.outputs = {"dB": t.out(n, q, start=dB0, dtype=FLOAT), "dcore": t.out(r, q, dtype=FLOAT, packed=True)}
+    if not shape.p:
+        problem.inputs["x"] = x
+        problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
+
+    def check(out: Views) -> None:
+        wide_g, c = t.op(g), t.op(core)
+        h_u, h = Rounded.product(s, t.op(u), c), Rounded.product(s, wide_g, t.op(B))
+        k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
+        turned = lambda one: Rounded(one.value.T, one.square.T)  # noqa: E731
+        check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
+        check_unfolded(t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore")
+        if "dx" in out:
+            check_unfolded(t, out["dx"], k_, t.op(A).T, dx0, kind, "dx")
+            check_unfolded(t, out["dA"].T, turned(k_), t.op(x), dA0.T, "fp32", "dA")
+
+    problem.check = check
+    return problem
+
+
+# ---- a core a row ----
+
+
+class Rows:
+    """Rows of tokens with cores: by index in any order, some without a core; or (p) by ends, a row a token."""
+
+    def __init__(self, shape: Shape, kind: str, name: str):
+        self.exact = "fp32" if kind == "tf32" else kind  # float32 is multiplied as such
+        self.t = t = Maker(shape, kind, name)
+        m, self.count = shape.m, 1 + shape.k % 9
+        self.cores = t.cores(self.count)
+        self.g, self.u = t.large(m, shape.other), t.large(m if shape.p else m // 3 + 1, shape.r)
+        self.index, self.tokens = t.rng.integers(-1, self.count, m), t.rng.integers(0, len(self.u), m)
+        self.index[self.index == self.count // 2] = -1  # and some cores without a row
+        self.given: Views = {"index": self.index, "tokens": self.tokens}
+        if shape.p:
+            self.tokens, index = np.arange(m), np.sort(self.index)
+            self.index = np.roll(index, -np.count_nonzero(index < 0))  # those without a core behind the others
+            ends = [np.count_nonzero((self.index >= 0) & (self.index <= core)) for core in range(self.count)]
+            self.given = {"offs": np.array(ends, np.int32)}
+        self.given |= {"u": self.u, "cores": self.cores}
+
+    def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """(core, its rows, their u, the core, their g) in float64."""
+        op, parts = (lambda a: operand(a, self.exact)), []
+        for core in range(self.count):
+            own = self.index == core
+            parts.append((core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own]))
+        return parts
+
+
+def row_core(shape: Shape, kind: str) -> Problem:
+    rows = Rows(shape, kind, "row_core")
+    t, s = rows.t, 0.5
+    problem = t.problem("row_core", rows.given, scale=s)
+    problem.outputs = {"h": t.out(shape.m, shape.other)}
+
+    def check(out: Views) -> None:
+        for core, own, u, G, _ in rows.each():
+            t.close(out["h"][own], u, G, f"h of core {core}", scale=s, kind=rows.exact)
+        assert not wide(out["h"][rows.index < 0]).any(), "rows without a core are zero"
+
+    problem.check = check
+    return problem
+
+
+def row_core_backward(shape: Shape, kind: str) -> Problem:
+    rows = Rows(shape, kind, "row_core_backward")
+    t, s = rows.t, 0.5
+    problem = t.problem("row_core_backward", rows.given | {"g": rows.g}, scale=s)
+    dcores = t.out(rows.count, shape.r, shape.other, dtype=FLOAT)
+    problem.outputs = {"du": t.out(*rows.u.shape), "dcores": dcores}
+
+    def check(out: Views) -> None:
+        du, size = np.zeros(rows.u.shape), np.zeros(rows.u.shape)
+        for core, own, u, G, g in rows.each():
+            t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
+            np.add.at(du, rows.tokens[own], s * g @ G.T)
+            np.add.at(size, rows.tokens[own], s * np.abs(g) @ np.abs(G).T)
+        check_close(out["du"], du, narrow(du, rows.exact), size, rows.exact, f"{t.name}: du")
+
+    problem.check = check
+    return problem
+
+
+_ALL = (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small_forward, small_backward)
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_ALL, row_core, row_core_backward)}
