@@ -79,8 +79,7 @@ inline Device ask_driver(const char* op, int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
-         attribute(cudaDevAttrComputeCapabilityMinor),
-         "; torch's own products run everywhere");
+         attribute(cudaDevAttrComputeCapabilityMinor), "; torch's own products run everywhere");
   }
   int driver = 0;
   if (const cudaError_t error = cudaDriverGetVersion(&driver))

@@ -1,5 +1,5 @@
-// What this build does on a device: cuda_probe tells whether it runs there, cuda_plans how a kernel is cut into
-// blocks. Neither launches a kernel of ours.
+// What this build does on a device: cuda_probe tells whether it runs there, cuda_plans how a kernel is cut
+// into blocks. Neither launches a kernel of ours.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -61,8 +61,9 @@ class CudaProducts {
   static int64_t order_of(const Check& c, int64_t strategy) {
     const int64_t order = strategy & ~UNFOLDED;
     if (order != TWO_PASS && order != BETA && !(has_fused && strategy == FUSED))
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)", has_fused ? "" : " in a build without sm_90a",
-           ", got ", strategy, strategy == FUSED ? " (fused)" : "");
+      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
+           has_fused ? "" : " in a build without sm_90a", ", got ", strategy,
+           strategy == FUSED ? " (fused)" : "");
     return order;
   }
 

@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
       "-> (Tensor y, Tensor? u, Tensor? F)");
   m.def(
-      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor "
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
+      "Tensor "
       "core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
       "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
       "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");

@@ -117,8 +117,9 @@ PYBIND11_MODULE(lotr_simt, m) {
         "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
-  m.def("product_layouts", [] { return product_layouts; },
-        "(a's swizzle, a is MN-major, b's swizzle, b is MN-major, n, bfloat16) of each wgmma");
+  m.def(
+      "product_layouts", [] { return product_layouts; },
+      "(a's swizzle, a is MN-major, b's swizzle, b is MN-major, n, bfloat16) of each wgmma");
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def("skip_synchronisation", &skip_synchronisation_py, "file"_a, "line"_a,
