@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "cuda/rows.h"
+#include "cuda/sm90/gemm_lotr.h"
 #include "given.h"
 
 namespace lotr::simt {
@@ -209,6 +210,20 @@ void row_core_backward(const Given& given) {
   workspace.check();
 }
 
+// In the backward pass x, W, u, F and y are g, W, k, A and dx.
+void gemm_lotr(const Given& given) {
+  const DType type = given.type("x");
+  cuda::GemmLotr q{};
+  q.backward = given.number("backward") != 0;
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.N = given.extent("F", 0);
+  q.r = int32_t(given.extent("F", 1));
+  q.x = given.input("x", type, q.M, q.K), q.y = given.output("y", type, q.M, q.N);
+  q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
+  q.u = given.input("u", type, q.M, q.r), q.F = given.input("F", type, q.N, q.r);
+  if (given.has("bias")) q.bias = given.input("bias", type, 1, q.N).data;
+  cuda::gemm_lotr(call_of(type), q);
+}
+
 }  // namespace
 
 const std::vector<Kernel>& kernels() {
@@ -221,6 +236,7 @@ const std::vector<Kernel>& kernels() {
       {"fold_grad", "Q B cores dcores [ dB ]", "scale=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
       {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1", small_backward},
+      {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
       {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
   };
