@@ -6,7 +6,6 @@
 #include <numeric>
 #include <optional>
 
-#include "cuda/counters.h"
 #include "given.h"
 
 namespace lotr::simt {
@@ -14,11 +13,6 @@ namespace {
 
 // Bytes of shared memory per block: on the smallest supported GPU (sm_86), and of gemm_lotr's (sm_90).
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
-
-// The arrival counters of the one stream that all calls here use.
-int32_t* arrived() {
-  return cuda::counters(nullptr, cuda::COUNTERS_EACH);
-}
 
 void run(const std::string& name, const py::dict& arrays, const py::dict& numbers) {
   std::string known;
@@ -71,11 +65,9 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   set_options(o);
 }
 
-void set_device(int multiprocessors, const std::string& float32, bool early) {
+void set_device(int multiprocessors, bool early) {
   if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
-  if (float32 != "exact" && float32 != "tf32")
-    throw py::value_error("float32: expected exact or tf32, got " + float32);
-  device = {{multiprocessors}, float32 == "tf32" ? Float32::tf32 : Float32::exact, early};
+  device = {{multiprocessors}, early};
 }
 
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
@@ -88,7 +80,6 @@ py::list synchronisation_sites_py() {
 }
 
 void skip_synchronisation_py(const std::string& file, int line) {
-  std::fill_n(arrived(), cuda::COUNTERS_EACH, 0);  // an earlier mutation may have left counts
   skip_synchronisation({file, line});
 }
 
@@ -119,8 +110,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("run", &run, "name"_a, "arrays"_a, "numbers"_a = py::dict(),
         "Runs a kernel's operator on numpy arrays (bfloat16 as uint16), which it writes in place");
   m.def("table", &table, "(name, arrays, numbers) of each kernel that run takes");
-  m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact",
-        "early"_a = true,
+  m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
         "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 and later)");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "sm90"_a = false,
@@ -133,8 +123,6 @@ PYBIND11_MODULE(lotr_simt, m) {
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def("skip_synchronisation", &skip_synchronisation_py, "file"_a, "line"_a,
         "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
-  m.def("arrivals", [] { return std::accumulate(arrived(), arrived() + lotr::cuda::COUNTERS_EACH, int64_t(0)); },
-        "Sum of the arrival counters: 0 between launches");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
   m.def("write_coverage", &write_coverage);
