@@ -28,19 +28,15 @@ void dispatch_rank(int64_t r, F f) {
   if constexpr (MAX >= 256) f(Int<256>{});
 }
 
-// f(Int<type>) for the element types the kernels take.
+// f(an element) of any type.
 template <class F>
 void dispatch_type(DType type, F f) {
-  switch (type) {
-    case DType::float32:
-      return f(Int<int(DType::float32)>{});
-    case DType::bfloat16:
-      return f(Int<int(DType::bfloat16)>{});
-    case DType::float16:
-      return f(Int<int(DType::float16)>{});
-  }
-  throw std::invalid_argument("dtype: expected float32 (0), bfloat16 (1) or float16 (2), got " +
-                              std::to_string(int(type)));
+  if (type == DType::float32)
+    f(float{});
+  else if (type == DType::bfloat16)
+    f(__nv_bfloat16{});
+  else
+    f(__half{});
 }
 
 // f(an element) of the half types: what is not bfloat16 is float16.

@@ -1,4 +1,4 @@
-// All kernels for float32, exact.
+// All kernels for float32.
 #include "launchers.cuh"
 
 template struct lotr::cuda::Launchers<lotr::tile::Exact>;

@@ -1,38 +1,24 @@
 // The CUDA operators without torch: raw pointers, a stream and a workspace.  csrc/torch/products_cuda.h calls
-// them with tensors, csrc/simt/module/module.cpp with numpy arrays.  They check nothing but
-// ranks, allocate nothing and never synchronise; a launch that fails throws std::runtime_error naming the
-// kernel.
+// them with tensors, csrc/simt/module with numpy arrays.  They check nothing but ranks, allocate nothing and
+// never synchronise; a launch that fails throws std::runtime_error naming the kernel.
 #pragma once
 #include <cstddef>
 
-#include "params.h"
-#include "plan/fold_grad.h"
-#include "plan/scale_backward.h"
-#include "prepared.h"
+#include "plan.h"
 #include "problem.h"
-#include "switches.h"
 
 namespace lotr::cuda {
+
+using plan::Card;
 
 constexpr int MAX_RANK = 256;
 
 struct Call {
-  DType type;          // of the large matrix
-  Float32 float32;     // how float32 is multiplied
-  plan::Card card;     // decides how the work is split
-  void* stream;        // cudaStream_t
-  bool early;          // waits_in_kernels(): kernels may be launched early, and in clusters
-  bool wgmma = false;  // runs_wgmma(): kernels may use wgmma
-  Switches off{};      // what LOTR_CUDA_WITHOUT turns off
-  int most_of_cluster = MOST_OF_CLUSTER;  // largest_cluster(): blocks
-
-  bool begins_early() const { return early && !off.early; }
-  bool in_clusters() const { return early && !off.cluster; }
+  DType type;    // of the large matrix
+  Card card;     // decides how the work is split
+  void* stream;  // cudaStream_t
+  bool early;    // kernels may be launched early: waits_in_kernels() and early_launches()
 };
-
-// Whether the current device has compute capability 9.0, this build has code for it (sm_90a), and the
-// kernels' largest cluster fits, which a MIG slice may not have room for.
-bool runs_wgmma();
 
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes
 // at a time; give u, k, h and F such rows whatever their rank is.
@@ -40,65 +26,88 @@ constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }
 
-// Each operator is two calls.  prepare() chooses the kernel, how the problem is cut into blocks (a plan) and
-// the bytes of the workspace; it remembers the choice for the next call with the same sizes, strides, types
-// and GPU (prepared.h).  run() launches what was chosen.
+// The workspace of a call, taken piece by piece.  Without memory (null) it only counts: then the operators run
+// through without a launch, so that what is counted is what will be taken.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : start_(static_cast<char*>(memory)), counts_(!memory) {}
+  bool counts() const { return counts_; }
+  size_t most() const { return most_; }  // bytes
+
+  // 256-byte aligned, as the whole is.
+  template <class T>
+  T* take(int64_t count) {
+    T* const taken = reinterpret_cast<T*>(start_ + used_);
+    used_ += (size_t(count) * sizeof(T) + 255) / 256 * 256;
+    most_ = std::max(most_, used_);
+    return taken;
+  }
+
+  // What is taken during its lifetime is free afterwards, for launches that follow in the stream.
+  class Scope {
+   public:
+    explicit Scope(Workspace& of) : of_(of), used_(of.used_) {}
+    ~Scope() { of_.used_ = used_; }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    Workspace& of_;
+    size_t used_;
+  };
+
+ private:
+  char* start_;
+  bool counts_;
+  size_t used_ = 0, most_ = 0;
+};
+
+// An operator is one function for both: how many bytes it takes, and its launches.
 //
-//   const auto prepared = prepare(call, problem);
-//   run(call, problem, prepared, workspace);  // of prepared.workspace bytes on the device, 256-byte aligned
-//
-// The contents of the workspace do not matter. It may be freed, in stream order, when run() returns.
+//   workspace(call, problem)             bytes on the device, 256-byte aligned
+//   run(call, problem, workspace)        the workspace's contents do not matter; it may be freed, in stream
+//                                        order, when run returns
 //
 // An input that cannot be read 16 bytes at a time (float32 factors beside half activations, strides that are
 // no multiple of 16 bytes, a transposed g) is first cast or packed into the workspace, with one more launch
 // per call.  Outputs may have any strides; rows at multiples of 16 bytes are faster.
 //
-// expand_add and SmallForwardProblem's operator take a scale of y's columns with a bias (of_rows).
-//
 // shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where accumulate is 0, so it
-// needs no zeros.  expand_add adds to y, factor_grad to D unless its accumulate is 0, and fold_grad adds to
-// dB and writes dcores.  No launch clears anything.
-Prepared prepare(const Call& call, const ShrinkProblem& p);
-void run(const Call& call, const ShrinkProblem& p, const Prepared& prepared, void* workspace);
+// needs no zeros.  expand_add adds to y unless it is fresh, factor_grad to D unless its accumulate is 0, and
+// fold_grad adds to dB and writes dcores.  Where M is 0, a Q or D that is written must be contiguous.
+void run(const Call& call, const ShrinkProblem& p, Workspace& memory);
+void run(const Call& call, const ExpandProblem& p, Workspace& memory);
+void run(const Call& call, const FactorGradProblem& p, Workspace& memory);
+void run(const Call& call, const ShrinkGradProblem& p, Workspace& memory);
 
-Prepared prepare(const Call& call, const ExpandProblem& p);
-void run(const Call& call, const ExpandProblem& p, const Prepared& prepared, void* workspace);
+// These take the types of their operands in the problem, any strides, and do not use call.type.  F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
+void run(const Call& call, const FoldProblem& p, Workspace& memory);
+void run(const Call& call, const FoldGradProblem& p, Workspace& memory);
 
-Prepared prepare(const Call& call, const FactorGradProblem& p);
-void run(const Call& call, const FactorGradProblem& p, const Prepared& prepared, void* workspace);
+// A core a row.  There must be fewer than 2^31 rows, tokens and cores.
+void run(const Call& call, const RowCoreProblem& p, Workspace& memory);
+void run(const Call& call, const RowEndsProblem& p, Workspace& memory);
+void run(const Call& call, const RowCoreGradProblem& p, Workspace& memory);
+void run(const Call& call, const SumRowsProblem& p, Workspace& memory);
 
-Prepared prepare(const Call& call, const ShrinkGradProblem& p);
-void run(const Call& call, const ShrinkGradProblem& p, const Prepared& prepared, void* workspace);
-
-// These two take the types of their operands in the problem, any strides, and use neither call.type nor
-// call.float32.  F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
-Prepared prepare(const Call& call, const FoldProblem& p);
-void run(const Call& call, const FoldProblem& p, const Prepared& prepared, void* workspace);
-
-using PreparedFoldGrad = PreparedOne<plan::FoldGrad>;
-PreparedFoldGrad prepare(const Call& call, const FoldGradProblem& p);
-void run(const Call& call, const FoldGradProblem& p, const PreparedFoldGrad& prepared, void* workspace);
-
-// What a scale of y's columns has as gradients.  g and y in the call's type, of any strides.
-using PreparedScaleBackward = PreparedOne<plan::ScaleBackward>;
-PreparedScaleBackward prepare(const Call& call, const ScaleBackwardProblem& p);
-void run(const Call& call, const ScaleBackwardProblem& p, const PreparedScaleBackward& prepared,
-         void* workspace);
-
-// The unfolded form, for few tokens, made of the operators above: their choices in the order in which they
-// run.
-struct PreparedSmall {
-  size_t workspace = 0;
-  std::array<Prepared, 6> products{};
-};
-PreparedSmall prepare(const Call& call, const SmallForwardProblem& p);
-void run(const Call& call, const SmallForwardProblem& p, const PreparedSmall& prepared, void* workspace);
-
-PreparedSmall prepare(const Call& call, const SmallBackwardProblem& p);
-void run(const Call& call, const SmallBackwardProblem& p, const PreparedSmall& prepared, void* workspace);
+// The unfolded form, for few tokens, made of the operators above.
+void run(const Call& call, const SmallForwardProblem& p, Workspace& memory);
+void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory);
 
 // A copy of a matrix in the call's type, for a product of the library.
-void pack(const Call& call, const PackParams& p);
+void run(const Call& call, const PackProblem& p, Workspace& memory);
+
+template <class Problem>
+size_t workspace(const Call& call, const Problem& problem) {
+  Workspace counting(nullptr);
+  run(call, problem, counting);
+  return counting.most();
+}
+template <class Problem>
+void run(const Call& call, const Problem& problem, void* memory) {
+  Workspace workspace(memory ? memory : reinterpret_cast<void*>(uintptr_t(256)));  // null where none is taken
+  run(call, problem, workspace);
+}
 
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {

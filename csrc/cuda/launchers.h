@@ -1,4 +1,4 @@
-// The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
+// The kernels of one element type, as host functions.  Each kernels_*.cu compiles them for one type.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -14,45 +14,24 @@ namespace lotr::cuda {
 constexpr int max_rank(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
-// Above this, k and Q are cheaper from two reads of g: their partial sums would outweigh one.
+// Above this, k and Q are cheaper from two reads of g: their parts would outweigh one.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
-
-constexpr size_t ALIGN = 256;
-constexpr size_t aligned(size_t bytes) {
-  return (bytes + ALIGN - 1) / ALIGN * ALIGN;
-}
 
 // These take matrices that can be read 16 bytes at a time, and ranks of one launch.
 template <class P>
 struct Launchers {
-  static void shrink(const Call& call, const ShrinkProblem& problem, const plan::Plan& plan, void* workspace);
-  static void expand_add(const Call& call, const ExpandProblem& problem, const plan::Plan& plan);
-  static void factor_grad(const Call& call, const FactorGradProblem& problem, const plan::Plan& plan,
-                          void* workspace);
-  static void shrink_grad(const Call& call, const ShrinkGradProblem& problem, const plan::Plan& plan,
-                          void* workspace);
-  static void pack(const Call& call, const PackParams& p);
+  static void shrink(const Call& call, const ShrinkParams& p, const plan::Plan& plan);
+  static void expand_add(const Call& call, const ExpandParams& p, const plan::Plan& plan);
+  static void factor_grad(const Call& call, const FactorGradParams& p, const plan::Plan& plan);
+  static void shrink_grad(const Call& call, const ShrinkGradParams& p, const plan::Plan& plan);
 };
 
-// Where the counters and the partial sums of a launch lie.  The counters are those of counters.h; where it
-// has no more, the first bytes of the workspace, cleared.
-class Workspace {
- public:
-  Workspace(const Call& call, void* memory, int64_t tiles);
-  // The next `tiles` counters and `floats` partial sums.
-  Reduction take(int64_t tiles, int64_t floats);
-  static size_t bytes(int64_t tiles, int64_t floats) {
-    return aligned(size_t(tiles) * sizeof(int32_t)) + aligned(size_t(floats) * sizeof(float));
-  }
-
- private:
-  int32_t* counters_;
-  char* floats_;
-};
-
-// Bytes of the workspace of `tiles` tiles of so many floats, each summed over `splits` blocks.
-inline size_t reduction_bytes(int64_t tiles, int64_t splits, int64_t floats) {
-  return splits > 1 ? Workspace::bytes(tiles, tiles * splits * floats) : 0;
+// The second launch of sums that are split over blocks; `type`: of a core.
+void sum_parts(const Call& call, DType type, const SumTwoParams& p);
+// dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
+inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols, int32_t splits) {
+  const MutableMatrix out{dcores, cols, 1, Access::element};
+  sum_parts(call, DType::float32, {{parts, row_of_parts(cols), out, DType::float32, rows, cols, splits, 0, 1.f}, {}, {}});
 }
 
 // Throws std::invalid_argument unless r is from 1 to MAX_RANK.
@@ -60,6 +39,15 @@ inline void check_rank(const char* kernel, const char* name, int64_t r) {
   if (r < 1 || r > MAX_RANK)
     throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
                                 std::to_string(MAX_RANK) + ", got " + std::to_string(r));
+}
+
+// A launch of Traits::THREADS threads with Traits::Smem as shared memory.
+template <class Traits, auto KERNEL, class Params>
+void launch(const Call& call, dim3 grid, const Params& p, const char* name,
+            size_t shared = sizeof(typename Traits::Smem)) {
+  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1),
+                       name, call.early},
+                      p);
 }
 
 }  // namespace lotr::cuda

@@ -2,7 +2,6 @@
 // time, where the others would take seconds.
 #include "probe.h"
 
-#include "params.h"
 #include "ptx/launch.cuh"
 
 namespace lotr::cuda {
@@ -17,14 +16,6 @@ int load_probe() {
 
 bool waits_in_kernels() {
   return ptx::capability_of_code(PROBE) >= 90;
-}
-
-int largest_cluster(int shared) {
-  unsigned blocks = waits_in_kernels() ? MOST_OF_CLUSTER : 1;
-  while (blocks > 1 &&
-         !ptx::resident_clusters({dim3(blocks), dim3(1024), size_t(shared), nullptr, dim3(blocks)}, PROBE))
-    blocks /= 2;
-  return int(blocks);
 }
 
 }  // namespace lotr::cuda

@@ -12,9 +12,4 @@ int load_probe();
 // driver translates for a newer card, does not.
 bool waits_in_kernels();
 
-// Blocks of the largest cluster, a power of two, that the current device holds if each block takes a whole
-// multiprocessor: fewer than MOST_OF_CLUSTER on a GPU or MIG slice without that many in one GPC; 1 without
-// clusters.  shared: the most bytes that a block may have.
-int largest_cluster(int shared);
-
 }  // namespace lotr::cuda

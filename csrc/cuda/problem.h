@@ -5,9 +5,8 @@
 
 namespace lotr {
 
-// Element types the kernels take, and how products of float32 are formed.
+// Element types the kernels take.  Products of float32 are exact, whatever torch's matmul precision is.
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Float32 : int32_t { exact = 0, tf32 = 1 };  // torch's float32 matmul precision
 
 // Bytes.
 constexpr int element_size(DType type) {
@@ -57,36 +56,17 @@ struct ShrinkProblem {
   float core_scale;
 };
 
-// Factors of the rows of a weight (a magnitude each, DoRA) are factors of y's columns.
-struct RowScale {
-  const float* scale;  // [N], null: no scale and no bias
-  int64_t scale_stride;
-  const void* bias;  // [N] of y's type, or null
-  int64_t bias_stride;
-};
-
-// y += drop(u F^T)
-struct ExpandOperands {
+// y += drop(u F^T); fresh: y = bias + drop(u F^T), whatever y holds
+struct ExpandProblem {
   MutableMatrix y;  // [M, N]
   Matrix u;         // [M, r]
   Matrix F;         // [N, r]
   int64_t M, N;
   int32_t r;
+  int32_t fresh;     // 1: y is written and not read
+  const void* bias;  // [N] of y's type, or null; only of a fresh y
+  int64_t bias_stride;
   Dropout dropout;
-};
-// The same, or with a scale y = bias + scale (y + u F^T), without dropout.
-struct ExpandProblem : ExpandOperands {
-  RowScale of_rows;
-};
-
-// g0 = scale g and dscale = sum over the rows of g (y - bias) / scale, 0 where the scale is 0
-struct ScaleBackwardProblem {
-  Matrix g;          // [M, N]
-  Matrix y;          // [M, N], in the same type
-  MutableMatrix g0;  // [M, N]
-  RowScale of_rows;  // its scale is not null
-  float* dscale;     // [N]
-  int64_t M, N;
 };
 
 // D += drop(x)^T v
@@ -114,7 +94,7 @@ struct ShrinkGradProblem {
   int32_t accumulate;  // 0: Q = instead of Q +=
 };
 
-// F_l = s B G_l^T for every layer; of one layer also the transposes that gemm_lotr reads
+// F_l = s B G_l^T for every layer
 struct FoldProblem {
   Matrix B;             // [N, r_out]
   Matrix cores;         // [L, r_in, r_out], row and col strides of one core
@@ -125,11 +105,6 @@ struct FoldProblem {
   int64_t N;
   int32_t L, r_in, r_out;
   float scale;
-  MutableMatrix Ft;  // [r_in, N] in F_type, data null: no transposes
-  MutableMatrix At;  // [r_in, K] in F_type
-  Matrix A;          // [K, r_in]
-  DType A_type;
-  int64_t K;  // 0: no transposes
 };
 
 // dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B
@@ -148,8 +123,7 @@ struct FoldGradProblem {
   float scale;
 };
 
-// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.  With a
-// scale of the rows, y = bias + that scale times this sum.
+// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.
 struct SmallForwardProblem {
   MutableMatrix y;  // [M, N]
   Matrix x;         // [M, K]
@@ -160,7 +134,6 @@ struct SmallForwardProblem {
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;
-  RowScale of_rows;
 };
 
 // h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale u^T h
@@ -180,6 +153,73 @@ struct SmallBackwardProblem {
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;
+};
+
+// ---- a core a row ----
+
+// Which core a row takes: by an index, or by the ends of each core's rows.
+struct RowIndex {
+  const int64_t* core;   // [rows], -1 for none, or null
+  const int32_t* ends;   // [cores], ascending, where core is null
+  const int64_t* token;  // [rows] or null: the row itself
+  int64_t rows, tokens, cores;
+};
+
+// h_i = scale a_t(i) G_c(i); and k_i = scale g_i G_c(i)^T, with the core's strides exchanged
+struct RowCoreProblem {
+  RowIndex index;
+  Matrix a;             // [tokens, r_in]
+  Matrix cores;         // [cores, r_in, r_out], row and col strides of one core
+  int64_t core_stride;  // from core to core
+  MutableMatrix h;      // [rows, r_out]
+  DType a_type, core_type, h_type;
+  int32_t r_in, r_out;
+  float scale;
+  float missing;  // the value of a row if its core or token does not exist
+};
+
+// ends[c + 1] = the place after the last key <= c, for c = -1 .. bound - 1
+struct RowEndsProblem {
+  const int64_t* keys;  // [rows], ascending
+  int32_t* ends;        // [bound + 1]
+  int64_t rows, bound;
+};
+
+// The places of the rows that have a key in common.
+struct Segments {
+  const int64_t* order;  // [rows]: the row at each place, or null: the place itself
+  const int32_t* ends;   // [keys + 1] of RowEndsProblem, or [keys] and from_zero
+  int32_t from_zero;
+};
+
+// dG_c = scale sum of u_t(i)^T g_i over the rows of c, in their order
+struct RowCoreGradProblem {
+  Segments of_core;
+  const int64_t* token;  // [rows] or null
+  Matrix u;              // [tokens, r_in]
+  Matrix g;              // [rows, r_out]
+  float* dcores;         // [cores, r_in, r_out], contiguous
+  DType type;            // of u and g
+  int64_t rows, tokens, cores;
+  int32_t r_in, r_out;
+  float scale;
+};
+
+// du_t = sum of k_i over the rows of t, in their order
+struct SumRowsProblem {
+  Segments of_token;
+  const float* k;    // [rows, r], contiguous
+  MutableMatrix du;  // [tokens, r]
+  DType du_type;
+  int64_t tokens;
+  int32_t r;
+};
+
+// A copy with rows of whole 16 bytes, in the kernels' type.
+struct PackProblem {
+  Matrix from;  // [rows, cols]
+  void* to;     // [rows, to_row], zero from column `cols` on
+  int64_t rows, cols, to_row;
 };
 
 }  // namespace lotr

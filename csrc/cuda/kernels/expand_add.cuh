@@ -1,13 +1,13 @@
-// expand_add:  y += scale * drop(u F^T)      y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
-//              y = bias + c (y + scale * u F^T)   with magnitudes: bias, c [N], an instance of its own
+// expand_add:  y += scale * drop(u F^T)            y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
+//              y = bias + scale * drop(u F^T)      fresh, bias [N]: an instance of its own, which does not read y
 //
 // Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.
 //          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
 //          written last is still in L2, and walks each tile by tile.  The piece's rows of F stay in shared
 //          memory.
-// Bytes    y once in and once out; F once for each block along tokens, u once for each piece of N
-//          (plan/expand_add.h balances them).  c and the bias as F.
-// Sums     float32, y added last, rounded once.
+// Bytes    y once in and once out (fresh: out alone); F, and the bias, once for each block along tokens, u once
+//          for each piece of N (plan.h balances them)
+// Sums     float32, y or the bias added last, rounded once
 //
 // A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each
 // of the 8-column products, and the columns of F are dealt to the products so that those are 16 bytes in a
@@ -21,12 +21,11 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_>
+template <class P, int R_, bool FRESH_>
 struct ExpandTraits {
   using Policy = P;
   using T = typename P::T;
-  using Params = ExpandParams;
-  static constexpr bool SCALED = false;
+  static constexpr bool FRESH = FRESH_;
   static constexpr int R = R_, THREADS = expand_threads(sizeof(T), R), WARPS = THREADS / 32;
   static constexpr int STRIP = 16, COLS = 128 / sizeof(T), SUBS = expand_subs(sizeof(T), R);
   static constexpr int NJ = COLS / 8, BLOCKS = blocks_together(R);
@@ -36,13 +35,14 @@ struct ExpandTraits {
   using Factor = tile::Shared<T, COLS, R>;
   struct Stage {
     tile::Shared<T, STRIP, R> u;
-    tile::Chunk<T> y[2 * GROUPS][32];  // rows g and g + 8 of each group; by lane
+    tile::Chunk<T> y[2 * GROUPS][32];  // rows g and g + 8 of each group, by lane; fresh: of a ragged edge alone
   };
   static constexpr int STAGES =
       stages_that_fit(WARPS * sizeof(Stage), SUBS * sizeof(Factor), 3, shared_budget(BLOCKS));
   struct Smem {
     Factor F[SUBS];
     Stage stage[WARPS][STAGES];
+    alignas(16) T bias[FRESH ? SUBS * COLS : CHUNK];
   };
   static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 
@@ -52,19 +52,6 @@ struct ExpandTraits {
     const int group = s / GROUP, j = s % GROUP / 8, c = s % 8;
     return group * GROUP + c / 2 * CHUNK + 2 * j + c % 2;
   }
-};
-
-// With a scale of y's columns and a bias, which stay in shared memory beside the piece's rows of F.
-template <class P, int R>
-struct ScaledExpandTraits : ExpandTraits<P, R> {
-  using Base = ExpandTraits<P, R>;
-  using Params = ScaledExpandParams;
-  static constexpr bool SCALED = true;
-  struct Smem : Base::Smem {
-    alignas(16) float scale[Base::SUBS * Base::COLS];
-    alignas(16) typename P::T bias[Base::SUBS * Base::COLS];
-  };
-  static_assert(sizeof(Smem) <= shared_budget(Base::BLOCKS));
 };
 
 // Rows row0 .. of F, dealt to the products.  By plain loads: the first tiles of y are under way meanwhile,
@@ -93,22 +80,14 @@ LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int
   }
 }
 
-// The scale and the bias of `columns` columns of y from n_begin on, zero outside the matrix.
+// The piece's bias, zeros where there is none.
 template <class Traits>
-LOTR_DEVICE void load_scale(typename Traits::Smem& sm, const RowScale& from, int64_t n_begin, int columns,
-                            int64_t N) {
+LOTR_DEVICE void load_bias(typename Traits::Smem& sm, const ExpandParams& p, int64_t n_begin, int cols) {
   using T = typename Traits::T;
-#pragma unroll 1
-  for (int index = threadIdx.x; index < columns; index += Traits::THREADS) {
-    const int64_t col = n_begin + index;
-    float scale = 0.f;
-    T bias = ptx::from_float<T>(0.f);
-    if (col < N) {
-      scale = ptx::load(from.scale + col * from.scale_stride);
-      if (from.bias) bias = ptx::load(static_cast<const T*>(from.bias) + col * from.bias_stride);
-    }
-    ptx::store_shared(&sm.scale[index], scale);
-    ptx::store_shared(&sm.bias[index], bias);
+  for (int index = threadIdx.x; index < cols; index += Traits::THREADS) {
+    const bool given = p.bias && n_begin + index < p.N;
+    const T* from = static_cast<const T*>(p.bias) + (n_begin + index) * p.bias_stride;
+    ptx::store_shared(&sm.bias[index], given ? ptx::load(from) : ptx::from_float<T>(0.f));
   }
 }
 
@@ -128,7 +107,7 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
-    expand_add(const typename Traits::Params p) {
+    expand_add(const ExpandParams p) {
   using P = typename Traits::Policy;
   using T = typename Traits::T;
   using Chunk = tile::Chunk<T>;
@@ -175,28 +154,29 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
                         (n_begin + col_of_lane) * p.y.col};
   Place ahead = first;
 
-  const auto fetch = [&] {
-    if (ahead.strip >= 0) {
-      auto& to = stages[ahead.stage].y;
-      if (inside(ahead)) {
+  const auto fetch_y = [&](const Place& a) {
+    auto& to = stages[a.stage].y;
+    if (inside(a)) {
 #pragma unroll
-        for (int c = 0; c < 2 * GROUPS; ++c)
-          ptx::cp_async16(&to[c][lane], ahead.y + c % 2 * down + c / 2 * GROUP);
-      } else {
+      for (int c = 0; c < 2 * GROUPS; ++c) ptx::cp_async16(&to[c][lane], a.y + c % 2 * down + c / 2 * GROUP);
+    } else {
 #pragma unroll 1
-        for (int c = 0; c < 2 * GROUPS; ++c) {
-          const T* chunk = chunk_at(ahead, c);
-          const int valid = valid_at(ahead, c);
-          if (chunks) {
-            ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data),
-                            valid * int(sizeof(T)));
-          } else {
-            auto* element = reinterpret_cast<T*>(&to[c][lane]);
+      for (int c = 0; c < 2 * GROUPS; ++c) {
+        const T* chunk = chunk_at(a, c);
+        const int valid = valid_at(a, c);
+        if (chunks) {
+          ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data), valid * int(sizeof(T)));
+        } else {
+          auto* element = reinterpret_cast<T*>(&to[c][lane]);
 #pragma unroll 1
-            for (int e = 0; e < valid; ++e) ptx::store_shared(element + e, ptx::load(chunk + e * p.y.col));
-          }
+          for (int e = 0; e < valid; ++e) ptx::store_shared(element + e, ptx::load(chunk + e * p.y.col));
         }
       }
+    }
+  };
+  const auto fetch = [&] {
+    if (ahead.strip >= 0) {
+      if constexpr (!Traits::FRESH) fetch_y(ahead);
       if (ahead.n == 0) load_strip(stages[ahead.u].u, p.u, int64_t(ahead.strip) * STRIP, p.M, p.r);
       advance(ahead);
     }
@@ -206,10 +186,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   for (int n = 0; n < n_tiles; ++n) load_factor<Traits>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r);
-  if constexpr (Traits::SCALED) load_scale<Traits>(sm, p.of_rows, n_begin, n_tiles * COLS, p.N);
+  if constexpr (Traits::FRESH) load_bias<Traits>(sm, p, n_begin, n_tiles * COLS);
   __syncthreads();  // F is there
 
-  const auto walk = [&](auto dropout) {
+  tile::with_dropout(p.dropout, [&](auto dropout) {
 #pragma unroll 1
     for (Place here = first; here.strip >= 0; advance(here)) {
       ptx::cp_async_wait<STAGES - 2>();
@@ -238,24 +218,16 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       }
       auto& y = stages[here.stage].y;
       Chunk sum[2 * GROUPS];
-      [[maybe_unused]] tile::Chunk<float> scale[CHUNK / 4];  // of a group's columns, for both of its rows
-      [[maybe_unused]] Chunk bias;
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c) {
-        if constexpr (Traits::SCALED) {
-          if (c % 2 == 0) {
-            const int col = here.n * COLS + c / 2 * GROUP + col_of_lane;
-            bias = ptx::load_shared(reinterpret_cast<const Chunk*>(&sm.bias[col]));
-#pragma unroll
-            for (int i = 0; i < CHUNK / 4; ++i)
-              scale[i] =
-                  ptx::load_shared(reinterpret_cast<const tile::Chunk<float>*>(&sm.scale[col + 4 * i]));
-          }
-        }
         // At a ragged edge only the elements inside the matrix were copied here.  The others hold old
         // contents of shared memory.  They are added to as well, without effect on these, and are not stored
         // below.
-        sum[c] = ptx::load_shared(&y[c][lane]);
+        if constexpr (Traits::FRESH)
+          sum[c] = ptx::load_shared(
+              reinterpret_cast<const Chunk*>(&sm.bias[here.n * COLS + c / 2 * GROUP + col_of_lane]));
+        else
+          sum[c] = ptx::load_shared(&y[c][lane]);
 #pragma unroll
         for (int e = 0; e < CHUNK; e += 2) {
           const float (&v)[4] = d[0][c / 2 * (CHUNK / 2) + e / 2];
@@ -263,11 +235,6 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
           float y0, y1;
           ptx::to_floats(sum[c].v + e, y0, y1);
           y0 += v[h] * p.dropout.scale, y1 += v[h + 1] * p.dropout.scale;
-          if constexpr (Traits::SCALED) {
-            float bias0, bias1;
-            ptx::to_floats(bias.v + e, bias0, bias1);
-            y0 = bias0 + scale[e / 4].v[e % 4] * y0, y1 = bias1 + scale[e / 4].v[e % 4 + 1] * y1;
-          }
           ptx::from_floats(sum[c].v + e, y0, y1);
         }
       }
@@ -288,11 +255,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
         }
       }
     }
-  };
-  if constexpr (Traits::SCALED)
-    walk(std::false_type{});
-  else
-    tile::with_dropout(p.dropout, walk);
+  });
   ptx::griddepcontrol_launch_dependents();
 }
 

@@ -1,16 +1,16 @@
 // fold:       F_l = s B G_l^T                          B [N, r_out], G_l [r_in, r_out], F_l [N, r_in]
-//             and for gemm_lotr F^T [r_in, N] and A^T [r_in, K], where they are given (one layer)
 // fold_grad:  dB += s sum_l Q_l G_l,  dG_l = s Q_l^T B   Q_l [N, r_in] float32, dB [N, r_out],
 //                                                      dG_l [r_in, r_out]
 //
 // A few hundred kilobytes a layer and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
 // 32 x 16: the result is cast once, and sums keep float32 operands where the adapter has them.
 //
-// Grid     fold       x: tiles of N, then of A's rows, if any; y: tiles of r_in, z: layers
+// Grid     fold       x: tiles of N, y: tiles of r_in, z: layers
 //          fold_grad  one launch for both: first the tiles of dB (all layers, l = 0 .. L - 1 in one sum),
 //                     then, for each layer, tile of G and split of N, a block of dG
-// Bytes    fold       B r_in / 16 times a layer, F out; A once, F^T and A^T out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer
+// Bytes    fold       B r_in / 16 times a layer, F out
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer; with s splits of N, dG
+//                     written s times as parts and read s times by sum_parts
 //          What is read again comes from L2.
 #pragma once
 #include "small_product.cuh"
@@ -20,46 +20,23 @@ namespace lotr::kernels {
 static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldProblem p) {
   using T = FoldTraits;
   auto& sm = ptx::shared_storage<T::Smem>();
-  const int64_t tiles = (p.N + T::ROWS - 1) / T::ROWS;
-  const bool of_A = blockIdx.x >= tiles;  // one of A's tiles, which is only transposed
-  const int64_t row0 = (blockIdx.x - (of_A ? tiles : 0)) * T::ROWS, rows = of_A ? p.K : p.N;
+  const int64_t row0 = blockIdx.x * int64_t(T::ROWS), layer = blockIdx.z;
   const int i0 = blockIdx.y * T::COLS;
-  const int64_t layer = blockIdx.z;
-  const auto inside = [&](int row, int c) { return row0 + row < rows && i0 + c < p.r_in; };
-
   float d[T::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
+  small_product<Order::along_k, Order::along_k>(
+      d, sm, p.r_out,
+      [&](int row, int64_t k) {
+        return row0 + row < p.N ? read_float(p.B, p.B_type, 0, row0 + row, k) : 0.f;
+      },
+      [&](int64_t k, int c) {
+        return i0 + c < p.r_in ? read_float(p.cores, p.core_type, layer * p.core_stride, i0 + c, k) : 0.f;
+      });
+  each_output([&](int i, int row, int c) {
+    if (row0 + row < p.N && i0 + c < p.r_in)
+      write_float(p.F, p.F_type, layer * p.F_layer + (row0 + row) * p.F_row + i0 + c, d[i] * p.scale);
+  });
   ptx::griddepcontrol_launch_dependents();
-  if (of_A) {
-    each_output([&](int i, int row, int c) {
-      if (inside(row, c)) d[i] = read_float(p.A, p.A_type, 0, row0 + row, i0 + c);
-    });
-  } else {
-    small_product<Order::along_k, Order::along_k>(
-        d, sm, p.r_out,
-        [&](int row, int64_t k) {
-          return row0 + row < p.N ? read_float(p.B, p.B_type, 0, row0 + row, k) : 0.f;
-        },
-        [&](int64_t k, int c) {
-          return i0 + c < p.r_in ? read_float(p.cores, p.core_type, layer * p.core_stride, i0 + c, k) : 0.f;
-        });
-    each_output([&](int i, int row, int c) {
-      d[i] *= p.scale;
-      if (inside(row, c))
-        write_float(p.F, p.F_type, layer * p.F_layer + (row0 + row) * p.F_row + i0 + c, d[i]);
-    });
-  }
-  const MutableMatrix& transposed = of_A ? p.At : p.Ft;
-  if (!transposed.data) return;
-  // through shared memory, so that neighbouring threads write neighbours of a transposed row
-  each_output([&](int i, int row, int c) { ptx::store_shared(&sm.a[c][row], d[i]); });
-  __syncthreads();
-  for (int i = threadIdx.x; i < T::ROWS * T::COLS; i += T::THREADS) {
-    const int row = i % T::ROWS, c = i / T::ROWS;
-    if (inside(row, c))
-      write_float(transposed.data, p.F_type, (i0 + c) * transposed.row + row0 + row,
-                  ptx::load_shared(&sm.a[c][row]));
-  }
 }
 
 static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
@@ -73,7 +50,6 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   };
   float d[FoldTraits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
 
   if (blockIdx.x < dB_blocks) {
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);
@@ -106,13 +82,13 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
         [&](int64_t k, int c) {
           return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;
         });
-    const bool finish = p.splits == 1 || sum_splits(d, sm, p.sum, int64_t(group), split, p.splits);
-    if (finish)
-      each_output([&](int i, int row, int c) {
-        if (i0 + row < p.r_in && j0 + c < p.r_out)
-          ptx::store(p.dcores + (layer * p.r_in + i0 + row) * p.r_out + j0 + c, d[i] * p.scale);
-      });
+    each_output([&](int i, int row, int c) {
+      if (i0 + row < p.r_in && j0 + c < p.r_out)
+        ptx::store(p.dcores + split * p.dcores_part + (layer * p.r_in + i0 + row) * p.dcores_row + j0 + c,
+                   d[i] * p.scale);
+    });
   }
+  ptx::griddepcontrol_launch_dependents();
 }
 
 }  // namespace lotr::kernels

@@ -22,7 +22,7 @@ struct PackTraits {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
+__global__ void __launch_bounds__(Traits::THREADS) pack(const PackProblem p) {
   using T = typename Traits::T;
   constexpr int THREADS = Traits::THREADS, ROWS = Traits::ROWS, COLS = Traits::COLS, CHUNK = Traits::CHUNK;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
                       inside ? tile::read_element<T>(p.from, row0 + r, col0 + c) : ptx::from_float<T>(0.f));
   }
   __syncthreads();
-  ptx::griddepcontrol_launch_dependents();
   for (int index = threadIdx.x; index < ROWS * COLS / CHUNK; index += THREADS) {
     const int r = index / (COLS / CHUNK), c = index % (COLS / CHUNK) * CHUNK;
     if (row0 + r >= p.rows || col0 + c >= p.to_row) continue;
@@ -48,6 +47,7 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
     ptx::store(reinterpret_cast<tile::Chunk<T>*>(static_cast<T*>(p.to) + (row0 + r) * p.to_row + col0 + c),
                value);
   }
+  ptx::griddepcontrol_launch_dependents();
 }
 
 }  // namespace lotr::kernels

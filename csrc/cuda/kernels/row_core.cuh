@@ -13,15 +13,14 @@
 //          row_core_grad  for each core, tile of it and split of its rows, a block
 //          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
-//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, a core of partial
-//                         sums written and read s times
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written s times as
+//                         parts and read s times by sum_parts
 //          sum_rows       k once, du once
 // Sums     float32, over the rows of a core or token in their order: no atomics, the same bits every time.
 //
 // The host does not read an index, so it cannot check one.  Where a core is below -1 or not below `cores`, or
 // a token does not exist, the row is NaN in h and is left out of every gradient.
 #pragma once
-#include "row_core_params.h"
 #include "small_product.cuh"
 
 namespace lotr::kernels {
@@ -64,7 +63,6 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_c
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
   const int j0 = blockIdx.y * FoldTraits::COLS, rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
   ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
     const bool exists = token >= 0 && token < p.index.tokens;
@@ -103,13 +101,14 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_c
     });
     begin = end;
   }
+  ptx::griddepcontrol_launch_dependents();
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const RowEndsParams p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const RowEndsProblem p) {
   const int64_t key = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x - 1;
   ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   if (key < p.bound) ptx::store(p.ends + key + 1, int32_t(place_above(p.keys, p.rows, key)));
+  ptx::griddepcontrol_launch_dependents();
 }
 
 // The places [begin, end) of a key.
@@ -132,7 +131,6 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   const int64_t core = group / tiles;
   const int i0 = int(core_tile / tiles_out) * ROWS, j0 = int(core_tile % tiles_out) * COLS;
   ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   int64_t begin, end;
   segment(p.of_core, core, begin, end);
   // Of this split, whole steps.
@@ -152,25 +150,27 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
         const int64_t i = row_at(p.of_core, begin + k), t = p.token ? ptx::load(p.token + i) : i;
         return t >= 0 && t < p.tokens ? read_float(p.g, p.type, 0, i, j0 + c) : 0.f;
       });
-  if (p.splits > 1 && !sum_splits(d, sm, p.sum, group, split, p.splits)) return;
   each_output([&](int i, int row, int c) {
     if (i0 + row < p.r_in && j0 + c < p.r_out)
-      ptx::store(p.dcores + (core * p.r_in + i0 + row) * p.r_out + j0 + c, d[i] * p.scale);
+      ptx::store(p.dcores + split * p.dcores_part + (core * p.r_in + i0 + row) * p.dcores_row + j0 + c,
+                 d[i] * p.scale);
   });
+  ptx::griddepcontrol_launch_dependents();
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsParams p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsProblem p) {
   const int64_t element = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x;
   const int64_t token = element / p.r, j = element % p.r;
   ptx::griddepcontrol_wait();
+  if (token < p.tokens) {
+    int64_t begin, end;
+    segment(p.of_token, token, begin, end);
+    float sum = 0.f;
+    for (int64_t place = begin; place < end; ++place)
+      sum += ptx::load(p.k + row_at(p.of_token, place) * p.r + j);
+    write_float(p.du.data, p.du_type, token * p.du.row + j * p.du.col, sum);
+  }
   ptx::griddepcontrol_launch_dependents();
-  if (token >= p.tokens) return;
-  int64_t begin, end;
-  segment(p.of_token, token, begin, end);
-  float sum = 0.f;
-  for (int64_t place = begin; place < end; ++place)
-    sum += ptx::load(p.k + row_at(p.of_token, place) * p.r + j);
-  write_float(p.du.data, p.du_type, token * p.du.row + j * p.du.col, sum);
 }
 
 }  // namespace lotr::kernels

@@ -3,22 +3,19 @@
 //
 // Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its rectangle of
 //          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
-//          At rank 16 there is one piece of K where the row tiles fill the GPU.
-// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written s times as partial sums and
-//          read s times.  plan/shrink.h chooses the pieces.
-// Sums     float32; over k in the block's order; where WARP_COLS warps share a tile's columns, each over its
-//          part of them, then over these warps in order, in shared memory; then over the pieces of K in order
-//          (tile/reduce.cuh).
+//          There is one piece of K where the row tiles fill the GPU.
+// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M r written s times as parts and read s
+//          times by sum_parts.  plan.h chooses the pieces.
+// Sums     float32; over k in the block's order, then over the pieces of K in order (sum_parts.cuh)
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1, so the copy
 //   A  slot  k % STAGES   L L L P P P P |   into its stage may start
 // A's rows are copied with the first row tile of their step and stay for all of them.
 #pragma once
-#include "../tile/load.cuh"
+#include "../tile/core.cuh"
 #include "../tile/mma.cuh"
 #include "../tile/pieces.cuh"
-#include "../tile/reduce.cuh"
 #include "../tile/store.cuh"
 #include "traits.h"
 
@@ -30,10 +27,7 @@ struct ShrinkTraits {
   using T = typename P::T;
   static constexpr int R = R_, ROWS = ROWS_, THREADS = 256;
   static constexpr int COLS = shrink_cols(sizeof(T), R, ROWS), SUBS = shrink_subs(R, ROWS);
-  static constexpr int WARP_RANKS = shrink_warps_along_rank(R),
-                       WARP_COLS = shrink_warps_along_columns(R, ROWS);
-  static constexpr int WARP_ROWS = 8 / (WARP_RANKS * WARP_COLS);
-  static_assert(WARP_COLS == 1 || WARP_RANKS == 1);
+  static constexpr int WARP_RANKS = warps_along_rank(R, ROWS), WARP_ROWS = 8 / WARP_RANKS;
   static constexpr int MI = ROWS / (16 * WARP_ROWS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCKS = blocks_of_one_product(R);
 
@@ -41,36 +35,13 @@ struct ShrinkTraits {
     tile::Shared<T, ROWS, COLS> x;
     tile::Shared<T, COLS, R> A;
   };
-  struct Last {  // after the last product
-    tile::Shared<T, SUBS * ROWS, R> u;
-    float part[WARP_COLS][WARP_COLS > 1 ? SUBS * ROWS * R : 4];  // sums of the warps along the columns
-  };
   static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 4, shared_budget(BLOCKS));
-  struct Smem {
-    union {
-      Stage stage[STAGES];
-      Last last;
-    };
-    int is_last;
+  union Smem {
+    Stage stage[STAGES];
+    tile::Shared<T, SUBS * ROWS, R> u;  // after the last product
   };
-  static_assert(MI >= 1 && NJ >= 1 && COLS % (WARP_COLS * P::K) == 0 && STAGES >= 2 &&
-                sizeof(Smem) <= shared_budget(BLOCKS));
+  static_assert(MI >= 1 && NJ >= 1 && COLS % P::K == 0 && STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 };
-
-// h = core_scale * u core for the tokens of the block
-template <int THREADS, class Tile>
-LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0, int rows) {
-  using T = typename Tile::T;
-  for (int index = threadIdx.x; index < rows * p.r_core; index += THREADS) {
-    const int m = index / p.r_core, j = index % p.r_core;
-    float sum = 0.f;
-    for (int i = 0; i < p.r; ++i)
-      sum = fmaf(ptx::to_float(ptx::load_shared(u.at(m, i))),
-                 ptx::to_float(tile::read_element<T>(p.core, i, j)), sum);
-    ptx::store(static_cast<T*>(p.h.data) + (m0 + m) * p.h.row + j * p.h.col,
-               ptx::from_float<T>(sum * p.core_scale));
-  }
-}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const ShrinkParams p) {
@@ -78,20 +49,17 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   using Stage = typename Traits::Stage;
   constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS, ROWS = Traits::ROWS;
   constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ;
-  constexpr int WARP_ROWS = Traits::WARP_ROWS, WARP_COLS = Traits::WARP_COLS, ROW_STEP = 16 * WARP_ROWS;
-  constexpr int OWN_COLS = COLS / WARP_COLS;  // of a tile, that a warp multiplies
+  constexpr int WARP_ROWS = Traits::WARP_ROWS, ROW_STEP = 16 * WARP_ROWS;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
-  const int i0 = warp % WARP_ROWS * 16, j0 = WARP_COLS > 1 ? 0 : warp / WARP_ROWS * (8 * NJ);
-  const int part = WARP_COLS > 1 ? warp / (8 / WARP_COLS) : 0;
+  const int i0 = warp % WARP_ROWS * 16, j0 = warp / WARP_ROWS * (8 * NJ);
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
   const int m_begin = ptx::held(tile::begin_of(p.m_pieces, m_block));
   const int k_begin = ptx::held(tile::begin_of(p.k_pieces, split));
   const int64_t m0 = int64_t(m_begin) * ROWS;
   const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
-  int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
-  if constexpr (WARP_COLS > 1) rows = ptx::held(rows);
+  const int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
   ptx::griddepcontrol_wait();
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A, p.K, p.r);
@@ -128,13 +96,11 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
 #pragma unroll
         for (int s = 0; s < SUBS; ++s)  // registers need a constant index: one copy of the product for each
           if (s == here.m)
-            tile::warp_product<P, OWN_COLS, tile::Order::along_k, tile::Order::across_k>(
-                d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,
-                tile::rows_from<OWN_COLS>(sm.stage[here.slot].A, part * OWN_COLS), j0);
+            tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(
+                d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);
       }
     }
   });
-  ptx::griddepcontrol_launch_dependents();
 
   // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
   const auto each = [&](auto f) {
@@ -148,43 +114,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
           if (row < rows && rank < p.r) f(d[s][mi][nj], row, rank);
         }
   };
-  const float scale = p.scale * p.dropout.scale;
-  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.last.u, row, rank, v, scale); };
-  constexpr int BLOCK = SUBS * ROWS * Traits::R;
-  // f as of `each`, for sums of all warps
-  const auto each_of_block = [&](auto f) {
-    if constexpr (WARP_COLS == 1) {
-      each(f);
-    } else {
-      const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
-      __syncthreads();  // the last stage may still be read: the sums take its place
-      each([&](float (&v)[4], int row, int rank) {
-        tile::put_partial(sm.last.part[part] + (row / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
-      });
-      __syncthreads();
-      tile::sum_of_warps<8, WARP_COLS, BLOCK>(
-          sm.last.part[0], total,
-          [&](int, int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
-    }
-  };
-  if (p.splits > 1) {
-    const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
-    float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
-    each_of_block([&](const float (&v)[4], int row, int rank) {
-      tile::store_partial(partial + int64_t(split) * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT,
-                          v);
-    });
-    if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.is_last)) return;
-    tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
-      put(v, fragment / ranks * 16, fragment % ranks * 8);
-    });
+  if (p.parts) {
+    const tile::Floats part{p.parts + (split * p.M + m0) * p.parts_row, p.parts_row, 1, rows, int(p.parts_row)};
+    each([&](const float (&v)[4], int row, int rank) { part.store(row, rank, v); });
   } else {
-    if constexpr (WARP_COLS == 1) __syncthreads();  // the last stage may still be read: u takes its place
-    each_of_block(put);
+    const float scale = p.scale * p.dropout.scale;
+    __syncthreads();  // the last stage may still be read: u takes its place
+    each([&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); });
+    __syncthreads();
+    tile::store<THREADS>(p.u, sm.u, m0, m0 + rows, 0, p.r);
+    if (p.core.data)
+      tile::apply_core<typename Traits::T, THREADS>(
+          {p.core, p.h, p.r_core, p.core_scale}, m0, rows, p.r,
+          [&](int row, int i) { return ptx::to_float(ptx::load_shared(sm.u.at(row, i))); });
   }
-  __syncthreads();
-  tile::store<THREADS>(p.u, sm.last.u, m0, m0 + rows, 0, p.r);
-  if (p.core.data) apply_core<THREADS>(p, sm.last.u, m0, rows);
+  ptx::griddepcontrol_launch_dependents();
 }
 
 }  // namespace lotr::kernels

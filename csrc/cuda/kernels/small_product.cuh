@@ -2,7 +2,6 @@
 // operands of any type and stride, which a caller's lambda reads.
 #pragma once
 #include "../tile/load.cuh"
-#include "../tile/reduce.cuh"
 #include "traits.h"
 
 namespace lotr::kernels {
@@ -13,7 +12,6 @@ struct FoldTraits {
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {
     float a[STEP][ROWS + 1], b[STEP][COLS + 1];
-    int last;
   };
 };
 
@@ -72,31 +70,6 @@ LOTR_DEVICE void write_float(void* data, DType type, int64_t i, float value) {
     ptx::store(static_cast<__half*>(data) + i, ptx::from_float<__half>(value));
   else
     ptx::store(static_cast<float*>(data) + i, value);
-}
-
-// The sum over the splits of a group's tile, in their order, left in d of the block that arrives last, for
-// which this returns true.  partial [groups, splits, a tile].
-LOTR_DEVICE bool sum_splits(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, const Reduction& sum,
-                            int64_t group, int split, int splits) {
-  using T = FoldTraits;
-  constexpr int TILE = T::ROWS * T::COLS, AHEAD = tile::IN_FLIGHT / T::PER_THREAD;  // splits in flight
-  float* mine = sum.partial + group * splits * TILE + threadIdx.x;
-  each_output([&](int i, int, int) { ptx::store(mine + split * TILE + i * T::THREADS, d[i]); });
-  if (!tile::arrive_last(sum.arrived + group, splits, sm.last)) return false;
-  each_output([&](int i, int, int) { d[i] = 0.f; });
-#pragma unroll 1
-  for (int s = 0; s < splits; s += AHEAD) {
-    float in[AHEAD][T::PER_THREAD];
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {  // the last split again where there are no more
-      const int next = s + a < splits ? s + a : splits - 1;
-      each_output([&](int i, int, int) { in[a][i] = ptx::load_cg(mine + next * TILE + i * T::THREADS); });
-    }
-#pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
-      if (s + a < splits) each_output([&](int i, int, int) { d[i] += in[a][i]; });
-  }
-  return true;
 }
 
 }  // namespace lotr::kernels

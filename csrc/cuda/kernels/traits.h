@@ -25,22 +25,11 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most, size_t
   return fit < at_most ? fit : at_most;
 }
 
-// How the eight warps of a block divide their sums: along the rank, only where these are many, so that each
-// part of x is read once from shared memory; along what the sums run over, where a tile has fewer rows or
-// columns than the others would need.  The latter's sums are added in shared memory at the end.
-constexpr int shrink_warps_along_rank(int R) {
-  return R <= 32 ? 1 : 2;
-}
-constexpr int shrink_warps_along_columns(int R, int rows) {
-  const int others = 8 / shrink_warps_along_rank(R);
-  return rows / 16 < others ? others * 16 / rows : 1;
-}
-constexpr int sums_warps_along_rank(int R, int cols) {
-  return cols < 64 || (R <= 32 && cols == 128) ? 1 : 2;
-}
-constexpr int sums_warps_along_rows(int R, int cols) {
-  const int others = 8 / sums_warps_along_rank(R, cols);
-  return cols / 16 < others ? others * 16 / cols : 1;
+// How many of the eight warps of a block lie along the rank, the others along rows (shrink) or columns (sums
+// down the columns): one where the tile is long enough for all eight, so that each part of x is read once from
+// shared memory, and the rank is short.
+constexpr int warps_along_rank(int R, int length) {
+  return R <= 32 && length >= 128 ? 1 : 2;
 }
 
 // Rows of a tile of 16 KB.
@@ -64,62 +53,28 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
-// shrink and factor_grad by wgmma (sm_90a): the largest rank, their tiles of x.
-constexpr int ONE_PRODUCT_WGMMA_RANK = 128, ONE_PRODUCT_WGMMA_ROWS = 64, ONE_PRODUCT_WGMMA_COLS = 64;
-// `down`: factor_grad's, down x's columns.  It has half as many blocks as shrink of a square matrix: one per
-// multiprocessor, with a ring twice as long, whose steps are multiplied two at a time, since each has its
-// waits.  Blocks that a multiprocessor holds; steps of 64, of 8 KB of x and as much of the factor for each 64
-// ranks; how many are multiplied together.
-constexpr int one_product_wgmma_blocks(int R, bool down) {
-  return R <= 64 && !down ? 2 : 1;
-}
-constexpr int one_product_wgmma_stages(int R, bool down) {
-  return R > 64 ? 9 : down ? 14 : 7;
-}
-constexpr int one_product_wgmma_together(int R, bool down) {
-  return R <= 64 && down ? 2 : 1;
-}
-// Blocks of a cluster, which share the factor.  Where a multiprocessor holds one, pairs: of larger clusters a
-// GPU may not hold enough side by side.
-constexpr int one_product_wgmma_cluster(int R) {
-  return R <= 64 ? 4 : 2;
-}
-
-// Tiles of scale_backward: rows of 128 bytes.
-constexpr int SCALE_BACKWARD_ROWS = 32;
-constexpr int scale_backward_cols(size_t element) {
-  return int(128 / element);
-}
-
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad, whose sums a block keeps in registers: at rank 16 so narrow that the columns
-// alone fill the GPU; above it wide where two blocks are to fit, so that a warp owns the whole rank or reads
-// each part of v for more columns; at rank 64 narrow ones too, for matrices of few columns.  A block may own
-// several: 32 accumulators a thread where two blocks are to fit, else 64.
+// Column tiles of factor_grad, whose sums a block keeps in registers: whole 128-byte lines of x; wide where two
+// blocks are to fit, so that a warp owns the whole rank or reads each part of v for more columns; at ranks 16
+// and 64 narrow ones, for matrices of few columns.  A block may own several: 32 accumulators a thread where two
+// blocks are to fit, else 64.
 constexpr int factor_grad_wide(int R) {
-  return R == 16 ? 32 : R <= 64 ? 128 : 64;
+  return R == 32 || R == 64 ? 128 : 64;
 }
 constexpr int factor_grad_narrow(int R) {
   return R == 64 ? 64 : factor_grad_wide(R);
 }
 constexpr int factor_grad_subs(int R, int cols) {
-  return R == 16 ? 4 : (R <= 64 ? 64 : 128) * 128 / (R * cols);
+  return (R <= 64 ? 64 : 128) * 128 / ((R < 32 ? 32 : R) * cols);
 }
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
-  return R == 256 ? 32 : R == 128 || cols == 64 ? 64 : rows_of_16_kb(element, cols);
+  return R == 256 ? 32 : R >= 64 && cols == 64 ? 64 : rows_of_16_kb(element, cols);
 }
 constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_ROW_BYTES = 256;  // of a tile
 constexpr int shrink_grad_cols(size_t element) {
   return SHRINK_GRAD_ROW_BYTES / int(element);
-}
-// Whether the splits may be a cluster: the sums of a block have room in shared memory, in place of the tiles.
-constexpr bool factor_grad_in_cluster(int R) {
-  return R <= 64;
-}
-constexpr bool shrink_grad_in_cluster(int R) {
-  return R <= 32;
 }
 // In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most; and their sums, 64 a
 // thread at most, in registers.
@@ -127,12 +82,6 @@ constexpr int shrink_grad_subs(size_t element, int R) {
   const int fit = int(32768 / (shrink_grad_cols(element) * R * element)), subs = 128 / R;
   return fit < subs ? fit : subs;
 }
-
-// shrink_grad by wgmma (sm_90a): the largest rank, its tiles, and how many of columns a block may own.
-constexpr int SHRINK_GRAD_WGMMA_RANK = 64;
-constexpr int SHRINK_GRAD_WGMMA_ROWS = 128, SHRINK_GRAD_WGMMA_COLS = 128, SHRINK_GRAD_WGMMA_SUBS = 4;
-constexpr int SHRINK_GRAD_WGMMA_STAGES = 6;  // of half such a tile
-constexpr int SHRINK_GRAD_WGMMA_SLICE = 16;  // rows of k that are summed at a time
 
 // Threads of expand_add: a warp keeps its own 16 rows of u, so a large rank leaves room for fewer.
 constexpr int expand_threads(size_t element, int R) {

@@ -121,14 +121,4 @@ LOTR_DEVICE int held(int value) {
   return value;
 }
 
-// Ends the launch: on the device by a trap, under the executor with `message` and the caller's file and line.
-LOTR_DEVICE void trap(const char* message LOTR_SITE) {
-#ifdef __CUDACC__
-  (void)message;
-  __trap();
-#else
-  simt::trap(message, site);
-#endif
-}
-
 }  // namespace lotr::ptx

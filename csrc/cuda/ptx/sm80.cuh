@@ -13,12 +13,11 @@
 //     __syncthreads();                                               // threadIdx, __syncwarp: as in CUDA
 //     ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);
 //   }
-//   ptx::launch({grid, block, sizeof(Smem), stream, cluster, "name"}, kernel, params);
+//   ptx::launch<kernel>({grid, block, sizeof(Smem), stream, cluster, "name"}, params);
 //
-// Global and shared memory are best touched through the wrappers of memory.cuh (load, load_nc, load_cg,
-// store, load_shared, store_shared, store_shared2, atomic_add) and cp_async: only these are counted.  A plain
-// *p works and is checked by the sanitizers, but is missing from the counts (the race build reports it as
-// `unwrapped`).
+// Global and shared memory are best touched through the wrappers of memory.cuh and cp_async: only these are
+// counted.  A plain *p works and is checked by the sanitizers, but is missing from the counts (the race build
+// reports it as `unwrapped`).
 //
 // Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory a name,
 // simt::set_options turns counting on, simt::counters() then holds bytes and sectors read and written for
@@ -39,10 +38,10 @@ namespace lotr::ptx {
 
 // ---- asynchronous copies, global to shared ----
 
-// 16 bytes, past L1.  Both addresses 16-byte aligned.
+// 16 bytes, past L1; L2 fetches the whole 128-byte line.  Both addresses 16-byte aligned.
 LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
                : "memory");
 #else
   simt::cp_async(shared, global, 16, 16, site);
@@ -52,7 +51,7 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 // The same; the first src_bytes are copied, the rest become zero.
 LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(src_bytes)
                : "memory");
 #else
@@ -129,17 +128,6 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 #endif
 }
 
-// movmatrix: of an 8 x 8 tile of 16-bit elements in registers, as ldmatrix gives it, the transpose.
-LOTR_DEVICE uint32_t movmatrix_trans(uint32_t a LOTR_SITE) {
-#ifdef __CUDACC__
-  uint32_t d;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
-  return d;
-#else
-  return simt::movmatrix_trans(a, site);
-#endif
-}
-
 // d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators.  With g = lane / 4, q = 2 (lane % 4):
 //   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbours along k
 //   b: (q, g) (q + 8, g), each register two neighbours along k
@@ -166,66 +154,12 @@ LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
 #endif
 }
 
-// d [16 x 8] += a [16 x 8] b [8 x 8] in tf32.  With g = lane / 4, q = lane % 4:
-//   a: (g, q) (g + 8, q) (g, q + 4) (g + 8, q + 4)     b: (q, g) (q + 4, g)     d as above
-LOTR_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LOTR_SITE) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  simt::mma_m16n8k8_tf32(d, a, b, site);
-#endif
-}
-
-// cvt.rna.tf32.f32: to nearest with 10 bits of mantissa, ties away from zero.  mma reads only those bits.
-LOTR_DEVICE uint32_t to_tf32(float x) {
-#ifdef __CUDACC__
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
-#else
-  return simt::to_tf32(x);
-#endif
-}
-
-// ---- within a warp and a block ----
-
-// The value of lane (own lane ^ mask); every lane of the warp takes part.
-template <class T>
-LOTR_DEVICE T shfl_xor(T value, int mask LOTR_SITE) {
-#ifdef __CUDACC__
-  return __shfl_xor_sync(0xffffffffu, value, mask);
-#else
-  return __shfl_xor_sync(0xffffffffu, value, mask, 32, site);
-#endif
-}
-
-template <class T>
-LOTR_DEVICE T shfl(T value, int lane LOTR_SITE) {
-#ifdef __CUDACC__
-  return __shfl_sync(0xffffffffu, value, lane);
-#else
-  return __shfl_sync(0xffffffffu, value, lane, 32, site);
-#endif
-}
-
-// Named barriers 1 to 15: `threads` (a multiple of 32) of the block meet, or announce themselves and go on.
+// Named barriers 1 to 15: `threads` (a multiple of 32) of the block meet.
 LOTR_DEVICE void barrier_sync(int id, int threads LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
   simt::barrier_sync(id, threads, site);
-#endif
-}
-
-LOTR_DEVICE void barrier_arrive(int id, int threads LOTR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#else
-  simt::barrier_arrive(id, threads, site);
 #endif
 }
 

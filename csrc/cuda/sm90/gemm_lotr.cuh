@@ -41,7 +41,7 @@ struct GemmLotrTraits {
   static constexpr bool BACKWARD = BACKWARD_;
   static constexpr int BM = 128, BN = 256, BK = 64;
   static constexpr int PAIR = 2, SHARE = BN / PAIR;  // blocks of a cluster, columns that each loads for both
-  static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 128 * (GROUPS + 1);
+  static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
 
   struct Stage {      // one k-step of a tile, or one of the rank
@@ -116,6 +116,7 @@ struct Producer {
   LOTR_DEVICE void run() {
     const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;  // the first column that it loads for both
     each_tile<Traits>(p, [&](int m0, int n0) {
+#pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK)
         step(X, k, m0, [&](Stage& stage, uint64_t* full) {
           if constexpr (Traits::BACKWARD) {
@@ -126,6 +127,7 @@ struct Producer {
             load_for_both(stage.w + share * Traits::BK, W, k, n0 + share, full);
           }
         });
+#pragma unroll 1
       for (int k = 0; k < p.r; k += Traits::BK)
         step(U, k, m0, [&](Stage& stage, uint64_t* full) {
           load_for_both(stage.w + share * Traits::BK, F, k, n0 + share, full);

@@ -1,6 +1,6 @@
 // Matrix products of a warp on shared tiles.
 //
-// A policy is an element type and a way to multiply.  All of them leave the accumulator of a 16 x 8 tile as
+// A policy is an element type and a way to multiply.  Both leave the accumulator of a 16 x 8 tile as
 // mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).  Fragments of the
 // operands are loaded by two functions each, for the two orders in memory:
 //   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      (16 rows i)
@@ -46,47 +46,6 @@ struct Half {
   }
   static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     ptx::mma_m16n8k16<T>(d, a, b);
-  }
-};
-
-// float32 rounded to tf32: mma.m16n8k8.  ldmatrix moves 32-bit elements too, but cannot transpose them.
-struct Tf32 {
-  using T = float;
-  static constexpr int K = 8, A_REGS = 4, B_REGS = 2;
-
-  template <int N>
-  static LOTR_DEVICE void round(uint32_t (&f)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) f[i] = ptx::to_tf32(ptx::as_float(f[i]));
-  }
-  template <Order ORDER, class Tile>
-  static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    if constexpr (ORDER == Order::across_k) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        f[r] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + r / 2 * 4, i0 + g + r % 2 * 8)));
-    } else {
-      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, lane / 16, k0));
-    }
-    round(f);
-  }
-  template <Order ORDER, int NJ, class Tile>
-  static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int j = 0; j < NJ; ++j) {
-      if constexpr (ORDER == Order::across_k) {
-        f[j][0] = ptx::as_bits(ptx::load_shared(t.at(k0 + q, j0 + 8 * j + g)));
-        f[j][1] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + 4, j0 + 8 * j + g)));
-      } else {
-        ptx::ldmatrix_x2(f[j], t.chunk(j0 + 8 * j + lane % 8, lane / 8 % 2, k0));
-      }
-      round(f[j]);
-    }
-  }
-  static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ptx::mma_m16n8k8_tf32(d, a, b);
   }
 };
 

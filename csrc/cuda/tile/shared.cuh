@@ -23,22 +23,22 @@ struct alignas(16) Chunk {
   T v[16 / sizeof(T)];
 };
 
-template <class T_, int ROWS_, int COLS_, int STRIDE_ = COLS_>
+template <class T_, int ROWS_, int COLS_>
 struct Shared {
   using T = T_;
-  static constexpr int ROWS = ROWS_, COLS = COLS_, STRIDE = STRIDE_;  // elements from row to row
-  static constexpr int CHUNK = 16 / sizeof(T);                        // elements
-  static constexpr int CHUNKS = COLS / CHUNK;                         // in a row
+  static constexpr int ROWS = ROWS_, COLS = COLS_;
+  static constexpr int CHUNK = 16 / sizeof(T);  // elements
+  static constexpr int CHUNKS = COLS / CHUNK;   // in a row
   static_assert(COLS % CHUNK == 0 && (CHUNKS & (CHUNKS - 1)) == 0,
                 "a row must be a power of two of 16-byte chunks");
 
-  alignas(128) T data[ROWS * STRIDE];
+  alignas(128) T data[ROWS * COLS];
 
   static LOTR_DEVICE int swizzle(int row) {
     const int reversed = (row & 1) << 2 | (row & 2) | (row >> 2 & 1);
     return reversed & (CHUNKS < 8 ? CHUNKS - 1 : 7);
   }
-  static LOTR_DEVICE int offset(int row, int c) { return row * STRIDE + (c ^ swizzle(row)) * CHUNK; }
+  static LOTR_DEVICE int offset(int row, int c) { return row * COLS + (c ^ swizzle(row)) * CHUNK; }
   LOTR_DEVICE T* chunk(int row, int c) { return data + offset(row, c); }
   // Chunk c + k / CHUNK, where these have no bit in common: of products, along whose k one offset then
   // serves.
@@ -46,25 +46,5 @@ struct Shared {
   LOTR_DEVICE Chunk<T>* whole(int row, int c) { return reinterpret_cast<Chunk<T>*>(chunk(row, c)); }
   LOTR_DEVICE T* at(int row, int col) { return chunk(row, col / CHUNK) + col % CHUNK; }
 };
-
-// Rows first .. first + N of a tile, in groups of eight: their swizzle is that of the first eight.
-template <int N, class Tile>
-LOTR_DEVICE auto& rows_from(Tile& tile, int first) {
-  static_assert(N % 8 == 0);
-  if constexpr (N == Tile::ROWS)
-    return tile;
-  else
-    return *reinterpret_cast<Shared<typename Tile::T, N, Tile::COLS, Tile::STRIDE>*>(tile.data +
-                                                                                     first * Tile::STRIDE);
-}
-// Columns first .. first + N, in groups of eight chunks: the swizzle stays inside them.
-template <int N, class Tile>
-LOTR_DEVICE auto& columns_from(Tile& tile, int first) {
-  static_assert(N % (8 * Tile::CHUNK) == 0 || N == Tile::COLS);
-  if constexpr (N == Tile::COLS)
-    return tile;
-  else
-    return *reinterpret_cast<Shared<typename Tile::T, Tile::ROWS, N, Tile::STRIDE>*>(tile.data + first);
-}
 
 }  // namespace lotr::tile

@@ -90,8 +90,7 @@ struct Floats {
     }
   }
   // the tile at [i0, j0] = d * scale + before
-  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale,
-                         const float (&before)[4]) const {
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale, const float (&before)[4]) const {
     const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
     const int64_t i = i0 + lane / 4;
     float* to = data + i * row_stride + j * col_stride;
@@ -110,6 +109,8 @@ struct Floats {
       if (i + e / 2 * 8 < rows && j + e % 2 < cols)
         ptx::store(to + e / 2 * 8 * row_stride + e % 2 * col_stride, v[e]);
   }
+  // the tile at [i0, j0] = d
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4]) const { store(i0, j0, d, 1.f, {}); }
   // the same, or += with `accumulate`: all loads before the first addition waits for one
   LOTR_DEVICE void add(int64_t i0, int j0, const float (&d)[4], float scale, bool accumulate) const {
     float before[4] = {};
