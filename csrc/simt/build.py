@@ -177,7 +177,7 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
         made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
-    sources, name = sorted((CSRC / "cuda").glob("*.cu")), MODULE
+    sources, name = sorted((CSRC / "cuda").rglob("*.cu")), MODULE
     if kind is not None and mode != "plain":
         others = [s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"]
         sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"

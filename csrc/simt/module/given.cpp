@@ -93,6 +93,14 @@ Given::Stack Given::stack(const char* name, int64_t count, int64_t rows, int64_t
   return {{array(name).data(), stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
 }
 
+const void* Given::line(const char* name, DType as, int64_t size) const {
+  if (!has(name)) return nullptr;
+  if (type(name) != as) fail(name, "the element type of the output", py::str(array(name).dtype()));
+  expect_shape(name, {size});
+  count_for(name);
+  return array(name).data();
+}
+
 float* Given::floats(const char* name, std::vector<int64_t> shape) const {
   if (!has(name)) return nullptr;
   if (type(name) != DType::float32) fail(name, "float32", py::str(array(name).dtype()));

@@ -37,6 +37,7 @@ class Given {
   };
   Stack stack(const char* name, int64_t count, int64_t rows, int64_t cols) const;
   // float32 [shape], null where the array was not given.
+  const void* line(const char* name, DType as, int64_t size) const;  // [size], null where it is not given
   float* floats(const char* name, std::vector<int64_t> shape) const;
   int64_t stride(const char* name, int dim) const;  // in elements, 0 where it was not given
   // One dimension of integers, or null.
@@ -74,7 +75,6 @@ const std::vector<Kernel>& kernels();
 // The GPU that plans are made for.
 struct Device {
   plan::Card card;
-  Float32 float32 = Float32::exact;
   bool early = true;
 };
 inline Device device;

@@ -3,24 +3,28 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <optional>
 
-#include "cuda/rows.h"
+#include "cuda/launch.h"
+#include "cuda/sm90/gemm_lotr.h"
 #include "given.h"
 
 namespace lotr::simt {
 namespace {
 
 cuda::Call call_of(DType type) {
-  return {type, device.float32, device.card, nullptr, device.early};
+  return {type, device.card, nullptr, device.early};
 }
 
 template <class Problem>
+void launch(const cuda::Call& call, const Problem& problem) {
+  Memory memory("workspace", cuda::workspace(call, problem));
+  cuda::run(call, problem, memory.as<void>());
+  memory.check();
+}
+template <class Problem>
 void launch(DType type, const Problem& problem) {
-  const cuda::Call call = call_of(type);
-  const auto prepared = cuda::prepare(call, problem);
-  Memory workspace("workspace", prepared.workspace);
-  cuda::run(call, problem, prepared, workspace.as<void>());
-  workspace.check();
+  launch(call_of(type), problem);
 }
 
 void shrink(const Given& given) {
@@ -43,6 +47,8 @@ void expand_add(const Given& given) {
   q.M = given.extent("y", 0), q.N = given.extent("y", 1), q.r = int32_t(given.extent("F", 1));
   q.y = given.output("y", type, q.M, q.N), q.u = given.input("u", type, q.M, q.r);
   q.F = given.input("F", type, q.N, q.r), q.dropout = given.dropout();
+  q.fresh = int32_t(given.number("fresh"));
+  q.bias = given.line("bias", type, q.N), q.bias_stride = given.stride("bias", 0);
   launch(type, q);
 }
 
@@ -139,13 +145,13 @@ MutableMatrix any_output(const Given& given, const char* name) {
 // h = scale a G by rows; transposed: a G^T.
 void product(const Given& given, const Given::Stack& cores, const RowIndex& index, Matrix a, DType a_type,
              MutableMatrix h, DType h_type, bool transposed, float missing) {
-  RowCoreParams q{};
+  RowCoreProblem q{};
   q.index = index, q.a = a, q.cores = cores.matrix, q.core_stride = cores.first;
   q.r_in = int32_t(given.extent("cores", 1)), q.r_out = int32_t(given.extent("cores", 2));
   if (transposed) std::swap(q.cores.row, q.cores.col), std::swap(q.r_in, q.r_out);
   q.h = h, q.a_type = a_type, q.core_type = given.type("cores"), q.h_type = h_type;
   q.scale = float(given.number("scale")), q.missing = missing;
-  cuda::row_core(call_of(given.type("u")), q);
+  launch(given.type("u"), q);
 }
 
 Given::Stack cores_of(const Given& given) {
@@ -167,7 +173,7 @@ struct Sorted {
     std::iota(places, places + rows, 0);
     std::stable_sort(places, places + rows, [&](int64_t a, int64_t b) { return key[a] < key[b]; });
     for (int64_t i = 0; i < rows; ++i) keys.as<int64_t>()[i] = key[places[i]];
-    cuda::row_ends(call, {keys.as<int64_t>(), ends.as<int32_t>(), rows, bound});
+    launch(call, RowEndsProblem{keys.as<int64_t>(), ends.as<int32_t>(), rows, bound});
   }
   Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
 };
@@ -178,10 +184,10 @@ void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core,
   Memory k(nullptr, size_t(rows * r_in) * 4);
   product(given, cores_of(given), by_core, g, given.type("g"), {k.as<float>(), r_in, 1, Access::element},
           DType::float32, true, 0.f);
-  SumRowsParams q{};
+  SumRowsProblem q{};
   q.of_token = by_token.segments(), q.k = k.as<float>(), q.tokens = tokens, q.r = int32_t(r_in);
   q.du = any_output(given, "du"), q.du_type = given.type("du");
-  cuda::sum_rows(call, q);
+  launch(call, q);
 }
 
 void row_core_backward(const Given& given) {
@@ -196,17 +202,30 @@ void row_core_backward(const Given& given) {
   else
     product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"), given.type("du"),
             true, 0.f);
-  Sorted by_index(call, index.core, index.core ? rows : 0, index.cores);
-  RowCoreGradParams q{};
-  q.of_core = index.core ? by_index.segments() : Segments{nullptr, index.ends, 1};
+  std::optional<Sorted> by_index;
+  if (index.core) by_index.emplace(call, index.core, rows, index.cores);
+  RowCoreGradProblem q{};
+  q.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
   q.token = index.token, q.u = any(given, "u"), q.g = g, q.type = given.type("u");
   q.dcores = given.floats("dcores", {index.cores, r_in, r_out});
   q.tokens = index.tokens, q.cores = index.cores, q.r_in = int32_t(r_in), q.r_out = int32_t(r_out);
   q.scale = float(given.number("scale"));
-  const auto prepared = cuda::prepare_row_core_grad(call, q, rows);
-  Memory workspace("workspace", prepared.workspace);
-  cuda::row_core_grad(call, q, prepared, workspace.as<void>());
-  workspace.check();
+  q.rows = rows;
+  launch(call, q);
+}
+
+// In the backward pass x, W, u, F and y are g, W, k, A and dx.
+void gemm_lotr(const Given& given) {
+  const DType type = given.type("x");
+  cuda::GemmLotr q{};
+  q.backward = given.number("backward") != 0;
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.N = given.extent("F", 0);
+  q.r = int32_t(given.extent("F", 1));
+  q.x = given.input("x", type, q.M, q.K), q.y = given.output("y", type, q.M, q.N);
+  q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
+  q.u = given.input("u", type, q.M, q.r), q.F = given.input("F", type, q.N, q.r);
+  if (given.has("bias")) q.bias = given.input("bias", type, 1, q.N).data;
+  cuda::gemm_lotr(call_of(type), q);
 }
 
 }  // namespace
@@ -214,13 +233,14 @@ void row_core_backward(const Given& given) {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> table = {
       {"shrink", "x A u [ seed core h ]", "p=0 scale=1 core_scale=1", shrink},
-      {"expand_add", "y u F [ seed ]", "p=0", expand_add},
+      {"expand_add", "y u F [ seed bias ]", "p=0 fresh=0", expand_add},
       {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
       {"shrink_grad", "g F u k Q", "accumulate=0", shrink_grad},
       {"fold", "B cores F", "scale=1", fold},
       {"fold_grad", "Q B cores dcores [ dB ]", "scale=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
       {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1", small_backward},
+      {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
       {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
   };
