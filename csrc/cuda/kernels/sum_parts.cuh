@@ -36,9 +36,9 @@ LOTR_DEVICE float4 sum_of_parts(const SumPartsParams& p, int64_t first) {
 template <class T>
 __global__ void __launch_bounds__(SumPartsTraits::THREADS) sum_parts(const SumTwoParams both) {
   constexpr int THREADS = SumPartsTraits::THREADS, ROWS = SumPartsTraits::ROWS;
-  auto& sm = ptx::shared_storage<SumPartsTraits::Smem>();
   const int64_t firsts = (both.first.rows + ROWS - 1) / ROWS;
   const bool is_first = blockIdx.x < firsts, has_core = is_first && both.core.core.data;
+  auto* const u = both.core.core.data ? ptx::shared_storage<SumPartsTraits::Smem>().u : nullptr;
   const SumPartsParams& p = is_first ? both.first : both.second;
   const int64_t row0 = (blockIdx.x - (is_first ? 0 : firsts)) * ROWS, left = p.rows - row0;
   const int rows = left < ROWS ? int(left) : ROWS, chunks = int(p.parts_row) / 4;
@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(SumPartsTraits::THREADS) sum_parts(const SumTw
       const int64_t at = (row0 + row) * p.out.row + (col + e) * p.out.col;
       const float before = p.accumulate ? ptx::load(static_cast<const float*>(p.out.data) + at) : 0.f;
       write_float(p.out.data, p.out_type, at, before + v[e]);
-      if (has_core) ptx::store_shared(&sm.u[row][col + e], ptx::to_float(ptx::from_float<T>(v[e])));
+      if (has_core) ptx::store_shared(&u[row][col + e], ptx::to_float(ptx::from_float<T>(v[e])));
     }
   }
   if (has_core) {
     __syncthreads();
     tile::apply_core<T, THREADS>(both.core, row0, rows, p.cols,
-                                 [&](int row, int i) { return ptx::load_shared(&sm.u[row][i]); });
+                                 [&](int row, int i) { return ptx::load_shared(&u[row][i]); });
   }
   ptx::griddepcontrol_launch_dependents();
 }

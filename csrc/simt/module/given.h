@@ -36,8 +36,8 @@ class Given {
     int64_t first;
   };
   Stack stack(const char* name, int64_t count, int64_t rows, int64_t cols) const;
-  // float32 [shape], null where the array was not given.
   const void* line(const char* name, DType as, int64_t size) const;  // [size], null where it is not given
+  // float32 [shape], null where the array was not given.
   float* floats(const char* name, std::vector<int64_t> shape) const;
   int64_t stride(const char* name, int dim) const;  // in elements, 0 where it was not given
   // One dimension of integers, or null.
