@@ -127,6 +127,9 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
     if (block.unfenced[word])
       fail("%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared offset %zu",
            t.op, site.file, site.line, block.unfenced[word] - 1u, word * 4);
+  if (block.let_next)
+    fail("%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have begun", t.op,
+         site.file, site.line);
   touch_read(shared, bytes);
   each_row(map, col, row, [](size_t, unsigned char* to, size_t part) {
     count_global(Space::global_write, reinterpret_cast<uintptr_t>(to), part);

@@ -120,7 +120,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("product_layouts", [] { return product_layouts; },
-        "(a's swizzle, a is MN-major, b's swizzle, b is MN-major, n, bfloat16) of each wgmma");
+        "(b is MN-major, n, bfloat16) of each wgmma since reset_counters");
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def("skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); }, "file"_a, "line"_a,
