@@ -62,9 +62,6 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (a.scale) order = TWO_PASS;
   const Sizes s = a.check(c, scaling, p, unfolded);
   Products products(c, a.x, p, a.seed);
-  if constexpr (Products::fuses) {
-    if (order == FUSED) return products.fused_forward(c, a, s, scaling, p);
-  }
   OptionalTensor new_u, new_F;
   auto y = products.output(a.x, s.n, a.bias, a.scale);
   // add(fresh) adds the adapter's part to y, or starts y with it and the bias.
@@ -83,6 +80,12 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   } else {
     const auto u_in = a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
     const auto F_in = a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
+    if constexpr (Products::fuses) {
+      if (order == FUSED) {
+        products.fused(y, a.x, a.weight, a.bias, u_in, F_in, false);
+        return {products.result(y), std::move(new_u), std::move(new_F)};
+      }
+    }
     with_base(order == BETA && Products::folded_first,
               [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
   }
@@ -99,6 +102,28 @@ void unfolded_backward(Products& products, Made& made, const BackwardArgs& a, co
   products.small_backward(made, &dx, a, s, scaling, adapter_first, need_B, need_core, narrow);
   if (adapter_first) products.base_gradient(dx, a.g, a.weight, false);
   made.dx = products.result(dx);
+}
+
+// dx += g W + drop(k A^T), or a new dx. FUSED is for a new dx without dropout; elsewhere it is BETA, since the
+// layout of g is not the caller's choice.
+template <class Products>
+void input_gradient(Products& products, Made& made, const BackwardArgs& a, const Sizes& s, int64_t order,
+                    const typename Products::Value& k, double p) {
+  auto dx = products.gradient(a.dx, a.g, s.k);
+  const bool expands = a.A && a.F;
+  if constexpr (Products::fuses) {
+    if (order == FUSED && expands && !a.dx && p == 0.0 &&
+        products.fused_refusal(a.g, a.weight, s.r_in, true).empty()) {
+      products.fused(dx, a.g, a.weight, Arg("bias", OptionalTensor()), k, products.read(a.A), true);
+      made.dx = products.result(dx);
+      return;
+    }
+  }
+  const bool expand_first = expands && order != TWO_PASS && Products::folded_first;
+  if (expand_first) products.expand(dx, k, products.read(a.A), !a.dx, true);
+  products.base_gradient(dx, a.g, a.weight, !a.dx && !expand_first);
+  if (expands && !expand_first) products.expand(dx, k, products.read(a.A), false, true);
+  if (!a.dx) made.dx = products.result(dx);
 }
 
 template <class Products>
@@ -127,30 +152,17 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
   const bool folds = a.u && !a.Q && (need_B || need_core || a.dB);
   typename Products::Sum Q_sum(products, a.Q, folds, s.n, s.r_in);
   auto k_in = typename Products::Value{};
-  bool fused = false;
-  if constexpr (Products::fuses) {
-    fused = order == FUSED && p == 0.0 && products.fused_backward(made, k_in, Q_sum, a, s);
-  }
-  if (!fused) {
-    const auto g_in = products.read(a.g);
-    if (a.F && Q_sum)
-      k_in = products.shrink_grad(made.k, Q_sum, g_in, a.F, a.u);
-    else if (a.F)
-      k_in = products.shrink(made.k, g_in, a.F, false);
-    else if (Q_sum)
-      products.add_outer(Q_sum, g_in, a.u);
-    if (a.F && a.k) products.add(made.k, k_in, a.k);
-  }
+  const auto g_in = products.read(a.g);
+  if (a.F && Q_sum)
+    k_in = products.shrink_grad(made.k, Q_sum, g_in, a.F, a.u);
+  else if (a.F)
+    k_in = products.shrink(made.k, g_in, a.F, false);
+  else if (Q_sum)
+    products.add_outer(Q_sum, g_in, a.u);
+  if (a.F && a.k) products.add(made.k, k_in, a.k);
   if (folds) products.fold_grad(made, Q_sum.value, 0, a.B, a.core, scaling, a.dB, need_B, need_core, narrow);
   if (a.x) products.factor_grad(made.dA, a.dA, s.k, s.r_in, narrow, a.x, k_in);
-  if (a.weight && !fused) {
-    auto dx_out = products.gradient(a.dx, a.g, s.k);
-    const bool expands = a.A && a.F, expand_first = expands && order != TWO_PASS && Products::folded_first;
-    if (expand_first) products.expand(dx_out, k_in, products.read(a.A), !a.dx, true);
-    products.base_gradient(dx_out, a.g, a.weight, !a.dx && !expand_first);
-    if (expands && !expand_first) products.expand(dx_out, k_in, products.read(a.A), false, true);
-    if (!a.dx) made.dx = products.result(dx_out);
-  }
+  if (a.weight) input_gradient(products, made, a, s, order, k_in, p);
   if (a.A) made.k.reset();  // was used here
   return made.all();
 }

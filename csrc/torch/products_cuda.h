@@ -234,10 +234,12 @@ class CudaProducts {
     if (new_core) made.dcore = in_dtype(*new_core, narrow);
   }
 
-  // ---- the adapter inside the base product: fused_cuda.h ----
-  Forward fused_forward(const Check& c, const ForwardArgs& a, const Sizes& s, double scaling, double p) const;
-  // dx, k and up to rank FUSED_Q_RANK Q from one launch; false if it cannot run for this g.
-  bool fused_backward(Made& made, Value& k, const Sum& Q, const BackwardArgs& a, const Sizes& s) const;
+  // ---- the adapter's product inside the base product: fused_cuda.h ----
+  // y = x W^T + bias + u F^T; backward: dx = g W + k A^T.
+  void fused(Output& y, const Arg& x, const Arg& weight, const Arg& bias, const Value& u, const Value& F,
+             bool backward) const;
+  // Why it cannot run with a new y (name, expected, got), or "".
+  std::string fused_refusal(const Arg& x, const Arg& weight, int64_t r, bool backward) const;
 
   const Context& context() const { return context_; }
   Matrix in(const Value& v) const {

@@ -77,9 +77,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("cuda_plan_rules(str rules, bool forced) -> str");
 #endif
 #ifdef LOTR_SM90A
-  m.def(
-      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward, "
-      "Tensor? u_forward=None, Tensor(a!)? Q=None, bool accumulate=False) -> (Tensor y, Tensor u)");
+  m.def("gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor F, bool backward) -> Tensor");
   m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
 #endif
 }
