@@ -116,6 +116,7 @@ struct FoldGradProblem {
   int64_t core_stride;
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
+  int32_t add_dB;  // 0: dB = instead of dB +=
   float* dcores;  // [L, r_in, r_out], contiguous
   DType B_type, core_type;
   int64_t N;
@@ -149,6 +150,7 @@ struct SmallBackwardProblem {
   int64_t dA_row, dA_col;
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
+  int32_t add_dA, add_dB;  // 0: = instead of +=; then contiguous
   float* dcore;  // [r_in, r_out], contiguous, or null
   int64_t M, K, N;
   int32_t r_in, r_out;

@@ -11,7 +11,16 @@
 
 namespace lotr {
 
-// What the base product says of the problem: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
+#ifndef LOTR_SM90A
+// In a build without sm_90a order_of refuses FUSED.
+inline bool CudaProducts::fuses(const Output&, const Arg&, const Arg&, const Value&, const Value&,
+                                bool) const {
+  return false;
+}
+inline void CudaProducts::fused(Output&, const Arg&, const Arg&, const Value&, const Value&, bool) const {}
+#else
+
+// The problem of the base product: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
 inline cuda::GemmLotr fused_problem(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
                                     bool backward) {
   cuda::GemmLotr q{};
@@ -21,28 +30,33 @@ inline cuda::GemmLotr fused_problem(const CudaProducts& p, const Arg& x, const A
   return q;
 }
 
-inline std::string CudaProducts::fused_refusal(const Arg& x, const Arg& weight, int64_t r,
-                                               bool backward) const {
-  cuda::GemmLotr q = fused_problem(*this, x, weight, r, backward);
+inline std::string fused_refusal(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
+                                 bool backward) {
+  cuda::GemmLotr q = fused_problem(p, x, weight, r, backward);
   // u, F and y as fused() will have them: in aligned memory, u and F in padded rows
   q.u = q.F = {nullptr, (r + 7) / 8 * 8, 1, Access::vector};
   q.y = {nullptr, q.N, 1, Access::vector};
-  return cuda::gemm_lotr_refusal(context_.call(), q);
+  return cuda::gemm_lotr_refusal(p.context().call(), q);
 }
 
-inline void CudaProducts::fused(Output& y, const Arg& x, const Arg& weight, const Arg& bias, const Value& u,
-                                const Value& F, bool backward) const {
+inline bool CudaProducts::fuses(const Output&, const Arg& x, const Arg& weight, const Value& u, const Value&,
+                                bool backward) const {
+  return fused_refusal(*this, x, weight, u.cols, backward).empty();
+}
+
+inline void CudaProducts::fused(Output& y, const Arg& x, const Arg& weight, const Value& u, const Value& F,
+                                bool backward) const {
   const DType type = context_.call().type;
-  OptionalTensor u_copy, F_copy, packed_bias;
   // rows in the call's type that start at multiples of 16 bytes, as tensor maps need them
   const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
     const bool fits = v.type == type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
                       reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
     return in(fits ? v : packed(copy, v));
   };
+  OptionalTensor u_copy, F_copy;
   cuda::GemmLotr q = fused_problem(*this, x, weight, u.cols, backward);
   q.u = in_rows(u, u_copy), q.F = in_rows(F, F_copy), q.y = out(y.value);
-  if (bias) packed_bias = torch::stable::contiguous(*bias.tensor), q.bias = packed_bias->const_data_ptr();
+  q.bias = y.bias.data, q.bias_stride = y.bias.col;
   const std::string refusal = cuda::gemm_lotr_refusal(context_.call(), q);
   if (!refusal.empty())
     fail(context_.op(), ": ", refusal, ". Strategies 0 (two_pass) and 1 (beta) take every layout.");
@@ -51,42 +65,54 @@ inline void CudaProducts::fused(Output& y, const Arg& x, const Arg& weight, cons
 
 // ---- the launch as an operator ----
 
-inline void check_fused_base(const Check& c, const Arg& x, const Arg& weight, bool backward) {
-  c.supported(x), c.dims(x, 2, backward ? "[M, N]" : "[M, K]"), c.dims(weight, 2, "[N, K]");
-  c.dtype(weight, x.dtype);
-  c.size(weight, backward ? 0 : 1, x.size[1], backward ? "N, as in g" : "K, as in x");
-}
+// In the backward pass g, k and A for x, u and F.
+struct FusedArgs {
+  Arg x, weight, bias, u, F;
+
+  FusedArgs(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const OptionalTensor& u_,
+            const OptionalTensor& F_, bool backward)
+      : x(backward ? "g" : "x", x_),
+        weight("weight", weight_),
+        bias("bias", bias_),
+        u(backward ? "k" : "u", u_),
+        F(backward ? "A" : "F", F_) {}
+
+  void check(const Check& c, bool backward) const {
+    c.arguments({&x, &weight, &bias, &u, &F});
+    c.supported(x);
+    const Dim of_x = backward ? N : K, of_y = backward ? K : N;
+    Sizes(c, x.dtype,
+          {{x, As::same, {M, of_x}},
+           {weight, As::same, {N, K}},
+           {bias, As::same, {of_y}},
+           {u, As::same, {M, R}},
+           {F, As::factor, {of_y, R}}});
+    if (backward && bias) fail(c.op, ": bias: expected None in the backward pass, got a tensor");
+  }
+};
 
 // Why gemm_lotr cannot run for these at rank r, or "".
 inline std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, bool backward) {
   const Check c{"lotr::gemm_lotr_refusal"};
-  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight);
-  c.arguments({&ax, &aweight}), c.supported(ax);
-  if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
-  check_fused_base(c, ax, aweight, backward);
-  return CudaProducts(c, ax, 0.0, Arg("seed", OptionalTensor())).fused_refusal(ax, aweight, r, backward);
+  const OptionalTensor none;
+  const FusedArgs a(x, weight, none, none, none, backward);
+  a.check(c, backward);
+  if (a.x.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
+  return fused_refusal(CudaProducts(c, a.x, 0.0, a.bias), a.x, a.weight, r, backward);
 }
 
-// y = x W^T + bias + u F^T; backward: dx = g W + k A^T, with g, k and A for x, u and F.
+// y = x W^T + bias + u F^T; backward: dx = g W + k A^T.
 inline Tensor gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& u,
                         const Tensor& F, bool backward) {
   const Check c{"lotr::gemm_lotr"};
-  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), abias("bias", bias),
-      au(backward ? "k" : "u", u), aF(backward ? "A" : "F", F);
-  c.arguments({&ax, &aweight, &abias, &au, &aF});
-  check_fused_base(c, ax, aweight, backward);
-  const int64_t n = aweight.size[backward ? 1 : 0];
-  c.dims(au, 2, "[M, r]"), c.dtype(au, ax.dtype), c.size(au, 0, ax.size[0], backward ? "M, as in g" : "M, as in x");
-  c.dims(aF, 2, backward ? "[K, r]" : "[N, r]"), c.factor(aF, ax.dtype);
-  c.size(aF, 0, n, "as weight has columns of y"), c.size(aF, 1, au.size[1], "the rank");
-  if (abias) {
-    if (backward) fail(c.op, ": bias: expected None in the backward pass, got a tensor");
-    c.dims(abias, 1, "[N]"), c.dtype(abias, ax.dtype), c.size(abias, 0, n, "N, as in weight");
-  }
-  const CudaProducts p(c, ax, 0.0, Arg("seed", OptionalTensor()));
-  auto y = p.gradient(Arg("dx", OptionalTensor()), ax, n);
-  p.fused(y, ax, aweight, abias, p.read(au), p.read(aF), backward);
+  const OptionalTensor given_u = u, given_F = F, none;
+  const FusedArgs a(x, weight, bias, given_u, given_F, backward);
+  a.check(c, backward);
+  const CudaProducts p(c, a.x, 0.0, Arg("seed", none));
+  auto y = p.output(a.x, a.F.size[0], a.bias);
+  p.fused(y, a.x, a.weight, p.read(a.u), p.read(a.F), backward);
   return p.result(y);
 }
+#endif
 
 }  // namespace lotr

@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     each_output([&](int i, int row, int c) {
       if (n0 + row < p.N && j0 + c < p.r_out) {
         float* out = p.dB + (n0 + row) * p.dB_row + (j0 + c) * p.dB_col;
-        ptx::store(out, ptx::load(out) + d[i] * p.scale);
+        ptx::store(out, (p.add_dB ? ptx::load(out) : 0.f) + d[i] * p.scale);
       }
     });
   } else {

@@ -95,6 +95,7 @@ void fold_grad(const Given& given) {
   q.Q = Q.matrix, q.Q_stride = Q.first, q.cores = cores.matrix, q.core_stride = cores.first;
   q.B = given.input("B", q.B_type, q.N, q.r_out);
   q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.add_dB = int32_t(given.number("accumulate"));
   q.dcores = given.floats("dcores", {q.L, q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(DType::float32, q);
 }
@@ -122,6 +123,7 @@ void small_backward(const Given& given) {
   q.B = given.input("B", type, q.N, q.r_out);
   q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0), q.dA_col = given.stride("dA", 1);
   q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.add_dA = q.add_dB = int32_t(given.number("accumulate"));
   q.dcore = given.floats("dcore", {q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(type, q);
 }
@@ -224,7 +226,10 @@ void gemm_lotr(const Given& given) {
   q.x = given.input("x", type, q.M, q.K), q.y = given.output("y", type, q.M, q.N);
   q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
   q.u = given.input("u", type, q.M, q.r), q.F = given.input("F", type, q.N, q.r);
-  if (given.has("bias")) q.bias = given.input("bias", type, 1, q.N).data;
+  if (given.has("bias")) {
+    const Matrix bias = given.input("bias", type, 1, q.N);
+    q.bias = bias.data, q.bias_stride = bias.col;
+  }
   cuda::gemm_lotr(call_of(type), q);
 }
 
@@ -237,9 +242,9 @@ const std::vector<Kernel>& kernels() {
       {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
       {"shrink_grad", "g F u k Q", "accumulate=0", shrink_grad},
       {"fold", "B cores F", "scale=1", fold},
-      {"fold_grad", "Q B cores dcores [ dB ]", "scale=1", fold_grad},
+      {"fold_grad", "Q B cores dcores [ dB ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
-      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1", small_backward},
+      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
       {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
       {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
