@@ -48,8 +48,8 @@ def find_tool(name: str) -> str | None:
     return beside or shutil.which(name)
 
 
-def check_requirements() -> str:
-    """Return the cmake to use, or stop with a friendly line."""
+def check_packages() -> None:
+    """Stop with one line, before setuptools prints anything, unless torch is there and wheels can be made."""
     if importlib.util.find_spec("torch") is None:
         stop(
             "expected torch >= 2.10 in this Python, got none. Install it first (pip install torch), "
@@ -58,6 +58,13 @@ def check_requirements() -> str:
     torch = importlib.metadata.version("torch")
     if numbers(torch) < MIN_TORCH:
         stop(f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch")
+    if importlib.util.find_spec("wheel") is None and numbers(importlib.metadata.version("setuptools")) < (70, 1):
+        stop("expected the package wheel in this Python, got none. Install it: pip install -U setuptools wheel")
+
+
+def check_requirements() -> str:
+    """Return the cmake to use, or stop with a friendly line."""
+    check_packages()
     compiler = os.environ.get("CXX", "").split()
     if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
         stop(
@@ -191,6 +198,9 @@ class BuildPython(build_py):
 
 if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
+
+if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"} & set(sys.argv):
+    check_packages()  # pip makes the metadata first, so that this line is the last one of its output
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],

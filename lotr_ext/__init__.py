@@ -8,7 +8,45 @@ small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `
 
 __version__ = "0.1.0"
 
+from .files import load_adapter, save_adapter
 from .functional import lotr_linear
 from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt
+from .model import (
+    LoTRConfig,
+    apply_lotr,
+    disabled,
+    explain,
+    init_from_gradient,
+    lotr_parameters,
+    merge,
+    parameter_groups,
+    trainable_summary,
+    unload,
+    unmerge,
+)
+from .tasks import TaskBank, use_tasks
 
-__all__ = ["LoTRConv1D", "LoTRFactor", "LoTRFactors", "LoTRLinear", "LoTRWrapped", "adapt", "lotr_linear"]
+__all__ = [
+    "LoTRConfig",
+    "LoTRConv1D",
+    "LoTRFactor",
+    "LoTRFactors",
+    "LoTRLinear",
+    "LoTRWrapped",
+    "TaskBank",
+    "adapt",
+    "apply_lotr",
+    "disabled",
+    "explain",
+    "init_from_gradient",
+    "load_adapter",
+    "lotr_linear",
+    "lotr_parameters",
+    "merge",
+    "parameter_groups",
+    "save_adapter",
+    "trainable_summary",
+    "unload",
+    "unmerge",
+    "use_tasks",
+]

@@ -72,7 +72,9 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _recorded(g: Tensor) -> bool:
     """Whether the running backward must be PyTorch's own products. AOTAutograd traces a backward with tensors of its own type,
     and the nodes' operators then belong into the graph."""
-    return torch.is_grad_enabled() or _batched() or _functorch() or (torch.compiler.is_compiling() and type(g) is Tensor)
+    tangents = forward_ad._current_level >= 0
+    compiled = torch.compiler.is_compiling() and type(g) is Tensor
+    return torch.is_grad_enabled() or _batched() or _functorch() or tangents or compiled
 
 
 def _gradients(formula: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g: Tensor) -> list[Tensor | None]:
@@ -448,6 +450,30 @@ def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tenso
     if torch.is_grad_enabled():
         return _run_layer(x, y, u, A, B, core, base, scaling, order, shrunk)
     return _compute(y, u, base, A, B, core, scaling, order)[0]
+
+
+def onto_rows(
+    x: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    scaling: float,
+    p: float,
+    routing: tuple[Tensor | None, Tensor | None, Tensor | None],
+    factors: tuple[FactorState, FactorState],
+    user: object,
+) -> Tensor:
+    """y_i + s ((drop(x)_t(i) A) G_c(i)) B^T as nodes: x [m, k], y [rows, n], routing (index, offs, tokens) as RowCore's. There
+    must be no obstacle."""
+    shrunk = factors[0].shrunk(x, factors[0].shared(A), p, user)
+    cores = cores if cores.dtype in (shrunk.u.dtype, torch.float32) else cores.to(shrunk.u.dtype)
+    h = _run_row_core(shrunk.u, cores, scaling, *routing)
+    order = ops.product_order(len(y), x.dtype, x.device)
+    shared_B, base = factors[1].shared(B), (None, None, None)
+    if torch.is_grad_enabled():
+        return _run_layer(None, y, h, None, shared_B, None, base, 1.0, order, shrunk)
+    return _compute(y, h, base, None, shared_B, None, 1.0, order)[0]
 
 
 def lotr_linear(

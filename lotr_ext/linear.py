@@ -288,7 +288,7 @@ class LoTRLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if input.shape[-1:] != (self.in_features,):
+        if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
             check_input(input, self.in_features)
         if self.merged:
             return self.base(input)

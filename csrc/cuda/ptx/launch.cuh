@@ -189,7 +189,7 @@ void launch(const LaunchArgs& args, Args&&... params) {
   config.attrs = attributes, config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, KERNEL, std::forward<Args>(params)...), "launch");
 #else
-  simt::launch({args.name, args.grid, args.block, args.cluster, args.smem, args.early, false}, KERNEL,
+  simt::launch({args.name, args.grid, args.block, args.cluster, args.smem, args.early}, KERNEL,
                std::forward<Args>(params)...);
 #endif
 }

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "cuda/launch.h"
+#include "cuda/sm90/gemm_lotr.h"
 #include "given.h"
 
 namespace lotr::simt {
@@ -212,15 +214,33 @@ void row_core_backward(const Given& given) {
   else
     product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"), given.type("du"),
             true, 0.f);
-  Sorted by_index(call, index.core, index.core ? rows : 0, index.cores);
+  std::optional<Sorted> by_index;
+  if (index.core) by_index.emplace(call, index.core, rows, index.cores);
   RowCoreGradProblem q{};
-  q.of_core = index.core ? by_index.segments() : Segments{nullptr, index.ends, 1};
+  q.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
   q.token = index.token, q.u = any(given, "u"), q.g = g, q.type = given.type("u");
   q.dcores = given.floats("dcores", {index.cores, r_in, r_out});
   q.tokens = index.tokens, q.cores = index.cores, q.r_in = int32_t(r_in), q.r_out = int32_t(r_out);
   q.scale = float(given.number("scale"));
   q.rows = rows;
   launch(call, q);
+}
+
+// In the backward pass x, W, u, F and y are g, W, k, A and dx.
+void gemm_lotr(const Given& given) {
+  const DType type = given.type("x");
+  cuda::GemmLotr q{};
+  q.backward = given.number("backward") != 0;
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.N = given.extent("F", 0);
+  q.r = int32_t(given.extent("F", 1));
+  q.x = given.input("x", type, q.M, q.K), q.y = given.output("y", type, q.M, q.N);
+  q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
+  q.u = given.input("u", type, q.M, q.r), q.F = given.input("F", type, q.N, q.r);
+  if (given.has("bias")) {
+    const Matrix bias = given.input("bias", type, 1, q.N);
+    q.bias = bias.data, q.bias_stride = bias.col;
+  }
+  cuda::gemm_lotr(call_of(type), q);
 }
 
 }  // namespace
@@ -235,6 +255,7 @@ const std::vector<Kernel>& kernels() {
       {"fold_grad", "Q B cores dcores [ dB ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
       {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
+      {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
       {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
   };
