@@ -143,9 +143,7 @@ class CudaProducts {
     outer(Q.value, g, read(u), false, Q.add);
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    AtenTensorHandle sum = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().add(made->get(), given.handle, 1.0, &sum));
-    made = Tensor(sum);
+    made = torch::stable::subtract(*made, *given.tensor, -1.0);  // the stable interface has no sum of tensors
     k = read(Arg("k", *made));
   }
   // Of one core, or of all of [l, r_in, r_out], whose Q are Q_stride apart. dB is added to where it is given.

@@ -1,14 +1,12 @@
-// expand_add:  y += scale * drop(u F^T)            y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
-//              y = bias + scale * drop(u F^T)      fresh, bias [N]: an instance of its own, which does not
-//              read y
+// expand_add:  y += scale * drop(u F^T)         y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
+//              y = bias + scale * drop(u F^T)   fresh, bias [N]: an instance that does not read y
 //
 // Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.
 //          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
 //          written last is still in L2, and walks each tile by tile.  The piece's rows of F stay in shared
 //          memory.
-// Bytes    y once in and once out (fresh: out alone); F, and the bias, once for each block along tokens, u
-// once
-//          for each piece of N (plan.h balances them)
+// Bytes    y once in and once out (fresh: out alone); F, and the bias, once for each block along tokens; u
+//          once for each piece of N (plan.h balances them)
 // Sums     float32, y or the bias added last, rounded once
 //
 // A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each
