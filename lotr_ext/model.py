@@ -255,7 +255,7 @@ _waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
     have no gradient, and those of others have one."""
-    if not _waiting or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _waiting:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):

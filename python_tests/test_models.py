@@ -603,11 +603,7 @@ def test_a_refused_model_is_unchanged(settings: dict) -> None:
 
 
 def test_messages_help_with_wrong_names() -> None:
-    for targets, hint in (
-        (["quary"], "'query'"),
-        (["to_qkv"], "dense, key, query, value"),
-        (["all_linear"], None),
-    ):
+    for targets, hint in ((["quary"], "'query'"), (["to_qkv"], "dense, key, query, value"), (["all_linear"], None)):
         with pytest.raises(ValueError) as raised:
             apply_lotr(zoo.net("bert"), LoTRConfig(target_modules=targets))
         assert hint is None or hint in str(raised.value), raised.value
