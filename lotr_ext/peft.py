@@ -194,7 +194,7 @@ class LoTRPeftCore(nn.Module):
         def run(A: Tensor, B: Tensor) -> Tensor:
             return autograd.lotr_linear(x, W, bias, A, B, core, self.scaling, p, y=y, factors=states, user=self)
 
-        return self.factors(run)
+        return self.factors.read(run)
 
     def matrix(self) -> Tensor:
         """G [r_in, r_out]."""
@@ -203,7 +203,7 @@ class LoTRPeftCore(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B G^T A^T [n, k] in float32 (float64 for float64)."""
-        return self.factors(lambda A, B: ops.delta_weight(A, B, self.matrix(), self.scaling))
+        return self.factors.read(lambda A, B: ops.delta_weight(A, B, self.matrix(), self.scaling))
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of A, B and the core, each with the name of its part."""
