@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import autograd, ops
 from .config import LoTRConfig, place_of
+from .experts import adapt_parameter, release
 from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, LoTRWrapped, adapt
@@ -82,9 +83,10 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
         config = replace(config, modules_to_save=saved)
     selection = select(model, config)
-    cores = _cores(config, selection)
     starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    install(model, config, selection, cores, starts)
+    cores = cores_for(config, selection)
+    with unchanged_on_error(model):
+        install(model, config, selection, cores, starts)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -93,6 +95,20 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes off an adapter that an exception inside has left half made."""
+    plain, before = not layers_in(model), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if plain:
+            _without_adapters(model, layers_in(model))
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
 
 
 def install(
@@ -178,8 +194,6 @@ def _home(module: nn.Module) -> torch.device:
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
     if target.parameter is not None:
-        from .experts import adapt_parameter
-
         layer = adapt_parameter(target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout)
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
@@ -191,7 +205,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def _cores(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
+def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
@@ -333,16 +347,10 @@ def init_from_gradient(
     passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
     before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
 
-    Args:
-        model: from `apply_lotr` or built by hand, in the mode (train or eval) in which the gradients are to be computed.
-        batches: a few batches, each used three times.
-        loss: (model, batch) -> the loss, a scalar.
-        progress: prints a line a pass.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: no adapter, or one of experts; a merged or wrapped model; a core that is not zero;
-            no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite, or all zero. The
-            model is unchanged then.
+    batches: a few, each used three times. loss: (model, batch) -> a scalar. progress: prints a line a pass.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
+    core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
+    or all zero.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
@@ -537,11 +545,9 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     it subtracts, which is exact only up to rounding. dequantize: replace each quantised layer (torchao, bitsandbytes) by a
     plain nn.Linear, of this dtype if one is given. `unmerge` restores the quantised layers from the backup.
 
-    Raises:
-        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter (weight_norm,
-            parametrizations, pruning) or held in parts.
-        ValueError: safe, and a result is not finite.
-        RuntimeError: no adapter, one that is merged already, on the meta device, or a weight tied to another module.
+    Raises TypeError: a base that cannot be merged into, or a weight that is no parameter (weight_norm, parametrizations,
+    pruning) or held in parts; ValueError: safe, and a result is not finite; RuntimeError: no adapter, one that is merged
+    already, on the meta device, or a weight tied to another module.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "merge")
@@ -580,11 +586,8 @@ def _merge_all(
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers.
-
-    Raises:
-        TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
-    """
+    """Removes the adapter from the weights of all merged layers. Raises TypeError or RuntimeError: no adapter, one that is not
+    merged, or a dequantised one without a backup."""
     layers = adapted_layers(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if not merged:
@@ -607,12 +610,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     """Removes the adapter: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
 
     merge: False restores the base weights (with "svd" up to one rounding); True merges the adapter into them. modules_to_save
-    stay as they are now. dequantize: as in `merge`. Returns the same model; if the model is itself an adapted layer, returns
-    the plain layer with the same weight and bias.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
-            The model is unchanged then.
+    stay as they are now. dequantize: as in `merge`. Returns the same model; if it is itself an adapted layer, the plain one.
+    Raises, with the model unchanged, as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -644,8 +643,6 @@ def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
         model.lotr_tasks.remove_hooks()
     hosts = {id(layer.holder): layer.holder for layer in layers.values() if hasattr(layer, "holder")}
     if hosts:
-        from .experts import release
-
         for host in hosts.values():
             release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "holder")}

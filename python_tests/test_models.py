@@ -453,6 +453,46 @@ def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
         apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "counts"),
+    [
+        ("base", 12, {1: 1560, 2: 3168, 4: 6528, 8: 13824, 16: 30720, 32: 73728, 40: 99840, 80: 276480, 88: 321024}),
+        ("large", 24, {64: 327680}),
+    ],
+)
+def test_counts_of_the_paper_on_a_model_without_memory(size: str, layers: int, counts: dict[int, int]) -> None:
+    """RoBERTa, query and value: S r^2 + 2 r d numbers."""
+    from transformers import RobertaConfig, RobertaModel
+
+    width = 768 if size == "base" else 1024
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64, "vocab_size": 50265}
+    for rank, count in counts.items():
+        with torch.device("meta"):
+            model = RobertaModel(RobertaConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
+        apply_lotr(model, LoTRConfig(rank=rank, target_modules=["query", "value"]))
+        assert trainable_summary(model).adapter == count
+        assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_changed_weight_makes_an_older_backward_raise() -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp")
+    y = zoo.output(model, x)
+    merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_another_default_device_changes_nothing() -> None:
+    model, x = zoo.net("mlp"), zoo.inputs("mlp")
+    with torch.device("meta"):
+        moved_model = apply_lotr(model, config("mlp"))
+        lotr_ext.init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
+        lotr_ext.TaskBank(model, 2).add()
+        with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0], device="cpu")):
+            assert model(x).device.type == "cpu"
+    assert all(p.device.type == "cpu" for p in moved_model.parameters())
+
+
 class Idle(nn.Module):
     """One of three layers is read and never called, as some models do."""
 

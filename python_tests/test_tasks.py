@@ -414,6 +414,27 @@ def test_the_bank_is_part_of_the_model() -> None:
     assert not hasattr(model, "lotr_tasks") and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+def test_a_batch_may_be_empty() -> None:
+    model = banked("mlp")
+    with use_tasks(model, INDEX[:0]):
+        assert model(torch.randn(0, 5, 16)).shape == (0, 5, 3)
+
+
+def test_a_task_s_file_fits_whatever_the_order_of_the_groups(tmp_path: Path) -> None:
+    """The checksum is of the factors by the names of their groups."""
+    models = [trained("mlp", scaling=1.0) for _ in range(2)]
+    with torch.no_grad():
+        for layer in adapted_layers(models[1]).values():
+            layer.factors.A.value.copy_(adapted_layers(models[0])[
+                "blocks.0.up" if layer.in_features == 16 else "blocks.0.down"].factors.A.value)  # fmt: skip
+    models[1].blocks = nn.ModuleList(nn.ModuleDict(dict(reversed(block.items()))) for block in models[1].blocks)
+    banks = [TaskBank(model, 1) for model in models]
+    assert banks[0]._layers != banks[1]._layers
+    banks[0].add()
+    banks[0].save(0, tmp_path / "task.safetensors")
+    banks[1].add(tmp_path / "task.safetensors")
+
+
 def test_a_layer_that_was_rescaled_is_refused() -> None:
     model = banked("mlp")
     model.blocks[0]["up"].scaling = 3.0
