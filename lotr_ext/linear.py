@@ -236,8 +236,9 @@ class LoTRLayer(nn.Module):
         Raises:
             TypeError, ValueError: another kind of module, factors of other sizes, or an argument of the wrong type or value.
         """
-        sizes = cls.sizes_of(linear) if isinstance(linear, nn.Module) and not isinstance(linear, LoTRLayer) else None
-        if sizes is None:
+        sizes = cls.sizes_of(linear) if isinstance(linear, nn.Module) else None
+        # adapting freezes all parameters inside: those of an adapter there would stop training
+        if sizes is None or any(isinstance(m, (LoTRLayer, LoTRFactors, LoTRFactor)) for m in linear.modules()):
             raise TypeError(f"linear: expected a linear layer that {cls.__name__} adapts, got {type(linear).__name__}")
         s = scaling_of(getattr(factors, "rank", 1), alpha, rslora, scaling)
         layer = cls.__new__(cls)
@@ -268,6 +269,8 @@ class LoTRLayer(nn.Module):
         want, got = (self.in_features, self.out_features), (factors.in_features, factors.out_features)
         if want != got:
             raise ValueError(f"factors: expected (in_features, out_features) = {want}, got {got}")
+        if factors.A.value.is_meta and device.type != "meta":
+            raise ValueError(f"factors: expected values, as the layer has on {device}, got factors on the meta device")
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         like = factors.A.value

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import autograd, ops
 from .config import LoTRConfig, place_of
+from .experts import adapt_parameter, release
 from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, LoTRWrapped, adapt
@@ -193,8 +194,6 @@ def _home(module: nn.Module) -> torch.device:
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
     if target.parameter is not None:
-        from .experts import adapt_parameter
-
         layer = adapt_parameter(target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout)
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
@@ -644,8 +643,6 @@ def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
         model.lotr_tasks.remove_hooks()
     hosts = {id(layer.holder): layer.holder for layer in layers.values() if hasattr(layer, "holder")}
     if hosts:
-        from .experts import release
-
         for host in hosts.values():
             release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "holder")}

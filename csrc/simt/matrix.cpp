@@ -1,4 +1,4 @@
-// ldmatrix, movmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
+// ldmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
 // and of the fragments of m16n8k16 (16-bit types) and m16n8k8 (tf32).
 #include <algorithm>
 #include <cmath>
@@ -50,21 +50,6 @@ void load_tiles(Warp& warp, uint32_t, void* context) {
         memcpy(reinterpret_cast<char*>(&out) + 2, of_tile[j + 1]->row + 2 * i, 2);
       }
     }
-  }
-}
-
-struct Words {
-  uint32_t in, out;
-};
-
-// Lane 4 i + j holds elements 2 j and 2 j + 1 of row i.
-void transpose_tile(Warp& warp, uint32_t, void*) {
-  uint16_t tile[8][8];
-  const auto words = [&](int lane) { return static_cast<Words*>(warp.thread[lane].operand); };
-  for (int lane = 0; lane < 32; ++lane) memcpy(&tile[lane / 4][2 * (lane % 4)], &words(lane)->in, 4);
-  for (int lane = 0; lane < 32; ++lane) {
-    const int row = lane / 4, col = 2 * (lane % 4);
-    words(lane)->out = tile[col][row] | uint32_t(tile[col + 1][row]) << 16;
   }
 }
 
@@ -185,14 +170,6 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   TileLoad load{tiles, trans};
   warp_collective(trans ? "ldmatrix.trans" : "ldmatrix", WARP, site, &rows, load_tiles, &load, false);
   for (int i = 0; i < tiles; ++i) r[i] = rows.out[i];
-}
-
-uint32_t movmatrix_trans(uint32_t a, Site site) {
-  race::ExecutorScope scope;
-  check_whole_warp("movmatrix.trans", site);
-  Words words{a, 0};
-  warp_collective("movmatrix.trans", WARP, site, &words, transpose_tile, nullptr, false);
-  return words.out;
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site) {
