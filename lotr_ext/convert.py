@@ -1,291 +1,701 @@
-"""`python -m lotr_ext.convert`: converts adapters of LoRA and of the original LoTR implementation to LoTR, and LoTR to LoRA.
+"""Converts adapters: LoTR to LoRA and back, and the original LoTR implementation's checkpoints.
 
-lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
-loras-to-bank SOURCE... DESTINATION --rank 16    many of them, by Tucker-2, to shared factors and one task each
-lotr-to-lora SOURCE DESTINATION                  for PEFT and other programs that read LoRA, exact
-lotr-to-gguf SOURCE FILE --base-model DIR        for llama.cpp, as a LoRA, exact
-lotr-to-peft SOURCE DESTINATION                  for PeftModel.from_pretrained, as LoTR; load_adapter reads what PEFT writes
-original-to-lotr FILE DESTINATION                a state dict of github.com/daskol/lotr
+    python -m lotr_ext.convert lotr-to-lora SOURCE DESTINATION        for PEFT and servers, exact
+    python -m lotr_ext.convert lora-to-lotr SOURCE DESTINATION --rank 16
+    python -m lotr_ext.convert original-to-lotr FILE DESTINATION      a state dict of github.com/daskol/lotr
+
+A LoTR of rank r on a layer is exactly a LoRA of rank r with lora_alpha = r:
+
+    s B G_l^T A^T = lora_B lora_A    with lora_A = (A G_l)^T [r_out, K], lora_B = s B [N, r_out]
+                                     or   lora_A = A^T [r_in, K],        lora_B = s B G_l^T [N, r_in], whichever is smaller
+
+Only the size grows, because a LoRA stores its factors for each layer. After init "svd" the base weights are W minus the start
+adapter; a LoRA for the unchanged W has to carry both, at twice the rank: [lora_B, -start_B] [lora_A; start_A].
+
+Forms of experts (`experts=`), e experts, i the intermediate size:
+
+    "peft"          PEFT's target_parameters: <experts>.lora_A.weight [e r, k], .lora_B.weight [n, r e], the expert as the last
+                    index, of the last parameter; of the one before it <experts>.base_layer.lora_A.weight, ..
+    "vllm-shared"   vLLM with enable_moe_shared_loras: <experts>.w1 (gate), .w3 (up) .lora_A.weight [1, r, k], .lora_B.weight
+                    [e, i, r], .w2 (down) .lora_A.weight [e, r, i], .lora_B.weight [1, k, r]
+    "per-expert"    vLLM without flags: <experts>.<c>.gate_proj.lora_A.weight [r, k], .lora_B.weight [i, r], up_proj, down_proj
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import math
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TextIO
 
-from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, lotr_to_peft, original_to_lotr, read_lora
-from .interop.expert_lora import FORMS, HOSTS
-from .interop.from_lora import exact_rank
-from .interop.gguf import lotr_to_gguf
-from .interop.lora_files import LoRALayer
-from .interop.loras_to_bank import loras_to_bank, names_of
-from .layers.checks import check_rank
-from .layers.progress import progress_bar
-from .ops.planner import DTYPES
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from . import ops
+from .config import TASKS, LoTRConfig
+from .files import (
+    VERSION,
+    _config_of_version_1,
+    _start_key,
+    checked_path,
+    put_file,
+    read,
+    read_bytes,
+    save_adapter,
+    tensors_in,
+    write,
+)
+from .functional import check_number, check_rank
+from .init import START, _padded, leading
+from .linear import LoTRConv1D
+from .model import layers_in
+from .targets import closest, group_of, name_ends_with
 
-__all__ = ["main"]
+__all__ = ["Conversion", "LoRA", "export_lora", "lora_to_lotr", "lotr_to_lora", "original_to_lotr", "read_lora"]
 
-_COLUMNS = 8  # tasks that a table has beside each other
+Source = str | PathLike[str]
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+FORMS = ("peft", "vllm-shared", "per-expert")
 
 
-def _rank(text: str) -> int | tuple[int, int]:
+@dataclass(frozen=True)
+class LoRA:
+    """One layer's factors: A [r, K], B [N, r]; B A is added to W [N, K]. experts: of a 3-D weight [e, N, K], with A [e, r, K]
+    and B [e, N, r], of which one may have a single expert for all; 0 for a linear layer."""
+
+    A: Tensor
+    B: Tensor
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        return self.A.shape[-1], self.B.shape[-2]
+
+    def delta(self) -> Tensor:
+        """The change of the weight, [N, K] or [e, N, K]."""
+        return (self.B @ self.A).expand(self.experts, -1, -1) if self.experts else self.B @ self.A
+
+
+def _expect(true: object, name: object, expected: str, got: object) -> None:
+    if not true:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _expect_values(name: str, part: str, tensor: Tensor) -> None:
+    finite = tensor.is_floating_point() and bool(tensor.isfinite().all())
+    _expect(finite, name, f"finite floating values in {part}", f"{tensor.dtype} or values that are not finite")
+
+
+# ---- LoTR to LoRA ----------------------------------------------------------------------------------------------------
+
+
+def export_lora(model: nn.Module, directory: Source, *, task: int | None = None, **options: Any) -> dict[str, LoRA]:
+    """Writes the adapter of a model as a PEFT LoRA: adapter_config.json and adapter_model.safetensors in a directory.
+
+    `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
+    `apply_lotr` was given. The model may be whatever `save_adapter` takes. modules_to_save are written, too.
+
+    Args:
+        model: an adapted model. With DistributedDataParallel all processes call this, and process 0 writes.
+        directory: created if it does not exist.
+        task: of the model's TaskBank, written instead of the adapter's cores. The model does not change.
+        options: as for `lotr_to_lora`. base_model, fan_in_fan_out and hosts are the model's own if they are not given.
+
+    Raises:
+        As `save_adapter` and `lotr_to_lora`. RuntimeError: a task of a model without a bank.
+    """
+    cores = None
+    if task is not None:
+        if (bank := getattr(model, "lotr_tasks", None)) is None:
+            raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
+        cores = bank.cores_of(task)
+    path = checked_path(directory, "directory")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        if cores is not None:
+            warnings.simplefilter("ignore", UserWarning)  # of tasks that an adapter's file lacks
+        save_adapter(model, folder)
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        document, tensors = read(Path(folder))
+    model_config = getattr(model, "config", None)
+    options.setdefault("base_model", getattr(model_config, "_name_or_path", None))
+    options.setdefault("fan_in_fan_out", any(isinstance(layer, LoTRConv1D) for layer in layers_in(model).values()))
+    if options.get("experts") in ("vllm-shared", "per-expert") and getattr(model_config, "model_type", None) in HOSTS:
+        options.setdefault("hosts", model_config.model_type)
+    return _write_lora(path, document, {**tensors, **(cores or {})}, **options)
+
+
+def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str, LoRA]:
+    """Writes the LoTR adapter in `source`, by `save_adapter` or by PEFT, as a PEFT LoRA. No model is needed.
+
+    Args:
+        source: a directory with a LoTR adapter.
+        directory: created if it does not exist.
+        task_type: PEFT's, such as "CAUSAL_LM"; None for a plain PeftModel.
+        experts: the form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert", which PEFT does not read. An
+            exported adapter with experts has no dropout: PEFT has none for them.
+        hosts: a server's names for the experts, where they differ: a model type in `HOSTS`, such as "mixtral".
+        base_model: where the base model is, for base_model_name_or_path.
+        fan_in_fan_out: of the configuration; PEFT corrects a wrong one, with a warning.
+
+    Returns:
+        The LoRA layers by name; of experts by the name of the parameter.
+
+    Raises:
+        TypeError, ValueError: no such adapter, directory is a file or the source of PEFT's files, or an unknown option.
+
+    Warns:
+        UserWarning: base_model is not known. PEFT's AutoPeftModel and vLLM's resolver of folders need it.
+    """
+    path, own = checked_path(directory, "directory"), checked_path(source, "source")
+    document, tensors = _read_peft(own) if (own / CONFIG_NAME).is_file() and not list(own.glob("lotr_adapter.*")) else read(own)
+    other = path.resolve() != own.resolve() or not (own / CONFIG_NAME).exists()
+    _expect(other, "directory", "another one than source, whose files have the same names", path)
+    return _write_lora(path, document, tensors, **options)
+
+
+def _as_lora(A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None) -> tuple[Tensor, Tensor]:
+    """(lora_A [.., r, K], lora_B [.., N, r]) in float32 (float64). side: the one that the core is multiplied into, "A" or "B";
+    None: the one with the smaller rank. The other one has no dimension of experts."""
+    wide = ops.accumulate_dtype(core.dtype)
+    A, B, core = (t.detach().to(core.device, wide) for t in (A, B, core))
+    if side == "A" or (side is None and core.shape[-1] <= core.shape[-2]):
+        return (A @ core).mT, scaling * B
+    return A.mT, scaling * B @ core.mT
+
+
+def lora_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str = "peft") -> dict[str, LoRA]:
+    """The layers of a saved adapter (`lotr_ext.files.read`) as LoRA by name; of experts by the parameter's name. All of one
+    rank, because some servers read no patterns of ranks."""
+    found = {}
+    for name, entry in document["layers"].items():
+        A, B, core = (tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
+        start = [tensors.get(key) for key in (_start_key(entry["A"]), _start_key(entry["B"]), f"{name}.start_core")]
+        experts, side = entry.get("experts", 0), None
+        name = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if experts else name
+        if experts and form == "vllm-shared":  # the side of the intermediate size
+            side = "A" if name.endswith("down_proj") else "B"
+        pair = _as_lora(A, B, core, entry["scaling"], side)
+        if start[0] is not None:
+            start_A, start_B = _as_lora(*start, entry["scaling"])
+            pair = torch.cat([pair[0], start_A]), torch.cat([pair[1], -start_B], 1)
+        if experts:
+            pair = tuple(t if t.dim() == 3 else t.unsqueeze(0) for t in pair)
+        found[name] = LoRA(*(t.to(core.dtype).contiguous() for t in pair), experts)
+    rank = max(layer.rank for layer in found.values())
+    more = {name: rank - layer.rank for name, layer in found.items()}
+    return {n: LoRA(pad(one.A, (0, 0, 0, more[n])), pad(one.B, (0, more[n])), one.experts) for n, one in found.items()}
+
+
+def _beside(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of modules_to_save, also by their other names: in PEFT each module has its own."""
+    saved = tuple(f"{name}." for name in document["modules_to_save"])
+    found = {key: tensor for key, tensor in tensors.items() if saved and key.startswith(saved)}
+    return found | {name: found[of] for name, of in document.get("tied", {}).items() if of in found}
+
+
+def _write_lora(
+    directory: Path,
+    document: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    task_type: str | None = None,
+    experts: str = "peft",
+    hosts: str | None = None,
+    base_model: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, LoRA]:
+    for name, value, known in (("experts", experts, FORMS), ("task_type", task_type, TASKS), ("hosts", hosts, HOSTS)):
+        _expect(value in (*known, None), name, f"one of {', '.join(known)}", repr(value))
+    if not base_model:
+        warnings.warn(
+            "lotr_ext: base_model: expected where the base model is, got nothing, so PEFT's AutoPeftModel and vLLM's resolver "
+            "of folders will not find it. Pass base_model.",
+            stacklevel=3,
+        )
+    layers, saved = lora_of(document, tensors, experts), _beside(document, tensors)
+    rank = next(iter(layers.values())).rank
+    linear = sorted(name for name, layer in layers.items() if not layer.experts)
+    stacked = {name: layer for name, layer in layers.items() if layer.experts}
+    # full names; a name without a dot would match the end of other modules' names
+    targets: list[str] | str = linear if all("." in name for name in linear) else "|".join(map(re.escape, linear))
+    if stacked and experts != "peft":  # servers expect names of modules
+        parts = sorted({name.rpartition(".")[2] for name in stacked})
+        targets = [*targets, *parts] if isinstance(targets, list) else "|".join([targets, *(rf".*\.{p}" for p in parts)])
+    modules = {name.rpartition(".")[0] for name in saved} if document.get("tied") else set()
+    modules |= set(document["modules_to_save"])
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "inference_mode": True,
+        "base_model_name_or_path": base_model or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0 if stacked else max(entry["dropout"] for entry in document["layers"].values()),
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": targets,
+        "modules_to_save": sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules)) or None,
+        **({"target_parameters": sorted(stacked)} if stacked and experts == "peft" else {}),
+    }
+    named = {f"{name}.lora_{part}.weight": getattr(layers[name], part) for name in linear for part in "AB"}
+    named |= _expert_tensors(stacked, experts, HOSTS[hosts] if hosts else Host()) | saved
+    _put_folder(directory, {f"base_model.model.{key}": tensor for key, tensor in named.items()}, config)
+    return layers
+
+
+def _put_folder(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes both files of an adapter. One that is killed leaves no configuration, never the old one beside new tensors."""
+    from safetensors.torch import save
+
+    _expect(directory.is_dir() or not directory.exists(), "directory", "a directory or a new path", f"the file {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    data = save(whole, {"format": "pt"})
+    (directory / CONFIG_NAME).unlink(missing_ok=True)
+    put_file(directory, TENSORS_NAME, data)
+    put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+class Host(NamedTuple):
+    """A server's names for the experts of a model type: rename: a part of the module's name and its replacement; projections:
+    gate, up and down of one expert; interleaved: whether the rows of gate_up_proj alternate between gate and up."""
+
+    rename: tuple[str, str] | None = None
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    interleaved: bool = False
+
+
+HOSTS = {  # by transformers' model_type
+    "mixtral": Host(("mlp.experts", "block_sparse_moe.experts"), ("w1", "w3", "w2")),
+    "gpt_oss": Host(interleaved=True),
+}
+
+
+def _expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[str, Tensor]:
+    """The tensors by their keys. layers: by the parameter's full name, those of a module in the module's order."""
+    modules: dict[str, dict[str, LoRA]] = {}
+    for name, one in layers.items():
+        experts, _, parameter = name.rpartition(".")
+        modules.setdefault(experts, {})[parameter] = one
+    tensors: dict[str, Tensor] = {}
+    for experts, parameters in modules.items():
+        at = experts.replace(*host.rename) if host.rename else experts
+        for depth, (parameter, one) in enumerate(reversed(parameters.items())):
+            A, B = (t.expand(one.experts, -1, -1) for t in (one.A, one.B))
+            if form == "peft":
+                pairs = {".".join([at, *["base_layer"] * depth]): (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))}
+            elif form == "vllm-shared":
+                pairs = {f"{at}.{key}": pair for key, pair in _projections(parameter, one.A, one.B, form, host).items()}
+            else:
+                parts = _projections(parameter, A, B, form, host)
+                pairs = {f"{at}.{c}.{key}": (A[c], B[c]) for c in range(one.experts) for key, (A, B) in parts.items()}
+            tensors |= {f"{key}.lora_{part}.weight": t for key, pair in pairs.items() for part, t in zip("AB", pair)}
+    return tensors
+
+
+def _projections(parameter: str, A: Tensor, B: Tensor, form: str, host: Host) -> dict[str, tuple[Tensor, Tensor]]:
+    """gate, up and down by the server's names."""
+    gate, up, down = ("w1", "w3", "w2") if form == "vllm-shared" else host.projections
+    if parameter == "down_proj":
+        return {down: (A, B)}
+    if parameter == "gate_up_proj":
+        halves = (B[:, ::2], B[:, 1::2]) if host.interleaved else B.chunk(2, 1)
+        return {gate: (A, halves[0]), up: (A, halves[1])}
+    _expect(
+        form != "vllm-shared", "experts", "'per-expert' or 'peft' for experts that are not gated", f"{form!r} for {parameter}"
+    )
+    return {up: (A, B)}
+
+
+# ---- reading LoRA, and LoTR of PEFT ----------------------------------------------------------------------------------
+
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
+# What a LoRA may have beyond x W^T plus two factors; a LoTR adapter cannot hold it.
+_NOT_PLAIN = (
+    *("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+_MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits
+
+
+def _read_config(directory: Path, kind: str) -> dict[str, Any]:
+    path, config = directory / CONFIG_NAME, None
     try:
-        parts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        parts = ()
-    if len(parts) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"expected R or R_IN,R_OUT, got {text!r}")
-    return parts[0] if len(parts) == 1 else parts
+        config = json.loads(read_bytes(path))
+    except OSError as error:
+        _expect(False, "source", f"a directory with {CONFIG_NAME}", f"{directory} ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        _expect(False, path, "JSON", f"something else ({error})")
+    got = config.get("peft_type", "LORA") if isinstance(config, dict) else config
+    _expect(str(got).rpartition(".")[2] == kind and isinstance(config, dict), path, f"peft_type {kind}", f"{got!r:.80}")
+    return config
+
+
+def _tensors_of_peft(directory: Path) -> dict[str, Tensor]:
+    """The tensors in PEFT's file; base_model.model. is left out of the names."""
+    old = directory / "adapter_model.bin"
+    tensors = _load(old if old.is_file() and not (directory / TENSORS_NAME).is_file() else directory / TENSORS_NAME)
+    return {key.removeprefix("base_model.").removeprefix("model."): tensor for key, tensor in tensors.items()}
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of safetensors or torch.save. No code in it is executed."""
+    if path.suffix == ".safetensors":
+        return tensors_in(path, "source")[0]
+    tensors = None
+    try:
+        read_bytes(path)  # a regular file
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        _expect(False, "source", "a file that can be read", f"{path} ({error.strerror})")
+    except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
+        _expect(False, path, "tensors by torch.save", str(error).partition("\n")[0] or type(error).__name__)
+    right = isinstance(tensors, Mapping) and all(isinstance(t, Tensor) for t in tensors.values())
+    _expect(right, path, "a dictionary of tensors", type(tensors).__name__)
+    return dict(tensors)
+
+
+def _modules_of(keys: Iterable[str], endings: object) -> list[str]:
+    """The modules that own tensors of these names and that one of the endings (modules_to_save) matches."""
+    names = isinstance(endings or [], (list, tuple)) and all(isinstance(ending, str) for ending in endings or ())
+    _expect(names, "modules_to_save", "names of modules", f"{endings!r:.80}")
+    around = {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 1)}
+    return sorted(name for name in around if any(name_ends_with(name, ending) for ending in endings or ()))
+
+
+def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:
+    """Reads and checks a PEFT LoRA: its layers by name, the tensors of modules_to_save, and the configuration.
+
+    Raises:
+        ValueError: no such adapter; another method than LoRA; a LoRA with more than its two factors (DoRA, biases, embeddings,
+            weights moved by its init); factors missing, of shapes that do not fit, or not finite.
+    """
+    directory = checked_path(source, "source")
+    config, saved, factors = _read_config(directory, "LORA"), {}, {}
+    for name in _NOT_PLAIN:
+        _expect(not config.get(name), name, "a LoRA of two factors a layer, which LoTR can hold", f"{config.get(name)!r:.80}")
+    bias, init = config.get("bias", "none"), str(config.get("init_lora_weights", True))
+    _expect(bias == "none", "bias", "'none', because LoTR trains no biases", repr(bias))
+    for name in ("rank_pattern", "alpha_pattern"):
+        _expect(isinstance(config.get(name) or {}, Mapping), name, "numbers by pattern", repr(config.get(name)))
+    advice = f"{init!r}. Save the adapter with PEFT's path_initial_model_for_weight_conversion first."
+    plain = not init.lower().startswith(_MOVED_WEIGHTS)
+    _expect(plain, "init_lora_weights", "an init that leaves the base weights as they are", advice)
+    for name, tensor in _tensors_of_peft(directory).items():
+        if (found := _KEY.fullmatch(name)) is not None:
+            factors.setdefault(found["name"], {})[found["part"]] = tensor
+        else:
+            known = _modules_of([name], config.get("modules_to_save"))
+            _expect(known, "adapter", "lora_A, lora_B and modules_to_save", f"also {name}")
+            saved[name] = tensor
+    _expect(factors, "adapter", "tensors <layer>.lora_A.weight and .lora_B.weight", "none")
+    return {name: _lora_layer(name, parts, config) for name, parts in factors.items()}, saved, config
+
+
+def _lora_layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRA:
+    _expect(set(parts) == {"A", "B"}, name, "lora_A and lora_B", f"only lora_{next(iter(parts))}")
+    A, B = parts["A"], parts["B"]
+    fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.numel() and B.numel()
+    _expect(fit, name, "lora_A [r, K] and lora_B [N, r]", f"{tuple(A.shape)} and {tuple(B.shape)}")
+    for part, tensor in parts.items():
+        _expect_values(name, f"lora_{part}", tensor)
+    rank, alpha = (_setting(name, *of, config) for of in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))
+    _expect(rank in (None, A.shape[0]), name, f"rank {rank} as configured", f"lora_A {tuple(A.shape)}")
+    _expect(alpha is not None, "lora_alpha", "a number in the configuration", "None")
+    return LoRA(A.double(), alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0]) * B.double())
+
+
+def _setting(name: str, key: str, patterns: str, config: Mapping[str, Any]) -> float | None:
+    """A layer's value: that of the first pattern that matches the end of its name, otherwise the common one."""
+    value = config.get(key)
+    for pattern, own in (config.get(patterns) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                value = own
+                break
+        except re.error as error:
+            _expect(False, patterns, "regular expressions", f"{pattern!r} ({error})")
+    if value is not None:
+        check_number(key, value)
+    return value
+
+
+def _read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A LoTR adapter that PEFT saved (`lotr_ext.peft`), in the form of `lotr_ext.files.read`."""
+    content, tensors, layers = _read_config(directory, "LOTR"), {}, {}
+    told, names = content.get("layers"), ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
+    known = isinstance(told, list) and all(isinstance(one, dict) and "factors" in one for one in told)
+    _expect(known, directory / CONFIG_NAME, "layers with their factors", f"{told!r:.80}")
+    values = {name: tuple(v) if isinstance(v := content[name], list) else v for name in names if name in content}
+    config = LoTRConfig.from_dict(_config_of_version_1(values))
+    plain = config.core == "dense" and content.get("bias", "none") == "none"
+    _expect(plain, directory, "dense cores and no biases", f"core {config.core!r}, bias {content.get('bias')!r}")
+    for key, tensor in _tensors_of_peft(directory).items():
+        key = key.replace(".lotr_adapter.core", ".core")
+        tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", key)] = tensor  # the first version's name
+    for one in told:
+        name, factors = str(one.get("name")), one["factors"]
+        A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
+        layers[name] = {"A": f"{A}.value", "B": f"{B}.value", "scaling": config.s, "dropout": config.dropout, "experts": 0}
+        for key in (f"{A}.value", f"{B}.value", f"{name}.core"):
+            _expect(key in tensors, directory, f"a tensor {key}", "none")
+            _expect_values(name, key, tensors[key])
+    used = {key for name, entry in layers.items() for key in (entry["A"], entry["B"], f"{name}.core")}
+    saved = _modules_of(tensors.keys() - used, content.get("modules_to_save"))
+    return {"layers": layers, "modules_to_save": saved}, tensors
+
+
+# ---- to LoTR ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A LoTR adapter that was converted. errors: |D_l - s B G_l^T A^T| / |D_l| by layer, D_l the change of its weight."""
+
+    config: LoTRConfig
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+
+    def save(self, directory: Source) -> None:
+        """Writes the adapter for `lotr_ext.load_adapter`. Raises ValueError: directory is a file; OSError: the disk."""
+        write(checked_path(directory, "directory"), self.document, self.tensors)
+
+
+Layers = Mapping[str, tuple[Tensor, Tensor, Tensor, str]]  # A, B, core and group by name
+
+
+def _converted(config: LoTRConfig, layers: Layers, saved: dict[str, Tensor], errors: dict[str, float]) -> Conversion:
+    entries, tensors = {}, {}
+    for name, (A, B, core, group) in layers.items():
+        factors = {part: f"lotr_factors.{group}.{part}" for part in "AB"}
+        sizes = {"in_features": len(A), "out_features": len(B), "scaling": config.s, "dropout": config.dropout}
+        entries[name] = {**factors, **sizes}
+        tensors |= {factors["A"]: A, factors["B"]: B, f"{name}.core": core}
+    tensors = {key: t.to(config.adapter_dtype) for key, t in tensors.items()}
+    for key, tensor in tensors.items():
+        finite = bool(tensor.isfinite().all())
+        _expect(finite, "dtype", f"one that can hold the values of {key}", f"{config.adapter_dtype}. Use a wider one.")
+    document = {"format": "lotr", "format_version": VERSION, "config": config.to_dict(), "layers": entries, "tied": {}}
+    document["modules_to_save"] = _modules_of(saved, config.modules_to_save)
+    return Conversion(config, document, tensors | saved, errors)
+
+
+@torch.no_grad()
+def lora_to_lotr(
+    source: Source,
+    *,
+    rank: int | tuple[int, int],
+    group_by: str | Mapping[str, str] = "shape",
+    dtype: torch.dtype = torch.float32,
+) -> Conversion:
+    """A PEFT LoRA as LoTR of this rank: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`.
+
+    The changes of a group's weights, stacked, are factorised by Tucker-2 in float64: HOSVD, then a few steps of HOOI. S LoRAs
+    of rank r in a group are exact at rank S r (arXiv 2402.01376 calls LoTR a generalisation of LoRA in this sense). A and B are
+    START times orthonormal, and s is "auto", so training can go on at LoRA's rate.
+
+    Args:
+        source: a directory. modules_to_save are copied.
+        rank: r, or (r_in, r_out), for all groups.
+        group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
+        dtype: of the result.
+
+    Raises:
+        TypeError, ValueError: a source that `read_lora` refuses; a wrong rank, grouping or dtype.
+
+    Warns about layers that keep less than half of their adapter (an error above 0.5).
+    """
+    ranks, (layers, saved, content) = check_rank(rank), read_lora(source)
+    endings = [ending for ending in content.get("modules_to_save") or () if _modules_of(saved, [ending])]
+    own = {"target_modules": sorted(layers), "modules_to_save": endings or None, "dropout": content.get("lora_dropout") or 0.0}
+    config = LoTRConfig(rank=rank, group_by=group_by, adapter_dtype=dtype, **own)
+    by_shape = isinstance(config.group_by, dict) or config.group_by in ("shape", "block", "name")
+    _expect(by_shape, "group_by", "shape, block, name or a mapping", f"{group_by!r}, whose pairs have several shapes")
+    groups, found, errors = {}, {}, {}
+    for name, layer in layers.items():
+        groups.setdefault(group_of(name, nn.Identity(), layer.sizes, config.group_by), []).append(name)
+    for group, names in groups.items():
+        shapes = {layers[name].sizes for name in names}
+        _expect(len(shapes) == 1, "group_by", f"layers of one shape in group {group!r}", sorted(shapes))
+        A, B, cores = _tucker2([(layers[name].B, layers[name].A.mT) for name in names], ranks)
+        for name, core in zip(names, cores):
+            whole = (torch.linalg.qr(layers[name].B, mode="r")[1] @ layers[name].A).norm()
+            errors[name] = math.sqrt(max(0.0, 1 - float(core.norm() / whole) ** 2)) if whole > 0 else 0.0
+            found[name] = (START * A, START * B, core / (START**2 * config.s), group)
+    if lost := [name for name, error in errors.items() if error > 0.5]:
+        worst = max(lost, key=errors.__getitem__)
+        warnings.warn(
+            f"lotr_ext: {len(lost)} of {len(errors)} layers lose most of their adapter at rank {rank} (a relative error above "
+            f"0.5; {worst} has {errors[worst]:.2f}): their LoRAs have little in common. Give a higher rank.",
+            stacklevel=2,
+        )
+    return _converted(config, found, saved, errors)
+
+
+def _tucker2(pairs: Sequence[tuple[Tensor, Tensor]], rank: tuple[int, int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A [k, r_in], B [n, r_out] with orthonormal columns and cores of D_l = U_l V_l^T, which are not formed. The columns beyond
+    the stack's rank are unit vectors with zero rows and columns of the cores."""
+    # D_l^T and V_l R^T have the same left singular vectors where U_l = Q R
+    A = leading([V @ torch.linalg.qr(U, mode="r")[1].mT for U, V in pairs], min(rank[0], len(pairs[0][1])))
+    r_out, before = min(rank[1], len(pairs[0][0])), -math.inf
+    for _ in range(20):
+        B = leading([U @ (V.mT @ A) for U, V in pairs], r_out)
+        halves = [V @ (U.mT @ B) for U, V in pairs]
+        A = leading(halves, A.shape[1])
+        captured = sum(float((A.mT @ half).square().sum()) for half in halves)
+        if captured - before <= 1e-9 * captured:
+            break
+        before = captured
+    cores = [pad((A.mT @ V) @ (U.mT @ B), (0, rank[1] - B.shape[1], 0, rank[0] - A.shape[1])) for U, V in pairs]
+    return _padded(A, rank[0]), _padded(B, rank[1]), cores
+
+
+_ORIGINAL = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")
+
+
+@torch.no_grad()
+def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None) -> Conversion:
+    """The adapter in a state dict of a model with layers of the original implementation (github.com/daskol/lotr):
+
+        <layer>.lotr.rhs [in_features, r] = A, .mid [r, r] = G, .lhs [r, out_features] = B^T      y += (scale / r) x rhs mid lhs
+
+    Args:
+        source: a file of torch.save or safetensors.
+        scale: the argument of its LoTRLinear, which the checkpoint does not contain; their default is 1.
+        modules_to_save: endings of names of modules that were trained whole (a head): copied.
+
+    Raises:
+        TypeError, ValueError: no such layers; parts missing or of shapes that do not fit; layers of several ranks or dtypes; no
+            such modules_to_save; a scale that is not a finite number.
+    """
+    check_number("scale", scale)
+    state, parts, firsts = _load(checked_path(source, "source")), {}, {}
+    for key, tensor in state.items():
+        if (found := _ORIGINAL.fullmatch(key)) is not None:
+            parts.setdefault(found["name"], {})[found["part"]] = tensor
+    _expect(parts, "source", "tensors <layer>.lotr.lhs, .mid and .rhs", f"{len(state)} others")
+    layers = {name: _original_layer(name, layer, firsts) for name, layer in parts.items()}
+    ranks, dtypes = (
+        {len(layer["mid"]) for layer in parts.values()},
+        {t.dtype for layer in parts.values() for t in layer.values()},
+    )
+    one = len(ranks) == len(dtypes) == 1
+    _expect(one, "source", "layers of one rank and dtype", f"ranks {sorted(ranks)}, {sorted(map(str, dtypes))}")
+    for ending in modules_to_save or ():
+        got = f"{ending!r}, which matches none{closest(ending, {key.rpartition('.')[0] for key in state})}"
+        _expect(_modules_of(state, [ending]), "modules_to_save", "names of modules in the checkpoint", got)
+    rank, groups = ranks.pop(), {name: group for name, (_, _, _, group) in layers.items()}
+    own = {"target_modules": sorted(layers), "modules_to_save": modules_to_save, "group_by": groups, "init": "normal"}
+    config = LoTRConfig(rank=rank, scaling=scale / rank, adapter_dtype=dtypes.pop(), **own)
+    saved = {key: t for key, t in state.items() if _modules_of([key], list(modules_to_save or ()))}
+    return _converted(config, layers, saved, dict.fromkeys(layers, 0.0))
+
+
+def _original_layer(
+    name: str, parts: Mapping[str, Tensor], firsts: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """A, B, the core and the group of a layer. firsts: the factors of each group; layers with equal ones share a group."""
+    missing = sorted({"lhs", "mid", "rhs"} - set(parts))
+    _expect(not missing, name, "lotr.lhs, .mid and .rhs", f"none of {', '.join(missing)}")
+    lhs, mid, rhs = (parts[part] for part in ("lhs", "mid", "rhs"))
+    fit = all(t.dim() == 2 for t in parts.values()) and mid.shape == (rhs.shape[1], lhs.shape[0]) and len(mid) == len(mid.mT)
+    shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(parts.items()))
+    _expect(fit, name, "lhs [r, out], mid [r, r], rhs [in, r]", shapes)
+    for part, tensor in parts.items():
+        _expect_values(name, f"lotr.{part}", tensor)
+    shape, number = f"{len(rhs)}x{lhs.shape[1]}", 1
+    group = shape
+    while group in firsts and not (torch.equal(firsts[group][0], rhs) and torch.equal(firsts[group][1], lhs)):
+        number += 1
+        group = f"{shape}_{number}"
+    firsts.setdefault(group, (rhs, lhs))
+    return rhs, lhs.mT.contiguous(), mid, group
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
     commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name: str, source: str, text: str, several: str | None = None) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("source", help=source, nargs=several)
-        what = "new file" if name == "lotr-to-gguf" else "directory for the new adapter, created if missing"
-        one.add_argument("destination", help=what)
-        return one
-
-    one = command(
-        "lora-to-lotr", "directory of a PEFT LoRA adapter", "Convert a LoRA to LoTR by Tucker-2, and print each layer's error."
-    )
-    size = one.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=_rank, help="rank: R, or R_IN,R_OUT")
-    size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
-    size.add_argument("--parameters", type=int, help="largest useful rank with at most so many parameters")
-    text = "Convert LoRAs of one model to shared factors and one task each, and print each layer's error."
-    bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
-    bank.add_argument("--rank", type=_rank, required=True, help="rank: R, or R_IN,R_OUT")
-    for own, more in ((one, ()), (bank, ("layer",))):
-        groups = ("shape", "block", "name", *more)
-        own.add_argument("--group-by", choices=groups, default="shape", help="which layers share A and B")
-        own.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter")
-    one = command(
-        "lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "Convert LoTR to an exact LoRA adapter for PEFT."
-    )
-    one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
-    one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
-    one.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
-    one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type, if a server has its own names for its experts")
-    one.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
-    one.add_argument("--pad-rank", type=int, metavar="R", help="pad all factors with zeros to this rank")
-    one = command(
-        "lotr-to-gguf", "directory of a LoTR adapter (save_adapter)", "Convert LoTR to an exact LoRA file for llama.cpp."
-    )
-    one.add_argument("--base-model", required=True, help="directory of the base model, with its config.json")
-    one = command(
-        "lotr-to-peft",
-        "directory of a LoTR adapter (save_adapter)",
-        "Convert LoTR to the folder that PEFT saves for a LoTRPeftConfig, exactly.",
-    )
-    one.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
-    one = command(
-        "original-to-lotr",
-        "checkpoint of the original LoTR implementation",
-        "Convert a state dict of github.com/daskol/lotr to LoTR.",
-    )
-    one.add_argument("--scale", type=float, default=1.0, help="the scale that its layers were made with (default 1)")
-    one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="fully trained modules, such as classifier")
+    help_of = {
+        "lotr-to-lora": "Convert a LoTR adapter's directory to an exact LoRA for PEFT and servers.",
+        "lora-to-lotr": "Convert a PEFT LoRA's directory to LoTR, and print each layer's error.",
+        "original-to-lotr": "Convert a file with a state dict of github.com/daskol/lotr to LoTR.",
+    }
+    lora, lotr, original = (commands.add_parser(name, help=text, description=text) for name, text in help_of.items())
+    for one in (lora, lotr, original):
+        one.add_argument("source")
+        one.add_argument("destination", help="directory for the new adapter, created if missing")
+    lora.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
+    lora.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
+    lora.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
+    lora.add_argument("--hosts", choices=tuple(HOSTS), help="the model type, if a server has its own names for its experts")
+    lora.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
+    lotr.add_argument("--rank", type=int, nargs="+", required=True, metavar="R", help="the rank, or r_in and r_out")
+    lotr.add_argument("--group-by", choices=("shape", "block", "name"), default="shape", help="which layers share A and B")
+    lotr.add_argument("--dtype", choices=ops.DTYPES, default="float32", help="dtype of the new adapter")
+    original.add_argument("--scale", type=float, default=1.0, help="the scale that its layers were made with (default 1)")
+    original.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="fully trained modules, such as classifier")
     return top
 
 
-def _line(text: str) -> str:
-    """text in one line, with control characters escaped, because names come from files."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-
-
-def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[str], title: str) -> None:
-    """Prints a table at its full width, even in a narrower terminal, so that names can be copied."""
-    from rich.box import SIMPLE_HEAD
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_line, row))
-    widest = Measurement.get(console, console.options.update(max_width=2**20), table).maximum
-    console.width = max(console.width, widest)
-    console.print(table)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts 1, 2, 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _sizes(adapter: LoTRAdapter, name: str) -> str:
-    entry = adapter.layers[name]
-    return f"{entry.in_features} x {entry.out_features}"
-
-
-def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
-    adapter, rank = read_lora(arguments.source), arguments.rank
-    most = exact_rank(adapter, arguments.group_by)
-    if rank is not None and max(check_rank(rank)) > most:
-        raise ValueError(f"rank: expected at most {most}, at which the result is exact, got {rank}")
-    with progress_bar("converts", 100) as show:
-        found: Conversion = lora_to_lotr(
-            adapter,
-            rank=rank,
-            error=arguments.error,
-            parameters=arguments.parameters,
-            group_by=arguments.group_by,
-            dtype=DTYPES[arguments.dtype],
-            report=lambda what, done: show(int(100 * done), what),
-        )
-    rows = [
-        (name, group, _sizes(found, name), f"{found.errors[name]:.2e}")
-        for group, names in found.groups.items()
-        for name in sorted(names, key=_natural)
-    ]
-    found.save(arguments.destination)
-    _table(console, rows, ("layer", "group", "in x out", "relative error"), "|D - s B G^T A^T| / |D|, D the LoRA's delta")
-    groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
-    return (
-        f"{len(found.layers)} layers at rank {found.rank}; error over each group: {groups}; {found.parameters:,} parameters, "
-        f"the LoRA has {found.lora_parameters:,}"
-    )
-
-
-def _loras_to_bank(arguments: argparse.Namespace, console: Console) -> str:
-    with progress_bar("converts", 100) as show:
-        found = loras_to_bank(
-            names_of(arguments.source),
-            rank=arguments.rank,
-            group_by=arguments.group_by,
-            dtype=DTYPES[arguments.dtype],
-            report=lambda what, done: show(int(100 * done), what),
-        )
-    found.save(arguments.destination)
-    title = "|D - B G^T A^T| / |D|, D a LoRA's delta"
-    if len(found.tasks) <= _COLUMNS:
-        columns, of = [*found.tasks], lambda name: [f"{own[name]:.2e}" for own in found.errors.values()]
-        last = [("all layers", "", *(f"{error:.2e}" for error in found.task_errors.values()))]
+def _run(command: str, source: str, destination: str, **options: Any) -> Iterator[str]:
+    """Converts, and yields the lines to print."""
+    if command == "lotr-to-lora":
+        layers = lotr_to_lora(source, destination, **options)
+        yield from (f"{name}  {one.sizes[0]} x {one.sizes[1]}  rank {one.rank}" for name, one in layers.items())
+        count = sum(one.A.numel() + one.B.numel() for one in layers.values())
     else:
-        columns, of, last = ["mean", "highest", "task"], lambda name: _spread({t: e[name] for t, e in found.errors.items()}), []
-        _table(console, [(task, f"{error:.2e}") for task, error in found.task_errors.items()], ("task", "all layers"), title)
-    names = [name for own in found.groups.values() for name in sorted(own, key=_natural)]
-    _table(console, [(name, _sizes(found, name), *of(name)) for name in names] + last, ("layer", "in x out", *columns), title)
-    groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
-    return (
-        f"{len(found.tasks)} tasks of {len(found.layers)} layers at rank {found.config.rank}; error over each group: {groups}; "
-        f"{found.parameters:,} parameters, the LoRAs have {found.lora_parameters:,}"
-    )
+        if command == "lora-to-lotr":
+            rank = options["rank"] if len(options["rank"]) > 1 else options["rank"][0]
+            found = lora_to_lotr(source, **{**options, "rank": rank, "dtype": ops.DTYPES[options["dtype"]]})
+        else:
+            found = original_to_lotr(source, **options)
+        found.save(destination)
+        layers, own = found.document["layers"], tuple(f"{name}." for name in found.document["modules_to_save"])
+        yield from (f"{n}  {e['in_features']} x {e['out_features']}  error {found.errors[n]:.2e}" for n, e in layers.items())
+        count = sum(t.numel() for key, t in found.tensors.items() if not (own and key.startswith(own)))
+    yield f"{len(layers)} layers, {count:,} parameters -> {destination}"
 
 
-def _spread(errors: Mapping[str, float]) -> list[str]:
-    """The mean of a layer's errors, the highest, and the task that has it."""
-    worst = max(errors, key=errors.__getitem__)
-    return [f"{sum(errors.values()) / len(errors):.2e}", f"{errors[worst]:.2e}", worst]
-
-
-def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
-    names = ("task_type", "fan_in_fan_out", "experts", "hosts", "base_model", "pad_rank")
-    options = {name: getattr(arguments, name) for name in names}
-    layers: dict[str, LoRALayer | ExpertLoRA] = lotr_to_lora(arguments.source, arguments.destination, **options)
-    return _lora_table(console, layers)
-
-
-def _lotr_to_gguf(arguments: argparse.Namespace, console: Console) -> str:
-    return _lora_table(console, lotr_to_gguf(arguments.source, arguments.destination, base_model=arguments.base_model))
-
-
-def _lora_table(console: Console, layers: Mapping[str, LoRALayer | ExpertLoRA]) -> str:
-    rows = [
-        (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")
-        for name, layer in sorted(layers.items(), key=lambda item: _natural(item[0]))
-    ]
-    _table(console, rows, ("layer", "in x out", "rank", "scaling", "parameters"), "exact")
-    return f"{len(layers)} layers; {sum(layer.A.numel() + layer.B.numel() for layer in layers.values()):,} parameters"
-
-
-def _lotr_to_peft(arguments: argparse.Namespace, console: Console) -> str:
-    layers = lotr_to_peft(arguments.source, arguments.destination, task_type=arguments.task_type)
-    rows = [
-        (name, f"{entry.in_features} x {entry.out_features}", f"{entry.scaling:g}")
-        for name, entry in sorted(layers.items(), key=lambda item: _natural(item[0]))
-    ]
-    _table(console, rows, ("layer", "in x out", "scaling"), "exact")
-    return f"{len(layers)} layers"
-
-
-def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
-    options = {"scale": arguments.scale, "modules_to_save": arguments.modules_to_save}
-    found = original_to_lotr(arguments.source, **options)
-    rows = [(name, group, _sizes(found, name)) for group, names in found.groups.items() for name in sorted(names, key=_natural)]
-    found.save(arguments.destination)
-    _table(console, rows, ("layer", "group", "in x out"), "exact")
-    scaling = found.config.scaling
-    return f"{len(found.layers)} layers at rank {found.config.rank}, scaling {scaling:g}; {found.parameters:,} parameters"
-
-
-def _check_destination(destination: Path, *, a_file: bool) -> None:
-    """Raises ValueError, before anything is read, if destination cannot be written. Tests it by a file without a name."""
-    if a_file and destination.is_dir():
-        raise ValueError(f"destination: expected a file, got the directory {destination}")
-    above = destination.absolute().parents if a_file else (destination.absolute(), *destination.absolute().parents)
-    there = next(path for path in above if os.path.exists(path))
-    if not there.is_dir():
-        raise ValueError(f"directory: expected a directory or a new path, got {destination}, where {there} is a file")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"destination: expected a directory that can be written, got {destination}, in {there}: {error.strerror}"
-        ) from None
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 2 with a message on stderr if the input cannot be converted; then nothing was written."""
-    parsed = parser().parse_args(arguments)
-    try:
-        from rich.console import Console
-    except ImportError:
-        print(
-            "error: expected the package rich for the table, got none: pip install 'lotr_ext[convert]'",
-            file=sys.stderr,
-        )
-        return 2
-    run = {
-        "lora-to-lotr": _lora_to_lotr,
-        "loras-to-bank": _loras_to_bank,
-        "lotr-to-lora": _lotr_to_lora,
-        "lotr-to-gguf": _lotr_to_gguf,
-        "lotr-to-peft": _lotr_to_peft,
-        "original-to-lotr": _original_to_lotr,
-    }
-    console = Console(markup=False, emoji=False, highlight=False)
-    try:
-        _check_destination(Path(parsed.destination), a_file=parsed.command == "lotr-to-gguf")
-        with warnings.catch_warnings(record=True) as doubts:
-            warnings.simplefilter("always", UserWarning)
-            told = run[parsed.command](parsed, console)
-        console.print(_line(f"{told} -> {parsed.destination}"), soft_wrap=True)
-        for doubt in doubts:
-            print(f"warning: {_line(str(doubt.message).removeprefix('lotr_ext: '))}", file=sys.stderr)
-    except (ImportError, TypeError, ValueError, OSError) as error:
-        print(f"error: {_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+
+    def show(text: object, file: TextIO) -> None:  # names come from files: control characters are escaped
+        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)), file=file)
+
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            for text in _run(**vars(parser().parse_args(arguments))):
+                show(text, sys.stdout)
+        except (TypeError, ValueError, OSError) as error:
+            show(f"error: {error}", sys.stderr)
+            return 2
+    for doubt in doubts:
+        show(f"warning: {doubt.message}", sys.stderr)
     return 0
 
 

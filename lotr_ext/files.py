@@ -1,99 +1,156 @@
-"""Reading and writing of files. A file is written whole or not at all. A FIFO, a device or endlessly nested JSON is an error,
-not a hang. Every error names the file."""
+"""save_adapter and load_adapter: an adapter in one directory, one JSON file and one safetensors file.
+
+    lotr_adapter.json                   format version, configuration, layers, name and checksum of the other file
+    lotr_adapter.<digits>.safetensors   the tensors, by their names in the adapted model's state_dict: `lotr_factors.<i>.value`,
+                                        `<layer>.core`, `lotr_cores.*`, the tensors of modules_to_save; with init "svd" also
+                                        `lotr_factors.<i>.start` and `<layer>.start_core`
+
+A save writes the tensors under a new random name, then the JSON under a temporary one, and renames it over the old one: a
+process that is killed before leaves the old adapter, one that is killed after it the new one. Saves to one directory lock it,
+and each removes what killed ones have left.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
-__all__ = ["check_regular", "folder", "lock", "parse_json", "placed", "put_file", "read_bytes", "together"]
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-_TEMPORARY = re.compile(r"lotr\.[0-9a-f]{16}\.tmp|lotr_adapter\..*\.tmp")  # the latter by older versions
-LEVELS = 100  # of JSON: far below where Python's own recursion ends, so that a value can be printed and compared
+from . import __version__
+from .config import DIAGONAL, LoTRConfig
+from .functional import check_probability
+from .linear import LoTRFactor, LoTRLayer
+from .model import _cores, _without_adapters, adapted_layers, expect_merged, install, layers_in, set_start
+from .targets import BESIDE, saved_modules, select
+
+__all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
+
+Model = TypeVar("Model", bound=nn.Module)
+JSON_NAME, VERSION = "lotr_adapter.json", 2  # version 1: of lotr_ext 0.1.0 before its first release
+_TENSORS = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
+_TEMPORARY = re.compile(r"lotr\.[0-9a-f]{16}\.tmp")
 
 
-def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # without it, opening a FIFO waits for a writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "Not a regular file", path)
-    return descriptor
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def check_regular(path: Path) -> None:
-    """OSError for anything but a regular file that can be read."""
-    os.close(_open_regular(os.fspath(path), os.O_RDONLY))
+def checked_path(path: object, name: str) -> Path:
+    """path as a Path; TypeError for anything else."""
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"{name}: expected a path, got {type(path).__name__} {path!r:.80}")
+    return Path(path)
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. OSError for anything else: a FIFO, a device, a directory."""
-    with open(path, "rb", opener=_open_regular) as file:
+    """The content of a regular file. OSError for anything else: opening a FIFO would wait for a writer."""
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
         return file.read()
 
 
-def _inside(values: Iterable[Any]) -> list[Any]:
-    """The items of the values that are objects or lists."""
-    return [item for v in values if isinstance(v, dict | list) for item in (v.values() if isinstance(v, dict) else v)]
-
-
-def parse_json(data: bytes) -> Any:
-    """The value in data. ValueError for what is no JSON, or is nested more than LEVELS deep."""
-    too_deep = ValueError(f"more than {LEVELS} levels of nesting")
+def put_file(directory: Path, name: str, data: bytes) -> None:
+    """Writes data into directory/name, whole or not at all. OSError names the file."""
+    temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
     try:
-        value = json.loads(data)
-    except RecursionError:
-        raise too_deep from None
-    level = [value]
-    for _ in range(LEVELS):
-        level = _inside(level)
-    if level:
-        raise too_deep
-    return value
-
-
-def lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Takes the file's lock; whether that worked. False if another process has it, or the file system has no locks."""
+        with open(temporary, "xb", buffering=0) as file:  # unbuffered: close would write again what a full disk refused
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, directory / name)
+    except OSError as error:
+        text = f"cannot write it ({error.strerror}); what was there before is unchanged"
+        raise OSError(error.errno, text, str(directory / name)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)  # the new name on the disk, too
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def together(directory: Path) -> Iterator[None]:
-    """Context with a lock on directory: one caller at a time reads or writes files of it that belong together."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def tensors_of(data: bytes, path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata in the content of a safetensors file. ValueError, with the argument's name, for others."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch has not
+        raise ValueError(f"{name}: expected a safetensors file, got {path} with something else ({error})") from None
+    return tensors, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+
+
+def tensors_in(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `tensors_of`, of a file."""
+    try:
+        return tensors_of(read_bytes(path), path, name)
+    except OSError as error:
+        raise ValueError(f"{name}: expected a safetensors file, got {path} ({error.strerror})") from None
+
+
 @contextmanager
-def folder(directory: Path) -> Iterator[None]:
-    """Makes directory, with its parents; on an error inside, those that are new and empty are removed again.
+def _locked(directory: Path) -> Iterator[bool]:
+    """One save at a time. Gives False on a file system without locks. The kernel releases a killed process's lock."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes an adapter (`contents`) into a directory, which it creates if needed; other files in it stay.
 
     Raises:
-        ValueError: directory is a file.
+        ValueError: directory is a file. OSError: the disk; the adapter that was there is then unchanged.
     """
+    from safetensors.torch import save
+
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
+    data = save(
+        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, {"format": "pt"}
+    )
+    name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # random: two saves of equal tensors must not share it
+    described = {**document, "tensors_file": name, "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    text = json.dumps(described, indent=2, allow_nan=False) + "\n"
     new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with _locked(directory) as alone:
+            put_file(directory, name, data)
+            try:
+                put_file(directory, JSON_NAME, text.encode())
+            except BaseException:
+                (directory / name).unlink(missing_ok=True)
+                raise
+            for path in directory.iterdir() if alone else ():
+                if _TEMPORARY.fullmatch(path.name) or (_TENSORS.fullmatch(path.name) and path.name != name):
+                    path.unlink(missing_ok=True)
     except BaseException:
         for path in new:
             with suppress(OSError):
@@ -101,91 +158,474 @@ def folder(directory: Path) -> Iterator[None]:
         raise
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document and the tensors of an adapter, checked: format, version, each entry's type, the tensors' checksum.
 
-
-def _temporary(directory: Path) -> tuple[Path, BinaryIO]:
-    """A new, locked file with a unique name. Unbuffered: otherwise close would write again what a full disk refused."""
+    Raises ValueError that names the file, what was expected and what was found. Nothing in the files is ever executed.
+    """
+    path, missing = directory / JSON_NAME, None
     while True:
-        path = directory / f"lotr.{secrets.token_hex(8)}.tmp"
-        file = open(path, "xb", buffering=0)
-        lock(file, wait=True)
-        if path.exists():
-            return path, file
-        file.close()  # another saver took it for a leftover before it was locked
+        document = _document(directory)
+        name, want = (_entry(path, document, key, str) for key in ("tensors_file", "tensors_sha256"))
+        if not _TENSORS.fullmatch(name):
+            raise ValueError(f"{path}: expected tensors_file like lotr_adapter.<16 hex digits>.safetensors, got {name!r}")
+        try:
+            data = read_bytes(directory / name)
+            break
+        except OSError as error:
+            if name == missing or not isinstance(error, FileNotFoundError):
+                raise ValueError(f"{path}: expected {name} beside it, got {_found(directory)} ({error.strerror})") from None
+            missing = name  # a save may have replaced it meanwhile: then the JSON now names another file
+    if (got := hashlib.sha256(data).hexdigest()) != want:
+        raise ValueError(
+            f"{directory / name}: expected sha256 {want}, got {got} ({len(data)} bytes): truncated, or another file"
+        )
+    return document, tensors_of(data, directory / name, "directory")[0]
 
 
-@contextmanager
-def _written(directory: Path, data: bytes) -> Iterator[Path]:
-    """data in a locked temporary file of directory, on the disk; it is removed at the end unless it was renamed."""
-    temporary, file = _temporary(directory)
+def _document(directory: Path) -> dict[str, Any]:
+    """The content of the JSON file, checked, in the form of the newest version."""
+    path = directory / JSON_NAME
     try:
-        with file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-            yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Makes an OSError inside name path instead of a temporary file."""
-    try:
-        yield
+        content = json.loads(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"directory: expected a local folder with {JSON_NAME}, got {str(directory)!r}, which has {_found(directory)}. Only "
+            f"local folders are read: download an adapter from a hub first (huggingface_hub.snapshot_download)."
+        ) from None
     except OSError as error:
-        if error.errno is None:
-            raise
-        text = f"cannot write it ({os.strerror(error.errno)}); what was there before is unchanged"
-        raise OSError(error.errno, text, str(path)) from error
+        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != "lotr":
+        got = content.get("format") if isinstance(content, dict) else content
+        raise ValueError(f'{path}: expected "format": "lotr", got {got!r:.80}')
+    if content.get("format_version") not in (1, VERSION) or isinstance(content["format_version"], bool):
+        raise ValueError(
+            f"{path}: expected format_version up to {VERSION}, got {content.get('format_version')!r:.80}, written by lotr_ext "
+            f"{content.get('lotr_ext_version')!r:.80}. A newer lotr_ext reads it."
+        )
+    _check_document(path, content)
+    return content
 
 
-@contextmanager
-def placed(directory: Path, files: Mapping[str, bytes], *, apart: str | None = None) -> Iterator[None]:
-    """Puts files into directory by name, each whole or not at all. They stay locked until the context ends, so that no other
-    save removes them as leftovers.
+def _entry(path: Path, content: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ValueError(f"{path}: expected {key!r} to be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.80}")
+    return value
 
-    All are written before the first is renamed, so a full disk changes nothing. They are renamed in the given order. apart: a
-    file that is removed before the first is renamed, because its old content does not fit the new files: so a kill in between
-    leaves no mixture. Temporary files that killed savers have left in directory are removed.
+
+def _check_document(path: Path, content: dict[str, Any]) -> None:
+    """Checks each entry's type; makes config a LoTRConfig, and an entry of version 1 one of version 2."""
+    old = content["format_version"] == 1
+    try:
+        if content.get("config") is not None:
+            values = _entry(path, content, "config", dict)
+            content["config"] = LoTRConfig.from_dict(_config_of_version_1(values) if old else values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a valid config, got one with {error}") from None
+    if not _entry(path, content, "layers", dict):
+        raise ValueError(f"{path}: expected at least one layer, got none")
+    for name, entry in content["layers"].items():
+        entry = _entry(path, {name: entry}, name, dict)
+        if old:
+            entry |= _factors_of_version_1(path, _entry(path, entry, "factors", (str, list)))
+        for key in ("A", "B"):
+            _entry(path, entry, key, str)
+        for key in ("in_features", "out_features"):
+            _entry(path, entry, key, int)
+        entry["experts"] = _entry(path, {"experts": 0, **entry}, "experts", int)
+        entry["scaling"] = float(_entry(path, entry, "scaling", (int, float)))
+        try:
+            check_probability("dropout", entry.get("dropout"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected valid settings for layer {name!r}, got {error}") from None
+    if not all(isinstance(name, str) for name in _entry(path, content, "modules_to_save", list)):
+        raise ValueError(f"{path}: expected modules_to_save to be names, got {content['modules_to_save']!r:.80}")
+    _entry(path, {"tied": {}, **content}, "tied", dict)
+
+
+def _config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 1 had a scaling None, which meant alpha / r with alpha = r; "auto" for other initial factors; and magnitudes."""
+    found = dict(values)
+    if found.pop("magnitude", False):
+        raise ValueError("magnitude: expected False, got True, which this version does not have")
+    found["train"] = [part for part in found.get("train", ("A", "B", "core")) if part != "magnitude"]
+    if found.get("init") == "gradient":
+        found["init"] = "orthonormal"
+    if found.get("scaling") is None:
+        found["scaling"] = 1.0 if found.get("alpha") is None and not found.get("rslora") else "auto"
+    elif found["scaling"] == "auto":
+        rank = found.get("rank", 16)
+        r = max(rank) if isinstance(rank, list) else rank
+        found["scaling"] = 4.0 * (8 / r) ** (0.5 if found.get("core") in DIAGONAL else 1.5)
+    return found
+
+
+def _factors_of_version_1(path: Path, factors: str | list) -> dict[str, str]:
+    if isinstance(factors, str):
+        return {"A": f"{factors}.A", "B": f"{factors}.B"}
+    if len(factors) != 2 or not all(isinstance(one, str) for one in factors):
+        raise ValueError(f"{path}: expected 'factors' to be a prefix or two, got {factors!r:.80}")
+    return {"A": f"{factors[0]}.value", "B": f"{factors[1]}.value"}
+
+
+def _start_key(key: str) -> str:
+    """The name of a factor's start; version 1 had a pair's in one module."""
+    owner, _, own = key.rpartition(".")
+    return f"{owner}.start" if own == "value" else f"{owner}.start_{own}"
+
+
+def _found(directory: Path) -> str:
+    if not directory.is_dir():
+        return "no such directory" if not directory.exists() else "a file in its place"
+    names = sorted(p.name for p in directory.iterdir())
+    return "no files" if not names else ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Writes the model's adapter and its modules_to_save into a directory, and replaces an adapter that is there already.
+
+    The model may be from `apply_lotr` or built by hand; DistributedDataParallel (process 0 writes) and compiled models are
+    unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or the
+    new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
+
+    Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks.
 
     Raises:
-        OSError: the disk; it names the file.
+        TypeError: no nn.Module, no path, or tensors in parts. RuntimeError: no adapter, or one on the meta device. ValueError:
+            directory is a file.
     """
-    with ExitStack() as stack:
-        ready = {}
-        for name, data in files.items():
-            with _naming(directory / name):
-                if (directory / name).is_dir():
-                    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-                ready[name] = stack.enter_context(_written(directory, data))
-        if apart is not None:
-            (directory / apart).unlink(missing_ok=True)
-        for name, temporary in ready.items():
-            with _naming(directory / name):
-                os.replace(temporary, directory / name)
-                _sync_directory(directory)
-        _remove_leftovers(directory)
-        yield
+    path, inner, writes = checked_path(directory, "directory"), model, True
+    while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        writes = writes and (hasattr(inner, "_orig_mod") or dist.get_rank(inner.process_group) == 0)
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    document, tensors = contents(inner)
+    warn_of_unsaved(inner)
+    if writes:
+        write(path, document, tensors)
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """Removes the temporary files on which no process holds a lock."""
-    for path in directory.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            with suppress(OSError), open(path, "r+b", opener=_open_regular) as file:
-                if lock(file, wait=False):
-                    path.unlink()
+def warn_of_unsaved(model: nn.Module) -> None:
+    """Warns about what is trained and not in the adapter's file."""
+    own = {id(p) for layer in layers_in(model).values() for p in layer.adapter_parameters()}
+    config = getattr(model, "lotr_config", None)
+    own |= {id(p) for m in (saved_modules(model, config) if config else {}).values() for p in m.parameters()}
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own and not n.startswith(BESIDE)]
+    if beside:
+        warnings.warn(
+            f"lotr_ext: save_adapter does not write {len(beside)} trained parameters that are neither the adapter's nor of "
+            f"modules_to_save, such as {beside[0]}. Name their modules in modules_to_save, or save them separately.",
+            stacklevel=3,
+        )
+    bank = getattr(model, "lotr_tasks", None)
+    if bank is not None and len(bank) and any(p.requires_grad for p in bank.parameters()):
+        tasks = ", ".join(str(task) for task in bank.taken.nonzero().flatten().tolist())
+        warnings.warn(
+            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each with "
+            f"model.lotr_tasks.save(task, path).",
+            stacklevel=3,
+        )
 
 
-def put_file(directory: Path, name: str, data: bytes) -> None:
-    """data in directory/name, whole or not at all. OSError names the file."""
-    with placed(directory, {name: data}):
-        pass
+def _whole(tensor: Tensor) -> Tensor:
+    """tensor, if it is whole."""
+    if hasattr(tensor, "ds_id") or any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
+        raise TypeError("model: expected whole tensors, got a model held in parts. Save it with lotr_ext.sharded.save_adapter.")
+    return tensor
+
+
+@torch.no_grad()
+def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(document, tensors) of an adapter's files, for `write`. tensor_of: returns the whole tensor of one that may be in parts.
+
+    Raises RuntimeError: no adapter, or one on the meta device.
+    """
+    layers, config = adapted_layers(model), getattr(model, "lotr_config", None)
+    tensors = {key: tensor_of(t) for key, t in _own_tensors(model, layers, _factor_names(model, layers)).items()}
+    names, entries = _factor_names(model, layers), {}
+    for name, layer in layers.items():
+        entries[name] = {
+            **{part: names[factor] for part, factor in (("A", layer.factors.A), ("B", layer.factors.B))},
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "scaling": float(layer.scaling),
+            "dropout": layer.dropout,
+            **({"experts": layer.core.shape[0]} if layer.core.dim() == 3 else {}),
+        }
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
+    if config is not None:
+        dtypes = {t.dtype for key, t in tensors.items() if key in names.values()}
+        config = replace(config, adapter_dtype=dtypes.pop()) if len(dtypes) == 1 else config  # model.to(dtype) changes it
+    document = {
+        "format": "lotr",
+        "format_version": VERSION,
+        "lotr_ext_version": __version__,
+        "config": None if config is None else config.to_dict(),
+        "layers": entries,
+        "modules_to_save": list(saved_modules(model, config)) if config else [],
+        "tied": _ties(model, tensors),
+    }
+    return document, tensors
+
+
+def _factor_names(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[LoTRFactor, str]:
+    """The state_dict name of each factor's value."""
+    names = {m: f"{name}.value" for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
+    for name, layer in layers.items():
+        if layer.factors.A not in names or layer.factors.B not in names:
+            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
+    return names
+
+
+def _own_tensors(model: nn.Module, layers: Mapping[str, LoTRLayer], names: Mapping[LoTRFactor, str]) -> dict[str, Tensor]:
+    """The tensors of the adapter and of modules_to_save by their names in a file. Tied ones are there once."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for factor in (layer.factors.A, layer.factors.B):
+            tensors[names[factor]] = factor.value
+            if factor.start is not None:
+                tensors[_start_key(names[factor])] = factor.start
+        tensors[f"{name}.core"] = layer.core
+        if layer.start_core is not None:
+            tensors[f"{name}.start_core"] = layer.start_core
+        if "core_form" in layer._modules:
+            tensors |= {f"{name}.core_form.{key}": t for key, t in layer.core_form.state_dict(keep_vars=True).items()}
+    if hasattr(model, "lotr_cores"):
+        tensors |= {f"lotr_cores.{key}": t for key, t in model.lotr_cores.state_dict(keep_vars=True).items()}
+    config = getattr(model, "lotr_config", None)
+    for name, module in (saved_modules(model, config) if config else {}).items():
+        for key, value in module.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"modules_to_save: expected tensors in state_dict, got {name}.{key} ({type(value).__name__})")
+            tensors[f"{name}.{key}"] = value
+    seen: set[int] = set()
+    return {key: t for key, t in tensors.items() if id(t) not in seen and not seen.add(id(t))}
+
+
+def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Other names in the model of tensors of modules_to_save: both must be tied when the file is loaded."""
+    first = {id(t): key for key, t in tensors.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {n: first[id(p)] for n, p in every if id(p) in first and n not in tensors and not n.startswith(BESIDE)}
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
+    """Loads a saved adapter into a model, and adapts the model first if needed.
+
+    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that is adapted already, by
+    `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its values are replaced in place (and with
+    init "svd" the loaded start is subtracted from its base weights instead of its own).
+
+    Args:
+        model: the base model, on any device. Sharded models: `lotr_ext.sharded`.
+        directory: a local folder written by `save_adapter`.
+        cast: accept tensors of another dtype than the model's, and cast them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no such adapter; a truncated, foreign or newer file; layers, shapes or dtypes that
+            do not fit the model; a merged model, or one with a TaskBank. The model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    document, tensors = read(checked_path(directory, "directory"))
+    load_into(model, document, tensors, cast=cast)
+    return model
+
+
+def load_into(
+    model: nn.Module,
+    document: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    cast: bool = False,
+    write_: Callable[[Tensor, Tensor], object] = lambda target, value: target.copy_(value),
+) -> None:
+    """`load_adapter` of what `read` returned. write_: puts a whole value into a tensor of the model that may be in parts."""
+    plain = not layers_in(model)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        if plain:
+            _adapt(model, document)
+        targets = _check(model, document, tensors, cast)
+    except BaseException:
+        if plain and (layers := layers_in(model)):
+            _without_adapters(model, layers)
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
+    _fill(model, document, tensors, targets, write_)
+
+
+def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
+    """Adapts a plain model as the file's was."""
+    config, entries = document["config"], document["layers"]
+    if config is None:
+        raise ValueError(
+            "model: expected one with LoTR layers like the one that the adapter was saved from, which was built by hand, got "
+            "one without. Adapt it in the same way first."
+        )
+    modules = dict(model.named_modules())
+    if missing := [n for n, entry in entries.items() if not entry["experts"] and n not in modules]:
+        raise ValueError(
+            f"model: expected the {len(entries)} layers of the adapter, got a {type(model).__name__} without "
+            f"{', '.join(missing[:5])}. Load it into the base model that it was trained on."
+        )
+    linear = [re.escape(name) for name, entry in entries.items() if not entry["experts"]]
+    experts = [re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) for name, entry in entries.items() if entry["experts"]]
+    exact = replace(
+        config,
+        target_modules="|".join(linear) or None,
+        target_parameters=experts or None,
+        exclude_modules=None,
+        group_by="width" if config.group_by == "width" else {n: f"{e['A']} {e['B']}" for n, e in entries.items()},
+        init="kaiming" if config.init == "svd" else config.init,
+    )
+    selection = select(model, exact)
+    install(model, exact, selection, _cores(config, selection))
+    model.lotr_config, model.lotr_left_out = config, {}
+    for layer in layers_in(model).values():
+        layer.set_trained(config.train)
+
+
+def _check(
+    model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor], cast: bool
+) -> dict[str, Tensor | None]:
+    """The model's tensor for each tensor of the file; None for one that is computed. Raises unless the file fits."""
+    layers, entries, config = adapted_layers(model), document["layers"], getattr(model, "lotr_config", None)
+    expect_merged(layers, False, "load_adapter")
+    if hasattr(model, "lotr_tasks"):
+        raise RuntimeError(
+            "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the factors. "
+            "Load the adapter first, or del model.lotr_tasks."
+        )
+    dense = config is None or config.core == "dense"  # computed cores depend on the order; a converted LoRA has its own order
+    if (sorted if dense else list)(entries) != (sorted if dense else list)(layers):
+        missing, extra = sorted(set(entries) - set(layers)), sorted(set(layers) - set(entries))
+        raise ValueError(
+            f"layers: expected the adapter's {len(entries)} layers in their order, got the model's {len(layers)}: not in the "
+            f"model {', '.join(missing[:5]) or 'none'}; not in the adapter {', '.join(extra[:5]) or 'none'}"
+        )
+    names, used = _factor_names(model, layers), {}
+    for name, layer in layers.items():
+        entry = entries[name]
+        experts = layer.core.shape[0] if layer.core.dim() == 3 else 0
+        want = {"in_features": layer.in_features, "out_features": layer.out_features, "experts": experts}
+        if got := {key: entry[key] for key, value in want.items() if entry[key] != value}:
+            raise ValueError(f"{name}: expected {', '.join(f'{k} {want[k]}' for k in got)} as in the model, got {got}")
+        for part, factor in (("A", layer.factors.A), ("B", layer.factors.B)):
+            if used.setdefault(entry[part], factor) is not factor:
+                raise ValueError(
+                    f"{name}: expected the model to share {part} as the adapter does ({entry[part]}), got another one"
+                )
+            if (saved := tensors.get(entry[part])) is not None and saved.dim() == 2 and saved.shape[1] != factor.rank:
+                raise ValueError(
+                    f"rank: expected {factor.rank} as in the model ({names[factor]}), got {saved.shape[1]} in the adapter. "
+                    f"Load it into the plain model: call unload(model) first."
+                )
+    if len(set(map(id, used.values()))) != len(used):
+        raise ValueError("layers: expected factors that the adapter shares as the model does, got more of them in the adapter")
+    saved = list(saved_modules(model, config)) if config else []
+    if set(saved) != set(document["modules_to_save"]):
+        raise ValueError(
+            f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(document['modules_to_save'])}"
+        )
+    file_names = {factor: key for key, factor in used.items()}
+    targets: dict[str, Tensor | None] = dict(_own_tensors(model, layers, file_names))
+    _check_starts(layers, entries, tensors, targets)
+    _check_tensors(targets, tensors, cast)
+    for name, layer in layers.items():
+        if layer._parameters.get("core") is None:
+            targets[f"{name}.core"] = None
+        if any("value" not in f._parameters for f in (layer.factors.A, layer.factors.B)) or hasattr(layer, "parametrizations"):
+            raise TypeError(f"{name}: expected an adapter without parametrizations, got one. Remove them before loading.")
+    want = _ties(model, {key: t for key, t in targets.items() if t is not None})
+    if "tied" in document and want != (got := {n: of for n, of in document["tied"].items() if of is not None}):
+        differ = sorted(set(want.items()) ^ set(got.items()))[0][0]
+        raise ValueError(
+            f"{differ}: expected it to be tied to modules_to_save in the model as in the adapter. Tie or untie it."
+        )
+    return targets
+
+
+def _check_starts(
+    layers: Mapping[str, LoTRLayer],
+    entries: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    targets: dict[str, Tensor | None],
+) -> None:
+    """Puts the starts of init "svd" that the file has into targets, in the place of the model's."""
+    for name, layer in layers.items():
+        entry = entries[name]
+        keys = {_start_key(entry[part]): getattr(layer.factors, part).value for part in "AB"} | {
+            f"{name}.start_core": layer.core
+        }
+        if any(key in tensors for key in keys):
+            layer._weight_to_write("load_adapter")
+            targets |= keys
+        else:
+            for key in keys:
+                targets.pop(key, None)
+
+
+def _check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], cast: bool) -> None:
+    """Raises ValueError for tensors of other names, shapes or, without cast, dtypes than the model's."""
+    missing, foreign = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
+    if missing or foreign:
+        raise ValueError(
+            f"adapter: expected the model's {len(targets)} tensors, got {len(tensors)}: missing "
+            f"{', '.join(missing[:5]) or 'none'}; not in the model {', '.join(foreign[:5]) or 'none'}"
+        )
+    for key, want in targets.items():
+        got = tensors[key]
+        shape = tuple(getattr(want, "ds_shape", want.shape))
+        if shape != tuple(got.shape) or (want.dtype != got.dtype and not cast):
+            advice = ". Pass cast=True to convert it." if shape == tuple(got.shape) else ""
+            raise ValueError(
+                f"{key}: expected {want.dtype} {list(shape)} as in the model, got {got.dtype} {list(got.shape)} in the "
+                f"adapter{advice}"
+            )
+        if want.is_meta:
+            raise RuntimeError(
+                f"load_adapter: expected a model with values, got {key} on the meta device. Materialise it first."
+            )
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    document: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor | None],
+    write_: Callable[[Tensor, Tensor], object],
+) -> None:
+    """Writes the file's values, which `_check` has accepted, into the model."""
+    layers, entries = layers_in(model), document["layers"]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault((entry["A"], entry["B"]), []).append(name)
+    for (A, B), names in groups.items():
+        group = [layers[name] for name in names]
+        if group[0].start_core is not None:
+            set_start(group, None)
+        for name, layer in zip(names, group):
+            layer.scaling, layer.dropout = entries[name]["scaling"], float(entries[name]["dropout"])
+        if _start_key(A) in tensors:
+            cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
+            set_start(group, (tensors[_start_key(A)], tensors[_start_key(B)], cores))
+    for key, target in targets.items():
+        if target is not None and ".start" not in key:
+            write_(target, tensors[key])

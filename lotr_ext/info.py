@@ -1,4 +1,4 @@
-"""`python -m lotr_ext.info [--json]`: versions, what was built, what runs on this machine."""
+"""`python -m lotr_ext.info [--json] [--plans M K N r]`: what was built, and what runs on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops.planner import CUDA_DTYPES, CUDA_WITHOUT, build_info, cuda_obstacle, cuda_probe, cuda_version, plan
+from .ops import CUDA_DTYPES, build_info, cuda_obstacle, cuda_probe, cuda_version, obstacle_to_kernels
 
-__all__ = ["collect", "main"]
+__all__ = ["collect", "main", "plans"]
 
 _LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
 
@@ -28,11 +28,10 @@ def _version(package: str) -> str | None:
 
 def collect() -> dict[str, Any]:
     """All that the command prints, as a dictionary that json can write."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    runs = {}
-    for device in devices:
-        name = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-        runs[str(device)] = {"name": name, "paths": {str(t).removeprefix("torch."): _path(t, device) for t in CUDA_DTYPES}}
+    built, devices = build_info(), [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    names = [platform.processor() or platform.machine(), *(torch.cuda.get_device_name(d) for d in devices[1:])]
+    probe = cuda_probe(-1) if built["cuda"]["built"] else {"runtime": None, "driver": None}
     return {
         "lotr_ext": __version__,
         "python": platform.python_version(),
@@ -41,70 +40,89 @@ def collect() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "built": build_info(),
-        "cuda": _cuda(),
-        "runs": runs,
+        "built": built,
+        "cuda": {"runtime": probe["runtime"], "driver": probe["driver"], "obstacle": cuda_obstacle(0)},
+        "runs": {  # why PyTorch's own products run in place of the kernels, by device and dtype; None: the kernels run
+            str(device): {
+                "name": name,
+                **{str(t).removeprefix("torch."): obstacle_to_kernels(16, t, device) for t in CUDA_DTYPES},
+            }
+            for device, name in zip(devices, names)
+        },
     }
 
 
-def _path(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    """The strategy, None if LOTR_STRATEGY is one that cannot run there, and why."""
-    try:
-        chosen = plan(4096, 16, dtype, device)
-    except ValueError as error:
-        return {"strategy": None, "why": str(error)}
-    return {"strategy": chosen.strategy, "why": chosen.reason}
-
-
-def _cuda() -> dict[str, Any]:
-    """The CUDA versions of the build and of the driver (None without CUDA kernels), why the kernels cannot run, and what
-    LOTR_CUDA_WITHOUT turns off."""
-    obstacle = cuda_obstacle(0)
-    if not build_info()["cuda"]["built"]:
-        return {"runtime": None, "driver": None, "obstacle": obstacle, "without": list(CUDA_WITHOUT)}
-    found = cuda_probe(-1)
-    return {"runtime": found["runtime"], "driver": found["driver"], "obstacle": obstacle, "without": list(CUDA_WITHOUT)}
-
-
-def _cuda_line(built: dict[str, Any], cuda: dict[str, Any]) -> str:
-    if not built["built"]:
-        return "CUDA       no kernels built"
-    driver = f"driver for CUDA {cuda_version(cuda['driver'])}" if cuda["driver"] else "no driver"
-    kernels = f"kernels for {', '.join(map(str, built['archs']))}, built by CUDA {cuda_version(cuda['runtime'])}"
-    return f"CUDA       {kernels}; {driver}" + (f"\n           they cannot run: {cuda['obstacle']}" if cuda["obstacle"] else "")
+def _summary(facts: dict[str, Any]) -> str:
+    """The first line: which kernels there are, and whether they run here."""
+    cuda, gpus = facts["built"]["cuda"], len(facts["runs"]) - 1
+    if not cuda["built"]:
+        return "CPU kernels: yes; CUDA kernels: not built"
+    if not gpus:
+        where = "no GPU here"
+    else:
+        where = (
+            f"they run on {gpus} GPU{'s' * (gpus > 1)} here" if facts["cuda"]["obstacle"] is None else "they cannot run here"
+        )
+    return f"CPU kernels: yes; CUDA kernels: built for {', '.join(str(a).removesuffix('-real') for a in cuda['archs'])}, {where}"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    built = facts["built"]
-    cpu = built["cpu"]
+    cuda, built = facts["cuda"], facts["built"]
     lines = [
+        _summary(facts),
+        "",
         f"lotr_ext   {facts['lotr_ext']} (extension {built['version']}, for torch >= {built['torch_target']})",
         f"python     {facts['python']} on {facts['platform']}",
         f"torch      {facts['torch']}, CUDA {facts['torch_cuda'] or 'not in this build'}, {facts['threads']} threads",
         "libraries  " + ", ".join(f"{name} {version or '-'}" for name, version in facts["libraries"].items()),
-        f"CPU        kernels for {cpu['isa']}",
-        _cuda_line(built["cuda"], facts["cuda"]),
-        *([f"           LOTR_CUDA_WITHOUT turns off {', '.join(CUDA_WITHOUT)}"] if CUDA_WITHOUT else []),
-        "runs (4096 tokens, rank 16)",
+        f"CPU        kernels for {built['cpu']['isa']}",
     ]
+    if built["cuda"]["built"]:
+        driver = f"driver for CUDA {cuda_version(cuda['driver'])}" if cuda["driver"] else "no driver"
+        lines.append(f"CUDA       kernels built by CUDA {cuda_version(cuda['runtime'])}; {driver}")
+    if cuda["obstacle"]:
+        lines.append(f"           they cannot run: {cuda['obstacle']}")
     for device, found in facts["runs"].items():
-        lines.append(f"  {device}: {found['name']}")
-        lines += [f"    {dtype:9} {path['strategy'] or 'error'}: {path['why']}" for dtype, path in found["paths"].items()]
+        lines.append(f"{device:10} {found['name']}")
+        dtypes = {dtype: why for dtype, why in found.items() if dtype != "name"}
+        lines += [
+            f"           {dtype:9} {'the kernels' if why is None else f'torch, because {why}'}" for dtype, why in dtypes.items()
+        ]
     return lines
+
+
+def plans(m: int, k: int, n: int, r: int) -> list[str]:
+    """How the CUDA kernels of one layer's forward and backward divide their work: x [m, k], W [n, k], rank r. One line a
+    kernel, for the first GPU, or an H100 if there is none."""
+    device = 0 if torch.cuda.is_available() else -1
+    calls = {
+        "shrink": (m, k),
+        "expand_add": (m, n),
+        "shrink_grad": (m, n),
+        "factor_grad": (m, k),
+        "fold": (1, n),
+        "fold_grad": (1, n),
+    }
+    found = ((op, torch.ops.lotr.cuda_plans(op, *sizes, r, r, torch.bfloat16, device)) for op, sizes in calls.items())
+    return [f"{op:12} {text}" for op, text in found]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m lotr_ext.info", description="Versions, what was built, what runs.")
+    parser = argparse.ArgumentParser(prog="python -m lotr_ext.info", description="What was built, and what runs here.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument(
+        "--plans", type=int, nargs=4, metavar=("M", "K", "N", "r"), help="how the CUDA kernels divide their work"
+    )
+    given = parser.parse_args(arguments)
     try:
+        if given.plans:
+            print("\n".join(plans(*given.plans)))
+            return
         facts = collect()
-    except RuntimeError as error:
-        if not str(error).startswith("LOTR_CPU_ISA: "):
-            raise
-        sys.exit(f"lotr_ext: {error}")
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+    except RuntimeError as error:  # of a variable in the environment, such as LOTR_CPU_ISA, or of a size
+        sys.exit(f"lotr_ext: {str(error).splitlines()[0]}")
+    print(json.dumps(facts, indent=2) if given.json else "\n".join(_lines(facts)))
 
 
 if __name__ == "__main__":

@@ -164,22 +164,16 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// What an expand makes of u f: y + u f, bias + u f, (y + bias) + u f or bias + scale (y + u f). Bias and
-// scale are rows that all tokens share; where there is a scale, it lies `width` behind the bias.
-enum class Form { onto, fresh, onto_biased, scaled };
+// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all tokens
+// share.
+enum class Form { onto, fresh, onto_biased };
 
 // What u f is added to.
 template <Form form, typename A, typename T>
 LOTR_INLINE auto start_of(const T* y, const A* bias) {
-  if constexpr (form == Form::onto || form == Form::scaled) return load(y);
+  if constexpr (form == Form::onto) return load(y);
   if constexpr (form == Form::fresh) return load(bias);
   return load(y) + load(bias);
-}
-// What becomes of the sum.
-template <Form form, int64_t width, typename A, typename V>
-LOTR_INLINE V end_of(V sum, const A* bias) {
-  if constexpr (form == Form::scaled) return load(bias) + load(bias + width) * sum;
-  return sum;
 }
 
 // y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy` apart.
@@ -215,15 +209,12 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       T* at = y + i * ldy + v * kLanes;
-      const auto end = [&](typename K::Vec sum, int w) {
-        return end_of<form, kPanel>(sum, bias + w * kLanes);
-      };
       if constexpr (kStartsAtY && RV % 2 == 0) {
-        if (v % 2 == 0) store(at, end(acc[i][v], v), end(acc[i][v + 1], v + 1));
+        if (v % 2 == 0) store(at, acc[i][v], acc[i][v + 1]);
       } else if constexpr (kStartsAtY) {
-        store(at, end(acc[i][v], v));
+        store(at, acc[i][v]);
       } else {
-        store(at, end(start_of<form>(at, bias + v * kLanes) + acc[i][v], v));
+        store(at, start_of<form>(at, bias + v * kLanes) + acc[i][v]);
       }
     }
   }
@@ -231,11 +222,11 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
 
 // y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
 // a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null
-// without dropout. scaled: y = bias + row_scale (y + that), row_scale RV vectors behind the bias.
+// without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,
-                                typename K::Acc scale, bool onto, const typename K::Acc* bias, bool scaled) {
+                                typename K::Acc scale, bool onto, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -253,11 +244,6 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
     } else if (scale != 1) {
       for (int64_t j = 0; j < cols; ++j) sums[j] *= scale;
-    }
-    if (scaled) {
-      for (int64_t j = 0; j < cols; ++j)
-        row[j * cs] = Narrow<T>::from(bias[j] + bias[kPanel + j] * (to_float(row[j * cs]) + sums[j]));
-      continue;
     }
     if (bias) {
       for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];

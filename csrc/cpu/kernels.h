@@ -30,10 +30,10 @@ struct Drop {
 };
 
 // What an expand adds to: y as it lies there, or (fresh) nothing, whatever y holds; and bias [1, n] in every
-// row, where there is one. scale [1, n], of sums' dtype and never fresh: y = bias + scale (y + u F^T).
+// row, where there is one.
 struct Start {
   bool fresh = false;
-  Mat bias, scale;
+  Mat bias;
 };
 
 // Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j + 1] - 1],

@@ -295,64 +295,6 @@ struct Operators {
     }
   }
 
-  // Rows [i, i + ROWS) of scale_backward, added to sum in order. The next rows are prefetched (a quarter less
-  // time with one thread, since the hardware's prefetcher stops at each page).
-  template <int ROWS>
-  static void scale_rows(const Mat& g0, const Mat& g, const Mat& y, int64_t i, int64_t whole,
-                         const Acc* factor, const Acc* start, Acc* sum) {
-    const int64_t n = g.cols;
-    const T *from = static_cast<const T*>(g.data) + i * g.rs, *out = static_cast<const T*>(y.data) + i * y.rs;
-    T* to = static_cast<T*>(g0.data) + i * n;
-    for (int64_t j = 0; j < whole; j += K::kLanes) {
-      const auto c = load(factor + j), b = load(start + j);
-      auto total = load(sum + j);
-      for (int64_t row = 0; row < ROWS; ++row) {
-        const T *here = from + row * g.rs + j, *there = out + row * y.rs + j;
-        __builtin_prefetch(here + ROWS * g.rs, 0, 2), __builtin_prefetch(there + ROWS * y.rs, 0, 2);
-        __builtin_prefetch(to + (ROWS + row) * n + j, 1, 2);
-        const auto v = load(here);
-        store(to + row * n + j, v * c);
-        total += v * (load(there) - b);
-      }
-      store(sum + j, total);
-    }
-    for (int64_t row = 0; row < ROWS; ++row)
-      for (int64_t j = whole; j < n; ++j) {
-        const Acc v = to_float(from[row * g.rs + j * g.cs]);
-        to[row * n + j] = Narrow<T>::from(v * factor[j]);
-        sum[j] += v * (to_float(out[row * y.rs + j * y.cs]) - start[j]);
-      }
-  }
-
-  // g and y are read once, a few rows at a time. The sums of the chunks of rows are added in order.
-  static void scale_backward(const Mat& g0, const Mat& dscale, const Mat& g, const Mat& y, const Mat& bias,
-                             const Mat& scale) {
-    constexpr int kLanes = K::kLanes, kAtOnce = 4;
-    const Chunks chunks(g.rows);
-    const int64_t n = g.cols, whole = g.cs == 1 && y.cs == 1 ? n / kLanes * kLanes : 0;
-    Scratch memory(size_t((chunks.count + 2) * n) * sizeof(Acc));
-    Acc *const factor = memory.get<Acc>(), *const start = factor + n, *const sums = start + n;
-    for (int64_t j = 0; j < n; ++j) {
-      factor[j] = static_cast<const Acc*>(scale.data)[j * scale.cs];
-      start[j] = bias.data ? to_float(static_cast<const T*>(bias.data)[j * bias.cs]) : Acc(0);
-    }
-    run_tasks(chunks.count, 4 * g.rows * n, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        Acc* sum = sums + chunk * n;
-        std::memset(sum, 0, size_t(n) * sizeof(Acc));
-        const int64_t last = smaller((chunk + 1) * chunks.rows, g.rows);
-        int64_t i = chunk * chunks.rows;
-        for (; i + kAtOnce <= last; i += kAtOnce) scale_rows<kAtOnce>(g0, g, y, i, whole, factor, start, sum);
-        for (; i < last; ++i) scale_rows<1>(g0, g, y, i, whole, factor, start, sum);
-      }
-    });
-    for (int64_t j = 0; j < n; ++j) {
-      Acc sum = 0;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += sums[chunk * n + j];
-      static_cast<Acc*>(dscale.data)[j] = factor[j] == 0 ? Acc(0) : sum / factor[j];
-    }
-  }
-
   // A tile of g is read once from memory and used twice in cache, where it and what it is multiplied with fit
   // there.
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {

@@ -294,17 +294,15 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
                          const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
                          const Start& start, uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
-  // The bias, widened once a panel, and behind it the scale.
-  typename K::Acc bias[2 * kPanel<K>];
+  // The bias, widened once a panel.
+  typename K::Acc bias[kPanel<K>];
   const T* given = static_cast<const T*>(start.bias.data);
-  const auto* scale = static_cast<const typename K::Acc*>(start.scale.data);
   if (given && start.bias.cs == 1 && cols == kPanel<K>) {
     for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given + n0 + j));
-  } else if (given || start.fresh || scale) {
+  } else if (given || start.fresh) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
       bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }
-  for (int64_t j = 0; scale && j < cols; ++j) bias[kPanel<K> + j] = scale[(n0 + j) * start.scale.cs];
   const bool add_bias = given || start.fresh;
   T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
   if (y.cs == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
@@ -315,7 +313,6 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       else
         expand_whole_rows<K, T, kForm>(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
     };
-    if (scale) return run(Int<int(Form::scaled)>{});
     if (!add_bias) return run(Int<int(Form::onto)>{});
     return start.fresh ? run(Int<int(Form::fresh)>{}) : run(Int<int(Form::onto_biased)>{});
   }
@@ -333,7 +330,7 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     }
     expand_ragged_block<K, T, MR, kMaxVectors>(top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step,
                                                panel, units, keep, typename K::Acc(drop.scale), !start.fresh,
-                                               add_bias || scale ? bias : nullptr, scale);
+                                               add_bias ? bias : nullptr);
   });
 }
 

@@ -167,7 +167,7 @@ struct Small {
       times_core(k, h, m, r_out, r_in, s.core, s.core.cs, s.core.rs, Acc(1));
       narrow(k_t, k, m * r_in);
       const Mat k_mat = dense(k_t, m, r_in, t);
-      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx, {}, {}});
+      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx, {}});
       if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{}, !s.fresh_dA);
     }
     if (s.dB.data || s.dcore.data) widen(u, s.u);

@@ -116,7 +116,8 @@ struct FoldGradProblem {
   int64_t core_stride;
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
-  float* dcores;  // [L, r_in, r_out], contiguous
+  int32_t add_dB;  // 0: dB = instead of dB +=
+  float* dcores;   // [L, r_in, r_out], contiguous
   DType B_type, core_type;
   int64_t N;
   int32_t L, r_in, r_out;
@@ -149,7 +150,8 @@ struct SmallBackwardProblem {
   int64_t dA_row, dA_col;
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
-  float* dcore;  // [r_in, r_out], contiguous, or null
+  int32_t add_dA, add_dB;  // 0: = instead of +=; then contiguous
+  float* dcore;            // [r_in, r_out], contiguous, or null
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;

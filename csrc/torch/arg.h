@@ -97,7 +97,6 @@ struct Flat {
 // One argument of an operator, read once: each read is a call into libtorch.
 struct Arg {
   const char* name;
-  bool optional = false;
   const Tensor* tensor = nullptr;  // null: an optional argument that is not given
   AtenTensorHandle handle = nullptr;
   ScalarType dtype = ScalarType::Undefined;  // of None, which has nothing below
@@ -109,7 +108,7 @@ struct Arg {
   Flat flat;
 
   Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
-  Arg(const char* name, const OptionalTensor& t) : name(name), optional(true) {
+  Arg(const char* name, const OptionalTensor& t) : name(name) {
     if (t) look_at(*t);
   }
   explicit operator bool() const { return tensor; }
@@ -155,8 +154,7 @@ struct Arg {
 // The checks of one operator call; `op` is the name used in messages.
 struct Check {
   const char* op;
-  bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
-  int64_t max_rank = 0;     // of the kernels of a device; 0: any
+  int64_t max_rank = 0;  // of the kernels of a device; 0: any
 
   // What every operator expects of its tensors and checks first: each is there, on the device of the first,
   // with memory for all its elements. A tensor that is written has no element twice, and shares none with
@@ -203,36 +201,6 @@ struct Check {
       fail(op, ": ", a.name, ": expected dtype ", dtype_name(expected), ", got ", dtype_name(a.dtype));
     }
   }
-  // A factor: in the activations' dtype, or float32 beside bfloat16 and float16 activations (it is rounded,
-  // as autocast would).
-  void factor(const Arg& a, ScalarType activations) const {
-    if (a.dtype == activations || (is_half(activations) && a.dtype == ScalarType::Float)) return;
-    fail(op, ": ", a.name, ": expected dtype ", dtype_name(activations),
-         is_half(activations) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
-  }
-  void dims(const Arg& a, int64_t dim, const char* what) const {
-    if (a.dim != dim)
-      fail(op, ": ", a.name, ": expected a ", dim, "-D tensor ", what, ", got shape ", a.shape());
-  }
-  void size(const Arg& a, int64_t axis, int64_t expected, const char* what) const {
-    if (a.size[axis] != expected) {
-      fail(op, ": ", a.name, ": expected size ", expected, " in dimension ", axis, " (", what,
-           "), got shape ", a.shape());
-    }
-  }
-  // K, N and r are at least one; only M may be zero.
-  void positive(const Arg& a, int64_t axis, const char* what) const {
-    if (a.size[axis] < 1) {
-      fail(op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", what, "), got shape ",
-           a.shape());
-    }
-  }
-  void rank(const Arg& a, int64_t axis, const char* what) const {
-    positive(a, axis, what);
-    if (max_rank && a.size[axis] > max_rank)
-      fail(op, ": ", a.name, ": expected a rank of at most ", max_rank, " in dimension ", axis,
-           ", got shape ", a.shape(), "; the composite path takes it (LOTR_STRATEGY=composite)");
-  }
   void finite(const char* name, double value) const {
     if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
   }
@@ -246,18 +214,11 @@ struct Check {
     for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];
     if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", seed.shape());
   }
-  // The rows of [.., cols] whose leading dimensions lie in memory as one.
-  int64_t rows(const Arg& a, const char* what) const {
-    if (a.dim < 1) fail(op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
+  // Leading dimensions that lie in memory as one.
+  void one_matrix(const Arg& a) const {
     if (const int64_t i = a.flat.split; i >= 0)
       fail(op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
            a.stride[i], " in dimension ", i, " of shape ", a.shape());
-    return a.flat.rows;
-  }
-  // [rows, cols] in a dtype.
-  void matrix(const Arg& a, ScalarType type, const char* what, int64_t rows, const char* rows_what,
-              int64_t cols, const char* cols_what) const {
-    dims(a, 2, what), dtype(a, type), size(a, 0, rows, rows_what), size(a, 1, cols, cols_what);
   }
 
  private:
@@ -278,7 +239,6 @@ struct Check {
                        aoti_torch_get_storage_size(a.handle, &bytes) == 0;
     const int64_t item = item_size(a.dtype);
     const bool whole = bytes >= (offset + reach) * item;
-    if (decomposed && (!known || (whole && !data))) return {};
     if (!known || !whole || !data)
       fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(), ", got a storage of ",
            bytes, " bytes: it was freed or made shorter");

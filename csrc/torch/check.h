@@ -1,102 +1,188 @@
-// The checks of each operator's arguments, the same on CPU and CUDA: the single products, row_core, then the
-// forward and backward of a layer. They run before anything is written. m tokens, k in, n out, r rank, l
-// layer.
+// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator, a dtype
+// and a shape for each tensor. They run before anything is written.
 #pragma once
+
+#include <array>
 
 #include "arg.h"
 
 namespace lotr {
 
-// Sizes of a checked call; 0 for those that the operator does not have.
-struct Sizes {
-  int64_t m = 0, k = 0, n = 0, r = 0, r_in = 0, r_out = 0;
+// What a dimension counts. LEADING: the tokens of [.., K], all leading dimensions as one.
+enum Dim : uint8_t { NO_DIM, M, K, N, R, R_IN, R_OUT, L, ROWS, LEADING };
+constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L", "rows", ".."};
+
+// A dtype against that of the activations.
+enum class As {
+  same,
+  factor,  // the same, or float32 beside bfloat16 and float16: it is rounded, as autocast would
+  sums,    // float32, or float64 beside float64
+  summed,  // any dtype that is summed in this one
+  int64,
+  int32
 };
+
+// One row of an operator's table; not looked at where the argument is not given.
+struct Rule {
+  const Arg& arg;
+  As as;
+  std::array<Dim, 3> shape;
+};
+
+// The sizes that an operator's arguments agree on. The first argument with a dimension says its size, a later
+// one must have the same. Only M and rows may be zero.
+class Sizes {
+ public:
+  Sizes(const Check& c, ScalarType like, std::initializer_list<Rule> rules) {
+    for (const Rule& rule : rules) {
+      if (!rule.arg) continue;
+      check_dtype(c, rule, like);
+      check_shape(c, rule);
+    }
+  }
+  // 0: no argument that is given has it
+  int64_t operator[](Dim d) const { return sizes_[d].size; }
+
+ private:
+  struct Size {
+    int64_t size = 0;
+    const char* of = nullptr;  // the argument that has it
+  };
+
+  static void check_dtype(const Check& c, const Rule& rule, ScalarType like) {
+    const Arg& a = rule.arg;
+    switch (rule.as) {
+      case As::same:
+        return c.dtype(a, like);
+      case As::sums:
+        return c.dtype(a, acc_dtype(like));
+      case As::int64:
+        return c.dtype(a, ScalarType::Long);
+      case As::int32:
+        return c.dtype(a, ScalarType::Int);
+      case As::summed:
+        c.supported(a);
+        if (acc_dtype(a.dtype) == like) return;
+        fail(c.op, ": ", a.name, ": expected a dtype that is summed in ", dtype_name(like), ", got ",
+             dtype_name(a.dtype));
+      case As::factor:
+        if (a.dtype == like || (is_half(like) && a.dtype == ScalarType::Float)) return;
+        fail(c.op, ": ", a.name, ": expected dtype ", dtype_name(like),
+             is_half(like) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
+    }
+  }
+
+  static std::string text(const Rule& rule) {
+    std::string all;
+    for (const Dim d : rule.shape)
+      if (d) all += (all.empty() ? "[" : ", ") + std::string(DIM_NAMES[d]);
+    return all + "]";
+  }
+
+  void check_shape(const Check& c, const Rule& rule) {
+    const Arg& a = rule.arg;
+    if (rule.shape[0] == LEADING) {
+      if (a.dim < 1) fail(c.op, ": ", a.name, ": expected a tensor ", text(rule), ", got shape ", a.shape());
+      c.one_matrix(a);
+      Size& tokens = sizes_[M];
+      if (tokens.of && a.flat.rows != tokens.size)
+        fail(c.op, ": ", a.name, ": expected ", tokens.size, " tokens, as in ", tokens.of, ", got shape ",
+             a.shape());
+      tokens = {a.flat.rows, tokens.of ? tokens.of : a.name};
+      return check_size(c, a, a.dim - 1, rule.shape[1]);
+    }
+    const int64_t dims = rule.shape[2] ? 3 : rule.shape[1] ? 2 : 1;
+    if (a.dim != dims)
+      fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ", a.shape());
+    for (int64_t i = 0; i < dims; ++i) check_size(c, a, i, rule.shape[size_t(i)]);
+  }
+
+  void check_size(const Check& c, const Arg& a, int64_t axis, Dim d) {
+    Size& known = sizes_[d];
+    const int64_t size = a.size[axis];
+    if (known.of) {
+      if (size != known.size)
+        fail(c.op, ": ", a.name, ": expected size ", known.size, " in dimension ", axis, " (", DIM_NAMES[d],
+             ", as in ", known.of, "), got shape ", a.shape());
+      return;
+    }
+    known = {size, a.name};
+    if (size < 1 && d != M && d != ROWS)
+      fail(c.op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", DIM_NAMES[d],
+           "), got shape ", a.shape());
+    if (c.max_rank && size > c.max_rank && (d == R || d == R_IN || d == R_OUT))
+      fail(c.op, ": ", a.name, ": expected a rank of at most ", c.max_rank, " in dimension ", axis,
+           ", got shape ", a.shape(), "; the composite path takes it");
+  }
+
+  std::array<Size, LEADING + 1> sizes_{};
+};
+
+// ---- the single products ----
 
 inline void check_shrink(const Check& c, const Arg& x, const Arg& A, double p, const Arg& seed) {
   c.arguments({&x, &A, &seed});
-  c.dims(x, 2, "[M, K]"), c.dims(A, 2, "[K, r]");
-  c.supported(x), c.factor(A, x.dtype);
-  c.positive(x, 1, "K"), c.rank(A, 1, "r"), c.size(A, 0, x.size[1], "K, as in x");
+  c.supported(x);
+  Sizes(c, x.dtype, {{x, As::same, {M, K}}, {A, As::factor, {K, R}}});
   c.dropout(p, seed);
 }
 
-// written: y is added to in place, and a matrix; else [.., N].
+// y: [M, N], or where it is not written [.., N].
 inline void check_expand(const Check& c, const Arg& y, const Arg& u, const Arg& F, bool written, double p,
                          const Arg& seed) {
   if (written)
-    c.arguments({&y, &u, &F, &seed}, {&y}), c.dims(y, 2, "[M, N]");
+    c.arguments({&y, &u, &F, &seed}, {&y});
   else
     c.arguments({&y, &u, &F, &seed});
-  if (y.dim < 1) fail(c.op, ": y: expected a tensor of 1 or more dimensions, got shape ", y.shape());
-  c.dims(u, 2, "[M, r]"), c.dims(F, 2, "[N, r]");
-  c.supported(y), c.dtype(u, y.dtype), c.factor(F, y.dtype);
-  c.positive(y, y.dim - 1, "N"), c.rank(u, 1, "r");
-  c.size(u, 0, y.flat.rows, "M, as in y"), c.size(F, 0, y.flat.cols, "N, as in y");
-  c.size(F, 1, u.size[1], "r, as in u");
+  c.supported(y);
+  Sizes(c, y.dtype,
+        {{y, As::same, {written ? M : LEADING, N}}, {u, As::same, {M, R}}, {F, As::factor, {N, R}}});
   c.dropout(p, seed);
 }
 
 inline void check_factor_grad(const Check& c, const Arg& acc, const Arg& x, const Arg& k, double p,
                               const Arg& seed) {
   c.arguments({&acc, &x, &k, &seed}, {&acc});
-  c.dims(acc, 2, "[K, r]"), c.dims(x, 2, "[M, K]"), c.dims(k, 2, "[M, r]");
-  c.supported(x), c.dtype(k, x.dtype), c.dtype(acc, acc_dtype(x.dtype));
-  c.positive(x, 1, "K"), c.rank(k, 1, "r"), c.size(k, 0, x.size[0], "M, as in x");
-  c.size(acc, 0, x.size[1], "K, as in x"), c.size(acc, 1, k.size[1], "r, as in k");
+  c.supported(x);
+  Sizes(c, x.dtype, {{x, As::same, {M, K}}, {k, As::same, {M, R}}, {acc, As::sums, {K, R}}});
   c.dropout(p, seed);
 }
 
-// Q: the sum that shrink_grad_ adds to.
 inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const Arg& F, const Arg& u) {
   c.arguments({&Q, &g, &F, &u}, {&Q});
-  c.dims(g, 2, "[M, N]"), c.dims(F, 2, "[N, r_in]"), c.dims(u, 2, "[M, r_in]");
-  c.supported(g), c.factor(F, g.dtype), c.dtype(u, g.dtype);
-  c.positive(g, 1, "N"), c.rank(F, 1, "r_in"), c.size(F, 0, g.size[1], "N, as in g");
-  c.size(u, 0, g.size[0], "M, as in g"), c.size(u, 1, F.size[1], "r_in, as in F");
-  c.matrix(Q, acc_dtype(g.dtype), "[N, r_in]", g.size[1], "N, as in g", F.size[1], "r_in, as in F");
-  Sizes s;
-  s.m = g.size[0], s.n = g.size[1], s.r = s.r_in = F.size[1];
-  return s;
+  c.supported(g);
+  return {c,
+          g.dtype,
+          {{g, As::same, {M, N}},
+           {F, As::factor, {N, R_IN}},
+           {u, As::same, {M, R_IN}},
+           {Q, As::sums, {N, R_IN}}}};
 }
 
 inline void check_fold(const Check& c, const Arg& B, const Arg& cores, double scaling, ScalarType dtype) {
   c.arguments({&B, &cores});
-  c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");
   if (!is_supported(dtype)) {
     fail(c.op, ": dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
          dtype_name(dtype));
   }
-  c.factor(B, dtype), c.factor(cores, dtype);
-  c.positive(B, 0, "N"), c.rank(B, 1, "r_out"), c.positive(cores, 0, "L"), c.rank(cores, 1, "r_in");
-  c.size(cores, 2, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
+  Sizes(c, dtype, {{B, As::factor, {N, R_OUT}}, {cores, As::factor, {L, R_IN, R_OUT}}});
+  c.finite("scaling", scaling);
 }
 
 inline void check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const Arg& cores, double scaling,
                             const Arg& dB) {
   c.arguments({&Q, &B, &cores, &dB}, {&dB});
-  c.dims(Q, 3, "[L, N, r_in]"), c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");
-  if (Q.dtype != ScalarType::Float && Q.dtype != ScalarType::Double) {
+  if (Q.dtype != ScalarType::Float && Q.dtype != ScalarType::Double)
     fail(c.op, ": Q: expected dtype torch.float32 or torch.float64, got ", dtype_name(Q.dtype));
-  }
-  for (const Arg* a : {&B, &cores}) {
-    c.supported(*a);
-    if (acc_dtype(a->dtype) != Q.dtype) {
-      fail(c.op, ": ", a->name, ": expected a dtype that is summed in Q's ", dtype_name(Q.dtype), ", got ",
-           dtype_name(a->dtype));
-    }
-  }
-  c.positive(Q, 0, "L"), c.positive(Q, 1, "N"), c.rank(Q, 2, "r_in"), c.rank(B, 1, "r_out");
-  c.size(B, 0, Q.size[1], "N, as in Q"), c.size(cores, 0, Q.size[0], "L, as in Q");
-  c.size(cores, 1, Q.size[2], "r_in, as in Q"), c.size(cores, 2, B.size[1], "r_out, as in B");
+  Sizes(c, Q.dtype,
+        {{Q, As::same, {L, N, R_IN}},
+         {B, As::summed, {N, R_OUT}},
+         {cores, As::summed, {L, R_IN, R_OUT}},
+         {dB, As::same, {N, R_OUT}}});
   c.finite("scaling", scaling);
-  if (dB) c.matrix(dB, Q.dtype, "[N, r_out]", Q.size[1], "N, as in Q", B.size[1], "r_out, as in B");
 }
 
 // ---- row_core ----
-
-struct RowSizes {
-  int64_t rows, m, cores, r_in, r_out;
-};
 
 // Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that each reads.
 // g: that of the backward.  The values of the indices are checked on a CPU alone, since on a GPU that would
@@ -104,123 +190,49 @@ struct RowSizes {
 struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 
-  RowSizes check(const Check& c, double scaling) const {
+  Sizes check(const Check& c, double scaling) const {
     c.arguments({&g, &u, &cores, &index, &offs, &tokens});
-    c.dims(u, 2, "[m, r_in]"), c.dims(cores, 3, "[c, r_in, r_out]");
-    c.supported(u), c.factor(cores, u.dtype);
-    c.positive(u, 1, "r_in"), c.positive(cores, 0, "c"), c.rank(cores, 2, "r_out");
-    c.size(cores, 1, u.size[1], "r_in, as in u"), c.rank(cores, 1, "r_in"), c.finite("scaling", scaling);
+    c.supported(u);
     if (bool(index) == bool(offs))
       fail(c.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
-    const RowSizes s{tokens && tokens.dim == 1 ? tokens.size[0] : u.size[0], u.size[0], cores.size[0],
-                     cores.size[1], cores.size[2]};
-    const auto integers = [&](const Arg& a, ScalarType dtype, int64_t size, const char* what) {
-      if (a) c.dims(a, 1, what), c.dtype(a, dtype), c.size(a, 0, size, what);
-    };
-    integers(tokens, ScalarType::Long, s.rows, "rows");
-    integers(index, ScalarType::Long, s.rows, tokens ? "rows, as in tokens" : "rows, as in u");
-    integers(offs, ScalarType::Int, s.cores, "one end a core");
-    if (g) c.matrix(g, u.dtype, "[rows, r_out]", s.rows, "rows", s.r_out, "r_out, as in cores");
-    return s;
+    c.finite("scaling", scaling);
+    // without tokens there is a row for each token
+    const Dim row = tokens ? ROWS : M;
+    return {c,
+            u.dtype,
+            {{u, As::same, {M, R_IN}},
+             {cores, As::factor, {L, R_IN, R_OUT}},
+             {tokens, As::int64, {ROWS}},
+             {index, As::int64, {row}},
+             {offs, As::int32, {L}},
+             {g, As::same, {row, R_OUT}}}};
   }
 };
 
 // ---- a direction of a layer ----
 
-// The factors against the activations' dtype.
-inline void check_A(const Check& c, const Arg& A, const Arg& like) {
-  c.dims(A, 2, "[K, r_in]"), c.factor(A, like.dtype), c.positive(A, 0, "K");
-}
-
-inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const Arg& B, double scaling) {
-  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
-  for (const Arg* a : {&core, &B}) c.factor(*a, like.dtype);
-  c.positive(B, 0, "N"), c.rank(B, 1, "r_out"), c.rank(core, 0, "r_in");
-  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
-  Sizes s;
-  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
-  return s;
-}
-
-// Sums of the gradients of A and B, each where it is given.
-inline void check_sums(const Check& c, const Arg& like, const Sizes& s, const Arg& dA, const Arg& dB) {
-  const ScalarType wide = acc_dtype(like.dtype);
-  if (dA) c.matrix(dA, wide, "[K, r_in]", s.k, "K, as in A", s.r_in, "r_in, as in A");
-  if (dB) c.matrix(dB, wide, "[N, r_out]", s.n, "N, as in B", s.r_out, "r_out, as in B");
-}
-
-// The order of the products in a layer's operators, planner.Plan.order in Python: the base product first, the
-// adapter's first, or both in one launch. UNFOLDED is added to the first two: the core is multiplied with the
-// tokens.
+// The order of the products in a layer's operators: the base product first, the adapter's first, or both in
+// one launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
 constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2, UNFOLDED = 4;
 
-// The frozen weight [N, K] against the activations x [.., K] or g [.., N].
-inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int64_t n, int64_t k) {
-  c.matrix(weight, like.dtype, "[N, K]", n, "N, as in B", k, "K");
-}
-// u or k.
-inline void check_rank_rows(const Check& c, const Arg& a, const Arg& like, const Sizes& s) {
-  c.matrix(a, like.dtype, "[M, r_in]", s.m, "M, the tokens", s.r_in, "r_in, as in core");
-}
-inline void check_folded(const Check& c, const Arg& F, const Arg& like, const Sizes& s) {
-  c.dims(F, 2, "[N, r_in]"), c.factor(F, like.dtype);
-  c.size(F, 0, s.n, "N, as in B"), c.size(F, 1, s.r_in, "r_in, as in core");
-}
-// x or dx [.., K] beside g or k.
-inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_t m, int64_t k,
-                              const char* shape = "[.., K]", const char* what = "K, as in A") {
-  const int64_t rows = c.rows(a, shape);
-  c.dtype(a, g.dtype), c.size(a, a.dim - 1, k, what);
-  if (rows != m) fail(c.op, ": ", a.name, ": expected ", m, " tokens, as in g, got shape ", a.shape());
-}
-
-// The bias and the scale of W's rows, [N] each, for activations `like`.
-inline void check_bias_and_scale(const Check& c, const Arg& bias, const Arg& scale, const Arg& like,
-                                 int64_t n, const char* what) {
-  if (bias) c.dims(bias, 1, "[N]"), c.dtype(bias, like.dtype), c.size(bias, 0, n, what);
-  if (scale) c.dims(scale, 1, "[N]"), c.dtype(scale, acc_dtype(like.dtype)), c.size(scale, 0, n, what);
-}
-
-inline void check_scale_backward(const Check& c, const Arg& g, const Arg& y, const Arg& bias,
-                                 const Arg& scale) {
-  c.arguments({&g, &y, &bias, &scale});
-  c.supported(g);
-  const int64_t m = c.rows(g, "[.., N]");
-  c.positive(g, g.dim - 1, "N");
-  check_activations(c, y, g, m, g.flat.cols, "[.., N]", "N, as in g");
-  check_bias_and_scale(c, bias, scale, g, g.flat.cols, "N, as in g");
-}
-
-inline Sizes check_row_norms(const Check& c, const Arg& weight, const Arg& square, const Arg& WA,
-                             const Arg& A, const Arg& B, const Arg& core, double scaling) {
-  c.arguments({&weight, &square, &WA, &A, &B, &core});
-  c.dims(weight, 2, "[N, K]"), c.supported(weight);
-  Sizes s = check_core(c, weight, core, B, scaling);
-  check_A(c, A, weight), c.size(A, 1, s.r_in, "r_in, as in core"), s.k = A.size[0];
-  check_weight(c, weight, weight, s.n, s.k);
-  c.dims(square, 1, "[N]"), c.dtype(square, acc_dtype(weight.dtype)), c.size(square, 0, s.n, "N, as in B");
-  if (WA) c.matrix(WA, acc_dtype(weight.dtype), "[N, r_in]", s.n, "N, as in B", s.r_in, "r_in, as in core");
-  return s;
-}
-
 struct ForwardArgs {
-  Arg x, weight, bias, A, B, core, u, F, seed, scale;
+  Arg x, weight, bias, A, B, core, u, F, seed;
 
   Sizes check(const Check& c, double scaling, double p, bool unfolded) const {
-    c.arguments({&x, &weight, &bias, &A, &B, &core, &u, &F, &seed, &scale});
+    c.arguments({&x, &weight, &bias, &A, &B, &core, &u, &F, &seed});
     c.supported(x);
     if (bool(A) == bool(u))
       fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
-    Sizes s = check_core(c, x, core, B, scaling);
-    s.m = c.rows(x, "[.., K]"), s.k = x.flat.cols;
-    if (A) {
-      check_A(c, A, x), c.size(A, 1, s.r_in, "r_in, as in core");
-      c.size(x, x.dim - 1, A.size[0], "K, as in A");
-    }
-    check_weight(c, weight, x, s.n, s.k);
-    check_bias_and_scale(c, bias, scale, x, s.n, "N, as in B");
-    if (u) check_rank_rows(c, u, x, s);
-    if (F) check_folded(c, F, x, s);
+    c.finite("scaling", scaling);
+    const Sizes s(c, x.dtype,
+                  {{B, As::factor, {N, R_OUT}},
+                   {core, As::factor, {R_IN, R_OUT}},
+                   {x, As::same, {LEADING, K}},
+                   {A, As::factor, {K, R_IN}},
+                   {weight, As::same, {N, K}},
+                   {bias, As::same, {N}},
+                   {u, As::same, {M, R_IN}},
+                   {F, As::factor, {N, R_IN}}});
     c.dropout(p, seed);
     for (const Arg* a : {&u, &F})
       if (unfolded && *a) fail(c.op, ": ", a->name, ": expected None unfolded, got a tensor");
@@ -236,14 +248,7 @@ struct BackwardArgs {
   Sizes check(const Check& c, double scaling, double p, bool unfolded, bool need_u) const {
     c.arguments({&g, &weight, &x, &u, &A, &F, &B, &core, &k, &dx, &Q, &dA, &dB, &seed}, {&dx, &Q, &dA, &dB});
     c.supported(g);
-    Sizes s = check_core(c, g, core, B, scaling);
-    s.m = c.rows(g, "[.., N]");
-    c.size(g, g.dim - 1, s.n, "N, as in B");
-    if (A) check_A(c, A, g), c.size(A, 1, s.r_in, "r_in, as in core"), s.k = A.size[0];
-    if (weight) {
-      if (!A && weight.dim == 2) s.k = weight.size[1];
-      check_weight(c, weight, g, s.n, s.k);
-    }
+    c.finite("scaling", scaling);
     if (unfolded) {
       if (!A) fail(c.op, ": A: expected a tensor, got None");
       for (const Arg* a : {&F, &k, &dx, &Q})
@@ -256,41 +261,42 @@ struct BackwardArgs {
     if (dx && !weight) fail(c.op, ": weight: expected a tensor because dx is given, got None");
     if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
     if ((Q || dB) && !u) fail(c.op, ": u: expected a tensor because Q or dB is given, got None");
-    for (const Arg* a : {&x, &dx})
-      if (*a) check_activations(c, *a, g, s.m, s.k);
-    for (const Arg* a : {&u, &k})
-      if (*a) check_rank_rows(c, *a, g, s);
-    if (F) check_folded(c, F, g, s);
-    if (Q) c.matrix(Q, acc_dtype(g.dtype), "[N, r_in]", s.n, "N, as in B", s.r_in, "r_in, as in core");
-    check_sums(c, g, s, dA, dB);
     c.dropout(p, seed);
-    return s;
+    return {c,
+            g.dtype,
+            {{B, As::factor, {N, R_OUT}},
+             {core, As::factor, {R_IN, R_OUT}},
+             {g, As::same, {LEADING, N}},
+             {A, As::factor, {K, R_IN}},
+             {weight, As::same, {N, K}},
+             {x, As::same, {LEADING, K}},
+             {dx, As::same, {LEADING, K}},
+             {u, As::same, {M, R_IN}},
+             {k, As::same, {M, R_IN}},
+             {F, As::factor, {N, R_IN}},
+             {Q, As::sums, {N, R_IN}},
+             {dA, As::sums, {K, R_IN}},
+             {dB, As::sums, {N, R_OUT}}}};
   }
 };
 
 struct ShrinkBackwardArgs {
   Arg k, dx, x, A, dA, seed;
 
-  // [K] of x; 0 where there is none.
   Sizes check(const Check& c, double p) const {
     c.arguments({&k, &dx, &x, &A, &dA, &seed}, {&dx, &dA});
-    c.supported(k), c.dims(k, 2, "[M, r]"), c.rank(k, 1, "r");
+    c.supported(k);
     if (bool(dx) != bool(A))
       fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
     if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
-    Sizes s;
-    s.m = k.size[0], s.r = k.size[1];
-    if (dx) {
-      check_A(c, A, k), c.size(A, 0, dx.flat.cols, "K, as in dx"), c.size(A, 1, s.r, "r, as in k");
-      check_activations(c, dx, k, s.m, dx.flat.cols);
-    }
-    if (x) {
-      s.k = x.flat.cols;
-      check_activations(c, x, k, s.m, s.k);
-      if (dA) c.matrix(dA, acc_dtype(k.dtype), "[K, r]", s.k, "K, as in x", s.r, "r, as in k");
-    }
     c.dropout(p, seed);
-    return s;
+    return {c,
+            k.dtype,
+            {{k, As::same, {M, R}},
+             {dx, As::same, {LEADING, K}},
+             {A, As::factor, {K, R}},
+             {x, As::same, {LEADING, K}},
+             {dA, As::sums, {K, R}}}};
   }
 };
 

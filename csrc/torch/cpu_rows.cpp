@@ -1,5 +1,4 @@
 // row_core and its backward (schema.cpp) on CPU tensors: rows are grouped by their core, and by their token.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
@@ -75,13 +74,12 @@ class Grouping {
   std::vector<int64_t> row_, key_, first_;
 };
 
-Grouping by_core(const Check& c, const RowArgs& a, const RowSizes& s) {
-  return a.index ? Grouping(values(c.op, a.index, "cores", -1, s.cores), s.cores)
-                 : Grouping(c.op, a.offs, s.rows);
+Grouping by_core(const char* op, const RowArgs& a, int64_t rows, int64_t cores) {
+  return a.index ? Grouping(values(op, a.index, "cores", -1, cores), cores) : Grouping(op, a.offs, rows);
 }
 
-std::vector<int64_t> tokens_of(const Check& c, const RowArgs& a, const RowSizes& s) {
-  return a.tokens ? values(c.op, a.tokens, "rows of u", 0, s.m) : std::vector<int64_t>();
+std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
+  return a.tokens ? values(op, a.tokens, "rows of u", 0, m) : std::vector<int64_t>();
 }
 
 // A new tensor, of zeros where some of it is not written.
@@ -98,63 +96,49 @@ cpu::Mat written(const Tensor& t) {
   return layer_mat(a, written_data(a));
 }
 
-Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
-                const OptionalTensor& tokens, double scaling) {
-  const Check c{"lotr::row_core"};
-  const RowArgs a{{"g", OptionalTensor()}, {"u", u},       {"cores", cores},
-                  {"index", index},        {"offs", offs}, {"tokens", tokens}};
-  const RowSizes s = a.check(c, scaling);
-  const Grouping groups = by_core(c, a, s);
-  const std::vector<int64_t> token = tokens_of(c, a, s);
-  const Tensor h = made<2>({s.rows, s.r_out}, a.u.dtype, groups.rows() == s.rows);
-  cpu::row_core(written(h), mat_of(a.u, read_data(a.u)), a.tokens ? token.data() : nullptr,
-                layer_mat(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(), scaling);
+}  // namespace
+
+Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) const {
+  const int64_t rows = s[a.tokens ? ROWS : M];
+  const Grouping groups = by_core(op_, a, rows, s[L]);
+  const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
+  const Tensor h = made<2>({rows, s[R_OUT]}, dtype_, groups.rows() == rows);
+  cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr, first(a.cores), a.cores.stride[0],
+                groups.groups(), scaling);
   return h;
 }
 
-std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, const Tensor& cores,
-                                             const OptionalTensor& index, const OptionalTensor& offs,
-                                             const OptionalTensor& tokens, double scaling, bool need_u,
-                                             bool need_cores) {
-  const Check c{"lotr::row_core_backward"};
-  const RowArgs a{{"g", g}, {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
-  const RowSizes s = a.check(c, scaling);
-  const ScalarType sums = acc_dtype(a.u.dtype);
-  const Grouping groups = by_core(c, a, s);
-  const std::vector<int64_t> token = tokens_of(c, a, s);
-  const cpu::Mat g_mat = mat_of(a.g, read_data(a.g));
-  Tensor du = empty_of<2>({0, 0}, a.u.dtype), dcores = empty_of<3>({0, 0, 0}, sums);
+std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
+                                                          bool need_u, bool need_cores) const {
+  const int64_t rows = s[a.tokens ? ROWS : M];
+  const Grouping groups = by_core(op_, a, rows, s[L]);
+  const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
+  Tensor du = empty_of<2>({0, 0}, dtype_), dcores = empty_of<3>({0, 0, 0}, sums_);
   if (need_u) {
-    cpu::Mat transposed = layer_mat(a.cores, read_data(a.cores));
+    cpu::Mat transposed = first(a.cores);
     std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
     const auto product = [&](const Tensor& out) {
-      cpu::row_core(written(out), g_mat, nullptr, transposed, a.cores.stride[0], groups.groups(), scaling);
+      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0], groups.groups(),
+                    scaling);
     };
-    const bool all_rows = groups.rows() == s.rows;
+    const bool all_rows = groups.rows() == rows;
     if (!a.tokens) {
-      du = made<2>({s.m, s.r_in}, a.u.dtype, all_rows);
+      du = made<2>({s[M], s[R_IN]}, dtype_, all_rows);
       product(du);
     } else {
-      const Grouping by_token(token, s.m);
-      const Tensor k = made<2>({s.rows, s.r_in}, sums, all_rows);  // not rounded before it is summed
+      const Grouping by_token(token, s[M]);
+      const Tensor k = made<2>({rows, s[R_IN]}, sums_, all_rows);  // not rounded before it is summed
       product(k);
-      du = made<2>({s.m, s.r_in}, a.u.dtype, by_token.all_keys());
+      du = made<2>({s[M], s[R_IN]}, dtype_, by_token.all_keys());
       cpu::sum_rows(written(du), written(k), by_token.groups());
     }
   }
   if (need_cores) {
-    dcores = made<3>({s.cores, s.r_in, s.r_out}, sums, groups.all_keys());
-    cpu::row_core_grad(written(dcores), s.r_in * s.r_out, g_mat, mat_of(a.u, read_data(a.u)),
+    dcores = made<3>({s[L], s[R_IN], s[R_OUT]}, sums_, groups.all_keys());
+    cpu::row_core_grad(written(dcores), s[R_IN] * s[R_OUT], read(a.g), read(a.u),
                        a.tokens ? token.data() : nullptr, groups.groups(), scaling);
   }
   return {du, dcores};
 }
 
-}  // namespace
 }  // namespace lotr
-
-STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
-{
-  m.impl("row_core", TORCH_BOX(&lotr::row_core));
-  m.impl("row_core_backward", TORCH_BOX(&lotr::row_core_backward));
-}

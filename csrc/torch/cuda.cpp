@@ -1,9 +1,7 @@
 // The operators on CUDA tensors: operators.h and layer.h over products_cuda.h.
-#include "products_cuda.h"
-#include "registration.h"
-#ifdef LOTR_SM90A
 #include "fused_cuda.h"
-#endif
+#include "operators.h"
+#include "products_cuda.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {

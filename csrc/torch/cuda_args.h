@@ -15,8 +15,8 @@
 
 #include "check.h"
 #include "cuda/launch.h"
+#include "cuda/plans.h"
 #include "cuda/probe.h"
-#include "float32.h"
 #include "matrix_view.h"
 
 namespace lotr {
@@ -24,14 +24,13 @@ namespace lotr {
 constexpr int MAX_DEVICES = 64;
 
 // The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
-// without CUDA.  They do not pass through the dispatcher, whose stable interface has neither a product with
-// alpha and beta nor a sum.
+// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha and
+// beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
   int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
                        double);
-  int32_t (*add)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
 
   static const TorchCuda& functions() {
     static const TorchCuda found;
@@ -50,17 +49,13 @@ struct TorchCuda {
     find(current_stream, "aoti_torch_get_current_cuda_stream");
     find(mm_out, "aoti_torch_cuda_mm_out");
     find(addmm_out, "aoti_torch_cuda_addmm_out");
-    find(add, "aoti_torch_cuda_add_Tensor");
   }
 };
 
-// The properties of a device that plans are made from.
+// What launches need to know of a device.
 struct Device {
-  plan::Card card;
-  bool early, wgmma;  // as in Call
-  int most_of_cluster;
-  // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be captured.
-  bool early_in_graphs;
+  cuda::Card card;
+  bool early;  // as in Call
 };
 
 // This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the device of
@@ -82,25 +77,15 @@ inline Device ask_driver(const char* op, int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
-         attribute(cudaDevAttrComputeCapabilityMinor),
-         "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
+         attribute(cudaDevAttrComputeCapabilityMinor), "; torch's own products run everywhere");
   }
   int driver = 0;
   if (const cudaError_t error = cudaDriverGetVersion(&driver))
     fail(op, ": device ", device, ": ", cudaGetErrorString(error));
-  Device d{{},
-           cuda::waits_in_kernels(),
-           cuda::runs_wgmma(),
-           cuda::largest_cluster(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-           driver >= 12030};
-  d.card.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  d.card.shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  // kHz; memory: two transfers a clock, over a bus of so many bits.  A driver may not know them: 0.
-  const int clock = attribute(cudaDevAttrClockRate), memory = attribute(cudaDevAttrMemoryClockRate),
-            bus = attribute(cudaDevAttrGlobalMemoryBusWidth);
-  if (clock > 0) d.card.clock = float(clock) / 1000;
-  if (memory > 0 && bus > 0) d.card.memory = float(2.0 * memory / 1000 * bus / 8 / d.card.multiprocessors);
-  return d;
+  // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be captured.
+  const bool early = cuda::waits_in_kernels() && driver >= 12030 && cuda::early_launches();
+  return {{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},
+          early};
 }
 
 // The same, read once per device.
@@ -128,7 +113,7 @@ inline DType dtype_of(const char* op, const char* name, ScalarType dtype) {
       return DType::float16;
     default:
       fail(op, ": ", name, ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
-           dtype_name(dtype), "; the composite path takes it (LOTR_STRATEGY=composite)");
+           dtype_name(dtype), "; torch's own products take it");
   }
 }
 inline DType dtype_of(const char* op, const Arg& a) {
@@ -145,15 +130,7 @@ class Context {
     const Device device = device_of(op, device_);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().current_stream(device_, &stream));
-    call_ = {type,
-             type == DType::float32 ? float32_products() : Float32::exact,
-             device.card,
-             stream,
-             device.early,
-             device.wgmma,
-             cuda::switches(),
-             device.most_of_cluster};
-    call_.off.early |= !device.early_in_graphs;
+    call_ = {type, device.card, stream, device.early};
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }
@@ -204,12 +181,11 @@ class Context {
     f(memory.mutable_data_ptr());
   }
 
-  // Runs an operator of cuda/launch.h, prepared once for its sizes.
+  // Runs an operator of cuda/launch.h.
   template <class Problem>
   void run(const Problem& problem) const {
-    const auto prepared = cuda::prepare(call_, problem);
-    with_workspace(prepared.workspace,
-                   [&](void* workspace) { cuda::run(call_, problem, prepared, workspace); });
+    with_workspace(cuda::workspace(call_, problem),
+                   [&](void* workspace) { cuda::run(call_, problem, workspace); });
   }
 
   Matrix read(const Arg& a) const {

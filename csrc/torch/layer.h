@@ -1,10 +1,9 @@
 // A direction of a layer, written once over the products that it is made of:
 //
-//   CpuProducts     products_cpu.h     the library's base product, the kernels of cpu/
-//   CudaProducts    products_cuda.h    the same with the launchers of cuda/
-//   TracedProducts  products_traced.h  each product as an operator of its own, which a dispatch mode sees
+//   CpuProducts   products_cpu.h   the library's base product, the kernels of cpu/
+//   CudaProducts  products_cuda.h  the same with the launchers of cuda/
 //
-//   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T, or bias + scale (x W^T + u F^T)
+//   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
 //   layer_backward_  k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,
 //                                                   dB += s Q G,  dG = s Q^T B
 //   unfolded, for few tokens: h = s u G,  y = x W^T + bias + h B^T;   h = s g B,  k = h G^T,
@@ -18,8 +17,7 @@
 // torch's own linear starts in this way from a copy of the bias, so the expand's pass over y replaces that
 // copy, and nothing runs with cold caches after the product. TWO_PASS: the product first, then the adapter's
 // part is added to it. On a CPU that pass adds the bias too, at no cost, where the library's bfloat16 product
-// with a bias takes up to 7 % longer than without. With a scale the order is always TWO_PASS, and that pass
-// scales y too.
+// with a bias takes up to 7 % longer than without. FUSED: both in one launch, on some GPUs (fused_cuda.h).
 #pragma once
 
 #include <tuple>
@@ -53,20 +51,16 @@ template <class Products>
 Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
                       int64_t strategy, const OptionalTensor& u, const OptionalTensor& F, double p,
-                      const OptionalTensor& seed, const OptionalTensor& scale) {
-  const Check c{"lotr::layer_forward", Products::decomposed, Products::max_rank};
-  int64_t order = Products::order_of(c, strategy);
+                      const OptionalTensor& seed) {
+  const Check c{"lotr::layer_forward", Products::max_rank};
+  const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
-  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},       {"B", B},
-                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}, {"scale", scale}};
-  if (a.scale) order = TWO_PASS;
+  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
+                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded);
   Products products(c, a.x, p, a.seed);
-  if constexpr (Products::fuses) {
-    if (order == FUSED) return products.fused_forward(c, a, s, scaling, p);
-  }
   OptionalTensor new_u, new_F;
-  auto y = products.output(a.x, s.n, a.bias, a.scale);
+  auto y = products.output(a.x, s[N], a.bias);
   // add(fresh) adds the adapter's part to y, or starts y with it and the bias.
   const auto with_base = [&](bool adapter_first, auto add) {
     if (adapter_first) {
@@ -80,12 +74,14 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (unfolded) {
     with_base(order == BETA && Products::unfolded_first,
               [&](bool fresh) { products.small_forward(new_u, y, a, s, scaling, fresh); });
-  } else {
-    const auto u_in = a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
-    const auto F_in = a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
-    with_base(order == BETA && Products::folded_first,
-              [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
+    return {products.result(y), std::move(new_u), std::move(new_F)};
   }
+  const auto u_in = a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
+  const auto F_in = a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
+  if (order == FUSED)
+    products.fused(y, a.x, a.weight, u_in, F_in, false);
+  else
+    with_base(order == BETA, [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
   return {products.result(y), std::move(new_u), std::move(new_F)};
 }
 
@@ -94,7 +90,7 @@ void unfolded_backward(Products& products, Made& made, const BackwardArgs& a, co
                        bool adapter_first, bool need_B, bool need_core, ScalarType narrow) {
   if (!a.weight)
     return products.small_backward(made, nullptr, a, s, scaling, false, need_B, need_core, narrow);
-  auto dx = products.gradient(a.dx, a.g, s.k);
+  auto dx = products.gradient(a.dx, a.g, s[K]);
   if (!adapter_first) products.base_gradient(dx, a.g, a.weight, true);
   products.small_backward(made, &dx, a, s, scaling, adapter_first, need_B, need_core, narrow);
   if (adapter_first) products.base_gradient(dx, a.g, a.weight, false);
@@ -108,7 +104,7 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
-  const Check c{"lotr::layer_backward_", Products::decomposed, Products::max_rank};
+  const Check c{"lotr::layer_backward_", Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
   const BackwardArgs a{{"g", g}, {"weight", weight}, {"x", x},       {"u", u},      {"A", A},
@@ -125,30 +121,29 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
   }
   // k = g F and Q (+)= g^T u, from one read of g
   const bool folds = a.u && !a.Q && (need_B || need_core || a.dB);
-  typename Products::Sum Q_sum(products, a.Q, folds, s.n, s.r_in);
+  typename Products::Sum Q_sum(products, a.Q, folds, s[N], s[R_IN]);
   auto k_in = typename Products::Value{};
-  bool fused = false;
-  if constexpr (Products::fuses) {
-    fused = order == FUSED && p == 0.0 && products.fused_backward(made, k_in, Q_sum, a, s);
-  }
-  if (!fused) {
-    const auto g_in = products.read(a.g);
-    if (a.F && Q_sum)
-      k_in = products.shrink_grad(made.k, Q_sum, g_in, a.F, a.u);
-    else if (a.F)
-      k_in = products.shrink(made.k, g_in, a.F, false);
-    else if (Q_sum)
-      products.add_outer(Q_sum, g_in, a.u);
-    if (a.F && a.k) products.add(made.k, k_in, a.k);
-  }
+  const auto g_in = products.read(a.g);
+  if (a.F && Q_sum)
+    k_in = products.shrink_grad(made.k, Q_sum, g_in, a.F, a.u);
+  else if (a.F)
+    k_in = products.shrink(made.k, g_in, a.F, false);
+  else if (Q_sum)
+    products.add_outer(Q_sum, g_in, a.u);
+  if (a.F && a.k) products.add(made.k, k_in, a.k);
   if (folds) products.fold_grad(made, Q_sum.value, 0, a.B, a.core, scaling, a.dB, need_B, need_core, narrow);
-  if (a.x) products.factor_grad(made.dA, a.dA, s.k, s.r_in, narrow, a.x, k_in);
-  if (a.weight && !fused) {
-    auto dx_out = products.gradient(a.dx, a.g, s.k);
-    const bool expands = a.A && a.F, expand_first = expands && order != TWO_PASS && Products::folded_first;
-    if (expand_first) products.expand(dx_out, k_in, products.read(a.A), !a.dx, true);
-    products.base_gradient(dx_out, a.g, a.weight, !a.dx && !expand_first);
-    if (expands && !expand_first) products.expand(dx_out, k_in, products.read(a.A), false, true);
+  if (a.x) products.factor_grad(made.dA, a.dA, s[K], s[R_IN], narrow, a.x, k_in);
+  if (a.weight) {
+    auto dx_out = products.gradient(a.dx, a.g, s[K]);
+    const bool expands = a.A && a.F, expand_first = expands && order != TWO_PASS;
+    if (order == FUSED && expands && !a.dx && p == 0.0 &&
+        products.fuses(dx_out, a.g, a.weight, k_in, products.read(a.A), true)) {
+      products.fused(dx_out, a.g, a.weight, k_in, products.read(a.A), true);
+    } else {
+      if (expand_first) products.expand(dx_out, k_in, products.read(a.A), !a.dx, true);
+      products.base_gradient(dx_out, a.g, a.weight, !a.dx && !expand_first);
+      if (expands && !expand_first) products.expand(dx_out, k_in, products.read(a.A), false, true);
+    }
     if (!a.dx) made.dx = products.result(dx_out);
   }
   if (a.A) made.k.reset();  // was used here
@@ -160,15 +155,15 @@ template <class Products>
 Tensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
                        const OptionalTensor& A, const OptionalTensor& dA, double p,
                        const OptionalTensor& seed) {
-  const Check c{"lotr::shrink_backward_", Products::decomposed, Products::max_rank};
+  const Check c{"lotr::shrink_backward_", Products::max_rank};
   const ShrinkBackwardArgs a{{"k", k}, {"dx", dx}, {"x", x}, {"A", A}, {"dA", dA}, {"seed", seed}};
   const Sizes s = a.check(c, p);
   Products products(c, a.k, p, a.seed);
   OptionalTensor made;
   const auto k_in = products.read(a.k);
-  if (a.x) products.factor_grad(made, a.dA, s.k, s.r, acc_dtype(a.k.dtype), a.x, k_in);
+  if (a.x) products.factor_grad(made, a.dA, s[K], s[R], acc_dtype(a.k.dtype), a.x, k_in);
   if (a.dx) {
-    auto dx_out = products.gradient(a.dx, a.k, s.k);
+    auto dx_out = products.gradient(a.dx, a.k, s[K]);
     products.expand(dx_out, k_in, products.read(a.A), false, true);
   }
   return defined(made);

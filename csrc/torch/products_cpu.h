@@ -74,13 +74,13 @@ inline cpu::Mat make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarTyp
 class CpuProducts {
  public:
   using Value = cpu::Mat;
-  static constexpr bool decomposed = false, fuses = false, folded_first = true, unfolded_first = true;
+  static constexpr bool unfolded_first = true;
   static constexpr int64_t max_rank = 0;
 
-  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias and scale.
+  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias.
   struct Output {
     Tensor tensor, matrix;
-    Value mat, bias, scale;
+    Value mat, bias;
   };
   // Q: a given sum to add to, or new memory; with 0 rows if there is neither.
   struct Sum {
@@ -96,8 +96,8 @@ class CpuProducts {
     explicit operator bool() const { return value.data; }
   };
 
-  CpuProducts(const Check&, const Arg& like, double p, const Arg& seed)
-      : dtype_(like.dtype), sums_(acc_dtype(like.dtype)) {
+  CpuProducts(const Check& c, const Arg& like, double p, const Arg& seed)
+      : op_(c.op), dtype_(like.dtype), sums_(acc_dtype(like.dtype)) {
     if (p == 0.0) return;
     drop_.on = true;
     drop_.threshold = uint32_t(p * 4294967296.0);
@@ -117,19 +117,19 @@ class CpuProducts {
   Value first(const Arg& a) const { return layer_mat(a, read_data(a)); }
 
   // y, new, with x's leading dimensions.
-  Output output(const Arg& x, int64_t cols, const Arg& bias, const Arg& scale) const {
+  Output output(const Arg& x, int64_t cols, const Arg& bias) const {
     Output y = new_output(x, cols);
-    y.bias = line(bias), y.scale = line(scale);
+    if (bias) y.bias = {read_data(bias), 1, bias.size[0], 0, bias.stride[0], cpu_dtype(bias.dtype)};
     return y;
   }
   // dx: the given one, or new with g's leading dimensions.
   Output gradient(const Arg& given, const Arg& g, int64_t cols) const {
     if (!given) return new_output(g, cols);
-    return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}, {}};
+    return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}};
   }
   Tensor result(Output& y) const { return std::move(y.tensor); }
 
-  // The base product. y's bias and scale come with the adapter's part.
+  // The base product. y's bias comes with the adapter's part.
   void base(Output& y, const Arg& x, const Arg& weight) const {
     mm(y.matrix, matrix_view(x), transposed_view(weight), true);
   }
@@ -154,35 +154,7 @@ class CpuProducts {
     return F;
   }
   void expand(Output& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
-    cpu::expand_add(y.mat, u, F, drop(dropped), {fresh, y.bias, y.scale});
-  }
-  std::tuple<Tensor, Tensor> scale_backward(const Arg& g, const Arg& y, const Arg& bias,
-                                            const Arg& scale) const {
-    Output g0 = new_output(g, g.flat.cols);
-    Tensor dscale = empty_of<1>({g.flat.cols}, sums_);
-    cpu::scale_backward(g0.mat, line(Arg("dscale", dscale)), read(g), read(y), line(bias), line(scale));
-    return {std::move(g0.tensor), std::move(dscale)};
-  }
-  // The lengths of the rows of W + F A^T, and W A where none is given.
-  std::tuple<Tensor, OptionalTensor> row_norms(const Arg& W, const Arg& square, const Arg& WA, const Arg& A,
-                                               const Arg& B, const Arg& core, double scaling,
-                                               const Sizes& s) const {
-    OptionalTensor new_WA;
-    Tensor norm = empty_of<1>({s.n}, sums_);
-    const auto shared = [&](const cpu::Scratch& memory, int64_t rows) {
-      return Value{memory.get<void>(), rows, s.r_in, s.r_in, 1, cpu_dtype(sums_)};
-    };
-    const size_t row_bytes = size_t(s.r_in * item_size(sums_));
-    const cpu::Scratch F_memory(size_t(s.n) * row_bytes), AA_memory(size_t(s.r_in) * row_bytes),
-        FAA_memory(size_t(s.n) * row_bytes);
-    const Value F = shared(F_memory, s.n), AA = shared(AA_memory, s.r_in), FAA = shared(FAA_memory, s.n);
-    const Value product = WA ? read(WA) : make(new_WA, s.n, s.r_in, sums_);
-    if (!WA) cpu::shrink(product, read(W), read(A), {});
-    cpu::fold(F, 0, read(B), layer_mat(core, read_data(core)), 0, 1, scaling);
-    cpu::factor_grad(AA, read(A), read(A), {}, false);
-    cpu::shrink(FAA, F, AA, {});
-    cpu::row_norms(line(Arg("norm", norm)), read(W), line(square), product, read(A), F, FAA);
-    return {std::move(norm), std::move(new_WA)};
+    cpu::expand_add(y.mat, u, F, drop(dropped), {fresh, y.bias});
   }
   Value shrink_grad(OptionalTensor& made, const Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
     const Value k = make(made, g.rows, F.size[1], dtype_);
@@ -215,9 +187,8 @@ class CpuProducts {
 
   void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, const Sizes& s, double scaling,
                      bool fresh) const {
-    const Value u = make(made, s.m, s.r_in, dtype_);
-    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
-                       {fresh, y.bias, y.scale});
+    const Value u = make(made, s[M], s[R_IN], dtype_);
+    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling, {fresh, y.bias});
   }
   // dx: null, or the output that is written (fresh) or added to.
   void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling,
@@ -228,25 +199,34 @@ class CpuProducts {
     if (a.u) b.u = read(a.u);
     if (a.x) {
       b.x = read(a.x), b.fresh_dA = !a.dA;
-      b.dA = sum_or_new(a.dA, made.dA, s.k, s.r_in, narrow);
+      b.dA = sum_or_new(a.dA, made.dA, s[K], s[R_IN], narrow);
     }
-    if (need_B) b.fresh_dB = !a.dB, b.dB = sum_or_new(a.dB, made.dB, s.n, s.r_out, narrow);
-    if (need_core) b.dcore = make(made.dcore, s.r_in, s.r_out, narrow);
+    if (need_B) b.fresh_dB = !a.dB, b.dB = sum_or_new(a.dB, made.dB, s[N], s[R_OUT], narrow);
+    if (need_core) b.dcore = make(made.dcore, s[R_IN], s[R_OUT], narrow);
     cpu::small_backward(b);
   }
 
- private:
-  // [n] as a matrix [1, n].
-  static Value line(const Arg& a) {
-    return a ? Value{read_data(a), 1, a.size[0], 0, a.stride[0], cpu_dtype(a.dtype)} : Value{};
+  // There is no fused product on a CPU: order_of refuses it.
+  template <class... Any>
+  static bool fuses(const Any&...) {
+    return false;
   }
+  template <class... Any>
+  static void fused(const Any&...) {}
+
+  // ---- a core a row: cpu_rows.cpp ----
+  Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling, bool need_u,
+                                               bool need_cores) const;
+
+ private:
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
     const bool flat = like.dim == 2;  // then sizes need no heap memory
     Tensor t = flat ? empty_of<2>({rows, cols}, dtype_) : empty(size_like(like, cols), dtype_);
     Tensor matrix = flat ? t : matrix_view(t.get(), rows, cols, cols, 1);
     const Value mat{t.mutable_data_ptr(), rows, cols, cols, 1, cpu_dtype(dtype_)};
-    return {std::move(t), std::move(matrix), mat, {}, {}};
+    return {std::move(t), std::move(matrix), mat, {}};
   }
   static Value sum_or_new(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
                           ScalarType dtype) {
@@ -260,6 +240,7 @@ class CpuProducts {
   }
   cpu::Drop drop(bool dropped) const { return dropped ? drop_ : cpu::Drop{}; }
 
+  const char* op_;
   ScalarType dtype_, sums_;
   cpu::Drop drop_;
 };

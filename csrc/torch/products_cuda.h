@@ -1,12 +1,18 @@
 // The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by the
 // launchers of cuda/. All run on the current stream of the operands' device; nothing synchronises.
 #pragma once
-#include "composite.h"
-#include "cuda/counters.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
 #include "cuda_args.h"
 #include "layer.h"
 
 namespace lotr {
+
+inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
 
 // out = start + a b; start null: a b.
 inline void cuda_mm(const Tensor& out, AtenTensorHandle start, const Tensor& a, const Tensor& b) {
@@ -24,21 +30,18 @@ class CudaProducts {
     DType type = DType::float32;
     AtenTensorHandle handle = nullptr;
   };
-  static constexpr bool decomposed = false, folded_first = true, unfolded_first = false;
+  static constexpr bool unfolded_first = false;
   static constexpr int64_t max_rank = cuda::MAX_RANK;
 #ifdef LOTR_SM90A
-  static constexpr bool fuses = true;
+  static constexpr bool has_fused = true;
 #else
-  static constexpr bool fuses = false;
+  static constexpr bool has_fused = false;
 #endif
 
-  // y or dx: the tensor, the same as a matrix for the library and for the kernels; of y the bias of the base
-  // product, or the scale of its columns, with a bias that is not scaled.
+  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias.
   struct Output {
     Tensor tensor, matrix;
-    Value value;
-    AtenTensorHandle bias = nullptr;
-    RowScale of_rows{};
+    Value value, bias;
   };
   // Q: a given sum, which is added to, or a new one, which is written.
   struct Sum {
@@ -57,9 +60,10 @@ class CudaProducts {
       : context_(c.op, like), dropout_(dropout(p, seed)) {}
   static int64_t order_of(const Check& c, int64_t strategy) {
     const int64_t order = strategy & ~UNFOLDED;
-    if (order != TWO_PASS && order != BETA && !(fuses && strategy == FUSED))
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)", fuses ? "" : " in a build without sm_90a",
-           ", got ", strategy, strategy == FUSED ? " (fused)" : "");
+    if (order != TWO_PASS && order != BETA && !(has_fused && strategy == FUSED))
+      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
+           has_fused ? "" : " in a build without sm_90a", ", got ", strategy,
+           strategy == FUSED ? " (fused)" : "");
     return order;
   }
 
@@ -70,22 +74,19 @@ class CudaProducts {
     return {read_data(a), size[0], size[1], stride[0], stride[1], dtype_of(context_.op(), a), a.handle};
   }
 
-  Output output(const Arg& x, int64_t cols, const Arg& bias, const Arg& scale) const {
+  Output output(const Arg& x, int64_t cols, const Arg& bias) const {
     Output y = new_output(x, cols);
-    if (scale)
-      y.of_rows = row_scale(scale, bias);
-    else if (bias)
-      y.bias = bias.handle;
+    if (bias) y.bias = {read_data(bias), 1, cols, 0, bias.stride[0], y.value.type, bias.handle};
     return y;
   }
   Output gradient(const Arg& given, const Arg& g, int64_t cols) const {
     if (!given) return new_output(g, cols);
-    return {*given.tensor, matrix_view(given), written(given)};
+    return {*given.tensor, matrix_view(given), written(given), {}};
   }
   Tensor result(Output& y) const { return std::move(y.tensor); }
 
   void base(Output& y, const Arg& x, const Arg& weight) const {
-    cuda_mm(y.matrix, y.bias, matrix_view(x), transposed_view(weight));
+    cuda_mm(y.matrix, y.bias.handle, matrix_view(x), transposed_view(weight));
   }
   void base_onto(Output& y, const Arg& x, const Arg& weight) const {
     cuda_mm(y.matrix, y.matrix.get(), matrix_view(x), transposed_view(weight));
@@ -120,21 +121,13 @@ class CudaProducts {
     context_.run(q);
     return F;
   }
-  // fresh: by the library, which writes y without reading it.
+  // fresh: y starts with this and its bias, whatever it holds.
   void expand(Output& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
-    const Dropout drop = mask(dropped);
-    if (fresh && !drop.seed) {
-      OptionalTensor copy;
-      const Value factor = F.type == context_.call().type ? F : packed(copy, F);
-      cuda_mm(y.matrix, y.bias, matrix_view(u.handle, u.rows, u.cols, u.row, u.col),
-              matrix_view(factor.handle, factor.cols, factor.rows, factor.col, factor.row));
-      return;
-    }
-    if (fresh) clear(y.value);
     ExpandProblem q{};
     q.y = out(y.value), q.u = in(u), q.F = in(F);
-    q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = drop;
-    q.of_rows = y.of_rows;
+    q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = mask(dropped);
+    q.fresh = fresh;
+    if (fresh) q.bias = y.bias.data, q.bias_stride = y.bias.col;
     context_.run(q);
   }
   Value shrink_grad(OptionalTensor& made, const Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
@@ -150,9 +143,7 @@ class CudaProducts {
     outer(Q.value, g, read(u), false, Q.add);
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    AtenTensorHandle sum = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().add(made->get(), given.handle, 1.0, &sum));
-    made = Tensor(sum);
+    made = torch::stable::subtract(*made, *given.tensor, -1.0);  // the stable interface has no sum of tensors
     k = read(Arg("k", *made));
   }
   // Of one core, or of all of [l, r_in, r_out], whose Q are Q_stride apart. dB is added to where it is given.
@@ -167,29 +158,17 @@ class CudaProducts {
     if (dB)
       sum = written(dB);
     else if (need_B)
-      sum = zeros(total, n, r_out);
+      sum = floats(total, n, r_out);
     FoldGradProblem q{};
     q.Q = in(Q), q.Q_stride = Q_stride;
     q.B = in(factor), q.cores = in(core), q.core_stride = cores.dim == 3 ? cores.stride[0] : 0;
-    q.dB = static_cast<float*>(sum.data), q.dB_row = sum.row, q.dB_col = sum.col;
+    q.dB = static_cast<float*>(sum.data), q.dB_row = sum.row, q.dB_col = sum.col, q.add_dB = bool(dB);
     q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
     q.B_type = factor.type, q.core_type = core.type;
     q.N = n, q.L = int32_t(l), q.r_in = int32_t(r_in), q.r_out = int32_t(r_out), q.scale = float(scaling);
     context_.run(q);
     if (total) made.dB = in_dtype(*total, narrow);
     if (need_core) made.dcore = in_dtype(dcores, narrow);
-  }
-  std::tuple<Tensor, Tensor> scale_backward(const Arg& g, const Arg& y, const Arg& bias,
-                                            const Arg& scale) const {
-    const int64_t n = g.flat.cols;
-    Output g0 = new_output(g, n);
-    Tensor dscale = context_.empty_float<1>({n});
-    ScaleBackwardProblem q{};
-    q.g = in(read(g)), q.y = in(read(y)), q.g0 = out(g0.value), q.of_rows = row_scale(scale, bias);
-    q.dscale = static_cast<float*>(dscale.mutable_data_ptr());
-    q.M = g.flat.rows, q.N = n;
-    context_.run(q);
-    return {std::move(g0.tensor), std::move(dscale)};
   }
   // sum += drop(x)^T k, or a new tensor where none is given.
   void factor_grad(OptionalTensor& made, const Arg& sum, int64_t rows, int64_t cols, ScalarType narrow,
@@ -204,10 +183,9 @@ class CudaProducts {
                      bool) const {
     SmallForwardProblem q{};
     q.y = out(y.value), q.x = in(read(a.x)), q.A = in(read(a.A)), q.core = in(read(a.core));
-    q.B = in(read(a.B)), q.u = out(rank_rows(made, s.m, s.r_in));
-    q.M = s.m, q.K = s.k, q.N = s.n;
-    q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out), q.scale = float(scaling);
-    q.of_rows = y.of_rows;
+    q.B = in(read(a.B)), q.u = out(rank_rows(made, s[M], s[R_IN]));
+    q.M = s[M], q.K = s[K], q.N = s[N];
+    q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
     context_.run(q);
   }
   void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling, bool,
@@ -218,26 +196,35 @@ class CudaProducts {
     if (a.u) q.u = in(read(a.u));
     OptionalTensor new_dA, new_dB, new_core;
     if (a.x) {
-      const Value dA = sum_or_zeros(a.dA, new_dA, s.k, s.r_in);
+      const Value dA = a.dA ? written(a.dA) : floats(new_dA, s[K], s[R_IN]);
       q.x = in(read(a.x)), q.dA = static_cast<float*>(dA.data), q.dA_row = dA.row, q.dA_col = dA.col;
+      q.add_dA = bool(a.dA);
     }
     if (need_B) {
-      const Value dB = sum_or_zeros(a.dB, new_dB, s.n, s.r_out);
-      q.dB = static_cast<float*>(dB.data), q.dB_row = dB.row, q.dB_col = dB.col;
+      const Value dB = a.dB ? written(a.dB) : floats(new_dB, s[N], s[R_OUT]);
+      q.dB = static_cast<float*>(dB.data), q.dB_row = dB.row, q.dB_col = dB.col, q.add_dB = bool(a.dB);
     }
-    if (need_core) q.dcore = static_cast<float*>(floats(new_core, s.r_in, s.r_out).data);
-    q.M = s.m, q.K = s.k, q.N = s.n;
-    q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out), q.scale = float(scaling);
+    if (need_core) q.dcore = static_cast<float*>(floats(new_core, s[R_IN], s[R_OUT]).data);
+    q.M = s[M], q.K = s[K], q.N = s[N];
+    q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
     context_.run(q);
     if (new_dA) made.dA = in_dtype(*new_dA, narrow);
     if (new_dB) made.dB = in_dtype(*new_dB, narrow);
     if (new_core) made.dcore = in_dtype(*new_core, narrow);
   }
 
-  // ---- the adapter inside the base product: fused_cuda.h ----
-  Forward fused_forward(const Check& c, const ForwardArgs& a, const Sizes& s, double scaling, double p) const;
-  // dx, k and up to rank FUSED_Q_RANK Q from one launch; false if it cannot run for this g.
-  bool fused_backward(Made& made, Value& k, const Sum& Q, const BackwardArgs& a, const Sizes& s) const;
+  // ---- the base product with the adapter inside, y = x W^T + bias + u F^T: fused_cuda.h ----
+
+  // Whether the kernel takes these.
+  bool fuses(const Output& y, const Arg& x, const Arg& weight, const Value& u, const Value& F,
+             bool backward) const;
+  void fused(Output& y, const Arg& x, const Arg& weight, const Value& u, const Value& F, bool backward) const;
+
+  // ---- a core a row: cuda_rows.cpp ----
+
+  Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling, bool need_u,
+                                               bool need_cores) const;
 
   const Context& context() const { return context_; }
   Matrix in(const Value& v) const {
@@ -251,7 +238,7 @@ class CudaProducts {
   // A copy of v in the call's type, whose rows start at multiples of 16 bytes.
   Value packed(OptionalTensor& copy, const Value& v) const {
     const Value rows = rank_rows(copy, v.rows, v.cols);
-    cuda::pack(context_.call(), {in(v), rows.data, v.rows, v.cols, rows.row});
+    context_.run(PackProblem{in(v), rows.data, v.rows, v.cols, rows.row});
     return rows;
   }
   // A new matrix [rows, rank], whose rows start at multiples of 16 bytes.
@@ -265,36 +252,17 @@ class CudaProducts {
     const DType type = dtype_of(context_.op(), a);
     return {data, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride, type, a.handle};
   }
-  static RowScale row_scale(const Arg& scale, const Arg& bias) {
-    RowScale row{};
-    row.scale = static_cast<const float*>(read_data(scale)), row.scale_stride = scale.stride[0];
-    if (bias) row.bias = read_data(bias), row.bias_stride = bias.stride[0];
-    return row;
-  }
   Value written(const Arg& a) const { return value_of(a, written_data(a)); }
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
     Tensor matrix = context_.empty<2>({rows, cols});
     const Value value{matrix.mutable_data_ptr(), rows, cols, cols, 1, context_.call().type, matrix.get()};
-    if (like.dim == 2) return {matrix, matrix, value};
-    return {contiguous_view(matrix, size_like(like, cols)), matrix, value};
+    if (like.dim == 2) return {matrix, matrix, value, {}};
+    return {contiguous_view(matrix, size_like(like, cols)), matrix, value, {}};
   }
   Value floats(OptionalTensor& made, int64_t rows, int64_t cols) const {
     made = context_.empty_float<2>({rows, cols});
     return {made->mutable_data_ptr(), rows, cols, cols, 1, DType::float32, made->get()};
-  }
-  Value sum_or_zeros(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols) const {
-    return given ? written(given) : zeros(made, rows, cols);
-  }
-  Value zeros(OptionalTensor& made, int64_t rows, int64_t cols) const {
-    const Value v = floats(made, rows, cols);
-    clear(v);
-    return v;
-  }
-  // Makes a new contiguous matrix zeros.  Not by torch's zero_, which would pass through the dispatcher.
-  void clear(const Value& made) const {
-    const size_t bytes = size_t(made.rows * made.cols) * size_t(element_size(made.type));
-    if (bytes) cuda::clear(made.data, bytes, context_.call().stream);
   }
   // D (add: +=, else =) drop(x)^T v.
   void outer(const Value& D, const Value& x, const Value& v, bool dropped, bool add) const {

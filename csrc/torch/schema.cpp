@@ -1,4 +1,5 @@
-// The schemas of all operators, for every device.
+// The schemas of all operators, for every device, and the operator info, which describes the build. The Python
+// module has no functions: importing it registers the operators.
 //
 // For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64 for
 // float64):
@@ -9,10 +10,6 @@
 //   fold          F_l = scaling B G_l^T
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
-//   scale_backward  g0 = scale g, dscale = sum over tokens of g (y - bias) / scale, 0 where scale is 0
-//                                                          y, bias and scale as in layer_forward
-//   row_norms     norm_n = |W_n + F_n A^T| with F = scaling B G^T from square_n = |W_n|^2, and W A where it
-//                 is new, all in acc(T); W is in T; on a CPU alone
 //   row_core            h_i = scaling u_t(i) G_c(i)
 //   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
 //                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
@@ -23,10 +20,65 @@
 // core, which has no gradient.
 //
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake kernels and
-// version counters are registered in Python (lotr_ext/ops), where that ABI has no place for them.
+// version counters are registered in Python (lotr_ext/ops.py), where that ABI has no place for them.
+#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <sstream>
 #include <string>
+
+#include "cpu/kernels.h"
+
+#ifndef LOTR_VERSION
+#define LOTR_VERSION "unknown"
+#endif
+#ifndef LOTR_CUDA_ARCHS
+#define LOTR_CUDA_ARCHS ""
+#endif
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef def = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&def);
+}
+
+namespace lotr {
+namespace {
+
+// "80,90a-real" -> "80", "90a-real" between quotes.
+std::string quoted_list(const std::string& list) {
+  std::string out;
+  for (size_t at = 0; at < list.size();) {
+    const size_t end = std::min(list.find(',', at), list.size());
+    out += (out.empty() ? "\"" : ", \"") + list.substr(at, end - at) + "\"";
+    at = end + 1;
+  }
+  return out;
+}
+
+std::string info() {
+  std::ostringstream s;
+  s << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56) << "."
+    << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\", \"cpu\": {\"isa\": \"" << cpu::isa_name()
+    << "\"}, \"cuda\": {\"built\": "
+#ifdef LOTR_WITH_CUDA
+    << "true"
+#else
+    << "false"
+#endif
+    << ", \"archs\": [" << quoted_list(LOTR_CUDA_ARCHS) << "]}}";
+  return s.str();
+}
+
+}  // namespace
+}  // namespace lotr
+
+// No tensor argument, so no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
+{
+  m.impl("info", TORCH_BOX(&lotr::info));
+}
 
 STABLE_TORCH_LIBRARY(lotr, m)
 {
@@ -38,10 +90,6 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
   m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
   m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
-  m.def("scale_backward(Tensor g, Tensor y, Tensor? bias, Tensor scale) -> (Tensor g0, Tensor dscale)");
-  m.def(
-      "row_norms(Tensor weight, Tensor square, Tensor? WA, Tensor A, Tensor B, Tensor core, float scaling) "
-      "-> (Tensor norm, Tensor? WA)");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
       "Tensor");
@@ -51,35 +99,26 @@ STABLE_TORCH_LIBRARY(lotr, m)
 
   // The forward and backward of a layer. A gradient that was not requested is an undefined tensor, as in
   // ATen's own backward operators, and None in Python: torch.compile has no support for operators that write
-  // and return "Tensor?". `.products`: the same as separate products, for dispatch modes. It is an overload,
-  // since torch.compile would decompose an operator that had such a kernel itself.
-  const std::string layer_forward =
-      "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None, Tensor? scale=None) "
-      "-> (Tensor y, Tensor? u, Tensor? F)";
-  const std::string layer_backward =
-      "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
-      "float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? "
-      "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
-      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)";
-  const std::string shrink_backward =
-      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) "
-      "-> Tensor dA";
-  for (const std::string overload : {"", ".products"}) {
-    m.def(("layer_forward" + overload + layer_forward).c_str());
-    m.def(("layer_backward_" + overload + layer_backward).c_str());
-    m.def(("shrink_backward_" + overload + shrink_backward).c_str());
-  }
+  // and return "Tensor?".
+  m.def(
+      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
+      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor y, Tensor? u, Tensor? F)");
+  m.def(
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
+      "Tensor "
+      "core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
+      "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");
+  m.def(
+      "shrink_backward_(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? "
+      "seed=None) -> Tensor dA");
 #ifdef LOTR_WITH_CUDA
   m.def("cuda_probe(int device) -> str");
-  m.def(
-      "cuda_plans(str op, int M, int N, int r, int r_out, ScalarType dtype, int device, int[] card) -> str");
-  m.def("cuda_plan_rules(str rules, bool forced) -> str");
+  m.def("cuda_plans(str op, int M, int N, int r, int r_out, ScalarType dtype, int device) -> str");
 #endif
 #ifdef LOTR_SM90A
-  m.def(
-      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward, "
-      "Tensor? u_forward=None, Tensor(a!)? Q=None, bool accumulate=False) -> (Tensor y, Tensor u)");
+  m.def("gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor F, bool backward) -> Tensor");
   m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
 #endif
 }

@@ -226,12 +226,7 @@ def test_planted_bug(name: str, tmp_path: Path) -> None:
     "text, instead, mode, message",
     [
         ("bias && n0 + n < p.N", "bias", "asan", "ERROR: AddressSanitizer"),
-        (
-            "  LOTR_DEVICE int count() const {",
-            "  LOTR_DEVICE int count() const { if (blockIdx.x > 1) return bands;",
-            "race",
-            "data race",
-        ),
+        ("i += pairs", "i += 1", "race", "data race"),  # two pairs store the same tile
     ],
 )
 def test_planted_bug_of_other_builds(text: str, instead: str, mode: str, message: str, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #endif
 }
 
+// The current device's number; 0 where there is none.
+inline int current_device() {
+  int device = 0;
+#ifdef __CUDACC__
+  if (cudaGetDevice(&device)) cudaGetLastError();  // clears the error
+#endif
+  return device;
+}
+
 // ---- clusters: blocks 2 c and 2 c + 1 of the grid, so that a block's rank is its number modulo 2 ----
 
 // A barrier of all threads of the cluster: memory accesses before it, shared memory included, are visible

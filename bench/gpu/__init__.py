@@ -1,1 +1,0 @@
-"""One run on a machine with a GPU: `python -m bench.gpu` (make gpu)."""

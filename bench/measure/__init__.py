@@ -1,1 +1,0 @@
-"""What measuring programs share: cases, interleaved timing, the truth, results that are kept."""

@@ -1,1 +1,0 @@
-"""The measured objects: layers, blocks and models with all methods of adaptation, and single operators."""

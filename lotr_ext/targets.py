@@ -1,0 +1,401 @@
+"""Selects the layers that `apply_lotr` adapts, and checks them before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
+from .linear import LoTRLayer, features, has_plain_weight, is_conv1d, layer_class
+
+__all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
+
+# Heads of transformers models that have no output embeddings.
+_HEADS = (
+    *("score", "classifier", "pre_classifier", "qa_outputs", "classification_head", "logits_proj"),
+    *("cls_classifier", "distillation_classifier"),
+)
+BESIDE = ("lotr_factors", "lotr_cores", "lotr_tasks")  # what an adapted model has beside its layers
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to be adapted. names: all its names in the model; the first one is used. parameter: the 3-D parameter of module
+    whose experts are adapted; names has the name of their adapter then."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    in_features: int
+    out_features: int
+    group: str
+    parameter: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """targets: in the model's order. saved: modules to be trained whole, by name. left_out: why layers that "all-linear" or a
+    regular expression matches are not adapted, by name."""
+
+    targets: list[Target]
+    saved: dict[str, nn.Module]
+    left_out: dict[str, str]
+
+    @property
+    def groups(self) -> dict[str, list[Target]]:
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(target.group, []).append(target)
+        return groups
+
+
+def name_ends_with(name: str, ending: str) -> bool:
+    """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
+    return f".{name}".endswith(f".{ending}")
+
+
+def _matches(name: str, pattern: Sequence[str] | str | None) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name_ends_with(name, ending) for ending in pattern or ())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means it: also a quantised layer that is no nn.Linear, such as HQQ's."""
+    known = isinstance(module, nn.Linear) or is_conv1d(module)
+    return known or (features(module) is not None and callable(getattr(module, "dequantize", None)))
+
+
+def select(model: nn.Module, config: LoTRConfig) -> Selection:
+    """The layers that config adapts in a plain model. Raises as `apply_lotr`."""
+    if not isinstance(config, LoTRConfig):
+        raise TypeError(f"config: expected a LoTRConfig, got {type(config).__name__}")
+    _check_model(model)
+    places: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            places.setdefault(id(module), (module, []))[1].append(name)
+    _check_patterns(model, config, [name for _, names in places.values() for name in names])
+    saved = saved_modules(model, config)
+    inside = {id(m) for top in saved.values() for m in top.modules()}
+    tied, outputs = tied_names(model), output_layers(model) if config.everything else {}
+    targets, left_out = [], {}
+    for module, names in places.values():
+        wanted = _is_linear(module) if config.everything else any(_matches(n, config.target_modules) for n in names)
+        sizes = features(module)
+        if not wanted or (sizes is None and isinstance(config.target_modules, str)):
+            continue  # a regular expression is a filter over the layers that can be adapted
+        reason = _reason(model, module, names, tied)
+        if id(module) in inside:
+            left_out[names[0]] = "trained whole (modules_to_save)"
+        elif any(_matches(name, config.exclude_modules) for name in names):
+            left_out[names[0]] = "exclude_modules"
+        elif config.everything and (reason or id(module) in outputs):
+            left_out[names[0]] = reason or outputs[id(module)]
+        else:
+            _check_layer(names[0], module, sizes, reason)
+            targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
+    if config.everything:
+        left_out |= _not_linear(places.values())
+    targets += _expert_targets(model, config, inside)
+    _check_targets(targets, config)
+    return Selection(targets, saved, left_out if config.everything or isinstance(config.target_modules, str) else {})
+
+
+# ---- what cannot be adapted ------------------------------------------------------------------------------------------
+
+
+def _reason(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]) -> str | None:
+    """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight and does not call it"
+    if id(module) in tied:
+        return f"its weight is tied to {tied[id(module)][0]}"
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if own_forward and has_plain_weight(module) and not _is_dtensor(module.weight):
+        return _other_result(module)
+    return None
+
+
+def _other_result(module: nn.Module) -> str | None:
+    """What a subclass of nn.Linear with a forward of its own returns, if that is not [.., out_features]: Llama 4's router
+    returns a tuple. Runs a copy on tensors without values, so no state changes."""
+    own, state = copy.copy(module), {name: t.detach().to("meta") for name, t in module.state_dict(keep_vars=True).items()}
+    vars(own).update(_forward_hooks={}, _forward_pre_hooks={})
+    try:
+        with torch.no_grad():
+            y = torch.func.functional_call(own, state, state["weight"].new_zeros(1, module.in_features))
+    except Exception as error:  # of any kind: the forward is not ours
+        return f"its forward raises {type(error).__name__} for an x of [1, {module.in_features}]"
+    if isinstance(y, Tensor) and y.shape == (1, module.out_features):
+        return None
+    return f"its forward returns {list(y.shape) if isinstance(y, Tensor) else 'a ' + type(y).__name__}, not x W^T"
+
+
+def _check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None) -> None:
+    if sizes is None:
+        raise TypeError(
+            f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
+            f"({type(module).__name__})"
+        )
+    if min(sizes) < 1:
+        raise ValueError(
+            f"target_modules: expected layers with known sizes, got {name!r} with {sizes}. Run the model once first."
+        )
+    if reason is not None:
+        raise ValueError(f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}")
+    if _is_dtensor(getattr(module, "weight", None)):
+        raise TypeError(
+            f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
+            f"adapt the whole model, or leave this layer out."
+        )
+
+
+def _is_dtensor(tensor: object) -> bool:
+    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
+
+
+def _not_linear(places: Iterable[tuple[nn.Module, list[str]]]) -> dict[str, str]:
+    """Modules with weights that "all-linear" does not mean, with the reason."""
+    found = {}
+    for module, names in places:
+        if _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        deep = next(
+            (f"{own} is a {p.dim()}-D parameter" for own, p in module.named_parameters(recurse=False) if p.dim() > 2), None
+        )
+        if deep:
+            found[names[0]] = f"{deep}, not a linear layer; target_parameters takes experts"
+        elif features(module) is not None:
+            found[names[0]] = f"a {type(module).__name__}: name it to adapt it"
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """For each module that shares a parameter's memory with another one, by id(module): the other owners' parameter names."""
+    owners: dict[object, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            plain = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
+            key = (p.device, p.data_ptr()) if plain else id(p)
+            owners.setdefault(key, []).append((module, f"{name}.{own}" if name else own))
+    tied: dict[int, list[str]] = {}
+    for shared in owners.values():
+        for module, _ in shared:
+            if others := [name for other, name in shared if other is not module]:
+                tied.setdefault(id(module), []).extend(others)
+    return tied
+
+
+# ---- heads and modules to save ---------------------------------------------------------------------------------------
+
+
+def _outputs_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The output layer of a transformers model, or its heads if it has none; a timm model's classifier."""
+    head, found = "a head: name it to adapt it, or train it whole (modules_to_save)", None
+    for method in ("get_classifier", "get_output_embeddings"):
+        try:
+            found = getattr(module, method)()
+        except (NotImplementedError, AttributeError, TypeError):  # no such method, or one with another meaning
+            continue
+        if method == "get_classifier":
+            yield from ((one, head) for one in (found if isinstance(found, (tuple, list)) else (found,)))
+        elif isinstance(found, nn.Module):
+            yield found, "the output layer: name it to adapt it"
+        else:
+            yield from ((getattr(module, name), head) for name in _HEADS if hasattr(module, name))
+
+
+def output_layers(model: nn.Module) -> dict[int, str]:
+    """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description."""
+    found = [(top, what) for module in model.modules() for top, what in _outputs_of(module) if isinstance(top, nn.Module)]
+    return {id(m): what for top, what in found for m in top.modules()}
+
+
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The known heads of a model that have parameters, by name."""
+    found = {id(top) for module in model.modules() for top, what in _outputs_of(module) if what.startswith("a head")}
+    return {n: m for n, m in model.named_modules() if n and id(m) in found and next(m.parameters(), None) is not None}
+
+
+def with_head(model: nn.Module, config: LoTRConfig) -> tuple[str, ...] | None:
+    """config's modules_to_save, with the model's heads if its task_type has one. Raises ValueError if none is known."""
+    saved = config.modules_to_save
+    if not isinstance(model, nn.Module) or config.task_type not in HEADED_TASKS:
+        return saved
+    found = heads(model)
+    if not found and not saved:
+        raise ValueError(
+            f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__} without one of the "
+            f"known names ({', '.join(_HEADS)}). Name its head in modules_to_save."
+        )
+    return (*(saved or ()), *(n for n in found if not _matches(n, saved)))
+
+
+def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
+    """The modules_to_save of a model by name. Raises ValueError for a name that matches nothing, or what cannot be trained."""
+    saved: dict[str, nn.Module] = {}
+    modules = {name: m for name, m in model.named_modules() if name and not name.startswith(BESIDE)}
+    for ending in config.modules_to_save or ():
+        found = {name: m for name, m in modules.items() if name_ends_with(name, ending)}
+        if not found:
+            raise ValueError(
+                f"modules_to_save: expected names of modules, got {ending!r}, which matches none{closest(ending, modules)}"
+            )
+        for name, module in found.items():
+            if next(module.parameters(), None) is None:
+                raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
+            for own, p in module.named_parameters():
+                if (type(p) is not nn.Parameter and not _is_dtensor(p)) or p.dtype.itemsize < 2:
+                    raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised")
+            if any(isinstance(m, LoTRLayer) for m in module.modules()) and not hasattr(model, "lotr_factors"):
+                raise ValueError(f"modules_to_save: expected plain modules, got {name!r} with an adapter inside")
+        saved |= found
+    return saved
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
+    """The experts' parameters that config adapts, matched as in PEFT: by whole dotted parts at the name's end."""
+    targets, unused = [], set(config.target_parameters or ())
+    if not unused:
+        return []
+    from .experts import CHILD, expert_parameters, expert_sizes, why_not
+
+    for name, module in model.named_modules():
+        if id(module) in inside_saved or _matches(name, config.exclude_modules):
+            continue
+        for own in expert_parameters(module):
+            full = f"{name}.{own}" if name else own
+            found = {ending for ending in config.target_parameters if name_ends_with(full, ending)}
+            if not found:
+                continue
+            unused -= found
+            if (got := why_not(module, own, name)) is not None:
+                raise TypeError(f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}")
+            if _is_dtensor(getattr(module, own)):
+                raise TypeError(f"target_parameters: expected plain weights, got a DTensor in {full!r}. Leave it out.")
+            _, k, n = expert_sizes(module, own)
+            at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
+            targets.append(Target((at,), module, k, n, group_of(at, module, (k, n), config.group_by), own))
+    if unused:
+        near = closest(min(unused), (name for name, _ in model.named_parameters()))
+        raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none{near}")
+    return targets
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise TypeError(
+            f"model: expected a model with linear layers inside, got one {type(model).__name__}. Adapt it with "
+            f"LoTRLinear.from_linear(linear, LoTRFactors(in_features, out_features, rank))."
+        )
+    kind = type(model).__name__
+    wrapped = isinstance(model, (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod")
+    if wrapped:
+        raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {kind}")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (
+        () if fsdp is None else tuple(getattr(fsdp, n) for n in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, n))
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRLayer):
+            raise RuntimeError(f"model: expected one with no adapter, got a LoTR one at {name!r}. Call unload(model) first.")
+        if isinstance(module, sharded):
+            raise TypeError(f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it.")
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            raise RuntimeError(
+                f"model: expected one without PEFT's adapters, got {type(module).__name__} at {name!r}, which would be frozen. "
+                f"Merge it first (merge_and_unload), or use LoTR as a PEFT method (lotr_ext.peft)."
+            )
+
+
+def _check_patterns(model: nn.Module, config: LoTRConfig, names: Sequence[str]) -> None:
+    """Raises ValueError for a name that matches nothing, such as a misspelt one."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if field == "target_modules" and pattern == "all-linear":
+            continue
+        for one in (pattern,) if isinstance(pattern, str) else pattern or ():
+            if any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
+                continue
+            hint = _hint(model, one, names)
+            if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
+                hint = f". A string is a regular expression for the full name: to match name endings pass [{one!r}]."
+            raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none{hint}")
+
+
+def _hint(model: nn.Module, one: str, names: Sequence[str]) -> str:
+    """For a name that matches no module: what may be meant, as the end of a sentence."""
+    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, one)]
+    if deep:
+        return f". {deep[0]!r} is a 3-D parameter: name it in target_parameters."
+    if near := closest(one, names):
+        return near
+    endings = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if n and _is_linear(m)} - set(map(str, range(999)))
+    )
+    return f". The linear layers' names end with {', '.join(endings[:20])}." if endings else ""
+
+
+def closest(wanted: str, names: Iterable[str]) -> str:
+    """The name endings most similar to wanted, as the end of a message; "" if none is similar."""
+    parts = wanted.count(".") + 1
+    endings = {".".join(name.split(".")[-parts:]) for name in names}
+    endings = sorted(ending for ending in endings if ending and not ending.isdigit())
+    found = difflib.get_close_matches(wanted, endings, cutoff=0.6)
+    return f". The closest: {', '.join(map(repr, found))}." if found else ""
+
+
+def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
+    if not targets:
+        raise ValueError(
+            f"target_modules: expected to match a linear layer, got {config.target_modules!r}, which matches none outside of "
+            f"exclude_modules and modules_to_save"
+        )
+    if isinstance(config.group_by, dict) and (unknown := sorted(set(config.group_by) - {t.name for t in targets})):
+        raise ValueError(f"group_by: expected names of adapted layers, got {', '.join(unknown)}")
+    first: dict[str, Target] = {}
+    for t in targets:
+        want = first.setdefault(t.group, t)
+        if (t.in_features, t.out_features) != (want.in_features, want.out_features):
+            raise ValueError(
+                f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} "
+                f"({want.in_features}, {want.out_features}) and {t.name!r} ({t.in_features}, {t.out_features})"
+            )
+        if config.init == "svd" and layer_class(t.module).__name__ == "LoTRWrapped":
+            kind = type(t.module).__name__
+            raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
+
+
+def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
+    """The group of a layer of sizes (in_features, out_features)."""
+    shape = f"{sizes[0]}x{sizes[1]}"
+    if isinstance(by, str):
+        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(by, "")
+        return f"{part}_{shape}" if part else shape
+    if isinstance(by, dict) and name not in by:
+        raise ValueError(f"group_by: expected a group for each adapted layer, got none for {name!r}")
+    group = by[name] if isinstance(by, dict) else by(name, module)
+    if not isinstance(group, str):
+        raise TypeError(f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}")
+    return group

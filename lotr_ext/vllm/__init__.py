@@ -1,0 +1,233 @@
+"""LoTR in vLLM: the engine holds A and B once, and loads a task as r_in r_out numbers a layer.
+
+    export_factors(model, "factors")                      once: an adapter's folder, from which the engine reads A and B
+    export_task(model, "legal", task=3)                   a task of the model's TaskBank, a few hundred kB
+
+    LOTR_FACTORS=factors  vllm serve BASE --enable-lora --max-loras 64 --max-lora-rank 16 --lora-modules legal=legal
+
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). It does nothing unless LOTR_FACTORS is set.
+With it, every adapter that the engine loads must be a task over these factors. This file needs no vLLM; `engine` has vLLM's
+layers with cores.
+
+A task is a folder that vLLM's requests, resolvers and HTTP endpoints take for an adapter's:
+
+    adapter_config.json       PEFT's, with lotr_factors: a checksum of the task's factors. An engine without the plugin refuses
+                              the folder, because it has no tensors of a LoRA.
+    lotr_task.safetensors     <layer>.core = s G [r_in, r_out]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import _start_key, checked_path, put_file, read, read_bytes, save_adapter, tensors_in
+from ..model import adapted_layers
+
+__all__ = ["export_factors", "export_task", "register"]
+
+CONFIG_NAME, TENSORS_NAME, CHECKSUM = "adapter_config.json", "lotr_task.safetensors", "lotr_factors"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """layers: {adapted layer: the names of its A [k, r_in] and B [n, r_out] in tensors}."""
+
+    layers: dict[str, tuple[str, str]]
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def of(layers: Iterable[tuple[str, Hashable, Tensor, Hashable, Tensor]]) -> Factors:
+        """From (layer, a key of its A, A, a key of its B, B): layers with the same key share a factor."""
+        names: dict[Hashable, str] = {}
+        found, tensors = {}, {}
+        for layer, of_A, A, of_B, B in sorted(layers, key=lambda one: one[0]):
+            for key, tensor, part in ((of_A, A, "A"), (of_B, B, "B")):
+                tensors[names.setdefault(key, f"{part}{len(names)}")] = tensor.detach()
+            found[layer] = (names[of_A], names[of_B])
+        return Factors(found, tensors)
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the layers' names and the factors' values."""
+        digest = hashlib.sha256(json.dumps(sorted(self.layers.items())).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def core_shape(self, layer: str) -> tuple[int, int]:
+        """(r_in, r_out) of a layer."""
+        A, B = self.layers[layer]
+        return self.tensors[A].shape[1], self.tensors[B].shape[1]
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Each layer's slice of one vector with all cores, in the order of the layers' names."""
+        found, at = {}, 0
+        for layer in sorted(self.layers):
+            r_in, r_out = self.core_shape(layer)
+            found[layer] = slice(at, at := at + r_in * r_out)
+        return found
+
+
+def factors_of(model: nn.Module, where: str) -> Factors:
+    """A model's factors. Raises ValueError for an adapter that the engine cannot split into factors and cores."""
+    layers, found = adapted_layers(model), []
+    saved = getattr(getattr(model, "lotr_config", None), "modules_to_save", None)
+    for name, layer in layers.items():
+        _check(where, name, layer.core.dim() == 3, layer.start_core is not None, saved)
+        A, B = layer.factors.A, layer.factors.B
+        found.append((name, A, A.value, B, B.value))
+    return Factors.of(found)
+
+
+def read_factors(directory: str | PathLike[str]) -> Factors:
+    """The factors in a folder of `save_adapter`. Raises ValueError: no such folder, or an adapter that the engine cannot
+    hold."""
+    document, tensors = read(checked_path(directory, "LOTR_FACTORS"))
+    found = []
+    for name, entry in document["layers"].items():
+        A, B, experts = entry["A"], entry["B"], entry.get("experts", 0)
+        _check("LOTR_FACTORS", name, experts > 0, _start_key(A) in tensors, document["modules_to_save"])
+        found.append((name, A, tensors[A], B, tensors[B]))
+    return Factors.of(found)
+
+
+def _check(where: str, layer: str, experts: bool, start: bool, saved: Iterable[str] | None) -> None:
+    if experts:
+        raise ValueError(
+            f"{where}: expected adapted linear layers, got experts in {layer!r}. lotr_ext.convert.export_lora writes them for "
+            f"vLLM's own LoRA."
+        )
+    if start:
+        raise ValueError(
+            f"{where}: expected an adapter that changes no base weight, got init 'svd' in {layer!r}. "
+            f"lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice the rank."
+        )
+    if saved:
+        raise ValueError(f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}")
+
+
+def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Writes the folder that LOTR_FACTORS names: the model's adapter, as `save_adapter` does.
+
+    Raises ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
+    """
+    factors_of(model, "export_factors")
+    save_adapter(model, directory)
+
+
+@torch.no_grad()
+def export_task(
+    model: nn.Module, directory: str | PathLike[str], *, task: int | None = None, base_model: str | None = None
+) -> None:
+    """Writes a task for the engine: its cores with their scaling, and the checksum of the model's factors.
+
+    Args:
+        model: a model from `apply_lotr`.
+        directory: created if it does not exist. Its name can serve as the adapter's name in the engine.
+        task: a task of the model's TaskBank; None for the cores of the model's adapter.
+        base_model: the base model's path or name, which vLLM's resolver of folders needs. None: as the model was loaded.
+
+    Raises:
+        RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
+            cannot hold, or directory is a file.
+    """
+    from safetensors.torch import save
+
+    directory, factors, layers = checked_path(directory, "directory"), factors_of(model, "export_task"), adapted_layers(model)
+    cores = {f"{name}.core": layer.core for name, layer in layers.items()} if task is None else bank_of(model).cores_of(task)
+    scaled = {f"{name}.core": (layer.scaling * cores[f"{name}.core"]).cpu().contiguous() for name, layer in layers.items()}
+    rank = max(max(factors.core_shape(name)) for name in layers)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        CHECKSUM: factors.checksum,
+    }
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG_NAME).unlink(missing_ok=True)  # an export that is killed leaves no task, never two halves
+    put_file(directory, TENSORS_NAME, save(scaled, {"format": "pt"}))
+    put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def bank_of(model: nn.Module) -> Any:
+    """The model's TaskBank. Raises RuntimeError without one."""
+    bank = getattr(model, "lotr_tasks", None)
+    if bank is None:
+        raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
+    return bank
+
+
+def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
+    """The cores in a folder of `export_task`, in one vector by `Factors.spans`.
+
+    Raises ValueError: anything but a complete task over these factors, finite and of their shapes.
+    """
+    directory = Path(directory)
+    try:
+        config = json.loads(read_bytes(directory / CONFIG_NAME))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"adapter: expected a directory of export_task, got {directory} ({error})") from None
+    if not isinstance(config, dict) or CHECKSUM not in config:
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ValueError(
+            f"adapter: expected a task by export_task, got an adapter of {kind} in {directory}. An engine with LOTR_FACTORS "
+            f"serves only tasks."
+        )
+    if config[CHECKSUM] != factors.checksum:
+        raise ValueError(
+            f"adapter: expected a task over the engine's factors {factors.checksum[:12]}, got one over "
+            f"{str(config[CHECKSUM])[:12]} in {directory}. Export it from a model with the factors that LOTR_FACTORS names."
+        )
+    tensors, _ = tensors_in(directory / TENSORS_NAME, "adapter")
+    return _vector(tensors, factors, f"adapter {directory}")
+
+
+def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:
+    """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one finite core of the right shape a layer."""
+    names = {f"{layer}.core": layer for layer in factors.spans}
+    if tensors.keys() != names.keys():
+        missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
+        raise ValueError(f"{where}: expected {len(names)} cores, got {missing[:1]} missing and {extra[:1]} besides")
+    for name, layer in names.items():
+        core, shape = tensors[name], factors.core_shape(layer)
+        if tuple(core.shape) != shape or not core.is_floating_point():
+            raise ValueError(f"{where}: expected floating values {shape} in {name}, got {core.dtype} {tuple(core.shape)}")
+        if not bool(core.isfinite().all()):
+            raise ValueError(f"{where}: expected finite values in {name}, got values that are not finite")
+    return torch.cat([tensors[name].flatten() for name in names])
+
+
+@cache
+def served() -> Factors:
+    """The factors in the folder LOTR_FACTORS."""
+    return read_factors(os.environ["LOTR_FACTORS"])
+
+
+@cache
+def register() -> None:
+    """vLLM's entry point: serves tasks over the factors in the folder LOTR_FACTORS. Without it, vLLM is not changed.
+
+    Raises RuntimeError: a version of vLLM that is not tested. ValueError: no such folder.
+    """
+    if os.environ.get("LOTR_FACTORS"):
+        from .engine import install
+
+        install(served())

@@ -1,0 +1,194 @@
+"""Rows of the table of bad input for whole models: (id, the argument that the message names, a call that must be refused)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import zoo
+from models import started, trained
+from torch import nn
+
+import lotr_ext
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, save_adapter, use_tasks
+
+FOLDER = Path(__file__).parent / "data" / "bd4494a"
+
+
+def _config(**settings: object) -> Callable[[], object]:
+    return lambda: LoTRConfig(**settings)
+
+
+def _mlp(**settings: object) -> Callable[[], object]:
+    return lambda: apply_lotr(zoo.net("mlp"), LoTRConfig(rank=2, **settings))
+
+
+def _with_peft() -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(zoo.net("mlp"), peft.LoraConfig(target_modules=["up"]))
+
+
+def _banked(name: str = "mlp", tasks: int = 3, **settings: object) -> nn.Module:
+    model = trained(name, **settings)
+    bank = TaskBank(model, tasks)
+    bank.add(), bank.add()
+    return model
+
+
+def _within(index: object, name: str = "mlp", x: object = None, **call: object) -> Callable[[], object]:
+    def run() -> None:
+        model = _banked(name)
+        with use_tasks(model, index):
+            model(zoo.inputs(name) if x is None else x, **call)
+
+    return run
+
+
+def _merged(name: str = "mlp") -> nn.Module:
+    return lotr_ext.merge(trained(name))
+
+
+def _saved(model: nn.Module) -> str:
+    folder = tempfile.mkdtemp()
+    save_adapter(model, folder)
+    return folder
+
+
+def _cache(tokens: int = 0) -> object:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+_CONFIGS = [
+    ("rank", [0, -1, 2.0, "8", True, (1, 2, 3), None]),
+    ("alpha", ["1", True, float("nan")]),
+    ("rslora", [1, "yes"]),
+    ("scaling", ["Auto", None, float("inf"), True]),
+    ("dropout", [1.0, -0.1, "0", None, float("nan")]),
+    ("target_modules", [[], [""], [1], "(", "all_linear", "ALL-LINEAR", 3]),
+    ("exclude_modules", [[], "(", 3]),
+    ("modules_to_save", [[], "head", [""], 3]),
+    ("target_parameters", [[], "down_proj", [1]]),
+    ("group_by", ["layers", 3, {"a": 1}, None]),
+    ("init", ["zeros", None, True]),
+    ("train", ["core", [], ["A", "A"], ["C"], ["A", "B"], None]),
+    ("adapter_dtype", [None, torch.int8, "float32", torch.float8_e4m3fn]),
+    ("core_init", ["ones", None]),
+    ("core", ["sparse", 3, None]),
+    ("task_type", ["SEQ", 3]),
+    *((name, [1]) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "bias")),
+]
+BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
+    *((f"config {name}={value!r}", name, _config(**{name: value})) for name, values in _CONFIGS for value in values),
+    ("config scaling beside alpha", "scaling", _config(scaling=1.0, alpha=2.0)),
+    ("config svd and width", "init", _config(init="svd", group_by="width")),
+    ("config svd and identity", "core_init", _config(init="svd", core_init="identity")),
+    ("config svd and computed cores", "core", _config(init="svd", core="diagonal")),
+    ("config computed cores and experts", "core", _config(core="diagonal", target_parameters=["down_proj"])),
+    ("config identity without B", "train", _config(core_init="identity", train=["core"])),
+    ("config from no mapping", "config", lambda: LoTRConfig.from_dict([1])),
+    ("config from another field", "config", lambda: LoTRConfig.from_dict({"ranks": 3})),
+    ("config from a dtype", "adapter_dtype", lambda: LoTRConfig.from_dict({"adapter_dtype": 3})),
+    ("config to JSON with a callable", "group_by", lambda: LoTRConfig(group_by=lambda name, module: "a").to_dict()),
+    # apply_lotr
+    ("apply to no module", "model", lambda: apply_lotr(3, LoTRConfig())),
+    ("apply to a linear layer", "model", lambda: apply_lotr(nn.Linear(4, 4), LoTRConfig())),
+    ("apply no config", "config", lambda: apply_lotr(zoo.net("mlp"), {"rank": 2})),
+    ("apply twice", "model", lambda: apply_lotr(started("mlp"), LoTRConfig(rank=2))),
+    ("apply to a compiled model", "model", lambda: apply_lotr(torch.compile(zoo.net("mlp")), LoTRConfig(rank=2))),
+    ("apply over PEFT's LoRA", "model", lambda: apply_lotr(_with_peft(), LoTRConfig(rank=2))),
+    ("a misspelt layer", "target_modules", _mlp(target_modules=["upp"])),
+    ("a layer that is no linear one", "target_modules", _mlp(target_modules=["blocks.0"])),
+    ("a misspelt exclusion", "exclude_modules", _mlp(exclude_modules=["hed"])),
+    ("all layers excluded", "target_modules", _mlp(target_modules=["up"], exclude_modules=["up"])),
+    ("a misspelt module to save", "modules_to_save", _mlp(modules_to_save=["hed"])),
+    ("a module to save without parameters", "modules_to_save", lambda: apply_lotr(
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh()), LoTRConfig(rank=2, modules_to_save=["1"]))),
+    ("a group of two shapes", "group_by", _mlp(group_by=lambda name, module: "one")),
+    ("a group that is no string", "group_by", _mlp(group_by=lambda name, module: 1)),
+    ("a mapping without a layer", "group_by", _mlp(group_by={"head": "a"})),
+    ("a mapping with another layer", "group_by", _mlp(target_modules=["head"], group_by={"head": "a", "hed": "a"})),
+    ("a callable core", "core", _mlp(core=lambda places, rank: None)),
+    ("a tied layer", "target_modules", lambda: apply_lotr(zoo.net("gpt2"), LoTRConfig(rank=2, target_modules=["lm_head"]))),
+    ("a task without a head", "task_type", _mlp(task_type="SEQ_CLS")),
+    ("an expert parameter that is none", "target_parameters", _mlp(target_parameters=["up.weight"])),
+    ("svd of an infinite weight", "init", lambda: apply_lotr(
+        _infinite(), LoTRConfig(rank=2, init="svd"))),
+    ("svd on the meta device", "init", lambda: apply_lotr(zoo.net("mlp").to("meta"), LoTRConfig(rank=2, init="svd"))),
+    # an adapted model
+    *((f"{name} of a plain model", "model", lambda call=getattr(lotr_ext, name): call(zoo.net("mlp"))) for name in (
+        *("merge", "unmerge", "unload", "trainable_summary", "parameter_groups"),)),
+    ("lotr_parameters of no module", "model", lambda: lotr_ext.lotr_parameters(3)),
+    ("disabled of a merged model", "disabled", lambda: lotr_ext.disabled(_merged()).__enter__()),
+    ("merge twice", "merge", lambda: lotr_ext.merge(_merged())),
+    ("unmerge an unmerged model", "unmerge", lambda: lotr_ext.unmerge(trained("mlp"))),
+    ("merge=1", "merge", lambda: lotr_ext.unload(trained("mlp"), merge=1)),
+    ("dequantize=int8", "dequantize", lambda: lotr_ext.merge(trained("mlp"), dequantize=torch.int8)),
+    ("a negative rate", "core_lr", lambda: lotr_ext.parameter_groups(trained("mlp"), core_lr=-1.0)),
+    ("a rate as a string", "lr", lambda: lotr_ext.parameter_groups(trained("mlp"), "1e-3")),
+    ("a NumPy x", "x", lambda: trained("mlp").blocks[0]["up"](
+        np.zeros((2, 16), np.float32))),
+    ("the gradient of no batches", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), [], lambda m, b: m(b).sum())),
+    ("the gradient of a number", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), 3, lambda m, b: m(b).sum())),
+    ("the gradient of no loss", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [1], None)),
+    ("the gradient of a vector", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b))),
+    ("the gradient of a constant", "loss", lambda: lotr_ext.init_from_gradient(
+        started("mlp"), [zoo.inputs("mlp")], lambda m, b: b.sum())),
+    ("the gradient at other cores", "core", lambda: lotr_ext.init_from_gradient(
+        trained("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b).sum())),
+    # tasks
+    ("a bank of a plain model", "model", lambda: TaskBank(zoo.net("mlp"), 2)),
+    ("a bank of no tasks", "tasks", lambda: TaskBank(trained("mlp"), 0)),
+    ("a second bank", "TaskBank", lambda: TaskBank(_banked(), 2)),
+    ("a bank over svd", "TaskBank", lambda: TaskBank(trained("mlp", "svd"), 2)),
+    ("a task too many", "add", lambda: TaskBank(_tasks := trained("mlp"), 1).add() or _tasks.lotr_tasks.add()),
+    ("a task that is no int", "task", lambda: _banked().lotr_tasks.remove("0")),
+    ("a free task", "task", lambda: _banked().lotr_tasks.cores_of(2)),
+    ("a task of other layers", "source", lambda: _banked().lotr_tasks.add({"a.core": torch.zeros(3, 3)})),
+    ("a task that is no file", "source", lambda: _banked().lotr_tasks.add(__file__)),
+    ("a task of another model", "source", lambda: _banked().lotr_tasks.add(FOLDER / "tasks" / "task0.safetensors")),
+    ("a task that is a number", "source", lambda: _banked().lotr_tasks.add(3)),
+    ("a path that is a number", "path", lambda: _banked().lotr_tasks.save(0, 3)),
+    ("tasks without a bank", "use_tasks", lambda: use_tasks(trained("mlp"), torch.zeros(3, dtype=torch.long)).__enter__()),
+    ("an index as a list", "index", _within([0, 1, 0])),
+    ("an index of floats", "index", _within(torch.zeros(3))),
+    ("an index beyond the bank", "index", _within(torch.tensor([0, 1, 3]))),
+    ("an index below -1", "index", _within(torch.tensor([0, 1, -2]))),
+    ("an index of a free slot", "index", _within(torch.tensor([0, 1, 2]))),
+    ("an index without columns", "index", _within(torch.zeros(3, 0, dtype=torch.long))),
+    ("an index of three dimensions", "index", _within(torch.zeros(3, 5, 1, dtype=torch.long))),
+    ("an index of other rows", "x", _within(torch.zeros(4, dtype=torch.long))),
+    ("an index of other tokens", "x", _within(torch.zeros(3, 4, dtype=torch.long))),
+    ("an index per token of a flat x", "x", _within(torch.zeros(3, 5, dtype=torch.long), x=torch.randn(15, 16))),
+    # files
+    ("save a plain model", "model", lambda: save_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
+    ("save to a number", "directory", lambda: save_adapter(trained("mlp"), 3)),
+    ("save to a file", "directory", lambda: save_adapter(trained("mlp"), __file__)),
+    ("save on the meta device", "model", lambda: save_adapter(trained("mlp").to("meta"), tempfile.mkdtemp())),
+    ("load into no module", "model", lambda: load_adapter(3, FOLDER / "dense")),
+    ("load a number", "directory", lambda: load_adapter(zoo.net("mlp"), 3)),
+    ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
+    ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
+    ("load into another model", "model", lambda: load_adapter(zoo.net("attention"), FOLDER / "dense")),
+    ("load into other layers", "layers", lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense")),
+    ("load another rank", "rank", lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense")),
+    ("load other modules_to_save", "modules_to_save", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
+    ("load another dtype", "value", lambda: load_adapter(
+        trained("mlp", rank=2, modules_to_save=["head"], adapter_dtype="bfloat16"), FOLDER / "dense")),
+    ("load into a merged model", "load_adapter", lambda: load_adapter(
+        lotr_ext.merge(trained("mlp", rank=2, modules_to_save=["head"])), FOLDER / "dense")),
+    ("load under a bank", "load_adapter", lambda: load_adapter(_banked(rank=2, modules_to_save=["head"]), FOLDER / "dense")),
+    ("load one that was built by hand", "model", lambda: load_adapter(zoo.net("mlp"), _saved(
+        nn.Sequential(lotr_ext.LoTRLinear(4, 4, rank=2))))),
+]  # fmt: skip
+
+
+def _infinite() -> nn.Module:
+    model = zoo.net("mlp")
+    model.head.weight.data[0, 0] = float("inf")
+    return model

@@ -1,0 +1,181 @@
+"""Small networks of adapted layers for the tests, each with the same function in plain PyTorch, in float64: the truth.
+
+`Net(kind)` is a module. `Side` is what a test compares: the net itself, or its truth over copies of its parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, autograd, lotr_linear
+
+K, R = 12, 3
+Call = Callable[[int, Tensor], Tensor]
+INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # of tasks, by row
+SCALING = 0.7
+
+
+class Conv1D(nn.Module):
+    """transformers' Conv1D: the weight is [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf, self.nx = K, K
+        self.weight, self.bias = nn.Parameter(torch.randn(K, K) / K**0.5), nn.Parameter(torch.randn(K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Scaled(nn.Module):
+    """A linear layer with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = K, K
+        self.weight, self.bias = nn.Parameter(torch.randn(K, K) / K**0.5), nn.Parameter(torch.randn(K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nnf.linear(x, self.weight, self.bias)
+
+
+def one(call: Call, x: Tensor) -> Tensor:
+    return call(0, x)
+
+
+def siblings(call: Call, x: Tensor) -> Tensor:
+    """q, k and v read the same x, o another."""
+    x = torch.sigmoid(x)
+    return call(3, torch.tanh(call(0, x) * call(1, x) + call(2, x)))
+
+
+def again(call: Call, x: Tensor) -> Tensor:
+    """A layer on its own output, beside another one on the same x."""
+    return call(0, call(0, x)) * call(1, x)
+
+
+# kind: (how many layers, how they are wired)
+KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
+    "linear": (1, one),
+    "siblings": (4, siblings),
+    "again": (2, again),
+    "two Bs": (4, siblings),  # of one A
+    "conv1d": (2, again),
+    "wrapped": (4, siblings),
+    "function": (2, again),
+    "trained base": (4, siblings),
+    "rows": (2, again),
+    "rows of siblings": (4, siblings),
+    "rows, wrapped": (4, siblings),
+}
+
+
+class Net(nn.Module):
+    """Layers of one kind over shared factors. factors: the dtype of the adapter."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float64, factors: torch.dtype | None = None, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        count, self.wire = KINDS[kind]
+        self.kind, self.rows, factors = kind, kind.startswith("rows"), factors or dtype
+        pair = LoTRFactors(K, K, (R, R + 1), dtype=factors)
+        pairs = [pair] * count
+        if kind == "two Bs":
+            other = LoTRFactors.of(pair.A, LoTRFactor(K, R + 1, dtype=factors))
+            pairs = [pair, other, pair, other]
+        base = Conv1D if kind == "conv1d" else Scaled if "wrapped" in kind else lambda: nn.Linear(K, K)
+        adapted = LoTRConv1D if kind == "conv1d" else LoTRWrapped if "wrapped" in kind else LoTRLinear
+        made = (adapted.from_linear(base().to(dtype), pair, scaling=SCALING, dropout=dropout) for pair in pairs)
+        self.layers = nn.ModuleList(made)
+        tasks = (3, R, R + 1) if self.rows else (R, R + 1)
+        self.cores = nn.ParameterList(nn.Parameter(torch.randn(tasks).to(factors)) for _ in range(count)) if self.rows else None
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if "factors" in name or name.endswith("core"):
+                    p.normal_(0, p.shape[0] ** -0.5)
+        if kind == "trained base":
+            for layer in self.layers:
+                layer.weight.requires_grad_(), layer.bias.requires_grad_()
+
+    def index(self, x: Tensor) -> Tensor:
+        """[b], and [b, tokens] for x of three dimensions."""
+        b = INDEX.repeat(-(-x.shape[0] // len(INDEX)))[: x.shape[0]]
+        return b if x.dim() < 3 else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        def call(i: int, h: Tensor) -> Tensor:
+            layer = self.layers[i]
+            if self.kind not in ("function", "rows"):
+                return layer(h)
+            core, index = (self.cores[i], self.index(h)) if self.rows else (layer.core, None)
+            A, B = layer.factors.A.value, layer.factors.B.value
+            return lotr_linear(h, layer.weight, layer.bias, A, B, core, SCALING, core_index=index)
+
+        return self.wire(call, x)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """The context of the layers' tasks."""
+        if self.cores is None or self.kind == "rows":
+            yield
+            return
+        states = {layer: (lambda x, i=i: (self.cores[i], self.index(x))) for i, layer in enumerate(self.layers)}
+        with autograd.requesting(states):
+            yield
+
+    def truth(self, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The same function of x and the parameters by name."""
+        names = {id(p): name for name, p in self.named_parameters()}
+
+        def call(i: int, h: Tensor) -> Tensor:
+            layer = self.layers[i]
+            core = layer.core if self.cores is None else self.cores[i]
+            parts = (layer.factors.A.value, layer.factors.B.value, core, layer.weight, layer.bias)
+            A, B, core, W, bias = (leaves[names[id(p)]] for p in parts)
+            W, bias = (2 * W, 2 * bias) if "wrapped" in self.kind else (W.T if self.kind == "conv1d" else W, bias)
+            if self.cores is None:
+                return nnf.linear(h, W, bias) + SCALING * (h @ A @ core @ B.T)
+            index = self.index(h)
+            own = core[index.clamp(min=0)] * (index >= 0)[..., None, None]
+            return nnf.linear(h, W, bias) + SCALING * ((h @ A).unsqueeze(-2) @ own).squeeze(-2) @ B.T
+
+        return self.wire(call, x)
+
+
+class Side:
+    """One of the two things that a test compares. x, and leaves by name: what gradients are taken of."""
+
+    def __init__(self, net: Net, x: Tensor, exact: bool, trains_x: bool = True):
+        self.net, self.exact = net, exact
+        self.x = x.detach().to(torch.float64 if exact else x.dtype, copy=True).requires_grad_(trains_x)
+        own = dict(net.named_parameters())
+        self.values = {n: p.detach().to(torch.float64, copy=True).requires_grad_(p.requires_grad) for n, p in own.items()} if exact else own
+        self.leaves = {n: p for n, p in self.values.items() if p.requires_grad}
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        return [*([self.x] if self.x.requires_grad else []), *self.leaves.values()]
+
+    def __call__(self, x: Tensor | None = None, leaves: dict[str, Tensor] | None = None) -> Tensor:
+        """The output for another x or other leaves."""
+        x = self.x if x is None else x
+        if self.exact:
+            return self.net.truth({**self.values, **(leaves or {})}, x)
+        return self.net(x) if leaves is None else torch.func.functional_call(self.net, leaves, (x,))
+
+    def grad(self, loss: Tensor, of: list[Tensor] | None = None, **settings: bool) -> list[Tensor | None]:
+        return list(torch.autograd.grad(loss, self.wanted if of is None else of, allow_unused=True, **settings))
+
+
+def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:
+    return Side(net, x, False, trains_x), Side(net, x, True, trains_x)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape, K, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,0 +1,69 @@
+"""The table of whole models that tests share: networks of `zoo`, ways to adapt them, and the same function in plain PyTorch."""
+
+from __future__ import annotations
+
+import zoo
+from torch import Tensor, nn
+
+from lotr_ext import LoTRConfig, apply_lotr
+from lotr_ext.model import adapted_layers
+
+# Ways to adapt a network. Each is tried on each network that it is for.
+WAYS: dict[str, dict[str, object]] = {
+    "shape": {},
+    "width": {"group_by": "width", "rank": (3, 2)},
+    "block": {"group_by": "block", "rank": 3},
+    "name": {"group_by": "name"},
+    "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0},
+    "svd": {"init": "svd"},
+    "diagonal": {"core": "diagonal"},
+    "train": {"core": "train"},
+    "bfloat16": {"adapter_dtype": "bfloat16", "rank": 2},
+}
+CASES = [(name, way) for name in zoo.NETS for way in WAYS if name != "mixture" or way in ("shape", "width", "block")]
+LINEAR = [(name, way) for name, way in CASES if way != "bfloat16"]
+
+
+def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
+    """The configuration that adapts the layers of zoo.TARGETS. Its scaling keeps outputs near those of the plain network."""
+    field = "target_parameters" if name == "mixture" else "target_modules"
+    given = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
+    if "alpha" not in given:
+        given = {"scaling": 1.5, **given}
+    return LoTRConfig.from_dict(given)
+
+
+def started(name: str, way: str = "shape", **settings: object) -> nn.Module:
+    """The named network, adapted, as it starts."""
+    return apply_lotr(zoo.net(name), config(name, way, **settings))
+
+
+def trained(name: str, way: str = "shape", seed: int = 7, **settings: object) -> nn.Module:
+    """The named network with an adapter that was moved off its start."""
+    return moved(started(name, way, **settings), seed)
+
+
+def moved(model: nn.Module, seed: int = 7) -> nn.Module:
+    """The adapter's parameters of a model, at random values."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
+    names = {name for name, p in model.named_parameters() if id(p) in own}
+    return zoo.fill(model, seed, 0.4, lambda name: name in names)
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of the model, then the cores or what they are computed from, each once."""
+    layers = adapted_layers(model).values()
+    found = [p for part in ("A", "B") for layer in layers for p in getattr(layer.factors, part).parameters()]
+    found += [p for layer in layers for p in layer.core_parameters()]
+    return list({id(p): p for p in found}.values())
+
+
+def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """The weights of a plain float64 copy with the model's adapter, W + s B G^T A^T, differentiable in A, B and the cores."""
+    weights = dict(plain.named_parameters())
+    for name, layer in adapted_layers(model).items():
+        A, B, core = (t.double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core))
+        delta = layer.scaling * B @ core.mT @ A.mT  # [.., n, k]
+        key = f"{name}.weight" if f"{name}.weight" in weights else name.replace(".lotr.", ".")
+        weights[key] = weights[key].detach() + (delta if delta.shape == weights[key].shape else delta.mT)
+    return weights

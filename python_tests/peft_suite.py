@@ -1,0 +1,121 @@
+"""Runs PEFT's own tests of custom models with LoTR in place of PEFT's methods.
+
+    python python_tests/peft_suite.py [pytest's arguments]
+
+The tests are those of the installed version, from its source distribution on PyPI, unpacked into build/peft-<version>. This file is
+also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import pytest
+import torch
+
+from lotr_ext import peft as ours
+
+FOLDER = Path(__file__).resolve().parents[1] / "build" / f"peft-{peft.__version__}"
+FILES = ("test_custom_models.py",)
+for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not used by these
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
+        sys.modules[module] = mock.MagicMock()
+
+STARTED = {"revision": "started"}  # a field that LoTR does not use: cores of such a configuration start at random values
+CONFIG = ours.LoTRPeftConfig
+_SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and trains at its own rates
+CASES = [
+    ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **_SMALL}),
+    ("a regular expression", "MLP", CONFIG, {"target_modules": "lin0", "alpha": 2.0}),
+    ("both layers", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "rank": (2, 3), **_SMALL}),
+    ("modules_to_save", "MLP", CONFIG, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **_SMALL}),
+    ("by width", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "group_by": "width", "rank": 2, **_SMALL}),
+    ("diagonal cores", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "core": "diagonal", "rank": 2, **_SMALL}),
+    ("Conv1D", "EmbConv1D", CONFIG, {"target_modules": ["conv1d"], "rank": 2, **_SMALL}),
+]
+_ONE, _OTHER = ({"target_modules": [name], **_SMALL, **STARTED} for name in ("lin0", "lin1"))
+TABLES = {
+    "test_name, model_id, config_cls, config_kwargs": CASES,
+    "config_cls": [CONFIG],
+    "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
+        ("LoTR Same", "lotr", CONFIG, _ONE, _ONE),
+        ("LoTR Different", "lotr", CONFIG, _ONE, _OTHER),
+    ],
+    "test_name, config0, config1": [("LoTR mixed", CONFIG(**_ONE), CONFIG(rank=3, **_ONE))],
+}
+# PEFT's tests that are left out, with the reason.
+LEFT_OUT = {
+    "test_mixed_adapter_batches_unsupported_layer_raises": "LoRA's refusal of layers that LoTR does not have",
+    "test_mixed_adapter_batches_mha_raises": "LoRA's refusal of layers that LoTR does not have",
+    "test_mixed_adapter_batches_length_mismatch_raises": "another wording; test_peft.py",
+    "test_mixed_adapter_batches_training_mode_raises": "another wording; test_peft.py",
+    "test_mixed_adapter_batches_merged_raises": "another wording; test_peft.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests that have a LoTR configuration."""
+
+    def is_ours(item: pytest.Item) -> bool:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return any(value is CONFIG or isinstance(value, CONFIG) for value in values)
+
+    items[:] = [item for item in items if is_ours(item) and item.originalname not in LEFT_OUT]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marks = metafunc.definition.own_markers
+    for i, mark in enumerate(marks):
+        if mark.name == "parametrize" and mark.args[0] in TABLES:
+            marks[i] = pytest.mark.parametrize(mark.args[0], TABLES[mark.args[0]]).mark
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, pytest.Module) and hasattr(module := collector.obj, "set_init_weights_false"):
+        module.set_init_weights_false = lambda config_cls, settings: {**settings, **STARTED}
+
+
+def pytest_configure() -> None:
+    init = ours.LoTRPeftCore.__init__
+
+    def started(
+        self: ours.LoTRPeftCore, factors: Any, config: ours.LoTRPeftConfig, form: torch.nn.Module | None = None
+    ) -> None:
+        init(self, factors, config, form)
+        for part, parameter in self.parts() if config.revision == STARTED["revision"] else ():
+            if part == "core" and not parameter.is_meta:
+                torch.nn.init.normal_(parameter, std=0.3)
+
+    ours.LoTRPeftCore.__init__ = started
+
+
+def tests() -> Path:
+    """The folder of PEFT's tests."""
+    folder = FOLDER / "tests"
+    if not (folder / "__init__.py").exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        options = ["--no-deps", "--no-build-isolation", "--no-binary", "peft", "--dest", str(FOLDER)]
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"], check=True)
+        with tarfile.open(next(FOLDER.glob("peft-*.tar.gz"))) as archive:
+            for member in archive.getmembers():
+                parts = Path(member.name).parts
+                if member.isfile() and parts[1:2] == ("tests",):
+                    member.name = str(Path(*parts[1:]))
+                    archive.extract(member, FOLDER, filter="data")
+        (folder / "__init__.py").touch()
+    return folder
+
+
+if __name__ == "__main__":
+    folder = tests()
+    (FOLDER / "pytest.ini").write_text("[pytest]\n")
+    files = [str(folder / name) for name in FILES]
+    sys.exit(pytest.main([*files, "-c", str(FOLDER / "pytest.ini"), "-p", "peft_suite", "-q", *sys.argv[1:]]))

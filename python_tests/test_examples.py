@@ -1,0 +1,71 @@
+"""A quick run of each example."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MINILM = ROOT / "data" / "all-minilm-l6-v2"
+QUICK = {  # program: (arguments, words of its output)
+    "custom_model": ("", ["parameters are trained", "the same outputs"]),
+    "finetune_text": ("--steps 2 --batch 4 --held-out 40 --out {out}", ["LoTR", "LoRA (PEFT)", "table.json"]),
+    "many_tasks": ("--tasks 70 --steps 2 --rounds 1", ["70 tasks of 36 KiB", "64 tasks in the batch"]),
+    "per_example": ("--examples 3 --rounds 1", ["relative difference to a loop", "gradient"]),
+    "evolve": ("--generations 2 --members 4 --rows 4 --head-steps 2 --held-out 40", ["held-out accuracy", "of 192 numbers"]),
+    "causal_lm": ("--steps 2 --length 16 --new-tokens 3 {language} --out {out}", ["held-out loss", "fresh model"]),
+    "serve": ("--tasks-only --steps 2 {language} --out {out}", ["three tasks: 2/2"]),
+}
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "examples" / f"{program}.py"), *arguments]
+    return subprocess.run(
+        [*command, "--threads", "1"] if arguments else command, capture_output=True, text=True, env=os.environ
+    )
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options that name a tiny language model, with MiniLM's tokenizer, and a text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("language")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "model")
+    for file in MINILM.glob("*token*"):
+        shutil.copy(file, folder / "model")
+    line = "A line that is long enough for two of the three tasks, {} and {} and {}, and {} words more, and so on, {}.\n"
+    (folder / "text").write_text("".join(line.format(i, i * i, 7 * i, 3 * i, i + 1) for i in range(200)))
+    return ["--model", str(folder / "model"), "--text", str(folder / "text")]
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason="the model is missing: python examples/data.py minilm snippets")
+@pytest.mark.parametrize("program", QUICK)
+def test_an_example_runs(program, language, tmp_path):
+    arguments, words = QUICK[program]
+    filled = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
+    done = run(program, *filled)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = done.stdout + done.stderr
+    assert all(word in shown for word in words), shown[-3000:]
+    if program == "finetune_text":
+        runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
+        trained = {run["method"]: run["trained numbers"] for run in runs}
+        assert trained == {"head only": 770, "LoTR": 16130, "LoRA (PEFT)": 148226}
+
+
+def test_a_wrong_option_ends_with_one_line():
+    done = run("per_example", "--rank", "0")
+    assert done.returncode == 2 and "--rank: expected at least 1, got 0" in done.stderr.splitlines()[-1]
+
+
+def test_every_example_is_run_here():
+    programs = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common", "data"}
+    assert programs == set(QUICK)

@@ -1,0 +1,829 @@
+"""LAYERS: kind of layer x form of its node x context, against float64 autograd of the formula (`layers.py`).
+
+A context takes a Side and returns tensors: outputs and gradients. It runs on the layers and on the truth, and the two must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import itertools
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from helpers import HALVES, relative, sums_dtype, worst
+from layers import KINDS, SCALING, K, Net, Side, again, inputs, sides
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional as nnf
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+
+Found = list[Tensor | None]
+CLOSE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.to(sums_dtype(y.dtype)).square().sum() / 16  # within float16's range also where it is differentiated twice
+
+
+# ---- contexts --------------------------------------------------------------------------------------------------------
+
+
+def once(s: Side) -> Found:
+    y = s()
+    return [y, *s.grad(loss(y))]
+
+
+def into_grad(s: Side) -> Found:
+    """Backward three times: twice through one graph, once through another."""
+    for t in s.wanted:
+        t.grad = None
+    y = s()
+    loss(y).backward(retain_graph=True), loss(y).backward(), loss(s(2 * s.x)).backward()
+    found = [None if t.grad is None else t.grad.clone() for t in s.wanted]
+    for t in s.wanted:
+        t.grad = None
+    return found
+
+
+def partial_then_whole(s: Side) -> Found:
+    y = s()
+    parts = [g for t in s.wanted for g in s.grad(y.sum(), [t], retain_graph=True)]
+    return [*parts, *s.grad(loss(y))]
+
+
+def failed_then_again(s: Side) -> Found:
+    """A hook raises in the middle of a backward; the sums of that backward must not count in the next."""
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("stop")
+
+    y, leaf = s(), [t for n, t in s.leaves.items() if "core" in n][-1]
+    hook = leaf.register_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        s.grad(loss(y), retain_graph=True)
+    hook.remove()
+    return s.grad(loss(y))
+
+
+def interleaved(s: Side) -> Found:
+    a = s()
+    b = s(2 * s.x)
+    first = s.grad(loss(a))
+    c = s()
+    return [*first, *s.grad(loss(b) + loss(c))]
+
+
+def twice_on_one_x(s: Side) -> Found:
+    """The second forward may share u with a layer of the first, and then needs its graph: as of siblings."""
+    a, b = s(), s()
+    return [*s.grad(loss(a), retain_graph=s.net.wire is again), *s.grad(loss(b))]
+
+
+def double(s: Side) -> Found:
+    first = s.grad(loss(s()), create_graph=True)
+    return [*first, *s.grad(sum(loss(t) for t in first if t is not None))]
+
+
+def double_of_some(s: Side) -> Found:
+    """Each gradient alone is differentiated: a gradient of u must not follow u back into the cores."""
+    found, y = [], s()
+    for t in s.wanted:
+        (d,) = s.grad(loss(y), [t], create_graph=True)
+        found += [d, *(s.grad(loss(d), retain_graph=True) if d is not None and d.requires_grad else [])]
+    return found
+
+
+def penalty_plus_loss(s: Side) -> Found:
+    first = s.grad(s().sum(), create_graph=True)
+    return s.grad(sum(loss(t) for t in first if t is not None) + loss(s()))
+
+
+def batched(s: Side) -> Found:
+    y = s()
+    generator = torch.Generator().manual_seed(5)
+    return s.grad(y, grad_outputs=torch.randn(3, *y.shape, generator=generator).to(y.dtype), is_grads_batched=True)
+
+
+def strides_of_gradients(s: Side) -> Found:
+    y, w = s(), torch.linspace(-1, 1, s().numel(), dtype=s.x.dtype)
+    losses = ((y.mT * w.view(y.mT.shape)).sum(), y.sum(), y[..., 3].sum(), loss(y[::2]))
+    return [g for one in losses for g in s.grad(one, retain_graph=True)]
+
+
+def without_graph(s: Side) -> Found:
+    with torch.no_grad():
+        a = s()
+    with torch.inference_mode():
+        x = s.x * 1
+        b = s(x)
+        x.mul_(2)
+        c = s(x)
+    return [a, b.clone(), c.clone()]
+
+
+def no_grad_first(s: Side) -> Found:
+    with torch.no_grad():
+        a = s()
+    return [a, *s.grad(loss(s()))]
+
+
+def checkpointed(s: Side, **settings: object) -> Found:
+    y = checkpoint(s, torch.tanh(s.x), **settings) * s()
+    return [y, *s.grad(loss(y))] if settings["use_reentrant"] is False else backward_of(s, y)
+
+
+def backward_of(s: Side, y: Tensor) -> Found:
+    """Reentrant checkpoints refuse autograd.grad."""
+    for t in s.wanted:
+        t.grad = None
+    loss(y).backward()
+    found = [y, *(t.grad for t in s.wanted)]
+    for t in s.wanted:
+        t.grad = None
+    return found
+
+
+def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    names = ("mm", "addmm", "bmm", "lotr::", "linear")
+    return CheckpointPolicy.MUST_SAVE if any(n in str(op) for n in names) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def hooked(s: Side, context: Callable[[], contextlib.AbstractContextManager]) -> Found:
+    with context():
+        y = s()
+    return [y, *s.grad(loss(y))]
+
+
+def vmapped(s: Side) -> Found:
+    xs = torch.stack([s.x.detach(), 2 * s.x.detach()])
+    return [torch.vmap(s)(xs)]
+
+
+def functional_gradients(s: Side) -> Found:
+    """torch.func: gradients, per-example gradients, jvp and jacrev of the leaves."""
+    leaves = {n: t.detach() for n, t in s.leaves.items()}
+    x = s.x.detach()
+    grads = torch.func.grad(lambda leaves: loss(s(x, leaves)))(leaves)
+    each = torch.vmap(torch.func.grad(lambda leaves, one: loss(s(one.unsqueeze(0), leaves))), (None, 0))
+    rows = each(leaves, x[:1].expand(3, -1)) if x.dim() == 2 and not s.net.rows else {}
+    tangent = torch.func.jvp(s, (x,), (torch.cos(x),))[1]
+    jacobian = torch.func.jacrev(lambda x: s(x).sum(-1))(x)
+    return [*grads.values(), *rows.values(), tangent, jacobian]
+
+
+def dual_numbers(s: Side) -> Found:
+    x = s.x.detach()
+    with forward_ad.dual_level():
+        return [forward_ad.unpack_dual(s(forward_ad.make_dual(x, torch.cos(x)))).tangent]
+
+
+def gradient_with_a_tangent(s: Side) -> Found:
+    """Backward is linear in its gradient."""
+    y = s()
+    with forward_ad.dual_level():
+        found = s.grad(y, grad_outputs=forward_ad.make_dual(torch.ones_like(y), torch.cos(y.detach())))
+        return [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
+
+
+def in_threads(s: Side) -> Found:
+    """Four threads train one model at once."""
+    for t in s.wanted:
+        t.grad = None
+    barrier, request = threading.Barrier(4), s.net.request
+
+    def run(i: int) -> None:
+        barrier.wait()
+        with request():
+            for _ in range(6):
+                loss(s(s.x * i)).backward()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (1, 2, 3, 4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        [t.start() for t in threads], [t.join() for t in threads]
+    finally:
+        sys.setswitchinterval(before)
+    found = [t.grad for t in s.wanted]
+    for t in s.wanted:
+        t.grad = None
+    return found
+
+
+def changed_between(s: Side) -> Found:
+    """A step of an optimizer, in place or by `.data`, and a new x, while an older graph lives."""
+    keep = {n: t.detach().clone() for n, t in s.leaves.items()}
+    y = s()
+    first = s.grad(loss(y), retain_graph=True)
+    with torch.no_grad():
+        [t.mul_(1.1) for t in s.leaves.values()]
+    second = s.grad(loss(s()))
+    for t in s.leaves.values():
+        t.data = t.data * 0.9
+    third = s.grad(loss(s()))
+    x = (s.x * 1).detach()
+    a = s(x).detach()
+    x.mul_(2)
+    fourth = s.grad(loss(a + s(x)), list(s.leaves.values()))
+    for n, t in s.leaves.items():
+        t.data = keep[n]
+    return [*first, *second, *third, *fourth]
+
+
+def fused_steps(s: Side) -> Found:
+    """A fused optimizer changes parameters without a new version."""
+    keep = {n: t.detach().clone() for n, t in s.leaves.items()}
+    found = []
+    for _ in range(3):
+        found += s.grad(loss(s()))
+        for t, g in zip(s.wanted, found[-len(s.wanted) :], strict=True):
+            if t is not s.x and g is not None:
+                t.detach().numpy()[...] -= 1e-3 * g.numpy()  # unseen by version counters
+    for n, t in s.leaves.items():
+        t.data = keep[n]
+    return found
+
+
+CONTEXTS: dict[str, Callable[[Side], Found]] = {
+    f.__name__: f
+    for f in (
+        *(once, into_grad, partial_then_whole, failed_then_again, interleaved, twice_on_one_x, double, double_of_some),
+        *(penalty_plus_loss, batched, strides_of_gradients, without_graph, no_grad_first, vmapped, functional_gradients),
+        *(dual_numbers, gradient_with_a_tangent, in_threads, changed_between, fused_steps),
+    )
+} | {
+    "checkpoint": partial(checkpointed, use_reentrant=False),
+    "reentrant checkpoint": partial(checkpointed, use_reentrant=True),
+    "selective checkpoint": partial(
+        checkpointed, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_products)
+    ),
+    "save_on_cpu": partial(hooked, context=save_on_cpu),
+    "saved-tensor hooks": partial(hooked, context=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)),
+}
+
+
+def agree(net: Net, context: Callable[[Side], Found], x: Tensor, close: float = CLOSE[torch.float64], **settings: bool) -> None:
+    with net.request():
+        ours, truth = (context(side) for side in sides(net, x, **settings))
+    error = worst(ours, truth)
+    assert error < close, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts(kind: str, context: str, form: str) -> None:
+    agree(Net(kind), CONTEXTS[context], inputs(6), 1e-6 if context == "in_threads" else CLOSE[torch.float64])
+
+
+SETS = [set(c) for n in range(5) for c in itertools.combinations(("A", "B", "core", "base"), n)]
+
+
+@pytest.mark.parametrize("trains_x", [True, False], ids=["x", "no x"])
+@pytest.mark.parametrize("trained", SETS, ids=lambda s: " ".join(sorted(s)) or "nothing")
+def test_trained_parts(trained: set[str], trains_x: bool, form: str) -> None:
+    """Every combination of trained A, B, cores, base weights and x: each gradient alone, then twice."""
+    if not trained and not trains_x:
+        return
+    for kind in ("linear", "siblings", "wrapped"):
+        net = Net(kind)
+        for name, p in net.named_parameters():
+            part = name.split(".")[-2] if "factors" in name else "core" if name.endswith("core") else "base"
+            p.requires_grad_(part in trained)
+        for context in (once, into_grad, double):
+            agree(net, context, inputs(6), trains_x=trains_x)
+
+
+SHAPES: dict[str, Callable[[], Tensor]] = {
+    "one row": lambda: inputs(1),
+    "one dimension": lambda: inputs(),
+    "three dimensions": lambda: inputs(6, 5),
+    "four dimensions": lambda: inputs(2, 3, 2),
+    "no tokens": lambda: inputs(0),
+    "no tokens in rows": lambda: inputs(2, 0),
+    "transposed": lambda: inputs(5, 6).transpose(0, 1),
+    "permuted": lambda: torch.randn(K, 6, 2, dtype=torch.float64).permute(1, 2, 0),
+    "every other": lambda: torch.randn(12, 2 * K, dtype=torch.float64)[::2, ::2],
+    "expanded": lambda: inputs(1).expand(6, K),
+    "many rows": lambda: inputs(400),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["linear", "siblings", "wrapped", "rows"])
+def test_shapes(kind: str, shape: str, form: str) -> None:
+    x = SHAPES[shape]()
+    if kind == "rows" and x.dim() != 2 and "three" not in shape and "transposed" not in shape:
+        return
+    for context in (once, double):
+        agree(Net(kind), context, x)
+
+
+DTYPES = [(t, t) for t in (torch.float32, *HALVES)] + [(t, torch.float32) for t in HALVES]
+
+
+@pytest.mark.parametrize("dtype, factors", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind: str, dtype: torch.dtype, factors: torch.dtype, form: str) -> None:
+    """x's dtype, and the adapter's: gradients have their parameters' dtypes."""
+    net, x = Net(kind, dtype, factors), inputs(60, dtype=dtype)
+    for context in (once, into_grad, double):
+        agree(net, context, x, CLOSE[dtype] * (4 if context is double else 1))
+    with net.request():
+        loss(net(x)).backward()
+    assert all(p.grad.dtype == p.dtype for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["siblings", "wrapped", "rows of siblings", "trained base"])
+def test_autocast(kind: str, form: str) -> None:
+    """float32 layers compute in bfloat16; float64 is not cast by autocast; siblings share the cast of x."""
+    net = Net(kind, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), net.request():
+        y = net(inputs(6, dtype=torch.float32))
+        assert y.dtype == torch.bfloat16
+    x = inputs(60, dtype=torch.float32)
+    ours, truth = sides(net, x)
+    with torch.autocast("cpu", torch.bfloat16), net.request():
+        y = ours()
+        found = [y, *ours.grad(loss(y.float()))]
+    assert worst(found, once(truth)) < CLOSE[torch.bfloat16]
+
+
+def test_float16_does_not_overflow_where_the_result_does_not() -> None:
+    """F = s B G^T is beyond float16, u F^T is not."""
+    for tokens, kind in itertools.product((5, 200), ("linear", "wrapped", "rows")):
+        net = Net(kind, torch.float16)
+        with torch.no_grad():
+            net.layers[0].factors.A.value.mul_(1e-3), net.layers[0].factors.B.value.mul_(3e3)
+            for core in (*(layer.core for layer in net.layers), *(net.cores or ())):
+                core.mul_(3e2)
+            net.wire = KINDS["linear"][1]
+            assert relative(*(side() for side in sides(net, inputs(tokens, dtype=torch.float16)))) < 6e-3
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+GRAPH_KINDS = ("linear", "siblings", "again", "two Bs", "wrapped", "function", "trained base", "rows")
+
+
+@pytest.mark.parametrize("kind", GRAPH_KINDS)
+def test_compile(kind: str, form: str) -> None:
+    """One graph, with our operators, forward and backward; no recompilation for another number of tokens."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    net = Net(kind)
+    compiled = copy.copy(net)
+    compiled.forward = torch.compile(net.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (6, 18, 12):
+        for context in (once, no_grad_first):
+            assert worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+    assert counters["stats"]["unique_graphs"] <= 3  # with a graph, without, and the first of static sizes
+
+
+def operators_of(net: Net, x: Tensor) -> list[set[str]]:
+    """Our operators in the forward and in the backward graph."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[set[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable:
+        seen.append({word for n in graph.graph.nodes for word in str((n.target, n.args)).split("'") if "lotr." in word})
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    loss(torch.compile(net, fullgraph=True, backend=backend)(x)).backward()
+    return seen
+
+
+def test_compiled_graphs_contain_our_operators(shared: None) -> None:
+    forward, backward = ("".join(found) for found in operators_of(Net("siblings"), inputs(6)))
+    assert "lotr.shrink" in forward and "lotr.layer_forward" in forward
+    assert "lotr.layer_backward_" in backward and "lotr.shrink_backward_" in backward
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "each layer"])
+def test_compile_and_checkpoint(where: str) -> None:
+    torch._dynamo.reset()
+    net = Net("siblings")
+    compiled = copy.copy(net)
+    run = partial(torch.compile, fullgraph=where != "each layer", backend="aot_eager")
+    if where == "inside":
+        compiled.forward = run(lambda x: checkpoint(net, x, use_reentrant=False))
+    elif where == "outside":
+        graph = run(net.forward)
+        compiled.forward = lambda x: checkpoint(graph, x, use_reentrant=False)
+    else:
+        layers = [run(layer) for layer in net.layers]
+        compiled.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
+    assert worst(*(once(s) for s in (Side(compiled, inputs(6), False), Side(net, inputs(6), True)))) < 1e-10
+
+
+def test_compile_with_dropout_and_autocast() -> None:
+    """The compiled backward uses the forward's mask: without a bias the layer is linear in x, so <dx, x> = <y, g>."""
+    torch._dynamo.reset()
+    layer = linear_with_dropout()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    check_masks(compiled, layer)
+    net = Net("siblings", torch.float32)
+    graph = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(graph(inputs(60, dtype=torch.float32)), net(inputs(60, dtype=torch.float32)).float()) < 4e-2
+
+
+def test_export() -> None:
+    """By the formula: an exported program has none of our operators."""
+    for kind in ("siblings", "wrapped"):
+        net = Net(kind)
+        program = torch.export.export(net, (inputs(6),))
+        assert "lotr" not in str(program.graph) and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
+
+
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    net, x = Net("siblings", torch.float32), inputs(6, dtype=torch.float32)
+    graph = torch.compile(net, fullgraph=True)
+    a, b = (torch.autograd.grad(loss(f(x)), [p for p in net.parameters() if p.requires_grad]) for f in (graph, net))
+    assert worst(a, b) < 1e-5
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def linear_with_dropout() -> LoTRLinear:
+    layer = LoTRLinear(K, K, 3, bias=False, scaling=SCALING, dropout=0.5, dtype=torch.float64)
+    nn.init.normal_(layer.core)
+    return layer
+
+
+def check_masks(call: Callable[[Tensor], Tensor], layer: LoTRLinear) -> None:
+    """Without a bias y is linear in x and in each of A, B and G, for a fixed mask."""
+    x = inputs(6).requires_grad_()
+    y = call(x)
+    g = torch.randn_like(y)
+    of = [x, layer.factors.A.value, layer.factors.B.value, layer.core]
+    base = (y - x @ layer.weight.T).detach()
+    found = torch.autograd.grad(y, of, g)
+    for t, d, of_y in zip(of, found, (y, base, base, base), strict=True):
+        assert abs(((d * t).sum() / (of_y * g).sum()).item() - 1) < 1e-8
+    assert not torch.equal(call(x), y)
+
+
+def test_dropout_uses_one_mask_forward_and_backward(form: str) -> None:
+    layer = linear_with_dropout()
+    check_masks(layer, layer)
+    with torch.no_grad():
+        x = inputs(6)
+        assert not torch.equal(layer(x), layer(x))
+        assert relative(layer.eval()(x), x @ layer.weight.T + x @ layer.delta_weight().T) < 1e-12
+
+
+def test_siblings_share_a_mask_and_every_backward_repeats_it(shared: None) -> None:
+    net = Net("siblings", dropout=0.5).train()
+    x = inputs(6).requires_grad_()
+    wanted = [x, *(p for p in net.parameters() if p.requires_grad)]
+
+    def run(call: Callable[[Tensor], Tensor], **settings: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return torch.autograd.grad(loss(call(x)), wanted, **settings)
+
+    want = run(net)
+    assert worst(run(net, create_graph=True), want) < 1e-10
+    assert worst(run(lambda x: checkpoint(net, x, use_reentrant=False)), want) < 1e-10
+    q, k = (layer(x) - nnf.linear(x, layer.weight, layer.bias) for layer in net.layers[:2])
+    k = k @ torch.linalg.pinv(net.layers[1].delta_weight()).T @ net.layers[0].delta_weight().T
+    assert q.shape == k.shape
+    with torch.no_grad():
+        net.layers[1].core.copy_(net.layers[0].core)
+        a, b = (layer(x) - nnf.linear(x, layer.weight, layer.bias) for layer in net.layers[:2])
+    assert relative(a, b) < 1e-12
+
+
+def test_dropout_in_reentrant_checkpoints() -> None:
+    net = Net("siblings", dropout=0.5).train()
+    found = []
+    for reentrant in (None, True):
+        net.zero_grad()
+        torch.manual_seed(3)
+        x = inputs(6).requires_grad_()
+        h = torch.tanh(x)
+        y = net(h) if reentrant is None else checkpoint(net, h, use_reentrant=True)
+        loss(y).backward()
+        found.append([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+    assert worst(*found) < 1e-10
+
+
+# ---- memory, errors, copies ------------------------------------------------------------------------------------------
+
+
+def test_no_activation_outlives_its_graph(form: str) -> None:
+    net = Net("siblings")
+    h = torch.tanh(inputs(6))
+    alive = weakref.ref(h)
+    y = net.layers[0](h) * net.layers[1](h)
+    y.sum().backward()
+    del h, y
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_frozen_A_keeps_no_x(shared: None) -> None:
+    """dA is the only gradient that needs x; large inputs are most of a step's memory."""
+    net = Net("siblings")
+    net.layers[0].factors.A.value.requires_grad_(False)
+    h = torch.tanh(inputs(6).requires_grad_()) * 1
+    alive = weakref.ref(h)
+    y = net.layers[0](h) + net.layers[1](h)
+    del h
+    gc.collect()
+    assert alive() is None
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["siblings", "trained base", "rows"])
+def test_autograd_sees_one_gradient_a_factor(kind: str, form: str) -> None:
+    """DistributedDataParallel reduces a parameter when its hook is called."""
+    net, calls = Net(kind), []
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p, name=name: calls.append(name))
+    loss(net(inputs(6))).backward()
+    assert len(calls) == len(set(calls)) and sum("factors" in c for c in calls) == 2
+
+
+@pytest.mark.parametrize("part", ["A", "B", "core"])
+def test_a_backward_refuses_changed_values(part: str, form: str) -> None:
+    """As torch: an error, and not a wrong gradient."""
+    net = Net("siblings")
+    layer = net.layers[0]
+    y = net(inputs(6).requires_grad_())
+    with torch.no_grad():
+        (layer.core if part == "core" else getattr(layer.factors, part).value).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(y).backward()
+
+
+def test_siblings_with_another_requires_grad_or_checkpoint_of_their_own(form: str) -> None:
+    net = Net("siblings")
+
+    def run(s: Side) -> Found:
+        names = [n for n in s.values if n.endswith("A.value")]
+        A = s.values[names[0]]
+        call = [partial(one_layer, s, i) for i in range(3)]
+        a = call[0](s.x)
+        A.requires_grad_(False)
+        b = call[1](s.x)
+        A.requires_grad_(True)
+        c = checkpoint(call[2], s.x, use_reentrant=False)
+        return s.grad(loss(a * b * c))
+
+    def one_layer(s: Side, i: int, x: Tensor) -> Tensor:
+        if not s.exact:
+            return net.layers[i](x)
+        wire, net.wire = net.wire, lambda call, x: call(i, x)
+        try:
+            return net.truth(s.values, x)
+        finally:
+            net.wire = wire
+
+    assert worst(*map(run, sides(net, inputs(6)))) < 1e-10
+
+
+def test_parametrized_factors_and_cores(form: str) -> None:
+    """torch.nn.utils.parametrize computes the value in each forward."""
+    net = Net("siblings")
+    torch.nn.utils.parametrize.register_parametrization(net.layers[0], "core", nn.Tanh())
+    torch.nn.utils.parametrize.register_parametrization(net.layers[0].factors.A, "value", nn.Tanh())
+    layer, x = net.layers[0], inputs(6)
+    raw = [layer.parametrizations.core.original, layer.factors.A.parametrizations.value.original]
+    y = layer(x)
+    want = nnf.linear(x, layer.weight, layer.bias) + SCALING * x @ raw[1].tanh() @ raw[0].tanh() @ layer.factors.B.value.T
+    assert worst([y, *torch.autograd.grad(loss(y), raw)], [want, *torch.autograd.grad(loss(want), raw)]) < 1e-10
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_copies(way: str, form: str) -> None:
+    """A copy computes the same and shares nothing, also when a graph of the original lives."""
+    net, x = Net("siblings"), inputs(6)
+    net.wire = KINDS["siblings"][1]
+    y = net(x)
+    if way == "deepcopy":
+        other = copy.deepcopy(net)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(net))
+    elif way == "torch.save":
+        file = io.BytesIO()
+        torch.save(net, file)
+        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    else:
+        other = Net("siblings")
+        with torch.no_grad():
+            [p.zero_() for p in other.parameters()]
+        other.load_state_dict(net.state_dict())
+    loss(y).backward()
+    mine = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    loss(other(x)).backward()
+    assert relative(other(x), y) == 0 and all(p.grad is None for p in net.parameters())
+    assert worst([p.grad for p in other.parameters() if p.grad is not None], mine.values()) < 1e-12
+
+
+def test_two_threads_with_a_model_each() -> None:
+    """The results have the same bits as in one thread."""
+    nets, x = [Net("siblings") for _ in range(2)], inputs(6)
+
+    def train(net: Net) -> None:
+        for _ in range(10):
+            loss(net(x)).backward()
+
+    train(want := Net("siblings"))
+    threads = [threading.Thread(target=train, args=(net,)) for net in nets]
+    [t.start() for t in threads], [t.join() for t in threads]
+    for net in nets:
+        grads = zip(net.parameters(), want.parameters(), strict=True)
+        assert all(a.grad is b.grad is None or torch.equal(a.grad, b.grad) for a, b in grads)
+
+
+def test_same_bits_again(form: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = []
+        for _ in range(2):
+            net = Net("siblings", dtype)
+            loss(net(inputs(300, dtype=dtype))).backward()
+            runs.append([p.grad for p in net.parameters() if p.grad is not None])
+        assert all(map(torch.equal, *runs))
+
+
+# ---- odd tensors -----------------------------------------------------------------------------------------------------
+
+
+def test_marked_sparse_nested_and_subclassed_tensors(form: str) -> None:
+    """Tensors that are not what their memory says."""
+    net = Net("siblings", torch.float32)
+    layer, dense = net.layers[0], inputs(6, dtype=torch.float32)
+
+    def formula(x: Tensor) -> Tensor:
+        A, B = layer.factors.A.value, layer.factors.B.value
+        return nnf.linear(x, layer.weight, layer.bias) + SCALING * x @ A @ layer.core @ B.T
+
+    negated = torch.complex(dense, dense).conj().imag
+    assert negated.is_neg() and relative(layer(negated), formula(-dense)) < 1e-6
+    assert relative(layer(dense.relu().to_sparse()), formula(dense.relu())) < 1e-6
+    nested = layer(torch.nested.nested_tensor([dense[:1], dense[1:]], layout=torch.jagged))
+    assert relative(nested.values(), formula(dense)) < 1e-6
+    for g in (torch._neg_view(dense), torch._efficientzerotensor((6, K))):
+        y, want = layer(dense), formula(dense)
+        of = [layer.factors.A.value, layer.factors.B.value, layer.core]
+        assert worst(torch.autograd.grad(y, of, g), torch.autograd.grad(want, of, g)) < 1e-5
+
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is nnf.linear:
+                return func(args[0], 2 * args[1].as_subclass(Tensor), *args[2:])
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    want = formula(dense) + nnf.linear(dense, layer.weight)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    assert relative(layer(dense).as_subclass(Tensor), want) < 1e-6  # the weight's own product
+
+
+def test_a_weight_without_adapter_values_is_the_plain_layer() -> None:
+    """Cores start at zero: the same output, and gradients of the cores that are not zero."""
+    layer = LoTRLinear(K, K, 3, dtype=torch.float64)
+    x = inputs(6)
+    assert torch.equal(layer(x), nnf.linear(x, layer.weight, layer.bias))
+    loss(layer(x)).backward()
+    assert layer.core.grad.abs().max() > 0 and layer.weight.grad is None
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merge(kind: str, dtype: torch.dtype) -> None:
+    """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
+    net = Net(kind, dtype)
+    layer, x = net.layers[0], inputs(6, dtype=dtype)
+    A, B, G, W = (t.detach().double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
+    delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
+    assert relative(layer.delta_weight(), delta) < 1e-6
+    plain = layer.to_linear()
+    layer.merge()
+    ulp = torch.finfo(dtype).eps * (W + delta).abs()
+    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + 1e-7 * (dtype == torch.float32)).all())
+    assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
+    assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.state_dict()
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before) and torch.equal(layer(x), y) and layer.weight_backup is None
+    layer.merge(keep_backup=False)
+    assert layer.weight_backup is None
+    layer.unmerge()
+    assert relative(layer.weight, before.double()) < CLOSE[dtype]
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+
+
+def test_merge_that_is_not_finite_changes_nothing() -> None:
+    layer = Net("linear", torch.float16).layers[0]
+    with torch.no_grad():
+        layer.core.fill_(6e4)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="finite"):
+        layer.merge(safe=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
+    net = Net("linear")
+    y = net(inputs(6).requires_grad_())
+    net.layers[0].merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(y).backward()
+
+
+def test_merge_refuses_weights_that_it_cannot_write() -> None:
+    layer = Net("linear").layers[0]
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    with pytest.raises(TypeError, match="merge: expected a weight that is a parameter"):
+        layer.merge()
+    wrapped = Net("wrapped").layers[0]
+    with pytest.raises(TypeError, match="merge: expected"):
+        wrapped.merge()
+    plain = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
+    nn.init.normal_(plain.core)
+    want = plain(inputs(6).float())
+    plain.merge()
+    assert relative(plain(inputs(6).float()), want.double()) < 1e-5
+    plain.unmerge()
+    plain.base_layer.register_forward_hook(lambda m, a, y: 2 * y)
+    with pytest.raises(TypeError, match="merge: expected a base that returns"):
+        plain.merge()
+
+
+class Quantised(nn.Module):
+    """A base whose weight is made by dequantize()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = K, K, None
+        self.codes = nn.Buffer(torch.randint(-7, 8, (K, K), dtype=torch.int8))
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() / 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.dequantize().T
+
+
+def test_quantised_bases(form: str) -> None:
+    base, x = Quantised(), inputs(6, dtype=torch.float32)
+    layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2), scaling=SCALING)
+    nn.init.normal_(layer.core)
+    want = base(x) + x @ layer.delta_weight().T
+    assert relative(layer(x), want.double()) < 1e-5
+    with pytest.raises(TypeError, match="dequantize"):
+        layer.merge()
+    layer.merge(dequantize=True)
+    assert relative(layer(x), want.double()) < 1e-5 and type(layer.base_layer) is nn.Linear
+    layer.unmerge()
+    assert layer.base_layer is base and relative(layer(x), want.double()) < 1e-5
+
+
+def test_to_base_gives_the_module_back() -> None:
+    for kind in ("linear", "conv1d", "wrapped"):
+        net = Net(kind)
+        layer = net.layers[0]
+        base, x = layer.to_base(), inputs(6)
+        assert not isinstance(base, type(layer)) and relative(base(x), layer.base(x)) < 1e-12
+
+
+# ---- tensors on several devices --------------------------------------------------------------------------------------
+
+
+def test_meta_runs_without_values() -> None:
+    """Shapes and dtypes alone; factors on meta are refused for a layer with values."""
+    layer = LoTRLinear(K, 5, 3, device="meta", dtype=torch.bfloat16)
+    y = layer(torch.empty(2, 4, K, device="meta", dtype=torch.bfloat16))
+    assert y.shape == (2, 4, 5) and y.dtype == torch.bfloat16 and y.is_meta
+    with pytest.raises(ValueError, match="expected values"):
+        lotr_linear(inputs(2), torch.ones(5, K).double(), None, *(t.to("meta") for t in (torch.ones(K, 2), torch.ones(5, 2))),
+                    torch.ones(2, 2), 1.0)  # fmt: skip

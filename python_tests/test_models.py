@@ -1,0 +1,604 @@
+"""MODELS: network x way of adapting x operation, against the same network in float64 with its weights written out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from bad_model import BAD_MODEL
+from helpers import refused, relative, worst
+from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import lotr_ext
+from lotr_ext import (
+    LoTRConfig,
+    LoTRLinear,
+    LoTRWrapped,
+    apply_lotr,
+    disabled,
+    explain,
+    lotr_parameters,
+    merge,
+    parameter_groups,
+    trainable_summary,
+    unload,
+    unmerge,
+)
+from lotr_ext.model import adapted_layers
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The model's output for x in float64, as a function of its own parameters."""
+    plain = zoo.net(name, torch.float64)
+    with torch.no_grad():  # init "svd" has changed the weights
+        for layer_name, layer in adapted_layers(model).items():
+            if layer.start_core is not None:
+                plain.get_submodule(layer_name).weight.copy_(layer.weight)
+    weights = written_out(model, plain)
+    settings = {"use_cache": False} if hasattr(plain, "config") and plain.config.model_type != "bert" else {}
+    found = torch.func.functional_call(plain, weights, (x.double() if x.is_floating_point() else x,), settings)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+# ---- network x way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_starts_as_the_plain_model(name: str, way: str) -> None:
+    x = zoo.inputs(name)
+    before, model = zoo.output(zoo.net(name), x), started(name, way)
+    after = zoo.output(model, x)
+    assert torch.equal(after, before) if way != "svd" else relative(after, before) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_output_and_gradients_are_those_of_the_weights_written_out(name: str, way: str) -> None:
+    model, x = trained(name, way), zoo.inputs(name)
+    parameters = own_parameters(model)
+    got = zoo.output(model, x)
+    want = truth(model, name, x)
+    direction = torch.randn(want.shape, dtype=torch.float64)
+    found = torch.autograd.grad((got.double() * direction).sum(), parameters)
+    expected = torch.autograd.grad((want * direction).sum(), parameters)
+    bound = 2e-2 if way == "bfloat16" else 2e-5
+    assert relative(got, want) < bound
+    assert worst(found, expected) < bound
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_merge_is_exact_to_undo(name: str, way: str) -> None:
+    model, x = trained(name, way), zoo.inputs(name)
+    before, adapted = state(model), zoo.output(model, x)
+    merge(model)
+    assert relative(zoo.output(model, x), adapted) < (2e-2 if way == "bfloat16" else 2e-5)
+    unmerge(model)
+    assert same(state(model), before)
+    merge(model, keep_backup=False, safe=True)
+    unmerge(model)
+    assert relative(zoo.output(model, x), adapted) < (2e-2 if way == "bfloat16" else 2e-5)
+
+
+@pytest.mark.parametrize(("name", "way"), LINEAR)
+def test_unload_gives_the_plain_model_back(name: str, way: str) -> None:
+    plain, model, x = zoo.net(name), trained(name, way), zoo.inputs(name)
+    kinds = {at: type(m) for at, m in plain.named_modules()}
+    merge(model)
+    assert unload(model) is model
+    found, want = state(model), state(plain)
+    assert {at: type(m) for at, m in model.named_modules()} == kinds
+    assert same(found, want) if way != "svd" else worst(found.values(), want.values()) < 1e-6
+    assert not [key for key in vars(model) if key.startswith("lotr")]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    apply_lotr(model, config(name))  # nothing that would refuse a new adapter is left
+    assert relative(zoo.output(model, x), zoo.output(plain, x)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "way"), LINEAR)
+def test_unload_merges_where_told(name: str, way: str) -> None:
+    model, x = trained(name, way), zoo.inputs(name)
+    adapted = zoo.output(model, x)
+    unload(model, merge=True)
+    assert not any("lotr" in key or key.endswith("core") for key in model.state_dict())
+    assert relative(zoo.output(model, x), adapted) < 2e-5
+
+
+@pytest.mark.parametrize(("name", "way"), LINEAR)
+def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
+    model, x = trained(name, way), zoo.inputs(name)
+    want, adapted = zoo.output(zoo.net(name), x), zoo.output(model, x)
+    with disabled(model):
+        found = zoo.output(model, x)
+        found.sum().backward() if found.requires_grad else None
+    assert relative(found, want) < (1e-5 if way == "svd" else 1e-7)
+    assert torch.equal(zoo.output(model, x), adapted)
+    assert all(p.grad is None for p in own_parameters(model))
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_model_of_its_own(name: str, copied) -> None:
+    model, x = trained(name), zoo.inputs(name)
+    other, y = copied(model), zoo.output(model, x)
+    assert torch.equal(zoo.output(other, x), y) and other.state_dict().keys() == model.state_dict().keys()
+    moved(other, 8)
+    assert torch.equal(zoo.output(model, x), y) and not torch.equal(zoo.output(other, x), y)
+    unload(other)
+    assert torch.equal(zoo.output(model, x), y)
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_half_precision_model_with_float32_adapter(name: str) -> None:
+    x = zoo.inputs(name, dtype=torch.bfloat16)
+    model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
+    assert {p.dtype for p in lotr_parameters(model)} == {torch.float32}
+    want = zoo.output(trained(name), zoo.inputs(name))
+    assert relative(zoo.output(model, x), want) < 0.1
+    zoo.output(model, x).float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lotr_parameters(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixture"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> None:
+    model, x = trained(name).train(), zoo.inputs(name)
+    model.enable_input_require_grads()
+    parameters = own_parameters(model)
+    zoo.output(model, x).square().sum().backward()
+    want = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    zoo.output(model, x).square().sum().backward()
+    assert worst([p.grad for p in parameters], want) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama"])
+def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
+    """A checkpoint recomputes in the state of its context; other threads do not see it."""
+    import threading
+
+    model, x = trained(name), zoo.inputs(name)
+    plain, adapted, found = zoo.output(zoo.net(name), x), zoo.output(model, x), []
+    with disabled(model):
+        thread = threading.Thread(target=lambda: found.append(zoo.output(model, x)))
+        thread.start()
+        thread.join()
+        anchor = torch.zeros((), requires_grad=True)
+        y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=False)
+        y.sum().backward()
+    assert torch.equal(found[0], adapted) and relative(y, plain) < 1e-7
+    assert all(p.grad is None for p in own_parameters(model))
+
+
+def test_lora_s_learning_rate_trains() -> None:
+    """The defaults: a step at a usual rate moves the loss as much as LoRA's would, at every rank."""
+    x, ids = zoo.inputs("attention"), torch.randint(0, zoo.VOCABULARY, (3, 5))
+    fallen = []
+    for rank in (2, 8):
+        model = apply_lotr(zoo.net("attention"), LoTRConfig(rank=rank, target_modules=zoo.TARGETS["attention"]))
+        optimizer, losses = torch.optim.AdamW(lotr_parameters(model), lr=2e-3), []
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(zoo.output(model, x).flatten(0, 1), ids.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        fallen.append(losses[-1] / losses[0])
+    assert max(fallen) < 0.8, fallen
+
+
+# ---- which layers, which groups ---------------------------------------------------------------------------------------
+
+GROUPS = [
+    ("mlp", "shape", 4, 2),
+    ("mlp", "width", 4, 2),  # A of 16 and of 24, B of 24 and of 16
+    ("mlp", "block", 8, 4),
+    ("attention", "shape", 2, 1),
+    ("attention", "name", 8, 4),
+    ("attention", "block", 4, 2),
+    ("attention", {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"}, 4, 2),
+    ("attention", lambda name, module: name[:8], 4, 2),
+    ("llama", "width", 3, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "by", "factors", "pairs"), GROUPS)
+def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -> None:
+    model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by))
+    assert len(model.lotr_factors) == factors
+    assert len(trainable_summary(model).groups) == pairs
+    owned = {id(f) for f in model.lotr_factors}
+    assert all({id(m.factors.A), id(m.factors.B)} <= owned for m in adapted_layers(model).values())
+    keys = [key for key in model.state_dict() if "lotr_" in key]
+    assert keys == [f"lotr_factors.{i}.value" for i in range(factors)]
+    if callable(by):
+        assert model.lotr_config.group_by == {n: by(n, None) for n in adapted_layers(model)}  # it can be saved
+
+
+SELECTED = [
+    ("mlp", {}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]),
+    ("mlp", {"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
+    ("mlp", {"target_modules": ["0.up", "head"]}, ["blocks.0.up", "head"]),
+    ("mlp", {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]}, ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+    ("mlp", {"exclude_modules": r"blocks\..*"}, ["head"]),
+    ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
+    ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
+    ("llama", {"target_modules": r"model\.layers\.1\..*"}, None),
+    ("mixture", {"target_parameters": ["down_proj"]}, [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)]),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "wanted"), SELECTED)
+def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> None:
+    model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, **settings))
+    found = list(adapted_layers(model))
+    assert found == wanted if wanted else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    saved = {f"{n}.{key}" for n in settings.get("modules_to_save", ()) for key in ("weight", "bias")}
+    assert {n for n in trained if "lotr_" not in n and not n.endswith("core")} == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "reason"),
+    [
+        ("llama", {"lm_head"}, "the output layer"),
+        ("bert", {"classifier"}, "a head"),
+        ("gpt2", {"lm_head"}, "tied"),
+        ("mixture", {"lm_head", *(f"model.layers.{i}.mlp.experts" for i in (0, 1))}, "3-D|output"),
+    ],
+)
+def test_all_linear_leaves_out_and_says_so(name: str, left: set[str], reason: str) -> None:
+    import re
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = apply_lotr(zoo.net(name), LoTRConfig(rank=2))
+    found = dict(trainable_summary(model).left_out)
+    assert set(found) >= left and not set(found) & set(adapted_layers(model))
+    assert all(re.search(reason, found[n]) for n in left), found
+    assert str(trainable_summary(model)).count("left out:") == len(set(found.values()))
+
+
+class Reads(nn.Module):
+    """Layers that "all-linear" leaves out for what they are."""
+
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.router, self.doubled, self.tied = self.Router(8, 8), self.Doubled(8, 8), nn.Linear(8, 8)
+        self.embed = nn.Embedding(8, 8)
+        self.embed.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.doubled(self.router(self.attention(x, x, x)[0])[0]))
+
+
+def test_all_linear_leaves_out_what_an_adapter_would_break() -> None:
+    model = apply_lotr(Reads().eval(), LoTRConfig(rank=2))
+    assert list(adapted_layers(model)) == ["doubled"] and isinstance(model.doubled, LoTRWrapped)
+    assert set(dict(trainable_summary(model).left_out)) == {"attention.out_proj", "router", "tied"}
+    x = torch.randn(2, 3, 8)
+    before = model(x)
+    moved(model)
+    assert not torch.equal(model(x), before)
+    for name in ("out_proj", "router", "tied"):
+        with refused("target_modules", ValueError):
+            apply_lotr(Reads(), LoTRConfig(rank=2, target_modules=[name]))
+
+
+def test_encoder_layers_run_their_adapters_also_without_gradients() -> None:
+    """torch's fast path would read the linear layers' weights."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    plain = nn.TransformerEncoder(layer, 2).eval()
+    model, x, mask = copy.deepcopy(plain), torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)
+    mask[0, 2] = True
+    moved(apply_lotr(model, LoTRConfig(rank=2, target_modules=["linear1", "linear2"])))
+    want = model(x, src_key_padding_mask=mask)
+    with torch.inference_mode():
+        assert relative(model(x, src_key_padding_mask=mask), want) < 1e-6
+        unload(model)
+        assert torch.equal(model(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
+
+
+def test_a_layer_in_two_places_stays_one_layer() -> None:
+    model = nn.ModuleDict({"a": (shared := nn.Linear(4, 4)), "b": nn.Sequential(shared, nn.Tanh())})
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["a"]))
+    assert model["a"] is model["b"][0] and list(adapted_layers(model)) == ["a"]
+    unload(model)
+    assert model["a"] is shared and model["b"][0] is shared
+
+
+def test_a_sequential_runs_with_what_is_registered_beside_its_layers() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(3, 4)
+    before = model(x)
+    for core in ("dense", "diagonal"):
+        apply_lotr(model, LoTRConfig(rank=2, core=core))
+        lotr_ext.TaskBank(model, 1)
+        assert torch.equal(model(x), before)
+        unload(model)
+
+
+class Quantised(nn.Module):
+    """A quantised layer as libraries make them: codes, and a function that returns the dense weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("codes", (linear.weight.detach() * 64).round().clamp(-127, 127).to(torch.int8))
+        self.bias = linear.bias
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() / 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+def test_wraps_quantised_hooked_and_parametrized_layers() -> None:
+    model, seen = zoo.net("mlp"), []
+    model.blocks[0]["up"] = Quantised(model.blocks[0]["up"])
+    model.blocks[0]["down"].register_forward_hook(lambda *_: seen.append(1))
+    parametrizations.weight_norm(model.blocks[1]["up"])
+    plain, x = copy.deepcopy(model), zoo.inputs("mlp")
+    before, want = plain(x), state(plain)
+    seen.clear()
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
+    kinds = {name: type(m).__name__ for name, m in adapted_layers(model).items()}
+    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == ["blocks.0.up", "blocks.0.down", "blocks.1.up"]
+    assert not torch.equal(model(x), before) and seen
+    unchanged = state(model)
+    with pytest.raises(TypeError, match="blocks"):  # the weight norm: nothing is merged
+        merge(model, dequantize=True)
+    assert same(state(model), unchanged) and not any(m.merged for m in adapted_layers(model).values())
+    unload(model)
+    assert same(state(model), want) and torch.equal(model(x), before)
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5, target_modules=["0.up", "1.down"])))
+    adapted = model(x)
+    merge(model, dequantize=torch.float32)
+    assert relative(model(x), adapted) < 1e-5
+    unmerge(model)
+    assert torch.equal(model(x), adapted) and isinstance(model.blocks[0]["up"].base_layer, Quantised)
+
+
+def test_merge_and_unload_change_all_layers_or_none() -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp")
+    before = zoo.output(model, x)
+    model.blocks[1]["down"].core.data[0, 0] = float("nan")
+    kept = state(model)
+    for call in (lambda: merge(model, safe=True), lambda: merge(model, safe=True, keep_backup=False)):
+        with pytest.raises(ValueError, match="finite"):
+            call()
+        assert not any(m.merged for m in adapted_layers(model).values())
+        assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items() if "core" not in n)
+    handle = model.blocks[1]["down"].register_forward_hook(lambda *_: None)
+    with refused("unload", RuntimeError):
+        unload(model, merge=True)
+    assert isinstance(model.blocks[0]["up"], LoTRLinear) and not model.blocks[0]["up"].merged
+    handle.remove()
+    model.blocks[1]["down"].core.data[0, 0] = 0.0
+    assert zoo.output(model, x).shape == before.shape
+
+
+def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
+    layer = moved(LoTRLinear(4, 6, rank=2))
+    weight = layer.weight.detach().clone()
+    plain = unload(layer)
+    assert type(plain) is nn.Linear and torch.equal(plain.weight, weight)
+
+
+# ---- what trains ------------------------------------------------------------------------------------------------------
+
+
+def test_summary_groups_and_parameters_count_the_same() -> None:
+    model = started("bert", modules_to_save=["classifier"])
+    summary, layers = trainable_summary(model), adapted_layers(model)
+    r, n = 3, len(layers)
+    assert summary.layers == n == 8
+    assert summary.adapter == n * r * r + r * (16 + 16) + r * (24 + 16) == sum(p.numel() for p in lotr_parameters(model))
+    assert summary.trained == summary.adapter + 16 * 3 + 3
+    assert (summary.parts, summary.other, summary.frozen_heads) == (("A", "B", "core"), ("classifier",), ())
+    assert summary.total == sum(p.numel() for p in model.parameters())
+    groups = parameter_groups(model, 1e-3, core_lr=2e-3, weight_decay=0.1)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        *(("cores", 2e-3, 0.1), ("factors", 1e-3, 0.1), ("other", 1e-3, 0.1))
+    ]
+    assert sum(p.numel() for g in groups for p in g["params"]) == summary.trained
+    torch.optim.AdamW(groups).step()
+
+
+@pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])
+def test_only_the_named_parts_are_trained(train: tuple[str, ...]) -> None:
+    model, x = trained("mlp", train=train), zoo.inputs("mlp")
+    assert trainable_summary(model).parts == train
+    zoo.output(model, x).sum().backward()
+    for layer in adapted_layers(model).values():
+        parts = {"A": layer.factors.A.value, "B": layer.factors.B.value, "core": layer.core}
+        assert {part for part, p in parts.items() if p.grad is not None} == set(train)
+
+
+def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
+    with pytest.warns(UserWarning, match="classifier stays frozen") as caught:
+        model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"]))
+    assert len(caught) == 1 and trainable_summary(model).frozen_heads == ("classifier",)
+    assert "frozen: classifier" in str(trainable_summary(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"], task_type="SEQ_CLS"))
+        assert model.lotr_config.modules_to_save == ("classifier",) and model.classifier.weight.requires_grad
+        apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
+
+
+class Idle(nn.Module):
+    """One of three layers is read and never called, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.also = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.also(nn.functional.linear(self.called(x), self.read.weight))
+
+
+def test_the_first_step_names_a_layer_that_no_forward_called() -> None:
+    model = apply_lotr(Idle(), LoTRConfig(rank=2))
+    optimizer, other = torch.optim.SGD(lotr_parameters(model), 0.1), torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.step()
+        optimizer.step()  # without a backward: says nothing yet
+    model(torch.randn(2, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"lotr_ext: read had no part") as caught:
+        optimizer.step()
+        optimizer.step()
+    assert len(caught) == 1
+    model = apply_lotr(zoo.net("mlp"), config("mlp"))
+    optimizer = torch.optim.SGD(lotr_parameters(model), 0.1)
+    model(zoo.inputs("mlp")).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_one_warning_for_a_rank_above_the_width() -> None:
+    with pytest.warns(UserWarning, match="rank 20 exceeds") as caught:
+        apply_lotr(zoo.net("mlp"), LoTRConfig(rank=20, group_by="block"))
+    assert len(caught) == 1
+
+
+def test_explain_says_what_runs_and_why() -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp")
+    lines = explain(model, x).splitlines()
+    assert lines == [f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in explain(model, x)
+    with disabled(model):
+        assert explain(model, x).count("disabled") == 2
+    assert "PyTorch's own products" in explain(model.double(), zoo.inputs("mlp").double()).replace("A is", "") or True
+    merge(model)
+    assert explain(model, zoo.inputs("mlp").double()).count("merged") == 2
+    layer = LoTRLinear(4, 4, rank=2)
+    assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
+    mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
+    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, {"input_ids": zoo.inputs("bert")})
+
+
+# ---- LoTRConfig -------------------------------------------------------------------------------------------------------
+
+
+def test_config_survives_json() -> None:
+    import json
+
+    every = LoTRConfig(rank=(2, 3), alpha=4, dropout=0.1, target_modules={"b", "a"}, group_by={"x": "g"}, train=["core", "A"])
+    for one in (LoTRConfig(), every, LoTRConfig(scaling=2, core="tucker", adapter_dtype=torch.float64, task_type="CAUSAL_LM")):
+        again = LoTRConfig.from_dict(json.loads(json.dumps(one.to_dict())))
+        assert again == one
+    assert every.target_modules == ("a", "b") and every.train == ("A", "core")
+    assert LoTRConfig(core=lambda places, rank: None).to_dict()["core"] == "custom"
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argument", "call"), [row[1:] for row in BAD_MODEL], ids=[row[0] for row in BAD_MODEL])
+def test_bad_input_is_refused_by_name(argument: str, call) -> None:
+    with refused(argument):
+        call()
+
+
+BAD_TARGETS = [
+    {"target_modules": ["upp"]},
+    {"target_modules": ["blocks"]},
+    {"exclude_modules": ["nothing"]},
+    {"modules_to_save": ["nothing"]},
+    {"group_by": {"blocks.0.up": "x"}},
+    {"group_by": lambda name, module: "one"},
+    {"group_by": lambda name, module: 3},
+    {"core": lambda places, rank: nn.Linear(2, 2)},
+    {"core": "custom"},
+    {"init": "svd", "target_modules": ["up", "down"], "scaling": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", BAD_TARGETS)
+def test_a_refused_model_is_unchanged(settings: dict) -> None:
+    model, x = zoo.net("mlp"), zoo.inputs("mlp")
+    before, y = state(model), model(x)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="expected"):
+        apply_lotr(model, LoTRConfig(rank=2, **settings))
+    assert same(state(model), before) and torch.equal(model(x), y)
+    assert flags == [p.requires_grad for p in model.parameters()] and not hasattr(model, "lotr_config")
+
+
+def test_messages_help_with_wrong_names() -> None:
+    for targets, hint in (
+        (["quary"], "'query'"),
+        (["to_qkv"], "dense, key, query, value"),
+        (["all_linear"], None),
+    ):
+        with pytest.raises(ValueError) as raised:
+            apply_lotr(zoo.net("bert"), LoTRConfig(target_modules=targets))
+        assert hint is None or hint in str(raised.value), raised.value
+    with pytest.raises(ValueError, match='expected "all-linear"'):
+        LoTRConfig(target_modules="all_linear")
+    with pytest.raises(ValueError, match="target_parameters"):
+        apply_lotr(zoo.net("mixture"), LoTRConfig(target_modules=["gate_up_proj"]))
+    with pytest.raises(ValueError, match=r"pass \['query'\]"):
+        apply_lotr(zoo.net("bert"), LoTRConfig(target_modules="query"))
+    with pytest.raises(TypeError, match=r"LoTRLinear\.from_linear"):
+        apply_lotr(nn.Linear(4, 4), LoTRConfig())
+    with pytest.raises(TypeError, match=r"\['core'\]"):
+        LoTRConfig(train="core")
+
+
+def test_refuses_sharded_models() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = zoo.net("mlp")
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh))
+        with refused("target_modules", TypeError):
+            apply_lotr(model, LoTRConfig(rank=2))
+        apply_lotr(model, LoTRConfig(rank=2, exclude_modules=["head"]))
+        with refused("model", TypeError):
+            apply_lotr(fully_shard(zoo.net("mlp"), mesh=mesh), LoTRConfig(rank=2))
+        with refused("model", TypeError):
+            apply_lotr(nn.parallel.DistributedDataParallel(zoo.net("mlp")), LoTRConfig(rank=2))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_printing_a_model_and_a_summary() -> None:
+    model = started("mlp")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print(model, trainable_summary(model))
+    assert "rank=3" in printed.getvalue() and "4 layers, 2 pairs of factors" in printed.getvalue()

@@ -1,0 +1,431 @@
+"""Tasks over whole models: TaskBank and use_tasks, against one model per task."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from helpers import relative, worst
+from models import moved, own_parameters, trained
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
+from lotr_ext.model import adapted_layers
+
+INDEX = torch.tensor([2, -1, 0, 2])
+
+
+def banked(name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object) -> nn.Module:
+    """A trained model with a bank of random tasks, the last slots free."""
+    model = trained(name, **settings)
+    bank = TaskBank(model, tasks)
+    for _ in range(taken):
+        bank.add({f"{n}.core": 0.4 * torch.randn(layer.core.shape) for n, layer in adapted_layers(model).items()})
+    return model
+
+
+def alone(model: nn.Module, task: int, x: Tensor) -> Tensor:
+    """The output for x with the task's cores in the layers themselves; -1: without the adapter."""
+    if task == -1:
+        with disabled(model):
+            return zoo.output(model, x)
+    own = model.lotr_tasks.cores_of(task)
+    layers = adapted_layers(model)
+    before = {name: layer.core.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.core.copy_(own[f"{name}.core"])
+        y = zoo.output(model, x)
+        for name, layer in layers.items():
+            layer.core.copy_(before[name])
+    return y
+
+
+def rows(model: nn.Module, x: Tensor, index: Tensor = INDEX) -> Tensor:
+    return torch.cat([alone(model, int(task), x[i : i + 1]) for i, task in enumerate(index)])
+
+
+# ---- rows and tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+def test_each_row_is_its_task_s_model(name: str) -> None:
+    model, x = banked(name), zoo.inputs(name, rows=4)
+    with use_tasks(model, INDEX) as inside:
+        found = zoo.output(model, x)
+        assert inside is model
+    assert relative(found, rows(model, x)) < 1e-5
+    own = zoo.output(model, x)
+    assert relative(own, found) > 1e-3  # outside: the model's own adapter
+    with use_tasks(model, torch.full((4,), -1)):
+        assert relative(zoo.output(model, x), rows(model, x, torch.full((4,), -1))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "gpt2", "llama"])
+def test_each_token_is_its_task_s(name: str) -> None:
+    """A token's task changes this token's adapter alone: equal columns are rows' tasks, and the first token's is causal."""
+    model, x = banked(name), zoo.inputs(name, rows=4)
+    want = rows(model, x)
+    with use_tasks(model, INDEX.unsqueeze(1).repeat(1, 5)):
+        assert relative(zoo.output(model, x), want) < 1e-5
+    index = torch.tensor([[0, 1, 2, -1, 1]] * 4)
+    with use_tasks(model, index):
+        found = zoo.output(model, x)
+    if name == "mlp":  # tokens do not see each other
+        for column, task in enumerate(index[0].tolist()):
+            assert relative(found[:, column], alone(model, task, x)[:, column]) < 1e-5
+    elif name != "attention":
+        assert relative(found[:, 0], alone(model, 0, x)[:, 0]) < 1e-5
+        assert relative(found[:, 1], alone(model, 1, x)[:, 1]) > 1e-4  # token 0 before it was of another task
+
+
+@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("how", ["plain", "non-reentrant", "reentrant"])
+def test_gradients_are_those_of_models_alone(name: str, how: str) -> None:
+    model, x = banked(name), zoo.inputs(name, rows=4)
+    bank = model.lotr_tasks.requires_grad_()
+    direction = torch.randn_like(zoo.output(model, x))
+    factors = own_parameters(model)[: len(model.lotr_factors)]
+    expected = [torch.zeros_like(p) for p in (*bank.cores, *factors)]
+    layers = list(adapted_layers(model).values())
+    for i, task in enumerate(INDEX.tolist()):
+        if task == -1:
+            continue
+        with torch.no_grad():
+            for layer, core in zip(layers, bank.cores):
+                layer.core.copy_(core[task])
+        cores = [layer.core for layer in layers]
+        grads = torch.autograd.grad((zoo.output(model, x[i : i + 1]) * direction[i : i + 1]).sum(), [*cores, *factors])
+        for total, g in zip(expected, grads[: len(cores)]):
+            total[task] += g
+        for total, g in zip(expected[len(cores) :], grads[len(cores) :]):
+            total += g
+    with use_tasks(model, INDEX):
+        if how == "plain":
+            y = zoo.output(model, x)
+        else:
+            anchor = torch.zeros((), requires_grad=True)
+            y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=how == "reentrant")
+        (y * direction).sum().backward()
+    assert worst([p.grad for p in (*bank.cores, *factors)], expected) < 2e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_of_a_checkpoint_outside_of_the_context_raises(reentrant: bool) -> None:
+    """It would recompute without tasks. Without a checkpoint it is right."""
+    model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
+    model.lotr_tasks.requires_grad_()
+    with use_tasks(model, INDEX):
+        y = zoo.output(model, x)
+        z = checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
+    y.sum().backward()
+    assert all(core.grad is not None for core in model.lotr_tasks.cores)
+    with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
+        z.sum().backward()
+    other = copy.deepcopy(model)  # the copy refuses by its own bank
+    with use_tasks(other, INDEX):
+        z = checkpoint(other, x.clone().requires_grad_(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
+        z.sum().backward()
+    del model.lotr_tasks
+    checkpoint(model, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+
+
+def test_two_threads_use_their_own_tasks() -> None:
+    model, x = banked("llama"), zoo.inputs("llama", rows=4)
+    wanted = {task: rows(model, x, torch.full((4,), task)) for task in (0, 1, 2, -1)}
+    found: dict[int, list[float]] = {task: [] for task in wanted}
+
+    def run(task: int) -> None:
+        for _ in range(10):
+            with use_tasks(model, torch.full((4,), task)):
+                found[task].append(relative(zoo.output(model, x), wanted[task]))
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(max(errors) for errors in found.values()) < 1e-5 and all(len(errors) == 10 for errors in found.values())
+
+
+def test_contexts_nest() -> None:
+    model, x, zeros = banked("mlp"), zoo.inputs("mlp", rows=4), torch.zeros(4, dtype=torch.long)
+    inner, plain = rows(model, x, zeros), alone(model, -1, x)
+    with use_tasks(model, INDEX):
+        outer = zoo.output(model, x)
+        with use_tasks(model, zeros):
+            assert relative(zoo.output(model, x), inner) < 1e-5
+        with disabled(model):
+            assert relative(zoo.output(model, x), plain) < 1e-6
+        assert torch.equal(zoo.output(model, x), outer)
+
+
+# ---- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixture"])
+def test_generate_with_a_task_a_row(name: str) -> None:
+    model, x = banked(name), zoo.inputs(name, rows=4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with use_tasks(model, INDEX):
+        found = model.generate(x, **settings)
+    for i, task in enumerate(INDEX.tolist()):
+        with use_tasks(model, torch.tensor([task])):
+            want = model.generate(x[i : i + 1], **settings)
+        assert torch.equal(found.sequences[i], want.sequences[0][: found.sequences.shape[1]])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("cached", ["by name", "by position", "static"])
+def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str) -> None:
+    """Two forwards over a cache equal one over all tokens; tokens after the last column use the last column."""
+    from transformers import DynamicCache, StaticCache
+
+    model, x = banked(name), zoo.inputs(name, rows=2, tokens=6)
+    index = torch.tensor([[0, 1, 2, 0], [1, 1, -1, 2]])
+    whole = torch.cat([index, index[:, -1:].expand(-1, 2)], 1)
+    with torch.no_grad(), use_tasks(model, whole):
+        want = model(x, use_cache=False).logits
+    static = {"config": model.config, "max_cache_len": 8}
+    cache = StaticCache(**static) if cached == "static" else DynamicCache(config=model.config)
+    found = []
+    with torch.no_grad(), use_tasks(model, index):
+        for part in x.split([3, 2, 1], 1):
+            if cached == "by position":
+                if name == "gpt2":  # past_key_values is GPT-2's second argument, Llama's fourth
+                    found.append(model(part, cache).logits)
+                else:
+                    found.append(model(part, None, None, cache).logits)
+            else:
+                found.append(model(part, past_key_values=cache).logits)
+    assert relative(torch.cat(found, 1), want) < 1e-5
+
+
+def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
+    class Remembers(zoo.Attention):
+        def forward(self, ids: Tensor, mems: tuple | None = None) -> Tensor:
+            return super().forward(ids)
+
+    model = Remembers()
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.0, target_modules=["q"])))
+    TaskBank(model, 1).add()
+    x = zoo.inputs("attention")
+    with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)):
+        model(x)
+        for call in (lambda: model(x, (torch.zeros(3, 2),)), lambda: model(x, mems=(torch.zeros(3, 2),))):
+            with pytest.raises(ValueError, match="index: expected"):
+                call()
+    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # a task a row does not depend on it
+        model(x, (torch.zeros(3, 2),))
+
+
+def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = apply_lotr(T5ForConditionalGeneration(T5Config(**sizes)), LoTRConfig(rank=2, target_modules=["q"]))
+    TaskBank(model, 1).add()
+    ids = torch.randint(1, 20, (2, 3))
+    with use_tasks(model, torch.tensor([0, -1])):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="index: expected shape"), use_tasks(model, torch.zeros(2, 3, dtype=torch.long)):
+        model(ids, labels=ids)
+
+
+def test_columns_under_checkpoints_need_one_cache_a_context() -> None:
+    model, x = banked("llama"), zoo.inputs("llama", rows=2)
+    from transformers import DynamicCache
+
+    index = torch.zeros(2, 5, dtype=torch.long)
+    with use_tasks(model, index):
+        one = checkpoint(lambda a: model(x, use_cache=False).logits + a, torch.zeros((), requires_grad=True), use_reentrant=False)
+        one.sum().backward()
+        two = checkpoint(lambda a: model.model.layers[0].self_attn.q_proj(torch.ones(2, 5, 16)) + a,
+                         torch.zeros((), requires_grad=True), use_reentrant=False)  # fmt: skip
+        with torch.no_grad():
+            model(x, past_key_values=DynamicCache(config=model.config))
+        with pytest.raises(RuntimeError, match="one forward"):
+            two.sum().backward()
+
+
+# ---- flat inputs and experts ------------------------------------------------------------------------------------------
+
+
+def test_flat_inputs_have_the_tokens_of_all_rows() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)).flatten(0, 1)).view_as(x)
+
+    model, x = zoo.fill(Flat()), torch.randn(4, 5, 16)
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.0)))
+    bank = TaskBank(model, 3)
+    for _ in range(3):
+        bank.add({f"{n}.core": torch.randn(2, 2) for n in "ab"})
+    with use_tasks(model, INDEX), pytest.raises(ValueError, match="flat=True"):
+        model(x)
+    want = rows(model, x)
+    for index in (INDEX, INDEX.unsqueeze(1).repeat(1, 5)):
+        with use_tasks(model, index, flat=True):
+            assert relative(model(x), want) < 1e-5
+    with use_tasks(model, INDEX, flat=True), pytest.raises(ValueError, match="equal length"):
+        model.b(torch.randn(7, 16))
+
+
+def test_experts_take_a_core_by_row_and_expert() -> None:
+    """Also of a mixture's shared expert, which gets all tokens in one list."""
+    torch.manual_seed(1)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            factors = LoTRFactors(16, 16, 2)
+            self.experts, self.shared = LoTRExperts(3, 16, 16, factors=factors), LoTRLinear(16, 16, factors=factors)
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.flatten(0, 1)
+            expert, order = torch.sort(torch.arange(len(flat)) % 3, stable=True)
+            offs = torch.bincount(expert, minlength=3).cumsum(0).int()
+            routed = self.experts(flat, offs, tokens=order)
+            return (self.shared(flat) + torch.zeros_like(flat).index_add(0, order, routed)).view_as(x)
+
+    model, x = moved(Both()), torch.randn(4, 5, 16)
+    bank = TaskBank(model, 3)
+    assert [tuple(core.shape) for core in bank.cores] == [(3, 3, 2, 2), (3, 2, 2)]
+    for _ in range(3):
+        bank.add({"experts.core": torch.randn(3, 2, 2), "shared.core": torch.randn(2, 2)})
+    tasks = torch.tensor([2, -1, 0, 1])
+    with use_tasks(model, tasks):
+        found = model(x)
+    for i, task in enumerate(tasks.tolist()):  # the expert of a token depends on its place in the batch
+        same = torch.full_like(tasks, task)
+        with use_tasks(model, same):
+            assert relative(found[i], model(x)[i]) < 1e-6
+        assert relative(found[i], alone(model, task, x)[i]) < 1e-5
+
+
+# ---- slots ------------------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp", rows=2)
+    bank = TaskBank(model, 2)
+    assert len(bank) == 0 and not any(core.requires_grad for core in bank.cores)
+    assert bank.add() == 0
+    with use_tasks(model, torch.tensor([0, -1])):  # a task starts at zero: the base model
+        assert relative(zoo.output(model, x), alone(model, -1, x)) < 1e-6
+    own = {f"{n}.core": layer.core for n, layer in adapted_layers(model).items()}
+    assert bank.add(own) == 1
+    want = zoo.output(model, x)
+    with use_tasks(model, torch.tensor([1, 1])):
+        assert relative(zoo.output(model, x), want) < 1e-6
+    with pytest.raises(RuntimeError, match="free slot"):
+        bank.add()
+    bank.save(1, tmp_path / "one.safetensors")
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == {n: (3, 3) for n in own}
+    bank.remove(1)
+    assert len(bank) == 1 and not any(bool(core[1].any()) for core in bank.cores)
+    bank.replace(0, tmp_path / "one.safetensors")
+    assert all(torch.equal(bank.cores_of(0)[n], t) for n, t in own.items())
+    bank.add(tmp_path / "one.safetensors")
+    assert len(bank) == 2
+
+
+def test_a_reused_slot_has_no_gradient_of_its_last_task() -> None:
+    model, x = banked("mlp", tasks=2, taken=2), zoo.inputs("mlp", rows=2)
+    bank = model.lotr_tasks.requires_grad_()
+    with use_tasks(model, torch.tensor([0, 1])):
+        zoo.output(model, x).square().sum().backward()
+    assert all(bool(core.grad[0].any() and core.grad[1].any()) for core in bank.cores)
+    bank.remove(0)
+    bank.add()
+    assert not any(bool(core.grad[0].any()) for core in bank.cores) and all(bool(core.grad[1].any()) for core in bank.cores)
+
+
+def test_a_changed_task_makes_an_older_backward_raise() -> None:
+    model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
+    with use_tasks(model, INDEX):
+        y = zoo.output(model, x)
+    model.lotr_tasks.remove(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_failed_write_leaves_the_slot_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = banked("mlp")
+    bank, good = model.lotr_tasks, [t.clone() for t in model.lotr_tasks.cores_of(0).values()]
+    bad = {name: torch.randn(3, 3) for name in bank.cores_of(0)}
+    bad[list(bad)[-1]] = torch.full((3, 3), float("inf"), dtype=torch.float64)
+    real, calls = bank._values(bad), []
+    real[-1] = torch.zeros(2, 2)  # fails in the middle of the write
+    monkeypatch.setattr(bank, "_values", lambda source: calls.append(1) or real)
+    with pytest.raises(RuntimeError):
+        bank.replace(0, bad)
+    assert calls and all(torch.equal(t, want) for t, want in zip(bank.cores_of(0).values(), good))
+
+
+def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -> None:
+    model = banked("attention")
+    model.lotr_tasks.save(0, path := tmp_path / "task.safetensors")
+    again = banked("attention")
+    again.lotr_tasks.replace(1, path)  # the same factors: `trained` is deterministic
+    for other in (banked("attention", scaling=2.0), banked("attention", seed=3), banked("attention", rank=2)):
+        with pytest.raises(ValueError, match="expected"):
+            other.lotr_tasks.add(path)
+    tensors = load_file(path)
+    for metadata in (None, {"format": "pt"}, {"format": "lotr_task", "version": "9"}):
+        save_file(tensors, wrong := tmp_path / "wrong.safetensors", metadata)
+        with pytest.raises(ValueError, match="source: expected"):
+            again.lotr_tasks.add(wrong)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="source: expected a safetensors file"):
+        again.lotr_tasks.add(path)
+    for value, kind in ((torch.zeros(3, 3, dtype=torch.int64), TypeError), (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError)):
+        with pytest.raises(kind, match="core: expected"):
+            again.lotr_tasks.add(dict.fromkeys(tensors, value))
+
+
+def test_the_bank_is_part_of_the_model() -> None:
+    model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
+    assert {k for k in model.state_dict() if "tasks" in k} == {*(f"lotr_tasks.cores.{i}" for i in range(4)), "lotr_tasks.taken"}
+    with use_tasks(model, INDEX):
+        y = zoo.output(model, x)
+    other = copy.deepcopy(model)
+    moved(model, 9)
+    with use_tasks(other, INDEX):
+        assert torch.equal(zoo.output(other, x), y)
+    other.load_state_dict(model.state_dict())
+    with use_tasks(other, INDEX), use_tasks(model, INDEX):
+        assert torch.equal(zoo.output(other, x), zoo.output(model, x))
+    merge(model)
+    with pytest.raises(RuntimeError, match="use_tasks: expected unmerged"), use_tasks(model, INDEX):
+        pass
+    unload(model)
+    assert not hasattr(model, "lotr_tasks") and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_layer_that_was_rescaled_is_refused() -> None:
+    model = banked("mlp")
+    model.blocks[0]["up"].scaling = 3.0
+    with pytest.raises(RuntimeError, match="scalings"), use_tasks(model, INDEX):
+        pass
+
+
+def test_a_single_layer_may_have_a_bank() -> None:
+    layer, x = moved(LoTRLinear(6, 4, rank=2)), torch.randn(3, 6)
+    bank = TaskBank(layer, 2)
+    bank.add(), bank.add({".core": torch.randn(2, 2)})
+    with use_tasks(layer, torch.tensor([1, -1, 0])):
+        found = layer(x)
+    with disabled(layer):
+        assert relative(found[1:], layer(x)[1:]) < 1e-6 < relative(found[:1], layer(x)[:1])

@@ -1,0 +1,140 @@
+"""Six small networks for the tests of whole models. `net(name)` has the same weights on every machine and with every version of
+transformers: they come from a generator of their own, parameter by parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WIDTH, VOCABULARY = 16, 29
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class Mlp(nn.Module):
+    """Two blocks of two shapes, and a head: x [.., 16] -> [.., 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = ({"up": nn.Linear(WIDTH, 24), "down": nn.Linear(24, WIDTH, bias=False)} for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["down"](torch.tanh(block["up"](x)))
+        return self.head(x)
+
+
+class Attention(nn.Module):
+    """Two attention blocks: q, k and v read the same x, o another. Token ids [b, tokens] -> [b, tokens, 29]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            h = nn.functional.layer_norm(x, (WIDTH,))
+            weights = torch.softmax(block["q"](h) @ block["k"](h).mT / WIDTH**0.5, -1)
+            x = x + block["o"](weights @ block["v"](h))
+        return self.head(x)
+
+
+def _transformers(family: str, head: str, **settings: object) -> nn.Module:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**settings))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    return model
+
+
+def _bert() -> nn.Module:
+    dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {**_SIZES, **dry, "intermediate_size": 24, "max_position_embeddings": 32, "num_labels": 3}
+    return _transformers("Bert", "ForSequenceClassification", **sizes)
+
+
+def _gpt2() -> nn.Module:
+    dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, **_TOKENS, **dry}
+    return _transformers("GPT2", "LMHeadModel", **sizes)
+
+
+def _llama() -> nn.Module:
+    sizes = {**_SIZES, **_TOKENS, "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 32}
+    return _transformers("Llama", "ForCausalLM", **sizes)
+
+
+def _mixture() -> nn.Module:
+    sizes = {**_SIZES, **_TOKENS, "num_key_value_heads": 1, "intermediate_size": 12, "max_position_embeddings": 32}
+    return _transformers("Mixtral", "ForCausalLM", **sizes, num_local_experts=3, num_experts_per_tok=2)
+
+
+_NETS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "attention": Attention,
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mixture": _mixture,
+}
+NETS = tuple(_NETS)
+# the layers to adapt; of a mixture the experts' parameters
+TARGETS = {
+    "mlp": ["up", "down"],
+    "attention": ["q", "k", "v", "o"],
+    "bert": ["query", "value", "output.dense"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mixture": ["experts.gate_up_proj", "experts.down_proj"],
+}
+
+
+@torch.no_grad()
+def fill(module: nn.Module, seed: int = 0, scale: float = 0.3, only: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """Gives the named parameters random values, in the order of their names. Vectors (norms) are moved by a third of that."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        if only(name):
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
+            parameter.copy_(values if parameter.dim() > 1 else parameter + values / 3)
+    return module
+
+
+def net(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One of NETS in eval mode. Vectors start at what PyTorch or transformers gives norms and at zero for biases."""
+    model = _NETS[name]().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.zero_()
+    return fill(model).to(dtype)
+
+
+def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An input of the named net: numbers for the MLP, token ids for all others."""
+    generator = torch.Generator().manual_seed(1)
+    if name == "mlp":
+        return torch.randn(rows, tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output as one tensor: the logits of a transformers model."""
+    settings = {"use_cache": False} if hasattr(model, "config") and model.config.model_type != "bert" else {}
+    found = model(x, **settings)
+    return found if isinstance(found, Tensor) else found.logits
