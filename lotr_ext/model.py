@@ -25,8 +25,9 @@ from .cores import FORMS, Cores
 from .experts import adapt_parameter, release
 from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
-from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, LoTRWrapped, adapt
+from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer
 from .targets import Selection, Target, heads, select, tied_names, with_head
+from .wrapped import LoTRWrapped, adapt
 
 __all__ = [
     "LoTRConfig",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
-from .linear import LoTRLayer, features, has_plain_weight, is_conv1d, layer_class
+from .linear import LoTRLayer, features, is_conv1d
+from .wrapped import has_plain_weight, layer_class
 
 __all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
 
