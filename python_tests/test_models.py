@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
 from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
@@ -19,7 +20,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
-import zoo
 from lotr_ext import (
     LoTRConfig,
     LoTRLinear,
