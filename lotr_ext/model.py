@@ -179,6 +179,8 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
     layer.leave_factors_to_owner()
+    if layer.core.device != (home := _home(target.module)):
+        layer.core = nn.Parameter(torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype))
     fill_core_(layer.core, config.core_init)
     for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")

@@ -498,6 +498,29 @@ def test_another_default_device_changes_nothing() -> None:
     assert all(p.device.type == "cpu" for p in moved_model.parameters())
 
 
+def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path) -> None:
+    """accelerate keeps the weights on the meta device between two forwards."""
+    from accelerate import cpu_offload
+
+    want, x = trained("llama"), zoo.inputs("llama")
+    model = zoo.net("llama")
+    cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    moved(apply_lotr(model, config("llama")))
+    assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
+    assert relative(zoo.output(model, x), zoo.output(want, x)) < 1e-6
+    zoo.output(model, x).square().sum().backward()
+    zoo.output(want, x).square().sum().backward()
+    assert worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)]) < 1e-5
+    with refused("merge", RuntimeError):
+        merge(model)
+    lotr_ext.save_adapter(model, tmp_path)
+    assert torch.equal(zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x))
+    offloaded = zoo.net("llama")
+    cpu_offload(offloaded, torch.device("cpu"))
+    assert relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x)) < 1e-6
+
+
 class Idle(nn.Module):
     """One of three layers is read and never called, as some models do."""
 
