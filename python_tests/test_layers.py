@@ -363,6 +363,12 @@ def test_autocast(kind: str, form: str) -> None:
         y = ours()
         found = [y, *ours.grad(loss(y.float()))]
     assert worst(found, once(truth)) < CLOSE[torch.bfloat16]
+    net = Net(kind)
+    with net.request():
+        want = net(inputs(6))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(inputs(6))
+    assert y.dtype == torch.float64 and torch.equal(y, want)  # which autocast does not cast
 
 
 def test_float16_does_not_overflow_where_the_result_does_not() -> None:
@@ -457,6 +463,19 @@ def test_export() -> None:
         net = Net(kind)
         program = torch.export.export(net, (inputs(6),))
         assert "lotr" not in str(program.graph) and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["siblings", "conv1d", "wrapped"])
+def test_onnx(kind: str) -> None:
+    """An exported file computes the same in onnx's own evaluator."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    net, file, x = Net(kind, torch.float32).eval(), io.BytesIO(), inputs(6, dtype=torch.float32)
+    torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
+    (y,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})
+    assert relative(torch.from_numpy(y), net(x)) < 1e-5
 
 
 def test_inductor() -> None:
@@ -558,6 +577,24 @@ def test_a_frozen_A_keeps_no_x(shared: None) -> None:
     gc.collect()
     assert alive() is None
     y.sum().backward()
+
+
+def test_partial_backwards_leave_nothing(form: str) -> None:
+    """A backward that asks for some gradients must not begin sums for nodes that it does not reach: nothing would end them."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    net, x = Net("siblings"), inputs(6).requires_grad_()
+    y = net(x)
+    wanted = [[x], [net.layers[0].core], [net.layers[0].factors.A.value], [net.layers[0].factors.B.value]]
+    counts = []
+    for _ in range(3):
+        for of in wanted:
+            torch.autograd.grad(y.sum(), of, retain_graph=True)
+        counts.append(tensors())
+    assert counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("kind", ["siblings", "trained base", "rows"])
