@@ -39,9 +39,10 @@ from .cores import FORMS
 from .files import _config_of_version_1
 from .functional import check_rank
 from .init import fill_core_
-from .linear import LoTRFactor, LoTRFactors, LoTRWrapped, features, is_conv1d, layer_class
+from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
 from .model import _fast_paths
 from .targets import Target, _check_layer, _check_targets, _reason, group_of, tied_names
+from .wrapped import LoTRWrapped, layer_class
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 

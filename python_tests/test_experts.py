@@ -168,14 +168,14 @@ def test_module_off_and_with_tasks_of_a_request() -> None:
 
 def mixture() -> nn.Module:
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    return apply_lotr(net("mixture"), LoTRConfig(rank=2, target_parameters=targets, adapter_dtype=torch.float64))
+    return apply_lotr(net("mixture").double(), LoTRConfig(rank=2, target_parameters=targets, adapter_dtype=torch.float64))
 
 
 IDS = torch.tensor([[3, 7, 11, 5], [2, 9, 4, 8]])
 
 
 def test_mixture_starts_unchanged_and_merges_exactly() -> None:
-    plain = net("mixture")(IDS).logits
+    plain = net("mixture").double()(IDS).logits
     model = mixture()
     weights = {name: p.clone() for name, p in model.named_parameters() if name.endswith("proj")}
     assert worst([model(IDS).logits], [plain]) < 1e-12
@@ -196,7 +196,7 @@ def test_mixture_gradients_are_those_of_merged_weights() -> None:
     """dG of each expert is s A^T (dW)^T B with the gradient dW of the expert's own weight."""
     model = mixture()
     model(IDS).logits.square().mean().backward()
-    whole = net("mixture").requires_grad_()
+    whole = net("mixture").double().requires_grad_()
     whole(IDS).logits.square().mean().backward()
     weights = dict(whole.named_parameters())
     checked = 0

@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
 from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
+import zoo
 from lotr_ext import (
     LoTRConfig,
     LoTRLinear,
@@ -150,7 +150,8 @@ def test_half_precision_model_with_float32_adapter(name: str) -> None:
     model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
     assert {p.dtype for p in lotr_parameters(model)} == {torch.float32}
     want = zoo.output(trained(name), zoo.inputs(name))
-    assert relative(zoo.output(model, x), want) < 0.1
+    bound = 0.5 if name == "mixture" else 0.1  # rounding routes some tokens to other experts
+    assert relative(zoo.output(model, x), want) < bound
     zoo.output(model, x).float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lotr_parameters(model))
 
@@ -236,7 +237,11 @@ SELECTED = [
     ("mlp", {}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]),
     ("mlp", {"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
     ("mlp", {"target_modules": ["0.up", "head"]}, ["blocks.0.up", "head"]),
-    ("mlp", {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]}, ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+    (
+        "mlp",
+        {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]},
+        ["blocks.0.down", "blocks.1.up", "blocks.1.down"],
+    ),
     ("mlp", {"exclude_modules": r"blocks\..*"}, ["head"]),
     ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
     ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
@@ -533,18 +538,20 @@ def test_one_warning_for_a_rank_above_the_width() -> None:
 def test_explain_says_what_runs_and_why() -> None:
     model, x = trained("mlp"), zoo.inputs("mlp")
     lines = explain(model, x).splitlines()
-    assert lines == [f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")]
+    assert lines == [
+        f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in explain(model, x)
     with disabled(model):
         assert explain(model, x).count("disabled") == 2
-    assert "PyTorch's own products" in explain(model.double(), zoo.inputs("mlp").double()).replace("A is", "") or True
     merge(model)
-    assert explain(model, zoo.inputs("mlp").double()).count("merged") == 2
+    assert explain(model, x).count("merged") == 2
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
-    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, {"input_ids": zoo.inputs("bert")})
+    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
+    assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 
 # ---- LoTRConfig -------------------------------------------------------------------------------------------------------

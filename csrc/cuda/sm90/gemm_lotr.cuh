@@ -77,6 +77,7 @@ struct GemmLotrTiles {
 
 struct GemmLotrParams {
   const void* bias;  // [N], or null
+  int64_t bias_stride;
   int N, K, r;
   GemmLotrTiles tiles;
 };
@@ -229,7 +230,7 @@ struct Multiplier {
 #pragma unroll
     for (int n = thread; n < Traits::BN; n += 128)
       ptx::store_shared(&s.bias[group][n],
-                        bias && n0 + n < p.N ? ptx::load(bias + n0 + n) : ptx::from_float<T>(0.f));
+                        bias && n0 + n < p.N ? ptx::load(bias + (n0 + n) * p.bias_stride) : ptx::from_float<T>(0.f));
   }
 
   // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and `row` + 8, of

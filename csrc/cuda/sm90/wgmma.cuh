@@ -114,8 +114,7 @@ LOTR_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate 
   else
     LOTR_WGMMA("f16");
 #else
-  simt::wgmma(d, 256, {a, nullptr, b, false, B_MAJOR == Major::mn}, accumulate,
-              std::is_same_v<T, __nv_bfloat16>, site);
+  simt::wgmma(d, 256, a, b, B_MAJOR == Major::mn, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 
