@@ -64,7 +64,7 @@ _NOTHING = type(None)  # _NOTHING() is None: a weak reference to nothing
 # 15.4 % over the frozen model at 256 tokens, 8.4 against 7.1 % at 1,024).
 LITTLE_WORK = 2**23
 FEW_TOKENS = 129  # below, multiplying the tokens with the core costs less than folding it into B
-VERSION = "lotr 1"  # part of the key of compiled code that torch keeps on disk: change it with this file
+VERSION = "lotr 2"  # part of the key of compiled code that torch keeps on disk: change it with this file
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
