@@ -2,8 +2,8 @@
 
     python python_tests/peft_suite.py [pytest's arguments]
 
-The tests are those of the installed version, from its source distribution on PyPI, unpacked into build/peft-<version>. This file is
-also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
+The tests are those of the installed version, from its source distribution on PyPI, in build/peft-<version>. This file
+is also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
 """
 
 from __future__ import annotations

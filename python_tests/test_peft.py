@@ -255,7 +255,7 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
     model, _ = tuned("siblings")
     layers(model)[0].lotr_adapter["default"].core.data[0, 0] = value
     weight = layers(model)[0].weight.clone()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layers(model)[0].weight, weight) and not layers(model)[0].merged
 
@@ -306,7 +306,7 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
     for other in ({"magnitude": True, "use_dora": True}, {"target_parameters": ["experts.down_proj"]}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | other))
         for read in (LoTRPeftConfig, peft.PeftConfig):
-            with pytest.raises((TypeError, ValueError), match="magnitude|use_dora|target_parameters"):
+            with pytest.raises((TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"):
                 read.from_pretrained(str(tmp_path))
 
 
@@ -329,7 +329,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
 def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="save_pretrained: expected whole tensors, got base_model.lotr_factors"):
+    with pytest.raises(RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"):
         model.save_pretrained(tmp_path, state_dict=state)
 
 
