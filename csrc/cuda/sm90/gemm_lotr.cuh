@@ -168,8 +168,9 @@ struct Multiplier {
 
   LOTR_DEVICE void run() {
     each_tile<Traits>(p, [&](int m0, int n0) {
-      load_bias(n0);
-      float d[Traits::BN / 2];
+      T bias[Traits::BN / 128];
+      load_bias(bias, n0);
+      float d[Traits::BN / 2] = {};  // not left to the first product: ptxas 12 would serialise the products
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
@@ -181,7 +182,7 @@ struct Multiplier {
 #pragma unroll
         for (int kk = 0; kk < Traits::BK; kk += 16)
           ptx::wgmma<T, MAJOR>(d, x + ptx::descriptor_step<T>(kk),
-                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk), k + kk > 0);
+                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk));
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         if (k > 0) release(at.before());
@@ -195,7 +196,7 @@ struct Multiplier {
         // 16 ranks are a group of their own: products in a branch without their fence would be serialised
         for (int kk = 0; kk < Traits::BK && k + kk < p.r; kk += 16) {
           ptx::wgmma_fence();
-          ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk), true);
+          ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk));
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();
         }
@@ -205,7 +206,7 @@ struct Multiplier {
       ptx::wgmma_wait<0>();
       ptx::wgmma_landed(d);
       release(at.before());
-      store(d, m0 + 64 * group, n0);
+      store(d, bias, m0 + 64 * group, n0);
     });
     if (thread == 0) ptx::bulk_wait_all();
   }
@@ -224,13 +225,14 @@ struct Multiplier {
     if (lane < Traits::PAIR) ptx::mbarrier_arrive_cluster(&s.empty[stage], lane);
   }
 
-  // The tile's bias, for this warpgroup.  The barriers of store() separate it from the reads, before and after.
-  LOTR_DEVICE void load_bias(int n0) {
-    const auto* bias = static_cast<const T*>(p.bias);
+  // The bias of the columns `thread`, `thread` + 128.  It arrives while the products run.
+  LOTR_DEVICE void load_bias(T (&bias)[Traits::BN / 128], int n0) {
+    const auto* from = static_cast<const T*>(p.bias);
 #pragma unroll
-    for (int n = thread; n < Traits::BN; n += 128)
-      ptx::store_shared(&s.bias[group][n],
-                        bias && n0 + n < p.N ? ptx::load(bias + (n0 + n) * p.bias_stride) : ptx::from_float<T>(0.f));
+    for (int i = 0; i < Traits::BN / 128; ++i) {
+      const int n = n0 + thread + 128 * i;
+      bias[i] = from && n < p.N ? ptx::load(from + n * p.bias_stride) : ptx::from_float<T>(0.f);
+    }
   }
 
   // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and `row` + 8, of
@@ -239,9 +241,11 @@ struct Multiplier {
   struct alignas(4) Two {
     T v[2];
   };
-  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], int m0, int n0) {
-    // held: else the addresses that depend on it are computed before the main loop, which has no registers left
-    const int lane = ptx::held(thread % 32), row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
+  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128], int m0, int n0) {
+    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
+    // read after the next barrier; the last reads of the tile before came before its last barrier
+#pragma unroll
+    for (int i = 0; i < Traits::BN / 128; ++i) ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
 #pragma unroll
     for (int panel = 0; panel < Traits::BN / Traits::PANEL; ++panel) {
       auto& out = s.out[group][panel % 2];
