@@ -47,7 +47,9 @@ class Shape:
 
     def __str__(self) -> str:
         place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
-        return f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        return (
+            f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        )
 
 
 # Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
@@ -216,6 +218,20 @@ def expand_add(shape: Shape, kind: str) -> Problem:
     mask = t.with_dropout(problem)
     problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
     problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), mask)
+    return problem
+
+
+def expand_fresh(shape: Shape, kind: str) -> Problem:
+    """y = bias + u F^T, whatever y holds (here NaN); without a bias where the shape has several layers."""
+    t = Maker(shape, kind, "expand_fresh")
+    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
+    mask, bias = t.with_dropout(problem), np.zeros(shape.k)
+    if shape.layers == 1:
+        problem.inputs["bias"] = t.large(1, shape.k)[0]
+        bias = wide(problem.inputs["bias"])
+    problem.outputs = {"y": t.out(shape.m, shape.k)}
+    problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", bias[None].repeat(shape.m, 0), mask)
     return problem
 
 
@@ -420,5 +436,6 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
     return problem
 
 
-_ALL = (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small_forward, small_backward)
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_ALL, row_core, row_core_backward)}
+_LARGE = (shrink, shrink_core, expand_add, expand_fresh, factor_grad, shrink_grad)
+_SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_LARGE, *_SMALL)}

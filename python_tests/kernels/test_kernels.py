@@ -30,7 +30,11 @@ def run_all(lib: ModuleType, problem: Problem, schedules: list[dict]) -> None:
 
 def test_the_quick_shapes_have_every_rank_class_layout_and_dropout() -> None:
     some = SHAPES[::3]
-    assert {shape.layout for shape in some} == set(LAYOUTS) and any(shape.p for shape in some) and any(not shape.m for shape in some)
+    assert (
+        {shape.layout for shape in some} == set(LAYOUTS)
+        and any(shape.p for shape in some)
+        and any(not shape.m for shape in some)
+    )
     assert {min(R for R in (16, 32, 64, 128, 256) if shape.r <= R) for shape in some} == {16, 32, 64, 128, 256}
 
 

@@ -46,12 +46,10 @@ def arguments(operator: str) -> list[tuple]:
         "fold_grad": [(t(2, N, R), t(N, Q), t(2, R, Q), 0.7, t(N, Q))],
         "expand": [(t(M, N), t(M, R), t(N, R))],
         "layer_forward": [
-            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed, t(N)),
-            (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None, None),
-            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None, t(N)),
+            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
+            (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None),
+            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None),
         ],
-        "scale_backward": [(t(M, N), t(M, N), t(N), t(N))],
-        "row_norms": [(t(N, K), t(N), t(N, R), t(K, R), t(N, Q), t(R, Q), 0.7)],
         "layer_backward_": [
             (
                 *(t(M, N), t(N, K), t(M, K), t(M, R), t(K, R), t(N, R), t(N, Q), t(R, Q), 0.7, 0),
@@ -69,7 +67,7 @@ def arguments(operator: str) -> list[tuple]:
         "grouped_outer": [(t(M, N), t(M, K), offs)],
         "dropout_mask": [(M, N, 0.5, seed, torch.float32)],
         "adapted": [(t(M, K), None, t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, None, 0.0, None, "")],
-        "gemm_lotr": [(t(M, K), t(N, K), t(N), t(R, K), t(N, R), False, None, None, False)],
+        "gemm_lotr": [(t(M, K), t(N, K), t(N), t(M, R), t(N, R), False)],
         "gemm_lotr_refusal": [(t(M, K), t(N, K), R, False)],
     }[operator.partition(".")[0]]
 

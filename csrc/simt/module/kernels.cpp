@@ -94,7 +94,8 @@ void fold_grad(const Given& given) {
   const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), Q = given.stack("Q", q.L, q.N, q.r_in);
   q.Q = Q.matrix, q.Q_stride = Q.first, q.cores = cores.matrix, q.core_stride = cores.first;
   q.B = given.input("B", q.B_type, q.N, q.r_out);
-  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
+  q.dB_col = given.stride("dB", 1);
   q.add_dB = int32_t(given.number("accumulate"));
   q.dcores = given.floats("dcores", {q.L, q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(DType::float32, q);
@@ -121,8 +122,10 @@ void small_backward(const Given& given) {
   q.x = given.input("x", type, q.M, q.K), q.u = given.input("u", type, q.M, q.r_in);
   q.A = given.input("A", type, q.K, q.r_in), q.core = given.input("core", type, q.r_in, q.r_out);
   q.B = given.input("B", type, q.N, q.r_out);
-  q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0), q.dA_col = given.stride("dA", 1);
-  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0),
+  q.dA_col = given.stride("dA", 1);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
+  q.dB_col = given.stride("dB", 1);
   q.add_dA = q.add_dB = int32_t(given.number("accumulate"));
   q.dcore = given.floats("dcore", {q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(type, q);
@@ -132,8 +135,12 @@ void small_backward(const Given& given) {
 
 RowIndex index_of(const Given& given, int64_t rows) {
   const int64_t cores = given.extent("cores", 0), tokens = given.extent("u", 0);
-  return {given.integers<int64_t>("index"), given.integers<int32_t>("offs"),
-          given.integers<int64_t>("tokens"), rows, tokens, cores};
+  return {given.integers<int64_t>("index"),
+          given.integers<int32_t>("offs"),
+          given.integers<int64_t>("tokens"),
+          rows,
+          tokens,
+          cores};
 }
 
 Matrix any(const Given& given, const char* name) {
@@ -170,7 +177,9 @@ struct Sorted {
   Memory order, keys, ends;
 
   Sorted(const cuda::Call& call, const int64_t* key, int64_t rows, int64_t bound)
-      : order(nullptr, size_t(rows) * 8), keys(nullptr, size_t(rows) * 8), ends(nullptr, size_t(bound + 1) * 4) {
+      : order(nullptr, size_t(rows) * 8),
+        keys(nullptr, size_t(rows) * 8),
+        ends(nullptr, size_t(bound + 1) * 4) {
     auto* places = order.as<int64_t>();
     std::iota(places, places + rows, 0);
     std::stable_sort(places, places + rows, [&](int64_t a, int64_t b) { return key[a] < key[b]; });
@@ -194,7 +203,8 @@ void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core,
 
 void row_core_backward(const Given& given) {
   const cuda::Call call = call_of(given.type("u"));
-  const int64_t rows = given.extent("g", 0), r_in = given.extent("cores", 1), r_out = given.extent("cores", 2);
+  const int64_t rows = given.extent("g", 0), r_in = given.extent("cores", 1),
+                r_out = given.extent("cores", 2);
   const RowIndex index = index_of(given, rows);
   RowIndex by_core = index;
   by_core.token = nullptr, by_core.tokens = rows;
