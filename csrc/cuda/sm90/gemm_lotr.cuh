@@ -11,7 +11,7 @@
 //          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block loads half
 //          of W's columns and writes them to both blocks (multicast).  Blocks of different pairs share
 //          nothing.
-// Block    two warpgroups multiply 64 x 256 each, one thread of a third one loads.
+// Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2; u and F
 //          likewise; y is written once and never read.
 //
@@ -23,9 +23,9 @@
 //   stage 3   L L L L P . L L L L P .
 //   y                         S S S S        S: a warpgroup stores 64 of its 256 columns
 //
-// Epilogue A warpgroup writes 64 x 64 of y to shared memory, and one thread stores it by a bulk copy while the
-//          others write the next 64 columns to a second buffer.  Meanwhile the producer loads the next tile's
-//          stages, and the other warpgroup, up to four k-steps behind, multiplies.
+// Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy, while all
+//          write the next 64 columns to a second buffer.  Meanwhile the next tile's stages are loaded, and
+//          the other warpgroup, up to four k-steps behind, multiplies.
 // Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead ends.  The
 //          next kernel may begin when a block's last store is complete.
 // Bits     Each element of y is summed by one thread in one order.
@@ -44,8 +44,8 @@ struct GemmLotrTraits {
   static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
 
-  struct Stage {      // one k-step of a tile, or one of the rank
-    T x[BM][BK];      // x, or u
+  struct Stage {             // one k-step of a tile, or one of the rank
+    T x[BM][BK];             // x, or u
     T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK].  W MN-major: [BN / 64][BK][64]
   };
   struct alignas(1024) Smem {
@@ -115,7 +115,8 @@ struct Producer {
   Place<Traits::STAGES> at{};
 
   LOTR_DEVICE void run() {
-    const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;  // the first column that it loads for both
+    // the first of the columns that it loads for both blocks
+    const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;
     each_tile<Traits>(p, [&](int m0, int n0) {
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK)
@@ -175,8 +176,9 @@ struct Multiplier {
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
         const uint64_t x = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
-        const uint64_t w = Traits::BACKWARD ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
-                                            : ptx::swizzled_descriptor(stage.w);
+        const uint64_t w = Traits::BACKWARD
+                               ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
+                               : ptx::swizzled_descriptor(stage.w);
         constexpr auto MAJOR = Traits::BACKWARD ? ptx::Major::mn : ptx::Major::k;
         ptx::wgmma_fence();
 #pragma unroll
@@ -241,7 +243,8 @@ struct Multiplier {
   struct alignas(4) Two {
     T v[2];
   };
-  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128], int m0, int n0) {
+  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128], int m0,
+                         int n0) {
     const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
     // read after the next barrier; the last reads of the tile before came before its last barrier
 #pragma unroll
@@ -254,8 +257,8 @@ struct Multiplier {
 #pragma unroll
       for (int j = 0; j < Traits::PANEL / 8; ++j) {
         const int n = panel * Traits::PANEL + 8 * j;
-        auto two = ptx::bit_cast<Two>(
-            ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
+        auto two =
+            ptx::bit_cast<Two>(ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
         float b0, b1;
         ptx::to_floats(two.v, b0, b1);
 #pragma unroll

@@ -94,12 +94,13 @@ enum class Major { k = 0, mn = 1 };
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LOTR_OUT32(i) LOTR_OUT8(i), LOTR_OUT8(i + 8), LOTR_OUT8(i + 16), LOTR_OUT8(i + 24)
-#define LOTR_WGMMA(TYPE)                                                                      \
-  asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                     \
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " LOTR_D256     \
-               ", %128, %129, p, 1, 1, 0, %130;\n}"                                           \
-               : LOTR_OUT32(0), LOTR_OUT32(32), LOTR_OUT32(64), LOTR_OUT32(96)                \
-               : "l"(a), "l"(b), "n"(int(B_MAJOR)))
+#define LOTR_WGMMA(TYPE)                                                         \
+  asm volatile(                                                                  \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                 \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " LOTR_D256 \
+      ", %128, %129, p, 1, 1, 0, %130;\n}"                                       \
+      : LOTR_OUT32(0), LOTR_OUT32(32), LOTR_OUT32(64), LOTR_OUT32(96)            \
+      : "l"(a), "l"(b), "n"(int(B_MAJOR)))
 #endif
 
 // d += a b^T; a is K-major.  Warp w of the warpgroup holds rows 16 w to 16 w + 15 of d,
