@@ -165,7 +165,23 @@ def _rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Te
 
 
 def _shapes(name: str) -> Callable[[Callable], Callable]:
-    return torch.library.register_fake(f"lotr::{name}")
+    """Registers the decorated function as the operator's fake kernel. The dispatcher calls it if any tensor is on meta: beside
+    one with values it would return nothing useful, or write nothing, without an error."""
+
+    def register(function: Callable) -> Callable:
+        def checked(*args):
+            first = None
+            for argument, t in zip(getattr(lotr, name).default._schema.arguments, args):
+                first = t if first is None and isinstance(t, Tensor) else first
+                if isinstance(t, Tensor) and t.device != first.device:
+                    label = f"lotr::{name}: {argument.name}"
+                    raise RuntimeError(f"{label}: expected the device of the first tensor ({first.device}), got {t.device}")
+            return function(*args)
+
+        torch.library.register_fake(f"lotr::{name}", checked)
+        return function
+
+    return register
 
 
 @_shapes("shrink")
