@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis.stateful  # noqa: F401  (here, so that no fork needs to)
+import pytest
+import torch._dynamo
+import torch.testing
+import transformers  # noqa: F401
+
+LIMIT = 1200  # seconds of one file of tests
+QUICK = "not compile and not inductor and not onnx and not instruction and not libraries"  # these first
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, PROGRAMS, BAD = "test_layers.py", "test_programs.py", "test_bad_input.py"
 TESTS = {  # file: the tests that are run, in this order
@@ -377,27 +385,47 @@ def run(mutant: Mutant, folder: Path) -> str:
     if source.count(mutant.old) != 1:
         return f"STALE: its text occurs {source.count(mutant.old)} times"
     path.write_text(source.replace(mutant.old, mutant.new))
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     try:
         for tests in TESTS[mutant.file]:
-            if not (folder / "python_tests" / tests).is_file():
-                continue
-            done = subprocess.run(
-                [*command, f"python_tests/{tests}"], cwd=folder, env=env, capture_output=True, text=True, timeout=900
-            )
-            if done.returncode:
-                lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                return "caught by " + (lines[0].split(" - ")[0].removeprefix("FAILED python_tests/") if lines else tests)
-    except subprocess.TimeoutExpired:
-        return f"caught by {tests}, which hangs"
+            for which in (QUICK, f"not ({QUICK})") if (folder / "python_tests" / tests).is_file() else ():
+                if found := caught(folder, tests, which):
+                    return found
     finally:
         path.write_text(source)
     return "SURVIVES"
 
 
+def caught(folder: Path, tests: str, which: str) -> str | None:
+    """Runs some of a file's tests until one fails, in a fork: torch is imported once for all of them."""
+    output = folder / "output"
+    child = os.fork()
+    if not child:
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.chdir(folder)
+        sys.path[:0] = [str(folder), str(folder / "python_tests")]
+        options = ["-x", "-q", "-n", "0", "--tb=no", "-p", "no:cacheprovider", "-k", which]
+        code = pytest.main([*options, f"python_tests/{tests}"])
+        sys.stdout.flush()
+        os._exit(int(code))
+    deadline = time.time() + LIMIT
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.time() > deadline:
+            os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
+            return f"caught by {tests}, which hangs"
+        time.sleep(0.2)
+    if os.waitstatus_to_exitcode(ended[1]) in (0, 5):  # 5: no test was selected
+        return None
+    lines = [line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "caught by " + (lines[0].split(" - ")[0].removeprefix("FAILED python_tests/") if lines else tests)
+
+
 def main() -> None:
     words = sys.argv[1:]
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "python_tests")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "mutated"
         for one in ("lotr_ext", "python_tests"):
