@@ -96,6 +96,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def plans(m: int, k: int, n: int, r: int) -> list[str]:
     """How the CUDA kernels of one layer's forward and backward divide their work: x [m, k], W [n, k], rank r. One line a
     kernel, for the first GPU, or an H100 if there is none."""
+    if not build_info()["cuda"]["built"]:
+        raise RuntimeError("--plans: expected a build with CUDA kernels, got one without")
     device = 0 if torch.cuda.is_available() else -1
     calls = {
         "shrink": (m, k),
