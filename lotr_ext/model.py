@@ -337,7 +337,7 @@ def init_from_gradient(
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
     for name, layer in layers.items():
-        if layer.core.dim() != 2:
+        if hasattr(layer, "num_experts"):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
         if bool(layer.core.any()):
             raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
