@@ -588,7 +588,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
             )
         if layer.start_core is not None and not merge:
             layer._weight_to_write("unload")
-        if not hasattr(layer, "to_base") and not hasattr(layer, "host"):
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     _check_unmergeable({} if merge else merged)
