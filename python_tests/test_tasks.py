@@ -411,6 +411,8 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     for value, kind in (
         (torch.zeros(3, 3, dtype=torch.int64), TypeError),
         (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError),
+        (torch.zeros(1, 1), ValueError),
+        (torch.zeros(3), ValueError),
     ):
         with pytest.raises(kind, match="core: expected"):
             again.lotr_tasks.add(dict.fromkeys(tensors, value))
