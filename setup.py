@@ -1,7 +1,7 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's list),
-LOTR_CPU_ISAS (all; native: this machine's best instruction set alone; or names), MAX_JOBS (parallel compilations), CXX (the
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else 80 and 90a; all, for a
+wheel; or CMake's list), LOTR_CPU_ISAS (AUTO: generic and this machine's best instruction set; all, for a wheel; or names), MAX_JOBS (parallel compilations), CXX (the
 compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty value counts as none.
 """
 
@@ -170,7 +170,7 @@ class CMakeBuild(build_ext):
         if ninja:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "AUTO"}
         command += [f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()]
         command += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         now = ascii([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])

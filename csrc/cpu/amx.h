@@ -185,9 +185,7 @@ inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int6
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* from = sums + j * kWidth + v;
-        const auto sum = [&](int64_t w) {
-          return start_of<form>(to + v + w, bias + v + w) + load(from + w);
-        };
+        const auto sum = [&](int64_t w) { return start_of<form>(to + v + w, bias + v + w) + load(from + w); };
         store(to + v, sum(0), sum(K::kLanes));
       }
     }

@@ -164,7 +164,8 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all tokens share.
+// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all tokens
+// share.
 enum class Form { onto, fresh, onto_biased };
 
 // What u f is added to.

@@ -44,7 +44,8 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
   if (memory.counts()) return;
   const int64_t dB_blocks =
       p.dB ? plan::ceil_div(p.N, kernels::FOLD_ROWS) * plan::ceil_div(p.r_out, kernels::FOLD_COLS) : 0;
-  launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + plan.tiles * plan.splits)), p, "fold_grad");
+  launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + plan.tiles * plan.splits)), p,
+                                         "fold_grad");
   if (plan.splits > 1) sum_cores(call, p.dcores, problem.dcores, rows, p.r_out, p.splits);
 }
 

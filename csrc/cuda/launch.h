@@ -26,8 +26,8 @@ constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }
 
-// The workspace of a call, taken piece by piece.  Without memory (null) it only counts: then the operators run
-// through without a launch, so that what is counted is what will be taken.
+// The workspace of a call, taken piece by piece.  Without memory (null) it only counts: then the operators
+// run through without a launch, so that what is counted is what will be taken.
 class Workspace {
  public:
   explicit Workspace(void* memory) : start_(static_cast<char*>(memory)), counts_(!memory) {}
@@ -80,7 +80,8 @@ void run(const Call& call, const ExpandProblem& p, Workspace& memory);
 void run(const Call& call, const FactorGradProblem& p, Workspace& memory);
 void run(const Call& call, const ShrinkGradProblem& p, Workspace& memory);
 
-// These take the types of their operands in the problem, any strides, and do not use call.type.  F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
+// These take the types of their operands in the problem, any strides, and do not use call.type.  F [L, N,
+// r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
 void run(const Call& call, const FoldProblem& p, Workspace& memory);
 void run(const Call& call, const FoldGradProblem& p, Workspace& memory);
 

@@ -69,7 +69,8 @@ void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradParams& params,
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
     ShrinkGradParams p = params;
     p.m_pieces = plan.m_pieces(), p.n_pieces = plan.n_pieces();
-    launch<Traits, kernels::shrink_grad<Traits>>(call, grid_of(plan.n_blocks, plan.m_blocks), p, "shrink_grad");
+    launch<Traits, kernels::shrink_grad<Traits>>(call, grid_of(plan.n_blocks, plan.m_blocks), p,
+                                                 "shrink_grad");
   });
 }
 

@@ -29,9 +29,11 @@ struct Launchers {
 // The second launch of sums that are split over blocks; `type`: of a core.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
-inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols, int32_t splits) {
+inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,
+                      int32_t splits) {
   const MutableMatrix out{dcores, cols, 1, Access::element};
-  sum_parts(call, DType::float32, {{parts, row_of_parts(cols), out, DType::float32, rows, cols, splits, 0, 1.f}, {}, {}});
+  sum_parts(call, DType::float32,
+            {{parts, row_of_parts(cols), out, DType::float32, rows, cols, splits, 0, 1.f}, {}, {}});
 }
 
 // Throws std::invalid_argument unless r is from 1 to MAX_RANK.
@@ -45,8 +47,8 @@ inline void check_rank(const char* kernel, const char* name, int64_t r) {
 template <class Traits, auto KERNEL, class Params>
 void launch(const Call& call, dim3 grid, const Params& p, const char* name,
             size_t shared = sizeof(typename Traits::Smem)) {
-  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1),
-                       name, call.early},
+  ptx::launch<KERNEL>({grid, dim3(Traits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
+                       dim3(1, 1, 1), name, call.early},
                       p);
 }
 

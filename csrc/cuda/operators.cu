@@ -85,8 +85,9 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
     dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, plan); });
     if (!piece.parts) return;
     SumTwoParams sum{};
-    sum.first = {piece.parts, piece.parts_row, piece.u, call.type, p.M, ranks, int32_t(plan.n_blocks), 0,
-                 p.scale * p.dropout.scale};
+    sum.first = {
+        piece.parts, piece.parts_row,          piece.u, call.type, p.M, ranks, int32_t(plan.n_blocks),
+        0,           p.scale * p.dropout.scale};
     sum.core = {piece.core, p.h, p.r_core, p.core_scale};
     sum_parts(call, call.type, sum);
   });
@@ -105,7 +106,8 @@ void run(const Call& call, const ExpandProblem& problem, Workspace& memory) {
     piece.r = ranks;
     piece.u = columns(p.u, first, call.type), piece.F = columns(p.F, first, call.type);
     if (first > 0) piece.fresh = 0;
-    if (!memory.counts()) dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, piece, plan); });
+    if (!memory.counts())
+      dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, piece, plan); });
   });
 }
 
@@ -130,8 +132,8 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
       piece.D_part = p.K * row;
       float* const parts = memory.take<float>(plan.m_blocks * piece.D_part);
       const MutableMatrix D{piece.D, p.D_row, p.D_col, Access::element};
-      sum.first = {parts,        row, D, DType::float32, p.K, ranks, int32_t(plan.m_blocks),
-                   p.accumulate, p.dropout.scale};
+      sum.first = {parts,          row, D, DType::float32, p.K, ranks, int32_t(plan.m_blocks), p.accumulate,
+                   p.dropout.scale};
       piece.D = parts, piece.D_row = row, piece.D_col = 1;
       piece.accumulate = 0, piece.dropout.scale = 1.f;
     }

@@ -1,7 +1,7 @@
 // Kernel parameters: a problem and how it is cut into blocks, passed by value.
 //
-// Blocks that share an output tile store their sums as float32 matrices, one a block, and the kernel sum_parts
-// adds these in order.  So no block waits for another, and no memory outlives a launch.
+// Blocks that share an output tile store their sums as float32 matrices, one a block, and the kernel
+// sum_parts adds these in order.  So no block waits for another, and no memory outlives a launch.
 #pragma once
 #include "problem.h"
 
@@ -31,7 +31,7 @@ struct ShrinkGradParams : ShrinkGradProblem {
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   float* k_parts;             // [pieces of N, M, parts_row], or null: one piece, which writes k
   int64_t parts_row;
-  int64_t Q_part;             // elements from one piece of M's Q to the next one's
+  int64_t Q_part;  // elements from one piece of M's Q to the next one's
 };
 
 struct FoldGradParams : FoldGradProblem {

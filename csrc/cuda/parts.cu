@@ -21,7 +21,7 @@ void sum_parts(const Call& call, DType type, const SumTwoParams& p) {
   const dim3 grid(unsigned(strips(p.first) + strips(p.second)));
   dispatch_type(type, [&](auto element) {
     launch<Traits, kernels::sum_parts<decltype(element)>>(call, grid, p, "sum_parts",
-                   p.core.core.data ? sizeof(Traits::Smem) : 0);
+                                                          p.core.core.data ? sizeof(Traits::Smem) : 0);
   });
 }
 

@@ -6,12 +6,14 @@
 #include <map>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 
 namespace lotr::cuda {
 namespace {
 
 using Words = std::map<std::string, int64_t>;
-constexpr const char* NAMES[] = {"shrink", "expand_add", "factor_grad", "shrink_grad", "fold_grad", "row_core_grad"};
+constexpr const char* NAMES[] = {"shrink",      "expand_add", "factor_grad",
+                                 "shrink_grad", "fold_grad",  "row_core_grad"};
 constexpr size_t WITH_TILES = 4;  // kernels whose plan is a plan::Plan
 
 [[noreturn]] void refuse(const std::string& expected, const std::string& got) {
@@ -112,14 +114,8 @@ plan::Split with_splits(const char* kernel, plan::Split plan, int64_t most) {
   return plan;
 }
 
-}  // namespace
-
-bool early_launches() {
-  const auto found = overrides("").find("early");
-  return found == overrides("").end() || found->second != 0;
-}
-
-plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
+// The plan of plan.h with the words of LOTR_CUDA_PLAN.
+plan::Plan planned(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
   const int element = element_size(call.type), R = plan::padded_rank(r);
   plan::Plan plan = kernel == Kernel::shrink        ? plan::shrink(call.card, M, N, r, element)
                     : kernel == Kernel::expand_add  ? plan::expand_add(call.card, M, N, r, element)
@@ -128,16 +124,42 @@ plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_
   const Words& words = overrides(NAMES[int(kernel)]);
   if (words.empty()) return plan;
   replace_tile(words, kernel, R, element, M, N, plan);
-  replace(words, "m_blocks", plan.m_blocks, plan.m_tiles), replace(words, "n_blocks", plan.n_blocks, plan.n_tiles);
+  replace(words, "m_blocks", plan.m_blocks, plan.m_tiles),
+      replace(words, "n_blocks", plan.n_blocks, plan.n_tiles);
   const bool along_m = kernel == Kernel::shrink;
-  const int64_t owned = along_m ? plan::ceil_div(plan.m_tiles, plan.m_blocks)
-                                : plan::ceil_div(plan.n_tiles, plan.n_blocks),
-                most = most_owned(kernel, R, element, plan);
-  if (owned > most)
-    refuse("at least " + std::to_string(plan::ceil_div(along_m ? plan.m_tiles : plan.n_tiles, most)) +
-               (along_m ? " m_blocks" : " n_blocks") + " of " + NAMES[int(kernel)],
-           std::to_string(along_m ? plan.m_blocks : plan.n_blocks));
+  const int64_t tiles = along_m ? plan.m_tiles : plan.n_tiles,
+                blocks = along_m ? plan.m_blocks : plan.n_blocks, most = most_owned(kernel, R, element, plan);
+  if (plan::ceil_div(tiles, blocks) > most)
+    refuse("at least " + std::to_string(plan::ceil_div(tiles, most)) + (along_m ? " m_blocks" : " n_blocks") +
+               " of " + NAMES[int(kernel)],
+           std::to_string(blocks));
   return plan;
+}
+
+}  // namespace
+
+bool early_launches() {
+  const auto found = overrides("").find("early");
+  return found == overrides("").end() || found->second != 0;
+}
+
+plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
+  // A call plans twice, for its workspace and for its launches, and layers of one shape follow one another.
+  struct Last {
+    int64_t M, N;
+    int32_t r, element;
+    Card card;
+    plan::Plan plan;
+  };
+  static thread_local Last known[WITH_TILES] = {};
+  Last& last = known[int(kernel)];
+  const int element = element_size(call.type);
+  const auto key = [](int64_t m, int64_t n, int32_t rank, int32_t bytes, const Card& card) {
+    return std::tuple(m, n, rank, bytes, card.multiprocessors, card.shared);
+  };
+  if (key(last.M, last.N, last.r, last.element, last.card) != key(M, N, r, element, call.card))
+    last = {M, N, r, element, call.card, planned(call, kernel, M, N, r)};
+  return last.plan;
 }
 
 plan::Split fold_grad_plan(const Call& call, int64_t N, int64_t L, int32_t r_in, int32_t r_out) {
@@ -149,7 +171,8 @@ plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, in
                      std::max<int64_t>(1, plan::ceil_div(rows, 32)));
 }
 
-std::string plan_text(const Call& call, const std::string& kernel, int64_t M, int64_t N, int32_t r, int32_t r_out) {
+std::string plan_text(const Call& call, const std::string& kernel, int64_t M, int64_t N, int32_t r,
+                      int32_t r_out) {
   const auto* found = std::find(std::begin(NAMES), std::end(NAMES), kernel);
   std::ostringstream text;
   if (size_t(found - NAMES) < WITH_TILES) {
@@ -159,11 +182,14 @@ std::string plan_text(const Call& call, const std::string& kernel, int64_t M, in
     return text.str();
   }
   if (found == std::end(NAMES))
-    throw std::invalid_argument("op: expected shrink, expand_add, factor_grad, shrink_grad, fold_grad or "
-                                "row_core_grad, got " + kernel);
+    throw std::invalid_argument(
+        "op: expected shrink, expand_add, factor_grad, shrink_grad, fold_grad or "
+        "row_core_grad, got " +
+        kernel);
   const plan::Split plan =
       kernel == "fold_grad" ? fold_grad_plan(call, N, M, r, r_out) : row_core_grad_plan(call, M, N, r, r_out);
-  text << kernel << " splits=" << plan.splits << ": " << plan.tiles * plan.splits << " blocks of the cores' gradient";
+  text << kernel << " splits=" << plan.splits << ": " << plan.tiles * plan.splits
+       << " blocks of the cores' gradient";
   return text.str();
 }
 

@@ -117,7 +117,7 @@ struct FoldGradProblem {
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
   int32_t add_dB;  // 0: dB = instead of dB +=
-  float* dcores;  // [L, r_in, r_out], contiguous
+  float* dcores;   // [L, r_in, r_out], contiguous
   DType B_type, core_type;
   int64_t N;
   int32_t L, r_in, r_out;
@@ -151,7 +151,7 @@ struct SmallBackwardProblem {
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
   int32_t add_dA, add_dB;  // 0: = instead of +=; then contiguous
-  float* dcore;  // [r_in, r_out], contiguous, or null
+  float* dcore;            // [r_in, r_out], contiguous, or null
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;

@@ -48,7 +48,8 @@ void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory)
     p.dcores = memory.take<float>(plan.splits * p.dcores_part);
   }
   if (memory.counts()) return;
-  launch<FoldTraits, kernels::row_core_grad>(call, dim3(unsigned(plan.tiles * plan.splits)), p, "row_core_grad");
+  launch<FoldTraits, kernels::row_core_grad>(call, dim3(unsigned(plan.tiles * plan.splits)), p,
+                                             "row_core_grad");
   if (plan.splits > 1) sum_cores(call, p.dcores, problem.dcores, rows, p.r_out, p.splits);
 }
 

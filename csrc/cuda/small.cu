@@ -68,13 +68,16 @@ void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   }
   if (p.dx.data) run(call, expand_params(p.dx, read_only(k), p.A, p.M, p.K, p.r_in, 1.f), memory);
   if (p.dA)
-    run(call, grad_params(p.x, read_only(k), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, p.add_dA), memory);
+    run(call, grad_params(p.x, read_only(k), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, p.add_dA),
+        memory);
   if (p.dB) {
     run(call, shrink_params(p.u, p.core, uc, p.M, p.r_in, p.r_out), memory);
-    run(call, grad_params(p.g, read_only(uc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale, p.add_dB), memory);
+    run(call, grad_params(p.g, read_only(uc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale, p.add_dB),
+        memory);
   }
   if (p.dcore)
-    run(call, grad_params(p.u, read_only(h), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false), memory);
+    run(call, grad_params(p.u, read_only(h), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false),
+        memory);
 }
 
 }  // namespace lotr::cuda

@@ -1,51 +1,49 @@
 # What to compile for, and whether nvcc's CUDA goes with torch's. Functions only; CMakeLists.txt includes them.
 
-# LOTR_ARCHS=AUTO: the cards of this machine where there are some that the kernels and nvcc serve, else one build for all.
-# A card's code runs on later minor versions too (100's on 103), the PTX of the entry without "-real" serves what comes after.
-# 90a, not 90: wgmma is 90a's alone.
+# LOTR_ARCHS: CMake's list; or all, for a wheel; or AUTO: the cards of this machine that the kernels and nvcc serve, else 80 and
+# 90a. A card's code runs on later minor versions too (100's on 103), and the PTX of the entry without "-real" serves what comes
+# after. 90a, not 90: wgmma is 90a's alone.
 function(lotr_archs result wanted nvcc_version)
-  if(NOT wanted STREQUAL "AUTO")
-    set(${result} "${wanted}" PARENT_SCOPE)
-    return()
-  endif()
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
   else()
     set(all 80-real 86-real 89-real 90a-real 100 120-real)
   endif()
-  set(here)
+  if(wanted STREQUAL "all")
+    set(wanted "${all}")
+  elseif(wanted STREQUAL "AUTO")
+    lotr_cards(wanted "${nvcc_version}")
+    if(NOT wanted)
+      set(wanted 80 90a-real)
+      message(STATUS "no GPU here: compiling for 80 (and newer cards, by its PTX) and 90a. LOTR_ARCHS=90a-real compiles for an "
+                     "H100 alone, LOTR_ARCHS=all for all cards, LOTR_CUDA=OFF builds the CPU kernels alone.")
+    endif()
+  endif()
+  set(${result} "${wanted}" PARENT_SCOPE)
+endfunction()
+
+# The architectures of this machine's cards; none if nvcc does not know one of them.
+function(lotr_cards result nvcc_version)
+  set(archs)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
   if(LOTR_NVIDIA_SMI)
     execute_process(COMMAND ${LOTR_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
                     OUTPUT_VARIABLE said RESULT_VARIABLE failed ERROR_QUIET)
-    if(NOT failed)
-      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" here "${said}")
-      list(REMOVE_DUPLICATES here)
-    endif()
-  endif()
-  set(archs)
-  foreach(card IN LISTS here)
-    string(REPLACE "." "" arch "${card}")
-    if(arch STREQUAL "90")
-      set(arch 90a)
-    endif()
-    if(card VERSION_LESS 8.0)
-      message(STATUS "a GPU of compute capability ${card} is here; the kernels need 8.0 or later, it runs the composite")
-    elseif(card VERSION_GREATER_EQUAL 10.0 AND nvcc_version VERSION_LESS 12.8)
-      message(STATUS "a GPU of compute capability ${card} is here, which nvcc ${nvcc_version} does not know: it compiles PTX at "
-                     "its first launch; CUDA 12.8 or later has code for it")
-      set(archs)
-      break()
-    else()
-      list(APPEND archs ${arch}-real)
-    endif()
-  endforeach()
-  if(NOT archs)
-    set(archs ${all})
-    list(LENGTH all count)
-    # setup.py shows a note on the terminal where pip hides all other output
-    message(STATUS "note: no GPU here that chooses one: compiling for ${count} architectures, some 5 minutes of processor time. "
-                   "LOTR_ARCHS=90a-real compiles for an H100 alone, 80-real for an A100; LOTR_CUDA=OFF builds the CPU kernels alone.")
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" here "${said}")
+    list(REMOVE_DUPLICATES here)
+    foreach(card IN LISTS here)
+      if(card VERSION_GREATER_EQUAL 10.0 AND nvcc_version VERSION_LESS 12.8)
+        message(STATUS "a GPU of compute capability ${card} is here, which nvcc ${nvcc_version} does not know: it compiles PTX at "
+                       "its first launch; CUDA 12.8 or later has code for it")
+        set(archs)
+        break()
+      endif()
+      string(REPLACE "." "" arch "${card}")
+      string(REGEX REPLACE "^90$" "90a" arch "${arch}")
+      if(card VERSION_GREATER_EQUAL 8.0)
+        list(APPEND archs ${arch}-real)
+      endif()
+    endforeach()
   endif()
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()

@@ -2,10 +2,10 @@
 // without a GPU.  Test builds only.  Host programs (the tests, the Python module) include this header.
 //
 //   site.h device.h hopper.h  what csrc/cuda/ptx calls: each wrapper of an instruction is one function here
-//   grid.cpp scheduler.cpp    blocks one after another, or several at a time; one fiber a GPU thread,
-//                             switched where threads wait
+//   grid.cpp scheduler.cpp    clusters of blocks one after another; one fiber a GPU thread, switched where
+//                             threads wait
 //   fiber.cpp                 stacks and the switch itself
-//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp cluster.cpp wgmma.cpp registers.cpp     the instructions
+//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp tma.cpp wgmma.cpp     the instructions
 //   counters.cpp              bytes, sectors, bank conflicts, by array
 //   race.cpp race_hooks.cpp   the race detector (a build of its own)
 //   early.cpp                 programmatic dependent launches
@@ -26,24 +26,15 @@
 
 namespace lotr::simt {
 
-// Which ready thread runs next, and which block after the last.  in_turn: forward, but the warps take turns
-// and bulk copies land in the order of their issue, so that blocks that run at the same time keep pace.
-enum class Order { forward, reverse, random, in_turn };
+// Which ready thread runs next, and which block after the last.
+enum class Order { forward, reverse, random };
 Order order_of(const std::string& argument, const std::string& name);  // throws std::invalid_argument
-
-constexpr unsigned MOST_RESIDENT = 128;
 
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
   unsigned preempt = 0;       // random order: chance in 256 to switch away at a memory access
   bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
-  // Clusters that run at the same time; 1: one after another.  Blocks that wait for each other deadlock
-  // unless all of them run at the same time.
-  unsigned resident = 1;
-  // The most blocks of a cooperative launch, as under MPS: a larger one fails.  Its blocks all run at the
-  // same time, whatever `resident` is.
-  uint64_t room = UINT64_MAX;
   size_t shared_limit = 232448;  // bytes that a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: barriers, warp synchronisation, commits, waits and fences at this line do
@@ -64,7 +55,7 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// `options`, changed by LOTR_SIMT_ORDER, LOTR_SIMT_SEED, LOTR_SIMT_PREEMPT and LOTR_SIMT_RESIDENT.
+// `options`, changed by LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT.
 Options options_from_environment(Options options = {});
 
 // Traffic between a block and one registered array.  Lanes that execute a call site together are one
@@ -74,7 +65,6 @@ struct Traffic {
   uint64_t size = 0;  // bytes of the array
   uint64_t read_bytes = 0, read_sectors = 0;
   uint64_t written_bytes = 0, written_sectors = 0;
-  uint64_t atomics = 0;    // lanes; their bytes count as written too
   uint64_t unwrapped = 0;  // race build: bytes touched by plain loads and stores, which nothing else counts
 };
 
@@ -83,7 +73,6 @@ struct LaunchRecord {
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
   bool early;          // a programmatic dependent launch: may begin before the launch before it has ended
-  bool cooperative;    // all blocks have run at the same time
   uint64_t let_next = 0;  // blocks that called griddepcontrol.launch_dependents
 };
 
@@ -96,7 +85,6 @@ struct Counters {
   uint64_t async_copies = 0;                 // cp.async, per lane
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
-  uint64_t atomics = 0;                      // per lane
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
@@ -104,9 +92,8 @@ struct Counters {
   std::vector<LaunchRecord> launches;
   std::vector<Traffic> arrays;  // in the order of registration; last "(unregistered)"
 };
-// The operand layouts of each wgmma since reset_counters: bytes of a's swizzle (0: in registers), whether a
-// is MN-major, the same for b, n, whether bfloat16.
-using ProductLayout = std::tuple<int, bool, int, bool, int, bool>;
+// The layouts of each wgmma since reset_counters: whether b is MN-major, n, whether bfloat16.
+using ProductLayout = std::tuple<bool, int, bool>;
 extern std::set<ProductLayout> product_layouts;
 
 Counters counters();
@@ -119,7 +106,6 @@ void clear_arrays();
 // Zero pages that take memory only when touched: for arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc
 void unmap_sparse(void* p, size_t bytes);
-size_t resident_bytes(const void* p, size_t bytes);
 
 // The coverage build: writes the line counts of this process now (they are written at exit anyway).
 void write_coverage();

@@ -1,4 +1,4 @@
-// Block barriers, named barriers, and the warp collectives that exchange only register values: shuffle and
+// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange only register values: shuffle and
 // __syncwarp.
 #include <cstring>
 
@@ -141,15 +141,26 @@ void barrier_sync(int id, int threads, Site site) {
   meet(id, uint32_t(threads), "bar.sync", site);
 }
 
-void barrier_arrive(int id, int threads, Site site) {
+void cluster_sync(Site site) {
   race::ExecutorScope scope;
-  Thread& t = enter("bar.arrive", site);
-  check_named(id, threads, t.op, site);
+  Thread& t = enter("barrier.cluster", site);
   if (left_out(t.op, site)) return;
-  Barrier& b = t.block->barriers[id];
-  expect(b, id, uint32_t(threads), t.op, site);
-  race::release(b.sync[b.generation % 2]);
-  if (++b.arrived == uint32_t(threads)) open_barrier(*t.block, id);
+  Barrier& b = machine.cluster_barrier;
+  race::Sync& sync = b.sync[b.generation % 2];
+  race::release(sync);
+  if (++b.arrived == machine.blocks.size() * t.block->thread_count) {
+    b.arrived = 0;
+    ++b.generation;
+    ++totals.barriers;
+    progress();
+    for (Warp* warp : machine.warps)
+      for (uint32_t lanes = warp->alive; lanes; lanes &= lanes - 1)
+        if (warp->thread[__builtin_ctz(lanes)].state == State::at_cluster_barrier)
+          set_ready(*warp, lanes & -lanes);
+  } else {
+    wait_here(State::at_cluster_barrier, "barrier.cluster", site);
+  }
+  race::acquire(sync);
 }
 
 void sync_warp(uint32_t mask, Site site) {
@@ -158,14 +169,13 @@ void sync_warp(uint32_t mask, Site site) {
   warp_collective("__syncwarp", mask, site, nullptr, nothing, nullptr, true);
 }
 
-uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Site site) {
+uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site site) {
   race::ExecutorScope scope;
-  const char* op = kind == Shuffle::index ? "__shfl_sync" : "__shfl_xor_sync";
+  const char* op = "__shfl_xor_sync";
   if (width < 1 || width > 32 || (width & (width - 1)))
     fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line, width);
-  const int lane = int(self().lane), first = lane / width * width, last = first + width - 1;
-  int source = kind == Shuffle::index ? first + (operand & (width - 1)) : lane ^ operand;
-  if (source > last) source = -1;
+  const int lane = int(self().lane), last = lane / width * width + width - 1;
+  const int source = (lane ^ lanes) > last ? -1 : lane ^ lanes;
   Exchange e{bits, bits, source};
   warp_collective(op, mask, site, &e, exchange, const_cast<char*>(op), false);
   return e.out;

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -177,7 +177,7 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
         made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
-    sources, name = sorted((CSRC / "cuda").glob("*.cu")), MODULE
+    sources, name = sorted((CSRC / "cuda").rglob("*.cu")), MODULE
     if kind is not None and mode != "plain":
         others = [s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"]
         sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
@@ -210,9 +210,11 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
     return changed_module(mode, copy / unit, folder)
 
 
-def load(mode: str = "plain", path: Path | None = None) -> ModuleType:
+def load(mode: str = "plain", path: Path | None = None, announce: Callable[[], None] | None = None) -> ModuleType:
     """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
-    `environment("asan")`."""
+    `environment("asan")`. announce: called first if there is no module yet."""
+    if announce and not path and not list((BUILD / mode).glob(f"{MODULE}*.so")):
+        announce()
     path = path or module(mode)
     loaded = sys.modules.get(MODULE)
     if loaded is not None:

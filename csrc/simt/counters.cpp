@@ -79,8 +79,6 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
   for (size_t i = 0; i < n; ++i)
     add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic, lanes[0]->space,
         __builtin_popcount(touched[i].bytes), 1);
-  if (lanes[0]->space == Space::global_atomic)
-    for (size_t i = 0; i < count; ++i) ++array_of(lanes[i]->address).traffic.atomics;
 }
 
 // 32 banks of 4 bytes.  A cycle serves 128 bytes: a whole warp of 4-byte accesses, half a warp of 8, a
@@ -272,9 +270,6 @@ void set_options(const Options& options) {
   if (options.preempt > 255)
     throw std::invalid_argument("set_options: preempt is " + std::to_string(options.preempt) +
                                 ", expected 0 to 255");
-  if (options.resident < 1 || options.resident > MOST_RESIDENT)
-    throw std::invalid_argument("set_options: resident is " + std::to_string(options.resident) +
-                                ", expected 1 to " + std::to_string(MOST_RESIDENT));
   machine.options = options;
 }
 
@@ -283,10 +278,10 @@ const Options& options() {
 }
 
 Order order_of(const std::string& argument, const std::string& name) {
-  const char* const names[] = {"forward", "reverse", "random", "in_turn"};
-  for (int i = 0; i < 4; ++i)
+  const char* const names[] = {"forward", "reverse", "random"};
+  for (int i = 0; i < 3; ++i)
     if (name == names[i]) return Order(i);
-  throw std::invalid_argument(argument + ": expected forward, reverse, random or in_turn, got " + name);
+  throw std::invalid_argument(argument + ": expected forward, reverse or random, got " + name);
 }
 
 Options options_from_environment(Options options) {
@@ -294,8 +289,6 @@ Options options_from_environment(Options options) {
   if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
   if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))
     options.preempt = unsigned(strtoul(preempt, nullptr, 10));
-  if (const char* resident = getenv("LOTR_SIMT_RESIDENT"))
-    options.resident = unsigned(strtoul(resident, nullptr, 10));
   return options;
 }
 
@@ -307,19 +300,6 @@ void* map_sparse(size_t bytes) {
 
 void unmap_sparse(void* p, size_t bytes) {
   munmap(p, bytes);
-}
-
-size_t resident_bytes(const void* p, size_t bytes) {
-  const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page, step = 1 << 20;
-  std::vector<unsigned char> in_core(step);
-  size_t count = 0;
-  for (size_t i = 0; i < pages; i += step) {
-    const size_t n = std::min(step, pages - i);
-    if (mincore(static_cast<char*>(const_cast<void*>(p)) + i * page, n * page, in_core.data()))
-      throw std::bad_alloc();
-    for (size_t k = 0; k < n; ++k) count += in_core[k] & 1;
-  }
-  return count * page;
 }
 
 void write_coverage() {

@@ -13,15 +13,6 @@ void check_early(const char* op, Site site) {
         op, site.file, site.line);
 }
 
-// Also after the wait: the memory consistency model does not apply to these loads ("Scope and applicability
-// of the model" of the PTX manual), so griddepcontrol.wait need not order them after stores of the kernel
-// ahead, during which this launch may have begun.
-void check_read_only(const char* op, Site site) {
-  if (machine.launch.early)
-    fail("%s at %s:%d: in an early launch: its memory may be written while the launch has begun", op,
-         site.file, site.line);
-}
-
 void check_early_end(const Thread& t) {
   if (!t.may_touch_global)
     fail(

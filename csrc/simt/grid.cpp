@@ -1,4 +1,4 @@
-// Runs a grid: clusters of blocks one after another, or `resident` of them at a time.
+// Runs a grid: clusters of blocks, one after another.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -30,16 +30,7 @@ void check_launch(const Launch& launch) {
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
-  if (launch.early && launch.cooperative)
-    throw Error(std::string(launch.name) + ": early and cooperative: CUDA does not document such a launch");
   check("blocks in a cluster", cluster, 8);  // more only if the kernel has asked for a size of few GPUs
-  const unsigned long blocks = launch.cooperative ? 1ul * launch.grid.x * launch.grid.y * launch.grid.z
-                                                  : cluster * machine.options.resident;
-  const unsigned long at_once = blocks * launch.block.x * launch.block.y * launch.block.z;
-  if (at_once > 65535)  // the race detector numbers them in 16 bits
-    throw Error(std::string(launch.name) + ": " + std::to_string(at_once) +
-                " threads would run at the same time, expected at most 65535: " +
-                (launch.cooperative ? "play a smaller GPU" : "lower Options::resident"));
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
@@ -79,12 +70,9 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   }
   block.index = index;
   block.let_next = false;
-  block.rank = number % machine.cluster_size;
-  block.first = number - block.rank;
+  block.rank = number;
   block.threads_left = threads;
   block.copies_in_flight = 0;
-  const uint32_t registers = registers_at_launch(threads);
-  block.registers_free = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
   block.unfenced.clear();
@@ -95,7 +83,6 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     warp.thread = &block.threads[w * LANES];
     warp.block = &block;
     warp.index = w;
-    warp.registers = registers;
     warp.number = machine.warps.size();
     const uint32_t lanes = std::min<uint32_t>(LANES, threads - w * LANES);
     warp.present = warp.alive = lanes == LANES ? ~0u : (1u << lanes) - 1;
@@ -125,10 +112,9 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   }
 }
 
-void run_clusters(const std::vector<uint3>& corners) {
+void run_cluster(uint3 corner) {
   const dim3 shape = machine.launch.cluster;
-  machine.cluster_size = shape.x * shape.y * shape.z;
-  const uint32_t count = machine.cluster_size * uint32_t(corners.size());
+  const uint32_t count = shape.x * shape.y * shape.z;
   const uint32_t threads = machine.launch.block.x * machine.launch.block.y * machine.launch.block.z;
   const size_t warps = (threads + LANES - 1) / LANES * size_t(count);
   machine.stacks.reserve(size_t(count) * threads, STACK_BYTES);
@@ -142,15 +128,11 @@ void run_clusters(const std::vector<uint3>& corners) {
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
   machine.engine.clear();
-  machine.cluster_barriers.assign(corners.size(), Barrier{});
+  machine.cluster_barrier = Barrier{};
   machine.idle_rounds = 0;
-  for (uint32_t i = 0; i < count; ++i) {
-    const uint3 corner = corners[i / machine.cluster_size];
-    const uint32_t r = i % machine.cluster_size;
-    start_block(
-        machine.blocks[i], i,
-        uint3{corner.x + r % shape.x, corner.y + r / shape.x % shape.y, corner.z + r / shape.x / shape.y});
-  }
+  for (uint32_t i = 0; i < count; ++i)
+    start_block(machine.blocks[i], i,
+                uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y, corner.z + i / shape.x / shape.y});
   totals.blocks += count;
   totals.threads += size_t(count) * threads;
   race::begin_blocks(count * threads);
@@ -179,10 +161,6 @@ struct ClusterOrder {
 
 }  // namespace
 
-bool finds_room(dim3 grid) {
-  return uint64_t(grid.x) * grid.y * grid.z <= machine.options.room;
-}
-
 void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   race::ExecutorScope scope;
   if (machine.current) fail("%s: a kernel cannot launch a kernel here", launch.name);
@@ -197,7 +175,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
   LaunchRecord record{
-      launch.name, {}, {}, {}, launch.smem, launch.early, launch.cooperative};
+      launch.name, {}, {}, {}, launch.smem, launch.early};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);
@@ -207,15 +185,9 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   const dim3 g = launch.grid, c = launch.cluster;
   const uint64_t nx = g.x / c.x, ny = g.y / c.y, nz = g.z / c.z;
   const ClusterOrder order(nx * ny * nz);
-  std::vector<uint3> corners;
   for (uint64_t i = 0; i < order.count && machine.error.empty(); ++i) {
     const uint64_t k = order[i];
-    corners.push_back(
-        uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
-    if ((launch.cooperative || corners.size() < machine.options.resident) && i + 1 < order.count) continue;
-    if (order.reverse) std::reverse(corners.begin(), corners.end());  // the scheduler starts with the last
-    run_clusters(corners);
-    corners.clear();
+    run_cluster(uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
   }
   if (!machine.error.empty()) {
     machine.stacks.forget_frames();

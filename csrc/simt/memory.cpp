@@ -1,4 +1,4 @@
-// Loads, stores, atomics and asynchronous copies of the running thread.
+// Loads, stores and asynchronous copies of the running thread.
 #include <algorithm>
 #include <cstring>
 
@@ -44,28 +44,6 @@ void move(void* to, const void* from, uint32_t bytes) {
     default:
       memcpy(to, from, bytes);
   }
-}
-
-// *p = next(*p) in one step; returns the value before.
-template <class T, class Next>
-T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
-  race::ExecutorScope scope;
-  Thread& t = enter(op, site);
-  ++totals.atomics;
-  const auto* byte = reinterpret_cast<const unsigned char*>(p);
-  const bool shared = byte >= t.block->shared && byte < t.block->shared + t.block->shared_bytes;
-  maybe_preempt();
-  if (shared) {
-    check_shared(p, sizeof(T), sizeof(T), t.op, site);
-  } else {
-    check_global(p, sizeof(T), t.op, site);
-    record(Space::global_atomic, p, sizeof(T), site);
-  }
-  race::access(p, sizeof(T), race::Use::atomic);
-  race::atomic(p, acq_rel);
-  const T old = *p;
-  *p = next(old);
-  return old;
 }
 
 }  // namespace
@@ -116,13 +94,11 @@ uint32_t shared_offset(const void* p) {
   return uint32_t(offset(p));
 }
 
-void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Site site) {
+void load_global(void* value, const void* p, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
-  if (read_only) check_read_only(t.op, site);
-  check_global(p, bytes, t.op, site);
+  check_global(p, bytes, enter("ld.global", site).op, site);
   record(Space::global_read, p, bytes, site);
-  race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);
+  race::access(p, bytes, race::Use::read);
   move(value, p, bytes);
   maybe_preempt();
 }
@@ -158,52 +134,6 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   move(p, value, bytes);
 }
 
-void fence_device(Site site) {
-  race::ExecutorScope scope;
-  enter("fence", site);
-  if (left_out("fence", site)) return;
-  race::fence();
-}
-
-void store_release(int32_t* p, int32_t value, Site site) {
-  race::ExecutorScope scope;
-  enter("st.release", site);
-  if (left_out("st.release", site)) return;
-  check_global(p, sizeof *p, self().op, site);
-  record(Space::global_write, p, sizeof *p, site);
-  maybe_preempt();
-  race::access(p, sizeof *p, race::Use::atomic);
-  race::store_release(p);
-  *p = value;
-  progress();
-  wake_spinners();
-}
-
-void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site) {
-  race::ExecutorScope scope;
-  const char* op = acquire ? "ld.acquire" : "ld.relaxed";
-  enter(op, site);
-  if (left_out(op, site)) return;
-  check_global(p, sizeof *p, self().op, site);
-  while (*p != value) wait_here(State::spinning, op, site);
-  progress();
-  record(Space::global_read, p, sizeof *p, site);
-  race::access(p, sizeof *p, race::Use::atomic);
-  if (acquire) race::load_acquire(p);
-  maybe_preempt();
-}
-
-int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site) {
-  return update("atomicAdd", p, acq_rel, site, [&](int32_t old) { return old + value; });
-}
-float atomic_add(float* p, float value, Site site) {
-  return update("atomicAdd", p, false, site, [&](float old) { return old + value; });
-}
-int32_t atomic_wrap(int32_t* p, int32_t limit, Site site) {
-  return update("atomicInc", p, false, site,
-                [&](int32_t old) { return uint32_t(old) >= uint32_t(limit) ? 0 : old + 1; });
-}
-
 // At issue the destination becomes NaN (poisoned under AddressSanitizer). The data is written at the wait.
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site) {
   race::ExecutorScope scope;
@@ -235,12 +165,12 @@ void cp_async_commit(Site site) {
 
 void cp_async_wait(int keep, Site site) {
   race::ExecutorScope scope;
-  Thread& t = enter(keep < 0 ? "cp.async.wait_all" : "cp.async.wait_group", site);
+  Thread& t = enter("cp.async.wait_group", site);
   if (left_out(t.op, site)) return;
   ++totals.async_waits;
-  size_t landing = keep < 0 ? t.copies.size() : 0;
+  size_t landing = 0;
   int groups = 0;
-  for (size_t i = t.copies.size(); keep >= 0 && i-- > 0;)
+  for (size_t i = t.copies.size(); i-- > 0;)
     if (t.copies[i].commit && ++groups > keep) {
       landing = i + 1;
       break;

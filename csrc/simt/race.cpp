@@ -32,9 +32,8 @@ struct Place {
 
 struct Event {
   uint32_t clock = 0;  // of the thread, 0: nothing has happened here
-  uint16_t thread = 0;
-  uint16_t atomic = 0;
-  uint32_t block = 0;  // number in the launch of the blocks that ran with it
+  uint32_t thread = 0;
+  uint32_t cluster = 0;  // its number in the launch
   uint32_t place = 0;
 };
 
@@ -45,26 +44,13 @@ struct Cell {  // the latest accesses to a granule of memory
 };
 using Page = std::unique_ptr<Cell[]>;
 
-// A thread's acquisition from other blocks: an atomic and a fence after it.
-struct Acquisition {
-  uint32_t thread, clock;
-  uintptr_t address;
-};
-
 struct Detector {
   std::unordered_map<uintptr_t, Page> pages;
   uintptr_t latest_page = 0;
   Cell* latest = nullptr;
-  std::vector<Cell> shared;  // of all blocks that run now, one after the other
-  uint32_t threads = 0, block = 0;
+  std::vector<Cell> shared;  // of the cluster's blocks, one after the other
+  uint32_t threads = 0, cluster = 0;
   std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
-
-  std::vector<std::vector<uint32_t>> fenced;             // by thread: its clocks at its latest fence
-  std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
-  std::vector<std::vector<uint32_t>> pending;  // by thread: what blocks running now had released there
-  std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>>
-      released;  // address, block
-  std::vector<Acquisition> acquired;
 
   std::vector<Place> places;
   std::unordered_map<uint64_t, uint32_t> place_numbers;
@@ -126,11 +112,11 @@ std::string describe(uint32_t place) {
   return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
 }
 
-// The offset in the shared memory of all blocks that run now, or -1.
+// The offset in the shared memory of the cluster's blocks, or -1.
 std::ptrdiff_t shared_place(uintptr_t address) {
   for (const Block& block : machine.blocks) {
     const uintptr_t at = address - reinterpret_cast<uintptr_t>(block.shared);
-    if (at < block.shared_bytes) return std::ptrdiff_t((block.first + block.rank) * block.shared_bytes + at);
+    if (at < block.shared_bytes) return std::ptrdiff_t(block.rank * block.shared_bytes + at);
   }
   return -1;
 }
@@ -142,12 +128,11 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   const std::string where =
       shared >= 0 ? "shared memory, offset " + std::to_string(shared % std::ptrdiff_t(machine.launch.smem))
                   : "global memory " + global_name(address);
-  const char* now = use == Use::write ? "writes" : use == Use::atomic ? "adds" : "reads";
-  const char* then = before.atomic ? "added" : wrote ? "written" : "read";
+  const char* now = use == Use::write ? "writes" : "reads";
   char text[1200];
   const uint32_t in_block = t.block->thread_count;
   std::string other = "an earlier block";
-  if (before.block == detector.block) {
+  if (before.cluster == detector.cluster) {
     const uint3 at = machine.blocks[before.thread / in_block].index;
     other = &machine.blocks[before.thread / in_block] == t.block
                 ? "the same block"
@@ -159,34 +144,26 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
            "nothing orders "
            "the two",
            kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
-           describe(place).c_str(), unsigned(before.thread) % in_block, other.c_str(), then,
+           describe(place).c_str(), before.thread % in_block, other.c_str(), wrote ? "written" : "read",
            describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
 // Whether `before` happens before the running thread's current access.
-bool ordered(const Event& before, uint32_t me, const uint32_t* clocks, uintptr_t address) {
+bool ordered(const Event& before, uint32_t me, const uint32_t* clocks) {
   if (!before.clock) return true;
-  if (before.block == detector.block) return before.thread == me || clocks[before.thread] >= before.clock;
-  for (const Acquisition& a : detector.acquired) {
-    if (clocks[a.thread] < a.clock) continue;
-    if (before.atomic && a.address / GRANULE == address / GRANULE) return true;  // its chain of atomics
-    const auto word = detector.released.find(a.address);
-    if (word == detector.released.end()) continue;
-    const auto block = word->second.find(before.block);
-    if (block != word->second.end() && block->second[before.thread] >= before.clock) return true;
-  }
-  return false;
+  return before.cluster == detector.cluster &&
+         (before.thread == me || clocks[before.thread] >= before.clock);
 }
 
 Cell* cell_of(uintptr_t address) {
   const std::ptrdiff_t shared = shared_place(address);
   if (shared >= 0) {
     Cell& cell = detector.shared[size_t(shared) / GRANULE];
-    if (cell.write.block != detector.block) cell.write = Event{};
+    if (cell.write.cluster != detector.cluster) cell.write = Event{};
     uint32_t kept = 0;
     for (uint32_t i = 0; i < cell.read_count; ++i)
-      if (cell.reads[i].block == detector.block) cell.reads[kept++] = cell.reads[i];
+      if (cell.reads[i].cluster == detector.cluster) cell.reads[kept++] = cell.reads[i];
     cell.read_count = kept;
     return &cell;
   }
@@ -200,9 +177,9 @@ Cell* cell_of(uintptr_t address) {
   return detector.latest + address % PAGE / GRANULE;
 }
 
-void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks, uintptr_t address) {
+void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks) {
   for (uint32_t i = 0; i < cell.read_count; ++i)
-    if (ordered(cell.reads[i], me, clocks, address)) {  // implied by this one
+    if (ordered(cell.reads[i], me, clocks)) {  // implied by this one
       cell.reads[i] = now;
       return;
     }
@@ -215,27 +192,20 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   const uint32_t me = self().id;
   const uint32_t* clocks = clocks_of(me);
   const uint32_t place = place_number(pc);
-  const bool writes = use == Use::write || use == Use::atomic, atomic = use == Use::atomic;
-  const Event now{clocks[me], uint16_t(me), uint16_t(atomic), detector.block, place};
+  const bool writes = use == Use::write;
+  const Event now{clocks[me], me, detector.cluster, place};
   for (uintptr_t a = address / GRANULE * GRANULE; a < address + bytes; a += GRANULE) {
     Cell& cell = *cell_of(a);
-    const auto clash = [&](const Event& before) {
-      return !(atomic && before.atomic) && !ordered(before, me, clocks, a);
-    };
-    if (clash(cell.write)) {
+    if (!ordered(cell.write, me, clocks)) {
       add_report(writes ? "write after write" : "read after write", a, cell.write, true, place, use);
       return;
     }
-    if (use == Use::read_only && cell.write.clock) {
-      add_report("ld.global.nc of memory that this launch has written", a, cell.write, true, place, use);
-      return;
-    }
     if (!writes) {
-      note_read(cell, now, me, clocks, a);
+      note_read(cell, now, me, clocks);
       continue;
     }
     for (uint32_t i = 0; i < cell.read_count; ++i)
-      if (clash(cell.reads[i])) {
+      if (!ordered(cell.reads[i], me, clocks)) {
         add_report("write after read", a, cell.reads[i], false, place, use);
         return;
       }
@@ -274,20 +244,15 @@ void begin_launch() {
   detector.pages.clear();
   detector.latest = nullptr;
   detector.shared.clear();
-  detector.released.clear();
   detector.reports.clear();
-  detector.block = 0;
+  detector.cluster = 0;
 }
 
 void begin_blocks(uint32_t threads) {
-  ++detector.block;
+  ++detector.cluster;
   detector.threads = threads;
   detector.clocks.assign(size_t(threads) * threads, 0);
   for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
-  detector.fenced.assign(threads, {});
-  detector.unfenced_atomics.assign(threads, {});
-  detector.pending.assign(threads, {});
-  detector.acquired.clear();
   detector.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
 }
 
@@ -301,70 +266,6 @@ void release(Sync& sync) {
 
 void acquire(const Sync& sync) {
   if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
-}
-
-namespace {
-
-// The fence after the atomics: what they saw happens before what follows.
-void take() {
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
-  for (uintptr_t address : detector.unfenced_atomics[me])
-    detector.acquired.push_back({me, mine[me], address});
-  detector.unfenced_atomics[me].clear();
-  if (!detector.pending[me].empty()) join(mine, detector.pending[me].data());
-  detector.pending[me].clear();
-}
-
-void see(uintptr_t address) {
-  const uint32_t me = self().id;
-  detector.unfenced_atomics[me].push_back(address);
-  const auto word = detector.released.find(address);
-  if (word == detector.released.end()) return;
-  const auto now = word->second.find(detector.block);
-  if (now == word->second.end()) return;
-  std::vector<uint32_t>& pending = detector.pending[me];
-  if (pending.empty()) pending.assign(detector.threads, 0);
-  join(pending.data(), now->second.data());
-}
-
-void publish(uintptr_t address) {
-  const uint32_t me = self().id;
-  if (detector.fenced[me].empty()) return;
-  std::vector<uint32_t>& clocks = detector.released[address][detector.block];
-  if (clocks.empty()) clocks.assign(detector.threads, 0);
-  join(clocks.data(), detector.fenced[me].data());
-}
-
-}  // namespace
-
-void fence() {
-  take();
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
-  detector.fenced[me].assign(mine, mine + detector.threads);
-  ++mine[me];
-}
-
-// A store ends the release sequence before it: an acquire of this value does not see the earlier stores.
-void store_release(const void* p) {
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
-  detector.released[reinterpret_cast<uintptr_t>(p)][detector.block].assign(mine, mine + detector.threads);
-  ++mine[me];
-}
-
-void load_acquire(const void* p) {
-  see(reinterpret_cast<uintptr_t>(p));
-  take();
-}
-
-void atomic(const void* p, bool acq_rel) {
-  if (acq_rel) fence();
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  see(address);
-  publish(address);
-  if (acq_rel) fence();
 }
 
 void access(const void* p, size_t bytes, Use use) {

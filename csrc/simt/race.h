@@ -6,16 +6,10 @@
 // empty.
 //
 // What orders two accesses:
-//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers.
+//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers, at which
+//                             also bulk copies into the block are ordered.
 //                             Not: shuffles, ldmatrix, mma.
-//   between blocks            a fence, then an atomic; and in the thread of a later atomic on the same word,
-//   a
-//                             fence after it; extended inside the blocks by the above.  st.release and
-//                             ld.acquire are such an atomic and fence; a st.release ends what others had
-//                             released at its word.  Transitive over a second word only among blocks that run
-//                             at the same time (Options::resident).
-//   between blocks of a       mbarriers, if the wait is acquire.cluster; a bulk copy orders at any wait.
-//   cluster
+//   between clusters          nothing: no kernel here hands data from one to another
 //   launches                  one after the other
 #pragma once
 #include <cstddef>
@@ -29,7 +23,7 @@
 
 namespace lotr::simt::race {
 
-enum class Use { read, read_only, write, atomic };
+enum class Use { read, write };
 
 #if LOTR_SIMT_RACE
 
@@ -43,10 +37,6 @@ void release(Sync& sync);             // by the running thread
 void acquire(const Sync& sync);
 void access(const void* p, size_t bytes, Use use);  // by the running thread's wrapper, at its op and site
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
-void fence();
-void atomic(const void* p, bool acq_rel);
-void store_release(const void* p);
-void load_acquire(const void* p);
 std::string report();  // of the launch so far, empty if clean
 
 // True while instrumented kernel code runs, false inside the executor.
@@ -72,10 +62,6 @@ inline void begin_blocks(uint32_t) {}
 inline void release(Sync&) {}
 inline void acquire(const Sync&) {}
 inline void access(const void*, size_t, Use) {}
-inline void fence() {}
-inline void atomic(const void*, bool) {}
-inline void store_release(const void*) {}
-inline void load_acquire(const void*) {}
 inline std::string report() {
   return {};
 }

@@ -70,19 +70,12 @@ void run_engine() {
 
 Warp* choose_warp() {
   Warp* now = machine.warps[machine.current_warp];
-  if (now->ready) return now;    // a warp runs until all its lanes wait
-  size_t count = 0, before = 0;  // ready warps: all, and those before this one
-  for (size_t i = 0; i < machine.ready_warps.size(); ++i) {
-    const uint64_t bits = machine.ready_warps[i];
-    count += __builtin_popcountll(bits);
-    if (i < machine.current_warp / 64) before += __builtin_popcountll(bits);
-    if (i == machine.current_warp / 64)
-      before += __builtin_popcountll(bits & ((uint64_t(1) << machine.current_warp % 64) - 1));
-  }
+  if (now->ready) return now;  // a warp runs until all its lanes wait
+  size_t count = 0;  // ready warps
+  for (const uint64_t bits : machine.ready_warps) count += __builtin_popcountll(bits);
   if (!count) return nullptr;
   const Order order = machine.options.order;
   size_t k = order == Order::forward   ? 0
-             : order == Order::in_turn ? before % count
              : order == Order::reverse ? count - 1
                                        : next_random() % count;
   for (size_t i = 0;; ++i) {
@@ -110,7 +103,6 @@ void check_aligned(const Thread& t, State state) {
 void leave_block(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
-  check_registers(block);
 }
 
 void reschedule() {
@@ -250,11 +242,6 @@ void fail(const char* format, ...) {
 void fail_diverged(const Thread& t, const Thread& other) {
   fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
        t.site.line, other.lane, other.op, other.site.file, other.site.line);
-}
-
-void trap(const char* message, Site site) {
-  race::ExecutorScope scope;
-  fail("trap: %s at %s:%d", message, site.file, site.line);
 }
 
 }  // namespace lotr::simt

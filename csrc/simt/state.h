@@ -1,4 +1,4 @@
-// The executor's state: one Machine, the blocks that run at the same time, their warps and threads.
+// The executor's state: one Machine, the blocks of the cluster that runs, their warps and threads.
 #pragma once
 #include <algorithm>
 #include <deque>
@@ -36,16 +36,15 @@ struct BulkStore {
 
 struct WarpgroupProduct {
   float* d;
-  uint64_t a, b;                // descriptors
-  const uint32_t* a_registers;  // instead of a descriptor; read when the product is waited for
+  uint64_t a, b;  // descriptors
   int n;
-  bool overwrite, is_bf16, trans_a, trans_b;
+  bool overwrite, is_bf16, b_mn_major;
   bool commit;              // the end of a group instead of a product
   uint64_t number;          // counts the thread's products: equal in all threads of the warpgroup
   std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
 };
 
-enum class Space : uint8_t { global_read, global_write, global_atomic, shared };
+enum class Space : uint8_t { global_read, global_write, shared };
 struct Access {
   uintptr_t address;  // in shared memory: the offset
   const char* file;
@@ -86,7 +85,6 @@ struct Warp {
   uint32_t arrived = 0;                        // lanes inside a collective
   uint32_t generation = 0;
   bool logged = false;
-  uint32_t registers = 0;  // that a thread may use (setmaxnreg)
   race::Sync sync[2];      // by parity of the generation
 };
 
@@ -102,7 +100,6 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
-  race::Sync remote;                 // arrivals of other blocks of the cluster
   const Thread* unfenced = nullptr;  // the thread that initialised it, until its fence.mbarrier_init
   std::vector<Thread*> waiting;      // threads to wake when the phase completes
 };
@@ -110,17 +107,14 @@ struct MemoryBarrier {  // an mbarrier
 // Operands of a warpgroup's product in flight, as a thread last read them at its wait.
 struct DecodedProduct {
   std::vector<unsigned char> raw_a[4], raw_b;
-  std::vector<float> a[4], b;           // a: of each warp, [16][16]; b: [n][16]
-  const uint32_t* registers[128] = {};  // of each thread, if a is in registers
-  int users = 0;                        // threads that have taken their part
+  std::vector<float> a[4], b;  // a: of each warp, [16][16]; b: [n][16]
+  int users = 0;               // threads that have taken their part
 };
 
 struct Block {
   uint3 index{};                                    // blockIdx
   uint32_t rank = 0, thread_count = 0;              // rank in its cluster
-  uint32_t first = 0;                               // its cluster's first block among machine.blocks
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
-  uint32_t registers_free = 0;                      // given back by its warps
   unsigned char* shared = nullptr;
   std::vector<uint16_t> unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
   size_t shared_bytes = 0;
@@ -137,9 +131,8 @@ struct Machine {
   void (*entry)(void*) = nullptr;
   void* entry_context = nullptr;
 
-  std::vector<Block> blocks;  // that run now: cluster after cluster
-  uint32_t cluster_size = 1;
-  std::vector<Barrier> cluster_barriers;  // of each cluster that runs now
+  std::vector<Block> blocks;  // the cluster that runs now
+  Barrier cluster_barrier;
   std::vector<Warp*> warps;
   std::vector<uint64_t> ready_warps;  // bits
   size_t current_warp = 0, threads_left = 0;
@@ -202,7 +195,6 @@ void unpoison(void* p, size_t bytes);
 
 // ---- early.cpp ----
 void check_early(const char* op, Site site);      // before the running thread touches global memory
-void check_read_only(const char* op, Site site);  // before it reads memory as read-only
 void check_early_end(const Thread& thread);       // before it ends
 
 // ---- sites.cpp ----
@@ -210,21 +202,14 @@ void check_early_end(const Thread& thread);       // before it ends
 bool left_out(const char* op, Site site);
 void forget_sites();
 
-// ---- bulk_store.cpp ----
+// ---- tma.cpp ----
 void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
 
 // ---- mbarrier.cpp ----
 MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it was not initialised
-void arrive(MemoryBarrier& b, Site site);
 void complete_if_done(MemoryBarrier& b);
 void check_fenced(const MemoryBarrier& b, Site site);  // for bulk copies and other blocks
-
-// ---- cluster.cpp ----
-Block& block_of_cluster(uint32_t rank, Site site);  // of the running thread's cluster, alive
-
-// ---- registers.cpp ----
-uint32_t registers_at_launch(uint32_t threads);  // of a thread
-void check_registers(const Block& block);        // when its last thread exits
+Block& block_of_cluster(uint32_t rank, Site site);     // alive, and known to have begun
 
 // ---- matrix.cpp ----
 float half_to_float(uint32_t bits, bool is_bf16);

@@ -1,6 +1,6 @@
-// sm_90a: wgmma.mma_async m64nNk16, operands in shared memory with 32-, 64- or 128-byte swizzle, K-major or
-// MN-major, the first also in registers.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix
-// instructions", D fragment and matrix descriptor.
+// sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a K-major, b K-major or
+// MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and matrix
+// descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until then the
 // accumulators are NaN.  Each thread computes its own elements.
@@ -14,35 +14,28 @@ namespace lotr::simt {
 namespace {
 
 constexpr int WARPGROUP = 128, K = 16;
-
-// Bytes of a swizzled row by bits 62 and 63 of a descriptor; 0: not swizzled.
-uint32_t swizzle_bytes(uint64_t descriptor) {
-  constexpr uint32_t bytes[] = {0, 128, 64, 32};
-  return bytes[descriptor >> 62];
-}
+constexpr uint32_t ROW = 128;                // bytes of a swizzled row
+constexpr uint64_t SWIZZLE_OF_128_BYTES = 1;  // bits 62 and 63 of a descriptor
 
 struct Operand {
-  uint32_t start, leading,
-      group_stride;  // bytes; group: from 8 rows (K-major) or 8 k (MN-major) to the next 8
-  uint32_t row_bytes;
+  // Bytes; group: from 8 rows (K-major) or 8 k (MN-major) to the next 8.
+  uint32_t start, leading, group_stride;
   bool mn_major;
-  Operand(uint64_t descriptor, bool trans)
+  Operand(uint64_t descriptor, bool mn_major)
       : start(uint32_t(descriptor & 0x3fff) << 4),
         leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
         group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
-        row_bytes(swizzle_bytes(descriptor)),
-        mn_major(trans) {}
+        mn_major(mn_major) {}
 
   // Of 8 elements: along k from (row, k) on if K-major, along the rows if MN-major.
   const unsigned char* chunk(int row, int k) const {
     uint32_t at = start;
-    const uint32_t i = uint32_t(row), width = row_bytes / 2;
+    const uint32_t i = uint32_t(row), width = ROW / 2;
     if (mn_major)  // `width` rows lie side by side, the next `width` are `leading` bytes further on
-      at +=
-          i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride + uint32_t(k % 8) * row_bytes;
+      at += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride + uint32_t(k % 8) * ROW;
     else
-      at += i / 8 * group_stride + i % 8 * row_bytes + uint32_t(k) * 2;
-    at ^= (at >> 7 & (row_bytes / 16 - 1)) << 4;
+      at += i / 8 * group_stride + i % 8 * ROW + uint32_t(k) * 2;
+    at ^= (at >> 7 & 7) << 4;
     const unsigned char* p = self().block->shared + at;
     check_shared(p, 16, 16, self().op, self().site);
     return p;
@@ -90,34 +83,15 @@ uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
-  const Operand a(w.a, w.trans_a), b(w.b, w.trans_b);
+  const Operand a(w.a, false), b(w.b, w.b_mn_major);
 #if LOTR_SIMT_RACE || LOTR_SIMT_ASAN
   b.each_chunk(w.n, int(t.lane), 32, [&](int row, int k) { touch_read(b.chunk(row, k), 16); });
-  if (!w.a_registers)
-    a.each_chunk(16, int(t.lane), 32,
-                 [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });
+  a.each_chunk(16, int(t.lane), 32,
+               [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });
 #endif
   b.decode(0, w.n, w.is_bf16, decoded.raw_b, decoded.b);
-  if (!w.a_registers) a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], decoded.a[warp]);
+  a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], decoded.a[warp]);
   return decoded;
-}
-
-// Reads first operands in registers when all lanes of a warp have reached the wait.
-void read_registers(Warp& warp, uint32_t, void* done) {
-  const Thread& last = self();
-  const uint32_t first = warp.thread->linear % WARPGROUP;
-  for (size_t i = 0; i < *static_cast<size_t*>(done); ++i) {
-    const WarpgroupProduct& w = last.products[i];
-    if (!w.a_registers) continue;
-    DecodedProduct& decoded = last.block->products[key_of(last, w)];
-    std::vector<float>& rows = decoded.a[first / 32];
-    rows.resize(16 * K);
-    for (int lane = 0; lane < 32; ++lane)
-      for (int word = 0; word < 4; ++word)
-        for (int e = 0; e < 2; ++e)
-          rows[size_t(lane / 4 + word % 2 * 8) * K + size_t(lane % 4 * 2 + word / 2 * 8 + e)] =
-              half_to_float(decoded.registers[first + uint32_t(lane)][word] >> 16 * e & 0xffffu, w.is_bf16);
-  }
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
@@ -137,30 +111,7 @@ void multiply(Thread& t, const WarpgroupProduct& w) {
   if (++decoded.users == WARPGROUP) t.block->products.erase(key_of(t, w));
 }
 
-// The last lane of a warp to issue a product notes where all lanes keep the first operand.
-void note_registers(Warp& warp, uint32_t, void*) {
-  const Thread& last = self();
-  if (!last.operand) return;
-  const uint32_t first = warp.thread->linear;
-  DecodedProduct& decoded = last.block->products[last.products_issued * 8 + first / WARPGROUP];
-  for (uint32_t lane = 0; lane < 32; ++lane)
-    decoded.registers[first % WARPGROUP + lane] = static_cast<const uint32_t*>(warp.thread[lane].operand);
-}
-
-// The PTX manual's canonical layouts: a swizzle, and for an MN-major operand whole rows of the swizzle.
-void check_layouts(const WgmmaOperands& of, int n, Site site) {
-  const auto check = [&](uint64_t descriptor, bool mn_major, int rows) {
-    const int bytes = int(swizzle_bytes(descriptor));
-    if (!bytes)
-      fail("wgmma at %s:%d: descriptor %#zx, expected a swizzle of 32, 64 or 128 bytes", site.file, site.line,
-           size_t(descriptor));
-    if (mn_major && rows * 2 % bytes)
-      fail("wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with %d-byte swizzle",
-           site.file, site.line, rows, bytes);
-  };
-  if (!of.a_registers) check(of.a, of.trans_a, 64);
-  check(of.b, of.trans_b, n);
-}
+void nothing(Warp&, uint32_t, void*) {}
 
 }  // namespace
 
@@ -172,7 +123,7 @@ void wgmma_fence(Site site) {
   enter("wgmma.fence", site).wgmma_fenced = true;
 }
 
-void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf16, Site site) {
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.mma_async", site);
   if (t.block->thread_count % WARPGROUP && t.linear / WARPGROUP == t.block->thread_count / WARPGROUP)
@@ -181,18 +132,21 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
     fail("wgmma at %s:%d: no wgmma.fence since the accumulators could be touched", site.file, site.line);
   if (n < 8 || n > 256 || n % 8)
     fail("wgmma at %s:%d: n is %d, expected 8, 16, .. 256", site.file, site.line, n);
-  check_layouts(of, n, site);
-  warp_collective("wgmma.mma_async", ~0u, site, const_cast<uint32_t*>(of.a_registers), note_registers,
-                  nullptr, false);
+  for (const uint64_t descriptor : {a, b})
+    if (descriptor >> 62 != SWIZZLE_OF_128_BYTES)
+      fail("wgmma at %s:%d: descriptor %#zx, expected a swizzle of 128 bytes", site.file, site.line,
+           size_t(descriptor));
+  if (mn_major && n % 64)  // the PTX manual's canonical layouts have whole rows of the swizzle
+    fail("wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte swizzle",
+         site.file, site.line, n);
+  warp_collective("wgmma.mma_async", ~0u, site, nullptr, nothing, nullptr, false);
   if (t.linear % WARPGROUP == 0) {
     ++totals.wgmma;
-    product_layouts.insert({of.a_registers ? 0 : int(swizzle_bytes(of.a)), of.trans_a,
-                            int(swizzle_bytes(of.b)), of.trans_b, n, is_bf16});
+    product_layouts.insert({mn_major, n, is_bf16});
   }
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
-  WarpgroupProduct product{d,          of.a,       of.b,  of.a_registers,      n, !accumulate, is_bf16,
-                           of.trans_a, of.trans_b, false, t.products_issued++, {}};
+  WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, mn_major, false, t.products_issued++, {}};
   if (!continues) product.held.assign(d, d + n / 2);
   memset(d, 0xFF, size_t(n / 2) * sizeof(float));
   t.products.push_back(std::move(product));
@@ -217,7 +171,7 @@ void wgmma_wait(int keep, Site site) {
       done = i + 1;
       break;
     }
-  warp_collective(t.op, ~0u, site, nullptr, read_registers, &done, false);
+  warp_collective(t.op, ~0u, site, nullptr, nothing, nullptr, false);
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
     if (product.commit) continue;

@@ -97,7 +97,6 @@ struct Flat {
 // One argument of an operator, read once: each read is a call into libtorch.
 struct Arg {
   const char* name;
-  bool optional = false;
   const Tensor* tensor = nullptr;  // null: an optional argument that is not given
   AtenTensorHandle handle = nullptr;
   ScalarType dtype = ScalarType::Undefined;  // of None, which has nothing below
@@ -109,7 +108,7 @@ struct Arg {
   Flat flat;
 
   Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
-  Arg(const char* name, const OptionalTensor& t) : name(name), optional(true) {
+  Arg(const char* name, const OptionalTensor& t) : name(name) {
     if (t) look_at(*t);
   }
   explicit operator bool() const { return tensor; }

@@ -1,5 +1,5 @@
-// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator, a dtype and
-// a shape for each tensor. They run before anything is written.
+// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator, a dtype
+// and a shape for each tensor. They run before anything is written.
 #pragma once
 
 #include <array>
@@ -67,8 +67,8 @@ class Sizes {
              dtype_name(a.dtype));
       case As::factor:
         if (a.dtype == like || (is_half(like) && a.dtype == ScalarType::Float)) return;
-        fail(c.op, ": ", a.name, ": expected dtype ", dtype_name(like), is_half(like) ? " or torch.float32" : "",
-             ", got ", dtype_name(a.dtype));
+        fail(c.op, ": ", a.name, ": expected dtype ", dtype_name(like),
+             is_half(like) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
     }
   }
 
@@ -108,8 +108,8 @@ class Sizes {
     }
     known = {size, a.name};
     if (size < 1 && d != M && d != ROWS)
-      fail(c.op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", DIM_NAMES[d], "), got shape ",
-           a.shape());
+      fail(c.op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", DIM_NAMES[d],
+           "), got shape ", a.shape());
     if (c.max_rank && size > c.max_rank && (d == R || d == R_IN || d == R_OUT))
       fail(c.op, ": ", a.name, ": expected a rank of at most ", c.max_rank, " in dimension ", axis,
            ", got shape ", a.shape(), "; the composite path takes it");
@@ -151,7 +151,8 @@ inline void check_factor_grad(const Check& c, const Arg& acc, const Arg& x, cons
 inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const Arg& F, const Arg& u) {
   c.arguments({&Q, &g, &F, &u}, {&Q});
   c.supported(g);
-  return {c, g.dtype,
+  return {c,
+          g.dtype,
           {{g, As::same, {M, N}},
            {F, As::factor, {N, R_IN}},
            {u, As::same, {M, R_IN}},
@@ -197,7 +198,8 @@ struct RowArgs {
     c.finite("scaling", scaling);
     // without tokens there is a row for each token
     const Dim row = tokens ? ROWS : M;
-    return {c, u.dtype,
+    return {c,
+            u.dtype,
             {{u, As::same, {M, R_IN}},
              {cores, As::factor, {L, R_IN, R_OUT}},
              {tokens, As::int64, {ROWS}},
@@ -209,8 +211,8 @@ struct RowArgs {
 
 // ---- a direction of a layer ----
 
-// The order of the products in a layer's operators: the base product first, the adapter's first, or both in one
-// launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
+// The order of the products in a layer's operators: the base product first, the adapter's first, or both in
+// one launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
 constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2, UNFOLDED = 4;
 
 struct ForwardArgs {
@@ -260,7 +262,8 @@ struct BackwardArgs {
     if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
     if ((Q || dB) && !u) fail(c.op, ": u: expected a tensor because Q or dB is given, got None");
     c.dropout(p, seed);
-    return {c, g.dtype,
+    return {c,
+            g.dtype,
             {{B, As::factor, {N, R_OUT}},
              {core, As::factor, {R_IN, R_OUT}},
              {g, As::same, {LEADING, N}},
@@ -287,7 +290,8 @@ struct ShrinkBackwardArgs {
       fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
     if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
     c.dropout(p, seed);
-    return {c, k.dtype,
+    return {c,
+            k.dtype,
             {{k, As::same, {M, R}},
              {dx, As::same, {LEADING, K}},
              {A, As::factor, {K, R}},

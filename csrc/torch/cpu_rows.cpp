@@ -118,7 +118,8 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
     cpu::Mat transposed = first(a.cores);
     std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
     const auto product = [&](const Tensor& out) {
-      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0], groups.groups(), scaling);
+      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0], groups.groups(),
+                    scaling);
     };
     const bool all_rows = groups.rows() == rows;
     if (!a.tokens) {

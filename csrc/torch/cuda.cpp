@@ -1,9 +1,7 @@
 // The operators on CUDA tensors: operators.h and layer.h over products_cuda.h.
+#include "fused_cuda.h"
 #include "operators.h"
 #include "products_cuda.h"
-#ifdef LOTR_SM90A
-#include "fused_cuda.h"
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {

@@ -24,14 +24,13 @@ namespace lotr {
 constexpr int MAX_DEVICES = 64;
 
 // The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
-// without CUDA.  They do not pass through the dispatcher, whose stable interface has neither a product with
-// alpha and beta nor a sum.
+// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha and
+// beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
   int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
                        double);
-  int32_t (*add)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
 
   static const TorchCuda& functions() {
     static const TorchCuda found;
@@ -50,7 +49,6 @@ struct TorchCuda {
     find(current_stream, "aoti_torch_get_current_cuda_stream");
     find(mm_out, "aoti_torch_cuda_mm_out");
     find(addmm_out, "aoti_torch_cuda_addmm_out");
-    find(add, "aoti_torch_cuda_add_Tensor");
   }
 };
 
@@ -79,8 +77,7 @@ inline Device ask_driver(const char* op, int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
-         attribute(cudaDevAttrComputeCapabilityMinor),
-         "; torch's own products run everywhere");
+         attribute(cudaDevAttrComputeCapabilityMinor), "; torch's own products run everywhere");
   }
   int driver = 0;
   if (const cudaError_t error = cudaDriverGetVersion(&driver))

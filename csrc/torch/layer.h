@@ -55,8 +55,8 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   const Check c{"lotr::layer_forward", Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
-  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
-                      {"core", core}, {"u", u},     {"F", F},       {"seed", seed}};
+  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
+                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded);
   Products products(c, a.x, p, a.seed);
   OptionalTensor new_u, new_F;

@@ -69,7 +69,8 @@ Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Ten
   const Sizes s = check_shrink_grad(c, aQ, ag, aF, au);
   const Products products(c, ag, 0.0, seed);
   OptionalTensor k;
-  products.shrink_grad(k, typename Products::Sum(products, aQ, false, s[N], s[R_IN]), products.read(ag), aF, au);
+  products.shrink_grad(k, typename Products::Sum(products, aQ, false, s[N], s[R_IN]), products.read(ag), aF,
+                       au);
   return *k;
 }
 
@@ -100,7 +101,8 @@ template <class Products>
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
                 const OptionalTensor& tokens, double scaling) {
   const Check c{"lotr::row_core", Products::max_rank};
-  const RowArgs a{none("g"), {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  const RowArgs a{none("g"),        {"u", u},       {"cores", cores},
+                  {"index", index}, {"offs", offs}, {"tokens", tokens}};
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u, 0.0, none("seed")).row_core(a, s, scaling);
 }

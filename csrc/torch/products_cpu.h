@@ -188,8 +188,7 @@ class CpuProducts {
   void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, const Sizes& s, double scaling,
                      bool fresh) const {
     const Value u = make(made, s[M], s[R_IN], dtype_);
-    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
-                       {fresh, y.bias});
+    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling, {fresh, y.bias});
   }
   // dx: null, or the output that is written (fresh) or added to.
   void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling,

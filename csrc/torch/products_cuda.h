@@ -61,8 +61,9 @@ class CudaProducts {
   static int64_t order_of(const Check& c, int64_t strategy) {
     const int64_t order = strategy & ~UNFOLDED;
     if (order != TWO_PASS && order != BETA && !(has_fused && strategy == FUSED))
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)", has_fused ? "" : " in a build without sm_90a",
-           ", got ", strategy, strategy == FUSED ? " (fused)" : "");
+      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
+           has_fused ? "" : " in a build without sm_90a", ", got ", strategy,
+           strategy == FUSED ? " (fused)" : "");
     return order;
   }
 
@@ -142,9 +143,7 @@ class CudaProducts {
     outer(Q.value, g, read(u), false, Q.add);
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    AtenTensorHandle sum = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().add(made->get(), given.handle, 1.0, &sum));
-    made = Tensor(sum);
+    made = torch::stable::subtract(*made, *given.tensor, -1.0);  // the stable interface has no sum of tensors
     k = read(Arg("k", *made));
   }
   // Of one core, or of all of [l, r_in, r_out], whose Q are Q_stride apart. dB is added to where it is given.

@@ -1,4 +1,5 @@
-// The schemas of all operators, for every device.
+// The schemas of all operators, for every device, and the operator info, which describes the build. The Python
+// module has no functions: importing it registers the operators.
 //
 // For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64 for
 // float64):
@@ -19,8 +20,65 @@
 // core, which has no gradient.
 //
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake kernels and
-// version counters are registered in Python (lotr_ext/ops), where that ABI has no place for them.
+// version counters are registered in Python (lotr_ext/ops.py), where that ABI has no place for them.
+#include <Python.h>
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+
+#include "cpu/kernels.h"
+
+#ifndef LOTR_VERSION
+#define LOTR_VERSION "unknown"
+#endif
+#ifndef LOTR_CUDA_ARCHS
+#define LOTR_CUDA_ARCHS ""
+#endif
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef def = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&def);
+}
+
+namespace lotr {
+namespace {
+
+// "80,90a-real" -> "80", "90a-real" between quotes.
+std::string quoted_list(const std::string& list) {
+  std::string out;
+  for (size_t at = 0; at < list.size();) {
+    const size_t end = std::min(list.find(',', at), list.size());
+    out += (out.empty() ? "\"" : ", \"") + list.substr(at, end - at) + "\"";
+    at = end + 1;
+  }
+  return out;
+}
+
+std::string info() {
+  std::ostringstream s;
+  s << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56) << "."
+    << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\", \"cpu\": {\"isa\": \"" << cpu::isa_name()
+    << "\"}, \"cuda\": {\"built\": "
+#ifdef LOTR_WITH_CUDA
+    << "true"
+#else
+    << "false"
+#endif
+    << ", \"archs\": [" << quoted_list(LOTR_CUDA_ARCHS) << "]}}";
+  return s.str();
+}
+
+}  // namespace
+}  // namespace lotr
+
+// No tensor argument, so no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
+{
+  m.impl("info", TORCH_BOX(&lotr::info));
+}
 
 STABLE_TORCH_LIBRARY(lotr, m)
 {
@@ -47,7 +105,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
       "-> (Tensor y, Tensor? u, Tensor? F)");
   m.def(
-      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor "
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
+      "Tensor "
       "core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
       "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
       "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");

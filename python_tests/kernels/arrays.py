@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TYPES = ("bf16", "fp16", "tf32", "fp32")  # element type and, for float32, the way products are formed
-DTYPE = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}
+DTYPE = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
 # Half a unit in the last place of what a kernel of the type stores, relative.
-UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-24, "fp32": 2.0**-24}
+UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-24}
 
 
 def narrow(a: np.ndarray, kind: str) -> np.ndarray:
@@ -25,7 +24,7 @@ def narrow(a: np.ndarray, kind: str) -> np.ndarray:
     return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
 
 
-def wide(a: np.ndarray, kind: str | None = None) -> np.ndarray:
+def wide(a: np.ndarray) -> np.ndarray:
     """float64 values of a stored array."""
     if a.dtype == np.uint16:
         return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -33,11 +32,8 @@ def wide(a: np.ndarray, kind: str | None = None) -> np.ndarray:
 
 
 def operand(a: np.ndarray, kind: str) -> np.ndarray:
-    """float64 values of a stored array as the product sees them: tf32 drops 13 bits, to nearest, ties away."""
-    if kind == "tf32":
-        bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
-        return ((bits + 0x1000) & 0xFFFFE000).view(np.float32).astype(np.float64)
-    return wide(narrow(a, kind) if kind in ("bf16", "fp16") and a.dtype == np.float32 else a)
+    """float64 values of a stored array as the product sees them: float32 beside half elements is rounded."""
+    return wide(narrow(a, kind) if a.dtype == np.float32 else a)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
@@ -22,7 +22,7 @@ Views = dict[str, np.ndarray]
 class Backend(Protocol):
     """What runs a problem."""
 
-    def set_device(self, *, multiprocessors: int, float32: str, early: bool) -> None: ...
+    def set_device(self, *, multiprocessors: int) -> None: ...
 
     def run(self, name: str, arrays: Views, numbers: dict[str, float]) -> None: ...
 
@@ -47,7 +47,9 @@ class Shape:
 
     def __str__(self) -> str:
         place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
-        return f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        return (
+            f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        )
 
 
 # Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
@@ -109,7 +111,7 @@ class Problem:
 
     name: str
     kernel: str
-    device: dict[str, Any]
+    device: dict[str, int]
     inputs: Views
     numbers: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
@@ -160,8 +162,7 @@ class Maker:
         return operand(a, self.kind)
 
     def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
-        device = {"multiprocessors": self.shape.sms, "float32": "tf32" if self.kind == "tf32" else "exact", "early": True}
-        return Problem(self.name, kernel, device, inputs, numbers)
+        return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
 
     def with_dropout(self, problem: Problem) -> np.ndarray | float:
         """Adds the shape's dropout to a problem; what dropout multiplies the large matrix by."""
@@ -204,9 +205,7 @@ def shrink_core(shape: Shape, kind: str) -> Problem:
 
     def check(out: Views) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
-        # the second product reads the u that is stored; it is in float32 whatever the first one is
-        u, c = (t.op(out["u"]), t.op(core)) if kind != "tf32" else (wide(out["u"]), wide(core))
-        t.close(out["h"], u, c, "h", scale=3.0)
+        t.close(out["h"], t.op(out["u"]), t.op(core), "h", scale=3.0)  # of the u that is stored
 
     problem.check = check
     return problem
@@ -219,6 +218,20 @@ def expand_add(shape: Shape, kind: str) -> Problem:
     mask = t.with_dropout(problem)
     problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
     problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), mask)
+    return problem
+
+
+def expand_fresh(shape: Shape, kind: str) -> Problem:
+    """y = bias + u F^T, whatever y holds (here NaN); without a bias where the shape has several layers."""
+    t = Maker(shape, kind, "expand_fresh")
+    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
+    mask, bias = t.with_dropout(problem), np.zeros(shape.k)
+    if shape.layers == 1:
+        problem.inputs["bias"] = t.large(1, shape.k)[0]
+        bias = wide(problem.inputs["bias"])
+    problem.outputs = {"y": t.out(shape.m, shape.k)}
+    problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", bias[None].repeat(shape.m, 0), mask)
     return problem
 
 
@@ -288,7 +301,7 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
 
 # ---- the unfolded form: products of products, of which the inner one may be stored rounded ----
 
-ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-10, "fp32": 2.0**-20}
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
 
 
 class Rounded:
@@ -366,7 +379,6 @@ class Rows:
     """Rows of tokens with cores: by index in any order, some without a core; or (p) by ends, a row a token."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
-        self.exact = "fp32" if kind == "tf32" else kind  # float32 is multiplied as such
         self.t = t = Maker(shape, kind, name)
         m, self.count = shape.m, 1 + shape.k % 9
         self.cores = t.cores(self.count)
@@ -383,7 +395,7 @@ class Rows:
 
     def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """(core, its rows, their u, the core, their g) in float64."""
-        op, parts = (lambda a: operand(a, self.exact)), []
+        op, parts = self.t.op, []
         for core in range(self.count):
             own = self.index == core
             parts.append((core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own]))
@@ -398,7 +410,7 @@ def row_core(shape: Shape, kind: str) -> Problem:
 
     def check(out: Views) -> None:
         for core, own, u, G, _ in rows.each():
-            t.close(out["h"][own], u, G, f"h of core {core}", scale=s, kind=rows.exact)
+            t.close(out["h"][own], u, G, f"h of core {core}", scale=s)
         assert not wide(out["h"][rows.index < 0]).any(), "rows without a core are zero"
 
     problem.check = check
@@ -418,11 +430,12 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
             t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
             np.add.at(du, rows.tokens[own], s * g @ G.T)
             np.add.at(size, rows.tokens[own], s * np.abs(g) @ np.abs(G).T)
-        check_close(out["du"], du, narrow(du, rows.exact), size, rows.exact, f"{t.name}: du")
+        check_close(out["du"], du, narrow(du, kind), size, kind, f"{t.name}: du")
 
     problem.check = check
     return problem
 
 
-_ALL = (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small_forward, small_backward)
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_ALL, row_core, row_core_backward)}
+_LARGE = (shrink, shrink_core, expand_add, expand_fresh, factor_grad, shrink_grad)
+_SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_LARGE, *_SMALL)}

@@ -1,9 +1,11 @@
-"""The executor's module, built once, and the folders its tests import from."""
+"""The executor's module, built once, and the folders that its tests import from."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,15 +14,17 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 
 @pytest.fixture(scope="session")
-def lib():
-    """csrc/simt/module/module.cpp: the launchers of csrc/cuda/launch.h on numpy arrays."""
+def executor(pytestconfig: pytest.Config) -> ModuleType:
+    """csrc/simt/module: the operators of csrc/cuda on numpy arrays. Says so where the first test has to wait for a compiler."""
     from csrc.simt import build
 
-    return build.load("plain")
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return build.load("plain", announce=lambda: print("compiling the executor (once, about 90 s)", file=sys.stderr))
 
 
 @pytest.fixture
-def plan(lib):
-    """plan(rules) forces plans (csrc/cuda/plans.h) until the test ends."""
-    yield lambda rules: lib.set_rules(forced=rules)
-    lib.set_rules()
+def lib(executor: ModuleType) -> Iterator[ModuleType]:
+    """The module, as it was before after each test."""
+    yield executor
+    executor.set_options()
+    executor.set_device()

@@ -3,17 +3,27 @@
     forward   y = x W^T + bias + u F^T        backward   dx = g W + k A^T
 
 in the forward pass's names: `W` is [n, k], in the backward pass as it lies there, [k, n].
+
+python gemm_lotr_cases.py --mode race --cases small --schedules forward,1,103
+Runs them in one build of the executor, prints a line for each failure and exits with 1 if there was one.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from csrc.simt.checks.arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, place, wide
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, place, wide  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Inputs:
             "F": matrix(case.n, case.r, 0.5),
         }
         if case.bias:
-            self.arrays["bias"] = place(narrow(rng.standard_normal((1, case.n)) * 4, case.kind), DTYPE[case.kind], PACKED)
+            self.arrays["bias"] = narrow(rng.standard_normal((1, case.n)) * 4, case.kind)  # nothing lies around it
 
     def launch(self, lib: ModuleType, packed: bool = False) -> np.ndarray:
         """y, after a look at what lies around it; packed: nothing does."""
@@ -77,12 +87,38 @@ class Inputs:
         check_close(y, left @ right + bias, eager, size, self.case.kind, f"gemm_lotr {self.case}: y")
 
 
-def run(lib: ModuleType, case: Case) -> list[bytes]:
+def run(lib: ModuleType, case: Case) -> bytes:
     """One checked launch; the bits of y."""
     inputs = Inputs(case)
     y = inputs.launch(lib)
     inputs.check(y)
-    return [np.ascontiguousarray(y).tobytes()]
+    return np.ascontiguousarray(y).tobytes()
+
+
+def set_schedule(lib: ModuleType, name: str, **options) -> None:
+    """forward, reverse, or the seed of a random order, above 100 with switches at memory accesses."""
+    if name.isdigit():
+        options |= {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
+    else:
+        options["order"] = name
+    lib.set_options(sm90=True, **options)
+
+
+def failures(lib: ModuleType, cases: Iterable[Case], schedules: Iterable[str]) -> list[str]:
+    """What went wrong first in each case. The bits must not depend on the schedule."""
+    found = []
+    for case in cases:
+        bits = set()
+        for name in schedules:
+            set_schedule(lib, name)
+            try:
+                bits.add(run(lib, case))
+                assert len(bits) == 1, "other bits than in another schedule"
+            except (AssertionError, RuntimeError) as error:
+                found.append(f"{case} {name}: {' '.join(str(error).split())}")
+                break
+    set_schedule(lib, "forward")
+    return found
 
 
 # Ragged in every extent; one tile and several a pair; fewer k-steps than the ring has stages, and more; both steps of the rank.
@@ -115,3 +151,23 @@ SMALL = [
     Case(130, 600, 328, 16),  # more k-steps than stages, three tiles a pair
     Case(260, 264, 40, 100, backward=True, bias=False),  # so few that the next tile's stages are loaded meanwhile
 ]
+SETS = {"quick": QUICK, "all": ALL, "small": SMALL}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", default="plain")
+    parser.add_argument("--cases", default="quick", choices=SETS)
+    parser.add_argument("--schedules", default="forward,reverse,1,103")
+    parser.add_argument("--module", type=Path, help="a module that is built already")
+    options = parser.parse_args()
+    from csrc.simt import build
+
+    cases = SETS[options.cases]
+    found = failures(build.load(options.mode, options.module), cases, options.schedules.split(","))
+    print(*found, f"{len(cases)} cases: {len(found)} failures", sep="\n")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

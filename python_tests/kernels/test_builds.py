@@ -1,7 +1,4 @@
-"""The kernels in the executor's other builds: sanitizers, race detector, coverage, and with one synchronisation left out.
-
-`make test` has the race detector on some shapes and each sixteenth synchronisation left out, CI each eighth;
-`make test-full` has all of them."""
+"""The kernels in the executor's other builds: race detector, sanitizers, coverage, and with one synchronisation left out."""
 
 from __future__ import annotations
 
@@ -12,75 +9,58 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cases import KERNELS
+
+from csrc.simt import build
 
 HERE = Path(__file__).resolve().parent
 
 
 def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
     """kind: the only element type that runs, all by default."""
-    from csrc.simt import build
-
-    done = subprocess.run(
-        [sys.executable, str(HERE / "sweep.py"), "--mode", mode, "--module", str(build.module(mode, kind)), *arguments],
-        capture_output=True,
-        text=True,
-        env=build.python_environment(mode),
-        timeout=3000,
-    )
+    command = [sys.executable, str(HERE / "sweep.py"), "--mode", mode, "--module", str(build.module(mode, kind)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000)
     assert done.returncode == 0, f"{mode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
 def wide_sweep(mode: str, *arguments: str) -> None:
-    """All kernels and shapes, in two processes."""
-    from csrc.simt.checks.cases import KERNELS
-
+    """All kernels, shapes and element types, in two processes."""
     halves = [",".join(list(KERNELS)[i::2]) for i in range(2)]
+    build.module(mode)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda kernels: sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments), halves))
+        every = ("--shapes", "all", "--kinds", "bf16,fp16,fp32", "--kernels")
+        list(pool.map(lambda kernels: sweep(mode, *every, kernels, *arguments), halves))
 
 
 def test_no_race() -> None:
-    """Every kernel but `small`, which is made of the others."""
-    from csrc.simt.checks.cases import KERNELS
-
-    kernels = ",".join(kernel for kernel in KERNELS if kernel != "small")
-    sweep("race", "--shapes", "some", "--kinds", "bf16", "--schedules", "forward", "--kernels", kernels, kind="bf16")
-    sweep("race", "--shapes", "gemm_lotr_small", "--schedules", "2/3", kind="bf16")
+    """Without small_forward and small_backward, which are made of the other kernels."""
+    kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
+    sweep("race", "--schedules", "forward", "--kernels", kernels, kind="bf16")
 
 
 @pytest.mark.full
 def test_no_race_anywhere() -> None:
-    wide_sweep("race", "--kinds", "bf16,fp16,tf32,fp32", "--schedules", "reverse,1,2")
-    sweep("race", "--shapes", "gemm_lotr_quick", "--schedules", "forward/1,reverse/3,2/2,103/4")
+    wide_sweep("race", "--schedules", "reverse,1,2")
 
 
 @pytest.mark.full
 def test_no_bad_access_anywhere() -> None:
     """AddressSanitizer and UBSan. In `make test` NaN around every array stands for them, and the executor's own checks."""
-    wide_sweep("asan", "--kinds", "bf16,fp16,tf32,fp32", "--schedules", "reverse,1")
-    sweep("asan", "--shapes", "gemm_lotr_quick", "--schedules", "reverse/2,103/3")
+    wide_sweep("asan", "--schedules", "reverse,1")
 
 
 @pytest.mark.full
 def test_every_line_of_the_kernels_runs() -> None:
-    from csrc.simt import build
-
     build.reset_coverage()
-    sweep("coverage", "--shapes", "all", "--kinds", "bf16,tf32,fp32", "--schedules", "forward")
-    sweep("coverage", "--shapes", "gemm_lotr_quick", "--schedules", "2/2")
-    kernels = {name: c for name, c in build.coverage().items() if name.endswith(".cuh")}
-    assert {"shrink.cuh", "expand_add.cuh", "factor_grad.cuh", "shrink_grad.cuh", "fold.cuh", "rectangle.cuh"} <= set(kernels)
-    gemm_lotr = {name: c for name, c in kernels.items() if name.startswith("gemm_lotr")}
-    assert set(gemm_lotr) == {f"gemm_lotr{part}.cuh" for part in ("", "_factor", "_rows", "_traits")}
-    assert not any(missed for _, _, missed in gemm_lotr.values()), gemm_lotr
-    run, total = (sum(c[i] for c in kernels.values()) for i in (0, 1))
-    for name, (lines_run, lines, missed) in kernels.items():
-        print(f"{name:<20}{lines_run:>5} of {lines:>4} lines, not run: {missed or 'none'}")
-    print(f"{'csrc/cuda/kernels':<20}{run:>5} of {total:>4} lines, {run / total:.1%}")
-    assert run / total >= 0.98
+    sweep("coverage", "--shapes", "all", "--kinds", "bf16,fp32", "--schedules", "forward")
+    kernels = {name: lines for name, lines in build.coverage().items() if name.endswith(".cuh")}
+    assert {"shrink.cuh", "expand_add.cuh", "factor_grad.cuh", "shrink_grad.cuh", "fold.cuh", "sum_parts.cuh"} <= set(kernels)
+    ran, total = (sum(lines[i] for lines in kernels.values()) for i in (0, 1))
+    print(*(f"{name}: {n} of {of} lines, not run: {missed or 'none'}" for name, (n, of, missed) in kernels.items()), sep="\n")
+    assert ran / total >= 0.98
 
 
-@pytest.mark.parametrize("every", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.full)])
 def test_each_synchronisation_left_out_is_noticed(every: int) -> None:
     command = [sys.executable, str(HERE / "mutate_kernels.py"), "--every", str(every)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)

@@ -1,12 +1,12 @@
-// expand_add:  y += scale * drop(u F^T)            y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
-//              y = bias + scale * drop(u F^T)      fresh, bias [N]: an instance of its own, which does not read y
+// expand_add:  y += scale * drop(u F^T)         y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
+//              y = bias + scale * drop(u F^T)   fresh, bias [N]: an instance that does not read y
 //
 // Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.
 //          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
 //          written last is still in L2, and walks each tile by tile.  The piece's rows of F stay in shared
 //          memory.
-// Bytes    y once in and once out (fresh: out alone); F, and the bias, once for each block along tokens, u once
-//          for each piece of N (plan.h balances them)
+// Bytes    y once in and once out (fresh: out alone); F, and the bias, once for each block along tokens; u
+//          once for each piece of N (plan.h balances them)
 // Sums     float32, y or the bias added last, rounded once
 //
 // A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each
@@ -35,7 +35,8 @@ struct ExpandTraits {
   using Factor = tile::Shared<T, COLS, R>;
   struct Stage {
     tile::Shared<T, STRIP, R> u;
-    tile::Chunk<T> y[2 * GROUPS][32];  // rows g and g + 8 of each group, by lane; fresh: of a ragged edge alone
+    tile::Chunk<T> y[2 * GROUPS]
+                    [32];  // rows g and g + 8 of each group, by lane; fresh: of a ragged edge alone
   };
   static constexpr int STAGES =
       stages_that_fit(WARPS * sizeof(Stage), SUBS * sizeof(Factor), 3, shared_budget(BLOCKS));
@@ -165,7 +166,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
         const T* chunk = chunk_at(a, c);
         const int valid = valid_at(a, c);
         if (chunks) {
-          ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data), valid * int(sizeof(T)));
+          ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data),
+                          valid * int(sizeof(T)));
         } else {
           auto* element = reinterpret_cast<T*>(&to[c][lane]);
 #pragma unroll 1

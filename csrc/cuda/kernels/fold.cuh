@@ -9,7 +9,8 @@
 //          fold_grad  one launch for both: first the tiles of dB (all layers, l = 0 .. L - 1 in one sum),
 //                     then, for each layer, tile of G and split of N, a block of dG
 // Bytes    fold       B r_in / 16 times a layer, F out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer; with s splits of N, dG
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer; with s splits of N,
+//          dG
 //                     written s times as parts and read s times by sum_parts
 //          What is read again comes from L2.
 #pragma once

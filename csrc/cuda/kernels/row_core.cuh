@@ -13,7 +13,8 @@
 //          row_core_grad  for each core, tile of it and split of its rows, a block
 //          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
-//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written s times as
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written s times
+//          as
 //                         parts and read s times by sum_parts
 //          sum_rows       k once, du once
 // Sums     float32, over the rows of a core or token in their order: no atomics, the same bits every time.

@@ -40,7 +40,8 @@ struct ShrinkTraits {
     Stage stage[STAGES];
     tile::Shared<T, SUBS * ROWS, R> u;  // after the last product
   };
-  static_assert(MI >= 1 && NJ >= 1 && COLS % P::K == 0 && STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
+  static_assert(MI >= 1 && NJ >= 1 && COLS % P::K == 0 && STAGES >= 2 &&
+                sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
 template <class Traits>
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
         }
   };
   if (p.parts) {
-    const tile::Floats part{p.parts + (split * p.M + m0) * p.parts_row, p.parts_row, 1, rows, int(p.parts_row)};
+    const tile::Floats part{p.parts + (split * p.M + m0) * p.parts_row, p.parts_row, 1, rows,
+                            int(p.parts_row)};
     each([&](const float (&v)[4], int row, int rank) { part.store(row, rank, v); });
   } else {
     const float scale = p.scale * p.dropout.scale;

@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
   for (int i = 0; i < STAGES - 1; ++i) fetch();
 
-  const int k_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16), k_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
+  const int k_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16),
+            k_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
   Sums Q;
 #pragma unroll 1
   for (; walk.holds(here); ++here.m) {
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
       auto& u = sm.stage[here.slot].u;
       if constexpr (KEEP)
         if (n == 0) right.template load<tile::Order::across_k>(u, Q.j0());
-      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0, sm.F[n], k_rank);
+      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0, sm.F[n],
+                                                                               k_rank);
       fetch();  // between the products: their fragments need its registers no more, or not yet
       if constexpr (KEEP)
         Q.add_right(n, g, right);

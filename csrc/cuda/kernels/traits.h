@@ -26,8 +26,8 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most, size_t
 }
 
 // How many of the eight warps of a block lie along the rank, the others along rows (shrink) or columns (sums
-// down the columns): one where the tile is long enough for all eight, so that each part of x is read once from
-// shared memory, and the rank is short.
+// down the columns): one where the tile is long enough for all eight, so that each part of x is read once
+// from shared memory, and the rank is short.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
 }
@@ -56,10 +56,10 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad, whose sums a block keeps in registers: whole 128-byte lines of x; wide where two
-// blocks are to fit, so that a warp owns the whole rank or reads each part of v for more columns; at ranks 16
-// and 64 narrow ones, for matrices of few columns.  A block may own several: 32 accumulators a thread where two
-// blocks are to fit, else 64.
+// Column tiles of factor_grad, whose sums a block keeps in registers: whole 128-byte lines of x; wide where
+// two blocks are to fit, so that a warp owns the whole rank or reads each part of v for more columns; at
+// ranks 16 and 64 narrow ones, for matrices of few columns.  A block may own several: 32 accumulators a
+// thread where two blocks are to fit, else 64.
 constexpr int factor_grad_wide(int R) {
   return R == 32 || R == 64 ? 128 : 64;
 }

@@ -121,8 +121,8 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch the current device holds at a time: 0 if a block needs more than the device
-// has, or there is no code for the device.
+// How many clusters of such a launch the current device holds at a time: 0 if a block needs more than the
+// device has, or there is no code for the device.
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   const DriverQuery query;
@@ -160,8 +160,8 @@ cudaError_t allow_shared_memory(size_t bytes) {
 }
 #endif
 
-// Throws std::runtime_error naming the kernel.  Errors inside the kernel show at a later call on the device, and
-// here under the executor (lotr::simt::Error).
+// Throws std::runtime_error naming the kernel.  Errors inside the kernel show at a later call on the device,
+// and here under the executor (lotr::simt::Error).
 template <auto KERNEL, class... Args>
 void launch(const LaunchArgs& args, Args&&... params) {
 #ifdef __CUDACC__
@@ -189,7 +189,7 @@ void launch(const LaunchArgs& args, Args&&... params) {
   config.attrs = attributes, config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, KERNEL, std::forward<Args>(params)...), "launch");
 #else
-  simt::launch({args.name, args.grid, args.block, args.cluster, args.smem, args.early, false}, KERNEL,
+  simt::launch({args.name, args.grid, args.block, args.cluster, args.smem, args.early}, KERNEL,
                std::forward<Args>(params)...);
 #endif
 }

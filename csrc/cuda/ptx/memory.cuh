@@ -67,7 +67,7 @@ LOTR_DEVICE T load(const T* p LOTR_SITE) {
   LOTR_PTX_LOAD(T, p, "ld.global")
 #else
   T value;
-  simt::load_global(&value, p, sizeof(T), false, site);
+  simt::load_global(&value, p, sizeof(T), site);
   return value;
 #endif
 }

@@ -51,8 +51,8 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 // The same; the first src_bytes are copied, the rest become zero.
 LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(src_bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(src_bytes)
                : "memory");
 #else
   simt::cp_async(shared, global, 16, src_bytes, site);

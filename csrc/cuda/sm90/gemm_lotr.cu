@@ -2,6 +2,8 @@
 #include "gemm_lotr.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <stdexcept>
 
 #include "../dispatch.h"
@@ -61,6 +63,24 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
   return args;
 }
 
+// Whether the current device runs the instance, which a MIG slice may have no room for.  The driver is asked
+// once for each device.
+template <class Traits>
+std::string refuse_device(const Call& call) {
+  static std::array<std::atomic<bool>, 64> runs;
+  const auto device = size_t(ptx::current_device());
+  if (device < runs.size() && runs[device].load(std::memory_order_relaxed)) return {};
+  if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
+    return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
+           std::to_string(got % 10);
+  if (!ptx::resident_clusters(launch_args<Traits>(call, 1),
+                              reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
+    return "device: expected room for a pair of blocks of " + std::to_string(sizeof(typename Traits::Smem)) +
+           " bytes of shared memory, got none";
+  if (device < runs.size()) runs[device].store(true, std::memory_order_relaxed);
+  return {};
+}
+
 template <class Traits>
 void run(const Call& call, const GemmLotr& q) {
   using T = typename Traits::T;
@@ -71,12 +91,13 @@ void run(const Call& call, const GemmLotr& q) {
                               uint32_t(box_rows));
   };
   const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
-  const kernels::GemmLotrParams p{q.bias, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
+  const kernels::GemmLotrParams p{q.bias, q.bias_stride, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
   const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
-  ptx::launch<kernels::gemm_lotr<Traits>>(launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
-              q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
-              map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE),
-              map(read_only(q.y), q.M, q.N, 64), p);
+  ptx::launch<kernels::gemm_lotr<Traits>>(
+      launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
+      q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
+      map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE), map(read_only(q.y), q.M, q.N, 64),
+      p);
 }
 
 }  // namespace
@@ -85,18 +106,8 @@ std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
   if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
     return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " + std::to_string(q.r);
-  if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
-    return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
-           std::to_string(got % 10);
   std::string text = refuse_layout(q);
-  if (text.empty())
-    with_traits(call, q, [&](auto traits) {
-      using Traits = decltype(traits);
-      if (!ptx::resident_clusters(launch_args<Traits>(call, 1),
-                                  reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
-        text = "device: expected room for a pair of blocks of " +
-               std::to_string(sizeof(typename Traits::Smem)) + " bytes of shared memory, got none";
-    });
+  if (text.empty()) with_traits(call, q, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
   return text;
 }
 

@@ -35,8 +35,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("tensor map: expected a driver for CUDA 12 or later, got one without "
-                               "cuTensorMapEncodeTiled");
+      throw std::runtime_error(
+          "tensor map: expected a driver for CUDA 12 or later, got one without cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   return encoder;
@@ -73,7 +73,7 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
                              std::to_string(int(result)));
   return map;
 #else
-  return simt::tensor_map_2d(base, rows, cols, row_stride, box_rows, 64);
+  return simt::tensor_map_2d(base, rows, cols, row_stride, box_rows);
 #endif
 }
 
@@ -83,6 +83,15 @@ LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #endif
+}
+
+// The current device's number; 0 where there is none.
+inline int current_device() {
+  int device = 0;
+#ifdef __CUDACC__
+  if (cudaGetDevice(&device)) cudaGetLastError();  // clears the error
+#endif
+  return device;
 }
 
 // ---- clusters: blocks 2 c and 2 c + 1 of the grid, so that a block's rank is its number modulo 2 ----
@@ -127,8 +136,8 @@ LOTR_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LOT
 #endif
 }
 
-// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of that block
-// may then overwrite.  It makes none of this thread's stores visible there.
+// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of that
+// block may then overwrite.  It makes none of this thread's stores visible there.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -138,7 +147,7 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
       "r"(rank)
       : "memory");
 #else
-  simt::mbarrier_arrive_cluster(barrier, rank, false, site);
+  simt::mbarrier_arrive_cluster(barrier, rank, site);
 #endif
 }
 
@@ -156,7 +165,7 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
       "r"(parity)
       : "memory");
 #else
-  simt::mbarrier_wait(barrier, parity, false, site);
+  simt::mbarrier_wait(barrier, parity, site);
 #endif
 }
 
@@ -173,7 +182,7 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
 #else
-  simt::tma_load_2d(shared, *map, col, row, barrier, site);
+  simt::tma_load_2d(shared, *map, col, row, barrier, simt::own_block(), site);
 #endif
 }
 
@@ -188,7 +197,7 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
       : "memory");
 #else
-  simt::tma_load_2d_multicast(shared, *map, col, row, barrier, blocks, site);
+  simt::tma_load_2d(shared, *map, col, row, barrier, blocks, site);
 #endif
 }
 

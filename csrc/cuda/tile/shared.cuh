@@ -3,7 +3,7 @@
 // A row is cut into 16-byte chunks; chunk c of row i lies at chunk c ^ rev3(i), rev3 the three low bits of i
 // reversed:
 //   eight rows, one chunk      -> eight different bank groups          (ldmatrix, plain and transposed)
-//   four rows, two chunks      -> eight different bank groups          (32-bit reads down a column, for tf32)
+//   four rows, two chunks      -> eight different bank groups          (32-bit reads down a column)
 //   one row, all its chunks    -> a permutation of them                (cp.async, 16-byte loads and stores)
 // Rows shorter than 128 bytes share a 128-byte line with their neighbours; then the mask drops the bits that
 // the position in the line already provides.

@@ -90,7 +90,8 @@ struct Floats {
     }
   }
   // the tile at [i0, j0] = d * scale + before
-  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale, const float (&before)[4]) const {
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale,
+                         const float (&before)[4]) const {
     const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
     const int64_t i = i0 + lane / 4;
     float* to = data + i * row_stride + j * col_stride;

@@ -79,8 +79,8 @@ struct Device {
 };
 inline Device device;
 
-// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).  name: for the counts
-// of traffic, null for none.
+// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).  name: for the
+// counts of traffic, null for none.
 class Memory {
  public:
   Memory(const char* name, size_t bytes);

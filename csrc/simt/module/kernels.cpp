@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "cuda/launch.h"
+#include "cuda/sm90/gemm_lotr.h"
 #include "given.h"
 
 namespace lotr::simt {
@@ -92,7 +94,8 @@ void fold_grad(const Given& given) {
   const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), Q = given.stack("Q", q.L, q.N, q.r_in);
   q.Q = Q.matrix, q.Q_stride = Q.first, q.cores = cores.matrix, q.core_stride = cores.first;
   q.B = given.input("B", q.B_type, q.N, q.r_out);
-  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
+  q.dB_col = given.stride("dB", 1);
   q.add_dB = int32_t(given.number("accumulate"));
   q.dcores = given.floats("dcores", {q.L, q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(DType::float32, q);
@@ -119,8 +122,10 @@ void small_backward(const Given& given) {
   q.x = given.input("x", type, q.M, q.K), q.u = given.input("u", type, q.M, q.r_in);
   q.A = given.input("A", type, q.K, q.r_in), q.core = given.input("core", type, q.r_in, q.r_out);
   q.B = given.input("B", type, q.N, q.r_out);
-  q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0), q.dA_col = given.stride("dA", 1);
-  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0), q.dB_col = given.stride("dB", 1);
+  q.dA = given.floats("dA", {q.K, q.r_in}), q.dA_row = given.stride("dA", 0),
+  q.dA_col = given.stride("dA", 1);
+  q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
+  q.dB_col = given.stride("dB", 1);
   q.add_dA = q.add_dB = int32_t(given.number("accumulate"));
   q.dcore = given.floats("dcore", {q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(type, q);
@@ -130,8 +135,12 @@ void small_backward(const Given& given) {
 
 RowIndex index_of(const Given& given, int64_t rows) {
   const int64_t cores = given.extent("cores", 0), tokens = given.extent("u", 0);
-  return {given.integers<int64_t>("index"), given.integers<int32_t>("offs"),
-          given.integers<int64_t>("tokens"), rows, tokens, cores};
+  return {given.integers<int64_t>("index"),
+          given.integers<int32_t>("offs"),
+          given.integers<int64_t>("tokens"),
+          rows,
+          tokens,
+          cores};
 }
 
 Matrix any(const Given& given, const char* name) {
@@ -168,7 +177,9 @@ struct Sorted {
   Memory order, keys, ends;
 
   Sorted(const cuda::Call& call, const int64_t* key, int64_t rows, int64_t bound)
-      : order(nullptr, size_t(rows) * 8), keys(nullptr, size_t(rows) * 8), ends(nullptr, size_t(bound + 1) * 4) {
+      : order(nullptr, size_t(rows) * 8),
+        keys(nullptr, size_t(rows) * 8),
+        ends(nullptr, size_t(bound + 1) * 4) {
     auto* places = order.as<int64_t>();
     std::iota(places, places + rows, 0);
     std::stable_sort(places, places + rows, [&](int64_t a, int64_t b) { return key[a] < key[b]; });
@@ -192,7 +203,8 @@ void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core,
 
 void row_core_backward(const Given& given) {
   const cuda::Call call = call_of(given.type("u"));
-  const int64_t rows = given.extent("g", 0), r_in = given.extent("cores", 1), r_out = given.extent("cores", 2);
+  const int64_t rows = given.extent("g", 0), r_in = given.extent("cores", 1),
+                r_out = given.extent("cores", 2);
   const RowIndex index = index_of(given, rows);
   RowIndex by_core = index;
   by_core.token = nullptr, by_core.tokens = rows;
@@ -202,15 +214,33 @@ void row_core_backward(const Given& given) {
   else
     product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"), given.type("du"),
             true, 0.f);
-  Sorted by_index(call, index.core, index.core ? rows : 0, index.cores);
+  std::optional<Sorted> by_index;
+  if (index.core) by_index.emplace(call, index.core, rows, index.cores);
   RowCoreGradProblem q{};
-  q.of_core = index.core ? by_index.segments() : Segments{nullptr, index.ends, 1};
+  q.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
   q.token = index.token, q.u = any(given, "u"), q.g = g, q.type = given.type("u");
   q.dcores = given.floats("dcores", {index.cores, r_in, r_out});
   q.tokens = index.tokens, q.cores = index.cores, q.r_in = int32_t(r_in), q.r_out = int32_t(r_out);
   q.scale = float(given.number("scale"));
   q.rows = rows;
   launch(call, q);
+}
+
+// In the backward pass x, W, u, F and y are g, W, k, A and dx.
+void gemm_lotr(const Given& given) {
+  const DType type = given.type("x");
+  cuda::GemmLotr q{};
+  q.backward = given.number("backward") != 0;
+  q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.N = given.extent("F", 0);
+  q.r = int32_t(given.extent("F", 1));
+  q.x = given.input("x", type, q.M, q.K), q.y = given.output("y", type, q.M, q.N);
+  q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
+  q.u = given.input("u", type, q.M, q.r), q.F = given.input("F", type, q.N, q.r);
+  if (given.has("bias")) {
+    const Matrix bias = given.input("bias", type, 1, q.N);
+    q.bias = bias.data, q.bias_stride = bias.col;
+  }
+  cuda::gemm_lotr(call_of(type), q);
 }
 
 }  // namespace
@@ -225,6 +255,7 @@ const std::vector<Kernel>& kernels() {
       {"fold_grad", "Q B cores dcores [ dB ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
       {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
+      {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
       {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
   };

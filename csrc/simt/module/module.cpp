@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
-#include <optional>
 
+#include "cuda/plans.h"
 #include "given.h"
 
 namespace lotr::simt {
@@ -42,7 +41,7 @@ py::dict counters_dict() {
     arrays[py::str(t.name)] =
         py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes, "read_sectors"_a = t.read_sectors,
                  "written_bytes"_a = t.written_bytes, "written_sectors"_a = t.written_sectors,
-                 "atomics"_a = t.atomics, "unwrapped"_a = t.unwrapped);
+                 "unwrapped"_a = t.unwrapped);
   py::list launches;
   for (const LaunchRecord& l : c.launches)
     launches.append(py::dict("name"_a = l.name, "shared_bytes"_a = l.shared_bytes, "early"_a = l.early,
@@ -52,7 +51,7 @@ py::dict counters_dict() {
   return py::dict("blocks"_a = c.blocks, "threads"_a = c.threads, "switches"_a = c.switches,
                   "barriers"_a = c.barriers, "warp_collectives"_a = c.warp_collectives, "mma"_a = c.mma,
                   "wgmma"_a = c.wgmma, "bulk_bytes"_a = c.bulk_bytes, "ldmatrix"_a = c.ldmatrix,
-                  "async_copies"_a = c.async_copies, "async_waits"_a = c.async_waits, "atomics"_a = c.atomics,
+                  "async_copies"_a = c.async_copies, "async_waits"_a = c.async_waits,
                   "shared_phases"_a = c.shared_phases, "shared_wavefronts"_a = c.shared_wavefronts,
                   "shared_unwrapped"_a = c.shared_unwrapped, "launches"_a = launches, "arrays"_a = arrays);
 }
@@ -70,6 +69,11 @@ void set_device(int multiprocessors, bool early) {
   device = {{multiprocessors}, early};
 }
 
+std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r, int32_t r_out, int element) {
+  const DType type = element == 4 ? DType::float32 : DType::bfloat16;
+  return cuda::plan_text({type, device.card, nullptr, device.early}, op, M, N, r, r_out);
+}
+
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
 // again.
 py::list synchronisation_sites_py() {
@@ -77,10 +81,6 @@ py::list synchronisation_sites_py() {
   for (const SynchronisationSite& s : synchronisation_sites())
     sites.append(py::make_tuple(s.op, s.file, s.line, s.calls));
   return sites;
-}
-
-void skip_synchronisation_py(const std::string& file, int line) {
-  skip_synchronisation({file, line});
 }
 
 py::array sparse_array(const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
@@ -112,16 +112,18 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("table", &table, "(name, arrays, numbers) of each kernel that run takes");
   m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
         "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 and later)");
+  m.def("plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
+        "A kernel's plan in one line, as python -m lotr_ext.info prints it");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "sm90"_a = false,
         "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("product_layouts", [] { return product_layouts; },
-        "(a's swizzle, a is MN-major, b's swizzle, b is MN-major, n, bfloat16) of each wgmma");
+        "(b is MN-major, n, bfloat16) of each wgmma since reset_counters");
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
-  m.def("skip_synchronisation", &skip_synchronisation_py, "file"_a, "line"_a,
+  m.def("skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); }, "file"_a, "line"_a,
         "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
