@@ -367,7 +367,7 @@ def bytes_text(count: float) -> str:
 
 def over_text(row: pd.Series) -> str:
     """ "6.1 % (5.8 to 6.4)": the median and its interval."""
-    if pd.isna(row["over_low"]):
+    if pd.isna(row.get("over_low")):
         return f"{row['over']:.1%}"
     return f"{row['over']:.1%} ({100 * row['over_low']:.1f} to {100 * row['over_high']:.1f})"
 
