@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 from .experts import LoTRExperts, lotr_grouped_linear
 from .files import load_adapter, save_adapter
 from .functional import lotr_linear
-from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt
+from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear
 from .model import (
     LoTRConfig,
     apply_lotr,
@@ -26,6 +26,7 @@ from .model import (
     unmerge,
 )
 from .tasks import TaskBank, use_tasks
+from .wrapped import LoTRWrapped, adapt
 
 __all__ = [
     "LoTRConfig",

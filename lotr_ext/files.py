@@ -269,8 +269,8 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Writes the model's adapter and its modules_to_save into a directory, and replaces an adapter that is there already.
 
     The model may be from `apply_lotr` or built by hand; DistributedDataParallel (process 0 writes) and compiled models are
-    unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or the
-    new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
+    unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or
+    the new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
 
     Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks. Raises
     TypeError: no path, or tensors in parts; RuntimeError: no adapter, or one on the meta device; ValueError: a file.
@@ -301,8 +301,8 @@ def warn_of_unsaved(model: nn.Module) -> None:
     if bank is not None and len(bank) and any(p.requires_grad for p in bank.parameters()):
         tasks = ", ".join(str(task) for task in bank.taken.nonzero().flatten().tolist())
         warnings.warn(
-            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each with "
-            f"model.lotr_tasks.save(task, path).",
+            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each "
+            f"with model.lotr_tasks.save(task, path).",
             stacklevel=3,
         )
 
@@ -445,8 +445,8 @@ def _check(
     expect_merged(layers, False, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
-            "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the factors. "
-            "Load the adapter first, or del model.lotr_tasks."
+            "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the "
+            "factors. Load the adapter first, or del model.lotr_tasks."
         )
     dense = config is None or config.core == "dense"  # computed cores depend on the order; a converted LoRA has its own order
     if (sorted if dense else list)(entries) != (sorted if dense else list)(layers):
@@ -469,8 +469,8 @@ def _check(
         found |= set() if document["config"] is None else {document["config"].ranks[part == "B"]}
         if wrong := found - {(rank := getattr(own[here], "ds_shape", own[here].shape)[1])}:
             raise ValueError(
-                f"rank: expected {rank} as in the model ({here}), got {max(wrong)} in the adapter. Load it into the plain model: "
-                f"call unload(model) first."
+                f"rank: expected {rank} as in the model ({here}), got {max(wrong)} in the adapter. Load it into the plain "
+                f"model: call unload(model) first."
             )
     saved = sorted(saved_modules(model, config)) if config else []
     if saved != sorted(document["modules_to_save"]):

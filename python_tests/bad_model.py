@@ -121,8 +121,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         _infinite(), LoTRConfig(rank=2, init="svd"))),
     ("svd on the meta device", "init", lambda: apply_lotr(zoo.net("mlp").to("meta"), LoTRConfig(rank=2, init="svd"))),
     # an adapted model
-    *((f"{name} of a plain model", "model", lambda call=getattr(lotr_ext, name): call(zoo.net("mlp"))) for name in (
-        *("merge", "unmerge", "unload", "trainable_summary", "parameter_groups"),)),
+    *((f"{call.__name__} of a plain model", "model", lambda call=call: call(zoo.net("mlp"))) for call in (
+        lotr_ext.merge, lotr_ext.unmerge, lotr_ext.unload, lotr_ext.trainable_summary, lotr_ext.parameter_groups)),
     ("lotr_parameters of no module", "model", lambda: lotr_ext.lotr_parameters(3)),
     ("disabled of a merged model", "disabled", lambda: lotr_ext.disabled(_merged()).__enter__()),
     ("merge twice", "merge", lambda: lotr_ext.merge(_merged())),
@@ -136,7 +136,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("the gradient of no batches", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), [], lambda m, b: m(b).sum())),
     ("the gradient of a number", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), 3, lambda m, b: m(b).sum())),
     ("the gradient of no loss", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [1], None)),
-    ("the gradient of a vector", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b))),
+    ("the gradient of a vector", "loss", lambda: lotr_ext.init_from_gradient(
+        started("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b))),
     ("the gradient of a constant", "loss", lambda: lotr_ext.init_from_gradient(
         started("mlp"), [zoo.inputs("mlp")], lambda m, b: b.sum())),
     ("the gradient at other cores", "core", lambda: lotr_ext.init_from_gradient(

@@ -150,7 +150,9 @@ def test_wrapped_models_are_unwrapped(tmp_path: Path) -> None:
 
 def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     def make() -> nn.Module:
-        model = zoo.fill(nn.ModuleDict({"a": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)}))
+        model = zoo.fill(
+            nn.ModuleDict({"a": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+        )
         model["head"].weight = model["embed"].weight
         return model
 
@@ -349,7 +351,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
-def test_damaged_files_are_one_clear_error(damage: Callable[[Path], object], adapted: bool, saved: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_one_clear_error(
+    damage: Callable[[Path], object], adapted: bool, saved: Path, tmp_path: Path
+) -> None:
     """Whatever is wrong with a file, an error that says what was expected, and a model that is as it was."""
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
