@@ -1,7 +1,7 @@
 """The headers in csrc include each other without a circle, and each layer includes only those below it.
 
-simt < ptx; problem.h < params.h, ptx < tile < kernels < plan.h < the launchers and sm90 < torch; cpu < torch. simt/module, which
-is in no wheel, includes simt and cuda. cpu and cuda include nothing of each other.
+simt < ptx; problem.h < params.h, ptx < tile < kernels < plan.h < launchers, sm90 < torch; cpu < torch. simt/module, which is in
+no wheel, includes simt and cuda. cpu and cuda include nothing of each other.
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """
