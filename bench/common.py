@@ -399,7 +399,8 @@ def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
     last = frame[kept]
     cells = pd.DataFrame({"": titles[kept], "rival": last["rival"].map(named), "text": last.apply(over_text, axis=1)})
     wide = cells.pivot(index="", columns="rival", values="text").reindex(cells[""].unique())
-    return wide[cells["rival"].unique()].fillna("-").reset_index().rename_axis(columns=None)
+    order = sorted(cells["rival"].unique(), key=lambda name: [*NAMES.values(), name].index(name))
+    return wide[order].fillna("-").reset_index().rename_axis(columns=None)
 
 
 def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
@@ -485,6 +486,7 @@ class Program:
         parser.add_argument("--rivals", type=listed, help="some of the rivals, comma-separated")
         parser.add_argument("--results", type=Path, help="folder for the results (bench/results/<machine>)")
         parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
+        parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a result file, and measure nothing")
         if self.compared:
             parser.add_argument("--against", type=Path, help="another built checkout, whose lotr_ext runs in turns with ours")
         self.options(parser)
@@ -521,6 +523,9 @@ class Program:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Measures all cases. Returns 1 if a case or a rival could not be measured."""
         options = self.arguments(argv)
+        if options.show:
+            self.tables(read(options.show), list(self.all_cases(options)[0]), options.markdown)
+            return 0
         if options.against:
             return compare(self, options, list(sys.argv[1:] if argv is None else argv))
         keep_memory()
@@ -541,17 +546,22 @@ class Program:
                     continue
                 replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
                 frames.append(pd.DataFrame(made))
-                if not self.pivoted:
-                    show(self.title(case), case_table(frames[-1], self.floor, self.columns), options.markdown)
-        if self.pivoted and frames:
-            frame = pd.concat(frames, ignore_index=True)
-            titles = frame.apply(lambda row: self.title(row.to_dict()), axis=1)
-            show(f"{self.name}: time over {named(self.floor)}", pivot(frame, titles, self.floor), options.markdown)
+        if frames:
+            self.tables(pd.concat(frames, ignore_index=True), list(cases[0]), options.markdown)
         print(f"\n{self.command(argv)}; {about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}")
         print(f"results in {folder / self.name}.jsonl")
         for line in failed:
             print(f"not measured: {line}", file=sys.stderr)
         return int(bool(failed))
+
+    def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
+        """Prints the rows of cases, which these columns name."""
+        titles = frame.apply(lambda row: self.title(row.to_dict()), axis=1)
+        if self.pivoted:
+            show(f"{self.name}: time over {named(self.floor)}", pivot(frame, titles, self.floor), markdown)
+            return
+        for _, own in frame.groupby(key, sort=False):
+            show(titles[own.index[0]], case_table(own, self.floor, self.columns), markdown)
 
     def title(self, case: Case) -> str:
         threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"

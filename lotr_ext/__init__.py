@@ -8,9 +8,10 @@ small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `
 
 __version__ = "0.1.0"
 
+from .experts import LoTRExperts, lotr_grouped_linear
 from .files import load_adapter, save_adapter
 from .functional import lotr_linear
-from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt
+from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear
 from .model import (
     LoTRConfig,
     apply_lotr,
@@ -25,10 +26,12 @@ from .model import (
     unmerge,
 )
 from .tasks import TaskBank, use_tasks
+from .wrapped import LoTRWrapped, adapt
 
 __all__ = [
     "LoTRConfig",
     "LoTRConv1D",
+    "LoTRExperts",
     "LoTRFactor",
     "LoTRFactors",
     "LoTRLinear",
@@ -40,6 +43,7 @@ __all__ = [
     "explain",
     "init_from_gradient",
     "load_adapter",
+    "lotr_grouped_linear",
     "lotr_linear",
     "lotr_parameters",
     "merge",

@@ -47,6 +47,7 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # a c
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView  # skips Python kernels of version counters: 4 us an operator
 _boxed = torch._C._dispatch_call_boxed  # skips the search for __torch_function__: 2 us an operator
 _functorch = torch._C._are_functorch_transforms_active  # vmap, grad, jvp: kernels cannot run
+_tracing = torch._C._is_tracing  # torch.jit.trace and ONNX record torch's products; torch.jit.is_tracing is slower Python
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # selective checkpointing must see torch's products
 _autocast = torch._C._is_any_autocast_enabled  # torch.is_autocast_enabled raises for devices such as meta
 _batched = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode"))
@@ -56,13 +57,14 @@ _forward, _backward, _shrink, _shrink_backward = (
     for name in ("layer_forward", "layer_backward_", "shrink", "shrink_backward_")
 )
 _PLAIN = {Tensor, nn.Parameter, type(None)}
+_CAST = {torch.float32, torch.bfloat16, torch.float16}  # by autocast, which leaves float64 and integers as they are
 _NOTHING = type(None)  # _NOTHING() is None: a weak reference to nothing
 # Multiplications of one pass over x, x.numel() (r_in + 16): reading an element takes as long as 16 of them. Below, one node a
 # layer costs less than Shrink and Layer, which share u (`python -m bench.model --model smollm2 --sequence 256`: 12.1 against
 # 15.4 % over the frozen model at 256 tokens, 8.4 against 7.1 % at 1,024).
 LITTLE_WORK = 2**23
 FEW_TOKENS = 129  # below, multiplying the tokens with the core costs less than folding it into B
-VERSION = "lotr 1"  # part of the key of compiled code that torch keeps on disk: change it with this file
+VERSION = "lotr 2"  # part of the key of compiled code that torch keeps on disk: change it with this file
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -411,8 +413,12 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
     """Why this call runs PyTorch's own products; None if it runs our kernels. y: of another base, then W is None."""
     if _functorch() or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward-mode AD is active"
+    if _tracing():
+        return "torch.jit.trace or torch.onnx records the call"
     if _dispatch_modes():
         return "a dispatch mode is active, such as selective checkpointing"
+    if x.layout is not torch.strided:
+        return f"x has layout {x.layout}"
     if not {type(x), type(W), type(A), type(B), type(core), type(y)} <= _PLAIN:
         return "a tensor is of a subclass"
     here = (x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu) or x.device == A.device == B.device == core.device
@@ -496,7 +502,7 @@ def lotr_linear(
     adapter's x. index [b], [b, tokens] or [rows] (int64): which of core [c, r_in, r_out] a row uses, -1 for none.
     factors: what calls with this A and this B share; user: the calling layer, which gets each shared u once.
     """
-    if _autocast() and torch.is_autocast_enabled(device := x.device.type):
+    if _autocast() and x.dtype in _CAST and torch.is_autocast_enabled(device := x.device.type):
         dtype = torch.get_autocast_dtype(device)
         W, bias, y = (None if t is None else t.to(dtype) for t in (W, bias, y))
         x = x.to(dtype) if factors is None or torch.compiler.is_compiling() else factors[0].cast(x, dtype)
@@ -508,7 +514,17 @@ def lotr_linear(
     elif obstacle(x, W, A, B, core, y) is None:
         rows = None if index is None else ops.rows_of(index, x)
         return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, factors or (FactorState(), FactorState()), user)
+    elif type(W) in _PLAIN and y is None:
+        _check_beside(x, W)
     return ops.layer(x, W, bias, A, B, core, scaling, p, y, index)
+
+
+def _check_beside(x: Tensor, W: Tensor) -> None:
+    """Of a call that cannot run kernels: whether torch's product can run. Autocast has cast x and W already."""
+    if x.dtype != W.dtype:
+        raise TypeError(f"x: expected dtype {W.dtype}, as the weight has, got {x.dtype}. Convert x or the layer.")
+    if x.is_meta != W.is_meta:
+        raise ValueError(f"x: expected a tensor on {W.device}, as the weight is, got one on {x.device}. Move x or the layer.")
 
 
 def _linear_in_graph(x, W, bias, A, B, core, scaling, p, y, index, version) -> Tensor:

@@ -63,8 +63,9 @@ class Cores(nn.Module):
         """G [r_in, r_out] of the place with that index."""
         raise TypeError(f"{type(self).__name__} must define make")
 
-    def forward(self, index: int) -> Tensor:
-        return self.make(index)
+    def forward(self, index: int | Tensor) -> Tensor:
+        """make(index). Returns a tensor unchanged, because nn.Sequential calls all modules registered in it."""
+        return index if isinstance(index, Tensor) else self.make(index)
 
     def index(self, place: Hashable) -> int:
         """A place's index. Raises ValueError for an unknown place."""

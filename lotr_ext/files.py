@@ -22,7 +22,7 @@ import secrets
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import DIAGONAL, LoTRConfig
-from .functional import check_probability
+from .functional import check_number, check_probability
 from .linear import LoTRFactor, LoTRLayer
-from .model import _cores, _without_adapters, adapted_layers, expect_merged, install, layers_in, set_start
+from .model import adapted_layers, cores_for, expect_merged, install, layers_in, set_start, unchanged_on_error
 from .targets import BESIDE, saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -44,7 +44,7 @@ __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "wri
 Model = TypeVar("Model", bound=nn.Module)
 JSON_NAME, VERSION = "lotr_adapter.json", 2  # version 1: of lotr_ext 0.1.0 before its first release
 _TENSORS = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"lotr\.[0-9a-f]{16}\.tmp")
+_LEFTOVER = re.compile(rf"lotr\.[0-9a-f]{{16}}\.tmp|{_TENSORS.pattern}")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -123,11 +123,8 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes an adapter (`contents`) into a directory, which it creates if needed; other files in it stay.
-
-    Raises:
-        ValueError: directory is a file. OSError: the disk; the adapter that was there is then unchanged.
-    """
+    """Writes an adapter (`contents`) into a directory, which it creates if needed; other files in it stay. Raises ValueError:
+    directory is a file; OSError: the disk, and the adapter that was there is unchanged."""
     from safetensors.torch import save
 
     if directory.exists() and not directory.is_dir():
@@ -138,24 +135,17 @@ def write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Te
     name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # random: two saves of equal tensors must not share it
     described = {**document, "tensors_file": name, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(described, indent=2, allow_nan=False) + "\n"
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(directory) as alone:
-            put_file(directory, name, data)
-            try:
-                put_file(directory, JSON_NAME, text.encode())
-            except BaseException:
-                (directory / name).unlink(missing_ok=True)
-                raise
-            for path in directory.iterdir() if alone else ():
-                if _TEMPORARY.fullmatch(path.name) or (_TENSORS.fullmatch(path.name) and path.name != name):
-                    path.unlink(missing_ok=True)
-    except BaseException:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
-        raise
+    with _locked(directory) as alone:
+        put_file(directory, name, data)
+        try:
+            put_file(directory, JSON_NAME, text.encode())
+        except BaseException:
+            (directory / name).unlink(missing_ok=True)
+            raise
+        for path in directory.iterdir() if alone else ():
+            if _LEFTOVER.fullmatch(path.name) and path.name != name:
+                path.unlink(missing_ok=True)
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,10 +183,8 @@ def _document(directory: Path) -> dict[str, Any]:
             f"directory: expected a local folder with {JSON_NAME}, got {str(directory)!r}, which has {_found(directory)}. Only "
             f"local folders are read: download an adapter from a hub first (huggingface_hub.snapshot_download)."
         ) from None
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror!r}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON file, got something else ({error})") from None
     if not isinstance(content, dict) or content.get("format") != "lotr":
         got = content.get("format") if isinstance(content, dict) else content
         raise ValueError(f'{path}: expected "format": "lotr", got {got!r:.80}')
@@ -219,32 +207,24 @@ def _entry(path: Path, content: Mapping[str, Any], key: str, kind: type | tuple[
 
 def _check_document(path: Path, content: dict[str, Any]) -> None:
     """Checks each entry's type; makes config a LoTRConfig, and an entry of version 1 one of version 2."""
-    old = content["format_version"] == 1
+    old, layers = content["format_version"] == 1, _entry(path, content, "layers", dict)
     try:
-        if content.get("config") is not None:
+        if content.setdefault("config", None) is not None:
             values = _entry(path, content, "config", dict)
             content["config"] = LoTRConfig.from_dict(_config_of_version_1(values) if old else values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a valid config, got one with {error}") from None
-    if not _entry(path, content, "layers", dict):
-        raise ValueError(f"{path}: expected at least one layer, got none")
-    for name, entry in content["layers"].items():
-        entry = _entry(path, {name: entry}, name, dict)
-        if old:
-            entry |= _factors_of_version_1(path, _entry(path, entry, "factors", (str, list)))
-        for key in ("A", "B"):
-            _entry(path, entry, key, str)
-        for key in ("in_features", "out_features"):
-            _entry(path, entry, key, int)
-        entry["experts"] = _entry(path, {"experts": 0, **entry}, "experts", int)
-        entry["scaling"] = float(_entry(path, entry, "scaling", (int, float)))
-        try:
+        for name in layers:
+            entry = layers[name] = {"experts": 0, **_entry(path, layers, name, dict)}
+            if old:
+                entry |= _factors_of_version_1(_entry(path, entry, "factors", (str, list)))
+            for key, kind in {"A": str, "B": str, "in_features": int, "out_features": int, "experts": int}.items():
+                _entry(path, entry, key, kind)
+            check_number("scaling", entry.get("scaling"))
             check_probability("dropout", entry.get("dropout"))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected valid settings for layer {name!r}, got {error}") from None
-    if not all(isinstance(name, str) for name in _entry(path, content, "modules_to_save", list)):
-        raise ValueError(f"{path}: expected modules_to_save to be names, got {content['modules_to_save']!r:.80}")
-    _entry(path, {"tied": {}, **content}, "tied", dict)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a valid adapter, got one with {error}") from None
+    saved = _entry(path, content, "modules_to_save", list)
+    if not layers or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{path}: expected layers, and modules_to_save by name, got {len(layers)} layers and {saved!r:.80}")
 
 
 def _config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,12 +244,10 @@ def _config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _factors_of_version_1(path: Path, factors: str | list) -> dict[str, str]:
-    if isinstance(factors, str):
-        return {"A": f"{factors}.A", "B": f"{factors}.B"}
-    if len(factors) != 2 or not all(isinstance(one, str) for one in factors):
-        raise ValueError(f"{path}: expected 'factors' to be a prefix or two, got {factors!r:.80}")
-    return {"A": f"{factors[0]}.value", "B": f"{factors[1]}.value"}
+def _factors_of_version_1(factors: str | list) -> dict[str, str]:
+    """The names of A and B: of a pair's two tensors, or of two modules."""
+    A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else (f"{one}.value" for one in factors)
+    return {"A": A, "B": B}
 
 
 def _start_key(key: str) -> str:
@@ -280,9 +258,8 @@ def _start_key(key: str) -> str:
 
 def _found(directory: Path) -> str:
     if not directory.is_dir():
-        return "no such directory" if not directory.exists() else "a file in its place"
-    names = sorted(p.name for p in directory.iterdir())
-    return "no files" if not names else ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return "a file in its place" if directory.exists() else "no such directory"
+    return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "no files"
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -292,14 +269,11 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Writes the model's adapter and its modules_to_save into a directory, and replaces an adapter that is there already.
 
     The model may be from `apply_lotr` or built by hand; DistributedDataParallel (process 0 writes) and compiled models are
-    unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or the
-    new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
+    unwrapped. A merged adapter is saved as if it were not merged. A process that is killed during the save leaves the old or
+    the new adapter, complete. Sharded models (FSDP2, ZeRO-3): `lotr_ext.sharded`.
 
-    Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks.
-
-    Raises:
-        TypeError: no nn.Module, no path, or tensors in parts. RuntimeError: no adapter, or one on the meta device. ValueError:
-            directory is a file.
+    Warns about trained parameters that the directory lacks: those beside the adapter and modules_to_save, and tasks. Raises
+    TypeError: no path, or tensors in parts; RuntimeError: no adapter, or one on the meta device; ValueError: a file.
     """
     path, inner, writes = checked_path(directory, "directory"), model, True
     while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
@@ -327,8 +301,8 @@ def warn_of_unsaved(model: nn.Module) -> None:
     if bank is not None and len(bank) and any(p.requires_grad for p in bank.parameters()):
         tasks = ", ".join(str(task) for task in bank.taken.nonzero().flatten().tolist())
         warnings.warn(
-            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each with "
-            f"model.lotr_tasks.save(task, path).",
+            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each "
+            f"with model.lotr_tasks.save(task, path).",
             stacklevel=3,
         )
 
@@ -347,22 +321,12 @@ def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -
     Raises RuntimeError: no adapter, or one on the meta device.
     """
     layers, config = adapted_layers(model), getattr(model, "lotr_config", None)
-    tensors = {key: tensor_of(t) for key, t in _own_tensors(model, layers, _factor_names(model, layers)).items()}
-    names, entries = _factor_names(model, layers), {}
-    for name, layer in layers.items():
-        entries[name] = {
-            **{part: names[factor] for part, factor in (("A", layer.factors.A), ("B", layer.factors.B))},
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "scaling": float(layer.scaling),
-            "dropout": layer.dropout,
-            **({"experts": layer.core.shape[0]} if layer.core.dim() == 3 else {}),
-        }
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
+    entries, own = _described(model, layers)
+    tensors = {key: tensor_of(tensor) for key, tensor in own.items()}
+    if nowhere := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise RuntimeError(f"model: expected tensors with values, got {nowhere[0]} on the meta device")
     if config is not None:
-        dtypes = {t.dtype for key, t in tensors.items() if key in names.values()}
+        dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
         config = replace(config, adapter_dtype=dtypes.pop()) if len(dtypes) == 1 else config  # model.to(dtype) changes it
     document = {
         "format": "lotr",
@@ -371,50 +335,37 @@ def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -
         "config": None if config is None else config.to_dict(),
         "layers": entries,
         "modules_to_save": list(saved_modules(model, config)) if config else [],
-        "tied": _ties(model, tensors),
     }
     return document, tensors
 
 
-def _factor_names(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[LoTRFactor, str]:
-    """The state_dict name of each factor's value."""
+def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The entries of the layers, and the tensors of the adapter and of modules_to_save, by name. Tied ones are there once."""
     names = {m: f"{name}.value" for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
-    for name, layer in layers.items():
-        if layer.factors.A not in names or layer.factors.B not in names:
-            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
-    return names
-
-
-def _own_tensors(model: nn.Module, layers: Mapping[str, LoTRLayer], names: Mapping[LoTRFactor, str]) -> dict[str, Tensor]:
-    """The tensors of the adapter and of modules_to_save by their names in a file. Tied ones are there once."""
-    tensors: dict[str, Tensor] = {}
+    entries, tensors = {}, {}
     for name, layer in layers.items():
         for factor in (layer.factors.A, layer.factors.B):
-            tensors[names[factor]] = factor.value
-            if factor.start is not None:
-                tensors[_start_key(names[factor])] = factor.start
-        tensors[f"{name}.core"] = layer.core
-        if layer.start_core is not None:
-            tensors[f"{name}.start_core"] = layer.start_core
+            if factor not in names:
+                raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
+            tensors |= {names[factor]: factor.value, _start_key(names[factor]): factor.start}
+        entries[name] = {
+            "A": names[layer.factors.A],
+            "B": names[layer.factors.B],
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "scaling": float(layer.scaling),
+            "dropout": layer.dropout,
+            "experts": layer.core.shape[0] if layer.core.dim() == 3 else 0,
+        }
+        tensors |= {f"{name}.core": layer.core, f"{name}.start_core": layer.start_core}
         if "core_form" in layer._modules:
             tensors |= {f"{name}.core_form.{key}": t for key, t in layer.core_form.state_dict(keep_vars=True).items()}
-    if hasattr(model, "lotr_cores"):
-        tensors |= {f"lotr_cores.{key}": t for key, t in model.lotr_cores.state_dict(keep_vars=True).items()}
-    config = getattr(model, "lotr_config", None)
-    for name, module in (saved_modules(model, config) if config else {}).items():
-        for key, value in module.state_dict(keep_vars=True).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"modules_to_save: expected tensors in state_dict, got {name}.{key} ({type(value).__name__})")
-            tensors[f"{name}.{key}"] = value
+    config, whole = getattr(model, "lotr_config", None), {"lotr_cores": getattr(model, "lotr_cores", nn.Module())}
+    for name, module in (whole | saved_modules(model, config) if config else whole).items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
     seen: set[int] = set()
-    return {key: t for key, t in tensors.items() if id(t) not in seen and not seen.add(id(t))}
-
-
-def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Other names in the model of tensors of modules_to_save: both must be tied when the file is loaded."""
-    first = {id(t): key for key, t in tensors.items()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {n: first[id(p)] for n, p in every if id(p) in first and n not in tensors and not n.startswith(BESIDE)}
+    kept = {k: t for k, t in tensors.items() if isinstance(t, Tensor) and id(t) not in seen and not seen.add(id(t))}
+    return entries, kept
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -427,17 +378,10 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its values are replaced in place (and with
     init "svd" the loaded start is subtracted from its base weights instead of its own).
 
-    Args:
-        model: the base model, on any device. Sharded models: `lotr_ext.sharded`.
-        directory: a local folder written by `save_adapter`.
-        cast: accept tensors of another dtype than the model's, and cast them.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: no such adapter; a truncated, foreign or newer file; layers, shapes or dtypes that
-            do not fit the model; a merged model, or one with a TaskBank. The model is unchanged then.
+    directory: a local folder written by `save_adapter`. cast: accept tensors of another dtype than the model's, and cast them.
+    Returns the same model. Sharded models: `lotr_ext.sharded`.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no such adapter; a truncated, foreign or newer file;
+    layers, shapes or dtypes that do not fit the model; a merged model, or one with a TaskBank.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -455,18 +399,10 @@ def load_into(
     write_: Callable[[Tensor, Tensor], object] = lambda target, value: target.copy_(value),
 ) -> None:
     """`load_adapter` of what `read` returned. write_: puts a whole value into a tensor of the model that may be in parts."""
-    plain = not layers_in(model)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        if plain:
+    with unchanged_on_error(model):
+        if not layers_in(model):
             _adapt(model, document)
         targets = _check(model, document, tensors, cast)
-    except BaseException:
-        if plain and (layers := layers_in(model)):
-            _without_adapters(model, layers)
-        for p, requires_grad in before:
-            p.requires_grad_(requires_grad)
-        raise
     _fill(model, document, tensors, targets, write_)
 
 
@@ -495,7 +431,7 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
         init="kaiming" if config.init == "svd" else config.init,
     )
     selection = select(model, exact)
-    install(model, exact, selection, _cores(config, selection))
+    install(model, exact, selection, cores_for(config, selection))
     model.lotr_config, model.lotr_left_out = config, {}
     for layer in layers_in(model).values():
         layer.set_trained(config.train)
@@ -509,8 +445,8 @@ def _check(
     expect_merged(layers, False, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
-            "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the factors. "
-            "Load the adapter first, or del model.lotr_tasks."
+            "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the "
+            "factors. Load the adapter first, or del model.lotr_tasks."
         )
     dense = config is None or config.core == "dense"  # computed cores depend on the order; a converted LoRA has its own order
     if (sorted if dense else list)(entries) != (sorted if dense else list)(layers):
@@ -519,66 +455,39 @@ def _check(
             f"layers: expected the adapter's {len(entries)} layers in their order, got the model's {len(layers)}: not in the "
             f"model {', '.join(missing[:5]) or 'none'}; not in the adapter {', '.join(extra[:5]) or 'none'}"
         )
-    names, used = _factor_names(model, layers), {}
-    for name, layer in layers.items():
-        entry = entries[name]
-        experts = layer.core.shape[0] if layer.core.dim() == 3 else 0
-        want = {"in_features": layer.in_features, "out_features": layer.out_features, "experts": experts}
-        if got := {key: entry[key] for key, value in want.items() if entry[key] != value}:
-            raise ValueError(f"{name}: expected {', '.join(f'{k} {want[k]}' for k in got)} as in the model, got {got}")
-        for part, factor in (("A", layer.factors.A), ("B", layer.factors.B)):
-            if used.setdefault(entry[part], factor) is not factor:
-                raise ValueError(
-                    f"{name}: expected the model to share {part} as the adapter does ({entry[part]}), got another one"
-                )
-            if (saved := tensors.get(entry[part])) is not None and saved.dim() == 2 and saved.shape[1] != factor.rank:
-                raise ValueError(
-                    f"rank: expected {factor.rank} as in the model ({names[factor]}), got {saved.shape[1]} in the adapter. "
-                    f"Load it into the plain model: call unload(model) first."
-                )
-    if len(set(map(id, used.values()))) != len(used):
-        raise ValueError("layers: expected factors that the adapter shares as the model does, got more of them in the adapter")
-    saved = list(saved_modules(model, config)) if config else []
-    if set(saved) != set(document["modules_to_save"]):
-        raise ValueError(
-            f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(document['modules_to_save'])}"
-        )
-    file_names = {factor: key for key, factor in used.items()}
-    targets: dict[str, Tensor | None] = dict(_own_tensors(model, layers, file_names))
-    _check_starts(layers, entries, tensors, targets)
-    _check_tensors(targets, tensors, cast)
-    for name, layer in layers.items():
-        if layer._parameters.get("core") is None:
-            targets[f"{name}.core"] = None
-        if any("value" not in f._parameters for f in (layer.factors.A, layer.factors.B)) or hasattr(layer, "parametrizations"):
-            raise TypeError(f"{name}: expected an adapter without parametrizations, got one. Remove them before loading.")
-    want = _ties(model, {key: t for key, t in targets.items() if t is not None})
-    if "tied" in document and want != (got := {n: of for n, of in document["tied"].items() if of is not None}):
-        differ = sorted(set(want.items()) ^ set(got.items()))[0][0]
-        raise ValueError(
-            f"{differ}: expected it to be tied to modules_to_save in the model as in the adapter. Tie or untie it."
-        )
-    return targets
-
-
-def _check_starts(
-    layers: Mapping[str, LoTRLayer],
-    entries: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    targets: dict[str, Tensor | None],
-) -> None:
-    """Puts the starts of init "svd" that the file has into targets, in the place of the model's."""
-    for name, layer in layers.items():
-        entry = entries[name]
-        keys = {_start_key(entry[part]): getattr(layer.factors, part).value for part in "AB"} | {
-            f"{name}.start_core": layer.core
-        }
-        if any(key in tensors for key in keys):
+    described, own = _described(model, layers)
+    for name, entry in described.items():
+        keys = [key for key in ("in_features", "out_features", "experts") if entry[key] != entries[name][key]]
+        if keys:
+            want, got = (", ".join(f"{key} {of[key]}" for key in keys) for of in (entry, entries[name]))
+            raise ValueError(f"{name}: expected {want} as in the model, got {got} in the adapter")
+    pairs = {(entries[name][part], described[name][part], part) for name in layers for part in "AB"}
+    if not len({file for file, _, _ in pairs}) == len({here for _, here, _ in pairs}) == len(pairs):
+        raise ValueError("layers: expected factors that layers share as in the model, got other groups in the adapter")
+    for file, here, part in pairs:
+        found = {tensors[file].shape[-1]} if file in tensors and tensors[file].dim() else set()
+        found |= set() if document["config"] is None else {document["config"].ranks[part == "B"]}
+        if wrong := found - {(rank := getattr(own[here], "ds_shape", own[here].shape)[1])}:
+            raise ValueError(
+                f"rank: expected {rank} as in the model ({here}), got {max(wrong)} in the adapter. Load it into the plain "
+                f"model: call unload(model) first."
+            )
+    saved = sorted(saved_modules(model, config)) if config else []
+    if saved != sorted(document["modules_to_save"]):
+        raise ValueError(f"modules_to_save: expected {saved} as in the model, got {sorted(document['modules_to_save'])}")
+    to_file = {here: file for file, here, _ in pairs} | {_start_key(here): _start_key(file) for file, here, _ in pairs}
+    targets: dict[str, Tensor | None] = {to_file.get(key, key): tensor for key, tensor in own.items()}
+    for name, layer in layers.items():  # starts: those of the file, whatever the model's are
+        A, B = layer.factors.A, layer.factors.B
+        starts = {_start_key(entries[name][part]): factor.value for part, factor in (("A", A), ("B", B))}
+        starts[f"{name}.start_core"] = layer.core
+        if has_start := not starts.keys().isdisjoint(tensors):
             layer._weight_to_write("load_adapter")
-            targets |= keys
-        else:
-            for key in keys:
-                targets.pop(key, None)
+        targets = {k: t for k, t in targets.items() if k not in starts} | (starts if has_start else {})
+        if hasattr(layer, "parametrizations") or "value" not in A._parameters or "value" not in B._parameters:
+            raise TypeError(f"{name}: expected an adapter without parametrizations, got one. Remove them before loading.")
+    _check_tensors(targets, tensors, cast)
+    return targets | {f"{name}.core": None for name, layer in layers.items() if layer._parameters.get("core") is None}
 
 
 def _check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], cast: bool) -> None:

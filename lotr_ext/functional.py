@@ -121,8 +121,12 @@ def check_number(name: str, value: object) -> None:
     """value must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    try:
+        finite = torch.compiler.is_compiling() or math.isfinite(value)  # Dynamo cannot trace isfinite of a symbol
+    except OverflowError:  # an int that is larger than any float
+        finite = False
+    if not finite:
+        raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 
 def check_probability(name: str, value: object) -> None:

@@ -107,8 +107,8 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
         return q @ torch.linalg.svd(upper)[0][:, :r]
     if d <= _DENSE or 8 * (r + _MORE) >= d:
         return torch.linalg.eigh(sum(t @ t.T for t in side))[1].flip(1)[:, :r].contiguous()
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(d, r + _MORE, dtype=torch.float64, generator=generator).to(side[0].device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    block = torch.randn(d, r + _MORE, dtype=torch.float64, device="cpu", generator=generator).to(side[0].device)
     for _ in range(9):
         block = torch.linalg.qr(sum(t @ (t.T @ block) for t in side))[0]
     small = torch.cat([block.T @ t for t in side], 1)
@@ -161,7 +161,7 @@ class _Tap(Function):
         x, g2 = (t.reshape(-1, t.shape[-1]).to(P.dtype) for t in (x, g))
         P += g2.T @ (x @ A)
         T += x.T @ (g2 @ B)
-        return torch.zeros(()), g, None, None, None, None, None
+        return torch.zeros((), device="cpu"), g, None, None, None, None, None
 
 
 def directions_of_gradients(
@@ -183,11 +183,11 @@ def directions_of_gradients(
         raise TypeError(f"batches: expected a few batches, got {type(batches).__name__}")
     if not (batches := list(batches)):
         raise ValueError("batches: expected at least one, got none")
-    generator, found, owners = torch.Generator().manual_seed(0), {}, {}
+    generator, found, owners = torch.Generator("cpu").manual_seed(0), {}, {}
     for layer in layers.values():
         for factor in (layer.factors.A, layer.factors.B):
             if factor not in found:
-                drawn = torch.empty(factor.features, min(factor.rank + 8, factor.features))
+                drawn = torch.empty(factor.features, min(factor.rank + 8, factor.features), device="cpu")
                 found[factor] = fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
                 owners[factor] = []
     for name, layer in layers.items():
@@ -220,7 +220,7 @@ def _pass(
     loss: Callable[..., Tensor],
 ) -> dict[str, dict[str, Tensor]]:
     """P and T of all layers over the batches. Buffers and the random state are as before afterwards."""
-    sums, anchor = {}, torch.zeros((), requires_grad=True)
+    sums, anchor = {}, torch.zeros((), device="cpu", requires_grad=True)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())

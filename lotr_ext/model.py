@@ -21,10 +21,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import autograd, ops
 from .config import LoTRConfig, place_of
+from .cores import FORMS, Cores
+from .experts import adapt_parameter, release
 from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
-from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, LoTRWrapped, adapt
+from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer
 from .targets import Selection, Target, heads, select, tied_names, with_head
+from .wrapped import LoTRWrapped, adapt
 
 __all__ = [
     "LoTRConfig",
@@ -59,32 +62,26 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376), and with
     target_parameters for each expert of a transformers mixture.
 
-    The layers' weights and all other parameters are frozen, except modules_to_save. Each group gets one pair A [K, r_in],
-    B [N, r_out] and each layer a core [r_in, r_out], in config.adapter_dtype. The model's output does not change at first (with
-    init "svd" except for one rounding of each weight). Learning rate: the one that you would use for LoRA.
+    All other parameters are frozen, except modules_to_save. Each group gets one pair A [K, r_in], B [N, r_out] and each layer
+    a core [r_in, r_out], in config.adapter_dtype. The model's output does not change at first (with init "svd" except for one
+    rounding of each weight). Learning rate: the one that you would use for LoRA.
 
-    Args:
-        model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and
-            out_features. Quantised layers, and layers with hooks, parametrizations or a forward of their own, are wrapped: their
-            forward is called. A layer that is registered in several places stays one layer.
-        config: what to adapt and how.
+    model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and out_features.
+    Quantised layers, and layers with hooks, parametrizations or a forward of their own, are wrapped: their forward is called.
+    A layer that is registered in several places stays one layer. Returns the same model.
 
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped, compiled, sharded, or has PEFT's
-            adapters; targets, exclusions or modules_to_save that match nothing; a target that is not linear, that shares its
-            weight with another module, whose weight is read without it being called (nn.MultiheadAttention.out_proj) or is a
-            DTensor; experts of an unknown format; groups of mixed shapes; "svd" on weights that cannot be read. The model is
-            unchanged then.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: one that is adapted already, wrapped, compiled,
+    sharded, or has PEFT's adapters; names that match nothing; a target that is not linear, shares its weight with another
+    module, is read without being called (nn.MultiheadAttention.out_proj) or is a DTensor; experts of an unknown format; groups
+    of mixed shapes; "svd" on weights that cannot be read.
     """
     if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
         config = replace(config, modules_to_save=saved)
     selection = select(model, config)
-    cores = _cores(config, selection)
     starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    install(model, config, selection, cores, starts)
+    cores = cores_for(config, selection)
+    with unchanged_on_error(model):
+        install(model, config, selection, cores, starts)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -95,11 +92,25 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     return model
 
 
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes off an adapter that an exception inside has left half made."""
+    plain, before = not layers_in(model), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if plain:
+            _without_adapters(model, layers_in(model))
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)
+        raise
+
+
 def install(
     model: nn.Module,
     config: LoTRConfig,
     selection: Selection,
-    cores: nn.Module | None = None,
+    cores: Cores | None = None,
     starts: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> None:
     """Adapts the layers of a selection. cores: the Cores of all layers, or None for dense ones. starts: A, B and the cores [l,
@@ -108,21 +119,24 @@ def install(
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    pairs = _Pairs(config)
+    owned: dict[tuple[str, object], LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        factors = pairs.of(group, targets[0])
+        factors = _pair(config, group, targets[0], owned)
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
             layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-            with torch.no_grad():
-                for parameter, start in ((factors.A.value, factors.A.start), (factors.B.value, factors.B.start)):
-                    parameter.copy_(start)
-                for layer in layers:
-                    layer.core.copy_(layer.start_core)
-    pairs.warn_of_rank()
-    model.lotr_factors = SharedFactors(pairs.owned.values())
+            factors.A.value.data.copy_(factors.A.start), factors.B.value.data.copy_(factors.B.start)
+            for layer in layers:
+                layer.core.data.copy_(layer.start_core)
+    if wide := [factor.features for factor in owned.values() if factor.rank > factor.features]:
+        warnings.warn(
+            f"lotr_ext: rank {config.rank} exceeds the width of {len(wide)} of {len(owned)} factors, the least is {min(wide)}. "
+            f"A lower rank gives the same functions.",
+            stacklevel=3,
+        )
+    model.lotr_factors = SharedFactors(owned.values())
     if cores is not None:
         model.lotr_cores = cores.requires_grad_("core" in config.train)
     for layer in adapted_layers(model).values():
@@ -134,38 +148,21 @@ def install(
     _waiting.add(model)
 
 
-class _Pairs:
-    """The factors of a new adapter: one pair a group, or, with group_by="width", one A and one B a width."""
-
-    def __init__(self, config: LoTRConfig):
-        self.config, self.owned = config, {}
-
-    def of(self, group: str, target: Target) -> LoTRFactors:
-        """The pair of a group; target: its first layer."""
-        config, width = self.config, self.config.group_by == "width"
-        sizes, found = (target.in_features, target.out_features), []
-        for part, features, rank in zip("AB", sizes, config.ranks):
-            key = (part, features if width else group)
-            if key not in self.owned:
-                init = "kaiming" if config.init == "svd" else config.init
-                settings = {"init": init, "device": _home(target.module), "dtype": config.adapter_dtype}
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model: warn_of_rank
-                    self.owned[key] = LoTRFactor(features, rank, **settings)
-                if part == "B" and config.core_init == "identity":
-                    nn.init.zeros_(self.owned[key].value)  # the model starts unchanged, as with LoRA
-            found.append(self.owned[key])
-        return LoTRFactors.of(*found)
-
-    def warn_of_rank(self) -> None:
-        wide = [factor for factor in self.owned.values() if factor.rank > factor.features]
-        if wide:
-            least = min(factor.features for factor in wide)
-            warnings.warn(
-                f"lotr_ext: rank {self.config.rank} exceeds the width of {len(wide)} of {len(self.owned)} factors, the least "
-                f"is {least}. A lower rank gives the same functions.",
-                stacklevel=4,
-            )
+def _pair(config: LoTRConfig, group: str, target: Target, owned: dict[tuple[str, object], LoTRFactor]) -> LoTRFactors:
+    """The factors of a group, one A and one B a width with group_by="width". target: its first layer. owned: all factors so
+    far."""
+    found, sizes = [], (target.in_features, target.out_features)
+    for part, features, rank in zip("AB", sizes, config.ranks):
+        key = (part, features if config.group_by == "width" else group)
+        if key not in owned:
+            init = "kaiming" if config.init == "svd" else config.init
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "lotr_ext: rank")  # `install` warns once for the model
+                owned[key] = LoTRFactor(features, rank, init=init, device=_home(target.module), dtype=config.adapter_dtype)
+            if part == "B" and config.core_init == "identity":
+                nn.init.zeros_(owned[key].value)  # the model starts unchanged, as with LoRA
+        found.append(owned[key])
+    return LoTRFactors.of(*found)
 
 
 def _home(module: nn.Module) -> torch.device:
@@ -178,12 +175,12 @@ def _home(module: nn.Module) -> torch.device:
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
     if target.parameter is not None:
-        from .experts import adapt_parameter
-
         layer = adapt_parameter(target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout)
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
     layer.leave_factors_to_owner()
+    if layer.core.device != (home := _home(target.module)):
+        layer.core = nn.Parameter(torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype))
     fill_core_(layer.core, config.core_init)
     for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")
@@ -191,12 +188,10 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def _cores(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> nn.Module | None:
+def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> Cores | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
-    from .cores import FORMS, Cores
-
     if config.core == "custom":
         raise ValueError('core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.')
     places = [place_of(t.name) for t in selection.targets]
@@ -214,7 +209,8 @@ def _cores(config: LoTRConfig, selection: Selection, device: torch.device | str 
 
 @torch.no_grad()
 def _svd_start(targets: list[Target], config: LoTRConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and cores of init "svd" of one group: the weights' own Tucker-2 factorisation, at START times orthonormal factors."""
+    """A, B and cores of init "svd" of one group: the weights' own Tucker-2 factorisation, at START times orthonormal
+    factors."""
     if config.s == 0:
         raise ValueError('init: expected a scaling other than 0 with "svd", got 0')
     weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
@@ -262,7 +258,7 @@ _waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
     have no gradient, and those of others have one."""
-    if not _waiting or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _waiting:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):
@@ -333,16 +329,10 @@ def init_from_gradient(
     passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
     before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
 
-    Args:
-        model: from `apply_lotr` or built by hand, in the mode (train or eval) in which the gradients are to be computed.
-        batches: a few batches, each used three times.
-        loss: (model, batch) -> the loss, a scalar.
-        progress: prints a line a pass.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: no adapter, or one of experts; a merged or wrapped model; a core that is not zero;
-            no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite, or all zero. The
-            model is unchanged then.
+    batches: a few, each used three times. loss: (model, batch) -> a scalar. progress: prints a line a pass.
+    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
+    core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
+    or all zero.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
@@ -381,29 +371,25 @@ def parameter_groups(
     """All trained parameters of an adapted model in up to three groups for an optimizer, by "name": "cores", "factors" (A and
     B), and "other" (modules_to_save, such as a new head, and all else that requires grad).
 
-    transformers' Trainer and TRL's accept the optimizer and apply their schedule to all groups:
-    `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`. lr: the rate of each group without its
-    own; None: the optimizer's. weight_decay: likewise, of all groups.
+    lr: the rate of each group without its own; weight_decay: of all; None: the optimizer's. For transformers' Trainer and TRL:
+    `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
     Raises TypeError or ValueError for a rate that is no number or negative, or as `adapted_layers`.
     """
-    rates = {"cores": core_lr, "factors": factor_lr, "other": other_lr}
-    given = {"lr": lr, **{f"{kind.removesuffix('s')}_lr": rate for kind, rate in rates.items()}, "weight_decay": weight_decay}
-    for name, value in given.items():
+    rates = {"core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr}
+    for name, value in {"lr": lr, **rates, "weight_decay": weight_decay}.items():
         if value is not None:
             check_number(name, value)
             if value < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
     kinds: dict[int, str] = {}
     for layer in adapted_layers(model).values():
-        kinds |= {id(p): "factors" for p in layer.adapter_parameters()}
-        kinds |= {id(p): "cores" for p in layer.core_parameters()}
+        kinds |= {id(p): "factor_lr" for p in layer.adapter_parameters()} | {id(p): "core_lr" for p in layer.core_parameters()}
     groups = []
-    for kind, rate in rates.items():
-        parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other") == kind]
-        settings = {"lr": lr if rate is None else rate, "weight_decay": weight_decay}
+    for kind, name in (("core_lr", "cores"), ("factor_lr", "factors"), ("other_lr", "other")):
+        parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other_lr") == kind]
+        settings = {"lr": lr if rates[kind] is None else rates[kind], "weight_decay": weight_decay}
         if parameters:
-            own = {name: value for name, value in settings.items() if value is not None}
-            groups.append({"params": parameters, "name": kind, **own})
+            groups.append({"params": parameters, "name": name} | {k: v for k, v in settings.items() if v is not None})
     return groups
 
 
@@ -431,7 +417,8 @@ class TrainableSummary(NamedTuple):
         shown = ", ".join(pair if count == 1 else f"{count} x {pair}" for pair, count in pairs.items())
         lines = [
             f"LoTR: {self.layers} layers, {len(self.groups)} pair{'s' * (len(self.groups) != 1)} of factors ({shown}), "
-            f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
+            f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} "
+            f"({self.trained / self.total:.4%})",
             f"trained: {', '.join((*self.parts, *_shortened(self.other))) or 'nothing'}",
         ]
         if self.frozen_heads:
@@ -481,33 +468,17 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 # ---- explain ---------------------------------------------------------------------------------------------------------
 
 
-def explain(model: nn.Module, x: Any) -> str:
+def explain(model: nn.Module, x: Tensor) -> str:
     """What runs in adapted layers for an input, and why: one line for each kind of layer.
 
-    model: an adapted layer, or a model with some. x: its input, or a mapping of keyword arguments. A model is called once, in
-    eval mode and without a graph. Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model.
-    Raises TypeError or RuntimeError as `adapted_layers`, and what the call itself raises.
+    model: an adapted layer, or a model with some. x: an input. Layers get its dtype (for token ids, the weights') and device.
+    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises TypeError or RuntimeError
+    as `adapted_layers`.
     """
     layers = adapted_layers(model)
-    lines: Counter[str] = Counter()
-
-    def note(layer: LoTRLayer, args: tuple, kwargs: dict) -> None:
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        lines[_line(layer, given)] += 1
-
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(**x) if isinstance(x, Mapping) else model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    idle = len(layers) - sum(lines.values())
-    found = [f"{count} x {line}" for line, count in lines.items()]
-    return "\n".join(found + ([f"{idle} adapted layers were not called"] if idle > 0 else []))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected an input as a tensor, got {type(x).__name__}")
+    return "\n".join(f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items())
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
@@ -516,13 +487,12 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
         return f"{what}: the base alone, because the adapter is merged into its weight"
     if autograd.requests().get(layer) is OFF:
         return f"{what}: the base alone, because the adapter is disabled"
-    dtype = x.dtype
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    x = x.to(dtype)
-    y = x.new_empty(0) if isinstance(layer, LoTRWrapped) else None
-    weight = None if y is not None else layer.weight.detach().to(dtype)
-    reason = layer.factors.read(lambda A, B: autograd.obstacle(x, weight, A, B, layer.core, y) or "")
+    else:
+        dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+    y = x.new_empty(0, dtype=dtype)  # stands for the input, and for the base's output
+    reason = layer.factors.read(lambda A, B: autograd.obstacle(y, None, A, B, layer.core, y) or "")
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
     return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
 
@@ -537,11 +507,9 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     it subtracts, which is exact only up to rounding. dequantize: replace each quantised layer (torchao, bitsandbytes) by a
     plain nn.Linear, of this dtype if one is given. `unmerge` restores the quantised layers from the backup.
 
-    Raises:
-        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter (weight_norm,
-            parametrizations, pruning) or held in parts.
-        ValueError: safe, and a result is not finite.
-        RuntimeError: no adapter, one that is merged already, on the meta device, or a weight tied to another module.
+    Raises TypeError: a base that cannot be merged into, or a weight that is no parameter (weight_norm, parametrizations,
+    pruning) or held in parts; ValueError: safe, and a result is not finite; RuntimeError: no adapter, one that is merged
+    already, on the meta device, or a weight tied to another module.
     """
     layers = adapted_layers(model)
     expect_merged(layers, False, "merge")
@@ -580,11 +548,8 @@ def _merge_all(
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers.
-
-    Raises:
-        TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
-    """
+    """Removes the adapter from the weights of all merged layers. Raises TypeError or RuntimeError: no adapter, one that is not
+    merged, or a dequantised one without a backup."""
     layers = adapted_layers(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if not merged:
@@ -607,12 +572,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     """Removes the adapter: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
 
     merge: False restores the base weights (with "svd" up to one rounding); True merges the adapter into them. modules_to_save
-    stay as they are now. dequantize: as in `merge`. Returns the same model; if the model is itself an adapted layer, returns
-    the plain layer with the same weight and bias.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
-            The model is unchanged then.
+    stay as they are now. dequantize: as in `merge`. Returns the same model; if it is itself an adapted layer, the plain one.
+    Raises, with the model unchanged, as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -621,13 +582,13 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     for name, layer in layers.items():
         own = bank.hooks_on(layer) if bank is not None else 0
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if sum(map(len, hooks)) > own and not hasattr(layer, "holder"):
+        if sum(map(len, hooks)) > own and not hasattr(layer, "host"):
             raise RuntimeError(
                 f"unload: expected layers without hooks, which would be lost, got some on {name!r}. Remove them."
             )
         if layer.start_core is not None and not merge:
             layer._weight_to_write("unload")
-        if not hasattr(layer, "to_base") and not hasattr(layer, "holder"):
+        if not hasattr(layer, "to_base") and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     _check_unmergeable({} if merge else merged)
@@ -642,13 +603,9 @@ def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
     if hasattr(model, "lotr_tasks"):
         model.lotr_tasks.remove_hooks()
-    hosts = {id(layer.holder): layer.holder for layer in layers.values() if hasattr(layer, "holder")}
-    if hosts:
-        from .experts import release
-
-        for host in hosts.values():
-            release(host)
-    bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "holder")}
+    for host in {id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")}.values():
+        release(host)
+    bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
     _fast_paths(model, on=True)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]

@@ -165,7 +165,23 @@ def _rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Te
 
 
 def _shapes(name: str) -> Callable[[Callable], Callable]:
-    return torch.library.register_fake(f"lotr::{name}")
+    """Registers the decorated function as the operator's fake kernel. The dispatcher calls it if any tensor is on meta: beside
+    one with values it would return nothing useful, or write nothing, without an error."""
+
+    def register(function: Callable) -> Callable:
+        def checked(*args):
+            first = None
+            for argument, t in zip(getattr(lotr, name).default._schema.arguments, args):
+                first = t if first is None and isinstance(t, Tensor) else first
+                if isinstance(t, Tensor) and t.device != first.device:
+                    label = f"lotr::{name}: {argument.name}"
+                    raise RuntimeError(f"{label}: expected the device of the first tensor ({first.device}), got {t.device}")
+            return function(*args)
+
+        torch.library.register_fake(f"lotr::{name}", checked)
+        return function
+
+    return register
 
 
 @_shapes("shrink")
@@ -292,7 +308,7 @@ for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad"):
 def fold(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """F = s B G^T [.., n, r_in] of B [n, r_out] and cores [.., r_in, r_out], computed in float32 (float64) and cast once."""
     wide = accumulate_dtype(B.dtype)
-    return ((B.to(wide) @ core.to(wide).mT) * scaling).to(dtype)
+    return ((B.to(wide) @ core.to(wide).transpose(-2, -1)) * scaling).to(dtype)
 
 
 def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
@@ -308,8 +324,8 @@ def expand(u: Tensor, B: Tensor, core: Tensor | None, scaling: float) -> Tensor:
     """
     if core is None or u.dtype == torch.float16:
         h = u if core is None else u @ core.to(u.dtype)
-        return (h @ B.to(u.dtype).mT) * scaling
-    return u @ fold(B, core, scaling, u.dtype).mT
+        return (h @ B.to(u.dtype).transpose(0, 1)) * scaling
+    return u @ fold(B, core, scaling, u.dtype).transpose(-2, -1)  # not mT, which ONNX does not have
 
 
 def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:

@@ -39,9 +39,10 @@ from .cores import FORMS
 from .files import _config_of_version_1
 from .functional import check_rank
 from .init import fill_core_
-from .linear import LoTRFactor, LoTRFactors, LoTRWrapped, features, is_conv1d, layer_class
+from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
 from .model import _fast_paths
 from .targets import Target, _check_layer, _check_targets, _reason, group_of, tied_names
+from .wrapped import LoTRWrapped, layer_class
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
@@ -194,7 +195,7 @@ class LoTRPeftCore(nn.Module):
         def run(A: Tensor, B: Tensor) -> Tensor:
             return autograd.lotr_linear(x, W, bias, A, B, core, self.scaling, p, y=y, factors=states, user=self)
 
-        return self.factors(run)
+        return self.factors.read(run)
 
     def matrix(self) -> Tensor:
         """G [r_in, r_out]."""
@@ -203,7 +204,7 @@ class LoTRPeftCore(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B G^T A^T [n, k] in float32 (float64 for float64)."""
-        return self.factors(lambda A, B: ops.delta_weight(A, B, self.matrix(), self.scaling))
+        return self.factors.read(lambda A, B: ops.delta_weight(A, B, self.matrix(), self.scaling))
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of A, B and the core, each with the name of its part."""
@@ -246,8 +247,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """As BaseTunerLayer's, without its cast to the base's dtype. PEFT calls it after loading into tensors without
         memory."""
         device = self.place()[0] if device is None else device
-        if adapter_name in self.lotr_adapter and not any(p.is_meta for _, p in self.lotr_adapter[adapter_name].parts()):
-            for module in (self.lotr_adapter[adapter_name], self.lotr_adapter[adapter_name].factors):
+        core = self.lotr_adapter[adapter_name] if adapter_name in self.lotr_adapter else None
+        if core is not None and not any(p.is_meta for _, p in core.parts()):
+            for module in (core, core.factors, *([] if core.form is None else [core.form.cores])):
                 module.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

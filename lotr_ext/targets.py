@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
-from .linear import LoTRLayer, features, has_plain_weight, is_conv1d, layer_class
+from .experts import CHILD, expert_sizes, why_not
+from .linear import LoTRLayer, features, is_conv1d
+from .wrapped import has_plain_weight, layer_class
 
 __all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
 
@@ -97,7 +99,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             continue  # a regular expression is a filter over the layers that can be adapted
         reason = _reason(model, module, names, tied)
         if id(module) in inside:
-            left_out[names[0]] = "trained whole (modules_to_save)"
+            left_out[names[0]] = "trained whole: modules_to_save"
         elif any(_matches(name, config.exclude_modules) for name in names):
             left_out[names[0]] = "exclude_modules"
         elif config.everything and (reason or id(module) in outputs):
@@ -132,7 +134,8 @@ def _reason(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Map
 def _other_result(module: nn.Module) -> str | None:
     """What a subclass of nn.Linear with a forward of its own returns, if that is not [.., out_features]: Llama 4's router
     returns a tuple. Runs a copy on tensors without values, so no state changes."""
-    own, state = copy.copy(module), {name: t.detach().to("meta") for name, t in module.state_dict(keep_vars=True).items()}
+    own, tensors = copy.copy(module), (*module.named_parameters(), *module.named_buffers())
+    state = {name: tensor.detach().to("meta") for name, tensor in tensors}
     vars(own).update(_forward_hooks={}, _forward_pre_hooks={})
     try:
         with torch.no_grad():
@@ -272,23 +275,17 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
 def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
     """The experts' parameters that config adapts, matched as in PEFT: by whole dotted parts at the name's end."""
     targets, unused = [], set(config.target_parameters or ())
-    if not unused:
-        return []
-    from .experts import CHILD, expert_parameters, expert_sizes, why_not
-
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if unused else ():
         if id(module) in inside_saved or _matches(name, config.exclude_modules):
             continue
-        for own in expert_parameters(module):
+        for own in module._parameters:
             full = f"{name}.{own}" if name else own
             found = {ending for ending in config.target_parameters if name_ends_with(full, ending)}
             if not found:
                 continue
             unused -= found
-            if (got := why_not(module, own, name)) is not None:
+            if (got := why_not(module, own)) is not None:
                 raise TypeError(f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}")
-            if _is_dtensor(getattr(module, own)):
-                raise TypeError(f"target_parameters: expected plain weights, got a DTensor in {full!r}. Leave it out.")
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
             targets.append(Target((at,), module, k, n, group_of(at, module, (k, n), config.group_by), own))
@@ -374,6 +371,8 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
         )
     if isinstance(config.group_by, dict) and (unknown := sorted(set(config.group_by) - {t.name for t in targets})):
         raise ValueError(f"group_by: expected names of adapted layers, got {', '.join(unknown)}")
+    if config.ranks[0] * config.ranks[1] >= 2**31:
+        raise ValueError(f"rank: expected one whose cores have fewer than 2^31 elements, got {config.rank}")
     first: dict[str, Target] = {}
     for t in targets:
         want = first.setdefault(t.group, t)

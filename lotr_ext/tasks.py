@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd
+from .experts import CHILD
 from .files import checked_path, put_file, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
@@ -75,7 +76,8 @@ class TaskBank(nn.Module):
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         model.lotr_tasks = self
         guard = _Guard(self)
-        self._hooks = [layer.register_forward_pre_hook(guard) for layer in layers.values()]
+        called = {id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())}  # a host calls its experts
+        self._hooks = [module.register_forward_pre_hook(guard) for module in called.values()]
         if not isinstance(model, LoTRLayer):
             self._hooks.append(model.register_forward_pre_hook(_note_columns, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(_forget_columns, always_call=True))
@@ -275,7 +277,8 @@ def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
         )
     if index.dim() == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"index: expected shape [b] for a model with an encoder and a decoder, whose tokens differ, got {tuple(index.shape)}"
+            f"index: expected shape [b] for a model with an encoder and a decoder, whose tokens differ, got "
+            f"{tuple(index.shape)}"
         )
     if index.device.type == "cpu" and bank.taken.device.type == "cpu":
         own = index[index >= 0]
@@ -330,15 +333,15 @@ class _Request:
         if columns is None:
             if count != t:
                 raise ValueError(
-                    f"x: expected {t} tokens per row, as in the index of tasks, got {count}. Pass an index [b, {count}], or [b] "
-                    f"for one task per row. Steps after the index need a cache that the model's own forward gets."
+                    f"x: expected {t} tokens per row, as in the index of tasks, got {count}. Pass an index [b, {count}], or "
+                    f"[b] for one task per row. Steps after the index need a cache that the model's own forward gets."
                 )
             return index
         past, own = columns
         if count != own:
             raise ValueError(
-                f"x: expected the {own} tokens per row that the model was called with, got {count}: an index per token does not "
-                f"say which these are. Pass an index [b] of one task per row, or do not adapt this layer."
+                f"x: expected the {own} tokens per row that the model was called with, got {count}: an index per token does "
+                f"not say which these are. Pass an index [b] of one task per row, or do not adapt this layer."
             )
         return index[:, (torch.arange(count, device=index.device) + past).clamp(max=t - 1)]
 
@@ -373,8 +376,8 @@ def _cached(model: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int] | No
     cache = next(iter(caches.values()))
     if len(caches) > 1 or tokens is None or not hasattr(cache, "get_seq_length"):
         raise ValueError(
-            f"index: expected shape [b] for a call with {len(caches)} {type(cache).__name__}, which does not say how many tokens "
-            f"it holds, got an index per token. Pass one cache with get_seq_length() and the token ids by name."
+            f"index: expected shape [b] for a call with {len(caches)} {type(cache).__name__}, which does not say how many "
+            f"tokens it holds, got an index per token. Pass one cache with get_seq_length() and the token ids by name."
         )
     past = int(cache.get_seq_length())
     if past == 0:  # also of MiniMax's cache after tokens: its first layer keeps no tokens, but a state
@@ -391,11 +394,13 @@ class _Guard:
         self.bank = (lambda: None) if bank is None else weakref.ref(bank)
 
     def __call__(self, layer: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or autograd._graph_task() < 0 or layer in autograd.requests() or self.bank() is None:
+        if torch.compiler.is_compiling() or autograd._graph_task() < 0 or self.bank() is None:
+            return
+        if not autograd.requests().keys().isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values())):
             return
         raise RuntimeError(
-            "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got one "
-            "outside. To train the model's own adapter under checkpointing, remove the bank first (del model.lotr_tasks)."
+            "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got "
+            "one outside. To train the model's own adapter under checkpointing, remove the bank first (del model.lotr_tasks)."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:

@@ -121,8 +121,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         _infinite(), LoTRConfig(rank=2, init="svd"))),
     ("svd on the meta device", "init", lambda: apply_lotr(zoo.net("mlp").to("meta"), LoTRConfig(rank=2, init="svd"))),
     # an adapted model
-    *((f"{name} of a plain model", "model", lambda call=getattr(lotr_ext, name): call(zoo.net("mlp"))) for name in (
-        *("merge", "unmerge", "unload", "trainable_summary", "parameter_groups"),)),
+    *((f"{call.__name__} of a plain model", "model", lambda call=call: call(zoo.net("mlp"))) for call in (
+        lotr_ext.merge, lotr_ext.unmerge, lotr_ext.unload, lotr_ext.trainable_summary, lotr_ext.parameter_groups)),
     ("lotr_parameters of no module", "model", lambda: lotr_ext.lotr_parameters(3)),
     ("disabled of a merged model", "disabled", lambda: lotr_ext.disabled(_merged()).__enter__()),
     ("merge twice", "merge", lambda: lotr_ext.merge(_merged())),
@@ -136,7 +136,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("the gradient of no batches", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), [], lambda m, b: m(b).sum())),
     ("the gradient of a number", "batches", lambda: lotr_ext.init_from_gradient(started("mlp"), 3, lambda m, b: m(b).sum())),
     ("the gradient of no loss", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [1], None)),
-    ("the gradient of a vector", "loss", lambda: lotr_ext.init_from_gradient(started("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b))),
+    ("the gradient of a vector", "loss", lambda: lotr_ext.init_from_gradient(
+        started("mlp"), [zoo.inputs("mlp")], lambda m, b: m(b))),
     ("the gradient of a constant", "loss", lambda: lotr_ext.init_from_gradient(
         started("mlp"), [zoo.inputs("mlp")], lambda m, b: b.sum())),
     ("the gradient at other cores", "core", lambda: lotr_ext.init_from_gradient(
@@ -178,7 +179,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("load into other layers", "layers", lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense")),
     ("load another rank", "rank", lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense")),
     ("load other modules_to_save", "modules_to_save", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
-    ("load another dtype", "value", lambda: load_adapter(
+    ("load another dtype", "A", lambda: load_adapter(
         trained("mlp", rank=2, modules_to_save=["head"], adapter_dtype="bfloat16"), FOLDER / "dense")),
     ("load into a merged model", "load_adapter", lambda: load_adapter(
         lotr_ext.merge(trained("mlp", rank=2, modules_to_save=["head"])), FOLDER / "dense")),

@@ -146,7 +146,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
         "shrink_grad_": [(acc(N, R), t(M, N), t(N, R), t(M, R))],
         "fold": [(t(N, Q), t(2, R, Q), 0.7, dtype)],
         "fold_grad": [(acc(2, N, R), t(N, Q), t(2, R, Q), 0.7, acc(N, Q)), (acc(1, N, R), t(N, Q), t(1, R, Q), 0.7, None)],
-        "expand": [(t(M, N), t(M, R), t(N, R)), (t(3, 2, N).transpose(0, 1), t(M, R), t(N, R))],
+        "expand": [(t(M, N), t(M, R), t(N, R)), (t(3, 2, N), t(M, R), t(N, R))],
         "layer_forward": [
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
             (*layer, None, t(N, Q), t(R, Q), 0.7, BETA, t(M, R), None, 0.0, None),

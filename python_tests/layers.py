@@ -154,7 +154,11 @@ class Side:
         self.net, self.exact = net, exact
         self.x = x.detach().to(torch.float64 if exact else x.dtype, copy=True).requires_grad_(trains_x)
         own = dict(net.named_parameters())
-        self.values = {n: p.detach().to(torch.float64, copy=True).requires_grad_(p.requires_grad) for n, p in own.items()} if exact else own
+        self.values = (
+            {n: p.detach().to(torch.float64, copy=True).requires_grad_(p.requires_grad) for n, p in own.items()}
+            if exact
+            else own
+        )
         self.leaves = {n: p for n, p in self.values.items() if p.requires_grad}
 
     @property

@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 # Models that pages load from the Hub, and the folders in which examples/data.py puts them: no test needs a network.
 LOCAL = {"sentence-transformers/all-MiniLM-L6-v2": "data/all-minilm-l6-v2"}
-PROGRAMS = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"], "gpu": ["-m", "bench.gpu"]}  # of make's ARGS
+PROGRAMS = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench.layer"], "gpu": ["-m", "bench.gpu"]}  # of make's ARGS
 
 
 def page_name(page: Path) -> str:

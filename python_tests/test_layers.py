@@ -1,6 +1,6 @@
 """LAYERS: kind of layer x form of its node x context, against float64 autograd of the formula (`layers.py`).
 
-A context takes a Side and returns tensors: outputs and gradients. It runs on the layers and on the truth, and the two must agree.
+A context takes a Side and returns tensors: outputs and gradients. It runs on the layers and on the truth; the two must agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import HALVES, relative, sums_dtype, worst
+from helpers import HALVES, copy64, relative, sums_dtype, worst
 from layers import KINDS, SCALING, K, Net, Side, again, inputs, sides
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -281,8 +281,13 @@ def agree(net: Net, context: Callable[[Side], Found], x: Tensor, close: float = 
     assert error < close, f"{error:.1e}"
 
 
+ONE_FORM = {"wrapped", "trained base", "rows", "rows of siblings", "rows, wrapped"}  # these always run Shrink
+FORMS = [(kind, form) for kind in KINDS for form in ("alone", "folded", "shared") if form == "shared" or kind not in ONE_FORM]
+each_form = pytest.mark.parametrize("kind, form", FORMS, indirect=["form"])
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("kind", KINDS)
+@each_form
 def test_contexts(kind: str, context: str, form: str) -> None:
     agree(Net(kind), CONTEXTS[context], inputs(6), 1e-6 if context == "in_threads" else CLOSE[torch.float64])
 
@@ -296,7 +301,7 @@ def test_trained_parts(trained: set[str], trains_x: bool, form: str) -> None:
     """Every combination of trained A, B, cores, base weights and x: each gradient alone, then twice."""
     if not trained and not trains_x:
         return
-    for kind in ("linear", "siblings", "wrapped"):
+    for kind in ("linear", "siblings", "wrapped")[: 3 if form == "shared" else 2]:
         net = Net(kind)
         for name, p in net.named_parameters():
             part = name.split(".")[-2] if "factors" in name else "core" if name.endswith("core") else "base"
@@ -334,7 +339,7 @@ DTYPES = [(t, t) for t in (torch.float32, *HALVES)] + [(t, torch.float32) for t 
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
-@pytest.mark.parametrize("kind", KINDS)
+@each_form
 def test_dtypes(kind: str, dtype: torch.dtype, factors: torch.dtype, form: str) -> None:
     """x's dtype, and the adapter's: gradients have their parameters' dtypes."""
     net, x = Net(kind, dtype, factors), inputs(60, dtype=dtype)
@@ -358,6 +363,12 @@ def test_autocast(kind: str, form: str) -> None:
         y = ours()
         found = [y, *ours.grad(loss(y.float()))]
     assert worst(found, once(truth)) < CLOSE[torch.bfloat16]
+    net = Net(kind)
+    with net.request():
+        want = net(inputs(6))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(inputs(6))
+    assert y.dtype == torch.float64 and torch.equal(y, want)  # which autocast does not cast
 
 
 def test_float16_does_not_overflow_where_the_result_does_not() -> None:
@@ -374,11 +385,11 @@ def test_float16_does_not_overflow_where_the_result_does_not() -> None:
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
-GRAPH_KINDS = ("linear", "siblings", "again", "two Bs", "wrapped", "function", "trained base", "rows")
+GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
 
 
 @pytest.mark.parametrize("kind", GRAPH_KINDS)
-def test_compile(kind: str, form: str) -> None:
+def test_compile(kind: str) -> None:
     """One graph, with our operators, forward and backward; no recompilation for another number of tokens."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -386,9 +397,11 @@ def test_compile(kind: str, form: str) -> None:
     net = Net(kind)
     compiled = copy.copy(net)
     compiled.forward = torch.compile(net.forward, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (6, 18, 12):
+    for tokens in (12, 18):
         for context in (once, no_grad_first):
-            assert worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+            assert (
+                worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+            )
     assert counters["stats"]["unique_graphs"] <= 3  # with a graph, without, and the first of static sizes
 
 
@@ -450,6 +463,19 @@ def test_export() -> None:
         net = Net(kind)
         program = torch.export.export(net, (inputs(6),))
         assert "lotr" not in str(program.graph) and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["siblings", "conv1d", "wrapped"])
+def test_onnx(kind: str) -> None:
+    """An exported file computes the same in onnx's own evaluator."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    net, file, x = Net(kind, torch.float32).eval(), io.BytesIO(), inputs(6, dtype=torch.float32)
+    torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
+    (y,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})
+    assert relative(torch.from_numpy(y), net(x)) < 1e-5
 
 
 def test_inductor() -> None:
@@ -551,6 +577,24 @@ def test_a_frozen_A_keeps_no_x(shared: None) -> None:
     gc.collect()
     assert alive() is None
     y.sum().backward()
+
+
+def test_partial_backwards_leave_nothing(form: str) -> None:
+    """A backward that asks for some gradients must not begin sums for nodes that it does not reach: nothing would end them."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    net, x = Net("siblings"), inputs(6).requires_grad_()
+    y = net(x)
+    wanted = [[x], [net.layers[0].core], [net.layers[0].factors.A.value], [net.layers[0].factors.B.value]]
+    counts = []
+    for _ in range(3):
+        for of in wanted:
+            torch.autograd.grad(y.sum(), of, retain_graph=True)
+        counts.append(tensors())
+    assert counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("kind", ["siblings", "trained base", "rows"])
@@ -719,13 +763,14 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
     net = Net(kind, dtype)
     layer, x = net.layers[0], inputs(6, dtype=dtype)
-    A, B, G, W = (t.detach().double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
+    A, B, G, W = map(copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
     delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
     assert relative(layer.delta_weight(), delta) < 1e-6
     plain = layer.to_linear()
     layer.merge()
     ulp = torch.finfo(dtype).eps * (W + delta).abs()
-    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + 1e-7 * (dtype == torch.float32)).all())
+    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
+    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
     assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
     assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
     with pytest.raises(RuntimeError, match="unmerge"):
@@ -744,8 +789,7 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
 
 def test_merge_that_is_not_finite_changes_nothing() -> None:
     layer = Net("linear", torch.float16).layers[0]
-    with torch.no_grad():
-        layer.core.fill_(6e4)
+    layer.scaling = 1e6
     before = layer.weight.clone()
     with pytest.raises(ValueError, match="finite"):
         layer.merge(safe=True)

@@ -150,7 +150,8 @@ def test_half_precision_model_with_float32_adapter(name: str) -> None:
     model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
     assert {p.dtype for p in lotr_parameters(model)} == {torch.float32}
     want = zoo.output(trained(name), zoo.inputs(name))
-    assert relative(zoo.output(model, x), want) < 0.1
+    bound = 0.5 if name == "mixture" else 0.1  # rounding routes some tokens to other experts
+    assert relative(zoo.output(model, x), want) < bound
     zoo.output(model, x).float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lotr_parameters(model))
 
@@ -236,7 +237,11 @@ SELECTED = [
     ("mlp", {}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]),
     ("mlp", {"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
     ("mlp", {"target_modules": ["0.up", "head"]}, ["blocks.0.up", "head"]),
-    ("mlp", {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]}, ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+    (
+        "mlp",
+        {"target_modules": r".*\.(up|down)", "exclude_modules": ["0.up"]},
+        ["blocks.0.down", "blocks.1.up", "blocks.1.down"],
+    ),
     ("mlp", {"exclude_modules": r"blocks\..*"}, ["head"]),
     ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
     ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
@@ -453,6 +458,69 @@ def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
         apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "counts"),
+    [
+        ("base", 12, {1: 1560, 2: 3168, 4: 6528, 8: 13824, 16: 30720, 32: 73728, 40: 99840, 80: 276480, 88: 321024}),
+        ("large", 24, {64: 327680}),
+    ],
+)
+def test_counts_of_the_paper_on_a_model_without_memory(size: str, layers: int, counts: dict[int, int]) -> None:
+    """RoBERTa, query and value: S r^2 + 2 r d numbers."""
+    from transformers import RobertaConfig, RobertaModel
+
+    width = 768 if size == "base" else 1024
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64, "vocab_size": 50265}
+    for rank, count in counts.items():
+        with torch.device("meta"):
+            model = RobertaModel(RobertaConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
+        apply_lotr(model, LoTRConfig(rank=rank, target_modules=["query", "value"]))
+        assert trainable_summary(model).adapter == count
+        assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_changed_weight_makes_an_older_backward_raise() -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp")
+    y = zoo.output(model, x)
+    merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_another_default_device_changes_nothing() -> None:
+    model, x = zoo.net("mlp"), zoo.inputs("mlp")
+    with torch.device("meta"):
+        moved_model = apply_lotr(model, config("mlp"))
+        lotr_ext.init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
+        lotr_ext.TaskBank(model, 2).add()
+        with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0], device="cpu")):
+            assert model(x).device.type == "cpu"
+    assert all(p.device.type == "cpu" for p in moved_model.parameters())
+
+
+def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path) -> None:
+    """accelerate keeps the weights on the meta device between two forwards."""
+    from accelerate import cpu_offload
+
+    want, x = trained("llama"), zoo.inputs("llama")
+    model = zoo.net("llama")
+    cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    moved(apply_lotr(model, config("llama")))
+    assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
+    assert relative(zoo.output(model, x), zoo.output(want, x)) < 1e-6
+    zoo.output(model, x).square().sum().backward()
+    zoo.output(want, x).square().sum().backward()
+    assert worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)]) < 1e-5
+    with refused("merge", RuntimeError):
+        merge(model)
+    lotr_ext.save_adapter(model, tmp_path)
+    assert torch.equal(zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x))
+    offloaded = zoo.net("llama")
+    cpu_offload(offloaded, torch.device("cpu"))
+    assert relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x)) < 1e-6
+
+
 class Idle(nn.Module):
     """One of three layers is read and never called, as some models do."""
 
@@ -493,18 +561,20 @@ def test_one_warning_for_a_rank_above_the_width() -> None:
 def test_explain_says_what_runs_and_why() -> None:
     model, x = trained("mlp"), zoo.inputs("mlp")
     lines = explain(model, x).splitlines()
-    assert lines == [f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")]
+    assert lines == [
+        f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in explain(model, x)
     with disabled(model):
         assert explain(model, x).count("disabled") == 2
-    assert "PyTorch's own products" in explain(model.double(), zoo.inputs("mlp").double()).replace("A is", "") or True
     merge(model)
-    assert explain(model, zoo.inputs("mlp").double()).count("merged") == 2
+    assert explain(model, x).count("merged") == 2
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
-    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, {"input_ids": zoo.inputs("bert")})
+    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
+    assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 
 # ---- LoTRConfig -------------------------------------------------------------------------------------------------------
@@ -556,11 +626,7 @@ def test_a_refused_model_is_unchanged(settings: dict) -> None:
 
 
 def test_messages_help_with_wrong_names() -> None:
-    for targets, hint in (
-        (["quary"], "'query'"),
-        (["to_qkv"], "dense, key, query, value"),
-        (["all_linear"], None),
-    ):
+    for targets, hint in ((["quary"], "'query'"), (["to_qkv"], "dense, key, query, value"), (["all_linear"], None)):
         with pytest.raises(ValueError) as raised:
             apply_lotr(zoo.net("bert"), LoTRConfig(target_modules=targets))
         assert hint is None or hint in str(raised.value), raised.value

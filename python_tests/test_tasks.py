@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
+from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
 from lotr_ext.model import adapted_layers
 
 INDEX = torch.tensor([2, -1, 0, 2])
@@ -229,7 +229,15 @@ def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
 def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    sizes = {
+        "vocab_size": 20,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
     model = apply_lotr(T5ForConditionalGeneration(T5Config(**sizes)), LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
     ids = torch.randint(1, 20, (2, 3))
@@ -245,7 +253,9 @@ def test_columns_under_checkpoints_need_one_cache_a_context() -> None:
 
     index = torch.zeros(2, 5, dtype=torch.long)
     with use_tasks(model, index):
-        one = checkpoint(lambda a: model(x, use_cache=False).logits + a, torch.zeros((), requires_grad=True), use_reentrant=False)
+        one = checkpoint(
+            lambda a: model(x, use_cache=False).logits + a, torch.zeros((), requires_grad=True), use_reentrant=False
+        )
         one.sum().backward()
         two = checkpoint(lambda a: model.model.layers[0].self_attn.q_proj(torch.ones(2, 5, 16)) + a,
                          torch.zeros((), requires_grad=True), use_reentrant=False)  # fmt: skip
@@ -332,7 +342,7 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="free slot"):
         bank.add()
     bank.save(1, tmp_path / "one.safetensors")
-    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == {n: (3, 3) for n in own}
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == dict.fromkeys(own, (3, 3))
     bank.remove(1)
     assert len(bank) == 1 and not any(bool(core[1].any()) for core in bank.cores)
     bank.replace(0, tmp_path / "one.safetensors")
@@ -390,7 +400,10 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="source: expected a safetensors file"):
         again.lotr_tasks.add(path)
-    for value, kind in ((torch.zeros(3, 3, dtype=torch.int64), TypeError), (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError)):
+    for value, kind in (
+        (torch.zeros(3, 3, dtype=torch.int64), TypeError),
+        (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError),
+    ):
         with pytest.raises(kind, match="core: expected"):
             again.lotr_tasks.add(dict.fromkeys(tensors, value))
 
@@ -412,6 +425,27 @@ def test_the_bank_is_part_of_the_model() -> None:
         pass
     unload(model)
     assert not hasattr(model, "lotr_tasks") and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_batch_may_be_empty() -> None:
+    model = banked("mlp")
+    with use_tasks(model, INDEX[:0]):
+        assert model(torch.randn(0, 5, 16)).shape == (0, 5, 3)
+
+
+def test_a_task_s_file_fits_whatever_the_order_of_the_groups(tmp_path: Path) -> None:
+    """The checksum is of the factors by the names of their groups."""
+    models = [trained("mlp", scaling=1.0) for _ in range(2)]
+    with torch.no_grad():
+        for layer in adapted_layers(models[1]).values():
+            layer.factors.A.value.copy_(adapted_layers(models[0])[
+                "blocks.0.up" if layer.in_features == 16 else "blocks.0.down"].factors.A.value)  # fmt: skip
+    models[1].blocks = nn.ModuleList(nn.ModuleDict(dict(reversed(block.items()))) for block in models[1].blocks)
+    banks = [TaskBank(model, 1) for model in models]
+    assert banks[0]._layers != banks[1]._layers
+    banks[0].add()
+    banks[0].save(0, tmp_path / "task.safetensors")
+    banks[1].add(tmp_path / "task.safetensors")
 
 
 def test_a_layer_that_was_rescaled_is_refused() -> None:

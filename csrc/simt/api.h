@@ -106,7 +106,6 @@ void clear_arrays();
 // Zero pages that take memory only when touched: for arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc
 void unmap_sparse(void* p, size_t bytes);
-size_t resident_bytes(const void* p, size_t bytes);
 
 // The coverage build: writes the line counts of this process now (they are written at exit anyway).
 void write_coverage();

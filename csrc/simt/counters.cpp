@@ -302,19 +302,6 @@ void unmap_sparse(void* p, size_t bytes) {
   munmap(p, bytes);
 }
 
-size_t resident_bytes(const void* p, size_t bytes) {
-  const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page, step = 1 << 20;
-  std::vector<unsigned char> in_core(step);
-  size_t count = 0;
-  for (size_t i = 0; i < pages; i += step) {
-    const size_t n = std::min(step, pages - i);
-    if (mincore(static_cast<char*>(const_cast<void*>(p)) + i * page, n * page, in_core.data()))
-      throw std::bad_alloc();
-    for (size_t k = 0; k < n; ++k) count += in_core[k] & 1;
-  }
-  return count * page;
-}
-
 void write_coverage() {
 #if LOTR_SIMT_COVERAGE
   __gcov_dump();

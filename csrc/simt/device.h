@@ -59,9 +59,6 @@ void cp_async_wait(int keep, Site site);
 
 void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site);
-void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
-uint32_t to_tf32(float x);
-
 void sync_threads(Site site);
 void sync_warp(uint32_t mask, Site site);
 void barrier_sync(int id, int threads, Site site);

@@ -1,5 +1,5 @@
 // ldmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
-// and of the fragments of m16n8k16 (16-bit types) and m16n8k8 (tf32).
+// and of the fragments of m16n8k16.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -72,39 +72,19 @@ float from_fp16(uint32_t half) {
   return f;
 }
 
-float from_tf32(uint32_t word) {
-  word &= 0xffffe000u;  // the instruction ignores the low 13 bits
-  float f;
-  memcpy(&f, &word, 4);
-  return f;
-}
-
 struct Fragments {
   float* d;
   const uint32_t *a, *b;
 };
 
 // Sums in float along k; the hardware's own order and truncation are not specified.
-template <int K>
-void multiply_add(Fragments* const* f, const float (&A)[16][K], const float (&B)[K][8]) {
-  float D[16][8];
+template <float (*Convert)(uint32_t)>
+void multiply(Warp& warp, uint32_t, void*) {
+  float A[16][16], B[16][8], D[16][8];
+  Fragments* f[32];
   const auto of_lane = [&](int lane, int e) -> float& {
     return D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
   };
-  for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < 4; ++e) of_lane(lane, e) = f[lane]->d[e];
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < K; ++k)
-      for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
-  for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < 4; ++e) f[lane]->d[e] = of_lane(lane, e);
-  ++totals.mma;
-}
-
-template <float (*Convert)(uint32_t)>
-void multiply_half(Warp& warp, uint32_t, void*) {
-  float A[16][16], B[16][8];
-  Fragments* f[32];
   for (int lane = 0; lane < 32; ++lane) {
     f[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
     const int g = lane / 4, q = 2 * (lane % 4);
@@ -117,36 +97,19 @@ void multiply_half(Warp& warp, uint32_t, void*) {
       B[q + h][g] = half(f[lane]->b[0]);
       B[q + 8 + h][g] = half(f[lane]->b[1]);
     }
+    for (int e = 0; e < 4; ++e) of_lane(lane, e) = f[lane]->d[e];
   }
-  multiply_add(f, A, B);
-}
-
-void multiply_tf32(Warp& warp, uint32_t, void*) {
-  float A[16][8], B[8][8];
-  Fragments* f[32];
-  for (int lane = 0; lane < 32; ++lane) {
-    f[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
-    const int g = lane / 4, q = lane % 4;
-    A[g][q] = from_tf32(f[lane]->a[0]);
-    A[g + 8][q] = from_tf32(f[lane]->a[1]);
-    A[g][q + 4] = from_tf32(f[lane]->a[2]);
-    A[g + 8][q + 4] = from_tf32(f[lane]->a[3]);
-    B[q][g] = from_tf32(f[lane]->b[0]);
-    B[q + 4][g] = from_tf32(f[lane]->b[1]);
-  }
-  multiply_add(f, A, B);
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) f[lane]->d[e] = of_lane(lane, e);
+  ++totals.mma;
 }
 
 void check_whole_warp(const char* op, Site site) {
   if (self().warp->present != WARP)
     fail("%s at %s:%d: the warp has fewer than 32 threads", op, site.file, site.line);
-}
-
-void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  race::ExecutorScope scope;
-  check_whole_warp(op, site);
-  Fragments f{d, a, b};
-  warp_collective(op, WARP, site, &f, leader, nullptr, false);
 }
 
 }  // namespace
@@ -173,21 +136,11 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site) {
-  if (is_bf16)
-    mma("mma.m16n8k16.bf16", multiply_half<from_bf16>, d, a, b, site);
-  else
-    mma("mma.m16n8k16.f16", multiply_half<from_fp16>, d, a, b, site);
-}
-void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  mma("mma.m16n8k8.tf32", multiply_tf32, d, a, b, site);
-}
-
-// To nearest, ties away from zero: add half of the last kept place to the magnitude.
-uint32_t to_tf32(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;  // infinity and NaN stay
-  return (bits + 0x1000u) & 0xffffe000u;
+  race::ExecutorScope scope;
+  const char* op = is_bf16 ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16";
+  check_whole_warp(op, site);
+  Fragments f{d, a, b};
+  warp_collective(op, WARP, site, &f, is_bf16 ? multiply<from_bf16> : multiply<from_fp16>, nullptr, false);
 }
 
 }  // namespace lotr::simt

@@ -1,5 +1,5 @@
-// The adapter's product inside the base product (cuda/sm90/gemm_lotr.h), for sm_90a: in a layer whose strategy
-// is FUSED (layer.h), and as an operator for tests and benchmarks.
+// The adapter's product inside the base product (cuda/sm90/gemm_lotr.h), for sm_90a: in a layer whose
+// strategy is FUSED (layer.h), and as an operator for tests and benchmarks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -56,8 +56,8 @@ struct Problem {
   void run(const Step& step) {
     for (float& v : u) v = NAN;
     const dim3 grid((M + step.tokens - 1) / step.tokens);
-    lotr::ptx::launch({grid, dim3(step.threads), step.shared, nullptr, dim3(1, 1, 1), step.name}, step.kernel,
-                      steps::Params{x.data(), A.data(), u.data(), M, K});
+    lotr::simt::launch({step.name, grid, dim3(unsigned(step.threads)), dim3(1, 1, 1), step.shared, false},
+                       step.kernel, steps::Params{x.data(), A.data(), u.data(), M, K});
   }
   bool right() {
     for (int m = 0; m < M; ++m)

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256) wide(const Params p) {
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < R; ++j) {
-    for (int mask = 16; mask > 0; mask /= 2) sum[j] += ptx::shfl_xor(sum[j], mask);
+    for (int mask = 16; mask > 0; mask /= 2) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], mask);
     if (lane == j) ptx::store(p.u + size_t(m) * R + j, sum[j]);
   }
 }

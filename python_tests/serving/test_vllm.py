@@ -17,9 +17,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr, mixed
-from lotr_ext.interop import export_lora
-from lotr_ext.interop.vllm import export_factors, export_task
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
+from lotr_ext.convert import export_lora
+from lotr_ext.vllm import export_factors, export_task
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python"))
@@ -66,7 +66,7 @@ def base(kind: str, folder: Path, **sizes) -> nn.Module:
 
 def banked(kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = None, **settings) -> nn.Module:
     """The model with a bank of random tasks; its factors and tasks are exported."""
-    options = {"rank": (3, 5), "alpha": 6.0, "target_modules": "all-linear", "group_by": "width", **settings}
+    options = {"rank": (3, 5), "scaling": 7.5, "target_modules": "all-linear", "group_by": "width", **settings}
     model = apply_lotr(base(kind, folder, **(sizes or {})), LoTRConfig(**options))
     bank = TaskBank(model, tasks)
     for i in range(tasks):
@@ -82,7 +82,7 @@ def banked(kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = N
 @torch.no_grad()
 def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
     """The package's own tokens of row i with task tasks[i], -1 for the base model."""
-    with mixed(model, torch.tensor(tasks)):
+    with use_tasks(model, torch.tensor(tasks)):
         rows = IDS[: len(tasks)]
         found = model.generate(
             rows, attention_mask=torch.ones_like(rows), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0

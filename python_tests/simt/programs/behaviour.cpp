@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/ptx/sm90.cuh"
+#include "cuda/ptx/sm80.cuh"
+#include "cuda/sm90/ptx.cuh"
 #include "simt/api.h"
 
 namespace {
@@ -16,38 +17,27 @@ struct Smem {
   uint32_t word;
 };
 
-// The order in which threads write down their number.
+// The order in which threads write down their number: one runs at a time, so a plain counter will do.
 struct Trace {
-  int32_t* next;
+  int* next;
   int* threads;
 };
 __global__ void trace(Trace p) {
-  const int at = ptx::atomic_add(p.next, 1);
-  ptx::store(p.threads + at, int(blockIdx.x * blockDim.x + threadIdx.x));
+  p.threads[(*p.next)++] = int(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
+// One launch without clusters.
+template <auto KERNEL, class... Args>
+void launch(unsigned blocks, unsigned threads, size_t shared, const char* name, Args&&... args) {
+  ptx::launch<KERNEL>({dim3(blocks), dim3(threads), shared, nullptr, dim3(1, 1, 1), name}, args...);
 }
 
 void schedule() {
-  int32_t next = 0;
+  int next = 0;
   std::vector<int> threads(3 * 64, -1);
-  ptx::launch({dim3(3), dim3(64), 0, nullptr, dim3(1, 1, 1), "trace"}, trace, Trace{&next, threads.data()});
+  launch<trace>(3, 64, 0, "trace", Trace{&next, threads.data()});
   for (int t : threads) printf("%d ", t);
   printf("\n");
-}
-
-// The same in a cooperative launch, and whether that found room for 3 blocks and for 2.
-void cooperative() {
-  int32_t next = 0;
-  std::vector<int> threads(3 * 64, -1);
-  auto options = simt::options();
-  for (uint64_t room : {2, 3}) {
-    options.room = room;
-    simt::set_options(options);
-    const ptx::LaunchArgs args{dim3(3), dim3(64), 0, nullptr, dim3(1, 1, 1), "trace", false, true};
-    const bool launched = ptx::launch(args, trace, Trace{&next, threads.data()});
-    printf("%d %d\n", launched, int(next));
-  }
-  for (int t : threads) printf("%d ", t);
-  printf("\n%d %d\n", int(simt::counters().launches.size()), simt::counters().launches.back().cooperative);
 }
 
 __global__ void poison(float* out) {
@@ -59,15 +49,17 @@ __global__ void poison(float* out) {
 
 void shared_starts_as_nan() {
   std::vector<float> out(128);
-  ptx::launch({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "poison"}, poison, out.data());
+  launch<poison>(3, 128, sizeof(Smem), "poison", out.data());
   int nans = 0;
   for (float v : out) nans += std::isnan(v);
   printf("%d\n", nans);
 }
 
 __global__ void reaches_too_early() {
-  auto& word = ptx::shared_storage<int32_t>();
-  ptx::store_cluster(&word, 1 - ptx::cluster_rank(), 1);  // REMOTE LINE
+  auto& s = ptx::shared_storage<uint64_t>();
+  ptx::mbarrier_init(&s, 1);
+  ptx::fence_mbarrier_init();
+  ptx::mbarrier_arrive_cluster(&s, 1 - blockIdx.x);  // REMOTE LINE
 }
 
 __global__ void mbarrier(uint32_t arrivals, uint32_t bytes) {
@@ -97,7 +89,7 @@ void copies_land_at_the_wait() {
   alignas(16) float x[128];
   float out[64];
   for (float& v : x) v = 7.f;
-  ptx::launch({dim3(1), dim3(32), sizeof(Smem), nullptr, dim3(1, 1, 1), "copies"}, copy_in_flight, x, out);
+  launch<copy_in_flight>(1, 32, sizeof(Smem), "copies", x, out);
   printf("%g %g\n", double(out[0]), double(out[32]));
 }
 
@@ -110,29 +102,26 @@ __global__ void far(float* x, int64_t step) {
 void sparse() {
   const int64_t elements = int64_t(3) << 31, bytes = elements * 4;
   auto* x = static_cast<float*>(simt::map_sparse(size_t(bytes)));
-  ptx::launch({dim3(7), dim3(32), 0, nullptr, dim3(1, 1, 1), "far"}, far, x, elements / 7);
+  launch<far>(7, 32, 0, "far", x, elements / 7);
   double sum = 0;
   for (int64_t i = 0; i < 7; ++i) sum += x[elements / 7 * i];
-  printf("%g %d\n", sum, simt::resident_bytes(x, size_t(bytes)) < (1u << 20));
+  printf("%g\n", sum);
   simt::unmap_sparse(x, size_t(bytes));
 }
 
-__global__ void trapped() {
-  if (threadIdx.x == 5) ptx::trap("r is 300, expected at most 256");  // TRAP LINE
-}
 __global__ void throws() {
   throw std::runtime_error("from a kernel");
 }
 __global__ void nothing() {}
 
 void many_blocks() {
-  ptx::launch({dim3(4000, 2), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "nothing"}, nothing);
+  launch<nothing>(8000, 128, sizeof(Smem), "nothing");
   printf("%lu\n", simt::counters().blocks);
 }
 
 void launches() {
   for (int i = 0; i < 2; ++i)
-    ptx::launch({dim3(2, 3), dim3(32, 2), 64, nullptr, dim3(1, 1, 1), i ? "second" : "first"}, nothing);
+    ptx::launch<nothing>({dim3(2, 3), dim3(32, 2), 64, nullptr, dim3(1, 1, 1), i ? "second" : "first"});
   for (const simt::LaunchRecord& l : simt::counters().launches)
     printf("%s %u %u %u %u %zu\n", l.name.c_str(), l.grid[0], l.grid[1], l.block[0], l.block[1],
            l.shared_bytes);
@@ -140,7 +129,7 @@ void launches() {
 
 // An early launch: a thread may touch global memory, let the next launch begin and end only once it has
 // waited.
-enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES, READS_ONLY };
+enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES };
 __global__ void early(int what, float* x) {
   Smem& s = ptx::shared_storage<Smem>();
   const int t = threadIdx.x;
@@ -155,14 +144,12 @@ __global__ void early(int what, float* x) {
   if (what == LEAVES && t == 100) return;
   ptx::griddepcontrol_wait();
   if (blockIdx.x) ptx::griddepcontrol_launch_dependents();
-  if (what == READS_ONLY && t == 7) ptx::store_shared(&s.f[t], ptx::load_nc(x + 200));  // EARLY READ
   ptx::store(x + t, ptx::load(x + t) + 1.f);
 }
 
 void early_launch(int what, bool is_early) {
   std::vector<float> x(256);
-  ptx::launch({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, early, what,
-              x.data());
+  ptx::launch<early>({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, what, x.data());
   const simt::LaunchRecord& l = simt::counters().launches[0];
   printf("%g %d %lu\n", double(x[127]), l.early, l.let_next);
 }
@@ -188,8 +175,7 @@ void skip(int line) {
     simt::Options options;
     options.order = order;
     simt::set_options(options);
-    ptx::launch({dim3(1), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "tree"}, needs_barriers,
-                out.data());
+    launch<needs_barriers>(1, 128, sizeof(Smem), "tree", out.data());
     for (float v : out) right = right && v == 127.f;
   }
   printf("%s\n", right ? "right" : "wrong");
@@ -201,38 +187,26 @@ void skip(int line) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  const auto one = [](void (*kernel)(), unsigned threads, const char* name) {
-    ptx::launch({dim3(1), dim3(threads), 0, nullptr, dim3(1, 1, 1), name}, kernel);
-  };
   try {
     simt::set_options(simt::options_from_environment());
     if (what == "schedule") schedule();
     if (what == "poison") shared_starts_as_nan();
-    if (what == "deadlock") one(deadlock, 128, "half");
+    if (what == "deadlock") launch<deadlock>(1, 128, 0, "half");
     if (what == "copies") copies_land_at_the_wait();
     if (what == "sparse") sparse();
-    if (what == "trap") one(trapped, 32, "trapped");
-    if (what == "throw") one(throws, 32, "throws");
+    if (what == "throw") launch<throws>(1, 32, 0, "throws");
     if (what == "again") {  // a failed launch leaves nothing behind
       try {
-        one(deadlock, 128, "half");
+        launch<deadlock>(1, 128, 0, "half");
       } catch (const simt::Error&) {
       }
       schedule();
     }
-    if (what == "no_grid") ptx::launch({dim3(0), dim3(32), 0, nullptr, dim3(1, 1, 1), "empty"}, nothing);
-    if (what == "crowd") ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd"}, nothing);
-    if (what == "cooperative") cooperative();
-    if (what == "cooperative crowd")
-      ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd", false, true}, nothing);
-    if (what == "shared") ptx::launch({dim3(1), dim3(32), 300000, nullptr, dim3(1, 1, 1), "large"}, nothing);
-    if (what == "cluster") ptx::launch({dim3(16), dim3(32), 0, nullptr, dim3(16), "large"}, nothing);
-    if (what == "early cooperative")
-      ptx::launch({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "both", true, true}, nothing);
-    if (what == "remote") ptx::launch({dim3(2), dim3(32), 4, nullptr, dim3(2), "remote"}, reaches_too_early);
-    if (what == "mbarrier")
-      ptx::launch({dim3(1), dim3(1), 8, nullptr, dim3(1, 1, 1), "mbarrier"}, mbarrier,
-                  uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
+    if (what == "no_grid") launch<nothing>(0, 32, 0, "empty");
+    if (what == "shared") launch<nothing>(1, 32, 300000, "large");
+    if (what == "cluster") ptx::launch<nothing>({dim3(16), dim3(32), 0, nullptr, dim3(16), "large"});
+    if (what == "remote") ptx::launch<reaches_too_early>({dim3(2), dim3(32), 8, nullptr, dim3(2), "remote"});
+    if (what == "mbarrier") launch<mbarrier>(1, 1, 8, "mbarrier", uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
     if (what == "map") ptx::tensor_map_2d(static_cast<const __half*>(nullptr), 0, 64, 64, 64);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();

@@ -6,7 +6,6 @@
 
 #include "cuda/ptx/sm80.cuh"
 #include "simt/api.h"
-#include "warp_sum.cuh"
 
 namespace {
 using namespace lotr;
@@ -17,8 +16,7 @@ struct Smem {
 
 struct Params {
   const float* x;
-  float* y;
-  int32_t* n;
+  float *y, *z;
 };
 
 #define KERNEL(name) __global__ void name([[maybe_unused]] Params p)
@@ -28,7 +26,7 @@ KERNEL(coalesced16) {
   ptx::store(p.y + threadIdx.x, ptx::load(reinterpret_cast<const float4*>(p.x) + threadIdx.x).x);
 }
 KERNEL(strided) {
-  ptx::store(p.y + threadIdx.x, ptx::load_nc(p.x + 8 * threadIdx.x));
+  ptx::store(p.y + threadIdx.x, ptx::load(p.x + 8 * threadIdx.x));
 }
 KERNEL(broadcast) {
   ptx::store(p.y + threadIdx.x, ptx::load(p.x + 3));
@@ -50,10 +48,7 @@ KERNEL(zero_fill) {
 }
 KERNEL(unregistered) {
   LANE;
-  ptx::load(p.n + lane);
-}
-KERNEL(atomics) {
-  ptx::atomic_add(p.n, 1);
+  ptx::load(p.z + lane);
 }
 
 KERNEL(shared_rows) {
@@ -86,34 +81,31 @@ KERNEL(collectives) {
   uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
   for (int i = 0; i < 3; ++i) ptx::mma_m16n8k16<__half>(d, a, b);
-  warp_sum(d[0]);
+  for (int mask = 16; mask > 0; mask /= 2) __shfl_xor_sync(0xffffffffu, d[0], mask);
 }
 
-void run(const char* name, void (*kernel)(Params), unsigned threads, unsigned blocks = 1) {
-  alignas(32) static float x[4096], y[4096];
-  alignas(32) static int32_t n[4096];
-  n[0] = 0;
+KERNEL(plain_access) {
+  p.y[threadIdx.x] = p.x[threadIdx.x];
+}
+
+template <auto KERNEL>
+void run(const char* name, unsigned threads, unsigned blocks = 1) {
+  alignas(32) static float x[4096], y[4096], z[4096];
   simt::clear_arrays();
   simt::register_array("x", x, sizeof x);
   simt::register_array("y", y, sizeof y);
   simt::reset_counters();
-  ptx::launch({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name}, kernel,
-              Params{x, y, n});
+  ptx::launch<KERNEL>({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name}, Params{x, y, z});
   const simt::Counters c = simt::counters();
   printf("{\"kernel\": \"%s\"", c.launches.at(0).name.c_str());
   for (const simt::Traffic& a : c.arrays)
-    printf(", \"%s\": [%lu, %lu, %lu, %lu, %lu]", a.name.c_str(), a.read_bytes, a.read_sectors,
-           a.written_bytes, a.written_sectors, a.atomics);
+    printf(", \"%s\": [%lu, %lu, %lu, %lu]", a.name.c_str(), a.read_bytes, a.read_sectors, a.written_bytes,
+           a.written_sectors);
   printf(
       ", \"shared\": [%lu, %lu], \"barriers\": %lu, \"mma\": %lu, \"ldmatrix\": %lu, \"collectives\": %lu, "
-      "\"blocks\": %lu, \"threads\": %lu, \"async_copies\": %lu, \"launches\": %zu, \"n\": %d, "
-      "\"unwrapped\": %lu}\n",
+      "\"blocks\": %lu, \"threads\": %lu, \"async_copies\": %lu, \"launches\": %zu, \"unwrapped\": %lu}\n",
       c.shared_phases, c.shared_wavefronts, c.barriers, c.mma, c.ldmatrix, c.warp_collectives, c.blocks,
-      c.threads, c.async_copies, c.launches.size(), n[0], c.arrays.at(0).unwrapped);
-}
-
-__global__ void plain_access(Params p) {
-  p.y[threadIdx.x] = p.x[threadIdx.x];
+      c.threads, c.async_copies, c.launches.size(), c.arrays.at(0).unwrapped);
 }
 
 }  // namespace
@@ -122,7 +114,7 @@ int main() {
   simt::Options options = simt::options_from_environment();
   options.count_memory = true;
   simt::set_options(options);
-#define RUN(kernel, ...) run(#kernel, kernel, __VA_ARGS__)
+#define RUN(kernel, ...) run<kernel>(#kernel, __VA_ARGS__)
   RUN(coalesced16, 64);
   RUN(strided, 32);
   RUN(broadcast, 32);
@@ -130,7 +122,6 @@ int main() {
   RUN(half_the_lanes, 32);
   RUN(zero_fill, 32);
   RUN(unregistered, 32);
-  RUN(atomics, 40, 3);
   RUN(shared_rows, 32);
   RUN(shared_columns, 32);
   RUN(ldmatrix_rows, 32);

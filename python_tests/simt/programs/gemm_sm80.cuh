@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(THREADS) kernel(Params p) {
 inline void run(const Params& p, ptx::stream_t stream = nullptr) {
   const dim3 grid((p.N + BN - 1) / BN, (p.M + BM - 1) / BM);
   const size_t smem = p.bug == shared_too_small ? sizeof(Smem) / 2 : sizeof(Smem);
-  ptx::launch({grid, dim3(THREADS), smem, stream, dim3(1, 1, 1), "gemm_sm80"}, kernel, p);
+  ptx::launch<kernel>({grid, dim3(THREADS), smem, stream, dim3(1, 1, 1), "gemm_sm80"}, p);
 }
 
 }  // namespace gemm80

@@ -1,0 +1,354 @@
+"""BAD: argument x bad value, in every entry point that has the argument.
+
+Each row is (id, the argument that the message names, a call that must be refused): by an error of a plain type that says what
+was expected and what was found, before anything changes. Files bad_*.py beside this one have the rows of other files.
+The operators' arguments need no rows: a walk over their schemas makes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, OPERATORS, SCHEMAS, arguments, operator, refused
+from torch import Tensor, nn
+
+from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, lotr_linear
+from lotr_ext.init import fill_core_, fill_factor_
+
+Row = tuple[str, str, Callable[[], object]]
+NAN, HUGE = math.nan, 10**400  # beyond any float
+
+
+def call(**changed: object) -> Callable[[], object]:
+    """lotr_linear with some arguments replaced."""
+    given = {"x": torch.randn(5, 6), "weight": torch.randn(4, 6), "bias": torch.randn(4), "A": torch.randn(6, 2)}
+    given |= {"B": torch.randn(4, 2), "core": torch.randn(2, 2), "scaling": 1.0, **changed}
+    return lambda: lotr_linear(**given)
+
+
+def rows_call(index: object) -> Callable[[], object]:
+    return call(core=torch.randn(3, 2, 2), core_index=index)
+
+
+def layer(**settings: object) -> Callable[[], object]:
+    return lambda: LoTRLinear(6, 4, **{"rank": 2, **settings})
+
+
+def of(x: object, **settings: object) -> Callable[[], object]:
+    """A call of a float32 layer."""
+    return lambda: LoTRLinear(6, 4, 2, **settings)(x)
+
+
+def factors(*args: object, **settings: object) -> Callable[[], object]:
+    return lambda: LoTRFactors(*args, **settings)
+
+
+def under_autocast(action: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return action()
+
+    return run
+
+
+def wrong_form(form: object) -> Callable[[], object]:
+    return lambda: LoTRLinear(6, 4, 2).use_core(form)
+
+
+class Returns(nn.Module):
+    def __init__(self, value: object):
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> object:
+        return self.value
+
+
+PAIR = LoTRFactors(6, 4, 2)
+META = LoTRFactors(6, 4, 2, device="meta")
+CORE: list[Row] = [
+    ("rank 0", "rank", layer(rank=0)),
+    ("rank negative", "rank", factors(6, 4, -1)),
+    ("rank a float", "rank", factors(6, 4, 4.0)),
+    ("rank a bool", "rank", factors(6, 4, True)),
+    ("rank of three", "rank", factors(6, 4, (1, 2, 3))),
+    ("rank of one", "rank", factors(6, 4, (3,))),
+    ("rank a string", "rank", factors(6, 4, "4")),
+    ("rank huge", "rank", factors(6, 4, HUGE)),
+    ("rank of one factor", "rank", lambda: LoTRFactor(6, 0)),
+    ("rank unlike that of factors", "rank", layer(rank=3, factors=PAIR)),
+    ("in_features 0", "in_features", factors(0, 4, 2)),
+    ("out_features a float", "out_features", factors(6, 4.5, 2)),
+    ("features a bool", "features", lambda: LoTRFactor(True, 2)),
+    ("factors of another shape", "factors", layer(rank=None, factors=LoTRFactors(4, 6, 2))),
+    ("factors of another shape, from_linear", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 5, 2))),
+    ("factors a string", "factors", layer(rank=None, factors="A")),
+    ("factors another module", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2))),
+    ("factors on meta", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), META)),
+    ("factors on meta, new layer", "factors", layer(rank=None, factors=META)),
+    ("factors on meta, wrapped", "factors", lambda: LoTRWrapped.from_linear(nn.Linear(6, 4), META)),
+    ("a pair of a module", "A", lambda: LoTRFactors.of(nn.Linear(6, 2), PAIR.B)),
+    ("a pair of one factor", "B", lambda: LoTRFactors.of(PAIR.A, PAIR.A)),
+    ("a pair of two dtypes", "B", lambda: LoTRFactors.of(PAIR.A, LoTRFactor(4, 2, dtype=torch.float64))),
+    ("linear a conv", "linear", lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1))),
+    ("linear adapted", "linear", lambda: LoTRLinear.from_linear(LoTRLinear(6, 4, 2), PAIR)),
+    ("linear adapted, wrapped", "linear", lambda: LoTRWrapped.from_linear(LoTRLinear(6, 4, 2), PAIR)),
+    ("linear with an adapted one inside", "linear", lambda: LoTRWrapped.from_linear(Nested(), PAIR)),
+    ("linear a pair", "linear", lambda: adapt(PAIR, PAIR)),
+    ("linear a norm", "linear", lambda: adapt(nn.LayerNorm(4), LoTRFactors(4, 4, 2))),
+    ("linear a string", "module", lambda: adapt("linear", PAIR)),
+    ("linear as Conv1D", "linear", lambda: LoTRConv1D.from_linear(nn.Linear(6, 6), LoTRFactors(6, 6, 2))),
+    ("linear without sizes", "linear", lambda: LoTRWrapped.from_linear(nn.ReLU(), PAIR)),
+    ("dtype integer", "dtype", factors(6, 4, 2, dtype=torch.int32)),
+    ("dtype a string", "dtype", factors(6, 4, 2, dtype="float32")),
+    ("dtype integer, layer", "dtype", layer(dtype=torch.int64)),
+    ("dtype complex", "dtype", layer(dtype=torch.complex64)),
+    ("dtype float8", "dtype", layer(dtype=torch.float8_e4m3fn)),
+    ("scaling NaN", "scaling", layer(scaling=NAN)),
+    ("scaling huge", "scaling", layer(scaling=HUGE)),
+    ("scaling infinite", "scaling", layer(scaling=math.inf)),
+    ("scaling with alpha", "scaling", layer(scaling=2, alpha=8)),
+    ("scaling with rslora", "scaling", layer(scaling=2, rslora=True)),
+    ("scaling a string", "scaling", layer(scaling="1")),
+    ("scaling a bool", "scaling", layer(scaling=True)),
+    ("alpha infinite", "alpha", layer(alpha=math.inf)),
+    ("alpha NaN", "alpha", layer(alpha=NAN)),
+    ("alpha a string", "alpha", layer(alpha="8")),
+    ("alpha huge", "alpha", layer(alpha=HUGE)),
+    ("rslora a number", "rslora", layer(rslora=1)),
+    ("dropout 1", "dropout", layer(dropout=1.0)),
+    ("dropout negative", "dropout", layer(dropout=-0.1)),
+    ("dropout NaN", "dropout", layer(dropout=NAN)),
+    ("dropout None", "dropout", layer(dropout=None)),
+    ("dropout huge", "dropout", layer(dropout=HUGE)),
+    ("init unknown", "init", factors(6, 4, 2, init="ones")),
+    ("train unknown", "train", lambda: LoTRLinear(6, 4, 2).set_trained(("A", "G"))),
+    ("core a tensor", "core", wrong_form(torch.zeros(2, 2))),
+    ("core of another shape", "core", wrong_form(Returns(torch.zeros(3, 2)))),
+    ("core of another dtype", "core", wrong_form(Returns(torch.zeros(2, 2).double()))),
+    ("core None", "core", wrong_form(Returns(None))),
+    ("fill a vector", "tensor", lambda: fill_factor_(torch.empty(3), "normal")),
+    ("fill integers", "tensor", lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal")),
+    ("fill a core by an unknown init", "core_init", lambda: fill_core_(torch.empty(3, 2), "ones")),
+    ("fill a core that is a vector", "tensor", lambda: fill_core_(torch.empty(3), "zero")),
+    # calls
+    ("x too narrow", "x", call(x=torch.randn(5, 5))),
+    ("x a list", "x", call(x=[1.0] * 6)),
+    ("x of integers", "x", call(x=torch.ones(5, 6, dtype=torch.int64))),
+    ("x a number", "x", call(x=torch.tensor(1.0))),
+    ("x too narrow, layer", "x", of(torch.randn(5, 5))),
+    ("x a list, layer", "x", of([1.0] * 6)),
+    ("x a number, layer", "x", of(torch.tensor(1.0))),
+    ("x of integers, layer", "x", of(torch.ones(5, 6, dtype=torch.int64))),
+    ("x of bools, layer", "x", of(torch.ones(5, 6, dtype=torch.bool))),
+    ("x in float64, layer", "x", of(torch.ones(5, 6, dtype=torch.float64))),
+    ("x in float64, dropout", "x", of(torch.ones(5, 6, dtype=torch.float64), dropout=0.5)),
+    ("x of integers, autocast", "x", under_autocast(of(torch.ones(5, 6, dtype=torch.int64)))),
+    ("x on meta, layer", "x", of(torch.ones(3, 6, device="meta"))),
+    ("x on meta, dropout", "x", of(torch.ones(200, 6, device="meta"), dropout=0.5)),
+    ("x with values, layer on meta", "x", of(torch.ones(3, 6), device="meta")),
+    ("weight a vector", "weight", call(weight=torch.randn(6))),
+    ("weight in float64", "weight", call(weight=torch.randn(4, 6).double())),
+    ("weight None", "weight", call(weight=None)),
+    ("bias of another shape", "bias", call(bias=torch.randn(3))),
+    ("bias a list", "bias", call(bias=[0.0] * 4)),
+    ("A of another shape", "A", call(A=torch.randn(5, 2))),
+    ("A of integers", "A", call(A=torch.ones(6, 2, dtype=torch.int64))),
+    ("A on meta", "A", call(A=torch.randn(6, 2, device="meta"))),
+    ("B of another shape", "B", call(B=torch.randn(5, 2))),
+    ("core of another shape in a call", "core", call(core=torch.randn(3, 2))),
+    ("core of tasks without an index", "core", call(core=torch.randn(3, 2, 2))),
+    ("one core with an index", "core", call(core_index=torch.zeros(5, dtype=torch.int64))),
+    ("scaling NaN in a call", "scaling", call(scaling=NAN)),
+    ("scaling huge in a call", "scaling", call(scaling=HUGE)),
+    ("scaling a tensor in a call", "scaling", call(scaling=torch.ones(2))),
+    ("dropout_p 1", "dropout_p", call(dropout_p=1.0, training=True)),
+    ("dropout_p None", "dropout_p", call(dropout_p=None)),
+    ("dropout_p huge", "dropout_p", call(dropout_p=HUGE, training=True)),
+    ("core_index int32", "core_index", rows_call(torch.zeros(5, dtype=torch.int32))),
+    ("core_index a list", "core_index", rows_call([0] * 5)),
+    ("core_index too short", "core_index", rows_call(torch.zeros(4, dtype=torch.int64))),
+    ("core_index a number", "core_index", rows_call(torch.tensor(0))),
+    ("core_index of too many dimensions", "core_index", rows_call(torch.zeros(5, 6, dtype=torch.int64))),
+    ("core_index too large", "core_index", rows_call(torch.tensor([0, 1, 2, 3, 0]))),
+    ("core_index -2", "core_index", rows_call(torch.tensor([0, 1, -2, 1, 0]))),
+]
+
+
+class Nested(nn.Module):
+    """A linear layer that is adapted inside."""
+
+    in_features, out_features = 6, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = LoTRLinear(6, 4, 2)
+
+
+def rows() -> Iterator[Row]:
+    yield from CORE
+    for file in sorted(Path(__file__).parent.glob("bad_*.py")):
+        for name, value in vars(importlib.import_module(file.stem)).items():
+            if name.startswith("BAD"):
+                yield from value
+
+
+ROWS = list(rows())
+
+
+@pytest.mark.parametrize("name, action", [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+@pytest.mark.filterwarnings("ignore")
+def test_bad_argument(name: str, action: Callable[[], object]) -> None:
+    with refused(name):
+        action()
+
+
+def test_a_refused_layer_goes_on_being_trained() -> None:
+    """Adapting freezes the base. A layer that is refused must keep what it trains."""
+    for make in (lambda: LoTRLinear(6, 4, 2), Nested):
+        module = make()
+        before = [p.requires_grad for p in module.parameters()]
+        for again in (adapt, LoTRWrapped.from_linear):
+            with refused("linear"):
+                again(module, LoTRFactors(6, 4, 2))
+        assert [p.requires_grad for p in module.parameters()] == before and any(before)
+
+
+# ---- operators: a walk over the schemas ------------------------------------------------------------------------------
+
+FORMULAS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}  # in Python, and not called by users
+KERNELS = [name for name in OPERATORS if name not in FORMULAS]
+
+
+def places(written: bool = False) -> list[object]:
+    """(operator, which of its good arguments, place) of each tensor argument."""
+    torch.manual_seed(0)
+    found = []
+    for name in KERNELS:
+        for sample, given in enumerate(arguments(name)):
+            for i, a in enumerate(SCHEMAS[name].arguments[: len(given)]):
+                if isinstance(given[i], Tensor) and (not written or (a.alias_info is not None and a.alias_info.is_write)):
+                    found.append(pytest.param(name, sample, i, id=f"{name}-{sample}-{a.name}"))
+    return found
+
+
+EACH = pytest.mark.parametrize("name, sample, i", places())
+WRITTEN = pytest.mark.parametrize("name, sample, i", places(written=True))
+
+
+def whole(a: Tensor) -> bool:
+    reach = a.storage_offset() + sum((n - 1) * s for n, s in zip(a.shape, a.stride())) + 1
+    return not a.is_meta and a.untyped_storage().nbytes() >= reach * a.element_size()
+
+
+def refused_operator(name: str, given: list, words: str) -> None:
+    """The operator raises, and changes nothing."""
+    before = [a.clone() if isinstance(a, Tensor) and whole(a) else None for a in given]
+    with pytest.raises((RuntimeError, TypeError)) as raised:
+        operator(name)(*given)
+    assert re.search(words, str(raised.value)), raised.value
+    for a, b in zip(given, before):
+        assert b is None or torch.equal(*(t.resolve_neg().contiguous().view(torch.uint8) for t in (a, b)))
+
+
+def named(name: str, i: int) -> str:
+    return rf"lotr::\w+: {SCHEMAS[name].arguments[i].name}: expected"
+
+
+@EACH
+def test_operator_refuses_freed_and_short_memory(name: str, sample: int, i: int) -> None:
+    for left in (0, 1):
+        given = list(arguments(name)[sample])
+        if given[i].numel() == 0:
+            return
+        given[i] = given[i].clone()
+        storage = given[i].untyped_storage()
+        storage.resize_(left * (storage.nbytes() - given[i].element_size()))
+        refused_operator(name, given, named(name, i))
+
+
+@EACH
+def test_operator_refuses_other_dtypes(name: str, sample: int, i: int) -> None:
+    """Integers and exotic floats never pass; another of the four may, where an operator widens or rounds its factors."""
+    every = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)
+    for dtype in every:
+        given = list(arguments(name)[sample])
+        if dtype == given[i].dtype:
+            continue
+        try:
+            given[i] = torch.zeros_like(given[i]).to(dtype)
+        except (RuntimeError, NotImplementedError):  # quantised ones, and those without a conversion
+            continue
+        if dtype in DTYPES:
+            try:
+                operator(name)(*given)
+            except RuntimeError as error:
+                assert re.search(r"lotr::\w+: \w+: expected", str(error)), error
+        else:
+            refused_operator(name, given, r"lotr::\w+: \w+: expected .*dtype")
+
+
+@EACH
+def test_operator_refuses_none_and_another_device(name: str, sample: int, i: int) -> None:
+    given = list(arguments(name)[sample])
+    if sum(isinstance(a, Tensor) for a in given) < 2:  # without another tensor, the dispatcher finds no device
+        return
+    good, optional = given[i], str(SCHEMAS[name].arguments[i].type) != "Tensor"
+    given[i] = good.to("meta")
+    refused_operator(name, given, r"lotr::\w+: \w+: expected the device of .*, got (meta|cpu)")
+    if not optional:
+        given[i] = None
+        refused_operator(name, given, named(name, i) + " a tensor, got None")
+
+
+@WRITTEN
+def test_operator_refuses_outputs_that_it_cannot_write(name: str, sample: int, i: int) -> None:
+    """Repeated elements, memory shared with another argument, a view that only negates."""
+    good = list(arguments(name)[sample])
+    given = [*good[:i], good[i][:1].expand_as(good[i]), *good[i + 1 :]]
+    refused_operator(name, given, named(name, i) + " a tensor without repeated elements")
+    for j, other in enumerate(good):
+        if j == i or not isinstance(other, Tensor):
+            continue
+        given, memory = list(good), torch.empty(4096, dtype=torch.uint8).untyped_storage()
+        given[j] = torch.empty(0, dtype=other.dtype).set_(memory, 0, other.shape).copy_(other)
+        given[i] = torch.empty(0).set_(memory, 0, good[i].shape)
+        either = rf"({SCHEMAS[name].arguments[i].name}|{SCHEMAS[name].arguments[j].name})"
+        refused_operator(name, given, rf"lotr::\w+: {either}: expected memory of its own")
+
+
+@pytest.mark.parametrize("split", ["columns", "leading"])
+def test_parts_of_one_buffer_are_apart(split: str) -> None:
+    """An output and an operand that lie beside each other in one buffer are taken."""
+    own, x, A, k = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5, 3), torch.randn(6, 3)
+    both, axis = {"columns": (torch.empty(2, 3, 10), 2), "leading": (torch.empty(4, 3, 5), 0)}[split]
+    dx, read = both.chunk(2, axis)
+    dx.copy_(own), read.copy_(x)
+    sums = [torch.zeros(5, 3) for _ in range(2)]
+    torch.ops.lotr.shrink_backward_(k, own, x, A, sums[0]), torch.ops.lotr.shrink_backward_(k, dx, read, A, sums[1])
+    assert torch.equal(dx, own) and torch.equal(*sums)
+
+
+BAD_ROWS = {
+    "index too large": ({"index": [0, 1, 2, 0]}, "index"),
+    "index -2": ({"index": [0, 1, -2, 0]}, "index"),
+    "index too short": ({"index": [0, 1, 0]}, "index"),
+    "tokens too large": ({"index": [0, 1], "tokens": [0, 4]}, "tokens"),
+    "offs descending": ({"offs": [3, 2]}, "offs"),
+    "offs too large": ({"offs": [3, 5]}, "offs"),
+    "offs of other cores": ({"offs": [1, 2, 4]}, "offs"),
+}
+
+
+@pytest.mark.parametrize("given, name", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_row_core_refuses_bad_rows(given: dict[str, list[int]], name: str) -> None:
+    kinds = {"index": torch.int64, "offs": torch.int32, "tokens": torch.int64}
+    which = [torch.tensor(given[n], dtype=t) if n in given else None for n, t in kinds.items()]
+    with pytest.raises(RuntimeError, match=rf"lotr::row_core: {name}: expected"):
+        torch.ops.lotr.row_core(torch.ones(4, 3), torch.ones(2, 3, 5), *which, 1.0)

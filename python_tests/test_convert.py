@@ -1,0 +1,339 @@
+"""Conversions: LoTR to LoRA as PEFT and servers read it, LoRA to LoTR, the original implementation's files, the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, convert, load_adapter, save_adapter, use_tasks
+from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr
+from lotr_ext.files import read
+from lotr_ext.peft import LoTRPeftConfig
+
+DATA = Path(__file__).parent / "data" / "bd4494a"
+pytestmark = pytest.mark.filterwarnings("ignore:lotr_ext. base_model")
+# name: (net, settings)
+EXPORTS = {
+    "shapes": ("mlp", {"rank": 3, "modules_to_save": ["head"], "dropout": 0.1}),
+    "small out": ("attention", {"rank": (4, 2), "group_by": "width"}),
+    "small in": ("attention", {"rank": (2, 4), "group_by": "block"}),
+    "svd": ("mlp", {"rank": 3, "init": "svd"}),
+    "conv1d": ("gpt2", {"rank": 4, "alpha": 2.0}),
+    "half": ("llama", {"rank": 4, "scaling": 8.0, "adapter_dtype": torch.bfloat16}),
+    "diagonal": ("bert", {"rank": 4, "core": "diagonal"}),
+    "tied head": ("gpt2", {"rank": 2, "modules_to_save": ["lm_head"]}),
+    "mixture": ("mixture", {"rank": (4, 2)}),
+}
+
+
+def adapted(net: str, **settings: object) -> nn.Module:
+    field = "target_parameters" if net == "mixture" else "target_modules"
+    config = LoTRConfig(**{field: zoo.TARGETS[net], "rank": 3, **settings})
+    saved = config.modules_to_save or ()
+    model = apply_lotr(zoo.net(net), config)
+    return zoo.fill(
+        model, 7, 0.3, lambda name: ".core" in name or "lotr_cores" in name or name.startswith(tuple(saved) or ("-",))
+    )
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().double() - want.detach().double()).abs().max() / want.detach().abs().max())
+
+
+def lora_model(net: str, folder: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(zoo.net(net), folder).eval()
+
+
+def output(model: nn.Module, net: str) -> Tensor:
+    inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    return zoo.output(inner, zoo.inputs(net))
+
+
+# ---- LoTR to LoRA ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_path: Path) -> None:
+    net, settings = EXPORTS[case]
+    model = adapted(net, **settings)
+    want = output(model, net)
+    found = export_lora(model, tmp_path / "lora", base_model="base")
+    bound = 0.05 if case == "half" else 2e-5
+    assert (
+        difference(output(lora_model(net, tmp_path / "lora"), net), want) < bound < difference(output(zoo.net(net), net), want)
+    )
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    rank = settings["rank"] if isinstance(settings["rank"], int) else min(settings["rank"])
+    assert config["lora_alpha"] == config["r"] == rank * (2 if case == "svd" else 1)
+    assert config["lora_dropout"] == settings.get("dropout", 0.0) and config["base_model_name_or_path"] == "base"
+    save_adapter(model, tmp_path / "lotr")
+    again = lotr_to_lora(tmp_path / "lotr", tmp_path / "again")
+    assert again.keys() == found.keys()
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
+    net, model = "attention", adapted("attention")
+    bank = TaskBank(model, 2)
+    bank.add(), bank.add({key: 0.5 * torch.ones_like(core) for key, core in bank.cores_of(0).items()})
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    export_lora(model, tmp_path / "task", task=1)
+    with use_tasks(model, torch.tensor([1, 1, 1])):
+        assert difference(output(lora_model(net, tmp_path / "task"), net), output(model, net)) < 2e-5
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    tuned = peft.get_peft_model(zoo.net(net), LoTRPeftConfig(rank=3, target_modules=["q", "v"], modules_to_save=["head"]))
+    zoo.fill(tuned, 7, 0.1, lambda name: name.endswith("core") or "modules_to_save" in name)
+    tuned.save_pretrained(tmp_path / "peft")
+    lotr_to_lora(tmp_path / "peft", tmp_path / "lora")
+    assert difference(output(lora_model(net, tmp_path / "lora"), net), output(tuned, net)) < 2e-5
+    lotr_to_lora(DATA / "peft", tmp_path / "old")  # of the first version
+    expected = load_file(DATA / "peft" / "expected.safetensors")
+    assert difference(lora_model("gpt2", tmp_path / "old")(expected["x"]).logits, expected["y"]) < 2e-5
+    with pytest.raises(ValueError, match=r"directory: expected another one than source"):
+        lotr_to_lora(tmp_path / "peft", tmp_path / "peft")
+
+
+@pytest.mark.parametrize("form", convert.FORMS)
+def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
+    """Each form's tensors are the change of each expert's gate, up and down."""
+    model = adapted("mixture", rank=(2, 3))
+    want = {name.replace(".lotr.", "."): layer.delta_weight() for name, layer in convert.layers_in(model).items()}
+    export_lora(model, tmp_path, experts=form)
+    tensors = {k.removeprefix("base_model.model."): t for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    if form == "peft":
+        assert config["target_parameters"] == sorted(want)
+        return  # PEFT itself loads it in the test above
+    names = {"gate": "w1", "up": "w3", "down": "w2"}  # also Mixtral's own
+    for i in (0, 1):
+        own = f"model.layers.{i}.mlp.experts"
+        at = f"model.layers.{i}.block_sparse_moe.experts"  # vLLM's name
+        gate, up = want[f"{own}.gate_up_proj"].chunk(2, 1)
+        for part, delta in (("gate", gate), ("up", up), ("down", want[f"{own}.down_proj"])):
+            for c in range(3):
+                key = f"{at}.{names[part]}" if form == "vllm-shared" else f"{at}.{c}.{names[part]}"
+                A, B = (tensors[f"{key}.lora_{side}.weight"] for side in "AB")
+                if form == "vllm-shared":
+                    assert {len(A), len(B)} == {1, 3}
+                    A, B = A[c % len(A)], B[c % len(B)]
+                assert difference(B @ A, delta[c]) < 1e-5
+
+
+def test_a_killed_export_leaves_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("mlp")
+    export_lora(model, tmp_path)
+
+    def killed(directory: Path, name: str, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "put_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_lora(model, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+# ---- LoRA to LoTR ----------------------------------------------------------------------------------------------------
+
+
+def lora(net: str, folder: Path, **settings: object) -> nn.Module:
+    """A PEFT LoRA with values that matter, saved in folder."""
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": zoo.TARGETS[net], **settings}
+    model = peft.get_peft_model(zoo.net(net), peft.LoraConfig(**settings)).eval()
+    zoo.fill(model, 5, 0.3, lambda name: "lora_" in name or "modules_to_save" in name)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("net", "rank", "group_by", "settings"),
+    [
+        ("attention", 16, "shape", {"use_rslora": True, "modules_to_save": ["head"]}),
+        ("mlp", (4, 5), "shape", {}),
+        (
+            "llama",
+            8,
+            "block",
+            {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.v_proj": 7}, "lora_dropout": 0.1},
+        ),
+        ("gpt2", 2, "name", {"target_modules": ["c_attn"], "r": 1}),
+    ],
+)
+def test_loras_are_exact_at_the_sum_of_their_ranks(net: str, rank, group_by: str, settings: dict, tmp_path: Path) -> None:
+    want = output(lora(net, tmp_path / "lora", **settings), net)
+    found = lora_to_lotr(tmp_path / "lora", rank=rank, group_by=group_by)
+    assert max(found.errors.values()) < 1e-6
+    found.save(tmp_path / "lotr")
+    model = load_adapter(zoo.net(net), tmp_path / "lotr")
+    assert difference(output(model, net), want) < 2e-5
+    assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
+    assert difference(found.tensors[next(iter(found.document["layers"].values()))["A"]].norm(dim=0), torch.tensor([0.4])) < 1e-5
+    lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
+    assert difference(output(lora_model(net, tmp_path / "back"), net), want) < 2e-5
+
+
+def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
+    lora("attention", tmp_path)
+    layers = convert.read_lora(tmp_path)[0]
+    with pytest.warns(UserWarning, match=r"of 8 layers lose most of their adapter at rank 3"):
+        found = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
+    total, lost = 0.0, 0.0
+    for name, entry in found.document["layers"].items():
+        A, B, core = (found.tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
+        delta = layers[name].delta()
+        rest = delta - entry["scaling"] * B @ core.mT @ A.mT
+        assert float(rest.norm() / delta.norm()) == pytest.approx(found.errors[name], abs=1e-6)
+        total, lost = total + float(delta.square().sum()), lost + float(rest.square().sum())
+    # no A of rank 3 captures more than the three largest singular values of all deltas side by side
+    wide = torch.cat([layer.delta().mT for layer in layers.values()], 1)
+    bound = 1 - float(torch.linalg.svdvals(wide)[:3].square().sum()) / total
+    assert bound <= lost / total < min(1.0, 3 * bound)
+
+
+# ---- the original implementation -------------------------------------------------------------------------------------
+
+
+def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint of the original implementation, of the zoo's attention net: q of block 1 has factors of its own."""
+    g, state = torch.Generator().manual_seed(3), dict(zoo.net("attention").state_dict())
+    shared, other = ([torch.randn(16, 2, generator=g), torch.randn(2, 16, generator=g)] for _ in range(2))
+    for name in ("blocks.0.q", "blocks.0.v", "blocks.1.q"):
+        rhs, lhs = other if name == "blocks.1.q" else shared
+        state |= {f"{name}.linear.{part}": state.pop(f"{name}.{part}") for part in ("weight", "bias")}
+        state |= {f"{name}.lotr.rhs": rhs.clone(), f"{name}.lotr.lhs": lhs.clone()}
+        state[f"{name}.lotr.mid"] = torch.randn(2, 2, generator=g)
+    state |= changes
+    path = folder / f"model.{suffix}"
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    return path, state
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_original_checkpoint_computes_the_same(suffix: str, tmp_path: Path) -> None:
+    head = torch.randn(29, 16)
+    path, state = original(tmp_path, suffix, **{"head.weight": head})
+    found = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
+    assert found.config.scaling == 1.5 and len({entry["A"] for entry in found.document["layers"].values()}) == 2
+    found.save(tmp_path / "lotr")
+    model, plain = load_adapter(zoo.net("attention"), tmp_path / "lotr"), zoo.net("attention")
+    with torch.no_grad():
+        plain.head.weight.copy_(head)
+        for name in found.document["layers"]:
+            rhs, mid, lhs = (state[f"{name}.lotr.{part}"] for part in ("rhs", "mid", "lhs"))
+            plain.get_submodule(name).weight += 1.5 * (rhs @ mid @ lhs).mT
+    assert difference(output(model, "attention"), output(plain, "attention")) < 1e-5
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+Change = Callable[[dict, dict], object]  # of a LoRA's configuration and tensors
+Q = "base_model.model.blocks.0.q.lora_A.weight"
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "another method": (lambda c, t: c.update(peft_type="IA3"), "expected peft_type LORA, got 'IA3'"),
+    "LoTR": (lambda c, t: c.update(peft_type="LOTR"), "expected peft_type LORA, got 'LOTR'"),
+    **{
+        name: (lambda c, t, n=name: c.update({n: {"a": 1}}), f"{name}: expected a LoRA of two factors")
+        for name in convert._NOT_PLAIN
+    },
+    "bias": (lambda c, t: c.update(bias="all"), "bias: expected 'none'"),
+    "moved weights": (
+        lambda c, t: c.update(init_lora_weights="pissa_niter_4"),
+        "init_lora_weights: expected an init that leaves",
+    ),
+    "no alpha": (lambda c, t: c.pop("lora_alpha"), "lora_alpha: expected a number in the configuration, got None"),
+    "a word as alpha": (lambda c, t: c.update(lora_alpha="8"), "lora_alpha: expected a number"),
+    "infinite alpha": (lambda c, t: c.update(lora_alpha=float("inf")), "lora_alpha: expected a finite number"),
+    "another rank": (lambda c, t: c.update(r=5), "expected rank 5 as configured, got lora_A"),
+    "no pattern": (lambda c, t: c.update(rank_pattern={"(": 2}), "rank_pattern: expected regular expressions"),
+    "patterns as a list": (lambda c, t: c.update(alpha_pattern=["q"]), "alpha_pattern: expected numbers by pattern"),
+    "modules_to_save": (lambda c, t: c.update(modules_to_save=[3]), "modules_to_save: expected names of modules"),
+    "no factors": (lambda c, t: t.clear(), "expected tensors <layer>.lora_A.weight and .lora_B.weight, got none"),
+    "half a layer": (lambda c, t: t.pop(Q), "blocks.0.q: expected lora_A and lora_B, got only lora_B"),
+    "other shapes": (lambda c, t: t.update({Q: t[Q][:1]}), r"blocks.0.q: expected lora_A \[r, K\] and lora_B"),
+    "a vector": (lambda c, t: t.update({Q: t[Q][0]}), r"blocks.0.q: expected lora_A \[r, K\] and lora_B"),
+    "NaN": (lambda c, t: t[Q].fill_(float("nan")), "blocks.0.q: expected finite floating values in lora_A"),
+    "integers": (lambda c, t: t.update({Q: t[Q].int()}), "blocks.0.q: expected finite floating values in lora_A"),
+    "a foreign tensor": (lambda c, t: t.update(x=torch.ones(1)), "expected lora_A, lora_B and modules_to_save, got also x"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
+    lora("attention", tmp_path / "lora")
+    config_file, tensors_file = (tmp_path / "lora" / n for n in ("adapter_config.json", "adapter_model.safetensors"))
+    config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
+    change, message = HOSTILE[case]
+    change(config, tensors)
+    config_file.write_text(json.dumps(config))
+    save_file({key: t.contiguous() for key, t in tensors.items()}, tensors_file)
+    with pytest.raises((TypeError, ValueError), match=message):
+        lora_to_lotr(tmp_path / "lora", rank=8)
+    assert convert.main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("data", [None, b"", b"\x80\x05garbage", b"[" * 100_000])
+def test_damaged_files_are_one_clear_error(name: str, data: bytes | None, tmp_path: Path) -> None:
+    lora("attention", tmp_path)
+    (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(name) + "|source: expected"):
+        lora_to_lotr(tmp_path, rank=4)
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (tmp_path.joinpath("exploded").touch, ())
+
+    torch.save({"blocks.0.q.lotr.rhs": Bomb()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: expected tensors by torch.save"):
+        original_to_lotr(tmp_path / "model.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.q.lotr.mid": torch.ones(3, 2)}, r"blocks.0.q: expected lhs \[r, out\], mid \[r, r\]"),
+        ({"blocks.0.q.lotr.mid": torch.full((2, 2), torch.inf)}, r"blocks.0.q: expected finite floating values in lotr.mid"),
+        ({"other.lotr.mid": torch.ones(2, 2)}, r"other: expected lotr.lhs, .mid and .rhs, got none of lhs, rhs"),
+        ({"blocks.0.q.lotr.mid": torch.ones(2, 2).double()}, r"source: expected layers of one rank and dtype"),
+    ],
+)
+def test_an_original_checkpoint_that_does_not_fit_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        original_to_lotr(original(tmp_path, **changes)[0])
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    want = output(lora("attention", tmp_path / "lora"), "attention")
+    source = original(tmp_path)[0]
+    save_adapter(adapted("attention", rank=2), tmp_path / "saved")
+    runs = [
+        ["lora-to-lotr", "lora", "lotr", "--rank", "16", "15", "--dtype", "float64"],
+        ["lotr-to-lora", "lotr", "back", "--base-model", "base"],
+        ["lotr-to-lora", "saved", "also"],
+        ["original-to-lotr", source.name, "original", "--scale", "2", "--modules-to-save", "head"],
+    ]
+    for command, own, to, *options in runs:
+        assert convert.main([command, str(tmp_path / own), str(tmp_path / to), *options]) == 0
+    told = capsys.readouterr()
+    assert "blocks.0.q  16 x 16  error" in told.out and "8 layers, 512 parameters ->" in told.out and "rank 15" in told.out
+    assert told.err.count("warning: ") == 1 and "base_model" in told.err
+    assert difference(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2  # rank 15 of 16
+    assert read(tmp_path / "original")[0]["config"].scaling == 1.0
+    assert convert.main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("error: directory: expected a local folder")

@@ -1,0 +1,246 @@
+"""Experts: lotr_grouped_linear and LoTRExperts against one product an expert in float64, and an adapted transformers
+mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import worst
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from zoo import net
+
+from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, apply_lotr, disabled, lotr_grouped_linear, merge, unmerge
+from lotr_ext.autograd import requesting
+from lotr_ext.linear import OFF
+
+E, K, N, R, M, ROWS, S = 5, 16, 20, (3, 4), 30, 50, 0.7
+OFFS = [7, 7, 21, 40, 44]  # an expert without rows, and six rows without an expert
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def truth(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    tasks: Tensor | None = None,
+) -> Tensor:
+    """The definition, one row at a time in its expert's turn."""
+    rows, parts, start = x if tokens is None else x[tokens], [], 0
+    for c, end in enumerate(OFFS):
+        part = rows[start:end]
+        y = part @ weight[c].T + (0 if bias is None else bias[c])
+        if tasks is None:
+            y = y + S * part @ A @ cores[c] @ B.T
+        else:
+            own = (tasks if tokens is None else tasks[tokens])[start:end]
+            G = cores[own.clamp(min=0), c] * (own >= 0)[:, None, None]
+            y = y + S * ((part @ A).unsqueeze(1) @ G).squeeze(1) @ B.T
+        parts.append(y)
+        start = end
+    return torch.cat([*parts, rows.new_zeros(len(rows) - start, N)])
+
+
+def make(
+    by_token: bool, tasks: bool, bias: bool, dtype: torch.dtype = torch.float64
+) -> tuple[dict, Tensor | None, list[Tensor]]:
+    """Keyword arguments, tokens, and the leaves x, A, B, cores."""
+    x = torch.randn(M if by_token else ROWS, K, dtype=dtype)
+    tokens = torch.randint(0, M, (ROWS,)) if by_token else None
+    A, B = torch.randn(K, R[0], dtype=dtype) / 4, torch.randn(N, R[1], dtype=dtype) / 4
+    cores = torch.randn(*((3,) if tasks else ()), E, *R, dtype=dtype) / 2
+    given = {"weight": torch.randn(E, N, K, dtype=dtype) / 4, "bias": torch.randn(E, N, dtype=dtype) if bias else None}
+    if tasks:
+        given["core_index"] = torch.randint(-1, 3, (len(x),))
+    return given, tokens, [t.requires_grad_() for t in (x, A, B, cores)]
+
+
+def ours(given: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
+    x, A, B, cores = leaves
+    weight, further = given["weight"], {key: value for key, value in given.items() if key != "weight"}
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    return lotr_grouped_linear(x, weight, offs, A, B, cores, S, tokens=tokens, **further)
+
+
+def definition(given: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
+    x, A, B, cores = leaves
+    return truth(x, given["weight"], given["bias"], tokens, A, B, cores, given.get("core_index"))
+
+
+def with_gradients(call: Callable[[], Tensor], leaves: list[Tensor], g: Tensor) -> list[Tensor]:
+    y = call()
+    return [y, *torch.autograd.grad(y, leaves, g)]
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) -> None:
+    given, tokens, leaves = make(by_token, tasks, bias=True, dtype=dtype)
+    wide = {key: t.double() if t.is_floating_point() else t for key, t in given.items()}
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    g = torch.randn(ROWS, N, dtype=dtype)
+    got = with_gradients(lambda: ours(given, tokens, leaves), leaves, g)
+    want = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
+    assert worst(got, want) < BOUNDS[dtype]
+    assert got[0].dtype == dtype and not got[0][OFFS[-1] :].any()
+
+
+CONTEXTS: dict[str, Callable[[Callable[[], Tensor]], Tensor]] = {
+    "checkpoint": lambda call: checkpoint(call, use_reentrant=False),
+    "compiled": lambda call: torch.compile(call, backend="aot_eager", fullgraph=True)(),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+def test_in_a_context(context: str, tasks: bool) -> None:
+    given, tokens, leaves = make(True, tasks, bias=True)
+    g = torch.randn(ROWS, N, dtype=torch.float64)
+    got = with_gradients(lambda: CONTEXTS[context](lambda: ours(given, tokens, leaves)), leaves, g)
+    assert worst(got, with_gradients(lambda: definition(given, tokens, leaves), leaves, g)) < 1e-12
+
+
+def test_double_backward() -> None:
+    given, tokens, leaves = make(True, False, bias=False)
+    given["weight"].requires_grad_()
+    every = [*leaves, given["weight"]]
+    found = []
+    for call in (ours, definition):
+        first = torch.autograd.grad(call(given, tokens, leaves).square().sum(), every, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), every)])
+    assert worst(*found) < 1e-10
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    given, tokens, leaves = make(True, False, bias=True, dtype=torch.float32)
+    want = definition(given, tokens, leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(given, tokens, leaves)
+    assert y.dtype == torch.bfloat16 and worst([y], [want]) < 3e-2
+
+
+def test_module_shares_factors_with_a_linear_layer() -> None:
+    """The gradients of A and B are sums over experts and a linear layer of the same shape."""
+    factors = LoTRFactors(K, N, R, dtype=torch.float64)
+    experts = LoTRExperts(E, K, N, factors=factors, bias=True, dtype=torch.float64, scaling=S)
+    linear = LoTRLinear(K, N, factors=factors, dtype=torch.float64, scaling=S)
+    offs, x = torch.tensor(OFFS, dtype=torch.int32), torch.randn(ROWS, K, dtype=torch.float64)
+    assert torch.equal(
+        experts(x, offs), truth(x, experts.weight, experts.bias, None, factors.A.value, factors.B.value, experts.core)
+    )
+    for core in (experts.core, linear.core):
+        nn.init.normal_(core)
+    A, B = factors.A.value, factors.B.value
+    leaves = [A, B, experts.core, linear.core]
+    got = torch.autograd.grad(experts(x, offs).sin().sum() + linear(x).sin().sum(), leaves)
+    plain = truth(x, experts.weight, experts.bias, None, A, B, experts.core)
+    plain = (
+        plain.sin().sum() + (nn.functional.linear(x, linear.weight, linear.bias) + S * x @ A @ linear.core @ B.T).sin().sum()
+    )
+    assert worst(got, torch.autograd.grad(plain, leaves)) < 1e-12
+
+
+def test_module_off_and_with_tasks_of_a_request() -> None:
+    experts = LoTRExperts(E, K, N, R, dtype=torch.float64, scaling=S)
+    nn.init.normal_(experts.core)
+    offs, x, tokens = (
+        torch.tensor(OFFS, dtype=torch.int32),
+        torch.randn(M, K, dtype=torch.float64),
+        torch.randint(0, M, (ROWS,)),
+    )
+    cores, tasks = torch.randn(3, E, *R, dtype=torch.float64), torch.randint(-1, 3, (M,))
+    A, B = experts.factors.A.value, experts.factors.B.value
+    with requesting({experts: OFF}):
+        assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, 0 * experts.core)]) < 1e-12
+    with requesting({experts: lambda x: (cores, tasks)}):
+        assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, cores, tasks)]) < 1e-12
+
+
+# ---- a transformers mixture ------------------------------------------------------------------------------------------
+
+
+def mixture() -> nn.Module:
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    return apply_lotr(net("mixture").double(), LoTRConfig(rank=2, target_parameters=targets, adapter_dtype=torch.float64))
+
+
+IDS = torch.tensor([[3, 7, 11, 5], [2, 9, 4, 8]])
+
+
+def test_mixture_starts_unchanged_and_merges_exactly() -> None:
+    plain = net("mixture").double()(IDS).logits
+    model = mixture()
+    weights = {name: p.clone() for name, p in model.named_parameters() if name.endswith("proj")}
+    assert worst([model(IDS).logits], [plain]) < 1e-12
+    for name, p in model.named_parameters():
+        if name.endswith(".core"):
+            nn.init.normal_(p, std=0.1)
+    adapted = model(IDS).logits
+    assert worst([adapted], [plain]) > 1e-6
+    with disabled(model):
+        assert worst([model(IDS).logits], [plain]) < 1e-12
+    merge(model)
+    assert worst([model(IDS).logits], [adapted]) < 1e-10
+    unmerge(model)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+
+
+def test_mixture_gradients_are_those_of_merged_weights() -> None:
+    """dG of each expert is s A^T (dW)^T B with the gradient dW of the expert's own weight."""
+    model = mixture()
+    model(IDS).logits.square().mean().backward()
+    whole = net("mixture").double().requires_grad_()
+    whole(IDS).logits.square().mean().backward()
+    weights = dict(whole.named_parameters())
+    checked = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoTRExperts):
+            host, _, parameter = name.rpartition(".lotr.")
+            dW, A, B = weights[f"{host}.{parameter}"].grad, layer.factors.A.value, layer.factors.B.value
+            dW = dW.mT if layer.transposed else dW
+            want = layer.scaling * A.T @ dW.mT @ B
+            assert worst([layer.core.grad], [want]) < 1e-10
+            checked += 1
+    assert checked
+
+
+BAD = [
+    ("x", {"x": torch.zeros(M, K + 1)}, ValueError),
+    ("offs", {"offs": torch.tensor(OFFS)}, TypeError),
+    ("offs", {"offs": torch.tensor(OFFS[:-1], dtype=torch.int32)}, ValueError),
+    ("offs", {"offs": torch.tensor([7, 3, 21, 40, 44], dtype=torch.int32)}, ValueError),
+    ("tokens", {"tokens": torch.zeros(ROWS, dtype=torch.int32)}, TypeError),
+    ("weight", {"weight": torch.zeros(E, N)}, ValueError),
+    ("weight", {"weight": torch.zeros(E, N, K, dtype=torch.float64)}, TypeError),
+    ("bias", {"bias": torch.zeros(E, N + 1)}, ValueError),
+    ("A", {"A": torch.zeros(K + 1, R[0])}, ValueError),
+    ("cores", {"cores": torch.zeros(E + 1, *R)}, ValueError),
+    ("core_index", {"core_index": torch.zeros(M)}, TypeError),
+    ("core_index", {"core_index": torch.zeros(M + 1, dtype=torch.int64), "cores": torch.zeros(2, E, *R)}, ValueError),
+    ("scaling", {"scaling": float("nan")}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error"), BAD, ids=[f"{row[0]}-{i}" for i, row in enumerate(BAD)])
+def test_bad_input_is_refused_by_name(name: str, change: dict, error: type[Exception]) -> None:
+    good = {
+        "x": torch.zeros(M, K),
+        "weight": torch.zeros(E, N, K),
+        "offs": torch.tensor(OFFS, dtype=torch.int32),
+        "A": torch.zeros(K, R[0]),
+        "B": torch.zeros(N, R[1]),
+        "cores": torch.zeros(E, *R),
+        "scaling": S,
+        "tokens": torch.zeros(ROWS, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=f"^{name}: expected .*, got "):
+        if name == "core_index" and "cores" not in change:
+            good["cores"] = torch.zeros(2, E, *R)
+        lotr_grouped_linear(**{**good, **change})

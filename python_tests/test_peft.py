@@ -1,0 +1,369 @@
+"""LoTR as a PEFT method: the real PEFT on our operators against plain PyTorch in float64, over the zoo's nets.
+
+PEFT's own tests of its methods run against LoTR by `python python_tests/peft_suite.py`, and here as one slow test.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lotr_ext.init import START
+from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
+
+DATA = Path(__file__).parent / "data" / "bd4494a"
+SMALL = {"rank": 3, "scaling": 2.0}
+# name: (net, settings)
+CASES = {
+    "two shapes": ("mlp", {"modules_to_save": ["head"]}),
+    "siblings": ("attention", {}),
+    "by width": ("attention", {"rank": (2, 4), "group_by": "width", "target_modules": ["q", "v", "head"]}),
+    "diagonal": ("bert", {"core": "diagonal", "modules_to_save": ["classifier"]}),
+    "cp": ("attention", {"core": "cp", "target_modules": ["q", "k"]}),
+    "conv1d by block": ("gpt2", {"group_by": "block"}),
+    "regular expression by name": ("llama", {"group_by": "name", "target_modules": r".*\.(q|k|v|o)_proj"}),
+    "identity": ("llama", {"core_init": "identity", "train": ["B", "core"]}),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def config(net: str, **settings: object) -> LoTRPeftConfig:
+    return LoTRPeftConfig(**{"target_modules": zoo.TARGETS[net], **SMALL, **settings})
+
+
+def fill(model: nn.Module, name: str = "default", seed: int = 7) -> None:
+    """Gives an adapter's cores, B and modules_to_save values that matter."""
+    marks = (f"lotr_adapter.{name}.", f"lotr_cores.{name}.", f"modules_to_save.{name}.")
+    zoo.fill(model, seed, 0.3, lambda key: any(m in key for m in marks) or (f"lotr_factors.{name}." in key and ".B" in key))
+
+
+def tuned(case: str, filled: bool = True) -> tuple[peft.PeftModel, Tensor]:
+    """The model of a case and an input of it."""
+    net, settings = CASES[case]
+    model = peft.get_peft_model(zoo.net(net), config(net, **settings)).eval()
+    if filled:
+        fill(model)
+    return model, zoo.inputs(net)
+
+
+def two() -> tuple[peft.PeftModel, Tensor]:
+    """Adapters "default" on q, k, v and o, active, and "other" of another rank on q, o and the head."""
+    model, x = tuned("siblings")
+    model.add_adapter("other", LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5))
+    fill(model, "other", 8)
+    return model.eval(), x
+
+
+def layers(model: nn.Module) -> list[LoTRPeftLinear]:
+    return [m for m in model.modules() if isinstance(m, LoTRPeftLinear)]
+
+
+class Plain(nn.Module):
+    """base(x) + the sum over adapters of s ((x A) G) B^T by autograd alone."""
+
+    def __init__(self, layer: LoTRPeftLinear, names: list[str]):
+        super().__init__()
+        self.base_layer = layer.base_layer
+        self.lotr_adapter = nn.ModuleDict({n: layer.lotr_adapter[n] for n in names if n in layer.lotr_adapter})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        for core in self.lotr_adapter.values():
+            y = y + core.scaling * ((x @ core.factors.A.value) @ core.matrix()) @ core.factors.B.value.mT
+        return y
+
+
+def truth(model: peft.PeftModel, *names: str) -> nn.Module:
+    """A copy of the model, in float64, whose adapters of these names are three lines of torch."""
+    copied = copy.deepcopy(model).double()
+    inner = copied.base_model.model
+    for name, layer in [(n, m) for n, m in inner.named_modules() if isinstance(m, LoTRPeftLinear)]:
+        parent, _, child = name.rpartition(".")
+        setattr(inner.get_submodule(parent), child, Plain(layer, [*names]))
+    return copied
+
+
+def output(model: nn.Module, x: Tensor, **more: object) -> Tensor:
+    """The model's output: `zoo.output` of a PEFT model."""
+    own = next(model.parameters()).dtype
+    found = model(x.to(own) if x.is_floating_point() else x, **more)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output(model, x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> bool:
+    got, want = got.detach().double(), want.detach().double()
+    return bool((got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max())))
+
+
+def loaded(folder: Path, net: str, **settings: object) -> peft.PeftModel:
+    """A saved adapter on a fresh base model. PEFT's warnings, such as of missing keys, are errors."""
+    torch.manual_seed(99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return peft.PeftModel.from_pretrained(zoo.net(net), folder, **settings)
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_outputs_and_gradients_are_those_of_plain_torch(case: str, form: str) -> None:
+    model, x = tuned(case)
+    want = truth(model, "default")
+    assert close(output(model, x), output(want, x)) and not close(output(model, x), output(zoo.net(CASES[case][0]), x), 1e-3)
+    ours, theirs = gradients(model, x), gradients(want, x)
+    assert ours.keys() == theirs.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in theirs.items():
+        assert close(ours[name], gradient, 2e-4 * float(gradient.abs().max() + 1e-3)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("net", ["mlp", "gpt2"])
+def test_half_precision_bases_have_float32_adapters(net: str, dtype: torch.dtype) -> None:
+    case = {"mlp": "two shapes", "gpt2": "conv1d by block"}[net]
+    model, x = tuned(case)
+    cast = peft.get_peft_model(zoo.net(net, dtype), config(net, **CASES[case][1])).eval()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for n, p in cast.named_parameters() if "lotr_" in n} == {wide}
+    cast.load_state_dict({k: v for k, v in model.state_dict().items() if "lotr_" in k or "modules_to_save" in k}, strict=False)
+    y, want = output(cast, x), output(model, x)
+    assert y.dtype == dtype and (y.double() - want).abs().mean() < 8 * torch.finfo(dtype).eps * want.abs().max() + 1e-6
+    gradients(cast, x)
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            assert (output(model, x).double() - want).abs().mean() < 0.05 * want.abs().max()
+
+
+def test_several_active_adapters_add_up() -> None:
+    model, x = two()
+    model.base_model.set_adapter(["default", "other"])
+    assert close(output(model, x), output(truth(model, "default", "other"), x))
+    assert gradients(model, x).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_dropout_and_checkpointing_train_alike() -> None:
+    net = "llama"
+    model = peft.get_peft_model(zoo.net(net), config(net, dropout=0.4)).train()
+    fill(model)
+    x, found = zoo.inputs(net), []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options is not None:
+            model.base_model.model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        found.append(gradients(model, x))
+    for other in found[1:]:
+        assert all(close(other[name], gradient, 1e-5) for name, gradient in found[0].items())
+    assert not close(output(model, x), output(model.eval(), x), 1e-3)
+
+
+def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
+    x = torch.randn(2, 3, 16)
+    before = net(x)
+    model = peft.get_peft_model(net, LoTRPeftConfig(target_modules=["linear1"], **SMALL)).eval()
+    fill(model)
+    with torch.no_grad():
+        assert close(model(x), truth(model, "default")(x.double())) and not close(model(x), model.base_model.unload()(x), 1e-3)
+    assert close(net(x), before)
+
+
+# ---- the life of an adapter ------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
+    net, settings = CASES[case]
+    model, x = tuned(case, filled=False)
+    want = output(zoo.net(net), x)
+    assert close(output(model, x), want, 1e-6)  # it starts as the base model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for _ in range(3):
+        gradients(model.train(), x)
+        optimizer.step()
+    model.eval()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lotr_" in name or ".modules_to_save." in name for name in changed)
+    fill(model)
+    y = output(model, x)
+    with model.disable_adapter():
+        assert close(output(model, x), want, 1e-6) and not any(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        assert close(output(loaded(tmp_path, net, **options), x), y, 1e-6)  # the node depends on what is trained
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    owned = {key for key in saved if "lotr_factors" in key}
+    assert len(owned) == len(list(model.base_model.lotr_factors.parameters()))  # A and B once
+    weights = [layer.weight.clone() for layer in layers(model)]
+    model.merge_adapter()
+    assert close(output(model, x), y) and all(layer.merged for layer in layers(model))
+    with model.disable_adapter():
+        assert close(output(model, x), want, 1e-6)
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers(model), weights, strict=True))
+    again = pickle.loads(pickle.dumps(model))
+    for copied, result in ((again.merge_and_unload(safe_merge=True), y), (copy.deepcopy(model).unload(), want)):
+        assert copied.state_dict().keys() == zoo.net(net).state_dict().keys() and not layers(copied)
+        assert close(zoo.output(copied, x), result) or (result is want and "modules_to_save" in settings)
+
+
+def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
+    model, x = two()
+    outputs = {names: output(truth(model, *names), x) for names in (("default",), ("other",), ("default", "other"))}
+    trained = lambda: {name.split("default")[0] for name, p in model.named_parameters() if p.requires_grad and "other" in name}  # noqa: E731
+    assert not trained()
+    model.set_adapter("other")
+    assert trained() and not any(p.requires_grad for name, p in model.named_parameters() if ".default." in name)
+    assert close(output(model, x), outputs["other",])
+    for names, want in outputs.items():
+        assert close(zoo.output(copy.deepcopy(model).merge_and_unload(adapter_names=[*names]), x), want)
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(["other"])
+    assert close(output(model, x), outputs["default", "other"])
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    model.delete_adapter("default")
+    assert close(output(model, x), outputs["other",]) and set(model.base_model.lotr_factors) == {"other"}
+    assert not any("default" in name for name in model.state_dict())
+    fresh = peft.PeftModel.from_pretrained(zoo.net("attention"), tmp_path / "other")
+    assert torch.equal(output(fresh, x), output(model, x))
+    fresh.load_adapter(tmp_path / "other", "again", is_trainable=True)
+    assert torch.equal(output(fresh, x), output(model, x)) and fresh.active_adapter == "default"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
+    model, _ = tuned("siblings")
+    layers(model)[0].lotr_adapter["default"].core.data[0, 0] = value
+    weight = layers(model)[0].weight.clone()
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layers(model)[0].weight, weight) and not layers(model)[0].merged
+
+
+def test_adapter_names_choose_an_adapter_a_row() -> None:
+    net = zoo.net("llama")
+    model = peft.get_peft_model(net, config("llama", modules_to_save=["lm_head"])).eval()
+    fill(model)
+    model.add_adapter("other", LoTRPeftConfig(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    fill(model, "other", 8)
+    x, want = zoo.inputs("llama", rows=5), {"__base__": None}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        want[name] = output(model, x)
+    with model.disable_adapter():
+        want["__base__"] = output(model, x)
+    names = ["other", "__base__", "default", "default", "other"]
+    got = output(model, x, adapter_names=names)
+    assert all(close(got[i], want[name][i]) for i, name in enumerate(names))
+    one = model.generate(input_ids=x, adapter_names=["other"] * 5, max_new_tokens=3, do_sample=False, num_beams=2)
+    model.set_adapter("other")
+    assert torch.equal(one, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
+    model = peft.get_peft_model(zoo.net("attention"), config("attention", bias="lotr_only"))
+    names = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+    assert len(names) == 8 and all(name.endswith(".base_layer.bias") for name in names)
+    zoo.fill(model, 7, 0.3, lambda name: name.endswith("base_layer.bias"))
+    model.save_pretrained(tmp_path)
+    x = zoo.inputs("attention")
+    assert torch.equal(output(loaded(tmp_path, "attention"), x), output(model.eval(), x))
+
+
+# ---- files and configuration -----------------------------------------------------------------------------------------
+
+
+def test_the_first_versions_files_load(tmp_path: Path) -> None:
+    expected = load_file(DATA / "peft" / "expected.safetensors")
+    assert close(output(loaded(DATA / "peft", "gpt2"), expected["x"]), expected["y"], 1e-6)
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):  # PEFT's, where its base class reads the file
+        assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
+    content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
+    for scaling, want in (("auto", 32.0), (0.5, 0.5)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"scaling": scaling}))
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == want
+    for other in ({"magnitude": True, "use_dora": True}, {"target_parameters": ["experts.down_proj"]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content | other))
+        for read in (LoTRPeftConfig, peft.PeftConfig):
+            with pytest.raises((TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"):
+                read.from_pretrained(str(tmp_path))
+
+
+def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:
+    for settings, want in (({}, 4 * (8 / 16) ** 1.5 / START**3), ({"alpha": 8, "r": 4}, 2.0), ({"rslora": True, "r": 4}, 2.0)):
+        LoTRPeftConfig(target_modules=["q"], **settings).save_pretrained(str(tmp_path))
+        content = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert content["scaling"] == pytest.approx(want) and content["alpha"] is None
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).to_lotr().s == pytest.approx(want)
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
+    model, _ = tuned("siblings")
+    model.save_pretrained(tmp_path)
+    other = peft.get_peft_model(zoo.net("attention"), config("attention", target_modules=["q"]))
+    with pytest.raises(ValueError, match="expected the model's 4 LoTR tensors, got 10"):
+        peft.set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
+    model, _ = tuned("siblings")
+    state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize("kind", ["parametrized", "own forward", "hook"])
+def test_only_a_plain_product_is_merged_into(kind: str) -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).clamp(-1, 1)
+
+    net, x = zoo.net("attention"), zoo.inputs("attention")
+    q = net.blocks[0]["q"]
+    if kind == "own forward":
+        net.blocks[0]["q"] = Odd(16, 16)
+    elif kind == "hook":
+        q.register_forward_hook(lambda module, args, y: y * 2)
+    else:
+        nn.utils.parametrizations.weight_norm(q)
+    model = peft.get_peft_model(net, config("attention")).eval()
+    fill(model)
+    y = output(model, x)
+    assert close(y, output(truth(model, "default"), x))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match=r"merge: expected a .* \(blocks.0.q\)"):
+            merge()
+    assert torch.equal(output(model, x), y)
+
+
+@pytest.mark.slow
+def test_pefts_own_suite() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("peft_suite.py")), "--tb=short"]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if "No matching distribution" in done.stderr:
+        pytest.skip("PEFT's source distribution cannot be downloaded here")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

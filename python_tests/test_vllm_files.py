@@ -1,0 +1,103 @@
+"""The files of factors and tasks that the vLLM plugin reads. python_tests/serving runs them in an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
+from lotr_ext.vllm import export_factors, export_task
+
+CHANGES = {
+    "nan": "expected finite values in model.layers.0.self_attn.k_proj.core",
+    "shape": r"expected floating values \(2, 3\) in model.layers.0.self_attn.k_proj.core",
+    "missing": r"expected 8 cores, got \['model.layers.0.self_attn.k_proj.core'\] missing",
+    "integers": r"expected floating values \(2, 3\)",
+    "cut": "expected a safetensors file",
+    "gone": "expected a safetensors file",
+    "other factors": "expected a task over the engine's factors",
+    "a LoRA": "expected a task by export_task, got an adapter of LORA",
+    "no JSON": "expected a directory of export_task",
+}
+
+
+def adapted(**settings: object) -> nn.Module:
+    config = LoTRConfig(**{"rank": (2, 3), "group_by": "width", "target_modules": zoo.TARGETS["llama"], **settings})
+    return zoo.fill(apply_lotr(zoo.net("llama"), config), 7, 0.3, lambda name: name.endswith("core"))
+
+
+def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
+    model = adapted(scaling=2.0)
+    bank = TaskBank(model, 2)
+    task = bank.add({name: torch.randn(core.shape) for name, core in bank.cores_of(bank.add()).items()})
+    export_factors(model, tmp_path / "factors")
+    export_task(model, tmp_path / "own")
+    export_task(model, tmp_path / "task", task=task, base_model="base")
+    factors = vllm.read_factors(tmp_path / "factors")
+    assert factors.checksum == vllm.factors_of(model, "test").checksum and len(factors.tensors) == 3  # A_16, B_16, B_8
+    for folder, cores in (
+        ("own", {f"{n}.core": m.core for n, m in model.named_modules() if hasattr(m, "factors")}),
+        ("task", None),
+    ):
+        vector = vllm.read_task(tmp_path / folder, factors)
+        for name, span in factors.spans.items():
+            want = (cores or bank.cores_of(task))[f"{name}.core"]
+            assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * want)
+    config = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 3, "base")
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_is_no_task_is_refused(how: str, tmp_path: Path) -> None:
+    model, key = adapted(), "model.layers.0.self_attn.k_proj.core"
+    export_task(model, tmp_path)
+    factors = vllm.factors_of(model if how != "other factors" else adapted(), "test")
+    file, config = tmp_path / "lotr_task.safetensors", tmp_path / "adapter_config.json"
+    tensors, content = load_file(file), json.loads(config.read_text())
+    if how == "nan":
+        tensors[key][0, 0] = torch.nan
+    elif how in ("shape", "integers"):
+        tensors[key] = tensors[key][:-1].clone() if how == "shape" else tensors[key].int()
+    elif how == "missing":
+        del tensors[key]
+    save_file(tensors, file)
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif how == "gone":
+        file.unlink()
+    elif how == "a LoRA":
+        del content["lotr_factors"]
+    config.write_text("{" if how == "no JSON" else json.dumps(content))
+    with pytest.raises(ValueError, match=CHANGES[how]):
+        vllm.read_task(tmp_path, factors)
+
+
+@pytest.mark.parametrize(
+    ("net", "settings", "message"),
+    [
+        ("llama", {"init": "svd", "group_by": "shape", "rank": 2}, "init 'svd' in 'model.layers.0.self_attn.q_proj'"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "without modules_to_save, got lm_head"),
+        ("mixture", {"group_by": "shape"}, "expected adapted linear layers, got experts"),
+    ],
+)
+def test_what_the_engine_cannot_hold_is_not_exported(net: str, settings: dict, message: str, tmp_path: Path) -> None:
+    if net == "mixture":
+        model = apply_lotr(zoo.net(net), LoTRConfig(rank=2, target_parameters=zoo.TARGETS[net], **settings))
+    else:
+        model = adapted(**settings)
+    for export in (export_factors, export_task):
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_variable_vllm_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOTR_FACTORS", raising=False)
+    vllm.register()
