@@ -47,6 +47,7 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # a c
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView  # skips Python kernels of version counters: 4 us an operator
 _boxed = torch._C._dispatch_call_boxed  # skips the search for __torch_function__: 2 us an operator
 _functorch = torch._C._are_functorch_transforms_active  # vmap, grad, jvp: kernels cannot run
+_tracing = torch._C._is_tracing  # torch.jit.trace and ONNX record torch's products; torch.jit.is_tracing is slower Python
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # selective checkpointing must see torch's products
 _autocast = torch._C._is_any_autocast_enabled  # torch.is_autocast_enabled raises for devices such as meta
 _batched = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode"))
@@ -63,7 +64,7 @@ _NOTHING = type(None)  # _NOTHING() is None: a weak reference to nothing
 # 15.4 % over the frozen model at 256 tokens, 8.4 against 7.1 % at 1,024).
 LITTLE_WORK = 2**23
 FEW_TOKENS = 129  # below, multiplying the tokens with the core costs less than folding it into B
-VERSION = "lotr 1"  # part of the key of compiled code that torch keeps on disk: change it with this file
+VERSION = "lotr 2"  # part of the key of compiled code that torch keeps on disk: change it with this file
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -412,6 +413,8 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
     """Why this call runs PyTorch's own products; None if it runs our kernels. y: of another base, then W is None."""
     if _functorch() or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward-mode AD is active"
+    if _tracing():
+        return "torch.jit.trace or torch.onnx records the call"
     if _dispatch_modes():
         return "a dispatch mode is active, such as selective checkpointing"
     if x.layout is not torch.strided:

@@ -308,7 +308,7 @@ for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad"):
 def fold(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """F = s B G^T [.., n, r_in] of B [n, r_out] and cores [.., r_in, r_out], computed in float32 (float64) and cast once."""
     wide = accumulate_dtype(B.dtype)
-    return ((B.to(wide) @ core.to(wide).mT) * scaling).to(dtype)
+    return ((B.to(wide) @ core.to(wide).transpose(-2, -1)) * scaling).to(dtype)
 
 
 def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
@@ -324,8 +324,8 @@ def expand(u: Tensor, B: Tensor, core: Tensor | None, scaling: float) -> Tensor:
     """
     if core is None or u.dtype == torch.float16:
         h = u if core is None else u @ core.to(u.dtype)
-        return (h @ B.to(u.dtype).mT) * scaling
-    return u @ fold(B, core, scaling, u.dtype).mT
+        return (h @ B.to(u.dtype).transpose(0, 1)) * scaling
+    return u @ fold(B, core, scaling, u.dtype).transpose(-2, -1)  # not mT, which ONNX does not have
 
 
 def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:

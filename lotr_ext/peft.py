@@ -247,8 +247,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """As BaseTunerLayer's, without its cast to the base's dtype. PEFT calls it after loading into tensors without
         memory."""
         device = self.place()[0] if device is None else device
-        if adapter_name in self.lotr_adapter and not any(p.is_meta for _, p in self.lotr_adapter[adapter_name].parts()):
-            for module in (self.lotr_adapter[adapter_name], self.lotr_adapter[adapter_name].factors):
+        core = self.lotr_adapter[adapter_name] if adapter_name in self.lotr_adapter else None
+        if core is not None and not any(p.is_meta for _, p in core.parts()):
+            for module in (core, core.factors, *([] if core.form is None else [core.form.cores])):
                 module.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zoo
 from models import started, trained
 from torch import nn
 
 import lotr_ext
-import zoo
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, save_adapter, use_tasks
 
 FOLDER = Path(__file__).parent / "data" / "bd4494a"

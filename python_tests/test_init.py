@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from helpers import relative
 from models import config, moved, started
 from torch import Tensor, nn
 
-import zoo
 from lotr_ext import LoTRConfig, apply_lotr, disabled, init_from_gradient, load_adapter, lotr_parameters, save_adapter, unload
 from lotr_ext.init import START, leading, tucker2
 from lotr_ext.model import adapted_layers

@@ -36,7 +36,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-import lotr_ext
 from lotr_ext import reference
 
 ops = torch.ops.lotr
@@ -481,11 +480,3 @@ def test_lower_instruction_sets(isa: str) -> None:
     if "(what this CPU runs), got " in run.stdout + run.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert run.returncode == 0, run.stdout[-3000:]
-
-
-def test_unknown_instruction_set_is_refused() -> None:
-    program = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(lotr_ext.__file__))!r}); import lotr_ext"
-    program += "; import torch; torch.ops.lotr.info()"
-    env = {**os.environ, "LOTR_CPU_ISA": "mmx"}
-    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert run.returncode != 0 and "LOTR_CPU_ISA: expected one of " in run.stderr and "got mmx" in run.stderr

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from helpers import relative, worst
 from models import moved, own_parameters, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import zoo
 from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
 from lotr_ext.model import adapted_layers
 

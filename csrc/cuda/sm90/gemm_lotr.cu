@@ -91,13 +91,13 @@ void run(const Call& call, const GemmLotr& q) {
                               uint32_t(box_rows));
   };
   const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
-  const kernels::GemmLotrParams p{q.bias,   q.bias_stride, int(q.N),
-                                  int(q.K), q.r,           {int(bands), int(columns)}};
+  const kernels::GemmLotrParams p{q.bias, q.bias_stride, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
   const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
-  ptx::launch<kernels::gemm_lotr<Traits>>(launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
-              q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
-              map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE),
-              map(read_only(q.y), q.M, q.N, 64), p);
+  ptx::launch<kernels::gemm_lotr<Traits>>(
+      launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
+      q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
+      map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE), map(read_only(q.y), q.M, q.N, 64),
+      p);
 }
 
 }  // namespace

@@ -155,19 +155,19 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A, const __g
   ptx::mbarrier_wait(&s.full, 0);
   for (int i = t; i < 64 * K; i += 128) memcpy(&shared[i], reinterpret_cast<char*>(s.a) + 2 * i, 2);
   for (int i = t; i < N * K; i += 128) memcpy(&shared[64 * K + i], &s.b[i], 2);
-  float d[N / 2], e[N / 2];
+  float d[N / 2], e[N / 2] = {};
   for (int i = 0; i < N / 2; ++i) d[i] = float(i);
-  const auto multiply = [&](float (&sums)[N / 2], int k, bool accumulate) {
+  const auto multiply = [&](float (&sums)[N / 2], int k) {
     const uint64_t a = ptx::swizzled_descriptor(&s.a[0][k]);
     if constexpr (MN)
-      ptx::wgmma<T, ptx::Major::mn>(sums, a, ptx::swizzled_descriptor_mn(s.b + k * 64, sizeof(T) * 64 * K), accumulate);
+      ptx::wgmma<T, ptx::Major::mn>(sums, a, ptx::swizzled_descriptor_mn(s.b + k * 64, sizeof(T) * 64 * K));
     else
-      ptx::wgmma<T>(sums, a, ptx::swizzled_descriptor(s.b + k), accumulate);
+      ptx::wgmma<T>(sums, a, ptx::swizzled_descriptor(s.b + k));
   };
   ptx::wgmma_fence();
-  for (int k = 0; k < K; k += 16) multiply(d, k, true);
+  for (int k = 0; k < K; k += 16) multiply(d, k);
   ptx::wgmma_commit();
-  multiply(e, 0, false);
+  multiply(e, 0);
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
   out += t * (N + 1);
