@@ -49,7 +49,7 @@ BUGS: dict[str, Bug] = {
         "plan.n_blocks * p.M * piece.parts_row", "p.M * piece.parts_row", "shrink", "behind its end|: u: |overlaps"
     ),
     "sum_of_parts_does_not_add": operators(
-        "                   p.accumulate, p.dropout.scale};", "                   0, p.dropout.scale};", "factor_grad", ": D: "
+        "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,", "p.K, ranks, int32_t(plan.m_blocks), 0,", "factor_grad", ": D: "
     ),
     "first_part_left_out": Bug(
         "parts.cu", PARTS, "for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", "shrink", ": u: "
