@@ -186,7 +186,7 @@ def runs(case: Case, device: str) -> bool:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = chosen({}, options.kernels, KERNELS, KERNELS)
+    names = chosen(options.kernels, KERNELS, KERNELS)
     found = []
     for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
         for kernel in names:
@@ -218,7 +218,7 @@ def check(options: argparse.Namespace) -> int:
     """Compares every kernel with float64, and its bits with those of a second run. Returns 1 if a number is wrong."""
     wrong = 0
     for shape in options.shapes or sizes("m", "n", "r")(CHECKED):
-        for kernel in chosen({}, options.kernels, KERNELS, KERNELS):
+        for kernel in chosen(options.kernels, KERNELS, KERNELS):
             for dtype in options.dtypes:
                 case = {"kernel": kernel, **shape, "dtype": dtype}
                 if kernel.startswith("fold"):
