@@ -177,6 +177,7 @@ class Rounds:
 
     def __init__(self, group: Group, clock: Clock, slice_s: float):
         self.group, self.clock, self.repeats = group, clock, {}
+        gc.collect()
         for name, step in group.steps.items():
             clock.seconds(step)
             begin = time.perf_counter()
@@ -187,7 +188,6 @@ class Rounds:
         """Seconds of each rival's stages. Each rival runs once untimed first, so that caches and allocator are as it leaves
         them; the order is that of the turn in every run of the program."""
         draw, found = random.Random(turn), {}
-        gc.collect()
         gc.disable()
         try:
             self.group.deal(draw)

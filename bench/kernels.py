@@ -2,7 +2,6 @@
 
     python -m bench.kernels                             every kernel at Llama-3-8B's widths; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
-    python -m bench.kernels --device cpu                the CPU kernels instead
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
 A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
