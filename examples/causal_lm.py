@@ -42,7 +42,6 @@ def rows_of(path: Path, tokenizer, length: int, most: int) -> tuple[Tensor, Tens
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean cross entropy of each row's tokens after its first."""
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
