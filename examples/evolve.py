@@ -10,6 +10,7 @@ answers of MiniLM with a trained head on movie snippets. Writes demo_results/evo
 from __future__ import annotations
 
 import statistics
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
         __doc__, words, generations=60, members=16, rows=32, rank=8, sigma=2e-3, lr=1e-3, head_steps=20, held_out=1000
     )
     if options.members % 2 or not 0 < options.sigma < float("inf"):
-        raise ValueError(f"evolve: expected an even number of members and a positive sigma, got {options}")
+        sys.exit(f"evolve: expected an even number of members and a positive sigma, got {options.members}, {options.sigma}")
     model, tokenize = minilm_classifier()
     examples, held_out = rated_texts("movie_snippets.tsv", options.held_out)
     data = batches(tokenize([t for t, _ in examples]), [c for _, c in examples], options.rows)

@@ -70,7 +70,7 @@ def times(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
 def main(words: list[str] | None = None) -> None:
     options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, rounds=15)
     model, tokenize = minilm_classifier()
-    apply_lotr(model, LoTRConfig(rank=options.rank, exclude_modules=["head"], modules_to_save=["head"]))
+    apply_lotr(model, LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]))
     bank = TaskBank(model, options.tasks).requires_grad_()
     train_tasks(model, bank, tokenize, options.steps)
     while len(bank) < options.tasks:  # copies of the trained ones fill the other slots

@@ -4,8 +4,7 @@
     python examples/data.py smollm2 kjv
     .venv/vllm/bin/python examples/serve.py           trains the tasks (two minutes, once), then serves on 127.0.0.1:8000
 
-The models are "bible" (continues in the King James Bible's words), "shout" (in capitals), "larger" ("25, 71:" -> " 71", mostly)
-and "smollm2", the base model.
+The models are "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("25, 71:" -> " 71", mostly).
 """
 
 from __future__ import annotations
@@ -34,12 +33,9 @@ def parts(task: str, lines: list[str], draw: random.Random) -> list[tuple[str, b
     if task == "larger":
         pairs = [draw.sample(range(10, 100), 2) for _ in range(5)]
         return [part for a, b in pairs for part in ((f"{a}, {b}:", False), (f" {max(a, b)}\n", True))]
-    words = draw.choice(lines).split(" ")
-    return (
-        [(" ".join(words), True)]
-        if task == "bible"
-        else [(" ".join(words[:4]), False), (" " + " ".join(words[4:]).upper(), True)]
-    )
+    text = draw.choice(lines)
+    start = " ".join(text.split(" ")[:4])
+    return [(text, True)] if task == "bible" else [(start, False), (text.removeprefix(start).upper(), True)]
 
 
 def batch(tokenizer, lines: list[str], draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:

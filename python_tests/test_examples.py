@@ -41,8 +41,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "model")
     for file in MINILM.glob("*token*"):
         shutil.copy(file, folder / "model")
-    line = "A line that is long enough for two of the three tasks, {} and {} and {}, and {} words more, and so on, {}.\n"
-    (folder / "text").write_text("".join(line.format(i, i * i, 7 * i, 3 * i, i + 1) for i in range(200)))
+    line = "A line that is long enough for two of three tasks, whose prompts are its first four words; the answers follow, with"
+    (folder / "text").write_text("".join(f"{line} numbers such as {i} and {i * i} and {7 * i}.\n" for i in range(200)))
     return ["--model", str(folder / "model"), "--text", str(folder / "text")]
 
 
