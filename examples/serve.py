@@ -4,7 +4,7 @@
     python examples/data.py smollm2 kjv
     .venv/vllm/bin/python examples/serve.py           trains the tasks (two minutes, once), then serves on 127.0.0.1:8000
 
-The models are "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("25, 71:" -> " 71", mostly).
+The models: "bible" continues in the King James Bible's words, "shout" in capitals, "larger" says " 71" after "25, 71:", mostly.
 """
 
 from __future__ import annotations
