@@ -7,7 +7,7 @@
 
 Weights are random: times do not depend on them. A step is forward, a loss, backward, AdamW; the frozen model goes forward and
 backward through all layers too. All methods share its weights. The gradients of our cores are compared with the three-line
-formula's first. "-as-lotr": LoRA or VeRA at the rank whose size is nearest to LoTR's, "-as-lora": LoTR at LoRA's "-core": only
+formula's first. "-as-lotr": LoRA or VeRA at the rank whose size is nearest to LoTR's, "-as-lora": LoTR at LoRA's; "-core": only
 the cores are trained. Adapters have the dtype that their users get: PEFT's and ours float32, the original's the model's own.
 """
 
