@@ -55,11 +55,12 @@ from .files import (
     tensors_in,
     write,
 )
-from .functional import check_number, check_rank
+from .functional import check_dtype, check_number, check_rank
 from .init import START, _padded, leading
 from .linear import LoTRConv1D
 from .model import layers_in
-from .targets import closest, group_of, name_ends_with
+from .targets import group_of, name_ends_with
+from .tasks import TaskBank
 
 __all__ = ["Conversion", "LoRA", "export_lora", "lora_to_lotr", "lotr_to_lora", "original_to_lotr", "read_lora"]
 
@@ -119,14 +120,9 @@ def export_lora(model: nn.Module, directory: Source, *, task: int | None = None,
     Raises:
         As `save_adapter` and `lotr_to_lora`. RuntimeError: a task of a model without a bank.
     """
-    cores = None
-    if task is not None:
-        if (bank := getattr(model, "lotr_tasks", None)) is None:
-            raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
-        cores = bank.cores_of(task)
-    path = checked_path(directory, "directory")
+    path, cores = checked_path(directory, "directory"), {} if task is None else bank_of(model).cores_of(task)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        if cores is not None:
+        if task is not None:
             warnings.simplefilter("ignore", UserWarning)  # of tasks that an adapter's file lacks
         save_adapter(model, folder)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
@@ -137,7 +133,14 @@ def export_lora(model: nn.Module, directory: Source, *, task: int | None = None,
     options.setdefault("fan_in_fan_out", any(isinstance(layer, LoTRConv1D) for layer in layers_in(model).values()))
     if options.get("experts") in ("vllm-shared", "per-expert") and getattr(model_config, "model_type", None) in HOSTS:
         options.setdefault("hosts", model_config.model_type)
-    return _write_lora(path, document, {**tensors, **(cores or {})}, **options)
+    return _write_lora(path, document, {**tensors, **cores}, **options)
+
+
+def bank_of(model: nn.Module) -> TaskBank:
+    """The model's TaskBank. Raises RuntimeError without one."""
+    if (bank := getattr(model, "lotr_tasks", None)) is None:
+        raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
+    return bank
 
 
 def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str, LoRA]:
@@ -202,13 +205,6 @@ def lora_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: st
     return {n: LoRA(pad(one.A, (0, 0, 0, more[n])), pad(one.B, (0, more[n])), one.experts) for n, one in found.items()}
 
 
-def _beside(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of modules_to_save, also by their other names: in PEFT each module has its own."""
-    saved = tuple(f"{name}." for name in document["modules_to_save"])
-    found = {key: tensor for key, tensor in tensors.items() if saved and key.startswith(saved)}
-    return found | {name: found[of] for name, of in document.get("tied", {}).items() if of in found}
-
-
 def _write_lora(
     directory: Path,
     document: Mapping[str, Any],
@@ -228,7 +224,9 @@ def _write_lora(
             "of folders will not find it. Pass base_model.",
             stacklevel=3,
         )
-    layers, saved = lora_of(document, tensors, experts), _beside(document, tensors)
+    layers, modules = lora_of(document, tensors, experts), set(document["modules_to_save"])
+    saved = {key: t for key, t in tensors.items() if any(key.startswith(f"{name}.") for name in modules)}
+    saved |= {key: saved[of] for key, of in document.get("tied", {}).items() if of in saved}  # PEFT's modules have copies
     rank = next(iter(layers.values())).rank
     linear = sorted(name for name, layer in layers.items() if not layer.experts)
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
@@ -237,8 +235,7 @@ def _write_lora(
     if stacked and experts != "peft":  # servers expect names of modules
         parts = sorted({name.rpartition(".")[2] for name in stacked})
         targets = [*targets, *parts] if isinstance(targets, list) else "|".join([targets, *(rf".*\.{p}" for p in parts)])
-    modules = {name.rpartition(".")[0] for name in saved} if document.get("tied") else set()
-    modules |= set(document["modules_to_save"])
+    modules |= {key.rpartition(".")[0] for key in document.get("tied", {}) if key in saved}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -255,11 +252,11 @@ def _write_lora(
     }
     named = {f"{name}.lora_{part}.weight": getattr(layers[name], part) for name in linear for part in "AB"}
     named |= _expert_tensors(stacked, experts, HOSTS[hosts] if hosts else Host()) | saved
-    _put_folder(directory, {f"base_model.model.{key}": tensor for key, tensor in named.items()}, config)
+    put_folder(directory, TENSORS_NAME, {f"base_model.model.{key}": tensor for key, tensor in named.items()}, config)
     return layers
 
 
-def _put_folder(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def put_folder(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes both files of an adapter. One that is killed leaves no configuration, never the old one beside new tensors."""
     from safetensors.torch import save
 
@@ -268,7 +265,7 @@ def _put_folder(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[
     whole = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     data = save(whole, {"format": "pt"})
     (directory / CONFIG_NAME).unlink(missing_ok=True)
-    put_file(directory, TENSORS_NAME, data)
+    put_file(directory, name, data)
     put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -525,6 +522,7 @@ def lora_to_lotr(
 
     Warns about layers that keep less than half of their adapter (an error above 0.5).
     """
+    check_dtype(dtype)
     ranks, (layers, saved, content) = check_rank(rank), read_lora(source)
     endings = [ending for ending in content.get("modules_to_save") or () if _modules_of(saved, [ending])]
     own = {"target_modules": sorted(layers), "modules_to_save": endings or None, "dropout": content.get("lora_dropout") or 0.0}
@@ -602,8 +600,8 @@ def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Seq
     one = len(ranks) == len(dtypes) == 1
     _expect(one, "source", "layers of one rank and dtype", f"ranks {sorted(ranks)}, {sorted(map(str, dtypes))}")
     for ending in modules_to_save or ():
-        got = f"{ending!r}, which matches none{closest(ending, {key.rpartition('.')[0] for key in state})}"
-        _expect(_modules_of(state, [ending]), "modules_to_save", "names of modules in the checkpoint", got)
+        known = _modules_of(state, [ending])
+        _expect(known, "modules_to_save", "names of modules in the checkpoint", f"{ending!r}, which matches none")
     rank, groups = ranks.pop(), {name: group for name, (_, _, _, group) in layers.items()}
     own = {"target_modules": sorted(layers), "modules_to_save": modules_to_save, "group_by": groups, "init": "normal"}
     config = LoTRConfig(rank=rank, scaling=scale / rank, adapter_dtype=dtypes.pop(), **own)
@@ -623,11 +621,8 @@ def _original_layer(
     _expect(fit, name, "lhs [r, out], mid [r, r], rhs [in, r]", shapes)
     for part, tensor in parts.items():
         _expect_values(name, f"lotr.{part}", tensor)
-    shape, number = f"{len(rhs)}x{lhs.shape[1]}", 1
-    group = shape
-    while group in firsts and not (torch.equal(firsts[group][0], rhs) and torch.equal(firsts[group][1], lhs)):
-        number += 1
-        group = f"{shape}_{number}"
+    known = (group for group, (A, B) in firsts.items() if torch.equal(A, rhs) and torch.equal(B, lhs))
+    group = next(known, f"{len(rhs)}x{lhs.shape[1]}_{len(firsts)}")
     firsts.setdefault(group, (rhs, lhs))
     return rhs, lhs.mT.contiguous(), mid, group
 

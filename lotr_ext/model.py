@@ -179,6 +179,8 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
     layer.leave_factors_to_owner()
+    if layer.core.device != (home := _home(target.module)):
+        layer.core = nn.Parameter(torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype))
     fill_core_(layer.core, config.core_init)
     for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")
@@ -256,7 +258,7 @@ _waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
     have no gradient, and those of others have one."""
-    if not _waiting or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _waiting:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):
@@ -335,7 +337,7 @@ def init_from_gradient(
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
     for name, layer in layers.items():
-        if layer.core.dim() != 2:
+        if hasattr(layer, "num_experts"):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
         if bool(layer.core.any()):
             raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
@@ -586,7 +588,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
             )
         if layer.start_core is not None and not merge:
             layer._weight_to_write("unload")
-        if not hasattr(layer, "to_base") and not hasattr(layer, "host"):
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     _check_unmergeable({} if merge else merged)

@@ -99,7 +99,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             continue  # a regular expression is a filter over the layers that can be adapted
         reason = _reason(model, module, names, tied)
         if id(module) in inside:
-            left_out[names[0]] = "trained whole (modules_to_save)"
+            left_out[names[0]] = "trained whole: modules_to_save"
         elif any(_matches(name, config.exclude_modules) for name in names):
             left_out[names[0]] = "exclude_modules"
         elif config.everything and (reason or id(module) in outputs):
@@ -134,7 +134,8 @@ def _reason(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Map
 def _other_result(module: nn.Module) -> str | None:
     """What a subclass of nn.Linear with a forward of its own returns, if that is not [.., out_features]: Llama 4's router
     returns a tuple. Runs a copy on tensors without values, so no state changes."""
-    own, state = copy.copy(module), {name: t.detach().to("meta") for name, t in module.state_dict(keep_vars=True).items()}
+    own, tensors = copy.copy(module), (*module.named_parameters(), *module.named_buffers())
+    state = {name: tensor.detach().to("meta") for name, tensor in tensors}
     vars(own).update(_forward_hooks={}, _forward_pre_hooks={})
     try:
         with torch.no_grad():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import zoo
 from torch import Tensor, nn
 
-import zoo
 from lotr_ext import LoTRConfig, apply_lotr
 from lotr_ext.model import adapted_layers
 

@@ -2,8 +2,8 @@
 
     python python_tests/peft_suite.py [pytest's arguments]
 
-The tests are those of the installed version, from its source distribution on PyPI, unpacked into build/peft-<version>. This file is
-also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
+The tests are those of the installed version, from its source distribution on PyPI, in build/peft-<version>. This file
+is also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from lotr_ext import peft as ours
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / f"peft-{peft.__version__}"
-FILES = ("test_custom_models.py",)
+FILES = ("test_custom_models.py", "test_config.py")
 for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not used by these
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         sys.modules[module] = mock.MagicMock()
@@ -44,6 +44,7 @@ _ONE, _OTHER = ({"target_modules": [name], **_SMALL, **STARTED} for name in ("li
 TABLES = {
     "test_name, model_id, config_cls, config_kwargs": CASES,
     "config_cls": [CONFIG],
+    "config_class, mandatory_kwargs": [(CONFIG, {})],
     "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2": [
         ("LoTR Same", "lotr", CONFIG, _ONE, _ONE),
         ("LoTR Different", "lotr", CONFIG, _ONE, _OTHER),
@@ -54,9 +55,12 @@ TABLES = {
 LEFT_OUT = {
     "test_mixed_adapter_batches_unsupported_layer_raises": "LoRA's refusal of layers that LoTR does not have",
     "test_mixed_adapter_batches_mha_raises": "LoRA's refusal of layers that LoTR does not have",
-    "test_mixed_adapter_batches_length_mismatch_raises": "another wording; test_peft.py",
-    "test_mixed_adapter_batches_training_mode_raises": "another wording; test_peft.py",
-    "test_mixed_adapter_batches_merged_raises": "another wording; test_peft.py",
+    "test_mixed_adapter_batches_length_mismatch_raises": "another wording; bad_interop.py has it",
+    "test_mixed_adapter_batches_training_mode_raises": "another wording; bad_interop.py has it",
+    "test_mixed_adapter_batches_merged_raises": "another wording; bad_interop.py has it",
+    "test_from_pretrained": "reads the hub",
+    "test_from_pretrained_cache_dir": "reads the hub",
+    "test_save_pretrained_with_runtime_config": "reads the hub",
 }
 
 

@@ -117,7 +117,7 @@ def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
     names = {"gate": "w1", "up": "w3", "down": "w2"}  # also Mixtral's own
     for i in (0, 1):
         own = f"model.layers.{i}.mlp.experts"
-        at = own if form == "vllm-shared" else f"model.layers.{i}.block_sparse_moe.experts"
+        at = f"model.layers.{i}.block_sparse_moe.experts"  # vLLM's name
         gate, up = want[f"{own}.gate_up_proj"].chunk(2, 1)
         for part, delta in (("gate", gate), ("up", up), ("down", want[f"{own}.down_proj"])):
             for c in range(3):

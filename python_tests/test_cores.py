@@ -9,7 +9,7 @@ import torch
 from helpers import worst
 from torch import Tensor, nn
 
-from lotr_ext import LoTRFactors, LoTRLinear
+from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 from lotr_ext.cores import FORMS, CoreAt, Cores
 
 PLACES = [("0", "q"), ("0", "v"), ("1", "q")]  # no v in layer 1
@@ -116,3 +116,11 @@ def test_a_copy_of_a_layer_keeps_its_place() -> None:
     layer.use_core(cores.at(PLACES[1]))
     twin = copy.deepcopy(layer)
     assert isinstance(twin.core_form, CoreAt) and torch.equal(twin.core, layer.core)
+
+
+def test_in_a_sequential_model() -> None:
+    """nn.Sequential calls all of its children: also lotr_factors and lotr_cores."""
+    model, x = nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, K)), torch.randn(3, K)
+    want = model(x)
+    apply_lotr(model, LoTRConfig(rank=R, core="diagonal"))
+    assert torch.equal(model(x), want)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from helpers import relative
 from models import CASES, config, moved, started, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-import zoo
 from lotr_ext import (
     LoTRConfig,
     LoTRFactors,

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
 from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
@@ -19,7 +20,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
-import zoo
 from lotr_ext import (
     LoTRConfig,
     LoTRLinear,
@@ -246,6 +246,11 @@ SELECTED = [
     ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
     ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
     ("llama", {"target_modules": r"model\.layers\.1\..*"}, None),
+    (
+        "mixture",
+        {"target_parameters": ["down_proj"], "modules_to_save": ["0.mlp"]},
+        ["model.layers.1.mlp.experts.lotr.down_proj"],
+    ),
     ("mixture", {"target_parameters": ["down_proj"]}, [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)]),
 ]
 
@@ -256,7 +261,8 @@ def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> 
     found = list(adapted_layers(model))
     assert found == wanted if wanted else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    saved = {f"{n}.{key}" for n in settings.get("modules_to_save", ()) for key in ("weight", "bias")}
+    names, ends = [n for n, _ in model.named_parameters()], settings.get("modules_to_save", ())
+    saved = {n for n in names if any(f".{end}." in f".{n}" for end in ends)}
     assert {n for n in trained if "lotr_" not in n and not n.endswith("core")} == saved
 
 
@@ -498,6 +504,29 @@ def test_another_default_device_changes_nothing() -> None:
     assert all(p.device.type == "cpu" for p in moved_model.parameters())
 
 
+def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path) -> None:
+    """accelerate keeps the weights on the meta device between two forwards."""
+    from accelerate import cpu_offload
+
+    want, x = trained("llama"), zoo.inputs("llama")
+    model = zoo.net("llama")
+    cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    moved(apply_lotr(model, config("llama")))
+    assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
+    assert relative(zoo.output(model, x), zoo.output(want, x)) < 1e-6
+    zoo.output(model, x).square().sum().backward()
+    zoo.output(want, x).square().sum().backward()
+    assert worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)]) < 1e-5
+    with refused("merge", RuntimeError):
+        merge(model)
+    lotr_ext.save_adapter(model, tmp_path)
+    assert torch.equal(zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x))
+    offloaded = zoo.net("llama")
+    cpu_offload(offloaded, torch.device("cpu"))
+    assert relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x)) < 1e-6
+
+
 class Idle(nn.Module):
     """One of three layers is read and never called, as some models do."""
 
@@ -603,11 +632,7 @@ def test_a_refused_model_is_unchanged(settings: dict) -> None:
 
 
 def test_messages_help_with_wrong_names() -> None:
-    for targets, hint in (
-        (["quary"], "'query'"),
-        (["to_qkv"], "dense, key, query, value"),
-        (["all_linear"], None),
-    ):
+    for targets, hint in ((["quary"], "'query'"), (["to_qkv"], "dense, key, query, value"), (["all_linear"], None)):
         with pytest.raises(ValueError) as raised:
             apply_lotr(zoo.net("bert"), LoTRConfig(target_modules=targets))
         assert hint is None or hint in str(raised.value), raised.value

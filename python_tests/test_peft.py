@@ -1,13 +1,16 @@
 """LoTR as a PEFT method: the real PEFT on our operators against plain PyTorch in float64, over the zoo's nets.
 
-PEFT's own tests of its methods run against LoTR by `python python_tests/peft_suite.py`.
+PEFT's own tests of its methods run against LoTR by `python python_tests/peft_suite.py`, and here as one slow test.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -173,6 +176,16 @@ def test_dropout_and_checkpointing_train_alike() -> None:
     assert not close(output(model, x), output(model.eval(), x), 1e-3)
 
 
+def test_a_compiled_model_computes_the_same() -> None:
+    model, x = tuned("siblings")
+    want = gradients(model, x)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    assert close(compiled(x), output(model, x), 1e-6)
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    assert all(close(p.grad, want[name], 1e-5) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None:
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
     x = torch.randn(2, 3, 16)
@@ -255,7 +268,7 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
     model, _ = tuned("siblings")
     layers(model)[0].lotr_adapter["default"].core.data[0, 0] = value
     weight = layers(model)[0].weight.clone()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layers(model)[0].weight, weight) and not layers(model)[0].merged
 
@@ -306,7 +319,7 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
     for other in ({"magnitude": True, "use_dora": True}, {"target_parameters": ["experts.down_proj"]}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | other))
         for read in (LoTRPeftConfig, peft.PeftConfig):
-            with pytest.raises((TypeError, ValueError), match="magnitude|use_dora|target_parameters"):
+            with pytest.raises((TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"):
                 read.from_pretrained(str(tmp_path))
 
 
@@ -329,7 +342,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
 def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="save_pretrained: expected whole tensors, got base_model.lotr_factors"):
+    with pytest.raises(RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"):
         model.save_pretrained(tmp_path, state_dict=state)
 
 
@@ -355,3 +368,12 @@ def test_only_a_plain_product_is_merged_into(kind: str) -> None:
         with pytest.raises(TypeError, match=r"merge: expected a .* \(blocks.0.q\)"):
             merge()
     assert torch.equal(output(model, x), y)
+
+
+@pytest.mark.slow
+def test_pefts_own_suite() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("peft_suite.py")), "--tb=short"]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if "No matching distribution" in done.stderr:
+        pytest.skip("PEFT's source distribution cannot be downloaded here")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

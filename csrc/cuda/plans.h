@@ -11,7 +11,7 @@ namespace lotr::cuda {
 // rows, cols (of a tile that the kernel is compiled for), m_blocks and n_blocks; fold_grad and row_core_grad
 // have splits. "early=0" alone: no launch begins before the one ahead has ended.
 //
-//   LOTR_CUDA_PLAN="shrink rows=64 m_blocks=64 n_blocks=2; early=0"
+//   LOTR_CUDA_PLAN="shrink rows=128 m_blocks=64 n_blocks=2; early=0"
 enum class Kernel { shrink, expand_add, factor_grad, shrink_grad, fold_grad, row_core_grad };
 
 // The plan of one launch of the first four kernels, with a large matrix [M, N] and rank r.  Throws

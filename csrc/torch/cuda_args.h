@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <atomic>
 #include <mutex>
 
 #include "check.h"
@@ -21,11 +20,9 @@
 
 namespace lotr {
 
-constexpr int MAX_DEVICES = 64;
-
 // The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
-// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha and
-// beta.
+// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha
+// and beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
@@ -88,18 +85,13 @@ inline Device ask_driver(const char* op, int32_t device) {
           early};
 }
 
-// The same, read once per device.
-inline Device device_of(const char* op, int32_t device) {
-  static std::array<Device, MAX_DEVICES> known;
-  static std::array<std::atomic<bool>, MAX_DEVICES> asked;
-  static std::mutex mutex;
-  if (device >= MAX_DEVICES) return ask_driver(op, device);
-  if (!asked[size_t(device)].load(std::memory_order_acquire)) {
-    const Device found = ask_driver(op, device);
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!asked[size_t(device)].load(std::memory_order_relaxed)) known[size_t(device)] = found;
-    asked[size_t(device)].store(true, std::memory_order_release);
-  }
+// The same, asked once per device.
+inline const Device& device_of(const char* op, int32_t device) {
+  constexpr int32_t MOST = 64;
+  static std::array<Device, MOST> known;
+  static std::array<std::once_flag, MOST> asked;
+  if (device >= MOST) fail(op, ": device: expected an index below ", MOST, ", got ", device);
+  std::call_once(asked[size_t(device)], [&] { known[size_t(device)] = ask_driver(op, device); });
   return known[size_t(device)];
 }
 
@@ -127,7 +119,7 @@ class Context {
     const DType type = dtype_of(op, like);
     if (const cudaError_t error = make_current(device_))
       fail(op, ": device ", device_, ": ", cudaGetErrorString(error));
-    const Device device = device_of(op, device_);
+    const Device& device = device_of(op, device_);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().current_stream(device_, &stream));
     call_ = {type, device.card, stream, device.early};

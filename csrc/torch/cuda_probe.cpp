@@ -69,26 +69,16 @@ std::string device_error(int device) {
   }
 }
 
-// Text in JSON, on one line.
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '\n') break;
-    if (c == '"' || c == '\\') out += '\\';
-    out += c;
-  }
-  return out + "\"";
-}
-
 // JSON: {"runtime": 13000, "driver": 12080, "error": "cudaErrorNoKernelImageForDevice"}. Versions are
 // 1000 x major + 10 x minor; driver 0: there is none. error: "" if the operators run; device < 0: not asked.
 std::string cuda_probe(int64_t device) {
+  std::string error = device < 0 ? "" : device_error(int(device));
+  error = error.substr(0, error.find_first_of("\"\n"));  // what JSON takes in a string
   int runtime = 0, driver = 0;
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver)) driver = 0;
   std::ostringstream s;
-  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver
-    << ", \"error\": " << quoted(device < 0 ? "" : device_error(int(device))) << "}";
+  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver << ", \"error\": \"" << error << "\"}";
   return s.str();
 }
 

@@ -1,5 +1,5 @@
-// The adapter's product inside the base product (cuda/sm90/gemm_lotr.h), for sm_90a: in a layer whose strategy
-// is FUSED (layer.h), and as an operator for tests and benchmarks.
+// The adapter's product inside the base product (cuda/sm90/gemm_lotr.h), for sm_90a: in a layer whose
+// strategy is FUSED (layer.h), and as an operator for tests and benchmarks.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -63,54 +63,36 @@ inline void CudaProducts::fused(Output& y, const Arg& x, const Arg& weight, cons
   cuda::gemm_lotr(context_.call(), q);
 }
 
-// ---- the launch as an operator ----
-
-// In the backward pass g, k and A for x, u and F.
-struct FusedArgs {
-  Arg x, weight, bias, u, F;
-
-  FusedArgs(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const OptionalTensor& u_,
-            const OptionalTensor& F_, bool backward)
-      : x(backward ? "g" : "x", x_),
-        weight("weight", weight_),
-        bias("bias", bias_),
-        u(backward ? "k" : "u", u_),
-        F(backward ? "A" : "F", F_) {}
-
-  void check(const Check& c, bool backward) const {
-    c.arguments({&x, &weight, &bias, &u, &F});
-    c.supported(x);
-    const Dim of_x = backward ? N : K, of_y = backward ? K : N;
-    Sizes(c, x.dtype,
-          {{x, As::same, {M, of_x}},
-           {weight, As::same, {N, K}},
-           {bias, As::same, {of_y}},
-           {u, As::same, {M, R}},
-           {F, As::factor, {of_y, R}}});
-    if (backward && bias) fail(c.op, ": bias: expected None in the backward pass, got a tensor");
-  }
-};
+// ---- the launch as an operator: in the backward pass g, k and A for x, u and F ----
 
 // Why gemm_lotr cannot run for these at rank r, or "".
 inline std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, bool backward) {
   const Check c{"lotr::gemm_lotr_refusal"};
-  const OptionalTensor none;
-  const FusedArgs a(x, weight, none, none, none, backward);
-  a.check(c, backward);
-  if (a.x.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
-  return fused_refusal(CudaProducts(c, a.x, 0.0, a.bias), a.x, a.weight, r, backward);
+  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), none("seed", OptionalTensor());
+  c.arguments({&ax, &aweight}), c.supported(ax);
+  Sizes(c, ax.dtype, {{ax, As::same, {M, backward ? N : K}}, {aweight, As::same, {N, K}}});
+  if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
+  return fused_refusal(CudaProducts(c, ax, 0.0, none), ax, aweight, r, backward);
 }
 
 // y = x W^T + bias + u F^T; backward: dx = g W + k A^T.
 inline Tensor gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& u,
                         const Tensor& F, bool backward) {
   const Check c{"lotr::gemm_lotr"};
-  const OptionalTensor given_u = u, given_F = F, none;
-  const FusedArgs a(x, weight, bias, given_u, given_F, backward);
-  a.check(c, backward);
-  const CudaProducts p(c, a.x, 0.0, Arg("seed", none));
-  auto y = p.output(a.x, a.F.size[0], a.bias);
-  p.fused(y, a.x, a.weight, p.read(a.u), p.read(a.F), backward);
+  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), abias("bias", bias),
+      au(backward ? "k" : "u", u), aF(backward ? "A" : "F", F), none("seed", OptionalTensor());
+  c.arguments({&ax, &aweight, &abias, &au, &aF}), c.supported(ax);
+  const Dim of_x = backward ? N : K, of_y = backward ? K : N;
+  const Sizes s(c, ax.dtype,
+                {{ax, As::same, {M, of_x}},
+                 {aweight, As::same, {N, K}},
+                 {abias, As::same, {of_y}},
+                 {au, As::same, {M, R}},
+                 {aF, As::factor, {of_y, R}}});
+  if (backward && abias) fail(c.op, ": bias: expected None in the backward pass, got a tensor");
+  const CudaProducts p(c, ax, 0.0, none);
+  auto y = p.output(ax, s[of_y], abias);
+  p.fused(y, ax, aweight, p.read(au), p.read(aF), backward);
   return p.result(y);
 }
 #endif

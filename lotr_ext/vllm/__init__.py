@@ -31,12 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import _start_key, checked_path, put_file, read, read_bytes, save_adapter, tensors_in
+from ..convert import CONFIG_NAME, bank_of, put_folder
+from ..files import _start_key, checked_path, read, read_bytes, save_adapter, tensors_in
 from ..model import adapted_layers
 
 __all__ = ["export_factors", "export_task", "register"]
 
-CONFIG_NAME, TENSORS_NAME, CHECKSUM = "adapter_config.json", "lotr_task.safetensors", "lotr_factors"
+TENSORS_NAME, CHECKSUM = "lotr_task.safetensors", "lotr_factors"
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,9 @@ def export_task(
         RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
             cannot hold, or directory is a file.
     """
-    from safetensors.torch import save
-
     directory, factors, layers = checked_path(directory, "directory"), factors_of(model, "export_task"), adapted_layers(model)
     cores = {f"{name}.core": layer.core for name, layer in layers.items()} if task is None else bank_of(model).cores_of(task)
-    scaled = {f"{name}.core": (layer.scaling * cores[f"{name}.core"]).cpu().contiguous() for name, layer in layers.items()}
+    scaled = {f"{name}.core": layer.scaling * cores[f"{name}.core"] for name, layer in layers.items()}
     rank = max(max(factors.core_shape(name)) for name in layers)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -159,20 +158,7 @@ def export_task(
         "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         CHECKSUM: factors.checksum,
     }
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_NAME).unlink(missing_ok=True)  # an export that is killed leaves no task, never two halves
-    put_file(directory, TENSORS_NAME, save(scaled, {"format": "pt"}))
-    put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def bank_of(model: nn.Module) -> Any:
-    """The model's TaskBank. Raises RuntimeError without one."""
-    bank = getattr(model, "lotr_tasks", None)
-    if bank is None:
-        raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
-    return bank
+    put_folder(directory, TENSORS_NAME, scaled, config)
 
 
 def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:

@@ -1,4 +1,5 @@
-"""Tests of the CUDA operators on a real GPU: make test-gpu. They skip elsewhere, and say why."""
+"""Tests on a real GPU: make test-gpu. They are skipped elsewhere with the reason. Those that also run on a CPU, as a proof that
+they can pass, have the parameter `device`, or a name that ends in _cpu."""
 
 from __future__ import annotations
 
@@ -9,21 +10,26 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 
 
 def obstacle() -> str | None:
     """Why these tests cannot run here."""
     if not torch.cuda.is_available():
         return f"no GPU (torch {torch.__version__}, CUDA {torch.version.cuda})"
-    from lotr_ext.ops import planner
+    from lotr_ext.ops import cuda_obstacle
 
-    return planner.cuda_obstacle(torch.cuda.current_device())
+    return cuda_obstacle(torch.cuda.current_device())
+
+
+def on_gpu(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return HERE in item.path.parents and parameters.get("device") != "cpu" and "_cpu" not in item.name
 
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if HERE in item.path.parents and "_cpu" not in item.name]
+    here = [item for item in items if on_gpu(item)]
     reason = obstacle() if here else None
     for item in here:
         item.add_marker(pytest.mark.cuda)
@@ -31,10 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def backend():
-    """The operators on the GPU, as the kernel tests call them."""
-    from bench.gpu.torch_library import TorchLibrary
-
-    yield TorchLibrary("cuda")
-    torch.set_float32_matmul_precision("highest")
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

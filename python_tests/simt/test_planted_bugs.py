@@ -73,7 +73,7 @@ BUGS: dict[str, dict[str, dict[str, str]]] = {
         },
         "exit_in_flight": {"plain": f"the block exits while 1 {FLIGHT}"},
         "no_proxy_fence": {"plain": r"thread \d+ has not called fence.proxy.async since its store to shared offset"},
-        "no_store_wait": {"plain": WRONG, "race": r"data race .* on shared memory"},
+        "no_store_wait": {"plain": WRONG},
     },
 }
 # AddressSanitizer is left to make test-full: most of its bugs are noticed in another mode too, two wild accesses not

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <stdexcept>
 
 #include "../dispatch.h"
@@ -64,12 +63,12 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
 }
 
 // Whether the current device runs the instance, which a MIG slice may have no room for.  The driver is asked
-// once for each device.
+// once for each device and thread.
 template <class Traits>
 std::string refuse_device(const Call& call) {
-  static std::array<std::atomic<bool>, 64> runs;
+  thread_local std::array<bool, 64> runs{};
   const auto device = size_t(ptx::current_device());
-  if (device < runs.size() && runs[device].load(std::memory_order_relaxed)) return {};
+  if (device < runs.size() && runs[device]) return {};
   if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
     return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
            std::to_string(got % 10);
@@ -77,7 +76,7 @@ std::string refuse_device(const Call& call) {
                               reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
     return "device: expected room for a pair of blocks of " + std::to_string(sizeof(typename Traits::Smem)) +
            " bytes of shared memory, got none";
-  if (device < runs.size()) runs[device].store(true, std::memory_order_relaxed);
+  if (device < runs.size()) runs[device] = true;
   return {};
 }
 
@@ -91,13 +90,13 @@ void run(const Call& call, const GemmLotr& q) {
                               uint32_t(box_rows));
   };
   const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
-  const kernels::GemmLotrParams p{q.bias,   q.bias_stride, int(q.N),
-                                  int(q.K), q.r,           {int(bands), int(columns)}};
+  const kernels::GemmLotrParams p{q.bias, q.bias_stride, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
   const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
-  ptx::launch<kernels::gemm_lotr<Traits>>(launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
-              q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
-              map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE),
-              map(read_only(q.y), q.M, q.N, 64), p);
+  ptx::launch<kernels::gemm_lotr<Traits>>(
+      launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
+      q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
+      map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE), map(read_only(q.y), q.M, q.N, 64),
+      p);
 }
 
 }  // namespace

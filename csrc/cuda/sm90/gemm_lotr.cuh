@@ -11,7 +11,7 @@
 //          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block loads half
 //          of W's columns and writes them to both blocks (multicast).  Blocks of different pairs share
 //          nothing.
-// Block    two warpgroups multiply 64 x 256 each, one thread of a third one loads.
+// Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2; u and F
 //          likewise; y is written once and never read.
 //
@@ -23,9 +23,9 @@
 //   stage 3   L L L L P . L L L L P .
 //   y                         S S S S        S: a warpgroup stores 64 of its 256 columns
 //
-// Epilogue A warpgroup writes 64 x 64 of y to shared memory, and one thread stores it by a bulk copy while the
-//          others write the next 64 columns to a second buffer.  Meanwhile the producer loads the next tile's
-//          stages, and the other warpgroup, up to four k-steps behind, multiplies.
+// Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy, while all
+//          write the next 64 columns to a second buffer.  Meanwhile the next tile's stages are loaded, and
+//          the other warpgroup, up to four k-steps behind, multiplies.
 // Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead ends.  The
 //          next kernel may begin when a block's last store is complete.
 // Bits     Each element of y is summed by one thread in one order.
@@ -44,8 +44,8 @@ struct GemmLotrTraits {
   static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
 
-  struct Stage {      // one k-step of a tile, or one of the rank
-    T x[BM][BK];      // x, or u
+  struct Stage {             // one k-step of a tile, or one of the rank
+    T x[BM][BK];             // x, or u
     T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK].  W MN-major: [BN / 64][BK][64]
   };
   struct alignas(1024) Smem {
@@ -115,7 +115,8 @@ struct Producer {
   Place<Traits::STAGES> at{};
 
   LOTR_DEVICE void run() {
-    const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;  // the first column that it loads for both
+    // the first of the columns that it loads for both blocks
+    const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;
     each_tile<Traits>(p, [&](int m0, int n0) {
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK)
@@ -168,20 +169,22 @@ struct Multiplier {
 
   LOTR_DEVICE void run() {
     each_tile<Traits>(p, [&](int m0, int n0) {
-      load_bias(n0);
-      float d[Traits::BN / 2];
+      T bias[Traits::BN / 128];
+      load_bias(bias, n0);
+      float d[Traits::BN / 2] = {};  // not left to the first product: ptxas 12 would serialise the products
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
         const uint64_t x = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
-        const uint64_t w = Traits::BACKWARD ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
-                                            : ptx::swizzled_descriptor(stage.w);
+        const uint64_t w = Traits::BACKWARD
+                               ? ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)
+                               : ptx::swizzled_descriptor(stage.w);
         constexpr auto MAJOR = Traits::BACKWARD ? ptx::Major::mn : ptx::Major::k;
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < Traits::BK; kk += 16)
           ptx::wgmma<T, MAJOR>(d, x + ptx::descriptor_step<T>(kk),
-                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk), k + kk > 0);
+                               w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk));
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         if (k > 0) release(at.before());
@@ -195,7 +198,7 @@ struct Multiplier {
         // 16 ranks are a group of their own: products in a branch without their fence would be serialised
         for (int kk = 0; kk < Traits::BK && k + kk < p.r; kk += 16) {
           ptx::wgmma_fence();
-          ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk), true);
+          ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk));
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();
         }
@@ -205,7 +208,7 @@ struct Multiplier {
       ptx::wgmma_wait<0>();
       ptx::wgmma_landed(d);
       release(at.before());
-      store(d, m0 + 64 * group, n0);
+      store(d, bias, m0 + 64 * group, n0);
     });
     if (thread == 0) ptx::bulk_wait_all();
   }
@@ -224,13 +227,14 @@ struct Multiplier {
     if (lane < Traits::PAIR) ptx::mbarrier_arrive_cluster(&s.empty[stage], lane);
   }
 
-  // The tile's bias, for this warpgroup.  The barriers of store() separate it from the reads, before and after.
-  LOTR_DEVICE void load_bias(int n0) {
-    const auto* bias = static_cast<const T*>(p.bias);
+  // The bias of the columns `thread`, `thread` + 128.  It arrives while the products run.
+  LOTR_DEVICE void load_bias(T (&bias)[Traits::BN / 128], int n0) {
+    const auto* from = static_cast<const T*>(p.bias);
 #pragma unroll
-    for (int n = thread; n < Traits::BN; n += 128)
-      ptx::store_shared(&s.bias[group][n],
-                        bias && n0 + n < p.N ? ptx::load(bias + (n0 + n) * p.bias_stride) : ptx::from_float<T>(0.f));
+    for (int i = 0; i < Traits::BN / 128; ++i) {
+      const int n = n0 + thread + 128 * i;
+      bias[i] = from && n < p.N ? ptx::load(from + n * p.bias_stride) : ptx::from_float<T>(0.f);
+    }
   }
 
   // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and `row` + 8, of
@@ -239,9 +243,12 @@ struct Multiplier {
   struct alignas(4) Two {
     T v[2];
   };
-  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], int m0, int n0) {
-    // held: else the addresses that depend on it are computed before the main loop, which has no registers left
-    const int lane = ptx::held(thread % 32), row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
+  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128], int m0,
+                         int n0) {
+    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
+    // read after the next barrier; the last reads of the tile before came before its last barrier
+#pragma unroll
+    for (int i = 0; i < Traits::BN / 128; ++i) ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
 #pragma unroll
     for (int panel = 0; panel < Traits::BN / Traits::PANEL; ++panel) {
       auto& out = s.out[group][panel % 2];
@@ -250,8 +257,8 @@ struct Multiplier {
 #pragma unroll
       for (int j = 0; j < Traits::PANEL / 8; ++j) {
         const int n = panel * Traits::PANEL + 8 * j;
-        auto two = ptx::bit_cast<Two>(
-            ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
+        auto two =
+            ptx::bit_cast<Two>(ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
         float b0, b1;
         ptx::to_floats(two.v, b0, b1);
 #pragma unroll

@@ -20,8 +20,8 @@ struct GemmLotr {
   Matrix W;          // [N, K]; backward: [K, N], so the same matrix in memory
   const void* bias;  // [N], or null
   int64_t bias_stride;
-  Matrix u;          // [M, r]
-  Matrix F;          // [N, r]
+  Matrix u;  // [M, r]
+  Matrix F;  // [N, r]
   int64_t M, N, K;
   int32_t r;
 };

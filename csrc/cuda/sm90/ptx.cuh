@@ -35,8 +35,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("tensor map: expected a driver for CUDA 12 or later, got one without "
-                               "cuTensorMapEncodeTiled");
+      throw std::runtime_error(
+          "tensor map: expected a driver for CUDA 12 or later, got one without cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   return encoder;
@@ -136,8 +136,8 @@ LOTR_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LOT
 #endif
 }
 
-// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of that block
-// may then overwrite.  It makes none of this thread's stores visible there.
+// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of that
+// block may then overwrite.  It makes none of this thread's stores visible there.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(

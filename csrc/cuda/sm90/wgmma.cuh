@@ -94,18 +94,19 @@ enum class Major { k = 0, mn = 1 };
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LOTR_OUT32(i) LOTR_OUT8(i), LOTR_OUT8(i + 8), LOTR_OUT8(i + 16), LOTR_OUT8(i + 24)
-#define LOTR_WGMMA(TYPE)                                                                      \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " LOTR_D256     \
-               ", %128, %129, p, 1, 1, 0, %131;\n}"                                           \
-               : LOTR_OUT32(0), LOTR_OUT32(32), LOTR_OUT32(64), LOTR_OUT32(96)                \
-               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(B_MAJOR)))
+#define LOTR_WGMMA(TYPE)                                                         \
+  asm volatile(                                                                  \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                 \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " LOTR_D256 \
+      ", %128, %129, p, 1, 1, 0, %130;\n}"                                       \
+      : LOTR_OUT32(0), LOTR_OUT32(32), LOTR_OUT32(64), LOTR_OUT32(96)            \
+      : "l"(a), "l"(b), "n"(int(B_MAJOR)))
 #endif
 
-// d = a b^T, plus d if accumulate; a is K-major.  Warp w of the warpgroup holds rows 16 w to 16 w + 15 of d,
+// d += a b^T; a is K-major.  Warp w of the warpgroup holds rows 16 w to 16 w + 15 of d,
 // columns 8 j to 8 j + 7 in d[4 j ..] as mma_m16n8k16 does.
 template <class T, Major B_MAJOR = Major::k>
-LOTR_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate LOTR_SITE) {
+LOTR_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b LOTR_SITE) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
                 "T is __nv_bfloat16 or __half");
 #ifdef __CUDACC__
@@ -114,7 +115,7 @@ LOTR_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate 
   else
     LOTR_WGMMA("f16");
 #else
-  simt::wgmma(d, 256, a, b, B_MAJOR == Major::mn, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
+  simt::wgmma(d, 256, a, b, B_MAJOR == Major::mn, true, std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 

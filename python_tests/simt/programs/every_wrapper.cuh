@@ -68,8 +68,8 @@ template <class T>
 LOTR_DEVICE void products(uint64_t k_major, uint64_t mn_major, const Params& p) {
   float d[128] = {};
   ptx::wgmma_fence();
-  ptx::wgmma<T>(d, k_major, k_major, true);
-  ptx::wgmma<T, ptx::Major::mn>(d, k_major, mn_major, true);
+  ptx::wgmma<T>(d, k_major, k_major);
+  ptx::wgmma<T, ptx::Major::mn>(d, k_major, mn_major);
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
   ptx::wgmma_wait<0>();

@@ -95,7 +95,7 @@ LOTR_DEVICE void store_panel(Smem& s, const ptx::TensorMap& C, const float (&d)[
 
 LOTR_DEVICE void consume(Smem& s, const ptx::TensorMap& C, const Params& p) {
   const int steps = (p.K + BK - 1) / BK;
-  float d[BN / 2];
+  float d[BN / 2] = {};
   for (int i = 0; i < steps; ++i) {
     auto& stage = s.stage[i % STAGES];
     ptx::mbarrier_wait(&s.full[i % STAGES], (i / STAGES & 1) ^ (p.bug == wrong_parity));
@@ -104,11 +104,11 @@ LOTR_DEVICE void consume(Smem& s, const ptx::TensorMap& C, const Params& p) {
     for (int k = 0; k < BK; k += 16) {
       const uint64_t a = ptx::swizzled_descriptor(&stage.a[0][k]);
       if (p.bug == wrong_major)
-        ptx::wgmma<bf16>(d, a, ptx::swizzled_descriptor(&stage.w[0][0][k]), i + k > 0);
+        ptx::wgmma<bf16>(d, a, ptx::swizzled_descriptor(&stage.w[0][0][k]));
       else
         ptx::wgmma<bf16, ptx::Major::mn>(
-            d, a, ptx::swizzled_descriptor_mn(&stage.w[0][k], p.bug == wrong_panel ? 1024 : sizeof stage.w[0]),
-            i + k > 0);
+            d, a,
+            ptx::swizzled_descriptor_mn(&stage.w[0][k], p.bug == wrong_panel ? 1024 : sizeof stage.w[0]));
     }
     ptx::wgmma_commit();
     if (p.bug == released_early) release(s, i % STAGES, p);
@@ -154,8 +154,8 @@ inline void run(bf16* C, const bf16* A, const bf16* W, int M, int N, const Param
     return ptx::tensor_map_2d(a, uint32_t(rows), uint32_t(cols), uint32_t(cols), 64);
   };
   const dim3 grid(unsigned((M + 2 * BM - 1) / (2 * BM) * 2), unsigned((N + BN - 1) / BN));
-  ptx::launch<kernel>({grid, dim3(THREADS), sizeof(Smem), stream, dim3(2, 1, 1), "gemm_sm90"},
-                      map(A, M, p.K), map(W, p.K, N), map(C, M, N), p);
+  ptx::launch<kernel>({grid, dim3(THREADS), sizeof(Smem), stream, dim3(2, 1, 1), "gemm_sm90"}, map(A, M, p.K),
+                      map(W, p.K, N), map(C, M, N), p);
 }
 
 }  // namespace gemm90

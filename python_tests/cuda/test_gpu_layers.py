@@ -1,0 +1,151 @@
+"""Layers, experts, tasks and whole models on a GPU against float64; compiled, under autocast, as CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import models
+import pytest
+import torch
+import zoo
+from helpers import relative, worst
+from layers import KINDS, Net, inputs, sides
+from torch import Tensor, nn
+
+from lotr_ext import LoTRExperts, TaskBank, use_tasks
+
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [3, 700])  # the unfolded form, and u for all siblings
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("rows")])
+def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None:
+    """Output and all gradients of half-precision layers with float32 adapters."""
+    net = Net(kind, dtype, torch.float32 if dtype != torch.float32 else None).to(device)
+    ours, truth = sides(net, inputs(tokens, dtype=dtype).to(device))
+    found = []
+    for side in (ours, truth):
+        y = side()
+        found.append([y, *side.grad(y.double().square().sum() / 16)])
+    assert worst(*found) < CLOSE[dtype]
+
+
+@DTYPES
+def test_experts(dtype: torch.dtype, device: str) -> None:
+    """Expert 1 has no rows, the last 40 rows no expert."""
+    tokens, ends = 300, [70, 70, 200, 310, 560]
+    layer = LoTRExperts(len(ends), 64, 48, 8, bias=True, dtype=dtype).to(device)
+    nn.init.normal_(layer.core, 0, 0.5)
+    x, of_row = torch.randn(tokens, 64).to(dtype), torch.randint(0, tokens, (600,))
+    g, found = torch.randn(ends[-1], 48).to(dtype), []
+    for own, place in ((layer, device), (copy.deepcopy(layer).to("cpu", torch.float64), "cpu")):
+        wide = own.weight.dtype
+        x_here = x.to(place, wide, copy=True).requires_grad_()
+        y = own(x_here, torch.tensor(ends, dtype=torch.int32, device=place), of_row.to(place))[: ends[-1]]
+        y.backward(g.to(place, wide))
+        trained = (own.core, own.factors.A.value, own.factors.B.value)
+        found.append([t.detach().cpu() for t in (y, x_here.grad, *(p.grad for p in trained))])
+    assert worst(*found) < 3 * CLOSE[dtype]
+
+
+def test_tasks(device: str) -> None:
+    """A batch of three rows with two tasks and none; a row of a task that does not exist is NaN, its neighbours are right."""
+    model = models.trained("mlp").to(device)
+    bank = TaskBank(model, 4)
+    for _ in range(3):
+        task = bank.add()
+        bank.replace(task, {name: torch.randn(core.shape) for name, core in bank.cores_of(task).items()})
+    x, index = torch.randn(3, 7, zoo.WIDTH, device=device), torch.tensor([2, -1, 0], device=device)
+    truth = copy.deepcopy(model).to("cpu", torch.float64)
+    with torch.no_grad():
+        with use_tasks(model, index):
+            y = model(x).cpu()
+        with use_tasks(truth, index.cpu()):
+            assert relative(y, truth(x.double().cpu())) < 1e-5
+
+
+# ---- whole models ----
+
+
+def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    call(x).float().square().mean().backward()
+    return [p.grad.cpu() for p in models.own_parameters(model)]
+
+
+def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The gradients by the formula in float64."""
+    model, plain = copy.deepcopy(model).to("cpu", torch.float64), zoo.net("mlp").double()
+    own = models.own_parameters(model)
+    y = torch.func.functional_call(plain, models.written_out(model, plain), (x.double().cpu(),))
+    return list(torch.autograd.grad(y.square().mean(), own))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the latter: CUDA graphs of torch's own making
+@pytest.mark.parametrize("tokens", [40, 2100])
+def test_compiled_model(mode: str, tokens: int, device: str) -> None:
+    torch.compiler.reset()
+    model = models.trained("mlp").to(device)
+    settings = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+    compiled = torch.compile(model, fullgraph=True, **settings)
+    for _ in range(3):  # a graph is captured at the second call
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(2, tokens // 2, zoo.WIDTH, device=device)
+        assert worst(gradients(model, compiled, x), definition(model, x)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    model, x = models.trained("mlp").to(device), torch.randn(2, 600, zoo.WIDTH, device=device)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return model(x)
+
+    assert worst(gradients(model, call, x), definition(model, x)) < CLOSE[dtype]
+
+
+class Trained:
+    """A model, its optimizer and where its batches lie; `step` is all that a graph captures."""
+
+    def __init__(self, model: nn.Module):
+        self.model = copy.deepcopy(model).cuda()
+        self.optimizer = torch.optim.AdamW(models.own_parameters(self.model), lr=1e-2, capturable=True)
+        self.x, self.loss = torch.zeros(2, 150, zoo.WIDTH, device="cuda"), torch.zeros((), device="cuda")
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(self.x).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def run(self, step: Callable[[], None]) -> list[float]:
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(4):
+            self.x.copy_(torch.randn(self.x.shape, generator=generator))
+            step()
+            losses.append(self.loss.item())
+        return losses
+
+
+def test_a_whole_step_captured_and_replayed() -> None:
+    """Forward, the sums of the shared gradients, AdamW: replayed on new batches, against steps without a graph."""
+    start = models.trained("mlp")
+    plain, graphed = Trained(start), Trained(start)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
+        for _ in range(3):
+            graphed.step(), plain.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    graphed.optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        graphed.step()
+    losses, replayed = plain.run(plain.step), graphed.run(graph.replay)
+    assert replayed == pytest.approx(losses, rel=1e-4) and len(set(losses)) == 4
+    assert worst(models.own_parameters(graphed.model), models.own_parameters(plain.model)) < 1e-4
