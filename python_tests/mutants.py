@@ -166,12 +166,6 @@ MUTANTS = [
     Mutant("autograd.py", "ctx.shrunk = None\n", "pass\n", "u is reused after a backward began"),
     Mutant("autograd.py", "g.shape, g if need_y else None,", "g.shape, None,", "the base's gradient lost"),
     Mutant(
-        "autograd.py",
-        "return FactorState, (self.layers,)  # a copy shares nothing",
-        "return FactorState, (1,)  # a copy shares nothing",
-        "a copy forgets that layers share its factor",
-    ),
-    Mutant(
         "autograd.py", '        torch._C._stash_obj_in_tls("lotr", before)', "        pass", "a request outlives its context"
     ),
     Mutant("autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"),
