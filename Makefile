@@ -83,7 +83,7 @@ test: $(STAMPS)/need-test $(STAMPS)/build $(STAMPS)/data
 	@$(PY) -m pytest $(TWO) --durations=10 --durations-min=30 $(ARGS)
 
 serve-test: $(STAMPS)/need-test $(STAMPS)/vllm $(STAMPS)/data
-	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/test_vllm.py $(ARGS)
+	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/serving $(ARGS)
 
 bench: $(STAMPS)/need-bench $(STAMPS)/build $(STAMPS)/data
 	@for program in layer model experts tasks shared host; do $(PY) -m bench.$$program $(ARGS) || exit 1; done

@@ -1,7 +1,9 @@
 """The headers in csrc include each other without a circle, and each layer includes only those below it.
 
-simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
-wheel, includes simt and cuda. cpu and cuda include nothing of each other, and interpreter nothing of this project.
+    "cuda/plan.h": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
+    "cuda/sm90/wgmma.cuh": ("simt", "cuda/ptx"),
+    "cuda/sm90/ptx.cuh": ("cuda/ptx", "cuda/sm90/wgmma.cuh"),
+    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan.h", "cuda/sm90/ptx.cuh"),
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """
@@ -20,12 +22,13 @@ LAYERS = {
     "cuda/ptx": ("simt",),
     "cuda/tile": ("cuda/problem.h", "cuda/params.h", "cuda/ptx"),
     "cuda/kernels": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile"),
-    "cuda/plan": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
-    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan"),
+    "cuda/plan.h": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
+    "cuda/sm90/wgmma.cuh": ("simt", "cuda/ptx"),
+    "cuda/sm90/ptx.cuh": ("cuda/ptx", "cuda/sm90/wgmma.cuh"),
+    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan.h", "cuda/sm90/ptx.cuh"),
     "cpu": (),
-    "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan"),
+    "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan.h"),
     "simt": (),
-    "interpreter": (),
     "torch": ("cpu", "cuda", "cuda/problem.h"),
 }
 

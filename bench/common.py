@@ -326,7 +326,7 @@ def slug(name: str) -> str:
 
 def read(path: Path) -> pd.DataFrame:
     """A result file; an empty table where there is none."""
-    return pd.read_json(path, lines=True, convert_dates=False, dtype=False) if path.exists() else pd.DataFrame()
+    return pd.read_json(path, lines=True, dtype=False) if path.exists() else pd.DataFrame()
 
 
 def write(path: Path, frame: pd.DataFrame) -> None:
@@ -367,7 +367,7 @@ def bytes_text(count: float) -> str:
 
 def over_text(row: pd.Series) -> str:
     """ "6.1 % (5.8 to 6.4)": the median and its interval."""
-    if pd.isna(row["over_low"]):
+    if pd.isna(row.get("over_low")):
         return f"{row['over']:.1%}"
     return f"{row['over']:.1%} ({100 * row['over_low']:.1f} to {100 * row['over_high']:.1f})"
 
@@ -382,14 +382,19 @@ def fact_text(name: str, value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
 
 
-def case_table(frame: pd.DataFrame, floor: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The rivals of one case: the time of each stage, the last stage's over the floor, and further columns."""
+ABOUT = {"machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds", "gpu", "interval"}
+TIMES = {"rival", "stage", "seconds", "over", "over_low", "over_high"}
+
+
+def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
+    """The rivals of one case, which the columns `key` name: the time of each stage, the last stage's over the floor, facts."""
     rows, last = [], frame["stage"].iloc[-1]
+    columns = [name for name in frame if name not in (*ABOUT, *TIMES, *key) and frame[name].notna().any()]
     for rival, own in frame.groupby("rival", sort=False):
         of = own[own["stage"] == last].iloc[0]
         row = {"": named(str(rival)), **{s["stage"]: seconds_text(s["seconds"]) for _, s in own.iterrows()}}
         row[f"over {named(floor)}"] = "" if rival == floor else over_text(of)
-        rows.append(row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns if name in of.index})
+        rows.append(row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns})
     return pd.DataFrame(rows).fillna("-")
 
 
@@ -454,22 +459,21 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
 
 @dataclass(frozen=True)
 class Program:
-    """One measuring program. cases(options): without dtype and threads, which `options` multiplies. build(case, options):
-    the rivals; those of options.rivals alone where it is set. compared: the rivals that --against compares. columns: facts
-    that tables show. pivoted: one table of all cases instead of one a case. form: a case as text, of its columns."""
+    """One measuring program. cases(options): without dtype and threads, which `options` multiplies. build(case, options): the
+    rivals; those of options.rivals alone where it is set. form: a case as text, of its columns. compared: the rivals that
+    --against compares. pivoted: one table of all cases instead of one a case."""
 
     name: str
     doc: str
     cases: Callable[[argparse.Namespace], list[Case]]
     build: Callable[[Case, argparse.Namespace], Group]
+    form: str
     floor: str = "frozen"
     rounds: int = 11
     slice_s: float = 0.03
     dtypes: str = "fp32,bf16"
     compared: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
     pivoted: bool = False
-    form: str = ""
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
     def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -538,7 +542,7 @@ class Program:
                 torch.set_num_threads(case["threads"])
                 try:
                     group = self.build(case, options)
-                    rounds = Rounds(group, clock, 0.0 if options.quick else self.slice_s)
+                    rounds = Rounds(group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s)
                     times = [rounds.run(turn) for turn in range(options.rounds)]
                     made = [about | case | row for row in rows_of(times, group, self.floor)]
                 except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
@@ -561,7 +565,7 @@ class Program:
             show(f"{self.name}: time over {named(self.floor)}", pivot(frame, titles, self.floor), markdown)
             return
         for _, own in frame.groupby(key, sort=False):
-            show(titles[own.index[0]], case_table(own, self.floor, self.columns), markdown)
+            show(titles[own.index[0]], case_table(own, self.floor, key), markdown)
 
     def title(self, case: Case) -> str:
         threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
@@ -607,7 +611,7 @@ def work(name: str, argv: list[str]) -> None:
         question = json.loads(line)
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
-            rounds = Rounds(program.build(question["case"], options), clock, program.slice_s)
+            rounds = Rounds(program.build(question["case"], options), clock, max(program.slice_s, 0.05))
             answer = {"stages": {rival: list(step.stages) for rival, step in rounds.group.steps.items()}}
         else:
             answer = rounds.run(question["turn"])
@@ -619,7 +623,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     """Rounds of this checkout and of another one in turns, each in a process of its own: the ratio of their times."""
     argv = argv if options.rivals else [*argv, "--rivals", ",".join(program.compared)]
     workers = {"new": Worker(program.name, argv, ROOT), "old": Worker(program.name, argv, options.against)}
-    made, cases, rows = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), []
+    made, cases, tables = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), {}
     with progress(len(cases)) as begin:
         for case in cases:
             begin(program.title(case))
@@ -628,7 +632,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
             for turn in range(options.rounds):
                 for side in random.Random(turn).sample(list(workers), 2):
                     times[side].append(workers[side].ask({"turn": turn}))
-            floors = {side: with_sum(own, program.floor) for side, own in times.items()}
+            floors, rows = {side: with_sum(own, program.floor) for side, own in times.items()}, []
             for rival, names in stages.items():
                 new, old = (with_sum(times[side], rival) for side in ("new", "old"))
                 for i, stage in enumerate([*names, "step"][: len(new)]):
@@ -636,10 +640,14 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
                     ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
                     texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
                     both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
-                    rows.append({"case": program.title(case), "rival": named(rival), "stage": stage, **both})
+                    rows.append({"": f"{named(rival)}, {stage}", **both})
+            tables[program.title(case)] = pd.DataFrame(rows)
     for worker in workers.values():
         worker.process.stdin.close()
         worker.process.wait()
-    title = f"{program.command(argv)}: {made['new']} (new) over {made['old']} (old), {machine(options.device)}, {options.clock}"
-    show(title, pd.DataFrame(rows), options.markdown)
+    for title, table in tables.items():
+        show(title, table, options.markdown)
+    commits = f"{made['new']} (new) over {made['old']} (old)"
+    print(f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, 95 % intervals")
+    print(f"{machine(options.device)}, {options.clock} seconds, load {os.getloadavg()[0]:.1f}")
     return 0

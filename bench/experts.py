@@ -159,15 +159,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes(*KEY), help="MxHxIxExTxR, comma-separated")
 
 
-PROGRAM = Program(
-    "experts",
-    __doc__,
-    cases,
-    build,
-    form="{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, top {top}, r {r}",
-    slice_s=0.0,
-    columns=("parameters", "peak_bytes", "error"),
-    options=more_options,
-)
+FORM = "{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, top {top}, r {r}"
+PROGRAM = Program("experts", __doc__, cases, build, FORM, slice_s=0.0, options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

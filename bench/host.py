@@ -108,19 +108,10 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=shapes_of, help="FORM:MxLxKxR, comma-separated: tokens x layers x width x rank")
 
 
+FORM = "{form}, {m} tokens, {layers} layers of width {k}, r {r}"
+SIDES = ("lotr-eager", "lotr_ext", "lotr_ext-model")
 PROGRAM = Program(
-    "host",
-    __doc__,
-    cases,
-    build,
-    form="{form}, {m} tokens, {layers} layers of width {k}, r {r}",
-    floor="lotr-eager",
-    rounds=41,
-    slice_s=0.0,
-    dtypes="fp32",
-    compared=("lotr-eager", "lotr_ext", "lotr_ext-model"),
-    columns=("frames", "functions", "operators"),
-    options=more_options,
+    "host", __doc__, cases, build, FORM, SIDES[0], 41, slice_s=0.0, dtypes="fp32", compared=SIDES, options=more_options
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

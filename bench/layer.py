@@ -6,8 +6,7 @@
     python -m bench.layer --against ../other  another checkout's lotr_ext in turns with this one's
 
 A shape is tokens x in x out x rank. Every rival is checked against float64 before it is timed. The adapters have the layer's
-own dtype for every rival, so that all do the same arithmetic. saved: what autograd keeps for backward besides x; peak: the most
-that a step has allocated at once.
+own dtype for every rival, so that all do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import sys
 import torch
 
 from .common import Case, Group, Program, Step, peak_bytes, sizes
-from .rivals import COMPILED, LAYERS, TOLERANCE, Rival, Tensors, check_layer, chosen, dtype_of, saved_bytes
+from .rivals import COMPILED, LAYERS, TOLERANCE, Rival, Tensors, check_layer, chosen, dtype_of
 
 SHAPES = {
     "cpu": "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,16x768x768x16,1x768x768x16",
@@ -64,7 +63,6 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     for i, name in enumerate(names):
         rival = LAYERS[name](tensors)
         facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
-        facts["saved_bytes"] = saved_bytes(rival, tensors, x)
         steps[name] = step_of(rival, inputs, i, g)
         steps[name].run()
         steps[name].facts = facts | {"peak_bytes": peak_bytes(steps[name].run, options.device)}
@@ -75,15 +73,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes("m", "k", "n", "r"), help="MxKxNxR, comma-separated")
 
 
-PROGRAM = Program(
-    "layer",
-    __doc__,
-    cases,
-    build,
-    form="{m} x {k} x {n}, r {r}",
-    compared=("frozen", "lotr_ext"),
-    pivoted=True,
-    options=more_options,
-)
+FORM = "{m} x {k} x {n}, r {r}"
+PROGRAM = Program("layer", __doc__, cases, build, FORM, compared=("frozen", "lotr_ext"), pivoted=True, options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

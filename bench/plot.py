@@ -1,6 +1,6 @@
 """Pictures of kept results: python -m bench.plot [folder or file ..]
 
-Draws layer.png, tokens.png, model.png, experts.png, host.png and tasks.png in a machine's folder, of the programs that it has
+Draws layer.png, model.png, experts.png, host.png and tasks.png in a machine's folder, of the programs that it has
 results of, and accuracy.png beside accuracy.jsonl. Without arguments: all of bench/results.
 """
 
@@ -19,9 +19,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .accuracy import METHODS, points_of
+from .accuracy import points_of
 from .common import RESULTS, named, read
-from .problems import TASKS
+from .problems import METHODS, TASKS
 
 COLOURS = {
     "lotr_ext": "tab:blue",
@@ -71,7 +71,7 @@ def one_thread(frame: pd.DataFrame, stage: str = "step") -> pd.DataFrame:
 
 
 def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """The time over the frozen layer by size, and against the number of tokens."""
+    """The time over the frozen layer by size."""
     frame = one_thread(frame).assign(over=lambda f: 100 * f["over"])
     for end in ("over_low", "over_high"):
         frame[end] *= 100
@@ -84,21 +84,7 @@ def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
     ax.set_ylabel("step, % over the frozen layer")
     ax.set_title(f"One adapted layer, 1 thread, {frame['machine'].iloc[0]}", fontsize=10)
     ax.legend(ncols=3, fontsize=8, frameon=False)
-    made = [finish(figure, folder / "layer.png")]
-    swept = frame[(frame["k"] == 768) & (frame["n"] == 768) & (frame["r"] == 16) & (frame["m"] > 1)]
-    figure, axes = plt.subplots(1, swept["dtype"].nunique(), figsize=(10, 3.6), sharey=True, squeeze=False)
-    for ax, (dtype, own) in zip(axes[0], swept.groupby("dtype", sort=False)):
-        for rival in rivals:
-            line = own[own["rival"] == rival].sort_values("m")
-            ax.plot(line["m"], line["over"], "o-", color=colour(rival), label=named(rival), markersize=4)
-            ax.fill_between(line["m"], line["over_low"], line["over_high"], color=colour(rival), alpha=0.15)
-        ax.set(xscale="log", xlabel="tokens", title=f"768 x 768, r 16, {dtype}")
-        ax.set_xticks(sorted(own["m"].unique()), [f"{m:,}" for m in sorted(own["m"].unique())], fontsize=8)
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("step, % over the frozen layer")
-    axes[0][-1].legend(fontsize=8, frameon=False)
-    return [*made, finish(figure, folder / "tokens.png")]
+    return [finish(figure, folder / "layer.png")]
 
 
 def model(frame: pd.DataFrame, folder: Path) -> list[Path]:

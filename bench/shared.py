@@ -61,17 +61,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes("layers", "m", "k", "r"), help="LxMxKxR, comma-separated")
 
 
-PROGRAM = Program(
-    "shared",
-    __doc__,
-    cases,
-    build,
-    form="{layers} layers, {m} tokens of width {k}, r {r}",
-    floor=FLOOR,
-    slice_s=0.0,
-    compared=tuple(STACKS),
-    columns=("allocated_bytes", "new_factors", "error"),
-    options=more_options,
-)
+FORM = "{layers} layers, {m} tokens of width {k}, r {r}"
+PROGRAM = Program("shared", __doc__, cases, build, FORM, floor=FLOOR, slice_s=0.0, compared=tuple(STACKS), options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -157,17 +157,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes(*KEY), help="rows x tokens x tasks x width x blocks x rank, comma-separated")
 
 
-PROGRAM = Program(
-    "tasks",
-    __doc__,
-    cases,
-    build,
-    form="{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, {blocks} blocks, r {r}",
-    floor=FLOOR,
-    slice_s=0.0,
-    dtypes="fp32",
-    columns=("task_bytes",),
-    options=more_options,
-)
+FORM = "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, {blocks} blocks, r {r}"
+PROGRAM = Program("tasks", __doc__, cases, build, FORM, floor=FLOOR, slice_s=0.0, dtypes="fp32", options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

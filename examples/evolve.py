@@ -56,6 +56,7 @@ def main(words: list[str] | None = None) -> None:
     examples, held_out = rated_texts("movie_snippets.tsv", options.held_out)
     data = batches(tokenize([t for t, _ in examples]), [c for _, c in examples], options.rows)
     ids, labels = tokenize([t for t, _ in held_out]), torch.tensor([c for _, c in held_out])
+    model.encoder.requires_grad_(False)
     head = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
     train("the head", options.head_steps, head, lambda: text_loss(model, next(data)))
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",)))

@@ -32,9 +32,9 @@ Order order_of(const std::string& argument, const std::string& name);  // throws
 
 struct Options {
   Order order = Order::forward;
-  uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
-  unsigned preempt = 0;       // random order: chance in 256 to switch away at a memory access
-  bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
+  uint64_t seed = 1;             // of the random order; the same seed gives the same schedule
+  unsigned preempt = 0;          // random order: chance in 256 to switch away at a memory access
+  bool count_memory = false;     // bytes, sectors and bank conflicts (about twice as slow)
   size_t shared_limit = 232448;  // bytes that a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: barriers, warp synchronisation, commits, waits and fences at this line do
@@ -72,7 +72,7 @@ struct LaunchRecord {
   std::string name;
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
-  bool early;          // a programmatic dependent launch: may begin before the launch before it has ended
+  bool early;             // a programmatic dependent launch: may begin before the launch before it has ended
   uint64_t let_next = 0;  // blocks that called griddepcontrol.launch_dependents
 };
 

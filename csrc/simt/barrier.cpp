@@ -1,4 +1,5 @@
-// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange only register values: shuffle and
+// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange only register
+// values: shuffle and
 // __syncwarp.
 #include <cstring>
 

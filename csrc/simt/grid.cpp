@@ -131,8 +131,9 @@ void run_cluster(uint3 corner) {
   machine.cluster_barrier = Barrier{};
   machine.idle_rounds = 0;
   for (uint32_t i = 0; i < count; ++i)
-    start_block(machine.blocks[i], i,
-                uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y, corner.z + i / shape.x / shape.y});
+    start_block(
+        machine.blocks[i], i,
+        uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y, corner.z + i / shape.x / shape.y});
   totals.blocks += count;
   totals.threads += size_t(count) * threads;
   race::begin_blocks(count * threads);
@@ -174,8 +175,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   blockDim = launch.block;
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{
-      launch.name, {}, {}, {}, launch.smem, launch.early};
+  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, launch.early};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);

@@ -16,12 +16,12 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void fence_mbarrier_init(Site site);
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: added to what the phase waits for
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
-// At the same mbarrier of block `rank`.  It orders this thread's reads before the waiting thread, and makes none
-// of its stores visible there.
+// At the same mbarrier of block `rank`.  It orders this thread's reads before the waiting thread, and makes
+// none of its stores visible there.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 
-// blocks: the mask of those of the cluster that receive the box, at the same offset of their shared memory, and
-// count its bytes at the same mbarrier.
+// blocks: the mask of those of the cluster that receive the box, at the same offset of their shared memory,
+// and count its bytes at the same mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, uint32_t blocks,
                  Site site);
 uint32_t own_block();  // its mask

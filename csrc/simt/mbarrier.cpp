@@ -7,7 +7,7 @@
 namespace lotr::simt {
 namespace {
 
-constexpr char MARK[] = "mbarrier";      // stored as its 8 bytes of shared memory, so that overwriting it shows
+constexpr char MARK[] = "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
 constexpr int64_t MOST = (1 << 20) - 1;  // arrivals, and bytes that are announced or have come early
 
 void arrive(MemoryBarrier& b, Site site) {
@@ -70,7 +70,8 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   if (!arrivals || arrivals > MOST)
     fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line, arrivals);
   memcpy(barrier, MARK, 8);
-  if (block.unfenced.empty()) block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
+  if (block.unfenced.empty())
+    block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
   MemoryBarrier b;
   b.expected = b.pending = arrivals;
   b.unfenced = &self();

@@ -152,8 +152,7 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
 // Whether `before` happens before the running thread's current access.
 bool ordered(const Event& before, uint32_t me, const uint32_t* clocks) {
   if (!before.clock) return true;
-  return before.cluster == detector.cluster &&
-         (before.thread == me || clocks[before.thread] >= before.clock);
+  return before.cluster == detector.cluster && (before.thread == me || clocks[before.thread] >= before.clock);
 }
 
 Cell* cell_of(uintptr_t address) {

@@ -6,7 +6,8 @@
 // empty.
 //
 // What orders two accesses:
-//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers, at which
+//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers, at
+//   which
 //                             also bulk copies into the block are ordered.
 //                             Not: shuffles, ldmatrix, mma.
 //   between clusters          nothing: no kernel here hands data from one to another

@@ -71,13 +71,11 @@ void run_engine() {
 Warp* choose_warp() {
   Warp* now = machine.warps[machine.current_warp];
   if (now->ready) return now;  // a warp runs until all its lanes wait
-  size_t count = 0;  // ready warps
+  size_t count = 0;            // ready warps
   for (const uint64_t bits : machine.ready_warps) count += __builtin_popcountll(bits);
   if (!count) return nullptr;
   const Order order = machine.options.order;
-  size_t k = order == Order::forward   ? 0
-             : order == Order::reverse ? count - 1
-                                       : next_random() % count;
+  size_t k = order == Order::forward ? 0 : order == Order::reverse ? count - 1 : next_random() % count;
   for (size_t i = 0;; ++i) {
     const size_t here = __builtin_popcountll(machine.ready_warps[i]);
     if (k < here) {

@@ -85,7 +85,7 @@ struct Warp {
   uint32_t arrived = 0;                        // lanes inside a collective
   uint32_t generation = 0;
   bool logged = false;
-  race::Sync sync[2];      // by parity of the generation
+  race::Sync sync[2];  // by parity of the generation
 };
 
 struct Barrier {
@@ -194,8 +194,8 @@ void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
 
 // ---- early.cpp ----
-void check_early(const char* op, Site site);      // before the running thread touches global memory
-void check_early_end(const Thread& thread);       // before it ends
+void check_early(const char* op, Site site);  // before the running thread touches global memory
+void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
 // Counts the call. True: skip_synchronisation names this place.

@@ -1,8 +1,8 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// A copy lands when no thread can go on, or at a random moment.  A tile that is being filled is NaN until then.
-// A tile that is being stored is read then, at the latest when the wait for its group returns: so a tile that
-// is written again too early shows in the matrix, which is NaN until then.
+// A copy lands when no thread can go on, or at a random moment.  A tile that is being filled is NaN until
+// then. A tile that is being stored is read then, at the latest when the wait for its group returns: so a
+// tile that is written again too early shows in the matrix, which is NaN until then.
 #include <algorithm>
 #include <cstring>
 
@@ -35,8 +35,8 @@ void check_tile(const void* tile, const TensorMap& map, Site site) {
   check_early(self().op, site);
   check_shared(tile, map.box_rows * ROW, 128, self().op, site);
   if (shared_offset(tile) % (8 * ROW))
-    fail("%s at %s:%d: a tile with %u-byte swizzle starts at a multiple of %u bytes, got offset %u", self().op,
-         site.file, site.line, ROW, 8 * ROW, shared_offset(tile));
+    fail("%s at %s:%d: a tile with %u-byte swizzle starts at a multiple of %u bytes, got offset %u",
+         self().op, site.file, site.line, ROW, 8 * ROW, shared_offset(tile));
 }
 
 }  // namespace

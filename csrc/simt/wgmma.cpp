@@ -1,6 +1,6 @@
-// sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a K-major, b K-major or
-// MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and matrix
-// descriptor.
+// sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a K-major, b
+// K-major or MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and
+// matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until then the
 // accumulators are NaN.  Each thread computes its own elements.
@@ -14,7 +14,7 @@ namespace lotr::simt {
 namespace {
 
 constexpr int WARPGROUP = 128, K = 16;
-constexpr uint32_t ROW = 128;                // bytes of a swizzled row
+constexpr uint32_t ROW = 128;                 // bytes of a swizzled row
 constexpr uint64_t SWIZZLE_OF_128_BYTES = 1;  // bits 62 and 63 of a descriptor
 
 struct Operand {

@@ -28,10 +28,12 @@ PIPELINE = [
     Shape(330, 600, 40, sms=6),  # parts of Q of several column tiles
     Shape(1700, 40, 16, ODD, 0.1, 4),
     Shape(130, 1700, 16, sms=6),
+    Shape(130, 3000, 13, ODD, 0.1, 12),  # parts of u, of factor_grad's D: at a rank that parts pad
+    Shape(2000, 70, 13, sms=12),
     Shape(200, 400, 100, PACKED, sms=5, layers=2),
     Shape(150, 300, 200, PACKED, 0.5, 6),
 ]
-SETS = {"pipeline": PIPELINE, "some": [*PIPELINE[1:4], PIPELINE[7]], "all": SHAPES + PIPELINE}
+SETS = {"pipeline": PIPELINE, "some": [*PIPELINE[1:4], *PIPELINE[6:9]], "all": SHAPES + PIPELINE}
 
 
 def schedule(name: str) -> dict:

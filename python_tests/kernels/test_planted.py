@@ -49,7 +49,7 @@ BUGS: dict[str, Bug] = {
         "plan.n_blocks * p.M * piece.parts_row", "p.M * piece.parts_row", "shrink", "behind its end|: u: |overlaps"
     ),
     "sum_of_parts_does_not_add": operators(
-        "                   p.accumulate, p.dropout.scale};", "                   0, p.dropout.scale};", "factor_grad", ": D: "
+        "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,", "p.K, ranks, int32_t(plan.m_blocks), 0,", "factor_grad", ": D: "
     ),
     "first_part_left_out": Bug(
         "parts.cu", PARTS, "for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", "shrink", ": u: "
@@ -60,13 +60,8 @@ BUGS: dict[str, Bug] = {
     "columns_of_the_padding": Bug(
         "parts.cu", PARTS, "      if (col + e >= p.cols) break;\n", "", "shrink,factor_grad", ": [uD]: |wrote outside"
     ),
-    "pack_reads_beyond_the_columns": Bug(
-        "parts.cu",
-        PACK,
-        "row0 + r < p.rows && col0 + c < p.cols;",
-        "row0 + r < p.rows;",
-        "shrink,expand_add",
-        "not finite|: [uy]: ",
+    "pack_takes_columns_for_rows": Bug(
+        "parts.cu", PACK, "c = down ? index / ROWS : index % COLS", "c = index % COLS", "shrink", ": u: ", shapes="all"
     ),
     # shrink
     "one_group_too_few": Bug(
@@ -171,4 +166,5 @@ def test_noticed(name: str, tmp_path: Path) -> None:
     module = build.planted_module("plain", bug.unit, bug.file, bug.text, bug.instead, tmp_path)
     sweep = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", bug.shapes, "--kinds", bug.kind]
     done = subprocess.run([*sweep, "--kernels", bug.kernels], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 1 and re.search(bug.message, done.stdout), done.stdout[-3000:] + done.stderr[-3000:]
+    died = done.returncode < 0  # far outside an array
+    assert died or (done.returncode and re.search(bug.message, done.stdout)), done.stdout[-3000:] + done.stderr[-3000:]

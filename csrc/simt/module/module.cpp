@@ -38,10 +38,9 @@ py::dict counters_dict() {
   const Counters c = counters();
   py::dict arrays;
   for (const Traffic& t : c.arrays)
-    arrays[py::str(t.name)] =
-        py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes, "read_sectors"_a = t.read_sectors,
-                 "written_bytes"_a = t.written_bytes, "written_sectors"_a = t.written_sectors,
-                 "unwrapped"_a = t.unwrapped);
+    arrays[py::str(t.name)] = py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes,
+                                       "read_sectors"_a = t.read_sectors, "written_bytes"_a = t.written_bytes,
+                                       "written_sectors"_a = t.written_sectors, "unwrapped"_a = t.unwrapped);
   py::list launches;
   for (const LaunchRecord& l : c.launches)
     launches.append(py::dict("name"_a = l.name, "shared_bytes"_a = l.shared_bytes, "early"_a = l.early,
@@ -119,12 +118,15 @@ PYBIND11_MODULE(lotr_simt, m) {
         "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
-  m.def("product_layouts", [] { return product_layouts; },
-        "(b is MN-major, n, bfloat16) of each wgmma since reset_counters");
+  m.def(
+      "product_layouts", [] { return product_layouts; },
+      "(b is MN-major, n, bfloat16) of each wgmma since reset_counters");
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
-  m.def("skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); }, "file"_a, "line"_a,
-        "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
+  m.def(
+      "skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); },
+      "file"_a, "line"_a,
+      "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
   m.def("write_coverage", &write_coverage);

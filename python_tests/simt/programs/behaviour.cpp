@@ -149,7 +149,8 @@ __global__ void early(int what, float* x) {
 
 void early_launch(int what, bool is_early) {
   std::vector<float> x(256);
-  ptx::launch<early>({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, what, x.data());
+  ptx::launch<early>({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, what,
+                     x.data());
   const simt::LaunchRecord& l = simt::counters().launches[0];
   printf("%g %d %lu\n", double(x[127]), l.early, l.let_next);
 }
@@ -206,7 +207,8 @@ int main(int argc, char** argv) {
     if (what == "shared") launch<nothing>(1, 32, 300000, "large");
     if (what == "cluster") ptx::launch<nothing>({dim3(16), dim3(32), 0, nullptr, dim3(16), "large"});
     if (what == "remote") ptx::launch<reaches_too_early>({dim3(2), dim3(32), 8, nullptr, dim3(2), "remote"});
-    if (what == "mbarrier") launch<mbarrier>(1, 1, 8, "mbarrier", uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
+    if (what == "mbarrier")
+      launch<mbarrier>(1, 1, 8, "mbarrier", uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
     if (what == "map") ptx::tensor_map_2d(static_cast<const __half*>(nullptr), 0, 64, 64, 64);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();

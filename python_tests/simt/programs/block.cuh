@@ -1,5 +1,5 @@
-// y [M] = the sums of the squares of the rows of x [M, K], a block for each row: plain shared memory, shuffles,
-// barriers of the block and named ones, and the bugs that go with them.
+// y [M] = the sums of the squares of the rows of x [M, K], a block for each row: plain shared memory,
+// shuffles, barriers of the block and named ones, and the bugs that go with them.
 #pragma once
 #include "cuda/ptx/sm80.cuh"
 

@@ -95,7 +95,8 @@ void run(const char* name, unsigned threads, unsigned blocks = 1) {
   simt::register_array("x", x, sizeof x);
   simt::register_array("y", y, sizeof y);
   simt::reset_counters();
-  ptx::launch<KERNEL>({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name}, Params{x, y, z});
+  ptx::launch<KERNEL>({dim3(blocks), dim3(threads), sizeof(Smem), nullptr, dim3(1, 1, 1), name},
+                      Params{x, y, z});
   const simt::Counters c = simt::counters();
   printf("{\"kernel\": \"%s\"", c.launches.at(0).name.c_str());
   for (const simt::Traffic& a : c.arrays)

@@ -27,7 +27,8 @@ void compare(const char* what, const Tile& tile, Place place) {
   for (int n = 0; n < N; ++n)
     for (int k = 0; k < K; ++k) {
       const unsigned at = place(n, k);
-      bad += unsigned(as_position_independent_swizzle_layout(tile)(n, k)) * sizeof(T) != (at ^ (at >> 7 & 7) << 4);
+      bad += unsigned(as_position_independent_swizzle_layout(tile)(n, k)) * sizeof(T) !=
+             (at ^ (at >> 7 & 7) << 4);
     }
   report(what, bad, N * K);
   alignas(1024) static T memory[N * K];
@@ -43,11 +44,12 @@ void compare(const char* what, const Tile& tile, Place place) {
 
 template <class T>
 void compare_both() {
-  compare<SM90::GMMA::Major::K, T>("K-major",
-                                   tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<N>, Int<K>>{}),
-                                   [](int n, int k) { return unsigned(n * 128 + k * 2); });
+  compare<SM90::GMMA::Major::K, T>(
+      "K-major", tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<N>, Int<K>>{}),
+      [](int n, int k) { return unsigned(n * 128 + k * 2); });
   compare<SM90::GMMA::Major::MN, T>(
-      "MN-major", tile_to_shape(SM90::GMMA::Layout_MN_SW128_Atom<T>{}, Shape<Int<N>, Int<K>>{}, Step<_2, _1>{}),
+      "MN-major",
+      tile_to_shape(SM90::GMMA::Layout_MN_SW128_Atom<T>{}, Shape<Int<N>, Int<K>>{}, Step<_2, _1>{}),
       [](int n, int k) { return unsigned(n / 64 * K * 128 + k * 128 + n % 64 * 2); });
 }
 

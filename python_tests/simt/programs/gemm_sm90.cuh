@@ -107,7 +107,8 @@ LOTR_DEVICE void consume(Smem& s, const ptx::TensorMap& C, const Params& p) {
         ptx::wgmma<bf16>(d, a, ptx::swizzled_descriptor(&stage.w[0][0][k]));
       else
         ptx::wgmma<bf16, ptx::Major::mn>(
-            d, a, ptx::swizzled_descriptor_mn(&stage.w[0][k], p.bug == wrong_panel ? 1024 : sizeof stage.w[0]));
+            d, a,
+            ptx::swizzled_descriptor_mn(&stage.w[0][k], p.bug == wrong_panel ? 1024 : sizeof stage.w[0]));
     }
     ptx::wgmma_commit();
     if (p.bug == released_early) release(s, i % STAGES, p);
@@ -153,8 +154,8 @@ inline void run(bf16* C, const bf16* A, const bf16* W, int M, int N, const Param
     return ptx::tensor_map_2d(a, uint32_t(rows), uint32_t(cols), uint32_t(cols), 64);
   };
   const dim3 grid(unsigned((M + 2 * BM - 1) / (2 * BM) * 2), unsigned((N + BN - 1) / BN));
-  ptx::launch<kernel>({grid, dim3(THREADS), sizeof(Smem), stream, dim3(2, 1, 1), "gemm_sm90"},
-                      map(A, M, p.K), map(W, p.K, N), map(C, M, N), p);
+  ptx::launch<kernel>({grid, dim3(THREADS), sizeof(Smem), stream, dim3(2, 1, 1), "gemm_sm90"}, map(A, M, p.K),
+                      map(W, p.K, N), map(C, M, N), p);
 }
 
 }  // namespace gemm90

@@ -56,7 +56,8 @@ struct Numbers {
 template <class T>
 class Matrix {
  public:
-  Matrix(size_t size, Numbers& number) : data_(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))) {
+  Matrix(size_t size, Numbers& number)
+      : data_(static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))) {
     for (size_t i = 0; i < size; ++i)
       if constexpr (sizeof(T) == 4)
         data_.get()[i] = number();

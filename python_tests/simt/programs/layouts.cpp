@@ -57,7 +57,8 @@ __global__ void ldmatrix_kernel(uint32_t* out) {  // [4 kinds][32 lanes][4]
 
 void ldmatrix() {
   std::vector<uint32_t> out(4 * 32 * 4);
-  ptx::launch<ldmatrix_kernel>({dim3(1), dim3(32), sizeof(Tiles), nullptr, dim3(1, 1, 1), "ldmatrix"}, out.data());
+  ptx::launch<ldmatrix_kernel>({dim3(1), dim3(32), sizeof(Tiles), nullptr, dim3(1, 1, 1), "ldmatrix"},
+                               out.data());
   printf("\"ldmatrix\": {\n");
   print("r", out, true);
   printf("}\n");
@@ -118,7 +119,8 @@ void convert() {
   std::vector<uint16_t> in(32);
   std::vector<float> out(32), result;
   for (size_t g = 0; g < 8; ++g) in[4 * g] = halves[g];
-  ptx::launch<convert_kernel>({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "convert"}, in.data(), out.data());
+  ptx::launch<convert_kernel>({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "convert"}, in.data(),
+                              out.data());
   for (size_t g = 0; g < 8; ++g) result.push_back(out[4 * g]);
   printf("\"halves\": {\n");
   print("bits", halves);
@@ -140,7 +142,8 @@ struct alignas(1024) Operands {
 // d = [0, 1, ..] + a b^T over all k in the first group; e over the first 16 k in the second group, which is
 // still in flight when d is read.  out [thread]: d, e, whether e was NaN then.  a is stored to C as well.
 template <class T, bool MN>
-__global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A, const __grid_constant__ ptx::TensorMap B,
+__global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
+                             const __grid_constant__ ptx::TensorMap B,
                              const __grid_constant__ ptx::TensorMap C, uint16_t* shared, float* out) {
   auto& s = ptx::shared_storage<Operands<T>>();
   const int t = threadIdx.x;
@@ -196,7 +199,8 @@ void wgmma(const char* name) {
   const auto of_B = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
   ptx::launch<wgmma_kernel<T, MN>>({dim3(1), dim3(128), sizeof(Operands<T>), nullptr, dim3(1, 1, 1), "wgmma"},
                                    ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), of_B,
-                                   ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(), out.data());
+                                   ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(),
+                                   out.data());
   for (const uint16_t bits : shared) in_shared.push_back(number_of<T>(bits));
   for (const T& x : C) c.push_back(ptx::to_float(x));
   printf("\"%s\": {\n", name);
