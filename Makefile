@@ -83,7 +83,7 @@ test: $(STAMPS)/need-test $(STAMPS)/build $(STAMPS)/data
 	@$(PY) -m pytest $(TWO) --durations=10 --durations-min=30 $(ARGS)
 
 serve-test: $(STAMPS)/need-test $(STAMPS)/vllm $(STAMPS)/data
-	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/test_vllm.py $(ARGS)
+	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/serving $(ARGS)
 
 bench: $(STAMPS)/need-bench $(STAMPS)/build $(STAMPS)/data
 	@for program in layer model experts tasks shared host; do $(PY) -m bench.$$program $(ARGS) || exit 1; done
@@ -100,7 +100,7 @@ docs: $(STAMPS)/need-docs $(STAMPS)/build
 	@log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) || { echo "$$log" | grep -v '^INFO' >&2; false; }
 	@echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
-lint: $(STAMPS)/need-build $(STAMPS)/need-lint
+lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
 	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py \
 	  && { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; } \

@@ -10,7 +10,7 @@ from torch import nn
 
 import lotr_ext
 from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr, explain, load_adapter, lotr_linear, save_adapter
-from lotr_ext.ops.planner import build_info
+from lotr_ext.ops import build_info
 
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-12}
 
@@ -37,12 +37,10 @@ def check_layers() -> None:
 def check_model() -> None:
     def model() -> nn.Module:
         torch.manual_seed(1)
-        return apply_lotr(
-            nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48)), LoTRConfig(rank=4, target_modules="all-linear")
-        )
+        return apply_lotr(nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48)), LoTRConfig(rank=4))
 
     adapted, x = model(), torch.randn(200, 48)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 2e-3)
     losses = []
     for _ in range(20):
         loss = (adapted(x) - x).square().mean()
@@ -64,10 +62,9 @@ def main() -> None:
     check_layers()
     check_model()
     layer = LoTRLinear(48, 48, 4, dtype=torch.bfloat16)
-    assert explain(layer, torch.empty(300, 48, dtype=torch.bfloat16)).kernels
-    where = "cuda" if torch.cuda.is_available() else "as if on cuda"
-    said = explain(layer, torch.empty(300, 48, dtype=torch.bfloat16), device="cuda:0")
-    print(f"python {sys.version.split()[0]}, torch {torch.__version__}: right; {where}: {said}")
+    said = explain(layer, torch.empty(300, 48, dtype=torch.bfloat16))
+    assert "kernels of lotr_ext" in said, said
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}: right; {said}")
 
 
 if __name__ == "__main__":

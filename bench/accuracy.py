@@ -21,61 +21,22 @@ import argparse
 import base64
 import multiprocessing
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import nn
 
-from .common import QUICK, RESULTS, commit, listed, machine, progress, read, show, write
-from .problems import KINDS, TASKS, Problem, Task, missing, problem_of
+from .common import QUICK, RESULTS, commit, listed, machine, read, show, write
+from .problems import KINDS, MAIN, METHODS, TASKS, Task, adapt, fit, missing, problem_of
 
-HEAD_LR, LOTR_RATE, MOST_RATES, GROUPS, DIVERGED = 1e-2, 0.4, 9, 250, 2.0  # DIVERGED: times the unadapted validation loss
-
-
-class Method(NamedTuple):
-    """family: lotr, peft, or what is trained whole: base, head, norm, full. ranks, rates: by kind of task (teacher, classifier,
-    language); a rate is where the search begins, for LoTR before the factor 0.4. settings: of the configuration."""
-
-    family: str
-    ranks: tuple[tuple[int, ...], ...]
-    rates: tuple[float, float, float] = (5e-2, 5e-3, 5e-3)
-    settings: Mapping[str, Any] = MappingProxyType({})
-
-
-CORE = {"train": ("core",)}
-PEFT_RATES, DIAGONAL = (2e-2, 2e-3, 2e-3), (5e-2, 2e-2, 2e-2)
-METHODS = {
-    "base": Method("base", ((0,), (), (0,)), (0.0, 0.0, 0.0)),
-    "head": Method("head", ((), (0,), ()), (HEAD_LR,) * 3),
-    "full": Method("full", ((0,), (0,), (0,)), (1e-2, 1e-4, 1e-4)),
-    "norm": Method("norm", ((), (0,), (0,)), (5e-3,) * 3),
-    "lotr": Method("lotr", ((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
-    "lotr-width": Method("lotr", ((), (16,), (28,)), settings={"group_by": "width"}),
-    "lotr-block": Method("lotr", ((), (1, 5), (6,)), settings={"group_by": "block"}),
-    "lotr-core": Method("lotr", ((8, 16), (64,), (32,)), settings=CORE),
-    "lotr-diagonal": Method("lotr", ((5, 11, 16, 22, 45), (8,), (48,)), DIAGONAL, {"core": "diagonal"}),
-    "lotr-gradient": Method("lotr", ((4, 8), (8, 16), ()), settings={"from_gradient": True}),
-    "lotr-name": Method("lotr", ((), (16,), ()), settings={"group_by": "name"}),
-    "lotr-core-gradient": Method("lotr", ((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}),
-    "lotr-tucker": Method("lotr", ((8,), (), ()), settings={"core": "tucker"}),
-    "lotr-train": Method("lotr", ((8,), (), ()), settings={"core": "train"}),
-    "lotr-few": Method("lotr", ((8,), (32,), (32,)), settings={"core": "few", **CORE}),
-    "lora-xs": Method("lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}),
-    "lora": Method("peft", ((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
-    "dora": Method("peft", ((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
-    "vera": Method("peft", ((64,), (256,), (256,)), (2e-2, 1e-2, 1e-2), {"vera": True}),
-}
-MAIN = ("base", "head", "full", "lotr", "lotr-block", "lotr-diagonal", "lora")  # of the tasks that have not all methods
+LOTR_RATE, MOST_RATES, GROUPS, DIVERGED = 0.4, 9, 250, 2.0  # DIVERGED: times the unadapted validation loss
 
 
 class Run(NamedTuple):
@@ -98,82 +59,6 @@ def name_of(method: str, rank: int) -> str:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
-    """Freezes a fresh model but for its new head and adds what the method trains. Returns the module to train."""
-    family, settings = METHODS[method].family, dict(METHODS[method].settings)
-    save = ["head"] if hasattr(model, "head") else None
-    if family == "lotr":
-        from lotr_ext import LoTRConfig, apply_lotr
-
-        settings.pop("from_gradient", None)
-        if settings.get("group_by") == "layer":  # factors from the layer's own weight: LoRA-XS, arXiv 2405.17604
-            settings["group_by"] = lambda name, module: name.replace(".", "_")
-        return apply_lotr(model, LoTRConfig(rank=rank, target_modules=task.layers, modules_to_save=save, **settings))
-    if family == "peft":
-        from peft import LoraConfig, VeraConfig, get_peft_model
-
-        own = {"r": rank, "target_modules": task.layers, "modules_to_save": save}
-        if settings.pop("vera", False):
-            return get_peft_model(model, VeraConfig(**own))
-        return get_peft_model(model, LoraConfig(lora_alpha=2 * rank, **own, **settings))
-    whole = {"full": task.layers, "norm": task.norms}.get(family, "")
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            chosen = bool(whole) and re.fullmatch(whole, name) is not None
-            parameter.requires_grad_(chosen or (save is not None and name == "head"))
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # bfloat16 would round Adam's small steps away
-    return model
-
-
-def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
-    """To call after each step: rates rise over the first 6 % of the steps, then fall to zero."""
-    warm = max(1, round(0.06 * steps))
-    rate = lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate).step
-
-
-def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
-    """A and B from the gradients of eight batches, after a tenth of the steps for a new head. Returns the steps left."""
-    from lotr_ext import init_from_gradient
-
-    used = steps // 10 if problem.head else 0
-    head = [p for name, p in model.named_parameters() if "head." in name]
-    optimizer = torch.optim.AdamW(head, lr=HEAD_LR, weight_decay=0.0) if used else None
-    for _ in range(used):
-        problem.loss(model, next(batches)).backward()
-        optimizer.step()
-        model.zero_grad()
-    init_from_gradient(model, [next(batches) for _ in range(8)], problem.loss, progress=False)
-    return steps - used
-
-
-def fit(model: nn.Module, run: Run, problem: Problem) -> list[float]:
-    """AdamW without weight decay, a new head at its own rate. Returns the losses by step; the last of a diverged run is not
-    finite."""
-    batches, steps, losses = problem.batches(run.seed), run.steps, []
-    if METHODS[run.method].settings.get("from_gradient"):
-        steps = start_from_gradient(model, problem, batches, steps)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parts = {True: [], False: []}
-    for name, p in trained.items():
-        parts[problem.head and "head." in name].append(p)
-    rates = {True: run.lr if run.method == "head" else HEAD_LR, False: run.lr}
-    groups = [{"params": own, "lr": rates[is_head]} for is_head, own in parts.items() if own]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule, parent = decay(optimizer, steps), os.getppid()
-    while len(losses) < steps and (not losses or np.isfinite(losses[-1])):
-        loss = problem.loss(model, next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule()
-        losses.append(loss.item())
-        if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
-            sys.exit(1)
-    return losses
-
-
 def train(run: Run) -> dict[str, Any]:
     """Trains and measures with one thread. Returns the run's row."""
     start, task = time.perf_counter(), TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
@@ -183,7 +68,7 @@ def train(run: Run) -> dict[str, Any]:
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
     kept = [p.numel() for n, p in model.named_parameters() if p.requires_grad and not (problem.head and "head." in n)]
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": sum(kept)}
-    losses = fit(model, run, problem) if run.method != "base" else []
+    losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
     if not losses or np.isfinite(losses[-1]):
         validation, _ = problem.measure(model.eval(), "validation")
         held_out, right = problem.measure(model, "held_out")
@@ -221,10 +106,15 @@ def index_of(lr: float, method: str) -> int:
     return min(range(-24, 7), key=lambda i: abs(np.log(rung(i, method) / lr)))
 
 
+def first_rate(method: str, kind: str) -> float:
+    begin = METHODS[method].rates[KINDS.index(kind)] * (LOTR_RATE if METHODS[method].family == "lotr" else 1.0)
+    return rung(index_of(begin, method), method) if begin else 0.0
+
+
 def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[float]:
     """By the validation losses of those tried (infinite: diverged). Three neighbours first; while the best of them is the
     lowest or the highest, the next one beyond it; none: the search is over."""
-    middle = index_of(begin * (LOTR_RATE if METHODS[method].family == "lotr" else 1.0), method)
+    middle = index_of(begin, method)
     if lacking := [lr for step in (0, -1, 1) if (lr := rung(middle + step, method)) not in tried]:
         return lacking
     best = min(tried, key=lambda lr: (tried[lr], lr))
@@ -234,8 +124,6 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
 
 def tried_rates(kept: pd.DataFrame) -> dict[float, float]:
     """The validation losses of one place's runs with the first seed, infinite where a run with any seed diverged."""
-    if kept.empty:
-        return {}
     bad = set(kept[kept["validation"].isna()]["lr"])
     first = kept[kept["seed"] == 0]
     return {lr: float("inf") if lr in bad else loss for lr, loss in zip(first["lr"], first["validation"])}
@@ -248,8 +136,6 @@ class Search:
         self.name, self.task, self.places, self.options = task, TASKS[task], places, options
 
     def own(self, kept: pd.DataFrame, method: str, rank: int) -> pd.DataFrame:
-        if kept.empty:
-            return kept
         same = (kept["task"] == self.name) & (kept["method"] == method) & (kept["rank"] == rank) & (kept["scaling"] == "")
         return kept[same & (kept["steps"] == self.task.steps) & (kept["batch"] == self.task.batch)]
 
@@ -258,27 +144,24 @@ class Search:
         rates, more = {}, []
         for method, rank in self.places:
             tried = tried_rates(self.own(kept, method, rank))
-            begin = METHODS[method].rates[KINDS.index(self.task.kind)]
+            begin = first_rate(method, self.task.kind)
             if method == "base" or self.options.lr or self.options.quick:
-                usual = begin if method == "base" else self.options.lr or rung(index_of(begin, method), method)
+                usual = begin if method == "base" else self.options.lr or begin
                 found, rates[method, rank] = [] if usual in tried else [usual], usual
             else:
                 found = rates_to_try(method, begin, tried)
                 rates[method, rank] = min(tried, key=lambda lr: (tried[lr], lr)) if tried else begin
-            more += [self.run(method, rank, lr, 0) for lr in found]
+            more += [Run(self.name, method, rank, lr, 0, self.task.steps, self.task.batch) for lr in found]
         if more:
             return more
         for seed in range(1, self.options.seeds):
             for method, rank in [place for place in self.places if place[0] != "base"]:
                 own = self.own(kept, method, rank)
                 if own[(own["seed"] == seed) & (own["lr"] == rates[method, rank])].empty:
-                    more.append(self.run(method, rank, rates[method, rank], seed))
+                    more.append(Run(self.name, method, rank, rates[method, rank], seed, self.task.steps, self.task.batch))
             if more:
                 return more
         return []
-
-    def run(self, method: str, rank: int, lr: float, seed: int) -> Run:
-        return Run(self.name, method, rank, lr, seed, self.task.steps, self.task.batch)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -300,7 +183,10 @@ class Point(NamedTuple):
 def points_of(kept: pd.DataFrame, task: str) -> list[Point]:
     """Of a task's kept runs. A run that ended far above the unadapted model counts as diverged, and its place is left out."""
     own = kept[(kept["task"] == task) & (kept["scaling"] == "")]
-    own = own.assign(lr=own["lr"].fillna(own.get("lr_run")))  # computed cores of higher degree have no other rate
+    if own.empty:
+        return []
+    own = own[(own["steps"] == own["steps"].mode()[0]) & (own["batch"] == own["batch"].mode()[0])]
+    own = own.assign(lr=own["lr"].fillna(own["lr_run"]))  # computed cores of higher degree have no other rate
     untrained = own[own["method"].isin(("base", "head"))]["validation"].min()
     own = own[own["validation"].notna() & ~(own["validation"] > DIVERGED * untrained) & own["items"].notna()]
     rates = own.groupby(["method", "rank", "lr"])["seed"].nunique()
@@ -356,7 +242,7 @@ def tables(kept: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
             rows.append(row | ({"accuracy": f"{point.accuracy:.2%}"} if not np.isnan(point.accuracy) else {}))
         if rows:
             count = len(next(iter(points.values())).seeds)
-            show(f"{task}: {TASKS[task].steps} steps of {TASKS[task].batch}, {count} seeds", pd.DataFrame(rows), markdown)
+            show(f"{task}, {count} seeds", pd.DataFrame(rows), markdown)
         if compared := [row for point in points.values() if (row := comparison(point, list(points.values())))]:
             show(f"{task}: our best form of at most as many numbers, by validation", pd.DataFrame(compared), markdown)
 
@@ -383,7 +269,7 @@ def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
 def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
     """Methods and ranks: those that the options name ("lotr:16", "lora"), else the task's own."""
     kind, found = KINDS.index(task.kind), []
-    usual = ["base:0", "lotr:8", "lora:2"] if options.quick else METHODS if task.all_methods else MAIN
+    usual = ["base:0", "lotr:8", "lora:2"] if options.quick else METHODS if task.all_methods else MAIN[task.kind]
     for word in options.methods or usual:
         method, _, rank = word.partition(":")
         if method not in METHODS:
@@ -392,19 +278,26 @@ def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
     return found
 
 
+def runs_in(path: Path) -> pd.DataFrame:
+    """The kept runs, with the columns that are used here even where none is kept."""
+    kept = read(path)
+    used = (*Run._fields, "scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
+    return kept.reindex(columns=list(dict.fromkeys([*kept.columns, *used])))
+
+
 def work(options: argparse.Namespace) -> None:
     """Makes what is not kept yet. This process alone writes the file, a run as soon as it is finished."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool, progress(0) as begin:
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for name in options.tasks:
             search = Search(name, places_of(TASKS[name], options), options)
             search.task = search.task._replace(steps=options.steps or search.task.steps)
-            while runs := search.next_runs(read(options.results)):
+            while runs := search.next_runs(runs_in(options.results)):
                 for future in as_completed([pool.submit(train, run) for run in runs]):
                     row = future.result()
                     write(options.results, pd.concat([read(options.results), pd.DataFrame([row])], ignore_index=True))
                     reached = f"loss {row['loss']:.4f}" if "loss" in row else "diverged"
-                    begin(f"{Run(**{key: row[key] for key in Run._fields}).name()}: {reached}")
+                    print(f"{Run(**{key: row[key] for key in Run._fields}).name()}: {reached}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -431,13 +324,9 @@ def main(argv: list[str] | None = None) -> int:
         if lacking := missing(TASKS[name]):
             parser.error(f"tasks: expected {lacking} for {name}, found none; run python examples/data.py, see its help")
     if not none:
-        os.environ |= {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-        }  # the runs inherit them
+        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "OMP_NUM_THREADS"), "1")  # the runs inherit them
         work(options)
-    tables(read(options.results), list(TASKS) if none else options.tasks, options.markdown)
+    tables(runs_in(options.results), list(TASKS) if none else options.tasks, options.markdown)
     print(f"results in {options.results}")
     return 0
 

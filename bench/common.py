@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy import stats
 from torch import Tensor
@@ -178,6 +177,7 @@ class Rounds:
 
     def __init__(self, group: Group, clock: Clock, slice_s: float):
         self.group, self.clock, self.repeats = group, clock, {}
+        gc.collect()
         for name, step in group.steps.items():
             clock.seconds(step)
             begin = time.perf_counter()
@@ -188,7 +188,6 @@ class Rounds:
         """Seconds of each rival's stages. Each rival runs once untimed first, so that caches and allocator are as it leaves
         them; the order is that of the turn in every run of the program."""
         draw, found = random.Random(turn), {}
-        gc.collect()
         gc.disable()
         try:
             self.group.deal(draw)
@@ -274,11 +273,13 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of a source tree, with a + if tracked files were changed; "" where it is not one of git."""
+    """The commit of a source tree, with a + if lotr_ext or csrc were changed; "" where it is not one of git."""
     if shutil.which("git") is None:
         return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"], capture_output=True).returncode == 1
+    return head + "+" * changed
 
 
 def machine(device: str) -> str:
@@ -326,7 +327,7 @@ def slug(name: str) -> str:
 
 def read(path: Path) -> pd.DataFrame:
     """A result file; an empty table where there is none."""
-    return pd.read_json(path, lines=True, convert_dates=False, dtype=False) if path.exists() else pd.DataFrame()
+    return pd.read_json(path, lines=True, dtype=False) if path.exists() else pd.DataFrame()
 
 
 def write(path: Path, frame: pd.DataFrame) -> None:
@@ -367,7 +368,7 @@ def bytes_text(count: float) -> str:
 
 def over_text(row: pd.Series) -> str:
     """ "6.1 % (5.8 to 6.4)": the median and its interval."""
-    if pd.isna(row["over_low"]):
+    if pd.isna(row.get("over_low")):
         return f"{row['over']:.1%}"
     return f"{row['over']:.1%} ({100 * row['over_low']:.1f} to {100 * row['over_high']:.1f})"
 
@@ -382,14 +383,19 @@ def fact_text(name: str, value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
 
 
-def case_table(frame: pd.DataFrame, floor: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The rivals of one case: the time of each stage, the last stage's over the floor, and further columns."""
+ABOUT = {"machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds", "gpu", "interval"}
+TIMES = {"rival", "stage", "seconds", "over", "over_low", "over_high"}
+
+
+def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
+    """The rivals of one case, which the columns `key` name: the time of each stage, the last stage's over the floor, facts."""
     rows, last = [], frame["stage"].iloc[-1]
+    columns = [name for name in frame if name not in (*ABOUT, *TIMES, *key) and frame[name].notna().any()]
     for rival, own in frame.groupby("rival", sort=False):
         of = own[own["stage"] == last].iloc[0]
         row = {"": named(str(rival)), **{s["stage"]: seconds_text(s["seconds"]) for _, s in own.iterrows()}}
         row[f"over {named(floor)}"] = "" if rival == floor else over_text(of)
-        rows.append(row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns if name in of.index})
+        rows.append(row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns})
     return pd.DataFrame(rows).fillna("-")
 
 
@@ -418,19 +424,6 @@ def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
     console.print(shown)
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` parts; call what it yields with each part's name. Without a terminal a line a part."""
-    if not sys.stderr.isatty():
-        count = itertools.count(1)
-        yield lambda text: print(f"[{next(count)}/{total}] {text}", file=sys.stderr, flush=True)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=-1)
-        yield lambda text: bar.update(task, advance=1, description=text)
-
-
 # ---- a program -------------------------------------------------------------------------------------------------------
 
 
@@ -454,22 +447,21 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
 
 @dataclass(frozen=True)
 class Program:
-    """One measuring program. cases(options): without dtype and threads, which `options` multiplies. build(case, options):
-    the rivals; those of options.rivals alone where it is set. compared: the rivals that --against compares. columns: facts
-    that tables show. pivoted: one table of all cases instead of one a case. form: a case as text, of its columns."""
+    """One measuring program. cases(options): without dtype and threads, which `options` multiplies. build(case, options): the
+    rivals; those of options.rivals alone where it is set. form: a case as text, of its columns. compared: the rivals that
+    --against compares. pivoted: one table of all cases instead of one a case."""
 
     name: str
     doc: str
     cases: Callable[[argparse.Namespace], list[Case]]
     build: Callable[[Case, argparse.Namespace], Group]
+    form: str
     floor: str = "frozen"
     rounds: int = 11
     slice_s: float = 0.03
     dtypes: str = "fp32,bf16"
     compared: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
     pivoted: bool = False
-    form: str = ""
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
     def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -507,10 +499,8 @@ class Program:
         options.threads = sorted(map(int, options.threads))
         usual = "events" if options.device == "cuda" else "cpu" if options.threads == [1] else "wall"
         options.clock = options.clock or usual
-        if options.clock == "cpu" and usual != "cpu":
-            parser.error("clock: expected one CPU thread for cpu; add --threads 1 --device cpu")
-        if options.clock == "events" and usual != "events":
-            parser.error("clock: expected a GPU for events; give cpu or wall")
+        if options.clock not in ("wall", usual):
+            parser.error(f"clock: expected wall or {usual} on {options.device} with {options.threads} threads")
         options.rounds = options.rounds or (3 if options.quick else 41 if options.against else self.rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
             parser.error(f"against: expected a checkout with a built lotr_ext, got {options.against}; build it there first")
@@ -532,20 +522,19 @@ class Program:
         about, failed = facts(options), []
         folder = options.results or (QUICK if options.quick else RESULTS) / slug(about["machine"])
         clock, cases, frames = Clock(options.device, options.clock), self.all_cases(options), []
-        with progress(len(cases)) as begin:
-            for case in cases:
-                begin(self.title(case))
-                torch.set_num_threads(case["threads"])
-                try:
-                    group = self.build(case, options)
-                    rounds = Rounds(group, clock, 0.0 if options.quick else self.slice_s)
-                    times = [rounds.run(turn) for turn in range(options.rounds)]
-                    made = [about | case | row for row in rows_of(times, group, self.floor)]
-                except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
-                    failed.append(f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-                    continue
-                replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
-                frames.append(pd.DataFrame(made))
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {self.title(case)}", file=sys.stderr, flush=True)
+            torch.set_num_threads(case["threads"])
+            try:
+                group = self.build(case, options)
+                rounds = Rounds(group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s)
+                times = [rounds.run(turn) for turn in range(options.rounds)]
+                made = [about | case | row for row in rows_of(times, group, self.floor)]
+            except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
+                failed.append(f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                continue
+            replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
+            frames.append(pd.DataFrame(made))
         if frames:
             self.tables(pd.concat(frames, ignore_index=True), list(cases[0]), options.markdown)
         print(f"\n{self.command(argv)}; {about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}")
@@ -561,7 +550,7 @@ class Program:
             show(f"{self.name}: time over {named(self.floor)}", pivot(frame, titles, self.floor), markdown)
             return
         for _, own in frame.groupby(key, sort=False):
-            show(titles[own.index[0]], case_table(own, self.floor, self.columns), markdown)
+            show(titles[own.index[0]], case_table(own, self.floor, key), markdown)
 
     def title(self, case: Case) -> str:
         threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
@@ -607,7 +596,7 @@ def work(name: str, argv: list[str]) -> None:
         question = json.loads(line)
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
-            rounds = Rounds(program.build(question["case"], options), clock, program.slice_s)
+            rounds = Rounds(program.build(question["case"], options), clock, max(program.slice_s, 0.05))
             answer = {"stages": {rival: list(step.stages) for rival, step in rounds.group.steps.items()}}
         else:
             answer = rounds.run(question["turn"])
@@ -619,27 +608,30 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     """Rounds of this checkout and of another one in turns, each in a process of its own: the ratio of their times."""
     argv = argv if options.rivals else [*argv, "--rivals", ",".join(program.compared)]
     workers = {"new": Worker(program.name, argv, ROOT), "old": Worker(program.name, argv, options.against)}
-    made, cases, rows = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), []
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(program.title(case))
-            stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}["new"]
-            times: dict[str, list[dict[str, list[float]]]] = {"new": [], "old": []}
-            for turn in range(options.rounds):
-                for side in random.Random(turn).sample(list(workers), 2):
-                    times[side].append(workers[side].ask({"turn": turn}))
-            floors = {side: with_sum(own, program.floor) for side, own in times.items()}
-            for rival, names in stages.items():
-                new, old = (with_sum(times[side], rival) for side in ("new", "old"))
-                for i, stage in enumerate([*names, "step"][: len(new)]):
-                    both = {"new": seconds_text(np.median(new[i])), "old": seconds_text(np.median(old[i]))}
-                    ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
-                    texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
-                    both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
-                    rows.append({"case": program.title(case), "rival": named(rival), "stage": stage, **both})
+    made, cases, tables = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), {}
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {program.title(case)}", file=sys.stderr, flush=True)
+        stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}["new"]
+        times: dict[str, list[dict[str, list[float]]]] = {"new": [], "old": []}
+        for turn in range(options.rounds):
+            for side in random.Random(turn).sample(list(workers), 2):
+                times[side].append(workers[side].ask({"turn": turn}))
+        floors, rows = {side: with_sum(own, program.floor) for side, own in times.items()}, []
+        for rival, names in stages.items():
+            new, old = (with_sum(times[side], rival) for side in ("new", "old"))
+            for i, stage in enumerate([*names, "step"][: len(new)]):
+                both = {"new": seconds_text(np.median(new[i])), "old": seconds_text(np.median(old[i]))}
+                ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
+                texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
+                both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
+                rows.append({"": f"{named(rival)}, {stage}", **both})
+        tables[program.title(case)] = pd.DataFrame(rows)
     for worker in workers.values():
         worker.process.stdin.close()
         worker.process.wait()
-    title = f"{program.command(argv)}: {made['new']} (new) over {made['old']} (old), {machine(options.device)}, {options.clock}"
-    show(title, pd.DataFrame(rows), options.markdown)
+    for title, table in tables.items():
+        show(title, table, options.markdown)
+    commits = f"{made['new']} (new) over {made['old']} (old)"
+    print(f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, 95 % intervals")
+    print(f"{machine(options.device)}, {options.clock} seconds, load {os.getloadavg()[0]:.1f}")
     return 0

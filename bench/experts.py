@@ -139,7 +139,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     scores, index = torch.rand(m, case["experts"]).topk(case["top"])
     routing = index.to(device), (scores / scores.sum(1, keepdim=True)).to(device, dtype)
     steps = {}
-    for name in chosen(case, options.rivals, NAMES, NAMES):
+    for name in chosen(options.rivals, NAMES, NAMES):
         model = adapted(name, first, case["r"])
         with torch.no_grad():  # an adapter starts as no change
             error = error_of(model(x, *routing), first(x, *routing))
@@ -159,15 +159,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes(*KEY), help="MxHxIxExTxR, comma-separated")
 
 
-PROGRAM = Program(
-    "experts",
-    __doc__,
-    cases,
-    build,
-    form="{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, top {top}, r {r}",
-    slice_s=0.0,
-    columns=("parameters", "peak_bytes", "error"),
-    options=more_options,
-)
+FORM = "{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, top {top}, r {r}"
+PROGRAM = Program("experts", __doc__, cases, build, FORM, slice_s=0.0, options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

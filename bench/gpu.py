@@ -47,13 +47,7 @@ class Part(NamedTuple):
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
     """All parts in order: first those that others need, then the most important."""
-    results = (
-        "--results",
-        str(options.folder / "results"),
-        "--device",
-        options.device,
-        *(["--quick"] if options.quick else []),
-    )
+    results = ("--results", str(options.folder / "results"), "--device", options.device, *(["--quick"] * options.quick))
     build = (sys.executable, "setup.py", "build_ext", "--inplace") if options.wheel is None else ()
     tools = ("nvcc", "c++", "cmake") if options.wheel is None else ()
     small = ("--check", "--device", options.device, "--shapes", "129x136x16,70x72x64")
@@ -74,11 +68,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
 
 def missing(part: Part) -> list[str]:
-    def there(name: str) -> bool:
-        beside = Path("/usr/local/cuda/bin") / name
-        return shutil.which(name) is not None or beside.exists() or importlib.util.find_spec(name.replace("-", "_")) is not None
-
-    return [name for name in part.needs if not there(name)]
+    cuda, found = Path("/usr/local/cuda/bin"), importlib.util.find_spec
+    return [n for n in part.needs if not (shutil.which(n) or (cuda / n).exists() or found(n.replace("-", "_")))]
 
 
 # ---- smoke -----------------------------------------------------------------------------------------------------------
@@ -102,10 +93,11 @@ def smoke(device: str, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> in
 
     variants = [(kernel, dtype) for dtype in dtypes for kernel in KERNELS]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda variant: outcome(*variant), variants))
-    for (kernel, dtype), text in zip(variants, found):
-        print(f"{kernel:12} {dtype}: {text}")
-    return int(any(text != "passed" for text in found))
+        failed = 0
+        for (kernel, dtype), text in zip(variants, pool.map(lambda variant: outcome(*variant), variants)):
+            print(f"{kernel:12} {dtype}: {text}", flush=True)
+            failed += text != "passed"
+    return int(failed > 0)
 
 
 # ---- parts as processes ----------------------------------------------------------------------------------------------

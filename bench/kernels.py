@@ -2,7 +2,6 @@
 
     python -m bench.kernels                             every kernel at Llama-3-8B's widths; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
-    python -m bench.kernels --device cpu                the CPU kernels instead
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
 A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
@@ -43,14 +42,19 @@ def library() -> object:
 
 @dataclass
 class Operator:
-    """Calls that return all results, written in place or new. reset: of what they write. bytes: every operand once."""
+    """Calls that return all results, new ones or those written in place. bytes: every operand once. written: tensors that calls
+    add to, with their values before. more: other library products, by name."""
 
     ours: Callable[[], Results]
     library: Callable[[], Results]
     truth: Callable[[], Results]
     bytes: int
-    reset: Callable[[], None] = lambda: None
+    written: tuple[tuple[Tensor, Tensor | float], ...] = ()
     more: dict[str, Callable[[], Results]] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        for tensor, before in self.written:
+            tensor.copy_(torch.as_tensor(before))
 
 
 class Inputs:
@@ -64,8 +68,9 @@ class Inputs:
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
 
-    def sums(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device)
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of ours and of the library."""
+        return torch.zeros(self.n, self.r, device=self.device), torch.zeros(self.n, self.r, device=self.device)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -74,58 +79,47 @@ def _bytes(*tensors: Tensor) -> int:
 
 def shrink(i: Inputs) -> Operator:
     """u = x A"""
-    x, A = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5)
-    op = library().shrink
-    return Operator(
-        lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), _bytes(x, A) + i.m * i.r * x.itemsize
-    )
+    x, A, op = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), library().shrink
+    moved = _bytes(x, A) + i.m * i.r * x.itemsize
+    return Operator(lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), moved)
 
 
 def expand_add(i: Inputs) -> Operator:
     """y += u F^T"""
     start, u, F = i.normal(i.m, i.n), i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
     y, z, op = start.clone(), start.clone(), library().expand_add_
-
-    def ours() -> Results:
-        op(y, u, F)
-        return (y,)
-
-    def reset() -> None:
-        y.copy_(start), z.copy_(start)
-
-    truth = lambda: (start.double() + u.double() @ F.double().T,)  # noqa: E731
-    return Operator(ours, lambda: (z.addmm_(u, F.T),), truth, _bytes(y, y, u, F), reset)
+    return Operator(
+        lambda: (op(y, u, F), y)[1:],
+        lambda: (z.addmm_(u, F.T),),
+        lambda: (start.double() + u.double() @ F.double().T,),
+        _bytes(y, y, u, F),
+        ((y, start), (z, start)),
+    )
 
 
 def factor_grad(i: Inputs) -> Operator:
     """D += x^T k"""
-    x, k, D, E = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(i.n, i.r), i.sums(i.n, i.r)
-    op = library().factor_grad_
-
-    def ours() -> Results:
-        op(D, x, k)
-        return (D,)
-
-    def reset() -> None:
-        D.zero_(), E.zero_()
-
+    x, k, (D, E), op = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(), library().factor_grad_
     return Operator(
-        ours, lambda: (E.add_(x.T @ k),), lambda: (x.double().T @ k.double(),), _bytes(x, k, D, D), reset
-    )  # fmt: skip
+        lambda: (op(D, x, k), D)[1:],
+        lambda: (E.add_(x.T @ k),),
+        lambda: (x.double().T @ k.double(),),
+        _bytes(x, k, D, D),
+        ((D, 0.0), (E, 0.0)),
+    )
 
 
 def shrink_grad(i: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
     g, F, u = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), i.normal(i.m, i.r, scale=i.m**-0.5)
-    Q, P, op = i.sums(i.n, i.r), i.sums(i.n, i.r), library().shrink_grad_
-
-    def reset() -> None:
-        Q.zero_(), P.zero_()
-
-    truth = lambda: (g.double() @ F.double(), g.double().T @ u.double())  # noqa: E731
+    (Q, P), op = i.sums(), library().shrink_grad_
     return Operator(
-        lambda: (op(Q, g, F, u), Q), lambda: (g @ F, P.add_(g.T @ u)), truth, _bytes(g, F, u, u, Q, Q), reset
-    )  # fmt: skip
+        lambda: (op(Q, g, F, u), Q),
+        lambda: (g @ F, P.add_(g.T @ u)),
+        lambda: (g.double() @ F.double(), g.double().T @ u.double()),
+        _bytes(g, F, u, u, Q, Q),
+        ((Q, 0.0), (P, 0.0)),
+    )
 
 
 def fold(i: Inputs) -> Operator:
@@ -141,27 +135,21 @@ def fold(i: Inputs) -> Operator:
 
 def fold_grad(i: Inputs) -> Operator:
     """dG_l = s Q_l^T B, dB += s sum_l Q_l G_l"""
-    Q, B = i.normal(i.m, i.n, i.r, dtype=torch.float32), i.normal(i.n, i.r, scale=i.r**-0.5)
-    cores, dB, dC, op = i.normal(i.m, i.r, i.r), i.sums(i.n, i.r), i.sums(i.n, i.r), library().fold_grad
-
-    def reset() -> None:
-        dB.zero_(), dC.zero_()
-
-    def by_library() -> Results:
-        return SCALING * (Q.mT @ B.float()), dC.add_((Q @ cores.float()).sum(0), alpha=SCALING)
-
-    def truth() -> Results:
-        return SCALING * (Q.double().mT @ B.double()), SCALING * (Q.double() @ cores.double()).sum(0)
-
-    moved = _bytes(Q, B, cores, dB, dB) + 4 * cores.numel()
-    return Operator(lambda: (op(Q, B, cores, SCALING, dB), dB), by_library, truth, moved, reset)
+    Q, B, cores = i.normal(i.m, i.n, i.r, dtype=torch.float32), i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.m, i.r, i.r)
+    (dB, dC), op = i.sums(), library().fold_grad
+    return Operator(
+        lambda: (op(Q, B, cores, SCALING, dB), dB),
+        lambda: (SCALING * (Q.mT @ B.float()), dC.add_((Q @ cores.float()).sum(0), alpha=SCALING)),
+        lambda: (SCALING * (Q.double().mT @ B.double()), SCALING * (Q.double() @ cores.double()).sum(0)),
+        _bytes(Q, B, cores, dB, dB) + 4 * cores.numel(),
+        ((dB, 0.0), (dC, 0.0)),
+    )
 
 
 def row_core(i: Inputs) -> Operator:
     """h_i = s u_i G_c(i)"""
-    u, cores = i.normal(i.m, i.r), i.normal(i.n, i.r, i.r, scale=i.r**-0.5)
+    u, cores, op = i.normal(i.m, i.r), i.normal(i.n, i.r, i.r, scale=i.r**-0.5), library().row_core
     index = torch.randint(i.n, (i.m,), generator=i.generator).to(i.device)
-    op = library().row_core
     return Operator(
         lambda: (op(u, cores, index, None, None, SCALING),),
         lambda: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
@@ -172,9 +160,8 @@ def row_core(i: Inputs) -> Operator:
 
 def gemm_lotr(i: Inputs) -> Operator:
     """y = x W^T + u F^T in one kernel; the library's base product alone, and beta: u F^T first, then the product onto it."""
-    x, W = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5)
+    x, W, op = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5), library().gemm_lotr
     u, F = i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
-    op = library().gemm_lotr
     return Operator(
         lambda: (op(x, W, None, u, F, False),),
         lambda: ((x @ W.T).addmm_(u, F.T),),
@@ -185,14 +172,7 @@ def gemm_lotr(i: Inputs) -> Operator:
 
 
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {
-    "shrink": shrink,
-    "expand_add": expand_add,
-    "factor_grad": factor_grad,
-    "shrink_grad": shrink_grad,
-    "fold": fold,
-    "fold_grad": fold_grad,
-    "row_core": row_core,
-    "gemm_lotr": gemm_lotr,
+    make.__name__: make for make in (shrink, expand_add, factor_grad, shrink_grad, fold, fold_grad, row_core, gemm_lotr)
 }
 
 
@@ -205,7 +185,7 @@ def runs(case: Case, device: str) -> bool:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = chosen({}, options.kernels, KERNELS, KERNELS)
+    names = chosen(options.kernels, KERNELS, KERNELS)
     found = []
     for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
         for kernel in names:
@@ -237,7 +217,7 @@ def check(options: argparse.Namespace) -> int:
     """Compares every kernel with float64, and its bits with those of a second run. Returns 1 if a number is wrong."""
     wrong = 0
     for shape in options.shapes or sizes("m", "n", "r")(CHECKED):
-        for kernel in chosen({}, options.kernels, KERNELS, KERNELS):
+        for kernel in chosen(options.kernels, KERNELS, KERNELS):
             for dtype in options.dtypes:
                 case = {"kernel": kernel, **shape, "dtype": dtype}
                 if kernel.startswith("fold"):
@@ -265,18 +245,9 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare with float64 at odd sizes, and measure nothing")
 
 
+FORM = "{kernel} {m} x {n}, r {r}"
 PROGRAM = Program(
-    "kernels",
-    __doc__,
-    cases,
-    build,
-    form="{kernel} {m} x {n}, r {r}",
-    floor="library",
-    rounds=15,
-    slice_s=0.01,
-    dtypes="bf16",
-    columns=("least_bytes", "gb_per_s", "error"),
-    options=more_options,
+    "kernels", __doc__, cases, build, FORM, floor="library", rounds=15, slice_s=0.01, dtypes="bf16", options=more_options
 )
 if __name__ == "__main__":
     options = PROGRAM.arguments(None)

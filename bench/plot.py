@@ -1,6 +1,6 @@
 """Pictures of kept results: python -m bench.plot [folder or file ..]
 
-Draws layer.png, tokens.png, model.png, experts.png, host.png and tasks.png in a machine's folder, of the programs that it has
+Draws layer.png, model.png, experts.png, host.png and tasks.png in a machine's folder, of the programs that it has
 results of, and accuracy.png beside accuracy.jsonl. Without arguments: all of bench/results.
 """
 
@@ -19,9 +19,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .accuracy import METHODS, points_of
+from .accuracy import points_of
 from .common import RESULTS, named, read
-from .problems import TASKS
+from .problems import METHODS, TASKS
 
 COLOURS = {
     "lotr_ext": "tab:blue",
@@ -33,11 +33,11 @@ COLOURS = {
     "lora-in-place": "tab:green",
     "lora-beta": "tab:olive",
     "lora-peft": "tab:red",
+    "lora-peft-one": "lightcoral",
     "lora-grouped": "tab:brown",
     "vera-peft": "tab:pink",
     "frozen": "0.85",
 }
-SERIES = 6  # at most, in one picture
 SHOWN = ("lotr_ext", "lotr-eager", "lora-beta", "lora-eager", "lora-peft", "vera-peft")
 
 
@@ -71,10 +71,9 @@ def one_thread(frame: pd.DataFrame, stage: str = "step") -> pd.DataFrame:
 
 
 def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """The time over the frozen layer by size, and against the number of tokens."""
-    frame = one_thread(frame).assign(over=lambda f: 100 * f["over"])
-    for end in ("over_low", "over_high"):
-        frame[end] *= 100
+    """The time over the frozen layer by size."""
+    frame = one_thread(frame)
+    frame = frame.assign(**{name: 100 * frame[name] for name in frame if name.startswith("over")})
     sizes = [(512, 768, 16), (2048, 768, 16), (1024, 2048, 16), (2048, 768, 64)]
     kept = frame[frame.apply(lambda row: (row["m"], row["k"], row["r"]) in sizes and row["k"] == row["n"], axis=1)]
     kept = kept.assign(label=kept.apply(lambda row: f"{row['m']} x {row['k']}\nr {row['r']}, {row['dtype']}", axis=1))
@@ -84,21 +83,7 @@ def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
     ax.set_ylabel("step, % over the frozen layer")
     ax.set_title(f"One adapted layer, 1 thread, {frame['machine'].iloc[0]}", fontsize=10)
     ax.legend(ncols=3, fontsize=8, frameon=False)
-    made = [finish(figure, folder / "layer.png")]
-    swept = frame[(frame["k"] == 768) & (frame["n"] == 768) & (frame["r"] == 16) & (frame["m"] > 1)]
-    figure, axes = plt.subplots(1, swept["dtype"].nunique(), figsize=(10, 3.6), sharey=True, squeeze=False)
-    for ax, (dtype, own) in zip(axes[0], swept.groupby("dtype", sort=False)):
-        for rival in rivals:
-            line = own[own["rival"] == rival].sort_values("m")
-            ax.plot(line["m"], line["over"], "o-", color=colour(rival), label=named(rival), markersize=4)
-            ax.fill_between(line["m"], line["over_low"], line["over_high"], color=colour(rival), alpha=0.15)
-        ax.set(xscale="log", xlabel="tokens", title=f"768 x 768, r 16, {dtype}")
-        ax.set_xticks(sorted(own["m"].unique()), [f"{m:,}" for m in sorted(own["m"].unique())], fontsize=8)
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("step, % over the frozen layer")
-    axes[0][-1].legend(fontsize=8, frameon=False)
-    return [*made, finish(figure, folder / "tokens.png")]
+    return [finish(figure, folder / "layer.png")]
 
 
 def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -116,15 +101,15 @@ def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
         bars(ax, frame, list(frame["label"].unique()), rivals, value)
         ax.axhline(1, color=COLOURS["lora-peft"], linewidth=1)
         ax.set_title(f"{title}, of LoRA PEFT's (line)", fontsize=10)
-        ax.set_ylim(0, 1.35)
-    axes[1].legend(fontsize=8, ncols=4, frameon=False)
+        ax.set_ylim(0, 1.5)
+    axes[1].legend(fontsize=8, ncols=2, frameon=False)
     figure.suptitle(f"1 thread, {frame['machine'].iloc[0]}", fontsize=10)
     return [finish(figure, folder / "model.png")]
 
 
-def _over_bars(frame: pd.DataFrame, floor: str, labels: pd.Series, words: str, path: Path, factor: float = 100) -> list[Path]:
-    frame = frame.assign(label=labels, **{name: factor * frame[name] for name in ("over", "over_low", "over_high")})
-    rivals = [name for name in frame["rival"].unique() if name != floor][:SERIES]
+def _over_bars(frame: pd.DataFrame, floor: str, labels: pd.Series, words: str, path: Path) -> list[Path]:
+    frame = frame.assign(label=labels, **{name: 100 * frame[name] for name in frame if name.startswith("over")})
+    rivals = [name for name in frame["rival"].unique() if name != floor][:6]
     figure, ax = plt.subplots(figsize=(9, 3.8))
     bars(ax, frame, list(frame["label"].unique()), rivals, "over")
     ax.axhline(0, color="0.3", linewidth=0.8)
@@ -156,7 +141,7 @@ def tasks(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def accuracy(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Held-out loss against trained numbers on the pretrained models' tasks, with the standard error over seeds."""
+    """Held-out loss against trained numbers, with the standard error over seeds."""
     shown = ("minilm-movies", "smollm2-kjv", "smollm2-wycliffe", "smollm2-verilog")
     forms = {"lotr": "LoTR", "lotr-diagonal": "LoTR, diagonal cores", "lotr-block": "LoTR, by block", "lora": "LoRA PEFT"}
     colours = ("tab:blue", "tab:cyan", "tab:green", "tab:red")

@@ -1,22 +1,29 @@
-"""The tasks of bench.accuracy: a synthetic teacher, a sentence encoder on rated texts, a language model on a text.
+"""The tasks and methods of bench.accuracy, and how a model is trained.
 
-A problem makes fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
+A problem (a synthetic teacher, a sentence encoder on rated texts, a language model on a text) makes fresh models, endless
+training batches, the loss of a batch, and the losses of held-out items.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import random
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .common import ROOT
 
 DATA = ROOT / "data"
+HEAD_LR = 1e-2
 
 
 class Task(NamedTuple):
@@ -269,3 +276,118 @@ def missing(task: Task) -> str:
 @lru_cache(maxsize=1)  # a process keeps that of its last run
 def problem_of(task: Task) -> Problem:
     return {"teacher": Teacher, "classifier": Classified, "language": Written}[task.kind](task)
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """family: lotr, peft, or what is trained whole: base, head, norm, full. ranks, rates: by kind of task (teacher, classifier,
+    language); a rate is where the search begins, for LoTR before the factor 0.4. settings: of the configuration."""
+
+    family: str
+    ranks: tuple[tuple[int, ...], ...]
+    rates: tuple[float, float, float] = (5e-2, 5e-3, 5e-3)
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+
+CORE = {"train": ("core",)}
+PEFT_RATES, DIAGONAL = (2e-2, 2e-3, 2e-3), (5e-2, 2e-2, 2e-2)
+METHODS = {
+    "base": Method("base", ((0,), (), (0,)), (0.0, 0.0, 0.0)),
+    "head": Method("head", ((), (0,), ()), (HEAD_LR,) * 3),
+    "full": Method("full", ((0,), (0,), (0,)), (1e-2, 1e-4, 1e-4)),
+    "norm": Method("norm", ((), (0,), (0,)), (5e-3,) * 3),
+    "lotr": Method("lotr", ((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
+    "lotr-width": Method("lotr", ((), (16,), (28,)), settings={"group_by": "width"}),
+    "lotr-block": Method("lotr", ((), (1, 5), (6,)), settings={"group_by": "block"}),
+    "lotr-core": Method("lotr", ((8, 16), (64,), (32,)), settings=CORE),
+    "lotr-diagonal": Method("lotr", ((5, 11, 16, 22, 45), (8,), (48,)), DIAGONAL, {"core": "diagonal"}),
+    "lotr-gradient": Method("lotr", ((4, 8), (8, 16), ()), settings={"from_gradient": True}),
+    "lotr-name": Method("lotr", ((), (16,), ()), settings={"group_by": "name"}),
+    "lotr-core-gradient": Method("lotr", ((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}),
+    "lotr-tucker": Method("lotr", ((8,), (), ()), settings={"core": "tucker"}),
+    "lotr-train": Method("lotr", ((8,), (), ()), settings={"core": "train"}),
+    "lotr-few": Method("lotr", ((8,), (32,), (32,)), settings={"core": "few", **CORE}),
+    "lora-xs": Method("lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}),
+    "lora": Method("peft", ((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
+    "dora": Method("peft", ((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
+    "vera": Method("peft", ((64,), (256,), (256,)), (2e-2, 1e-2, 1e-2), {"vera": True}),
+}
+MAIN = {  # of the tasks that have not all methods
+    "classifier": ("head:0", "full:0", "lotr:4", "lotr:16", "lora:1", "lora:4"),
+    "language": ("base:0", "full:0", "lotr", "lotr-block:6", "lotr-diagonal:48", "lora:1", "lora:4"),
+}
+
+
+def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
+    """Freezes a fresh model but for its new head and adds what the method trains. Returns the module to train."""
+    family, settings = METHODS[method].family, dict(METHODS[method].settings)
+    save = ["head"] if hasattr(model, "head") else None
+    if family == "lotr":
+        from lotr_ext import LoTRConfig, apply_lotr
+
+        settings.pop("from_gradient", None)
+        if settings.get("group_by") == "layer":  # factors from the layer's own weight: LoRA-XS, arXiv 2405.17604
+            settings["group_by"] = lambda name, module: name.replace(".", "_")
+        return apply_lotr(model, LoTRConfig(rank=rank, target_modules=task.layers, modules_to_save=save, **settings))
+    if family == "peft":
+        from peft import LoraConfig, VeraConfig, get_peft_model
+
+        own = {"r": rank, "target_modules": task.layers, "modules_to_save": save}
+        if settings.pop("vera", False):
+            return get_peft_model(model, VeraConfig(**own))
+        return get_peft_model(model, LoraConfig(lora_alpha=2 * rank, **own, **settings))
+    whole = {"full": task.layers, "norm": task.norms}.get(family, "")
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            chosen = bool(whole) and re.fullmatch(whole, name) is not None
+            parameter.requires_grad_(chosen or (save is not None and name == "head"))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # bfloat16 would round Adam's small steps away
+    return model
+
+
+def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
+    """To call after each step: rates rise over the first 6 % of the steps, then fall to zero."""
+    warm = max(1, round(0.06 * steps))
+    rate = lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))  # noqa: E731
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate).step
+
+
+def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
+    """A and B from the gradients of eight batches, after a tenth of the steps for a new head. Returns the steps left."""
+    from lotr_ext import init_from_gradient
+
+    used = steps // 10 if problem.head else 0
+    head = [p for name, p in model.named_parameters() if "head." in name]
+    optimizer = torch.optim.AdamW(head, lr=HEAD_LR, weight_decay=0.0) if used else None
+    for _ in range(used):
+        problem.loss(model, next(batches)).backward()
+        optimizer.step()
+        model.zero_grad()
+    init_from_gradient(model, [next(batches) for _ in range(8)], problem.loss, progress=False)
+    return steps - used
+
+
+def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -> list[float]:
+    """AdamW without weight decay, a new head at its own rate. Returns the losses by step; the last of a diverged run is not
+    finite."""
+    batches, steps, losses = problem.batches(seed), problem.task.steps, []
+    if METHODS[method].settings.get("from_gradient"):
+        steps = start_from_gradient(model, problem, batches, steps)
+    rates = {False: lr, True: lr if method == "head" else HEAD_LR}
+    named = [(problem.head and "head." in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for head, p in named if head == part], "lr": rate} for part, rate in rates.items()]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    schedule, parent = decay(optimizer, steps), os.getppid()
+    while len(losses) < steps and (not losses or np.isfinite(losses[-1])):
+        loss = problem.loss(model, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule()
+        losses.append(loss.item())
+        if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
+            sys.exit(1)
+    return losses

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -184,12 +185,9 @@ def _compiled(t: Tensors) -> Rival:
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "frozen": lambda t: Rival(lambda x: F.linear(x, t.weight, t.bias)),
-    "lora-eager": lambda t: _lora(t, "lora-eager"),
-    "lora-in-place": lambda t: _lora(t, "lora-in-place"),
-    "lora-beta": lambda t: _lora(t, "lora-beta"),
-    "lora-compiled": lambda t: _lora(t, "lora-compiled"),
-    "lora-peft": lambda t: _peft(t, vera=False),
-    "vera-peft": lambda t: _peft(t, vera=True),
+    **{form: partial(_lora, form=form) for form in ("lora-eager", "lora-in-place", "lora-beta", "lora-compiled")},
+    "lora-peft": partial(_peft, vera=False),
+    "vera-peft": partial(_peft, vera=True),
     "lotr-eager": three_lines,
     "lotr_ext": lambda t: our_layers([t])[0],
     "lotr_ext-compiled": _compiled,
@@ -291,18 +289,18 @@ def check_stack(made: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) -
 
 # ---- a whole model ---------------------------------------------------------------------------------------------------
 
-Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
-
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformers configuration: family, its arguments, the adapted layers, batch x sequence."""
+    """A transformers configuration: family, its arguments, the adapted layers, batch x sequence. equal: the ranks whose size is
+    nearest to that of LoTR ("-as-lotr") or LoRA ("-as-lora") of rank 16."""
 
     family: str
     settings: dict
     targets: tuple[str, ...]
     batch: int
     sequence: int
+    equal: dict[str, int] = field(default_factory=dict)
 
 
 def _llama(hidden: int, layers: int, heads: int, inner: int, vocabulary: int, groups: int) -> dict:
@@ -318,9 +316,10 @@ def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
 
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # not the tied head
+EQUAL = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
 MODELS = {
     "smollm2-135m": Shape("causal-lm", _llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
-    "minilm": Shape("encoder", _bert(384, 6, 12, 30522), ("query", "value"), 16, 64),
+    "minilm": Shape("encoder", _bert(384, 6, 12, 30522), ("query", "value"), 16, 64, EQUAL),
     "llama-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
     "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
     "tiny-encoder": Shape("encoder", _bert(32, 2, 2, 100), ("query", "value"), 2, 8),
@@ -347,20 +346,6 @@ def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
 def twin(base: nn.Module) -> nn.Module:
     """A copy of base's modules that uses the same parameter and buffer objects."""
     return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
-
-
-def adapted_widths(base: nn.Module, targets: Iterable[str]) -> Widths:
-    """(in, out) of each layer whose name ends in one of targets."""
-    layers = [m for n, m in base.named_modules() if n.rpartition(".")[2] in set(targets)]
-    return [(layer.in_features, layer.out_features) for layer in layers]
-
-
-def nearest_rank(count: Callable[[int], int], wanted: int) -> int:
-    """The rank, at least 1, whose number of parameters is nearest to wanted."""
-    r = 1
-    while count(r + 1) <= wanted:
-        r += 1
-    return r + 1 if count(r + 1) - wanted < wanted - count(r) else r
 
 
 class EagerLoTR(nn.Module):
@@ -408,23 +393,13 @@ METHODS = (
 )  # fmt: skip
 
 
-def rank_of(method: str, widths: Widths, r: int) -> int:
-    """The rank of a method: r; "-as-lotr", "-as-lora": where its size is nearest to that of LoTR or LoRA at rank r."""
-
-    def lora(rank: int) -> int:
-        return sum(rank * (k + n) for k, n in widths)
-
-    def lotr(rank: int) -> int:
-        return sum(rank * (k + n) for k, n in set(widths)) + rank * rank * len(widths)
-
-    def vera(rank: int) -> int:
-        return sum(rank + n for _, n in widths)
-
-    if method == "frozen":
-        return 0
-    if method.endswith("-as-lotr"):
-        return nearest_rank(vera if method.startswith("vera") else lora, lotr(r))
-    return nearest_rank(lotr, lora(r)) if method.endswith("-as-lora") else r
+def rank_of(method: str, case: Case) -> int | None:
+    """The rank of a method in a case, None where it is not known: at equal size it is known for the model's own targets."""
+    shape = MODELS[case["model"]]
+    if method.endswith(("-as-lotr", "-as-lora")):
+        usual = case["r"] == 16 and case["targets"] == ",".join(shape.targets)
+        return shape.equal.get(method) if usual else None
+    return 0 if method == "frozen" else case["r"]
 
 
 def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: int) -> nn.Module:
@@ -448,31 +423,13 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def chosen(case: Case, rivals: list[str] | None, usual: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The rivals of a case, the floor among them. Raises ValueError for one that is not known."""
-    known = list(known)
-    if bad := [name for name in rivals or () if name not in known]:
-        raise ValueError(f"rivals: expected some of {', '.join(known)}, got {bad[0]!r}")
-    names = rivals or list(usual)
+def chosen(names: list[str] | None, usual: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names that an option gives, or the usual ones, in the order of the known ones. Raises ValueError for another one."""
+    names, known = list(names or usual), list(known)
+    if bad := [name for name in names if name not in known]:
+        raise ValueError(f"expected some of {', '.join(known)}, got {bad[0]!r}")
     return [name for name in known if name in names]
 
 
 def dtype_of(case: Case) -> torch.dtype:
     return DTYPES[case["dtype"]]
-
-
-def saved_bytes(rival: Rival, t: Tensors, x: Tensor) -> int:
-    """What autograd keeps for backward besides x and the layer's own tensors."""
-    known = {v.untyped_storage().data_ptr() for v in (x, *rival.parameters(), *vars(t).values()) if v is not None}
-    kept: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = rival(x)
-    kept.pop(y.untyped_storage().data_ptr(), None)
-    return sum(kept.values())

@@ -42,7 +42,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     x, g = (torch.randn(m, k, generator=generator).to(options.device, dtype) for _ in range(2))
     truth = gradient_of_A(stack("lotr-eager", [t.double() for t in tensors], "chained"), x.double(), g.double())
     steps = {}
-    for name in chosen(case, options.rivals, STACKS, STACKS):
+    for name in chosen(options.rivals, STACKS, STACKS):
         made = stack(STACKS[name], tensors, "chained")
         error = check_error("dA", error_of(gradient_of_A(made, x, g), truth), TOLERANCE[case["dtype"]])
         facts: dict[str, Any] = {"error": error}
@@ -61,17 +61,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=sizes("layers", "m", "k", "r"), help="LxMxKxR, comma-separated")
 
 
-PROGRAM = Program(
-    "shared",
-    __doc__,
-    cases,
-    build,
-    form="{layers} layers, {m} tokens of width {k}, r {r}",
-    floor=FLOOR,
-    slice_s=0.0,
-    compared=tuple(STACKS),
-    columns=("allocated_bytes", "new_factors", "error"),
-    options=more_options,
-)
+FORM = "{layers} layers, {m} tokens of width {k}, r {r}"
+PROGRAM = Program("shared", __doc__, cases, build, FORM, floor=FLOOR, slice_s=0.0, compared=tuple(STACKS), options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -55,7 +55,7 @@ from .files import (
     tensors_in,
     write,
 )
-from .functional import check_number, check_rank
+from .functional import check_dtype, check_number, check_rank
 from .init import START, _padded, leading
 from .linear import LoTRConv1D
 from .model import layers_in
@@ -522,6 +522,7 @@ def lora_to_lotr(
 
     Warns about layers that keep less than half of their adapter (an error above 0.5).
     """
+    check_dtype(dtype)
     ranks, (layers, saved, content) = check_rank(rank), read_lora(source)
     endings = [ending for ending in content.get("modules_to_save") or () if _modules_of(saved, [ending])]
     own = {"target_modules": sorted(layers), "modules_to_save": endings or None, "dropout": content.get("lora_dropout") or 0.0}

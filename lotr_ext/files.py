@@ -355,7 +355,7 @@ def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[
             "out_features": layer.out_features,
             "scaling": float(layer.scaling),
             "dropout": layer.dropout,
-            "experts": layer.core.shape[0] if layer.core.dim() == 3 else 0,
+            "experts": getattr(layer, "num_experts", 0),
         }
         tensors |= {f"{name}.core": layer.core, f"{name}.start_core": layer.start_core}
         if "core_form" in layer._modules:

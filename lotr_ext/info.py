@@ -96,17 +96,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def plans(m: int, k: int, n: int, r: int) -> list[str]:
     """How the CUDA kernels of one layer's forward and backward divide their work: x [m, k], W [n, k], rank r. One line a
     kernel, for the first GPU, or an H100 if there is none."""
+    if not build_info()["cuda"]["built"]:
+        raise RuntimeError("--plans: expected a build with CUDA kernels, got one without")
     device = 0 if torch.cuda.is_available() else -1
-    calls = {
-        "shrink": (m, k),
-        "expand_add": (m, n),
-        "shrink_grad": (m, n),
-        "factor_grad": (m, k),
-        "fold": (1, n),
-        "fold_grad": (1, n),
-    }
-    found = ((op, torch.ops.lotr.cuda_plans(op, *sizes, r, r, torch.bfloat16, device)) for op, sizes in calls.items())
-    return [f"{op:12} {text}" for op, text in found]
+    calls = {"shrink": (m, k), "expand_add": (m, n), "shrink_grad": (m, n), "factor_grad": (m, k), "fold_grad": (1, n)}
+    return [torch.ops.lotr.cuda_plans(op, *sizes, r, r, torch.bfloat16, device) for op, sizes in calls.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -337,7 +337,7 @@ def init_from_gradient(
     layers = adapted_layers(model)
     expect_merged(layers, False, "init_from_gradient")
     for name, layer in layers.items():
-        if layer.core.dim() != 2:
+        if hasattr(layer, "num_experts"):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
         if bool(layer.core.any()):
             raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
@@ -588,7 +588,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
             )
         if layer.start_core is not None and not merge:
             layer._weight_to_write("unload")
-        if not hasattr(layer, "to_base") and not hasattr(layer, "host"):
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     _check_unmergeable({} if merge else merged)

@@ -73,6 +73,10 @@ _BIASES = ("none", "all", "lotr_only")
 _OWN = ("r", "bias", "layers_to_transform")  # names that only `LoTRConfig` refuses
 # Fields of the first version that may be in a file. share_factors can be ignored, because its files contain A and B.
 _FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
+_NOT_HERE = {
+    "magnitude": "no magnitudes, which LoTR does not have",
+    "target_parameters": "linear layers as target_modules; lotr_ext.apply_lotr adapts the parameters of experts",
+}
 _SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")  # as in LoTRConfig
 
 
@@ -118,11 +122,9 @@ class LoTRPeftConfig(PeftConfig):
         check_names(
             (name for name, value in given.items() if name not in _OWN and (value or name not in _FORMER)), cls.__name__
         )
-        if given.get("target_parameters"):
-            raise TypeError(
-                "target_parameters: expected linear layers as target_modules, got parameters of experts. Use "
-                "lotr_ext.apply_lotr, which adapts experts."
-            )
+        for name, expected in _NOT_HERE.items():
+            if given.get(name):
+                raise TypeError(f"{name}: expected {expected}, got {given[name]!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -263,7 +263,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
             "use_tasks: expected the layers and scalings that the bank was made for, got others. Make a new bank."
         )
     _check_index(model, bank, index)
-    request = _Request(index, flat or any(layer.core.dim() == 3 for layer in layers.values()))
+    request = _Request(index, flat or any(hasattr(layer, "num_experts") for layer in layers.values()))
     states = {layer: request.state(core) for layer, core in zip(layers.values(), bank.cores)}
     with autograd.requesting(states if isinstance(model, LoTRLayer) else {model: request, **states}):
         yield model

@@ -1,4 +1,4 @@
-"""Rows of the table of bad input for PEFT, conversions and vLLM: (argument, call, exception, what the message matches)."""
+"""Rows of the table of bad input for PEFT, conversions and vLLM: (id, the argument that the message names, the call)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_t
 from lotr_ext.peft import LoTRPeftConfig
 from lotr_ext.vllm import export_factors, export_task
 
-Row = tuple[str, Callable[[], object], type[Exception] | tuple[type[Exception], ...], str]
+Row = tuple[str, str, Callable[[], object]]
 
 
 def _config(name: str, value: object, **more: object) -> Callable[[], object]:
@@ -84,74 +84,69 @@ def _checkpoint(**tensors: torch.Tensor) -> Path:
     return path
 
 
-_BOTH = (TypeError, ValueError)
 _CONFIG: list[Row] = [
-    ("rank", _config("rank", 0), ValueError, "rank: expected an int from 1"),
-    ("rank", _config("rank", 2.5), TypeError, "rank: expected an int"),
-    ("r", _config("r", 4, rank=2), ValueError, "r: expected rank = 2, or one of them alone, got 4"),
-    ("alpha", _config("alpha", "8"), TypeError, "alpha: expected a number"),
-    ("scaling", _config("scaling", "Auto"), ValueError, 'scaling: expected a number or "auto"'),
-    ("scaling", _config("scaling", 1.0, alpha=2), ValueError, "scaling: expected it alone"),
-    ("dropout", _config("dropout", 1.0), ValueError, "dropout: expected a number in"),
-    ("init", _config("init", "svd"), ValueError, "init: expected one that does not change the base weights"),
-    ("init", _config("init", "zeros"), ValueError, "init: expected one of"),
-    ("core", _config("core", "custom"), ValueError, "core: expected"),
-    ("core_init", _config("core_init", "ones"), ValueError, "core_init: expected one of"),
-    ("group_by", _config("group_by", lambda name, module: "g"), ValueError, "group_by"),
-    ("train", _config("train", "core"), TypeError, "train: expected a list"),
-    ("bias", _config("bias", "lora_only"), ValueError, "bias: expected one of none, all, lotr_only"),
-    ("layers_to_transform", _config("layers_to_transform", [0], target_modules="q"), ValueError, "expected None beside"),
-    ("layers_pattern", _config("layers_pattern", "blocks"), ValueError, "expected it with layers_to_transform"),
-    ("lora_alpha", _config("lora_alpha", 8), TypeError, "lora_alpha: expected a field of LoTRPeftConfig.*'alpha'"),
-    ("use_dora", _config("use_dora", True), TypeError, "use_dora: expected a field"),
-    ("magnitude", _config("magnitude", True), TypeError, "magnitude"),
-    ("target_parameters", _config("target_parameters", ["experts.down_proj"]), TypeError, "expected linear layers"),
+    ("PEFT rank 0", "rank", _config("rank", 0)),
+    ("PEFT rank 2.5", "rank", _config("rank", 2.5)),
+    ("PEFT rank and r", "r", _config("r", 4, rank=2)),
+    ("PEFT alpha a word", "alpha", _config("alpha", "8")),
+    ("PEFT scaling a word", "scaling", _config("scaling", "Auto")),
+    ("PEFT scaling and alpha", "scaling", _config("scaling", 1.0, alpha=2)),
+    ("PEFT dropout 1", "dropout", _config("dropout", 1.0)),
+    ("PEFT init svd", "init", _config("init", "svd")),
+    ("PEFT init unknown", "init", _config("init", "zeros")),
+    ("PEFT core custom", "core", _config("core", "custom")),
+    ("PEFT core_init unknown", "core_init", _config("core_init", "ones")),
+    ("PEFT group_by a callable", "group_by", _config("group_by", lambda name, module: "g")),
+    ("PEFT train a word", "train", _config("train", "core")),
+    ("PEFT bias of LoRA", "bias", _config("bias", "lora_only")),
+    ("PEFT layers_to_transform", "layers_to_transform", _config("layers_to_transform", [0], target_modules="q")),
+    ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),
+    ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
+    ("PEFT use_dora", "use_dora", _config("use_dora", True)),
+    ("PEFT magnitude", "magnitude", _config("magnitude", True)),
+    ("PEFT target_parameters", "target_parameters", _config("target_parameters", ["experts.down_proj"])),
 ]
 _PEFT: list[Row] = [
-    ("target_modules", lambda: _tuned(target_modules=["embed"]), TypeError, "target_modules: .*'embed' .Embedding"),
-    ("target_modules", lambda: _tuned(_shared(), target_modules=["q"]), ValueError, "blocks.0.q, blocks.1.q"),
-    ("target_modules", lambda: _tuned(_tied(), target_modules=["head"]), ValueError, "tied to embed.weight"),
-    ("target_modules", lambda: _tuned(_with_lora(), target_modules=["q"]), TypeError, "adapters of other methods"),
-    ("adapter_name", lambda: _tuned(name="a.b"), (*_BOTH, KeyError), "adapter_name: expected a name without dots"),
-    ("adapter_name", lambda: _tuned(name="keys"), ValueError, "adapter_name: .*'keys'"),
-    ("adapter_name", _second("q"), ValueError, "adapter_name: .*'q'"),
-    ("adapter_name", _second("16x16"), ValueError, "adapter_name: .*'16x16'"),
-    ("adapter_names", _named("default"), TypeError, "adapter_names: expected a list of names"),
-    ("adapter_names", _named(["default"] * 2), ValueError, "adapter_names: expected one name for each of the 3 rows, got 2"),
-    ("adapter_names", _named(["nobody"] * 3), ValueError, "adapter_names: expected some of default, __base__, got nobody"),
-    ("adapter_names", _named(["default"] * 3, lambda model: model.train()), ValueError, "a model in eval mode"),
-    ("adapter_names", _named(["default"] * 3, lambda m: m.eval().merge_adapter()), ValueError, "unmerged adapters"),
+    ("PEFT an embedding", "target_modules", lambda: _tuned(target_modules=["embed"])),
+    ("PEFT a layer in two places", "target_modules", lambda: _tuned(_shared(), target_modules=["q"])),
+    ("PEFT a tied layer", "target_modules", lambda: _tuned(_tied(), target_modules=["head"])),
+    ("PEFT a layer of LoRA", "target_modules", lambda: _tuned(_with_lora(), target_modules=["q"])),
+    ("PEFT adapter_name with a dot", "adapter_name", lambda: _tuned(name="a.b")),
+    ("PEFT adapter_name keys", "adapter_name", lambda: _tuned(name="keys")),
+    ("PEFT adapter_name of a layer", "adapter_name", _second("q")),
+    ("PEFT adapter_name of a group", "adapter_name", _second("16x16")),
+    ("PEFT adapter_names a word", "adapter_names", _named("default")),
+    ("PEFT too few adapter_names", "adapter_names", _named(["default"] * 2)),
+    ("PEFT unknown adapter_names", "adapter_names", _named(["nobody"] * 3)),
+    ("PEFT adapter_names in training", "adapter_names", _named(["default"] * 3, lambda model: model.train())),
+    ("PEFT adapter_names of merged", "adapter_names", _named(["default"] * 3, lambda model: model.eval().merge_adapter())),
 ]
 _CONVERT: list[Row] = [
-    ("model", lambda: export_lora(zoo.net("mlp"), _folder()), RuntimeError, "model: expected one with a LoTR adapter"),
-    ("model", lambda: export_lora(3, _folder()), TypeError, "model: expected an nn.Module"),
-    ("directory", lambda: export_lora(_model(), 3), TypeError, "directory: expected a path"),
-    ("directory", lambda: export_lora(_model(), _checkpoint()), ValueError, "directory: expected a directory or a new path"),
-    ("task", lambda: export_lora(_model(), _folder(), task=0), RuntimeError, "task: expected a model with a TaskBank"),
-    ("task_type", lambda: export_lora(_model(), _folder(), task_type="X"), ValueError, "task_type: expected one of"),
-    ("experts", lambda: export_lora(_model(), _folder(), experts="X"), ValueError, "experts: expected one of peft"),
-    ("hosts", lambda: lotr_to_lora(_saved(), _folder(), hosts="X"), ValueError, "hosts: expected one of mixtral"),
-    ("source", lambda: lotr_to_lora(3, _folder()), TypeError, "source: expected a path"),
-    ("source", lambda: lotr_to_lora(_lora(), _folder()), ValueError, "expected peft_type LOTR, got 'LORA'"),
-    ("source", lambda: lora_to_lotr(_folder(), rank=2), ValueError, "source: expected a directory with adapter_config.json"),
-    ("rank", lambda: lora_to_lotr(_lora(), rank=0), ValueError, "rank: expected an int from 1"),
-    ("group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by="width"), ValueError, "group_by: expected shape, block"),
-    ("group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by={"head": "g"}), ValueError, "group_by: expected a group"),
-    ("dtype", lambda: lora_to_lotr(_lora(), rank=2, dtype=torch.int8), TypeError, "dtype: expected one of"),
-    ("use_rslora", lambda: lora_to_lotr(_lora(use_dora=True), rank=2), ValueError, "use_dora: expected a LoRA of two factors"),
-    ("scale", lambda: original_to_lotr(_checkpoint(), scale="2"), TypeError, "scale: expected a number"),
-    ("source", lambda: original_to_lotr(_checkpoint(a=torch.ones(1))), ValueError, "source: expected tensors <layer>.lotr.lhs"),
-    (
-        "modules_to_save",
-        lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"]),
-        ValueError,
-        "got 'x', which matches none",
-    ),
+    ("export_lora of a plain model", "model", lambda: export_lora(zoo.net("mlp"), _folder())),
+    ("export_lora of 3", "model", lambda: export_lora(3, _folder())),
+    ("export_lora into 3", "directory", lambda: export_lora(_model(), 3)),
+    ("export_lora into a file", "directory", lambda: export_lora(_model(), _checkpoint())),
+    ("export_lora of a task without a bank", "task", lambda: export_lora(_model(), _folder(), task=0)),
+    ("export_lora with a wrong task_type", "task_type", lambda: export_lora(_model(), _folder(), task_type="X")),
+    ("export_lora in an unknown form", "experts", lambda: export_lora(_model(), _folder(), experts="X")),
+    ("lotr_to_lora for unknown hosts", "hosts", lambda: lotr_to_lora(_saved(), _folder(), hosts="X")),
+    ("lotr_to_lora of 3", "source", lambda: lotr_to_lora(3, _folder())),
+    ("lotr_to_lora of a LoRA", "adapter_config.json", lambda: lotr_to_lora(_lora(), _folder())),
+    ("lotr_to_lora of an empty folder", "directory", lambda: lotr_to_lora(_folder(), _folder())),
+    ("lora_to_lotr of an empty folder", "source", lambda: lora_to_lotr(_folder(), rank=2)),
+    ("lora_to_lotr of rank 0", "rank", lambda: lora_to_lotr(_lora(), rank=0)),
+    ("lora_to_lotr by width", "group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by="width")),
+    ("lora_to_lotr by a mapping of one layer", "group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by={"head": "g"})),
+    ("lora_to_lotr of dtype int8", "dtype", lambda: lora_to_lotr(_lora(), rank=2, dtype=torch.int8)),
+    ("lora_to_lotr of DoRA", "use_dora", lambda: lora_to_lotr(_lora(use_dora=True), rank=2)),
+    ("original_to_lotr scale a word", "scale", lambda: original_to_lotr(_checkpoint(), scale="2")),
+    ("original_to_lotr of another file", "source", lambda: original_to_lotr(_checkpoint(a=torch.ones(1)))),
+    ("original_to_lotr modules_to_save", "modules_to_save", lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"])),
 ]
 _VLLM: list[Row] = [
-    ("model", lambda: export_factors(zoo.net("mlp"), _folder()), RuntimeError, "model: expected one with a LoTR adapter"),
-    ("directory", lambda: export_task(_model(), 3), TypeError, "directory: expected a path"),
-    ("directory", lambda: export_task(_model(), _checkpoint()), ValueError, "directory: expected a directory or a new path"),
-    ("task", lambda: export_task(_model(), _folder(), task=0), RuntimeError, "task: expected a model with a TaskBank"),
+    ("export_factors of a plain model", "model", lambda: export_factors(zoo.net("mlp"), _folder())),
+    ("export_task into 3", "directory", lambda: export_task(_model(), 3)),
+    ("export_task into a file", "directory", lambda: export_task(_model(), _checkpoint())),
+    ("export_task of a task without a bank", "task", lambda: export_task(_model(), _folder(), task=0)),
 ]
 BAD_INTEROP: list[Row] = [*_CONFIG, *_PEFT, *_CONVERT, *_VLLM]

@@ -127,6 +127,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("disabled of a merged model", "disabled", lambda: lotr_ext.disabled(_merged()).__enter__()),
     ("merge twice", "merge", lambda: lotr_ext.merge(_merged())),
     ("unmerge an unmerged model", "unmerge", lambda: lotr_ext.unmerge(trained("mlp"))),
+    ("unload experts that are no transformers ones", "unload", lambda: lotr_ext.unload(
+        nn.Sequential(lotr_ext.LoTRLinear(4, 4, rank=2), lotr_ext.LoTRExperts(2, 4, 4, rank=2)), merge=True)),
     ("merge=1", "merge", lambda: lotr_ext.unload(trained("mlp"), merge=1)),
     ("dequantize=int8", "dequantize", lambda: lotr_ext.merge(trained("mlp"), dequantize=torch.int8)),
     ("a negative rate", "core_lr", lambda: lotr_ext.parameter_groups(trained("mlp"), core_lr=-1.0)),

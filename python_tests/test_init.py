@@ -12,7 +12,7 @@ from models import config, moved, started
 from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, apply_lotr, disabled, init_from_gradient, load_adapter, lotr_parameters, save_adapter, unload
-from lotr_ext.init import START, leading, tucker2
+from lotr_ext.init import FACTOR_INITS, START, fill_core_, fill_factor_, leading, tucker2
 from lotr_ext.model import adapted_layers
 
 
@@ -20,6 +20,30 @@ def stack(count: int, n: int, k: int, r_in: int, r_out: int) -> list[Tensor]:
     """Weights of one Tucker-2 stack of these ranks."""
     A, B = torch.randn(k, r_in, dtype=torch.float64), torch.randn(n, r_out, dtype=torch.float64)
     return [B @ torch.randn(r_out, r_in, dtype=torch.float64) @ A.T for _ in range(count)]
+
+
+# ---- factors and cores ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d", "r"), [(40, 6), (6, 40), (5, 5)])
+def test_orthonormal_factors(d: int, r: int) -> None:
+    found = fill_factor_(torch.empty(d, r, dtype=torch.float64), "orthonormal") / START
+    assert relative(found.T @ found if r <= d else found @ found.T, torch.eye(min(d, r))) < 1e-12
+    signs = torch.stack([fill_factor_(torch.empty(3, 1), "orthonormal")[0, 0].sign() for _ in range(200)])
+    assert 60 < int((signs > 0).sum()) < 140  # uniform: QR alone would give one sign
+
+
+def test_normal_and_kaiming_factors_and_cores() -> None:
+    normal = fill_factor_(torch.empty(400, 50), "normal") / START
+    assert abs(float(normal.std()) - 1) < 0.05 and abs(float(normal.mean())) < 0.05
+    kaiming = fill_factor_(torch.empty(100, 50), "kaiming") / START
+    assert 0.09 < float(kaiming.abs().max()) <= 0.1 and abs(float(kaiming.mean())) < 0.005
+    for init in FACTOR_INITS:
+        one, two = (fill_factor_(torch.empty(8, 2), init, torch.Generator().manual_seed(3)) for _ in range(2))
+        half = fill_factor_(torch.empty(8, 2, dtype=torch.bfloat16), init, torch.Generator().manual_seed(3))
+        assert torch.equal(one, two) and torch.equal(half, one.bfloat16())  # drawn in float32, cast once
+    assert torch.equal(fill_core_(torch.ones(2, 2, 3), "identity"), torch.eye(2, 3).expand(2, 2, 3))
+    assert not fill_core_(torch.ones(2, 3), "zero").any()
 
 
 # ---- tucker2 ----------------------------------------------------------------------------------------------------------
