@@ -21,9 +21,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before PEFT reads it: tests of the hub are left out
-import peft  # noqa: E402
+import peft
 
-from lotr_ext import peft as ours  # noqa: E402
+from lotr_ext import peft as ours
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / f"peft-{peft.__version__}"
 FILES = ("test_custom_models.py", "test_config.py")
