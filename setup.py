@@ -1,9 +1,10 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else 80 and 90a; all, for a
-wheel; or CMake's list), LOTR_CPU_ISAS (AUTO: generic and this machine's best instruction set; all, for a wheel; or names),
-MAX_JOBS (parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder). An empty value
-counts as none.
+Environment variables; an empty value counts as none:
+    LOTR_CUDA       AUTO (where nvcc is found), ON, OFF
+    LOTR_ARCHS      AUTO (the cards of this machine, else 80 and 90a), all (for a wheel), or CMake's list
+    LOTR_CPU_ISAS   AUTO (generic and this machine's best two instruction sets), all (for a wheel), native, or names
+    LOTR_BUILD_DIR  CMake's folder;  MAX_JOBS  parallel compilations;  CXX  the compiler;  CUDA_HOME  the toolkit
 """
 
 from __future__ import annotations

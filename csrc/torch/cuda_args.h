@@ -21,8 +21,8 @@
 namespace lotr {
 
 // The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
-// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha and
-// beta.
+// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha
+// and beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);

@@ -78,8 +78,7 @@ std::string cuda_probe(int64_t device) {
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver)) driver = 0;
   std::ostringstream s;
-  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver
-    << ", \"error\": \"" << error << "\"}";
+  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver << ", \"error\": \"" << error << "\"}";
   return s.str();
 }
 

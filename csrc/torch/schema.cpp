@@ -1,5 +1,5 @@
-// The schemas of all operators, for every device, and the operator info, which describes the build. The Python
-// module has no functions: importing it registers the operators.
+// The schemas of all operators, for every device, and the operator info, which describes the build. The
+// Python module has no functions: importing it registers the operators.
 //
 // For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64 for
 // float64):

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <stdexcept>
 
 #include "../dispatch.h"
@@ -64,12 +63,12 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
 }
 
 // Whether the current device runs the instance, which a MIG slice may have no room for.  The driver is asked
-// once for each device.
+// once for each device and thread.
 template <class Traits>
 std::string refuse_device(const Call& call) {
-  static std::array<std::atomic<bool>, 64> runs;
+  thread_local std::array<bool, 64> runs{};
   const auto device = size_t(ptx::current_device());
-  if (device < runs.size() && runs[device].load(std::memory_order_relaxed)) return {};
+  if (device < runs.size() && runs[device]) return {};
   if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
     return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
            std::to_string(got % 10);
@@ -77,7 +76,7 @@ std::string refuse_device(const Call& call) {
                               reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
     return "device: expected room for a pair of blocks of " + std::to_string(sizeof(typename Traits::Smem)) +
            " bytes of shared memory, got none";
-  if (device < runs.size()) runs[device].store(true, std::memory_order_relaxed);
+  if (device < runs.size()) runs[device] = true;
   return {};
 }
 
