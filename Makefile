@@ -100,7 +100,7 @@ docs: $(STAMPS)/need-docs $(STAMPS)/build
 	@log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) || { echo "$$log" | grep -v '^INFO' >&2; false; }
 	@echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
-lint: $(STAMPS)/need-build $(STAMPS)/need-lint
+lint: $(STAMPS)/need-lint
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
 	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py \
 	  && { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; } \

@@ -1,9 +1,7 @@
 """The headers in csrc include each other without a circle, and each layer includes only those below it.
 
-    "cuda/plan.h": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
-    "cuda/sm90/wgmma.cuh": ("simt", "cuda/ptx"),
-    "cuda/sm90/ptx.cuh": ("cuda/ptx", "cuda/sm90/wgmma.cuh"),
-    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan.h", "cuda/sm90/ptx.cuh"),
+simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
+wheel, includes simt and cuda. cpu and cuda include nothing of each other.
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """

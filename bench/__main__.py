@@ -1,27 +1,13 @@
-"""python -m bench [--quick] [--markdown]: every program that this machine can run, one after the other (make bench)."""
-
-from __future__ import annotations
+"""python -m bench [--quick] [--markdown]: every program that this machine can run, then the pictures (make bench)."""
 
 import subprocess
 import sys
 
 import torch
 
-PROGRAMS = ("layer", "model", "host", "shared", "experts", "tasks")
-
-
-def main(argv: list[str]) -> int:
-    names = [*PROGRAMS, *(["kernels"] if torch.cuda.is_available() else [])]
-    failed = []
-    for name in names:
-        print(f"\n---- bench.{name} ----", flush=True)
-        if subprocess.run([sys.executable, "-m", f"bench.{name}", *argv]).returncode:
-            failed.append(name)
-    if not failed and "--quick" not in argv:
-        subprocess.run([sys.executable, "-m", "bench.plot"])
-    print(f"\nfailed: {', '.join(failed)}" if failed else "\nall programs ran")
-    return int(bool(failed))
-
+PROGRAMS = ["layer", "model", "host", "shared", "experts", "tasks", *(["kernels"] if torch.cuda.is_available() else [])]
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    failed = [name for name in PROGRAMS if subprocess.run([sys.executable, "-m", f"bench.{name}", *sys.argv[1:]]).returncode]
+    subprocess.run([sys.executable, "-m", "bench.plot", *(["demo_results/bench"] if "--quick" in sys.argv else [])])
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -151,20 +151,17 @@ class Search:
             else:
                 found = rates_to_try(method, begin, tried)
                 rates[method, rank] = min(tried, key=lambda lr: (tried[lr], lr)) if tried else begin
-            more += [self.run(method, rank, lr, 0) for lr in found]
+            more += [Run(self.name, method, rank, lr, 0, self.task.steps, self.task.batch) for lr in found]
         if more:
             return more
         for seed in range(1, self.options.seeds):
             for method, rank in [place for place in self.places if place[0] != "base"]:
                 own = self.own(kept, method, rank)
                 if own[(own["seed"] == seed) & (own["lr"] == rates[method, rank])].empty:
-                    more.append(self.run(method, rank, rates[method, rank], seed))
+                    more.append(Run(self.name, method, rank, rates[method, rank], seed, self.task.steps, self.task.batch))
             if more:
                 return more
         return []
-
-    def run(self, method: str, rank: int, lr: float, seed: int) -> Run:
-        return Run(self.name, method, rank, lr, seed, self.task.steps, self.task.batch)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

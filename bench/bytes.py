@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .common import NAMES, RESULTS, commit, progress, replace_rows, show, sizes
+from .common import NAMES, QUICK, RESULTS, commit, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
 FOLDER = RESULTS / "simt-executor"
@@ -145,7 +144,7 @@ def keys_of(m: int, k: int, n: int, r: int) -> dict[str, list[Key]]:
 def layer_bytes(found: dict[Key, dict[str, Any]], m: int, k: int, n: int, r: int) -> dict[str, tuple[int, int]]:
     """(forward, backward) beyond the frozen layer of each way to order a layer's kernels, and of the least possible.
 
-    two passes: u F^T is added to the base product's y. beta: the library writes u F^T, and the base product adds onto it.
+    two passes: u F^T is added to the base product's y. beta: u F^T is written first, and the base product adds onto it.
     fused: the base product takes u and F as one more k-step (gemm_lotr, its operands once).
     """
     keys = keys_of(m, k, n, r)
@@ -165,14 +164,14 @@ def layer_bytes(found: dict[Key, dict[str, Any]], m: int, k: int, n: int, r: int
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType, begin: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> list[dict[str, Any]]:
     """A row a kernel, and a row a whole layer."""
     sizes_of = tuple(shape.values())
     frozen = library_bytes("frozen", *sizes_of)
     about = {"multiprocessors": multiprocessors, "commit": commit()}
     found: dict[Key, dict[str, Any]] = {}
     for key in dict.fromkeys(key for keys in keys_of(*sizes_of).values() for key in keys):
-        begin(f"{key[0]} {key[1]} x {key[2]}, r {key[3]}")
+        print(f"{key[0]} {key[1]} x {key[2]}, r {key[3]}", file=sys.stderr, flush=True)
         found[key] = count(lib, key, multiprocessors)
     rows = []
     for (kernel, m, n, r), counted in found.items():
@@ -227,13 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
     options = parser.parse_args(argv)
     shapes = [{"m": 256, "k": 256, "n": 128, "r": 16}] if options.quick else options.shapes
-    folder = options.results or (RESULTS.parents[1] / "demo_results" / "bench" if options.quick else FOLDER)
+    folder = options.results or (QUICK if options.quick else FOLDER)
     lib = executor()
-    with progress(8 * len(shapes)) as begin:
-        for shape in shapes:
-            rows = measure(shape, options.multiprocessors, lib, begin)
-            replace_rows(folder / "bytes.jsonl", rows, [*shape, "multiprocessors"])
-            tables(rows, shape, options.multiprocessors, options.markdown)
+    for shape in shapes:
+        rows = measure(shape, options.multiprocessors, lib)
+        replace_rows(folder / "bytes.jsonl", rows, [*shape, "multiprocessors"])
+        tables(rows, shape, options.multiprocessors, options.markdown)
     print(f"results in {folder / 'bytes.jsonl'}")
     return 0
 

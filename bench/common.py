@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy import stats
 from torch import Tensor
@@ -178,6 +177,7 @@ class Rounds:
 
     def __init__(self, group: Group, clock: Clock, slice_s: float):
         self.group, self.clock, self.repeats = group, clock, {}
+        gc.collect()
         for name, step in group.steps.items():
             clock.seconds(step)
             begin = time.perf_counter()
@@ -188,7 +188,6 @@ class Rounds:
         """Seconds of each rival's stages. Each rival runs once untimed first, so that caches and allocator are as it leaves
         them; the order is that of the turn in every run of the program."""
         draw, found = random.Random(turn), {}
-        gc.collect()
         gc.disable()
         try:
             self.group.deal(draw)
@@ -274,11 +273,13 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of a source tree, with a + if tracked files were changed; "" where it is not one of git."""
+    """The commit of a source tree, with a + if lotr_ext or csrc were changed; "" where it is not one of git."""
     if shutil.which("git") is None:
         return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"], capture_output=True).returncode == 1
+    return head + "+" * changed
 
 
 def machine(device: str) -> str:
@@ -423,19 +424,6 @@ def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
     console.print(shown)
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` parts; call what it yields with each part's name. Without a terminal a line a part."""
-    if not sys.stderr.isatty():
-        count = itertools.count(1)
-        yield lambda text: print(f"[{next(count)}/{total}] {text}", file=sys.stderr, flush=True)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=-1)
-        yield lambda text: bar.update(task, advance=1, description=text)
-
-
 # ---- a program -------------------------------------------------------------------------------------------------------
 
 
@@ -511,10 +499,8 @@ class Program:
         options.threads = sorted(map(int, options.threads))
         usual = "events" if options.device == "cuda" else "cpu" if options.threads == [1] else "wall"
         options.clock = options.clock or usual
-        if options.clock == "cpu" and usual != "cpu":
-            parser.error("clock: expected one CPU thread for cpu; add --threads 1 --device cpu")
-        if options.clock == "events" and usual != "events":
-            parser.error("clock: expected a GPU for events; give cpu or wall")
+        if options.clock not in ("wall", usual):
+            parser.error(f"clock: expected wall or {usual} on {options.device} with {options.threads} threads")
         options.rounds = options.rounds or (3 if options.quick else 41 if options.against else self.rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
             parser.error(f"against: expected a checkout with a built lotr_ext, got {options.against}; build it there first")
@@ -536,20 +522,19 @@ class Program:
         about, failed = facts(options), []
         folder = options.results or (QUICK if options.quick else RESULTS) / slug(about["machine"])
         clock, cases, frames = Clock(options.device, options.clock), self.all_cases(options), []
-        with progress(len(cases)) as begin:
-            for case in cases:
-                begin(self.title(case))
-                torch.set_num_threads(case["threads"])
-                try:
-                    group = self.build(case, options)
-                    rounds = Rounds(group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s)
-                    times = [rounds.run(turn) for turn in range(options.rounds)]
-                    made = [about | case | row for row in rows_of(times, group, self.floor)]
-                except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
-                    failed.append(f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-                    continue
-                replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
-                frames.append(pd.DataFrame(made))
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {self.title(case)}", file=sys.stderr, flush=True)
+            torch.set_num_threads(case["threads"])
+            try:
+                group = self.build(case, options)
+                rounds = Rounds(group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s)
+                times = [rounds.run(turn) for turn in range(options.rounds)]
+                made = [about | case | row for row in rows_of(times, group, self.floor)]
+            except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
+                failed.append(f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                continue
+            replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
+            frames.append(pd.DataFrame(made))
         if frames:
             self.tables(pd.concat(frames, ignore_index=True), list(cases[0]), options.markdown)
         print(f"\n{self.command(argv)}; {about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}")
@@ -624,24 +609,23 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     argv = argv if options.rivals else [*argv, "--rivals", ",".join(program.compared)]
     workers = {"new": Worker(program.name, argv, ROOT), "old": Worker(program.name, argv, options.against)}
     made, cases, tables = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), {}
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(program.title(case))
-            stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}["new"]
-            times: dict[str, list[dict[str, list[float]]]] = {"new": [], "old": []}
-            for turn in range(options.rounds):
-                for side in random.Random(turn).sample(list(workers), 2):
-                    times[side].append(workers[side].ask({"turn": turn}))
-            floors, rows = {side: with_sum(own, program.floor) for side, own in times.items()}, []
-            for rival, names in stages.items():
-                new, old = (with_sum(times[side], rival) for side in ("new", "old"))
-                for i, stage in enumerate([*names, "step"][: len(new)]):
-                    both = {"new": seconds_text(np.median(new[i])), "old": seconds_text(np.median(old[i]))}
-                    ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
-                    texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
-                    both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
-                    rows.append({"": f"{named(rival)}, {stage}", **both})
-            tables[program.title(case)] = pd.DataFrame(rows)
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {program.title(case)}", file=sys.stderr, flush=True)
+        stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}["new"]
+        times: dict[str, list[dict[str, list[float]]]] = {"new": [], "old": []}
+        for turn in range(options.rounds):
+            for side in random.Random(turn).sample(list(workers), 2):
+                times[side].append(workers[side].ask({"turn": turn}))
+        floors, rows = {side: with_sum(own, program.floor) for side, own in times.items()}, []
+        for rival, names in stages.items():
+            new, old = (with_sum(times[side], rival) for side in ("new", "old"))
+            for i, stage in enumerate([*names, "step"][: len(new)]):
+                both = {"new": seconds_text(np.median(new[i])), "old": seconds_text(np.median(old[i]))}
+                ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
+                texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
+                both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
+                rows.append({"": f"{named(rival)}, {stage}", **both})
+        tables[program.title(case)] = pd.DataFrame(rows)
     for worker in workers.values():
         worker.process.stdin.close()
         worker.process.wait()

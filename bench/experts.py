@@ -139,7 +139,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     scores, index = torch.rand(m, case["experts"]).topk(case["top"])
     routing = index.to(device), (scores / scores.sum(1, keepdim=True)).to(device, dtype)
     steps = {}
-    for name in chosen(case, options.rivals, NAMES, NAMES):
+    for name in chosen(options.rivals, NAMES, NAMES):
         model = adapted(name, first, case["r"])
         with torch.no_grad():  # an adapter starts as no change
             error = error_of(model(x, *routing), first(x, *routing))

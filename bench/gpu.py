@@ -68,11 +68,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
 
 def missing(part: Part) -> list[str]:
-    def there(name: str) -> bool:
-        beside = Path("/usr/local/cuda/bin") / name
-        return shutil.which(name) is not None or beside.exists() or importlib.util.find_spec(name.replace("-", "_")) is not None
-
-    return [name for name in part.needs if not there(name)]
+    cuda, found = Path("/usr/local/cuda/bin"), importlib.util.find_spec
+    return [n for n in part.needs if not (shutil.which(n) or (cuda / n).exists() or found(n.replace("-", "_")))]
 
 
 # ---- smoke -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Host overhead of an adapted layer, forward and backward, at sizes at which the products take almost no time.
 
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; chained and as q, k, v; fp32, 1 thread
-    python -m bench.host --shapes chained:1x96x32x8,siblings:2048x24x32x8
+    python -m bench.host --shapes 1x96x32x8,2048x24x32x8 --forms siblings
     python -m bench.host --against ../other   another checkout's lotr_ext in turns with this one's
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before. siblings: three layers on one
@@ -21,25 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import Case, Group, Program, Step, sizes, training
+from .common import Case, Group, Program, Step, listed, sizes, training
 from .rivals import FORMS, STACKED, check_stack, chosen, dtype_of, stack, stack_values
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 5e-2}  # of y and dx against float64, through all layers
-SHAPES = ",".join(f"{form}:{m}x24x32x8" for form in FORMS for m in (1, 16, 160))
-
-
-def shapes_of(text: str) -> list[Case]:
-    found = []
-    for part in text.split(","):
-        form, _, numbers = part.partition(":")
-        if form not in FORMS:
-            raise argparse.ArgumentTypeError(f"expected FORM:MxLxKxR with FORM of {', '.join(FORMS)}, got {part!r}")
-        found += [{"form": form, **shape} for shape in sizes("m", "layers", "k", "r")(numbers)]
-    return found
+SHAPES = "1x24x32x8,16x24x32x8,160x24x32x8"
+KEY = ("m", "layers", "k", "r")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return options.shapes or shapes_of(SHAPES)
+    shapes = options.shapes or sizes(*KEY)(SHAPES)
+    return [{"form": form, **shape} for form in chosen(options.forms, FORMS, FORMS) for shape in shapes]
 
 
 def count_frames(call: Callable[[], object], folder: Path) -> tuple[int, int]:
@@ -97,7 +89,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     x.requires_grad_()
     tensors = stack_values(layers, k, case["r"], dtype, options.device)
     truth, steps = stack("lotr-eager", [t.double() for t in tensors], case["form"]), {}
-    for name in chosen(case, options.rivals, STACKED, STACKED):
+    for name in chosen(options.rivals, STACKED, STACKED):
         made = stack(name, tensors, case["form"])
         facts = {"error": check_stack(made, truth, x, g, TOLERANCE[case["dtype"]])} if name.startswith("lotr") else {}
         steps[name] = step_of(made, x, g, layers, facts)
@@ -105,7 +97,8 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=shapes_of, help="FORM:MxLxKxR, comma-separated: tokens x layers x width x rank")
+    parser.add_argument("--shapes", type=sizes(*KEY), help="MxLxKxR, comma-separated: tokens x layers x width x rank")
+    parser.add_argument("--forms", type=listed, help=f"some of {', '.join(FORMS)}")
 
 
 FORM = "{form}, {m} tokens, {layers} layers of width {k}, r {r}"

@@ -2,7 +2,6 @@
 
     python -m bench.kernels                             every kernel at Llama-3-8B's widths; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
-    python -m bench.kernels --device cpu                the CPU kernels instead
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
 A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
@@ -186,7 +185,7 @@ def runs(case: Case, device: str) -> bool:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = chosen({}, options.kernels, KERNELS, KERNELS)
+    names = chosen(options.kernels, KERNELS, KERNELS)
     found = []
     for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
         for kernel in names:
@@ -218,7 +217,7 @@ def check(options: argparse.Namespace) -> int:
     """Compares every kernel with float64, and its bits with those of a second run. Returns 1 if a number is wrong."""
     wrong = 0
     for shape in options.shapes or sizes("m", "n", "r")(CHECKED):
-        for kernel in chosen({}, options.kernels, KERNELS, KERNELS):
+        for kernel in chosen(options.kernels, KERNELS, KERNELS):
             for dtype in options.dtypes:
                 case = {"kernel": kernel, **shape, "dtype": dtype}
                 if kernel.startswith("fold"):

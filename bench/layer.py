@@ -12,7 +12,6 @@ own dtype for every rival, so that all do the same arithmetic.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 
 import torch
@@ -30,26 +29,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return options.shapes or sizes("m", "k", "n", "r")(SHAPES[options.device])
 
 
-class Inputs:
-    """Copies of x, one a rival, shuffled each round: on a CPU the address of x changes a layer's time by up to 2 %."""
-
-    def __init__(self, x: torch.Tensor, count: int):
-        self.copies = [x.detach().clone().requires_grad_() for _ in range(count)]
-
-    def deal(self, draw: random.Random) -> None:
-        for x in self.copies:
-            x.grad = None
-        draw.shuffle(self.copies)
-
-
-def step_of(rival: Rival, inputs: Inputs, i: int, g: torch.Tensor) -> Step:
+def step_of(rival: Rival, copies: list[torch.Tensor], i: int, g: torch.Tensor) -> Step:
     leaves = list(rival.parameters())
 
     def drop_gradients() -> None:
-        for leaf in (inputs.copies[i], *leaves):
+        for leaf in (copies[i], *leaves):
             leaf.grad = None
 
-    return Step({"forward": lambda _: rival(inputs.copies[i]), "backward": lambda y: y.backward(g)}, drop_gradients)
+    return Step({"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}, drop_gradients)
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -58,15 +45,16 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     generator = torch.Generator().manual_seed(1)
     x, g = (torch.randn(m, width, generator=generator).to(options.device, dtype) for width in (k, n))
     x.requires_grad_()
-    names = chosen(case, options.rivals, [name for name in LAYERS if name not in COMPILED], LAYERS)
-    inputs, steps = Inputs(x, len(names)), {}
+    names = chosen(options.rivals, [name for name in LAYERS if name not in COMPILED], LAYERS)
+    # a copy of x for each rival, shuffled each round: on a CPU the address of x changes a layer's time by up to 2 %
+    copies, steps = [x.detach().clone().requires_grad_() for _ in names], {}
     for i, name in enumerate(names):
         rival = LAYERS[name](tensors)
         facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
-        steps[name] = step_of(rival, inputs, i, g)
+        steps[name] = step_of(rival, copies, i, g)
         steps[name].run()
         steps[name].facts = facts | {"peak_bytes": peak_bytes(steps[name].run, options.device)}
-    return Group(steps, inputs.deal)
+    return Group(steps, lambda draw: draw.shuffle(copies))
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:

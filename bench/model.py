@@ -97,7 +97,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
     usual = [name for name in rv.METHODS if name != "lotr_ext-compiled"]
     steps = {}
-    for name in rv.chosen(case, options.rivals, usual, rv.METHODS):
+    for name in rv.chosen(options.rivals, usual, rv.METHODS):
         if (rank := rv.rank_of(name, case)) is None:
             continue
         torch.manual_seed(1)

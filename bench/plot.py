@@ -33,11 +33,11 @@ COLOURS = {
     "lora-in-place": "tab:green",
     "lora-beta": "tab:olive",
     "lora-peft": "tab:red",
+    "lora-peft-one": "lightcoral",
     "lora-grouped": "tab:brown",
     "vera-peft": "tab:pink",
     "frozen": "0.85",
 }
-SERIES = 6  # at most, in one picture
 SHOWN = ("lotr_ext", "lotr-eager", "lora-beta", "lora-eager", "lora-peft", "vera-peft")
 
 
@@ -72,9 +72,8 @@ def one_thread(frame: pd.DataFrame, stage: str = "step") -> pd.DataFrame:
 
 def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """The time over the frozen layer by size."""
-    frame = one_thread(frame).assign(over=lambda f: 100 * f["over"])
-    for end in ("over_low", "over_high"):
-        frame[end] *= 100
+    frame = one_thread(frame)
+    frame = frame.assign(**{name: 100 * frame[name] for name in frame if name.startswith("over")})
     sizes = [(512, 768, 16), (2048, 768, 16), (1024, 2048, 16), (2048, 768, 64)]
     kept = frame[frame.apply(lambda row: (row["m"], row["k"], row["r"]) in sizes and row["k"] == row["n"], axis=1)]
     kept = kept.assign(label=kept.apply(lambda row: f"{row['m']} x {row['k']}\nr {row['r']}, {row['dtype']}", axis=1))
@@ -102,15 +101,15 @@ def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
         bars(ax, frame, list(frame["label"].unique()), rivals, value)
         ax.axhline(1, color=COLOURS["lora-peft"], linewidth=1)
         ax.set_title(f"{title}, of LoRA PEFT's (line)", fontsize=10)
-        ax.set_ylim(0, 1.35)
-    axes[1].legend(fontsize=8, ncols=4, frameon=False)
+        ax.set_ylim(0, 1.5)
+    axes[1].legend(fontsize=8, ncols=2, frameon=False)
     figure.suptitle(f"1 thread, {frame['machine'].iloc[0]}", fontsize=10)
     return [finish(figure, folder / "model.png")]
 
 
-def _over_bars(frame: pd.DataFrame, floor: str, labels: pd.Series, words: str, path: Path, factor: float = 100) -> list[Path]:
-    frame = frame.assign(label=labels, **{name: factor * frame[name] for name in ("over", "over_low", "over_high")})
-    rivals = [name for name in frame["rival"].unique() if name != floor][:SERIES]
+def _over_bars(frame: pd.DataFrame, floor: str, labels: pd.Series, words: str, path: Path) -> list[Path]:
+    frame = frame.assign(label=labels, **{name: 100 * frame[name] for name in frame if name.startswith("over")})
+    rivals = [name for name in frame["rival"].unique() if name != floor][:6]
     figure, ax = plt.subplots(figsize=(9, 3.8))
     bars(ax, frame, list(frame["label"].unique()), rivals, "over")
     ax.axhline(0, color="0.3", linewidth=0.8)
@@ -142,7 +141,7 @@ def tasks(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def accuracy(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Held-out loss against trained numbers on the pretrained models' tasks, with the standard error over seeds."""
+    """Held-out loss against trained numbers, with the standard error over seeds."""
     shown = ("minilm-movies", "smollm2-kjv", "smollm2-wycliffe", "smollm2-verilog")
     forms = {"lotr": "LoTR", "lotr-diagonal": "LoTR, diagonal cores", "lotr-block": "LoTR, by block", "lora": "LoRA PEFT"}
     colours = ("tab:blue", "tab:cyan", "tab:green", "tab:red")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -184,12 +185,9 @@ def _compiled(t: Tensors) -> Rival:
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "frozen": lambda t: Rival(lambda x: F.linear(x, t.weight, t.bias)),
-    "lora-eager": lambda t: _lora(t, "lora-eager"),
-    "lora-in-place": lambda t: _lora(t, "lora-in-place"),
-    "lora-beta": lambda t: _lora(t, "lora-beta"),
-    "lora-compiled": lambda t: _lora(t, "lora-compiled"),
-    "lora-peft": lambda t: _peft(t, vera=False),
-    "vera-peft": lambda t: _peft(t, vera=True),
+    **{form: partial(_lora, form=form) for form in ("lora-eager", "lora-in-place", "lora-beta", "lora-compiled")},
+    "lora-peft": partial(_peft, vera=False),
+    "vera-peft": partial(_peft, vera=True),
     "lotr-eager": three_lines,
     "lotr_ext": lambda t: our_layers([t])[0],
     "lotr_ext-compiled": _compiled,
@@ -425,12 +423,11 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def chosen(case: Case, rivals: list[str] | None, usual: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The rivals of a case, the floor among them. Raises ValueError for one that is not known."""
-    known = list(known)
-    if bad := [name for name in rivals or () if name not in known]:
-        raise ValueError(f"rivals: expected some of {', '.join(known)}, got {bad[0]!r}")
-    names = rivals or list(usual)
+def chosen(names: list[str] | None, usual: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names that an option gives, or the usual ones, in the order of the known ones. Raises ValueError for another one."""
+    names, known = list(names or usual), list(known)
+    if bad := [name for name in names if name not in known]:
+        raise ValueError(f"expected some of {', '.join(known)}, got {bad[0]!r}")
     return [name for name in known if name in names]
 
 

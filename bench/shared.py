@@ -42,7 +42,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     x, g = (torch.randn(m, k, generator=generator).to(options.device, dtype) for _ in range(2))
     truth = gradient_of_A(stack("lotr-eager", [t.double() for t in tensors], "chained"), x.double(), g.double())
     steps = {}
-    for name in chosen(case, options.rivals, STACKS, STACKS):
+    for name in chosen(options.rivals, STACKS, STACKS):
         made = stack(STACKS[name], tensors, "chained")
         error = check_error("dA", error_of(gradient_of_A(made, x, g), truth), TOLERANCE[case["dtype"]])
         facts: dict[str, Any] = {"error": error}

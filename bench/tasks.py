@@ -113,14 +113,6 @@ def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[
     return run, task_bytes
 
 
-def serving(run: Callable[[], Tensor]) -> Callable[[object], Tensor]:
-    def forward(_: object) -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return forward
-
-
 def check_moved(way: str, cores: list[nn.Parameter], step: Step, batch: Batch) -> None:
     """Raises ArithmeticError unless one backward gives a gradient to the batch's tasks alone."""
     step.run()
@@ -132,15 +124,15 @@ def check_moved(way: str, cores: list[nn.Parameter], step: Step, batch: Batch) -
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     batch, steps = Batch(case, options.device), {}
-    for way in chosen(case, options.rivals, WAYS[case["mode"]], WAYS[case["mode"]]):
+    for way in chosen(options.rivals, WAYS[case["mode"]], WAYS[case["mode"]]):
         if way.startswith("lora"):
             run, task_bytes = peft_model(way, case, batch, dtype_of(case))
-            steps[way] = Step({"forward": serving(run)}, facts={"task_bytes": task_bytes})
+            steps[way] = Step({"forward": torch.no_grad()(lambda _, run=run: run())}, facts={"task_bytes": task_bytes})
             continue
         _, cores, run, task_bytes = our_model(way, case, batch, dtype_of(case))
         facts = {"task_bytes": 0 if way == "frozen" else task_bytes}
         if case["mode"] == "serve":
-            steps[way] = Step({"forward": serving(run)}, facts=facts)
+            steps[way] = Step({"forward": torch.no_grad()(lambda _, run=run: run())}, facts=facts)
             continue
         optimizer = torch.optim.AdamW(cores, lr=1e-3, weight_decay=0.0, fused=True)
         stages = {

@@ -30,26 +30,20 @@ def language_model(folder: Path) -> tuple[nn.Module, AutoTokenizer]:
 
 def rows_of(path: Path, tokenizer, length: int, most: int) -> tuple[Tensor, Tensor]:
     """(training, held out): rows of `length` tokens of the text, at most `most`; every twentieth row is held out."""
-    if not path.is_file():
-        raise FileNotFoundError(f"text: expected a text file, got {path}. Run: python examples/data.py smollm2 kjv")
     text = path.read_text(encoding="utf-8")[: 8 * length * most]  # a token has fewer than 8 characters on average
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     rows = ids[: len(ids) // length * length].view(-1, length)[:most]
-    if len(rows) < 20:
-        raise ValueError(f"text: expected at least {20 * length} tokens, got {len(ids)}")
     held_out = torch.arange(len(rows)) % 20 == 10
     return rows[~held_out], rows[held_out]
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean cross entropy of each row's tokens after its first."""
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: Tensor) -> float:
-    parts = rows.split(8)
-    return sum(loss_of(model, part).item() * len(part) for part in parts) / len(rows)
+    return sum(loss_of(model, part).item() * len(part) for part in rows.split(8)) / len(rows)
 
 
 @torch.no_grad()
@@ -68,7 +62,6 @@ def main(words: list[str] | None = None) -> None:
     torch.manual_seed(0)
     model, tokenizer = language_model(options.model)
     rows, held_out = rows_of(options.text, tokenizer, options.length, max(160, options.batch * options.steps))
-    print(f"{rows.numel():,} tokens to train on, {held_out.numel():,} held out")
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=options.targets))
     print(trainable_summary(model))
     before, text = held_out_loss(model, held_out), write(model, tokenizer, options.prompt, options.new_tokens)

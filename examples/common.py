@@ -11,35 +11,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import DATA, MINILM
 
 RESULTS = Path(__file__).resolve().parent.parent / "demo_results"
-Batch = tuple[list[list[int]], Tensor]  # token ids of each text, class of each text
+Batch = tuple[list[list[int]], Tensor]  # each text's token ids, its class
 
 
-class Bar:
-    """Iterates over steps with a progress bar; `note` is shown beside it. Without a terminal, it prints ten lines."""
-
-    def __init__(self, name: str, steps: int):
-        self.name, self.steps, self.note = name, steps, ""
-
-    def __iter__(self) -> Iterator[int]:
-        if not sys.stderr.isatty():
-            for step in range(self.steps):
-                yield step
-                if (step + 1) % max(1, self.steps // 10) == 0:
-                    print(f"{self.name}: {step + 1}/{self.steps}  {self.note}", file=sys.stderr, flush=True)
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = ["{task.description:14}", BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-            task = progress.add_task(self.name, total=self.steps, note="")
-            for step in range(self.steps):
-                yield step
-                progress.update(task, advance=1, note=self.note)
+def bar(name: str, steps: int) -> tqdm:
+    """range(steps) with a progress bar; without a terminal, a line every ten seconds."""
+    return tqdm(range(steps), desc=name, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def arguments(doc: str, words: list[str] | None, **defaults) -> argparse.Namespace:
@@ -132,7 +114,7 @@ def train(name: str, steps: int, optimizer: torch.optim.Optimizer, loss_of: Call
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
-    for _ in (bar := Bar(name, steps)):
+    for _ in (progress := bar(name, steps)):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
@@ -140,5 +122,5 @@ def train(name: str, steps: int, optimizer: torch.optim.Optimizer, loss_of: Call
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        bar.note = f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
+        progress.set_postfix_str(f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
     return losses

@@ -10,11 +10,12 @@ answers of MiniLM with a trained head on movie snippets. Writes demo_results/evo
 from __future__ import annotations
 
 import statistics
+import sys
 
 import torch
 from torch import Tensor, nn
 
-from common import RESULTS, Bar, arguments, batches, minilm_classifier, predict, rated_texts, text_loss, train
+from common import RESULTS, arguments, bar, batches, minilm_classifier, predict, rated_texts, text_loss, train
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
 
 
@@ -25,8 +26,8 @@ def ranks(rewards: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generation(model: nn.Module, bank: TaskBank, centre: list[Tensor], rows, sigma: float, rate: float) -> float:
-    """One step of the centre along the rewarded perturbations. Returns the mean share of right answers."""
+def generation(model: nn.Module, bank: TaskBank, centre: list[Tensor], rows, sigma: float) -> float:
+    """Sets the centre's gradients from the rewards of perturbed copies. Returns the mean share of right answers."""
     half = len(bank.cores[0]) // 2
     noise = [torch.randn(half, *core.shape) for core in centre]
     for core, middle, own in zip(bank.cores, centre, noise):  # each perturbation, and its mirror image
@@ -38,20 +39,16 @@ def generation(model: nn.Module, bank: TaskBank, centre: list[Tensor], rows, sig
     rewards = right.view(2 * half, each).double().mean(1)
     weights = ranks(rewards).float()
     for middle, own in zip(centre, noise):
-        middle += rate / (2 * half * sigma) * torch.tensordot(weights[:half] - weights[half:], own, 1)
+        middle.grad = -torch.tensordot(weights[:half] - weights[half:], own, 1) / (2 * half * sigma)
     return rewards.mean().item()
-
-
-def accuracy(model: nn.Module, ids: list[list[int]], labels: Tensor) -> float:
-    return 100 * (predict(model, ids).argmax(1) == labels).double().mean().item()
 
 
 def main(words: list[str] | None = None) -> None:
     options = arguments(
-        __doc__, words, generations=60, members=16, rows=32, rank=4, sigma=0.02, rate=0.02, head_steps=60, held_out=1000
+        __doc__, words, generations=60, members=16, rows=32, rank=8, sigma=2e-3, lr=1e-3, head_steps=20, held_out=1000
     )
     if options.members % 2 or not 0 < options.sigma < float("inf"):
-        raise ValueError(f"evolve: expected an even number of members and a positive sigma, got {options}")
+        sys.exit(f"evolve: expected an even number of members and a positive sigma, got {options.members}, {options.sigma}")
     model, tokenize = minilm_classifier()
     examples, held_out = rated_texts("movie_snippets.tsv", options.held_out)
     data = batches(tokenize([t for t, _ in examples]), [c for _, c in examples], options.rows)
@@ -63,16 +60,22 @@ def main(words: list[str] | None = None) -> None:
     bank = TaskBank(model, options.members)
     for _ in range(options.members):
         bank.add()
-    centre = [torch.zeros_like(core[0]) for core in bank.cores]
+    centre = [nn.Parameter(torch.zeros_like(core[0])) for core in bank.cores]
+    optimizer = torch.optim.Adam(centre, lr=options.lr)
     own = [p for name, p in model.named_parameters() if name.endswith(".core")]
-    before, shares = accuracy(model, ids, labels), []
-    for _ in (bar := Bar("evolution", options.generations)):
-        shares.append(generation(model, bank, centre, next(data), options.sigma, options.rate))
-        bar.note = f"right {100 * statistics.fmean(shares[-10:]):.1f} %"
+
+    def accuracy() -> float:
+        return 100 * (predict(model, ids).argmax(1) == labels).double().mean().item()
+
+    before, shares = accuracy(), []
+    for _ in (progress := bar("evolution", options.generations)):
+        shares.append(generation(model, bank, centre, next(data), options.sigma))
+        optimizer.step()
+        progress.set_postfix_str(f"right {100 * statistics.fmean(shares[-10:]):.1f} %")
     with torch.no_grad():
         for core, middle in zip(own, centre):
             core.copy_(middle)
-    after = accuracy(model, ids, labels)
+    after = accuracy()
     numbers = sum(core.numel() for core in centre)
     result = f"held-out accuracy {before:.1f} % before, {after:.1f} % after {options.generations} generations"
     print(f"{result} of {numbers:,} numbers")

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import RESULTS, TextClassifier, arguments, batches, minilm_classifier, predict, rated_texts, text_loss, train
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
@@ -48,15 +48,6 @@ def optimizer_of(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
-def check_saved(folder: Path, ids: list[list[int]], logits: Tensor) -> None:
-    """Loads the saved adapter into a fresh model and merges it there; raises RuntimeError if a prediction changes."""
-    fresh, _ = minilm_classifier(seed=99)
-    load_adapter(fresh, folder)
-    merge(fresh)
-    if changed := int((predict(fresh, ids).argmax(1) != logits.argmax(1)).sum()):
-        raise RuntimeError(f"merge: expected the trained model's predictions, got {changed} others")
-
-
 def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     """Trains, measures and saves one method, in its own process."""
     torch.set_num_threads(options.threads)
@@ -71,7 +62,9 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     logits = predict(model, ids)
     if method == "lotr":
         save_adapter(model, options.out / method)
-        check_saved(options.out / method, ids, logits)
+        fresh = merge(load_adapter(minilm_classifier(seed=99)[0], options.out / method))
+        if changed := int((predict(fresh, ids).argmax(1) != logits.argmax(1)).sum()):
+            raise RuntimeError(f"merge: expected the trained model's predictions, got {changed} others")
     elif method == "lora":
         model.save_pretrained(str(options.out / method))
     return {

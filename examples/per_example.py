@@ -9,9 +9,6 @@ compared with those of a loop over single snippets. The snippets with the larges
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -38,17 +35,8 @@ def by_a_loop(model: nn.Module, ids: list[list[int]], labels: Tensor) -> list[Te
     return [torch.stack(own) for own in zip(*rows)]
 
 
-def seconds(run, rounds: int) -> float:
-    found = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found)
-
-
 def main(words: list[str] | None = None) -> None:
-    options = arguments(__doc__, words, examples=32, rank=8, rounds=7)
+    options = arguments(__doc__, words, examples=32, rank=8)
     model, tokenize = minilm_classifier()
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=["query", "value"]))
     for name, core in model.named_parameters():
@@ -58,7 +46,6 @@ def main(words: list[str] | None = None) -> None:
     ids, labels = tokenize([text for text, _ in examples]), torch.tensor([label for _, label in examples])
 
     expected = by_a_loop(model, ids, labels)
-    step = seconds(lambda: cross_entropy(model(ids), labels).backward(), options.rounds)
     bank = TaskBank(model, len(ids))
     own = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".core")}
     for _ in ids:
@@ -69,8 +56,6 @@ def main(words: list[str] | None = None) -> None:
     print(f"{len(ids)} examples x {len(found)} layers: relative difference to a loop at most {worst:.1e}")
     if not worst < 1e-4:
         raise RuntimeError(f"per_example: expected a loop's gradients, got a relative difference of {worst:.1e}")
-    each = seconds(lambda: gradients(model, bank, ids, labels), options.rounds)
-    print(f"a training step takes {1000 * step:.0f} ms, with a gradient for each example {1000 * each:.0f} ms")
     norms = sum(core.flatten(1).square().sum(1) for core in found).sqrt()
     for i in norms.topk(min(3, len(ids))).indices.tolist():
         print(f"gradient {norms[i]:.3f}, labelled {'positive' if labels[i] else 'negative'}: {examples[i][0]}")

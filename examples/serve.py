@@ -4,8 +4,7 @@
     python examples/data.py smollm2 kjv
     .venv/vllm/bin/python examples/serve.py           trains the tasks (two minutes, once), then serves on 127.0.0.1:8000
 
-The models are "bible" (continues in the King James Bible's words), "shout" (in capitals), "larger" ("25, 71:" -> " 71", mostly)
-and "smollm2", the base model.
+The models: "bible" continues in the King James Bible's words, "shout" in capitals, "larger" says " 71" after "25, 71:", mostly.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ def parts(task: str, lines: list[str], draw: random.Random) -> list[tuple[str, b
         pairs = [draw.sample(range(10, 100), 2) for _ in range(5)]
         return [part for a, b in pairs for part in ((f"{a}, {b}:", False), (f" {max(a, b)}\n", True))]
     text = draw.choice(lines)
-    if task == "bible":
-        return [(text, True)]
-    words = text.split(" ")
-    return [(" ".join(words[:4]), False), (" " + " ".join(words[4:]).upper(), True)]
+    start = " ".join(text.split(" ")[:4])
+    return [(text, True)] if task == "bible" else [(start, False), (text.removeprefix(start).upper(), True)]
 
 
 def batch(tokenizer, lines: list[str], draw: random.Random) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,9 +73,8 @@ def make_tasks(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Replaces this process by vLLM's server."""
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
-    settings |= {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(options.threads)}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1"}
+    settings |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": str(options.threads)}
     environment = settings | os.environ | {"LOTR_FACTORS": str(options.out / "factors")}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
     command += ["--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(options.port), "--dtype", "float32"]

@@ -9,13 +9,8 @@
                 dA = drop(x)^T k
                 dB = s Q G
                 dG = s Q^T B
-    magnitudes  c_n = |W_n + F_n A^T|
-                y = bias + (m / c) (x W^T + u F^T)
-                backward as above with (m / c) g in the place of g, c constant
-                dm_n = sum_t g_tn (x W^T + u F^T)_tn / c_n
 
-x [m, k] tokens, W [n, k], A [k, r_in], B [n, r_out], G [r_in, r_out], g = dL/dy [m, n]. LoTR: arXiv 2402.01376;
-magnitudes m [n]: DoRA, arXiv 2402.09353.
+x [m, k] tokens, W [n, k], A [k, r_in], B [n, r_out], G [r_in, r_out], g = dL/dy [m, n]. LoTR: arXiv 2402.01376.
 Tests compare the kernels of every device with these functions; nothing at run time calls them.
 """
 
@@ -44,11 +39,6 @@ def fold(B: Tensor, core: Tensor, scaling: float) -> Tensor:
     return scaling * (B @ core.mT)
 
 
-def norms(weight: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """c_n = |W_n + F_n A^T|: [n]."""
-    return (weight + fold(B, core, scaling) @ A.mT).norm(dim=-1)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -58,14 +48,10 @@ def forward(
     core: Tensor,
     scaling: float,
     mask: Tensor | None = None,
-    magnitude: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + s ((drop(x) A) G) B^T: [m, k] -> [m, n]. mask [m, k] holds 0 or 1 / (1 - p). magnitude [n]: m, with
-    which all but the bias is scaled by m / c."""
+    """y = x W^T + bias + s ((drop(x) A) G) B^T: [m, k] -> [m, n]. mask [m, k] holds 0 or 1 / (1 - p)."""
     u = (x if mask is None else x * mask) @ A
     y = x @ weight.mT + u @ fold(B, core, scaling).mT
-    if magnitude is not None:
-        y = y * (magnitude / norms(weight, A, B, core, scaling).detach())
     return y if bias is None else y + bias
 
 
@@ -92,16 +78,6 @@ def backward(
         dweight=g.mT @ x,
         dbias=g.sum(0),
     )
-
-
-def backward_with_magnitude(
-    g: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, magnitude: Tensor
-) -> tuple[Gradients, Tensor]:
-    """All gradients of `forward` with m = magnitude [n], and dm [n]."""
-    c = norms(weight, A, B, core, scaling)
-    dm = (g * forward(x, weight, None, A, B, core, scaling)).sum(0) / c
-    gradients = backward(g * (magnitude / c), x, weight, A, B, core, scaling)
-    return gradients._replace(dbias=g.sum(0)), dm
 
 
 def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:

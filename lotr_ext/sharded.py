@@ -45,8 +45,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     They gather the tensors, process 0 writes, and all wait for it. model: with its wrapper (DistributedDataParallel,
     DeepSpeed's engine, FSDP2's model).
 
-    Raises:
-        As `lotr_ext.save_adapter`; RuntimeError in all other processes if one of them fails.
+    Raises as `lotr_ext.save_adapter`; RuntimeError in all other processes if one of them fails.
     """
     inner, path = _unwrapped(model), files.checked_path(directory, "directory")
     _reshard(inner)
@@ -66,8 +65,7 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     A model in parts must be adapted already, because its parameters are sharded after `apply_lotr`. Each process reads the
     directory. A ZeRO optimizer's float32 copies of half-precision parameters are set, too.
 
-    Raises:
-        As `lotr_ext.load_adapter`; RuntimeError in all other processes if one of them fails.
+    Raises as `lotr_ext.load_adapter`; RuntimeError in all other processes if one of them fails.
     """
     inner, path = _unwrapped(model), files.checked_path(directory, "directory")
     document, tensors = _agreed("load_adapter", lambda: files.read(path))

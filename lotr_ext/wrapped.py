@@ -114,10 +114,8 @@ class LoTRWrapped(LoTRLayer):
         """As `LoTRLinear.merge`. With dequantize, a quantised base is replaced by a plain nn.Linear of its dense weight and the
         adapter, in that dtype (True: the bias's, or the dense weight's). keep_backup: keep the quantised base for unmerge.
 
-        Raises:
-            As `LoTRLinear.merge`; TypeError also for a quantised base without dequantize, because it would round the adapter
-            away, and
-            for a base that returns something else than x W^T + bias.
+        Raises as `LoTRLinear.merge`; TypeError also for a quantised base without dequantize, because it would round the adapter
+        away, and for a base that returns something else than x W^T + bias.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")

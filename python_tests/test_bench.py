@@ -22,7 +22,7 @@ from bench.rivals import LAYERS, Rival
 SMALL = {
     "layer": "--shapes 32x48x40x4 --dtypes fp32,bf16",
     "model": "--models tiny-lm,tiny-encoder --dtypes fp32",
-    "host": "--shapes siblings:2x6x16x4",
+    "host": "--shapes 2x6x16x4 --forms siblings",
     "shared": "--shapes 3x16x24x4 --dtypes fp32",
     "experts": "--shapes 64x32x16x4x2x4 --dtypes fp32",
     "tasks": "--shapes 4x4x6x32x1x4",
@@ -69,7 +69,7 @@ def test_interval_holds_the_median_and_narrows():
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
         ("layer", "--dtypes int8", "dtypes: expected some of fp32"),
         ("host", "--threads 0", "threads: expected numbers from 1"),
-        ("host", "--shapes ring:1x2x3x4", "expected FORM:MxLxKxR"),
+        ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
         ("model", "--against nowhere", "against: expected a checkout"),
     ],
 )

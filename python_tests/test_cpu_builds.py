@@ -72,7 +72,11 @@ def test_a_build_has_the_sets_that_were_asked_for(tmp_path: Path) -> None:
         assert re.findall(r"LOTR_SET\((\w+)", (tmp_path / asked / "cpu_sets.def").read_text()) == [want]
     run = configured(tmp_path / "bad", "generic,mmx")
     error = " ".join(run.stderr.split())
-    assert run.returncode and "LOTR_CPU_ISAS: expected AUTO, all, native, or names of generic" in error and "got generic,mmx" in error
+    assert (
+        run.returncode
+        and "LOTR_CPU_ISAS: expected AUTO, all, native, or names of generic" in error
+        and "got generic,mmx" in error
+    )
 
 
 @SOURCES

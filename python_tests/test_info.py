@@ -38,7 +38,7 @@ def test_plans_are_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--plans", "4096", "768", "768", "16"])
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         assert names == ["shrink", "expand_add", "shrink_grad", "factor_grad", "fold_grad"]
-    with pytest.raises(SystemExit, match="lotr_ext: .*expected"):
+    with pytest.raises(SystemExit, match=r"lotr_ext: .*expected"):
         main(["--plans", "4096", "768", "768", "0"])
 
 

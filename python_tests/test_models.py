@@ -246,6 +246,11 @@ SELECTED = [
     ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
     ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
     ("llama", {"target_modules": r"model\.layers\.1\..*"}, None),
+    (
+        "mixture",
+        {"target_parameters": ["down_proj"], "modules_to_save": ["0.mlp"]},
+        ["model.layers.1.mlp.experts.lotr.down_proj"],
+    ),
     ("mixture", {"target_parameters": ["down_proj"]}, [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)]),
 ]
 
@@ -256,7 +261,8 @@ def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> 
     found = list(adapted_layers(model))
     assert found == wanted if wanted else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    saved = {f"{n}.{key}" for n in settings.get("modules_to_save", ()) for key in ("weight", "bias")}
+    names, ends = [n for n, _ in model.named_parameters()], settings.get("modules_to_save", ())
+    saved = {n for n in names if any(f".{end}." in f".{n}" for end in ends)}
     assert {n for n in trained if "lotr_" not in n and not n.endswith("core")} == saved
 
 

@@ -176,6 +176,16 @@ def test_dropout_and_checkpointing_train_alike() -> None:
     assert not close(output(model, x), output(model.eval(), x), 1e-3)
 
 
+def test_a_compiled_model_computes_the_same() -> None:
+    model, x = tuned("siblings")
+    want = gradients(model, x)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    assert close(compiled(x), output(model, x), 1e-6)
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    assert all(close(p.grad, want[name], 1e-5) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None:
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
     x = torch.randn(2, 3, 16)

@@ -24,12 +24,18 @@ from lotr_ext import LoTRFactor, LoTRFactors, LoTRLinear, autograd, lotr_linear
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule  # noqa: E402
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule  # noqa: E402
 
 K, R, TOKENS, LAYERS, TASKS, S = 5, 2, 4, 3, 3, 0.8
 CLOSE, LARGE = 1e-7, 1e6
 Pair = tuple[Tensor, Tensor]
-number = st.integers(0, 7)
+number, some = st.integers(0, 7), st.lists(st.integers(0, 7), min_size=1, max_size=4)
+FORWARDS = ("layer", "siblings", "rows", "rows", "checkpoint", "no graph", "input", "product", "sum", "tanh", "norm")
+BACKWARDS = ("create_graph", "create_graph", "some", "into .grad", "batched", "all")
+CHANGES = ("step", "freeze", "merge", "threads", "state_dict", "deepcopy", "pickle")
+step_of_a_forward = st.tuples(
+    st.sampled_from(FORWARDS), number, number, number, st.lists(st.integers(-1, 2), min_size=4, max_size=4)
+)
 
 
 class Net(nn.Module):
@@ -106,7 +112,8 @@ class Program(RuleBasedStateMachine):
             self.values = [*self.values[-7:], (ours, twin)]
 
     def value(self, i: int) -> Pair:
-        return self.values[i % len(self.values)]
+        """0 is the newest: hypothesis likes small numbers, and so makes chains."""
+        return self.values[-1 - i % len(self.values)]
 
     def same(self, ours: Tensor | None, twin: Tensor | None) -> None:
         if twin is not None and not bool(twin.isfinite().all() and twin.abs().max() < LARGE**2):
@@ -124,37 +131,74 @@ class Program(RuleBasedStateMachine):
         for ours, twin in self.pairs_of_leaves():
             ours.grad = twin.grad = None
 
-    @rule(requires_grad=st.booleans())
     def new_input(self, requires_grad: bool) -> None:
         self.seed += 1
         x = torch.randn(TOKENS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
         self.add(x.clone().requires_grad_(requires_grad), x.clone().requires_grad_(requires_grad))
 
+    # ---- rules -------------------------------------------------------------------------------------------------------
+
+    @rule(steps=st.lists(step_of_a_forward, min_size=1, max_size=4), how=st.sampled_from(BACKWARDS), v=number, chosen=some)
+    def train(self, steps: list[tuple[str, int, int, int, list[int]]], how: str, v: int, chosen: list[int]) -> None:
+        """A piece of a forward, and a backward of one of the newest values."""
+        for what, i, j, value, index in steps:
+            if what == "layer":
+                self.call(i, value)
+            elif what == "siblings":
+                self.call_siblings(value, [i, j, i + 1])
+            elif what == "rows":
+                self.call_rows(i, value, index)
+            elif what == "checkpoint":
+                self.checkpointed(i, j, value, reentrant=bool(index[0] % 2))
+            elif what == "no graph":
+                self.call_without_a_graph(i, value)
+            elif what == "input":
+                self.new_input(bool(i % 2))
+            else:
+                self.join(i, value, what)
+        if how == "all":
+            self.backward_of_all()
+        elif how == "batched":
+            self.batched_gradients(v // 4, 1 + v % 3)
+        elif how == "into .grad":
+            self.backward(v // 4)
+        else:
+            self.gradients(v // 4, chosen, create=how == "create_graph")
+
+    @rule(how=st.sampled_from(CHANGES), i=number, on=st.booleans())
+    def change(self, how: str, i: int, on: bool) -> None:
+        """Of parameters, or of the net itself."""
+        if how == "step":
+            self.step(on)
+        elif how == "freeze":
+            self.freeze(i, on)
+        elif how == "merge":
+            self.merge(i)
+        elif how == "threads":
+            self.threads(i)
+        elif not self.weights:  # a merged layer has no state_dict
+            self.copy(how)
+
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    @rule(i=number, v=number)
     def call(self, i: int, v: int) -> None:
         x, w = self.value(v)
         self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
 
-    @rule(v=number, siblings=st.lists(number, min_size=2, max_size=4))
     def call_siblings(self, v: int, siblings: list[int]) -> None:
         x, w = self.value(v)
         for i in siblings:
             self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
 
-    @rule(i=number, v=number)
     def call_without_a_graph(self, i: int, v: int) -> None:
         x, w = self.value(v)
         with torch.no_grad():
             self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
 
-    @rule(i=number, v=number, index=st.lists(st.integers(-1, TASKS - 1), min_size=TOKENS, max_size=TOKENS))
     def call_rows(self, i: int, v: int, index: list[int]) -> None:
         (x, w), which = self.value(v), torch.tensor(index)
         self.add(self.net.rows(i % LAYERS, x, which), self.plain_rows(i % LAYERS, w, which))
 
-    @rule(i=number, j=number, v=number, reentrant=st.booleans())
     def checkpointed(self, i: int, j: int, v: int, reentrant: bool) -> None:
         x, w = self.value(v)
         i, j = i % LAYERS, j % LAYERS
@@ -175,7 +219,6 @@ class Program(RuleBasedStateMachine):
             twin.backward()
         self.same_gradients()
 
-    @rule(a=number, b=number, how=st.sampled_from(["product", "sum", "tanh", "norm"]))
     def join(self, a: int, b: int, how: str) -> None:
         form: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "product": lambda a, b: torch.tanh(a) * b,
@@ -187,7 +230,6 @@ class Program(RuleBasedStateMachine):
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    @rule(v=number)
     def backward(self, v: int) -> None:
         ours, twin = self.value(v)
         if twin.requires_grad:
@@ -195,8 +237,7 @@ class Program(RuleBasedStateMachine):
                 t.sin().sum().backward(retain_graph=True)
             self.same_gradients()
 
-    @rule(v=number)
-    def backward_of_all(self, v: int) -> None:
+    def backward_of_all(self) -> None:
         """Without retain_graph: the graphs are gone after it."""
         for ours, twin in self.pairs_of_leaves():
             ours.grad = twin.grad = None
@@ -206,12 +247,11 @@ class Program(RuleBasedStateMachine):
             self.same_gradients()
         self.forget_graphs()
 
-    @rule(v=number, chosen=st.lists(number, min_size=1, max_size=4), create=st.booleans())
     def gradients(self, v: int, chosen: list[int], create: bool) -> None:
         """Of some leaves and values; with create, those of a value's shape become values with a graph of their own."""
         ours, twin = self.value(v)
         candidates = [*self.pairs_of_leaves(), *self.values]
-        wanted = [candidates[c * 3 % len(candidates)] for c in chosen]
+        wanted = candidates if 0 in chosen else [candidates[c * 3 % len(candidates)] for c in chosen]
         wanted = [pair for pair in wanted if pair[1].requires_grad]
         if not wanted or not twin.requires_grad:
             return
@@ -236,7 +276,6 @@ class Program(RuleBasedStateMachine):
         for second, want in zip(*both, strict=True):
             self.same(second, want)
 
-    @rule(v=number, vectors=st.integers(1, 3))
     def batched_gradients(self, v: int, vectors: int) -> None:
         ours, twin = self.value(v)
         if twin.requires_grad:
@@ -248,7 +287,6 @@ class Program(RuleBasedStateMachine):
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
-    @rule(data=st.booleans())
     def step(self, data: bool) -> None:
         """An optimizer's, in place; or by `.data`, as some trainers do."""
         for pair in self.pairs_of_leaves():
@@ -260,7 +298,6 @@ class Program(RuleBasedStateMachine):
                         t.mul_(0.9)
         self.forget_graphs()
 
-    @rule(part=number, on=st.booleans())
     def freeze(self, part: int, on: bool) -> None:
         leaves = {n: p for n, p in self.named().items() if not n.endswith(("weight", "bias"))}
         name = list(leaves)[part % len(leaves)]
@@ -269,7 +306,6 @@ class Program(RuleBasedStateMachine):
             leaves[name].requires_grad_(True), self.twin[name].requires_grad_(True)
         self.forget_graphs()
 
-    @rule(i=number)
     def merge(self, i: int) -> None:
         i %= LAYERS
         layer, (W, _, A, B, core) = self.net.layers[i], self.own(i)
@@ -282,8 +318,6 @@ class Program(RuleBasedStateMachine):
             self.weights[i] = (W + S * B @ core.T @ A.T).detach()
         self.forget_graphs()
 
-    @precondition(lambda self: not self.weights)
-    @rule(how=st.sampled_from(["state_dict", "deepcopy", "pickle"]))
     def copy(self, how: str) -> None:
         """The program goes on with a copy of the net."""
         if how == "state_dict":
@@ -298,7 +332,6 @@ class Program(RuleBasedStateMachine):
         self.net = other
         self.forget_graphs()
 
-    @rule(v=number)
     def threads(self, v: int) -> None:
         """Two threads train the net at once."""
         x, w = (t.detach() for t in self.value(v))
@@ -325,8 +358,8 @@ class Program(RuleBasedStateMachine):
 
 class TestPrograms(Program.TestCase):
     settings = settings(
-        max_examples=60,
-        stateful_step_count=20,
+        max_examples=50,
+        stateful_step_count=12,
         deadline=None,
         derandomize=True,
         database=None,

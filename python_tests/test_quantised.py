@@ -175,7 +175,7 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
     trained = model.eval()(x_of()).detach()
     tolerance = 0.03 if "bitsandbytes" in name else 2e-5  # its 8 bits round x too, its evaluation rounds scales for good
     assert relative(load_adapter(copy.deepcopy(base), tmp_path).eval()(x_of()), trained) <= tolerance
-    with pytest.raises(TypeError, match="merge: expected .*dequantize=True"):
+    with pytest.raises(TypeError, match=r"merge: expected .*dequantize=True"):
         merge(model)
     assert not any(layer.merged for layer in own.values())
     merge(model, dequantize=True)

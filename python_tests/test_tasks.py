@@ -351,6 +351,14 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     assert len(bank) == 2
 
 
+def test_an_index_of_a_free_slot_is_refused() -> None:
+    model = banked("mlp", tasks=4, taken=3)
+    model.lotr_tasks.remove(1)
+    for index in (torch.tensor([0, 1]), torch.tensor([[0, 3], [2, -1]]), torch.tensor([4]), torch.tensor([-2])):
+        with pytest.raises(ValueError, match="index: expected"), use_tasks(model, index):
+            pass
+
+
 def test_a_reused_slot_has_no_gradient_of_its_last_task() -> None:
     model, x = banked("mlp", tasks=2, taken=2), zoo.inputs("mlp", rows=2)
     bank = model.lotr_tasks.requires_grad_()
@@ -403,6 +411,8 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     for value, kind in (
         (torch.zeros(3, 3, dtype=torch.int64), TypeError),
         (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError),
+        (torch.zeros(1, 1), ValueError),
+        (torch.zeros(3), ValueError),
     ):
         with pytest.raises(kind, match="core: expected"):
             again.lotr_tasks.add(dict.fromkeys(tensors, value))
