@@ -103,9 +103,9 @@ class Net(nn.Module):
                 layer.weight.requires_grad_(), layer.bias.requires_grad_()
 
     def index(self, x: Tensor) -> Tensor:
-        """[b], and [b, tokens] for x of three dimensions."""
+        """[b]; for siblings [b, tokens] if x has three dimensions."""
         b = INDEX.repeat(-(-x.shape[0] // len(INDEX)))[: x.shape[0]]
-        return b if x.dim() < 3 else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
+        return b if x.dim() < 3 or self.kind == "rows" else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def forward(self, x: Tensor) -> Tensor:
         def call(i: int, h: Tensor) -> Tensor:
@@ -142,6 +142,7 @@ class Net(nn.Module):
         if self.cores is None:
             return nnf.linear(x, W, bias) + SCALING * (x @ A @ core @ B.T)
         index = self.index(x)
+        index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
         own = core[index.clamp(min=0)] * (index >= 0)[..., None, None]
         return nnf.linear(x, W, bias) + SCALING * ((x @ A).unsqueeze(-2) @ own).squeeze(-2) @ B.T
 
