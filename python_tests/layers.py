@@ -103,9 +103,9 @@ class Net(nn.Module):
                 layer.weight.requires_grad_(), layer.bias.requires_grad_()
 
     def index(self, x: Tensor) -> Tensor:
-        """[b], and [b, tokens] for x of three dimensions."""
+        """[b]; for siblings [b, tokens] if x has three dimensions."""
         b = INDEX.repeat(-(-x.shape[0] // len(INDEX)))[: x.shape[0]]
-        return b if x.dim() < 3 else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
+        return b if x.dim() < 3 or self.kind == "rows" else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
     def forward(self, x: Tensor) -> Tensor:
         def call(i: int, h: Tensor) -> Tensor:
@@ -130,21 +130,21 @@ class Net(nn.Module):
 
     def truth(self, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
         """The same function of x and the parameters by name."""
-        names = {id(p): name for name, p in self.named_parameters()}
+        return self.wire(lambda i, h: self.plain(i, leaves, h), x)
 
-        def call(i: int, h: Tensor) -> Tensor:
-            layer = self.layers[i]
-            core = layer.core if self.cores is None else self.cores[i]
-            parts = (layer.factors.A.value, layer.factors.B.value, core, layer.weight, layer.bias)
-            A, B, core, W, bias = (leaves[names[id(p)]] for p in parts)
-            W, bias = (2 * W, 2 * bias) if "wrapped" in self.kind else (W.T if self.kind == "conv1d" else W, bias)
-            if self.cores is None:
-                return nnf.linear(h, W, bias) + SCALING * (h @ A @ core @ B.T)
-            index = self.index(h)
-            own = core[index.clamp(min=0)] * (index >= 0)[..., None, None]
-            return nnf.linear(h, W, bias) + SCALING * ((h @ A).unsqueeze(-2) @ own).squeeze(-2) @ B.T
-
-        return self.wire(call, x)
+    def plain(self, i: int, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The formula of one layer."""
+        names, layer = {id(p): name for name, p in self.named_parameters()}, self.layers[i]
+        core = layer.core if self.cores is None else self.cores[i]
+        parts = (layer.factors.A.value, layer.factors.B.value, core, layer.weight, layer.bias)
+        A, B, core, W, bias = (leaves[names[id(p)]] for p in parts)
+        W, bias = (2 * W, 2 * bias) if "wrapped" in self.kind else (W.T if self.kind == "conv1d" else W, bias)
+        if self.cores is None:
+            return nnf.linear(x, W, bias) + SCALING * (x @ A @ core @ B.T)
+        index = self.index(x)
+        index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
+        own = core[index.clamp(min=0)] * (index >= 0)[..., None, None]
+        return nnf.linear(x, W, bias) + SCALING * ((x @ A).unsqueeze(-2) @ own).squeeze(-2) @ B.T
 
 
 class Side:
@@ -171,6 +171,10 @@ class Side:
         if self.exact:
             return self.net.truth({**self.values, **(leaves or {})}, x)
         return self.net(x) if leaves is None else torch.func.functional_call(self.net, leaves, (x,))
+
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        """The output of one layer."""
+        return self.net.plain(i, self.values, x) if self.exact else self.net.layers[i](x)
 
     def grad(self, loss: Tensor, of: list[Tensor] | None = None, **settings: bool) -> list[Tensor | None]:
         return list(torch.autograd.grad(loss, self.wanted if of is None else of, allow_unused=True, **settings))

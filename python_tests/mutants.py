@@ -37,8 +37,9 @@ TESTS = {  # file: the tests that are run, in this order
     "config.py": (BAD, "test_models.py"),
     "targets.py": ("test_models.py", BAD),
     "model.py": ("test_models.py", "test_init.py", "test_files.py", BAD),
-    "tasks.py": ("test_tasks.py", BAD),
-    "files.py": ("test_files.py", BAD),
+    "tasks.py": ("test_tasks.py", "test_models.py", BAD),
+    "files.py": ("test_files.py", "test_models.py", BAD),
+    "wrapped.py": (LAYERS, "test_quantised.py"),
     "cores.py": ("test_cores.py", "test_models.py"),
     "experts.py": ("test_experts.py", "test_models.py"),
     "peft.py": ("test_peft.py",),
@@ -166,12 +167,6 @@ MUTANTS = [
     Mutant("autograd.py", "ctx.shrunk = None\n", "pass\n", "u is reused after a backward began"),
     Mutant("autograd.py", "g.shape, g if need_y else None,", "g.shape, None,", "the base's gradient lost"),
     Mutant(
-        "autograd.py",
-        "return FactorState, (self.layers,)  # a copy shares nothing",
-        "return FactorState, (1,)  # a copy shares nothing",
-        "a copy forgets that layers share its factor",
-    ),
-    Mutant(
         "autograd.py", '        torch._C._stash_obj_in_tls("lotr", before)', "        pass", "a request outlives its context"
     ),
     Mutant("autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"),
@@ -251,10 +246,16 @@ MUTANTS = [
     Mutant("linear.py", "return alpha / (math.sqrt(r) if rslora else r)", "return alpha / r", "rslora ignored"),
     Mutant("linear.py", "        return self.weight.t()\n", "        return self.weight\n", "Conv1D not transposed"),
     Mutant(
-        "linear.py",
-        "    if not isinstance(y, Tensor) or y.shape != want.shape:\n            return False",
-        "    if True:\n            return True",
+        "wrapped.py",
+        "if not isinstance(y, Tensor) or y.shape != want.shape:\n            return False",
+        "if True:\n            return True",
         "merges into a base that returns something else",
+    ),
+    Mutant(
+        "wrapped.py",
+        'self.__dict__["quantized_base"] = self.base_layer if keep_backup else None',
+        'self.__dict__["quantized_base"] = None',
+        "the quantised base does not come back",
     ),
     Mutant(
         "linear.py",
@@ -281,6 +282,68 @@ MUTANTS = [
         "            for buffer, value in buffers:\n                buffer.copy_(value)",
         "            pass",
         "init_from_gradient changes buffers",
+    ),
+    # computed cores, experts
+    Mutant(
+        "cores.py",
+        "l, k = divmod(index, len(self.kinds))\n        return torch.diag_embed",
+        "k, l = divmod(index, len(self.layers))\n        return torch.diag_embed",
+        "CP: layer and kind confused",
+    ),
+    Mutant(
+        "cores.py",
+        "return self.layers.index(place[0]) * len(self.kinds) + self.kinds.index(place[1])",
+        "return self.layers.index(place[0]) * len(self.layers) + self.kinds.index(place[1])",
+        "a place's index in a grid",
+    ),
+    Mutant(
+        "experts.py",
+        "torch.where((tasks < 0) | (expert < 0), -1, tasks * cores.shape[1] + expert)",
+        "torch.where((tasks < 0) | (expert < 0), -1, tasks + expert * len(cores))",
+        "experts of tasks: the order of cores",
+    ),
+    Mutant(
+        "experts.py",
+        "tasks = tasks if tokens is None else tasks[tokens]",
+        "tasks = tasks if tokens is None else tasks[: len(tokens)]",
+        "experts: a row's task is another token's",
+    ),
+    Mutant(
+        "experts.py",
+        "torch.where((index < 0).unsqueeze(1), 0, bias[index.clamp(min=0)])",
+        "bias[index.clamp(min=0)]",
+        "experts: rows behind the last get a bias",
+    ),
+    Mutant(
+        "experts.py",
+        "        if self.merged or off:\n            return grouped_linear",
+        "        if off:\n            return grouped_linear",
+        "merged experts add their adapter again",
+    ),
+    # other forms
+    Mutant(
+        "convert.py",
+        "        return (A @ core).mT, scaling * B\n",
+        "        return (A @ core).mT, B\n",
+        "an exported LoRA without the scaling",
+    ),
+    Mutant(
+        "convert.py",
+        'alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])',
+        "alpha / A.shape[0]",
+        "a converted LoRA: rslora ignored",
+    ),
+    Mutant(
+        "peft.py",
+        '        return {**super().to_dict(), "scaling": self.to_lotr().s, "alpha": None, "rslora": False}',
+        "        return super().to_dict()",
+        "PEFT: a saved adapter depends on what auto means",
+    ),
+    Mutant(
+        "peft.py",
+        "parameter.requires_grad_(requires_grad and part in core.trained)",
+        "parameter.requires_grad_(requires_grad)",
+        "PEFT: config.train ignored",
     ),
     # whole models
     Mutant(
