@@ -17,6 +17,8 @@ DTYPES = (torch.float32, *HALVES, torch.float64)
 BETA, UNFOLDED = 1, 4  # the bits of `strategy`, as in csrc/torch/check.h
 # the unit roundoff of a result, and the bound on a long sum in the dtype of sums, both relative to the sum of absolute products
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+# the relative error of a whole step in each dtype
+CLOSE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 OF_SUMS = {torch.float32: 1e-6, torch.float64: 2e-15}
 
 

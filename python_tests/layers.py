@@ -9,12 +9,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+from helpers import sums_dtype
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, autograd, lotr_linear
 
 K, R = 12, 3
+Found = list[Tensor | None]
 Call = Callable[[int, Tensor], Tensor]
 INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # of tasks, by row
 SCALING = 0.7
@@ -187,3 +189,37 @@ def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(*shape, K, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.to(sums_dtype(y.dtype)).square().sum() / 16  # within float16's range also where it is differentiated twice
+
+
+def once(s: Side) -> Found:
+    y = s()
+    return [y, *s.grad(loss(y))]
+
+
+def no_grad_first(s: Side) -> Found:
+    with torch.no_grad():
+        a = s()
+    return [a, *s.grad(loss(s()))]
+
+
+def linear_with_dropout() -> LoTRLinear:
+    layer = LoTRLinear(K, K, 3, bias=False, scaling=SCALING, dropout=0.5, dtype=torch.float64)
+    nn.init.normal_(layer.core)
+    return layer
+
+
+def check_masks(call: Callable[[Tensor], Tensor], layer: LoTRLinear) -> None:
+    """Without a bias y is linear in x and in each of A, B and G, for a fixed mask."""
+    x = inputs(6).requires_grad_()
+    y = call(x)
+    g = torch.randn_like(y)
+    of = [x, layer.factors.A.value, layer.factors.B.value, layer.core]
+    base = (y - x @ layer.weight.T).detach()
+    found = torch.autograd.grad(y, of, g)
+    for t, d, of_y in zip(of, found, (y, base, base, base), strict=True):
+        assert abs(((d * t).sum() / (of_y * g).sum()).item() - 1) < 1e-8
+    assert not torch.equal(call(x), y)

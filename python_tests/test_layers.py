@@ -19,30 +19,32 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import HALVES, copy64, relative, sums_dtype, worst
-from layers import KINDS, SCALING, K, Net, Side, again, inputs, sides
+from helpers import CLOSE, HALVES, relative, worst
+from layers import (
+    KINDS,
+    SCALING,
+    Found,
+    K,
+    Net,
+    Side,
+    again,
+    check_masks,
+    inputs,
+    linear_with_dropout,
+    loss,
+    no_grad_first,
+    once,
+    sides,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
-
-Found = list[Tensor | None]
-CLOSE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
-
-
-def loss(y: Tensor) -> Tensor:
-    return y.to(sums_dtype(y.dtype)).square().sum() / 16  # within float16's range also where it is differentiated twice
-
+from lotr_ext import LoTRLinear, lotr_linear
 
 # ---- contexts --------------------------------------------------------------------------------------------------------
-
-
-def once(s: Side) -> Found:
-    y = s()
-    return [y, *s.grad(loss(y))]
 
 
 def into_grad(s: Side) -> Found:
@@ -131,12 +133,6 @@ def without_graph(s: Side) -> Found:
         x.mul_(2)
         c = s(x)
     return [a, b.clone(), c.clone()]
-
-
-def no_grad_first(s: Side) -> Found:
-    with torch.no_grad():
-        a = s()
-    return [a, *s.grad(loss(s()))]
 
 
 def checkpointed(s: Side, **settings: object) -> Found:
@@ -386,129 +382,7 @@ def test_float16_does_not_overflow_where_the_result_does_not() -> None:
                 assert relative(torch.vmap(net)(ours.x.detach().unsqueeze(1)).squeeze(1), truth()) < 6e-3
 
 
-# ---- compiled --------------------------------------------------------------------------------------------------------
-
-GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
-
-
-@pytest.mark.parametrize("kind", GRAPH_KINDS)
-def test_compile(kind: str) -> None:
-    """One graph, with our operators, forward and backward; no recompilation for another number of tokens."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    net = Net(kind)
-    compiled = copy.copy(net)
-    compiled.forward = torch.compile(net.forward, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (30, 18):  # not the width, with which torch would take the size of x to be equal
-        for context in (once, no_grad_first):
-            assert (
-                worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
-            )
-    assert counters["stats"]["unique_graphs"] == 2  # with gradients, and without
-
-
-def operators_of(net: Net, x: Tensor) -> list[set[str]]:
-    """Our operators in the forward and in the backward graph."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    seen: list[set[str]] = []
-
-    def keep(graph: torch.fx.GraphModule, _: object) -> Callable:
-        seen.append({word for n in graph.graph.nodes for word in str((n.target, n.args)).split("'") if "lotr." in word})
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    loss(torch.compile(net, fullgraph=True, backend=backend)(x)).backward()
-    return seen
-
-
-def test_compiled_graphs_contain_our_operators(shared: None) -> None:
-    forward, backward = ("".join(found) for found in operators_of(Net("siblings"), inputs(6)))
-    assert "lotr.shrink" in forward and "lotr.layer_forward" in forward
-    assert "lotr.layer_backward_" in backward and "lotr.shrink_backward_" in backward
-
-
-@pytest.mark.parametrize("where", ["inside", "outside", "each layer"])
-def test_compile_and_checkpoint(where: str) -> None:
-    torch._dynamo.reset()
-    net = Net("siblings")
-    compiled = copy.copy(net)
-    run = partial(torch.compile, fullgraph=where != "each layer", backend="aot_eager")
-    if where == "inside":
-        compiled.forward = run(lambda x: checkpoint(net, x, use_reentrant=False))
-    elif where == "outside":
-        graph = run(net.forward)
-        compiled.forward = lambda x: checkpoint(graph, x, use_reentrant=False)
-    else:
-        layers = [run(layer) for layer in net.layers]
-        compiled.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
-    assert worst(*(once(s) for s in (Side(compiled, inputs(6), False), Side(net, inputs(6), True)))) < 1e-10
-
-
-def test_compile_with_dropout_and_autocast() -> None:
-    """The compiled backward uses the forward's mask: without a bias the layer is linear in x, so <dx, x> = <y, g>."""
-    torch._dynamo.reset()
-    layer = linear_with_dropout()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    check_masks(compiled, layer)
-    net = Net("siblings", torch.float32)
-    graph = torch.compile(net, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert relative(graph(inputs(60, dtype=torch.float32)), net(inputs(60, dtype=torch.float32)).float()) < 4e-2
-
-
-def test_export() -> None:
-    """By the formula: an exported program has none of our operators."""
-    for kind in ("siblings", "wrapped"):
-        net = Net(kind)
-        program = torch.export.export(net, (inputs(6),))
-        assert "lotr" not in str(program.graph) and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["siblings", "conv1d", "wrapped"])
-def test_onnx(kind: str) -> None:
-    """An exported file computes the same in onnx's own evaluator."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    from onnx.reference import ReferenceEvaluator
-
-    net, file, x = Net(kind, torch.float32).eval(), io.BytesIO(), inputs(6, dtype=torch.float32)
-    torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
-    (y,) = ReferenceEvaluator(onnx.load_from_string(file.getvalue())).run(None, {"x": x.numpy()})
-    assert relative(torch.from_numpy(y), net(x)) < 1e-5
-
-
-def test_inductor() -> None:
-    torch._dynamo.reset()
-    net, x = Net("siblings", torch.float32), inputs(6, dtype=torch.float32)
-    graph = torch.compile(net, fullgraph=True)
-    a, b = (torch.autograd.grad(loss(f(x)), [p for p in net.parameters() if p.requires_grad]) for f in (graph, net))
-    assert worst(a, b) < 1e-5
-
-
 # ---- dropout ---------------------------------------------------------------------------------------------------------
-
-
-def linear_with_dropout() -> LoTRLinear:
-    layer = LoTRLinear(K, K, 3, bias=False, scaling=SCALING, dropout=0.5, dtype=torch.float64)
-    nn.init.normal_(layer.core)
-    return layer
-
-
-def check_masks(call: Callable[[Tensor], Tensor], layer: LoTRLinear) -> None:
-    """Without a bias y is linear in x and in each of A, B and G, for a fixed mask."""
-    x = inputs(6).requires_grad_()
-    y = call(x)
-    g = torch.randn_like(y)
-    of = [x, layer.factors.A.value, layer.factors.B.value, layer.core]
-    base = (y - x @ layer.weight.T).detach()
-    found = torch.autograd.grad(y, of, g)
-    for t, d, of_y in zip(of, found, (y, base, base, base), strict=True):
-        assert abs(((d * t).sum() / (of_y * g).sum()).item() - 1) < 1e-8
-    assert not torch.equal(call(x), y)
 
 
 def test_dropout_uses_one_mask_forward_and_backward(form: str) -> None:
@@ -790,141 +664,6 @@ def test_a_weight_without_adapter_values_is_the_plain_layer() -> None:
     assert torch.equal(layer(x), nnf.linear(x, layer.weight, layer.bias))
     loss(layer(x)).backward()
     assert layer.core.grad.abs().max() > 0 and layer.weight.grad is None
-
-
-SCALINGS = [
-    ({"rank": 4, "alpha": 8.0}, 2.0),
-    ({"rank": (2, 4), "alpha": 8}, 2.0),
-    ({"rank": 4, "alpha": 8.0, "rslora": True}, 4.0),
-    ({"rank": 4, "rslora": True}, 2.0),
-    ({"rank": 4, "scaling": 0.3}, 0.3),
-    ({"rank": 8}, 4 / 0.4**3),  # factors begin at 0.4 times orthonormal ones
-    ({"rank": (2, 1)}, 4 * 4**1.5 / 0.4**3),
-]
-
-
-@pytest.mark.parametrize("settings, scaling", SCALINGS, ids=str)
-def test_scaling(settings: dict[str, object], scaling: float) -> None:
-    assert LoTRLinear(K, K, **settings).scaling == pytest.approx(scaling)
-
-
-def test_initial_factors() -> None:
-    """Orthonormal columns, uniform over all of them; bounds and deviations of the others. Times 0.4."""
-    for features, rank in ((12, 5), (5, 12)):
-        A = LoTRFactors(features, features, rank).A.value.detach().double() / 0.4
-        gram = A.T @ A if rank < features else A @ A.T
-        assert relative(gram, torch.eye(min(rank, features), dtype=torch.float64)) < 1e-6
-    first = torch.stack([LoTRFactors(3, 3, 1).A.value[0, 0] for _ in range(200)])
-    assert abs(first.sign().mean().item()) < 0.3  # LAPACK's own signs are all the same
-    kaiming = LoTRFactors(64, 64, 16, init="kaiming").A.value / 0.4
-    assert 0.9 / 8 < kaiming.abs().max() <= 1 / 8
-    assert 0.9 < (LoTRFactors(64, 64, 16, init="normal").A.value / 0.4).std() < 1.1
-
-
-# ---- merging ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_merge(kind: str, dtype: torch.dtype) -> None:
-    """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
-    net = Net(kind, dtype)
-    layer, x = net.layers[0], inputs(6, dtype=dtype)
-    A, B, G, W = map(copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
-    delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
-    assert relative(layer.delta_weight(), delta) < 1e-6
-    plain = layer.to_linear()
-    layer.merge()
-    ulp = torch.finfo(dtype).eps * (W + delta).abs()
-    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
-    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
-    assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
-    assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
-    with pytest.raises(RuntimeError, match="unmerge"):
-        layer.state_dict()
-    with pytest.raises(RuntimeError, match="merged already"):
-        layer.merge()
-    layer.unmerge()
-    assert torch.equal(layer.weight, before) and torch.equal(layer(x), y) and layer.weight_backup is None
-    layer.merge(keep_backup=False)
-    assert layer.weight_backup is None
-    layer.unmerge()
-    assert relative(layer.weight, before.double()) < CLOSE[dtype]
-    with pytest.raises(RuntimeError, match="not merged"):
-        layer.unmerge()
-
-
-def test_merge_that_is_not_finite_changes_nothing() -> None:
-    layer = Net("linear", torch.float16).layers[0]
-    layer.scaling = 1e6
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="finite"):
-        layer.merge(safe=True)
-    assert torch.equal(layer.weight, before) and not layer.merged
-
-
-def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
-    net = Net("linear")
-    y = net(inputs(6).requires_grad_())
-    net.layers[0].merge()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss(y).backward()
-
-
-def test_merge_refuses_weights_that_it_cannot_write() -> None:
-    layer = Net("linear").layers[0]
-    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
-    with pytest.raises(TypeError, match="merge: expected a weight that is a parameter"):
-        layer.merge()
-    wrapped = Net("wrapped").layers[0]
-    with pytest.raises(TypeError, match="merge: expected"):
-        wrapped.merge()
-    plain = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
-    nn.init.normal_(plain.core)
-    want = plain(inputs(6).float())
-    plain.merge()
-    assert relative(plain(inputs(6).float()), want.double()) < 1e-5
-    plain.unmerge()
-    plain.base_layer.register_forward_hook(lambda m, a, y: 2 * y)
-    with pytest.raises(TypeError, match="merge: expected a base that returns"):
-        plain.merge()
-
-
-class Quantised(nn.Module):
-    """A base whose weight is made by dequantize()."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = K, K, None
-        self.codes = nn.Buffer(torch.randint(-7, 8, (K, K), dtype=torch.int8))
-
-    def dequantize(self) -> Tensor:
-        return self.codes.float() / 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dequantize().T
-
-
-def test_quantised_bases(form: str) -> None:
-    base, x = Quantised(), inputs(6, dtype=torch.float32)
-    layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2), scaling=SCALING)
-    nn.init.normal_(layer.core)
-    want = base(x) + x @ layer.delta_weight().T
-    assert relative(layer(x), want.double()) < 1e-5
-    with pytest.raises(TypeError, match="dequantize"):
-        layer.merge()
-    layer.merge(dequantize=True)
-    assert relative(layer(x), want.double()) < 1e-5 and type(layer.base_layer) is nn.Linear
-    layer.unmerge()
-    assert layer.base_layer is base and relative(layer(x), want.double()) < 1e-5
-
-
-def test_to_base_gives_the_module_back() -> None:
-    for kind in ("linear", "conv1d", "wrapped"):
-        net = Net(kind)
-        layer = net.layers[0]
-        base, x = layer.to_base(), inputs(6)
-        assert not isinstance(base, type(layer)) and relative(base(x), layer.base(x)) < 1e-12
 
 
 # ---- tensors on several devices --------------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Scalings, starts and merging of layers; the plain forms of a layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CLOSE, HALVES, copy64, relative
+from layers import SCALING, K, Net, inputs, loss
+from torch import Tensor, nn
+
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
+
+SCALINGS = [
+    ({"rank": 4, "alpha": 8.0}, 2.0),
+    ({"rank": (2, 4), "alpha": 8}, 2.0),
+    ({"rank": 4, "alpha": 8.0, "rslora": True}, 4.0),
+    ({"rank": 4, "rslora": True}, 2.0),
+    ({"rank": 4, "scaling": 0.3}, 0.3),
+    ({"rank": 8}, 4 / 0.4**3),  # factors begin at 0.4 times orthonormal ones
+    ({"rank": (2, 1)}, 4 * 4**1.5 / 0.4**3),
+]
+
+
+@pytest.mark.parametrize("settings, scaling", SCALINGS, ids=str)
+def test_scaling(settings: dict[str, object], scaling: float) -> None:
+    assert LoTRLinear(K, K, **settings).scaling == pytest.approx(scaling)
+
+
+def test_initial_factors() -> None:
+    """Orthonormal columns, uniform over all of them; bounds and deviations of the others. Times 0.4."""
+    for features, rank in ((12, 5), (5, 12)):
+        A = LoTRFactors(features, features, rank).A.value.detach().double() / 0.4
+        gram = A.T @ A if rank < features else A @ A.T
+        assert relative(gram, torch.eye(min(rank, features), dtype=torch.float64)) < 1e-6
+    first = torch.stack([LoTRFactors(3, 3, 1).A.value[0, 0] for _ in range(200)])
+    assert abs(first.sign().mean().item()) < 0.3  # LAPACK's own signs are all the same
+    kaiming = LoTRFactors(64, 64, 16, init="kaiming").A.value / 0.4
+    assert 0.9 / 8 < kaiming.abs().max() <= 1 / 8
+    assert 0.9 < (LoTRFactors(64, 64, 16, init="normal").A.value / 0.4).std() < 1.1
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merge(kind: str, dtype: torch.dtype) -> None:
+    """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
+    net = Net(kind, dtype)
+    layer, x = net.layers[0], inputs(6, dtype=dtype)
+    A, B, G, W = map(copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
+    delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
+    assert relative(layer.delta_weight(), delta) < 1e-6
+    plain = layer.to_linear()
+    layer.merge()
+    ulp = torch.finfo(dtype).eps * (W + delta).abs()
+    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
+    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
+    assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
+    assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.state_dict()
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before) and torch.equal(layer(x), y) and layer.weight_backup is None
+    layer.merge(keep_backup=False)
+    assert layer.weight_backup is None
+    layer.unmerge()
+    assert relative(layer.weight, before.double()) < CLOSE[dtype]
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+
+
+def test_merge_that_is_not_finite_changes_nothing() -> None:
+    layer = Net("linear", torch.float16).layers[0]
+    layer.scaling = 1e6
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="finite"):
+        layer.merge(safe=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
+    net = Net("linear")
+    y = net(inputs(6).requires_grad_())
+    net.layers[0].merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(y).backward()
+
+
+def test_merge_refuses_weights_that_it_cannot_write() -> None:
+    layer = Net("linear").layers[0]
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    with pytest.raises(TypeError, match="merge: expected a weight that is a parameter"):
+        layer.merge()
+    wrapped = Net("wrapped").layers[0]
+    with pytest.raises(TypeError, match="merge: expected"):
+        wrapped.merge()
+    plain = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
+    nn.init.normal_(plain.core)
+    want = plain(inputs(6).float())
+    plain.merge()
+    assert relative(plain(inputs(6).float()), want.double()) < 1e-5
+    plain.unmerge()
+    plain.base_layer.register_forward_hook(lambda m, a, y: 2 * y)
+    with pytest.raises(TypeError, match="merge: expected a base that returns"):
+        plain.merge()
+
+
+class Quantised(nn.Module):
+    """A base whose weight is made by dequantize()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = K, K, None
+        self.codes = nn.Buffer(torch.randint(-7, 8, (K, K), dtype=torch.int8))
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() / 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.dequantize().T
+
+
+def test_quantised_bases(form: str) -> None:
+    base, x = Quantised(), inputs(6, dtype=torch.float32)
+    layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2), scaling=SCALING)
+    nn.init.normal_(layer.core)
+    want = base(x) + x @ layer.delta_weight().T
+    assert relative(layer(x), want.double()) < 1e-5
+    with pytest.raises(TypeError, match="dequantize"):
+        layer.merge()
+    layer.merge(dequantize=True)
+    assert relative(layer(x), want.double()) < 1e-5 and type(layer.base_layer) is nn.Linear
+    layer.unmerge()
+    assert layer.base_layer is base and relative(layer(x), want.double()) < 1e-5
+
+
+def test_to_base_gives_the_module_back() -> None:
+    for kind in ("linear", "conv1d", "wrapped"):
+        net = Net(kind)
+        layer = net.layers[0]
+        base, x = layer.to_base(), inputs(6)
+        assert not isinstance(base, type(layer)) and relative(base(x), layer.base(x)) < 1e-12
