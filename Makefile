@@ -86,7 +86,7 @@ serve-test: $(STAMPS)/need-test $(STAMPS)/vllm $(STAMPS)/data
 	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/serving $(ARGS)
 
 bench: $(STAMPS)/need-bench $(STAMPS)/build $(STAMPS)/data
-	@for program in layer model experts tasks shared host; do $(PY) -m bench.$$program $(ARGS) || exit 1; done
+	@$(PY) -m bench $(ARGS)
 
 # Installs nothing, because a machine with a GPU may have no network. The Python that has torch: PYTHON, .venv's, or python3.
 GPU_PY = $(or $(PYTHON),$(if $(wildcard $(PY)),$(PY),python3))

@@ -190,8 +190,7 @@ def points_of(kept: pd.DataFrame, task: str) -> list[Point]:
     untrained = own[own["method"].isin(("base", "head"))]["validation"].min()
     own = own[own["validation"].notna() & ~(own["validation"] > DIVERGED * untrained) & own["items"].notna()]
     rates = own.groupby(["method", "rank", "lr"])["seed"].nunique()
-    count = rates.max() if len(rates) else 0
-    found = []
+    count, found = rates.max() if len(rates) else 0, []
     for (method, rank), _ in own.groupby(["method", "rank"], sort=False):
         runs = own[(own["method"] == method) & (own["rank"] == rank)]
         lr = rates[method, rank].idxmax()
@@ -280,8 +279,7 @@ def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def runs_in(path: Path) -> pd.DataFrame:
     """The kept runs, with the columns that are used here even where none is kept."""
-    kept = read(path)
-    used = (*Run._fields, "scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
+    kept, used = read(path), (*Run._fields, "scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
     return kept.reindex(columns=list(dict.fromkeys([*kept.columns, *used])))
 
 

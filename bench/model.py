@@ -5,10 +5,10 @@
     python -m bench.model --rivals frozen,lora-peft,lotr_ext,lotr_ext-compiled
     python -m bench.model --against ../other  another checkout's lotr_ext in turns with this one's
 
-Weights are random: times do not depend on them. A step is forward, a loss, backward, AdamW. All methods share the frozen
-weights. The gradients of our cores are compared with the three-line formula's first. "-as-lotr": LoRA or VeRA at the rank whose
-size is nearest to LoTR's, "-as-lora": LoTR at LoRA's (MiniLM, rank 16); "-core": only the cores are trained.
-Adapters have the dtype that their users get: PEFT's and ours float32, the original's the model's own.
+Weights are random: times do not depend on them. A step is forward, a loss, backward, AdamW; the frozen model goes forward and
+backward through all layers too. All methods share its weights. The gradients of our cores are compared with the three-line
+formula's first. "-as-lotr": LoRA or VeRA at the rank whose size is nearest to LoTR's, "-as-lora": LoTR at LoRA's; "-core": only
+the cores are trained. Adapters have the dtype that their users get: PEFT's and ours float32, the original's the model's own.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 
 
 FORM = "{model} ({targets}), {batch} x {sequence} tokens, r {r}"
-SIDES = ("lora-peft", "lotr_ext")
-PROGRAM = Program("model", __doc__, cases, build, FORM, "lora-peft", slice_s=0.0, compared=SIDES, options=more_options)
+SIDES = ("frozen", "lora-peft", "lotr_ext")
+PROGRAM = Program("model", __doc__, cases, build, FORM, slice_s=0.0, compared=SIDES, options=more_options)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -72,8 +72,8 @@ class Batch:
         return self.tasks
 
 
-def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter], Callable, int]:
-    """(model, cores, a function that runs the batch, bytes of a task)."""
+def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[list[nn.Parameter], Callable, int]:
+    """(cores, a function that runs the batch, bytes of a task)."""
     from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
     model = apply_lotr(transformer(case, dtype, batch.device), LoTRConfig(rank=case["r"], target_modules=TARGETS))
@@ -93,7 +93,7 @@ def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[n
         with use_tasks(model, batch.index(way)) if way in BANKED else plain:
             return model(input_ids=batch.ids).logits
 
-    return model, cores, run, task_bytes
+    return cores, run, task_bytes
 
 
 def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
@@ -129,7 +129,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             run, task_bytes = peft_model(way, case, batch, dtype_of(case))
             steps[way] = Step({"forward": torch.no_grad()(lambda _, run=run: run())}, facts={"task_bytes": task_bytes})
             continue
-        _, cores, run, task_bytes = our_model(way, case, batch, dtype_of(case))
+        cores, run, task_bytes = our_model(way, case, batch, dtype_of(case))
         facts = {"task_bytes": 0 if way == "frozen" else task_bytes}
         if case["mode"] == "serve":
             steps[way] = Step({"forward": torch.no_grad()(lambda _, run=run: run())}, facts=facts)

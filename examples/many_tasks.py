@@ -32,10 +32,10 @@ def using(model: nn.Module, task: int) -> Callable[[list[list[int]]], torch.Tens
     return forward
 
 
-def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int) -> None:
+def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int, held_out: int) -> None:
     """Trains a task for each collection of texts, all in the same batches, and prints their accuracies."""
     tasks = [bank.add() for _ in SNIPPETS]
-    texts = [rated_texts(file, held_out=300) for file in SNIPPETS]
+    texts = [rated_texts(file, held_out) for file in SNIPPETS]
     data = [batches(tokenize([t for t, _ in own]), [c for _, c in own], 8, seed=0) for own, _ in texts]
     index = torch.tensor(tasks).repeat_interleave(8)
 
@@ -47,8 +47,8 @@ def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int) -> None:
     trained = [*bank.parameters(), *model.lotr_factors.parameters(), *model.head.parameters()]
     train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), loss)
     print(f"{'held-out accuracy with the cores of':36}", *(f"{file.split('.')[0]:>18}" for file in SNIPPETS))
-    for of, (_, held_out) in zip(SNIPPETS, texts):
-        ids, labels = tokenize([t for t, _ in held_out]), torch.tensor([c for _, c in held_out])
+    for of, (_, rest) in zip(SNIPPETS, texts):
+        ids, labels = tokenize([t for t, _ in rest]), torch.tensor([c for _, c in rest])
         right = [(predict(using(model, task), ids).argmax(1) == labels).double().mean().item() for task in tasks]
         print(f"{of:36}", *(f"{100 * r:16.1f} %" for r in right))
 
@@ -68,11 +68,11 @@ def times(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
 
 
 def main(words: list[str] | None = None) -> None:
-    options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, rounds=15)
+    options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
     model, tokenize = minilm_classifier()
     apply_lotr(model, LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]))
     bank = TaskBank(model, options.tasks).requires_grad_()
-    train_tasks(model, bank, tokenize, options.steps)
+    train_tasks(model, bank, tokenize, options.steps, options.held_out)
     while len(bank) < options.tasks:  # copies of the trained ones fill the other slots
         bank.add(bank.cores_of(len(bank) % len(SNIPPETS)))
     size = sum(core[0].numel() * core.element_size() for core in bank.cores)

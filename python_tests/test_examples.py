@@ -16,8 +16,8 @@ MINILM = ROOT / "data" / "all-minilm-l6-v2"
 QUICK = {  # program: (arguments, words of its output)
     "custom_model": ("", ["parameters are trained", "the same outputs"]),
     "finetune_text": ("--steps 2 --batch 4 --held-out 40 --out {out}", ["LoTR", "LoRA (PEFT)", "table.json"]),
-    "many_tasks": ("--tasks 70 --steps 2 --rounds 1", ["70 tasks of 36 KiB", "64 tasks in the batch"]),
-    "per_example": ("--examples 3 --rounds 1", ["relative difference to a loop", "gradient"]),
+    "many_tasks": ("--tasks 70 --steps 2 --held-out 20 --rounds 1", ["70 tasks of 36 KiB", "64 tasks in the batch"]),
+    "per_example": ("--examples 3", ["relative difference to a loop", "gradient"]),
     "evolve": ("--generations 2 --members 4 --rows 4 --head-steps 2 --held-out 40", ["held-out accuracy", "of 768 numbers"]),
     "causal_lm": ("--steps 2 --length 16 --new-tokens 3 {language} --out {out}", ["held-out loss", "fresh model"]),
     "serve": ("--tasks-only --steps 2 {language} --out {out}", ["three tasks"]),

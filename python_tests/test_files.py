@@ -202,6 +202,7 @@ def test_loads_what_older_code_saved(folder: str, tmp_path: Path) -> None:
     name, expected = OLD_NETS[folder], load_file(OLD / folder / "expected.safetensors")
     model = load_adapter(zoo.net(name), OLD / folder)
     assert relative(zoo.output(model, expected["x"]), expected["y"]) < 1e-6
+    assert {layer.scaling for layer in adapted_layers(model).values()} == {model.lotr_config.s}
     adapted = apply_lotr(zoo.net(name), model.lotr_config)
     load_adapter(adapted, OLD / folder)
     save_adapter(model, tmp_path)

@@ -44,7 +44,7 @@ def test_the_wheel_serves_every_python_and_has_the_package_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    modules = {f"lotr_ext/{path.name}" for path in (ROOT / "lotr_ext").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lotr_ext").rglob("*.py")}
     packed = {name for name in names if name.startswith("lotr_ext/")}
     assert packed == modules | {"lotr_ext/_C.abi3.so"} and all(name.startswith("lotr_ext") for name in names)
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata

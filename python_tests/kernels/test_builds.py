@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from cases import KERNELS
+from sweep import PIPELINE, failures, problems
 
 from csrc.simt import build
 
@@ -60,10 +61,39 @@ def test_every_line_of_the_kernels_runs() -> None:
     assert ran / total >= 0.98
 
 
-@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.full)])
-def test_each_synchronisation_left_out_is_noticed(every: int) -> None:
-    command = [sys.executable, str(HERE / "mutate_kernels.py"), "--every", str(every)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d+ of \d+ places left out, 0 survived$", done.stdout, re.MULTILINE)
+# ---- each barrier, commit and wait left out: the executor skips the operation at one line of the sources ----
+
+Site = tuple[str, str, int]  # operation, file, line
+FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/")
+
+
+def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
+    """Each place where the mma kernels synchronise, and the kernels that reach it. gemm_lotr's: test_gemm_lotr.py."""
+    sites: dict[Site, list[str]] = {}
+    for kernel in KERNELS:
+        lib.reset_counters()
+        assert not failures(lib, problems(PIPELINE, ["bf16"], [kernel]), ["forward"])
+        for op, file, line, calls in lib.synchronisation_sites():
+            path = Path(file).resolve().as_posix()
+            found = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
+            if found and calls and not op.startswith("griddepcontrol"):  # whose absence is an error of its own
+                sites.setdefault((op, found[0], line), []).append(kernel)
+    return sites
+
+
+def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
+    """By wrong values or an error in some schedule, else by the race detector."""
+    sites, unnoticed = synchronisation_sites(lib), []
+    assert {op for op, _, _ in sites} == {"__syncthreads", "__syncwarp", "cp.async.commit_group", "cp.async.wait_group"}
+    try:
+        for (op, file, line), kernels in sites.items():
+            lib.skip_synchronisation(file, line)
+            if not failures(lib, problems(PIPELINE, ["bf16"], kernels), ["forward", "reverse", "101"], first=True):
+                unnoticed.append((op, file, line, kernels))
+    finally:
+        lib.skip_synchronisation("", 0)
+    for op, file, line, kernels in unnoticed:
+        with pytest.raises(AssertionError, match="data race"):
+            sweep("race", "--schedules", "forward", "--kernels", ",".join(kernels), "--skip", f"{file}:{line}", kind="bf16")
+        print(f"{op} at {file}:{line}: the race detector alone")
+    print(f"{len(sites)} places left out")

@@ -1,6 +1,6 @@
 """Bugs planted into copies of the kernels, one at a time: each is noticed by the means named here.
 
-mutate_kernels.py leaves out barriers and waits; these are the mistakes that it cannot make. gemm_lotr's: test_gemm_lotr.py.
+test_builds.py leaves out barriers and waits; these are other mistakes. gemm_lotr's: test_gemm_lotr.py.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ BUGS: dict[str, Bug] = {
     ),
     # shrink
     "one_group_too_few": Bug(
-        MMA, SHRINK, "ptx::cp_async_wait<STAGES - 2>();", "ptx::cp_async_wait<STAGES - 1>();", "shrink", ": u: "
+        MMA, SHRINK, "ptx::cp_async_wait<STAGES - 2>();", "ptx::cp_async_wait<STAGES - 1>();", "shrink", "in flight|: u: "
     ),
     "A_stays": Bug(
         MMA, SHRINK, "a.m = 0, ++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "a.m = 0, ++a.step;", "shrink", ": u: "

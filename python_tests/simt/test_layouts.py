@@ -4,7 +4,6 @@ which row and column a lane's register holds, where a swizzle puts an element.""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -122,18 +121,3 @@ def test_wgmma(printed: dict, major: str) -> None:
     whole, part = gather(out[:, : N // 2], d_wgmma, (64, N)), gather(out[:, N // 2 : N], d_wgmma, (64, N))
     assert np.abs(whole - (at_first + a @ b.T)).max() < 1e-3
     assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3
-
-
-@pytest.mark.full
-def test_layouts_are_those_of_cute(tmp_path: Path) -> None:
-    """programs/cute_layouts.cpp: tiles, descriptors and accumulators."""
-    cutlass = Path(os.environ.get("CUTLASS_HOME", "/nowhere")) / "include"
-    if not (cutlass / "cute").is_dir():
-        pytest.skip("no CUTLASS: set CUTLASS_HOME to a checkout")
-    cuda = build.cuda_include()
-    command = [build.compiler(), "-std=c++17", "-w", f"-I{cutlass}", f"-I{cuda}", f"-I{cuda / 'cccl'}"]
-    source, compare = str(PROGRAMS / "cute_layouts.cpp"), str(tmp_path / "compare")
-    built = subprocess.run([*command, source, "-o", compare], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([compare], capture_output=True, text=True)
-    assert done.returncode == 0 and " 0 of " in done.stdout, done.stdout

@@ -73,8 +73,7 @@ std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r,
   return cuda::plan_text({type, device.card, nullptr, device.early}, op, M, N, r, r_out);
 }
 
-// For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
-// again.
+// Where threads synchronise: test_builds.py leaves out each place.
 py::list synchronisation_sites_py() {
   py::list sites;
   for (const SynchronisationSite& s : synchronisation_sites())
