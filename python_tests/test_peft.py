@@ -365,3 +365,15 @@ def test_only_a_plain_product_is_merged_into(kind: str) -> None:
         with pytest.raises(TypeError, match=r"merge: expected a .* \(blocks.0.q\)"):
             merge()
     assert torch.equal(output(model, x), y)
+
+
+@pytest.mark.parametrize("train", [["core"], ["A", "core"], ["B", "core"]], ids="+".join)
+def test_only_the_named_parts_are_trained(train: list[str]) -> None:
+    """Also after another adapter was active."""
+    model = peft.get_peft_model(zoo.net("attention"), config("attention", train=train))
+    model.add_adapter("other", config("attention"))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    parts = {"core" if ".core" in key else "A" if ".A" in key else "B" for key in trained}
+    assert parts == set(train) and all("default" in key for key in trained)
