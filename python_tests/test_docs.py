@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -150,15 +149,3 @@ def test_a_pages_fences_links_and_paths(page):
 def test_the_api_page_has_every_public_name():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     assert [name for name in lotr_ext.__all__ if f"::: lotr_ext.{name}\n" not in page] == []
-
-
-@pytest.mark.slow
-def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
-    pytest.importorskip("mkdocs", reason="mkdocs is missing: make docs installs it")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    for page in tmp_path.rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|iframe|source)[^>]* src="([^"]+)"', page.read_text(encoding="utf-8"))
-        assert not [address for address in loaded if re.match(r"(?:https?:)?//", address)], page.name

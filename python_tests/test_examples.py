@@ -64,8 +64,3 @@ def test_an_example_runs(program, language, tmp_path):
 def test_a_wrong_option_ends_with_one_line():
     done = run("per_example", "--rank", "0")
     assert done.returncode == 2 and "--rank: expected at least 1, got 0" in done.stderr.splitlines()[-1]
-
-
-def test_every_example_is_run_here():
-    programs = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common", "data"}
-    assert programs == set(QUICK)
