@@ -133,5 +133,5 @@ def test_each_place_of_a_grid_has_its_own_layer_and_kind(form: Callable[..., Cor
     with torch.no_grad():
         made.layer.copy_(torch.arange(3.0).view(3, *(1,) * (made.layer.dim() - 1)).expand_as(made.layer))
         made.kind.copy_(torch.tensor([1.0, 10.0]).view(2, *(1,) * (made.kind.dim() - 1)).expand_as(made.kind))
-    found = [float(made.at(place)()[0, 0]) for place in places]
+    found = [made.at(place)()[0, 0].item() for place in places]
     assert len(set(found[2:])) == 4 and found[3] == 10 * found[2] and found[4] == 2 * found[2]
