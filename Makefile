@@ -75,7 +75,8 @@ $(STAMPS)/vllm: requirements/vllm.txt .ci/make_vllm | $(STAMPS)/build
 demo: $(STAMPS)/need-demo $(STAMPS)/build $(STAMPS)/data
 	@$(PY) examples/finetune_text.py $(ARGS)
 
-CHECKED := python_tests/test_operators.py python_tests/test_layers.py python_tests/test_bad_input.py
+CHECKED := python_tests/test_operators.py python_tests/test_layers.py python_tests/test_bad_input.py \
+  $(foreach kernel,shrink expand_add,"python_tests/kernels/test_kernels.py::test_kernel[$(kernel)-bf16]")
 check: $(STAMPS)/need-test $(STAMPS)/build
 	@$(PY) -m pytest -q $(TWO) $(CHECKED) $(ARGS)
 
