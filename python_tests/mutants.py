@@ -39,7 +39,7 @@ TESTS = {  # file: the tests that are run, in this order
     "targets.py": ("test_models.py", BAD),
     "model.py": ("test_models.py", "test_init.py", "test_files.py", BAD),
     "tasks.py": ("test_tasks.py", "test_models.py", BAD),
-    "files.py": ("test_files.py", "test_models.py", BAD),
+    "files.py": ("test_files.py", "test_models.py", BAD, "test_peft.py"),
     "wrapped.py": (MERGING, "test_quantised.py"),
     "cores.py": ("test_cores.py", "test_models.py", "test_files.py"),
     "experts.py": ("test_experts.py", "test_models.py"),

@@ -124,3 +124,14 @@ def test_in_a_sequential_model() -> None:
     want = model(x)
     apply_lotr(model, LoTRConfig(rank=R, core="diagonal"))
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("form", [FORMS["cp"], FORMS["train"]])
+def test_each_place_of_a_grid_has_its_own_layer_and_kind(form: Callable[..., Cores]) -> None:
+    places = [(layer, kind) for layer in ("a", "b", "c") for kind in ("up", "down")]
+    made = form(places, 2)
+    with torch.no_grad():
+        made.layer.copy_(torch.arange(3.0).view(3, *(1,) * (made.layer.dim() - 1)).expand_as(made.layer))
+        made.kind.copy_(torch.tensor([1.0, 10.0]).view(2, *(1,) * (made.kind.dim() - 1)).expand_as(made.kind))
+    found = [made.at(place)()[0, 0].item() for place in places]
+    assert len(set(found[2:])) == 4 and found[3] == 10 * found[2] and found[4] == 2 * found[2]
