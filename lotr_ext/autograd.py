@@ -428,7 +428,8 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
 
 
 def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tensor:
-    """The layer as nodes: one alone where x is small, else Layer after Shrink, which siblings share."""
+    """The layer as nodes: one by itself where x is small or no other layer has A, else Layer after Shrink, which siblings
+    share."""
     if x.dim() > 2 and not x.is_contiguous():
         x = x.contiguous()  # the operators take leading dimensions that lie as one
     (of_A, of_B), half = factors, x.dtype == torch.float16
@@ -439,11 +440,11 @@ def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tenso
     tokens = x.numel() // x.shape[-1] if x.numel() else 0  # under torch.compile a symbol, which gets no guard
     order = ops.product_order(tokens, x.dtype, x.device)
     known = isinstance(tokens, int)
-    little = half or (known and tokens * x.shape[-1] * (core.shape[0] + 16) < LITTLE_WORK)
+    by_itself = half or of_A.layers == 1 or (known and tokens * x.shape[-1] * (core.shape[0] + 16) < LITTLE_WORK)
     keeps_x = x.requires_grad and not A.requires_grad and not half  # alone, a layer keeps x, which a frozen A does not need
-    if little and y is None and index is None and not p and not keeps_x:
+    if by_itself and y is None and index is None and not p and not keeps_x:
         u, shrunk = None, None
-        if half or tokens < FEW_TOKENS:
+        if half or (known and tokens < FEW_TOKENS):
             order += UNFOLDED
     else:
         shrunk = of_A.shrunk(x, A, p, user)
