@@ -77,16 +77,17 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     }
 
 
-def show(runs: list[dict], path: Path) -> None:
-    """Prints the table and draws the losses."""
+def show(runs: list[dict], held_out: int, path: Path) -> None:
+    """Prints the table, with 95 % intervals over the held-out texts, and draws the losses."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     print(f"{'method':12} {'trained numbers':>16} {'accuracy':>24} {'s a step':>9} {'peak memory':>12}")
     for name in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == name]
-        right = [100 * run["accuracy"] for run in own]
-        accuracy = f"{statistics.fmean(right):.1f} % ({min(right):.1f} to {max(right):.1f})"
+        right = statistics.fmean(run["accuracy"] for run in own)
+        half = 1.96 * (right * (1 - right) / held_out) ** 0.5  # all seeds have the same held-out texts
+        accuracy = f"{100 * right:.1f} % ({100 * (right - half):.1f} to {100 * (right + half):.1f})"
         step, peak = statistics.median(run["seconds a step"] for run in own), max(run["peak MiB"] for run in own)
         print(f"{name:12} {own[0]['trained numbers']:16,} {accuracy:>24} {step:9.3f} {peak:8,.0f} MiB")
         mean = torch.tensor([run["losses"] for run in own]).mean(0)
@@ -107,7 +108,7 @@ def main(words: list[str] | None = None) -> None:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 runs.append(pool.submit(run, method, seed, options).result())
     (options.out / "table.json").write_text(json.dumps({"options": vars(options), "runs": runs}, indent=1, default=str))
-    show(runs, options.out / "curves.png")
+    show(runs, options.held_out, options.out / "curves.png")
     print(f"{time.perf_counter() - begun:.0f} s; curves.png, table.json and the adapters are in {options.out}")
 
 
