@@ -1,10 +1,9 @@
 """Fine-tune a pretrained text encoder with LoTR, with LoRA of the same rank, and with a new head alone, and compare them.
 
     python examples/finetune_text.py                  MiniLM on snippets of movie reviews, as `make demo` runs it
-    python examples/finetune_text.py --seeds 3        three seeds a method: means and ranges
+    python examples/finetune_text.py --seeds 3        three seeds a method
 
-Each method trains in its own process, so that its peak memory is known. LoTR and LoRA train at the same learning rate. Writes
-curves.png, table.json and the adapters to demo_results/. No network is used.
+LoTR and LoRA train at the same learning rate. Results go to demo_results/: curves.png, table.json and the adapters.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def optimizer_of(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def run(method: str, seed: int, options: argparse.Namespace) -> dict:
-    """Trains, measures and saves one method, in its own process."""
+    """Trains, measures and saves one method, in its own process, so that its peak memory is known."""
     torch.set_num_threads(options.threads)
     examples, held_out = rated_texts("movie_snippets.tsv", options.held_out)
     model, tokenize = minilm_classifier(seed=seed)
@@ -86,8 +85,8 @@ def show(runs: list[dict], held_out: int, path: Path) -> None:
     for name in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == name]
         right = statistics.fmean(run["accuracy"] for run in own)
-        half = 1.96 * (right * (1 - right) / held_out) ** 0.5  # all seeds have the same held-out texts
-        accuracy = f"{100 * right:.1f} % ({100 * (right - half):.1f} to {100 * (right + half):.1f})"
+        low, high = (right + sign * 1.96 * (right * (1 - right) / held_out) ** 0.5 for sign in (-1, 1))
+        accuracy = f"{100 * right:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
         step, peak = statistics.median(run["seconds a step"] for run in own), max(run["peak MiB"] for run in own)
         print(f"{name:12} {own[0]['trained numbers']:16,} {accuracy:>24} {step:9.3f} {peak:8,.0f} MiB")
         mean = torch.tensor([run["losses"] for run in own]).mean(0)

@@ -45,18 +45,18 @@ from . import ops
 from .config import TASKS, LoTRConfig
 from .files import (
     VERSION,
-    _config_of_version_1,
-    _start_key,
     checked_path,
+    config_of_version_1,
     put_file,
     read,
     read_bytes,
     save_adapter,
+    start_key,
     tensors_in,
     write,
 )
 from .functional import check_dtype, check_number, check_rank
-from .init import START, _padded, leading
+from .init import START, leading, padded
 from .linear import LoTRConv1D
 from .model import layers_in
 from .targets import group_of, name_ends_with
@@ -188,7 +188,7 @@ def lora_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: st
     found = {}
     for name, entry in document["layers"].items():
         A, B, core = (tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
-        start = [tensors.get(key) for key in (_start_key(entry["A"]), _start_key(entry["B"]), f"{name}.start_core")]
+        start = [tensors.get(key) for key in (start_key(entry["A"]), start_key(entry["B"]), f"{name}.start_core")]
         experts, side = entry.get("experts", 0), None
         name = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if experts else name
         if experts and form == "vllm-shared":  # the side of the intermediate size
@@ -443,7 +443,7 @@ def _read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     known = isinstance(told, list) and all(isinstance(one, dict) and "factors" in one for one in told)
     _expect(known, directory / CONFIG_NAME, "layers with their factors", f"{told!r:.80}")
     values = {name: tuple(v) if isinstance(v := content[name], list) else v for name in names if name in content}
-    config = LoTRConfig.from_dict(_config_of_version_1(values))
+    config = LoTRConfig.from_dict(config_of_version_1(values))
     plain = config.core == "dense" and content.get("bias", "none") == "none"
     _expect(plain, directory, "dense cores and no biases", f"core {config.core!r}, bias {content.get('bias')!r}")
     for key, tensor in _tensors_of_peft(directory).items():
@@ -565,7 +565,7 @@ def _tucker2(pairs: Sequence[tuple[Tensor, Tensor]], rank: tuple[int, int]) -> t
             break
         before = captured
     cores = [pad((A.mT @ V) @ (U.mT @ B), (0, rank[1] - B.shape[1], 0, rank[0] - A.shape[1])) for U, V in pairs]
-    return _padded(A, rank[0]), _padded(B, rank[1]), cores
+    return padded(A, rank[0]), padded(B, rank[1]), cores
 
 
 _ORIGINAL = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")

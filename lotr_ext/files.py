@@ -211,7 +211,7 @@ def _check_document(path: Path, content: dict[str, Any]) -> None:
     try:
         if content.setdefault("config", None) is not None:
             values = _entry(path, content, "config", dict)
-            content["config"] = LoTRConfig.from_dict(_config_of_version_1(values) if old else values)
+            content["config"] = LoTRConfig.from_dict(config_of_version_1(values) if old else values)
         for name in layers:
             entry = layers[name] = {"experts": 0, **_entry(path, layers, name, dict)}
             if old:
@@ -227,7 +227,7 @@ def _check_document(path: Path, content: dict[str, Any]) -> None:
         raise ValueError(f"{path}: expected layers, and modules_to_save by name, got {len(layers)} layers and {saved!r:.80}")
 
 
-def _config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """Version 1 had a scaling None, which meant alpha / r with alpha = r; "auto" for other initial factors; and magnitudes."""
     found = dict(values)
     if found.pop("magnitude", False):
@@ -250,7 +250,7 @@ def _factors_of_version_1(factors: str | list) -> dict[str, str]:
     return {"A": A, "B": B}
 
 
-def _start_key(key: str) -> str:
+def start_key(key: str) -> str:
     """The name of a factor's start; version 1 had a pair's in one module."""
     owner, _, own = key.rpartition(".")
     return f"{owner}.start" if own == "value" else f"{owner}.start_{own}"
@@ -347,7 +347,7 @@ def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[
         for factor in (layer.factors.A, layer.factors.B):
             if factor not in names:
                 raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
-            tensors |= {names[factor]: factor.value, _start_key(names[factor]): factor.start}
+            tensors |= {names[factor]: factor.value, start_key(names[factor]): factor.start}
         entries[name] = {
             "A": names[layer.factors.A],
             "B": names[layer.factors.B],
@@ -475,11 +475,11 @@ def _check(
     saved = sorted(saved_modules(model, config)) if config else []
     if saved != sorted(document["modules_to_save"]):
         raise ValueError(f"modules_to_save: expected {saved} as in the model, got {sorted(document['modules_to_save'])}")
-    to_file = {here: file for file, here, _ in pairs} | {_start_key(here): _start_key(file) for file, here, _ in pairs}
+    to_file = {here: file for file, here, _ in pairs} | {start_key(here): start_key(file) for file, here, _ in pairs}
     targets: dict[str, Tensor | None] = {to_file.get(key, key): tensor for key, tensor in own.items()}
     for name, layer in layers.items():  # starts: those of the file, whatever the model's are
         A, B = layer.factors.A, layer.factors.B
-        starts = {_start_key(entries[name][part]): factor.value for part, factor in (("A", A), ("B", B))}
+        starts = {start_key(entries[name][part]): factor.value for part, factor in (("A", A), ("B", B))}
         starts[f"{name}.start_core"] = layer.core
         if has_start := not starts.keys().isdisjoint(tensors):
             layer._weight_to_write("load_adapter")
@@ -532,9 +532,9 @@ def _fill(
             set_start(group, None)
         for name, layer in zip(names, group):
             layer.scaling, layer.dropout = entries[name]["scaling"], float(entries[name]["dropout"])
-        if _start_key(A) in tensors:
+        if start_key(A) in tensors:
             cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
-            set_start(group, (tensors[_start_key(A)], tensors[_start_key(B)], cores))
+            set_start(group, (tensors[start_key(A)], tensors[start_key(B)], cores))
     for key, target in targets.items():
         if target is not None and ".start" not in key:
             write_(target, tensors[key])

@@ -115,7 +115,7 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
     return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]
 
 
-def _padded(vectors: Tensor, r: int) -> Tensor:
+def padded(vectors: Tensor, r: int) -> Tensor:
     """[d, r], with unit vectors in the columns that vectors [d, c] lacks."""
     (d, c), unit = vectors.shape, torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device)
     return torch.cat([vectors, unit[:, torch.arange(max(r - c, 0), device=vectors.device) % d]], 1)
@@ -141,7 +141,7 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
             break
     cores = torch.zeros(len(stack), *rank, dtype=torch.float64, device=A.device)
     cores[:, :r_in, :r_out] = torch.stack([A.T @ w.T @ B for w in stack])
-    return _padded(A, rank[0]), _padded(B, rank[1]), cores
+    return padded(A, rank[0]), padded(B, rank[1]), cores
 
 
 # ---- from the gradients ----------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def directions_of_gradients(
             found[factor] = leading([part.double() for part in parts], found[factor].shape[1]).to(found[factor])
         if progress:
             print(f"init_from_gradient: pass {step + 1} of 3 over {len(batches)} batches", flush=True)
-    return [(factor.value, START * _padded(new[:, : factor.rank].double(), factor.rank)) for factor, new in found.items()]
+    return [(factor.value, START * padded(new[:, : factor.rank].double(), factor.rank)) for factor, new in found.items()]
 
 
 def _pass(

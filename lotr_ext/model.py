@@ -100,7 +100,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         if plain:
-            _without_adapters(model, layers_in(model))
+            without_adapters(model, layers_in(model))
         for p, requires_grad in before:
             p.requires_grad_(requires_grad)
         raise
@@ -144,7 +144,7 @@ def install(
     if callable(config.group_by):  # a callable cannot be pickled or saved; the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
-    _fast_paths(model, on=False)
+    fast_paths(model, on=False)
     _waiting.add(model)
 
 
@@ -236,7 +236,7 @@ def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | No
         weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) - delta)
 
 
-def _fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
+def fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
     """Turns fast paths off, or on again, in modules with adapted layers. nn.TransformerEncoderLayer's reads the weights of its
     linear layers without calling them, and nn.TransformerEncoder makes nested tensors for it. Both depend on attributes that
     nothing else reads."""
@@ -596,17 +596,17 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
         _merge_all(model, {n: m for n, m in layers.items() if not m.merged}, False, False, dequantize)
     for layer in () if merge else merged.values():
         layer.unmerge()
-    return _without_adapters(model, layers)
+    return without_adapters(model, layers)
 
 
-def _without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
+def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
     if hasattr(model, "lotr_tasks"):
         model.lotr_tasks.remove_hooks()
     for host in {id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")}.values():
         release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
-    _fast_paths(model, on=True)
+    fast_paths(model, on=True)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
 from .cores import FORMS
-from .files import _config_of_version_1
+from .files import config_of_version_1
 from .functional import check_rank
 from .init import fill_core_
 from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
-from .model import _fast_paths
-from .targets import Target, _check_layer, _check_targets, _reason, group_of, tied_names
+from .model import fast_paths
+from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
 from .wrapped import LoTRWrapped, layer_class
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
@@ -164,7 +164,7 @@ class LoTRPeftConfig(PeftConfig):
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """As PEFT's. Also reads the files of the first version, in which "auto" was without START."""
         if kwargs.get("scaling") in (None, "auto"):
-            kwargs["scaling"] = _config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})["scaling"]
+            kwargs["scaling"] = config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})["scaling"]
         former = {name: kwargs.pop(name) for name in _FORMER if name in kwargs}
         cls.__new__(cls, **former)  # raises for values that cannot be ignored
         return super().from_peft_type(**kwargs)
@@ -407,11 +407,11 @@ class LoTRPeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
-        _fast_paths(self.model, on=False, adapted=LoTRPeftLinear)
+        fast_paths(self.model, on=False, adapted=LoTRPeftLinear)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        _fast_paths(model, on=True)
+        fast_paths(model, on=True)
         return model
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -423,11 +423,11 @@ class LoTRPeftModel(BaseTuner):
         config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
         for name, module in self._matching(config, model).items():
             module = module.base_layer if isinstance(module, LoTRPeftLinear) else module
-            sizes, reason = features(module), _reason(model, module, [name], tied)
+            sizes, reason = features(module), why_not_adapted(model, module, [name], tied)
             if everything and reason is not None:
                 config.target_modules.discard(name)
                 continue
-            _check_layer(name, module, sizes, reason)
+            check_layer(name, module, sizes, reason)
             targets.append(target := Target((name,), module, *sizes, group_of(name, module, sizes, config.group_by)))
             owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
             factors = [f"lotr_factors.{owner}" for owner in owners]
@@ -435,7 +435,7 @@ class LoTRPeftModel(BaseTuner):
             layers.append({"name": name, "factors": factors if len(factors) > 1 else factors[0], **sizes_of})
         if not targets:
             return  # PEFT raises a detailed error
-        _check_targets(targets, config.to_lotr())
+        check_targets(targets, config.to_lotr())
         self._groups = {target.name: target.group for target in targets}
         at = {str(layer.get("name")): i for i, layer in enumerate(config.layers or ())}
         if at.keys() == self._groups.keys():  # a loaded adapter: computed cores are in its order

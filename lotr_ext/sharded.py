@@ -47,9 +47,9 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises as `lotr_ext.save_adapter`; RuntimeError in all other processes if one of them fails.
     """
-    inner, path = _unwrapped(model), files.checked_path(directory, "directory")
+    inner, path = unwrapped(model), files.checked_path(directory, "directory")
     _reshard(inner)
-    document, tensors = files.contents(inner, _whole)
+    document, tensors = files.contents(inner, whole)
 
     def write() -> None:
         if _processes() == 1 or dist.get_rank() == 0:
@@ -67,7 +67,7 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
 
     Raises as `lotr_ext.load_adapter`; RuntimeError in all other processes if one of them fails.
     """
-    inner, path = _unwrapped(model), files.checked_path(directory, "directory")
+    inner, path = unwrapped(model), files.checked_path(directory, "directory")
     document, tensors = _agreed("load_adapter", lambda: files.read(path))
     _reshard(inner)
     files.load_into(inner, document, tensors, cast=cast, write_=_write)
@@ -83,7 +83,7 @@ def _class(module: str, name: str) -> type | tuple[()]:
     return getattr(sys.modules.get(module), name, ())
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile and DeepSpeed's engine."""
     wrappers = nn.parallel.DistributedDataParallel, _class("deepspeed.runtime.engine", "DeepSpeedEngine")
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
@@ -106,7 +106,7 @@ def _zero_gathered(tensor: Tensor, modifier_rank: int | None = None) -> Any:
 
 
 @torch.no_grad()
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The whole of a DTensor or of a parameter of ZeRO-3, which all processes gather together; any other tensor as it is."""
     if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
         with _zero_gathered(tensor):
@@ -123,8 +123,8 @@ def _write(target: Tensor, value: Tensor) -> None:
     elif isinstance(target, _class("torch.distributed.tensor", "DTensor")):
         from torch.distributed.tensor import distribute_tensor
 
-        whole = value.to(target.device, target.dtype)
-        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+        given = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(given, target.device_mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(value)
     _write_master(target)

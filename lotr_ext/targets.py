@@ -97,7 +97,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         sizes = features(module)
         if not wanted or (sizes is None and isinstance(config.target_modules, str)):
             continue  # a regular expression is a filter over the layers that can be adapted
-        reason = _reason(model, module, names, tied)
+        reason = why_not_adapted(model, module, names, tied)
         if id(module) in inside:
             left_out[names[0]] = "trained whole: modules_to_save"
         elif any(_matches(name, config.exclude_modules) for name in names):
@@ -105,19 +105,19 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         elif config.everything and (reason or id(module) in outputs):
             left_out[names[0]] = reason or outputs[id(module)]
         else:
-            _check_layer(names[0], module, sizes, reason)
+            check_layer(names[0], module, sizes, reason)
             targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
     if config.everything:
         left_out |= _not_linear(places.values())
     targets += _expert_targets(model, config, inside)
-    _check_targets(targets, config)
+    check_targets(targets, config)
     return Selection(targets, saved, left_out if config.everything or isinstance(config.target_modules, str) else {})
 
 
 # ---- what cannot be adapted ------------------------------------------------------------------------------------------
 
 
-def _reason(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]) -> str | None:
+def why_not_adapted(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]) -> str | None:
     """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -147,7 +147,7 @@ def _other_result(module: nn.Module) -> str | None:
     return f"its forward returns {list(y.shape) if isinstance(y, Tensor) else 'a ' + type(y).__name__}, not x W^T"
 
 
-def _check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None) -> None:
+def check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None) -> None:
     if sizes is None:
         raise TypeError(
             f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
@@ -363,7 +363,7 @@ def closest(wanted: str, names: Iterable[str]) -> str:
     return f". The closest: {', '.join(map(repr, found))}." if found else ""
 
 
-def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
+def check_targets(targets: list[Target], config: LoTRConfig) -> None:
     if not targets:
         raise ValueError(
             f"target_modules: expected to match a linear layer, got {config.target_modules!r}, which matches none outside of "

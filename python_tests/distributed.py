@@ -77,7 +77,7 @@ def batch(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 
 def trained(net: nn.Module) -> dict[str, Tensor]:
     """The trained parameters, whole."""
-    found = {name: sharded._whole(p).detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+    found = {name: sharded.whole(p).detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -145,7 +145,7 @@ def saved_and_loaded(wrap: Callable[[Net], nn.Module], **settings: Any) -> float
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     one, two = wrap(build(**settings)), wrap(build(**settings))
-    train(sharded._unwrapped(one), [dist.get_rank()], one)
+    train(sharded.unwrapped(one), [dist.get_rank()], one)
     sharded.save_adapter(one, folder[0])
     sharded.load_adapter(two, folder[0])
     plain = build(**settings)

@@ -429,7 +429,7 @@ MUTANTS = [
     Mutant("files.py", "flags | os.O_NONBLOCK", "flags", "a FIFO hangs"),
     Mutant(
         "model.py",
-        "            _without_adapters(model, layers_in(model))\n",
+        "            without_adapters(model, layers_in(model))\n",
         "            pass\n",
         "a failed load leaves an adapter",
     ),

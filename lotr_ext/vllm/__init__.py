@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import _start_key, checked_path, read, read_bytes, save_adapter, tensors_in
+from ..files import checked_path, read, read_bytes, save_adapter, start_key, tensors_in
 from ..model import adapted_layers
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -100,7 +100,7 @@ def read_factors(directory: str | PathLike[str]) -> Factors:
     found = []
     for name, entry in document["layers"].items():
         A, B, experts = entry["A"], entry["B"], entry.get("experts", 0)
-        _check("LOTR_FACTORS", name, experts > 0, _start_key(A) in tensors, document["modules_to_save"])
+        _check("LOTR_FACTORS", name, experts > 0, start_key(A) in tensors, document["modules_to_save"])
         found.append((name, A, tensors[A], B, tensors[B]))
     return Factors.of(found)
 
