@@ -236,7 +236,7 @@ def test_what_a_dequantiser_returns_is_checked() -> None:
 def test_with_the_libraries() -> None:
     """torchao and bitsandbytes, in a process of their own."""
     if not LIBRARIES.is_dir():
-        pytest.skip("torchao and bitsandbytes are missing: run make test")
+        pytest.skip("torchao and bitsandbytes are missing: make quantized")
     path = os.pathsep.join(filter(None, [str(LIBRARIES), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "PYTHONPATH": path, "LOTR_QUANTISED": "1"}
