@@ -22,9 +22,9 @@ CXX_FILES := $(shell find csrc docs/teaching -name '*.h' -o -name '*.cpp' -o -na
 .PHONY: help demo check test bench gpu docs lint format wheel serve-test clean frameworks quantized vllm
 
 help:
-	@echo "make demo        fine-tune a pretrained transformer on real text with LoTR and LoRA (five minutes on two cores)"
+	@echo "make demo        fine-tune a pretrained transformer on real text with LoTR and LoRA (four minutes on two cores)"
 	@echo "make check       the tests to run while you work: operators, layers, a few kernels (90 seconds)"
-	@echo "make test        the tests (six minutes); with the slow ones, as CI: make test ARGS='-m \"not full\"'"
+	@echo "make test        the tests (five minutes); with the slow ones, as CI: make test ARGS='-m \"not full\"'"
 	@echo "make bench       the benchmarks of this machine; ARGS=--quick shows in minutes that they run"
 	@echo "make gpu         on a machine with a GPU, without network: build, tests and benchmarks, within ARGS=\"--budget 540\" seconds"
 	@echo "make docs        the site, in build-docs/          make lint, make format   style, the order of imports"
@@ -45,7 +45,7 @@ $(STAMPS)/need-%: requirements/%.txt requirements/build.txt requirements/demo.tx
 
 # setup.py prints its progress only where pip does not keep its output, so it compiles before pip registers the package.
 $(STAMPS)/build: $(NATIVE) | $(STAMPS)/need-build
-	@echo "setup: compiling the extension (40 s on two cores; with nvcc up to 3 minutes)"
+	@echo "setup: compiling the extension (30 s on two cores; with nvcc 90 s)"
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PY) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
