@@ -483,6 +483,13 @@ def onto_rows(
     return _compute(y, h, base, None, shared_B, None, 1.0, order)[0]
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts x; None where it leaves x as it is."""
+    if not _autocast() or x.dtype not in _CAST or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def lotr_linear(
     x: Tensor,
     W: Tensor | None,
@@ -503,11 +510,10 @@ def lotr_linear(
     adapter's x. index [b], [b, tokens] or [rows] (int64): which of core [c, r_in, r_out] a row uses, -1 for none.
     factors: what calls with this A and this B share; user: the calling layer, which gets each shared u once.
     """
-    if _autocast() and x.dtype in _CAST and torch.is_autocast_enabled(device := x.device.type):
-        dtype = torch.get_autocast_dtype(device)
+    if _autocast() and (dtype := autocast_dtype(x)) is not None:
         W, bias, y = (None if t is None else t.to(dtype) for t in (W, bias, y))
         x = x.to(dtype) if factors is None or torch.compiler.is_compiling() else factors[0].cast(x, dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return lotr_linear(x, W, bias, A, B, core, scaling, p, y, index, factors, user)
     if torch.compiler.is_compiling():
         if not torch.compiler.is_exporting():
@@ -560,7 +566,7 @@ open_requests: set[object] = set()  # the open contexts of all threads: while it
 
 @contextlib.contextmanager
 def requesting(states: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Context in which `requested(layer)` returns states[layer], in this thread and in the backwards that it starts.
+    """Context in which `requests().get(layer)` is states[layer], in this thread and in the backwards that it starts.
 
     The state is torch's own thread-local, which autograd carries into its threads, so a checkpoint recomputes with it if
     backward is called inside the context.

@@ -132,11 +132,10 @@ def _routed(
     user: object = None,
 ) -> Tensor:
     """lotr_grouped_linear without checks. index [rows]: the core of each row among cores [c, r_in, r_out]; None: by offs."""
-    if torch.is_autocast_enabled(device := x.device.type):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autograd.autocast_dtype(x)) is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         x = x.to(dtype) if factors is None else factors[0].cast(x, dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return _routed(x, weight, bias, offs, tokens, A, B, cores, scaling, p, index, factors, user)
     y = grouped_linear(x, weight, offs, bias, tokens)
     if torch.compiler.is_compiling() or autograd.obstacle(x, None, A, B, cores, y) is not None:
@@ -446,7 +445,7 @@ def _projected(
     a request's tasks are those of the tokens."""
     weight, bias = getattr(module, parameter), getattr(module, f"{parameter}_bias") if module.has_bias else None
     weight = weight.mT if module.is_transposed else weight
-    if not torch.is_autocast_enabled(x.device.type):
+    if autograd.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(module, CHILD)._modules.get(parameter)
     if layer is None:

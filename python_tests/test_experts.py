@@ -126,6 +126,13 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert y.dtype == torch.bfloat16 and worst([y], [want]) < 3e-2
 
 
+def test_autocast_leaves_float64_as_it_is() -> None:
+    given, tokens, leaves = make(True, False, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(given, tokens, leaves)
+    assert y.dtype == torch.float64 and worst([y], [definition(given, tokens, leaves)]) < 1e-12
+
+
 def test_module_shares_factors_with_a_linear_layer() -> None:
     """The gradients of A and B are sums over experts and a linear layer of the same shape."""
     factors = LoTRFactors(K, N, R, dtype=torch.float64)
