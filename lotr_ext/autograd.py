@@ -8,7 +8,7 @@ A forward of q, k and v on one x, and its backward:
                                  +--> Layer (route, u, B, G_k, W_k) --> y_k    each: dx += g W, k += g F on Shrink's node
                                  +--> Layer (route, u, B, G_v, W_v) --> y_v    then Shrink: dA += x^T k, dx += k A^T
 
-Shared    the identity on A or B. Layers add to one fp32 sum and return no gradient of A or B; autograd calls this node after all
+Shared    the identity on A or B. Layers add to one fp32 sum and return no gradient of A or B; autograd calls it after all
           of them, and it returns the sum.
 Shrink    u = drop(x) A, once for all layers on one x. `route` stands for x in the graph without holding its memory.
 RowCore   h_i = s u_i G_c(i), where rows have different cores. The layer is then y = x W^T + bias + h B^T.
