@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant("autograd.py", "if _functorch() or forward_ad", "if forward_ad", "kernels under functorch"),
     Mutant("autograd.py", "elif half:  # not folded", "elif False:  # not folded", "float16 folded after Shrink"),
-    Mutant("autograd.py", "if half or tokens < FEW_TOKENS:", "if tokens < FEW_TOKENS:", "float16 folded in one node"),
+    Mutant("autograd.py", "if half or (known and tokens < FEW_TOKENS):", "if known and tokens < FEW_TOKENS:", "float16 folded in one node"),
     Mutant(
         "autograd.py",
         "dx = _added(dx, (k @ A.to(k.dtype).mT) * mask if need_x else None)",
@@ -164,7 +164,7 @@ MUTANTS = [
         "if True:\n            return x.to(dtype)",
         "siblings cast x apart under autocast",
     ),
-    Mutant("autograd.py", "x.dtype in _CAST and", "", "autocast casts float64"),
+    Mutant("autograd.py", "or x.dtype not in _CAST ", "", "autocast casts float64"),
     Mutant("autograd.py", "ctx.shrunk = None\n", "pass\n", "u is reused after a backward began"),
     Mutant("autograd.py", "g.shape, g if need_y else None,", "g.shape, None,", "the base's gradient lost"),
     Mutant(
