@@ -33,7 +33,7 @@ TESTS = {  # file: the tests that are run, in this order
     "autograd.py": (LAYERS, PROGRAMS, "test_tasks.py", COMPILE, "test_frames.py"),
     "ops.py": (LAYERS, MERGING, "test_operators.py", BAD, "test_experts.py"),
     "functional.py": (BAD, LAYERS),
-    "linear.py": (MERGING, LAYERS, BAD, "test_models.py"),
+    "linear.py": (MERGING, LAYERS, BAD, "test_models.py", COMPILE),
     "init.py": ("test_init.py", MERGING, "test_models.py"),
     "config.py": (BAD, "test_models.py"),
     "targets.py": ("test_models.py", BAD),
@@ -126,7 +126,12 @@ MUTANTS = [
     ),
     Mutant("autograd.py", "if _functorch() or forward_ad", "if forward_ad", "kernels under functorch"),
     Mutant("autograd.py", "elif half:  # not folded", "elif False:  # not folded", "float16 folded after Shrink"),
-    Mutant("autograd.py", "if half or (known and tokens < FEW_TOKENS):", "if known and tokens < FEW_TOKENS:", "float16 folded in one node"),
+    Mutant(
+        "autograd.py",
+        "if half or (known and tokens < FEW_TOKENS):",
+        "if known and tokens < FEW_TOKENS:",
+        "float16 folded in one node",
+    ),
     Mutant(
         "autograd.py",
         "dx = _added(dx, (k @ A.to(k.dtype).mT) * mask if need_x else None)",
@@ -171,6 +176,33 @@ MUTANTS = [
         "autograd.py", '        torch._C._stash_obj_in_tls("lotr", before)', "        pass", "a request outlives its context"
     ),
     Mutant("autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"),
+    Mutant("autograd.py", "total.to(ctx.dtype)", "total", "a sum is not cast to the factor's dtype"),
+    Mutant(
+        "autograd.py", "return torch.is_grad_enabled(), hooks and", "return 0, hooks and", "u of no_grad is reused with a graph"
+    ),
+    Mutant(
+        "autograd.py",
+        "(W.requires_grad or (bias is not None and bias.requires_grad))",
+        "W.requires_grad",
+        "a trained bias alone",
+    ),
+    Mutant(
+        "autograd.py",
+        "expand(u, B, core, scaling), (u, B, core)",
+        "expand(u, B, core, 1.0), (u, B, core)",
+        "recorded without the scaling",
+    ),
+    Mutant("autograd.py", "found[1].to(cores.dtype)", "found[1]", "rows: the cores' gradient is not cast"),
+    Mutant("ops.py", "torch.where(index.unsqueeze(1) < 0, torch.zeros_like(h), h)", "h", "torch's products: -1 gets core 0"),
+    Mutant(
+        "linear.py", "return tuple(module.weight.shape)", "return tuple(module.weight.mT.shape)", "a Conv1D's sizes are swapped"
+    ),
+    Mutant(
+        "linear.py",
+        "if state is OFF:",
+        "if state is OFF and not torch.compiler.is_compiling():",
+        "compiled: disabled has no effect",
+    ),
     # formulas and checks
     Mutant("ops.py", "if core is None or u.dtype == torch.float16:", "if core is None:", "torch's products fold float16"),
     Mutant(
