@@ -49,6 +49,7 @@ _functorch = torch._C._are_functorch_transforms_active  # vmap, grad, jvp: kerne
 _tracing = torch._C._is_tracing  # torch.jit.trace and ONNX record torch's products; torch.jit.is_tracing is slower Python
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # selective checkpointing must see torch's products
 _autocast = torch._C._is_any_autocast_enabled  # torch.is_autocast_enabled raises for devices such as meta
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # torch.cuda.current_stream makes objects; none without CUDA
 _batched = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode"))
 
 _forward, _backward, _shrink, _shrink_backward = (
@@ -319,7 +320,7 @@ def _storage(t: Tensor) -> int:
 
 def _where(x: Tensor) -> tuple[object, ...]:
     """Where a call is: grad mode, checkpoint region, thread and stream. What it makes may be reused only there."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    stream = _stream(x.get_device()) if x.is_cuda else 0
     hooks = _saved_tensor_hooks(False)
     return torch.is_grad_enabled(), hooks and weakref.ref(hooks[0]), threading.get_ident(), stream
 
@@ -330,7 +331,7 @@ class FactorState:
 
     def __init__(self, layers: int = 0) -> None:
         self.layers = layers
-        self._node: tuple = (_NOTHING, None, _NOTHING)  # (the factor, its version and storage, the output of Shared)
+        self._node: tuple = (_NOTHING, None, _NOTHING)  # (the factor, its version, storage and stream, the output of Shared)
         self._input: tuple = (_NOTHING, None, _NOTHING, None)  # (x, key, Shrunk, ids of the layers that used it)
         self._cast: tuple = (_NOTHING, None, _NOTHING)  # (x, key, x in another dtype)
 
@@ -339,11 +340,11 @@ class FactorState:
 
     def shared(self, factor: Tensor) -> Tensor:
         """The output of Shared for the factor: the same one for all layers, as long as the factor is unchanged and a graph
-        holds it."""
+        holds it. Each CUDA stream has its own, because autograd orders only the gradients that it sees."""
         if not (factor.requires_grad and torch.is_grad_enabled()) or (self.layers == 1 and factor.is_leaf):
             return factor
         of, key, node = self._node
-        now = factor._version, _storage(factor)
+        now = factor._version, _storage(factor), _stream(factor.get_device()) if factor.is_cuda else 0
         if of() is factor and key == now and (found := node()) is not None:
             return found
         found = _run_shared(factor, sums := {})
