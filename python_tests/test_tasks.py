@@ -261,7 +261,7 @@ def test_columns_under_checkpoints_need_one_cache_a_context() -> None:
                          torch.zeros((), requires_grad=True), use_reentrant=False)  # fmt: skip
         with torch.no_grad():
             model(x, past_key_values=DynamicCache(config=model.config))
-        with pytest.raises(RuntimeError, match="one forward"):
+        with pytest.raises(RuntimeError, match="expected no cache"):
             two.sum().backward()
 
 
@@ -379,19 +379,6 @@ def test_a_changed_task_makes_an_older_backward_raise() -> None:
         y.sum().backward()
 
 
-def test_a_failed_write_leaves_the_slot_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = banked("mlp")
-    bank, good = model.lotr_tasks, [t.clone() for t in model.lotr_tasks.cores_of(0).values()]
-    bad = {name: torch.randn(3, 3) for name in bank.cores_of(0)}
-    bad[list(bad)[-1]] = torch.full((3, 3), float("inf"), dtype=torch.float64)
-    real, calls = bank._values(bad), []
-    real[-1] = torch.zeros(2, 2)  # fails in the middle of the write
-    monkeypatch.setattr(bank, "_values", lambda source: calls.append(1) or real)
-    with pytest.raises(RuntimeError):
-        bank.replace(0, bad)
-    assert calls and all(torch.equal(t, want) for t, want in zip(bank.cores_of(0).values(), good))
-
-
 def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -> None:
     model = banked("attention")
     model.lotr_tasks.save(0, path := tmp_path / "task.safetensors")
@@ -410,7 +397,6 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
         again.lotr_tasks.add(path)
     for value, kind in (
         (torch.zeros(3, 3, dtype=torch.int64), TypeError),
-        (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError),
         (torch.zeros(1, 1), ValueError),
         (torch.zeros(3), ValueError),
     ):
@@ -456,13 +442,6 @@ def test_a_task_s_file_fits_whatever_the_order_of_the_groups(tmp_path: Path) -> 
     banks[0].add()
     banks[0].save(0, tmp_path / "task.safetensors")
     banks[1].add(tmp_path / "task.safetensors")
-
-
-def test_a_layer_that_was_rescaled_is_refused() -> None:
-    model = banked("mlp")
-    model.blocks[0]["up"].scaling = 3.0
-    with pytest.raises(RuntimeError, match="scalings"), use_tasks(model, INDEX):
-        pass
 
 
 def test_a_single_layer_may_have_a_bank() -> None:

@@ -23,7 +23,7 @@ CHANGES = {
     "gone": "expected a safetensors file",
     "other factors": "expected a task over the engine's factors",
     "a LoRA": "expected a task by export_task, got an adapter of LORA",
-    "no JSON": "expected a directory of export_task",
+    "no JSON": "adapter: expected a JSON file",
 }
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, read, read_bytes, save_adapter, start_key, tensors_in
+from ..files import checked_path, json_in, read, save_adapter, start_key, tensors_in
 from ..model import adapted_layers
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -167,15 +167,11 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
     Raises ValueError: anything but a complete task over these factors, finite and of their shapes.
     """
     directory = Path(directory)
-    try:
-        config = json.loads(read_bytes(directory / CONFIG_NAME))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"adapter: expected a directory of export_task, got {directory} ({error})") from None
-    if not isinstance(config, dict) or CHECKSUM not in config:
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = json_in(directory / CONFIG_NAME, "adapter")
+    if CHECKSUM not in config:
         raise ValueError(
-            f"adapter: expected a task by export_task, got an adapter of {kind} in {directory}. An engine with LOTR_FACTORS "
-            f"serves only tasks."
+            f"adapter: expected a task by export_task, got an adapter of {config.get('peft_type')} in {directory}. An engine "
+            f"with LOTR_FACTORS serves only tasks."
         )
     if config[CHECKSUM] != factors.checksum:
         raise ValueError(
