@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,7 @@ from . import __version__
 from .config import DIAGONAL, LoTRConfig
 from .linear import LoTRFactor, LoTRLayer
 from .model import adapted_layers, cores_for, expect_merged, install, layers_in, set_start, unchanged_on_error
-from .targets import BESIDE, saved_modules, select
+from .targets import saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
 
@@ -48,6 +48,16 @@ def checked_path(path: object, name: str) -> Path:
     if not isinstance(path, (str, PathLike)):
         raise TypeError(f"{name}: expected a path, got {type(path).__name__} {path!r:.80}")
     return Path(path)
+
+
+def expect_names(what: str, want: Collection[str], got: Collection[str]) -> None:
+    """Raises ValueError unless `got`, names in a file, are those of the model."""
+    missing, foreign = sorted(set(want) - set(got)), sorted(map(str, set(got) - set(want)))
+    if missing or foreign:
+        raise ValueError(
+            f"{what}: expected the model's {len(want)}, got {len(got)}: missing {', '.join(missing[:5]) or 'none'}; not in the "
+            f"model {', '.join(foreign[:5]) or 'none'}"
+        )
 
 
 def put_file(directory: Path, name: str, data: bytes) -> None:
@@ -133,12 +143,11 @@ def _document(directory: Path) -> dict[str, Any]:
             f"first (huggingface_hub.snapshot_download)."
         )
     content = json_in(path, "directory")
-    if content.get("format") != "lotr":
-        raise ValueError(f'{path}: expected "format": "lotr", got {content.get("format")!r:.80}')
-    if (version := content.get("format_version")) not in (1, VERSION):
+    kind, version = content.get("format"), content.get("format_version")
+    if kind != "lotr" or version not in (1, VERSION):
         raise ValueError(
-            f"{path}: expected format_version up to {VERSION}, got {version!r:.80}, written by lotr_ext "
-            f"{content.get('lotr_ext_version')!r:.80}. A newer lotr_ext reads it."
+            f"{path}: expected format lotr of version up to {VERSION}, got {kind!r:.80} of version {version!r:.80}, written by "
+            f"lotr_ext {content.get('lotr_ext_version')!r:.80}. A newer lotr_ext reads a newer version."
         )
     try:
         config, layers = content["config"], content["layers"]
@@ -219,19 +228,12 @@ def warn_of_unsaved(model: nn.Module) -> None:
     own = {id(p) for layer in layers_in(model).values() for p in layer.adapter_parameters()}
     config = getattr(model, "lotr_config", None)
     own |= {id(p) for m in (saved_modules(model, config) if config else {}).values() for p in m.parameters()}
-    beside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own and not n.startswith(BESIDE)]
+    beside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if beside:
         warnings.warn(
             f"lotr_ext: save_adapter does not write {len(beside)} trained parameters that are neither the adapter's nor of "
-            f"modules_to_save, such as {beside[0]}. Name their modules in modules_to_save, or save them separately.",
-            stacklevel=3,
-        )
-    bank = getattr(model, "lotr_tasks", None)
-    if bank is not None and len(bank) and any(p.requires_grad for p in bank.parameters()):
-        tasks = ", ".join(str(task) for task in bank.taken.nonzero().flatten().tolist())
-        warnings.warn(
-            f"lotr_ext: save_adapter does not write the tasks {tasks} of the model's TaskBank, which are trained. Save each "
-            f"with model.lotr_tasks.save(task, path).",
+            f"modules_to_save, such as {beside[0]}. Name their modules in modules_to_save, or save them separately, tasks with "
+            f"model.lotr_tasks.save(task, path).",
             stacklevel=3,
         )
 
@@ -317,6 +319,7 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     return model
 
 
+@torch.no_grad()
 def load_into(
     model: nn.Module,
     document: Mapping[str, Any],
@@ -330,7 +333,21 @@ def load_into(
         if not layers_in(model):
             _adapt(model, document)
         targets = _check(model, document, tensors, cast)
-    _fill(model, document, tensors, targets, write_)
+    layers, groups = layers_in(model), {}
+    for name, entry in document["layers"].items():
+        layers[name].dropout = entry["dropout"]
+        groups.setdefault((entry["A"], entry["B"]), []).append(name)
+    for (A, B), names in groups.items():
+        group = [layers[name] for name in names]
+        if group[0].start_core is not None:
+            set_start(group, None)
+        for name in names:
+            layers[name].scaling = document["layers"][name]["scaling"]
+        if start_key(A) in tensors:
+            cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
+            set_start(group, (tensors[start_key(A)], tensors[start_key(B)], cores))
+    for key, target in targets.items():
+        write_(target, tensors[key])
 
 
 def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
@@ -373,13 +390,9 @@ def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, 
             "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the "
             "factors. Load the adapter first, or del model.lotr_tasks."
         )
-    dense = config is None or config.core == "dense"  # computed cores depend on the order; a converted LoRA has its own order
-    if (sorted if dense else list)(entries) != (sorted if dense else list)(layers):
-        missing, extra = sorted(set(entries) - set(layers)), sorted(set(layers) - set(entries))
-        raise ValueError(
-            f"layers: expected the adapter's {len(entries)} layers in their order, got the model's {len(layers)}: not in the "
-            f"model {', '.join(missing[:5]) or 'none'}; not in the adapter {', '.join(extra[:5]) or 'none'}"
-        )
+    expect_names("layers", layers, entries)
+    if config is not None and config.core != "dense" and list(entries) != list(layers):
+        raise ValueError("layers: expected the model's order, on which computed cores depend, got another in the adapter")
     described, own = _described(model, layers)
     pairs = {(entries[name][part], described[name][part]) for name in layers for part in "AB"}
     if not len({file for file, _ in pairs}) == len({here for _, here in pairs}) == len(pairs):
@@ -406,12 +419,7 @@ def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, 
 
 def _check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], cast: bool) -> None:
     """Raises ValueError for tensors of other names, shapes or, without cast, dtypes than the model's."""
-    missing, foreign = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
-    if missing or foreign:
-        raise ValueError(
-            f"adapter: expected the model's {len(targets)} tensors, got {len(tensors)}: missing "
-            f"{', '.join(missing[:5]) or 'none'}; not in the model {', '.join(foreign[:5]) or 'none'}"
-        )
+    expect_names("tensors", targets, tensors)
     for key, want in targets.items():
         got = tensors[key]
         shape = tuple(getattr(want, "ds_shape", want.shape))
@@ -424,29 +432,3 @@ def _check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
             raise RuntimeError(
                 f"load_adapter: expected a model with values, got {key} on the meta device. Materialise it first."
             )
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module,
-    document: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    targets: Mapping[str, Tensor],
-    write_: Callable[[Tensor, Tensor], object],
-) -> None:
-    """Writes the file's values, which `_check` has accepted, into the model."""
-    layers, entries = layers_in(model), document["layers"]
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, entry in entries.items():
-        groups.setdefault((entry["A"], entry["B"]), []).append(name)
-    for (A, B), names in groups.items():
-        group = [layers[name] for name in names]
-        if group[0].start_core is not None:
-            set_start(group, None)
-        for name, layer in zip(names, group):
-            layer.scaling, layer.dropout = entries[name]["scaling"], entries[name]["dropout"]
-        if start_key(A) in tensors:
-            cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
-            set_start(group, (tensors[start_key(A)], tensors[start_key(B)], cores))
-    for key, target in targets.items():
-        write_(target, tensors[key])

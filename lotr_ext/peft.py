@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
 from .cores import FORMS
-from .files import config_of_version_1
+from .files import config_of_version_1, expect_names
 from .functional import check_rank
 from .init import fill_core_
 from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
@@ -614,12 +614,7 @@ class LoTRPeftModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         want = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
         got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
-        if want != got:
-            missing, foreign = sorted(want - got), sorted(got - want)
-            raise ValueError(
-                f"adapter: expected the model's {len(want)} LoTR tensors, got {len(got)}: missing "
-                f"{', '.join(missing[:3]) or 'none'}; not in the model {', '.join(foreign[:3]) or 'none'}"
-            )
+        expect_names("adapter", want, got)
         return renamed
 
 

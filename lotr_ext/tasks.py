@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import autograd
 from .experts import CHILD
-from .files import checked_path, put_tensors, tensors_in
+from .files import checked_path, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
 from .model import adapted_layers, expect_merged
@@ -170,9 +170,7 @@ class TaskBank(nn.Module):
             return [torch.zeros_like(core.detach()[0]) for core in self.cores]
         tensors = source if isinstance(source, Mapping) else self._read(source)
         names = [f"{name}.core" for name in self._layers]
-        if set(tensors) != set(names):
-            missing, extra = sorted(set(names) - set(tensors)), sorted(map(str, set(tensors) - set(names)))
-            raise ValueError(f"source: expected {len(names)} cores, got {missing[:1]} missing, {extra[:1]} of no layer")
+        expect_names("source", names, tensors)
         for name, core in zip(names, self.cores):
             value = tensors[name]
             if not isinstance(value, Tensor) or not value.is_floating_point():

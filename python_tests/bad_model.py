@@ -180,7 +180,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("load into another model", "model", lambda: load_adapter(zoo.net("attention"), FOLDER / "dense")),
     ("load into other layers", "layers", lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense")),
     ("load another rank", "A", lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense")),
-    ("load other modules_to_save", "adapter", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
+    ("load other modules_to_save", "tensors", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
     ("load another dtype", "A", lambda: load_adapter(
         trained("mlp", rank=2, modules_to_save=["head"], adapter_dtype="bfloat16"), FOLDER / "dense")),
     ("load into a merged model", "load_adapter", lambda: load_adapter(

@@ -412,8 +412,8 @@ MUTANTS = [
     ),
     Mutant(
         "files.py",
-        'if (version := content.get("format_version")) not in (1, VERSION):',
-        'if (version := content.get("format_version")) is None:',
+        'if kind != "lotr" or version not in (1, VERSION):',
+        'if kind != "lotr" or version is None:',
         "a newer format is read",
     ),
     Mutant(

@@ -17,7 +17,7 @@ from lotr_ext.vllm import export_factors, export_task
 CHANGES = {
     "nan": "expected finite values in model.layers.0.self_attn.k_proj.core",
     "shape": r"expected floating values \(2, 3\) in model.layers.0.self_attn.k_proj.core",
-    "missing": r"expected 8 cores, got \['model.layers.0.self_attn.k_proj.core'\] missing",
+    "missing": "expected the model's 8, got 7: missing model.layers.0.self_attn.k_proj.core",
     "integers": r"expected floating values \(2, 3\)",
     "cut": "expected a safetensors file",
     "gone": "expected a safetensors file",

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, json_in, read, save_adapter, start_key, tensors_in
+from ..files import checked_path, expect_names, json_in, read, save_adapter, start_key, tensors_in
 from ..model import adapted_layers
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -185,9 +185,7 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
 def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:
     """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one finite core of the right shape a layer."""
     names = {f"{layer}.core": layer for layer in factors.spans}
-    if tensors.keys() != names.keys():
-        missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
-        raise ValueError(f"{where}: expected {len(names)} cores, got {missing[:1]} missing and {extra[:1]} besides")
+    expect_names(where, names, tensors)
     for name, layer in names.items():
         core, shape = tensors[name], factors.core_shape(layer)
         if tuple(core.shape) != shape or not core.is_floating_point():
