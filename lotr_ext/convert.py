@@ -532,10 +532,7 @@ def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Seq
             parts.setdefault(found["name"], {})[found["part"]] = tensor
     _expect(parts, "source", "tensors <layer>.lotr.lhs, .mid and .rhs", f"{len(state)} others")
     layers = {name: _original_layer(name, layer, firsts) for name, layer in parts.items()}
-    ranks, dtypes = (
-        {len(layer["mid"]) for layer in parts.values()},
-        {t.dtype for layer in parts.values() for t in layer.values()},
-    )
+    ranks, dtypes = {len(layer["mid"]) for layer in parts.values()}, {t.dtype for one in parts.values() for t in one.values()}
     one = len(ranks) == len(dtypes) == 1
     _expect(one, "source", "layers of one rank and dtype", f"ranks {sorted(ranks)}, {sorted(map(str, dtypes))}")
     for ending in modules_to_save or ():

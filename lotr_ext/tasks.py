@@ -284,9 +284,9 @@ class _Request:
             index = self.on_device[x.device] = self.index.to(x.device)
         b = len(index)
         if self.flat and x.dim() == 2:
-            if len(x) % b if b else len(x):
+            each, rest = divmod(len(x), max(b, 1))
+            if rest:
                 raise ValueError(f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}")
-            each = max(1, len(x) // max(b, 1))
             return index.repeat_interleave(each) if index.dim() == 1 else self._of_columns(index, each).reshape(-1)
         if x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
@@ -297,26 +297,19 @@ class _Request:
 
     def _of_columns(self, index: Tensor, count: int) -> Tensor:
         """The columns of an index [b, t] for the `count` tokens of each row of a layer's input."""
-        t, columns = index.shape[1], self.columns
-        if columns is None and self.cached and autograd._graph_task() >= 0:  # a checkpoint's recomputation
+        if self.columns is None and self.cached and autograd._graph_task() >= 0:  # a checkpoint's recomputation
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is recomputed, got one. Pass an "
                 "index of one task per row, or open one context for the forward with a cache and another for the other."
             )
-        if columns is None:
-            if count != t:
-                raise ValueError(
-                    f"x: expected {t} tokens per row, as in the index of tasks, got {count}. Pass an index [b, {count}], or "
-                    f"[b] for one task per row. Steps after the index need a cache that the model's own forward gets."
-                )
-            return index
-        past, own = columns
+        t = index.shape[1]
+        past, own = self.columns or (0, t)
         if count != own:
             raise ValueError(
-                f"x: expected the {own} tokens per row that the model was called with, got {count}: an index per token does "
-                f"not say which these are. Pass an index [b] of one task per row, or do not adapt this layer."
+                f"x: expected {own} tokens per row, as in the index of tasks or the call of the model, got {count}. Pass an "
+                f"index [b] of one task per row. Steps after the index need a cache that the model's own forward gets."
             )
-        return index[:, (torch.arange(count, device=index.device) + past).clamp(max=t - 1)]
+        return index if self.columns is None else index[:, (torch.arange(own, device=index.device) + past).clamp(max=t - 1)]
 
 
 def _note_columns(model: nn.Module, args: tuple, kwargs: dict) -> None:
