@@ -229,16 +229,9 @@ def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
 def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {
-        "vocab_size": 20,
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "decoder_start_token_id": 0,
-    }
-    model = apply_lotr(T5ForConditionalGeneration(T5Config(**sizes)), LoTRConfig(rank=2, target_modules=["q"]))
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    net = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = apply_lotr(net, LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
     ids = torch.randint(1, 20, (2, 3))
     with use_tasks(model, torch.tensor([0, -1])):
@@ -318,9 +311,6 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
     with use_tasks(model, tasks):
         found = model(x)
     for i, task in enumerate(tasks.tolist()):  # the expert of a token depends on its place in the batch
-        same = torch.full_like(tasks, task)
-        with use_tasks(model, same):
-            assert relative(found[i], model(x)[i]) < 1e-6
         assert relative(found[i], alone(model, task, x)[i]) < 1e-5
 
 
@@ -349,14 +339,6 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     assert all(torch.equal(bank.cores_of(0)[n], t) for n, t in own.items())
     bank.add(tmp_path / "one.safetensors")
     assert len(bank) == 2
-
-
-def test_an_index_of_a_free_slot_is_refused() -> None:
-    model = banked("mlp", tasks=4, taken=3)
-    model.lotr_tasks.remove(1)
-    for index in (torch.tensor([0, 1]), torch.tensor([[0, 3], [2, -1]]), torch.tensor([4]), torch.tensor([-2])):
-        with pytest.raises(ValueError, match="index: expected"), use_tasks(model, index):
-            pass
 
 
 def test_a_reused_slot_has_no_gradient_of_its_last_task() -> None:
