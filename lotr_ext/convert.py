@@ -427,8 +427,7 @@ def _converted(config: LoTRConfig, layers: Layers, saved: dict[str, Tensor], err
     entries, tensors = {}, {}
     for name, (A, B, core, group) in layers.items():
         factors = {part: f"lotr_factors.{group}.{part}" for part in "AB"}
-        sizes = {"in_features": len(A), "out_features": len(B), "scaling": config.s, "dropout": config.dropout}
-        entries[name] = {**factors, **sizes}
+        entries[name] = {**factors, "scaling": config.s, "dropout": config.dropout}
         tensors |= {factors["A"]: A, factors["B"]: B, f"{name}.core": core}
     tensors = {key: t.to(config.adapter_dtype) for key, t in tensors.items()}
     document = {"format": "lotr", "format_version": VERSION, "config": config.to_dict(), "layers": entries}

@@ -280,8 +280,6 @@ def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[
         entries[name] = {
             "A": names[layer.factors.A],
             "B": names[layer.factors.B],
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
             "scaling": float(layer.scaling),
             "dropout": layer.dropout,
             "experts": getattr(layer, "num_experts", 0),
