@@ -28,7 +28,6 @@ import json
 import math
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -447,7 +446,8 @@ def lora_to_lotr(
 
     The changes of a group's weights, stacked, are factorised by Tucker-2 in float64: HOSVD, then a few steps of HOOI. S LoRAs
     of rank r in a group are exact at rank S r (arXiv 2402.01376 calls LoTR a generalisation of LoRA in this sense). A and B are
-    START times orthonormal, and s is "auto", so training can go on at LoRA's rate.
+    START times orthonormal, and s is "auto", so training can go on at LoRA's rate. At a lower rank read the result's errors: near
+    1, a layer has lost its adapter.
 
     Args:
         source: a directory. modules_to_save are copied.
@@ -457,8 +457,6 @@ def lora_to_lotr(
 
     Raises:
         TypeError, ValueError: a source that `read_lora` refuses; a wrong rank, grouping or dtype.
-
-    Warns about layers that keep less than half of their adapter (an error above 0.5).
     """
     check_dtype(dtype)
     ranks, (layers, saved, content) = check_rank(rank), read_lora(source)
@@ -478,13 +476,6 @@ def lora_to_lotr(
             whole = (torch.linalg.qr(layers[name].B, mode="r")[1] @ layers[name].A).norm()
             errors[name] = math.sqrt(max(0.0, 1 - float(core.norm() / whole) ** 2)) if whole > 0 else 0.0
             found[name] = (START * A, START * B, core / (START**2 * config.s), group)
-    if lost := [name for name, error in errors.items() if error > 0.5]:
-        worst = max(lost, key=errors.__getitem__)
-        warnings.warn(
-            f"lotr_ext: {len(lost)} of {len(errors)} layers lose most of their adapter at rank {rank} (a relative error above "
-            f"0.5; {worst} has {errors[worst]:.2f}): their LoRAs have little in common. Give a higher rank.",
-            stacklevel=2,
-        )
     return _converted(config, found, saved, errors)
 
 
