@@ -446,8 +446,8 @@ def lora_to_lotr(
 
     The changes of a group's weights, stacked, are factorised by Tucker-2 in float64: HOSVD, then a few steps of HOOI. S LoRAs
     of rank r in a group are exact at rank S r (arXiv 2402.01376 calls LoTR a generalisation of LoRA in this sense). A and B are
-    START times orthonormal, and s is "auto", so training can go on at LoRA's rate. At a lower rank read the result's errors: near
-    1, a layer has lost its adapter.
+    START times orthonormal, and s is "auto", so training can go on at LoRA's rate. At a lower rank read the result's
+    errors: near 1, a layer has lost its adapter.
 
     Args:
         source: a directory. modules_to_save are copied.
