@@ -42,7 +42,7 @@ from .init import fill_core_
 from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
 from .model import fast_paths
 from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
-from .wrapped import LoTRWrapped, layer_class
+from .wrapped import LoTRWrapped, layer_class, mergeable
 
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
@@ -318,7 +318,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
         if not names:
             return
-        weight = writable(self.base_layer)
+        weight = mergeable(self.base_layer).detach()
         start = weight if self.weight_backup is None else self.weight_backup
         merged = start.to(ops.accumulate_dtype(start.dtype))
         for name in (*self.merged_adapters, *names):
@@ -336,7 +336,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        writable(self.base_layer).copy_(self.weight_backup)
+        mergeable(self.base_layer).detach().copy_(self.weight_backup)
         self.weight_backup = None
         self.merged_adapters.clear()
 
@@ -350,19 +350,6 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
-
-
-def writable(base: nn.Module) -> Tensor:
-    """W [n, k] of a base for writing. Raises TypeError for a base whose output or weight is something else."""
-    probe = LoTRWrapped.__new__(LoTRWrapped)
-    nn.Module.__init__(probe)
-    probe.base_layer = base
-    weight = probe._weight_to_write("merge")
-    if not probe._returns_product():
-        raise TypeError(
-            f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}. Use the model without merging."
-        )
-    return weight.detach()
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -536,7 +523,7 @@ class LoTRPeftModel(BaseTuner):
         super()._check_merge_allowed()
         for name, layer in self._layers().items():
             try:
-                writable(layer.base_layer)
+                mergeable(layer.base_layer)
             except TypeError as error:
                 raise TypeError(f"{error} ({name})") from None
 

@@ -11,7 +11,7 @@ from torch.nn import functional as nnf
 from . import ops
 from .linear import LoTRConv1D, LoTRFactors, LoTRLayer, LoTRLinear, Scaling, features, is_conv1d, linear_of, plus, writable
 
-__all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_class"]
+__all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_class", "mergeable"]
 
 
 def has_plain_weight(module: nn.Module) -> bool:
@@ -49,6 +49,44 @@ def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
     return own if callable(own) else None
 
 
+def matrix_of(base: nn.Module) -> Tensor:
+    """W [n, k] of a base with a plain weight, a view of it. Raises TypeError for another base."""
+    if not has_plain_weight(base) or not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        raise TypeError(
+            f"merge: expected a base with a plain weight (nn.Linear, Conv1D), got {type(base).__name__}. Pass "
+            f"dequantize=True to put a plain nn.Linear in the place of a quantised base, or use the model without merging."
+        )
+    return base.weight.t() if is_conv1d(base) else base.weight
+
+
+@torch.no_grad()
+def mergeable(base: nn.Module) -> Tensor:
+    """W [n, k] of a base that returns x W^T + bias, up to rounding, for writing. Raises TypeError for another base.
+
+    A base with a forward of its own or hooks is called on two rows of random numbers, in eval mode.
+    """
+    weight = matrix_of(base)
+    writable(base, lambda: weight, "merge")
+    if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+        return weight
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    modes = [(module, module.training) for module in base.modules()]
+    try:
+        y = base.eval()(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    want = nnf.linear(x, weight, base.bias)
+    bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * want.abs().max().item()
+    same_shape = isinstance(y, Tensor) and y.shape == want.shape
+    if not same_shape or not torch.allclose(y.double(), want.double(), rtol=0, atol=bound, equal_nan=True):
+        raise TypeError(
+            f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}, which returns something else by its "
+            f"forward or a hook. Use the model without merging."
+        )
+    return weight
+
+
 class LoTRWrapped(LoTRLayer):
     """Any module with in_features and out_features, adapted: its own forward is called, and the adapter is added to its output.
 
@@ -83,13 +121,7 @@ class LoTRWrapped(LoTRLayer):
         return None, None, self.base_layer(x)
 
     def matrix(self) -> Tensor:
-        base = self.base_layer
-        if not has_plain_weight(base) or not (isinstance(base, nn.Linear) or is_conv1d(base)):
-            raise TypeError(
-                f"merge: expected a base with a plain weight (nn.Linear, Conv1D), got {type(base).__name__}. Pass "
-                f"dequantize=True to put a plain nn.Linear in the place of a quantised base, or use the model without merging."
-            )
-        return base.weight.t() if is_conv1d(base) else base.weight
+        return matrix_of(self.base_layer)
 
     def _weight_to_write(self, where: str) -> Tensor:
         return writable(self.base_layer, self.matrix, where)
@@ -119,11 +151,7 @@ class LoTRWrapped(LoTRLayer):
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
         if dequantize is False or has_plain_weight(self.base_layer):
-            if not self._returns_product():
-                raise TypeError(
-                    f"merge: expected a base that returns x W^T + bias, got {type(self.base_layer).__name__}, which returns "
-                    f"something else by its forward or a hook. Use the model without merging."
-                )
+            mergeable(self.base_layer)
             super().merge(safe, keep_backup)
             return
         dense, bias = self.dense_weight(), self.bias
@@ -147,26 +175,6 @@ class LoTRWrapped(LoTRLayer):
             raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
         self.base_layer, self.merged, self.replaced = self.quantized_base.train(self.training), False, False
         self.__dict__["quantized_base"] = None
-
-    @torch.no_grad()
-    def _returns_product(self) -> bool:
-        """Whether the base returns x W^T + bias, up to rounding: calls it on two rows of random numbers, with its hooks, in
-        eval mode."""
-        base, weight = self.base_layer, self.matrix()
-        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
-            return True
-        x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        modes = [(module, module.training) for module in base.modules()]
-        try:
-            y = base.eval()(x)
-        finally:
-            for module, training in modes:
-                module.training = training
-        want = nnf.linear(x, weight, base.bias)
-        if not isinstance(y, Tensor) or y.shape != want.shape:
-            return False
-        bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * want.abs().max().item()
-        return torch.allclose(y.double(), want.double(), rtol=0, atol=bound, equal_nan=True)
 
     def to_base(self) -> nn.Module:
         """The wrapped module, or the plain nn.Linear that replaces it."""

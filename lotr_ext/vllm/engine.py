@@ -35,7 +35,6 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from .. import ops
@@ -113,39 +112,15 @@ def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRA
 
 
 def _check_layers(adapters: WorkerLoRAManager, factors: Factors) -> None:
-    """Raises ValueError unless the engine's model has the layers of factors, of the same sizes, and adapts them."""
-    sizes = _sizes_of_layers(adapters)
-    for name, (A, B) in factors.layers.items():
-        if name not in sizes and get_pp_group().world_size > 1:
-            continue  # pipeline parallelism: a layer of another process
-        if name not in sizes:
-            raise ValueError(
-                f"factors: expected layers of the engine's model that take adapters, got {name!r}. They belong to another base "
-                f"model, or the engine's lora_target_modules exclude it."
-            )
-        want, got = sizes[name], (len(factors.tensors[A]), len(factors.tensors[B]))
-        if want != got:
-            raise ValueError(f"factors: expected {want} features at {name}, got {got} of another base model")
-
-
-def _sizes_of_layers(adapters: WorkerLoRAManager) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features), of the unsharded layer, by name, of the layers that take adapters."""
-    found, modules = {}, adapters._adapter_manager
-    for name, module in modules.modules.items():
-        if isinstance(module, LINEAR_LAYERS):
-            base, packed = module.base_layer, modules.packed_modules.get(name)
-            for own, size in zip(packed or [name], _outputs(base, packed is not None), strict=True):
-                found[own] = (base.input_size, size)
-    return found
-
-
-def _outputs(base: nn.Module, packed: bool) -> list[int]:
-    if not packed:
-        return [base.output_size]
-    if isinstance(base, QKVParallelLinear):  # output_sizes counts replicated keys and values
-        heads = (base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size)
-        return [*heads, base.total_num_kv_heads * base.v_head_size]
-    return base.output_sizes
+    """Raises ValueError unless the engine adapts all layers of factors; `create_lora_weights` has checked their sizes."""
+    modules = adapters._adapter_manager.modules.values()
+    own = {name for module in modules if isinstance(module, _Native) for name in module.base_layer.lotr_names}
+    missing = [name for name in factors.layers if name not in own]
+    if missing and get_pp_group().world_size == 1:  # with pipeline parallelism: a layer of another process
+        raise ValueError(
+            f"factors: expected layers of the engine's model that take adapters, got {missing[0]!r}. They belong to another "
+            f"base model, or the engine's lora_target_modules exclude it."
+        )
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
