@@ -423,7 +423,9 @@ class LoTRLayer(nn.Module):
         self.weight_backup, self.merged = None, False
 
     def _weight_to_write(self, where: str) -> Tensor:
-        return writable(self, self.matrix, where)
+        """matrix(), for a write. Raises TypeError where that would be lost."""
+        check_plain(self, where)
+        return self.matrix()
 
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear that computes the same as this layer in eval mode, and shares no tensor with it."""
@@ -465,9 +467,8 @@ def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
     return linear.train(training)
 
 
-def writable(module: nn.Module, matrix: Callable[[], Tensor], where: str) -> Tensor:
-    """matrix(), a view of module.weight. Raises TypeError where a write to it would be lost: a computed weight, or one in
-    parts."""
+def check_plain(module: nn.Module, where: str) -> None:
+    """Raises TypeError where a write to the module's weight would be lost: a computed weight, or one in parts."""
     weight = module._parameters.get("weight")
     if weight is None:
         raise TypeError(
@@ -479,7 +480,6 @@ def writable(module: nn.Module, matrix: Callable[[], Tensor], where: str) -> Ten
             f"{where}: expected a whole, plain weight, got {type(weight).__name__} held in parts or in another format. Save "
             f"the adapter, and load it onto the model in one process."
         )
-    return matrix()
 
 
 class LoTRLinear(LoTRLayer, nn.Linear):

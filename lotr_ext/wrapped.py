@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import ops
-from .linear import LoTRConv1D, LoTRFactors, LoTRLayer, LoTRLinear, Scaling, features, is_conv1d, linear_of, plus, writable
+from .linear import LoTRConv1D, LoTRFactors, LoTRLayer, LoTRLinear, Scaling, check_plain, features, is_conv1d, linear_of, plus
 
 __all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_class", "mergeable"]
 
@@ -66,7 +66,7 @@ def mergeable(base: nn.Module) -> Tensor:
     A base with a forward of its own or hooks is called on two rows of random numbers, in eval mode.
     """
     weight = matrix_of(base)
-    writable(base, lambda: weight, "merge")
+    check_plain(base, "merge")
     if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
         return weight
     x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -124,7 +124,8 @@ class LoTRWrapped(LoTRLayer):
         return matrix_of(self.base_layer)
 
     def _weight_to_write(self, where: str) -> Tensor:
-        return writable(self.base_layer, self.matrix, where)
+        check_plain(self.base_layer, where)
+        return self.matrix()
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
