@@ -293,8 +293,8 @@ MUTANTS = [
     ),
     Mutant(
         "cores.py",
-        "return self.layers.index(place[0]) * len(self.kinds) + self.kinds.index(place[1])",
-        "return self.layers.index(place[0]) * len(self.layers) + self.kinds.index(place[1])",
+        "for layer in self.layers for kind in self.kinds]",
+        "for kind in self.kinds for layer in self.layers]",
         "a place's index in a grid",
     ),
     Mutant(
@@ -367,7 +367,7 @@ MUTANTS = [
     Mutant("model.py", '    expect_merged(layers, False, "disabled")\n', "", "disabled accepts a merged model"),
     Mutant(
         "model.py",
-        "    for layer in () if merge else merged.values():\n        layer.unmerge()\n",
+        "    elif any(layer.merged for layer in layers.values()):\n        unmerge(model)\n",
         "",
         "unload keeps a merged adapter",
     ),
