@@ -36,7 +36,7 @@ from . import __version__
 from .config import DIAGONAL, LoTRConfig
 from .functional import check_number, check_probability
 from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, cores_for, expect_merged, install, layers_in, set_start, unchanged_on_error
+from .model import adapted_layers, cores_for, expect_unmerged, install, layers_in, set_start, unchanged_on_error
 from .targets import BESIDE, saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -442,7 +442,7 @@ def _check(
 ) -> dict[str, Tensor | None]:
     """The model's tensor for each tensor of the file; None for one that is computed. Raises unless the file fits."""
     layers, entries, config = adapted_layers(model), document["layers"], getattr(model, "lotr_config", None)
-    expect_merged(layers, False, "load_adapter")
+    expect_unmerged(layers, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
             "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the "

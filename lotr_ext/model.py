@@ -81,7 +81,8 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     cores = cores_for(config, selection)
     with unchanged_on_error(model):
         install(model, config, selection, cores, starts)
-    if frozen := _frozen_heads(model):
+    frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
+    if frozen:
         warnings.warn(
             f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. Train it with "
             f"modules_to_save={frozen}.",
@@ -282,21 +283,17 @@ def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
-    """As `layers_in`, of a model from `apply_lotr` or built by hand. TypeError: no nn.Module; RuntimeError: no adapter."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    """As `layers_in`, of a model from `apply_lotr` or built by hand. Raises RuntimeError if it has no adapter."""
     layers = layers_in(model)
     if not layers:
         raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without. apply_lotr adds one.")
     return layers
 
 
-def expect_merged(layers: Mapping[str, LoTRLayer], merged: bool, where: str) -> None:
-    """Raises RuntimeError unless the `merged` of every layer is as given."""
-    for name, layer in layers.items():
-        if layer.merged != merged:
-            states = ("unmerged", "merged")
-            raise RuntimeError(f"{where}: expected {states[merged]} layers, got {name!r}, which is {states[layer.merged]}")
+def expect_unmerged(layers: Mapping[str, LoTRLayer], where: str) -> None:
+    """Raises RuntimeError if a layer is merged."""
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise RuntimeError(f"{where}: expected unmerged layers, got {merged[0]!r}, which is merged. Call unmerge(model) first.")
 
 
 @contextmanager
@@ -304,10 +301,10 @@ def disabled(model: Model) -> Iterator[Model]:
     """Inside the context the model computes without the adapter (modules_to_save stay as they are now).
 
     The context is in force for the thread that opened it, and for the backwards that it starts.
-    Raises TypeError or RuntimeError: no adapter, or a merged one (unmerge it first).
+    Raises RuntimeError: no adapter, or a merged one (unmerge it first).
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "disabled")
+    expect_unmerged(layers, "disabled")
     with autograd.requesting(dict.fromkeys(layers.values(), OFF)):
         yield model
 
@@ -325,7 +322,7 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Callable[[nn.
     or all zero.
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "init_from_gradient")
+    expect_unmerged(layers, "init_from_gradient")
     for name, layer in layers.items():
         if hasattr(layer, "num_experts"):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
@@ -343,35 +340,29 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The adapter's trained parameters, for an optimizer: each A, B and core (or what it is computed from) that requires grad.
 
     Does not contain modules_to_save: `[p for p in model.parameters() if p.requires_grad]` contains both.
-    Raises TypeError or RuntimeError as `adapted_layers`.
+    Raises RuntimeError as `adapted_layers`.
     """
     found = {id(p): p for layer in adapted_layers(model).values() for p in layer.adapter_parameters() if p.requires_grad}
     return iter(found.values())
 
 
-def parameter_groups(
-    model: nn.Module,
-    lr: float | None = None,
-    *,
-    core_lr: float | None = None,
-    factor_lr: float | None = None,
-    other_lr: float | None = None,
-    weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: float | None = None) -> list[dict[str, Any]]:
     """All trained parameters of an adapted model in up to three groups for an optimizer, by "name": "cores", "factors" (A and
     B), and "other" (modules_to_save, such as a new head, and all else that requires grad).
 
-    lr: the rate of each group without its own; weight_decay: of all; None: the optimizer's. For transformers' Trainer and TRL:
-    `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+    lr: the rate of all groups; other_lr: of "other" instead; None: the optimizer's. A group's "lr" may be changed. For
+    transformers' Trainer and TRL: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
     Raises RuntimeError as `adapted_layers`.
     """
-    kinds = {"core": "cores", "A": "factors", "B": "factors"}
-    owners, groups = {id(p): kinds[part] for part, p in _parts(adapted_layers(model).values())}, []
-    for name, own_lr in (("cores", core_lr), ("factors", factor_lr), ("other", other_lr)):
-        parameters = [p for p in model.parameters() if p.requires_grad and owners.get(id(p), "other") == name]
-        settings = {"lr": lr if own_lr is None else own_lr, "weight_decay": weight_decay}
-        if parameters:
-            groups.append({"params": parameters, "name": name} | {k: v for k, v in settings.items() if v is not None})
+    owners = {id(p): "cores" if part == "core" else "factors" for part, p in _parts(adapted_layers(model).values())}
+    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members[owners.get(id(parameter), "other")].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": own, "name": name} for name, own in members.items() if own]
+    for group in groups:
+        rate = other_lr if group["name"] == "other" and other_lr is not None else lr
+        group |= {} if rate is None else {"lr": rate}
     return groups
 
 
@@ -383,16 +374,12 @@ def _parts(layers: Iterable[LoTRLayer]) -> Iterator[tuple[str, nn.Parameter]]:
         yield from (("core", p) for p in layer.core_parameters())
 
 
-def _frozen_heads(model: nn.Module) -> list[str]:
-    return [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
-
-
 class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
 
     layers: adapted layers. groups: pairs of factors. parts: which of A, B and core are trained. other: the modules beside the
-    adapter that have trained parameters. frozen_heads: known heads that are frozen. left_out: the names of the layers that
-    target_modules matches and that have no adapter, by reason. str() gives a readable report.
+    adapter that have trained parameters. left_out: the names of the layers that target_modules matches and that have no
+    adapter, by reason. str() gives a readable report.
     """
 
     adapter: int
@@ -402,7 +389,6 @@ class TrainableSummary(NamedTuple):
     groups: int
     parts: tuple[str, ...]
     other: tuple[str, ...]
-    frozen_heads: tuple[str, ...]
     left_out: dict[str, list[str]]
 
     def __str__(self) -> str:
@@ -411,8 +397,6 @@ class TrainableSummary(NamedTuple):
             f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
             f"trained: {', '.join((*self.parts, *_shortened(self.other))) or 'nothing'}",
         ]
-        if self.frozen_heads:
-            lines.append(f"frozen: {', '.join(self.frozen_heads)} (a new head must be trained: modules_to_save)")
         lines += [f"left out: {', '.join(_shortened(names))} ({reason})" for reason, names in self.left_out.items()]
         return "\n".join(lines)
 
@@ -425,7 +409,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Counts adapted and trained parameters, and lists what is trained, frozen and left out; print it for a report.
 
     An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
-    Raises TypeError or RuntimeError as `adapted_layers`.
+    Raises RuntimeError as `adapted_layers`.
     """
     layers, parameters = adapted_layers(model).values(), list(model.parameters())
     adapter = {p: part for part, p in _parts(layers)}
@@ -437,7 +421,6 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
         parts=tuple(sorted({part for p, part in adapter.items() if p.requires_grad})),
         other=tuple({n.rpartition(".")[0]: 0 for n, p in model.named_parameters() if p.requires_grad and p not in adapter}),
-        frozen_heads=tuple(_frozen_heads(model)),
         left_out=getattr(model, "lotr_left_out", {}),
     )
 
@@ -449,12 +432,10 @@ def explain(model: nn.Module, x: Tensor) -> str:
     """What runs in adapted layers for an input, and why: one line for each kind of layer.
 
     model: an adapted layer, or a model with some. x: an input. Layers get its dtype (for token ids, the weights') and device.
-    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises TypeError or RuntimeError
-    as `adapted_layers`.
+    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises RuntimeError as
+    `adapted_layers`.
     """
     layers = adapted_layers(model)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected an input as a tensor, got {type(x).__name__}")
     return "\n".join(f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items())
 
 
@@ -489,7 +470,7 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     already, on the meta device, or a weight tied to another module.
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "merge")
+    expect_unmerged(layers, "merge")
     _merge_all(model, layers, safe, dequantize)
     for layer in layers.values() if not keep_backup else ():
         layer.weight_backup = None
@@ -518,7 +499,7 @@ def _merge_all(model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, de
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers. Raises TypeError or RuntimeError: no adapter, one that is not
+    """Removes the adapter from the weights of all merged layers. Raises RuntimeError: no adapter, one that is not
     merged, or a dequantised one without a backup."""
     merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
     if not merged:

@@ -27,7 +27,7 @@ from .experts import CHILD
 from .files import checked_path, put_file, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, expect_merged
+from .model import adapted_layers, expect_unmerged
 from .targets import group_of
 
 __all__ = ["TaskBank", "use_tasks"]
@@ -256,7 +256,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     layers = adapted_layers(model)
     if not isinstance(bank, TaskBank):
         raise RuntimeError("use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
-    expect_merged(layers, False, "use_tasks")
+    expect_unmerged(layers, "use_tasks")
     scalings = tuple(float(layer.scaling) for layer in layers.values())
     if (tuple(layers), scalings) != (bank._layers, bank._scalings):
         raise RuntimeError(

@@ -118,7 +118,6 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     # an adapted model
     *((f"{call.__name__} of a plain model", "model", lambda call=call: call(zoo.net("mlp"))) for call in (
         lotr_ext.merge, lotr_ext.unmerge, lotr_ext.unload, lotr_ext.trainable_summary, lotr_ext.parameter_groups)),
-    ("lotr_parameters of no module", "model", lambda: lotr_ext.lotr_parameters(3)),
     ("disabled of a merged model", "disabled", lambda: lotr_ext.disabled(_merged()).__enter__()),
     ("merge twice", "merge", lambda: lotr_ext.merge(_merged())),
     ("unmerge an unmerged model", "unmerge", lambda: lotr_ext.unmerge(trained("mlp"))),

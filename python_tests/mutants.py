@@ -364,7 +364,7 @@ MUTANTS = [
     Mutant(
         "model.py", 'if part == "B" and config.core_init == "identity":', "if False:", "identity cores start with an effect"
     ),
-    Mutant("model.py", '    expect_merged(layers, False, "disabled")\n', "", "disabled accepts a merged model"),
+    Mutant("model.py", '    expect_unmerged(layers, "disabled")\n', "", "disabled accepts a merged model"),
     Mutant(
         "model.py",
         "    elif any(layer.merged for layer in layers.values()):\n        unmerge(model)\n",
@@ -419,7 +419,7 @@ MUTANTS = [
         'found["scaling"] = "auto" if found.get("alpha") is None and',
         "old files: None means auto",
     ),
-    Mutant("files.py", '    expect_merged(layers, False, "load_adapter")\n', "", "loads into a merged model"),
+    Mutant("files.py", '    expect_unmerged(layers, "load_adapter")\n', "", "loads into a merged model"),
     Mutant(
         "files.py",
         "        os.replace(temporary, directory / name)\n",
