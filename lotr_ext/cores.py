@@ -42,9 +42,6 @@ class CoreAt(nn.Module):
     def forward(self) -> Tensor:
         return self.cores(self.index)
 
-    def extra_repr(self) -> str:
-        return f"index={self.index}"
-
 
 class Cores(nn.Module):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.

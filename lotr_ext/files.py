@@ -36,7 +36,7 @@ from . import __version__
 from .config import DIAGONAL, LoTRConfig
 from .functional import check_number, check_probability
 from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, cores_for, expect_unmerged, install, layers_in, set_start, unchanged_on_error
+from .model import adapted_layers, expect_unmerged, install, layers_in, set_start, unchanged_on_error
 from .targets import BESIDE, saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -431,7 +431,7 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
         init="kaiming" if config.init == "svd" else config.init,
     )
     selection = select(model, exact)
-    install(model, exact, selection, cores_for(config, selection))
+    install(model, exact, selection)
     model.lotr_config, model.lotr_left_out = config, {}
     for layer in layers_in(model).values():
         layer.set_trained(config.train)

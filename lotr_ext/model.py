@@ -74,13 +74,10 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     module, is read without being called (nn.MultiheadAttention.out_proj) or is a DTensor; experts of an unknown format; groups
     of mixed shapes; "svd" on weights that cannot be read.
     """
-    if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
-        config = replace(config, modules_to_save=saved)
+    config = with_head(model, config)
     selection = select(model, config)
-    starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    cores = cores_for(config, selection)
     with unchanged_on_error(model):
-        install(model, config, selection, cores, starts)
+        install(model, config, selection)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -105,15 +102,10 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def install(
-    model: nn.Module,
-    config: LoTRConfig,
-    selection: Selection,
-    cores: Cores | None = None,
-    starts: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> None:
-    """Adapts the layers of a selection. cores: the Cores of all layers, or None for dense ones. starts: A, B and the cores [l,
-    r_in, r_out] by group that are subtracted from the weights."""
+def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
+    """Adapts the layers of a selection."""
+    starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
+    cores = _cores_for(config, selection)
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -163,7 +155,7 @@ def _pair(config: LoTRConfig, group: str, target: Target, owned: dict[tuple[str,
 
 def _home(module: nn.Module) -> torch.device:
     """Where a module computes. accelerate keeps offloaded weights on the meta device between two forwards."""
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    tensor = next(iter((*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
@@ -184,7 +176,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def cores_for(config: LoTRConfig, selection: Selection) -> Cores | None:
+def _cores_for(config: LoTRConfig, selection: Selection) -> Cores | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
@@ -377,9 +369,9 @@ def _parts(layers: Iterable[LoTRLayer]) -> Iterator[tuple[str, nn.Parameter]]:
 class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
 
-    layers: adapted layers. groups: pairs of factors. parts: which of A, B and core are trained. other: the modules beside the
-    adapter that have trained parameters. left_out: the names of the layers that target_modules matches and that have no
-    adapter, by reason. str() gives a readable report.
+    layers: adapted layers. groups: pairs of factors. parts: what is trained: "A", "B", "core", and the names of other modules.
+    left_out: the names of the layers that target_modules matches and that have no adapter, by reason. str() gives a readable
+    report.
     """
 
     adapter: int
@@ -388,21 +380,20 @@ class TrainableSummary(NamedTuple):
     layers: int
     groups: int
     parts: tuple[str, ...]
-    other: tuple[str, ...]
     left_out: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [
             f"LoTR: {self.layers} layers, {self.groups} pair{'s' * (self.groups != 1)} of factors, {self.adapter:,} adapter "
             f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
-            f"trained: {', '.join((*self.parts, *_shortened(self.other))) or 'nothing'}",
+            f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}",
         ]
         lines += [f"left out: {', '.join(_shortened(names))} ({reason})" for reason, names in self.left_out.items()]
         return "\n".join(lines)
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
-    return [*names[:2], f"{len(names) - 2} more"] if len(names) > 3 else [*names]
+def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
+    return [*names] if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -413,14 +404,14 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     """
     layers, parameters = adapted_layers(model).values(), list(model.parameters())
     adapter = {p: part for part, p in _parts(layers)}
+    beside = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in adapter]
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         layers=len(layers),
         groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
-        parts=tuple(sorted({part for p, part in adapter.items() if p.requires_grad})),
-        other=tuple({n.rpartition(".")[0]: 0 for n, p in model.named_parameters() if p.requires_grad and p not in adapter}),
+        parts=(*sorted({part for p, part in adapter.items() if p.requires_grad}), *dict.fromkeys(beside)),
         left_out=getattr(model, "lotr_left_out", {}),
     )
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -202,18 +202,18 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     return found | {id(m): head for top in heads(model).values() for m in top.modules()}
 
 
-def with_head(model: nn.Module, config: LoTRConfig) -> tuple[str, ...] | None:
-    """config's modules_to_save, with the model's heads if its task_type has one. Raises ValueError if none is known."""
-    saved = config.modules_to_save
-    if not isinstance(model, nn.Module) or config.task_type not in HEADED_TASKS:
-        return saved
-    found = heads(model)
+def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
+    """config with the model's heads in modules_to_save, if its task_type has one. Raises ValueError if no head is known."""
+    if getattr(config, "task_type", None) not in HEADED_TASKS or not isinstance(model, nn.Module):
+        return config
+    saved, found = config.modules_to_save or (), heads(model)
     if not found and not saved:
         raise ValueError(
             f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__} without one of the "
             f"known names ({', '.join(_HEADS)}). Name its head in modules_to_save."
         )
-    return (*(saved or ()), *(n for n in found if not _matches(n, saved)))
+    new = [name for name in found if not _matches(name, saved)]
+    return replace(config, modules_to_save=(*saved, *new)) if new else config
 
 
 def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
