@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
 from .linear import LoTRLayer, features, is_conv1d
-from .wrapped import has_plain_weight, layer_class
+from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
-__all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
+__all__ = ["Selection", "Target", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
 
 # The heads of transformers' models, by the last part of their names.
 _HEADS = (
@@ -292,25 +292,17 @@ def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]
             raise ValueError(f"{field}: expected names in the model, got {one!r}, which matches none{hint}")
 
 
-def _hint(model: nn.Module, one: str, names: Sequence[str]) -> str:
-    """For a name that matches no module: what may be meant, as the end of a sentence."""
-    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, one)]
+def _hint(model: nn.Module, wanted: str, names: Sequence[str]) -> str:
+    """For a name that matches none of names: what may be meant, as the end of a sentence."""
+    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, wanted)]
     if deep:
         return f". {deep[0]!r} is a 3-D parameter: name it in target_parameters."
-    if near := closest(one, names):
-        return near
-    endings = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
-    shown = sorted(ending for ending in endings if not ending.isdigit())[:20]
-    return f". The linear layers' names end with {', '.join(shown)}." if shown else ""
-
-
-def closest(wanted: str, names: Iterable[str]) -> str:
-    """The name endings most similar to wanted, as the end of a message; "" if none is similar."""
     parts = wanted.count(".") + 1
     endings = {".".join(name.split(".")[-parts:]) for name in names}
-    endings = sorted(ending for ending in endings if ending and not ending.isdigit())
-    found = difflib.get_close_matches(wanted, endings, cutoff=0.6)
-    return f". The closest: {', '.join(map(repr, found))}." if found else ""
+    if near := difflib.get_close_matches(wanted, sorted(endings)):
+        return f". The closest: {', '.join(map(repr, near))}."
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    return f". The linear layers' names end with {', '.join(linear[:20])}." if linear else ""
 
 
 def check_targets(targets: list[Target], config: LoTRConfig) -> None:
@@ -329,7 +321,7 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
                 f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} "
                 f"({want.in_features}, {want.out_features}) and {t.name!r} ({t.in_features}, {t.out_features})"
             )
-        if config.init == "svd" and layer_class(t.module).__name__ == "LoTRWrapped":
+        if config.init == "svd" and layer_class(t.module) is LoTRWrapped:
             kind = type(t.module).__name__
             raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
 
