@@ -397,7 +397,7 @@ def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts adapted and trained parameters, and lists what is trained, frozen and left out; print it for a report.
+    """Counts adapted and trained parameters, and lists what is trained and what was left out; print it for a report.
 
     An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
     Raises RuntimeError as `adapted_layers`.
