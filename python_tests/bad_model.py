@@ -108,7 +108,6 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("a group of two shapes", "group_by", _mlp(group_by=lambda name, module: "one")),
     ("a group that is no string", "group_by", _mlp(group_by=lambda name, module: 1)),
     ("a mapping without a layer", "group_by", _mlp(group_by={"head": "a"})),
-    ("a mapping with another layer", "group_by", _mlp(target_modules=["head"], group_by={"head": "a", "hed": "a"})),
     ("a callable core", "core", _mlp(core=lambda places, rank: None)),
     ("a tied layer", "target_modules", lambda: apply_lotr(zoo.net("gpt2"), LoTRConfig(rank=2, target_modules=["lm_head"]))),
     ("a task without a head", "task_type", _mlp(task_type="SEQ_CLS")),
