@@ -246,11 +246,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):
-        called = {
-            name: any(p.grad is not None for p in layer.core_parameters())
-            for name, layer in layers_in(model).items()
-            if not held.isdisjoint(map(id, layer.core_parameters()))
-        }
+        called = {}
+        for name, layer in layers_in(model).items():
+            if own := [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]:
+                called[name] = any(p.grad is not None for p in own)
         if not any(called.values()):
             continue  # an optimizer of something else, or a step without a backward
         _waiting.discard(model)
@@ -351,11 +350,12 @@ def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: flo
     for parameter in model.parameters():
         if parameter.requires_grad:
             members[owners.get(id(parameter), "other")].append(parameter)
-    groups: list[dict[str, Any]] = [{"params": own, "name": name} for name, own in members.items() if own]
-    for group in groups:
-        rate = other_lr if group["name"] == "other" and other_lr is not None else lr
-        group |= {} if rate is None else {"lr": rate}
-    return groups
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    return [
+        {"params": own, "name": name} | ({} if rates[name] is None else {"lr": rates[name]})
+        for name, own in members.items()
+        if own
+    ]
 
 
 def _parts(layers: Iterable[LoTRLayer]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -197,9 +197,9 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 def output_layers(model: nn.Module) -> dict[int, str]:
     """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description."""
     outputs = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
-    found = {id(m): "the output layer: name it to adapt it" for top in outputs if top is not None for m in top.modules()}
-    head = "a head: name it to adapt it, or train it whole (modules_to_save)"
-    return found | {id(m): head for top in heads(model).values() for m in top.modules()}
+    tops = {top: "the output layer: name it to adapt it" for top in outputs if isinstance(top, nn.Module)}
+    tops |= dict.fromkeys(heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)")
+    return {id(m): what for top, what in tops.items() for m in top.modules()}
 
 
 def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
