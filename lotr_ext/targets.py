@@ -23,7 +23,6 @@ _HEADS = (
     *("score", "classifier", "pre_classifier", "qa_outputs", "classification_head", "logits_proj"),
     *("cls_classifier", "distillation_classifier"),
 )
-BESIDE = ("lotr_factors", "lotr_cores", "lotr_tasks")  # what an adapted model has beside its layers
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, config.modules_to_save) or name.startswith(BESIDE):
+        if not _matches(name, config.modules_to_save) or name.startswith("lotr_"):  # not what an adapted model has beside them
             continue
         for own, p in module.named_parameters():
             if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
