@@ -201,7 +201,7 @@ class LoTRConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
         """The inverse of `to_dict`. Raises TypeError or ValueError for an unknown field or a wrong value."""
-        values = dict(values)
+        values = {**values}
         if "adapter_dtype" in values:
             values["adapter_dtype"] = DTYPES.get(str(values["adapter_dtype"]), values["adapter_dtype"])
         return cls(**values)
