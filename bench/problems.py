@@ -366,7 +366,7 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
         problem.loss(model, next(batches)).backward()
         optimizer.step()
         model.zero_grad()
-    init_from_gradient(model, [next(batches) for _ in range(8)], problem.loss, progress=False)
+    init_from_gradient(model, [next(batches) for _ in range(8)], problem.loss)
     return steps - used
 
 

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .functional import check_dtype, check_probability, check_rank
+from .cores import FORMS
+from .functional import check_probability, check_rank
 from .init import CORE_INITS, FACTOR_INITS
 from .linear import Scaling, scaling_of
 from .ops import DTYPES
 
 __all__ = ["GroupBy", "LoTRConfig", "place_of"]
 
-GROUPS = ("shape", "block", "name", "width")
-CORE_FORMS = ("diagonal", "cp", "tucker", "train", "few")  # lotr_ext.cores
 DIAGONAL = ("diagonal", "cp")  # forms whose core has r numbers on its diagonal: `scaling_of`
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
@@ -33,18 +32,6 @@ NAMES_HERE = {
     "use_rslora": "rslora",
     "init_lora_weights": "init",
 }
-_NOT_HERE = {
-    "use_dora": "the adapter has no magnitudes",
-    "rank_pattern": "the layers of a group share A and B, and so the rank",
-    "alpha_pattern": "a configuration has one scaling",
-    "lora_bias": "the adapter has no biases",
-    "bias": "biases stay frozen; name modules to be trained whole in modules_to_save",
-    "trainable_token_indices": "rows of an embedding cannot be trained",
-    "layer_replication": "layers cannot be repeated",
-    "layers_to_transform": "name the layers in target_modules, or give it a regular expression",
-    "fan_in_fan_out": "a Conv1D is detected by its class",
-    "loftq_config": "quantise the model first",
-}
 
 
 def check_names(given: Iterable[str], of: str) -> None:
@@ -52,8 +39,6 @@ def check_names(given: Iterable[str], of: str) -> None:
     for name in given:
         if name in NAMES_HERE:
             raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it. Here it is {NAMES_HERE[name]!r}.")
-        if name in _NOT_HERE:
-            raise TypeError(f"{name}: expected a field of {of}, got one that only LoRA has: {_NOT_HERE[name]}.")
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -67,14 +52,10 @@ def _names(value: object, name: str) -> tuple[str, ...] | None:
     """A list of names as a tuple."""
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, (Sequence, set, frozenset)):
+    many = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str)
+    if not many or not value or not all(isinstance(one, str) and one for one in value):
         hint = f" Write [{value!r}]." if isinstance(value, str) else ""
-        raise TypeError(f"{name}: expected a list of names or None, got {value!r}.{hint}")
-    for one in value:
-        if not isinstance(one, str) or not one:
-            raise TypeError(f"{name}: expected non-empty strings, got {one!r}")
-    if not value:
-        raise ValueError(f"{name}: expected at least one name or None, got an empty list")
+        raise TypeError(f"{name}: expected a list of at least one name, or None, got {value!r}.{hint}")
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
@@ -91,6 +72,11 @@ def _pattern(value: object, name: str) -> str | tuple[str, ...] | None:
     return value
 
 
+def _one_of(known: Sequence[object], value: object, name: str, more: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}{more}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class LoTRConfig:
     """How `apply_lotr` adapts a model. Frozen, and checked when it is made.
@@ -103,8 +89,8 @@ class LoTRConfig:
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight
-            with another module, and, as in PEFT, a transformers model's output layer (or its head) and a timm model's
-            classifier. `trainable_summary` lists the layers that were left out. With target_parameters, None: no linear layer.
+            with another module, and, as in PEFT, a transformers model's output layer and heads. `trainable_summary` lists the
+            layers that were left out. With target_parameters, None: no linear layer.
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share A and B. "shape": one pair for each (K, N), the paper's; "block": one for each shape and
@@ -159,62 +145,34 @@ class LoTRConfig:
         check_probability("dropout", self.dropout)
         for name in ("target_modules", "exclude_modules"):
             put(name, _pattern(getattr(self, name), name))
-        for name in ("modules_to_save", "target_parameters"):
+        for name in ("modules_to_save", "target_parameters", "train"):
             put(name, _names(getattr(self, name), name))
-        self._check_group_by()
-        for name, known in (("init", (*FACTOR_INITS, "svd")), ("core_init", CORE_INITS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.adapter_dtype is None:
-            raise TypeError(f"adapter_dtype: expected one of {', '.join(DTYPES)}, got None")
-        check_dtype(self.adapter_dtype, "adapter_dtype")
-        if self.task_type is not None and self.task_type not in TASKS:
-            raise ValueError(f"task_type: expected one of {', '.join(TASKS)} or None, got {self.task_type!r}")
-        put("task_type", None if self.task_type is None else str.__str__(self.task_type))  # PEFT's is an enumeration
-        self._check_train()
-        self._check_core()
-
-    def _check_group_by(self) -> None:
-        expected = f"expected one of {', '.join(GROUPS)}, a mapping or a callable"
-        if isinstance(self.group_by, str):
-            if self.group_by not in GROUPS:
-                raise ValueError(f"group_by: {expected}, got {self.group_by!r}")
-        elif isinstance(self.group_by, Mapping):
-            for name, group in self.group_by.items():
-                if not (isinstance(name, str) and isinstance(group, str)):
-                    raise TypeError(f"group_by: expected layer names to group names, got {name!r}: {group!r}")
-            object.__setattr__(self, "group_by", dict(self.group_by))
+        if isinstance(self.group_by, Mapping):
+            put("group_by", dict(self.group_by))
         elif not callable(self.group_by):
-            raise TypeError(f"group_by: {expected}, got {self.group_by!r}")
+            _one_of(("shape", "block", "name", "width"), self.group_by, "group_by", ", a mapping or a callable")
+        if not callable(self.core):
+            _one_of(("dense", *FORMS, "custom"), self.core, "core", ", or a callable")
+        _one_of((*FACTOR_INITS, "svd"), self.init, "init")
+        _one_of(CORE_INITS, self.core_init, "core_init")
+        _one_of(tuple(DTYPES.values()), self.adapter_dtype, "adapter_dtype")
+        _one_of((*TASKS, None), self.task_type, "task_type")
+        self._check_combinations()
+        put("train", tuple(part for part in PARTS if part in self.train))
 
-    def _check_train(self) -> None:
-        train = _names(self.train, "train")
-        if train is None or len(set(train)) != len(train) or not set(train) <= set(PARTS):
-            raise ValueError(f"train: expected some of {', '.join(PARTS)}, each once, got {self.train!r}")
-        object.__setattr__(self, "train", tuple(part for part in PARTS if part in train))
+    def _check_combinations(self) -> None:
         moves = "core" if self.core_init == "zero" else "B"  # the only part with a nonzero gradient at the start
-        if self.init != "svd" and moves not in train:
+        trained, svd = set(self.train or ()), self.init == "svd"
+        if not trained or not trained <= set(PARTS) or (moves not in trained and not svd):
             raise ValueError(
-                f"train: expected {moves!r} among the trained parts with core_init {self.core_init!r}, because all other "
-                f"gradients are zero at the start, got {self.train!r}"
+                f"train: expected some of {', '.join(PARTS)}, with {moves!r} among them, because at core_init "
+                f"{self.core_init!r} all other gradients are zero at the start, got {self.train!r}"
             )
-
-    def _check_core(self) -> None:
-        known = ("dense", *CORE_FORMS)
-        if not callable(self.core) and self.core not in (*known, "custom"):
-            raise ValueError(f"core: expected one of {', '.join(known)}, or a callable, got {self.core!r}")
-        if self.core != "dense" and self.target_parameters is not None:
-            raise ValueError(
-                f'core: expected "dense" with target_parameters, whose experts have a core each, got {self.core!r}'
-            )
-        if self.init == "svd":  # the start of A, B and of each layer's core
-            for name, want in (("core", "dense"), ("core_init", "zero"), ("target_parameters", None)):
-                if getattr(self, name) != want:
-                    raise ValueError(
-                        f'{name}: expected {want!r} with init "svd", which sets the cores, got {getattr(self, name)!r}'
-                    )
-            if self.group_by == "width":
-                raise ValueError('init: expected another one with group_by "width", got "svd", which needs layers of one shape')
+        if self.core != "dense" and (svd or self.target_parameters is not None):
+            why = 'init "svd", which sets the cores' if svd else "target_parameters, whose experts have a core each"
+            raise ValueError(f'core: expected "dense" with {why}, got {self.core!r}')
+        if svd and (self.core_init != "zero" or self.target_parameters is not None or self.group_by == "width"):
+            raise ValueError('init: expected another one with core_init, target_parameters or group_by="width", got "svd"')
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -234,7 +192,7 @@ class LoTRConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; a callable core is "custom". Raises ValueError for a callable group_by: use a mapping."""
         if callable(self.group_by):
-            raise ValueError(f"group_by: expected one of {', '.join(GROUPS)} or a mapping for JSON, got a callable")
+            raise ValueError("group_by: expected a name or a mapping for JSON, got a callable")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         values["core"] = "custom" if callable(self.core) else self.core
@@ -242,17 +200,8 @@ class LoTRConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
-        """The inverse of `to_dict`. Raises TypeError or ValueError for no mapping, an unknown field or a wrong value."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"config: expected a mapping, got {type(values).__name__}")
-        check_names(values, "LoTRConfig")
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"config: expected fields among {', '.join(known)}, got {', '.join(map(str, unknown))}")
-        values = dict(values)
+        """The inverse of `to_dict`. Raises TypeError or ValueError for an unknown field or a wrong value."""
+        values = {**values}
         if "adapter_dtype" in values:
-            name = values["adapter_dtype"]
-            if not isinstance(name, str) or name not in DTYPES:
-                raise ValueError(f"adapter_dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
-            values["adapter_dtype"] = DTYPES[name]
+            values["adapter_dtype"] = DTYPES.get(str(values["adapter_dtype"]), values["adapter_dtype"])
         return cls(**values)

@@ -42,9 +42,6 @@ class CoreAt(nn.Module):
     def forward(self) -> Tensor:
         return self.cores(self.index)
 
-    def extra_repr(self) -> str:
-        return f"index={self.index}"
-
 
 class Cores(nn.Module):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
@@ -102,14 +99,7 @@ class LayersAndKinds(Cores):
             if not (isinstance(place, tuple) and len(place) == 2):
                 raise TypeError(f"places: expected pairs (layer, kind), got {place!r}")
         self.layers, self.kinds = (list(dict.fromkeys(place[axis] for place in self.places)) for axis in (0, 1))
-
-    def index(self, place: Hashable) -> int:
-        if not (isinstance(place, tuple) and len(place) == 2):
-            raise TypeError(f"place: expected a pair (layer, kind), got {place!r}")
-        for what, known, got in (("layer", self.layers, place[0]), ("kind", self.kinds, place[1])):
-            if got not in known:
-                raise ValueError(f"place: expected a {what} among {known!r:.200}, got {got!r}")
-        return self.layers.index(place[0]) * len(self.kinds) + self.kinds.index(place[1])
+        self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]
 
 
 class DiagonalCores(Cores):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from . import __version__
 from .config import DIAGONAL, LoTRConfig
 from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, cores_for, expect_merged, install, layers_in, set_start, unchanged_on_error
+from .model import adapted_layers, expect_unmerged, install, layers_in, set_start, unchanged_on_error
 from .targets import saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -373,7 +373,7 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
         init="kaiming" if config.init == "svd" else config.init,
     )
     selection = select(model, exact)
-    install(model, exact, selection, cores_for(config, selection))
+    install(model, exact, selection)
     model.lotr_config, model.lotr_left_out = config, {}
     for layer in layers_in(model).values():
         layer.set_trained(config.train)
@@ -382,7 +382,7 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
 def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor], cast: bool) -> dict[str, Tensor]:
     """The model's parameters and buffers by their names in the file. Raises unless the file fits, whose starts may differ."""
     layers, entries, config = adapted_layers(model), document["layers"], getattr(model, "lotr_config", None)
-    expect_merged(layers, False, "load_adapter")
+    expect_unmerged(layers, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
             "load_adapter: expected a model without a TaskBank, got one with a bank, whose tasks would change with the "

@@ -12,7 +12,7 @@ factors   gradient      the leading directions of the weights' gradients (`direc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,29 +26,11 @@ __all__ = ["CORE_INITS", "FACTOR_INITS", "START", "directions_of_gradients", "fi
 # Multiplies the initial factors, and divides s by its cube (linear.scaling_of). Under AdamW, A, B and G times a, the rate times
 # a and s times a^-3 is exactly the same path, so this constant moves LoTR's best learning rate onto LoRA's (docs/choosing.md).
 START = 0.4
+FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
 
 
-def _orthonormal(d: int, r: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A random [d, r] with orthonormal columns, or rows when r > d; uniform over all of them (the sign of R's diagonal)."""
-    if r > d:
-        return _orthonormal(r, d, dtype, device, generator).T
-    q, upper = torch.linalg.qr(torch.randn(d, r, dtype=dtype, device=device, generator=generator))
-    return q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(dtype)
-
-
-def _normal(d: int, r: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(d, r, dtype=dtype, device=device, generator=generator)
-
-
-def _kaiming(d: int, r: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    return (2 * torch.rand(d, r, dtype=dtype, device=device, generator=generator) - 1) / math.sqrt(d)
-
-
-_FILLS: dict[str, Callable[..., Tensor]] = {"orthonormal": _orthonormal, "normal": _normal, "kaiming": _kaiming}
-FACTOR_INITS = tuple(_FILLS)
-
-
+@torch.no_grad()
 def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
     """Fills a factor [d, r] in place with START times the values of an init, and returns it. Nothing is drawn on the meta
     device.
@@ -59,7 +41,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
     Raises:
         ValueError: an unknown init, or a tensor that is not 2-D. TypeError: a dtype that is not floating.
     """
-    if init not in _FILLS:
+    if init not in FACTOR_INITS:
         raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
     if tensor.dim() != 2:
         raise ValueError(f"tensor: expected 2 dimensions [d, r], got shape {tuple(tensor.shape)}")
@@ -67,9 +49,17 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         raise TypeError(f"tensor: expected a floating dtype, got {tensor.dtype}")
     if tensor.is_meta:
         return tensor
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        return tensor.copy_(START * _FILLS[init](*tensor.shape, wide, tensor.device, generator))
+    (d, r), wide = tensor.shape, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    drawn = {"dtype": wide, "device": tensor.device, "generator": generator}
+    if init == "kaiming":
+        values = (2 * torch.rand(d, r, **drawn) - 1) / math.sqrt(d)
+    elif init == "normal":
+        values = torch.randn(d, r, **drawn)
+    else:  # the sign of R's diagonal makes Q uniform over all matrices with orthonormal columns
+        q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **drawn))
+        q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(wide)
+        values = q if r <= d else q.T
+    return tensor.copy_(START * values)
 
 
 def fill_core_(tensor: Tensor, init: str) -> Tensor:
@@ -165,7 +155,7 @@ class _Tap(Function):
 
 
 def directions_of_gradients(
-    model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], loss: Callable[..., Tensor], progress: bool
+    model: nn.Module, layers: Collection[Any], batches: Iterable[Any], loss: Callable[..., Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """(A or B, its new value) of all layers: START times the leading directions of the gradients dW_l = g^T x of their weights.
 
@@ -175,59 +165,42 @@ def directions_of_gradients(
         P_l = dW_l A = g^T (x A)      B <- leading left singular vectors of [P_1 .. P_L]
         T_l = dW_l^T B = x^T (g B)    A <- leading left singular vectors of [T_1 .. T_L]
 
-    layers: by name, each with `factors`. Raises TypeError or ValueError as `lotr_ext.init_from_gradient`.
+    layers: each with `factors`. Raises TypeError or ValueError as `lotr_ext.init_from_gradient`.
     """
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected a few batches, got {type(batches).__name__}")
     if not (batches := list(batches)):
         raise ValueError("batches: expected at least one, got none")
-    generator, found, owners = torch.Generator("cpu").manual_seed(0), {}, {}
-    for layer in layers.values():
-        for factor in (layer.factors.A, layer.factors.B):
-            if factor not in found:
-                drawn = torch.empty(factor.features, min(factor.rank + 8, factor.features), device="cpu")
-                found[factor] = fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
-                owners[factor] = []
-    for name, layer in layers.items():
-        owners[layer.factors.A].append((name, "T"))
-        owners[layer.factors.B].append((name, "P"))
-    for step in range(3):
-        sums = _pass(model, layers, found, batches, loss)
-        for factor, names in owners.items():
-            parts = [sums[name][part] for name, part in names]
+    generator, found = torch.Generator("cpu").manual_seed(0), {}
+    for factor in (factor for layer in layers for factor in (layer.factors.A, layer.factors.B)):
+        if factor not in found:
+            drawn = torch.empty(factor.features, min(factor.rank + 8, factor.features), device="cpu")
+            found[factor] = fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
+    for _ in range(3):
+        for factor, parts in _pass(model, layers, found, batches, loss).items():
             if dist.is_available() and dist.is_initialized():
                 for part in parts:
                     dist.all_reduce(part)
-            if not all(bool(part.isfinite().all()) for part in parts):
-                raise ValueError(
-                    f"loss: expected finite gradients, got NaN or infinity in one of {', '.join(n for n, _ in names)}"
-                )
-            if not any(bool(part.any()) for part in parts):
-                raise ValueError(f"loss: expected a gradient for {', '.join(n for n, _ in names)}, got zero for all")
+            if not all(bool(part.isfinite().all()) for part in parts) or not any(bool(part.any()) for part in parts):
+                raise ValueError("loss: expected finite gradients for each group of layers, not all zero, got others")
             found[factor] = leading([part.double() for part in parts], found[factor].shape[1]).to(found[factor])
-        if progress:
-            print(f"init_from_gradient: pass {step + 1} of 3 over {len(batches)} batches", flush=True)
     return [(factor.value, START * padded(new[:, : factor.rank].double(), factor.rank)) for factor, new in found.items()]
 
 
 def _pass(
     model: nn.Module,
-    layers: Mapping[str, Any],
+    layers: Collection[Any],
     found: Mapping[nn.Module, Tensor],
     batches: list[Any],
     loss: Callable[..., Tensor],
-) -> dict[str, dict[str, Tensor]]:
-    """P and T of all layers over the batches. Buffers and the random state are as before afterwards."""
-    sums, anchor = {}, torch.zeros((), device="cpu", requires_grad=True)
+) -> dict[nn.Module, list[Tensor]]:
+    """For each A the T of its layers, and for each B their P, over the batches. Buffers and the random state are as before."""
+    sums, anchor = {factor: [] for factor in found}, torch.zeros((), device="cpu", requires_grad=True)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
-        for name, layer in layers.items():
+        for layer in layers:
             A, B = found[layer.factors.A], found[layer.factors.B]
             P, T = A.new_zeros(len(B), A.shape[1]), A.new_zeros(len(A), B.shape[1])
-            sums[name] = {"P": P, "T": T}
+            sums[layer.factors.A].append(T), sums[layer.factors.B].append(P)
 
             def tap(module: nn.Module, args: tuple, kwargs: dict, y: Tensor, own: tuple = (A, B, P, T)) -> Tensor:
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -237,10 +210,9 @@ def _pass(
         try:
             for batch in batches:
                 value = loss(model, batch)
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"loss: expected a function that returns a tensor, got {type(value).__name__}")
-                if value.numel() != 1:
-                    raise ValueError(f"loss: expected one number per batch, got shape {tuple(value.shape)}")
+                if not isinstance(value, Tensor) or value.numel() != 1:
+                    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {got}")
                 if not value.requires_grad or torch.autograd.grad(value, anchor, allow_unused=True)[0] is None:
                     raise ValueError(
                         "loss: expected one that depends on the adapted layers, got one in which none has a part. Under "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,9 +23,8 @@ from . import autograd, ops
 from .config import LoTRConfig, place_of
 from .cores import FORMS, Cores
 from .experts import adapt_parameter, release
-from .functional import check_number
 from .init import START, directions_of_gradients, fill_core_, tucker2
-from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer
+from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, plus
 from .targets import Selection, Target, heads, select, tied_names, with_head
 from .wrapped import LoTRWrapped, adapt
 
@@ -75,13 +74,10 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     module, is read without being called (nn.MultiheadAttention.out_proj) or is a DTensor; experts of an unknown format; groups
     of mixed shapes; "svd" on weights that cannot be read.
     """
-    if isinstance(config, LoTRConfig) and (saved := with_head(model, config)) != config.modules_to_save:
-        config = replace(config, modules_to_save=saved)
+    config = with_head(model, config)
     selection = select(model, config)
-    starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    cores = cores_for(config, selection)
     with unchanged_on_error(model):
-        install(model, config, selection, cores, starts)
+        install(model, config, selection)
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
@@ -106,15 +102,10 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def install(
-    model: nn.Module,
-    config: LoTRConfig,
-    selection: Selection,
-    cores: Cores | None = None,
-    starts: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> None:
-    """Adapts the layers of a selection. cores: the Cores of all layers, or None for dense ones. starts: A, B and the cores [l,
-    r_in, r_out] by group that are subtracted from the weights."""
+def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
+    """Adapts the layers of a selection."""
+    starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
+    cores = _cores_for(config, selection)
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -127,9 +118,6 @@ def install(
             layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-            factors.A.value.data.copy_(factors.A.start), factors.B.value.data.copy_(factors.B.start)
-            for layer in layers:
-                layer.core.data.copy_(layer.start_core)
     if wide := [factor.features for factor in owned.values() if factor.rank > factor.features]:
         warnings.warn(
             f"lotr_ext: rank {config.rank} exceeds the width of {len(wide)} of {len(owned)} factors, the least is {min(wide)}. "
@@ -167,7 +155,7 @@ def _pair(config: LoTRConfig, group: str, target: Target, owned: dict[tuple[str,
 
 def _home(module: nn.Module) -> torch.device:
     """Where a module computes. accelerate keeps offloaded weights on the meta device between two forwards."""
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    tensor = next(iter((*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
@@ -188,7 +176,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | str | None = None) -> Cores | None:
+def _cores_for(config: LoTRConfig, selection: Selection) -> Cores | None:
     """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
     if config.core == "dense":
         return None
@@ -200,40 +188,36 @@ def cores_for(config: LoTRConfig, selection: Selection, device: torch.device | s
         raise TypeError(f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}")
     if config.core_init == "identity":
         cores.begin_as_identity()
-    with torch.no_grad():
-        for place in places:
-            if (got := tuple(cores.at(place)().shape)) != config.ranks:
-                raise ValueError(f"core: expected cores of rank {config.ranks}, got {got} from {type(cores).__name__}")
-    return cores.to(_home(selection.targets[0].module) if device is None else device, config.adapter_dtype)
+    return cores.to(_home(selection.targets[0].module), config.adapter_dtype)
 
 
 @torch.no_grad()
 def _svd_start(targets: list[Target], config: LoTRConfig) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and cores of init "svd" of one group: the weights' own Tucker-2 factorisation, at START times orthonormal
     factors."""
-    if config.s == 0:
-        raise ValueError('init: expected a scaling other than 0 with "svd", got 0')
     weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
-    for target, weight in zip(targets, weights):
-        if weight.is_meta or not bool(torch.isfinite(weight).all()):
-            what = "a weight on the meta device" if weight.is_meta else "NaN or infinite elements"
-            raise ValueError(f'init: expected finite weights with values for "svd", got {what} in {target.name!r}')
     A, B, cores = tucker2(weights, config.ranks)
     return START * A, START * B, cores / (START**2 * config.s)
 
 
 @torch.no_grad()
 def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | None) -> None:
-    """Sets the adapter that the layers of one group begin with: it is subtracted from their weights, in float32, and a former
-    start is added back. layers: all of the group. start: A, B, cores [l, r_in, r_out]."""
+    """Starts the layers of one group at A, B and cores [l, r_in, r_out], which are subtracted from their weights in float32. A
+    former start is added back first. layers: all of the group. start: None to have none."""
+    A, B = layers[0].factors.A, layers[0].factors.B
     for layer in layers:
         layer.give_start_back()
-    for factor, value in zip((layers[0].factors.A, layers[0].factors.B), (None, None) if start is None else start):
-        factor.start = None if value is None else value.to(factor.value)
-    for layer, core in zip(layers, ()) if start is None else zip(layers, start[2]):
-        A, B, layer.start_core = layer.factors.A.start, layer.factors.B.start, core.to(layer.core)
-        weight, delta = layer._weight_to_write("init"), ops.delta_weight(A, B, layer.start_core, layer.scaling)
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) - delta)
+    A.start = B.start = None
+    if start is None:
+        return
+    for factor, value in zip((A, B), start):
+        factor.start = value.to(factor.value)
+        factor.value.copy_(factor.start)
+    for layer, core in zip(layers, start[2]):
+        layer.start_core = core.to(layer.core)
+        layer.core.copy_(layer.start_core)
+        weight = layer._weight_to_write("init")
+        weight.copy_(plus(weight, -ops.delta_weight(A.start, B.start, layer.start_core, layer.scaling)))
 
 
 def fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
@@ -262,14 +246,14 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_waiting):
-        grads = {}
+        called = {}
         for name, layer in layers_in(model).items():
             if own := [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]:
-                grads[name] = any(p.grad is not None for p in own)
-        if not any(grads.values()):
+                called[name] = any(p.grad is not None for p in own)
+        if not any(called.values()):
             continue  # an optimizer of something else, or a step without a backward
         _waiting.discard(model)
-        if idle := [name for name, found in grads.items() if not found]:
+        if idle := [name for name, was_called in called.items() if not was_called]:
             more = f" and {len(idle) - 1} more layers" if len(idle) > 1 else ""
             warnings.warn(
                 f"lotr_ext: {idle[0]}{more} had no part in the first optimizer step: no forward has called them, so their "
@@ -290,21 +274,17 @@ def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
-    """As `layers_in`, of a model from `apply_lotr` or built by hand. TypeError: no nn.Module; RuntimeError: no adapter."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    """As `layers_in`, of a model from `apply_lotr` or built by hand. Raises RuntimeError if it has no adapter."""
     layers = layers_in(model)
     if not layers:
         raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without. apply_lotr adds one.")
     return layers
 
 
-def expect_merged(layers: Mapping[str, LoTRLayer], merged: bool, where: str) -> None:
-    """Raises RuntimeError unless the `merged` of every layer is as given."""
-    for name, layer in layers.items():
-        if layer.merged != merged:
-            states = ("unmerged", "merged")
-            raise RuntimeError(f"{where}: expected {states[merged]} layers, got {name!r}, which is {states[layer.merged]}")
+def expect_unmerged(layers: Mapping[str, LoTRLayer], where: str) -> None:
+    """Raises RuntimeError if a layer is merged."""
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise RuntimeError(f"{where}: expected unmerged layers, got {merged[0]!r}, which is merged. Call unmerge(model) first.")
 
 
 @contextmanager
@@ -312,37 +292,35 @@ def disabled(model: Model) -> Iterator[Model]:
     """Inside the context the model computes without the adapter (modules_to_save stay as they are now).
 
     The context is in force for the thread that opened it, and for the backwards that it starts.
-    Raises TypeError or RuntimeError: no adapter, or a merged one (unmerge it first).
+    Raises RuntimeError: no adapter, or a merged one (unmerge it first).
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "disabled")
+    expect_unmerged(layers, "disabled")
     with autograd.requesting(dict.fromkeys(layers.values(), OFF)):
         yield model
 
 
-def init_from_gradient(
-    model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], *, progress: bool = False
-) -> Model:
+def init_from_gradient(model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Model:
     """Starts A and B of an adapted model from the gradients of its weights. The cores stay zero, so its output does not change.
 
     A and B span the leading directions of the gradients of all layers that share them. The gradients are never formed: three
     passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
     before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
 
-    batches: a few, each used three times. loss: (model, batch) -> a scalar. progress: prints a line a pass.
+    batches: a few, each used three times. loss: (model, batch) -> a scalar.
     Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
     core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
     or all zero.
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "init_from_gradient")
+    expect_unmerged(layers, "init_from_gradient")
     for name, layer in layers.items():
         if hasattr(layer, "num_experts"):
             raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
         if bool(layer.core.any()):
             raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
     with autograd.requesting(dict.fromkeys(layers.values(), OFF)):
-        found = directions_of_gradients(model, layers, batches, loss, progress)
+        found = directions_of_gradients(model, layers.values(), batches, loss)
     with torch.no_grad():
         for factor, value in found:
             factor.copy_(value)
@@ -353,115 +331,88 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The adapter's trained parameters, for an optimizer: each A, B and core (or what it is computed from) that requires grad.
 
     Does not contain modules_to_save: `[p for p in model.parameters() if p.requires_grad]` contains both.
-    Raises TypeError or RuntimeError as `adapted_layers`.
+    Raises RuntimeError as `adapted_layers`.
     """
     found = {id(p): p for layer in adapted_layers(model).values() for p in layer.adapter_parameters() if p.requires_grad}
     return iter(found.values())
 
 
-def parameter_groups(
-    model: nn.Module,
-    lr: float | None = None,
-    *,
-    core_lr: float | None = None,
-    factor_lr: float | None = None,
-    other_lr: float | None = None,
-    weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: float | None = None) -> list[dict[str, Any]]:
     """All trained parameters of an adapted model in up to three groups for an optimizer, by "name": "cores", "factors" (A and
     B), and "other" (modules_to_save, such as a new head, and all else that requires grad).
 
-    lr: the rate of each group without its own; weight_decay: of all; None: the optimizer's. For transformers' Trainer and TRL:
-    `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
-    Raises TypeError or ValueError for a rate that is no number or negative, or as `adapted_layers`.
+    lr: the rate of all groups; other_lr: of "other" instead; None: the optimizer's. A group's "lr" may be changed. For
+    transformers' Trainer and TRL: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+    Raises RuntimeError as `adapted_layers`.
     """
-    rates = {"core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr}
-    for name, value in {"lr": lr, **rates, "weight_decay": weight_decay}.items():
-        if value is not None:
-            check_number(name, value)
-            if value < 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-    kinds: dict[int, str] = {}
-    for layer in adapted_layers(model).values():
-        kinds |= {id(p): "factor_lr" for p in layer.adapter_parameters()} | {id(p): "core_lr" for p in layer.core_parameters()}
-    groups = []
-    for kind, name in (("core_lr", "cores"), ("factor_lr", "factors"), ("other_lr", "other")):
-        parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other_lr") == kind]
-        settings = {"lr": lr if rates[kind] is None else rates[kind], "weight_decay": weight_decay}
-        if parameters:
-            groups.append({"params": parameters, "name": name} | {k: v for k, v in settings.items() if v is not None})
-    return groups
+    owners = {id(p): "cores" if part == "core" else "factors" for part, p in _parts(adapted_layers(model).values())}
+    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members[owners.get(id(parameter), "other")].append(parameter)
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    return [
+        {"params": own, "name": name} | ({} if rates[name] is None else {"lr": rates[name]})
+        for name, own in members.items()
+        if own
+    ]
+
+
+def _parts(layers: Iterable[LoTRLayer]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapter's parameters, each with its part; shared ones come once for each layer."""
+    for layer in layers:
+        for part, found in (("A", layer.factors.A), ("B", layer.factors.B)):
+            yield from ((part, p) for p in found.parameters())
+        yield from (("core", p) for p in layer.core_parameters())
 
 
 class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
 
-    layers: adapted layers. groups: (in_features, out_features, rank) of each pair of factors. parts: which of A, B and core are
-    trained. other: the modules beside the adapter that have trained parameters. frozen_heads: known heads that are frozen.
-    left_out: (name, reason) of each layer that "all-linear" or a regular expression matched but that has no adapter. str()
-    gives a readable report.
+    layers: adapted layers. groups: pairs of factors. parts: what is trained: "A", "B", "core", and the names of other modules.
+    left_out: the names of the layers that target_modules matches and that have no adapter, by reason. str() gives a readable
+    report.
     """
 
     adapter: int
     trained: int
     total: int
     layers: int
-    groups: tuple[tuple[int, int, int | tuple[int, int]], ...]
+    groups: int
     parts: tuple[str, ...]
-    other: tuple[str, ...]
-    frozen_heads: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
+    left_out: dict[str, list[str]]
 
     def __str__(self) -> str:
-        pairs = Counter(f"{k}x{n} at rank {rank}" for k, n, rank in self.groups)
-        shown = ", ".join(pair if count == 1 else f"{count} x {pair}" for pair, count in pairs.items())
         lines = [
-            f"LoTR: {self.layers} layers, {len(self.groups)} pair{'s' * (len(self.groups) != 1)} of factors ({shown}), "
-            f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} "
-            f"({self.trained / self.total:.4%})",
-            f"trained: {', '.join((*self.parts, *_shortened(self.other))) or 'nothing'}",
+            f"LoTR: {self.layers} layers, {self.groups} pair{'s' * (self.groups != 1)} of factors, {self.adapter:,} adapter "
+            f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
+            f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}",
         ]
-        if self.frozen_heads:
-            lines.append(f"frozen: {', '.join(self.frozen_heads)} (a new head must be trained: modules_to_save)")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left_out:
-            reasons.setdefault(reason, []).append(name)
-        return "\n".join((*lines, *(f"left out: {', '.join(_shortened(names))} ({why})" for why, names in reasons.items())))
+        lines += [f"left out: {', '.join(_shortened(names))} ({reason})" for reason, names in self.left_out.items()]
+        return "\n".join(lines)
 
 
-def _shortened(names: Iterable[str], most: int = 3) -> list[str]:
-    names = list(names)
-    return names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
+    return [*names] if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts adapted and trained parameters, and lists what is trained, frozen and left out; print it for a report.
+    """Counts adapted and trained parameters, and lists what is trained and what was left out; print it for a report.
 
     An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
-    Raises TypeError or RuntimeError as `adapted_layers`.
+    Raises RuntimeError as `adapted_layers`.
     """
-    layers = adapted_layers(model).values()
-    pairs = {(id(layer.factors.A), id(layer.factors.B)): layer.factors for layer in layers}
-    adapter = {id(p): p for layer in layers for p in layer.adapter_parameters()}
-    parts = {
-        "A": [p for f in pairs.values() for p in f.A.parameters()],
-        "B": [p for f in pairs.values() for p in f.B.parameters()],
-        "core": [p for layer in layers for p in layer.core_parameters()],
-    }
-    other = dict.fromkeys(
-        name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter
-    )
-    parameters = list(model.parameters())
+    layers, parameters = adapted_layers(model).values(), list(model.parameters())
+    adapter = {p: part for part, p in _parts(layers)}
+    beside = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in adapter]
     return TrainableSummary(
-        adapter=sum(p.numel() for p in adapter.values()),
+        adapter=sum(p.numel() for p in adapter),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         layers=len(layers),
-        groups=tuple((f.in_features, f.out_features, f.rank) for f in pairs.values()),
-        parts=tuple(part for part, own in parts.items() if any(p.requires_grad for p in own)),
-        other=tuple(other),
-        frozen_heads=tuple(n for n, m in heads(model).items() if not any(p.requires_grad for p in m.parameters())),
-        left_out=tuple(getattr(model, "lotr_left_out", {}).items()),
+        groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
+        parts=(*sorted({part for p, part in adapter.items() if p.requires_grad}), *dict.fromkeys(beside)),
+        left_out=getattr(model, "lotr_left_out", {}),
     )
 
 
@@ -472,12 +423,10 @@ def explain(model: nn.Module, x: Tensor) -> str:
     """What runs in adapted layers for an input, and why: one line for each kind of layer.
 
     model: an adapted layer, or a model with some. x: an input. Layers get its dtype (for token ids, the weights') and device.
-    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises TypeError or RuntimeError
-    as `adapted_layers`.
+    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises RuntimeError as
+    `adapted_layers`.
     """
     layers = adapted_layers(model)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected an input as a tensor, got {type(x).__name__}")
     return "\n".join(f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items())
 
 
@@ -512,90 +461,63 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     already, on the meta device, or a weight tied to another module.
     """
     layers = adapted_layers(model)
-    expect_merged(layers, False, "merge")
-    _merge_all(model, layers, safe, keep_backup, dequantize)
+    expect_unmerged(layers, "merge")
+    _merge_all(model, layers, safe, dequantize)
+    for layer in layers.values() if not keep_backup else ():
+        layer.weight_backup = None
+        if isinstance(layer, LoTRWrapped):
+            layer.__dict__["quantized_base"] = None
     return model
 
 
-def _merge_all(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, keep_backup: bool, dequantize: bool | torch.dtype
-) -> None:
+def _merge_all(model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, dequantize: bool | torch.dtype) -> None:
     if not isinstance(dequantize, bool) and not (isinstance(dequantize, torch.dtype) and dequantize.is_floating_point):
         raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
-    tied = tied_names(model)
+    tied, done = tied_names(model), []
     for name, layer in layers.items():
         if layer.core.is_meta or any(p.is_meta for p in layer.parameters()):
             raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
         if others := tied.get(id(layer)) or tied.get(id(getattr(layer, "base_layer", None))):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-    done: list[LoTRLayer] = []
     try:
-        for name, layer in layers.items():
-            try:
-                more = {"dequantize": dequantize} if isinstance(layer, LoTRWrapped) else {}
-                layer.merge(safe=safe, keep_backup=True, **more)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise type(error)(f"{error} (in {name!r})") from None
+        for layer in layers.values():
+            layer.merge(safe, **({"dequantize": dequantize} if isinstance(layer, LoTRWrapped) else {}))
             done.append(layer)
-    except BaseException:
+    except (TypeError, ValueError, RuntimeError) as error:
         for layer in done:
             layer.unmerge()
-        raise
-    for layer in done if not keep_backup else ():
-        layer.weight_backup = None
-        if isinstance(layer, LoTRWrapped):
-            layer.__dict__["quantized_base"] = None
+        raise type(error)(f"{error} (in {list(layers)[len(done)]!r})") from None
 
 
 def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers. Raises TypeError or RuntimeError: no adapter, one that is not
+    """Removes the adapter from the weights of all merged layers. Raises RuntimeError: no adapter, one that is not
     merged, or a dequantised one without a backup."""
-    layers = adapted_layers(model)
-    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
     if not merged:
-        expect_merged(layers, True, "unmerge")
-    _check_unmergeable(merged)
+        raise RuntimeError("unmerge: expected merged layers, got none that is merged")
+    for name, layer in merged.items():
+        if getattr(layer, "replaced", False) and layer.quantized_base is None:
+            raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
     for layer in merged.values():
         layer.unmerge()
     return model
-
-
-def _check_unmergeable(layers: Mapping[str, LoTRLayer]) -> None:
-    for name, layer in layers.items():
-        if getattr(layer, "replaced", False) and layer.quantized_base is None:
-            raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
-        if not getattr(layer, "replaced", False):
-            layer._weight_to_write("unmerge")
 
 
 def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype = False) -> Model:
     """Removes the adapter: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
 
     merge: False restores the base weights (with "svd" up to one rounding); True merges the adapter into them. modules_to_save
-    stay as they are now. dequantize: as in `merge`. Returns the same model; if it is itself an adapted layer, the plain one.
-    Raises, with the model unchanged, as `merge` and `unmerge`, and for adapted layers with hooks, which would be lost.
+    stay as they are now; hooks on adapted layers go with them. dequantize: as in `merge`. Returns the same model; if it is
+    itself an adapted layer, the plain one. Raises, with the model unchanged, as `merge` and `unmerge`.
     """
-    if not isinstance(merge, bool):
-        raise TypeError(f"merge: expected True or False, got {merge!r}")
     layers = adapted_layers(model)
-    bank = getattr(model, "lotr_tasks", None)
     for name, layer in layers.items():
-        own = bank.hooks_on(layer) if bank is not None else 0
-        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if sum(map(len, hooks)) > own and not hasattr(layer, "host"):
-            raise RuntimeError(
-                f"unload: expected layers without hooks, which would be lost, got some on {name!r}. Remove them."
-            )
-        if layer.start_core is not None and not merge:
-            layer._weight_to_write("unload")
         if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
             raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
-    merged = {name: layer for name, layer in layers.items() if layer.merged}
-    _check_unmergeable({} if merge else merged)
     if merge:
-        _merge_all(model, {n: m for n, m in layers.items() if not m.merged}, False, False, dequantize)
-    for layer in () if merge else merged.values():
-        layer.unmerge()
+        _merge_all(model, {name: layer for name, layer in layers.items() if not layer.merged}, False, dequantize)
+    elif any(layer.merged for layer in layers.values()):
+        unmerge(model)
     return without_adapters(model, layers)
 
 

@@ -70,7 +70,6 @@ class _PeftType(str):
 
 LOTR = _PeftType("LOTR")
 _BIASES = ("none", "all", "lotr_only")
-_OWN = ("r", "bias", "layers_to_transform")  # names that only `LoTRConfig` refuses
 # Fields of the first version that may be in a file. share_factors can be ignored, because its files contain A and B.
 _FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
 _SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")  # as in LoTRConfig
@@ -115,9 +114,7 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names(
-            (name for name, value in given.items() if name not in _OWN and (value or name not in _FORMER)), cls.__name__
-        )
+        check_names((name for name in given if name != "r"), cls.__name__)
         for name in _FORMER:
             if given.get(name) and name != "share_factors":
                 raise TypeError(f"{name}: expected nothing, because lotr_ext.peft does not have it, got {given[name]!r}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
 from .linear import LoTRLayer, features, is_conv1d
-from .wrapped import has_plain_weight, layer_class
+from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
-__all__ = ["Selection", "Target", "closest", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
+__all__ = ["Selection", "Target", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
 
-# Heads of transformers models that have no output embeddings.
+# The heads of transformers' models, by the last part of their names.
 _HEADS = (
     *("score", "classifier", "pre_classifier", "qa_outputs", "classification_head", "logits_proj"),
     *("cls_classifier", "distillation_classifier"),
 )
-BESIDE = ("lotr_factors", "lotr_cores", "lotr_tasks")  # what an adapted model has beside its layers
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """targets: in the model's order. saved: modules to be trained whole, by name. left_out: why layers that "all-linear" or a
-    regular expression matches are not adapted, by name."""
+    """targets: in the model's order. saved: modules to be trained whole, by name. left_out: the names of layers that
+    target_modules matches and that are not adapted, by reason."""
 
     targets: list[Target]
     saved: dict[str, nn.Module]
-    left_out: dict[str, str]
+    left_out: dict[str, list[str]]
 
     @property
     def groups(self) -> dict[str, list[Target]]:
@@ -70,6 +68,11 @@ def _matches(name: str, pattern: Sequence[str] | str | None) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name_ends_with(name, ending) for ending in pattern or ())
+
+
+def _has_class(value: object, *names: str) -> bool:
+    """Whether value has a class of one of these names, which may be of a package that is not imported."""
+    return any(cls.__name__ in names for cls in type(value).__mro__)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -93,25 +96,26 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     tied, outputs = tied_names(model), output_layers(model) if config.everything else {}
     targets, left_out = [], {}
     for module, names in places.values():
+        if config.everything and any(why_not(module, own) is None for own in module._parameters):
+            left_out.setdefault("3-D parameters of experts: name them in target_parameters", []).append(names[0])
         wanted = _is_linear(module) if config.everything else any(_matches(n, config.target_modules) for n in names)
         sizes = features(module)
         if not wanted or (sizes is None and isinstance(config.target_modules, str)):
             continue  # a regular expression is a filter over the layers that can be adapted
         reason = why_not_adapted(model, module, names, tied)
+        left = (reason or outputs.get(id(module))) if config.everything else None
         if id(module) in inside:
-            left_out[names[0]] = "trained whole: modules_to_save"
+            left = "trained whole: modules_to_save"
         elif any(_matches(name, config.exclude_modules) for name in names):
-            left_out[names[0]] = "exclude_modules"
-        elif config.everything and (reason or id(module) in outputs):
-            left_out[names[0]] = reason or outputs[id(module)]
-        else:
-            check_layer(names[0], module, sizes, reason)
-            targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
-    if config.everything:
-        left_out |= _not_linear(places.values())
+            left = "exclude_modules"
+        if left:
+            left_out.setdefault(left, []).append(names[0])
+            continue
+        check_layer(names[0], module, sizes, reason)
+        targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
     targets += _expert_targets(model, config, inside)
     check_targets(targets, config)
-    return Selection(targets, saved, left_out if config.everything or isinstance(config.target_modules, str) else {})
+    return Selection(targets, saved, left_out)
 
 
 # ---- what cannot be adapted ------------------------------------------------------------------------------------------
@@ -126,25 +130,23 @@ def why_not_adapted(model: nn.Module, module: nn.Module, names: Sequence[str], t
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if own_forward and has_plain_weight(module) and not _is_dtensor(module.weight):
-        return _other_result(module)
+    if own_forward and has_plain_weight(module) and not _returns_rows(module):
+        return "its forward returns something else than x W^T"
     return None
 
 
-def _other_result(module: nn.Module) -> str | None:
-    """What a subclass of nn.Linear with a forward of its own returns, if that is not [.., out_features]: Llama 4's router
-    returns a tuple. Runs a copy on tensors without values, so no state changes."""
-    own, tensors = copy.copy(module), (*module.named_parameters(), *module.named_buffers())
-    state = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    vars(own).update(_forward_hooks={}, _forward_pre_hooks={})
+@torch.no_grad()
+def _returns_rows(module: nn.Linear) -> bool:
+    """Whether a forward of its own returns [.., out_features]; routers return tuples (Llama 4). Runs it without values."""
+    own = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        tensors = vars(module)[kind].items()
+        vars(own)[kind] = {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors}
     try:
-        with torch.no_grad():
-            y = torch.func.functional_call(own, state, state["weight"].new_zeros(1, module.in_features))
-    except Exception as error:  # of any kind: the forward is not ours
-        return f"its forward raises {type(error).__name__} for an x of [1, {module.in_features}]"
-    if isinstance(y, Tensor) and y.shape == (1, module.out_features):
-        return None
-    return f"its forward returns {list(y.shape) if isinstance(y, Tensor) else 'a ' + type(y).__name__}, not x W^T"
+        y = own.forward(own.weight.new_empty(1, module.in_features))
+    except Exception:  # of any kind: the forward is not ours
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
 
 def check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None) -> None:
@@ -153,37 +155,13 @@ def check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, rea
             f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
             f"({type(module).__name__})"
         )
-    if min(sizes) < 1:
-        raise ValueError(
-            f"target_modules: expected layers with known sizes, got {name!r} with {sizes}. Run the model once first."
-        )
     if reason is not None:
         raise ValueError(f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}")
-    if _is_dtensor(getattr(module, "weight", None)):
+    if _has_class(getattr(module, "weight", None), "DTensor"):
         raise TypeError(
             f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
             f"adapt the whole model, or leave this layer out."
         )
-
-
-def _is_dtensor(tensor: object) -> bool:
-    return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
-
-
-def _not_linear(places: Iterable[tuple[nn.Module, list[str]]]) -> dict[str, str]:
-    """Modules with weights that "all-linear" does not mean, with the reason."""
-    found = {}
-    for module, names in places:
-        if _is_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        deep = next(
-            (f"{own} is a {p.dim()}-D parameter" for own, p in module.named_parameters(recurse=False) if p.dim() > 2), None
-        )
-        if deep:
-            found[names[0]] = f"{deep}, not a linear layer; target_parameters takes experts"
-        elif features(module) is not None:
-            found[names[0]] = f"a {type(module).__name__}: name it to adapt it"
-    return found
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
@@ -205,67 +183,48 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
 # ---- heads and modules to save ---------------------------------------------------------------------------------------
 
 
-def _outputs_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The output layer of a transformers model, or its heads if it has none; a timm model's classifier."""
-    head, found = "a head: name it to adapt it, or train it whole (modules_to_save)", None
-    for method in ("get_classifier", "get_output_embeddings"):
-        try:
-            found = getattr(module, method)()
-        except (NotImplementedError, AttributeError, TypeError):  # no such method, or one with another meaning
-            continue
-        if method == "get_classifier":
-            yield from ((one, head) for one in (found if isinstance(found, (tuple, list)) else (found,)))
-        elif isinstance(found, nn.Module):
-            yield found, "the output layer: name it to adapt it"
-        else:
-            yield from ((getattr(module, name), head) for name in _HEADS if hasattr(module, name))
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The known heads of the transformers models in a model, by name."""
+    modules, found = dict(model.named_modules()), {}
+    for name, module in modules.items():
+        parent, _, own = name.rpartition(".")
+        if own in _HEADS and hasattr(modules[parent], "get_output_embeddings") and next(module.parameters(), None) is not None:
+            found[name] = module
+    return found
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
     """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description."""
-    found = [(top, what) for module in model.modules() for top, what in _outputs_of(module) if isinstance(top, nn.Module)]
-    return {id(m): what for top, what in found for m in top.modules()}
+    outputs = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    tops = {top: "the output layer: name it to adapt it" for top in outputs if isinstance(top, nn.Module)}
+    tops |= dict.fromkeys(heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)")
+    return {id(m): what for top, what in tops.items() for m in top.modules()}
 
 
-def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The known heads of a model that have parameters, by name."""
-    found = {id(top) for module in model.modules() for top, what in _outputs_of(module) if what.startswith("a head")}
-    return {n: m for n, m in model.named_modules() if n and id(m) in found and next(m.parameters(), None) is not None}
-
-
-def with_head(model: nn.Module, config: LoTRConfig) -> tuple[str, ...] | None:
-    """config's modules_to_save, with the model's heads if its task_type has one. Raises ValueError if none is known."""
-    saved = config.modules_to_save
-    if not isinstance(model, nn.Module) or config.task_type not in HEADED_TASKS:
-        return saved
-    found = heads(model)
+def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
+    """config with the model's heads in modules_to_save, if its task_type has one. Raises ValueError if no head is known."""
+    if getattr(config, "task_type", None) not in HEADED_TASKS or not isinstance(model, nn.Module):
+        return config
+    saved, found = config.modules_to_save or (), heads(model)
     if not found and not saved:
         raise ValueError(
             f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__} without one of the "
             f"known names ({', '.join(_HEADS)}). Name its head in modules_to_save."
         )
-    return (*(saved or ()), *(n for n in found if not _matches(n, saved)))
+    new = [name for name in found if not _matches(name, saved)]
+    return replace(config, modules_to_save=(*saved, *new)) if new else config
 
 
 def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
-    """The modules_to_save of a model by name. Raises ValueError for a name that matches nothing, or what cannot be trained."""
+    """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
-    modules = {name: m for name, m in model.named_modules() if name and not name.startswith(BESIDE)}
-    for ending in config.modules_to_save or ():
-        found = {name: m for name, m in modules.items() if name_ends_with(name, ending)}
-        if not found:
-            raise ValueError(
-                f"modules_to_save: expected names of modules, got {ending!r}, which matches none{closest(ending, modules)}"
-            )
-        for name, module in found.items():
-            if next(module.parameters(), None) is None:
-                raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
-            for own, p in module.named_parameters():
-                if (type(p) is not nn.Parameter and not _is_dtensor(p)) or p.dtype.itemsize < 2:
-                    raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised")
-            if any(isinstance(m, LoTRLayer) for m in module.modules()) and not hasattr(model, "lotr_factors"):
-                raise ValueError(f"modules_to_save: expected plain modules, got {name!r} with an adapter inside")
-        saved |= found
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _matches(name, config.modules_to_save) or name.startswith("lotr_"):  # not what an adapted model has beside them
+            continue
+        for own, p in module.named_parameters():
+            if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
+                raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised")
+        saved[name] = module
     return saved
 
 
@@ -274,24 +233,19 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
 
 def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
     """The experts' parameters that config adapts, matched as in PEFT: by whole dotted parts at the name's end."""
-    targets, unused = [], set(config.target_parameters or ())
-    for name, module in model.named_modules() if unused else ():
+    targets = []
+    for name, module in model.named_modules():
         if id(module) in inside_saved or _matches(name, config.exclude_modules):
             continue
         for own in module._parameters:
             full = f"{name}.{own}" if name else own
-            found = {ending for ending in config.target_parameters if name_ends_with(full, ending)}
-            if not found:
+            if not _matches(full, config.target_parameters):
                 continue
-            unused -= found
             if (got := why_not(module, own)) is not None:
                 raise TypeError(f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}")
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
             targets.append(Target((at,), module, k, n, group_of(at, module, (k, n), config.group_by), own))
-    if unused:
-        near = closest(min(unused), (name for name, _ in model.named_parameters()))
-        raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none{near}")
     return targets
 
 
@@ -306,61 +260,48 @@ def _check_model(model: nn.Module) -> None:
             f"model: expected a model with linear layers inside, got one {type(model).__name__}. Adapt it with "
             f"LoTRLinear.from_linear(linear, LoTRFactors(in_features, out_features, rank))."
         )
-    kind = type(model).__name__
-    wrapped = isinstance(model, (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod")
-    if wrapped:
-        raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {kind}")
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = (
-        () if fsdp is None else tuple(getattr(fsdp, n) for n in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, n))
-    )
     for name, module in model.named_modules():
+        kind = type(module).__name__
         if isinstance(module, LoTRLayer):
             raise RuntimeError(f"model: expected one with no adapter, got a LoTR one at {name!r}. Call unload(model) first.")
-        if isinstance(module, sharded):
+        if not name and _has_class(module, "ScriptModule", "DistributedDataParallel", "OptimizedModule"):
+            raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {kind}")
+        if _has_class(module, "FSDPModule", "FullyShardedDataParallel"):
             raise TypeError(f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it.")
-        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+        if _has_class(module, "BaseTunerLayer"):
             raise RuntimeError(
-                f"model: expected one without PEFT's adapters, got {type(module).__name__} at {name!r}, which would be frozen. "
-                f"Merge it first (merge_and_unload), or use LoTR as a PEFT method (lotr_ext.peft)."
+                f"model: expected one without PEFT's adapters, got {kind} at {name!r}, which would be frozen. Merge it first "
+                f"(merge_and_unload), or use LoTR as a PEFT method (lotr_ext.peft)."
             )
 
 
-def _check_patterns(model: nn.Module, config: LoTRConfig, names: Sequence[str]) -> None:
-    """Raises ValueError for a name that matches nothing, such as a misspelt one."""
-    for field in ("target_modules", "exclude_modules"):
+def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]) -> None:
+    """Raises ValueError for a name that matches nothing, such as a misspelt one. modules: the names of the model's modules."""
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         pattern = getattr(config, field)
         if field == "target_modules" and pattern == "all-linear":
             continue
+        names = [name for name, _ in model.named_parameters()] if field == "target_parameters" else modules
         for one in (pattern,) if isinstance(pattern, str) else pattern or ():
             if any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
                 continue
             hint = _hint(model, one, names)
             if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
                 hint = f". A string is a regular expression for the full name: to match name endings pass [{one!r}]."
-            raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none{hint}")
+            raise ValueError(f"{field}: expected names in the model, got {one!r}, which matches none{hint}")
 
 
-def _hint(model: nn.Module, one: str, names: Sequence[str]) -> str:
-    """For a name that matches no module: what may be meant, as the end of a sentence."""
-    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, one)]
+def _hint(model: nn.Module, wanted: str, names: Sequence[str]) -> str:
+    """For a name that matches none of names: what may be meant, as the end of a sentence."""
+    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, wanted)]
     if deep:
         return f". {deep[0]!r} is a 3-D parameter: name it in target_parameters."
-    if near := closest(one, names):
-        return near
-    endings = sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if n and _is_linear(m)} - set(map(str, range(999)))
-    )
-    return f". The linear layers' names end with {', '.join(endings[:20])}." if endings else ""
-
-
-def closest(wanted: str, names: Iterable[str]) -> str:
-    """The name endings most similar to wanted, as the end of a message; "" if none is similar."""
     parts = wanted.count(".") + 1
     endings = {".".join(name.split(".")[-parts:]) for name in names}
-    endings = sorted(ending for ending in endings if ending and not ending.isdigit())
-    found = difflib.get_close_matches(wanted, endings, cutoff=0.6)
-    return f". The closest: {', '.join(map(repr, found))}." if found else ""
+    if near := difflib.get_close_matches(wanted, sorted(endings)):
+        return f". The closest: {', '.join(map(repr, near))}."
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    return f". The linear layers' names end with {', '.join(linear[:20])}." if linear else ""
 
 
 def check_targets(targets: list[Target], config: LoTRConfig) -> None:
@@ -369,10 +310,6 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
             f"target_modules: expected to match a linear layer, got {config.target_modules!r}, which matches none outside of "
             f"exclude_modules and modules_to_save"
         )
-    if isinstance(config.group_by, dict) and (unknown := sorted(set(config.group_by) - {t.name for t in targets})):
-        raise ValueError(f"group_by: expected names of adapted layers, got {', '.join(unknown)}")
-    if config.ranks[0] * config.ranks[1] >= 2**31:
-        raise ValueError(f"rank: expected one whose cores have fewer than 2^31 elements, got {config.rank}")
     first: dict[str, Target] = {}
     for t in targets:
         want = first.setdefault(t.group, t)
@@ -381,7 +318,7 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
                 f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} "
                 f"({want.in_features}, {want.out_features}) and {t.name!r} ({t.in_features}, {t.out_features})"
             )
-        if config.init == "svd" and layer_class(t.module).__name__ == "LoTRWrapped":
+        if config.init == "svd" and layer_class(t.module) is LoTRWrapped:
             kind = type(t.module).__name__
             raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
 

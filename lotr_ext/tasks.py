@@ -26,7 +26,7 @@ from .experts import CHILD
 from .files import checked_path, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, expect_merged
+from .model import adapted_layers, expect_unmerged
 from .targets import group_of
 
 __all__ = ["TaskBank", "use_tasks"]
@@ -139,10 +139,6 @@ class TaskBank(nn.Module):
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
-    def hooks_on(self, layer: nn.Module) -> int:
-        """How many hooks of the bank a layer has."""
-        return sum(hook is _refuse_without_request for hook in layer._forward_pre_hooks.values())
-
     def remove_hooks(self) -> None:
         """Removes the bank's hooks from the model."""
         for hook in self._hooks:
@@ -238,7 +234,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     layers = adapted_layers(model)
     if not isinstance(bank, TaskBank):
         raise RuntimeError("use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
-    expect_merged(layers, False, "use_tasks")
+    expect_unmerged(layers, "use_tasks")
     _check_index(model, bank, index)
     request = _Request(index, flat or any(hasattr(layer, "num_experts") for layer in layers.values()))
     states = {layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)}

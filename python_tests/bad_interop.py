@@ -115,7 +115,6 @@ _PEFT: list[Row] = [
 ]
 _CONVERT: list[Row] = [
     ("export_lora of a plain model", "model", lambda: export_lora(zoo.net("mlp"), _folder())),
-    ("export_lora of 3", "model", lambda: export_lora(3, _folder())),
     ("export_lora into 3", "directory", lambda: export_lora(_model(), 3)),
     ("export_lora into a file", "directory", lambda: export_lora(_model(), _checkpoint())),
     ("export_lora of a task without a bank", "task", lambda: export_lora(_model(), _folder(), task=0)),

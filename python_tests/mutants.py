@@ -325,8 +325,8 @@ MUTANTS = [
     ),
     Mutant(
         "cores.py",
-        "return self.layers.index(place[0]) * len(self.kinds) + self.kinds.index(place[1])",
-        "return self.layers.index(place[0]) * len(self.layers) + self.kinds.index(place[1])",
+        "for layer in self.layers for kind in self.kinds]",
+        "for kind in self.kinds for layer in self.layers]",
         "a place's index in a grid",
     ),
     Mutant(
@@ -396,10 +396,10 @@ MUTANTS = [
     Mutant(
         "model.py", 'if part == "B" and config.core_init == "identity":', "if False:", "identity cores start with an effect"
     ),
-    Mutant("model.py", '    expect_merged(layers, False, "disabled")\n', "", "disabled accepts a merged model"),
+    Mutant("model.py", '    expect_unmerged(layers, "disabled")\n', "", "disabled accepts a merged model"),
     Mutant(
         "model.py",
-        "    for layer in () if merge else merged.values():\n        layer.unmerge()\n",
+        "    elif any(layer.merged for layer in layers.values()):\n        unmerge(model)\n",
         "",
         "unload keeps a merged adapter",
     ),
@@ -454,7 +454,7 @@ MUTANTS = [
         'found["scaling"] = "auto" if found.get("alpha") is None and',
         "old files: None means auto",
     ),
-    Mutant("files.py", '    expect_merged(layers, False, "load_adapter")\n', "", "loads into a merged model"),
+    Mutant("files.py", '    expect_unmerged(layers, "load_adapter")\n', "", "loads into a merged model"),
     Mutant(
         "files.py",
         "        os.replace(temporary, directory / name)\n",

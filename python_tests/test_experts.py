@@ -1,5 +1,4 @@
-"""Experts: lotr_grouped_linear and LoTRExperts against one product an expert in float64, and an adapted transformers
-mixture."""
+"""Experts: lotr_grouped_linear and LoTRExperts against one product an expert in float64. MODELS has an adapted mixture."""
 
 from __future__ import annotations
 
@@ -10,9 +9,8 @@ import torch
 from helpers import worst
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zoo import net
 
-from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, apply_lotr, disabled, lotr_grouped_linear, merge, unmerge
+from lotr_ext import LoTRExperts, LoTRFactors, LoTRLinear, lotr_grouped_linear
 from lotr_ext.autograd import requesting
 from lotr_ext.linear import OFF
 
@@ -168,54 +166,6 @@ def test_module_off_and_with_tasks_of_a_request() -> None:
         assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, 0 * experts.core)]) < 1e-12
     with requesting({experts: lambda x: (cores, tasks)}):
         assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, cores, tasks)]) < 1e-12
-
-
-# ---- a transformers mixture ------------------------------------------------------------------------------------------
-
-
-def mixture() -> nn.Module:
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    return apply_lotr(net("mixture").double(), LoTRConfig(rank=2, target_parameters=targets, adapter_dtype=torch.float64))
-
-
-IDS = torch.tensor([[3, 7, 11, 5], [2, 9, 4, 8]])
-
-
-def test_mixture_starts_unchanged_and_merges_exactly() -> None:
-    plain = net("mixture").double()(IDS).logits
-    model = mixture()
-    weights = {name: p.clone() for name, p in model.named_parameters() if name.endswith("proj")}
-    assert worst([model(IDS).logits], [plain]) < 1e-12
-    for name, p in model.named_parameters():
-        if name.endswith(".core"):
-            nn.init.normal_(p, std=0.1)
-    adapted = model(IDS).logits
-    assert worst([adapted], [plain]) > 1e-6
-    with disabled(model):
-        assert worst([model(IDS).logits], [plain]) < 1e-12
-    merge(model)
-    assert worst([model(IDS).logits], [adapted]) < 1e-10
-    unmerge(model)
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
-
-
-def test_mixture_gradients_are_those_of_merged_weights() -> None:
-    """dG of each expert is s A^T (dW)^T B with the gradient dW of the expert's own weight."""
-    model = mixture()
-    model(IDS).logits.square().mean().backward()
-    whole = net("mixture").double().requires_grad_()
-    whole(IDS).logits.square().mean().backward()
-    weights = dict(whole.named_parameters())
-    checked = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoTRExperts):
-            host, _, parameter = name.rpartition(".lotr.")
-            dW, A, B = weights[f"{host}.{parameter}"].grad, layer.factors.A.value, layer.factors.B.value
-            dW = dW.mT if layer.transposed else dW
-            want = layer.scaling * A.T @ dW.mT @ B
-            assert worst([layer.core.grad], [want]) < 1e-10
-            checked += 1
-    assert checked
 
 
 BAD = [

@@ -1,4 +1,4 @@
-"""Scalings, starts and merging of layers; the plain forms of a layer."""
+"""Scalings and merging of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import CLOSE, HALVES, copy64, relative
 from layers import SCALING, K, Net, inputs, loss
-from torch import Tensor, nn
+from torch import nn
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
 
@@ -24,19 +24,6 @@ SCALINGS = [
 @pytest.mark.parametrize("settings, scaling", SCALINGS, ids=str)
 def test_scaling(settings: dict[str, object], scaling: float) -> None:
     assert LoTRLinear(K, K, **settings).scaling == pytest.approx(scaling)
-
-
-def test_initial_factors() -> None:
-    """Orthonormal columns, uniform over all of them; bounds and deviations of the others. Times 0.4."""
-    for features, rank in ((12, 5), (5, 12)):
-        A = LoTRFactors(features, features, rank).A.value.detach().double() / 0.4
-        gram = A.T @ A if rank < features else A @ A.T
-        assert relative(gram, torch.eye(min(rank, features), dtype=torch.float64)) < 1e-6
-    first = torch.stack([LoTRFactors(3, 3, 1).A.value[0, 0] for _ in range(200)])
-    assert abs(first.sign().mean().item()) < 0.3  # LAPACK's own signs are all the same
-    kaiming = LoTRFactors(64, 64, 16, init="kaiming").A.value / 0.4
-    assert 0.9 / 8 < kaiming.abs().max() <= 1 / 8
-    assert 0.9 < (LoTRFactors(64, 64, 16, init="normal").A.value / 0.4).std() < 1.1
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -72,15 +59,6 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
         layer.unmerge()
 
 
-def test_merge_that_is_not_finite_changes_nothing() -> None:
-    layer = Net("linear", torch.float16).layers[0]
-    layer.scaling = 1e6
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="finite"):
-        layer.merge(safe=True)
-    assert torch.equal(layer.weight, before) and not layer.merged
-
-
 def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
     net = Net("linear")
     y = net(inputs(6).requires_grad_())
@@ -106,40 +84,3 @@ def test_merge_refuses_weights_that_it_cannot_write() -> None:
     plain.base_layer.register_forward_hook(lambda m, a, y: 2 * y)
     with pytest.raises(TypeError, match="merge: expected a base that returns"):
         plain.merge()
-
-
-class Quantised(nn.Module):
-    """A base whose weight is made by dequantize()."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = K, K, None
-        self.codes = nn.Buffer(torch.randint(-7, 8, (K, K), dtype=torch.int8))
-
-    def dequantize(self) -> Tensor:
-        return self.codes.float() / 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dequantize().T
-
-
-def test_quantised_bases(form: str) -> None:
-    base, x = Quantised(), inputs(6, dtype=torch.float32)
-    layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2), scaling=SCALING)
-    nn.init.normal_(layer.core)
-    want = base(x) + x @ layer.delta_weight().T
-    assert relative(layer(x), want.double()) < 1e-5
-    with pytest.raises(TypeError, match="dequantize"):
-        layer.merge()
-    layer.merge(dequantize=True)
-    assert relative(layer(x), want.double()) < 1e-5 and type(layer.base_layer) is nn.Linear
-    layer.unmerge()
-    assert layer.base_layer is base and relative(layer(x), want.double()) < 1e-5
-
-
-def test_to_base_gives_the_module_back() -> None:
-    for kind in ("linear", "conv1d", "wrapped"):
-        net = Net(kind)
-        layer = net.layers[0]
-        base, x = layer.to_base(), inputs(6)
-        assert not isinstance(base, type(layer)) and relative(base(x), layer.base(x)) < 1e-12

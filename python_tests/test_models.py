@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -34,6 +33,7 @@ from lotr_ext import (
     unload,
     unmerge,
 )
+from lotr_ext.cores import FORMS
 from lotr_ext.model import adapted_layers
 
 
@@ -132,10 +132,10 @@ def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     assert all(p.grad is None for p in own_parameters(model))
 
 
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize(("name", "way"), [*((name, "shape") for name in zoo.NETS), ("mlp", "svd"), ("llama", "train")])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_a_copy_is_a_model_of_its_own(name: str, copied) -> None:
-    model, x = trained(name), zoo.inputs(name)
+def test_a_copy_is_a_model_of_its_own(name: str, way: str, copied) -> None:
+    model, x = trained(name, way), zoo.inputs(name)
     other, y = copied(model), zoo.output(model, x)
     assert torch.equal(zoo.output(other, x), y) and other.state_dict().keys() == model.state_dict().keys()
     moved(other, 8)
@@ -188,23 +188,6 @@ def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
     assert all(p.grad is None for p in own_parameters(model))
 
 
-def test_lora_s_learning_rate_trains() -> None:
-    """The defaults: a step at a usual rate moves the loss as much as LoRA's would, at every rank."""
-    x, ids = zoo.inputs("attention"), torch.randint(0, zoo.VOCABULARY, (3, 5))
-    fallen = []
-    for rank in (2, 8):
-        model = apply_lotr(zoo.net("attention"), LoTRConfig(rank=rank, target_modules=zoo.TARGETS["attention"]))
-        optimizer, losses = torch.optim.AdamW(lotr_parameters(model), lr=2e-3), []
-        for _ in range(40):
-            loss = nn.functional.cross_entropy(zoo.output(model, x).flatten(0, 1), ids.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        fallen.append(losses[-1] / losses[0])
-    assert max(fallen) < 0.8, fallen
-
-
 # ---- which layers, which groups ---------------------------------------------------------------------------------------
 
 GROUPS = [
@@ -224,7 +207,7 @@ GROUPS = [
 def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -> None:
     model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by))
     assert len(model.lotr_factors) == factors
-    assert len(trainable_summary(model).groups) == pairs
+    assert trainable_summary(model).groups == pairs
     owned = {id(f) for f in model.lotr_factors}
     assert all({id(m.factors.A), id(m.factors.B)} <= owned for m in adapted_layers(model).values())
     keys = [key for key in model.state_dict() if "lotr_" in key]
@@ -276,12 +259,10 @@ def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> 
     ],
 )
 def test_all_linear_leaves_out_and_says_so(name: str, left: set[str], reason: str) -> None:
-    import re
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = apply_lotr(zoo.net(name), LoTRConfig(rank=2))
-    found = dict(trainable_summary(model).left_out)
+    found = {name: why for why, names in trainable_summary(model).left_out.items() for name in names}
     assert set(found) >= left and not set(found) & set(adapted_layers(model))
     assert all(re.search(reason, found[n]) for n in left), found
     assert str(trainable_summary(model)).count("left out:") == len(set(found.values()))
@@ -312,7 +293,7 @@ class Reads(nn.Module):
 def test_all_linear_leaves_out_what_an_adapter_would_break() -> None:
     model = apply_lotr(Reads().eval(), LoTRConfig(rank=2))
     assert list(adapted_layers(model)) == ["doubled"] and isinstance(model.doubled, LoTRWrapped)
-    assert set(dict(trainable_summary(model).left_out)) == {"attention.out_proj", "router", "tied"}
+    assert list(trainable_summary(model).left_out.values()) == [["attention.out_proj"], ["router"], ["tied"]]
     x = torch.randn(2, 3, 8)
     before = model(x)
     moved(model)
@@ -354,25 +335,8 @@ def test_a_sequential_runs_with_what_is_registered_beside_its_layers() -> None:
         unload(model)
 
 
-class Quantised(nn.Module):
-    """A quantised layer as libraries make them: codes, and a function that returns the dense weight."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("codes", (linear.weight.detach() * 64).round().clamp(-127, 127).to(torch.int8))
-        self.bias = linear.bias
-
-    def dequantize(self) -> Tensor:
-        return self.codes.float() / 64
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantize(), self.bias)
-
-
-def test_wraps_quantised_hooked_and_parametrized_layers() -> None:
+def test_wraps_hooked_and_parametrized_layers() -> None:
     model, seen = zoo.net("mlp"), []
-    model.blocks[0]["up"] = Quantised(model.blocks[0]["up"])
     model.blocks[0]["down"].register_forward_hook(lambda *_: seen.append(1))
     parametrizations.weight_norm(model.blocks[1]["up"])
     plain, x = copy.deepcopy(model), zoo.inputs("mlp")
@@ -380,20 +344,14 @@ def test_wraps_quantised_hooked_and_parametrized_layers() -> None:
     seen.clear()
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
     kinds = {name: type(m).__name__ for name, m in adapted_layers(model).items()}
-    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == ["blocks.0.up", "blocks.0.down", "blocks.1.up"]
+    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == ["blocks.0.down", "blocks.1.up"]
     assert not torch.equal(model(x), before) and seen
     unchanged = state(model)
     with pytest.raises(TypeError, match="blocks"):  # the weight norm: nothing is merged
-        merge(model, dequantize=True)
+        merge(model)
     assert same(state(model), unchanged) and not any(m.merged for m in adapted_layers(model).values())
     unload(model)
     assert same(state(model), want) and torch.equal(model(x), before)
-    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5, target_modules=["0.up", "1.down"])))
-    adapted = model(x)
-    merge(model, dequantize=torch.float32)
-    assert relative(model(x), adapted) < 1e-5
-    unmerge(model)
-    assert torch.equal(model(x), adapted) and isinstance(model.blocks[0]["up"].base_layer, Quantised)
 
 
 def test_merge_and_unload_change_all_layers_or_none() -> None:
@@ -406,11 +364,6 @@ def test_merge_and_unload_change_all_layers_or_none() -> None:
             call()
         assert not any(m.merged for m in adapted_layers(model).values())
         assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items() if "core" not in n)
-    handle = model.blocks[1]["down"].register_forward_hook(lambda *_: None)
-    with refused("unload", RuntimeError):
-        unload(model, merge=True)
-    assert isinstance(model.blocks[0]["up"], LoTRLinear) and not model.blocks[0]["up"].merged
-    handle.remove()
     model.blocks[1]["down"].core.data[0, 0] = 0.0
     assert zoo.output(model, x).shape == before.shape
 
@@ -432,12 +385,11 @@ def test_summary_groups_and_parameters_count_the_same() -> None:
     assert summary.layers == n == 8
     assert summary.adapter == n * r * r + r * (16 + 16) + r * (24 + 16) == sum(p.numel() for p in lotr_parameters(model))
     assert summary.trained == summary.adapter + 16 * 3 + 3
-    assert (summary.parts, summary.other, summary.frozen_heads) == (("A", "B", "core"), ("classifier",), ())
+    assert summary.parts == ("A", "B", "core", "classifier")
     assert summary.total == sum(p.numel() for p in model.parameters())
-    groups = parameter_groups(model, 1e-3, core_lr=2e-3, weight_decay=0.1)
-    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
-        *(("cores", 2e-3, 0.1), ("factors", 1e-3, 0.1), ("other", 1e-3, 0.1))
-    ]
+    assert "8 layers, 2 pairs of factors" in str(summary) and "rank=3" in str(model)
+    groups = parameter_groups(model, 1e-3, other_lr=1e-2)
+    assert [(g["name"], g["lr"]) for g in groups] == [("cores", 1e-3), ("factors", 1e-3), ("other", 1e-2)]
     assert sum(p.numel() for g in groups for p in g["params"]) == summary.trained
     torch.optim.AdamW(groups).step()
 
@@ -455,8 +407,7 @@ def test_only_the_named_parts_are_trained(train: tuple[str, ...]) -> None:
 def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
     with pytest.warns(UserWarning, match="classifier stays frozen") as caught:
         model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"]))
-    assert len(caught) == 1 and trainable_summary(model).frozen_heads == ("classifier",)
-    assert "frozen: classifier" in str(trainable_summary(model))
+    assert len(caught) == 1 and not model.classifier.weight.requires_grad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"], task_type="SEQ_CLS"))
@@ -464,33 +415,19 @@ def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
         apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize(
-    ("size", "layers", "counts"),
-    [
-        ("base", 12, {1: 1560, 2: 3168, 4: 6528, 8: 13824, 16: 30720, 32: 73728, 40: 99840, 80: 276480, 88: 321024}),
-        ("large", 24, {64: 327680}),
-    ],
-)
-def test_counts_of_the_paper_on_a_model_without_memory(size: str, layers: int, counts: dict[int, int]) -> None:
-    """RoBERTa, query and value: S r^2 + 2 r d numbers."""
+COUNTS = {1: 1560, 2: 3168, 4: 6528, 8: 13824, 16: 30720, 32: 73728, 40: 99840, 80: 276480, 88: 321024}
+
+
+@pytest.mark.parametrize(("rank", "count"), COUNTS.items())
+def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) -> None:
+    """RoBERTa-base, query and value: S r^2 + 2 r d numbers."""
     from transformers import RobertaConfig, RobertaModel
 
-    width = 768 if size == "base" else 1024
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64, "vocab_size": 50265}
-    for rank, count in counts.items():
-        with torch.device("meta"):
-            model = RobertaModel(RobertaConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
-        apply_lotr(model, LoTRConfig(rank=rank, target_modules=["query", "value"]))
-        assert trainable_summary(model).adapter == count
-        assert all(p.is_meta for p in model.parameters())
-
-
-def test_a_changed_weight_makes_an_older_backward_raise() -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp")
-    y = zoo.output(model, x)
-    merge(model)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    with torch.device("meta"):
+        model = RobertaModel(RobertaConfig(vocab_size=50265), add_pooling_layer=False)
+    apply_lotr(model, LoTRConfig(rank=rank, target_modules=["query", "value"]))
+    assert trainable_summary(model).adapter == count
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_another_default_device_changes_nothing() -> None:
@@ -607,16 +544,12 @@ def test_bad_input_is_refused_by_name(argument: str, call) -> None:
 
 
 BAD_TARGETS = [
-    {"target_modules": ["upp"]},
     {"target_modules": ["blocks"]},
-    {"exclude_modules": ["nothing"]},
     {"modules_to_save": ["nothing"]},
-    {"group_by": {"blocks.0.up": "x"}},
     {"group_by": lambda name, module: "one"},
     {"group_by": lambda name, module: 3},
     {"core": lambda places, rank: nn.Linear(2, 2)},
-    {"core": "custom"},
-    {"init": "svd", "target_modules": ["up", "down"], "scaling": 0.0},
+    {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)},
 ]
 
 
@@ -667,10 +600,3 @@ def test_refuses_sharded_models() -> None:
             apply_lotr(nn.parallel.DistributedDataParallel(zoo.net("mlp")), LoTRConfig(rank=2))
     finally:
         dist.destroy_process_group()
-
-
-def test_printing_a_model_and_a_summary() -> None:
-    model = started("mlp")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        print(model, trainable_summary(model))
-    assert "rank=3" in printed.getvalue() and "4 layers, 2 pairs of factors" in printed.getvalue()
