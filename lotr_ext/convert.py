@@ -30,6 +30,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ from .files import (
     write,
 )
 from .functional import check_dtype, check_number, check_rank
-from .init import START, leading, padded
+from .init import START, tucker2_of
 from .linear import LoTRConv1D
 from .model import layers_in
 from .targets import group_of, name_ends_with
@@ -471,30 +472,20 @@ def lora_to_lotr(
     for group, names in groups.items():
         shapes = {layers[name].sizes for name in names}
         _expect(len(shapes) == 1, "group_by", f"layers of one shape in group {group!r}", sorted(shapes))
-        A, B, cores = _tucker2([(layers[name].B, layers[name].A.mT) for name in names], ranks)
-        for name, core in zip(names, cores):
-            whole = (torch.linalg.qr(layers[name].B, mode="r")[1] @ layers[name].A).norm()
+        U, V = [layers[name].B for name in names], [layers[name].A.mT for name in names]  # D_l = U_l V_l^T is not formed
+        side = [v @ torch.linalg.qr(u, mode="r")[1].mT for u, v in zip(U, V)]
+        right, left = partial(_products, U, V), partial(_products, V, U)
+        A, B, cores = tucker2_of(side, right, left, len(U[0]), ranks)
+        for name, core, half in zip(names, cores, side):
+            whole = half.norm()
             errors[name] = math.sqrt(max(0.0, 1 - float(core.norm() / whole) ** 2)) if whole > 0 else 0.0
             found[name] = (START * A, START * B, core / (START**2 * config.s), group)
     return _converted(config, found, saved, errors)
 
 
-def _tucker2(pairs: Sequence[tuple[Tensor, Tensor]], rank: tuple[int, int]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A [k, r_in], B [n, r_out] with orthonormal columns and cores of D_l = U_l V_l^T, which are not formed. The columns beyond
-    the stack's rank are unit vectors with zero rows and columns of the cores."""
-    # D_l^T and V_l R^T have the same left singular vectors where U_l = Q R
-    A = leading([V @ torch.linalg.qr(U, mode="r")[1].mT for U, V in pairs], min(rank[0], len(pairs[0][1])))
-    r_out, before = min(rank[1], len(pairs[0][0])), -math.inf
-    for _ in range(20):
-        B = leading([U @ (V.mT @ A) for U, V in pairs], r_out)
-        halves = [V @ (U.mT @ B) for U, V in pairs]
-        A = leading(halves, A.shape[1])
-        captured = sum(float((A.mT @ half).square().sum()) for half in halves)
-        if captured - before <= 1e-9 * captured:
-            break
-        before = captured
-    cores = [pad((A.mT @ V) @ (U.mT @ B), (0, rank[1] - B.shape[1], 0, rank[0] - A.shape[1])) for U, V in pairs]
-    return padded(A, rank[0]), padded(B, rank[1]), cores
+def _products(U: Sequence[Tensor], V: Sequence[Tensor], A: Tensor) -> list[Tensor]:
+    """U_l V_l^T A for each l."""
+    return [u @ (v.mT @ A) for u, v in zip(U, V)]
 
 
 _ORIGINAL = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")

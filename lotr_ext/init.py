@@ -120,17 +120,29 @@ def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, T
     Exact if the stack has that multilinear rank. Beyond K (or N) the columns are unit vectors, and the cores zero there.
     """
     stack = [w.detach().double() for w in weights]
-    n, k = stack[0].shape
-    r_in, r_out = min(rank[0], k), min(rank[1], n)
-    A, captured = leading([w.T for w in stack], r_in), -math.inf
+    right, left = (lambda A: [w @ A for w in stack]), (lambda B: [w.T @ B for w in stack])
+    return tucker2_of([w.T for w in stack], right, left, len(stack[0]), rank)
+
+
+def tucker2_of(
+    side: Sequence[Tensor],
+    right: Callable[[Tensor], list[Tensor]],
+    left: Callable[[Tensor], list[Tensor]],
+    n: int,
+    rank: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tucker2` of matrices W_l [n, k] that are known by their products: right(A) is all W_l A, left(B) all W_l^T B. side: for
+    each l a matrix [k, c_l] with the left singular vectors and the singular values of W_l^T."""
+    A, captured = leading(side, min(rank[0], len(side[0]))), -math.inf
     for _ in range(20):
-        B = leading([w @ A for w in stack], r_out)
-        A = leading([w.T @ B for w in stack], r_in)
-        before, captured = captured, sum(float((A.T @ w.T @ B).square().sum()) for w in stack)
-        if captured - before <= 1e-6 * captured:
+        B = leading(right(A), min(rank[1], n))
+        halves = left(B)
+        A = leading(halves, A.shape[1])
+        before, captured = captured, sum(float((A.T @ half).square().sum()) for half in halves)
+        if captured - before <= 1e-9 * captured:
             break
-    cores = torch.zeros(len(stack), *rank, dtype=torch.float64, device=A.device)
-    cores[:, :r_in, :r_out] = torch.stack([A.T @ w.T @ B for w in stack])
+    cores = torch.zeros(len(side), *rank, dtype=torch.float64, device=A.device)
+    cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ half for half in left(B)])
     return padded(A, rank[0]), padded(B, rank[1]), cores
 
 

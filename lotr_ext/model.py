@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -105,14 +105,19 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     """Adapts the layers of a selection."""
     starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
-    cores = _cores_for(config, selection)
+    first = selection.targets[0]
+    cores = cores_of(config, [t.name for t in selection.targets], device=_home(first.module), dtype=config.adapter_dtype)
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    owned: dict[tuple[str, object], LoTRFactor] = {}
+    owned: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        factors = _pair(config, group, targets[0], owned)
+        first, dtype = targets[0], config.adapter_dtype
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model, below
+            sizes, device = (first.in_features, first.out_features), _home(first.module)
+            factors = pair_of(owned, group, sizes, config, device=device, dtype=dtype)
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
             layer.use_core(cores.at(place_of(target.name), owned=False))
@@ -136,20 +141,21 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     _waiting.add(model)
 
 
-def _pair(config: LoTRConfig, group: str, target: Target, owned: dict[tuple[str, object], LoTRFactor]) -> LoTRFactors:
-    """The factors of a group, one A and one B a width with group_by="width". target: its first layer. owned: all factors so
-    far."""
-    found, sizes = [], (target.in_features, target.out_features)
+def pair_of(
+    owned: MutableMapping[str, LoTRFactor] | nn.ModuleDict, group: str, sizes: tuple[int, int], config: LoTRConfig, **where: Any
+) -> LoTRFactors:
+    """The factors of a group of layers of sizes (in_features, out_features), on the device and of the dtype in where.
+
+    owned: all factors so far, by part and group, or with group_by="width" by part and width; new ones are added.
+    """
+    found, init = [], "kaiming" if config.init == "svd" else config.init
     for part, features, rank in zip("AB", sizes, config.ranks):
-        key = (part, features if config.group_by == "width" else group)
-        if key not in owned:
-            init = "kaiming" if config.init == "svd" else config.init
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "lotr_ext: rank")  # `install` warns once for the model
-                owned[key] = LoTRFactor(features, rank, init=init, device=_home(target.module), dtype=config.adapter_dtype)
+        name = f"{part}_{features if config.group_by == 'width' else group}"
+        if name not in owned:
+            owned[name] = LoTRFactor(features, rank, init=init, **where)
             if part == "B" and config.core_init == "identity":
-                nn.init.zeros_(owned[key].value)  # the model starts unchanged, as with LoRA
-        found.append(owned[key])
+                nn.init.zeros_(owned[name].value)  # the model starts unchanged, as with LoRA
+        found.append(owned[name])
     return LoTRFactors.of(*found)
 
 
@@ -176,19 +182,22 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
     return layer
 
 
-def _cores_for(config: LoTRConfig, selection: Selection) -> Cores | None:
-    """The Cores of the selected layers; None for dense ones. Raises TypeError or ValueError for what a form cannot be."""
+def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | None:
+    """The Cores of the layers of these names, on the device and of the dtype in where; None for dense ones.
+
+    Raises TypeError or ValueError for what a form cannot be.
+    """
     if config.core == "dense":
         return None
     if config.core == "custom":
         raise ValueError('core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.')
-    places = [place_of(t.name) for t in selection.targets]
+    places = [place_of(name) for name in names]
     cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(places, config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}")
     if config.core_init == "identity":
         cores.begin_as_identity()
-    return cores.to(_home(selection.targets[0].module), config.adapter_dtype)
+    return cores.to(**where)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ disable_adapter, merge_adapter, unmerge_adapter, merge_and_unload, modules_to_sa
 adapter must import this module first. PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the mappings
 behind it take any string.
 
-    base_model.lotr_factors.<adapter>.<group>.A.value       A and B of a group, once; by width A_<in_features>.value, ..
+    base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width A_<width>, B_<width>
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
     base_model.lotr_cores.<adapter>.<parameter>             instead of those, if `core` is not "dense"
 
@@ -35,12 +35,10 @@ from torch import Tensor, nn
 
 from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
-from .cores import FORMS
 from .files import config_of_version_1, expect_names
-from .functional import check_rank
 from .init import fill_core_
-from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
-from .model import fast_paths
+from .linear import LoTRFactors, features, is_conv1d
+from .model import cores_of, fast_paths, pair_of
 from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
 from .wrapped import LoTRWrapped, layer_class, mergeable
 
@@ -352,11 +350,6 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def width_names(in_features: int, out_features: int) -> tuple[str, str]:
-    """The names of A and B of such layers with group_by="width"."""
-    return f"A_{in_features}", f"B_{out_features}"
-
-
 def _keys_of(adapter_name: str) -> re.Pattern[str]:
     """Matches the names of an adapter's tensors in the model's state_dict, and no others."""
     name = re.escape(adapter_name)
@@ -409,9 +402,8 @@ class LoTRPeftModel(BaseTuner):
                 continue
             check_layer(name, module, sizes, reason)
             targets.append(target := Target((name,), module, *sizes, group_of(name, module, sizes, config.group_by)))
-            owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
-            factors = [f"lotr_factors.{owner}" for owner in owners]
-            layers.append({"name": name, "factors": factors if len(factors) > 1 else factors[0]})
+            shared = sizes if config.group_by == "width" else (target.group, target.group)
+            layers.append({"name": name, "factors": [f"lotr_factors.{part}_{of}" for part, of in zip("AB", shared)]})
         if not targets:
             return  # PEFT raises a detailed error
         check_targets(targets, config.to_lotr())
@@ -461,44 +453,19 @@ class LoTRPeftModel(BaseTuner):
     ) -> None:
         known = isinstance(target, LoTRPeftLinear)
         layer = target if known else LoTRPeftLinear(target).train(target.training)
-        factors = self._factors(adapter_name, self._groups[current_key], layer, peft_config)
-        form = self._form(adapter_name, current_key, factors.A.value, peft_config)
+        config, sizes, (device, dtype) = peft_config.to_lotr(), (layer.in_features, layer.out_features), layer.place()
+        if adapter_name not in self.lotr_factors:
+            self.lotr_factors[adapter_name] = nn.ModuleDict()
+        owned, group = self.lotr_factors[adapter_name], self._groups[current_key]
+        factors, form = pair_of(owned, group, sizes, config, device=device, dtype=dtype), None
+        if config.core != "dense":
+            if adapter_name not in self.lotr_cores:
+                like, names = factors.A.value, [one["name"] for one in peft_config.layers]
+                self.lotr_cores[adapter_name] = cores_of(config, names, device=like.device, dtype=like.dtype)
+            form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
         layer.lotr_adapter[adapter_name] = LoTRPeftCore(factors, peft_config, form).train(layer.training)
         if not known:
             setattr(parent, target_name, layer)  # PEFT's _replace_module would move the core to an offloaded weight's device
-
-    def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
-        """The adapter's pair of factors for a group, made with the group's first layer in that layer's dtype."""
-        if adapter_name not in self.lotr_factors:
-            self.lotr_factors[adapter_name] = nn.ModuleDict()
-        owned, sizes, ranks = self.lotr_factors[adapter_name], (layer.in_features, layer.out_features), check_rank(config.rank)
-        device, dtype = layer.place()
-        made = []
-        if config.group_by == "width":
-            for name, size, rank in zip(width_names(*sizes), sizes, ranks, strict=True):
-                if name not in owned:
-                    owned[name] = LoTRFactor(size, rank, init=config.init, device=device, dtype=dtype)
-                    made += [owned[name]] * name.startswith("B")
-            pair = LoTRFactors.of(*(owned[name] for name in width_names(*sizes)))
-        elif group in owned:
-            pair = owned[group]
-        else:
-            pair = owned[group] = LoTRFactors(*sizes, config.rank, init=config.init, device=device, dtype=dtype)
-            made = [pair.B]
-        for B in made if config.core_init == "identity" else ():
-            nn.init.zeros_(B.value)  # so that the model starts unchanged, as with LoRA
-        return pair
-
-    def _form(self, adapter_name: str, layer: str, like: Tensor, config: LoTRPeftConfig) -> nn.Module | None:
-        """The module that computes the core of a layer; None for dense cores."""
-        if config.core == "dense":
-            return None
-        if adapter_name not in self.lotr_cores:
-            cores = FORMS[config.core]([place_of(one["name"]) for one in config.layers], config.rank)
-            if config.core_init == "identity":
-                cores.begin_as_identity()
-            self.lotr_cores[adapter_name] = cores.to(like.device, like.dtype)
-        return self.lotr_cores[adapter_name].at(place_of(layer), owned=False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -586,7 +553,7 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As BaseTuner's. Raises ValueError for an adapter of other layers, where PEFT only warns."""
         # the first version's names of A and B
-        state_dict = {re.sub(r"(lotr_factors\..+\.[AB])$", r"\1.value", key): tensor for key, tensor in state_dict.items()}
+        state_dict = {re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): t for key, t in state_dict.items()}
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         want = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
         got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
