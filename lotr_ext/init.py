@@ -37,9 +37,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
 
     Values are drawn in float32 (float64 for float64) and cast once. generator: of the tensor's device; None for torch's global
     one.
-
-    Raises:
-        ValueError: an unknown init, or a tensor that is not 2-D. TypeError: a dtype that is not floating.
+    Raises ValueError: an unknown init, or a tensor that is not 2-D. TypeError: a dtype that is not floating.
     """
     if init not in FACTOR_INITS:
         raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
@@ -64,9 +62,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
 
 def fill_core_(tensor: Tensor, init: str) -> Tensor:
     """Fills a core [r_in, r_out], or experts' [e, r_in, r_out], in place: "zero", or "identity" (ones on the diagonal).
-
-    Raises:
-        ValueError: an unknown init, or a tensor that is not 2-D or 3-D.
+    Raises ValueError: an unknown init, or a tensor that is not 2-D or 3-D.
     """
     if init not in CORE_INITS:
         raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")

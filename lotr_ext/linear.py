@@ -39,9 +39,7 @@ def scaling_of(
     START = 0.4 is the constant by which the initial factors are multiplied: together they let the learning rate of a LoRA serve
     every rank (docs/choosing.md). alpha: s is alpha / r, with rslora alpha / sqrt(r) (arXiv 2312.03732), and "auto" does not
     apply. A number is s.
-
-    Raises:
-        TypeError, ValueError: a value of the wrong type, or scaling together with alpha or rslora.
+    Raises TypeError, ValueError: a value of the wrong type, or scaling together with alpha or rslora.
     """
     if not isinstance(rslora, bool):
         raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
@@ -229,9 +227,7 @@ class LoTRLayer(nn.Module):
         dropout: float = 0.0,
     ) -> T:
         """Adapts linear: uses its weight and bias themselves (LoTRWrapped: the module), not copies, and freezes them.
-
-        Raises:
-            TypeError, ValueError: another kind of module, factors of other sizes, or an argument of the wrong type or value.
+        Raises TypeError, ValueError: another kind of module, factors of other sizes, or an argument of the wrong type or value.
         """
         sizes = cls.sizes_of(linear) if isinstance(linear, nn.Module) else None
         # adapting freezes all parameters inside: those of an adapter there would stop training
@@ -358,10 +354,8 @@ class LoTRLayer(nn.Module):
         """Replaces the core by a module: form() returns G [r_in, r_out], and its parameters are trained instead of G.
 
         `lotr_ext.cores` has forms that share parameters over layers.
-
-        Raises:
-            TypeError, ValueError: no module, or one that returns something else than a tensor like the core; a layer of init
-            "svd".
+        Raises TypeError, ValueError: no module, or one that returns something else than a tensor like the core; a layer of init
+        "svd".
         """
         if not isinstance(form, nn.Module):
             raise TypeError(f"core: expected a module whose forward returns it, got {type(form).__name__}")
@@ -398,10 +392,8 @@ class LoTRLayer(nn.Module):
 
         safe: raise ValueError, without a change, if the result is not finite. keep_backup: keep a copy of W, so that unmerge
         restores it bit for bit; without, unmerge subtracts.
-
-        Raises:
-            RuntimeError: merged already. TypeError: a base that cannot be merged into, or a weight that is no parameter
-            (weight_norm, parametrizations, pruning) or held in parts (FSDP2, tensor parallelism).
+        Raises RuntimeError: merged already. TypeError: a base that cannot be merged into, or a weight that is no parameter
+        (weight_norm, parametrizations, pruning) or held in parts (FSDP2, tensor parallelism).
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")

@@ -87,9 +87,7 @@ class LoTRPeftConfig(PeftConfig):
             target_modules: PEFT's default for LoRA and the model's type.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
         layers: the adapted layers with the names of their factors. Written when layers are adapted.
-
-    Raises:
-        TypeError, ValueError: a field of the wrong type or value.
+    Raises TypeError, ValueError: a field of the wrong type or value.
     """
 
     rank: int | tuple[int, int] | None = field(default=None, metadata={"help": "r, or (r_in, r_out); None: r"})
@@ -306,9 +304,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the weight as it was before the first merge: summed in float32, cast once.
-
-        Raises:
-            TypeError: a base without a plain weight. ValueError: with safe_merge, a sum that is not finite.
+        Raises TypeError: a base without a plain weight. ValueError: with safe_merge, a sum that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
         if not names:

@@ -47,10 +47,8 @@ class TaskBank(nn.Module):
 
     Tasks may be added and removed in any thread between two forwards without a graph. A backward whose forward came before such
     a change raises, as after any in-place write. `del model.lotr_tasks` removes the bank.
-
-    Raises:
-        TypeError: tasks is no int. ValueError: fewer than one, or an adapter of init "svd". RuntimeError: no adapter, or a bank
-            that exists already.
+    Raises TypeError: tasks is no int. ValueError: fewer than one, or an adapter of init "svd". RuntimeError: no adapter, or a
+    bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -98,10 +96,8 @@ class TaskBank(nn.Module):
 
         source: its cores [r_in, r_out] (experts: [e, r_in, r_out]) by `<layer>.core`, a file that `save` wrote, or None for a
         task with zero cores, equal to the base model.
-
-        Raises:
-            RuntimeError: no slot is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
-                or no floating dtype. Nothing is changed then.
+        Raises RuntimeError: no slot is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
+        or no floating dtype. Nothing is changed then.
         """
         values = self._values(source)
         with _changes:
@@ -225,10 +221,8 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
 
     The context is in force for the thread that opened it, and for the backwards that it starts. Under activation checkpointing
     call backward inside it; outside, it raises.
-
-    Raises:
-        TypeError, ValueError: no index of tasks, or a free slot. RuntimeError: no adapter, no bank, or a merged model. In a
-            layer, ValueError: an input whose rows or tokens are not the index's.
+    Raises TypeError, ValueError: no index of tasks, or a free slot. RuntimeError: no adapter, no bank, or a merged model. In a
+    layer, ValueError: an input whose rows or tokens are not the index's.
     """
     bank = getattr(model, "lotr_tasks", None)
     layers = adapted_layers(model)

@@ -140,10 +140,8 @@ def export_task(
         directory: created if it does not exist. Its name can serve as the adapter's name in the engine.
         task: a task of the model's TaskBank; None for the cores of the model's adapter.
         base_model: the base model's path or name, which vLLM's resolver of folders needs. None: as the model was loaded.
-
-    Raises:
-        RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
-            cannot hold, or directory is a file.
+    Raises RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
+    cannot hold, or directory is a file.
     """
     directory, factors, layers = checked_path(directory, "directory"), factors_of(model, "export_task"), adapted_layers(model)
     cores = {f"{name}.core": layer.core for name, layer in layers.items()} if task is None else bank_of(model).cores_of(task)
