@@ -7,8 +7,8 @@ from arrays import DTYPE
 from cases import KERNELS, SHAPES
 from torch_backend import TorchBackend
 
-# not operators by themselves: parts of layer_forward and layer_backward_
-OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "expand_fresh")]
+# not by themselves: parts of layer_forward and layer_backward_
+OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "expand_fresh", "fold_grad")]
 
 
 @pytest.mark.parametrize("kind", DTYPE)

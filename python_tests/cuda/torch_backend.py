@@ -12,11 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lotr_ext.ops import UNFOLDED
+from lotr_ext.ops import TWO_PASS, UNFOLDED
 
 TYPES = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32}
 TYPES |= {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
 lotr = torch.ops.lotr
+
+
+def shrink_grad(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    """k = g F and Q += g^T u: the backward of a layer without W and x. Where Q is given, B and the core are not read."""
+    B, core = F.new_empty(len(F), 1), F.new_empty(F.shape[1], 1)
+    operands = (g, None, None, u, None, F, B, core, 1.0, TWO_PASS)
+    return lotr.layer_backward_(*operands, None, None, Q, None, None, False, False)[1]
 
 
 class TorchBackend:
@@ -62,18 +69,15 @@ class TorchBackend:
     def factor_grad(self, t: dict[str, Tensor], n: dict[str, float]) -> None:
         if not n["accumulate"]:
             t["D"].zero_()
-        lotr.factor_grad_(t["D"], t["x"], t["v"], n.get("p", 0.0), t.get("seed"))
+        lotr.shrink_backward_(t["v"], None, t["x"], None, t["D"], n.get("p", 0.0), t.get("seed"))
 
     def shrink_grad(self, t: dict[str, Tensor], n: dict[str, float]) -> None:
         if not n["accumulate"]:
             t["Q"].zero_()
-        t["k"].copy_(lotr.shrink_grad_(t["Q"], t["g"], t["F"], t["u"]))
+        t["k"].copy_(shrink_grad(t["Q"], t["g"], t["F"], t["u"]))
 
     def fold(self, t: dict[str, Tensor], n: dict[str, float]) -> None:
-        t["F"].copy_(lotr.fold(t["B"], t["cores"], n["scale"], t["F"].dtype))
-
-    def fold_grad(self, t: dict[str, Tensor], n: dict[str, float]) -> None:
-        t["dcores"].copy_(lotr.fold_grad(t["Q"], t["B"], t["cores"], n["scale"], t.get("dB")))
+        t["F"].copy_(lotr.fold(t["B"], t["core"], n["scale"], t["F"].dtype))
 
     def row_core(self, t: dict[str, Tensor], n: dict[str, float]) -> None:
         rows = (t.get(name) for name in ("index", "offs", "tokens"))

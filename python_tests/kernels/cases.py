@@ -266,34 +266,29 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
 
 def fold(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "fold")
-    B, cores = t.factor(shape.k, shape.other), t.cores(shape.layers)
-    problem = t.problem("fold", {"B": B, "cores": cores}, scale=0.25)
-    problem.outputs = {"F": t.out(shape.layers, shape.k, shape.r)}
-
-    def check(out: Views) -> None:
-        for layer, core in enumerate(cores):
-            t.close(out["F"][layer], wide(B), wide(core).T, f"F[{layer}]", scale=0.25)
-
-    problem.check = check
+    B, core = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other)
+    problem = t.problem("fold", {"B": B, "core": core}, scale=0.25)
+    problem.outputs = {"F": t.out(shape.k, shape.r)}
+    problem.check = lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
     return problem
 
 
 def fold_grad(shape: Shape, kind: str) -> Problem:
-    """dB only where the shape has no dropout."""
+    """dB only where the shape has no dropout; dcore only where it has, or one layer."""
     t = Maker(shape, kind, "fold_grad")
-    B, cores, Q = t.factor(shape.k, shape.other), t.cores(shape.layers), t.floats(shape.layers, shape.k, shape.r)
+    B, core, Q = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.floats(shape.k, shape.r)
     dB0 = t.floats(shape.k, shape.other)
-    problem = t.problem("fold_grad", {"Q": Q, "B": B, "cores": cores}, scale=0.25)
-    problem.outputs = {"dcores": t.out(shape.layers, shape.r, shape.other, dtype=FLOAT)}
+    problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
+    if shape.p or shape.layers == 1:
+        problem.outputs["dcore"] = t.out(shape.r, shape.other, dtype=FLOAT, packed=True)
     if not shape.p:
         problem.outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
 
     def check(out: Views) -> None:
-        for layer in range(shape.layers):
-            t.close(out["dcores"][layer], wide(Q[layer]).T, wide(B), f"dcores[{layer}]", scale=0.25, kind="fp32")
+        if "dcore" in out:
+            t.close(out["dcore"], wide(Q).T, wide(B), "dcore", scale=0.25, kind="fp32")
         if "dB" in out:
-            left, right = np.concatenate([wide(q) for q in Q], 1), np.concatenate([wide(core) for core in cores])
-            t.close(out["dB"], left, right, "dB", wide(dB0), scale=0.25, kind="fp32")
+            t.close(out["dB"], wide(Q), wide(core), "dB", wide(dB0), scale=0.25, kind="fp32")
 
     problem.check = check
     return problem

@@ -113,15 +113,6 @@ def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
     assert (wide(out) == values @ factors).all()
 
 
-@pytest.mark.full
-def test_more_layers_than_a_grid_has_in_z(lib: ModuleType) -> None:
-    """65,535: fold's layers are its grid's z."""
-    cores = np.arange(65_540, dtype=np.float32).reshape(-1, 1, 1)
-    F = np.full_like(cores, np.nan)
-    lib.run("fold", {"B": np.full((1, 1), 2, np.float32), "cores": cores, "F": F}, {"scale": 0.5})
-    assert (F == cores).all()
-
-
 # ---- bad arguments: refused before anything is written ----
 
 
@@ -148,7 +139,7 @@ BAD = [
     ("expand_add", {"y": bf16(2, 8), "u": bf16(2, 300), "F": bf16(8, 300)}, {}, "F: expected a rank from 1 to 256, got 300"),
     (
         "fold",
-        {"B": bf16(8, 257), "cores": bf16(1, 4, 257), "F": bf16(1, 8, 4)},
+        {"B": bf16(8, 257), "core": bf16(4, 257), "F": bf16(8, 4)},
         {},
         "B: expected a rank from 1 to 256, got 257",
     ),

@@ -132,9 +132,8 @@ BUGS: dict[str, Bug] = {
     ),
     # fold, row_core
     "rows_of_the_first_split": Bug(
-        "fold.cu", FOLD, "n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", "fold_grad", ": dcores"
+        "fold.cu", FOLD, "n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", "fold_grad", ": dcore"
     ),
-    "every_layer_in_one_place": Bug("fold.cu", FOLD, "layer * p.F_layer + (row0", "(row0", "fold", r": F\["),
     "step_beyond_the_sum": Bug(
         "fold.cu", SMALL, "k0 + k < K ? b(k0 + k, c) : 0.f", "b(k0 + k, c)", "fold,fold_grad", "not finite|: (F|d)"
     ),
