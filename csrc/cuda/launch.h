@@ -85,8 +85,7 @@ void run(const Call& call, const ExpandProblem& p, Workspace& memory);
 void run(const Call& call, const FactorGradProblem& p, Workspace& memory);
 void run(const Call& call, const ShrinkGradProblem& p, Workspace& memory);
 
-// These take the types of their operands in the problem, any strides, and do not use call.type.  F's rows are
-// padded to row_elements(F_type).
+// These take the types of their operands in the problem, any strides, and do not use call.type.
 void run(const Call& call, const FoldProblem& p, Workspace& memory);
 void run(const Call& call, const FoldGradProblem& p, Workspace& memory);
 

@@ -96,10 +96,9 @@ struct ShrinkGradProblem {
 
 // F = s B G^T
 struct FoldProblem {
-  Matrix B;     // [N, r_out]
-  Matrix core;  // [r_in, r_out]
-  void* F;      // [N, r_in], last dimension contiguous
-  int64_t F_row;
+  Matrix B;         // [N, r_out]
+  Matrix core;      // [r_in, r_out]
+  MutableMatrix F;  // [N, r_in]
   DType B_type, core_type, F_type;
   int64_t N;
   int32_t r_in, r_out;

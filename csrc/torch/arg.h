@@ -173,7 +173,7 @@ struct Check {
   void dropout(double p, const Arg& seed) const {
     if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
     if (p == 0.0) return;
-    present(seed, "int64 of one element because p is not 0");
+    present(seed, "of one int64 because p is not 0");
     dtype(seed, ScalarType::Long);
     int64_t numel = 1;
     for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];

@@ -49,6 +49,13 @@ struct Sum {
   explicit operator bool() const { return value.data; }
 };
 
+// What a backward writes: dx where the weight is given, and the wanted gradients.
+template <class Value>
+struct BackwardOutputs {
+  Output<Value> dx;
+  Sum<Value> dA, dB, dcore;
+};
+
 // t in `dtype`, or an undefined tensor.
 inline Tensor defined(const OptionalTensor& t, ScalarType dtype) {
   if (!t) return Tensor();
@@ -97,6 +104,35 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   return {y.tensor, new_u, new_F};
 }
 
+template <class Products, class Outputs>
+void folded_backward(const Products& products, OptionalTensor& new_k, Outputs& out, const BackwardArgs& a,
+                     const Sizes& s, double scaling, int64_t order, bool drops) {
+  // k = g F and Q (+)= g^T u, from one read of g
+  OptionalTensor new_Q;
+  Sum<typename Products::Value> Q;
+  if (a.Q || out.dB || out.dcore) Q = products.sum(a.Q, new_Q, s[N], s[R_IN], acc_dtype(a.g.dtype));
+  const auto g = products.read(a.g);
+  typename Products::Value k{};
+  if (a.F && Q)
+    k = products.shrink_grad(new_k, Q, g, a.F, a.u);
+  else if (a.F)
+    k = products.shrink(new_k, g, a.F, false);
+  else if (Q)
+    products.outer(Q, g, products.read(a.u), false);
+  if (a.F && a.k) products.add(new_k, k, a.k);
+  if (out.dB || out.dcore) products.fold_grad(out.dB, out.dcore, Q.value, a.B, a.core, scaling);
+  if (out.dA) products.outer(out.dA, products.read(a.x), k, true);
+  if (!a.weight) return;
+  const bool expands = a.A && a.F;
+  if (order == FUSED && expands && !a.dx && !drops &&
+      products.fused(out.dx, a.g, a.weight, k, products.read(a.A), true).empty())
+    return;
+  base_and_adapter(products, out.dx, a.g, *a.weight.tensor, !a.dx, expands && order != TWO_PASS,
+                   [&](bool fresh) {
+                     if (expands) products.expand(out.dx, k, products.read(a.A), fresh, true);
+                   });
+}
+
 template <class Products>
 Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
                          const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
@@ -104,7 +140,6 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
-  using Value = typename Products::Value;
   const Check c{"lotr::layer_backward_", Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
@@ -115,53 +150,24 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
   const Products products(c, a.g, p, a.seed);
   // New gradients of the factors have the factors' dtype where they share one, else that of sums.
   const bool alike = a.B.dtype == a.core.dtype && (!a.A || a.A.dtype == a.B.dtype);
-  const ScalarType sums = acc_dtype(a.g.dtype), narrow = alike ? a.B.dtype : sums;
-  const auto sum = [&](bool wanted, const Arg& given, OptionalTensor& made, Dim rows, Dim cols,
-                       ScalarType dtype) {
-    return wanted ? products.sum(given, made, s[rows], s[cols], dtype) : Sum<Value>{};
-  };
-  const bool of_u = a.u && !a.Q;
-  OptionalTensor new_k, new_Q, new_dA, new_dB, new_dcore;
-  const auto dA_sum = sum(bool(a.x), a.dA, new_dA, K, R_IN, narrow),
-             dB_sum = sum(of_u && (need_B || a.dB), a.dB, new_dB, N, R_OUT, narrow),
-             dcore_sum = sum(of_u && need_core, Arg("dcore"), new_dcore, R_IN, R_OUT, narrow);
-  auto dx_out = a.dx       ? products.onto(a.dx)
-                : a.weight ? products.output(a.g, s[K], Arg("bias"))
-                           : Output<Value>{};
-  if (unfolded) {
-    const auto adapter = [&](bool fresh) {
-      products.small_backward(dx_out, dA_sum, dB_sum, dcore_sum, a, s, scaling, fresh);
-    };
-    if (a.weight)
-      base_and_adapter(products, dx_out, a.g, *a.weight.tensor, true,
-                       order == BETA && Products::unfolded_first, adapter);
-    else
-      adapter(false);
-  } else {
-    // k = g F and Q (+)= g^T u, from one read of g
-    const auto Q_sum = sum(a.Q || dB_sum || dcore_sum, a.Q, new_Q, N, R_IN, sums);
-    const auto g_in = products.read(a.g);
-    Value k_in{};
-    if (a.F && Q_sum)
-      k_in = products.shrink_grad(new_k, Q_sum, g_in, a.F, a.u);
-    else if (a.F)
-      k_in = products.shrink(new_k, g_in, a.F, false);
-    else if (Q_sum)
-      products.outer(Q_sum, g_in, products.read(a.u), false);
-    if (a.F && a.k) products.add(new_k, k_in, a.k);
-    if (dB_sum || dcore_sum) products.fold_grad(dB_sum, dcore_sum, Q_sum.value, a.B, a.core, scaling);
-    if (dA_sum) products.outer(dA_sum, products.read(a.x), k_in, true);
-    const bool expands = a.A && a.F;
-    if (a.weight && !(order == FUSED && expands && !a.dx && p == 0.0 &&
-                      products.fused(dx_out, a.g, a.weight, k_in, products.read(a.A), true).empty())) {
-      base_and_adapter(products, dx_out, a.g, *a.weight.tensor, !a.dx, expands && order != TWO_PASS,
-                       [&](bool fresh) {
-                         if (expands) products.expand(dx_out, k_in, products.read(a.A), fresh, true);
-                       });
-    }
-    if (a.A) new_k.reset();  // was used here
-  }
-  return {a.dx ? Tensor() : dx_out.tensor, defined(new_k, a.g.dtype), defined(new_dA, narrow),
+  const ScalarType narrow = alike ? a.B.dtype : acc_dtype(a.g.dtype);
+  const bool folds = a.u && !a.Q;  // whether the gradients of B and the core are made here
+  OptionalTensor new_k, new_dA, new_dB, new_dcore;
+  BackwardOutputs<typename Products::Value> out;
+  if (a.weight) out.dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K], Arg("bias"));
+  if (a.x) out.dA = products.sum(a.dA, new_dA, s[K], s[R_IN], narrow);
+  if (folds && (need_B || a.dB)) out.dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], narrow);
+  if (folds && need_core) out.dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], narrow);
+  const auto small = [&](bool fresh) { products.small_backward(out, a, s, scaling, fresh); };
+  if (!unfolded)
+    folded_backward(products, new_k, out, a, s, scaling, order, p != 0.0);
+  else if (a.weight)
+    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, true, order == BETA && Products::unfolded_first,
+                     small);
+  else
+    small(false);
+  if (a.A) new_k.reset();  // was used here
+  return {a.dx ? Tensor() : out.dx.tensor, defined(new_k, a.g.dtype), defined(new_dA, narrow),
           defined(new_dB, narrow), defined(new_dcore, narrow)};
 }
 

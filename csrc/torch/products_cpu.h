@@ -121,15 +121,14 @@ class CpuProducts {
     const Value u = make(made, s[M], s[R_IN], like_.dtype);
     cpu::small_forward(u, y.value, read(a.x), read(a.A), read(a.core), read(a.B), scaling, {fresh, y.bias});
   }
-  void small_backward(const Output<Value>& dx, const Sum<Value>& dA, const Sum<Value>& dB,
-                      const Sum<Value>& dcore, const BackwardArgs& a, const Sizes&, double scaling,
+  void small_backward(const BackwardOutputs<Value>& out, const BackwardArgs& a, const Sizes&, double scaling,
                       bool fresh) const {
     cpu::SmallBackward b;
     b.g = read(a.g), b.A = read(a.A), b.core = read(a.core), b.B = read(a.B), b.scaling = scaling;
     if (a.u) b.u = read(a.u);
     if (a.x) b.x = read(a.x);
-    b.dx = dx.value, b.fresh_dx = fresh, b.dA = dA.value, b.fresh_dA = !dA.add;
-    b.dB = dB.value, b.fresh_dB = !dB.add, b.dcore = dcore.value;
+    b.dx = out.dx.value, b.fresh_dx = fresh, b.dA = out.dA.value, b.fresh_dA = !out.dA.add;
+    b.dB = out.dB.value, b.fresh_dB = !out.dB.add, b.dcore = out.dcore.value;
     cpu::small_backward(b);
   }
 

@@ -143,7 +143,7 @@ class CudaProducts {
   Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling, ScalarType dtype) const {
     const Value factor = read(B), G = read(core), F = make(made, factor.rows, G.rows, dtype, true);
     FoldProblem q{};
-    q.B = in(factor), q.core = in(G), q.F = F.data, q.F_row = F.row;
+    q.B = in(factor), q.core = in(G), q.F = out(F);
     q.B_type = factor.type, q.core_type = G.type, q.F_type = F.type;
     q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols), q.scale = float(scaling);
     run(q);
@@ -200,9 +200,9 @@ class CudaProducts {
     q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
     run(q);
   }
-  void small_backward(const Output<Value>& dx, const Sum<Value>& dA, const Sum<Value>& dB,
-                      const Sum<Value>& dcore, const BackwardArgs& a, const Sizes& s, double scaling,
-                      bool) const {
+  void small_backward(const BackwardOutputs<Value>& outputs, const BackwardArgs& a, const Sizes& s,
+                      double scaling, bool) const {
+    const auto& [dx, dA, dB, dcore] = outputs;
     SmallBackwardProblem q{};
     q.dx = out(dx.value), q.g = in(read(a.g)), q.A = in(read(a.A)), q.core = in(read(a.core));
     q.B = in(read(a.B));

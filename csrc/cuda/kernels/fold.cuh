@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       });
   each_output([&](int i, int row, int c) {
     if (row0 + row < p.N && i0 + c < p.r_in)
-      write_float(p.F, p.F_type, (row0 + row) * p.F_row + i0 + c, d[i] * p.scale);
+      write_float(p.F.data, p.F_type, (row0 + row) * p.F.row + (i0 + c) * p.F.col, d[i] * p.scale);
   });
   ptx::griddepcontrol_launch_dependents();
 }

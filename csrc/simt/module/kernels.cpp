@@ -79,9 +79,7 @@ void fold(const Given& given) {
   q.r_in = int32_t(given.extent("core", 0));
   q.B_type = given.type("B"), q.core_type = given.type("core"), q.F_type = given.type("F");
   q.B = given.input("B", q.B_type, q.N, q.r_out), q.core = given.input("core", q.core_type, q.r_in, q.r_out);
-  const MutableMatrix F = given.output("F", q.F_type, q.N, q.r_in);
-  q.F = F.data, q.F_row = F.row;
-  q.scale = float(given.number("scale"));
+  q.F = given.output("F", q.F_type, q.N, q.r_in), q.scale = float(given.number("scale"));
   launch(q.F_type, q);
 }
 
