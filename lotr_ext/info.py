@@ -63,9 +63,7 @@ def _summary(facts: dict[str, Any]) -> str:
         where = (
             f"they run on {gpus} GPU{'s' * (gpus > 1)} here" if facts["cuda"]["obstacle"] is None else "they cannot run here"
         )
-    return (
-        f"CPU kernels: yes; CUDA kernels: built for {', '.join(str(a).removesuffix('-real') for a in cuda['archs'])}, {where}"
-    )
+    return f"CPU kernels: yes; CUDA kernels: built for {', '.join(a.removesuffix('-real') for a in cuda['archs'])}, {where}"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

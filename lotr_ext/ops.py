@@ -91,7 +91,7 @@ def driver_obstacle() -> str | None:
 
 @functools.cache
 def cuda_obstacle(index: int) -> str | None:
-    """Why our CUDA kernels cannot run on device `index`; None if they can. The driver is queried once, at the first use."""
+    """Why our CUDA kernels cannot run on device `index`; None if they can. A small layer runs once, at the first use."""
     built = build_info()["cuda"]
     if not built["built"]:
         return "lotr_ext was built without CUDA kernels (no nvcc at build time, or LOTR_CUDA=OFF)"
@@ -102,12 +102,10 @@ def cuda_obstacle(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"expected compute capability 8.0 or later, got {major}.{minor}"
-    with ThreadPoolExecutor(1) as thread:  # which a FakeTensorMode, functorch or inference mode of the caller does not reach
-        error = thread.submit(failed_call, torch.device("cuda", index)).result()
-    if error is None:
+    if (error := failed_call(torch.device("cuda", index))) is None:
         return None
     arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"  # wgmma is in 90a alone
-    archs = ", ".join(map(str, built["archs"]))
+    archs = ", ".join(built["archs"])
     return (
         f"kernels built for {archs} do not run on compute capability {major}.{minor} ({error}): update the driver, or build "
         f"with LOTR_ARCHS={arch}"
@@ -119,15 +117,20 @@ def failed_call(device: torch.device) -> str | None:
 
     It runs our kernels and the products of torch's library, which are called by names that are no part of a stable interface.
     """
-    try:
-        two = torch.full((2, 2), 2.0, dtype=torch.float32, device=device)
-        for order in (TWO_PASS, BETA):
-            got = lotr.layer_forward(two, two, None, two, two, two, 1.0, order)[0].flatten().tolist()
-            if got != [136.0] * 4:
-                return f"lotr::layer_forward, strategy {order}: expected 136 in each element, got {got}"
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
+
+    def call() -> str | None:
+        try:
+            two = torch.full((2, 2), 2.0, dtype=torch.float32, device=device)
+            for order in (TWO_PASS, BETA):
+                got = lotr.layer_forward(two, two, None, two, two, two, 1.0, order)[0].flatten().tolist()
+                if got != [136.0] * 4:
+                    return f"lotr::layer_forward, strategy {order}: expected 136 in each element, got {got}"
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return None
+
+    with ThreadPoolExecutor(1) as thread:  # the caller may trace: its FakeTensorMode does not reach another thread
+        return thread.submit(call).result()
 
 
 def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
