@@ -101,12 +101,6 @@ def test_every_wrapper_of_hopper_is_its_instruction(tmp_path: Path) -> None:
     assert sorted(products) == ["%rd, %rd, p, 1, 1, 0, 0"] * 2 + ["%rd, %rd, p, 1, 1, 0, 1"] * 2  # the last: b is MN-major
 
 
-@needs_nvcc
-@pytest.mark.parametrize("kernel, target", [("gemm_sm80", "sm_80"), ("block", "sm_80"), ("gemm_sm90", "sm_90a")])
-def test_nvcc_compiles_the_executors_kernels(kernel: str, target: str, tmp_path: Path) -> None:
-    assert ".entry" in compile_ptx(f'#include "{kernel}.cuh"\n', target, tmp_path)
-
-
 def host_compiler(text: str, folder: Path) -> subprocess.CompletedProcess:
     source = folder / "kernel.cpp"
     source.write_text(text)
