@@ -113,7 +113,6 @@ class Problem:
     name: str
     kernel: str
     device: dict[str, int]  # that plans are made for
-    sm90: bool  # whether a block may take an H100's shared memory
     inputs: Views
     numbers: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
@@ -123,7 +122,7 @@ class Problem:
         """The outputs by name, in fresh poisoned memory. Nothing beside them may be written. options: the executor's."""
         outputs = {name: make() for name, make in self.outputs.items()}
         lib.set_device(**self.device)
-        lib.set_options(sm90=self.sm90, **options)
+        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)  # a block may take an H100's shared memory
         lib.run(self.kernel, {**self.inputs, **{name: o.view for name, o in outputs.items()}}, self.numbers)
         for output in outputs.values():
             output.check_outside()
@@ -162,7 +161,7 @@ class Maker:
         return operand(a, self.kind)
 
     def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
-        return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, kernel == "gemm_lotr", inputs, numbers)
+        return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
 
     def with_dropout(self, problem: Problem) -> np.ndarray | float:
         """Adds the shape's dropout to a problem; what dropout multiplies the large matrix by."""
