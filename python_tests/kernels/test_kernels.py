@@ -10,7 +10,7 @@ from arrays import ALIGNED, COLUMNS, ODD, PACKED
 from cases import CASES, FUSED, KERNELS, Shape, shapes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sweep import failures, problems
+from sweep import failures
 
 MANY = ["forward", "reverse", *map(str, (2, 3, 4, 5, 102, 103, 104, 105))]
 EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
@@ -26,7 +26,7 @@ def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
 @pytest.mark.full
 @EVERY_CASE
 def test_kernel_all_shapes(lib: ModuleType, kernel: str, kind: str) -> None:
-    assert not failures(lib, problems("all", [kind], [kernel]), MANY)
+    assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes_of(kernel)), MANY)
 
 
 def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
