@@ -110,8 +110,8 @@ def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
     if kernel == "shrink_grad":
         return {"g": large(), "F": factor(), "u": narrow(), "k": narrow(), "Q": sums()}
     if kernel == "fold":
-        return {"B": factor(), "cores": aligned(m, r, r), "F": aligned(m, n, r)}
-    return {"Q": sums(m, n, r), "B": factor(), "cores": aligned(m, r, r), "dcores": sums(m, r, r), "dB": sums()}
+        return {"B": factor(), "core": aligned(r, r), "F": factor()}
+    return {"Q": sums(), "B": factor(), "core": aligned(r, r), "dcore": sums(r, r), "dB": sums()}
 
 
 def count(lib: ModuleType, key: Key, multiprocessors: int) -> dict[str, Any]:

@@ -4,16 +4,17 @@
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
     python -m bench.kernels --check --dtypes fp16       compares with float64 at odd sizes, and measures nothing
 
-A shape is tokens x width x rank (fold, fold_grad: layers x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight
-is width x width). Both sides are checked against float64 first; ours may have at most twice the library's error, plus a
-rounding. On a GPU, times are the device's own with a cold L2. least: every operand moved once; gb_per_s: these bytes in our
-time.
+A shape is tokens x width x rank (fold: 1 x width x rank; row_core: rows x cores x rank; gemm_lotr: the weight is width x
+width). factor_grad, shrink_grad and gemm_lotr are a layer's operators with nothing but these launches. Both sides are checked
+against float64 first; ours may have at most twice the library's error, plus a rounding. On a GPU, times are the device's own
+with a cold L2. least: every operand moved once; gb_per_s: these bytes in our time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ from .common import DTYPES, Case, Group, Program, Step, check_error, error_of, l
 from .rivals import chosen, dtype_of
 
 SCALING = 0.5
+TWO_PASS, FUSED = 0, 2  # strategies: csrc/torch/check.h
 Results = tuple[Tensor, ...]
 SHAPES = {
     "cuda": "8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128",
     "cpu": "2048x768x16,512x768x16,2048x768x64",
 }
 CHECKED = "333x200x13,300x264x16,17x4104x61,520x1032x64,257x136x128,130x72x200"
-LAYERS = 32  # folded together, as in Llama-3-8B
 
 
 def library() -> object:
@@ -99,9 +100,9 @@ def expand_add(i: Inputs) -> Operator:
 
 def factor_grad(i: Inputs) -> Operator:
     """D += x^T k"""
-    x, k, (D, E), op = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(), library().factor_grad_
+    x, k, (D, E), op = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(), library().shrink_backward_
     return Operator(
-        lambda: (op(D, x, k), D)[1:],
+        lambda: (op(k, None, x, None, D), D)[1:],
         lambda: (E.add_(x.T @ k),),
         lambda: (x.double().T @ k.double(),),
         _bytes(x, k, D, D),
@@ -112,9 +113,11 @@ def factor_grad(i: Inputs) -> Operator:
 def shrink_grad(i: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
     g, F, u = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), i.normal(i.m, i.r, scale=i.m**-0.5)
-    (Q, P), op = i.sums(), library().shrink_grad_
+    (Q, P), op = i.sums(), library().layer_backward_
+    B, core = i.normal(i.n, 1), i.normal(i.r, 1)  # not read where Q is given
+    given = (g, None, None, u, None, F, B, core, SCALING, TWO_PASS, None, None, Q, None, None, False, False)
     return Operator(
-        lambda: (op(Q, g, F, u), Q),
+        lambda: (op(*given)[1], Q),
         lambda: (g @ F, P.add_(g.T @ u)),
         lambda: (g.double() @ F.double(), g.double().T @ u.double()),
         _bytes(g, F, u, u, Q, Q),
@@ -123,26 +126,13 @@ def shrink_grad(i: Inputs) -> Operator:
 
 
 def fold(i: Inputs) -> Operator:
-    """F_l = s B G_l^T of all layers"""
-    B, cores, op = i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.m, i.r, i.r), library().fold
+    """F = s B G^T"""
+    B, core, op = i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.r, i.r), library().fold
     return Operator(
-        lambda: (op(B, cores, SCALING, i.dtype),),
-        lambda: ((B * SCALING) @ cores.mT,),
-        lambda: (SCALING * (B.double() @ cores.double().mT),),
-        _bytes(B, cores) + i.m * B.nbytes,
-    )
-
-
-def fold_grad(i: Inputs) -> Operator:
-    """dG_l = s Q_l^T B, dB += s sum_l Q_l G_l"""
-    Q, B, cores = i.normal(i.m, i.n, i.r, dtype=torch.float32), i.normal(i.n, i.r, scale=i.r**-0.5), i.normal(i.m, i.r, i.r)
-    (dB, dC), op = i.sums(), library().fold_grad
-    return Operator(
-        lambda: (op(Q, B, cores, SCALING, dB), dB),
-        lambda: (SCALING * (Q.mT @ B.float()), dC.add_((Q @ cores.float()).sum(0), alpha=SCALING)),
-        lambda: (SCALING * (Q.double().mT @ B.double()), SCALING * (Q.double() @ cores.double()).sum(0)),
-        _bytes(Q, B, cores, dB, dB) + 4 * cores.numel(),
-        ((dB, 0.0), (dC, 0.0)),
+        lambda: (op(B, core, SCALING, i.dtype),),
+        lambda: ((B * SCALING) @ core.T,),
+        lambda: (SCALING * (B.double() @ core.double().T),),
+        _bytes(B, B, core),
     )
 
 
@@ -160,10 +150,11 @@ def row_core(i: Inputs) -> Operator:
 
 def gemm_lotr(i: Inputs) -> Operator:
     """y = x W^T + u F^T in one kernel; the library's base product alone, and beta: u F^T first, then the product onto it."""
-    x, W, op = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5), library().gemm_lotr
+    x, W, op = i.normal(i.m, i.n), i.normal(i.n, i.n, scale=i.n**-0.5), library().layer_forward
     u, F = i.normal(i.m, i.r), i.normal(i.n, i.r, scale=i.r**-0.5)
+    B, core = i.normal(i.n, 1), i.normal(i.r, 1)  # not read where F is given
     return Operator(
-        lambda: (op(x, W, None, u, F, False),),
+        lambda: (op(x, W, None, None, B, core, SCALING, FUSED, u, F)[0],),
         lambda: ((x @ W.T).addmm_(u, F.T),),
         lambda: (x.double() @ W.double().T + u.double() @ F.double().T,),
         _bytes(x, W, u, F, x),
@@ -172,7 +163,7 @@ def gemm_lotr(i: Inputs) -> Operator:
 
 
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {
-    make.__name__: make for make in (shrink, expand_add, factor_grad, shrink_grad, fold, fold_grad, row_core, gemm_lotr)
+    make.__name__: make for make in (shrink, expand_add, factor_grad, shrink_grad, fold, row_core, gemm_lotr)
 }
 
 
@@ -181,7 +172,8 @@ def runs(case: Case, device: str) -> bool:
     if case["kernel"] != "gemm_lotr":
         return True
     hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    return hopper and case["dtype"] != "fp32" and case["r"] <= 128 and not case["n"] % 8 and hasattr(library(), "gemm_lotr")
+    built = "90a" in json.loads(library().info())["cuda"]["archs"]
+    return hopper and built and case["dtype"] != "fp32" and case["r"] <= 128 and not case["n"] % 8
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -189,8 +181,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
         for kernel in names:
-            layers = kernel.startswith("fold") and not options.shapes
-            found.append({"kernel": kernel, **shape} | ({"m": LAYERS} if layers else {}))
+            found.append({"kernel": kernel, **shape} | ({"m": 1} if kernel == "fold" else {}))
     return [case for case in found if case["kernel"] != "gemm_lotr" or runs({**case, "dtype": "bf16"}, options.device)]
 
 
@@ -220,8 +211,6 @@ def check(options: argparse.Namespace) -> int:
         for kernel in chosen(options.kernels, KERNELS, KERNELS):
             for dtype in options.dtypes:
                 case = {"kernel": kernel, **shape, "dtype": dtype}
-                if kernel.startswith("fold"):
-                    case["m"] = 3
                 if not runs(case, options.device):
                     continue
                 operator = KERNELS[kernel](Inputs(case, options.device))

@@ -207,7 +207,7 @@ def _compute(
         y, new_u, new_F = _forward(*base, A, B, core, scaling, order, u, F)
         return y, new_u if u is None else u, new_F if F is None else F
     with _below_autograd():
-        F = lotr.fold.default(B, core.unsqueeze(0), scaling, u.dtype)[0] if F is None else F
+        F = lotr.fold.default(B, core, scaling, u.dtype) if F is None else F
         return lotr.expand.default(y, u, F), u, F
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops import CUDA_DTYPES, build_info, cuda_obstacle, cuda_probe, cuda_version, obstacle_to_kernels
+from .ops import CUDA_DTYPES, build_info, cuda_obstacle, cuda_version, obstacle_to_kernels
 
 __all__ = ["collect", "main", "plans"]
 
@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
     built, devices = build_info(), [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     names = [platform.processor() or platform.machine(), *(torch.cuda.get_device_name(d) for d in devices[1:])]
-    probe = cuda_probe(-1) if built["cuda"]["built"] else {"runtime": None, "driver": None}
+    runtime, driver = torch.ops.lotr.cuda_versions() if built["cuda"]["built"] else (None, None)
     return {
         "lotr_ext": __version__,
         "python": platform.python_version(),
@@ -41,7 +41,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "built": built,
-        "cuda": {"runtime": probe["runtime"], "driver": probe["driver"], "obstacle": cuda_obstacle(0)},
+        "cuda": {"runtime": runtime, "driver": driver, "obstacle": cuda_obstacle(0)},
         "runs": {  # why PyTorch's own products run in place of the kernels, by device and dtype; None: the kernels run
             str(device): {
                 "name": name,
@@ -63,9 +63,7 @@ def _summary(facts: dict[str, Any]) -> str:
         where = (
             f"they run on {gpus} GPU{'s' * (gpus > 1)} here" if facts["cuda"]["obstacle"] is None else "they cannot run here"
         )
-    return (
-        f"CPU kernels: yes; CUDA kernels: built for {', '.join(str(a).removesuffix('-real') for a in cuda['archs'])}, {where}"
-    )
+    return f"CPU kernels: yes; CUDA kernels: built for {', '.join(a.removesuffix('-real') for a in cuda['archs'])}, {where}"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -95,12 +93,12 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 def plans(m: int, k: int, n: int, r: int) -> list[str]:
     """How the CUDA kernels of one layer's forward and backward divide their work: x [m, k], W [n, k], rank r. One line a
-    kernel, for the first GPU, or an H100 if there is none."""
+    kernel in bfloat16, for the first GPU, or an H100 if there is none."""
     if not build_info()["cuda"]["built"]:
         raise RuntimeError("--plans: expected a build with CUDA kernels, got one without")
     device = 0 if torch.cuda.is_available() else -1
     calls = {"shrink": (m, k), "expand_add": (m, n), "shrink_grad": (m, n), "factor_grad": (m, k), "fold_grad": (1, n)}
-    return [torch.ops.lotr.cuda_plans(op, *sizes, r, r, torch.bfloat16, device) for op, sizes in calls.items()]
+    return [torch.ops.lotr.cuda_plans(op, *sizes, r, device) for op, sizes in calls.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:

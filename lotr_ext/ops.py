@@ -16,6 +16,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -65,16 +66,9 @@ lotr = torch.ops.lotr
 @functools.cache
 def build_info() -> dict:
     """How the extension was compiled: `torch.ops.lotr.info()`, parsed."""
-    return json.loads(lotr.info())
-
-
-def cuda_probe(device: int) -> dict:
-    """What the CUDA runtime in the extension finds, without a launch. Needs an extension built with CUDA kernels.
-
-    "runtime", "driver": versions as CUDA counts them (12080 is 12.8; driver 0: none). "error": the name of the driver's error
-    if it cannot load a kernel of ours on device, else ""; device < 0: "".
-    """
-    return json.loads(lotr.cuda_probe(device))
+    found = json.loads(lotr.info())
+    found["cuda"]["archs"] = found["cuda"]["archs"].split(",") if found["cuda"]["built"] else []
+    return found
 
 
 def cuda_version(number: int) -> str:
@@ -84,8 +78,7 @@ def cuda_version(number: int) -> str:
 
 def driver_obstacle() -> str | None:
     """Why the machine's driver runs no kernel of this build: no driver, or one for an older major version of CUDA."""
-    found = cuda_probe(-1)
-    runtime, driver = found["runtime"], found["driver"]
+    runtime, driver = lotr.cuda_versions()
     if not driver:
         return "the machine has no NVIDIA driver, or a broken one (does nvidia-smi run?)"
     if driver // 1000 < runtime // 1000:
@@ -98,7 +91,7 @@ def driver_obstacle() -> str | None:
 
 @functools.cache
 def cuda_obstacle(index: int) -> str | None:
-    """Why our CUDA kernels cannot run on device `index`; None if they can. The driver is queried once, at the first use."""
+    """Why our CUDA kernels cannot run on device `index`; None if they can. A small layer runs once, at the first use."""
     built = build_info()["cuda"]
     if not built["built"]:
         return "lotr_ext was built without CUDA kernels (no nvcc at build time, or LOTR_CUDA=OFF)"
@@ -109,14 +102,35 @@ def cuda_obstacle(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"expected compute capability 8.0 or later, got {major}.{minor}"
-    if not (error := cuda_probe(index)["error"]):
+    if (error := failed_call(torch.device("cuda", index))) is None:
         return None
     arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"  # wgmma is in 90a alone
-    archs = ", ".join(map(str, built["archs"]))
+    archs = ", ".join(built["archs"])
     return (
-        f"the driver cannot load kernels built for {archs} on compute capability {major}.{minor} ({error}): update the driver, "
-        f"or build with LOTR_ARCHS={arch}"
+        f"kernels built for {archs} do not run on compute capability {major}.{minor} ({error}): update the driver, or build "
+        f"with LOTR_ARCHS={arch}"
     )
+
+
+def failed_call(device: torch.device) -> str | None:
+    """What goes wrong in a small layer on `device`; None if its numbers are right.
+
+    It runs our kernels and the products of torch's library, which are called by names that are no part of a stable interface.
+    """
+
+    def call() -> str | None:
+        try:
+            two = torch.full((2, 2), 2.0, dtype=torch.float32, device=device)
+            for order in (TWO_PASS, BETA):
+                got = lotr.layer_forward(two, two, None, two, two, two, 1.0, order)[0].flatten().tolist()
+                if got != [136.0] * 4:
+                    return f"lotr::layer_forward, strategy {order}: expected 136 in each element, got {got}"
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return None
+
+    with ThreadPoolExecutor(1) as thread:  # the caller may trace: its FakeTensorMode does not reach another thread
+        return thread.submit(call).result()
 
 
 def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -200,25 +214,10 @@ def _(y, u, F):
     return y.new_empty(y.shape)
 
 
-@_shapes("factor_grad_")
-def _(acc, x, k, p=0.0, seed=None):
-    return None
-
-
-@_shapes("shrink_grad_")
-def _(Q, g, F, u):
-    return _rank_rows(g, g.shape[0], F.shape[1])
-
-
 @_shapes("fold")
-def _(B, cores, scaling, dtype):
-    torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
-    return _rank_rows(B, cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
-
-
-@_shapes("fold_grad")
-def _(Q, B, cores, scaling, dB):
-    return Q.new_empty(cores.shape)
+def _(B, core, scaling, dtype):
+    torch._check(B.shape[1] == core.shape[1], lambda: f"fold: core: expected r_out {B.shape[1]}, got {core.shape[1]}")
+    return _rank_rows(B, B.shape[0], core.shape[0], dtype=dtype)
 
 
 @_shapes("layer_forward")
@@ -264,7 +263,7 @@ def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
 
 @torch.library.custom_op("lotr::dropout_mask", mutates_args=())
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept."""
+    """The mask [rows, cols] that the operators' dropout draws from (p, seed): 0, or 1 / (1 - p) where kept."""
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     one = torch.ones(1, 1, dtype=dtype, device=seed.device)
     lotr.expand_add_(mask, one.expand(rows, 1), one.expand(cols, 1), p, seed)
@@ -281,25 +280,15 @@ def _(rows, cols, p, seed, dtype):
 _registrations = torch.library.Library("lotr", "IMPL")
 
 
-def _bump_versions(name: str) -> None:
-    """Registers a kernel that bumps the version counters of what an in-place operator writes. The stable ABI does not bump
-    them, and a backward that saved a tensor before it was written would silently compute a wrong gradient."""
-    op = getattr(lotr, name).default
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-
-    def in_place(keyset, *args, **kwargs):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-        for i in written:
-            if i < len(args) and args[i] is not None:
-                torch.autograd.graph.increment_version(args[i])
-        return result
-
-    _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
+def _expand_add(keyset, y: Tensor, *args) -> None:
+    """Bumps y's version counter, which the stable ABI does not do: a backward that saved y before it was written would silently
+    compute a wrong gradient. `autograd.py` alone calls the layers' in-place operators, on sums that no backward saves."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        lotr.expand_add_.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, y, *args)
+    torch.autograd.graph.increment_version(y)
 
 
-for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad"):
-    _bump_versions(_name)
+_registrations.impl("expand_add_", _expand_add, "ADInplaceOrView", with_keyset=True)
 
 
 # ---- the formulas of a layer in PyTorch's own products ---------------------------------------------------------------

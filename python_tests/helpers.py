@@ -119,7 +119,7 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 M, K, N, R, Q = 6, 5, 4, 3, 2  # tokens, in, out, r_in, r_out
 SCHEMAS = {s.name.removeprefix("lotr::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("lotr::")}
-ON_CUDA_ALONE = {"gemm_lotr", "gemm_lotr_refusal", "cuda_probe", "cuda_plans"}
+ON_CUDA_ALONE = {"cuda_versions", "cuda_plans"}
 NO_NUMBERS = {"info", *ON_CUDA_ALONE}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
 
@@ -144,10 +144,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
     return {
         "shrink": [(t(M, K), t(K, R), 0.5, seed), (t(0, K), t(K, R), 0.0, None)],
         "expand_add_": [(t(M, N), t(M, R), t(N, R), 0.5, seed)],
-        "factor_grad_": [(acc(K, R), t(M, K), t(M, R), 0.5, seed)],
-        "shrink_grad_": [(acc(N, R), t(M, N), t(N, R), t(M, R))],
-        "fold": [(t(N, Q), t(2, R, Q), 0.7, dtype)],
-        "fold_grad": [(acc(2, N, R), t(N, Q), t(2, R, Q), 0.7, acc(N, Q)), (acc(1, N, R), t(N, Q), t(1, R, Q), 0.7, None)],
+        "fold": [(t(N, Q), t(R, Q), 0.7, dtype)],
         "expand": [(t(M, N), t(M, R), t(N, R)), (t(3, 2, N), t(M, R), t(N, R))],
         "layer_forward": [
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
@@ -179,12 +176,6 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
         "dropout_mask": [(M, N, 0.5, seed, dtype)],
         "linear": [(t(M, K), t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, 0.0, None, None, "1")],
     }[name]
-
-
-def written(name: str, given: tuple) -> list[Tensor]:
-    """The tensors among the arguments that the operator writes."""
-    marked = zip(given, SCHEMAS[name].arguments)
-    return [t for t, a in marked if isinstance(t, Tensor) and a.alias_info is not None and a.alias_info.is_write]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ MUTANTS = [
         "index.view(*(1,) * (len(lead) - index.dim()), *index.shape)",
         "an index of rows is read as of tokens",
     ),
-    Mutant("ops.py", "torch.autograd.graph.increment_version(args[i])", "pass", "in-place operators bump no version"),
+    Mutant("ops.py", "torch.autograd.graph.increment_version(y)", "pass", "in-place operators bump no version"),
     Mutant(
         "ops.py",
         "return y + expand(h.view(*x.shape[:-1], B.shape[1]), B, None, 1.0)",

@@ -323,18 +323,6 @@ def test_operator_refuses_outputs_that_it_cannot_write(name: str, sample: int, i
         refused_operator(name, given, rf"lotr::\w+: {either}: expected memory of its own")
 
 
-@pytest.mark.parametrize("split", ["columns", "leading"])
-def test_parts_of_one_buffer_are_apart(split: str) -> None:
-    """An output and an operand that lie beside each other in one buffer are taken."""
-    own, x, A, k = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5, 3), torch.randn(6, 3)
-    both, axis = {"columns": (torch.empty(2, 3, 10), 2), "leading": (torch.empty(4, 3, 5), 0)}[split]
-    dx, read = both.chunk(2, axis)
-    dx.copy_(own), read.copy_(x)
-    sums = [torch.zeros(5, 3) for _ in range(2)]
-    torch.ops.lotr.shrink_backward_(k, own, x, A, sums[0]), torch.ops.lotr.shrink_backward_(k, dx, read, A, sums[1])
-    assert torch.equal(dx, own) and torch.equal(*sums)
-
-
 BAD_ROWS = {
     "index too large": ({"index": [0, 1, 2, 0]}, "index"),
     "index -2": ({"index": [0, 1, -2, 0]}, "index"),

@@ -56,8 +56,8 @@ const Set& set() {
 
 // The dtype that fold multiplies in: the operands' own where all have it, else that of sums, since factors
 // are widened and never rounded.
-Dtype fold_dtype(const Mat& F, const Mat& B, const Mat& cores) {
-  const bool alike = B.dtype == F.dtype && cores.dtype == F.dtype;
+Dtype fold_dtype(const Mat& F, const Mat& B, const Mat& core) {
+  const bool alike = B.dtype == F.dtype && core.dtype == F.dtype;
   return alike || F.dtype == Dtype::f64 ? F.dtype : Dtype::f32;
 }
 

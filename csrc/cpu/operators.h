@@ -59,8 +59,12 @@ struct Operators {
   using Unit = typename K::Unit;
   using Acc = typename K::Acc;
 
-  // Rows of x times a packed factor, written to out as (add to) scale * sum.
-  static void shrink(const Mat& out, const Mat& x, const Mat& A, const Drop& drop) {
+  static void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
+    product(u, x, A, drop, false);
+  }
+
+  // out (+)= scale * drop(x) A: rows of x times a packed factor.
+  static void product(const Mat& out, const Mat& x, const Mat& A, const Drop& drop, bool add) {
     const int64_t vectors = vectors_of<K>(A.cols), ldc = vectors * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
       const PackedFactor<K, T> b(A);  // each thread its own: lines come slowly from another core
@@ -70,7 +74,7 @@ struct Operators {
         const int64_t rows = smaller(kTileRows, i1 - i);
         shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows, i == i0,
                           true, memory.get<char>() + sums);
-        write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, false);
+        write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, add);
       }
     });
   }

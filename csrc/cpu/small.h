@@ -5,73 +5,33 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// F_l = scaling B G_l^T, a shrink of B. T is the operands' dtype where they have one in common with F, else
-// the type of sums: factors are widened, never rounded.
+// F = scaling B G^T, a shrink of B. T is the operands' dtype where they have one in common with F, else the
+// type of sums: factors are widened, never rounded.
 template <typename T>
-inline void fold_as(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
-                    double scaling) {
+inline void fold_as(const Mat& F, const Mat& B, const Mat& core, double scaling) {
   Drop scaled;
   scaled.scale = scaling;
-  auto layers = [&](int64_t begin, int64_t end) {
-    for (int64_t layer = begin; layer < end; ++layer)
-      Operators<T>::shrink(layer_of(F, F_ls, layer), B, transposed(layer_of(cores, cores_ls, layer)), scaled);
-  };
-  if (l == 1) return layers(0, 1);
-  run_tasks(l, l * B.rows * B.cols * cores.rows, layers);  // inside a task the pool runs nested calls in line
+  Operators<T>::shrink(F, B, transposed(core), scaled);
 }
 
-// K is F32 or F64, whose operands are not pairs: the core's products are summed from unrounded operands, so
-// factors of any dtype are widened to Acc.
-template <typename K>
-struct CoreProducts {
-  using Acc = typename K::Acc;
-
-  // dG_l = scaling Q_l^T B; dB (+)= scaling sum_l Q_l G_l, summed l = 0 .. L-1 in one accumulator.
-  static void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
-                        const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling,
-                        bool add) {
-    using Ops = Operators<Acc>;
-    if (l == 1) {
-      if (dcores.data) Ops::outer(dcores, Q, B, Drop{}, scaling, false);
-    } else if (dcores.data) {
-      // Inside a task the pool runs nested calls in line.
-      run_tasks(l, l * B.rows * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
-        for (int64_t layer = begin; layer < end; ++layer) {
-          Ops::outer(layer_of(dcores, dcores_ls, layer), layer_of(Q, Q_ls, layer), B, Drop{}, scaling, false);
-        }
-      });
-    }
-    if (!dB.data) return;
-    const int64_t r_in = cores.rows, r_out = cores.cols, vectors = vectors_of<K>(r_out),
-                  ld = vectors * K::kLanes;
-    Scratch packed(size_t(l * r_in * ld) * sizeof(Acc));
-    for (int64_t layer = 0; layer < l; ++layer) {
-      tile_down_columns<K, Acc>(packed.get<Acc>() + layer * r_in * ld, ld, layer_of(cores, cores_ls, layer),
-                                0, r_in, 0, r_out, Drop{}, nullptr, nullptr);
-    }
-    run_rows(B.rows, l * B.rows * r_in * r_out, [&](int64_t i0, int64_t i1) {
-      const size_t sums = size_t(kTileRows * ld) * sizeof(Acc);
-      Scratch memory(sums + tile_space<K>(r_out));
-      for (int64_t i = i0; i < i1; i += kTileRows) {
-        const int64_t rows = smaller(kTileRows, i1 - i);
-        for (int64_t layer = 0; layer < l; ++layer) {
-          shrink_tile<K, Acc>(memory.get<Acc>(), ld, layer == 0, layer_of(Q, Q_ls, layer), Drop{},
-                              packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows, i == i0, true,
-                              memory.get<char>() + sums);
-        }
-        write_rows<K>(dB, i, rows, memory.get<Acc>(), ld, scaling, add);
-      }
-    });
-  }
-};
+// dG = scaling Q^T B; dB (+)= scaling Q G. Products of the core are summed from unrounded operands, so
+// factors of any dtype are widened to Acc, float or double.
+template <typename Acc>
+void fold_grad(const Mat& dB, const Mat& dcore, const Mat& Q, const Mat& B, const Mat& core, double scaling,
+               bool add) {
+  Drop scaled;
+  scaled.scale = scaling;
+  if (dcore.data) Operators<Acc>::outer(dcore, Q, B, Drop{}, scaling, false);
+  if (dB.data) Operators<Acc>::product(dB, Q, core, scaled, add);
+}
 
 // For the table of T: Q is float32 or float64, so the tables of other types have none.
 template <typename T>
 constexpr decltype(Table::fold_grad) fold_grad_of = nullptr;
 template <>
-inline constexpr decltype(Table::fold_grad) fold_grad_of<float> = &CoreProducts<F32>::fold_grad;
+inline constexpr decltype(Table::fold_grad) fold_grad_of<float> = &fold_grad<float>;
 template <>
-inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &CoreProducts<F64>::fold_grad;
+inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<double>;
 
 // Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in r_out
 // multiplications would outweigh the layer's own. Between products a token's r numbers are kept in Acc, and

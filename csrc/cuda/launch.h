@@ -20,6 +20,11 @@ struct Call {
   bool early;    // kernels may be launched early: waits_in_kernels() and early_launches()
 };
 
+// Whether the current device runs code of compute capability 9.0 or later, whose kernels call
+// griddepcontrol_wait and may be launched early (ptx/launch.cuh).  Code for an older capability, which the
+// driver translates for a newer card, does not.
+bool waits_in_kernels();
+
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes
 // at a time; give u, k, h and F such rows whatever their rank is.
 constexpr int64_t row_elements(DType type) {
@@ -74,14 +79,13 @@ class Workspace {
 //
 // shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where accumulate is 0, so it
 // needs no zeros.  expand_add adds to y unless it is fresh, factor_grad to D unless its accumulate is 0, and
-// fold_grad adds to dB and writes dcores.  Where M is 0, a Q or D that is written must be contiguous.
+// fold_grad adds to dB and writes dcore.  Where M is 0, a Q or D that is written must be contiguous.
 void run(const Call& call, const ShrinkProblem& p, Workspace& memory);
 void run(const Call& call, const ExpandProblem& p, Workspace& memory);
 void run(const Call& call, const FactorGradProblem& p, Workspace& memory);
 void run(const Call& call, const ShrinkGradProblem& p, Workspace& memory);
 
-// These take the types of their operands in the problem, any strides, and do not use call.type.  F [L, N,
-// r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
+// These take the types of their operands in the problem, any strides, and do not use call.type.
 void run(const Call& call, const FoldProblem& p, Workspace& memory);
 void run(const Call& call, const FoldGradProblem& p, Workspace& memory);
 

@@ -37,7 +37,7 @@ struct ShrinkGradParams : ShrinkGradProblem {
 struct FoldGradParams : FoldGradProblem {
   int64_t n_per_split;  // rows of Q and B that one block of dG reads
   int32_t splits;
-  int64_t dcores_row, dcores_part;  // elements from row to row, from one split's dG to the next one's
+  int64_t dcore_row, dcore_part;  // elements from row to row, from one split's dG to the next one's
 };
 
 struct RowCoreParams : RowCoreProblem {

@@ -217,10 +217,10 @@ struct Split {
   int64_t splits = 1;
 };
 
-// dG_l = s Q_l^T B: kernels/fold.cuh.  The sum over N is long: split until there is a block a
+// dG = s Q^T B: kernels/fold.cuh.  The sum over N is long: split until there is a block a
 // multiprocessor, but not below 256 rows a block.
-inline Split fold_grad(const Card& card, int64_t N, int64_t L, int64_t r_in, int64_t r_out) {
-  Split plan{L * ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
+inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out) {
+  Split plan{ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
   plan.splits = std::clamp<int64_t>(N / 256, 1, ceil_div(int64_t(card.multiprocessors), plan.tiles));
   return plan;
 }

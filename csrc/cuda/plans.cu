@@ -162,8 +162,8 @@ plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_
   return last.plan;
 }
 
-plan::Split fold_grad_plan(const Call& call, int64_t N, int64_t L, int32_t r_in, int32_t r_out) {
-  return with_splits("fold_grad", plan::fold_grad(call.card, N, L, r_in, r_out), plan::ceil_div(N, 32));
+plan::Split fold_grad_plan(const Call& call, int64_t N, int32_t r_in, int32_t r_out) {
+  return with_splits("fold_grad", plan::fold_grad(call.card, N, r_in, r_out), plan::ceil_div(N, 32));
 }
 
 plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, int32_t r_in, int32_t r_out) {
@@ -187,7 +187,7 @@ std::string plan_text(const Call& call, const std::string& kernel, int64_t M, in
         "row_core_grad, got " +
         kernel);
   const plan::Split plan =
-      kernel == "fold_grad" ? fold_grad_plan(call, N, M, r, r_out) : row_core_grad_plan(call, M, N, r, r_out);
+      kernel == "fold_grad" ? fold_grad_plan(call, N, r, r_out) : row_core_grad_plan(call, M, N, r, r_out);
   text << kernel << " splits=" << plan.splits << ": " << plan.tiles * plan.splits
        << " blocks of the cores' gradient";
   return text.str();

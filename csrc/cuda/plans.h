@@ -17,14 +17,14 @@ enum class Kernel { shrink, expand_add, factor_grad, shrink_grad, fold_grad, row
 // The plan of one launch of the first four kernels, with a large matrix [M, N] and rank r.  Throws
 // std::invalid_argument where LOTR_CUDA_PLAN has numbers that the kernel does not take.
 plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r);
-plan::Split fold_grad_plan(const Call& call, int64_t N, int64_t L, int32_t r_in, int32_t r_out);
+plan::Split fold_grad_plan(const Call& call, int64_t N, int32_t r_in, int32_t r_out);
 plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, int32_t r_in, int32_t r_out);
 
 // Whether launches may begin early, where the card has it.
 bool early_launches();
 
-// A plan in one line: the words of LOTR_CUDA_PLAN, and how many blocks there are.  fold_grad: M layers, N
-// rows of B; row_core_grad: M rows, N cores; both r x r_out cores.
+// A plan in one line: the words of LOTR_CUDA_PLAN, and how many blocks there are.  fold_grad: N rows of B, M
+// is not used; row_core_grad: M rows, N cores; both r x r_out cores.
 std::string plan_text(const Call& call, const std::string& kernel, int64_t M, int64_t N, int32_t r,
                       int32_t r_out);
 

@@ -1,5 +1,5 @@
 // The problems that operators compute: POD structs without a plan and without CUDA or torch types.
-// m tokens, k in, n out, r rank, l layer.  Strides count elements, not bytes.
+// m tokens, k in, n out, r rank.  Strides count elements, not bytes.
 #pragma once
 #include <cstdint>
 
@@ -94,33 +94,29 @@ struct ShrinkGradProblem {
   int32_t accumulate;  // 0: Q = instead of Q +=
 };
 
-// F_l = s B G_l^T for every layer
+// F = s B G^T
 struct FoldProblem {
-  Matrix B;             // [N, r_out]
-  Matrix cores;         // [L, r_in, r_out], row and col strides of one core
-  int64_t core_stride;  // from layer to layer
-  void* F;              // [L, N, r_in], last dimension contiguous
-  int64_t F_layer, F_row;
+  Matrix B;         // [N, r_out]
+  Matrix core;      // [r_in, r_out]
+  MutableMatrix F;  // [N, r_in]
   DType B_type, core_type, F_type;
   int64_t N;
-  int32_t L, r_in, r_out;
+  int32_t r_in, r_out;
   float scale;
 };
 
-// dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B
+// dB += s Q G and dG = s Q^T B
 struct FoldGradProblem {
-  Matrix Q;  // [L, N, r_in] float32, strides of one layer's
-  int64_t Q_stride;
-  Matrix B;      // [N, r_out]
-  Matrix cores;  // [L, r_in, r_out]
-  int64_t core_stride;
-  float* dB;  // [N, r_out] or null
+  Matrix Q;     // [N, r_in] float32
+  Matrix B;     // [N, r_out]
+  Matrix core;  // [r_in, r_out]
+  float* dB;    // [N, r_out] or null
   int64_t dB_row, dB_col;
   int32_t add_dB;  // 0: dB = instead of dB +=
-  float* dcores;   // [L, r_in, r_out], contiguous
+  float* dcore;    // [r_in, r_out], contiguous, or null
   DType B_type, core_type;
   int64_t N;
-  int32_t L, r_in, r_out;
+  int32_t r_in, r_out;
   float scale;
 };
 

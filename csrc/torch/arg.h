@@ -5,14 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace lotr {
 
@@ -28,25 +29,36 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-inline const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    case ScalarType::Bool:
-      return "torch.bool";
-    default:
-      return torch::headeronly::toString(t);  // its own name: Short, Byte, ComplexFloat
-  }
+// A dtype that arguments have; code: its number in libtorch's C functions.
+struct DtypeInfo {
+  ScalarType type;
+  const char* name;
+  int32_t code;
+  int64_t bytes;  // of an element; 0: of a dtype that no argument may have
+};
+inline const std::array<DtypeInfo, 6>& dtypes() {
+  static const std::array<DtypeInfo, 6> all{
+      {{ScalarType::Float, "torch.float32", aoti_torch_dtype_float32(), 4},
+       {ScalarType::BFloat16, "torch.bfloat16", aoti_torch_dtype_bfloat16(), 2},
+       {ScalarType::Half, "torch.float16", aoti_torch_dtype_float16(), 2},
+       {ScalarType::Double, "torch.float64", aoti_torch_dtype_float64(), 8},
+       {ScalarType::Long, "torch.int64", aoti_torch_dtype_int64(), 8},
+       {ScalarType::Int, "torch.int32", aoti_torch_dtype_int32(), 4}}};
+  return all;
+}
+// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must name one that
+// no argument may have. Such a one has no name here but torch's: Short, Byte, ComplexFloat.
+inline DtypeInfo dtype_info(ScalarType type) {
+  for (const DtypeInfo& one : dtypes())
+    if (one.type == type) return one;
+  return {type, torch::headeronly::toString(type), int32_t(type), 0};
+}
+inline DtypeInfo dtype_info(AtenTensorHandle t) {
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
+  for (const DtypeInfo& one : dtypes())
+    if (one.code == code) return one;
+  return dtype_info(ScalarType(code));
 }
 
 inline const char* device_name(int32_t type) {
@@ -62,30 +74,9 @@ inline bool is_half(ScalarType t) {
 inline bool is_supported(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
 }
-// Bytes of an element, of any dtype.
-inline int64_t item_size(ScalarType t) {
-  return t == ScalarType::Float                             ? 4
-         : t == ScalarType::Double || t == ScalarType::Long ? 8
-         : is_half(t) ? 2
-                      : int64_t(aoti_torch_dtype_element_size(int32_t(t)));
-}
 // The dtype of sums: float32, or float64 for float64.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must name one that
-// the operators have no kernel for.
-inline ScalarType scalar_type_of(AtenTensorHandle t) {
-  static const std::pair<int32_t, ScalarType> known[] = {
-      {aoti_torch_dtype_float32(), ScalarType::Float}, {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
-      {aoti_torch_dtype_float16(), ScalarType::Half},  {aoti_torch_dtype_float64(), ScalarType::Double},
-      {aoti_torch_dtype_int64(), ScalarType::Long},    {aoti_torch_dtype_int32(), ScalarType::Int}};
-  int32_t code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
-  for (const auto& [of, type] : known)
-    if (of == code) return type;
-  return ScalarType(code);
 }
 
 // A tensor [.., cols] as a matrix [rows, cols].
@@ -107,6 +98,7 @@ struct Arg {
   int32_t device_index = 0;
   Flat flat;
 
+  explicit Arg(const char* name) : name(name) {}
   Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
   Arg(const char* name, const OptionalTensor& t) : name(name) {
     if (t) look_at(*t);
@@ -123,7 +115,7 @@ struct Arg {
 
  private:
   void look_at(const Tensor& t) {
-    tensor = &t, handle = t.get(), dtype = scalar_type_of(handle);
+    tensor = &t, handle = t.get(), dtype = dtype_info(handle).type;
     if (dtype == ScalarType::Undefined) return;
     dim = t.dim();
     int64_t* borrowed = nullptr;
@@ -156,59 +148,32 @@ struct Check {
   const char* op;
   int64_t max_rank = 0;  // of the kernels of a device; 0: any
 
-  // What every operator expects of its tensors and checks first: each is there, on the device of the first,
-  // with memory for all its elements. A tensor that is written has no element twice, and shares none with
-  // another argument: kernels read and write in no particular order.
-  void arguments(std::initializer_list<const Arg*> all,
-                 std::initializer_list<const Arg*> written = {}) const {
-    const Arg* first = nullptr;
-    for (const Arg* a : all) {
-      if (!*a) continue;
-      if (a->dtype == ScalarType::Undefined) fail(op, ": ", a->name, ": expected a tensor, got None");
-      if (!first) first = a;
-      if (a->device_type != first->device_type || a->device_index != first->device_index)
-        fail(op, ": ", a->name, ": expected the device of ", first->name, " (",
-             device_name(first->device_type), ", index ", first->device_index, "), got ",
-             device_name(a->device_type), ", index ", a->device_index);
-    }
-    Bytes bytes[32];
-    size_t i = 0;
-    for (const Arg* a : all) bytes[i++] = *a ? memory(*a) : Bytes{};
-    for (const Arg* w : written) {
-      if (!*w) continue;
-      writable(*w);
-      const Bytes own = bytes[std::find(all.begin(), all.end(), w) - all.begin()];
-      i = 0;
-      for (const Arg* a : all) {
-        const Bytes& other = bytes[i++];
-        if (a == w || own.last <= other.first || other.last <= own.first) continue;
-        if (!interleaved(*w, own, *a, other))
-          fail(op, ": ", w->name, ": expected memory of its own (it is written), got memory that overlaps ",
-               a->name, "; give a clone() of one of them");
-      }
-    }
-  }
-  // A dtype that the kernels exist for.
-  void supported(const Arg& a) const {
-    if (!is_supported(a.dtype)) {
-      fail(op, ": ", a.name,
-           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
-           dtype_name(a.dtype));
-    }
-  }
   void dtype(const Arg& a, ScalarType expected) const {
-    if (a.dtype != expected) {
-      fail(op, ": ", a.name, ": expected dtype ", dtype_name(expected), ", got ", dtype_name(a.dtype));
-    }
+    if (a.dtype != expected)
+      fail(op, ": ", a.name, ": expected dtype ", dtype_info(expected).name, ", got ",
+           dtype_info(a.dtype).name);
+  }
+  // `like`'s dtype, one that the kernels exist for.
+  void supported(const char* like, ScalarType dtype) const {
+    if (!is_supported(dtype))
+      fail(op, ": ", like,
+           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
+           dtype_info(dtype).name);
   }
   void finite(const char* name, double value) const {
     if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
+  }
+  void absent(const Arg& a, const char* when) const {
+    if (a) fail(op, ": ", a.name, ": expected None ", when, ", got a tensor");
+  }
+  void present(const Arg& a, const char* why) const {
+    if (!a) fail(op, ": ", a.name, ": expected a tensor ", why, ", got None");
   }
   // Dropout probability and its seed.
   void dropout(double p, const Arg& seed) const {
     if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
     if (p == 0.0) return;
-    if (!seed) fail(op, ": seed: expected an int64 tensor of one element because p = ", p, ", got None");
+    present(seed, "of one int64 because p is not 0");
     dtype(seed, ScalarType::Long);
     int64_t numel = 1;
     for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];
@@ -220,13 +185,18 @@ struct Check {
       fail(op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
            a.stride[i], " in dimension ", i, " of shape ", a.shape());
   }
-
- private:
-  // The addresses of a tensor's first byte and of the byte after its last; both 0 if unknown.
+  // A tensor that is given, and on the device of the first argument.
+  void device(const Arg& a, const Arg& first) const {
+    if (a.dtype == ScalarType::Undefined) fail(op, ": ", a.name, ": expected a tensor, got None");
+    if (a.device_type != first.device_type || a.device_index != first.device_index)
+      fail(op, ": ", a.name, ": expected the device of ", first.name, " (", device_name(first.device_type),
+           ", index ", first.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
+  }
+  // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no elements. Its
+  // storage may have been freed, as sharded training does between two uses, or be too short.
   struct Bytes {
     uintptr_t first = 0, last = 0;
   };
-  // A storage may have been freed, as sharded training does between two uses, or be too short.
   Bytes memory(const Arg& a) const {
     int64_t reach = 1, offset = 0, bytes = 0;
     for (int64_t i = 0; i < a.dim; ++i) {
@@ -237,9 +207,8 @@ struct Check {
     const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
                        aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
                        aoti_torch_get_storage_size(a.handle, &bytes) == 0;
-    const int64_t item = item_size(a.dtype);
-    const bool whole = bytes >= (offset + reach) * item;
-    if (!known || !whole || !data)
+    const int64_t item = dtype_info(a.dtype).bytes;
+    if (!known || !data || bytes < (offset + reach) * item)
       fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(), ", got a storage of ",
            bytes, " bytes: it was freed or made shorter");
     const auto first = reinterpret_cast<uintptr_t>(data);
@@ -248,50 +217,26 @@ struct Check {
   // A tensor that is written must not contain one element twice, as an expanded or overlapping one does: the
   // stride of each dimension must exceed the reach of all dimensions with smaller strides.
   void writable(const Arg& a) const {
-    int64_t reach = 0, last = 0;
-    for (int64_t i = 0; i < a.dim; ++i)
+    std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+    for (int64_t i = 0; i < a.dim; ++i) {
       if (a.size[i] == 0) return;
-    for (int64_t done = 0; done < a.dim; ++done) {
-      int64_t next = -1;  // the smallest stride that is left; a handful of dimensions
-      for (int64_t i = 0; i < a.dim; ++i) {
-        const bool left = a.size[i] > 1 && (a.stride[i] > last || (a.stride[i] == 0 && done == 0));
-        if (left && (next < 0 || a.stride[i] < a.stride[next])) next = i;
-      }
-      if (next < 0) break;
-      int64_t same = 0;
-      for (int64_t i = 0; i < a.dim; ++i) same += a.size[i] > 1 && a.stride[i] == a.stride[next];
-      if (a.stride[next] <= reach || same > 1) {
+      if (a.size[i] > 1) dims.emplace_back(a.stride[i], a.size[i]);
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t reach = 0;
+    for (const auto& [stride, size] : dims) {
+      if (stride <= reach)
         fail(op, ": ", a.name,
-             ": expected a tensor without repeated elements (it is written in place), got stride ",
-             a.stride[next], " in dimension ", next, " of shape ", a.shape());
-      }
-      last = a.stride[next], reach += (a.size[next] - 1) * last;
+             ": expected a tensor without repeated elements (it is written in place), got stride ", stride,
+             " in shape ", a.shape(), "; give a clone() of it");
+      reach += (size - 1) * stride;
     }
   }
-  // Whether two tensors with overlapping memory still share no element, as two sets of columns of one buffer
-  // do: true if within a row of some length each has columns of its own.
-  static bool interleaved(const Arg& a, const Bytes& of_a, const Arg& b, const Bytes& of_b) {
-    const auto width = [](const Arg& t, int64_t row) -> int64_t {  // 0: its rows are not that far apart
-      const int64_t item = item_size(t.dtype);
-      int64_t bytes = item;
-      for (int64_t i = 0; i < t.dim; ++i) {
-        const int64_t step = t.stride[i] * item;
-        if (t.size[i] <= 1) continue;
-        if (step < row)
-          bytes += (t.size[i] - 1) * step;
-        else if (step % row)
-          return 0;
-      }
-      return bytes;
-    };
-    for (int64_t i = 0; i < a.dim; ++i) {
-      const int64_t row = a.stride[i] * item_size(a.dtype);
-      if (a.size[i] <= 1 || row == 0) continue;
-      const int64_t width_a = width(a, row), width_b = width(b, row);
-      const int64_t apart = (int64_t(of_b.first - of_a.first) % row + row) % row;
-      if (width_a && width_b && apart >= width_a && apart + width_b <= row) return true;
-    }
-    return false;
+  // Kernels read and write in no particular order.
+  void apart(const Arg& written, const Bytes& own, const Arg& other, const Bytes& bytes) const {
+    if (own.first < bytes.last && bytes.first < own.last)
+      fail(op, ": ", written.name, ": expected memory of its own (it is written), got memory that overlaps ",
+           other.name, "; give a clone() of one of them");
   }
 };
 

@@ -14,32 +14,39 @@ constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L
 
 // A dtype against that of the activations.
 enum class As {
+  any,  // checked elsewhere
   same,
   factor,  // the same, or float32 beside bfloat16 and float16: it is rounded, as autocast would
   sums,    // float32, or float64 beside float64
-  summed,  // any dtype that is summed in this one
   int64,
   int32
 };
 
-// One row of an operator's table; not looked at where the argument is not given.
+// One row of an operator's table. Of an argument that is not given nothing is checked.
 struct Rule {
   const Arg& arg;
-  As as;
-  std::array<Dim, 3> shape;
+  As as = As::any;
+  std::array<Dim, 3> shape{};
+  bool written = false;
 };
+constexpr bool WRITTEN = true;
 
 // The sizes that an operator's arguments agree on. The first argument with a dimension says its size, a later
 // one must have the same. Only M and rows may be zero.
 class Sizes {
  public:
-  Sizes(const Check& c, ScalarType like, std::initializer_list<Rule> rules) {
+  // like: the argument that has, or is, the dtype of the activations.
+  Sizes(const Check& c, const char* like, ScalarType dtype, std::initializer_list<Rule> rules) {
+    check_memory(c, rules);
+    c.supported(like, dtype);
     for (const Rule& rule : rules) {
-      if (!rule.arg) continue;
-      check_dtype(c, rule, like);
+      if (!rule.arg || rule.as == As::any) continue;
+      check_dtype(c, rule, dtype);
       check_shape(c, rule);
     }
   }
+  Sizes(const Check& c, const Arg& like, std::initializer_list<Rule> rules)
+      : Sizes(c, like.name, like.dtype, rules) {}
   // 0: no argument that is given has it
   int64_t operator[](Dim d) const { return sizes_[d].size; }
 
@@ -48,6 +55,29 @@ class Sizes {
     int64_t size = 0;
     const char* of = nullptr;  // the argument that has it
   };
+
+  // Each tensor is on the device of the first, with memory for all its elements. One that is written has no
+  // element twice, and shares none with another argument.
+  static void check_memory(const Check& c, std::initializer_list<Rule> rules) {
+    const Arg* first = nullptr;
+    for (const auto& [arg, as, shape, written] : rules) {
+      if (!arg) continue;
+      if (!first) first = &arg;
+      c.device(arg, *first);
+    }
+    std::array<Check::Bytes, 16> bytes;  // no operator has more tensors
+    size_t i = 0;
+    for (const Rule& rule : rules) bytes[i++] = rule.arg ? c.memory(rule.arg) : Check::Bytes{};
+    i = 0;
+    for (const Rule& rule : rules) {
+      const Check::Bytes own = bytes[i++];
+      if (!rule.arg || !rule.written) continue;
+      c.writable(rule.arg);
+      size_t j = 0;
+      for (const Rule& other : rules)
+        if (const Check::Bytes& its = bytes[j++]; &other != &rule) c.apart(rule.arg, own, other.arg, its);
+    }
+  }
 
   static void check_dtype(const Check& c, const Rule& rule, ScalarType like) {
     const Arg& a = rule.arg;
@@ -60,15 +90,12 @@ class Sizes {
         return c.dtype(a, ScalarType::Long);
       case As::int32:
         return c.dtype(a, ScalarType::Int);
-      case As::summed:
-        c.supported(a);
-        if (acc_dtype(a.dtype) == like) return;
-        fail(c.op, ": ", a.name, ": expected a dtype that is summed in ", dtype_name(like), ", got ",
-             dtype_name(a.dtype));
       case As::factor:
         if (a.dtype == like || (is_half(like) && a.dtype == ScalarType::Float)) return;
-        fail(c.op, ": ", a.name, ": expected dtype ", dtype_name(like),
-             is_half(like) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
+        fail(c.op, ": ", a.name, ": expected dtype ", dtype_info(like).name,
+             is_half(like) ? " or torch.float32" : "", ", got ", dtype_info(a.dtype).name);
+      case As::any:
+        return;
     }
   }
 
@@ -118,70 +145,6 @@ class Sizes {
   std::array<Size, LEADING + 1> sizes_{};
 };
 
-// ---- the single products ----
-
-inline void check_shrink(const Check& c, const Arg& x, const Arg& A, double p, const Arg& seed) {
-  c.arguments({&x, &A, &seed});
-  c.supported(x);
-  Sizes(c, x.dtype, {{x, As::same, {M, K}}, {A, As::factor, {K, R}}});
-  c.dropout(p, seed);
-}
-
-// y: [M, N], or where it is not written [.., N].
-inline void check_expand(const Check& c, const Arg& y, const Arg& u, const Arg& F, bool written, double p,
-                         const Arg& seed) {
-  if (written)
-    c.arguments({&y, &u, &F, &seed}, {&y});
-  else
-    c.arguments({&y, &u, &F, &seed});
-  c.supported(y);
-  Sizes(c, y.dtype,
-        {{y, As::same, {written ? M : LEADING, N}}, {u, As::same, {M, R}}, {F, As::factor, {N, R}}});
-  c.dropout(p, seed);
-}
-
-inline void check_factor_grad(const Check& c, const Arg& acc, const Arg& x, const Arg& k, double p,
-                              const Arg& seed) {
-  c.arguments({&acc, &x, &k, &seed}, {&acc});
-  c.supported(x);
-  Sizes(c, x.dtype, {{x, As::same, {M, K}}, {k, As::same, {M, R}}, {acc, As::sums, {K, R}}});
-  c.dropout(p, seed);
-}
-
-inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const Arg& F, const Arg& u) {
-  c.arguments({&Q, &g, &F, &u}, {&Q});
-  c.supported(g);
-  return {c,
-          g.dtype,
-          {{g, As::same, {M, N}},
-           {F, As::factor, {N, R_IN}},
-           {u, As::same, {M, R_IN}},
-           {Q, As::sums, {N, R_IN}}}};
-}
-
-inline void check_fold(const Check& c, const Arg& B, const Arg& cores, double scaling, ScalarType dtype) {
-  c.arguments({&B, &cores});
-  if (!is_supported(dtype)) {
-    fail(c.op, ": dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
-         dtype_name(dtype));
-  }
-  Sizes(c, dtype, {{B, As::factor, {N, R_OUT}}, {cores, As::factor, {L, R_IN, R_OUT}}});
-  c.finite("scaling", scaling);
-}
-
-inline void check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const Arg& cores, double scaling,
-                            const Arg& dB) {
-  c.arguments({&Q, &B, &cores, &dB}, {&dB});
-  if (Q.dtype != ScalarType::Float && Q.dtype != ScalarType::Double)
-    fail(c.op, ": Q: expected dtype torch.float32 or torch.float64, got ", dtype_name(Q.dtype));
-  Sizes(c, Q.dtype,
-        {{Q, As::same, {L, N, R_IN}},
-         {B, As::summed, {N, R_OUT}},
-         {cores, As::summed, {L, R_IN, R_OUT}},
-         {dB, As::same, {N, R_OUT}}});
-  c.finite("scaling", scaling);
-}
-
 // ---- row_core ----
 
 // Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that each reads.
@@ -191,21 +154,19 @@ struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 
   Sizes check(const Check& c, double scaling) const {
-    c.arguments({&g, &u, &cores, &index, &offs, &tokens});
-    c.supported(u);
+    // without tokens there is a row for each token
+    const Dim row = tokens ? ROWS : M;
+    const Sizes s(c, u,
+                  {{u, As::same, {M, R_IN}},
+                   {cores, As::factor, {L, R_IN, R_OUT}},
+                   {tokens, As::int64, {ROWS}},
+                   {index, As::int64, {row}},
+                   {offs, As::int32, {L}},
+                   {g, As::same, {row, R_OUT}}});
     if (bool(index) == bool(offs))
       fail(c.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
     c.finite("scaling", scaling);
-    // without tokens there is a row for each token
-    const Dim row = tokens ? ROWS : M;
-    return {c,
-            u.dtype,
-            {{u, As::same, {M, R_IN}},
-             {cores, As::factor, {L, R_IN, R_OUT}},
-             {tokens, As::int64, {ROWS}},
-             {index, As::int64, {row}},
-             {offs, As::int32, {L}},
-             {g, As::same, {row, R_OUT}}}};
+    return s;
   }
 };
 
@@ -219,24 +180,24 @@ struct ForwardArgs {
   Arg x, weight, bias, A, B, core, u, F, seed;
 
   Sizes check(const Check& c, double scaling, double p, bool unfolded) const {
-    c.arguments({&x, &weight, &bias, &A, &B, &core, &u, &F, &seed});
-    c.supported(x);
-    if (bool(A) == bool(u))
-      fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
-    c.finite("scaling", scaling);
-    const Sizes s(c, x.dtype,
+    const Sizes s(c, x,
                   {{B, As::factor, {N, R_OUT}},
                    {core, As::factor, {R_IN, R_OUT}},
                    {x, As::same, {LEADING, K}},
-                   {A, As::factor, {K, R_IN}},
                    {weight, As::same, {N, K}},
                    {bias, As::same, {N}},
+                   {A, As::factor, {K, R_IN}},
                    {u, As::same, {M, R_IN}},
-                   {F, As::factor, {N, R_IN}}});
+                   {F, As::factor, {N, R_IN}},
+                   {seed}});
+    if (bool(A) == bool(u))
+      fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
+    c.finite("scaling", scaling);
     c.dropout(p, seed);
-    for (const Arg* a : {&u, &F})
-      if (unfolded && *a) fail(c.op, ": ", a->name, ": expected None unfolded, got a tensor");
-    if (unfolded && p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
+    if (unfolded) {
+      c.absent(u, "unfolded"), c.absent(F, "unfolded");
+      if (p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
+    }
     return s;
   }
 };
@@ -246,37 +207,35 @@ struct BackwardArgs {
 
   // need_u: whether a gradient that depends on u is needed.
   Sizes check(const Check& c, double scaling, double p, bool unfolded, bool need_u) const {
-    c.arguments({&g, &weight, &x, &u, &A, &F, &B, &core, &k, &dx, &Q, &dA, &dB, &seed}, {&dx, &Q, &dA, &dB});
-    c.supported(g);
+    const Sizes s(c, g,
+                  {{B, As::factor, {N, R_OUT}},
+                   {core, As::factor, {R_IN, R_OUT}},
+                   {g, As::same, {LEADING, N}},
+                   {A, As::factor, {K, R_IN}},
+                   {weight, As::same, {N, K}},
+                   {x, As::same, {LEADING, K}},
+                   {dx, As::same, {LEADING, K}, WRITTEN},
+                   {u, As::same, {M, R_IN}},
+                   {k, As::same, {M, R_IN}},
+                   {F, As::factor, {N, R_IN}},
+                   {Q, As::sums, {N, R_IN}, WRITTEN},
+                   {dA, As::sums, {K, R_IN}, WRITTEN},
+                   {dB, As::sums, {N, R_OUT}, WRITTEN},
+                   {seed}});
     c.finite("scaling", scaling);
-    if (unfolded) {
-      if (!A) fail(c.op, ": A: expected a tensor, got None");
-      for (const Arg* a : {&F, &k, &dx, &Q})
-        if (*a) fail(c.op, ": ", a->name, ": expected None unfolded, got a tensor");
-      if (p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
-      if (need_u && !u) fail(c.op, ": u: expected a tensor because need_B or need_core is set, got None");
-    } else if (x && !(A && F)) {
-      fail(c.op, ": x: expected None without A and F, got a tensor");
-    }
-    if (dx && !weight) fail(c.op, ": weight: expected a tensor because dx is given, got None");
-    if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
-    if ((Q || dB) && !u) fail(c.op, ": u: expected a tensor because Q or dB is given, got None");
     c.dropout(p, seed);
-    return {c,
-            g.dtype,
-            {{B, As::factor, {N, R_OUT}},
-             {core, As::factor, {R_IN, R_OUT}},
-             {g, As::same, {LEADING, N}},
-             {A, As::factor, {K, R_IN}},
-             {weight, As::same, {N, K}},
-             {x, As::same, {LEADING, K}},
-             {dx, As::same, {LEADING, K}},
-             {u, As::same, {M, R_IN}},
-             {k, As::same, {M, R_IN}},
-             {F, As::factor, {N, R_IN}},
-             {Q, As::sums, {N, R_IN}},
-             {dA, As::sums, {K, R_IN}},
-             {dB, As::sums, {N, R_OUT}}}};
+    if (unfolded) {
+      c.present(A, "unfolded");
+      for (const Arg* a : {&F, &k, &dx, &Q}) c.absent(*a, "unfolded");
+      if (p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
+      if (need_u) c.present(u, "because need_B or need_core is set");
+    } else if (!A || !F) {
+      c.absent(x, "without A and F");
+    }
+    if (dx) c.present(weight, "because dx is given");
+    if (dA) c.present(x, "because dA is given");
+    if (Q || dB) c.present(u, "because Q or dB is given");
+    return s;
   }
 };
 
@@ -284,19 +243,18 @@ struct ShrinkBackwardArgs {
   Arg k, dx, x, A, dA, seed;
 
   Sizes check(const Check& c, double p) const {
-    c.arguments({&k, &dx, &x, &A, &dA, &seed}, {&dx, &dA});
-    c.supported(k);
+    const Sizes s(c, k,
+                  {{k, As::same, {M, R}},
+                   {dx, As::same, {LEADING, K}, WRITTEN},
+                   {A, As::factor, {K, R}},
+                   {x, As::same, {LEADING, K}},
+                   {dA, As::sums, {K, R}, WRITTEN},
+                   {seed}});
     if (bool(dx) != bool(A))
       fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
-    if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+    if (dA) c.present(x, "because dA is given");
     c.dropout(p, seed);
-    return {c,
-            k.dtype,
-            {{k, As::same, {M, R}},
-             {dx, As::same, {LEADING, K}},
-             {A, As::factor, {K, R}},
-             {x, As::same, {LEADING, K}},
-             {dA, As::sums, {K, R}}}};
+    return s;
   }
 };
 

@@ -84,16 +84,22 @@ std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
 
 // A new tensor, of zeros where some of it is not written.
 template <size_t dim>
-Tensor made(const std::array<int64_t, dim>& size, ScalarType dtype, bool all_written) {
-  Tensor t = empty_of<dim>(size, dtype);
-  int64_t bytes = item_size(dtype);
+Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype, bool all_written) {
+  const DtypeInfo info = dtype_info(dtype);
+  Tensor t = empty<dim>(like, size, info.code);
+  int64_t bytes = info.bytes;
   for (const int64_t n : size) bytes *= n;
   if (!all_written && bytes) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
   return t;
 }
+// The matrix, or the first of [cores, rows, cols].
+cpu::Mat mat_of_last(const Arg& a, void* data) {
+  const int64_t *size = a.size + a.dim - 2, *stride = a.stride + a.dim - 2;
+  return {data, size[0], size[1], stride[0], stride[1], cpu_dtype(a.dtype)};
+}
 cpu::Mat written(const Tensor& t) {
   const Arg a("", t);
-  return layer_mat(a, written_data(a));
+  return mat_of_last(a, written_data(a));
 }
 
 }  // namespace
@@ -102,9 +108,9 @@ Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) c
   const int64_t rows = s[a.tokens ? ROWS : M];
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
-  const Tensor h = made<2>({rows, s[R_OUT]}, dtype_, groups.rows() == rows);
-  cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr, first(a.cores), a.cores.stride[0],
-                groups.groups(), scaling);
+  const Tensor h = made<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
+  cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr,
+                mat_of_last(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(), scaling);
   return h;
 }
 
@@ -113,9 +119,10 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
   const int64_t rows = s[a.tokens ? ROWS : M];
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
-  Tensor du = empty_of<2>({0, 0}, dtype_), dcores = empty_of<3>({0, 0, 0}, sums_);
+  const ScalarType sums = acc_dtype(like_.dtype);
+  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true), dcores = made<3>(like_, {0, 0, 0}, sums, true);
   if (need_u) {
-    cpu::Mat transposed = first(a.cores);
+    cpu::Mat transposed = mat_of_last(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
     const auto product = [&](const Tensor& out) {
       cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0], groups.groups(),
@@ -123,18 +130,18 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
     };
     const bool all_rows = groups.rows() == rows;
     if (!a.tokens) {
-      du = made<2>({s[M], s[R_IN]}, dtype_, all_rows);
+      du = made<2>(like_, {s[M], s[R_IN]}, like_.dtype, all_rows);
       product(du);
     } else {
       const Grouping by_token(token, s[M]);
-      const Tensor k = made<2>({rows, s[R_IN]}, sums_, all_rows);  // not rounded before it is summed
+      const Tensor k = made<2>(like_, {rows, s[R_IN]}, sums, all_rows);  // not rounded before it is summed
       product(k);
-      du = made<2>({s[M], s[R_IN]}, dtype_, by_token.all_keys());
+      du = made<2>(like_, {s[M], s[R_IN]}, like_.dtype, by_token.all_keys());
       cpu::sum_rows(written(du), written(k), by_token.groups());
     }
   }
   if (need_cores) {
-    dcores = made<3>({s[L], s[R_IN], s[R_OUT]}, sums_, groups.all_keys());
+    dcores = made<3>(like_, {s[L], s[R_IN], s[R_OUT]}, sums, groups.all_keys());
     cpu::row_core_grad(written(dcores), s[R_IN] * s[R_OUT], read(a.g), read(a.u),
                        a.tokens ? token.data() : nullptr, groups.groups(), scaling);
   }

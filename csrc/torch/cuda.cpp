@@ -1,13 +1,49 @@
-// The operators on CUDA tensors: operators.h and layer.h over products_cuda.h.
-#include "fused_cuda.h"
+// The operators on CUDA tensors: operators.h and layer.h over products_cuda.h. And what describes the CUDA
+// kernels of this build.
+#include <string>
+#include <tuple>
+
 #include "operators.h"
 #include "products_cuda.h"
+
+namespace lotr {
+namespace {
+
+// 1000 x major + 10 x minor of the CUDA that built this, and of the latest that the driver serves; 0: there
+// is no driver.
+std::tuple<int64_t, int64_t> cuda_versions() {
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver)) driver = 0;
+  return {runtime, driver};
+}
+
+// One line for a kernel on a large matrix [M, N] at rank r in bfloat16 (cuda/plans.h); device < 0: of an
+// H100.
+std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t device) {
+  constexpr const char* name = "lotr::cuda_plans";
+  if (M < 1 || N < 1) fail(name, ": M, N: expected at least 1, got ", M, " and ", N);
+  if (r < 1 || r > cuda::MAX_RANK) fail(name, ": r: expected a rank from 1 to ", cuda::MAX_RANK, ", got ", r);
+  cuda::Call call{};
+  call.type = DType::bfloat16;
+  if (device >= 0) {
+    const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
+    call.card = device_of(name, int32_t(device)).card;
+  }
+  return cuda::plan_text(call, op, M, N, int32_t(r), int32_t(r));
+}
+
+}  // namespace
+}  // namespace lotr
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {
   lotr::implement_operators<lotr::CudaProducts>(m);
-#ifdef LOTR_SM90A
-  m.impl("gemm_lotr", TORCH_BOX(&lotr::gemm_lotr));
-  m.impl("gemm_lotr_refusal", TORCH_BOX(&lotr::gemm_lotr_refusal));
-#endif
+}
+
+// No tensor argument, so no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
+{
+  m.impl("cuda_versions", TORCH_BOX(&lotr::cuda_versions));
+  m.impl("cuda_plans", TORCH_BOX(&lotr::cuda_plans));
 }

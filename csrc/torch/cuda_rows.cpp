@@ -35,39 +35,37 @@ void check_sizes(const char* op, const Sizes& s) {
 }
 
 // h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
-void product(const Context& c, const Arg& h, const Arg& a, const RowIndex& index, const Arg& cores,
-             bool transposed, double scaling, float missing) {
+void product(const CudaProducts& products, const CudaProducts::Value& h, const CudaProducts::Value& a,
+             const RowIndex& index, const Arg& cores, bool transposed, double scaling, float missing) {
+  const CudaProducts::Value G = products.read(cores);  // its row is a core's
   RowCoreProblem q{};
-  q.index = index, q.a = c.read(a), q.cores = c.read(cores), q.core_stride = cores.stride[0];
-  q.h = c.written(h);
+  q.index = index, q.a = products.in(a), q.cores = products.in(G), q.core_stride = cores.stride[0];
+  q.h = products.out(h), q.a_type = a.type, q.core_type = G.type, q.h_type = h.type;
   q.r_in = int32_t(cores.size[1]), q.r_out = int32_t(cores.size[2]);
   if (transposed) std::swap(q.cores.row, q.cores.col), std::swap(q.r_in, q.r_out);
-  q.a_type = dtype_of(c.op(), a), q.core_type = dtype_of(c.op(), cores), q.h_type = dtype_of(c.op(), h);
   q.scale = float(scaling), q.missing = missing;
-  c.run(q);
+  products.run(q);
 }
 
 // The rows sorted by a key below `bound`, in the order of the rows where that is the same, and their ends.
 struct Sorted {
   Tensor keys, order, ends;
 
-  Sorted(const Context& c, const Tensor& key, int64_t bound) : Sorted(c, sort(key), bound) {}
+  Sorted(const CudaProducts& products, const Arg& like, const Tensor& key, int64_t bound) {
+    std::tie(keys, order) = sort(key);
+    ends = empty<1>(like, {bound + 1}, aoti_torch_dtype_int32());
+    RowEndsProblem q{};
+    q.keys = static_cast<const int64_t*>(keys.const_data_ptr());
+    q.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
+    q.rows = keys.size(0), q.bound = bound;
+    products.run(q);
+  }
   Segments segments() const {
     return {static_cast<const int64_t*>(order.const_data_ptr()),
             static_cast<const int32_t*>(ends.const_data_ptr()), 0};
   }
 
  private:
-  Sorted(const Context& c, std::tuple<Tensor, Tensor> sorted, int64_t bound)
-      : keys(std::get<0>(sorted)),
-        order(std::get<1>(sorted)),
-        ends(c.empty<1>({bound + 1}, aoti_torch_dtype_int32())) {
-    RowEndsProblem q{};
-    q.keys = static_cast<const int64_t*>(keys.const_data_ptr());
-    q.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
-    q.rows = keys.size(0), q.bound = bound;
-    c.run(q);
-  }
   static std::tuple<Tensor, Tensor> sort(const Tensor& key) {
     using torch::stable::detail::from;
     using torch::stable::detail::to;
@@ -82,51 +80,53 @@ struct Sorted {
 }  // namespace
 
 Tensor CudaProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) const {
-  const Context& c = context_;
-  check_sizes(c.op(), s);
+  check_sizes(op_, s);
   const Rows rows(a);
-  Tensor h = c.empty_rows<2>({s[a.tokens ? ROWS : M], s[R_OUT]});
-  product(c, Arg("h", h), a.u, rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
-  return h;
+  OptionalTensor h;
+  product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u), rows.of(s), a.cores,
+          false, scaling, std::numeric_limits<float>::quiet_NaN());
+  return *h;
 }
 
 std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
                                                            bool need_u, bool need_cores) const {
-  const Context& c = context_;
-  check_sizes(c.op(), s);
+  check_sizes(op_, s);
   const Rows rows(a);
   const RowIndex index = rows.of(s);
-  Tensor du = need_u ? c.empty_rows<2>({s[M], s[R_IN]}) : c.empty<2>({0, 0});
-  Tensor dcores = c.empty_float<3>(need_cores ? std::array<int64_t, 3>{s[L], s[R_IN], s[R_OUT]}
-                                              : std::array<int64_t, 3>{0, 0, 0});
-  const Arg adu("du", du);
+  OptionalTensor du;
+  const Value du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
   if (need_u) {
     RowIndex by_core = index;
     by_core.token = nullptr, by_core.tokens = index.rows;  // g has a row for each
     if (!rows.tokens) {
-      product(c, adu, a.g, by_core, a.cores, true, scaling, 0.f);
+      product(*this, du_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
     } else {
-      const Sorted by_token(c, *rows.tokens, s[M]);
-      Tensor k = c.empty_float<2>({index.rows, s[R_IN]});  // not rounded before it is summed
-      product(c, Arg("k", k), a.g, by_core, a.cores, true, scaling, 0.f);
+      const Sorted by_token(*this, like_, *rows.tokens, s[M]);
+      OptionalTensor k;  // float32: not rounded before it is summed
+      const Value k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
+      product(*this, k_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
       SumRowsProblem q{};
-      q.of_token = by_token.segments(), q.k = static_cast<const float*>(k.const_data_ptr());
-      q.du = c.written(adu), q.du_type = dtype_of(c.op(), adu), q.tokens = s[M], q.r = int32_t(s[R_IN]);
-      c.run(q);
+      q.of_token = by_token.segments(), q.k = static_cast<const float*>(k_out.data);
+      q.du = out(du_out), q.du_type = du_out.type, q.tokens = s[M], q.r = int32_t(s[R_IN]);
+      run(q);
     }
   }
+  using Size = std::array<int64_t, 3>;
+  Tensor dcores =
+      empty<3>(like_, need_cores ? Size{s[L], s[R_IN], s[R_OUT]} : Size{0, 0, 0}, aoti_torch_dtype_float32());
   if (need_cores) {
     std::optional<Sorted> by_core;
-    if (rows.index) by_core.emplace(c, *rows.index, s[L]);
+    if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
+    const Value u = read(a.u);
     RowCoreGradProblem q{};
     q.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
-    q.token = index.token, q.u = c.read(a.u), q.g = c.read(a.g), q.type = dtype_of(c.op(), a.u);
+    q.token = index.token, q.u = in(u), q.g = in(read(a.g)), q.type = u.type;
     q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
     q.rows = index.rows, q.tokens = s[M], q.cores = s[L];
     q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
-    c.run(q);
+    run(q);
   }
-  return {du, dcores};
+  return {*du, dcores};
 }
 
 }  // namespace lotr

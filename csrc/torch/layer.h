@@ -17,34 +17,59 @@
 // torch's own linear starts in this way from a copy of the bias, so the expand's pass over y replaces that
 // copy, and nothing runs with cold caches after the product. TWO_PASS: the product first, then the adapter's
 // part is added to it. On a CPU that pass adds the bias too, at no cost, where the library's bfloat16 product
-// with a bias takes up to 7 % longer than without. FUSED: both in one launch, on some GPUs (fused_cuda.h).
+// with a bias takes up to 7 % longer than without. FUSED: both in one launch, on Hopper GPUs.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
 #include <tuple>
-#include <utility>
 
 #include "check.h"
+#include "matrix_view.h"
 
 namespace lotr {
 
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;    // y, and u and F where they are new
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of Made
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
 
-// t, or an undefined tensor.
-inline Tensor defined(OptionalTensor& t) {
-  return t ? std::move(*t) : Tensor();
-}
-
-// What is new of dx, k and the gradients of A, B and the core.
-struct Made {
-  OptionalTensor dx, k, dA, dB, dcore;
-  Gradients all() { return {defined(dx), defined(k), defined(dA), defined(dB), defined(dcore)}; }
+// y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias.
+template <class Value>
+struct Output {
+  Tensor tensor, matrix;
+  Value value, bias;
 };
 
-// The dtype of new gradients of the factors: the factors' own where they have one, else that of sums.
-inline ScalarType gradient_dtype(const Arg& A, const Arg& B, const Arg& core) {
-  const bool one = B.dtype == core.dtype && (!A || A.dtype == B.dtype);
-  return one ? B.dtype : acc_dtype(B.dtype);
+// A sum over tokens: a given one, which is added to, or a new one, which is written. Without data it is not
+// wanted.
+template <class Value>
+struct Sum {
+  Value value;
+  bool add = false;
+  explicit operator bool() const { return value.data; }
+};
+
+// What a backward writes: dx where the weight is given, and the wanted gradients.
+template <class Value>
+struct BackwardOutputs {
+  Output<Value> dx;
+  Sum<Value> dA, dB, dcore;
+};
+
+// t in `dtype`, or an undefined tensor.
+inline Tensor defined(const OptionalTensor& t, ScalarType dtype) {
+  if (!t) return Tensor();
+  return t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
+}
+
+// The base product x weight and the adapter's part, which add(fresh) computes, into `out` (fresh: =, else
+// +=).
+template <class Products, class Out, class Add>
+void base_and_adapter(const Products& products, Out& out, const Arg& x, const Tensor& weight, bool fresh,
+                      bool adapter_first, Add add) {
+  if (adapter_first) add(fresh);
+  products.base(out, x, weight, fresh && !adapter_first);
+  if (!adapter_first) add(false);
 }
 
 template <class Products>
@@ -58,43 +83,54 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
                       {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded);
-  Products products(c, a.x, p, a.seed);
+  const Products products(c, a.x, p, a.seed);
+  const Tensor weight_t = transposed_view(a.weight);
   OptionalTensor new_u, new_F;
   auto y = products.output(a.x, s[N], a.bias);
-  // add(fresh) adds the adapter's part to y, or starts y with it and the bias.
-  const auto with_base = [&](bool adapter_first, auto add) {
-    if (adapter_first) {
-      add(true);
-      products.base_onto(y, a.x, a.weight);
-    } else {
-      products.base(y, a.x, a.weight);
-      add(false);
-    }
-  };
   if (unfolded) {
-    with_base(order == BETA && Products::unfolded_first,
-              [&](bool fresh) { products.small_forward(new_u, y, a, s, scaling, fresh); });
-    return {products.result(y), std::move(new_u), std::move(new_F)};
+    base_and_adapter(products, y, a.x, weight_t, true, order == BETA && Products::unfolded_first,
+                     [&](bool fresh) { products.small_forward(new_u, y, a, s, scaling, fresh); });
+    return {y.tensor, new_u, new_F};
   }
   const auto u_in = a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
   const auto F_in = a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
-  if (order == FUSED)
-    products.fused(y, a.x, a.weight, u_in, F_in, false);
-  else
-    with_base(order == BETA, [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
-  return {products.result(y), std::move(new_u), std::move(new_F)};
+  if (order != FUSED) {
+    base_and_adapter(products, y, a.x, weight_t, true, order == BETA,
+                     [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
+  } else if (const std::string refusal = products.fused(y, a.x, a.weight, u_in, F_in, false);
+             !refusal.empty()) {
+    fail(c.op, ": ", refusal, ". Strategies 0 (two_pass) and 1 (beta) take every layout.");
+  }
+  return {y.tensor, new_u, new_F};
 }
 
-template <class Products>
-void unfolded_backward(Products& products, Made& made, const BackwardArgs& a, const Sizes& s, double scaling,
-                       bool adapter_first, bool need_B, bool need_core, ScalarType narrow) {
-  if (!a.weight)
-    return products.small_backward(made, nullptr, a, s, scaling, false, need_B, need_core, narrow);
-  auto dx = products.gradient(a.dx, a.g, s[K]);
-  if (!adapter_first) products.base_gradient(dx, a.g, a.weight, true);
-  products.small_backward(made, &dx, a, s, scaling, adapter_first, need_B, need_core, narrow);
-  if (adapter_first) products.base_gradient(dx, a.g, a.weight, false);
-  made.dx = products.result(dx);
+template <class Products, class Outputs>
+void folded_backward(const Products& products, OptionalTensor& new_k, Outputs& out, const BackwardArgs& a,
+                     const Sizes& s, double scaling, int64_t order, bool drops) {
+  // k = g F and Q (+)= g^T u, from one read of g
+  OptionalTensor new_Q;
+  Sum<typename Products::Value> Q;
+  if (a.Q || out.dB || out.dcore) Q = products.sum(a.Q, new_Q, s[N], s[R_IN], acc_dtype(a.g.dtype));
+  const auto g = products.read(a.g);
+  typename Products::Value k{};
+  if (a.F && Q)
+    k = products.shrink_grad(new_k, Q, g, a.F, a.u);
+  else if (a.F)
+    k = products.shrink(new_k, g, a.F, false);
+  else if (Q)
+    products.outer(Q, g, products.read(a.u), false);
+  if (a.F && a.k) products.add(new_k, k, a.k);
+  if (out.dB || out.dcore) products.fold_grad(out.dB, out.dcore, Q.value, a.B, a.core, scaling);
+  if (out.dA) products.outer(out.dA, products.read(a.x), k, true);
+  if (!a.weight) return;
+  const bool expands = a.A && a.F;
+  if (order == FUSED && expands && !a.dx && !drops &&
+      products.fused(out.dx, a.g, a.weight, k, products.read(a.A), true).empty())
+    return;
+  base_and_adapter(products, out.dx, a.g, *a.weight.tensor, !a.dx, expands && order != TWO_PASS,
+                   [&](bool fresh) {
+                     if (expands) products.expand(out.dx, k, products.read(a.A), fresh, true);
+                   });
 }
 
 template <class Products>
@@ -111,43 +147,28 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                        {"F", F}, {"B", B},           {"core", core}, {"k", k},      {"dx", dx},
                        {"Q", Q}, {"dA", dA},         {"dB", dB},     {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded, need_B || need_core);
-  const ScalarType narrow = gradient_dtype(a.A, a.B, a.core);
-  Products products(c, a.g, p, a.seed);
-  Made made;
-  if (unfolded) {
-    unfolded_backward(products, made, a, s, scaling, order == BETA && Products::unfolded_first, need_B,
-                      need_core, narrow);
-    return made.all();
-  }
-  // k = g F and Q (+)= g^T u, from one read of g
-  const bool folds = a.u && !a.Q && (need_B || need_core || a.dB);
-  typename Products::Sum Q_sum(products, a.Q, folds, s[N], s[R_IN]);
-  auto k_in = typename Products::Value{};
-  const auto g_in = products.read(a.g);
-  if (a.F && Q_sum)
-    k_in = products.shrink_grad(made.k, Q_sum, g_in, a.F, a.u);
-  else if (a.F)
-    k_in = products.shrink(made.k, g_in, a.F, false);
-  else if (Q_sum)
-    products.add_outer(Q_sum, g_in, a.u);
-  if (a.F && a.k) products.add(made.k, k_in, a.k);
-  if (folds) products.fold_grad(made, Q_sum.value, 0, a.B, a.core, scaling, a.dB, need_B, need_core, narrow);
-  if (a.x) products.factor_grad(made.dA, a.dA, s[K], s[R_IN], narrow, a.x, k_in);
-  if (a.weight) {
-    auto dx_out = products.gradient(a.dx, a.g, s[K]);
-    const bool expands = a.A && a.F, expand_first = expands && order != TWO_PASS;
-    if (order == FUSED && expands && !a.dx && p == 0.0 &&
-        products.fuses(dx_out, a.g, a.weight, k_in, products.read(a.A), true)) {
-      products.fused(dx_out, a.g, a.weight, k_in, products.read(a.A), true);
-    } else {
-      if (expand_first) products.expand(dx_out, k_in, products.read(a.A), !a.dx, true);
-      products.base_gradient(dx_out, a.g, a.weight, !a.dx && !expand_first);
-      if (expands && !expand_first) products.expand(dx_out, k_in, products.read(a.A), false, true);
-    }
-    if (!a.dx) made.dx = products.result(dx_out);
-  }
-  if (a.A) made.k.reset();  // was used here
-  return made.all();
+  const Products products(c, a.g, p, a.seed);
+  // New gradients of the factors have the factors' dtype where they share one, else that of sums.
+  const bool alike = a.B.dtype == a.core.dtype && (!a.A || a.A.dtype == a.B.dtype);
+  const ScalarType narrow = alike ? a.B.dtype : acc_dtype(a.g.dtype);
+  const bool folds = a.u && !a.Q;  // whether the gradients of B and the core are made here
+  OptionalTensor new_k, new_dA, new_dB, new_dcore;
+  BackwardOutputs<typename Products::Value> out;
+  if (a.weight) out.dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K], Arg("bias"));
+  if (a.x) out.dA = products.sum(a.dA, new_dA, s[K], s[R_IN], narrow);
+  if (folds && (need_B || a.dB)) out.dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], narrow);
+  if (folds && need_core) out.dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], narrow);
+  const auto small = [&](bool fresh) { products.small_backward(out, a, s, scaling, fresh); };
+  if (!unfolded)
+    folded_backward(products, new_k, out, a, s, scaling, order, p != 0.0);
+  else if (a.weight)
+    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, true, order == BETA && Products::unfolded_first,
+                     small);
+  else
+    small(false);
+  if (a.A) new_k.reset();  // was used here
+  return {a.dx ? Tensor() : out.dx.tensor, defined(new_k, a.g.dtype), defined(new_dA, narrow),
+          defined(new_dB, narrow), defined(new_dcore, narrow)};
 }
 
 // dx += drop(k A^T); dA += drop(x)^T k, returned where it is new.
@@ -158,15 +179,16 @@ Tensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const Optional
   const Check c{"lotr::shrink_backward_", Products::max_rank};
   const ShrinkBackwardArgs a{{"k", k}, {"dx", dx}, {"x", x}, {"A", A}, {"dA", dA}, {"seed", seed}};
   const Sizes s = a.check(c, p);
-  Products products(c, a.k, p, a.seed);
-  OptionalTensor made;
+  const Products products(c, a.k, p, a.seed);
+  const ScalarType sums = acc_dtype(a.k.dtype);
+  OptionalTensor new_dA;
   const auto k_in = products.read(a.k);
-  if (a.x) products.factor_grad(made, a.dA, s[K], s[R], acc_dtype(a.k.dtype), a.x, k_in);
+  if (a.x) products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), products.read(a.x), k_in, true);
   if (a.dx) {
-    auto dx_out = products.gradient(a.dx, a.k, s[K]);
+    auto dx_out = products.onto(a.dx);
     products.expand(dx_out, k_in, products.read(a.A), false, true);
   }
-  return defined(made);
+  return defined(new_dA, sums);
 }
 
 }  // namespace lotr

@@ -1,44 +1,52 @@
-// Views of a checked argument as torch tensors, without a copy or a call of the dispatcher.
+// Tensors without a call of the dispatcher: new ones, and views of a checked argument.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "arg.h"
 
 namespace lotr {
 
-// `of`'s elements as a matrix.
-inline Tensor matrix_view(AtenTensorHandle of, int64_t rows, int64_t cols, int64_t row_stride,
-                          int64_t col_stride) {
-  const int64_t size[] = {rows, cols}, stride[] = {row_stride, col_stride};
+// A tensor on `like`'s device, not initialised. Contiguous, except that rows start at multiples of `pad`
+// elements.
+template <size_t dim>
+Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtype_code, int64_t pad = 1) {
+  std::array<int64_t, dim> stride;
+  int64_t step = 1;
+  for (size_t i = dim; i-- > 0;) {
+    stride[i] = step;
+    step *= i + 1 == dim ? (size[i] + pad - 1) / pad * pad : size[i];
+  }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(of, 2, size, stride, 0, &handle));  // from of's own offset
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(), dtype_code,
+                                                         like.device_type, like.device_index, &handle));
+  return Tensor(handle);
+}
+
+// The elements of `of` in other sizes, from its own offset.
+inline Tensor view(AtenTensorHandle of, int64_t dim, const int64_t* size, const int64_t* stride) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of, dim, size, stride, 0, &handle));
   return Tensor(handle);
 }
 inline Tensor matrix_view(const Arg& a) {
   if (a.dim == 2) return *a.tensor;
-  return matrix_view(a.handle, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride);
+  const int64_t size[] = {a.flat.rows, a.flat.cols}, stride[] = {a.flat.row_stride, a.flat.col_stride};
+  return view(a.handle, 2, size, stride);
 }
 inline Tensor transposed_view(const Arg& a) {
-  return matrix_view(a.handle, a.size[1], a.size[0], a.stride[1], a.stride[0]);
+  const int64_t size[] = {a.size[1], a.size[0]}, stride[] = {a.stride[1], a.stride[0]};
+  return view(a.handle, 2, size, stride);
 }
-
-// A contiguous tensor in another size. Autograd does not see a view, which users could not write into.
-inline Tensor contiguous_view(const Tensor& of, const std::vector<int64_t>& size) {
-  std::vector<int64_t> stride(size.size(), 1);
-  for (size_t i = size.size() - 1; i-- > 0;) stride[i] = stride[i + 1] * size[i + 1];
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(of.get(), int64_t(size.size()), size.data(), stride.data(), 0, &handle));
-  return Tensor(handle);
-}
-
-// The size of a tensor with like's leading dimensions and `cols` columns.
-inline std::vector<int64_t> size_like(const Arg& like, int64_t cols) {
-  std::vector<int64_t> size(like.size, like.size + like.dim);
+// A new contiguous matrix [rows, cols] with `like`'s leading dimensions. Autograd does not see a view, which
+// users could not write into.
+inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) {
+  if (like.dim == 2) return matrix;
+  std::vector<int64_t> size(like.size, like.size + like.dim), stride(size_t(like.dim), 1);
   size.back() = cols;
-  return size;
+  for (size_t i = size.size() - 1; i-- > 0;) stride[i] = stride[i + 1] * size[i + 1];
+  return view(matrix.get(), like.dim, size.data(), stride.data());
 }
 
 inline void* read_data(const Arg& a) {

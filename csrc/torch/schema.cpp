@@ -3,17 +3,13 @@
 //
 // For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64 for
 // float64):
-//   shrink        u = drop(x) A                            k = g F of the backward is the same product
-//   expand_add_   y += drop(u F^T)                         dx += k A^T too; expand: u F^T onto a copy of y
-//   factor_grad_  acc += drop(x)^T k                       over all tokens
-//   shrink_grad_  k = g F, Q += g^T u                      one read of g
-//   fold          F_l = scaling B G_l^T
-//   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
+//   shrink        u = drop(x) A
+//   expand_add_   y += drop(u F^T)                         expand: u F^T onto a copy of y
+//   fold          F = scaling B G^T
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
 //   row_core            h_i = scaling u_t(i) G_c(i)
 //   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
 //                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
-//   gemm_lotr     the base product with the adapter inside, for Hopper: see fused_cuda.h
 //
 // row_core: index [rows] is c(i), or -1 for a row without a core; or offs [c]: where the rows of each core
 // end, and the rows behind the last have none. tokens [rows]: t(i), else i. h is zero for a row without a
@@ -24,7 +20,6 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <sstream>
 #include <string>
 
@@ -46,17 +41,6 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
 namespace lotr {
 namespace {
 
-// "80,90a-real" -> "80", "90a-real" between quotes.
-std::string quoted_list(const std::string& list) {
-  std::string out;
-  for (size_t at = 0; at < list.size();) {
-    const size_t end = std::min(list.find(',', at), list.size());
-    out += (out.empty() ? "\"" : ", \"") + list.substr(at, end - at) + "\"";
-    at = end + 1;
-  }
-  return out;
-}
-
 std::string info() {
   std::ostringstream s;
   s << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56) << "."
@@ -67,7 +51,7 @@ std::string info() {
 #else
     << "false"
 #endif
-    << ", \"archs\": [" << quoted_list(LOTR_CUDA_ARCHS) << "]}}";
+    << ", \"archs\": \"" LOTR_CUDA_ARCHS "\"}}";
   return s.str();
 }
 
@@ -86,10 +70,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor");
   m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
   m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
-  m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, float p=0.0, Tensor? seed=None) -> ()");
-  m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
-  m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
-  m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
+  m.def("fold(Tensor B, Tensor core, float scaling, ScalarType dtype) -> Tensor");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
       "Tensor");
@@ -114,11 +95,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "shrink_backward_(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? "
       "seed=None) -> Tensor dA");
 #ifdef LOTR_WITH_CUDA
-  m.def("cuda_probe(int device) -> str");
-  m.def("cuda_plans(str op, int M, int N, int r, int r_out, ScalarType dtype, int device) -> str");
-#endif
-#ifdef LOTR_SM90A
-  m.def("gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor F, bool backward) -> Tensor");
-  m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
+  m.def("cuda_versions() -> (int runtime, int driver)");
+  m.def("cuda_plans(str op, int M, int N, int r, int device) -> str");
 #endif
 }

@@ -1,22 +1,103 @@
-"""The table of kernels (python_tests/kernels/cases.py) through torch.ops.lotr: the same shapes, poison and float64 truth."""
+"""The table of operators (python_tests/test_operators.py) on a GPU, and on a Hopper GPU the strategy FUSED of the layer's
+operators, which runs gemm_lotr. Once on the CPU, which shows that the checks can pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
-from arrays import DTYPE
-from cases import KERNELS, SHAPES
-from torch_backend import TorchBackend
+import test_operators
+import torch
+from helpers import LAYOUTS
+from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-# not operators by themselves: parts of layer_forward and layer_backward_
-OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "expand_fresh")]
+from lotr_ext.ops import build_info
+
+FUSED = 2  # csrc/torch/check.h
+ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
+FUSED_SHAPES = [(1, 72, 64, 16), (300, 200, 328, 11), (1000, 1032, 776, 127), (2048, 2048, 2048, 16)]  # rows of 16 bytes
+of_kinds = pytest.mark.parametrize("dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch."))
 
 
-@pytest.mark.parametrize("kind", DTYPE)
-@pytest.mark.parametrize("kernel", OPERATORS)
-def test_operator(kernel: str, kind: str, device: str) -> None:
-    """On a GPU in all shapes, and twice with the same bits; on a CPU in few."""
-    backend = TorchBackend(device)
-    for shape in SHAPES if device == "cuda" else SHAPES[::6]:
-        problem = KERNELS[kernel](shape, kind)
-        first = problem.checked(backend)
-        assert device == "cpu" or problem.checked(backend) == first, f"{problem.name}: other bits"
+class OnDevice:
+    """torch.ops.lotr for operands on the CPU. Each moves with the whole storage it lies in, so the NaN beside it moves too;
+    results, and the storages of what was written, come back. fused: FUSED runs in place of BETA."""
+
+    def __init__(self, device: str, fused: bool = False):
+        self.device, self.fused = device, fused
+
+    def __getattr__(self, name: str) -> Callable:
+        return partial(self.call, name)
+
+    def call(self, name: str, *given: object) -> object:
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def there(t: Tensor) -> Tensor:
+            whole = t if t._base is None else t._base
+            moved.setdefault(id(whole), (whole, whole.clone().to(self.device)))
+            return moved[id(whole)][1].as_strided(t.shape, t.stride(), t.storage_offset())
+
+        given = tree_map_only(Tensor, there, given)
+        at = {"layer_forward": 7, "layer_backward_": 9}.get(name)
+        if self.fused and at and given[at] == BETA:
+            given = (*given[:at], FUSED, *given[at + 1 :])
+        found = getattr(torch.ops.lotr, name)(*given)
+        for here, away in moved.values():
+            here.copy_(away)
+        return tree_map_only(Tensor, Tensor.cpu, found)
+
+
+def check(name: str, make: Callable[[], Case], where: str) -> None:
+    """The numbers, and the same bits a second time."""
+    test_operators.check(name, make(), where)
+    first, second = test_operators.results(name, make()), test_operators.results(name, make())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), f"{name}, {where}: other bits"
+
+
+@of_kinds
+@pytest.mark.parametrize("name", TABLE)
+def test_operator(name: str, dtype: torch.dtype, factors: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU in all shapes and layouts, on the CPU in few."""
+    monkeypatch.setattr(test_operators, "ops", OnDevice(device))
+    for i, shape in enumerate(SHAPES if device == "cuda" else SHAPES[::6]):
+        for layout in LAYOUTS if device == "cuda" else LAYOUTS[i : i + 1]:
+            check(name, partial(Case, shape, dtype, factors, layout), f"{shape} {layout}")
+        if name in DROPS and dtype == factors:
+            check(name, partial(Case, shape, dtype, factors, p=0.4), f"{shape} p = 0.4")
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0) or not any("90a" in arch for arch in build_info()["cuda"]["archs"]):
+        pytest.skip("expected a Hopper GPU (compute capability 9.0) and a build for 90a")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["layer_forward", "layer_backward_"])
+def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
+    for shape in FUSED_SHAPES:
+        check(name, partial(Case, shape, dtype, dtype), str(shape))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fused_in_a_graph() -> None:
+    """A captured launch, replayed beside launches in another stream."""
+    sizes = ((700, 512), (768, 512), (512, 16), (768, 16), (16, 16))
+    x, weight, A, B, core = (torch.randn(*size, device="cuda").bfloat16() for size in sizes)
+    run = partial(torch.ops.lotr.layer_forward, x, weight, None, A, B, core, 0.1, FUSED)
+    want = run()[0]
+    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        y = run()[0]
+    other.wait_stream(torch.cuda.current_stream())
+    for _ in range(50):
+        graph.replay()
+        with torch.cuda.stream(other):
+            beside = run()[0]
+    torch.cuda.synchronize()
+    assert torch.equal(y, want) and torch.equal(beside, want)

@@ -38,14 +38,16 @@ def operand(a: np.ndarray, kind: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix lies in its poisoned buffer: elements before it, between its rows; transposed: columns in memory."""
+    """How a matrix lies in its poisoned buffer: elements before it, between its rows, which start at multiples of `multiple`;
+    transposed: columns in memory."""
 
     offset: int = 0
     pad: int = 0
     transposed: bool = False
+    multiple: int = 1
 
 
-ALIGNED = Layout(8, 8)
+ALIGNED = Layout(8, 8, multiple=8)
 ODD = Layout(3, 5)
 COLUMNS = Layout(1, 3, True)
 PACKED = Layout()
@@ -54,9 +56,7 @@ PACKED = Layout()
 def poisoned(shape: tuple[int, int], dtype: np.dtype, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """A NaN-filled buffer, and the view of `shape` inside it. The buffer starts at an address divisible by 64."""
     rows, cols = shape[::-1] if layout.transposed else shape
-    stride = cols + layout.pad
-    if not layout.offset and not layout.pad:
-        stride = cols
+    stride = -(-(cols + layout.pad) // layout.multiple) * layout.multiple
     size = layout.offset + rows * stride + 96
     raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -106,8 +106,8 @@ def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np
     if not truth.size:
         return
     assert np.isfinite(got).all(), f"{what}: {np.count_nonzero(~np.isfinite(got))} of {got.size} values are not finite"
-    error, allowed = np.abs(got - truth), 2 * np.abs(wide(eager) - truth)
-    allowed = np.maximum(allowed, 0) + 2 * UNIT[kind] * np.abs(truth) + 8 * 2.0**-24 * scale + 1e-30
+    error = np.abs(got - truth)
+    allowed = 2 * np.abs(wide(eager) - truth) + 2 * UNIT[kind] * np.abs(truth) + 8 * 2.0**-24 * scale + 1e-30
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), (
         f"{what}: at {tuple(int(i) for i in worst)} got {got[worst]:.9g}, expected {truth[worst]:.9g} "

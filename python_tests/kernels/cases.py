@@ -1,7 +1,7 @@
 """The table KERNELS: every kernel as a problem with inputs in poisoned memory and the float64 truth of its outputs.
 
-A problem runs on any object with `set_device` and `run(name, arrays, numbers)`: the executor's module (csrc/simt), or
-torch_backend.TorchBackend, which calls torch.ops.lotr on a CPU or a GPU.
+A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels run the table of
+test_operators.py (python_tests/cuda).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import ModuleType
 
 import numpy as np
 from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
@@ -19,17 +19,10 @@ FLOAT = np.float32
 Views = dict[str, np.ndarray]
 
 
-class Backend(Protocol):
-    """What runs a problem."""
-
-    def set_device(self, *, multiprocessors: int) -> None: ...
-
-    def run(self, name: str, arrays: Views, numbers: dict[str, float]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Shape:
-    """m tokens, k columns of the large matrix, ranks r and r2 (0: the same). The device has `sms` multiprocessors."""
+    """m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same). The device has `sms`
+    multiprocessors. bare: without what the kernel can go without: a bias, sums that it adds to, dB, dx, a row's token."""
 
     m: int
     k: int
@@ -38,70 +31,78 @@ class Shape:
     p: float = 0.0
     sms: int = 132
     r2: int = 0
-    layers: int = 1
+    n: int = 0
+    bare: bool = False
     float_factors: bool = False
 
     @property
     def other(self) -> int:
         return self.r2 or self.r
 
+    @property
+    def columns(self) -> int:
+        return self.n or max(1, self.k // 2)
+
     def __str__(self) -> str:
         place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
-        return (
-            f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}" + f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
-        )
+        flags = f"-p{self.p}" * bool(self.p) + "-bare" * self.bare + "-float" * self.float_factors
+        return f"{self.m}x{self.k}x{self.columns}-r{self.r}-{place}-sm{self.sms}{flags}"
 
 
 # Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
-SHAPES = [
+QUICK = [
     Shape(0, 64, 16),
-    Shape(0, 1, 1, ODD),
-    Shape(1, 1, 1),
     Shape(1, 1, 1, ODD, 0.5),
-    Shape(1, 64, 16, PACKED),
     Shape(1, 1000, 8, sms=8),
-    Shape(2, 333, 5, ODD, 0.1),
+    Shape(2, 333, 5, ODD, 0.1, bare=True),
     Shape(3, 129, 17, COLUMNS),
-    Shape(5, 7, 3, COLUMNS, 0.3),
-    Shape(16, 256, 16, PACKED, layers=3),
-    Shape(16, 512, 64, sms=4, r2=32),
+    Shape(16, 256, 16, PACKED, bare=True),
     Shape(17, 65, 33, ODD, sms=1),
     Shape(31, 255, 31, sms=3, float_factors=True),
     Shape(33, 31, 256),
     Shape(48, 200, 128, p=0.25),
-    Shape(63, 64, 16, sms=2),
-    Shape(64, 64, 16, PACKED, sms=1),
-    Shape(64, 128, 32, PACKED, 0.5, 4, layers=2),
-    Shape(65, 63, 15, sms=7),
-    Shape(65, 200, 12, ODD, 0.1, 6, r2=20),
-    Shape(96, 96, 96, sms=2),
+    Shape(64, 128, 32, PACKED, 0.5, 4, bare=True),
     Shape(100, 100, 100, COLUMNS, sms=5),
-    Shape(127, 129, 16, sms=12, layers=4),
-    Shape(128, 64, 8, PACKED, sms=9, float_factors=True),
     Shape(65, 72, 200, sms=3),
-    Shape(129, 257, 1, p=0.9, sms=20),
-    Shape(130, 520, 16, sms=10),
     Shape(150, 70, 60, ODD, sms=2, r2=7),
-    Shape(192, 192, 64, sms=6),
+    Shape(256, 256, 16, PACKED, sms=3, bare=True),
+    Shape(385, 130, 10, ODD, sms=8, float_factors=True),
+]
+SHAPES = [
+    *QUICK,
+    Shape(1, 64, 16, PACKED),
+    Shape(5, 7, 3, COLUMNS, 0.3),
+    Shape(16, 512, 64, sms=4, r2=32),
+    Shape(65, 200, 12, ODD, 0.1, 6, r2=20, bare=True),
+    Shape(127, 129, 16, sms=12, bare=True),
+    Shape(129, 257, 1, p=0.9, sms=20),
     Shape(130, 40, 129, sms=4),
     Shape(200, 330, 24, PACKED, sms=16),
-    Shape(255, 65, 2, ODD, 0.2, 5),
-    Shape(256, 256, 16, PACKED, sms=3, layers=2),
     Shape(256, 320, 32, p=0.1, sms=2),
     Shape(67, 100, 250, sms=2),
-    Shape(300, 72, 48, COLUMNS, sms=3),
-    Shape(320, 640, 16, sms=12),
-    Shape(385, 130, 10, ODD, sms=8, float_factors=True),
-    Shape(400, 24, 4, PACKED, 0.4, 11),
-    Shape(512, 64, 64, sms=4),
-    Shape(600, 90, 36, sms=2, r2=50, layers=5),
-    Shape(777, 33, 7, ODD, sms=132),
+    Shape(400, 24, 4, PACKED, 0.4, 11, bare=True),
+    Shape(600, 90, 36, sms=2, r2=50, bare=True),
     Shape(1030, 8, 16, PACKED, sms=40),
     Shape(300, 560, 24, sms=10),
-    Shape(260, 200, 100, COLUMNS, sms=6),
-    Shape(520, 264, 60, ODD, sms=12),
     Shape(700, 512, 13, ODD, sms=16),
     Shape(2040, 40, 13, ODD, sms=16),
+]
+# Of gemm_lotr: ragged in every extent; one tile and several for a pair of blocks; fewer k-steps than the ring has stages, and
+# more; both steps of the rank.
+FUSED_QUICK = [
+    Shape(0, 16, 4, n=16),
+    Shape(1, 1, 1, n=1, sms=1),
+    Shape(1, 8, 65, n=264, sms=2),
+    Shape(130, 520, 1, n=264, sms=2),
+    Shape(200, 72, 128, n=200, sms=2, bare=True),
+    Shape(300, 200, 11, n=331, sms=2),
+    Shape(200, 328, 50, n=520, sms=4),
+]
+FUSED_SHAPES = [
+    *FUSED_QUICK,
+    Shape(520, 136, 64, n=520, sms=4, bare=True),
+    Shape(257, 264, 80, n=257, sms=2),
+    Shape(2400, 8, 8, n=300, sms=6),  # more bands of tiles than are walked together, two columns of them
 ]
 
 
@@ -111,24 +112,25 @@ class Problem:
 
     name: str
     kernel: str
-    device: dict[str, int]
+    device: dict[str, int]  # that plans are made for
     inputs: Views
     numbers: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
     check: Callable[[Views], None] = lambda views: None
 
-    def run(self, backend: Backend) -> Views:
-        """Fresh poisoned outputs by name, after the call; asserts that nothing beside them was written."""
+    def run(self, lib: ModuleType, **options: object) -> Views:
+        """The outputs by name, in fresh poisoned memory. Nothing beside them may be written. options: the executor's."""
         outputs = {name: make() for name, make in self.outputs.items()}
-        backend.set_device(**self.device)
-        backend.run(self.kernel, {**self.inputs, **{name: o.view for name, o in outputs.items()}}, self.numbers)
+        lib.set_device(**self.device)
+        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)  # a block may take an H100's shared memory
+        lib.run(self.kernel, {**self.inputs, **{name: o.view for name, o in outputs.items()}}, self.numbers)
         for output in outputs.values():
             output.check_outside()
         return {name: output.view for name, output in outputs.items()}
 
-    def checked(self, backend: Backend) -> dict[str, bytes]:
+    def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
         """Runs once and checks the values; the bits of the outputs."""
-        views = self.run(backend)
+        views = self.run(lib, **options)
         self.check(views)
         return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
@@ -153,9 +155,6 @@ class Maker:
         if self.shape.float_factors:
             return place(self.floats(rows, cols), FLOAT, self.shape.layout)
         return self.large(rows, cols)
-
-    def cores(self, count: int) -> np.ndarray:
-        return np.stack([self.factor(self.shape.r, self.shape.other) for _ in range(count)])
 
     def op(self, a: np.ndarray) -> np.ndarray:
         """An operand's values as the kernel's product sees them."""
@@ -222,12 +221,12 @@ def expand_add(shape: Shape, kind: str) -> Problem:
 
 
 def expand_fresh(shape: Shape, kind: str) -> Problem:
-    """y = bias + u F^T, whatever y holds (here NaN); without a bias where the shape has several layers."""
+    """y = bias + u F^T, whatever y holds (here NaN)."""
     t = Maker(shape, kind, "expand_fresh")
     u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
     problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
     mask, bias = t.with_dropout(problem), np.zeros(shape.k)
-    if shape.layers == 1:
+    if not shape.bare:
         problem.inputs["bias"] = t.large(1, shape.k)[0]
         bias = wide(problem.inputs["bias"])
     problem.outputs = {"y": t.out(shape.m, shape.k)}
@@ -236,64 +235,84 @@ def expand_fresh(shape: Shape, kind: str) -> Problem:
 
 
 def factor_grad(shape: Shape, kind: str) -> Problem:
-    """D += x^T v; D = x^T v, which may start as NaN, where the shape has several layers."""
+    """D += x^T v; bare: D = x^T v, whatever D holds."""
     t = Maker(shape, kind, "factor_grad")
     x, v, D0 = t.large(shape.m, shape.k), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
-    adds = shape.layers == 1
-    problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=adds)
+    problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=not shape.bare)
     left = (t.op(x) * t.with_dropout(problem)).T
-    problem.outputs = {"D": t.out(shape.k, shape.r, start=D0 if adds else None, dtype=FLOAT)}
-    problem.check = lambda out: t.close(out["D"], left, t.op(v), "D", wide(D0) if adds else 0.0, kind="fp32")
+    problem.outputs = {"D": t.out(shape.k, shape.r, start=None if shape.bare else D0, dtype=FLOAT)}
+    problem.check = lambda out: t.close(out["D"], left, t.op(v), "D", 0.0 if shape.bare else D0, kind="fp32")
     return problem
 
 
 def shrink_grad(shape: Shape, kind: str) -> Problem:
-    """k = g F with Q = g^T u, or Q += g^T u where the shape has dropout (which this kernel has not)."""
+    """k = g F and Q += g^T u; bare: Q = g^T u, whatever Q holds."""
     t = Maker(shape, kind, "shrink_grad")
-    g, F, u = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r)
-    adds, Q0 = shape.p > 0, t.floats(shape.k, shape.r)
-    problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=adds)
-    Q = t.out(shape.k, shape.r, start=Q0 if adds else None, dtype=FLOAT, packed=not adds)
+    g, F, u, Q0 = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
+    problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=not shape.bare)
+    Q = t.out(shape.k, shape.r, start=None if shape.bare else Q0, dtype=FLOAT, packed=shape.bare)
     problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
 
     def check(out: Views) -> None:
         t.close(out["k"], t.op(g), t.op(F), "k")
-        t.close(out["Q"], t.op(g).T, t.op(u), "Q", wide(Q0) if adds else 0.0, kind="fp32")
+        t.close(out["Q"], t.op(g).T, t.op(u), "Q", 0.0 if shape.bare else Q0, kind="fp32")
 
     problem.check = check
     return problem
+
+
+def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
+    """y = x W^T + bias + u F^T. Backward, in the forward pass's names: y = x W + u F^T with W [k, n]."""
+    m, k, n, r = shape.m, shape.k, shape.columns, shape.r
+    t = Maker(shape, kind, "gemm_lotr_backward" if backward else "gemm_lotr")
+    x, W, u, F = t.large(m, k), t.large(*((k, n) if backward else (n, k))), t.large(m, r), t.large(n, r)
+    problem = t.problem("gemm_lotr", {"x": x, "W": W, "u": u, "F": F}, backward=backward)
+    bias = np.zeros((1, n))
+    if not shape.bare:
+        problem.inputs["bias"] = t.large(1, n)
+        bias = wide(problem.inputs["bias"])
+    problem.outputs = {"y": t.out(m, n)}
+
+    def check(out: Views) -> None:
+        left, right = np.hstack([wide(x), wide(u)]), np.vstack([wide(W) if backward else wide(W).T, wide(F).T])
+        t.close(out["y"], left, right, "y", bias.repeat(m, 0))
+
+    problem.check = check
+    return problem
+
+
+def gemm_lotr_backward(shape: Shape, kind: str) -> Problem:
+    return gemm_lotr(shape, kind, True)
+
+
+# ---- the core ----
 
 
 def fold(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "fold")
-    B, cores = t.factor(shape.k, shape.other), t.cores(shape.layers)
-    problem = t.problem("fold", {"B": B, "cores": cores}, scale=0.25)
-    problem.outputs = {"F": t.out(shape.layers, shape.k, shape.r)}
-
-    def check(out: Views) -> None:
-        for layer, core in enumerate(cores):
-            t.close(out["F"][layer], wide(B), wide(core).T, f"F[{layer}]", scale=0.25)
-
-    problem.check = check
+    B, core = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other)
+    problem = t.problem("fold", {"B": B, "core": core}, scale=0.25)
+    problem.outputs = {"F": t.out(shape.k, shape.r)}
+    problem.check = lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
     return problem
 
 
 def fold_grad(shape: Shape, kind: str) -> Problem:
-    """dB only where the shape has no dropout."""
+    """dcore = s Q^T B, and dB += s Q core: dcore alone where bare, dB alone where the shape has dropout."""
     t = Maker(shape, kind, "fold_grad")
-    B, cores, Q = t.factor(shape.k, shape.other), t.cores(shape.layers), t.floats(shape.layers, shape.k, shape.r)
+    B, core, Q = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.floats(shape.k, shape.r)
     dB0 = t.floats(shape.k, shape.other)
-    problem = t.problem("fold_grad", {"Q": Q, "B": B, "cores": cores}, scale=0.25)
-    problem.outputs = {"dcores": t.out(shape.layers, shape.r, shape.other, dtype=FLOAT)}
-    if not shape.p:
+    problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
+    if shape.bare or not shape.p:
+        problem.outputs["dcore"] = t.out(shape.r, shape.other, dtype=FLOAT, packed=True)
+    if not shape.bare:
         problem.outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
 
     def check(out: Views) -> None:
-        for layer in range(shape.layers):
-            t.close(out["dcores"][layer], wide(Q[layer]).T, wide(B), f"dcores[{layer}]", scale=0.25, kind="fp32")
+        if "dcore" in out:
+            t.close(out["dcore"], wide(Q).T, wide(B), "dcore", scale=0.25, kind="fp32")
         if "dB" in out:
-            left, right = np.concatenate([wide(q) for q in Q], 1), np.concatenate([wide(core) for core in cores])
-            t.close(out["dB"], left, right, "dB", wide(dB0), scale=0.25, kind="fp32")
+            t.close(out["dB"], wide(Q), wide(core), "dB", dB0, scale=0.25, kind="fp32")
 
     problem.check = check
     return problem
@@ -330,7 +349,7 @@ def check_unfolded(t: Maker, got: np.ndarray, left: Rounded, right: np.ndarray, 
 def small_forward(shape: Shape, kind: str) -> Problem:
     """u = x A, y += s (u core) B^T."""
     t = Maker(shape, kind, "small_forward")
-    m, k, n, s = shape.m, shape.k, max(1, shape.k // 2), 0.125
+    m, k, n, s = shape.m, shape.k, shape.columns, 0.125
     x, A, core, B = t.large(m, k), t.factor(k, shape.r), t.factor(shape.r, shape.other), t.factor(n, shape.other)
     y0 = narrow(t.values(m, n), kind)
     problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
@@ -345,15 +364,15 @@ def small_forward(shape: Shape, kind: str) -> Problem:
 
 
 def small_backward(shape: Shape, kind: str) -> Problem:
-    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h. dx, dA without dropout only."""
+    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h; bare: no dx, dA."""
     t = Maker(shape, kind, "small_backward")
-    m, k, n, r, q, s = shape.m, shape.k, max(1, shape.k // 2), shape.r, shape.other, 0.125
+    m, k, n, r, q, s = shape.m, shape.k, shape.columns, shape.r, shape.other, 0.125
     x, g, u = t.large(m, k), t.large(m, n), t.large(m, r)
     A, core, B = t.factor(k, r), t.factor(r, q), t.factor(n, q)
     dx0, dA0, dB0 = narrow(t.values(m, k), kind), t.floats(k, r), t.floats(n, q)
     problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {"dB": t.out(n, q, start=dB0, dtype=FLOAT), "dcore": t.out(r, q, dtype=FLOAT, packed=True)}
-    if not shape.p:
+    if not shape.bare:
         problem.inputs["x"] = x
         problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
 
@@ -376,17 +395,17 @@ def small_backward(shape: Shape, kind: str) -> Problem:
 
 
 class Rows:
-    """Rows of tokens with cores: by index in any order, some without a core; or (p) by ends, a row a token."""
+    """Rows of tokens with cores: by index in any order, some without a core; bare: by ends, a row a token."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.t = t = Maker(shape, kind, name)
         m, self.count = shape.m, 1 + shape.k % 9
-        self.cores = t.cores(self.count)
-        self.g, self.u = t.large(m, shape.other), t.large(m if shape.p else m // 3 + 1, shape.r)
+        self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
+        self.g, self.u = t.large(m, shape.other), t.large(m if shape.bare else m // 3 + 1, shape.r)
         self.index, self.tokens = t.rng.integers(-1, self.count, m), t.rng.integers(0, len(self.u), m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
         self.given: Views = {"index": self.index, "tokens": self.tokens}
-        if shape.p:
+        if shape.bare:
             self.tokens, index = np.arange(m), np.sort(self.index)
             self.index = np.roll(index, -np.count_nonzero(index < 0))  # those without a core behind the others
             ends = [np.count_nonzero((self.index >= 0) & (self.index <= core)) for core in range(self.count)]
@@ -436,6 +455,15 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
     return problem
 
 
+FUSED = (gemm_lotr, gemm_lotr_backward)
 _LARGE = (shrink, shrink_core, expand_add, expand_fresh, factor_grad, shrink_grad)
 _SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_LARGE, *_SMALL)}
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_LARGE, *_SMALL, *FUSED)}
+CASES = [(name, kind) for name, f in KERNELS.items() for kind in DTYPE if f not in FUSED or kind != "fp32"]
+
+
+def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:
+    """All shapes that a kernel takes, or those of `make test`."""
+    if KERNELS[kernel] in FUSED:
+        return FUSED_QUICK if quick else FUSED_SHAPES
+    return QUICK if quick else SHAPES

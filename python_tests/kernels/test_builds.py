@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 from cases import KERNELS
-from sweep import PIPELINE, failures, problems
+from sweep import failures, problems
 
 from csrc.simt import build
 
@@ -29,14 +29,13 @@ def wide_sweep(mode: str, *arguments: str) -> None:
     halves = [",".join(list(KERNELS)[i::2]) for i in range(2)]
     build.module(mode)
     with ThreadPoolExecutor(2) as pool:
-        every = ("--shapes", "all", "--kinds", "bf16,fp16,fp32", "--kernels")
-        list(pool.map(lambda kernels: sweep(mode, *every, kernels, *arguments), halves))
+        list(pool.map(lambda kernels: sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments), halves))
 
 
 def test_no_race() -> None:
     """Without small_forward and small_backward, which are made of the other kernels."""
     kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
-    sweep("race", "--schedules", "forward", "--kernels", kernels, kind="bf16")
+    sweep("race", "--schedules", "forward", "--kernels", kernels, "--kinds", "bf16", kind="bf16")
 
 
 @pytest.mark.full
@@ -54,8 +53,9 @@ def test_no_bad_access_anywhere() -> None:
 def test_every_line_of_the_kernels_runs() -> None:
     build.reset_coverage()
     sweep("coverage", "--shapes", "all", "--kinds", "bf16,fp32", "--schedules", "forward")
-    kernels = {name: lines for name, lines in build.coverage().items() if name.endswith(".cuh")}
-    assert {"shrink.cuh", "expand_add.cuh", "factor_grad.cuh", "shrink_grad.cuh", "fold.cuh", "sum_parts.cuh"} <= set(kernels)
+    kernels = {name: lines for name, lines in build.coverage(build.CSRC / "cuda").items() if name.endswith(".cuh")}
+    names = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "sum_parts")
+    assert {f"kernels/{name}.cuh" for name in names} | {"sm90/gemm_lotr.cuh"} <= set(kernels)
     ran, total = (sum(lines[i] for lines in kernels.values()) for i in (0, 1))
     print(*(f"{name}: {n} of {of} lines, not run: {missed or 'none'}" for name, (n, of, missed) in kernels.items()), sep="\n")
     assert ran / total >= 0.98
@@ -64,19 +64,19 @@ def test_every_line_of_the_kernels_runs() -> None:
 # ---- each barrier, commit and wait left out: the executor skips the operation at one line of the sources ----
 
 Site = tuple[str, str, int]  # operation, file, line
-FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/")
+FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/", "csrc/cuda/sm90/")
 
 
 def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
-    """Each place where the mma kernels synchronise, and the kernels that reach it. gemm_lotr's: test_gemm_lotr.py."""
+    """Each place where the kernels synchronise, and the kernels that reach it."""
     sites: dict[Site, list[str]] = {}
     for kernel in KERNELS:
         lib.reset_counters()
-        assert not failures(lib, problems(PIPELINE, ["bf16"], [kernel]), ["forward"])
+        assert not failures(lib, problems("pipeline", ["bf16"], [kernel]), ["forward"])
         for op, file, line, calls in lib.synchronisation_sites():
             path = Path(file).resolve().as_posix()
             found = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
-            if found and calls and not op.startswith("griddepcontrol"):  # whose absence is an error of its own
+            if found and calls:
                 sites.setdefault((op, found[0], line), []).append(kernel)
     return sites
 
@@ -84,16 +84,19 @@ def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
 def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
     sites, unnoticed = synchronisation_sites(lib), []
-    assert {op for op, _, _ in sites} == {"__syncthreads", "__syncwarp", "cp.async.commit_group", "cp.async.wait_group"}
+    operations = {op for op, _, _ in sites}
+    assert operations >= {"__syncthreads", "__syncwarp", "cp.async.commit_group", "cp.async.wait_group", "griddepcontrol.wait"}
+    assert operations >= {"mbarrier.try_wait", "mbarrier.arrive.cluster", "barrier.cluster", "fence.proxy.async"}
     try:
         for (op, file, line), kernels in sites.items():
             lib.skip_synchronisation(file, line)
-            if not failures(lib, problems(PIPELINE, ["bf16"], kernels), ["forward", "reverse", "101"], first=True):
+            if not failures(lib, problems("pipeline", ["bf16"], kernels), ["forward", "reverse", "101"], first=True):
                 unnoticed.append((op, file, line, kernels))
     finally:
         lib.skip_synchronisation("", 0)
     for op, file, line, kernels in unnoticed:
         with pytest.raises(AssertionError, match="data race"):
-            sweep("race", "--schedules", "forward", "--kernels", ",".join(kernels), "--skip", f"{file}:{line}", kind="bf16")
+            some = ("--kinds", "bf16", "--schedules", "forward", "--kernels", ",".join(kernels), "--skip", f"{file}:{line}")
+            sweep("race", *some, kind="bf16")
         print(f"{op} at {file}:{line}: the race detector alone")
     print(f"{len(sites)} places left out")

@@ -1,9 +1,8 @@
-"""What the table of shapes does not reach: rows without a core or token, offsets beyond 31 bits, grids beyond their limits, bad
+"""What the table of shapes does not reach: rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad
 arguments, plans from LOTR_CUDA_PLAN, launches that begin early."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from arrays import ODD, narrow, wide
-from cases import KERNELS, SHAPES, Shape
+from arrays import narrow, wide
+from cases import FUSED, KERNELS, Shape, shapes_of
 
 HERE = Path(__file__).resolve().parent
 C, R, NAN = 4, 16, np.float32("nan")
@@ -113,56 +112,64 @@ def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
     assert (wide(out) == values @ factors).all()
 
 
-@pytest.mark.full
-def test_more_layers_than_a_grid_has_in_z(lib: ModuleType) -> None:
-    """65,535: fold's layers are its grid's z."""
-    cores = np.arange(65_540, dtype=np.float32).reshape(-1, 1, 1)
-    F = np.full_like(cores, np.nan)
-    lib.run("fold", {"B": np.full((1, 1), 2, np.float32), "cores": cores, "F": F}, {"scale": 0.5})
-    assert (F == cores).all()
-
-
 # ---- bad arguments: refused before anything is written ----
 
 
-def bf16(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.uint16)
+def bf16(rows: int, cols: int, stride: int = 0, start: int = 0) -> np.ndarray:
+    """Zeros, `stride` elements from row to row, `start` elements behind an address divisible by 16."""
+    raw = np.zeros(rows * (stride or cols) + 64, np.uint16)
+    first = -(raw.ctypes.data // 2) % 8 + start
+    return raw[first : first + rows * (stride or cols)].reshape(rows, -1)[:, :cols]
 
 
-GOOD = {"x": bf16(2, 8), "A": bf16(8, 4), "u": bf16(2, 4)}
+ROWS = "expected a row stride that is a multiple of 8 and at least"
+GOOD = {
+    "shrink": {"x": bf16(2, 8), "A": bf16(8, 4), "u": bf16(2, 4)},
+    "expand_add": {"y": bf16(2, 8), "u": bf16(2, 4), "F": bf16(8, 4)},
+    "gemm_lotr": {"y": bf16(20, 24), "x": bf16(20, 16), "W": bf16(24, 16), "u": bf16(20, 5, 8), "F": bf16(24, 5, 8)},
+}
+# kernel, arrays that replace good ones or are more, numbers, the message
 BAD = [
-    ("shrunk", GOOD, {}, "run: name: expected one of shrink, .*, got shrunk"),
-    ("shrink", GOOD | {"B": bf16(2, 2)}, {}, r"shrink: arrays: expected x A u \[ seed core h \], got .*B"),
-    ("shrink", {"x": bf16(2, 8), "A": bf16(8, 4)}, {}, "shrink: arrays: expected .*, got no u"),
-    ("shrink", GOOD, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
-    ("shrink", GOOD, {"p": 0.5}, "shrink: seed: expected an array beside p, got none"),
-    ("shrink", GOOD | {"A": bf16(7, 4)}, {}, r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]"),
-    ("shrink", GOOD | {"x": bf16(2, 8).astype(int)}, {}, "shrink: x: expected float32, float16 or uint16 .*, got int64"),
-    (
-        "shrink",
-        GOOD | {"u": np.zeros((2, 4), np.float32)},
-        {},
-        "shrink: u: expected the element type of the input, got float32",
-    ),
-    ("shrink", GOOD | {"A": bf16(8, 257), "u": bf16(2, 257)}, {}, "shrink: A: expected a rank from 1 to 256, got 257"),
-    ("expand_add", {"y": bf16(2, 8), "u": bf16(2, 300), "F": bf16(8, 300)}, {}, "F: expected a rank from 1 to 256, got 300"),
-    (
-        "fold",
-        {"B": bf16(8, 257), "cores": bf16(1, 4, 257), "F": bf16(1, 8, 4)},
-        {},
-        "B: expected a rank from 1 to 256, got 257",
-    ),
+    ("shrink", {"B": bf16(2, 2)}, {}, r"shrink: arrays: expected x A u \[ seed core h \], got .*B"),
+    ("shrink", {"u": None}, {}, "shrink: arrays: expected .*, got no u"),
+    ("shrink", {}, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
+    ("shrink", {}, {"p": 0.5}, "shrink: seed: expected an array beside p, got none"),
+    ("shrink", {"A": bf16(7, 4)}, {}, r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]"),
+    ("shrink", {"x": bf16(2, 8).astype(int)}, {}, "shrink: x: expected float32, float16 or uint16 .*, got int64"),
+    ("shrink", {"u": np.zeros((2, 4), np.float32)}, {}, "u: expected the element type of the input, got float32"),
+    ("shrink", {"A": bf16(8, 257), "u": bf16(2, 257)}, {}, "shrink: A: expected a rank from 1 to 256, got 257"),
+    ("expand_add", {"u": bf16(2, 300), "F": bf16(8, 300)}, {}, "F: expected a rank from 1 to 256, got 300"),
+    ("gemm_lotr", {"x": bf16(20, 16, 20)}, {}, f"gemm_lotr: x: {ROWS} 16, got 20"),
+    ("gemm_lotr", {"x": bf16(20, 16, 24, 4)}, {}, "gemm_lotr: x: expected an address divisible by 16"),
+    ("gemm_lotr", {"x": bf16(16, 20, 24).T}, {}, "gemm_lotr: x: expected a column stride of 1, got 24"),
+    ("gemm_lotr", {"W": bf16(24, 16, 17)}, {}, f"gemm_lotr: W: {ROWS} 16, got 17"),
+    ("gemm_lotr", {"u": bf16(20, 5)}, {}, f"gemm_lotr: u: {ROWS} 5, got 5"),
+    ("gemm_lotr", {"F": bf16(24, 5, 12)}, {}, f"gemm_lotr: F: {ROWS} 5, got 12"),
+    ("gemm_lotr", {"y": bf16(20, 24, 28)}, {}, f"gemm_lotr: y: {ROWS} 24, got 28"),
+    ("gemm_lotr", {"u": bf16(20, 129, 136), "F": bf16(24, 129, 136)}, {}, "gemm_lotr: r: expected 1 to 128, got 129"),
+    ("gemm_lotr", {"u": bf16(20, 0, 8), "F": bf16(24, 0, 8)}, {}, "gemm_lotr: r: expected 1 to 128, got 0"),
+    ("gemm_lotr", {"x": bf16(20, 0, 8), "W": bf16(24, 0, 8)}, {}, r"gemm_lotr: K: expected 1 to 2\^30, got 0"),
 ]
 
 
-@pytest.mark.parametrize(("name", "arrays", "numbers", "message"), BAD)
-def test_bad_argument_is_named(lib: ModuleType, name: str, arrays: dict, numbers: dict, message: str) -> None:
+@pytest.mark.parametrize(("kernel", "changed", "numbers", "message"), BAD)
+def test_bad_argument_is_named(lib: ModuleType, kernel: str, changed: dict, numbers: dict, message: str) -> None:
+    arrays = {name: a for name, a in (GOOD[kernel] | changed).items() if a is not None}
     with pytest.raises(ValueError, match=message):
-        lib.run(name, arrays, numbers)
+        lib.run(kernel, arrays, numbers)
     assert not any(a.any() for a in arrays.values())
 
 
-# ---- plans: a process reads LOTR_CUDA_PLAN at the first launch that it is not refused at ----
+def test_unknown_kernel_type_and_rank_are_named(lib: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"run: name: expected one of shrink, .*, got shrunk"):
+        lib.run("shrunk", GOOD["shrink"])
+    with pytest.raises(ValueError, match="dtype: expected bfloat16 or float16, got float32"):
+        lib.run("gemm_lotr", {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()})
+    with pytest.raises(ValueError, match="fold: B: expected a rank from 1 to 256, got 257"):
+        KERNELS["fold"](Shape(1, 8, 4, r2=257), "bf16").run(lib)
+
+
+# ---- plans: a process reads LOTR_CUDA_PLAN at the first launch at which the text is a plan ----
 
 PROGRAM = f"""
 import os, sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
@@ -171,28 +178,23 @@ from cases import KERNELS, Shape
 from csrc.simt import build
 lib = build.load("plain")
 
-def launch(kernel, op, *sizes):  # the plan that is printed, the blocks that were launched
+def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that were launched, or the error
+    os.environ["LOTR_CUDA_PLAN"] = plan
     lib.reset_counters()
-    KERNELS[kernel](Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
-    grid = next(one["grid"] for one in lib.counters()["launches"] if one["name"] == op)
-    return lib.plan_text(op, *sizes, 20, 12), np.prod(grid)
-
-def refused(kernel, plan=None):
-    if plan:
-        os.environ["LOTR_CUDA_PLAN"] = plan
     try:
-        launch(kernel, kernel, 330, 600)
+        KERNELS[kernel](Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
     except ValueError as error:
-        return str(error)
+        return print(str(error).removeprefix("LOTR_CUDA_PLAN: expected "))
+    grid = next(one["grid"] for one in lib.counters()["launches"] if one["name"] == op)
+    print(lib.plan_text(op, *sizes, 20, 12), np.prod(grid))
 
 """
 
 
-def printed(statements: str, plan: str = "") -> list[str]:
-    """What the program prints."""
-    environment = os.environ | {"LOTR_CUDA_PLAN": plan}
-    command = [sys.executable, "-c", PROGRAM + statements]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True).stdout.splitlines()
+def printed(calls: list[tuple]) -> list[str]:
+    """What `launch` prints for each of the arguments, in one process."""
+    command = [sys.executable, "-c", f"{PROGRAM}for call in {calls!r}: launch(*call)"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
 
 
 def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> None:
@@ -204,17 +206,30 @@ def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> N
         "shrink_grad": "rows=64 cols=128 m_blocks=2 n_blocks=5",
         "row_core_grad": "splits=3",
     }
-    calls = [(op, op, 330, 600) for op in forced if op != "row_core_grad"] + [("row_core_backward", "row_core_grad", 330, 7)]
-    lines = printed(f"for call in {calls!r}: print(*launch(*call))", "; ".join(f"{op} {words}" for op, words in forced.items()))
+    plan = "; ".join(f"{op} {words}" for op, words in forced.items())
+    calls = [(plan, op, op, 330, 600) for op in forced if op != "row_core_grad"]
+    lines = printed([*calls, (plan, "row_core_backward", "row_core_grad", 330, 7)])
     for (op, words), line in zip(forced.items(), lines, strict=True):
         text, blocks, launched = re.fullmatch(r"(.*): (\d+) blocks.* (\d+)", line).groups()
         assert text == f"{op} {words}" and blocks == launched, line
 
 
-def test_a_plan_that_a_kernel_cannot_run_is_refused(lib: ModuleType) -> None:
+def test_bad_plan_is_refused(lib: ModuleType) -> None:
+    """Texts that are no plan, and a plan that no kernel can run."""
+    words = [
+        "shrunk rows=64",
+        "shrink rows",
+        "shrink splits=2",
+        "fold_grad rows=64",
+        "rows=64",
+        "shrink rows=99999999999999999999",
+    ]
     large = {"shrink": "m_blocks=99", "expand_add": "n_blocks=1", "factor_grad": "cols=77", "fold_grad": "splits=4000"}
-    lines = printed(f"for name in {list(large)!r}: print(refused(name))", "; ".join(f"{op} {w}" for op, w in large.items()))
-    assert [line.removeprefix("LOTR_CUDA_PLAN: expected ") for line in lines] == [
+    plan = "; ".join(f"{op} {words}" for op, words in large.items())
+    lines = printed([(text, "shrink", "shrink") for text in words] + [(plan, op, op) for op in large])
+    for line, got in zip(lines[:6], ("shrunk", "rows", "splits=2", "rows=64", "rows=64", words[5].split()[1]), strict=True):
+        assert line.endswith(f", got {got}"), line
+    assert lines[6:] == [
         "m_blocks from 1 to 6, got 99",
         "at least 2 n_blocks of expand_add, got 1",
         "a tile that the kernel is compiled for, as 64 x 128, got 64 x 77",
@@ -222,43 +237,31 @@ def test_a_plan_that_a_kernel_cannot_run_is_refused(lib: ModuleType) -> None:
     ]
 
 
-def test_what_is_no_plan_is_refused(lib: ModuleType) -> None:
-    last_words = {
-        "shrunk rows=64": "shrunk",
-        "shrink rows": "rows",
-        "shrink splits=2": "splits=2",
-        "fold_grad rows=64": "rows=64",
-        "rows=64": "rows=64",
-        "shrink rows=99999999999999999999": "rows=99999999999999999999",
-    }
-    lines = printed(f"for plan in {list(last_words)!r}: print(refused('shrink', plan))")
-    for word, line in zip(last_words.values(), lines, strict=True):
-        assert line.startswith("LOTR_CUDA_PLAN: expected ") and line.endswith(f", got {word}")
-
-
 # ---- launches ----
 
 
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
-    """In every block, with parts to sum and without; on a card without early launches none is."""
+    """In every block, with parts to sum and without; on a card without early launches none is. The bits stay the same."""
     seen = set()
-    for early in (True, False):
-        for make in KERNELS.values():
-            for shape in (Shape(700, 260, 16, ODD, sms=5, layers=2), Shape(90, 130, 40, p=0.25, sms=1)):
+    for kernel, make in KERNELS.items():
+        for shape in (shapes_of(kernel)[6], shapes_of(kernel)[-2]):
+            bits = []
+            for early in (True, False):
                 problem = make(shape, "bf16")
                 problem.device["early"] = early
                 lib.reset_counters()
-                problem.run(lib)
+                bits.append(problem.checked(lib))
                 for launch in lib.counters()["launches"]:
                     seen.add(launch["name"])
                     assert launch["early"] == early and launch["let_next"] == np.prod(launch["grid"]), (problem.name, launch)
+            assert bits[0] == bits[1], problem.name
     large, small = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"}, {"fold", "fold_grad"}
-    assert seen == large | small | {"row_core", "row_core_grad", "row_ends", "sum_rows"}
+    assert seen == large | small | {"row_core", "row_core_grad", "row_ends", "sum_rows", "gemm_lotr"}
 
 
-def test_bits_do_not_depend_on_early_launches(lib: ModuleType) -> None:
-    for kernel in KERNELS:
-        problem = KERNELS[kernel](SHAPES[21], "bf16")
+def test_bits_of_gemm_lotr_do_not_depend_on_the_number_of_multiprocessors(lib: ModuleType) -> None:
+    for make in FUSED:
+        problem = make(shapes_of("gemm_lotr", quick=True)[-1], "bf16")
         first = problem.checked(lib)
-        problem.device["early"] = False
-        assert problem.checked(lib) == first, kernel
+        problem.device["multiprocessors"] = 6
+        assert problem.checked(lib) == first, problem.name

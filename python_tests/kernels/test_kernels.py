@@ -2,83 +2,57 @@
 
 from __future__ import annotations
 
-import random
 from types import ModuleType
 
 import numpy as np
 import pytest
-from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED
-from cases import KERNELS, SHAPES, Problem, Shape
+from arrays import ALIGNED, COLUMNS, ODD, PACKED
+from cases import CASES, FUSED, KERNELS, Shape, shapes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sweep import failures
 
-LAYOUTS = [PACKED, ALIGNED, ODD, COLUMNS]
-SCHEDULES = [{"order": "reverse"}, {"order": "random", "seed": 1}, {"order": "forward"}]
-MANY = [{"order": "random", "seed": seed, "preempt": 8 * (seed % 3)} for seed in range(2, 22)]
-EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), [(kernel, kind) for kernel in KERNELS for kind in DTYPE])
-
-
-def run_all(lib: ModuleType, problem: Problem, schedules: list[dict]) -> None:
-    """Checks the values, and that each schedule gives the same bits."""
-    found = []
-    for schedule in schedules:
-        lib.set_options(**schedule)
-        found.append(problem.checked(lib))
-    different = [name for name in found[0] if any(bits[name] != found[0][name] for bits in found)]
-    assert not different, f"{problem.name}: bits depend on the schedule: {different}"
-
-
-def test_the_quick_shapes_have_every_rank_class_layout_and_dropout() -> None:
-    some = SHAPES[::3]
-    assert (
-        {shape.layout for shape in some} == set(LAYOUTS)
-        and any(shape.p for shape in some)
-        and any(not shape.m for shape in some)
-    )
-    assert {min(R for R in (16, 32, 64, 128, 256) if shape.r <= R) for shape in some} == {16, 32, 64, 128, 256}
+MANY = ["forward", "reverse", *map(str, (2, 3, 4, 5, 102, 103, 104, 105))]
+EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
     few = kernel.startswith(("small", "row"))  # made of the other kernels; many barriers
-    for shape in SHAPES[:: 6 if few else 3]:
-        run_all(lib, KERNELS[kernel](shape, kind), SCHEDULES[:2])
+    shapes = shapes_of(kernel, quick=True)[:: 2 if few else 1]
+    assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes), ["reverse", "101"])
 
 
 @pytest.mark.full
 @EVERY_CASE
 def test_kernel_all_shapes(lib: ModuleType, kernel: str, kind: str) -> None:
-    for shape in SHAPES:
-        run_all(lib, KERNELS[kernel](shape, kind), SCHEDULES + MANY[:: 10 if kernel.startswith("row") else 5])
+    assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes_of(kernel)), MANY)
 
 
-@pytest.mark.full
-@EVERY_CASE
-def test_kernel_many_schedules(lib: ModuleType, kernel: str, kind: str) -> None:
-    for shape in SHAPES[::2]:
-        run_all(lib, KERNELS[kernel](shape, kind), MANY)
+def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
+    most = 128 if fused else 256
+    return st.builds(
+        Shape,
+        m=st.integers(0, 300),
+        k=st.integers(1, 400),
+        r=st.one_of(st.integers(1, 40), st.integers(1, most)),
+        layout=st.just(ALIGNED) if fused else st.sampled_from([PACKED, ALIGNED, ODD, COLUMNS]),
+        p=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
+        sms=st.sampled_from([1, 2, 5, 16, 132]),
+        r2=st.integers(0, 70),
+        n=st.integers(1, 400),
+        bare=st.booleans(),
+        float_factors=st.booleans(),
+    )
 
 
 @pytest.mark.full
 @EVERY_CASE
 def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-    @given(
-        st.builds(
-            Shape,
-            m=st.integers(0, 300),
-            k=st.integers(1, 400),
-            r=st.one_of(st.integers(1, 40), st.integers(1, 256)),
-            layout=st.sampled_from(LAYOUTS),
-            p=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
-            sms=st.sampled_from([1, 2, 5, 16, 132]),
-            r2=st.integers(0, 70),
-            layers=st.integers(1, 3),
-            float_factors=st.booleans(),
-        )
-    )
-    def check(shape: Shape) -> None:
-        run_all(lib, KERNELS[kernel](shape, kind), [{"order": "random", "seed": random.Random(str(shape)).randrange(1 << 30)}])
+    @given(any_shape(KERNELS[kernel] in FUSED), st.integers(1, 200))
+    def check(shape: Shape, seed: int) -> None:
+        assert not failures(lib, [KERNELS[kernel](shape, kind)], [str(seed)])
 
     check()
 

@@ -1,6 +1,6 @@
 """Bugs planted into copies of the kernels, one at a time: each is noticed by the means named here.
 
-test_builds.py leaves out barriers and waits; these are other mistakes. gemm_lotr's: test_gemm_lotr.py.
+test_builds.py leaves out barriers and waits; these are other mistakes.
 """
 
 from __future__ import annotations
@@ -16,155 +16,182 @@ import pytest
 from csrc.simt import build
 
 HERE = Path(__file__).resolve().parent
-MMA = "kernels_bf16.cu"
-SHRINK, EXPAND, FACTOR, GRAD = (f"kernels/{name}.cuh" for name in ("shrink", "expand_add", "factor_grad", "shrink_grad"))
-FOLD, ROWS, PARTS, PACK = (f"kernels/{name}.cuh" for name in ("fold", "row_core", "sum_parts", "pack"))
-EARLY, RECTANGLE, SMALL = r"before griddepcontrol\.wait", "kernels/rectangle.cuh", "kernels/small_product.cuh"
 
 
 class Bug(NamedTuple):
-    """In `file`, which `unit` includes, `instead` stands for `text`. `message`: what a failure of one of `kernels` says."""
+    """`instead` stands for `text`. message: what a failure of one of `kernels` says, : NAME: for wrong values of an output."""
 
-    unit: str
-    file: str
     text: str
     instead: str
-    kernels: str
     message: str
-    kind: str = "bf16"
+    kernels: str
+    kinds: str = "bf16"
     shapes: str = "pipeline"
+    mode: str = "plain"
 
 
-def operators(text: str, instead: str, kernels: str, message: str, kind: str = "bf16") -> Bug:
-    return Bug("operators.cu", "operators.cu", text, instead, kernels, message, kind)
+EARLY, LATE = r"before griddepcontrol\.wait", "after griddepcontrol.launch_dependents"
+TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
+BEYOND = "wrote outside|behind its end|overlaps"
+BOTH = "gemm_lotr,gemm_lotr_backward"
+Y, RING = ": y: ", ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight"
 
 
-BUGS: dict[str, Bug] = {
-    # how a problem becomes launches
-    "factor_of_the_first_launch_again": operators(
-        "piece.A = columns(p.A, first, call.type)", "piece.A = p.A", "shrink", ": u: ", "fp32"
-    ),
-    "second_launch_does_not_add": operators("    if (first > 0) piece.fresh = 0;\n", "", "expand_fresh", ": y: ", "fp32"),
-    "workspace_of_one_part": operators(
-        "plan.n_blocks * p.M * piece.parts_row", "p.M * piece.parts_row", "shrink", "behind its end|: u: |overlaps"
-    ),
-    "sum_of_parts_does_not_add": operators(
-        "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,", "p.K, ranks, int32_t(plan.m_blocks), 0,", "factor_grad", ": D: "
-    ),
-    "first_part_left_out": Bug(
-        "parts.cu", PARTS, "for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", "shrink", ": u: "
-    ),
-    "second_output_from_the_first_ones_row": Bug(
-        "parts.cu", PARTS, "(blockIdx.x - (is_first ? 0 : firsts)) * ROWS", "int64_t(blockIdx.x) * ROWS", "shrink_grad", ": Q: "
-    ),
-    "columns_of_the_padding": Bug(
-        "parts.cu", PARTS, "      if (col + e >= p.cols) break;\n", "", "shrink,factor_grad", ": [uD]: |wrote outside"
-    ),
-    "pack_takes_columns_for_rows": Bug(
-        "parts.cu", PACK, "c = down ? index / ROWS : index % COLS", "c = index % COLS", "shrink", ": u: ", shapes="all"
-    ),
-    # shrink
-    "one_group_too_few": Bug(
-        MMA, SHRINK, "ptx::cp_async_wait<STAGES - 2>();", "ptx::cp_async_wait<STAGES - 1>();", "shrink", "in flight|: u: "
-    ),
-    "A_stays": Bug(
-        MMA, SHRINK, "a.m = 0, ++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "a.m = 0, ++a.step;", "shrink", ": u: "
-    ),
-    "parts_of_all_blocks_in_one_place": Bug(
-        MMA, SHRINK, "(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", "shrink", ": u: "
-    ),
-    "mask_of_the_first_columns": Bug(
-        MMA, SHRINK, "int64_t(k_begin + here.step) * COLS, p.K);", "int64_t(here.step) * COLS, p.K);", "shrink", ": u: "
-    ),
-    "reads_before_the_wait": Bug(MMA, SHRINK, "  ptx::griddepcontrol_wait();\n", "", "shrink", EARLY),
-    "next_begins_before_the_wait": Bug(
-        MMA,
-        SHRINK,
-        "  ptx::griddepcontrol_wait();\n",
-        "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n",
-        "shrink",
-        EARLY,
-    ),
-    "mask_of_the_next_quad": Bug(
-        MMA, "tile/philox.cuh", "return bits >> shift & ", "return bits & ", "shrink,expand_add", ": [uy]: ", shapes="all"
-    ),
-    # expand_add
-    "strips_of_other_blocks": Bug(
-        MMA, EXPAND, "strip_step = int(gridDim.y) * Traits::WARPS;", "strip_step = Traits::WARPS;", "expand_add", ": y: "
-    ),
-    "u_stays": Bug(MMA, EXPAND, "    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;\n", "", "expand_add", ": y: "),
-    "columns_in_order": Bug(
-        MMA, EXPAND, "group * GROUP + c / 2 * CHUNK + 2 * j + c % 2;", "group * GROUP + 8 * j + c;", "expand_add", ": y: "
-    ),
-    "ragged_columns_are_whole": Bug(
-        MMA,
-        EXPAND,
-        "return a.strip < whole_strips && a.n < whole_n; };",
-        "return a.strip < whole_strips; };",
-        "expand_add",
-        "wrote outside|: y: ",
-    ),
-    "bias_of_the_first_tile": Bug(
-        MMA, EXPAND, "&sm.bias[here.n * COLS + c / 2 * GROUP", "&sm.bias[c / 2 * GROUP", "expand_fresh", ": y: "
-    ),
-    # factor_grad and what it shares with shrink_grad
-    "all_pieces_in_one_place": Bug(MMA, FACTOR, "p.D + m_block * p.D_part + ", "p.D + ", "factor_grad", ": D: "),
-    "columns_beyond_the_matrix": Bug(
-        MMA,
-        RECTANGLE,
-        "return left < owned ? left : owned;",
-        "return owned;",
-        "factor_grad",
-        ": D: |wrote outside|behind its end",
-    ),
-    "rows_of_v_stay": Bug(
-        MMA, RECTANGLE, "p.n = 0, ++p.m, p.slot = tile::stage_after<STAGES>(p.slot);", "p.n = 0, ++p.m;", "factor_grad", ": D: "
-    ),
-    # shrink_grad
-    "first_half_of_the_rank_twice": Bug(
-        MMA, GRAD, "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", "shrink_grad", ": k: "
-    ),
-    "u_of_the_first_rows": Bug(
-        MMA, GRAD, "    here.slot = tile::stage_after<STAGES>(here.slot);\n", "", "shrink_grad", ": Q: "
-    ),
-    "k_of_all_columns_in_one_place": Bug(
-        MMA, GRAD, "p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;", "p.k_parts;", "shrink_grad", ": k: "
-    ),
-    # fold, row_core
-    "rows_of_the_first_split": Bug(
-        "fold.cu", FOLD, "n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", "fold_grad", ": dcores"
-    ),
-    "every_layer_in_one_place": Bug("fold.cu", FOLD, "layer * p.F_layer + (row0", "(row0", "fold", r": F\["),
-    "step_beyond_the_sum": Bug(
-        "fold.cu", SMALL, "k0 + k < K ? b(k0 + k, c) : 0.f", "b(k0 + k, c)", "fold,fold_grad", "not finite|: (F|d)"
-    ),
-    "rows_of_the_core_before": Bug(
-        "rows.cu",
-        ROWS,
-        "if (begin <= row && row < end && j0 + c < p.r_out)",
-        "if (row < end && j0 + c < p.r_out)",
-        "row_core",
-        ": h of core",
-    ),
-    "rows_of_the_first_split_of_a_core": Bug(
-        "rows.cu", ROWS, "  begin += split * share;\n", "", "row_core_backward", r": dcores\["
-    ),
-    "place_of_an_equal_key": Bug(
-        "rows.cu", ROWS, "(sorted + middle)) <= value)", "(sorted + middle)) < value)", "row_core_backward", ": d"
-    ),
-    "last_row_of_a_token": Bug(
-        "rows.cu", ROWS, "place < end; ++place)", "place < end - 1; ++place)", "row_core_backward", ": du"
-    ),
+def fused(text: str, instead: str, message: str = Y, kernels: str = BOTH, mode: str = "plain") -> Bug:
+    """In gemm_lotr, whose quick cases have both element types."""
+    return Bug(text, instead, message, kernels, "bf16,fp16" if mode == "plain" else "bf16", "quick", mode)
+
+
+# (the .cu that is compiled, the file of csrc/cuda that it includes): the bugs by name
+BUGS: dict[tuple[str, str], dict[str, Bug]] = {
+    ("operators.cu", "operators.cu"): {
+        "factor_of_the_first_launch_again": Bug(
+            "piece.A = columns(p.A, first, call.type)", "piece.A = p.A", ": u: ", "shrink", "fp32"
+        ),
+        "second_launch_does_not_add": Bug("    if (first > 0) piece.fresh = 0;\n", "", Y, "expand_fresh", "fp32"),
+        "workspace_of_one_part": Bug(
+            "plan.n_blocks * p.M * piece.parts_row", "p.M * piece.parts_row", f": u: |{BEYOND}", "shrink"
+        ),
+        "sum_of_parts_does_not_add": Bug(
+            "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,",
+            "p.K, ranks, int32_t(plan.m_blocks), 0,",
+            ": D: ",
+            "factor_grad",
+        ),
+    },
+    ("parts.cu", "kernels/sum_parts.cuh"): {
+        "first_part_left_out": Bug("for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", ": u: ", "shrink"),
+        "second_output_from_the_first_ones_row": Bug(
+            "(blockIdx.x - (is_first ? 0 : firsts)) * ROWS", "int64_t(blockIdx.x) * ROWS", ": Q: ", "shrink_grad"
+        ),
+        "columns_of_the_padding": Bug("      if (col + e >= p.cols) break;\n", "", f": [uD]: |{BEYOND}", "shrink,factor_grad"),
+    },
+    ("parts.cu", "kernels/pack.cuh"): {
+        "columns_for_rows": Bug("c = down ? index / ROWS : index % COLS", "c = index % COLS", ": u: ", "shrink", shapes="all")
+    },
+    ("kernels_bf16.cu", "kernels/shrink.cuh"): {
+        "one_group_too_few": Bug("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();", "in flight|: u: ", "shrink"),
+        "A_stays": Bug("++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "++a.step;", ": u: ", "shrink"),
+        "parts_of_all_blocks_in_one_place": Bug("(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", ": u: ", "shrink"),
+        "mask_of_the_first_columns": Bug(
+            "int64_t(k_begin + here.step) * COLS, p.K);", "int64_t(here.step) * COLS, p.K);", ": u: ", "shrink"
+        ),
+        "reads_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", "", EARLY, "shrink"),
+        "next_begins_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", TWICE, EARLY, "shrink"),
+    },
+    ("kernels_bf16.cu", "tile/philox.cuh"): {
+        "mask_of_the_next_quad": Bug("bits >> shift & ", "bits & ", ": [uy]: ", "shrink,expand_add", shapes="all")
+    },
+    ("kernels_bf16.cu", "kernels/expand_add.cuh"): {
+        "strips_of_other_blocks": Bug("int(gridDim.y) * Traits::WARPS;", "Traits::WARPS;", Y, "expand_add"),
+        "u_stays": Bug("    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;\n", "", Y, "expand_add"),
+        "columns_in_order": Bug("c / 2 * CHUNK + 2 * j + c % 2;", "8 * j + c;", Y, "expand_add"),
+        "ragged_columns_are_whole": Bug(" && a.n < whole_n; };", "; };", f"{Y}|{BEYOND}", "expand_add"),
+        "bias_of_the_first_tile": Bug("&sm.bias[here.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"),
+    },
+    ("kernels_bf16.cu", "kernels/factor_grad.cuh"): {
+        "all_pieces_in_one_place": Bug("p.D + m_block * p.D_part + ", "p.D + ", ": D: ", "factor_grad")
+    },
+    ("kernels_bf16.cu", "kernels/rectangle.cuh"): {
+        "columns_beyond_the_matrix": Bug("left < owned ? left : owned;", "owned;", f": D: |{BEYOND}", "factor_grad"),
+        "rows_of_v_stay": Bug("++p.m, p.slot = tile::stage_after<STAGES>(p.slot);", "++p.m;", ": D: ", "factor_grad"),
+    },
+    ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {
+        "first_half_of_the_rank_twice": Bug(
+            "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": k: ", "shrink_grad"
+        ),
+        "u_of_the_first_rows": Bug("    here.slot = tile::stage_after<STAGES>(here.slot);\n", "", ": Q: ", "shrink_grad"),
+        "k_of_all_columns_in_one_place": Bug(
+            "p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;", "p.k_parts;", ": k: ", "shrink_grad"
+        ),
+    },
+    ("fold.cu", "kernels/fold.cuh"): {
+        "rows_of_the_first_split": Bug("n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", ": dcore: ", "fold_grad")
+    },
+    ("fold.cu", "kernels/small_product.cuh"): {
+        "step_beyond_the_sum": Bug("k0 + k < K ? b(k0 + k, c) : 0.f", "b(k0 + k, c)", "not finite|: (F|d)", "fold,fold_grad")
+    },
+    ("rows.cu", "kernels/row_core.cuh"): {
+        "rows_of_the_core_before": Bug("if (begin <= row && row < end", "if (row < end", ": h of core", "row_core"),
+        "rows_of_the_first_split_of_a_core": Bug("  begin += split * share;\n", "", r": dcores\[", "row_core_backward"),
+        "place_of_an_equal_key": Bug("(sorted + middle)) <= value)", "(sorted + middle)) < value)", ": d", "row_core_backward"),
+        "last_row_of_a_token": Bug("place < end; ++place)", "place < end - 1; ++place)", ": du", "row_core_backward"),
+    },
+    ("sm90/gemm_lotr.cu", "sm90/gemm_lotr.cuh"): {
+        "no_step_of_the_rank": fused("kk < Traits::BK && k + kk < p.r; kk", "kk < 0; kk"),
+        "only_the_first_16_ranks_of_a_step": fused("kk < Traits::BK && k + kk < p.r; kk", "kk < 16 && k + kk < p.r; kk"),
+        "first_ranks_again": fused("step(U, k, m0,", "step(U, 0, m0,"),
+        "ranks_of_the_other_warpgroup": fused(
+            "u = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
+            "u = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
+        ),
+        "rows_of_the_other_warpgroup": fused(
+            "x = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
+            "x = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
+        ),
+        "wrong_phase_of_full": fused("wait(&s.full[at.stage], at.parity)", "wait(&s.full[at.stage], at.parity ^ 1)", RING),
+        "wrong_phase_of_empty": fused("wait(&s.empty[at.stage], at.parity ^ 1)", "wait(&s.empty[at.stage], at.parity)", RING),
+        "parity_stays": fused("stage = 0, parity ^= 1", "stage = 0", RING),
+        "ring_starts_anew": fused("float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {}; at = {};", RING),
+        "bytes_of_w_forgotten": fused("(full, sizeof(Stage))", "(full, sizeof(Stage::x))", RING),
+        "bytes_of_a_share": fused("(full, sizeof(Stage))", "(full, sizeof(Stage) - sizeof(Stage::w) / 2)", RING),
+        "one_reader_too_few": fused("Traits::WARPS * Traits::PAIR)", "Traits::WARPS * Traits::PAIR - 1)", RING),
+        "given_back_to_the_own_block": fused("(&s.empty[stage], lane)", "(&s.empty[stage], blockIdx.x % 2)", RING),
+        "given_back_early": fused("if (k > 0) release(at.before());", "release(at.stage);", RING),
+        "both_blocks_load_one_share": fused("int(blockIdx.x) % Traits::PAIR * Traits::SHARE", "0"),
+        "a_share_for_the_own_block": fused("(1 << Traits::PAIR) - 1)", "1 << blockIdx.x % 2)", RING),
+        "columns_of_the_first_share": fused("F, k, n0 + share, full", "F, k, n0, full"),
+        "K_major_for_MN_major": fused(
+            "ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)", "ptx::swizzled_descriptor(stage.w)"
+        ),
+        "wrong_panel": fused("sizeof(T) * Traits::BK * 64)", "1024)"),
+        "wrong_step_along_k": fused("Traits::BACKWARD ? 64 * kk : kk", "kk"),
+        "sum_starts_at_one": fused("float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {1};"),
+        "rows_of_the_first_block": fused(
+            "(tile.band * Traits::PAIR + rank) * Traits::BM", "tile.band * Traits::PAIR * Traits::BM"
+        ),
+        "tile_left_out": fused("i < p.tiles.count()", "i < p.tiles.count() - 1"),
+        "column_walked_twice": fused(
+            "{first + rest % together, rest / together}", "{first + rest % together, rest % together}"
+        ),
+        "not_swizzled": fused("8 * (j ^ row % 8) + pair", "8 * j + pair"),
+        "panel_of_the_first_column": fused("n0 + panel * Traits::PANEL, m0, out", "n0, m0, out"),
+        "rows_of_one_warpgroup": fused("m0 + 64 * group, n0)", "m0, n0)"),
+        "buffer_written_too_early": fused("bulk_wait_read<1>()", "bulk_wait_read<2>()"),
+        "one_bias_for_both": fused("ptx::store_shared(&s.bias[group][thread", "ptx::store_shared(&s.bias[0][thread"),
+        "stores_after_the_next_may_begin": fused(
+            "  ptx::griddepcontrol_wait();\n",
+            "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
+            LATE,
+        ),
+        "next_may_begin_before_the_wait": fused("  ptx::griddepcontrol_wait();\n", TWICE, EARLY),
+        "bias_beyond_the_matrix": fused("from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"),
+        "given_back_before_the_wait": fused(
+            "        ptx::wgmma_wait<1>();\n        if (k > 0) release(at.before());",
+            "        if (k > 0) release(at.before());\n        ptx::wgmma_wait<1>();",
+            "data race .*shared memory.*wgmma.wait_group",
+            mode="race",
+        ),
+        "two_pairs_store_one_tile": fused("i += pairs", "i += 1", "data race", mode="race"),
+    },
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if bug.unit == MMA else pytest.mark.slow) for name, bug in BUGS.items()]
-)
-def test_noticed(name: str, tmp_path: Path) -> None:
-    bug = BUGS[name]
-    module = build.planted_module("plain", bug.unit, bug.file, bug.text, bug.instead, tmp_path)
-    sweep = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", bug.shapes, "--kinds", bug.kind]
-    done = subprocess.run([*sweep, "--kernels", bug.kernels], capture_output=True, text=True, timeout=900)
+def case(unit: str, file: str, name: str, bug: Bug) -> object:
+    """The other builds of the executor take minutes to compile."""
+    return pytest.param(unit, file, bug, id=name, marks=pytest.mark.slow if bug.mode == "plain" else pytest.mark.full)
+
+
+CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug in bugs.items()]
+
+
+@pytest.mark.parametrize(("unit", "file", "bug"), CASES)
+def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
+    module = build.planted_module(bug.mode, unit, file, bug.text, bug.instead, tmp_path)
+    sweep = [sys.executable, str(HERE / "sweep.py"), "--mode", bug.mode, "--module", str(module), "--shapes", bug.shapes]
+    sweep += ["--kinds", bug.kinds, "--kernels", bug.kernels, "--schedules", "forward,reverse,103"]
+    environment = build.python_environment(bug.mode)
+    done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
     died = done.returncode < 0  # far outside an array
-    assert died or (done.returncode and re.search(bug.message, done.stdout)), done.stdout[-3000:] + done.stderr[-3000:]
+    said = done.stderr if bug.mode == "asan" else done.stdout
+    assert died or (done.returncode and re.search(bug.message, said)), done.stdout[-3000:] + done.stderr[-3000:]

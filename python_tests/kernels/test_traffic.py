@@ -21,14 +21,19 @@ from arrays import DTYPE, PACKED  # noqa: E402
 from cases import KERNELS, Shape  # noqa: E402
 
 RECORD = HERE / "traffic.json"
-LARGE = {"shrink": "x", "expand_add": "y", "expand_fresh": "y", "factor_grad": "x", "shrink_grad": "g"}
+# kernel: its large matrix, which moves once. gemm_lotr reads x and W once for each tile of 256 columns or rows.
+OF_ADAPTER = {"shrink": "x", "expand_add": "y", "expand_fresh": "y", "factor_grad": "x", "shrink_grad": "g"}
+FUSED = {"gemm_lotr": "y", "gemm_lotr_backward": "y"}
+LARGE = OF_ADAPTER | FUSED
 SHAPES = {
     "layer": Shape(1024, 1024, 16, PACKED),
     "rank 64": Shape(512, 1024, 64, PACKED),
     "decoding": Shape(16, 2048, 16, PACKED),
     "A100": Shape(512, 1024, 16, PACKED, sms=108),
+    "base product": Shape(1024, 192, 16, PACKED, n=512, sms=6),
 }
-CASES = [(kernel, shape, "bf16") for kernel in LARGE for shape in SHAPES] + [(kernel, "A100", "fp32") for kernel in LARGE]
+CASES = [(kernel, shape, "bf16") for kernel in OF_ADAPTER for shape in ("layer", "rank 64", "decoding", "A100")]
+CASES += [(kernel, "base product", "bf16") for kernel in FUSED] + [(kernel, "A100", "fp32") for kernel in OF_ADAPTER]
 CASES += [(kernel, "A100", "bf16") for kernel in ("fold", "fold_grad", "row_core", "row_core_backward")]
 Counts = dict[str, list[int]]  # bytes read and written of each array
 
@@ -36,11 +41,9 @@ Counts = dict[str, list[int]]  # bytes read and written of each array
 def count(lib: ModuleType, kernel: str, shape: str, kind: str) -> tuple[Counts, dict]:
     """Of one call, and all counters."""
     problem = KERNELS[kernel](SHAPES[shape], kind)
-    lib.set_options(count_memory=True)
     lib.reset_counters()
-    problem.check(problem.run(lib))
+    problem.check(problem.run(lib, count_memory=True))
     counters = lib.counters()
-    lib.set_options()
     arrays = {name: [a["read_bytes"], a["written_bytes"]] for name, a in counters["arrays"].items()}
     return {name: moved for name, moved in arrays.items() if any(moved)}, counters
 
@@ -56,8 +59,9 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
     more = [name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()]
     assert not more, f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
     if kernel in LARGE:
-        size = SHAPES[shape].m * SHAPES[shape].k * np.dtype(DTYPE[kind]).itemsize
-        reads, writes = kernel != "expand_fresh", kernel.startswith("expand")
+        m, k, n = SHAPES[shape].m, SHAPES[shape].k, SHAPES[shape].columns
+        size = m * (n if kernel in FUSED else k) * np.dtype(DTYPE[kind]).itemsize
+        reads, writes = LARGE[kernel] != "y" or kernel == "expand_add", LARGE[kernel] == "y"
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
         summed = {"u", "k", "D", "Q"} if "sum_parts" in [one["name"] for one in counters["launches"]] else set()  # by elements
         arrays = [
@@ -66,17 +70,18 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         bytes_, sectors = (sum(a[f"read_{what}"] + a[f"written_{what}"] for a in arrays) for what in ("bytes", "sectors"))
         assert bytes_ >= 0.95 * 32 * sectors, "whole sectors"
         assert counters["shared_wavefronts"] <= 1.05 * counters["shared_phases"], "bank conflicts"
+        products = m // 64 * n // 256 * (k // 16 + 1) if kernel in FUSED else 0
+        assert counters["wgmma"] == products, "the rank costs one product of 16"
 
 
 @pytest.mark.parametrize("kernel", LARGE)
 def test_launches(lib: ModuleType, kernel: str) -> None:
     """One for each product, and one more where blocks share an output."""
-    name = "expand_add" if kernel == "expand_fresh" else kernel
-    for shape in SHAPES:
-        _, counters = count(lib, kernel, shape, "bf16")
-        launches = [launch["name"] for launch in counters["launches"]]
+    name = {"expand_fresh": "expand_add", "gemm_lotr_backward": "gemm_lotr"}.get(kernel, kernel)
+    for shape in [one[1] for one in CASES if one[0] == kernel]:
+        launches = [launch["name"] for launch in count(lib, kernel, shape, "bf16")[1]["launches"]]
         assert launches in ([name], [name, "sum_parts"]), shape
-        assert not name.startswith("expand") or launches == [name]
+        assert LARGE[kernel] != "y" or launches == [name]
 
 
 def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:

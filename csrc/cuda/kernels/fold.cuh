@@ -1,16 +1,14 @@
-// fold:       F_l = s B G_l^T                          B [N, r_out], G_l [r_in, r_out], F_l [N, r_in]
-// fold_grad:  dB += s sum_l Q_l G_l,  dG_l = s Q_l^T B   Q_l [N, r_in] float32, dB [N, r_out],
-//                                                      dG_l [r_in, r_out]
+// fold:       F = s B G^T                   B [N, r_out], G [r_in, r_out], F [N, r_in]
+// fold_grad:  dB += s Q G,  dG = s Q^T B    Q [N, r_in] float32, dB [N, r_out], dG [r_in, r_out]
 //
-// A few hundred kilobytes a layer and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
-// 32 x 16: the result is cast once, and sums keep float32 operands where the adapter has them.
+// A few hundred kilobytes and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of 32 x 16:
+// the result is cast once, and sums keep float32 operands where the adapter has them.
 //
-// Grid     fold       x: tiles of N, y: tiles of r_in, z: layers
-//          fold_grad  one launch for both: first the tiles of dB (all layers, l = 0 .. L - 1 in one sum),
-//                     then, for each layer, tile of G and split of N, a block of dG
-// Bytes    fold       B r_in / 16 times a layer, F out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer; with s splits of N,
-//          dG
+// Grid     fold       x: tiles of N, y: tiles of r_in
+//          fold_grad  one launch for both: first the tiles of dB, then, for each tile of G and split of N, a
+//                     block of dG
+// Bytes    fold       B r_in / 16 times, F out
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times; with s splits of N, dG is
 //                     written s times as parts and read s times by sum_parts
 //          What is read again comes from L2.
 #pragma once
@@ -21,7 +19,7 @@ namespace lotr::kernels {
 static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldProblem p) {
   using T = FoldTraits;
   auto& sm = ptx::shared_storage<T::Smem>();
-  const int64_t row0 = blockIdx.x * int64_t(T::ROWS), layer = blockIdx.z;
+  const int64_t row0 = blockIdx.x * int64_t(T::ROWS);
   const int i0 = blockIdx.y * T::COLS;
   float d[T::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
@@ -31,11 +29,11 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
         return row0 + row < p.N ? read_float(p.B, p.B_type, 0, row0 + row, k) : 0.f;
       },
       [&](int64_t k, int c) {
-        return i0 + c < p.r_in ? read_float(p.cores, p.core_type, layer * p.core_stride, i0 + c, k) : 0.f;
+        return i0 + c < p.r_in ? read_float(p.core, p.core_type, 0, i0 + c, k) : 0.f;
       });
   each_output([&](int i, int row, int c) {
     if (row0 + row < p.N && i0 + c < p.r_in)
-      write_float(p.F, p.F_type, layer * p.F_layer + (row0 + row) * p.F_row + i0 + c, d[i] * p.scale);
+      write_float(p.F.data, p.F_type, (row0 + row) * p.F.row + (i0 + c) * p.F.col, d[i] * p.scale);
   });
   ptx::griddepcontrol_launch_dependents();
 }
@@ -44,24 +42,20 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     fold_grad(const FoldGradParams p) {
   constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS;
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
-  const int tiles_out = (p.r_out + COLS - 1) / COLS, tiles_in = (p.r_in + ROWS - 1) / ROWS;
+  const int tiles_out = (p.r_out + COLS - 1) / COLS;
   const int64_t dB_blocks = p.dB ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
-  const auto Q = [&](int64_t l, int64_t n, int i) {
-    return read_float(p.Q, DType::float32, l * p.Q_stride, n, i);
-  };
+  const auto Q = [&](int64_t n, int i) { return read_float(p.Q, DType::float32, 0, n, i); };
   float d[FoldTraits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
 
   if (blockIdx.x < dB_blocks) {
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);
     const int j0 = blockIdx.x % tiles_out * COLS;
-    for (int l = 0; l < p.L; ++l) {
-      small_product<Order::along_k, Order::across_k>(
-          d, sm, p.r_in, [&](int row, int64_t k) { return n0 + row < p.N ? Q(l, n0 + row, int(k)) : 0.f; },
-          [&](int64_t k, int c) {
-            return j0 + c < p.r_out ? read_float(p.cores, p.core_type, l * p.core_stride, k, j0 + c) : 0.f;
-          });
-    }
+    small_product<Order::along_k, Order::across_k>(
+        d, sm, p.r_in, [&](int row, int64_t k) { return n0 + row < p.N ? Q(n0 + row, int(k)) : 0.f; },
+        [&](int64_t k, int c) {
+          return j0 + c < p.r_out ? read_float(p.core, p.core_type, 0, k, j0 + c) : 0.f;
+        });
     each_output([&](int i, int row, int c) {
       if (n0 + row < p.N && j0 + c < p.r_out) {
         float* out = p.dB + (n0 + row) * p.dB_row + (j0 + c) * p.dB_col;
@@ -70,23 +64,19 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     });
   } else {
     // in 32 bits: a 64-bit division is a call of some hundred instructions
-    const unsigned tiles = unsigned(tiles_in * tiles_out), splits = unsigned(p.splits);
-    const unsigned block = blockIdx.x - unsigned(dB_blocks),
-                   group = block / splits;  // group = (layer, tile of G)
-    const int split = int(block % splits), core_tile = int(group % tiles);
-    const int64_t layer = group / tiles;
+    const unsigned block = blockIdx.x - unsigned(dB_blocks), splits = unsigned(p.splits);
+    const int split = int(block % splits), core_tile = int(block / splits);
     const int i0 = core_tile / tiles_out * ROWS, j0 = core_tile % tiles_out * COLS;
     const int64_t n0 = split * p.n_per_split, left = p.N - n0,
                   rows = left < p.n_per_split ? left : p.n_per_split;
     small_product<Order::across_k, Order::across_k>(
-        d, sm, rows, [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(layer, n0 + k, i0 + row) : 0.f; },
+        d, sm, rows, [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(n0 + k, i0 + row) : 0.f; },
         [&](int64_t k, int c) {
           return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;
         });
     each_output([&](int i, int row, int c) {
       if (i0 + row < p.r_in && j0 + c < p.r_out)
-        ptx::store(p.dcores + split * p.dcores_part + (layer * p.r_in + i0 + row) * p.dcores_row + j0 + c,
-                   d[i] * p.scale);
+        ptx::store(p.dcore + split * p.dcore_part + (i0 + row) * p.dcore_row + j0 + c, d[i] * p.scale);
     });
   }
   ptx::griddepcontrol_launch_dependents();

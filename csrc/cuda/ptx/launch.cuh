@@ -96,17 +96,6 @@ class DriverQuery {
 };
 #endif
 
-// Loads a kernel on the current device without a launch.  Returns the cudaError_t, 0 if the driver can.
-inline int load_code([[maybe_unused]] const void* kernel) {
-#ifdef __CUDACC__
-  const DriverQuery query;
-  cudaFuncAttributes code{};
-  return cudaFuncGetAttributes(&code, kernel);
-#else
-  return 0;
-#endif
-}
-
 // The compute capability, times ten, of the kernel's code that the current device runs: the lower of the
 // virtual and the real one.  0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
@@ -168,7 +157,8 @@ void launch(const LaunchArgs& args, Args&&... params) {
   const auto check = [&](cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // clears the error, unless it is one that ends the context
-    throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorName(error) + " (" +
+                             cudaGetErrorString(error) + ")");
   };
   if (args.smem > 48 * 1024) check(allow_shared_memory<KERNEL>(args.smem), "shared memory");
   cudaLaunchAttribute attributes[2];

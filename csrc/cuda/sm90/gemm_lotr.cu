@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <vector>
 
 #include "../dispatch.h"
 #include "gemm_lotr.cuh"
@@ -80,23 +81,41 @@ std::string refuse_device(const Call& call) {
   return {};
 }
 
+// The tensor map of m [rows, cols] in boxes of box_rows, from this thread's cache, which needs no lock. A map
+// holds an address and sizes alone, so it stays right for other memory at the same address. In training the
+// addresses come again: weights keep theirs, and torch's allocator returns the same blocks in each step.
+template <class T>
+ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
+  using Key = std::array<uint64_t, 5>;
+  struct Entry {
+    Key key{};
+    ptx::TensorMap map;
+  };
+  static thread_local std::vector<Entry> cache(1024);         // 10 bits of the hash
+  const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
+  const Key key{reinterpret_cast<uintptr_t>(m.data), uint64_t(rows), uint64_t(cols), uint64_t(row),
+                uint64_t(box_rows)};
+  uint64_t hash = 0;
+  for (const uint64_t part : key) hash = (hash ^ part) * 0x9E3779B97F4A7C15;
+  Entry& entry = cache[hash >> 54];
+  if (entry.key != key)
+    entry = {key, ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols),
+                                     uint32_t(row), uint32_t(box_rows))};
+  return entry.map;
+}
+
 template <class Traits>
 void run(const Call& call, const GemmLotr& q) {
   using T = typename Traits::T;
   constexpr int HEIGHT = Traits::PAIR * Traits::BM;
-  const auto map = [](const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
-    const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
-    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
-                              uint32_t(box_rows));
-  };
   const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
   const kernels::GemmLotrParams p{q.bias, q.bias_stride, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
   const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
   ptx::launch<kernels::gemm_lotr<Traits>>(
-      launch_args<Traits>(call, pairs), map(q.x, q.M, q.K, Traits::BM),
-      q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
-      map(q.u, q.M, q.r, Traits::BM), map(q.F, q.N, q.r, Traits::SHARE), map(read_only(q.y), q.M, q.N, 64),
-      p);
+      launch_args<Traits>(call, pairs), tensor_map<T>(q.x, q.M, q.K, Traits::BM),
+      q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK) : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
+      tensor_map<T>(q.u, q.M, q.r, Traits::BM), tensor_map<T>(q.F, q.N, q.r, Traits::SHARE),
+      tensor_map<T>(read_only(q.y), q.M, q.N, 64), p);
 }
 
 }  // namespace

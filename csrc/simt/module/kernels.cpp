@@ -76,28 +76,24 @@ void shrink_grad(const Given& given) {
 void fold(const Given& given) {
   FoldProblem q{};
   q.N = given.extent("B", 0), q.r_out = int32_t(given.extent("B", 1));
-  q.L = int32_t(given.extent("cores", 0)), q.r_in = int32_t(given.extent("cores", 1));
-  q.B_type = given.type("B"), q.core_type = given.type("cores"), q.F_type = given.type("F");
-  q.B = given.input("B", q.B_type, q.N, q.r_out);
-  const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), F = given.stack("F", q.L, q.N, q.r_in);
-  q.cores = cores.matrix, q.core_stride = cores.first;
-  q.F = const_cast<void*>(F.matrix.data), q.F_layer = F.first, q.F_row = F.matrix.row;
-  q.scale = float(given.number("scale"));
+  q.r_in = int32_t(given.extent("core", 0));
+  q.B_type = given.type("B"), q.core_type = given.type("core"), q.F_type = given.type("F");
+  q.B = given.input("B", q.B_type, q.N, q.r_out), q.core = given.input("core", q.core_type, q.r_in, q.r_out);
+  q.F = given.output("F", q.F_type, q.N, q.r_in), q.scale = float(given.number("scale"));
   launch(q.F_type, q);
 }
 
 void fold_grad(const Given& given) {
   FoldGradProblem q{};
   q.N = given.extent("B", 0), q.r_out = int32_t(given.extent("B", 1));
-  q.L = int32_t(given.extent("cores", 0)), q.r_in = int32_t(given.extent("cores", 1));
-  q.B_type = given.type("B"), q.core_type = given.type("cores");
-  const auto cores = given.stack("cores", q.L, q.r_in, q.r_out), Q = given.stack("Q", q.L, q.N, q.r_in);
-  q.Q = Q.matrix, q.Q_stride = Q.first, q.cores = cores.matrix, q.core_stride = cores.first;
-  q.B = given.input("B", q.B_type, q.N, q.r_out);
+  q.r_in = int32_t(given.extent("core", 0));
+  q.B_type = given.type("B"), q.core_type = given.type("core");
+  q.Q = given.input("Q", DType::float32, q.N, q.r_in);
+  q.B = given.input("B", q.B_type, q.N, q.r_out), q.core = given.input("core", q.core_type, q.r_in, q.r_out);
   q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
   q.dB_col = given.stride("dB", 1);
   q.add_dB = int32_t(given.number("accumulate"));
-  q.dcores = given.floats("dcores", {q.L, q.r_in, q.r_out}), q.scale = float(given.number("scale"));
+  q.dcore = given.floats("dcore", {q.r_in, q.r_out}), q.scale = float(given.number("scale"));
   launch(DType::float32, q);
 }
 
@@ -251,8 +247,8 @@ const std::vector<Kernel>& kernels() {
       {"expand_add", "y u F [ seed bias ]", "p=0 fresh=0", expand_add},
       {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
       {"shrink_grad", "g F u k Q", "accumulate=0", shrink_grad},
-      {"fold", "B cores F", "scale=1", fold},
-      {"fold_grad", "Q B cores dcores [ dB ]", "scale=1 accumulate=1", fold_grad},
+      {"fold", "B core F", "scale=1", fold},
+      {"fold_grad", "Q B core [ dB dcore ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
       {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
       {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},

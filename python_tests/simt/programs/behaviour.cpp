@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cuda/ptx/sm80.cuh"
-#include "cuda/sm90/ptx.cuh"
 #include "simt/api.h"
 
 namespace {
@@ -55,25 +54,6 @@ void shared_starts_as_nan() {
   printf("%d\n", nans);
 }
 
-__global__ void reaches_too_early() {
-  auto& s = ptx::shared_storage<uint64_t>();
-  ptx::mbarrier_init(&s, 1);
-  ptx::fence_mbarrier_init();
-  ptx::mbarrier_arrive_cluster(&s, 1 - blockIdx.x);  // REMOTE LINE
-}
-
-__global__ void mbarrier(uint32_t arrivals, uint32_t bytes) {
-  auto& s = ptx::shared_storage<uint64_t>();
-  ptx::mbarrier_init(&s, arrivals);
-  ptx::fence_mbarrier_init();
-  ptx::mbarrier_arrive_expect_tx(&s, bytes);
-}
-
-// 128-thread block, half of which never comes.
-__global__ void deadlock() {
-  if (threadIdx.x < 64) __syncthreads();  // DEADLOCK LINE
-}
-
 __global__ void copy_in_flight(const float* x, float* out) {
   Smem& s = ptx::shared_storage<Smem>();
   const int t = threadIdx.x;
@@ -109,9 +89,6 @@ void sparse() {
   simt::unmap_sparse(x, size_t(bytes));
 }
 
-__global__ void throws() {
-  throw std::runtime_error("from a kernel");
-}
 __global__ void nothing() {}
 
 void many_blocks() {
@@ -127,32 +104,20 @@ void launches() {
            l.shared_bytes);
 }
 
-// An early launch: a thread may touch global memory, let the next launch begin and end only once it has
-// waited.
-enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES };
-__global__ void early(int what, float* x) {
-  Smem& s = ptx::shared_storage<Smem>();
-  const int t = threadIdx.x;
-  ptx::store_shared(&s.f[t], 1.f);              // shared memory is the block's own
-  if (what == TOUCHES) ptx::store(x + t, 1.f);  // EARLY STORE
-  if (what == COPIES && t == 5) {
-    ptx::cp_async16(&s.f[4 * t], x + 4 * t);  // EARLY COPY
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-  }
-  if (what == LETS_NEXT) ptx::griddepcontrol_launch_dependents();  // EARLY LAUNCH
-  if (what == LEAVES && t == 100) return;
+// y[t] = x[t] + 1 in blocks that may begin before the launch ahead has ended; all but the first let the next
+// begin.
+__global__ void early(float* x) {
   ptx::griddepcontrol_wait();
   if (blockIdx.x) ptx::griddepcontrol_launch_dependents();
-  ptx::store(x + t, ptx::load(x + t) + 1.f);
+  ptx::store(x + threadIdx.x, ptx::load(x + threadIdx.x) + 1.f);
 }
 
-void early_launch(int what, bool is_early) {
-  std::vector<float> x(256);
-  ptx::launch<early>({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, what,
-                     x.data());
-  const simt::LaunchRecord& l = simt::counters().launches[0];
-  printf("%g %d %lu\n", double(x[127]), l.early, l.let_next);
+void early_launches() {
+  std::vector<float> x(128);
+  for (const bool is_early : {true, false})
+    ptx::launch<early>({dim3(3), dim3(128), 0, nullptr, dim3(1, 1, 1), "early", is_early}, x.data());
+  for (const simt::LaunchRecord& l : simt::counters().launches) printf("%d %lu ", l.early, l.let_next);
+  printf("%g\n", double(x[127]));
 }
 
 // A tree of sums that needs both of its barriers.
@@ -192,27 +157,11 @@ int main(int argc, char** argv) {
     simt::set_options(simt::options_from_environment());
     if (what == "schedule") schedule();
     if (what == "poison") shared_starts_as_nan();
-    if (what == "deadlock") launch<deadlock>(1, 128, 0, "half");
     if (what == "copies") copies_land_at_the_wait();
     if (what == "sparse") sparse();
-    if (what == "throw") launch<throws>(1, 32, 0, "throws");
-    if (what == "again") {  // a failed launch leaves nothing behind
-      try {
-        launch<deadlock>(1, 128, 0, "half");
-      } catch (const simt::Error&) {
-      }
-      schedule();
-    }
-    if (what == "no_grid") launch<nothing>(0, 32, 0, "empty");
-    if (what == "shared") launch<nothing>(1, 32, 300000, "large");
-    if (what == "cluster") ptx::launch<nothing>({dim3(16), dim3(32), 0, nullptr, dim3(16), "large"});
-    if (what == "remote") ptx::launch<reaches_too_early>({dim3(2), dim3(32), 8, nullptr, dim3(2), "remote"});
-    if (what == "mbarrier")
-      launch<mbarrier>(1, 1, 8, "mbarrier", uint32_t(atoi(argv[2])), uint32_t(atoi(argv[3])));
-    if (what == "map") ptx::tensor_map_2d(static_cast<const __half*>(nullptr), 0, 64, 64, 64);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();
-    if (what == "early") early_launch(atoi(argv[2]), atoi(argv[3]));
+    if (what == "early") early_launches();
     if (what == "skip") skip(atoi(argv[2]));
   } catch (const std::exception& error) {
     printf("error: %s\n", error.what());
