@@ -1,93 +1,54 @@
-"""`python -m lotr_ext.info [--json] [--plans M K N r]`: what was built, and what runs on this machine."""
+"""`python -m lotr_ext.info [--plans M K N r]`: what was built, and what runs on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
+import importlib.util
 import platform
 import sys
-from typing import Any
 
 import torch
 
 from . import __version__
 from .ops import CUDA_DTYPES, build_info, cuda_obstacle, cuda_version, obstacle_to_kernels
 
-__all__ = ["collect", "main", "plans"]
+__all__ = ["main", "plans", "report"]
 
 _LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def collect() -> dict[str, Any]:
-    """All that the command prints, as a dictionary that json can write."""
-    built, devices = build_info(), [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    names = [platform.processor() or platform.machine(), *(torch.cuda.get_device_name(d) for d in devices[1:])]
-    runtime, driver = torch.ops.lotr.cuda_versions() if built["cuda"]["built"] else (None, None)
-    return {
-        "lotr_ext": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-        "built": built,
-        "cuda": {"runtime": runtime, "driver": driver, "obstacle": cuda_obstacle(0)},
-        "runs": {  # why PyTorch's own products run in place of the kernels, by device and dtype; None: the kernels run
-            str(device): {
-                "name": name,
-                **{str(t).removeprefix("torch."): obstacle_to_kernels(16, t, device) for t in CUDA_DTYPES},
-            }
-            for device, name in zip(devices, names)
-        },
-    }
-
-
-def _summary(facts: dict[str, Any]) -> str:
-    """The first line: which kernels there are, and whether they run here."""
-    cuda, gpus = facts["built"]["cuda"], len(facts["runs"]) - 1
-    if not cuda["built"]:
-        return "CPU kernels: yes; CUDA kernels: not built"
-    if not gpus:
-        where = "no GPU here"
-    else:
-        where = (
-            f"they run on {gpus} GPU{'s' * (gpus > 1)} here" if facts["cuda"]["obstacle"] is None else "they cannot run here"
-        )
-    return f"CPU kernels: yes; CUDA kernels: built for {', '.join(a.removesuffix('-real') for a in cuda['archs'])}, {where}"
-
-
-def _lines(facts: dict[str, Any]) -> list[str]:
-    cuda, built = facts["cuda"], facts["built"]
-    lines = [
-        _summary(facts),
-        "",
-        f"lotr_ext   {facts['lotr_ext']} (extension {built['version']}, for torch >= {built['torch_target']})",
-        f"python     {facts['python']} on {facts['platform']}",
-        f"torch      {facts['torch']}, CUDA {facts['torch_cuda'] or 'not in this build'}, {facts['threads']} threads",
-        "libraries  " + ", ".join(f"{name} {version or '-'}" for name, version in facts["libraries"].items()),
-        f"CPU        kernels for {built['cpu']['isa']}",
-    ]
+def report() -> list[str]:
+    """The lines that the command prints. The first says in plain words which kernels there are, and whether they run here."""
+    built, gpus = build_info(), torch.cuda.device_count()
+    versions = (importlib.metadata.version(name) if importlib.util.find_spec(name) else "-" for name in _LIBRARIES)
+    summary, cuda = "not built", []
     if built["cuda"]["built"]:
-        driver = f"driver for CUDA {cuda_version(cuda['driver'])}" if cuda["driver"] else "no driver"
-        lines.append(f"CUDA       kernels built by CUDA {cuda_version(cuda['runtime'])}; {driver}")
-    if cuda["obstacle"]:
-        lines.append(f"           they cannot run: {cuda['obstacle']}")
-    for device, found in facts["runs"].items():
-        lines.append(f"{device:10} {found['name']}")
-        dtypes = {dtype: why for dtype, why in found.items() if dtype != "name"}
-        lines += [
-            f"           {dtype:9} {'the kernels' if why is None else f'torch, because {why}'}" for dtype, why in dtypes.items()
-        ]
+        obstacle, (runtime, driver) = cuda_obstacle(0), torch.ops.lotr.cuda_versions()
+        archs = ", ".join(arch.removesuffix("-real") for arch in built["cuda"]["archs"])
+        here = f"they run on {gpus} GPU{'s' * (gpus > 1)} here" if obstacle is None else "they cannot run here"
+        summary = f"built for {archs}, {here if gpus else 'no GPU here'}"
+        served = f"driver for CUDA {cuda_version(driver)}" if driver else "no driver"
+        cuda.append(f"CUDA       kernels built by CUDA {cuda_version(runtime)}; {served}")
+        if obstacle is not None:
+            cuda.append(f"           they cannot run: {obstacle}")
+    lines = [
+        f"CPU kernels: yes; CUDA kernels: {summary}",
+        "",
+        f"lotr_ext   {__version__} (extension {built['version']}, for torch >= {built['torch_target']})",
+        f"python     {platform.python_version()} on {platform.platform()}",
+        f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}, {torch.get_num_threads()} threads",
+        f"libraries  {', '.join(map(' '.join, zip(_LIBRARIES, versions)))}",
+        f"CPU        kernels for {built['cpu']['isa']}",
+        *cuda,
+    ]
+    for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(gpus))):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        lines.append(f"{device!s:10} {name}")
+        for dtype in CUDA_DTYPES:
+            why = obstacle_to_kernels(16, dtype, device)
+            runs = "the kernels" if why is None else f"torch, because {why}"
+            lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")
     return lines
 
 
@@ -104,19 +65,14 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m lotr_ext.info", description="What was built, and what runs here.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
         "--plans", type=int, nargs=4, metavar=("M", "K", "N", "r"), help="how the CUDA kernels divide their work"
     )
     given = parser.parse_args(arguments)
     try:
-        if given.plans:
-            print("\n".join(plans(*given.plans)))
-            return
-        facts = collect()
+        print("\n".join(plans(*given.plans) if given.plans else report()))
     except RuntimeError as error:  # of a variable in the environment, such as LOTR_CPU_ISA, or of a size
         sys.exit(f"lotr_ext: {str(error).splitlines()[0]}")
-    print(json.dumps(facts, indent=2) if given.json else "\n".join(_lines(facts)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""`python -m lotr_ext.info` as a person and as a program reads it."""
+"""`python -m lotr_ext.info` as a person reads it."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,30 +10,26 @@ import pytest
 import torch
 
 import lotr_ext
-from lotr_ext.info import collect, main
+from lotr_ext.info import main
+from lotr_ext.ops import build_info
 
 
 def test_first_line_says_which_kernels_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    text, facts = capsys.readouterr().out, collect()
+    text, built = capsys.readouterr().out, build_info()
     first = text.splitlines()[0]
     assert first.startswith("CPU kernels: yes; CUDA kernels: ")
-    if not facts["built"]["cuda"]["built"]:
+    if not built["cuda"]["built"]:
         assert first.endswith("not built")
     elif not torch.cuda.is_available():
         assert "built for 80," in first and first.endswith("no GPU here")
-    for piece in (lotr_ext.__version__, torch.__version__, facts["built"]["cpu"]["isa"], "cpu ", "bfloat16"):
+    for piece in (lotr_ext.__version__, torch.__version__, built["cpu"]["isa"], "cpu ", "bfloat16"):
         assert piece in text, piece
     assert all(len(line) < 200 for line in text.splitlines())
 
 
-def test_json_is_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--json"])
-    assert json.loads(capsys.readouterr().out) == collect()
-
-
 def test_plans_are_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    if collect()["built"]["cuda"]["built"]:
+    if build_info()["cuda"]["built"]:
         main(["--plans", "4096", "768", "768", "16"])
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         assert names == ["shrink", "expand_add", "shrink_grad", "factor_grad", "fold_grad"]
