@@ -108,6 +108,7 @@ class LoTRConfig:
             (layer, kind), ("model.layers.3", "self_attn.q_proj"). A saved adapter's config has "custom" for a callable.
         task_type: PEFT's name of the task. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" `apply_lotr` adds the model's head
             to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" change nothing.
+
     Raises TypeError, ValueError: a field of the wrong type or value. For LoRA's names of these settings (r, lora_alpha, ..) the
     message gives the name used here.
     """

@@ -108,6 +108,7 @@ def export_lora(model: nn.Module, directory: Source, *, task: int | None = None,
         directory: created if it does not exist.
         task: of the model's TaskBank, written instead of the adapter's cores. The model does not change.
         options: as for `lotr_to_lora`. base_model, fan_in_fan_out and hosts are the model's own if they are not given.
+
     Raises as `save_adapter` and `lotr_to_lora`. RuntimeError: a task of a model without a bank.
     """
     path, (inner, writes) = checked_path(directory, "directory"), unwrapped(model)
@@ -147,6 +148,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
 
     Returns:
         The LoRA layers by name; of experts by the name of the parameter.
+
     Raises TypeError, ValueError: no such adapter, directory is a file or the source of PEFT's files, or an unknown option.
     """
     path, own = checked_path(directory, "directory"), checked_path(source, "source")
@@ -448,6 +450,7 @@ def lora_to_lotr(
         rank: r, or (r_in, r_out), for all groups.
         group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
         dtype: of the result.
+
     Raises TypeError, ValueError: a source that `read_lora` refuses; a wrong rank, grouping or dtype.
     """
     check_dtype(dtype)
@@ -492,6 +495,7 @@ def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Seq
         source: a file of torch.save or safetensors.
         scale: the argument of its LoTRLinear, which the checkpoint does not contain; their default is 1.
         modules_to_save: endings of names of modules that were trained whole (a head): copied.
+
     Raises TypeError, ValueError: no such layers; parts missing or of shapes that do not fit; layers of several ranks or dtypes;
     no such modules_to_save; a scale that is not a finite number.
     """

@@ -212,14 +212,13 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
         write(path, document, tensors)
 
 
-def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """(the model in DistributedDataParallel and torch.compile, whether this process writes its files)."""
+def unwrapped(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
+    """(the model in DistributedDataParallel, torch.compile and engines, whether this process writes its files)."""
     writes = True
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            model, writes = model.module, dist.get_rank(model.process_group) == 0
+    while isinstance(model, (nn.parallel.DistributedDataParallel, *engines)) or hasattr(model, "_orig_mod"):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            writes = dist.get_rank(model.process_group) == 0
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model, writes
 
 

@@ -87,6 +87,7 @@ class LoTRPeftConfig(PeftConfig):
             target_modules: PEFT's default for LoRA and the model's type.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
         layers: the adapted layers with the names of their factors. Written when layers are adapted.
+
     Raises TypeError, ValueError: a field of the wrong type or value.
     """
 

@@ -85,10 +85,7 @@ def _class(module: str, name: str) -> type | tuple[()]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile and DeepSpeed's engine."""
-    wrappers = nn.parallel.DistributedDataParallel, _class("deepspeed.runtime.engine", "DeepSpeedEngine")
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
-    return model
+    return files.unwrapped(model, _class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
 
 
 def _reshard(model: nn.Module) -> None:

@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, expect_names, json_in, read, save_adapter, start_key, tensors_in
-from ..model import adapted_layers
+from ..files import checked_path, contents, expect_names, json_in, read, save_adapter, start_key, tensors_in
 
 __all__ = ["export_factors", "export_task", "register"]
 
@@ -82,42 +81,32 @@ class Factors:
         return found
 
 
-def factors_of(model: nn.Module, where: str) -> Factors:
-    """A model's factors. Raises ValueError for an adapter that the engine cannot split into factors and cores."""
-    layers, found = adapted_layers(model), []
-    saved = getattr(getattr(model, "lotr_config", None), "modules_to_save", None)
-    for name, layer in layers.items():
-        _check(where, name, layer.core.dim() == 3, layer.start_core is not None, saved)
-        A, B = layer.factors.A, layer.factors.B
-        found.append((name, A, A.value, B, B.value))
+def factors_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Factors:
+    """The factors of an adapter (`lotr_ext.files.contents`). Raises ValueError for one that the engine cannot split into
+    factors and cores."""
+    found = []
+    for name, entry in document["layers"].items():
+        A, B = entry["A"], entry["B"]
+        if entry["experts"]:
+            raise ValueError(
+                f"{where}: expected adapted linear layers, got experts in {name!r}. lotr_ext.convert.export_lora writes them "
+                f"for vLLM's own LoRA."
+            )
+        if start_key(A) in tensors:
+            raise ValueError(
+                f"{where}: expected an adapter that changes no base weight, got init 'svd' in {name!r}. "
+                f"lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice the rank."
+            )
+        found.append((name, A, tensors[A], B, tensors[B]))
+    if saved := document["modules_to_save"]:
+        raise ValueError(f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}")
     return Factors.of(found)
 
 
 def read_factors(directory: str | PathLike[str]) -> Factors:
     """The factors in a folder of `save_adapter`. Raises ValueError: no such folder, or an adapter that the engine cannot
     hold."""
-    document, tensors = read(checked_path(directory, "LOTR_FACTORS"))
-    found = []
-    for name, entry in document["layers"].items():
-        A, B, experts = entry["A"], entry["B"], entry.get("experts", 0)
-        _check("LOTR_FACTORS", name, experts > 0, start_key(A) in tensors, document["modules_to_save"])
-        found.append((name, A, tensors[A], B, tensors[B]))
-    return Factors.of(found)
-
-
-def _check(where: str, layer: str, experts: bool, start: bool, saved: Iterable[str] | None) -> None:
-    if experts:
-        raise ValueError(
-            f"{where}: expected adapted linear layers, got experts in {layer!r}. lotr_ext.convert.export_lora writes them for "
-            f"vLLM's own LoRA."
-        )
-    if start:
-        raise ValueError(
-            f"{where}: expected an adapter that changes no base weight, got init 'svd' in {layer!r}. "
-            f"lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice the rank."
-        )
-    if saved:
-        raise ValueError(f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}")
+    return factors_of(*read(checked_path(directory, "LOTR_FACTORS")), "LOTR_FACTORS")
 
 
 def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
@@ -125,7 +114,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
     """
-    factors_of(model, "export_factors")
+    factors_of(*contents(model), "export_factors")
     save_adapter(model, directory)
 
 
@@ -140,12 +129,14 @@ def export_task(
         directory: created if it does not exist. Its name can serve as the adapter's name in the engine.
         task: a task of the model's TaskBank; None for the cores of the model's adapter.
         base_model: the base model's path or name, which vLLM's resolver of folders needs. None: as the model was loaded.
+
     Raises RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
     cannot hold, or directory is a file.
     """
-    directory, factors, layers = checked_path(directory, "directory"), factors_of(model, "export_task"), adapted_layers(model)
-    cores = {f"{name}.core": layer.core for name, layer in layers.items()} if task is None else bank_of(model).cores_of(task)
-    scaled = {f"{name}.core": layer.scaling * cores[f"{name}.core"] for name, layer in layers.items()}
+    directory, (document, tensors) = checked_path(directory, "directory"), contents(model)
+    factors, layers = factors_of(document, tensors, "export_task"), document["layers"]
+    cores = tensors if task is None else bank_of(model).cores_of(task)
+    scaled = {f"{name}.core": entry["scaling"] * cores[f"{name}.core"] for name, entry in layers.items()}
     rank = max(max(factors.core_shape(name)) for name in layers)
     config: dict[str, Any] = {
         "peft_type": "LORA",
