@@ -121,11 +121,7 @@ def check_number(name: str, value: object) -> None:
     """value must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    try:
-        finite = torch.compiler.is_compiling() or math.isfinite(value)  # Dynamo cannot trace isfinite of a symbol
-    except OverflowError:  # an int that is larger than any float
-        finite = False
-    if not finite:
+    if not torch.compiler.is_compiling() and not math.isfinite(value):  # Dynamo cannot trace isfinite of a symbol
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 

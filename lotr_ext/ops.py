@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,22 +37,12 @@ def _load() -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:  # with a name: python -m lotr_ext.info prints one line on it, and no traceback
-        raise ImportError(f"lotr_ext: {_why_not_loaded(library, error.__cause__ or error)}", name="lotr_ext") from None
-
-
-def _why_not_loaded(library: Path, error: BaseException) -> str:
-    build = "`pip install --no-build-isolation -e .` (or `make test`) in the project's folder"
-    if library.is_file():
-        return f"expected a compiled extension that loads, got {error}; build it again with {build}"
-    inside = library.relative_to(library.parents[1])
-    for folder in sys.path:  # a checkout's folder comes before the installed packages where Python is started in it
-        if (Path(folder) / inside).is_file():
-            return (
-                f"expected the compiled extension {library}, got none; this source folder hides the package installed in "
-                f"{folder}: "
-                "start Python in another folder, or as `python -P`"
-            )
-    return f"expected the compiled extension {library}, got none; build it with {build}"
+        raise ImportError(
+            f"lotr_ext: expected a compiled extension that loads in {library}, got {error.__cause__ or error}. Build it with "
+            f"`pip install --no-build-isolation -e .` (or `make test`) in the project's folder. If it is installed elsewhere, "
+            f"this source folder hides it: start Python in another folder, or as `python -P`.",
+            name="lotr_ext",
+        ) from None
 
 
 _load()

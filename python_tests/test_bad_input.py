@@ -22,7 +22,7 @@ from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrappe
 from lotr_ext.init import fill_core_, fill_factor_
 
 Row = tuple[str, str, Callable[[], object]]
-NAN, HUGE = math.nan, 10**400  # beyond any float
+NAN, HUGE = math.nan, 10**400
 
 
 def call(**changed: object) -> Callable[[], object]:
@@ -111,7 +111,6 @@ CORE: list[Row] = [
     ("dtype complex", "dtype", layer(dtype=torch.complex64)),
     ("dtype float8", "dtype", layer(dtype=torch.float8_e4m3fn)),
     ("scaling NaN", "scaling", layer(scaling=NAN)),
-    ("scaling huge", "scaling", layer(scaling=HUGE)),
     ("scaling infinite", "scaling", layer(scaling=math.inf)),
     ("scaling with alpha", "scaling", layer(scaling=2, alpha=8)),
     ("scaling with rslora", "scaling", layer(scaling=2, rslora=True)),
@@ -120,13 +119,11 @@ CORE: list[Row] = [
     ("alpha infinite", "alpha", layer(alpha=math.inf)),
     ("alpha NaN", "alpha", layer(alpha=NAN)),
     ("alpha a string", "alpha", layer(alpha="8")),
-    ("alpha huge", "alpha", layer(alpha=HUGE)),
     ("rslora a number", "rslora", layer(rslora=1)),
     ("dropout 1", "dropout", layer(dropout=1.0)),
     ("dropout negative", "dropout", layer(dropout=-0.1)),
     ("dropout NaN", "dropout", layer(dropout=NAN)),
     ("dropout None", "dropout", layer(dropout=None)),
-    ("dropout huge", "dropout", layer(dropout=HUGE)),
     ("init unknown", "init", factors(6, 4, 2, init="ones")),
     ("train unknown", "train", lambda: LoTRLinear(6, 4, 2).set_trained(("A", "G"))),
     ("core a tensor", "core", wrong_form(torch.zeros(2, 2))),
@@ -166,11 +163,9 @@ CORE: list[Row] = [
     ("core of tasks without an index", "core", call(core=torch.randn(3, 2, 2))),
     ("one core with an index", "core", call(core_index=torch.zeros(5, dtype=torch.int64))),
     ("scaling NaN in a call", "scaling", call(scaling=NAN)),
-    ("scaling huge in a call", "scaling", call(scaling=HUGE)),
     ("scaling a tensor in a call", "scaling", call(scaling=torch.ones(2))),
     ("dropout_p 1", "dropout_p", call(dropout_p=1.0, training=True)),
     ("dropout_p None", "dropout_p", call(dropout_p=None)),
-    ("dropout_p huge", "dropout_p", call(dropout_p=HUGE, training=True)),
     ("core_index int32", "core_index", rows_call(torch.zeros(5, dtype=torch.int32))),
     ("core_index a list", "core_index", rows_call([0] * 5)),
     ("core_index too short", "core_index", rows_call(torch.zeros(4, dtype=torch.int64))),
