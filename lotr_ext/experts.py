@@ -257,10 +257,7 @@ class LoTRExperts(LoTRLayer):
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
-        state, tasks = autograd.requests().get(self), None
-        if state is not None and state is not OFF:
-            tasks = state(x)
-        return self.routed(x, self.matrix(), self.bias, offs, tokens, state is OFF, tasks)
+        return self.routed(x, self.matrix(), self.bias, offs, tokens, x)
 
     def routed(
         self,
@@ -269,16 +266,17 @@ class LoTRExperts(LoTRLayer):
         bias: Tensor | None,
         offs: Tensor,
         tokens: Tensor | None,
-        off: bool = False,
-        tasks: tuple[Tensor, Tensor] | None = None,
+        of_request: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """forward with the owner's weight [e, n, k] and bias [e, n], which are whole during the owner's forward. off: without
-        the adapter. tasks: the cores [t, e, r_in, r_out] of all tasks, and the task of each row of x."""
-        if self.merged or off:
+        """forward with the owner's weight [e, n, k] and bias [e, n], which are whole during the owner's forward. of_request:
+        the input whose rows a request's tasks are for; rows: which of them each row of x is, None for the same."""
+        state, cores, index = autograd.requests().get(self), self.core, None
+        if self.merged or state is OFF:
             return grouped_linear(x, weight, offs, bias, tokens)
-        cores, index = self.core, None
-        if tasks is not None:
-            index, cores = _of_tasks(tasks[1], tasks[0], offs, tokens)
+        if state is not None:
+            cores, tasks = state(of_request)
+            index, cores = _of_tasks(tasks if rows is None else tasks[rows], cores, offs, tokens)
         factors, p, s = self.factors, self.dropout if self.training else 0.0, self.scaling
         states = factors.A.state, factors.B.state
         return factors.read(lambda A, B: _routed(x, weight, bias, offs, tokens, A, B, cores, s, p, index, states, self))
@@ -450,8 +448,4 @@ def _projected(
     layer = getattr(module, CHILD)._modules.get(parameter)
     if layer is None:
         return grouped_linear(x, weight, offs, bias, tokens)
-    state, tasks = autograd.requests().get(layer), None
-    if state is not None and state is not OFF:
-        cores, of_tokens = state(hidden_states)
-        tasks = cores, of_tokens if rows is None else of_tokens[rows]
-    return layer.routed(x, weight, bias, offs, tokens, state is OFF, tasks)
+    return layer.routed(x, weight, bias, offs, tokens, hidden_states, rows)
