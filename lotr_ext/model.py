@@ -113,11 +113,10 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
             parameter.requires_grad_(parameter.is_floating_point())
     owned: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        first, dtype = targets[0], config.adapter_dtype
+        where = {"device": _home(targets[0].module), "dtype": config.adapter_dtype}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model, below
-            sizes, device = (first.in_features, first.out_features), _home(first.module)
-            factors = pair_of(owned, group, sizes, config, device=device, dtype=dtype)
+            factors = pair_of(owned, group, targets[0].sizes, config, **where)
         layers = [_replace(model, target, factors, config) for target in targets]
         for target, layer in zip(targets, layers) if cores is not None else ():
             layer.use_core(cores.at(place_of(target.name), owned=False))

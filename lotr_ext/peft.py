@@ -398,7 +398,7 @@ class LoTRPeftModel(BaseTuner):
                 config.target_modules.discard(name)
                 continue
             check_layer(name, module, sizes, reason)
-            targets.append(target := Target((name,), module, *sizes, group_of(name, module, sizes, config.group_by)))
+            targets.append(target := Target((name,), module, sizes, group_of(name, module, sizes, config.group_by)))
             shared = sizes if config.group_by == "width" else (target.group, target.group)
             layers.append({"name": name, "factors": [f"lotr_factors.{part}_{of}" for part, of in zip("AB", shared)]})
         if not targets:

@@ -27,13 +27,12 @@ _HEADS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be adapted. names: all its names in the model; the first one is used. parameter: the 3-D parameter of module
-    whose experts are adapted; names has the name of their adapter then."""
+    """A layer to be adapted. names: all its names in the model; the first one is used. sizes: (in_features, out_features).
+    parameter: the 3-D parameter of module whose experts are adapted; names has the name of their adapter then."""
 
     names: tuple[str, ...]
     module: nn.Module
-    in_features: int
-    out_features: int
+    sizes: tuple[int, int]
     group: str
     parameter: str | None = None
 
@@ -112,7 +111,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             left_out.setdefault(left, []).append(names[0])
             continue
         check_layer(names[0], module, sizes, reason)
-        targets.append(Target(tuple(names), module, *sizes, group_of(names[0], module, sizes, config.group_by)))
+        targets.append(Target(tuple(names), module, sizes, group_of(names[0], module, sizes, config.group_by)))
     targets += _expert_targets(model, config, inside)
     check_targets(targets, config)
     return Selection(targets, saved, left_out)
@@ -245,7 +244,7 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
                 raise TypeError(f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}")
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
-            targets.append(Target((at,), module, k, n, group_of(at, module, (k, n), config.group_by), own))
+            targets.append(Target((at,), module, (k, n), group_of(at, module, (k, n), config.group_by), own))
     return targets
 
 
@@ -313,10 +312,10 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
     first: dict[str, Target] = {}
     for t in targets:
         want = first.setdefault(t.group, t)
-        if (t.in_features, t.out_features) != (want.in_features, want.out_features):
+        if t.sizes != want.sizes:
             raise ValueError(
-                f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} "
-                f"({want.in_features}, {want.out_features}) and {t.name!r} ({t.in_features}, {t.out_features})"
+                f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} {want.sizes} and {t.name!r} "
+                f"{t.sizes}"
             )
         if config.init == "svd" and layer_class(t.module) is LoTRWrapped:
             kind = type(t.module).__name__
