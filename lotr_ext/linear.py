@@ -363,11 +363,8 @@ class LoTRLayer(nn.Module):
             raise ValueError('core: expected a layer that starts as its base, got one of init "svd"')
         with torch.no_grad():
             before, new = self.core, form()
-        if not isinstance(new, Tensor):
-            raise TypeError(
-                f"core: expected a module that returns a tensor, got {type(form).__name__} returning {type(new).__name__}"
-            )
-        want, got = ((tuple(t.shape), t.dtype, t.device) for t in (before, new))
+        want = tuple(before.shape), before.dtype, before.device
+        got = (tuple(new.shape), new.dtype, new.device) if isinstance(new, Tensor) else type(new).__name__
         if want != got:
             raise ValueError(f"core: expected shape, dtype and device {want}, got {got} of {type(form).__name__}")
         self._parameters.pop("core", None)
@@ -533,16 +530,12 @@ class LoTRLinear(LoTRLayer, nn.Linear):
 class LoTRConv1D(LoTRLayer):
     """transformers' Conv1D (GPT-2), adapted: a linear layer whose weight is stored as [in_features, out_features].
 
-    state_dict keys as the original's (`weight`, `bias`) and `core`; attributes nf, nx kept.
+    state_dict keys as the original's (`weight`, `bias`) and `core`.
     """
 
     @staticmethod
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
         return features(linear) if is_conv1d(linear) else None
-
-    def _take(self, linear: nn.Module) -> None:
-        super()._take(linear)
-        self.nx, self.nf = self.in_features, self.out_features
 
     def matrix(self) -> Tensor:
         return self.weight.t()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from os import PathLike
@@ -45,17 +45,6 @@ class Factors:
 
     layers: dict[str, tuple[str, str]]
     tensors: dict[str, Tensor]
-
-    @staticmethod
-    def of(layers: Iterable[tuple[str, Hashable, Tensor, Hashable, Tensor]]) -> Factors:
-        """From (layer, a key of its A, A, a key of its B, B): layers with the same key share a factor."""
-        names: dict[Hashable, str] = {}
-        found, tensors = {}, {}
-        for layer, of_A, A, of_B, B in sorted(layers, key=lambda one: one[0]):
-            for key, tensor, part in ((of_A, A, "A"), (of_B, B, "B")):
-                tensors[names.setdefault(key, f"{part}{len(names)}")] = tensor.detach()
-            found[layer] = (names[of_A], names[of_B])
-        return Factors(found, tensors)
 
     @cached_property
     def checksum(self) -> str:
@@ -84,23 +73,23 @@ class Factors:
 def factors_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Factors:
     """The factors of an adapter (`lotr_ext.files.contents`). Raises ValueError for one that the engine cannot split into
     factors and cores."""
-    found = []
-    for name, entry in document["layers"].items():
-        A, B = entry["A"], entry["B"]
+    names: dict[str, str] = {}
+    layers = {}
+    for name, entry in sorted(document["layers"].items()):
         if entry["experts"]:
             raise ValueError(
                 f"{where}: expected adapted linear layers, got experts in {name!r}. lotr_ext.convert.export_lora writes them "
                 f"for vLLM's own LoRA."
             )
-        if start_key(A) in tensors:
+        if start_key(entry["A"]) in tensors:
             raise ValueError(
                 f"{where}: expected an adapter that changes no base weight, got init 'svd' in {name!r}. "
                 f"lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice the rank."
             )
-        found.append((name, A, tensors[A], B, tensors[B]))
+        layers[name] = tuple(names.setdefault(entry[part], f"{part}{len(names)}") for part in "AB")
     if saved := document["modules_to_save"]:
         raise ValueError(f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}")
-    return Factors.of(found)
+    return Factors(layers, {own: tensors[key].detach() for key, own in names.items()})
 
 
 def read_factors(directory: str | PathLike[str]) -> Factors:
