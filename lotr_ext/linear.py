@@ -109,7 +109,10 @@ class LoTRFactors(nn.Module):
     """The pair A [in_features, r_in] and B [out_features, r_out] of a group of layers (arXiv 2402.01376).
 
     rank: an int, or (r_in, r_out). init, device, dtype, errors and warnings: as for LoTRFactor. State: `A.value`, `B.value`.
+    Attributes: A, B; in_features, out_features, r_in, r_out; rank, an int if r_in = r_out, else the pair.
     """
+
+    rank: int | tuple[int, int]
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class LoTRFactors(nn.Module):
         super().__init__()
         self.A = LoTRFactor(in_features, r_in, init=init, device=device, dtype=dtype)
         self.B = LoTRFactor(out_features, r_out, init=init, device=device, dtype=dtype)
-        self._keep_references()
+        self._describe()
 
     @staticmethod
     def of(A: LoTRFactor, B: LoTRFactor) -> LoTRFactors:
@@ -143,32 +146,14 @@ class LoTRFactors(nn.Module):
         pair = LoTRFactors.__new__(LoTRFactors)
         nn.Module.__init__(pair)
         pair.A, pair.B = A, B
-        pair._keep_references()
+        pair._describe()
         return pair
 
-    def _keep_references(self) -> None:
-        self.__dict__.update(self._modules)  # read without nn.Module.__getattr__
-
-    @property
-    def in_features(self) -> int:
-        return self.A.features
-
-    @property
-    def out_features(self) -> int:
-        return self.B.features
-
-    @property
-    def r_in(self) -> int:
-        return self.A.rank
-
-    @property
-    def r_out(self) -> int:
-        return self.B.rank
-
-    @property
-    def rank(self) -> int | tuple[int, int]:
-        """An int if r_in = r_out, else the pair."""
-        return self.r_in if self.r_in == self.r_out else (self.r_in, self.r_out)
+    def _describe(self) -> None:
+        A, B = self.A, self.B
+        self.in_features, self.out_features, self.r_in, self.r_out = A.features, B.features, A.rank, B.rank
+        self.rank = A.rank if A.rank == B.rank else (A.rank, B.rank)
+        self.__dict__.update(self._modules)  # A and B are read without nn.Module.__getattr__
 
     def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Returns operation(A, B). Sharded training gathers A and B around this call: shard each LoTRFactor, not the pair.
