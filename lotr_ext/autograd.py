@@ -496,18 +496,14 @@ def _check_beside(x: Tensor, W: Tensor) -> None:
 def _linear_in_graph(x, W, bias, A, B, core, scaling, p, y, index, version) -> Tensor:
     """lotr::linear: one operator for Dynamo, which AOTAutograd takes apart into the nodes above, so that a compiled graph holds
     our operators, forward and backward."""
-    if type(x) in _PLAIN or not _fits(x, W, A, B, core, y):
+    dtypes = x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype
+    if type(x) in _PLAIN or _obstacle_to_dtypes(*dtypes, x.device, core.shape) is not None:
         return ops.layer(x, W, bias, A, B, core, scaling, p, y, index)
     for factor in (A, B):
         if not hasattr(factor, "_lotr_state"):
             factor._lotr_state = FactorState()  # on the tensor that is traced, which ends with the trace
     routing = None if index is None else (ops.rows_of(index, x), None, None)
     return nodes(x, W, bias, A, B, core, scaling, p, y, routing, (A._lotr_state, B._lotr_state), core)
-
-
-def _fits(x, W, A, B, core, y) -> bool:
-    dtypes = x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype
-    return _obstacle_to_dtypes(*dtypes, x.device, core.shape) is None
 
 
 _library = torch.library.Library("lotr", "FRAGMENT")

@@ -188,12 +188,7 @@ class FewCores(Cores):
     random: Tensor
 
     def __init__(
-        self,
-        places: Sequence[Hashable],
-        rank: int | tuple[int, int],
-        numbers: int = 13,
-        tied: bool = False,
-        seed: int = 0,
+        self, places: Sequence[Hashable], rank: int | tuple[int, int], numbers: int = 13, tied: bool = False, seed: int = 0
     ):
         super().__init__(places, rank)
         n, generator = check_dimension("numbers", numbers), torch.Generator("cpu").manual_seed(seed)

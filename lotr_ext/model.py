@@ -394,7 +394,7 @@ class TrainableSummary(NamedTuple):
         lines = [
             f"LoTR: {self.layers} layers, {self.groups} pair{'s' * (self.groups != 1)} of factors, {self.adapter:,} adapter "
             f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
-            f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}",
+            f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}; all else is frozen",
         ]
         lines += [f"left out: {', '.join(_shortened(names))} ({reason})" for reason, names in self.left_out.items()]
         return "\n".join(lines)

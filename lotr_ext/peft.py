@@ -67,7 +67,6 @@ class _PeftType(str):
 
 
 LOTR = _PeftType("LOTR")
-_BIASES = ("none", "all", "lotr_only")
 # Fields of the first version that may be in a file. share_factors can be ignored, because its files contain A and B.
 _FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
 _SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")  # as in LoTRConfig
@@ -128,8 +127,8 @@ class LoTRPeftConfig(PeftConfig):
             raise ValueError(f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}")
         if self.init == "svd":
             raise ValueError('init: expected one that does not change the base weights, got "svd". Use apply_lotr for it.')
-        if self.bias not in _BIASES:
-            raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
+        if self.bias not in ("none", "all", "lotr_only"):
+            raise ValueError(f"bias: expected one of none, all, lotr_only, got {self.bias!r}")
         self.train = list(self.to_lotr().train)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
