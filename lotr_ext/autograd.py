@@ -5,11 +5,10 @@
 A forward of q, k and v on one x, and its backward:
 
     x, A --> Shrink (u, route) --+--> Layer (route, u, B, G_q, W_q) --> y_q
-                                 +--> Layer (route, u, B, G_k, W_k) --> y_k      each adds dx += g W and k += g F on Shrink's
-                                 node; +--> Layer (route, u, B, G_v, W_v) --> y_v      then Shrink: dA += x^T k, dx += k A^T
+                                 +--> Layer (route, u, B, G_k, W_k) --> y_k    each: dx += g W, k += g F on Shrink's node
+                                 +--> Layer (route, u, B, G_v, W_v) --> y_v    then Shrink: dA += x^T k, dx += k A^T
 
-Shared    the identity on A or B. Layers add to one fp32 sum and return no gradient of A or B; autograd calls this node after
-all
+Shared    the identity on A or B. Layers add to one fp32 sum and return no gradient of A or B; autograd calls it after all
           of them, and it returns the sum.
 Shrink    u = drop(x) A, once for all layers on one x. `route` stands for x in the graph without holding its memory.
 RowCore   h_i = s u_i G_c(i), where rows have different cores. The layer is then y = x W^T + bias + h B^T.
@@ -50,6 +49,7 @@ _functorch = torch._C._are_functorch_transforms_active  # vmap, grad, jvp: kerne
 _tracing = torch._C._is_tracing  # torch.jit.trace and ONNX record torch's products; torch.jit.is_tracing is slower Python
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # selective checkpointing must see torch's products
 _autocast = torch._C._is_any_autocast_enabled  # torch.is_autocast_enabled raises for devices such as meta
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # torch.cuda.current_stream makes objects; none without CUDA
 _batched = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C._dispatch_key_parse("VmapMode"))
 
 _forward, _backward, _shrink, _shrink_backward = (
@@ -64,7 +64,7 @@ _NOTHING = type(None)  # _NOTHING() is None: a weak reference to nothing
 # 15.4 % over the frozen model at 256 tokens, 8.4 against 7.1 % at 1,024).
 LITTLE_WORK = 2**23
 FEW_TOKENS = 129  # below, multiplying the tokens with the core costs less than folding it into B
-VERSION = "lotr 2"  # part of the key of compiled code that torch keeps on disk: change it with this file
+VERSION = "lotr 3"  # part of the key of compiled code that torch keeps on disk: change it with this file
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -193,9 +193,7 @@ class RowCore(Function):
         return du if need_u else None, dcores if need_cores else None, None, None, None, None
 
 
-Base = tuple[
-    Tensor | None, Tensor | None, Tensor | None
-]  # (x, W, bias); all None where the layer is added onto another base's y
+Base = tuple[Tensor | None, Tensor | None, Tensor | None]  # (x, W, bias); all None where y of another base is given
 
 
 def _compute(
@@ -264,31 +262,16 @@ class Layer(Function):
         if core is None:  # Q = g^T h is dB
             Q = torch.zeros_like(B, dtype=ops.accumulate_dtype(B.dtype)) if need_B and sum_B is None else sum_B
             dB, need_B, sum_B, core = Q if sum_B is None else None, False, None, B.new_empty(B.shape[1], B.shape[1])
+        W, x, F = W if need_x else None, x if need_A else None, F if need_u or ctx.alone else None
         new_dx, new_k, dA, new_dB, dcore = _backward(
-            g,
-            W if need_x else None,
-            x if need_A else None,
-            u,
-            A,
-            F if need_u or ctx.alone else None,
-            B,
-            core,
-            ctx.scaling,
-            ctx.order,
-            k,
-            dx,
-            Q,
-            sum_A,
-            sum_B,
-            need_B,
-            need_core,
+            g, W, x, u, A, F, B, core, ctx.scaling, ctx.order, k, dx, Q, sum_A, sum_B, need_B, need_core
         )
         if adds_k:
             sums[0], new_k = new_k, None
         if need_x and sums is not None:
             sums[1], new_dx = new_dx if dx is None else dx, None
         elif need_x:
-            new_dx = new_dx.view(*shape[:-1], W.shape[1])
+            new_dx = new_dx.view(*shape[:-1], new_dx.shape[-1])
         return new_dx, dy, new_k, dA, dB if new_dB is None else new_dB, dcore, None, None, None, None
 
 
@@ -337,7 +320,7 @@ def _storage(t: Tensor) -> int:
 
 def _where(x: Tensor) -> tuple[object, ...]:
     """Where a call is: grad mode, checkpoint region, thread and stream. What it makes may be reused only there."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    stream = _stream(x.get_device()) if x.is_cuda else 0
     hooks = _saved_tensor_hooks(False)
     return torch.is_grad_enabled(), hooks and weakref.ref(hooks[0]), threading.get_ident(), stream
 
@@ -348,7 +331,7 @@ class FactorState:
 
     def __init__(self, layers: int = 0) -> None:
         self.layers = layers
-        self._node: tuple = (_NOTHING, None, _NOTHING)  # (the factor, its version and storage, the output of Shared)
+        self._node: tuple = (_NOTHING, None, _NOTHING)  # (the factor, its version, storage and stream, the output of Shared)
         self._input: tuple = (_NOTHING, None, _NOTHING, None)  # (x, key, Shrunk, ids of the layers that used it)
         self._cast: tuple = (_NOTHING, None, _NOTHING)  # (x, key, x in another dtype)
 
@@ -357,11 +340,11 @@ class FactorState:
 
     def shared(self, factor: Tensor) -> Tensor:
         """The output of Shared for the factor: the same one for all layers, as long as the factor is unchanged and a graph
-        holds it."""
+        holds it. Each CUDA stream has its own, because autograd orders only the gradients that it sees."""
         if not (factor.requires_grad and torch.is_grad_enabled()) or (self.layers == 1 and factor.is_leaf):
             return factor
         of, key, node = self._node
-        now = factor._version, _storage(factor)
+        now = factor._version, _storage(factor), _stream(factor.get_device()) if factor.is_cuda else 0
         if of() is factor and key == now and (found := node()) is not None:
             return found
         found = _run_shared(factor, sums := {})
@@ -427,9 +410,9 @@ def obstacle(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, core: Tensor, y:
     return _obstacle_to_dtypes(x.dtype, (y if W is None else W).dtype, A.dtype, B.dtype, core.dtype, x.device, core.shape)
 
 
-def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tensor:
-    """The layer as nodes: one by itself where x is small or no other layer has A, else Layer after Shrink, which siblings
-    share."""
+def nodes(x, W, bias, A, B, core, scaling, p, y, routing, factors, user) -> Tensor:
+    """`lotr_linear` as nodes: one by itself where x is small or no other layer has A, else Layer after Shrink, which siblings
+    share. There must be no obstacle. routing: (index, offs, tokens) of RowCore, whose rows are then those of y; or None."""
     if x.dim() > 2 and not x.is_contiguous():
         x = x.contiguous()  # the operators take leading dimensions that lie as one
     (of_A, of_B), half = factors, x.dtype == torch.float16
@@ -442,45 +425,21 @@ def _nodes(x, W, bias, A, B, core, scaling, p, y, index, factors, user) -> Tenso
     known = isinstance(tokens, int)
     by_itself = half or of_A.layers == 1 or (known and tokens * x.shape[-1] * (core.shape[0] + 16) < LITTLE_WORK)
     keeps_x = x.requires_grad and not A.requires_grad and not half  # alone, a layer keeps x, which a frozen A does not need
-    if by_itself and y is None and index is None and not p and not keeps_x:
+    if by_itself and y is None and routing is None and not p and not keeps_x:
         u, shrunk = None, None
         if half or (known and tokens < FEW_TOKENS):
             order += UNFOLDED
     else:
         shrunk = of_A.shrunk(x, A, p, user)
         u, A, x = shrunk.u, None, shrunk.route if y is None else None
-        if index is not None:
+        if routing is not None:
             cores = core if core.dtype in (u.dtype, torch.float32) else core.to(u.dtype)
-            u, core, scaling = _run_row_core(u, cores, scaling, index, None, None), None, 1.0
+            u, core, scaling = _run_row_core(u, cores, scaling, *routing), None, 1.0
         elif half:  # not folded: see ops.expand
             u, core, scaling = (u @ core.to(u.dtype)) * scaling, None, 1.0
     if torch.is_grad_enabled():
         return _run_layer(x, y, u, A, B, core, base, scaling, order, shrunk)
     return _compute(y, u, base, A, B, core, scaling, order)[0]
-
-
-def onto_rows(
-    x: Tensor,
-    y: Tensor,
-    A: Tensor,
-    B: Tensor,
-    cores: Tensor,
-    scaling: float,
-    p: float,
-    routing: tuple[Tensor | None, Tensor | None, Tensor | None],
-    factors: tuple[FactorState, FactorState],
-    user: object,
-) -> Tensor:
-    """y_i + s ((drop(x)_t(i) A) G_c(i)) B^T as nodes: x [m, k], y [rows, n], routing (index, offs, tokens) as RowCore's. There
-    must be no obstacle."""
-    shrunk = factors[0].shrunk(x, factors[0].shared(A), p, user)
-    cores = cores if cores.dtype in (shrunk.u.dtype, torch.float32) else cores.to(shrunk.u.dtype)
-    h = _run_row_core(shrunk.u, cores, scaling, *routing)
-    order = ops.product_order(len(y), x.dtype, x.device)
-    shared_B, base = factors[1].shared(B), (None, None, None)
-    if torch.is_grad_enabled():
-        return _run_layer(None, y, h, None, shared_B, None, base, 1.0, order, shrunk)
-    return _compute(y, h, base, None, shared_B, None, 1.0, order)[0]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -519,8 +478,8 @@ def lotr_linear(
         if not torch.compiler.is_exporting():
             return lotr.linear.default(x, W, bias, A, B, core, scaling, p, y, index, VERSION)
     elif obstacle(x, W, A, B, core, y) is None:
-        rows = None if index is None else ops.rows_of(index, x)
-        return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, factors or (FactorState(), FactorState()), user)
+        routing = None if index is None else (ops.rows_of(index, x), None, None)
+        return nodes(x, W, bias, A, B, core, scaling, p, y, routing, factors or (FactorState(), FactorState()), user)
     elif type(W) in _PLAIN and y is None:
         _check_beside(x, W)
     return ops.layer(x, W, bias, A, B, core, scaling, p, y, index)
@@ -542,8 +501,8 @@ def _linear_in_graph(x, W, bias, A, B, core, scaling, p, y, index, version) -> T
     for factor in (A, B):
         if not hasattr(factor, "_lotr_state"):
             factor._lotr_state = FactorState()  # on the tensor that is traced, which ends with the trace
-    rows = None if index is None else ops.rows_of(index, x)
-    return _nodes(x, W, bias, A, B, core, scaling, p, y, rows, (A._lotr_state, B._lotr_state), core)
+    routing = None if index is None else (ops.rows_of(index, x), None, None)
+    return nodes(x, W, bias, A, B, core, scaling, p, y, routing, (A._lotr_state, B._lotr_state), core)
 
 
 def _fits(x, W, A, B, core, y) -> bool:

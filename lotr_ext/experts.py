@@ -142,8 +142,8 @@ def _routed(
         rows = ops.cores_of_groups(offs, len(y), len(cores)) if index is None else index
         u = (nnf.dropout(x, p) if p else x) @ A.to(x.device, x.dtype)
         return y + ops.expand(ops.row_core(u, cores.to(x.device), scaling, rows, tokens), B.to(x.device), None, 1.0)
-    states = factors or (FactorState(), FactorState())
-    return autograd.onto_rows(x, y, A, B, cores, scaling, p, (index, None if index is not None else offs, tokens), states, user)
+    routing, states = (index, offs if index is None else None, tokens), factors or (FactorState(), FactorState())
+    return autograd.nodes(x, None, None, A, B, cores, scaling, p, y, routing, states, user)
 
 
 def lotr_grouped_linear(

@@ -184,10 +184,7 @@ class LoTRFactors(nn.Module):
         # Two calls of modules would cost 7 us a layer, and nn.Module.__getattr__ costs 0.6 us a read (bench.host, one token):
         # so here and in the layers, parameters that are plain ones are read from nn.Module's own dictionary.
         own_A, own_B = A._parameters, B._parameters
-        return operation(
-            own_A["value"] if "value" in own_A else A.value,
-            own_B["value"] if "value" in own_B else B.value,
-        )
+        return operation(own_A["value"] if "value" in own_A else A.value, own_B["value"] if "value" in own_B else B.value)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -404,8 +401,7 @@ class LoTRLayer(nn.Module):
 
         Raises:
             RuntimeError: merged already. TypeError: a base that cannot be merged into, or a weight that is no parameter
-            (weight_norm,
-                parametrizations, pruning) or held in parts (FSDP2, tensor parallelism).
+            (weight_norm, parametrizations, pruning) or held in parts (FSDP2, tensor parallelism).
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
@@ -555,9 +551,6 @@ class LoTRConv1D(LoTRLayer):
     def _take(self, linear: nn.Module) -> None:
         super()._take(linear)
         self.nx, self.nf = self.in_features, self.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # Conv1D's name of the argument
 
     def matrix(self) -> Tensor:
         return self.weight.t()

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
 from .cores import FORMS
-from .files import config_of_version_1
+from .files import config_of_version_1, expect_names
 from .functional import check_rank
 from .init import fill_core_
 from .linear import LoTRFactor, LoTRFactors, features, is_conv1d
@@ -73,10 +73,6 @@ _BIASES = ("none", "all", "lotr_only")
 _OWN = ("r", "bias", "layers_to_transform")  # names that only `LoTRConfig` refuses
 # Fields of the first version that may be in a file. share_factors can be ignored, because its files contain A and B.
 _FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
-_NOT_HERE = {
-    "magnitude": "no magnitudes, which LoTR does not have",
-    "target_parameters": "linear layers as target_modules; lotr_ext.apply_lotr adapts the parameters of experts",
-}
 _SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")  # as in LoTRConfig
 
 
@@ -122,9 +118,9 @@ class LoTRPeftConfig(PeftConfig):
         check_names(
             (name for name, value in given.items() if name not in _OWN and (value or name not in _FORMER)), cls.__name__
         )
-        for name, expected in _NOT_HERE.items():
-            if given.get(name):
-                raise TypeError(f"{name}: expected {expected}, got {given[name]!r}")
+        for name in _FORMER:
+            if given.get(name) and name != "share_factors":
+                raise TypeError(f"{name}: expected nothing, because lotr_ext.peft does not have it, got {given[name]!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -431,8 +427,7 @@ class LoTRPeftModel(BaseTuner):
             targets.append(target := Target((name,), module, *sizes, group_of(name, module, sizes, config.group_by)))
             owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
             factors = [f"lotr_factors.{owner}" for owner in owners]
-            sizes_of = {"in_features": sizes[0], "out_features": sizes[1]}
-            layers.append({"name": name, "factors": factors if len(factors) > 1 else factors[0], **sizes_of})
+            layers.append({"name": name, "factors": factors if len(factors) > 1 else factors[0]})
         if not targets:
             return  # PEFT raises a detailed error
         check_targets(targets, config.to_lotr())
@@ -554,8 +549,6 @@ class LoTRPeftModel(BaseTuner):
         if names is None:
             yield
             return
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"adapter_names: expected a list of names, one a row, got {names!r}")
         if self.training:
             raise ValueError("adapter_names: expected a model in eval mode, got one in training mode. Call model.eval() first.")
         if unknown := sorted(set(names) - {BASE, *self.lotr_factors}):
@@ -565,9 +558,8 @@ class LoTRPeftModel(BaseTuner):
         beams = kwargs.get("num_beams")
         repeated = [name for name in names for _ in range(beams if isinstance(beams, int) else 1)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        of_encoder = (
-            set() if encoder in (None, self.model) else set(encoder.modules())
-        )  # a beam search does not repeat its rows
+        # a beam search does not repeat the encoder's rows
+        of_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
         with ExitStack() as stack:
             for module in self.modules():
                 if isinstance(module, (LoTRPeftLinear, AuxiliaryTrainingWrapper)):
@@ -614,12 +606,7 @@ class LoTRPeftModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         want = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
         got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
-        if want != got:
-            missing, foreign = sorted(want - got), sorted(got - want)
-            raise ValueError(
-                f"adapter: expected the model's {len(want)} LoTR tensors, got {len(got)}: missing "
-                f"{', '.join(missing[:3]) or 'none'}; not in the model {', '.join(foreign[:3]) or 'none'}"
-            )
+        expect_names("adapter", want, got)
         return renamed
 
 
@@ -627,13 +614,6 @@ def _naming(names: list[str]) -> Callable[..., tuple[tuple, dict[str, Any]]]:
     return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names})
 
 
-def _register() -> None:
-    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(LOTR)
-    if found is not None and found is not LoTRPeftConfig:
-        raise RuntimeError(f"lotr_ext.peft: expected PEFT without a method LOTR, got one by {found.__module__}")
-    PEFT_TYPE_TO_CONFIG_MAPPING[LOTR] = LoTRPeftConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[LOTR] = LoTRPeftModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[LOTR] = LoTRPeftModel.prefix
-
-
-_register()
+PEFT_TYPE_TO_CONFIG_MAPPING[LOTR] = LoTRPeftConfig
+PEFT_TYPE_TO_TUNER_MAPPING[LOTR] = LoTRPeftModel
+PEFT_TYPE_TO_PREFIX_MAPPING[LOTR] = LoTRPeftModel.prefix

@@ -8,23 +8,22 @@ checksum of the factors.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import autograd
 from .experts import CHILD
-from .files import checked_path, put_file, tensors_in
+from .files import checked_path, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
 from .model import adapted_layers, expect_merged
@@ -56,6 +55,7 @@ class TaskBank(nn.Module):
 
     def __init__(self, model: nn.Module, tasks: int):
         super().__init__()
+        self._hooks: list[RemovableHandle] = []
         layers = adapted_layers(model)
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
@@ -75,9 +75,8 @@ class TaskBank(nn.Module):
         self._layers, self._factors = tuple(layers), _in_order(model, layers)  # the model registers the factors
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         model.lotr_tasks = self
-        guard = _Guard(self)
         called = {id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())}  # a host calls its experts
-        self._hooks = [module.register_forward_pre_hook(guard) for module in called.values()]
+        self._hooks += [module.register_forward_pre_hook(_refuse_without_request) for module in called.values()]
         if not isinstance(model, LoTRLayer):
             self._hooks.append(model.register_forward_pre_hook(_note_columns, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(_forget_columns, always_call=True))
@@ -88,6 +87,9 @@ class TaskBank(nn.Module):
 
     def __len__(self) -> int:
         return int(self.taken.sum())
+
+    def __del__(self) -> None:
+        self.remove_hooks()
 
     # ---- tasks, one by one -------------------------------------------------------------------------------------------
 
@@ -131,19 +133,15 @@ class TaskBank(nn.Module):
 
         Raises TypeError or ValueError: no path, no such task; OSError: the disk.
         """
-        from safetensors.torch import save
-
         target = checked_path(path, "path")
         with _changes:
-            cores = {name: core.cpu().clone().contiguous() for name, core in self.cores_of(task).items()}
-            metadata = self._metadata()
-        put_file(target.parent, target.name, save(cores, metadata))
+            put_tensors(target.parent, target.name, self.cores_of(task), self._metadata())
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
     def hooks_on(self, layer: nn.Module) -> int:
         """How many hooks of the bank a layer has."""
-        return sum(isinstance(hook, _Guard) for hook in layer._forward_pre_hooks.values())
+        return sum(hook is _refuse_without_request for hook in layer._forward_pre_hooks.values())
 
     def remove_hooks(self) -> None:
         """Removes the bank's hooks from the model."""
@@ -159,30 +157,20 @@ class TaskBank(nn.Module):
 
     @torch.no_grad()
     def _write(self, slot: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes a task into a slot, whose gradient becomes zero; on an exception the slot keeps its old values."""
-        before = [core[slot].clone() for core in self.cores]
-        try:
-            for core, value in zip(self.cores, values, strict=True):
-                core[slot].copy_(value)
-            self.taken[slot] = taken
-        except BaseException:
-            for core, value in zip(self.cores, before):
-                core[slot].copy_(value)
-            raise
-        for core in self.cores:
+        """Writes a task into a slot, whose gradient becomes zero."""
+        self.taken[slot] = taken
+        for core, value in zip(self.cores, values, strict=True):
+            core[slot].copy_(value)
             if core.grad is not None:  # of the slot's last task; it would move this one, and count in a norm for clipping
                 core.grad[slot].zero_()
 
     def _values(self, source: Source | None) -> list[Tensor]:
-        """The cores of a task, checked, in the dtype and on the device of the bank."""
+        """The cores of a task, checked."""
         if source is None:
             return [torch.zeros_like(core.detach()[0]) for core in self.cores]
         tensors = source if isinstance(source, Mapping) else self._read(source)
         names = [f"{name}.core" for name in self._layers]
-        if set(tensors) != set(names):
-            missing, extra = sorted(set(names) - set(tensors)), sorted(map(str, set(tensors) - set(names)))
-            raise ValueError(f"source: expected {len(names)} cores, got {missing[:1]} missing, {extra[:1]} of no layer")
-        values = []
+        expect_names("source", names, tensors)
         for name, core in zip(names, self.cores):
             value = tensors[name]
             if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -190,13 +178,7 @@ class TaskBank(nn.Module):
                 raise TypeError(f"{name}: expected a floating tensor, got {got}")
             if value.shape != core.shape[1:]:
                 raise ValueError(f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}")
-            if value.is_meta and not core.is_meta:
-                raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-            held = value.detach().to(core.dtype)
-            if not value.is_meta and bool((held.isinf() & value.isfinite()).any()):
-                raise ValueError(f"{name}: expected values that the bank's {core.dtype} can hold, got larger {value.dtype}")
-            values.append(held.to(core.device))
-        return values
+        return [tensors[name].detach() for name in names]
 
     def _read(self, source: object) -> dict[str, Tensor]:
         """The cores of a file."""
@@ -257,14 +239,9 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     if not isinstance(bank, TaskBank):
         raise RuntimeError("use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
     expect_merged(layers, False, "use_tasks")
-    scalings = tuple(float(layer.scaling) for layer in layers.values())
-    if (tuple(layers), scalings) != (bank._layers, bank._scalings):
-        raise RuntimeError(
-            "use_tasks: expected the layers and scalings that the bank was made for, got others. Make a new bank."
-        )
     _check_index(model, bank, index)
     request = _Request(index, flat or any(hasattr(layer, "num_experts") for layer in layers.values()))
-    states = {layer: request.state(core) for layer, core in zip(layers.values(), bank.cores)}
+    states = {layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)}
     with autograd.requesting(states if isinstance(model, LoTRLayer) else {model: request, **states}):
         yield model
 
@@ -288,13 +265,13 @@ def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
 
 class _Request:
     """What an open `use_tasks` tells the layers: the index of each input. columns: (tokens in the cache, tokens given) of the
-    running forward, if it has a cache; seen: of all forwards in this context."""
+    running forward, if it has a cache; cached: whether a forward in this context had one."""
 
     def __init__(self, index: Tensor, flat: bool):
         self.index, self.flat = index, flat
         self.on_device = {index.device: index}
         self.columns: tuple[int, int] | None = None
-        self.seen: set[tuple[int, int] | None] = set()
+        self.cached = False
 
     def state(self, cores: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """A layer's state: from its input x to its cores and the index of x's rows, or tokens."""
@@ -306,12 +283,10 @@ class _Request:
         if index is None:  # copied once to each device
             index = self.on_device[x.device] = self.index.to(x.device)
         b = len(index)
-        if x.is_nested:
-            raise TypeError("x: expected a dense batch for an index of tasks, got a nested tensor. Pad it.")
         if self.flat and x.dim() == 2:
-            if len(x) % b if b else len(x):
+            each, rest = divmod(len(x), max(b, 1))
+            if rest:
                 raise ValueError(f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}")
-            each = max(1, len(x) // max(b, 1))
             return index.repeat_interleave(each) if index.dim() == 1 else self._of_columns(index, each).reshape(-1)
         if x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
@@ -322,89 +297,60 @@ class _Request:
 
     def _of_columns(self, index: Tensor, count: int) -> Tensor:
         """The columns of an index [b, t] for the `count` tokens of each row of a layer's input."""
-        t, columns = index.shape[1], self.columns
-        if columns is None and autograd._graph_task() >= 0 and self.seen:  # a checkpoint's recomputation
-            if len(self.seen) > 1:
-                raise RuntimeError(
-                    "use_tasks: expected one forward in the context, got several with different caches. Under checkpointing, "
-                    "an index per token needs a context for each forward and its backward."
-                )
-            columns = next(iter(self.seen))
-        if columns is None:
-            if count != t:
-                raise ValueError(
-                    f"x: expected {t} tokens per row, as in the index of tasks, got {count}. Pass an index [b, {count}], or "
-                    f"[b] for one task per row. Steps after the index need a cache that the model's own forward gets."
-                )
-            return index
-        past, own = columns
+        if self.columns is None and self.cached and autograd._graph_task() >= 0:  # a checkpoint's recomputation
+            raise RuntimeError(
+                "use_tasks: expected no cache of keys and values in a context whose forward is recomputed, got one. Pass an "
+                "index of one task per row, or open one context for the forward with a cache and another for the other."
+            )
+        t = index.shape[1]
+        past, own = self.columns or (0, t)
         if count != own:
             raise ValueError(
-                f"x: expected the {own} tokens per row that the model was called with, got {count}: an index per token does "
-                f"not say which these are. Pass an index [b] of one task per row, or do not adapt this layer."
+                f"x: expected {own} tokens per row, as in the index of tasks or the call of the model, got {count}. Pass an "
+                f"index [b] of one task per row. Steps after the index need a cache that the model's own forward gets."
             )
-        return index[:, (torch.arange(count, device=index.device) + past).clamp(max=t - 1)]
+        return index if self.columns is None else index[:, (torch.arange(own, device=index.device) + past).clamp(max=t - 1)]
 
 
 def _note_columns(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A hook before the model's forward: notes how many tokens are in the cache, for an index with a task per token."""
-    request = autograd.requests().get(model) if autograd.open_requests else None
+    request = autograd.requests().get(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.columns = _cached(model, args, kwargs)
-        request.seen.add(request.columns)
+        request.cached = request.cached or request.columns is not None
 
 
 def _forget_columns(model: nn.Module, args: tuple, output: object) -> None:
-    request = autograd.requests().get(model) if autograd.open_requests else None
+    request = autograd.requests().get(model)
     if isinstance(request, _Request):
         request.columns = None
 
 
 def _cached(model: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int] | None:
     """(tokens per row in the cache, tokens per row given) of a call of the model; None without a cache."""
-    try:
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # the call itself will raise, or has no signature
-        bound = dict(enumerate(args)) | kwargs
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given = {**bound, **bound.get("kwargs", {})}
-    named = [given[name] for name in _CACHES if given.get(name) is not None]
-    caches = {id(v): v for v in (*named, *given.values()) if hasattr(v, "get_seq_length") or any(v is one for one in named)}
+    caches = [v for name, v in given.items() if v is not None and (name in _CACHES or hasattr(v, "get_seq_length"))]
     if not caches:
         return None
-    tensors = (given.get("input_ids"), given.get("inputs_embeds"), *given.values())
-    tokens = next((t for t in tensors if isinstance(t, Tensor) and t.dim() > 1), None)
-    cache = next(iter(caches.values()))
-    if len(caches) > 1 or tokens is None or not hasattr(cache, "get_seq_length"):
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    layers = getattr(caches[0], "layers", None)
+    held = [int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")]
+    if len(caches) > 1 or tokens is None or layers is None or (layers and not held):
         raise ValueError(
-            f"index: expected shape [b] for a call with {len(caches)} {type(cache).__name__}, which does not say how many "
-            f"tokens it holds, got an index per token. Pass one cache with get_seq_length() and the token ids by name."
+            f"index: expected shape [b] for a call with {len(caches)} {type(caches[0]).__name__}, which does not say how many "
+            f"tokens it holds, got an index per token. Pass one transformers Cache beside input_ids or inputs_embeds."
         )
-    past = int(cache.get_seq_length())
-    if past == 0:  # also of MiniMax's cache after tokens: its first layer keeps no tokens, but a state
-        layers = (layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
-        past = max((int(layer.get_seq_length()) for layer in layers), default=0)
-    return past, tokens.shape[1]
+    return max(held, default=0), tokens.shape[1]  # the largest: a layer with a state instead of keys and values holds none
 
 
-class _Guard:
+def _refuse_without_request(layer: nn.Module, args: tuple) -> None:
     """A hook on layers of a model with a bank: refuses a checkpoint's recomputation that no request reaches. It would compute
-    without tasks. Refers weakly to the bank, so `del model.lotr_tasks` ends it."""
-
-    def __init__(self, bank: TaskBank | None):
-        self.bank = (lambda: None) if bank is None else weakref.ref(bank)
-
-    def __call__(self, layer: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or autograd._graph_task() < 0 or self.bank() is None:
-            return
-        if not autograd.requests().keys().isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values())):
-            return
+    without tasks."""
+    if torch.compiler.is_compiling() or autograd._graph_task() < 0:
+        return
+    if autograd.requests().keys().isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values())):
         raise RuntimeError(
             "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got "
             "one outside. To train the model's own adapter under checkpointing, remove the bank first (del model.lotr_tasks)."
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
-        return _Guard(copy.deepcopy(self.bank(), memo))
-
-    def __reduce__(self) -> tuple:
-        return _Guard, (self.bank(),)

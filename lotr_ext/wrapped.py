@@ -25,8 +25,7 @@ def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
     known.
 
     torchao, optimum-quanto: a tensor subclass with dequantize(). bitsandbytes: Linear4bit and Linear8bitLt. HQQ and others: a
-    module
-    with dequantize().
+    module with dequantize().
     """
     weight = getattr(module, "weight", None)
     kind = type(weight).__name__

@@ -86,18 +86,10 @@ def _checkpoint(**tensors: torch.Tensor) -> Path:
 
 _CONFIG: list[Row] = [
     ("PEFT rank 0", "rank", _config("rank", 0)),
-    ("PEFT rank 2.5", "rank", _config("rank", 2.5)),
     ("PEFT rank and r", "r", _config("r", 4, rank=2)),
-    ("PEFT alpha a word", "alpha", _config("alpha", "8")),
-    ("PEFT scaling a word", "scaling", _config("scaling", "Auto")),
-    ("PEFT scaling and alpha", "scaling", _config("scaling", 1.0, alpha=2)),
-    ("PEFT dropout 1", "dropout", _config("dropout", 1.0)),
     ("PEFT init svd", "init", _config("init", "svd")),
-    ("PEFT init unknown", "init", _config("init", "zeros")),
     ("PEFT core custom", "core", _config("core", "custom")),
-    ("PEFT core_init unknown", "core_init", _config("core_init", "ones")),
     ("PEFT group_by a callable", "group_by", _config("group_by", lambda name, module: "g")),
-    ("PEFT train a word", "train", _config("train", "core")),
     ("PEFT bias of LoRA", "bias", _config("bias", "lora_only")),
     ("PEFT layers_to_transform", "layers_to_transform", _config("layers_to_transform", [0], target_modules="q")),
     ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),

@@ -179,8 +179,8 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     ("load into another model", "model", lambda: load_adapter(zoo.net("attention"), FOLDER / "dense")),
     ("load into other layers", "layers", lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense")),
-    ("load another rank", "rank", lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense")),
-    ("load other modules_to_save", "modules_to_save", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
+    ("load another rank", "A", lambda: load_adapter(trained("mlp", modules_to_save=["head"]), FOLDER / "dense")),
+    ("load other modules_to_save", "tensors", lambda: load_adapter(trained("mlp", rank=2), FOLDER / "dense")),
     ("load another dtype", "A", lambda: load_adapter(
         trained("mlp", rank=2, modules_to_save=["head"], adapter_dtype="bfloat16"), FOLDER / "dense")),
     ("load into a merged model", "load_adapter", lambda: load_adapter(

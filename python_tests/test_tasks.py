@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,21 +30,18 @@ def banked(name: str = "attention", tasks: int = 4, taken: int = 3, **settings: 
     return model
 
 
+def called(model: nn.Module, cores: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The output for x with these cores in the layers themselves."""
+    found = torch.func.functional_call(model, cores, (x,))
+    return found if isinstance(found, Tensor) else found.logits
+
+
 def alone(model: nn.Module, task: int, x: Tensor) -> Tensor:
     """The output for x with the task's cores in the layers themselves; -1: without the adapter."""
     if task == -1:
         with disabled(model):
             return zoo.output(model, x)
-    own = model.lotr_tasks.cores_of(task)
-    layers = adapted_layers(model)
-    before = {name: layer.core.detach().clone() for name, layer in layers.items()}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.core.copy_(own[f"{name}.core"])
-        y = zoo.output(model, x)
-        for name, layer in layers.items():
-            layer.core.copy_(before[name])
-    return y
+    return called(model, model.lotr_tasks.cores_of(task), x)
 
 
 def rows(model: nn.Module, x: Tensor, index: Tensor = INDEX) -> Tensor:
@@ -92,20 +89,13 @@ def test_gradients_are_those_of_models_alone(name: str, how: str) -> None:
     bank = model.lotr_tasks.requires_grad_()
     direction = torch.randn_like(zoo.output(model, x))
     factors = own_parameters(model)[: len(model.lotr_factors)]
-    expected = [torch.zeros_like(p) for p in (*bank.cores, *factors)]
-    layers = list(adapted_layers(model).values())
-    for i, task in enumerate(INDEX.tolist()):
-        if task == -1:
-            continue
-        with torch.no_grad():
-            for layer, core in zip(layers, bank.cores):
-                layer.core.copy_(core[task])
-        cores = [layer.core for layer in layers]
-        grads = torch.autograd.grad((zoo.output(model, x[i : i + 1]) * direction[i : i + 1]).sum(), [*cores, *factors])
-        for total, g in zip(expected, grads[: len(cores)]):
-            total[task] += g
-        for total, g in zip(expected[len(cores) :], grads[len(cores) :]):
-            total += g
+    names = [f"{name}.core" for name in adapted_layers(model)]
+    found = [
+        called(model, {name: core[task] for name, core in zip(names, bank.cores)}, x[i : i + 1]) * direction[i]
+        for i, task in enumerate(INDEX.tolist())
+        if task >= 0
+    ]
+    expected = torch.autograd.grad(torch.cat(found).sum(), (*bank.cores, *factors))
     with use_tasks(model, INDEX):
         if how == "plain":
             y = zoo.output(model, x)
@@ -137,22 +127,16 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(reentrant: bool)
     checkpoint(model, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
 
 
-def test_two_threads_use_their_own_tasks() -> None:
+def test_threads_use_their_own_tasks() -> None:
     model, x = banked("llama"), zoo.inputs("llama", rows=4)
     wanted = {task: rows(model, x, torch.full((4,), task)) for task in (0, 1, 2, -1)}
-    found: dict[int, list[float]] = {task: [] for task in wanted}
 
-    def run(task: int) -> None:
-        for _ in range(10):
-            with use_tasks(model, torch.full((4,), task)):
-                found[task].append(relative(zoo.output(model, x), wanted[task]))
+    def run(task: int) -> list[float]:
+        with use_tasks(model, torch.full((4,), task)):
+            return [relative(zoo.output(model, x), wanted[task]) for _ in range(10)]
 
-    threads = [threading.Thread(target=run, args=(task,)) for task in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(max(errors) for errors in found.values()) < 1e-5 and all(len(errors) == 10 for errors in found.values())
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        assert max(max(errors) for errors in pool.map(run, wanted)) < 1e-5
 
 
 def test_contexts_nest() -> None:
@@ -229,16 +213,9 @@ def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
 def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {
-        "vocab_size": 20,
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "decoder_start_token_id": 0,
-    }
-    model = apply_lotr(T5ForConditionalGeneration(T5Config(**sizes)), LoTRConfig(rank=2, target_modules=["q"]))
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    net = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = apply_lotr(net, LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
     ids = torch.randint(1, 20, (2, 3))
     with use_tasks(model, torch.tensor([0, -1])):
@@ -248,21 +225,16 @@ def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
 
 
 def test_columns_under_checkpoints_need_one_cache_a_context() -> None:
-    model, x = banked("llama"), zoo.inputs("llama", rows=2)
     from transformers import DynamicCache
 
-    index = torch.zeros(2, 5, dtype=torch.long)
-    with use_tasks(model, index):
-        one = checkpoint(
-            lambda a: model(x, use_cache=False).logits + a, torch.zeros((), requires_grad=True), use_reentrant=False
-        )
-        one.sum().backward()
-        two = checkpoint(lambda a: model.model.layers[0].self_attn.q_proj(torch.ones(2, 5, 16)) + a,
-                         torch.zeros((), requires_grad=True), use_reentrant=False)  # fmt: skip
+    model, x, anchor = banked("llama"), zoo.inputs("llama", rows=2), torch.zeros((), requires_grad=True)
+    with use_tasks(model, torch.zeros(2, 5, dtype=torch.long)):
+        y = [checkpoint(lambda a: model(x, use_cache=False).logits + a, anchor, use_reentrant=False).sum() for _ in range(2)]
+        y[0].backward()
         with torch.no_grad():
             model(x, past_key_values=DynamicCache(config=model.config))
-        with pytest.raises(RuntimeError, match="one forward"):
-            two.sum().backward()
+        with pytest.raises(RuntimeError, match="expected no cache"):
+            y[1].backward()
 
 
 # ---- flat inputs and experts ------------------------------------------------------------------------------------------
@@ -318,9 +290,6 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
     with use_tasks(model, tasks):
         found = model(x)
     for i, task in enumerate(tasks.tolist()):  # the expert of a token depends on its place in the batch
-        same = torch.full_like(tasks, task)
-        with use_tasks(model, same):
-            assert relative(found[i], model(x)[i]) < 1e-6
         assert relative(found[i], alone(model, task, x)[i]) < 1e-5
 
 
@@ -351,14 +320,6 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     assert len(bank) == 2
 
 
-def test_an_index_of_a_free_slot_is_refused() -> None:
-    model = banked("mlp", tasks=4, taken=3)
-    model.lotr_tasks.remove(1)
-    for index in (torch.tensor([0, 1]), torch.tensor([[0, 3], [2, -1]]), torch.tensor([4]), torch.tensor([-2])):
-        with pytest.raises(ValueError, match="index: expected"), use_tasks(model, index):
-            pass
-
-
 def test_a_reused_slot_has_no_gradient_of_its_last_task() -> None:
     model, x = banked("mlp", tasks=2, taken=2), zoo.inputs("mlp", rows=2)
     bank = model.lotr_tasks.requires_grad_()
@@ -379,19 +340,6 @@ def test_a_changed_task_makes_an_older_backward_raise() -> None:
         y.sum().backward()
 
 
-def test_a_failed_write_leaves_the_slot_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = banked("mlp")
-    bank, good = model.lotr_tasks, [t.clone() for t in model.lotr_tasks.cores_of(0).values()]
-    bad = {name: torch.randn(3, 3) for name in bank.cores_of(0)}
-    bad[list(bad)[-1]] = torch.full((3, 3), float("inf"), dtype=torch.float64)
-    real, calls = bank._values(bad), []
-    real[-1] = torch.zeros(2, 2)  # fails in the middle of the write
-    monkeypatch.setattr(bank, "_values", lambda source: calls.append(1) or real)
-    with pytest.raises(RuntimeError):
-        bank.replace(0, bad)
-    assert calls and all(torch.equal(t, want) for t, want in zip(bank.cores_of(0).values(), good))
-
-
 def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -> None:
     model = banked("attention")
     model.lotr_tasks.save(0, path := tmp_path / "task.safetensors")
@@ -410,7 +358,6 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
         again.lotr_tasks.add(path)
     for value, kind in (
         (torch.zeros(3, 3, dtype=torch.int64), TypeError),
-        (torch.full((3, 3), 1e39, dtype=torch.float64), ValueError),
         (torch.zeros(1, 1), ValueError),
         (torch.zeros(3), ValueError),
     ):
@@ -456,13 +403,6 @@ def test_a_task_s_file_fits_whatever_the_order_of_the_groups(tmp_path: Path) -> 
     banks[0].add()
     banks[0].save(0, tmp_path / "task.safetensors")
     banks[1].add(tmp_path / "task.safetensors")
-
-
-def test_a_layer_that_was_rescaled_is_refused() -> None:
-    model = banked("mlp")
-    model.blocks[0]["up"].scaling = 3.0
-    with pytest.raises(RuntimeError, match="scalings"), use_tasks(model, INDEX):
-        pass
 
 
 def test_a_single_layer_may_have_a_bank() -> None:

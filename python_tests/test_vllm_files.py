@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,15 @@ from torch import nn
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
 from lotr_ext.vllm import export_factors, export_task
 
-CHANGES = {
-    "nan": "expected finite values in model.layers.0.self_attn.k_proj.core",
-    "shape": r"expected floating values \(2, 3\) in model.layers.0.self_attn.k_proj.core",
-    "missing": r"expected 8 cores, got \['model.layers.0.self_attn.k_proj.core'\] missing",
-    "integers": r"expected floating values \(2, 3\)",
-    "cut": "expected a safetensors file",
-    "gone": "expected a safetensors file",
-    "other factors": "expected a task over the engine's factors",
-    "a LoRA": "expected a task by export_task, got an adapter of LORA",
-    "no JSON": "expected a directory of export_task",
+KEY = "model.layers.0.self_attn.k_proj.core"
+Change = Callable[[dict, dict], object]  # of a task's tensors and configuration
+CHANGES: dict[str, tuple[Change, str]] = {
+    "NaN": (lambda t, c: t[KEY].fill_(torch.nan), f"expected finite values in {KEY}"),
+    "another shape": (lambda t, c: t.update({KEY: t[KEY][:-1].clone()}), rf"expected floating values \(2, 3\) in {KEY}"),
+    "integers": (lambda t, c: t.update({KEY: t[KEY].int()}), rf"expected floating values \(2, 3\) in {KEY}"),
+    "no core": (lambda t, c: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
+    "other factors": (lambda t, c: c.update(lotr_factors="0" * 64), "expected a task over the engine's factors"),
+    "a LoRA": (lambda t, c: c.pop("lotr_factors"), "expected a task by export_task, got an adapter of LORA"),
 }
 
 
@@ -54,29 +54,24 @@ def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("how", CHANGES)
-def test_what_is_no_task_is_refused(how: str, tmp_path: Path) -> None:
-    model, key = adapted(), "model.layers.0.self_attn.k_proj.core"
-    export_task(model, tmp_path)
-    factors = vllm.factors_of(model if how != "other factors" else adapted(), "test")
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path) -> None:
+    export_task(model := adapted(), tmp_path)
     file, config = tmp_path / "lotr_task.safetensors", tmp_path / "adapter_config.json"
     tensors, content = load_file(file), json.loads(config.read_text())
-    if how == "nan":
-        tensors[key][0, 0] = torch.nan
-    elif how in ("shape", "integers"):
-        tensors[key] = tensors[key][:-1].clone() if how == "shape" else tensors[key].int()
-    elif how == "missing":
-        del tensors[key]
+    change(tensors, content)
     save_file(tensors, file)
-    if how == "cut":
-        file.write_bytes(file.read_bytes()[:-9])
-    elif how == "gone":
-        file.unlink()
-    elif how == "a LoRA":
-        del content["lotr_factors"]
-    config.write_text("{" if how == "no JSON" else json.dumps(content))
-    with pytest.raises(ValueError, match=CHANGES[how]):
-        vllm.read_task(tmp_path, factors)
+    config.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        vllm.read_task(tmp_path, vllm.factors_of(model, "test"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lotr_task.safetensors", "safetensors"), ("adapter_config.json", "JSON")])
+def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    export_task(model := adapted(), tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"adapter: expected a {kind} file"):
+        vllm.read_task(tmp_path, vllm.factors_of(model, "test"))
 
 
 @pytest.mark.parametrize(

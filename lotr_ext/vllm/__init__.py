@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, read, read_bytes, save_adapter, start_key, tensors_in
+from ..files import checked_path, expect_names, json_in, read, save_adapter, start_key, tensors_in
 from ..model import adapted_layers
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -167,15 +167,11 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
     Raises ValueError: anything but a complete task over these factors, finite and of their shapes.
     """
     directory = Path(directory)
-    try:
-        config = json.loads(read_bytes(directory / CONFIG_NAME))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"adapter: expected a directory of export_task, got {directory} ({error})") from None
-    if not isinstance(config, dict) or CHECKSUM not in config:
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = json_in(directory / CONFIG_NAME, "adapter")
+    if CHECKSUM not in config:
         raise ValueError(
-            f"adapter: expected a task by export_task, got an adapter of {kind} in {directory}. An engine with LOTR_FACTORS "
-            f"serves only tasks."
+            f"adapter: expected a task by export_task, got an adapter of {config.get('peft_type')} in {directory}. An engine "
+            f"with LOTR_FACTORS serves only tasks."
         )
     if config[CHECKSUM] != factors.checksum:
         raise ValueError(
@@ -189,9 +185,7 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
 def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:
     """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one finite core of the right shape a layer."""
     names = {f"{layer}.core": layer for layer in factors.spans}
-    if tensors.keys() != names.keys():
-        missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
-        raise ValueError(f"{where}: expected {len(names)} cores, got {missing[:1]} missing and {extra[:1]} besides")
+    expect_names(where, names, tensors)
     for name, layer in names.items():
         core, shape = tensors[name], factors.core_shape(layer)
         if tuple(core.shape) != shape or not core.is_floating_point():
