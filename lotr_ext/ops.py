@@ -91,6 +91,8 @@ def cuda_obstacle(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"expected compute capability 8.0 or later, got {major}.{minor}"
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("lotr_ext: expected a call before a graph's capture, got the first one inside of it. Warm up first.")
     if (error := failed_call(torch.device("cuda", index))) is None:
         return None
     arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"  # wgmma is in 90a alone

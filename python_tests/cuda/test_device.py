@@ -126,6 +126,29 @@ def test_calls_on_two_streams() -> None:
     assert torch.allclose(y, want, rtol=1e-3, atol=1e-3) and torch.isfinite(kept).all()
 
 
+def test_gradients_of_layers_on_two_streams() -> None:
+    """The first stream is held up in backward: a sum of both streams' layers would be read or written too early."""
+    factors = LoTRFactors(512, 512, 16).cuda()
+    layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
+    xs, streams, outputs = torch.randn(2, 2000, 512, device="cuda"), [torch.cuda.Stream() for _ in layers], []
+    for layer in layers:
+        torch.nn.init.normal_(layer.core)
+    torch.cuda.synchronize()
+    for layer, x, stream in zip(layers, xs, streams, strict=True):
+        with torch.cuda.stream(stream):
+            outputs.append(layer(x))
+    outputs[0].register_hook(lambda g: torch.cuda._sleep(500_000_000))
+    torch.cuda.synchronize()
+    (outputs[0].sum() + outputs[1].sum()).backward()
+    torch.cuda.synchronize()
+    A, B, one = factors.A.value, factors.B.value, torch.ones(2000, 512, device="cuda")
+    with torch.no_grad():
+        want_A = sum(x.T @ (one @ (layer.scaling * B @ layer.core.T)) for x, layer in zip(xs, layers, strict=True))
+        want_B = sum(layer.scaling * one.T @ (x @ A @ layer.core) for x, layer in zip(xs, layers, strict=True))
+    for got, want in ((A.grad, want_A), (B.grad, want_B)):
+        assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
 def test_nothing_synchronises() -> None:
     t = layer(512, 256, 256, 16)
     step(t)
