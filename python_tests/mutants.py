@@ -280,8 +280,8 @@ MUTANTS = [
     Mutant("linear.py", "        return self.weight.t()\n", "        return self.weight\n", "Conv1D not transposed"),
     Mutant(
         "wrapped.py",
-        "if not isinstance(y, Tensor) or y.shape != want.shape:\n            return False",
-        "if True:\n            return True",
+        "if not same_shape or not torch.allclose(",
+        "if not same_shape and not torch.allclose(",
         "merges into a base that returns something else",
     ),
     Mutant(
@@ -306,8 +306,8 @@ MUTANTS = [
     Mutant("init.py", "/ math.sqrt(d)", "/ math.sqrt(r)", "kaiming bound of the wrong side"),
     Mutant(
         "init.py",
-        "cores[:, :r_in, :r_out] = torch.stack([A.T @ w.T @ B for w in stack])",
-        "cores[:, :r_in, :r_out] = torch.stack([A.T @ w.T @ B for w in stack[:1]])",
+        "torch.stack([A.T @ half for half in left(B)])",
+        "torch.stack([A.T @ half for half in left(B)[:1]])",
         "svd: the first layer's core for all",
     ),
     Mutant(
@@ -349,8 +349,8 @@ MUTANTS = [
     ),
     Mutant(
         "experts.py",
-        "        if self.merged or off:\n            return grouped_linear",
-        "        if off:\n            return grouped_linear",
+        "        if self.merged or state is OFF:\n            return grouped_linear",
+        "        if state is OFF:\n            return grouped_linear",
         "merged experts add their adapter again",
     ),
     # other forms
@@ -392,7 +392,7 @@ MUTANTS = [
         "config.train ignored",
     ),
     Mutant("model.py", "    layer.leave_factors_to_owner()\n", "", "factors registered in every layer"),
-    Mutant("model.py", 'features if config.group_by == "width" else group)', "group)", "by width: no shared factors"),
+    Mutant("model.py", "{features if config.group_by == 'width' else group}", "{group}", "by width: no shared factors"),
     Mutant(
         "model.py", 'if part == "B" and config.core_init == "identity":', "if False:", "identity cores start with an effect"
     ),
@@ -473,6 +473,21 @@ MUTANTS = [
         "if False:",
         "factors shared in another way are loaded",
     ),
+    Mutant(
+        "targets.py",
+        "elif any(_matches(name, config.exclude_modules) for name in names):",
+        "elif False:",
+        "exclude_modules ignored",
+    ),
+    Mutant("targets.py", "if t.sizes != want.sizes:", "if False:", "groups of mixed shapes are accepted"),
+    Mutant(
+        "model.py",
+        'owners.get(id(parameter), "other")',
+        'owners.get(id(parameter), "factors")',
+        "a head is in the factors' group",
+    ),
+    Mutant("files.py", 'layers[name].scaling = document["layers"][name]["scaling"]', "pass", "the scaling is not loaded"),
+    Mutant("files.py", '    expect_names("layers", layers, entries)\n', "", "another model's layers are not refused"),
 ]
 
 
