@@ -89,7 +89,7 @@ class LoTRConfig:
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight
-            with another module, and, as in PEFT, a transformers model's output layer and heads. `trainable_summary` lists the
+            with another module, and, as in PEFT, the output layer or heads (transformers, timm). `trainable_summary` lists the
             layers that were left out. With target_parameters, None: no linear layer.
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).

@@ -193,8 +193,9 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
-    """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description."""
-    outputs = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description: transformers' and timm's."""
+    getters = ("get_output_embeddings", "get_classifier")
+    outputs = [getattr(m, get)() for m in model.modules() for get in getters if hasattr(m, get)]
     tops = {top: "the output layer: name it to adapt it" for top in outputs if isinstance(top, nn.Module)}
     tops |= dict.fromkeys(heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)")
     return {id(m): what for top, what in tops.items() for m in top.modules()}
