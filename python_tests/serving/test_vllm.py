@@ -167,13 +167,13 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     found = run(tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2)
     messages = [
         "expected a task by export_task, got an adapter of LORA",
-        "expected a directory of export_task",
+        "expected a JSON file",
         "expected a task over the engine's factors",
         "expected finite values in model.layers.0.mlp.down_proj.core, got values that are not finite",
         "expected floating values (3, 5)",
-        "cores, got ['model.layers.0.mlp.down_proj.core'] missing",
+        "missing model.layers.0.mlp.down_proj.core; not in the model none",
         "expected a safetensors file",
-        "expected a directory of export_task",
+        "expected a JSON file",
     ]
     for message, result in zip(messages, found[1:-1], strict=True):
         assert isinstance(result, dict) and message in result["error"], (message, result)
