@@ -4,7 +4,7 @@
     python python_tests/mutants.py 3 17 files those numbers, and those whose file or description has that word
 
 Each is put into a copy of the package, and the tests of its file run until one fails. A mutant that survives is a missing test,
-or a line that is not needed. `python_tests/simt` does the same for the kernels' sources.
+or a line that is not needed. `python_tests/kernels/test_planted.py` does the same for the kernels' sources.
 """
 
 from __future__ import annotations

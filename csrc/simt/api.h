@@ -17,9 +17,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <set>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "site.h"
@@ -92,9 +90,6 @@ struct Counters {
   std::vector<LaunchRecord> launches;
   std::vector<Traffic> arrays;  // in the order of registration; last "(unregistered)"
 };
-// The layouts of each wgmma since reset_counters: whether b is MN-major, n, whether bfloat16.
-using ProductLayout = std::tuple<bool, int, bool>;
-extern std::set<ProductLayout> product_layouts;
 
 Counters counters();
 void reset_counters();  // registered arrays stay
@@ -109,7 +104,5 @@ void unmap_sparse(void* p, size_t bytes);
 
 // The coverage build: writes the line counts of this process now (they are written at exit anyway).
 void write_coverage();
-// "plain", "asan", "race" or "coverage": how this executor was built.
-const char* build_mode();
 
 }  // namespace lotr::simt

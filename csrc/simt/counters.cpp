@@ -234,7 +234,6 @@ Counters counters() {
 
 void reset_counters() {
   totals = Counters{};
-  product_layouts.clear();
   forget_sites();
   for (Array& array : arrays) {
     const Traffic zero{array.traffic.name, array.traffic.size};
@@ -307,10 +306,6 @@ void write_coverage() {
   __gcov_dump();
   __gcov_reset();
 #endif
-}
-
-const char* build_mode() {
-  return LOTR_SIMT_RACE ? "race" : LOTR_SIMT_ASAN ? "asan" : LOTR_SIMT_COVERAGE ? "coverage" : "plain";
 }
 
 }  // namespace lotr::simt

@@ -115,8 +115,6 @@ void nothing(Warp&, uint32_t, void*) {}
 
 }  // namespace
 
-std::set<ProductLayout> product_layouts;
-
 void wgmma_fence(Site site) {
   race::ExecutorScope scope;
   if (left_out("wgmma.fence", site)) return;
@@ -140,10 +138,7 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
     fail("wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte swizzle",
          site.file, site.line, n);
   warp_collective("wgmma.mma_async", ~0u, site, nullptr, nothing, nullptr, false);
-  if (t.linear % WARPGROUP == 0) {
-    ++totals.wgmma;
-    product_layouts.insert({mn_major, n, is_bf16});
-  }
+  if (t.linear % WARPGROUP == 0) ++totals.wgmma;
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
   WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, mn_major, false, t.products_issued++, {}};

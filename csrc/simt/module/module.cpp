@@ -25,14 +25,6 @@ void run(const std::string& name, const py::dict& arrays, const py::dict& number
   throw py::value_error("run: name: expected one of " + known + ", got " + name);
 }
 
-// Kernel, its array names, its numbers with their defaults.
-py::list table() {
-  py::list all;
-  for (const Kernel& kernel : kernels())
-    all.append(py::make_tuple(kernel.name, kernel.arrays, kernel.numbers));
-  return all;
-}
-
 py::dict counters_dict() {
   using namespace pybind11::literals;
   const Counters c = counters();
@@ -107,7 +99,6 @@ PYBIND11_MODULE(lotr_simt, m) {
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
   m.def("run", &run, "name"_a, "arrays"_a, "numbers"_a = py::dict(),
         "Runs a kernel's operator on numpy arrays (bfloat16 as uint16), which it writes in place");
-  m.def("table", &table, "(name, arrays, numbers) of each kernel that run takes");
   m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
         "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 and later)");
   m.def("plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
@@ -117,9 +108,6 @@ PYBIND11_MODULE(lotr_simt, m) {
         "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
-  m.def(
-      "product_layouts", [] { return product_layouts; },
-      "(b is MN-major, n, bfloat16) of each wgmma since reset_counters");
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def(
@@ -129,5 +117,4 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");
   m.def("write_coverage", &write_coverage);
-  m.def("build_mode", [] { return std::string(build_mode()); });
 }
