@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 
@@ -21,7 +20,8 @@ _LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
 def report() -> list[str]:
     """The lines that the command prints. The first says in plain words which kernels there are, and whether they run here."""
     built, gpus = build_info(), torch.cuda.device_count()
-    versions = (importlib.metadata.version(name) if importlib.util.find_spec(name) else "-" for name in _LIBRARIES)
+    versions = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    libraries = ", ".join(f"{name} {versions.get(name, '-')}" for name in _LIBRARIES)
     summary, cuda = "not built", []
     if built["cuda"]["built"]:
         obstacle, (runtime, driver) = cuda_obstacle(0), torch.ops.lotr.cuda_versions()
@@ -38,7 +38,7 @@ def report() -> list[str]:
         f"lotr_ext   {__version__} (extension {built['version']}, for torch >= {built['torch_target']})",
         f"python     {platform.python_version()} on {platform.platform()}",
         f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}, {torch.get_num_threads()} threads",
-        f"libraries  {', '.join(map(' '.join, zip(_LIBRARIES, versions)))}",
+        f"libraries  {libraries}",
         f"CPU        kernels for {built['cpu']['isa']}",
         *cuda,
     ]
