@@ -101,13 +101,13 @@ class Shared(Function):
     @staticmethod
     def forward(ctx, factor: Tensor, sums: dict[int, Tensor]) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.sums, ctx.dtype = sums, factor.dtype
+        ctx.sums = sums
         return factor.detach()  # not a view: autograd refuses views of a leaf that the optimizer changed
 
     @staticmethod
     def backward(ctx, grad: Tensor | None):
         total = ctx.sums.pop(_graph_task(), None) if ctx.sums else None
-        return _added(grad, None if total is None else total.to(ctx.dtype)), None
+        return _added(grad, total), None  # autograd casts it to the factor's dtype
 
 
 def _sum_of(factor: Tensor | None, need: bool) -> tuple[bool, Tensor | None]:
@@ -186,10 +186,9 @@ class RowCore(Function):
                 index = ops.cores_of_groups(offs, len(g), len(cores))
             du, dcores = _gradients(lambda u, cores: ops.row_core(u, cores, ctx.scaling, index, tokens), (u, cores), g)
         else:
-            found = lotr.row_core_backward.default(
+            du, dcores = lotr.row_core_backward.default(
                 g.contiguous(), u, cores, index, offs, tokens, ctx.scaling, need_u, need_cores
             )
-            du, dcores = found[0], found[1].to(cores.dtype)
         return du if need_u else None, dcores if need_cores else None, None, None, None, None
 
 

@@ -71,6 +71,7 @@ KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
     "wrapped": (4, siblings),
     "function": (2, again),
     "trained base": (4, siblings),
+    "trained bias": (1, one),
     "rows": (2, again),
     "rows of siblings": (4, siblings),
     "rows, wrapped": (4, siblings),
@@ -100,9 +101,8 @@ class Net(nn.Module):
             for name, p in self.named_parameters():
                 if "factors" in name or name.endswith("core"):
                     p.normal_(0, p.shape[0] ** -0.5)
-        if kind == "trained base":
-            for layer in self.layers:
-                layer.weight.requires_grad_(), layer.bias.requires_grad_()
+        for layer in self.layers if kind.startswith("trained") else ():
+            layer.weight.requires_grad_(kind == "trained base"), layer.bias.requires_grad_()
 
     def index(self, x: Tensor) -> Tensor:
         """[b]; for siblings [b, tokens] if x has three dimensions."""

@@ -33,7 +33,7 @@ TESTS = {  # file: the tests that are run, in this order
     "autograd.py": (LAYERS, PROGRAMS, "test_tasks.py", COMPILE, "test_frames.py"),
     "ops.py": (LAYERS, MERGING, "test_operators.py", BAD, "test_experts.py"),
     "functional.py": (BAD, LAYERS),
-    "linear.py": (MERGING, LAYERS, BAD, "test_models.py", COMPILE),
+    "linear.py": (MERGING, LAYERS, BAD, "test_models.py"),
     "init.py": ("test_init.py", MERGING, "test_models.py"),
     "config.py": (BAD, "test_models.py"),
     "targets.py": ("test_models.py", BAD),
@@ -176,7 +176,6 @@ MUTANTS = [
         "autograd.py", '        torch._C._stash_obj_in_tls("lotr", before)', "        pass", "a request outlives its context"
     ),
     Mutant("autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"),
-    Mutant("autograd.py", "total.to(ctx.dtype)", "total", "a sum is not cast to the factor's dtype"),
     Mutant(
         "autograd.py", "return torch.is_grad_enabled(), hooks and", "return 0, hooks and", "u of no_grad is reused with a graph"
     ),
@@ -192,18 +191,10 @@ MUTANTS = [
         "expand(u, B, core, 1.0), (u, B, core)",
         "recorded without the scaling",
     ),
-    Mutant("autograd.py", "found[1].to(cores.dtype)", "found[1]", "rows: the cores' gradient is not cast"),
     Mutant("ops.py", "torch.where(index.unsqueeze(1) < 0, torch.zeros_like(h), h)", "h", "torch's products: -1 gets core 0"),
     Mutant(
         "linear.py", "return tuple(module.weight.shape)", "return tuple(module.weight.mT.shape)", "a Conv1D's sizes are swapped"
     ),
-    Mutant(
-        "linear.py",
-        "if state is OFF:",
-        "if state is OFF and not torch.compiler.is_compiling():",
-        "compiled: disabled has no effect",
-    ),
-    # formulas and checks
     Mutant("ops.py", "if core is None or u.dtype == torch.float16:", "if core is None:", "torch's products fold float16"),
     Mutant(
         "ops.py",

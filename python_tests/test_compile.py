@@ -10,9 +10,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative, worst
-from layers import Net, Side, check_masks, inputs, linear_with_dropout, loss, no_grad_first, once
-from torch import Tensor
+from layers import K, Net, Side, check_masks, inputs, linear_with_dropout, loss, no_grad_first, once
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from lotr_ext import LoTRLinear, disabled
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
@@ -86,6 +88,17 @@ def test_compile_with_dropout_and_autocast() -> None:
     graph = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert relative(graph(inputs(60, dtype=torch.float32)), net(inputs(60, dtype=torch.float32)).float()) < 4e-2
+
+
+def test_a_compiled_model_can_be_disabled() -> None:
+    torch._dynamo.reset()
+    net, x = nn.Sequential(LoTRLinear(K, K, 2), nn.Tanh()), inputs(6, dtype=torch.float32)
+    nn.init.normal_(net[0].core)
+    compiled = torch.compile(net, backend="aot_eager")
+    for _ in range(2):
+        assert relative(compiled(x), net(x)) < 1e-6
+        with disabled(net):
+            assert relative(compiled(x), torch.tanh(net[0].base(x))) < 1e-6
 
 
 def test_export() -> None:
