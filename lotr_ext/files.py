@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -98,6 +98,15 @@ def tensors_in(path: Path, name: str, sha256: str | None = None) -> tuple[dict[s
         return load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{name}: expected a safetensors file {path}, got {error}") from None
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+    """SHA-256 of start, and of the names, shapes, dtypes and values of tensors."""
+    digest = hashlib.sha256(start)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def json_in(path: Path, name: str) -> dict[str, Any]:

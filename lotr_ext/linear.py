@@ -320,20 +320,22 @@ class LoTRLayer(nn.Module):
         else:  # torch.nn.utils.parametrize
             yield from self.parametrizations.core.parameters()
 
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of A, B and the core, each with the name of its part."""
+        owned = ("A", self.factors.A.parameters()), ("B", self.factors.B.parameters()), ("core", self.core_parameters())
+        for part, parameters in owned:
+            yield from ((part, parameter) for parameter in parameters)
+
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of A, B and the core."""
-        yield from self.factors.A.parameters()
-        yield from self.factors.B.parameters()
-        yield from self.core_parameters()
+        return (parameter for _, parameter in self.parts())
 
     def set_trained(self, train: Collection[str]) -> None:
         """Sets requires_grad of "A", "B" and "core": True for those in train."""
-        parts = {"A": self.factors.A.parameters(), "B": self.factors.B.parameters(), "core": self.core_parameters()}
-        if unknown := sorted(set(train) - set(parts)):
+        if unknown := sorted(set(train) - {"A", "B", "core"}):
             raise ValueError(f"train: expected some of A, B, core, got {', '.join(unknown)}")
-        for part, parameters in parts.items():
-            for parameter in parameters:
-                parameter.requires_grad_(part in train)
+        for part, parameter in self.parts():
+            parameter.requires_grad_(part in train)
 
     def use_core(self, form: nn.Module) -> None:
         """Replaces the core by a module: form() returns G [r_in, r_out], and its parameters are trained instead of G.

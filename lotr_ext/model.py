@@ -353,7 +353,8 @@ def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: flo
     transformers' Trainer and TRL: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
     Raises RuntimeError as `adapted_layers`.
     """
-    owners = {id(p): "cores" if part == "core" else "factors" for part, p in _parts(adapted_layers(model).values())}
+    parts = (one for layer in adapted_layers(model).values() for one in layer.parts())
+    owners = {id(p): "cores" if part == "core" else "factors" for part, p in parts}
     members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -364,14 +365,6 @@ def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: flo
         for name, own in members.items()
         if own
     ]
-
-
-def _parts(layers: Iterable[LoTRLayer]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapter's parameters, each with its part; shared ones come once for each layer."""
-    for layer in layers:
-        for part, found in (("A", layer.factors.A), ("B", layer.factors.B)):
-            yield from ((part, p) for p in found.parameters())
-        yield from (("core", p) for p in layer.core_parameters())
 
 
 class TrainableSummary(NamedTuple):
@@ -411,7 +404,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     Raises RuntimeError as `adapted_layers`.
     """
     layers, parameters = adapted_layers(model).values(), list(model.parameters())
-    adapter = {p: part for part, p in _parts(layers)}
+    adapter = {p: part for layer in layers for part, p in layer.parts()}
     beside = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in adapter]
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),

@@ -141,9 +141,9 @@ class LoTRPeftConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
 
-    def to_lotr(self, target_modules: str | None = None) -> LoTRConfig:
-        """The same settings for `apply_lotr`, with these targets and without modules_to_save."""
-        return LoTRConfig(target_modules=target_modules, **{name: getattr(self, name) for name in _SAME})
+    def to_lotr(self) -> LoTRConfig:
+        """The same settings for `apply_lotr`, without targets and modules_to_save."""
+        return LoTRConfig(**{name: getattr(self, name) for name in _SAME})
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with the scaling as a number: what "auto" means may change, what a saved adapter computes may not."""

@@ -8,7 +8,6 @@ checksum of the factors.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import threading
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import autograd
 from .experts import CHILD
-from .files import checked_path, expect_names, put_tensors, tensors_in
+from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .linear import LoTRFactor, LoTRLayer
 from .model import adapted_layers, expect_unmerged
@@ -184,12 +183,8 @@ class TaskBank(nn.Module):
     def _metadata(self) -> dict[str, str]:
         """A file's metadata: the layers' scaling (a list if layers differ), and a checksum of the factors' values."""
         scaling = repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
-        digest = hashlib.sha256()
-        for part, factor in self._factors:
-            values = factor.value.detach().cpu().contiguous()
-            digest.update(f"{part} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
-        return FORMAT | {"scaling": scaling, "factors": digest.hexdigest()}
+        factors = checksum((part, factor.value) for part, factor in self._factors)
+        return FORMAT | {"scaling": scaling, "factors": factors}
 
 
 def _in_order(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[tuple[str, LoTRFactor], ...]:

@@ -18,7 +18,6 @@ A task is a folder that vLLM's requests, resolvers and HTTP endpoints take for a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, contents, expect_names, json_in, read, save_adapter, start_key, tensors_in
+from ..files import checked_path, checksum, contents, expect_names, json_in, read, save_adapter, start_key, tensors_in
 
 __all__ = ["export_factors", "export_task", "register"]
 
@@ -49,11 +48,7 @@ class Factors:
     @cached_property
     def checksum(self) -> str:
         """SHA-256 of the layers' names and the factors' values."""
-        digest = hashlib.sha256(json.dumps(sorted(self.layers.items())).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return checksum(sorted(self.tensors.items()), json.dumps(sorted(self.layers.items())).encode())
 
     def core_shape(self, layer: str) -> tuple[int, int]:
         """(r_in, r_out) of a layer."""
