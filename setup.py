@@ -30,7 +30,17 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 MIN_CMAKE = (3, 26)
 # CMake reads these when it first configures a build folder, and ignores later changes of them.
-READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CMAKE_GENERATOR")
+READ_ONCE = (
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDACXX",
+    "CUDAHOSTCXX",
+    "CUDAFLAGS",
+    "CMAKE_GENERATOR",
+)
 NOTE = "-- note: "  # how csrc/cuda/toolkit.cmake begins a line for the person who waits
 
 
@@ -59,9 +69,15 @@ def check_packages() -> None:
         )
     torch = importlib.metadata.version("torch")
     if numbers(torch) < MIN_TORCH:
-        stop(f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch")
-    if importlib.util.find_spec("wheel") is None and numbers(importlib.metadata.version("setuptools")) < (70, 1):
-        stop("expected the package wheel in this Python, got none. Install it: pip install -U setuptools wheel")
+        stop(
+            f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch"
+        )
+    if importlib.util.find_spec("wheel") is None and numbers(
+        importlib.metadata.version("setuptools")
+    ) < (70, 1):
+        stop(
+            "expected the package wheel in this Python, got none. Install it: pip install -U setuptools wheel"
+        )
 
 
 def check_requirements() -> str:
@@ -77,10 +93,16 @@ def check_requirements() -> str:
     if cmake is None:
         stop("expected cmake >= 3.26, got none. Install it: pip install cmake ninja")
     if find_tool("ninja") is None and find_tool("make") is None:
-        stop("expected ninja or make, which compile what CMake lists, got neither. Install one: pip install cmake ninja")
-    first_line = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+        stop(
+            "expected ninja or make, which compile what CMake lists, got neither. Install one: pip install cmake ninja"
+        )
+    first_line = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout.split(
+        "\n"
+    )[0]
     if numbers(first_line.split()[-1]) < MIN_CMAKE:
-        stop(f"expected cmake >= 3.26, got {first_line} at {cmake}. Upgrade it: pip install -U cmake")
+        stop(
+            f"expected cmake >= 3.26, got {first_line} at {cmake}. Upgrade it: pip install -U cmake"
+        )
     return cmake
 
 
@@ -88,7 +110,9 @@ def parallel_jobs() -> str:
     """How many files to compile at a time: MAX_JOBS, or one for each core up to eight."""
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     if not jobs.isdecimal() or int(jobs) < 1:
-        stop(f"MAX_JOBS: expected a whole number of 1 or more, got {jobs!r}. Unset it to use one job for each core.")
+        stop(
+            f"MAX_JOBS: expected a whole number of 1 or more, got {jobs!r}. Unset it to use one job for each core."
+        )
     return jobs
 
 
@@ -124,7 +148,12 @@ def run_with_progress(command: list[str]) -> None:
         subprocess.run(command, check=True)
         return
     begin = time.monotonic()
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    piped = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "errors": "replace",
+    }
     with terminal, subprocess.Popen(command, **piped) as build:
         for line in build.stdout:
             sys.stdout.write(line)
@@ -141,19 +170,26 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cmake, jobs = check_requirements(), parallel_jobs()
-        folder = Path(os.environ.get("LOTR_BUILD_DIR") or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}").resolve()
+        folder = Path(
+            os.environ.get("LOTR_BUILD_DIR")
+            or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        ).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(folder / "lotr_configured_with.txt", "a+") as settings:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(settings, fcntl.LOCK_EX)  # two builds in one folder would write the same objects
+                fcntl.flock(
+                    settings, fcntl.LOCK_EX
+                )  # two builds in one folder would write the same objects
             try:
                 self.configure(cmake, folder, settings)
                 run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
             except subprocess.CalledProcessError as error:
                 step = "building" if "--build" in error.cmd else "configuring"
-                stop(f"{step} with CMake failed, see the first error above (build folder: {folder}).{self.hint()}")
+                stop(
+                    f"{step} with CMake failed, see the first error above (build folder: {folder}).{self.hint()}"
+                )
             shutil.copy2(folder / "_C.abi3.so", target)
 
     def hint(self) -> str:
@@ -167,15 +203,31 @@ class CMakeBuild(build_ext):
 
     def configure(self, cmake: str, folder: Path, settings: TextIO) -> None:
         """Runs CMake; from the start if what it reads only once differs from settings, the file of the last run's values."""
-        command = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+        command = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         ninja = find_tool("ninja")
         if ninja:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
         options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "AUTO"}
-        command += [f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()]
+        command += [
+            f"-D{name}={os.environ.get(name) or default}" for name, default in options.items()
+        ]
         command += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
-        now = ascii([str(ROOT), str(folder), ninja is not None, *((name, os.environ.get(name)) for name in READ_ONCE)])
+        now = ascii(
+            [
+                str(ROOT),
+                str(folder),
+                ninja is not None,
+                *((name, os.environ.get(name)) for name in READ_ONCE),
+            ]
+        )
         settings.seek(0)
         if settings.read() != now:
             command.append("--fresh")
@@ -201,7 +253,9 @@ class BuildPython(build_py):
 if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
 
-if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"} & set(sys.argv):
+if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"} & set(
+    sys.argv
+):
     check_packages()  # pip makes the metadata first, so that this line is the last one of its output
 
 setup(

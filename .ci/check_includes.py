@@ -23,7 +23,15 @@ LAYERS = {
     "cuda/plan.h": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
     "cuda/sm90/wgmma.cuh": ("simt", "cuda/ptx"),
     "cuda/sm90/ptx.cuh": ("cuda/ptx", "cuda/sm90/wgmma.cuh"),
-    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan.h", "cuda/sm90/ptx.cuh"),
+    "cuda": (
+        "cuda/problem.h",
+        "cuda/params.h",
+        "cuda/ptx",
+        "cuda/tile",
+        "cuda/kernels",
+        "cuda/plan.h",
+        "cuda/sm90/ptx.cuh",
+    ),
     "cpu": (),
     "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan.h"),
     "simt": (),
@@ -35,10 +43,17 @@ def includes(folder: Path) -> dict[str, list[str]]:
     """What each file under folder includes of the others, by their paths in it."""
     found: dict[str, list[str]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
-        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
-        targets = ((path.parent / name if (path.parent / name).is_file() else folder / name).resolve() for name in names)
+        names = re.findall(
+            r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        targets = (
+            (path.parent / name if (path.parent / name).is_file() else folder / name).resolve()
+            for name in names
+        )
         own = [
-            t.relative_to(folder.resolve()).as_posix() for t in targets if t.is_file() and t.is_relative_to(folder.resolve())
+            t.relative_to(folder.resolve()).as_posix()
+            for t in targets
+            if t.is_file() and t.is_relative_to(folder.resolve())
         ]
         found[path.relative_to(folder).as_posix()] = own
     return found
@@ -76,7 +91,9 @@ def strangers(graph: dict[str, list[str]]) -> list[str]:
             continue
         for target in targets:
             if layer(target) != own and layer(target) not in LAYERS[own]:
-                lines.append(f"{name} includes {target}: {own} may include {', '.join(LAYERS[own]) or 'nothing else'}")
+                lines.append(
+                    f"{name} includes {target}: {own} may include {', '.join(LAYERS[own]) or 'nothing else'}"
+                )
     return lines
 
 

@@ -39,18 +39,32 @@ class Progress:
 
 
 def main(name: str, arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--progress-bar",
+        "off",
+        *arguments,
+    ]
     progress, log = Progress(name), []
     progress.say(progress.step)
     threading.Thread(target=progress.repeat, daemon=True).start()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
         for line in pip.stdout:
             log.append(line)
             progress.read(line)
     progress.ended.set()
     if pip.returncode:
         print("".join(log[-20:]), file=sys.stderr)
-        print(f"setup: pip could not install {name}, see above. PIP_ARGS names another index or a proxy.", file=sys.stderr)
+        print(
+            f"setup: pip could not install {name}, see above. PIP_ARGS names another index or a proxy.",
+            file=sys.stderr,
+        )
     return pip.returncode
 
 

@@ -18,5 +18,9 @@ Times are measured in interleaved rounds. Results are JSON Lines in bench/result
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler counts allocations for us and would print as it starts
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and would warn of blocks that are older than it
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # torch's profiler counts allocations for us and would print as it starts
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # and would warn of blocks that are older than it

@@ -36,7 +36,12 @@ from scipy import stats
 from .common import QUICK, RESULTS, commit, listed, machine, read, show, write
 from .problems import KINDS, MAIN, METHODS, TASKS, Task, adapt, fit, missing, problem_of
 
-LOTR_RATE, MOST_RATES, GROUPS, DIVERGED = 0.4, 9, 250, 2.0  # DIVERGED: times the unadapted validation loss
+LOTR_RATE, MOST_RATES, GROUPS, DIVERGED = (
+    0.4,
+    9,
+    250,
+    2.0,
+)  # DIVERGED: times the unadapted validation loss
 
 
 class Run(NamedTuple):
@@ -66,7 +71,11 @@ def train(run: Run) -> dict[str, Any]:
     problem = problem_of(task)
     torch.manual_seed(run.seed)
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    kept = [p.numel() for n, p in model.named_parameters() if p.requires_grad and not (problem.head and "head." in n)]
+    kept = [
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.requires_grad and not (problem.head and "head." in n)
+    ]
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": sum(kept)}
     losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
     if not losses or np.isfinite(losses[-1]):
@@ -76,12 +85,18 @@ def train(run: Run) -> dict[str, Any]:
             row |= {"validation": validation.mean().item(), "loss": held_out.mean().item()}
             row |= {"accuracy": None if right is None else right.mean().item()}
             row |= {"items": packed(held_out.numpy()), "falling": falling(losses)}
-    return row | {"seconds": time.perf_counter() - start, "machine": machine("cpu"), "commit": commit()}
+    return row | {
+        "seconds": time.perf_counter() - start,
+        "machine": machine("cpu"),
+        "commit": commit(),
+    }
 
 
 def packed(losses: np.ndarray) -> str:
     groups = np.array_split(losses, min(GROUPS, len(losses)))
-    return base64.b64encode(np.array([group.mean() for group in groups], np.float16).tobytes()).decode()
+    return base64.b64encode(
+        np.array([group.mean() for group in groups], np.float16).tobytes()
+    ).decode()
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -90,7 +105,11 @@ def unpacked(text: str) -> np.ndarray:
 
 def falling(losses: list[float]) -> float:
     tenths = [part.mean() for part in np.array_split(losses, 10)] if len(losses) >= 10 else []
-    return float((tenths[-2] - tenths[-1]) / (tenths[0] - tenths[-1])) if tenths and tenths[0] > tenths[-1] else 0.0
+    return (
+        float((tenths[-2] - tenths[-1]) / (tenths[0] - tenths[-1]))
+        if tenths and tenths[0] > tenths[-1]
+        else 0.0
+    )
 
 
 # ---- which runs come next --------------------------------------------------------------------------------------------
@@ -107,7 +126,9 @@ def index_of(lr: float, method: str) -> int:
 
 
 def first_rate(method: str, kind: str) -> float:
-    begin = METHODS[method].rates[KINDS.index(kind)] * (LOTR_RATE if METHODS[method].family == "lotr" else 1.0)
+    begin = METHODS[method].rates[KINDS.index(kind)] * (
+        LOTR_RATE if METHODS[method].family == "lotr" else 1.0
+    )
     return rung(index_of(begin, method), method) if begin else 0.0
 
 
@@ -119,14 +140,21 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
         return lacking
     best = min(tried, key=lambda lr: (tried[lr], lr))
     beyond = -1 if best == min(tried) else 1 if best == max(tried) else 0
-    return [rung(index_of(best, method) + beyond, method)] if beyond and len(tried) < MOST_RATES else []
+    return (
+        [rung(index_of(best, method) + beyond, method)]
+        if beyond and len(tried) < MOST_RATES
+        else []
+    )
 
 
 def tried_rates(kept: pd.DataFrame) -> dict[float, float]:
     """The validation losses of one place's runs with the first seed, infinite where a run with any seed diverged."""
     bad = set(kept[kept["validation"].isna()]["lr"])
     first = kept[kept["seed"] == 0]
-    return {lr: float("inf") if lr in bad else loss for lr, loss in zip(first["lr"], first["validation"])}
+    return {
+        lr: float("inf") if lr in bad else loss
+        for lr, loss in zip(first["lr"], first["validation"])
+    }
 
 
 class Search:
@@ -136,7 +164,12 @@ class Search:
         self.name, self.task, self.places, self.options = task, TASKS[task], places, options
 
     def own(self, kept: pd.DataFrame, method: str, rank: int) -> pd.DataFrame:
-        same = (kept["task"] == self.name) & (kept["method"] == method) & (kept["rank"] == rank) & (kept["scaling"] == "")
+        same = (
+            (kept["task"] == self.name)
+            & (kept["method"] == method)
+            & (kept["rank"] == rank)
+            & (kept["scaling"] == "")
+        )
         return kept[same & (kept["steps"] == self.task.steps) & (kept["batch"] == self.task.batch)]
 
     def next_runs(self, kept: pd.DataFrame) -> list[Run]:
@@ -151,14 +184,27 @@ class Search:
             else:
                 found = rates_to_try(method, begin, tried)
                 rates[method, rank] = min(tried, key=lambda lr: (tried[lr], lr)) if tried else begin
-            more += [Run(self.name, method, rank, lr, 0, self.task.steps, self.task.batch) for lr in found]
+            more += [
+                Run(self.name, method, rank, lr, 0, self.task.steps, self.task.batch)
+                for lr in found
+            ]
         if more:
             return more
         for seed in range(1, self.options.seeds):
             for method, rank in [place for place in self.places if place[0] != "base"]:
                 own = self.own(kept, method, rank)
                 if own[(own["seed"] == seed) & (own["lr"] == rates[method, rank])].empty:
-                    more.append(Run(self.name, method, rank, rates[method, rank], seed, self.task.steps, self.task.batch))
+                    more.append(
+                        Run(
+                            self.name,
+                            method,
+                            rank,
+                            rates[method, rank],
+                            seed,
+                            self.task.steps,
+                            self.task.batch,
+                        )
+                    )
             if more:
                 return more
         return []
@@ -186,9 +232,15 @@ def points_of(kept: pd.DataFrame, task: str) -> list[Point]:
     if own.empty:
         return []
     own = own[(own["steps"] == own["steps"].mode()[0]) & (own["batch"] == own["batch"].mode()[0])]
-    own = own.assign(lr=own["lr"].fillna(own["lr_run"]))  # computed cores of higher degree have no other rate
+    own = own.assign(
+        lr=own["lr"].fillna(own["lr_run"])
+    )  # computed cores of higher degree have no other rate
     untrained = own[own["method"].isin(("base", "head"))]["validation"].min()
-    own = own[own["validation"].notna() & ~(own["validation"] > DIVERGED * untrained) & own["items"].notna()]
+    own = own[
+        own["validation"].notna()
+        & ~(own["validation"] > DIVERGED * untrained)
+        & own["items"].notna()
+    ]
     rates = own.groupby(["method", "rank", "lr"])["seed"].nunique()
     count, found = rates.max() if len(rates) else 0, []
     for (method, rank), _ in own.groupby(["method", "rank"], sort=False):
@@ -200,7 +252,16 @@ def points_of(kept: pd.DataFrame, task: str) -> list[Point]:
         if len(runs) == count:
             items = np.mean([unpacked(text) for text in runs["items"]], 0)
             means = runs["loss"].to_numpy(), items, runs["accuracy"].mean()
-            found.append(Point(method, int(rank), int(runs["parameters"].iloc[0]), lr, runs["validation"].mean(), *means))
+            found.append(
+                Point(
+                    method,
+                    int(rank),
+                    int(runs["parameters"].iloc[0]),
+                    lr,
+                    runs["validation"].mean(),
+                    *means,
+                )
+            )
     return sorted(found, key=lambda point: point.parameters)
 
 
@@ -211,9 +272,18 @@ def interval(value: Callable[..., np.ndarray], *points: Point) -> tuple[float, f
     if n < 3:
         return middle, float("nan"), float("nan")
     drawn, widen = 0.0, stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
-    for parts, scale in ((tuple(p.items for p in points), 1.0), (tuple(p.seeds for p in points), widen)):
+    for parts, scale in (
+        (tuple(p.items for p in points), 1.0),
+        (tuple(p.seeds for p in points), widen),
+    ):
         statistic = lambda *means, axis=-1: value(*(m.mean(axis) for m in means))  # noqa: E731
-        given = {"paired": True, "vectorized": True, "n_resamples": 4000, "method": "percentile", "rng": 0}
+        given = {
+            "paired": True,
+            "vectorized": True,
+            "n_resamples": 4000,
+            "method": "percentile",
+            "rng": 0,
+        }
         found = stats.bootstrap(parts, statistic, **given).bootstrap_distribution
         drawn = drawn + scale * (found - value(*(part.mean() for part in parts)))
     low, high = np.quantile(drawn, (0.025, 0.975))
@@ -221,7 +291,9 @@ def interval(value: Callable[..., np.ndarray], *points: Point) -> tuple[float, f
 
 
 def text(value: tuple[float, float, float], form: str = "{:.4f}") -> str:
-    return form.format(value[0]) + ("" if np.isnan(value[1]) else f" ({form.format(value[1])} to {form.format(value[2])})")
+    return form.format(value[0]) + (
+        "" if np.isnan(value[1]) else f" ({form.format(value[1])} to {form.format(value[2])})"
+    )
 
 
 def tables(kept: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
@@ -233,27 +305,48 @@ def tables(kept: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
         full, rows = points.get(("full", 0)), []
         gain = interval(lambda b, f: b - f, base, full) if base and full else (0.0,) * 3
         for point in points.values():
-            row = {"": name_of(point.method, point.rank), "numbers": f"{point.parameters:,}", "rate": f"{point.lr:g}"}
+            row = {
+                "": name_of(point.method, point.rank),
+                "numbers": f"{point.parameters:,}",
+                "rate": f"{point.lr:g}",
+            }
             row["held-out loss"] = text(interval(lambda a: a, point))
             if gain[1] > 0:  # else a share of it would say nothing
                 share = interval(lambda b, m, f: (b - m) / (b - f), base, point, full)
                 row["of full fine-tuning's gain"] = text(share, "{:.0%}")
-            rows.append(row | ({"accuracy": f"{point.accuracy:.2%}"} if not np.isnan(point.accuracy) else {}))
+            rows.append(
+                row
+                | ({"accuracy": f"{point.accuracy:.2%}"} if not np.isnan(point.accuracy) else {})
+            )
         if rows:
             count = len(next(iter(points.values())).seeds)
             show(f"{task}, {count} seeds", pd.DataFrame(rows), markdown)
-        if compared := [row for point in points.values() if (row := comparison(point, list(points.values())))]:
-            show(f"{task}: our best form of at most as many numbers, by validation", pd.DataFrame(compared), markdown)
+        if compared := [
+            row for point in points.values() if (row := comparison(point, list(points.values())))
+        ]:
+            show(
+                f"{task}: our best form of at most as many numbers, by validation",
+                pd.DataFrame(compared),
+                markdown,
+            )
 
 
 def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
     """A LoRA or VeRA against the LoTR that validation prefers among those with at most as many numbers."""
-    ours = [p for p in points if METHODS[p.method].family == "lotr" and p.parameters <= rival.parameters]
+    ours = [
+        p for p in points if METHODS[p.method].family == "lotr" and p.parameters <= rival.parameters
+    ]
     if rival.method not in ("lora", "vera") or not ours:
         return None
     best = min(ours, key=lambda p: p.validation)
     found = interval(lambda a, b: a - b, best, rival)
-    says = "no difference" if not found[1] > 0 and not found[2] < 0 else "lower" if found[0] < 0 else "higher"
+    says = (
+        "no difference"
+        if not found[1] > 0 and not found[2] < 0
+        else "lower"
+        if found[0] < 0
+        else "higher"
+    )
     row = {"rival": f"{name_of(rival.method, rival.rank)} ({rival.parameters:,})"}
     return row | {
         "ours": f"{name_of(best.method, best.rank)} ({best.parameters:,})",
@@ -268,18 +361,42 @@ def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
 def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
     """Methods and ranks: those that the options name ("lotr:16", "lora"), else the task's own."""
     kind, found = KINDS.index(task.kind), []
-    usual = ["base:0", "lotr:8", "lora:2"] if options.quick else METHODS if task.all_methods else MAIN[task.kind]
+    usual = (
+        ["base:0", "lotr:8", "lora:2"]
+        if options.quick
+        else METHODS
+        if task.all_methods
+        else MAIN[task.kind]
+    )
     for word in options.methods or usual:
         method, _, rank = word.partition(":")
         if method not in METHODS:
-            raise SystemExit(f"methods: expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}")
-        found += [(method, int(rank))] if rank else [(method, own) for own in METHODS[method].ranks[kind]]
+            raise SystemExit(
+                f"methods: expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}"
+            )
+        found += (
+            [(method, int(rank))]
+            if rank
+            else [(method, own) for own in METHODS[method].ranks[kind]]
+        )
     return found
 
 
 def runs_in(path: Path) -> pd.DataFrame:
     """The kept runs, with the columns that are used here even where none is kept."""
-    kept, used = read(path), (*Run._fields, "scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
+    kept, used = (
+        read(path),
+        (
+            *Run._fields,
+            "scaling",
+            "parameters",
+            "validation",
+            "loss",
+            "accuracy",
+            "items",
+            "lr_run",
+        ),
+    )
     return kept.reindex(columns=list(dict.fromkeys([*kept.columns, *used])))
 
 
@@ -293,24 +410,50 @@ def work(options: argparse.Namespace) -> None:
             while runs := search.next_runs(runs_in(options.results)):
                 for future in as_completed([pool.submit(train, run) for run in runs]):
                     row = future.result()
-                    write(options.results, pd.concat([read(options.results), pd.DataFrame([row])], ignore_index=True))
+                    write(
+                        options.results,
+                        pd.concat([read(options.results), pd.DataFrame([row])], ignore_index=True),
+                    )
                     reached = f"loss {row['loss']:.4f}" if "loss" in row else "diverged"
-                    print(f"{Run(**{key: row[key] for key in Run._fields}).name()}: {reached}", file=sys.stderr, flush=True)
+                    print(
+                        f"{Run(**{key: row[key] for key in Run._fields}).name()}: {reached}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tasks", type=listed, default=list(TASKS), help=f"some of {', '.join(TASKS)}; none (all)")
-    parser.add_argument("--methods", type=listed, help=f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora")
+    parser.add_argument(
+        "--tasks", type=listed, default=list(TASKS), help=f"some of {', '.join(TASKS)}; none (all)"
+    )
+    parser.add_argument(
+        "--methods",
+        type=listed,
+        help=f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (5)")
     parser.add_argument("--lr", type=float, help="only this learning rate, without a search")
     parser.add_argument("--steps", type=int, help="of a run (the task's)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (one a core)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at a time, one thread each (one a core)",
+    )
     parser.add_argument("--results", type=Path, help="the file (bench/results/accuracy.jsonl)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
-    parser.add_argument("--quick", action="store_true", help="a teacher, three methods, 40 steps, into demo_results/bench")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables in Markdown, as docs have them"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a teacher, three methods, 40 steps, into demo_results/bench",
+    )
     options = parser.parse_args(argv)
     options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")
     if options.quick:
@@ -320,9 +463,13 @@ def main(argv: list[str] | None = None) -> int:
         if name not in TASKS:
             parser.error(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}")
         if lacking := missing(TASKS[name]):
-            parser.error(f"tasks: expected {lacking} for {name}, found none; run python examples/data.py, see its help")
+            parser.error(
+                f"tasks: expected {lacking} for {name}, found none; run python examples/data.py, see its help"
+            )
     if not none:
-        os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "OMP_NUM_THREADS"), "1")  # the runs inherit them
+        os.environ |= dict.fromkeys(
+            ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"), "1"
+        )  # the runs inherit them
         work(options)
     tables(runs_in(options.results), list(TASKS) if none else options.tasks, options.markdown)
     print(f"results in {options.results}")

@@ -47,7 +47,9 @@ class MovedBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
         if not is_view and not func._schema.name.startswith("aten::empty"):
             both = [*args, *(out if isinstance(out, tuple) else (out,))]
             self.total += sum(_bytes(t) for t in both if isinstance(t, Tensor))
@@ -79,7 +81,9 @@ def executor() -> ModuleType:
     """The module that runs the kernels on the CPU, built if needed (a minute)."""
     from csrc.simt import build
 
-    print("compiling the executor, if its sources changed (about 90 s)", file=sys.stderr, flush=True)
+    print(
+        "compiling the executor, if its sources changed (about 90 s)", file=sys.stderr, flush=True
+    )
     return build.load("plain")
 
 
@@ -93,13 +97,24 @@ def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
     return raw[start : start + count].view(dtype).reshape(*shape[:-1], row)[..., : shape[-1]]
 
 
-LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
+LARGE = {
+    "shrink": "x",
+    "expand_add": "y",
+    "factor_grad": "x",
+    "shrink_grad": "g",
+    "fold": "F",
+    "fold_grad": "Q",
+}
 TWICE = {"expand_add": "y", "factor_grad": "D", "fold_grad": "dB"}  # read and written
 
 
 def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
     """The arrays that run() takes."""
-    large, factor, narrow = (lambda: aligned(m, n)), (lambda: aligned(n, r)), (lambda: aligned(m, r))
+    large, factor, narrow = (
+        (lambda: aligned(m, n)),
+        (lambda: aligned(n, r)),
+        (lambda: aligned(m, r)),
+    )
     sums = lambda *shape: aligned(*(shape or (n, r)), dtype=np.float32)  # noqa: E731
     if kernel == "shrink":
         return {"x": large(), "A": factor(), "u": narrow()}
@@ -118,7 +133,9 @@ def count(lib: ModuleType, key: Key, multiprocessors: int) -> dict[str, Any]:
     """Runs one kernel. bytes: all that it moves; least_bytes: every operand once, sums read and written; large_times: how often
     the large matrix moves; dram_bytes: the least, with the large matrix as often as it moves."""
     kernel, arrays = key[0], arrays_of(*key)
-    once = {name: a.size * a.itemsize * (1 + (TWICE.get(kernel) == name)) for name, a in arrays.items()}
+    once = {
+        name: a.size * a.itemsize * (1 + (TWICE.get(kernel) == name)) for name, a in arrays.items()
+    }
     lib.set_device(multiprocessors=multiprocessors)
     lib.set_options(count_memory=True)
     lib.reset_counters()
@@ -129,7 +146,10 @@ def count(lib: ModuleType, key: Key, multiprocessors: int) -> dict[str, Any]:
     sectors = sum(a["read_sectors"] + a["written_sectors"] for a in counters["arrays"].values())
     least, total, large = sum(once.values()), sum(moved.values()), LARGE[kernel]
     found = {"bytes": total, "least_bytes": least, "large_times": moved[large] / once[large]}
-    found |= {"dram_bytes": least + moved[large] - once[large], "sectors_used": total / (32 * sectors)}
+    found |= {
+        "dram_bytes": least + moved[large] - once[large],
+        "sectors_used": total / (32 * sectors),
+    }
     conflicts = counters["shared_wavefronts"] / max(1, counters["shared_phases"])
     return found | {"bank_conflicts": conflicts, "launches": len(counters["launches"])}
 
@@ -138,10 +158,16 @@ def keys_of(m: int, k: int, n: int, r: int) -> dict[str, list[Key]]:
     """The kernels of a layer by direction, of the three ways to order them (`layer_bytes`)."""
     forward = [("shrink", m, k, r), ("fold", 1, n, r)]
     backward = [("shrink_grad", m, n, r), ("fold_grad", 1, n, r), ("factor_grad", m, k, r)]
-    return {"forward": forward, "backward": backward, "adds": [("expand_add", m, n, r), ("expand_add", m, k, r)]}
+    return {
+        "forward": forward,
+        "backward": backward,
+        "adds": [("expand_add", m, n, r), ("expand_add", m, k, r)],
+    }
 
 
-def layer_bytes(found: dict[Key, dict[str, Any]], m: int, k: int, n: int, r: int) -> dict[str, tuple[int, int]]:
+def layer_bytes(
+    found: dict[Key, dict[str, Any]], m: int, k: int, n: int, r: int
+) -> dict[str, tuple[int, int]]:
     """(forward, backward) beyond the frozen layer of each way to order a layer's kernels, and of the least possible.
 
     two passes: u F^T is added to the base product's y. beta: u F^T is written first, and the base product adds onto it.
@@ -150,12 +176,24 @@ def layer_bytes(found: dict[Key, dict[str, Any]], m: int, k: int, n: int, r: int
     keys = keys_of(m, k, n, r)
 
     def summed(what: str, more: list[int]) -> tuple[int, int]:
-        return tuple(sum(found[key][what] for key in keys[way]) + add for way, add in zip(("forward", "backward"), more))
+        return tuple(
+            sum(found[key][what] for key in keys[way]) + add
+            for way, add in zip(("forward", "backward"), more)
+        )
 
-    beta = [ELEMENT * (2 * m * width + m * r + width * r) for width in (n, k)]  # written, then read by the base product
+    beta = [
+        ELEMENT * (2 * m * width + m * r + width * r) for width in (n, k)
+    ]  # written, then read by the base product
     fused = [ELEMENT * (m * r + width * r) for width in (n, k)]
-    made = {"lotr_ext, two passes": summed("dram_bytes", [found[key]["dram_bytes"] for key in keys["adds"]])}
-    made |= {"lotr_ext, beta": summed("dram_bytes", beta), "lotr_ext, fused": summed("dram_bytes", fused)}
+    made = {
+        "lotr_ext, two passes": summed(
+            "dram_bytes", [found[key]["dram_bytes"] for key in keys["adds"]]
+        )
+    }
+    made |= {
+        "lotr_ext, beta": summed("dram_bytes", beta),
+        "lotr_ext, fused": summed("dram_bytes", fused),
+    }
     made["lotr_ext, beta, nothing from L2"] = summed("bytes", beta)
     factors = ELEMENT * r * (k + n)
     return made | {"least possible": (factors, 2 * factors + ELEMENT * m * k)}
@@ -186,13 +224,16 @@ def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> lis
     return rows
 
 
-def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int, markdown: bool) -> None:
+def tables(
+    rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int, markdown: bool
+) -> None:
     frame = pd.DataFrame(rows)
     kernels, layers = (frame[frame["stage"] == stage] for stage in ("kernel", "layer"))
     megabytes = lambda value: f"{value / 1e6:.1f} MB"  # noqa: E731
     shown = pd.DataFrame(
         {
-            "kernel": kernels["rival"] + kernels.apply(lambda row: f" {row['m']} x {row['n']}", axis=1),
+            "kernel": kernels["rival"]
+            + kernels.apply(lambda row: f" {row['m']} x {row['n']}", axis=1),
             "counted": kernels["bytes"].map(megabytes),
             "every operand once": kernels["least_bytes"].map(megabytes),
             "the large matrix moves": kernels["large_times"].map("{:.3f} times".format),
@@ -201,7 +242,11 @@ def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: i
         }
     )
     text = "{m} x {k} x {n}, r {r}, bf16".format(**shape)
-    show(f"Counted bytes, planned for {multiprocessors} multiprocessors (SIMT executor, no GPU): {text}", shown, markdown)
+    show(
+        f"Counted bytes, planned for {multiprocessors} multiprocessors (SIMT executor, no GPU): {text}",
+        shown,
+        markdown,
+    )
     least = layers["bytes"].min()
     shown = pd.DataFrame(
         {
@@ -211,19 +256,41 @@ def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: i
             "of the least": (layers["bytes"] / least).map("{:.1f}".format),
         }
     )
-    show(f"Bytes of a whole layer, {text}: our kernels counted, operators of torch at their least", shown, markdown)
+    show(
+        f"Bytes of a whole layer, {text}: our kernels counted, operators of torch at their least",
+        shown,
+        markdown,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.bytes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.bytes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert = sizes("m", "k", "n", "r")
-    parser.add_argument("--shapes", type=convert, default=convert(SHAPES), help=f"MxKxNxR, comma-separated ({SHAPES})")
-    parser.add_argument("--multiprocessors", type=int, default=MULTIPROCESSORS, help=f"of the GPU ({MULTIPROCESSORS})")
-    parser.add_argument("--quick", action="store_true", help="one small shape, into demo_results/bench")
-    parser.add_argument("--results", type=Path, help="folder for the results (bench/results/simt-executor)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
+    parser.add_argument(
+        "--shapes",
+        type=convert,
+        default=convert(SHAPES),
+        help=f"MxKxNxR, comma-separated ({SHAPES})",
+    )
+    parser.add_argument(
+        "--multiprocessors",
+        type=int,
+        default=MULTIPROCESSORS,
+        help=f"of the GPU ({MULTIPROCESSORS})",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small shape, into demo_results/bench"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="folder for the results (bench/results/simt-executor)"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables in Markdown, as docs have them"
+    )
     options = parser.parse_args(argv)
     shapes = [{"m": 256, "k": 256, "n": 128, "r": 16}] if options.quick else options.shapes
     folder = options.results or (QUICK if options.quick else FOLDER)

@@ -38,7 +38,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-QUICK = ROOT / "demo_results" / "bench"  # of --quick: its few rounds must not replace what docs show
+QUICK = (
+    ROOT / "demo_results" / "bench"
+)  # of --quick: its few rounds must not replace what docs show
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {
     "frozen": "frozen",
@@ -107,7 +109,9 @@ class Group:
     deal: Callable[[random.Random], None] = lambda draw: None
 
 
-def training(forward: Callable[[], Tensor], g: Tensor | None, leaves: Iterable[Tensor], **further: Any) -> Step:
+def training(
+    forward: Callable[[], Tensor], g: Tensor | None, leaves: Iterable[Tensor], **further: Any
+) -> Step:
     """Forward and backward as inside a model. Before each step the gradients of `leaves` are dropped."""
     leaves = list(leaves)
 
@@ -115,7 +119,11 @@ def training(forward: Callable[[], Tensor], g: Tensor | None, leaves: Iterable[T
         for leaf in leaves:
             leaf.grad = None
 
-    return Step({"forward": lambda _: forward(), "backward": lambda y: y.backward(g)}, drop_gradients, **further)
+    return Step(
+        {"forward": lambda _: forward(), "backward": lambda y: y.backward(g)},
+        drop_gradients,
+        **further,
+    )
 
 
 class Clock:
@@ -133,8 +141,13 @@ class Clock:
         self.kind, self.cuda = kind, device == "cuda"
         self.read = time.process_time if kind == "cpu" else time.perf_counter
         if self.cuda:
-            size = max(FLUSH_BYTES, 4 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0))
-            self._large, self._sum = torch.zeros(size // 4, device=device), torch.zeros((), device=device)
+            size = max(
+                FLUSH_BYTES, 4 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
+            )
+            self._large, self._sum = (
+                torch.zeros(size // 4, device=device),
+                torch.zeros((), device=device),
+            )
 
     def seconds(self, step: Step, repeats: int = 1) -> list[float]:
         """Of each stage and layer, averaged over repeats made back to back."""
@@ -162,7 +175,9 @@ class Clock:
         step.prepare()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(step.stages) + 1)]
         torch.sum(self._large, 0, out=self._sum)
-        torch.cuda._sleep(QUEUE_CYCLES)  # private: without it the launches of a short stage would be timed, not the kernels
+        torch.cuda._sleep(
+            QUEUE_CYCLES
+        )  # private: without it the launches of a short stage would be timed, not the kernels
         state = None
         events[0].record()
         for stage, event in zip(step.stages.values(), events[1:]):
@@ -182,7 +197,9 @@ class Rounds:
             clock.seconds(step)
             begin = time.perf_counter()
             clock.seconds(step)
-            self.repeats[name] = max(1, min(1000, round(slice_s / max(time.perf_counter() - begin, 1e-7))))
+            self.repeats[name] = max(
+                1, min(1000, round(slice_s / max(time.perf_counter() - begin, 1e-7)))
+            )
 
     def run(self, turn: int) -> dict[str, list[float]]:
         """Seconds of each rival's stages. Each rival runs once untimed first, so that caches and allocator are as it leaves
@@ -210,12 +227,18 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     """The median and its 95 % interval by the bootstrap; NaN for the ends of fewer than three."""
     middle = float(np.median(ratios))
     if len(ratios) < 3 or np.ptp(ratios) == 0:
-        return (middle, middle, middle) if len(ratios) >= 3 else (middle, float("nan"), float("nan"))
-    found = stats.bootstrap((ratios,), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        return (
+            (middle, middle, middle) if len(ratios) >= 3 else (middle, float("nan"), float("nan"))
+        )
+    found = stats.bootstrap(
+        (ratios,), np.median, n_resamples=2000, method="percentile", rng=0
+    ).confidence_interval
     return middle, float(found.low), float(found.high)
 
 
-def rows_of(times: Sequence[dict[str, list[float]]], group: Group, floor: str) -> list[dict[str, Any]]:
+def rows_of(
+    times: Sequence[dict[str, list[float]]], group: Group, floor: str
+) -> list[dict[str, Any]]:
     """A row a rival and stage: the median seconds, and `over`, its time over the floor's of the same round, less one."""
     rows = []
     for name, step in group.steps.items():
@@ -223,7 +246,13 @@ def rows_of(times: Sequence[dict[str, list[float]]], group: Group, floor: str) -
         stages = [*step.stages, "step"][: len(own)]
         for stage, seconds, base in zip(stages, own, like):
             over = dict(zip(("over", "over_low", "over_high"), interval(seconds / base - 1)))
-            row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds)), **over, **step.facts}
+            row = {
+                "rival": name,
+                "stage": stage,
+                "seconds": float(np.median(seconds)),
+                **over,
+                **step.facts,
+            }
             if "least_bytes" in row:
                 row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9
             rows.append(row)
@@ -253,7 +282,9 @@ def memory_changes(call: Callable[[], object]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     # private: the public summary of the profiler adds allocations up by operator and loses their order
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
@@ -277,8 +308,15 @@ def commit(root: Path = ROOT) -> str:
     if shutil.which("git") is None:
         return ""
     git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"], capture_output=True).returncode == 1
+    head = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    changed = (
+        subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "lotr_ext", "csrc"], capture_output=True
+        ).returncode
+        == 1
+    )
     return head + "+" * changed
 
 
@@ -298,8 +336,18 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
     for package in ("peft", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    when = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "load": round(os.getloadavg()[0], 1)}
-    found = {"machine": machine(options.device), **when, **versions, "clock": options.clock, "rounds": options.rounds}
+    when = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    found = {
+        "machine": machine(options.device),
+        **when,
+        **versions,
+        "clock": options.clock,
+        "rounds": options.rounds,
+    }
     if options.device == "cuda" and shutil.which("nvidia-smi"):
         query = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -334,7 +382,11 @@ def write(path: Path, frame: pd.DataFrame) -> None:
     """JSON Lines without empty columns, numbers to six digits. A kill leaves the old file or the new one."""
     lines = []
     for record in frame.to_dict("records"):
-        kept = {name: value for name, value in record.items() if isinstance(value, list) or not pd.isna(value)}
+        kept = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, list) or not pd.isna(value)
+        }
         lines.append(json.dumps({name: _short(value) for name, value in kept.items()}) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -380,22 +432,45 @@ def fact_text(name: str, value: Any) -> str:
         return bytes_text(value)
     if name == "error":
         return f"{value:.0e}"
-    return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and not value.is_integer()
+        else f"{int(value):,}"
+    )
 
 
-ABOUT = {"machine", "date", "commit", "load", "torch", "peft", "transformers", "clock", "rounds", "gpu", "interval"}
+ABOUT = {
+    "machine",
+    "date",
+    "commit",
+    "load",
+    "torch",
+    "peft",
+    "transformers",
+    "clock",
+    "rounds",
+    "gpu",
+    "interval",
+}
 TIMES = {"rival", "stage", "seconds", "over", "over_low", "over_high"}
 
 
 def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
     """The rivals of one case, which the columns `key` name: the time of each stage, the last stage's over the floor, facts."""
     rows, last = [], frame["stage"].iloc[-1]
-    columns = [name for name in frame if name not in (*ABOUT, *TIMES, *key) and frame[name].notna().any()]
+    columns = [
+        name for name in frame if name not in (*ABOUT, *TIMES, *key) and frame[name].notna().any()
+    ]
     for rival, own in frame.groupby("rival", sort=False):
         of = own[own["stage"] == last].iloc[0]
-        row = {"": named(str(rival)), **{s["stage"]: seconds_text(s["seconds"]) for _, s in own.iterrows()}}
+        row = {
+            "": named(str(rival)),
+            **{s["stage"]: seconds_text(s["seconds"]) for _, s in own.iterrows()},
+        }
         row[f"over {named(floor)}"] = "" if rival == floor else over_text(of)
-        rows.append(row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns})
+        rows.append(
+            row | {name.removesuffix("_bytes"): fact_text(name, of[name]) for name in columns}
+        )
     return pd.DataFrame(rows).fillna("-")
 
 
@@ -403,7 +478,9 @@ def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
     """A row a case, by its title, a column a rival: the time of the whole step over the floor's."""
     kept = (frame["stage"] == frame["stage"].iloc[-1]) & (frame["rival"] != floor)
     last = frame[kept]
-    cells = pd.DataFrame({"": titles[kept], "rival": last["rival"].map(named), "text": last.apply(over_text, axis=1)})
+    cells = pd.DataFrame(
+        {"": titles[kept], "rival": last["rival"].map(named), "text": last.apply(over_text, axis=1)}
+    )
     wide = cells.pivot(index="", columns="rival", values="text").reindex(cells[""].unique())
     order = sorted(cells["rival"].unique(), key=lambda name: [*NAMES.values(), name].index(name))
     return wide[order].fillna("-").reset_index().rename_axis(columns=None)
@@ -438,7 +515,9 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
         found = []
         for part in text.split(","):
             if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", part) or part.count("x") != len(names) - 1:
-                raise argparse.ArgumentTypeError(f"expected {'x'.join(names)}, numbers of at least 1, got {part!r}")
+                raise argparse.ArgumentTypeError(
+                    f"expected {'x'.join(names)}, numbers of at least 1, got {part!r}"
+                )
             found.append(dict(zip(names, map(int, part.split("x")))))
         return found
 
@@ -466,21 +545,55 @@ class Program:
 
     def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(
-            prog=f"python -m bench.{self.name}", description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=f"python -m bench.{self.name}",
+            description=self.doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         cuda = torch.cuda.is_available()
-        parser.add_argument("--quick", action="store_true", help="few rounds of the first case, into demo_results/bench")
+        parser.add_argument(
+            "--quick",
+            action="store_true",
+            help="few rounds of the first case, into demo_results/bench",
+        )
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-        parser.add_argument("--dtypes", type=listed, default=listed(self.dtypes), help=f"some of {', '.join(DTYPES)}")
-        parser.add_argument("--threads", type=listed, default=["1"], help="CPU thread counts, comma-separated (1)")
-        parser.add_argument("--rounds", type=int, help=f"rounds of all rivals per case ({self.rounds}; against: 41)")
-        parser.add_argument("--clock", choices=CLOCKS, help="cpu (one CPU thread), wall (more threads), events (GPU)")
+        parser.add_argument(
+            "--dtypes",
+            type=listed,
+            default=listed(self.dtypes),
+            help=f"some of {', '.join(DTYPES)}",
+        )
+        parser.add_argument(
+            "--threads", type=listed, default=["1"], help="CPU thread counts, comma-separated (1)"
+        )
+        parser.add_argument(
+            "--rounds", type=int, help=f"rounds of all rivals per case ({self.rounds}; against: 41)"
+        )
+        parser.add_argument(
+            "--clock",
+            choices=CLOCKS,
+            help="cpu (one CPU thread), wall (more threads), events (GPU)",
+        )
         parser.add_argument("--rivals", type=listed, help="some of the rivals, comma-separated")
-        parser.add_argument("--results", type=Path, help="folder for the results (bench/results/<machine>)")
-        parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
-        parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a result file, and measure nothing")
+        parser.add_argument(
+            "--results", type=Path, help="folder for the results (bench/results/<machine>)"
+        )
+        parser.add_argument(
+            "--markdown",
+            action="store_true",
+            help="print the tables in Markdown, as docs have them",
+        )
+        parser.add_argument(
+            "--show",
+            type=Path,
+            metavar="FILE",
+            help="print the tables of a result file, and measure nothing",
+        )
         if self.compared:
-            parser.add_argument("--against", type=Path, help="another built checkout, whose lotr_ext runs in turns with ours")
+            parser.add_argument(
+                "--against",
+                type=Path,
+                help="another built checkout, whose lotr_ext runs in turns with ours",
+            )
         self.options(parser)
         options = parser.parse_args(argv)
         options.against = getattr(options, "against", None)
@@ -490,24 +603,36 @@ class Program:
     def _check(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         """Ends the program for a bad option; fills in what depends on others."""
         count = os.cpu_count() or 1
-        if bad := [text for text in options.threads if not (text.isdigit() and 1 <= int(text) <= count)]:
+        if bad := [
+            text for text in options.threads if not (text.isdigit() and 1 <= int(text) <= count)
+        ]:
             parser.error(f"threads: expected numbers from 1 to {count}, got {bad[0]!r}")
         if bad := [name for name in options.dtypes if name not in DTYPES]:
             parser.error(f"dtypes: expected some of {', '.join(DTYPES)}, got {bad[0]!r}")
         if options.device == "cuda" and not torch.cuda.is_available():
             parser.error("device: expected a GPU for cuda, found none; give --device cpu")
         options.threads = sorted(map(int, options.threads))
-        usual = "events" if options.device == "cuda" else "cpu" if options.threads == [1] else "wall"
+        usual = (
+            "events" if options.device == "cuda" else "cpu" if options.threads == [1] else "wall"
+        )
         options.clock = options.clock or usual
         if options.clock not in ("wall", usual):
-            parser.error(f"clock: expected wall or {usual} on {options.device} with {options.threads} threads")
-        options.rounds = options.rounds or (3 if options.quick else 41 if options.against else self.rounds)
+            parser.error(
+                f"clock: expected wall or {usual} on {options.device} with {options.threads} threads"
+            )
+        options.rounds = options.rounds or (
+            3 if options.quick else 41 if options.against else self.rounds
+        )
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
-            parser.error(f"against: expected a checkout with a built lotr_ext, got {options.against}; build it there first")
+            parser.error(
+                f"against: expected a checkout with a built lotr_ext, got {options.against}; build it there first"
+            )
 
     def all_cases(self, options: argparse.Namespace) -> list[Case]:
         shapes = self.cases(options)
-        made = itertools.product(options.threads, options.dtypes, shapes[: 1 if options.quick else None])
+        made = itertools.product(
+            options.threads, options.dtypes, shapes[: 1 if options.quick else None]
+        )
         return [{**shape, "dtype": dtype, "threads": threads} for threads, dtype, shape in made]
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -527,17 +652,25 @@ class Program:
             torch.set_num_threads(case["threads"])
             try:
                 group = self.build(case, options)
-                rounds = Rounds(group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s)
+                rounds = Rounds(
+                    group, clock, 0.0 if options.quick or options.rounds < 5 else self.slice_s
+                )
                 times = [rounds.run(turn) for turn in range(options.rounds)]
                 made = [about | case | row for row in rows_of(times, group, self.floor)]
-            except Exception as error:  # packages of rivals may raise anything; the other cases are still measured
-                failed.append(f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            except (
+                Exception
+            ) as error:  # packages of rivals may raise anything; the other cases are still measured
+                failed.append(
+                    f"{self.title(case)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                )
                 continue
             replace_rows(folder / f"{self.name}.jsonl", made, ["machine", *case])
             frames.append(pd.DataFrame(made))
         if frames:
             self.tables(pd.concat(frames, ignore_index=True), list(cases[0]), options.markdown)
-        print(f"\n{self.command(argv)}; {about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}")
+        print(
+            f"\n{self.command(argv)}; {about['machine']}, {about['clock']} seconds, {about['date']}, {about['commit']}"
+        )
         print(f"results in {folder / self.name}.jsonl")
         for line in failed:
             print(f"not measured: {line}", file=sys.stderr)
@@ -547,7 +680,11 @@ class Program:
         """Prints the rows of cases, which these columns name."""
         titles = frame.apply(lambda row: self.title(row.to_dict()), axis=1)
         if self.pivoted:
-            show(f"{self.name}: time over {named(self.floor)}", pivot(frame, titles, self.floor), markdown)
+            show(
+                f"{self.name}: time over {named(self.floor)}",
+                pivot(frame, titles, self.floor),
+                markdown,
+            )
             return
         for _, own in frame.groupby(key, sort=False):
             show(titles[own.index[0]], case_table(own, self.floor, key), markdown)
@@ -573,14 +710,18 @@ class Worker:
         code = first + f"from bench.common import work; work({name!r}, {argv!r})"
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd="/", **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, cwd="/", **pipes
+        )
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"a worker ended with status {self.process.wait()}; what it printed is above")
+            raise RuntimeError(
+                f"a worker ended with status {self.process.wait()}; what it printed is above"
+            )
         return json.loads(answer)
 
 
@@ -596,8 +737,12 @@ def work(name: str, argv: list[str]) -> None:
         question = json.loads(line)
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
-            rounds = Rounds(program.build(question["case"], options), clock, max(program.slice_s, 0.05))
-            answer = {"stages": {rival: list(step.stages) for rival, step in rounds.group.steps.items()}}
+            rounds = Rounds(
+                program.build(question["case"], options), clock, max(program.slice_s, 0.05)
+            )
+            answer = {
+                "stages": {rival: list(step.stages) for rival, step in rounds.group.steps.items()}
+            }
         else:
             answer = rounds.run(question["turn"])
         answers.write(json.dumps(answer) + "\n")
@@ -607,11 +752,20 @@ def work(name: str, argv: list[str]) -> None:
 def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> int:
     """Rounds of this checkout and of another one in turns, each in a process of its own: the ratio of their times."""
     argv = argv if options.rivals else [*argv, "--rivals", ",".join(program.compared)]
-    workers = {"new": Worker(program.name, argv, ROOT), "old": Worker(program.name, argv, options.against)}
-    made, cases, tables = {"new": commit(), "old": commit(options.against)}, program.all_cases(options), {}
+    workers = {
+        "new": Worker(program.name, argv, ROOT),
+        "old": Worker(program.name, argv, options.against),
+    }
+    made, cases, tables = (
+        {"new": commit(), "old": commit(options.against)},
+        program.all_cases(options),
+        {},
+    )
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {program.title(case)}", file=sys.stderr, flush=True)
-        stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}["new"]
+        stages = {side: worker.ask({"case": case})["stages"] for side, worker in workers.items()}[
+            "new"
+        ]
         times: dict[str, list[dict[str, list[float]]]] = {"new": [], "old": []}
         for turn in range(options.rounds):
             for side in random.Random(turn).sample(list(workers), 2):
@@ -620,10 +774,16 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
         for rival, names in stages.items():
             new, old = (with_sum(times[side], rival) for side in ("new", "old"))
             for i, stage in enumerate([*names, "step"][: len(new)]):
-                both = {"new": seconds_text(np.median(new[i])), "old": seconds_text(np.median(old[i]))}
+                both = {
+                    "new": seconds_text(np.median(new[i])),
+                    "old": seconds_text(np.median(old[i])),
+                }
                 ratios = new[i] / old[i], (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
                 texts = ["{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio)) for ratio in ratios]
-                both |= {"new / old": texts[0], f"the same, each over its {named(program.floor)}": texts[1]}
+                both |= {
+                    "new / old": texts[0],
+                    f"the same, each over its {named(program.floor)}": texts[1],
+                }
                 rows.append({"": f"{named(rival)}, {stage}", **both})
         tables[program.title(case)] = pd.DataFrame(rows)
     for worker in workers.values():
@@ -632,6 +792,8 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     for title, table in tables.items():
         show(title, table, options.markdown)
     commits = f"{made['new']} (new) over {made['old']} (old)"
-    print(f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, 95 % intervals")
+    print(
+        f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, 95 % intervals"
+    )
     print(f"{machine(options.device)}, {options.clock} seconds, load {os.getloadavg()[0]:.1f}")
     return 0

@@ -26,14 +26,19 @@ NAMES = ("frozen", "lora-peft", "lora-grouped", "lotr_ext")
 PARAMETERS = ("gate_up_proj", "down_proj")
 KEY = ("m", "hidden", "inner", "experts", "top", "r")
 # on a GPU the layers of Qwen3-30B-A3B and of Mixtral
-SHAPES = {"cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16", "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16"}
+SHAPES = {
+    "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
+    "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
+}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
     found = options.shapes or sizes(*KEY)(SHAPES[options.device])
     if bad := [case for case in found if case["top"] > case["experts"]]:
-        raise ValueError(f"shapes: expected a top k of at most the {bad[0]['experts']} experts, got {bad[0]['top']}")
+        raise ValueError(
+            f"shapes: expected a top k of at most the {bad[0]['experts']} experts, got {bad[0]['top']}"
+        )
     return found
 
 
@@ -52,9 +57,15 @@ def frozen(case: Case, dtype: torch.dtype, device: str) -> Mixture:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    sizes = {"hidden_size": case["hidden"], "moe_intermediate_size": case["inner"], "num_experts": case["experts"]}
+    sizes = {
+        "hidden_size": case["hidden"],
+        "moe_intermediate_size": case["inner"],
+        "num_experts": case["experts"],
+    }
     config = Qwen3MoeConfig(**sizes)
-    config._experts_implementation = "grouped_mm"  # private: transformers sets it from an argument of whole models alone
+    config._experts_implementation = (
+        "grouped_mm"  # private: transformers sets it from an argument of whole models alone
+    )
     with torch.device(device):
         module = Qwen3MoeExperts(config).to(dtype)
     for parameter in module.parameters():
@@ -71,11 +82,16 @@ class GroupedLoRA(nn.Module):
         for name in PARAMETERS:
             e, n, k = getattr(experts, name).shape
             like = {"dtype": torch.float32, "device": experts.down_proj.device}
-            self.register_parameter(f"{name}_A", nn.Parameter(torch.randn(e, rank, k, **like) * k**-0.5))
+            self.register_parameter(
+                f"{name}_A", nn.Parameter(torch.randn(e, rank, k, **like) * k**-0.5)
+            )
             self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(e, n, rank, **like)))
 
     def _linear(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        weight, A, B = getattr(self.experts, name), *(getattr(self, f"{name}_{part}").to(x.dtype) for part in "AB")
+        weight, A, B = (
+            getattr(self.experts, name),
+            *(getattr(self, f"{name}_{part}").to(x.dtype) for part in "AB"),
+        )
         grouped_mm = nn.functional.grouped_mm
         y, u = grouped_mm(x, weight.mT, offs=ends), grouped_mm(x, A.mT, offs=ends)
         return y + grouped_mm(u, B.mT, offs=ends)
@@ -85,7 +101,9 @@ class GroupedLoRA(nn.Module):
         expert, order = torch.sort(index.reshape(-1))
         ends = torch.searchsorted(expert, torch.arange(1, e + 1, device=x.device), out_int32=True)
         gate, up = self._linear("gate_up_proj", x[order // top], ends).chunk(2, -1)
-        y = self._linear("down_proj", self.experts.act_fn(gate) * up, ends) * weights.reshape(-1)[order].unsqueeze(-1)
+        y = self._linear("down_proj", self.experts.act_fn(gate) * up, ends) * weights.reshape(-1)[
+            order
+        ].unsqueeze(-1)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
         return y[back].view(m, top, -1).sum(1)
@@ -102,7 +120,9 @@ def adapted(name: str, first: Mixture, rank: int) -> nn.Module:
     if name == "lora-peft":
         import peft
 
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets)
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets
+        )
         return peft.get_peft_model(mixture, config)
     from lotr_ext import LoTRConfig, apply_lotr
 
@@ -148,8 +168,12 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         parameters = trained(model)
         facts: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters)}
         if name == "lotr_ext":
-            facts["error"] = check_error("gradients", gradient_error(model, x, g, routing), TOLERANCE[case["dtype"]])
-        steps[name] = training(lambda model=model: model(x, *routing), g, (x, *parameters), facts=facts)
+            facts["error"] = check_error(
+                "gradients", gradient_error(model, x, g, routing), TOLERANCE[case["dtype"]]
+            )
+        steps[name] = training(
+            lambda model=model: model(x, *routing), g, (x, *parameters), facts=facts
+        )
         steps[name].run()
         facts["peak_bytes"] = peak_bytes(steps[name].run, device)
     return Group(steps)

@@ -24,14 +24,20 @@ from torch import Tensor, nn
 from .common import Case, Group, Program, Step, listed, sizes, training
 from .rivals import FORMS, STACKED, check_stack, chosen, dtype_of, stack, stack_values
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 5e-2}  # of y and dx against float64, through all layers
+TOLERANCE = {
+    "fp32": 1e-4,
+    "bf16": 0.2,
+    "fp16": 5e-2,
+}  # of y and dx against float64, through all layers
 SHAPES = "1x24x32x8,16x24x32x8,160x24x32x8"
 KEY = ("m", "layers", "k", "r")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
     shapes = options.shapes or sizes(*KEY)(SHAPES)
-    return [{"form": form, **shape} for form in chosen(options.forms, FORMS, FORMS) for shape in shapes]
+    return [
+        {"form": form, **shape} for form in chosen(options.forms, FORMS, FORMS) for shape in shapes
+    ]
 
 
 def count_frames(call: Callable[[], object], folder: Path) -> tuple[int, int]:
@@ -42,7 +48,9 @@ def count_frames(call: Callable[[], object], folder: Path) -> tuple[int, int]:
         if event == "call" and frame.f_code.co_filename.startswith(str(folder)):
             found.append(frame.f_code)
 
-    with torch.autograd.set_multithreading_enabled(False):  # backward on this thread, where the profile function is
+    with torch.autograd.set_multithreading_enabled(
+        False
+    ):  # backward on this thread, where the profile function is
         sys.setprofile(seen)
         try:
             call()
@@ -76,7 +84,11 @@ def step_of(made: nn.Module, x: Tensor, g: Tensor, layers: int, facts: dict[str,
     step = training(lambda: made(x), g, leaves, layers=layers, facts=facts)
     step.run()
     frames, functions = count_frames(step.run, Path(lotr_ext.__file__).parent)
-    facts |= {"frames": frames / layers, "functions": functions, "operators": count_operators(step.run) / layers}
+    facts |= {
+        "frames": frames / layers,
+        "functions": functions,
+        "operators": count_operators(step.run) / layers,
+    }
     return step
 
 
@@ -91,20 +103,38 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     truth, steps = stack("lotr-eager", [t.double() for t in tensors], case["form"]), {}
     for name in chosen(options.rivals, STACKED, STACKED):
         made = stack(name, tensors, case["form"])
-        facts = {"error": check_stack(made, truth, x, g, TOLERANCE[case["dtype"]])} if name.startswith("lotr") else {}
+        facts = (
+            {"error": check_stack(made, truth, x, g, TOLERANCE[case["dtype"]])}
+            if name.startswith("lotr")
+            else {}
+        )
         steps[name] = step_of(made, x, g, layers, facts)
     return Group(steps)
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes(*KEY), help="MxLxKxR, comma-separated: tokens x layers x width x rank")
+    parser.add_argument(
+        "--shapes",
+        type=sizes(*KEY),
+        help="MxLxKxR, comma-separated: tokens x layers x width x rank",
+    )
     parser.add_argument("--forms", type=listed, help=f"some of {', '.join(FORMS)}")
 
 
 FORM = "{form}, {m} tokens, {layers} layers of width {k}, r {r}"
 SIDES = ("lotr-eager", "lotr_ext", "lotr_ext-model")
 PROGRAM = Program(
-    "host", __doc__, cases, build, FORM, SIDES[0], 41, slice_s=0.0, dtypes="fp32", compared=SIDES, options=more_options
+    "host",
+    __doc__,
+    cases,
+    build,
+    FORM,
+    SIDES[0],
+    41,
+    slice_s=0.0,
+    dtypes="fp32",
+    compared=SIDES,
+    options=more_options,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -36,7 +36,7 @@ CHECKED = "333x200x13,300x264x16,17x4104x61,520x1032x64,257x136x128,130x72x200"
 
 
 def library() -> object:
-    importlib.import_module("lotr_ext.ops")  # loads the operators
+    importlib.import_module("lotr_ext.core.operators")  # loads the operators
 
     return torch.ops.lotr
 
@@ -67,11 +67,15 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(3)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
+        return (torch.randn(*shape, generator=self.generator) * scale).to(
+            self.device, dtype or self.dtype
+        )
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Of ours and of the library."""
-        return torch.zeros(self.n, self.r, device=self.device), torch.zeros(self.n, self.r, device=self.device)
+        return torch.zeros(self.n, self.r, device=self.device), torch.zeros(
+            self.n, self.r, device=self.device
+        )
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -82,7 +86,9 @@ def shrink(i: Inputs) -> Operator:
     """u = x A"""
     x, A, op = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), library().shrink
     moved = _bytes(x, A) + i.m * i.r * x.itemsize
-    return Operator(lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), moved)
+    return Operator(
+        lambda: (op(x, A),), lambda: (x @ A,), lambda: (x.double() @ A.double(),), moved
+    )
 
 
 def expand_add(i: Inputs) -> Operator:
@@ -100,7 +106,12 @@ def expand_add(i: Inputs) -> Operator:
 
 def factor_grad(i: Inputs) -> Operator:
     """D += x^T k"""
-    x, k, (D, E), op = i.normal(i.m, i.n), i.normal(i.m, i.r, scale=i.m**-0.5), i.sums(), library().shrink_backward_
+    x, k, (D, E), op = (
+        i.normal(i.m, i.n),
+        i.normal(i.m, i.r, scale=i.m**-0.5),
+        i.sums(),
+        library().shrink_backward_,
+    )
     return Operator(
         lambda: (op(k, None, x, None, D), D)[1:],
         lambda: (E.add_(x.T @ k),),
@@ -112,10 +123,32 @@ def factor_grad(i: Inputs) -> Operator:
 
 def shrink_grad(i: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
-    g, F, u = i.normal(i.m, i.n), i.normal(i.n, i.r, scale=i.n**-0.5), i.normal(i.m, i.r, scale=i.m**-0.5)
+    g, F, u = (
+        i.normal(i.m, i.n),
+        i.normal(i.n, i.r, scale=i.n**-0.5),
+        i.normal(i.m, i.r, scale=i.m**-0.5),
+    )
     (Q, P), op = i.sums(), library().layer_backward_
     B, core = i.normal(i.n, 1), i.normal(i.r, 1)  # not read where Q is given
-    given = (g, None, None, u, None, F, B, core, SCALING, TWO_PASS, None, None, Q, None, None, False, False)
+    given = (
+        g,
+        None,
+        None,
+        u,
+        None,
+        F,
+        B,
+        core,
+        SCALING,
+        TWO_PASS,
+        None,
+        None,
+        Q,
+        None,
+        None,
+        False,
+        False,
+    )
     return Operator(
         lambda: (op(*given)[1], Q),
         lambda: (g @ F, P.add_(g.T @ u)),
@@ -158,12 +191,16 @@ def gemm_lotr(i: Inputs) -> Operator:
         lambda: ((x @ W.T).addmm_(u, F.T),),
         lambda: (x.double() @ W.double().T + u.double() @ F.double().T,),
         _bytes(x, W, u, F, x),
-        more={"base product alone": lambda: (x @ W.T,), "library, beta": lambda: ((u @ F.T).addmm_(x, W.T),)},
+        more={
+            "base product alone": lambda: (x @ W.T,),
+            "library, beta": lambda: ((u @ F.T).addmm_(x, W.T),),
+        },
     )
 
 
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {
-    make.__name__: make for make in (shrink, expand_add, factor_grad, shrink_grad, fold, row_core, gemm_lotr)
+    make.__name__: make
+    for make in (shrink, expand_add, factor_grad, shrink_grad, fold, row_core, gemm_lotr)
 }
 
 
@@ -182,7 +219,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
     for shape in options.shapes or sizes("m", "n", "r")(SHAPES[options.device]):
         for kernel in names:
             found.append({"kernel": kernel, **shape} | ({"m": 1} if kernel == "fold" else {}))
-    return [case for case in found if case["kernel"] != "gemm_lotr" or runs({**case, "dtype": "bf16"}, options.device)]
+    return [
+        case
+        for case in found
+        if case["kernel"] != "gemm_lotr" or runs({**case, "dtype": "bf16"}, options.device)
+    ]
 
 
 def errors(operator: Operator, dtype: torch.dtype) -> float:
@@ -195,7 +236,9 @@ def errors(operator: Operator, dtype: torch.dtype) -> float:
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     if not runs(case, options.device):
-        raise ValueError("gemm_lotr: expected an H100, bf16 or fp16, a rank of at most 128 and a width in multiples of 8")
+        raise ValueError(
+            "gemm_lotr: expected an H100, bf16 or fp16, a rank of at most 128 and a width in multiples of 8"
+        )
     operator = KERNELS[case["kernel"]](Inputs(case, options.device))
     facts = {"error": errors(operator, dtype_of(case)), "least_bytes": operator.bytes}
     sides = {"library": operator.library, **operator.more, "lotr_ext": operator.ours}
@@ -220,7 +263,9 @@ def check(options: argparse.Namespace) -> int:
                     first = [t.clone() for t in operator.ours()]
                     operator.reset()
                     same = all(torch.equal(a, b) for a, b in zip(first, operator.ours()))
-                    said = f"error {error:.1e}" + ("" if same else ", WRONG: other bits in a second run")
+                    said = f"error {error:.1e}" + (
+                        "" if same else ", WRONG: other bits in a second run"
+                    )
                 except ArithmeticError as problem:
                     same, said = False, f"WRONG: {problem}"
                 wrong += not same
@@ -231,12 +276,25 @@ def check(options: argparse.Namespace) -> int:
 def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", type=listed, help=f"some of {', '.join(KERNELS)}")
     parser.add_argument("--shapes", type=sizes("m", "n", "r"), help="MxNxR, comma-separated")
-    parser.add_argument("--check", action="store_true", help="compare with float64 at odd sizes, and measure nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with float64 at odd sizes, and measure nothing",
+    )
 
 
 FORM = "{kernel} {m} x {n}, r {r}"
 PROGRAM = Program(
-    "kernels", __doc__, cases, build, FORM, floor="library", rounds=15, slice_s=0.01, dtypes="bf16", options=more_options
+    "kernels",
+    __doc__,
+    cases,
+    build,
+    FORM,
+    floor="library",
+    rounds=15,
+    slice_s=0.01,
+    dtypes="bf16",
+    options=more_options,
 )
 if __name__ == "__main__":
     options = PROGRAM.arguments(None)

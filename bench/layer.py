@@ -36,14 +36,18 @@ def step_of(rival: Rival, copies: list[torch.Tensor], i: int, g: torch.Tensor) -
         for leaf in (copies[i], *leaves):
             leaf.grad = None
 
-    return Step({"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}, drop_gradients)
+    return Step(
+        {"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}, drop_gradients
+    )
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     m, k, n, r, dtype = case["m"], case["k"], case["n"], case["r"], dtype_of(case)
     tensors = Tensors.random(k, n, r, dtype, options.device)
     generator = torch.Generator().manual_seed(1)
-    x, g = (torch.randn(m, width, generator=generator).to(options.device, dtype) for width in (k, n))
+    x, g = (
+        torch.randn(m, width, generator=generator).to(options.device, dtype) for width in (k, n)
+    )
     x.requires_grad_()
     names = chosen(options.rivals, [name for name in LAYERS if name not in COMPILED], LAYERS)
     # a copy of x for each rival, shuffled each round: on a CPU the address of x changes a layer's time by up to 2 %
@@ -62,6 +66,15 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 
 
 FORM = "{m} x {k} x {n}, r {r}"
-PROGRAM = Program("layer", __doc__, cases, build, FORM, compared=("frozen", "lotr_ext"), pivoted=True, options=more_options)
+PROGRAM = Program(
+    "layer",
+    __doc__,
+    cases,
+    build,
+    FORM,
+    compared=("frozen", "lotr_ext"),
+    pivoted=True,
+    options=more_options,
+)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -35,8 +35,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for name in names:
         shape = rv.MODELS[name]
-        sizes = {"batch": options.batch or shape.batch, "sequence": options.sequence or shape.sequence, "r": options.rank}
-        found.append({"model": name, "targets": ",".join(options.targets or shape.targets), **sizes})
+        sizes = {
+            "batch": options.batch or shape.batch,
+            "sequence": options.sequence or shape.sequence,
+            "r": options.rank,
+        }
+        found.append(
+            {"model": name, "targets": ",".join(options.targets or shape.targets), **sizes}
+        )
     return found
 
 
@@ -50,7 +56,9 @@ class Training:
     def forward(self, _: object = None) -> Tensor:
         if self.target is None:  # a language model has its own loss
             return self.model(input_ids=self.ids, labels=self.ids).loss
-        return nn.functional.mse_loss(self.model(input_ids=self.ids).last_hidden_state.float(), self.target)
+        return nn.functional.mse_loss(
+            self.model(input_ids=self.ids).last_hidden_state.float(), self.target
+        )
 
     def update(self, _: object) -> None:
         if self.optimizer is not None:
@@ -61,7 +69,11 @@ class Training:
             p.grad = None
 
     def step(self, facts: dict[str, Any]) -> Step:
-        stages = {"forward": self.forward, "backward": lambda loss: loss.backward(), "optimizer": self.update}
+        stages = {
+            "forward": self.forward,
+            "backward": lambda loss: loss.backward(),
+            "optimizer": self.update,
+        }
         return Step(stages, self.drop_gradients, facts=facts)
 
 
@@ -75,7 +87,11 @@ def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
         for other, layer in zip(theirs, layers, strict=True):
             other.core.normal_(std=0.1)
             factors = rv.factors_of(layer)
-            for mine, value in ((factors["A"], other.A), (factors["B"], other.B), (layer.core, other.core)):
+            for mine, value in (
+                (factors["A"], other.A),
+                (factors["B"], other.B),
+                (layer.core, other.core),
+            ):
                 mine.copy_(value)
     for one in (ours, Training(eager, case, ours.ids, ours.target)):
         one.drop_gradients()
@@ -83,7 +99,9 @@ def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
     expected = torch.cat([other.core.grad.double().flatten() for other in theirs])
     found = torch.cat([layer.core.grad.double().flatten() for layer in layers])
     ours.drop_gradients()
-    return check_error("gradients of the cores", error_of(found, expected), TOLERANCE[case["dtype"]])
+    return check_error(
+        "gradients of the cores", error_of(found, expected), TOLERANCE[case["dtype"]]
+    )
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -102,7 +120,10 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             continue
         torch.manual_seed(1)
         training = Training(rv.adapted_model(name, base, targets, rank), case, ids, target)
-        facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in training.parameters)}
+        facts: dict[str, Any] = {
+            "rank": rank,
+            "parameters": sum(p.numel() for p in training.parameters),
+        }
         if name == "lotr_ext":
             facts["error"] = gradient_error(training, base, case)
         steps[name] = training.step(facts)
@@ -113,7 +134,9 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
 def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=listed, help=f"some of {', '.join(rv.MODELS)}")
-    parser.add_argument("--targets", type=listed, help="endings of the adapted layers' names (the model's own)")
+    parser.add_argument(
+        "--targets", type=listed, help="endings of the adapted layers' names (the model's own)"
+    )
     parser.add_argument("--batch", type=int)
     parser.add_argument("--sequence", type=int, help="tokens a row")
     parser.add_argument("--rank", type=int, default=RANK, help=f"of LoTR and LoRA ({RANK})")
@@ -121,6 +144,8 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 
 FORM = "{model} ({targets}), {batch} x {sequence} tokens, r {r}"
 SIDES = ("frozen", "lora-peft", "lotr_ext")
-PROGRAM = Program("model", __doc__, cases, build, FORM, slice_s=0.0, compared=SIDES, options=more_options)
+PROGRAM = Program(
+    "model", __doc__, cases, build, FORM, slice_s=0.0, compared=SIDES, options=more_options
+)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

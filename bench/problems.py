@@ -46,11 +46,23 @@ def _teacher(shared: str) -> Task:
 
 def _classifier(file: str, *sizes: int, all_methods: bool = False) -> Task:
     layers = r".*\.layer\.\d+\..*\.(query|key|value|dense)"
-    return Task("classifier", file, layers, sizes[0], 32, sizes[1], sizes[2], all_methods, r".*\.LayerNorm")
+    return Task(
+        "classifier", file, layers, sizes[0], 32, sizes[1], sizes[2], all_methods, r".*\.LayerNorm"
+    )
 
 
 def _language(file: str, all_methods: bool = False) -> Task:
-    return Task("language", file, r".*\.layers\.\d+\..*_proj", 60, 4, 32, 96, all_methods, r".*(norm|layernorm)")
+    return Task(
+        "language",
+        file,
+        r".*\.layers\.\d+\..*_proj",
+        60,
+        4,
+        32,
+        96,
+        all_methods,
+        r".*(norm|layernorm)",
+    )
 
 
 TASKS = {
@@ -97,7 +109,9 @@ class Problem:
         found, order = [], self.order(part)
         for rows in order.split(8 if self.task.kind == "language" else 100):
             found.append(self.losses(model, tuple(_rows(own, rows) for own in self.parts[part])))
-        losses, right = (None if own[0] is None else torch.cat(own)[order.argsort()] for own in zip(*found))
+        losses, right = (
+            None if own[0] is None else torch.cat(own)[order.argsort()] for own in zip(*found)
+        )
         return losses.double(), right
 
     def order(self, part: str) -> Tensor:
@@ -121,7 +135,10 @@ class Teacher(Problem):
             self.net = Net()
         teacher = changed(self.net, float(task.source), generator)
         with torch.no_grad():
-            inputs = [torch.randn(count, 32, generator=generator) for count in (2048, task.validation, task.held_out)]
+            inputs = [
+                torch.randn(count, 32, generator=generator)
+                for count in (2048, task.validation, task.held_out)
+            ]
             outputs = [teacher(x) for x in inputs]
             differences = outputs[0] - self.net(inputs[0])
         noise, self.unit = 0.2 * differences.std(), differences.square().mean().item()
@@ -162,7 +179,10 @@ def changed(net: Net, shared: float, generator: torch.Generator) -> Net:
         common = spaces(*layers[0].weight.shape)
         for layer in layers:
             change = torch.zeros_like(layer.weight)
-            for (left, right), part in ((common, shared), (spaces(*layer.weight.shape), 1 - shared)):
+            for (left, right), part in (
+                (common, shared),
+                (spaces(*layer.weight.shape), 1 - shared),
+            ):
                 one = left @ torch.randn(4, 4, generator=generator) @ right.T
                 change += part**0.5 * one / one.norm()
             layer.weight += 0.5 * layer.weight.norm() * change / change.norm()
@@ -178,12 +198,23 @@ class Classified(Problem):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__(task)
-        rows = [line.split("\t", 1) for line in (DATA / task.source).read_text(encoding="utf-8").splitlines()]
-        texts = [(text, int(float(rating) > 0)) for rating, text in rows if abs(float(rating)) >= 0.5]
+        rows = [
+            line.split("\t", 1)
+            for line in (DATA / task.source).read_text(encoding="utf-8").splitlines()
+        ]
+        texts = [
+            (text, int(float(rating) > 0)) for rating, text in rows if abs(float(rating)) >= 0.5
+        ]
         tokenizer = AutoTokenizer.from_pretrained(DATA / "all-minilm-l6-v2", local_files_only=True)
-        self.encoder = AutoModel.from_pretrained(DATA / "all-minilm-l6-v2", local_files_only=True).eval()
+        self.encoder = AutoModel.from_pretrained(
+            DATA / "all-minilm-l6-v2", local_files_only=True
+        ).eval()
         self.parts, shuffled = {}, texts
-        for part, count in (("held_out", task.held_out), ("validation", task.validation), ("training", 0)):
+        for part, count in (
+            ("held_out", task.held_out),
+            ("validation", task.validation),
+            ("training", 0),
+        ):
             if count:
                 shuffled = shuffled.copy()
                 random.Random(0).shuffle(shuffled)
@@ -197,7 +228,12 @@ class Classified(Problem):
 
     def batches(self, seed: int) -> Iterator[tuple[list[list[int]], Tensor]]:
         """Twenty batches at a time are sorted by length, to reduce padding."""
-        (ids, labels), draw, order, size = self.parts["training"], random.Random(seed), [], self.task.batch
+        (ids, labels), draw, order, size = (
+            self.parts["training"],
+            random.Random(seed),
+            [],
+            self.task.batch,
+        )
         while True:
             while len(order) < 20 * size:
                 epoch = list(range(len(ids)))
@@ -213,10 +249,14 @@ class Classified(Problem):
         """Texts of similar length together, to reduce padding."""
         return torch.tensor([len(row) for row in self.parts[part][0]]).argsort(stable=True)
 
-    def losses(self, model: nn.Module, batch: tuple[list[list[int]], Tensor]) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, model: nn.Module, batch: tuple[list[list[int]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         labels = torch.as_tensor(batch[1])
         logits = model(batch[0])
-        return nn.functional.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).double()
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), (
+            logits.argmax(1) == labels
+        ).double()
 
 
 class TextClassifier(nn.Module):
@@ -226,7 +266,9 @@ class TextClassifier(nn.Module):
 
     def forward(self, ids: list[list[int]]) -> Tensor:
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        mask = (torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).long()
+        mask = (
+            torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+        ).long()
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         mask = mask[..., None].to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1))
@@ -240,16 +282,26 @@ class Written(Problem):
 
         super().__init__(task)
         folder, held = DATA / "smollm2-135m", task.validation + task.held_out
-        self.base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.bfloat16).eval()
-        self.base.set_attn_implementation("eager")  # on rows this short torch's fused attention takes longer in backward
+        self.base = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.bfloat16
+        ).eval()
+        self.base.set_attn_implementation(
+            "eager"
+        )  # on rows this short torch's fused attention takes longer in backward
         ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
             (DATA / task.source).read_text(encoding="utf-8"), verbose=False
         )["input_ids"]
         rows = len(ids) // 64
         table = torch.tensor(ids[: rows * 64]).view(rows, 64)
-        apart = torch.zeros(rows, dtype=torch.bool).index_fill_(0, torch.arange(held) * (rows // held), True)  # evenly
+        apart = torch.zeros(rows, dtype=torch.bool).index_fill_(
+            0, torch.arange(held) * (rows // held), True
+        )  # evenly
         away = table[apart][torch.randperm(held, generator=torch.Generator().manual_seed(0))]
-        kept = {"training": table[~apart], "validation": away[: task.validation], "held_out": away[task.validation :]}
+        kept = {
+            "training": table[~apart],
+            "validation": away[: task.validation],
+            "held_out": away[task.validation :],
+        }
         self.parts = {part: (rows,) for part, rows in kept.items()}
 
     def model(self, seed: int) -> nn.Module:
@@ -261,15 +313,22 @@ class Written(Problem):
 
     @torch.autocast("cpu", torch.bfloat16)
     def losses(self, model: nn.Module, batch: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-        logits, wanted = model(input_ids=batch[0], use_cache=False).logits[:, :-1].float(), batch[0][:, 1:]
-        each = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        logits, wanted = (
+            model(input_ids=batch[0], use_cache=False).logits[:, :-1].float(),
+            batch[0][:, 1:],
+        )
+        each = nn.functional.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), reduction="none"
+        ).view(wanted.shape)
         return each.double().mean(1), (logits.argmax(-1) == wanted).double().mean(1)
 
 
 def missing(task: Task) -> str:
     """What of its data is not there; "" if all is."""
     model = {"classifier": ["all-minilm-l6-v2"], "language": ["smollm2-135m"]}.get(task.kind)
-    lacking = [name for name in [*model, task.source] if not (DATA / name).exists()] if model else []
+    lacking = (
+        [name for name in [*model, task.source] if not (DATA / name).exists()] if model else []
+    )
     return ", ".join(str(DATA / name) for name in lacking)
 
 
@@ -302,21 +361,35 @@ METHODS = {
     "lotr-width": Method("lotr", ((), (16,), (28,)), settings={"group_by": "width"}),
     "lotr-block": Method("lotr", ((), (1, 5), (6,)), settings={"group_by": "block"}),
     "lotr-core": Method("lotr", ((8, 16), (64,), (32,)), settings=CORE),
-    "lotr-diagonal": Method("lotr", ((5, 11, 16, 22, 45), (8,), (48,)), DIAGONAL, {"core": "diagonal"}),
+    "lotr-diagonal": Method(
+        "lotr", ((5, 11, 16, 22, 45), (8,), (48,)), DIAGONAL, {"core": "diagonal"}
+    ),
     "lotr-gradient": Method("lotr", ((4, 8), (8, 16), ()), settings={"from_gradient": True}),
     "lotr-name": Method("lotr", ((), (16,), ()), settings={"group_by": "name"}),
-    "lotr-core-gradient": Method("lotr", ((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}),
+    "lotr-core-gradient": Method(
+        "lotr", ((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}
+    ),
     "lotr-tucker": Method("lotr", ((8,), (), ()), settings={"core": "tucker"}),
     "lotr-train": Method("lotr", ((8,), (), ()), settings={"core": "train"}),
     "lotr-few": Method("lotr", ((8,), (32,), (32,)), settings={"core": "few", **CORE}),
-    "lora-xs": Method("lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}),
+    "lora-xs": Method(
+        "lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
+    ),
     "lora": Method("peft", ((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
     "dora": Method("peft", ((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
     "vera": Method("peft", ((64,), (256,), (256,)), (2e-2, 1e-2, 1e-2), {"vera": True}),
 }
 MAIN = {  # of the tasks that have not all methods
     "classifier": ("head:0", "full:0", "lotr:4", "lotr:16", "lora:1", "lora:4"),
-    "language": ("base:0", "full:0", "lotr", "lotr-block:6", "lotr-diagonal:48", "lora:1", "lora:4"),
+    "language": (
+        "base:0",
+        "full:0",
+        "lotr",
+        "lotr-block:6",
+        "lotr-diagonal:48",
+        "lora:1",
+        "lora:4",
+    ),
 }
 
 
@@ -328,9 +401,14 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
         from lotr_ext import LoTRConfig, apply_lotr
 
         settings.pop("from_gradient", None)
-        if settings.get("group_by") == "layer":  # factors from the layer's own weight: LoRA-XS, arXiv 2405.17604
+        if (
+            settings.get("group_by") == "layer"
+        ):  # factors from the layer's own weight: LoRA-XS, arXiv 2405.17604
             settings["group_by"] = lambda name, module: name.replace(".", "_")
-        return apply_lotr(model, LoTRConfig(rank=rank, target_modules=task.layers, modules_to_save=save, **settings))
+        return apply_lotr(
+            model,
+            LoTRConfig(rank=rank, target_modules=task.layers, modules_to_save=save, **settings),
+        )
     if family == "peft":
         from peft import LoraConfig, VeraConfig, get_peft_model
 
@@ -344,7 +422,9 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
             chosen = bool(whole) and re.fullmatch(whole, name) is not None
             parameter.requires_grad_(chosen or (save is not None and name == "head"))
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # bfloat16 would round Adam's small steps away
+                parameter.data = (
+                    parameter.data.float()
+                )  # bfloat16 would round Adam's small steps away
     return model
 
 
@@ -377,8 +457,15 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
     if METHODS[method].settings.get("from_gradient"):
         steps = start_from_gradient(model, problem, batches, steps)
     rates = {False: lr, True: lr if method == "head" else HEAD_LR}
-    named = [(problem.head and "head." in name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for head, p in named if head == part], "lr": rate} for part, rate in rates.items()]
+    named = [
+        (problem.head and "head." in name, p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    groups = [
+        {"params": [p for head, p in named if head == part], "lr": rate}
+        for part, rate in rates.items()
+    ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule, parent = decay(optimizer, steps), os.getppid()
     while len(losses) < steps and (not losses or np.isfinite(losses[-1])):
@@ -388,6 +475,8 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
         optimizer.step()
         schedule()
         losses.append(loss.item())
-        if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
+        if (
+            os.getppid() != parent
+        ):  # the parent was ended from outside, so this run's result would be lost
             sys.exit(1)
     return losses

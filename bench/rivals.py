@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from .common import DTYPES, Case, check_error, error_of
 
 SCALING = 2.0
-TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}  # relative, of a layer's y, dx and gradients against float64
+TOLERANCE = {
+    "fp32": 1e-5,
+    "bf16": 1.5e-2,
+    "fp16": 2e-3,
+}  # relative, of a layer's y, dx and gradients against float64
 
 
 @dataclass
@@ -35,7 +39,9 @@ class Tensors:
     b: Tensor
 
     @classmethod
-    def random(cls, k: int, n: int, rank: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensors:
+    def random(
+        cls, k: int, n: int, rank: int, dtype: torch.dtype, device: str, seed: int = 0
+    ) -> Tensors:
         g = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> Tensor:
@@ -52,14 +58,20 @@ class Tensors:
         )
 
     def double(self) -> Tensors:
-        return Tensors(**{name: None if t is None else t.double() for name, t in vars(self).items()})
+        return Tensors(
+            **{name: None if t is None else t.double() for name, t in vars(self).items()}
+        )
 
 
 class Rival(nn.Module):
     """x [m, k] -> y [m, n] by a formula or a module. trained: the parameters by the formula's names, each with whether it is
     stored transposed, as LoRA's modules keep A and B."""
 
-    def __init__(self, call: Callable[[Tensor], Tensor], trained: dict[str, tuple[nn.Parameter, bool]] | None = None):
+    def __init__(
+        self,
+        call: Callable[[Tensor], Tensor],
+        trained: dict[str, tuple[nn.Parameter, bool]] | None = None,
+    ):
         super().__init__()
         self.call, self.trained = call, trained or {}
         if not isinstance(call, nn.Module):
@@ -122,7 +134,10 @@ def _lora(t: Tensors, form: str) -> Rival:
     if form == "lora-compiled":
         torch._dynamo.reset()  # else the compiler generalises over the cases before
         eager = torch.compile(eager, dynamic=False)
-    return Rival(in_place if form in ("lora-in-place", "lora-beta") else eager, {"A": (A, True), "B": (B, False)})
+    return Rival(
+        in_place if form in ("lora-in-place", "lora-beta") else eager,
+        {"A": (A, True), "B": (B, False)},
+    )
 
 
 def _peft(t: Tensors, vera: bool) -> Rival:
@@ -131,7 +146,9 @@ def _peft(t: Tensors, vera: bool) -> Rival:
     r, model = t.A.shape[1], nn.Sequential()
     model.add_module("layer", frozen_linear(t))
     lora = LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=["layer"])
-    layer = get_peft_model(model, VeraConfig(r=r, target_modules=["layer"]) if vera else lora).base_model.model.layer
+    layer = get_peft_model(
+        model, VeraConfig(r=r, target_modules=["layer"]) if vera else lora
+    ).base_model.model.layer
     if vera:  # y = x W^T + bias + b * (((x A) * d) B^T), A and B frozen
         layer.vera_A["default"], layer.vera_B["default"] = t.A.T.contiguous(), t.B.clone()
         d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
@@ -144,7 +161,11 @@ def _peft(t: Tensors, vera: bool) -> Rival:
 
 def three_lines(t: Tensors, A: nn.Parameter | None = None, B: nn.Parameter | None = None) -> Rival:
     """A, B: of a pair that several layers share; None: of this layer's own."""
-    A, B, core = A if A is not None else parameter(t.A), B if B is not None else parameter(t.B), parameter(t.core)
+    A, B, core = (
+        A if A is not None else parameter(t.A),
+        B if B is not None else parameter(t.B),
+        parameter(t.core),
+    )
 
     def call(x: Tensor) -> Tensor:
         u = x @ A
@@ -156,7 +177,9 @@ def three_lines(t: Tensors, A: nn.Parameter | None = None, B: nn.Parameter | Non
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of an adapted layer."""
-    return {name.partition(".")[0]: parameter for name, parameter in layer.factors.named_parameters()}
+    return {
+        name.partition(".")[0]: parameter for name, parameter in layer.factors.named_parameters()
+    }
 
 
 def set_values(layer: nn.Module, t: Tensors) -> dict[str, tuple[nn.Parameter, bool]]:
@@ -172,7 +195,9 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     from lotr_ext import LoTRFactors, LoTRLinear
 
     first = tensors[0]
-    factors = LoTRFactors(*first.weight.shape[::-1], first.A.shape[1], dtype=first.A.dtype, device=first.A.device)
+    factors = LoTRFactors(
+        *first.weight.shape[::-1], first.A.shape[1], dtype=first.A.dtype, device=first.A.device
+    )
     layers = [LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING) for t in tensors]
     return [Rival(layer, set_values(layer, t)) for layer, t in zip(layers, tensors)]
 
@@ -185,7 +210,10 @@ def _compiled(t: Tensors) -> Rival:
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "frozen": lambda t: Rival(lambda x: F.linear(x, t.weight, t.bias)),
-    **{form: partial(_lora, form=form) for form in ("lora-eager", "lora-in-place", "lora-beta", "lora-compiled")},
+    **{
+        form: partial(_lora, form=form)
+        for form in ("lora-eager", "lora-in-place", "lora-beta", "lora-compiled")
+    },
     "lora-peft": partial(_peft, vera=False),
     "vera-peft": partial(_peft, vera=True),
     "lotr-eager": three_lines,
@@ -205,7 +233,10 @@ def adapter(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
 
 def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) -> float:
     """The largest relative error of y, dx and the parameters' gradients against float64. Raises ArithmeticError above limit."""
-    values = {name: (p.T if turned else p).detach().double().requires_grad_() for name, (p, turned) in rival.trained.items()}
+    values = {
+        name: (p.T if turned else p).detach().double().requires_grad_()
+        for name, (p, turned) in rival.trained.items()
+    }
     wide, exact = t.double(), x.detach().double().requires_grad_()
     expected = F.linear(exact, wide.weight, wide.bias)
     expected = expected + (adapter(exact, wide, values) if values else 0)
@@ -254,7 +285,9 @@ STACKED = ("frozen", "lora-eager", "lora-peft", "lotr-eager", "lotr_ext", "lotr_
 def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str) -> list[Tensors]:
     """The tensors of each layer [k, k]; A and B are shared. Scaled so that values do not grow through many layers."""
     own = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
-    return [replace(t, A=own[0].A, B=own[0].B, weight=t.weight * 0.5, core=t.core * 0.1) for t in own]
+    return [
+        replace(t, A=own[0].A, B=own[0].B, weight=t.weight * 0.5, core=t.core * 0.1) for t in own
+    ]
 
 
 def stack(rival: str, tensors: list[Tensors], form: str) -> Chain:
@@ -269,7 +302,9 @@ def stack(rival: str, tensors: list[Tensors], form: str) -> Chain:
     from lotr_ext import LoTRConfig, apply_lotr
 
     plain = FORMS[form](frozen_linear(t) for t in tensors)
-    config = LoTRConfig(rank=tensors[0].A.shape[1], scaling=SCALING, target_modules=r".*layers\.\d+")
+    config = LoTRConfig(
+        rank=tensors[0].A.shape[1], scaling=SCALING, target_modules=r".*layers\.\d+"
+    )
     apply_lotr(plain, config)
     for layer, t in zip(plain.layers, tensors):
         set_values(layer, t)
@@ -284,7 +319,9 @@ def check_stack(made: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) -
     x.grad = None
     y = made(x)
     y.backward(g)
-    return check_error("y, dx", max(error_of(y.detach(), expected.detach()), error_of(x.grad, exact.grad)), limit)
+    return check_error(
+        "y, dx", max(error_of(y.detach(), expected.detach()), error_of(x.grad, exact.grad)), limit
+    )
 
 
 # ---- a whole model ---------------------------------------------------------------------------------------------------
@@ -305,17 +342,43 @@ class Shape:
 
 def _llama(hidden: int, layers: int, heads: int, inner: int, vocabulary: int, groups: int) -> dict:
     """groups: how many heads share a key and a value."""
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
     sizes |= {"num_key_value_heads": heads // groups, "vocab_size": vocabulary}
-    return sizes | {"use_cache": False, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+    return sizes | {
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    }
 
 
 def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
-    return sizes | {"vocab_size": vocabulary, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }
+    return sizes | {
+        "vocab_size": vocabulary,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
 
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # not the tied head
+ALL_LINEAR = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # not the tied head
 EQUAL = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
 MODELS = {
     "smollm2-135m": Shape("causal-lm", _llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
@@ -335,11 +398,15 @@ def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         if shape.family == "encoder":
-            made = transformers.BertModel(transformers.BertConfig(**shape.settings), add_pooling_layer=False)
+            made = transformers.BertModel(
+                transformers.BertConfig(**shape.settings), add_pooling_layer=False
+            )
         else:
             made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.settings))
     made = made.to(dtype).requires_grad_(False).train()
-    made.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    made.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_()
+    )
     return made
 
 
@@ -354,7 +421,9 @@ class EagerLoTR(nn.Module):
     def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
         super().__init__()
         self.base, self.A, self.B = base, A, B
-        self.core = nn.Parameter(torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device))
+        self.core = nn.Parameter(
+            torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
@@ -368,7 +437,8 @@ def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
             width, like = (module.in_features, module.out_features), module.weight
             if width not in pairs:
                 pairs[width] = [
-                    parameter(torch.randn(size, r, device=like.device).to(like.dtype) * size**-0.5) for size in width
+                    parameter(torch.randn(size, r, device=like.device).to(like.dtype) * size**-0.5)
+                    for size in width
                 ]
             model.set_submodule(name, EagerLoTR(module, *pairs[width]))
     return model
@@ -411,12 +481,18 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
         return _peft_model(model, targets, rank, vera=method.startswith("vera"))
     if method == "lotr-eager":
         return _eager_lotr(model, targets, rank)
-    made = _our_lotr(model, targets, rank, **({"train": ("core",)} if method.endswith("-core") else {}))
+    made = _our_lotr(
+        model, targets, rank, **({"train": ("core",)} if method.endswith("-core") else {})
+    )
     return torch.compile(made, dynamic=False) if method.endswith("-compiled") else made
 
 
 def our_layers_in(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "core") and hasattr(module, "factors")]
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "core") and hasattr(module, "factors")
+    ]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

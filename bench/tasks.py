@@ -26,9 +26,15 @@ from .rivals import chosen, dtype_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KEY = ("rows", "tokens", "tasks", "hidden", "blocks", "r")
-SHAPES = {"cpu": "64x16x1000x512x4x16,64x1x1000x512x4x16", "cuda": "64x64x1000x2048x8x16,64x1x1000x2048x8x16"}
+SHAPES = {
+    "cpu": "64x16x1000x512x4x16,64x1x1000x512x4x16",
+    "cuda": "64x64x1000x2048x8x16,64x1x1000x2048x8x16",
+}
 FLOOR, BANKED = "lotr_ext-one", ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")
-WAYS = {"train": (FLOOR, *BANKED), "serve": ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")}
+WAYS = {
+    "train": (FLOOR, *BANKED),
+    "serve": ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row"),
+}
 PEFT_TASKS = 64  # LoRA adapters in PEFT's model: as many as rows have in a batch
 
 
@@ -42,9 +48,19 @@ def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": case["hidden"], "intermediate_size": 4 * case["hidden"], "num_hidden_layers": case["blocks"]}
+    shape = {
+        "hidden_size": case["hidden"],
+        "intermediate_size": 4 * case["hidden"],
+        "num_hidden_layers": case["blocks"],
+    }
     heads = max(1, case["hidden"] // 64)
-    config = LlamaConfig(**shape, num_attention_heads=heads, vocab_size=2048, max_position_embeddings=512, use_cache=False)
+    config = LlamaConfig(
+        **shape,
+        num_attention_heads=heads,
+        vocab_size=2048,
+        max_position_embeddings=512,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
@@ -54,12 +70,18 @@ class Batch:
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, 2048, (case["rows"], case["tokens"]), generator=generator).to(device)
+        self.ids = torch.randint(0, 2048, (case["rows"], case["tokens"]), generator=generator).to(
+            device
+        )
         self.deal(random.Random(0))
 
     def deal(self, draw: random.Random) -> None:
         rows, tasks = self.case["rows"], self.case["tasks"]
-        chosen = draw.sample(range(tasks), rows) if rows <= tasks else [draw.randrange(tasks) for _ in range(rows)]
+        chosen = (
+            draw.sample(range(tasks), rows)
+            if rows <= tasks
+            else [draw.randrange(tasks) for _ in range(rows)]
+        )
         self.tasks = torch.tensor(chosen, device=self.device)
 
     def index(self, way: str) -> Tensor:
@@ -72,11 +94,15 @@ class Batch:
         return self.tasks
 
 
-def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[list[nn.Parameter], Callable, int]:
+def our_model(
+    way: str, case: Case, batch: Batch, dtype: torch.dtype
+) -> tuple[list[nn.Parameter], Callable, int]:
     """(cores, a function that runs the batch, bytes of a task)."""
     from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
-    model = apply_lotr(transformer(case, dtype, batch.device), LoTRConfig(rank=case["r"], target_modules=TARGETS))
+    model = apply_lotr(
+        transformer(case, dtype, batch.device), LoTRConfig(rank=case["r"], target_modules=TARGETS)
+    )
     model.requires_grad_(False)
     cores = [p for name, p in model.named_parameters() if name.endswith("core")]
     task_bytes = sum(core.nbytes for core in cores)
@@ -96,7 +122,9 @@ def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[l
     return cores, run, task_bytes
 
 
-def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+def peft_model(
+    way: str, case: Case, batch: Batch, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], int]:
     """(a function that runs the batch, bytes of a task)."""
     from peft import LoraConfig, get_peft_model
 
@@ -107,8 +135,12 @@ def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> tuple[
     task_bytes = sum(p.nbytes for name, p in model.named_parameters() if ".t0." in name)
 
     def run() -> Tensor:
-        names = [f"t{i % PEFT_TASKS}" for i in range(case["rows"])] if way == "lora-peft-row" else None
-        return model.eval()(input_ids=batch.ids, **({"adapter_names": names} if names else {})).logits
+        names = (
+            [f"t{i % PEFT_TASKS}" for i in range(case["rows"])] if way == "lora-peft-row" else None
+        )
+        return model.eval()(
+            input_ids=batch.ids, **({"adapter_names": names} if names else {})
+        ).logits
 
     return run, task_bytes
 
@@ -117,9 +149,13 @@ def check_moved(way: str, cores: list[nn.Parameter], step: Step, batch: Batch) -
     """Raises ArithmeticError unless one backward gives a gradient to the batch's tasks alone."""
     step.run()
     if way in BANKED:
-        got = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0).nonzero().flatten()
+        got = (
+            torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0).nonzero().flatten()
+        )
         if not torch.equal(got, batch.tasks.unique()):
-            raise ArithmeticError(f"{way}: expected gradients of {batch.case['rows']} tasks, got {len(got)}")
+            raise ArithmeticError(
+                f"{way}: expected gradients of {batch.case['rows']} tasks, got {len(got)}"
+            )
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -127,7 +163,10 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     for way in chosen(options.rivals, WAYS[case["mode"]], WAYS[case["mode"]]):
         if way.startswith("lora"):
             run, task_bytes = peft_model(way, case, batch, dtype_of(case))
-            steps[way] = Step({"forward": torch.no_grad()(lambda _, run=run: run())}, facts={"task_bytes": task_bytes})
+            steps[way] = Step(
+                {"forward": torch.no_grad()(lambda _, run=run: run())},
+                facts={"task_bytes": task_bytes},
+            )
             continue
         cores, run, task_bytes = our_model(way, case, batch, dtype_of(case))
         facts = {"task_bytes": 0 if way == "frozen" else task_bytes}
@@ -146,10 +185,26 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes(*KEY), help="rows x tokens x tasks x width x blocks x rank, comma-separated")
+    parser.add_argument(
+        "--shapes",
+        type=sizes(*KEY),
+        help="rows x tokens x tasks x width x blocks x rank, comma-separated",
+    )
 
 
-FORM = "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, {blocks} blocks, r {r}"
-PROGRAM = Program("tasks", __doc__, cases, build, FORM, floor=FLOOR, slice_s=0.0, dtypes="fp32", options=more_options)
+FORM = (
+    "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, {blocks} blocks, r {r}"
+)
+PROGRAM = Program(
+    "tasks",
+    __doc__,
+    cases,
+    build,
+    FORM,
+    floor=FLOOR,
+    slice_s=0.0,
+    dtypes="fp32",
+    options=more_options,
+)
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

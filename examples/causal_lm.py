@@ -18,19 +18,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import RESULTS, arguments, train
 from data import KJV, SMOLLM2
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, lotr_parameters, merge, save_adapter, trainable_summary
+from lotr_ext import (
+    LoTRConfig,
+    apply_lotr,
+    load_adapter,
+    lotr_parameters,
+    merge,
+    save_adapter,
+    trainable_summary,
+)
 
 
 def language_model(folder: Path) -> tuple[nn.Module, AutoTokenizer]:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model: expected a model's folder, got {folder}. Run: python examples/data.py smollm2 kjv")
+        raise FileNotFoundError(
+            f"model: expected a model's folder, got {folder}. Run: python examples/data.py smollm2 kjv"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    ).eval(), tokenizer
 
 
 def rows_of(path: Path, tokenizer, length: int, most: int) -> tuple[Tensor, Tensor]:
     """(training, held out): rows of `length` tokens of the text, at most `most`; every twentieth row is held out."""
-    text = path.read_text(encoding="utf-8")[: 8 * length * most]  # a token has fewer than 8 characters on average
+    text = path.read_text(encoding="utf-8")[
+        : 8 * length * most
+    ]  # a token has fewer than 8 characters on average
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     rows = ids[: len(ids) // length * length].view(-1, length)[:most]
     held_out = torch.arange(len(rows)) % 20 == 10
@@ -50,26 +64,48 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
 def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
     """The greedy continuation, in which no three tokens are repeated."""
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    options = {"do_sample": False, "no_repeat_ngram_size": 3, "pad_token_id": tokenizer.eos_token_id}
+    options = {
+        "do_sample": False,
+        "no_repeat_ngram_size": 3,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
     ids = model.generate(**encoded, max_new_tokens=tokens, min_new_tokens=tokens, **options)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def main(words: list[str] | None = None) -> None:
-    lists = {"targets": ["q_proj", "v_proj"], "prompt": "My computer would not start this morning, so I"}
+    lists = {
+        "targets": ["q_proj", "v_proj"],
+        "prompt": "My computer would not start this morning, so I",
+    }
     numbers = {"rank": 16, "lr": 5e-3, "steps": 40, "batch": 4, "length": 64, "new_tokens": 40}
-    options = arguments(__doc__, words, model=SMOLLM2, text=KJV, out=RESULTS / "causal-lm", **lists, **numbers)
+    options = arguments(
+        __doc__, words, model=SMOLLM2, text=KJV, out=RESULTS / "causal-lm", **lists, **numbers
+    )
     torch.manual_seed(0)
     model, tokenizer = language_model(options.model)
-    rows, held_out = rows_of(options.text, tokenizer, options.length, max(160, options.batch * options.steps))
+    rows, held_out = rows_of(
+        options.text, tokenizer, options.length, max(160, options.batch * options.steps)
+    )
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=options.targets))
     print(trainable_summary(model))
-    before, text = held_out_loss(model, held_out), write(model, tokenizer, options.prompt, options.new_tokens)
+    before, text = (
+        held_out_loss(model, held_out),
+        write(model, tokenizer, options.prompt, options.new_tokens),
+    )
     print(f"\nheld-out loss {before:.3f} before: {text!r}\n", flush=True)
 
     optimizer = torch.optim.AdamW(lotr_parameters(model), lr=options.lr, weight_decay=0.0)
-    train("LoTR", options.steps, optimizer, lambda: loss_of(model, rows[torch.randint(len(rows), (options.batch,))]))
-    after, text = held_out_loss(model, held_out), write(model, tokenizer, options.prompt, options.new_tokens)
+    train(
+        "LoTR",
+        options.steps,
+        optimizer,
+        lambda: loss_of(model, rows[torch.randint(len(rows), (options.batch,))]),
+    )
+    after, text = (
+        held_out_loss(model, held_out),
+        write(model, tokenizer, options.prompt, options.new_tokens),
+    )
     print(f"\nheld-out loss {after:.3f} after {options.steps} steps: {text!r}\n")
 
     save_adapter(model, options.out)

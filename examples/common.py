@@ -32,7 +32,9 @@ def arguments(doc: str, words: list[str] | None, **defaults) -> argparse.Namespa
             raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
         return value
 
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
         kind = {"type": positive if isinstance(default, int) else type(default)}
         kind |= {"type": str, "nargs": "+"} if isinstance(default, list) else {}
@@ -49,9 +51,13 @@ def rated_texts(file: str, held_out: int) -> tuple[list[tuple[str, int]], list[t
     """(training, held out): the texts of data/`file` with a clear rating, as (text, whether it is positive)."""
     path = DATA / file
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file, got none. Run: python examples/data.py minilm snippets")
+        raise FileNotFoundError(
+            f"{path}: expected a file, got none. Run: python examples/data.py minilm snippets"
+        )
     rows = (line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines())
-    examples = [(text, int(float(rating) > 0)) for rating, text in rows if abs(float(rating)) >= 0.5]
+    examples = [
+        (text, int(float(rating) > 0)) for rating, text in rows if abs(float(rating)) >= 0.5
+    ]
     random.Random(0).shuffle(examples)
     return examples[:-held_out], examples[-held_out:]
 
@@ -65,15 +71,21 @@ class TextClassifier(nn.Module):
 
     def forward(self, ids: list[list[int]]) -> Tensor:
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        mask = (torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).float()
+        mask = (
+            torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+        ).float()
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
-def minilm_classifier(classes: int = 2, seed: int = 0) -> tuple[TextClassifier, Callable[[list[str]], list[list[int]]]]:
+def minilm_classifier(
+    classes: int = 2, seed: int = 0
+) -> tuple[TextClassifier, Callable[[list[str]], list[list[int]]]]:
     """(MiniLM with a new head, text -> token ids)"""
     if not MINILM.is_dir():
-        raise FileNotFoundError(f"{MINILM}: expected a model's folder, got none. Run: python examples/data.py minilm snippets")
+        raise FileNotFoundError(
+            f"{MINILM}: expected a model's folder, got none. Run: python examples/data.py minilm snippets"
+        )
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -98,10 +110,14 @@ def batches(ids: list[list[int]], labels: list[int], size: int, seed: int = 0) -
 
 
 @torch.no_grad()
-def predict(forward: Callable[[list[list[int]]], Tensor], ids: list[list[int]], size: int = 100) -> Tensor:
+def predict(
+    forward: Callable[[list[list[int]]], Tensor], ids: list[list[int]], size: int = 100
+) -> Tensor:
     """forward(ids), [texts, classes], in batches of similar length, in the order of ids."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    logits = torch.cat([forward([ids[i] for i in order[k : k + size]]) for k in range(0, len(order), size)])
+    logits = torch.cat(
+        [forward([ids[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
+    )
     return logits[torch.tensor(order).argsort()]
 
 
@@ -109,7 +125,9 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def train(name: str, steps: int, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> list[float]:
+def train(
+    name: str, steps: int, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]
+) -> list[float]:
     """Trains with linear decay of the rate and gradients clipped at norm 1. Returns the loss of each step."""
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -32,7 +32,12 @@ class Net(nn.Module):
 
 def train(model: nn.Module, shift: float, steps: int, lr: float) -> tuple[float, float]:
     """(first, last) loss of AdamW over what requires grad, on the task sin(sum of x + shift) x_0."""
-    optimizer, losses = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0), []
+    optimizer, losses = (
+        torch.optim.AdamW(
+            (p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0
+        ),
+        [],
+    )
     for _ in range(steps):
         x = torch.randn(256, 8)
         loss = (model(x) - torch.sin(x.sum(1, keepdim=True) + shift) * x[:, :1]).square().mean()
@@ -57,8 +62,12 @@ def main() -> None:
     assert not unexpected and all(name.endswith((".core", ".value")) for name in missing)
     model.first.requires_grad_(False), model.last.requires_grad_(False)
     x = torch.randn(5, 8)
-    assert torch.allclose(model(x), pretrained(x), atol=1e-5)  # cores start at zero, so the output does not change
-    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad)} parameters are trained: A, B once, {DEPTH} cores")
+    assert torch.allclose(
+        model(x), pretrained(x), atol=1e-5
+    )  # cores start at zero, so the output does not change
+    print(
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad)} parameters are trained: A, B once, {DEPTH} cores"
+    )
     first, last = train(model, shift=1.0, steps=200, lr=3e-3)
     print(f"loss on the new task: {first:.4f} before, {last:.4f} after 200 steps")
 

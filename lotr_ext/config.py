@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .core.operators import DTYPES
 from .cores import FORMS
+from .factors import Scaling, scaling_of
 from .functional import check_probability, check_rank
 from .init import CORE_INITS, FACTOR_INITS
-from .linear import Scaling, scaling_of
-from .ops import DTYPES
 
 __all__ = ["GroupBy", "LoTRConfig", "place_of"]
 
@@ -38,7 +38,9 @@ def check_names(given: Iterable[str], of: str) -> None:
     """Raises TypeError for a setting by the name that PEFT's LoRA has for it. of: the configuration's class."""
     for name in given:
         if name in NAMES_HERE:
-            raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it. Here it is {NAMES_HERE[name]!r}.")
+            raise TypeError(
+                f"{name}: expected a field of {of}, got LoRA's name for it. Here it is {NAMES_HERE[name]!r}."
+            )
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -55,7 +57,9 @@ def _names(value: object, name: str) -> tuple[str, ...] | None:
     many = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str)
     if not many or not value or not all(isinstance(one, str) and one for one in value):
         hint = f" Write [{value!r}]." if isinstance(value, str) else ""
-        raise TypeError(f"{name}: expected a list of at least one name, or None, got {value!r}.{hint}")
+        raise TypeError(
+            f"{name}: expected a list of at least one name, or None, got {value!r}.{hint}"
+        )
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
@@ -68,13 +72,17 @@ def _pattern(value: object, name: str) -> str | tuple[str, ...] | None:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
+        raise ValueError(
+            f"{name}: expected a regular expression, got {value!r} ({error})"
+        ) from None
     return value
 
 
 def _one_of(known: Sequence[object], value: object, name: str, more: str = "") -> None:
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}{more}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, known))}{more}, got {value!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class LoTRConfig:
         rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
         alpha: s is alpha / r (alpha / sqrt(r) with rslora), r = max(r_in, r_out), instead of scaling's value.
         rslora: divide by sqrt(r) instead of r (arXiv 2312.03732). alpha is r if it is not given.
-        scaling: s itself, or "auto": with it LoRA's learning rate serves at every rank (`lotr_ext.linear.scaling_of`).
+        scaling: s itself, or "auto": with it LoRA's learning rate serves at every rank (`lotr_ext.factors.scaling_of`).
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight
@@ -149,7 +157,12 @@ class LoTRConfig:
         if isinstance(self.group_by, Mapping):
             put("group_by", dict(self.group_by))
         elif not callable(self.group_by):
-            _one_of(("shape", "block", "name", "width"), self.group_by, "group_by", ", a mapping or a callable")
+            _one_of(
+                ("shape", "block", "name", "width"),
+                self.group_by,
+                "group_by",
+                ", a mapping or a callable",
+            )
         if not callable(self.core):
             _one_of(("dense", *FORMS, "custom"), self.core, "core", ", or a callable")
         _one_of((*FACTOR_INITS, "svd"), self.init, "init")
@@ -160,7 +173,9 @@ class LoTRConfig:
         put("train", tuple(part for part in PARTS if part in self.train))
 
     def _check_combinations(self) -> None:
-        moves = "core" if self.core_init == "zero" else "B"  # the only part with a nonzero gradient at the start
+        moves = (
+            "core" if self.core_init == "zero" else "B"
+        )  # the only part with a nonzero gradient at the start
         trained, svd = set(self.train or ()), self.init == "svd"
         if not trained or not trained <= set(PARTS) or (moves not in trained and not svd):
             raise ValueError(
@@ -168,10 +183,20 @@ class LoTRConfig:
                 f"{self.core_init!r} all other gradients are zero at the start, got {self.train!r}"
             )
         if self.core != "dense" and (svd or self.target_parameters is not None):
-            why = 'init "svd", which sets the cores' if svd else "target_parameters, whose experts have a core each"
+            why = (
+                'init "svd", which sets the cores'
+                if svd
+                else "target_parameters, whose experts have a core each"
+            )
             raise ValueError(f'core: expected "dense" with {why}, got {self.core!r}')
-        if svd and (self.core_init != "zero" or self.target_parameters is not None or self.group_by == "width"):
-            raise ValueError('init: expected another one with core_init, target_parameters or group_by="width", got "svd"')
+        if svd and (
+            self.core_init != "zero"
+            or self.target_parameters is not None
+            or self.group_by == "width"
+        ):
+            raise ValueError(
+                'init: expected another one with core_init, target_parameters or group_by="width", got "svd"'
+            )
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -186,7 +211,9 @@ class LoTRConfig:
     @property
     def everything(self) -> bool:
         """Whether it selects all linear layers."""
-        return self.target_modules == "all-linear" or (self.target_modules is None and self.target_parameters is None)
+        return self.target_modules == "all-linear" or (
+            self.target_modules is None and self.target_parameters is None
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON; a callable core is "custom". Raises ValueError for a callable group_by: use a mapping."""
@@ -195,12 +222,17 @@ class LoTRConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         values["core"] = "custom" if callable(self.core) else self.core
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
         """The inverse of `to_dict`. Raises TypeError or ValueError for an unknown field or a wrong value."""
         values = {**values}
         if "adapter_dtype" in values:
-            values["adapter_dtype"] = DTYPES.get(str(values["adapter_dtype"]), values["adapter_dtype"])
+            values["adapter_dtype"] = DTYPES.get(
+                str(values["adapter_dtype"]), values["adapter_dtype"]
+            )
         return cls(**values)

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from . import ops
 from .config import TASKS, LoTRConfig
+from .core.operators import DTYPES, accumulate_dtype
 from .files import (
     VERSION,
     checked_path,
@@ -58,12 +58,20 @@ from .files import (
 )
 from .functional import check_dtype, check_number, check_rank
 from .init import START, tucker2_of
-from .linear import LoTRConv1D
+from .layers import LoTRConv1D
 from .model import layers_in
 from .targets import group_of, name_ends_with
 from .tasks import TaskBank
 
-__all__ = ["Conversion", "LoRA", "export_lora", "lora_to_lotr", "lotr_to_lora", "original_to_lotr", "read_lora"]
+__all__ = [
+    "Conversion",
+    "LoRA",
+    "export_lora",
+    "lora_to_lotr",
+    "lotr_to_lora",
+    "original_to_lotr",
+    "read_lora",
+]
 
 Source = str | PathLike[str]
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -97,7 +105,9 @@ def _expect(true: object, name: object, expected: str, got: object) -> None:
 # ---- LoTR to LoRA ----------------------------------------------------------------------------------------------------
 
 
-def export_lora(model: nn.Module, directory: Source, *, task: int | None = None, **options: Any) -> dict[str, LoRA]:
+def export_lora(
+    model: nn.Module, directory: Source, *, task: int | None = None, **options: Any
+) -> dict[str, LoRA]:
     """Writes the adapter of a model as a PEFT LoRA: adapter_config.json and adapter_model.safetensors in a directory.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
@@ -119,8 +129,13 @@ def export_lora(model: nn.Module, directory: Source, *, task: int | None = None,
         tensors |= bank_of(inner).cores_of(task)
     model_config = getattr(inner, "config", None)
     options.setdefault("base_model", getattr(model_config, "_name_or_path", None))
-    options.setdefault("fan_in_fan_out", any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values()))
-    if options.get("experts") in ("vllm-shared", "per-expert") and getattr(model_config, "model_type", None) in HOSTS:
+    options.setdefault(
+        "fan_in_fan_out", any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
+    )
+    if (
+        options.get("experts") in ("vllm-shared", "per-expert")
+        and getattr(model_config, "model_type", None) in HOSTS
+    ):
         options.setdefault("hosts", model_config.model_type)
     return _write_lora(path, document, tensors, **options) if writes else {}
 
@@ -128,7 +143,9 @@ def export_lora(model: nn.Module, directory: Source, *, task: int | None = None,
 def bank_of(model: nn.Module) -> TaskBank:
     """The model's TaskBank. Raises RuntimeError without one."""
     if (bank := getattr(model, "lotr_tasks", None)) is None:
-        raise RuntimeError("task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
+        raise RuntimeError(
+            "task: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first."
+        )
     return bank
 
 
@@ -152,29 +169,40 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     Raises TypeError, ValueError: no such adapter, directory is a file or the source of PEFT's files, or an unknown option.
     """
     path, own = checked_path(directory, "directory"), checked_path(source, "source")
-    document, tensors = _read_peft(own) if (own / CONFIG_NAME).is_file() and not list(own.glob("lotr_adapter.*")) else read(own)
+    document, tensors = (
+        _read_peft(own)
+        if (own / CONFIG_NAME).is_file() and not list(own.glob("lotr_adapter.*"))
+        else read(own)
+    )
     other = path.resolve() != own.resolve() or not (own / CONFIG_NAME).exists()
     _expect(other, "directory", "another one than source, whose files have the same names", path)
     return _write_lora(path, document, tensors, **options)
 
 
-def _as_lora(A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None) -> tuple[Tensor, Tensor]:
+def _as_lora(
+    A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None
+) -> tuple[Tensor, Tensor]:
     """(lora_A [.., r, K], lora_B [.., N, r]) in float32 (float64). side: the one that the core is multiplied into, "A" or "B";
     None: the one with the smaller rank. The other one has no dimension of experts."""
-    wide = ops.accumulate_dtype(core.dtype)
+    wide = accumulate_dtype(core.dtype)
     A, B, core = (t.detach().to(core.device, wide) for t in (A, B, core))
     if side == "A" or (side is None and core.shape[-1] <= core.shape[-2]):
         return (A @ core).mT, scaling * B
     return A.mT, scaling * B @ core.mT
 
 
-def lora_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str = "peft") -> dict[str, LoRA]:
+def lora_of(
+    document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str = "peft"
+) -> dict[str, LoRA]:
     """The layers of a saved adapter (`lotr_ext.files.read`) as LoRA by name; of experts by the parameter's name. All of one
     rank, because some servers read no patterns of ranks."""
     found = {}
     for name, entry in document["layers"].items():
         A, B, core = (tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
-        start = [tensors.get(key) for key in (start_key(entry["A"]), start_key(entry["B"]), f"{name}.start_core")]
+        start = [
+            tensors.get(key)
+            for key in (start_key(entry["A"]), start_key(entry["B"]), f"{name}.start_core")
+        ]
         experts, side = entry.get("experts", 0), None
         name = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if experts else name
         if experts and form == "vllm-shared":  # the side of the intermediate size
@@ -188,7 +216,10 @@ def lora_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: st
         found[name] = LoRA(*(t.to(core.dtype).contiguous() for t in pair), experts)
     rank = max(layer.rank for layer in found.values())
     more = {name: rank - layer.rank for name, layer in found.items()}
-    return {n: LoRA(pad(one.A, (0, 0, 0, more[n])), pad(one.B, (0, more[n])), one.experts) for n, one in found.items()}
+    return {
+        n: LoRA(pad(one.A, (0, 0, 0, more[n])), pad(one.B, (0, more[n])), one.experts)
+        for n, one in found.items()
+    }
 
 
 def _write_lora(
@@ -202,18 +233,30 @@ def _write_lora(
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> dict[str, LoRA]:
-    for name, value, known in (("experts", experts, FORMS), ("task_type", task_type, TASKS), ("hosts", hosts, HOSTS)):
+    for name, value, known in (
+        ("experts", experts, FORMS),
+        ("task_type", task_type, TASKS),
+        ("hosts", hosts, HOSTS),
+    ):
         _expect(value in (*known, None), name, f"one of {', '.join(known)}", repr(value))
     layers, modules = lora_of(document, tensors, experts), set(document["modules_to_save"])
-    saved = {key: t for key, t in tensors.items() if any(key.startswith(f"{name}.") for name in modules)}
+    saved = {
+        key: t for key, t in tensors.items() if any(key.startswith(f"{name}.") for name in modules)
+    }
     rank = next(iter(layers.values())).rank
     linear = sorted(name for name, layer in layers.items() if not layer.experts)
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     # full names; a name without a dot would match the end of other modules' names
-    targets: list[str] | str = linear if all("." in name for name in linear) else "|".join(map(re.escape, linear))
+    targets: list[str] | str = (
+        linear if all("." in name for name in linear) else "|".join(map(re.escape, linear))
+    )
     if stacked and experts != "peft":  # servers expect names of modules
         parts = sorted({name.rpartition(".")[2] for name in stacked})
-        targets = [*targets, *parts] if isinstance(targets, list) else "|".join([targets, *(rf".*\.{p}" for p in parts)])
+        targets = (
+            [*targets, *parts]
+            if isinstance(targets, list)
+            else "|".join([targets, *(rf".*\.{p}" for p in parts)])
+        )
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -221,20 +264,36 @@ def _write_lora(
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": 0.0 if stacked else max(entry["dropout"] for entry in document["layers"].values()),
+        "lora_dropout": 0.0
+        if stacked
+        else max(entry["dropout"] for entry in document["layers"].values()),
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": targets,
-        "modules_to_save": sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules)) or None,
+        "modules_to_save": sorted(
+            n for n in modules if not any(n.startswith(f"{other}.") for other in modules)
+        )
+        or None,
         **({"target_parameters": sorted(stacked)} if stacked and experts == "peft" else {}),
     }
-    named = {f"{name}.lora_{part}.weight": getattr(layers[name], part) for name in linear for part in "AB"}
+    named = {
+        f"{name}.lora_{part}.weight": getattr(layers[name], part)
+        for name in linear
+        for part in "AB"
+    }
     named |= _expert_tensors(stacked, experts, HOSTS[hosts] if hosts else Host()) | saved
-    put_folder(directory, TENSORS_NAME, {f"base_model.model.{key}": tensor for key, tensor in named.items()}, config)
+    put_folder(
+        directory,
+        TENSORS_NAME,
+        {f"base_model.model.{key}": tensor for key, tensor in named.items()},
+        config,
+    )
     return layers
 
 
-def put_folder(directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def put_folder(
+    directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
     """Writes both files of an adapter. A killed process leaves no configuration, never the old one beside new tensors."""
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)
@@ -272,17 +331,35 @@ def _expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[s
         for depth, (parameter, one) in enumerate(reversed(parameters.items())):
             A, B = (t.expand(one.experts, -1, -1) for t in (one.A, one.B))
             if form == "peft":
-                pairs = {".".join([at, *["base_layer"] * depth]): (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))}
+                pairs = {
+                    ".".join([at, *["base_layer"] * depth]): (
+                        A.flatten(0, 1),
+                        B.permute(1, 2, 0).flatten(1),
+                    )
+                }
             elif form == "vllm-shared":
-                pairs = {f"{at}.{key}": pair for key, pair in _projections(parameter, one.A, one.B, form, host).items()}
+                pairs = {
+                    f"{at}.{key}": pair
+                    for key, pair in _projections(parameter, one.A, one.B, form, host).items()
+                }
             else:
                 parts = _projections(parameter, A, B, form, host)
-                pairs = {f"{at}.{c}.{key}": (A[c], B[c]) for c in range(one.experts) for key, (A, B) in parts.items()}
-            tensors |= {f"{key}.lora_{part}.weight": t for key, pair in pairs.items() for part, t in zip("AB", pair)}
+                pairs = {
+                    f"{at}.{c}.{key}": (A[c], B[c])
+                    for c in range(one.experts)
+                    for key, (A, B) in parts.items()
+                }
+            tensors |= {
+                f"{key}.lora_{part}.weight": t
+                for key, pair in pairs.items()
+                for part, t in zip("AB", pair)
+            }
     return tensors
 
 
-def _projections(parameter: str, A: Tensor, B: Tensor, form: str, host: Host) -> dict[str, tuple[Tensor, Tensor]]:
+def _projections(
+    parameter: str, A: Tensor, B: Tensor, form: str, host: Host
+) -> dict[str, tuple[Tensor, Tensor]]:
     """gate, up and down by the server's names."""
     gate, up, down = ("w1", "w3", "w2") if form == "vllm-shared" else host.projections
     if parameter == "down_proj":
@@ -291,7 +368,10 @@ def _projections(parameter: str, A: Tensor, B: Tensor, form: str, host: Host) ->
         halves = (B[:, ::2], B[:, 1::2]) if host.interleaved else B.chunk(2, 1)
         return {gate: (A, halves[0]), up: (A, halves[1])}
     _expect(
-        form != "vllm-shared", "experts", "'per-expert' or 'peft' for experts that are not gated", f"{form!r} for {parameter}"
+        form != "vllm-shared",
+        "experts",
+        "'per-expert' or 'peft' for experts that are not gated",
+        f"{form!r} for {parameter}",
     )
     return {up: (A, B)}
 
@@ -301,7 +381,14 @@ def _projections(parameter: str, A: Tensor, B: Tensor, form: str, host: Host) ->
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 # What a LoRA may have beyond x W^T plus two factors; a LoTR adapter cannot hold it.
 _NOT_PLAIN = (
-    *("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
+    *(
+        "use_dora",
+        "lora_bias",
+        "target_parameters",
+        "trainable_token_indices",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "bias"),
 )
 _MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits
@@ -310,15 +397,27 @@ _MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits
 def _read_config(directory: Path, kind: str) -> dict[str, Any]:
     config = json_in(directory / CONFIG_NAME, "source")
     got = config.get("peft_type", "LORA")
-    _expect(str(got).rpartition(".")[2] == kind, directory / CONFIG_NAME, f"peft_type {kind}", f"{got!r:.80}")
+    _expect(
+        str(got).rpartition(".")[2] == kind,
+        directory / CONFIG_NAME,
+        f"peft_type {kind}",
+        f"{got!r:.80}",
+    )
     return config
 
 
 def _tensors_of_peft(directory: Path) -> dict[str, Tensor]:
     """The tensors in PEFT's file; base_model.model. is left out of the names."""
     old = directory / "adapter_model.bin"
-    tensors = _load(old if old.is_file() and not (directory / TENSORS_NAME).is_file() else directory / TENSORS_NAME)
-    return {key.removeprefix("base_model.").removeprefix("model."): tensor for key, tensor in tensors.items()}
+    tensors = _load(
+        old
+        if old.is_file() and not (directory / TENSORS_NAME).is_file()
+        else directory / TENSORS_NAME
+    )
+    return {
+        key.removeprefix("base_model.").removeprefix("model."): tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -328,7 +427,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
-        raise ValueError(f"source: expected tensors by torch.save in {path}, got {type(error).__name__} {error}") from None
+        raise ValueError(
+            f"source: expected tensors by torch.save in {path}, got {type(error).__name__} {error}"
+        ) from None
     right = isinstance(tensors, Mapping) and all(isinstance(t, Tensor) for t in tensors.values())
     _expect(right, path, "a dictionary of tensors", type(tensors).__name__)
     return dict(tensors)
@@ -337,7 +438,9 @@ def _load(path: Path) -> dict[str, Tensor]:
 def _modules_of(keys: Iterable[str], endings: Iterable[str] | None) -> list[str]:
     """The modules that own tensors of these names and that one of the endings (modules_to_save) matches."""
     around = {".".join(key.split(".")[:i]) for key in keys for i in range(1, key.count(".") + 1)}
-    return sorted(name for name in around if any(name_ends_with(name, ending) for ending in endings or ()))
+    return sorted(
+        name for name in around if any(name_ends_with(name, ending) for ending in endings or ())
+    )
 
 
 def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:
@@ -349,9 +452,16 @@ def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[
     config, saved, factors = _read_config(directory, "LORA"), {}, {}
     for name in _NOT_PLAIN:
         value, nothing = config.get(name), (None, False, "none", [], {})
-        _expect(value in nothing, name, "a LoRA of two factors a layer, which LoTR can hold", f"{value!r:.80}")
+        _expect(
+            value in nothing,
+            name,
+            "a LoRA of two factors a layer, which LoTR can hold",
+            f"{value!r:.80}",
+        )
     init = str(config.get("init_lora_weights"))
-    advice = f"{init!r}. Save the adapter with PEFT's path_initial_model_for_weight_conversion first."
+    advice = (
+        f"{init!r}. Save the adapter with PEFT's path_initial_model_for_weight_conversion first."
+    )
     plain = not init.lower().startswith(_MOVED_WEIGHTS)
     _expect(plain, "init_lora_weights", "an init that leaves the base weights as they are", advice)
     for name, tensor in _tensors_of_peft(directory).items():
@@ -362,7 +472,11 @@ def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[
             _expect(known, "adapter", "lora_A, lora_B and modules_to_save", f"also {name}")
             saved[name] = tensor
     _expect(factors, "adapter", "tensors <layer>.lora_A.weight and .lora_B.weight", "none")
-    return {name: _lora_layer(name, parts, config) for name, parts in factors.items()}, saved, config
+    return (
+        {name: _lora_layer(name, parts, config) for name, parts in factors.items()},
+        saved,
+        config,
+    )
 
 
 def _lora_layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRA:
@@ -371,29 +485,56 @@ def _lora_layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any
     fit = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.numel() and B.numel()
     _expect(fit, name, "lora_A [r, K] and lora_B [N, r]", f"{tuple(A.shape)} and {tuple(B.shape)}")
     finite = all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B))
-    _expect(finite, name, "finite floating values", f"{A.dtype}, {B.dtype} or values that are not finite")
+    _expect(
+        finite,
+        name,
+        "finite floating values",
+        f"{A.dtype}, {B.dtype} or values that are not finite",
+    )
     patterns = config.get("alpha_pattern") or {}
     own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
     check_number("lora_alpha", alpha := next(own, config.get("lora_alpha")))
-    return LoRA(A.double(), alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0]) * B.double())
+    return LoRA(
+        A.double(),
+        alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0]) * B.double(),
+    )
 
 
 def _read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A LoTR adapter that PEFT saved (`lotr_ext.peft`), in the form of `lotr_ext.files.read`."""
     content, tensors, layers = _read_config(directory, "LOTR"), {}, {}
     names = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
-    values = {name: tuple(v) if isinstance(v := content[name], list) else v for name in names if name in content}
+    values = {
+        name: tuple(v) if isinstance(v := content[name], list) else v
+        for name in names
+        if name in content
+    }
     config = LoTRConfig.from_dict(config_of_version_1(values))
     plain = config.core == "dense" and content.get("bias", "none") == "none"
-    _expect(plain, directory, "dense cores and no biases", f"core {config.core!r}, bias {content.get('bias')!r}")
+    _expect(
+        plain,
+        directory,
+        "dense cores and no biases",
+        f"core {config.core!r}, bias {content.get('bias')!r}",
+    )
     for key, tensor in _tensors_of_peft(directory).items():
         key = key.replace(".lotr_adapter.core", ".core")
-        tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", key)] = tensor  # the first version's name
+        tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", key)] = (
+            tensor  # the first version's name
+        )
     for one in content["layers"]:
         name, factors = one["name"], one["factors"]
         A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
-        layers[name] = {"A": f"{A}.value", "B": f"{B}.value", "scaling": config.s, "dropout": config.dropout, "experts": 0}
-    used = {key for name, entry in layers.items() for key in (entry["A"], entry["B"], f"{name}.core")}
+        layers[name] = {
+            "A": f"{A}.value",
+            "B": f"{B}.value",
+            "scaling": config.s,
+            "dropout": config.dropout,
+            "experts": 0,
+        }
+    used = {
+        key for name, entry in layers.items() for key in (entry["A"], entry["B"], f"{name}.core")
+    }
     saved = _modules_of(tensors.keys() - used, content.get("modules_to_save"))
     return {"layers": layers, "modules_to_save": saved}, tensors
 
@@ -418,14 +559,21 @@ class Conversion:
 Layers = Mapping[str, tuple[Tensor, Tensor, Tensor, str]]  # A, B, core and group by name
 
 
-def _converted(config: LoTRConfig, layers: Layers, saved: dict[str, Tensor], errors: dict[str, float]) -> Conversion:
+def _converted(
+    config: LoTRConfig, layers: Layers, saved: dict[str, Tensor], errors: dict[str, float]
+) -> Conversion:
     entries, tensors = {}, {}
     for name, (A, B, core, group) in layers.items():
         factors = {part: f"lotr_factors.{group}.{part}" for part in "AB"}
         entries[name] = {**factors, "scaling": config.s, "dropout": config.dropout}
         tensors |= {factors["A"]: A, factors["B"]: B, f"{name}.core": core}
     tensors = {key: t.to(config.adapter_dtype) for key, t in tensors.items()}
-    document = {"format": "lotr", "format_version": VERSION, "config": config.to_dict(), "layers": entries}
+    document = {
+        "format": "lotr",
+        "format_version": VERSION,
+        "config": config.to_dict(),
+        "layers": entries,
+    }
     document["modules_to_save"] = _modules_of(saved, config.modules_to_save)
     return Conversion(config, document, tensors | saved, errors)
 
@@ -455,24 +603,44 @@ def lora_to_lotr(
     """
     check_dtype(dtype)
     ranks, (layers, saved, content) = check_rank(rank), read_lora(source)
-    endings = [ending for ending in content.get("modules_to_save") or () if _modules_of(saved, [ending])]
-    own = {"target_modules": sorted(layers), "modules_to_save": endings or None, "dropout": content.get("lora_dropout") or 0.0}
+    endings = [
+        ending for ending in content.get("modules_to_save") or () if _modules_of(saved, [ending])
+    ]
+    own = {
+        "target_modules": sorted(layers),
+        "modules_to_save": endings or None,
+        "dropout": content.get("lora_dropout") or 0.0,
+    }
     config = LoTRConfig(rank=rank, group_by=group_by, adapter_dtype=dtype, **own)
     by_shape = isinstance(config.group_by, dict) or config.group_by in ("shape", "block", "name")
-    _expect(by_shape, "group_by", "shape, block, name or a mapping", f"{group_by!r}, whose pairs have several shapes")
+    _expect(
+        by_shape,
+        "group_by",
+        "shape, block, name or a mapping",
+        f"{group_by!r}, whose pairs have several shapes",
+    )
     groups, found, errors = {}, {}, {}
     for name, layer in layers.items():
-        groups.setdefault(group_of(name, nn.Identity(), layer.sizes, config.group_by), []).append(name)
+        groups.setdefault(group_of(name, nn.Identity(), layer.sizes, config.group_by), []).append(
+            name
+        )
     for group, names in groups.items():
         shapes = {layers[name].sizes for name in names}
-        _expect(len(shapes) == 1, "group_by", f"layers of one shape in group {group!r}", sorted(shapes))
-        U, V = [layers[name].B for name in names], [layers[name].A.mT for name in names]  # D_l = U_l V_l^T is not formed
+        _expect(
+            len(shapes) == 1, "group_by", f"layers of one shape in group {group!r}", sorted(shapes)
+        )
+        U, V = (
+            [layers[name].B for name in names],
+            [layers[name].A.mT for name in names],
+        )  # D_l = U_l V_l^T is not formed
         side = [v @ torch.linalg.qr(u, mode="r")[1].mT for u, v in zip(U, V)]
         right, left = partial(_products, U, V), partial(_products, V, U)
         A, B, cores = tucker2_of(side, right, left, len(U[0]), ranks)
         for name, core, half in zip(names, cores, side):
             whole = half.norm()
-            errors[name] = math.sqrt(max(0.0, 1 - float(core.norm() / whole) ** 2)) if whole > 0 else 0.0
+            errors[name] = (
+                math.sqrt(max(0.0, 1 - float(core.norm() / whole) ** 2)) if whole > 0 else 0.0
+            )
             found[name] = (START * A, START * B, core / (START**2 * config.s), group)
     return _converted(config, found, saved, errors)
 
@@ -486,7 +654,9 @@ _ORIGINAL = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")
 
 
 @torch.no_grad()
-def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None) -> Conversion:
+def original_to_lotr(
+    source: Source, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None
+) -> Conversion:
     """The adapter in a state dict of a model with layers of the original implementation (github.com/daskol/lotr):
 
         <layer>.lotr.rhs [in_features, r] = A, .mid [r, r] = G, .lhs [r, out_features] = B^T      y += (scale / r) x rhs mid lhs
@@ -506,14 +676,32 @@ def original_to_lotr(source: Source, *, scale: float = 1.0, modules_to_save: Seq
             parts.setdefault(found["name"], {})[found["part"]] = tensor
     _expect(parts, "source", "tensors <layer>.lotr.lhs, .mid and .rhs", f"{len(state)} others")
     layers = {name: _original_layer(name, layer, firsts) for name, layer in parts.items()}
-    ranks, dtypes = {len(layer["mid"]) for layer in parts.values()}, {t.dtype for one in parts.values() for t in one.values()}
+    ranks, dtypes = (
+        {len(layer["mid"]) for layer in parts.values()},
+        {t.dtype for one in parts.values() for t in one.values()},
+    )
     one = len(ranks) == len(dtypes) == 1
-    _expect(one, "source", "layers of one rank and dtype", f"ranks {sorted(ranks)}, {sorted(map(str, dtypes))}")
+    _expect(
+        one,
+        "source",
+        "layers of one rank and dtype",
+        f"ranks {sorted(ranks)}, {sorted(map(str, dtypes))}",
+    )
     for ending in modules_to_save or ():
         known = _modules_of(state, [ending])
-        _expect(known, "modules_to_save", "names of modules in the checkpoint", f"{ending!r}, which matches none")
+        _expect(
+            known,
+            "modules_to_save",
+            "names of modules in the checkpoint",
+            f"{ending!r}, which matches none",
+        )
     rank, groups = ranks.pop(), {name: group for name, (_, _, _, group) in layers.items()}
-    own = {"target_modules": sorted(layers), "modules_to_save": modules_to_save, "group_by": groups, "init": "normal"}
+    own = {
+        "target_modules": sorted(layers),
+        "modules_to_save": modules_to_save,
+        "group_by": groups,
+        "init": "normal",
+    }
     config = LoTRConfig(rank=rank, scaling=scale / rank, adapter_dtype=dtypes.pop(), **own)
     saved = {key: t for key, t in state.items() if _modules_of([key], list(modules_to_save or ()))}
     return _converted(config, layers, saved, dict.fromkeys(layers, 0.0))
@@ -526,10 +714,16 @@ def _original_layer(
     missing = sorted({"lhs", "mid", "rhs"} - set(parts))
     _expect(not missing, name, "lotr.lhs, .mid and .rhs", f"none of {', '.join(missing)}")
     lhs, mid, rhs = (parts[part] for part in ("lhs", "mid", "rhs"))
-    fit = all(t.dim() == 2 for t in parts.values()) and mid.shape == (rhs.shape[1], lhs.shape[0]) and len(mid) == len(mid.mT)
+    fit = (
+        all(t.dim() == 2 for t in parts.values())
+        and mid.shape == (rhs.shape[1], lhs.shape[0])
+        and len(mid) == len(mid.mT)
+    )
     shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(parts.items()))
     _expect(fit, name, "lhs [r, out], mid [r, r], rhs [in, r]", shapes)
-    known = (group for group, (A, B) in firsts.items() if torch.equal(A, rhs) and torch.equal(B, lhs))
+    known = (
+        group for group, (A, B) in firsts.items() if torch.equal(A, rhs) and torch.equal(B, lhs)
+    )
     group = next(known, f"{len(rhs)}x{lhs.shape[1]}_{len(firsts)}")
     firsts.setdefault(group, (rhs, lhs))
     return rhs, lhs.mT.contiguous(), mid, group
@@ -540,42 +734,84 @@ def _original_layer(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
+    top = argparse.ArgumentParser(
+        prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back."
+    )
     commands = top.add_subparsers(dest="command", required=True)
     help_of = {
         "lotr-to-lora": "Convert a LoTR adapter's directory to an exact LoRA for PEFT and servers.",
         "lora-to-lotr": "Convert a PEFT LoRA's directory to LoTR, and print each layer's error.",
         "original-to-lotr": "Convert a file with a state dict of github.com/daskol/lotr to LoTR.",
     }
-    lora, lotr, original = (commands.add_parser(name, help=text, description=text) for name, text in help_of.items())
+    lora, lotr, original = (
+        commands.add_parser(name, help=text, description=text) for name, text in help_of.items()
+    )
     for one in (lora, lotr, original):
         one.add_argument("source")
         one.add_argument("destination", help="directory for the new adapter, created if missing")
     lora.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
     lora.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
-    lora.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
-    lora.add_argument("--hosts", choices=tuple(HOSTS), help="the model type, if a server has its own names for its experts")
+    lora.add_argument(
+        "--experts",
+        choices=FORMS,
+        default="peft",
+        help="the form of a mixture's experts (default peft)",
+    )
+    lora.add_argument(
+        "--hosts",
+        choices=tuple(HOSTS),
+        help="the model type, if a server has its own names for its experts",
+    )
     lora.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
-    lotr.add_argument("--rank", type=int, nargs="+", required=True, metavar="R", help="the rank, or r_in and r_out")
-    lotr.add_argument("--group-by", choices=("shape", "block", "name"), default="shape", help="which layers share A and B")
-    lotr.add_argument("--dtype", choices=ops.DTYPES, default="float32", help="dtype of the new adapter")
-    original.add_argument("--scale", type=float, default=1.0, help="the scale that its layers were made with (default 1)")
-    original.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="fully trained modules, such as classifier")
+    lotr.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="R",
+        help="the rank, or r_in and r_out",
+    )
+    lotr.add_argument(
+        "--group-by",
+        choices=("shape", "block", "name"),
+        default="shape",
+        help="which layers share A and B",
+    )
+    lotr.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter")
+    original.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="the scale that its layers were made with (default 1)",
+    )
+    original.add_argument(
+        "--modules-to-save",
+        nargs="+",
+        metavar="NAME",
+        help="fully trained modules, such as classifier",
+    )
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 2 with a message on stderr if the input cannot be converted; then nothing was written."""
     options = vars(parser().parse_args(arguments))
-    command, source, destination = (options.pop(name) for name in ("command", "source", "destination"))
+    command, source, destination = (
+        options.pop(name) for name in ("command", "source", "destination")
+    )
     try:
         if command == "lotr-to-lora":
             layers = lotr_to_lora(source, destination, **options)
-            lines = [f"{name}  {one.sizes[0]} x {one.sizes[1]}  rank {one.rank}" for name, one in layers.items()]
+            lines = [
+                f"{name}  {one.sizes[0]} x {one.sizes[1]}  rank {one.rank}"
+                for name, one in layers.items()
+            ]
         else:
             if command == "lora-to-lotr":
                 rank = options["rank"] if len(options["rank"]) > 1 else options["rank"][0]
-                found = lora_to_lotr(source, **{**options, "rank": rank, "dtype": ops.DTYPES[options["dtype"]]})
+                found = lora_to_lotr(
+                    source, **{**options, "rank": rank, "dtype": DTYPES[options["dtype"]]}
+                )
             else:
                 found = original_to_lotr(source, **options)
             found.save(destination)

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from .functional import check_dimension, check_rank
 
-__all__ = ["FORMS", "CPCores", "CoreAt", "Cores", "DiagonalCores", "FewCores", "TrainCores", "TuckerCores"]
+__all__ = [
+    "FORMS",
+    "CPCores",
+    "CoreAt",
+    "Cores",
+    "DiagonalCores",
+    "FewCores",
+    "TrainCores",
+    "TuckerCores",
+]
 
 
 class CoreAt(nn.Module):
@@ -86,7 +95,9 @@ class Cores(nn.Module):
 
     def _one_rank(self) -> int:
         if self.r_in != self.r_out:
-            raise ValueError(f"rank: expected one rank for {type(self).__name__}, got {(self.r_in, self.r_out)}")
+            raise ValueError(
+                f"rank: expected one rank for {type(self).__name__}, got {(self.r_in, self.r_out)}"
+            )
         return self.r_in
 
 
@@ -98,7 +109,9 @@ class LayersAndKinds(Cores):
         for place in self.places:
             if not (isinstance(place, tuple) and len(place) == 2):
                 raise TypeError(f"places: expected pairs (layer, kind), got {place!r}")
-        self.layers, self.kinds = (list(dict.fromkeys(place[axis] for place in self.places)) for axis in (0, 1))
+        self.layers, self.kinds = (
+            list(dict.fromkeys(place[axis] for place in self.places)) for axis in (0, 1)
+        )
         self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]
 
 
@@ -124,7 +137,10 @@ class CPCores(LayersAndKinds):
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int):
         super().__init__(places, rank)
         r = self._one_rank()
-        self.layer, self.kind = nn.Parameter(torch.zeros(len(self.layers), r)), nn.Parameter(torch.ones(len(self.kinds), r))
+        self.layer, self.kind = (
+            nn.Parameter(torch.zeros(len(self.layers), r)),
+            nn.Parameter(torch.ones(len(self.kinds), r)),
+        )
 
     def make(self, index: int) -> Tensor:
         l, k = divmod(index, len(self.kinds))
@@ -141,7 +157,9 @@ class TuckerCores(Cores):
     slices: how many C[j], r_in by default. State: `weights` [places, slices], `slices` [slices, r_in, r_out].
     """
 
-    def __init__(self, places: Sequence[Hashable], rank: int | tuple[int, int], slices: int | None = None):
+    def __init__(
+        self, places: Sequence[Hashable], rank: int | tuple[int, int], slices: int | None = None
+    ):
         super().__init__(places, rank)
         n = self.r_in if slices is None else check_dimension("slices", slices)
         self.weights = nn.Parameter(torch.randn(len(self.places), n) / math.sqrt(n))
@@ -162,7 +180,12 @@ class TrainCores(LayersAndKinds):
     inner: the rank between G2 and G3, r_out by default. State: `layer` [layers, r_in, inner], `kind` [kinds, inner, r_out].
     """
 
-    def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int], inner: int | None = None):
+    def __init__(
+        self,
+        places: Sequence[tuple[Hashable, Hashable]],
+        rank: int | tuple[int, int],
+        inner: int | None = None,
+    ):
         super().__init__(places, rank)
         r = self.r_out if inner is None else check_dimension("inner", inner)
         self.layer = nn.Parameter(torch.zeros(len(self.layers), self.r_in, r))
@@ -188,13 +211,22 @@ class FewCores(Cores):
     random: Tensor
 
     def __init__(
-        self, places: Sequence[Hashable], rank: int | tuple[int, int], numbers: int = 13, tied: bool = False, seed: int = 0
+        self,
+        places: Sequence[Hashable],
+        rank: int | tuple[int, int],
+        numbers: int = 13,
+        tied: bool = False,
+        seed: int = 0,
     ):
         super().__init__(places, rank)
         n, generator = check_dimension("numbers", numbers), torch.Generator("cpu").manual_seed(seed)
         self.numbers = nn.Parameter(torch.zeros(1 if tied else len(self.places), n))
-        values = self.numbers.new_empty(n, self.r_in, self.r_out, device="meta" if self.numbers.is_meta else "cpu")
-        self.register_buffer("random", values.normal_(generator=generator).div_(math.sqrt(self.r_in)))
+        values = self.numbers.new_empty(
+            n, self.r_in, self.r_out, device="meta" if self.numbers.is_meta else "cpu"
+        )
+        self.register_buffer(
+            "random", values.normal_(generator=generator).div_(math.sqrt(self.r_in))
+        )
 
     def make(self, index: int) -> Tensor:
         numbers = self.numbers[index if len(self.numbers) > 1 else 0]

@@ -16,12 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import autograd, ops
-from .autograd import FactorState
-from .functional import check_beside, check_dimension, check_dtype, check_index, check_number, check_probability, check_tensor
-from .linear import OFF, LoTRFactors, LoTRLayer, Scaling, factors_for, scaling_of
+from .core import dispatch, fallback
+from .core.dispatch import Caches
+from .core.factor_cache import FactorCache
+from .core.nodes import RowChoice
+from .core.operators import DTYPES
+from .core.request import ADAPTER_OFF, state_of
+from .factors import LoTRFactors, Scaling, factors_for, scaling_of
+from .functional import (
+    check_beside,
+    check_dimension,
+    check_dtype,
+    check_index,
+    check_number,
+    check_probability,
+    check_tensor,
+)
+from .layers import LoTRLayer
 
-__all__ = ["LoTRExperts", "adapt_parameter", "expert_sizes", "lotr_grouped_linear", "release", "why_not"]
+__all__ = [
+    "LoTRExperts",
+    "adapt_parameter",
+    "expert_sizes",
+    "lotr_grouped_linear",
+    "release",
+    "why_not",
+]
 
 
 # ---- the frozen product, rows sorted by expert -----------------------------------------------------------------------
@@ -37,10 +57,19 @@ def _ends(offs: Tensor, rows: int) -> list[int]:
 
 def _torch_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own grouped product runs: bfloat16 on a GPU from sm_80 on, with rows or columns aligned to 16 bytes."""
-    if not x.is_cuda or x.dtype != torch.bfloat16 or not x.shape[0] or torch.cuda.get_device_capability(x.device) < (8, 0):
+    if (
+        not x.is_cuda
+        or x.dtype != torch.bfloat16
+        or not x.shape[0]
+        or torch.cuda.get_device_capability(x.device) < (8, 0)
+    ):
         return False
     sizes = x.stride(0), max(weight.stride(1), weight.stride(2))
-    return x.stride(1) == 1 and 1 in (weight.stride(1), weight.stride(2)) and all(size % 8 == 0 for size in sizes)
+    return (
+        x.stride(1) == 1
+        and 1 in (weight.stride(1), weight.stride(2))
+        and all(size % 8 == 0 for size in sizes)
+    )
 
 
 @torch.library.custom_op("lotr::grouped_mm", mutates_args=())
@@ -90,26 +119,36 @@ def _grouped_mm_backward(ctx, g: Tensor):
     x, weight, offs = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
     g = g.contiguous()  # a sum's gradient is one element, expanded
-    return grouped_mm(g, weight.mT, offs) if need_x else None, grouped_outer(g, x, offs) if need_weight else None, None
+    return (
+        grouped_mm(g, weight.mT, offs) if need_x else None,
+        grouped_outer(g, x, offs) if need_weight else None,
+        None,
+    )
 
 
 def _grouped_outer_backward(ctx, dW: Tensor):
     g, x, offs = ctx.saved_tensors
     need_g, need_x = ctx.needs_input_grad[:2]
-    return grouped_mm(x, dW, offs) if need_g else None, grouped_mm(g, dW.mT, offs) if need_x else None, None
+    return (
+        grouped_mm(x, dW, offs) if need_g else None,
+        grouped_mm(g, dW.mT, offs) if need_x else None,
+        None,
+    )
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save)
 grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None, tokens: Tensor | None) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None, tokens: Tensor | None
+) -> Tensor:
     """y_i = x_t(i) W_c(i)^T + bias_c(i), zero in rows without an expert."""
     rows = x if tokens is None else x[tokens]
     y = grouped_mm(rows.contiguous(), weight, offs)
     if bias is None:
         return y
-    index = ops.cores_of_groups(offs, len(y), len(bias))
+    index = fallback.cores_of_groups(offs, len(y), len(bias))
     return y + torch.where((index < 0).unsqueeze(1), 0, bias[index.clamp(min=0)])
 
 
@@ -128,22 +167,30 @@ def _routed(
     scaling: float,
     p: float = 0.0,
     index: Tensor | None = None,
-    factors: tuple[FactorState, FactorState] | None = None,
-    user: object = None,
+    caches: Caches | None = None,
+    layer: object = None,
 ) -> Tensor:
     """lotr_grouped_linear without checks. index [rows]: the core of each row among cores [c, r_in, r_out]; None: by offs."""
-    if (dtype := autograd.autocast_dtype(x)) is not None:
+    if (dtype := dispatch.autocast_dtype(x)) is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        x = x.to(dtype) if factors is None else factors[0].cast(x, dtype)
+        x = x.to(dtype) if caches is None else caches.A.cast(x, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _routed(x, weight, bias, offs, tokens, A, B, cores, scaling, p, index, factors, user)
+            return _routed(
+                x, weight, bias, offs, tokens, A, B, cores, scaling, p, index, caches, layer
+            )
     y = grouped_linear(x, weight, offs, bias, tokens)
-    if torch.compiler.is_compiling() or autograd.obstacle(x, None, A, B, cores, y) is not None:
-        rows = ops.cores_of_groups(offs, len(y), len(cores)) if index is None else index
+    if (
+        torch.compiler.is_compiling()
+        or dispatch.fallback_reason(x, None, A, B, cores, y) is not None
+    ):
+        rows = fallback.cores_of_groups(offs, len(y), len(cores)) if index is None else index
         u = (nnf.dropout(x, p) if p else x) @ A.to(x.device, x.dtype)
-        return y + ops.expand(ops.row_core(u, cores.to(x.device), scaling, rows, tokens), B.to(x.device), None, 1.0)
-    routing, states = (index, offs if index is None else None, tokens), factors or (FactorState(), FactorState())
-    return autograd.nodes(x, None, None, A, B, cores, scaling, p, y, routing, states, user)
+        return y + fallback.expand_rows(
+            fallback.row_core(u, cores.to(x.device), scaling, rows, tokens), B.to(x.device)
+        )
+    choice = RowChoice(index, offs if index is None else None, tokens)
+    caches = caches or Caches(FactorCache(), FactorCache())
+    return dispatch.run_nodes(x, None, None, A, B, cores, scaling, p, y, choice, caches, layer)
 
 
 def lotr_grouped_linear(
@@ -185,15 +232,19 @@ def lotr_grouped_linear(
     if core_index is not None:
         check_index("core_index", core_index, len(cores))
         if core_index.shape != x.shape[:1]:
-            raise ValueError(f"core_index: expected one index per row of x {tuple(x.shape)}, got {tuple(core_index.shape)}")
+            raise ValueError(
+                f"core_index: expected one index per row of x {tuple(x.shape)}, got {tuple(core_index.shape)}"
+            )
         index, cores = _of_tasks(core_index.to(x.device), cores, offs, tokens)
     return _routed(x, weight, bias, offs, tokens, A, B, cores, float(scaling), index=index)
 
 
-def _of_tasks(tasks: Tensor, cores: Tensor, offs: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_tasks(
+    tasks: Tensor, cores: Tensor, offs: Tensor, tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(the core of each row, cores [t e, r_in, r_out]) for tasks [m] of the rows of x and cores [t, e, r_in, r_out]."""
     tasks = tasks if tokens is None else tasks[tokens]
-    expert = ops.cores_of_groups(offs, len(tasks), cores.shape[1])
+    expert = fallback.cores_of_groups(offs, len(tasks), cores.shape[1])
     index = torch.where((tasks < 0) | (expert < 0), -1, tasks * cores.shape[1] + expert)
     return index, cores.flatten(0, 1)
 
@@ -252,8 +303,12 @@ class LoTRExperts(LoTRLayer):
         bound = in_features**-0.5  # as nn.Linear starts
         self.weight = nn.Parameter(weight if weight.is_meta else weight.uniform_(-bound, bound))
         self.bias = nn.Parameter(weight.new_zeros(num_experts, out_features)) if bias else None
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        self._adapt(factors, s, dropout, weight.device, lead=(num_experts,))
+        self.num_experts, self.in_features, self.out_features = (
+            num_experts,
+            in_features,
+            out_features,
+        )
+        self._add_adapter(factors, s, dropout, weight.device, lead=(num_experts,))
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
@@ -271,15 +326,19 @@ class LoTRExperts(LoTRLayer):
     ) -> Tensor:
         """forward with the owner's weight [e, n, k] and bias [e, n], which are whole during the owner's forward. of_request:
         the input whose rows a request's tasks are for; rows: which of them each row of x is, None for the same."""
-        state, cores, index = autograd.requests().get(self), self.core, None
-        if self.merged or state is OFF:
+        state, cores, index = state_of(self), self.core, None
+        if self.merged or state is ADAPTER_OFF:
             return grouped_linear(x, weight, offs, bias, tokens)
         if state is not None:
             cores, tasks = state(of_request)
             index, cores = _of_tasks(tasks if rows is None else tasks[rows], cores, offs, tokens)
         factors, p, s = self.factors, self.dropout if self.training else 0.0, self.scaling
-        states = factors.A.state, factors.B.state
-        return factors.read(lambda A, B: _routed(x, weight, bias, offs, tokens, A, B, cores, s, p, index, states, self))
+        caches = factors.caches
+        return factors.read(
+            lambda A, B: _routed(
+                x, weight, bias, offs, tokens, A, B, cores, s, p, index, caches, self
+            )
+        )
 
     def matrix(self) -> Tensor:
         """W [e, n, k]."""
@@ -298,7 +357,12 @@ class LoTRExperts(LoTRLayer):
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters of its parameters, by their names
 _IMPLEMENTATION = "lotr"  # the name in transformers' interface
-_ATTRIBUTES = ("is_transposed", "has_bias", "num_experts", "config")  # of every class that takes implementations
+_ATTRIBUTES = (
+    "is_transposed",
+    "has_bias",
+    "num_experts",
+    "config",
+)  # of every class that takes implementations
 
 
 class AdaptedExperts(nn.ModuleDict):
@@ -330,9 +394,11 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
     if tensor is None or tensor.dim() != 3:
         shape = "no" if tensor is None else f"a {tensor.dim()}-D"
         return f"{shape} parameter of {kind}; target_modules adapts linear layers"
-    if type(tensor) is not nn.Parameter or tensor.dtype not in ops.DTYPES.values():
+    if type(tensor) is not nn.Parameter or tensor.dtype not in DTYPES.values():
         return f"experts of {kind} that are quantised or in parts ({type(tensor).__name__}, {tensor.dtype}); load them dense"
-    takes = all(hasattr(module, name) for name in _ATTRIBUTES) and hasattr(type(module).forward, "__wrapped__")
+    takes = all(hasattr(module, name) for name in _ATTRIBUTES) and hasattr(
+        type(module).forward, "__wrapped__"
+    )
     if not takes or not hasattr(module.config, "_experts_implementation"):
         return f"a parameter of {kind}, whose class takes no implementations of experts (use_experts_implementation)"
     if parameter not in (_first_projection(module), "down_proj"):
@@ -354,7 +420,14 @@ class LoTRHostedExperts(LoTRExperts):
     training.
     """
 
-    def __init__(self, host: nn.Module, parameter: str, factors: LoTRFactors, scaling: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        host: nn.Module,
+        parameter: str,
+        factors: LoTRFactors,
+        scaling: float,
+        dropout: float = 0.0,
+    ):
         nn.Module.__init__(self)
         self.__dict__["host"] = host  # not a child: the host has this module as its child
         self.parameter, self.transposed = parameter, host.is_transposed
@@ -363,7 +436,9 @@ class LoTRHostedExperts(LoTRExperts):
         for name in (parameter, self.bias_name):
             if name is not None:
                 getattr(host, name).requires_grad_(False)
-        self._adapt(factors, scaling, dropout, getattr(host, parameter).device, lead=(self.num_experts,))
+        self._add_adapter(
+            factors, scaling, dropout, getattr(host, parameter).device, lead=(self.num_experts,)
+        )
         self.train(host.training)
 
     def matrix(self) -> Tensor:
@@ -383,7 +458,9 @@ class LoTRHostedExperts(LoTRExperts):
     def _weight_to_write(self, where: str) -> Tensor:
         weight = self.host._parameters.get(self.parameter)
         if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
-            raise TypeError(f"{where}: expected a whole, plain {self.parameter}, got {type(weight).__name__}")
+            raise TypeError(
+                f"{where}: expected a whole, plain {self.parameter}, got {type(weight).__name__}"
+            )
         return self.matrix()
 
 
@@ -412,12 +489,16 @@ def release(module: nn.Module) -> None:
     delattr(module, CHILD)
 
 
-def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """The forward of adapted experts: hidden_states [m, hidden], top_k_index and top_k_weights [m, top_k] -> as
     hidden_states."""
     (m, top_k), e = top_k_index.shape, self.num_experts
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
+    offs = torch.searchsorted(
+        experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True
+    )
     tokens = order // top_k
     y = _projected(self, _first_projection(self), hidden_states, offs, tokens, hidden_states, None)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
@@ -427,7 +508,9 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
-    return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # a fixed order of sums: deterministic
+    return (
+        y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+    )  # a fixed order of sums: deterministic
 
 
 def _projected(
@@ -441,9 +524,12 @@ def _projected(
 ) -> Tensor:
     """x through one projection. tokens: which row of x each sorted row is. rows: which token of hidden_states each row of x is;
     a request's tasks are those of the tokens."""
-    weight, bias = getattr(module, parameter), getattr(module, f"{parameter}_bias") if module.has_bias else None
+    weight, bias = (
+        getattr(module, parameter),
+        getattr(module, f"{parameter}_bias") if module.has_bias else None,
+    )
     weight = weight.mT if module.is_transposed else weight
-    if autograd.autocast_dtype(x) is None:
+    if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(module, CHILD)._modules.get(parameter)
     if layer is None:

@@ -29,8 +29,16 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import DIAGONAL, LoTRConfig
-from .linear import LoTRFactor, LoTRLayer
-from .model import adapted_layers, expect_unmerged, install, layers_in, set_start, unchanged_on_error
+from .factors import LoTRFactor
+from .layers import LoTRLayer
+from .model import (
+    adapted_layers,
+    expect_unmerged,
+    install,
+    layers_in,
+    set_start,
+    unchanged_on_error,
+)
 from .targets import saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]
@@ -73,19 +81,29 @@ def put_file(directory: Path, name: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def put_tensors(directory: Path, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+def put_tensors(
+    directory: Path, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> str:
     """Writes a safetensors file, whole or not at all, and returns its checksum. Creates the directory if needed."""
     from safetensors.torch import save
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
-    data = save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, metadata)
+    data = save(
+        {
+            k: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, t in tensors.items()
+        },
+        metadata,
+    )
     directory.mkdir(parents=True, exist_ok=True)
     put_file(directory, name, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def tensors_in(path: Path, name: str, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_in(
+    path: Path, name: str, sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. ValueError, with the argument's name, for any other file, or one with
     another checksum. Nothing in the file is ever executed."""
     from safetensors import SafetensorError
@@ -95,7 +113,9 @@ def tensors_in(path: Path, name: str, sha256: str | None = None) -> tuple[dict[s
         data = path.read_bytes()
         if sha256 is not None and (got := hashlib.sha256(data).hexdigest()) != sha256:
             raise ValueError(f"sha256 {got} instead of {sha256}: truncated, or another file")
-        return load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        return load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get(
+            "__metadata__"
+        ) or {}
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{name}: expected a safetensors file {path}, got {error}") from None
 
@@ -128,8 +148,14 @@ def write(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Te
     except ValueError:
         before = None
     name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # random: no other save writes or removes it
-    described = {**document, "tensors_file": name, "tensors_sha256": put_tensors(directory, name, tensors, {"format": "pt"})}
-    put_file(directory, JSON_NAME, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode())
+    described = {
+        **document,
+        "tensors_file": name,
+        "tensors_sha256": put_tensors(directory, name, tensors, {"format": "pt"}),
+    }
+    put_file(
+        directory, JSON_NAME, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
+    )
     if before is not None:
         (directory / before).unlink(missing_ok=True)
 
@@ -140,7 +166,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises ValueError that names the file, what was expected and what was found.
     """
     document = _document(directory)
-    return document, tensors_in(directory / document["tensors_file"], "directory", document["tensors_sha256"])[0]
+    return document, tensors_in(
+        directory / document["tensors_file"], "directory", document["tensors_sha256"]
+    )[0]
 
 
 def _document(directory: Path) -> dict[str, Any]:
@@ -161,15 +189,31 @@ def _document(directory: Path) -> dict[str, Any]:
     try:
         config, layers = content["config"], content["layers"]
         if config is not None:
-            content["config"] = LoTRConfig.from_dict(config_of_version_1(config) if version == 1 else config)
+            content["config"] = LoTRConfig.from_dict(
+                config_of_version_1(config) if version == 1 else config
+            )
         for name, entry in layers.items():
-            A, B = _factors_of_version_1(entry["factors"]) if version == 1 else (entry["A"], entry["B"])
+            A, B = (
+                _factors_of_version_1(entry["factors"])
+                if version == 1
+                else (entry["A"], entry["B"])
+            )
             numbers = {"scaling": float(entry["scaling"]), "dropout": float(entry["dropout"])}
-            layers[name] = {**entry, **numbers, "A": A, "B": B, "experts": int(entry.get("experts", 0))}
+            layers[name] = {
+                **entry,
+                **numbers,
+                "A": A,
+                "B": B,
+                "experts": int(entry.get("experts", 0)),
+            }
         if not _TENSORS.fullmatch(content["tensors_file"]):
-            raise ValueError(f"tensors_file: expected lotr_adapter.<digits>.safetensors, got {content['tensors_file']!r}")
+            raise ValueError(
+                f"tensors_file: expected lotr_adapter.<digits>.safetensors, got {content['tensors_file']!r}"
+            )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected an adapter that save_adapter wrote, got {type(error).__name__} {error}") from None
+        raise ValueError(
+            f"{path}: expected an adapter that save_adapter wrote, got {type(error).__name__} {error}"
+        ) from None
     return content
 
 
@@ -178,7 +222,9 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if found.pop("magnitude", False):
         raise ValueError("magnitude: expected False, got True, which this version does not have")
-    found["train"] = [part for part in found.get("train", ("A", "B", "core")) if part != "magnitude"]
+    found["train"] = [
+        part for part in found.get("train", ("A", "B", "core")) if part != "magnitude"
+    ]
     if found.get("init") == "gradient":
         found["init"] = "orthonormal"
     if found.get("scaling") is None:
@@ -192,7 +238,11 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _factors_of_version_1(factors: str | list[str]) -> tuple[str, str]:
     """The names of A and B: of a pair's two tensors, or of two modules."""
-    return (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else (f"{factors[0]}.value", f"{factors[1]}.value")
+    return (
+        (f"{factors}.A", f"{factors}.B")
+        if isinstance(factors, str)
+        else (f"{factors[0]}.value", f"{factors[1]}.value")
+    )
 
 
 def start_key(key: str) -> str:
@@ -224,7 +274,9 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 def unwrapped(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
     """(the model in DistributedDataParallel, torch.compile and engines, whether this process writes its files)."""
     writes = True
-    while isinstance(model, (nn.parallel.DistributedDataParallel, *engines)) or hasattr(model, "_orig_mod"):
+    while isinstance(model, (nn.parallel.DistributedDataParallel, *engines)) or hasattr(
+        model, "_orig_mod"
+    ):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             writes = dist.get_rank(model.process_group) == 0
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -235,7 +287,11 @@ def warn_of_unsaved(model: nn.Module) -> None:
     """Warns about what is trained and not in the adapter's file."""
     own = {id(p) for layer in layers_in(model).values() for p in layer.adapter_parameters()}
     config = getattr(model, "lotr_config", None)
-    own |= {id(p) for m in (saved_modules(model, config) if config else {}).values() for p in m.parameters()}
+    own |= {
+        id(p)
+        for m in (saved_modules(model, config) if config else {}).values()
+        for p in m.parameters()
+    }
     beside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if beside:
         warnings.warn(
@@ -249,12 +305,16 @@ def warn_of_unsaved(model: nn.Module) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """tensor, if it is whole."""
     if hasattr(tensor, "ds_id") or any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
-        raise TypeError("model: expected whole tensors, got a model held in parts. Save it with lotr_ext.sharded.save_adapter.")
+        raise TypeError(
+            "model: expected whole tensors, got a model held in parts. Save it with lotr_ext.sharded.save_adapter."
+        )
     return tensor
 
 
 @torch.no_grad()
-def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def contents(
+    model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(document, tensors) of an adapter's files, for `write`. tensor_of: returns the whole tensor of one that may be in parts.
 
     Raises RuntimeError: no adapter, or one on the meta device.
@@ -263,10 +323,14 @@ def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -
     entries, own = _described(model, layers)
     tensors = {key: tensor_of(tensor) for key, tensor in own.items()}
     if nowhere := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise RuntimeError(f"model: expected tensors with values, got {nowhere[0]} on the meta device")
+        raise RuntimeError(
+            f"model: expected tensors with values, got {nowhere[0]} on the meta device"
+        )
     if config is not None:
         dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
-        config = replace(config, adapter_dtype=dtypes.pop()) if len(dtypes) == 1 else config  # model.to(dtype) changes it
+        config = (
+            replace(config, adapter_dtype=dtypes.pop()) if len(dtypes) == 1 else config
+        )  # model.to(dtype) changes it
     document = {
         "format": "lotr",
         "format_version": VERSION,
@@ -278,7 +342,9 @@ def contents(model: nn.Module, tensor_of: Callable[[Tensor], Tensor] = _whole) -
     return document, tensors
 
 
-def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def _described(
+    model: nn.Module, layers: Mapping[str, LoTRLayer]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """The entries of the layers, and the tensors of the adapter and of modules_to_save, by name. Tied ones are there once."""
     names = {m: f"{name}.value" for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
     entries, tensors = {}, {}
@@ -294,12 +360,24 @@ def _described(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[dict[
         }
         tensors |= {f"{name}.core": layer.core, f"{name}.start_core": layer.start_core}
         if "core_form" in layer._modules:
-            tensors |= {f"{name}.core_form.{key}": t for key, t in layer.core_form.state_dict(keep_vars=True).items()}
-    config, whole = getattr(model, "lotr_config", None), {"lotr_cores": getattr(model, "lotr_cores", nn.Module())}
+            tensors |= {
+                f"{name}.core_form.{key}": t
+                for key, t in layer.core_form.state_dict(keep_vars=True).items()
+            }
+    config, whole = (
+        getattr(model, "lotr_config", None),
+        {"lotr_cores": getattr(model, "lotr_cores", nn.Module())},
+    )
     for name, module in (whole | saved_modules(model, config) if config else whole).items():
-        tensors |= {f"{name}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
+        tensors |= {
+            f"{name}.{key}": value for key, value in module.state_dict(keep_vars=True).items()
+        }
     seen: set[int] = set()
-    kept = {k: t for k, t in tensors.items() if isinstance(t, Tensor) and id(t) not in seen and not seen.add(id(t))}
+    kept = {
+        k: t
+        for k, t in tensors.items()
+        if isinstance(t, Tensor) and id(t) not in seen and not seen.add(id(t))
+    }
     return entries, kept
 
 
@@ -371,13 +449,19 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
             f"{', '.join(missing[:5])}. Load it into the base model that it was trained on."
         )
     linear = [re.escape(name) for name, entry in entries.items() if not entry["experts"]]
-    experts = [re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) for name, entry in entries.items() if entry["experts"]]
+    experts = [
+        re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name)
+        for name, entry in entries.items()
+        if entry["experts"]
+    ]
     exact = replace(
         config,
         target_modules="|".join(linear) or None,
         target_parameters=experts or None,
         exclude_modules=None,
-        group_by="width" if config.group_by == "width" else {n: f"{e['A']} {e['B']}" for n, e in entries.items()},
+        group_by="width"
+        if config.group_by == "width"
+        else {n: f"{e['A']} {e['B']}" for n, e in entries.items()},
         init="kaiming" if config.init == "svd" else config.init,
     )
     selection = select(model, exact)
@@ -387,9 +471,15 @@ def _adapt(model: nn.Module, document: Mapping[str, Any]) -> None:
         layer.set_trained(config.train)
 
 
-def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor], cast: bool) -> dict[str, Tensor]:
+def _check(
+    model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor], cast: bool
+) -> dict[str, Tensor]:
     """The model's parameters and buffers by their names in the file. Raises unless the file fits, whose starts may differ."""
-    layers, entries, config = adapted_layers(model), document["layers"], getattr(model, "lotr_config", None)
+    layers, entries, config = (
+        adapted_layers(model),
+        document["layers"],
+        getattr(model, "lotr_config", None),
+    )
     expect_unmerged(layers, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
@@ -398,18 +488,28 @@ def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, 
         )
     expect_names("layers", layers, entries)
     if config is not None and config.core != "dense" and list(entries) != list(layers):
-        raise ValueError("layers: expected the model's order, on which computed cores depend, got another in the adapter")
+        raise ValueError(
+            "layers: expected the model's order, on which computed cores depend, got another in the adapter"
+        )
     described, own = _described(model, layers)
     pairs = {(entries[name][part], described[name][part]) for name in layers for part in "AB"}
     if not len({file for file, _ in pairs}) == len({here for _, here in pairs}) == len(pairs):
-        raise ValueError("layers: expected factors that layers share as in the model, got other groups in the adapter")
+        raise ValueError(
+            "layers: expected factors that layers share as in the model, got other groups in the adapter"
+        )
     to_file = {here: file for file, here in pairs}
-    targets = {to_file.get(key, key): t for key, t in own.items() if not key.endswith((".start", ".start_core"))}
+    targets = {
+        to_file.get(key, key): t
+        for key, t in own.items()
+        if not key.endswith((".start", ".start_core"))
+    }
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
         A, B = layer.factors.A, layer.factors.B
         if any(hasattr(module, "parametrizations") for module in (layer, A, B)):
-            raise TypeError(f"{name}: expected an adapter without parametrizations, got one. Remove them before loading.")
+            raise TypeError(
+                f"{name}: expected an adapter without parametrizations, got one. Remove them before loading."
+            )
         like = {
             start_key(entries[name]["A"]): A.value,
             start_key(entries[name]["B"]): B.value,
@@ -419,11 +519,15 @@ def _check(model: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, 
             layer._weight_to_write("load_adapter")
             starts |= like
     _check_tensors(targets | starts, tensors, cast)
-    computed = {f"{name}.core" for name, layer in layers.items() if layer._parameters.get("core") is None}
+    computed = {
+        f"{name}.core" for name, layer in layers.items() if layer._parameters.get("core") is None
+    }
     return {key: tensor for key, tensor in targets.items() if key not in computed}
 
 
-def _check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], cast: bool) -> None:
+def _check_tensors(
+    targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], cast: bool
+) -> None:
     """Raises ValueError for tensors of other names, shapes or, without cast, dtypes than the model's."""
     expect_names("tensors", targets, tensors)
     for key, want in targets.items():

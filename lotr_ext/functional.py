@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import autograd
-from .ops import DTYPES
+from .core import dispatch
+from .core.operators import DTYPES
 
 __all__ = ["lotr_linear"]
 
@@ -61,7 +61,7 @@ def lotr_linear(
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
-    return autograd.lotr_linear(x, weight, bias, A, B, core, float(scaling), p, index=core_index)
+    return dispatch.linear(x, weight, bias, A, B, core, float(scaling), p, index=core_index)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -70,11 +70,15 @@ def lotr_linear(
 def check_input(x: object, in_features: int) -> None:
     """x must be a floating tensor [..., in_features]."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}. Convert it, for example by torch.from_numpy.")
+        raise TypeError(
+            f"x: expected a torch.Tensor, got {type(x).__name__}. Convert it, for example by torch.from_numpy."
+        )
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"x: expected a last dimension of in_features = {in_features}, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected a last dimension of in_features = {in_features}, got shape {tuple(x.shape)}"
+        )
 
 
 def check_dimension(name: str, value: object) -> int:
@@ -121,7 +125,9 @@ def check_number(name: str, value: object) -> None:
     """value must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not torch.compiler.is_compiling() and not math.isfinite(value):  # Dynamo cannot trace isfinite of a symbol
+    if not torch.compiler.is_compiling() and not math.isfinite(
+        value
+    ):  # Dynamo cannot trace isfinite of a symbol
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 
@@ -139,11 +145,15 @@ def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, got)):
+    if len(got) != len(shape) or any(
+        isinstance(want, int) and want != size for want, size in zip(shape, got)
+    ):
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {got}")
 
 
-def check_beside(x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[str, Tensor]) -> None:
+def check_beside(
+    x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[str, Tensor]
+) -> None:
     """The base's tensors must have x's dtype, unless autocast casts them, and its device. The adapter's may be on another
     device, but must have values if x has."""
     cast = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
@@ -154,4 +164,6 @@ def check_beside(x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
     for name, tensor in adapter.items():
         if tensor.is_meta != x.is_meta:
-            raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
+            raise ValueError(
+                f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}"
+            )

@@ -21,7 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["CORE_INITS", "FACTOR_INITS", "START", "directions_of_gradients", "fill_core_", "fill_factor_", "tucker2"]
+__all__ = [
+    "CORE_INITS",
+    "FACTOR_INITS",
+    "START",
+    "directions_of_gradients",
+    "fill_core_",
+    "fill_factor_",
+    "tucker2",
+]
 
 # Multiplies the initial factors, and divides s by its cube (linear.scaling_of). Under AdamW, A, B and G times a, the rate times
 # a and s times a^-3 is exactly the same path, so this constant moves LoTR's best learning rate onto LoRA's (docs/choosing.md).
@@ -67,7 +75,9 @@ def fill_core_(tensor: Tensor, init: str) -> Tensor:
     if init not in CORE_INITS:
         raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")
     if tensor.dim() not in (2, 3):
-        raise ValueError(f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape {tuple(tensor.shape)}"
+        )
     with torch.no_grad():
         tensor.zero_()
         if init == "identity":
@@ -94,7 +104,9 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
     if d <= _DENSE or 8 * (r + _MORE) >= d:
         return torch.linalg.eigh(sum(t @ t.T for t in side))[1].flip(1)[:, :r].contiguous()
     generator = torch.Generator("cpu").manual_seed(0)
-    block = torch.randn(d, r + _MORE, dtype=torch.float64, device="cpu", generator=generator).to(side[0].device)
+    block = torch.randn(d, r + _MORE, dtype=torch.float64, device="cpu", generator=generator).to(
+        side[0].device
+    )
     for _ in range(9):
         block = torch.linalg.qr(sum(t @ (t.T @ block) for t in side))[0]
     small = torch.cat([block.T @ t for t in side], 1)
@@ -103,7 +115,10 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
 
 def padded(vectors: Tensor, r: int) -> Tensor:
     """[d, r], with unit vectors in the columns that vectors [d, c] lacks."""
-    (d, c), unit = vectors.shape, torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device)
+    (d, c), unit = (
+        vectors.shape,
+        torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device),
+    )
     return torch.cat([vectors, unit[:, torch.arange(max(r - c, 0), device=vectors.device) % d]], 1)
 
 
@@ -149,7 +164,9 @@ class _Tap(Function):
     """Returns y. Its backward adds the products of the layer's gradient g^T x with A and B: P += g^T (x A), T += x^T (g B)."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, A: Tensor, B: Tensor, P: Tensor, T: Tensor) -> Tensor:
+    def forward(
+        ctx, anchor: Tensor, y: Tensor, x: Tensor, A: Tensor, B: Tensor, P: Tensor, T: Tensor
+    ) -> Tensor:
         ctx.held = x.detach(), A, B, P, T
         return y.detach()  # not a view: models add to a layer's output in place
 
@@ -180,17 +197,30 @@ def directions_of_gradients(
     generator, found = torch.Generator("cpu").manual_seed(0), {}
     for factor in (factor for layer in layers for factor in (layer.factors.A, layer.factors.B)):
         if factor not in found:
-            drawn = torch.empty(factor.features, min(factor.rank + 8, factor.features), device="cpu")
-            found[factor] = fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
+            drawn = torch.empty(
+                factor.features, min(factor.rank + 8, factor.features), device="cpu"
+            )
+            found[factor] = (
+                fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
+            )
     for _ in range(3):
         for factor, parts in _pass(model, layers, found, batches, loss).items():
             if dist.is_available() and dist.is_initialized():
                 for part in parts:
                     dist.all_reduce(part)
-            if not all(bool(part.isfinite().all()) for part in parts) or not any(bool(part.any()) for part in parts):
-                raise ValueError("loss: expected finite gradients for each group of layers, not all zero, got others")
-            found[factor] = leading([part.double() for part in parts], found[factor].shape[1]).to(found[factor])
-    return [(factor.value, START * padded(new[:, : factor.rank].double(), factor.rank)) for factor, new in found.items()]
+            if not all(bool(part.isfinite().all()) for part in parts) or not any(
+                bool(part.any()) for part in parts
+            ):
+                raise ValueError(
+                    "loss: expected finite gradients for each group of layers, not all zero, got others"
+                )
+            found[factor] = leading([part.double() for part in parts], found[factor].shape[1]).to(
+                found[factor]
+            )
+    return [
+        (factor.value, START * padded(new[:, : factor.rank].double(), factor.rank))
+        for factor, new in found.items()
+    ]
 
 
 def _pass(
@@ -201,7 +231,10 @@ def _pass(
     loss: Callable[..., Tensor],
 ) -> dict[nn.Module, list[Tensor]]:
     """For each A the T of its layers, and for each B their P, over the batches. Buffers and the random state are as before."""
-    sums, anchor = {factor: [] for factor in found}, torch.zeros((), device="cpu", requires_grad=True)
+    sums, anchor = (
+        {factor: [] for factor in found},
+        torch.zeros((), device="cpu", requires_grad=True),
+    )
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
@@ -210,7 +243,9 @@ def _pass(
             P, T = A.new_zeros(len(B), A.shape[1]), A.new_zeros(len(A), B.shape[1])
             sums[layer.factors.A].append(T), sums[layer.factors.B].append(P)
 
-            def tap(module: nn.Module, args: tuple, kwargs: dict, y: Tensor, own: tuple = (A, B, P, T)) -> Tensor:
+            def tap(
+                module: nn.Module, args: tuple, kwargs: dict, y: Tensor, own: tuple = (A, B, P, T)
+            ) -> Tensor:
                 x = args[0] if args else next(iter(kwargs.values()))
                 return _Tap.apply(anchor, y, x, *own) if torch.is_grad_enabled() else y
 
@@ -219,9 +254,18 @@ def _pass(
             for batch in batches:
                 value = loss(model, batch)
                 if not isinstance(value, Tensor) or value.numel() != 1:
-                    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                    raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {got}")
-                if not value.requires_grad or torch.autograd.grad(value, anchor, allow_unused=True)[0] is None:
+                    got = (
+                        f"shape {list(value.shape)}"
+                        if isinstance(value, Tensor)
+                        else type(value).__name__
+                    )
+                    raise TypeError(
+                        f"loss: expected a function (model, batch) -> scalar tensor, got {got}"
+                    )
+                if (
+                    not value.requires_grad
+                    or torch.autograd.grad(value, anchor, allow_unused=True)[0] is None
+                ):
                     raise ValueError(
                         "loss: expected one that depends on the adapted layers, got one in which none has a part. Under "
                         "checkpointing, use_reentrant=False is needed."

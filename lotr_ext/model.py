@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import autograd, ops
 from .config import LoTRConfig, place_of
+from .core import dispatch, fallback
+from .core.request import ADAPTER_OFF, open_request, state_of
 from .cores import FORMS, Cores
 from .experts import adapt_parameter, release
+from .factors import LoTRFactor, LoTRFactors
 from .init import START, directions_of_gradients, fill_core_, tucker2
-from .linear import OFF, LoTRFactor, LoTRFactors, LoTRLayer, plus
+from .layers import LoTRLayer, plus
 from .targets import Selection, Target, heads, select, tied_names, with_head
 from .wrapped import LoTRWrapped, adapt
 
@@ -78,7 +80,11 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     selection = select(model, config)
     with unchanged_on_error(model):
         install(model, config, selection)
-    frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
+    frozen = [
+        name
+        for name, head in heads(model).items()
+        if not any(p.requires_grad for p in head.parameters())
+    ]
     if frozen:
         warnings.warn(
             f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. Train it with "
@@ -104,9 +110,18 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     """Adapts the layers of a selection."""
-    starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()} if config.init == "svd" else {}
+    starts = (
+        {group: _svd_start(targets, config) for group, targets in selection.groups.items()}
+        if config.init == "svd"
+        else {}
+    )
     first = selection.targets[0]
-    cores = cores_of(config, [t.name for t in selection.targets], device=_home(first.module), dtype=config.adapter_dtype)
+    cores = cores_of(
+        config,
+        [t.name for t in selection.targets],
+        device=_home(first.module),
+        dtype=config.adapter_dtype,
+    )
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -133,7 +148,9 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
         model.lotr_cores = cores.requires_grad_("core" in config.train)
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
-    if callable(config.group_by):  # a callable cannot be pickled or saved; the groups that it returned can
+    if callable(
+        config.group_by
+    ):  # a callable cannot be pickled or saved; the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
     fast_paths(model, on=False)
@@ -141,7 +158,11 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
 
 
 def pair_of(
-    owned: MutableMapping[str, LoTRFactor] | nn.ModuleDict, group: str, sizes: tuple[int, int], config: LoTRConfig, **where: Any
+    owned: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
+    group: str,
+    sizes: tuple[int, int],
+    config: LoTRConfig,
+    **where: Any,
 ) -> LoTRFactors:
     """The factors of a group of layers of sizes (in_features, out_features), on the device and of the dtype in where.
 
@@ -163,17 +184,27 @@ def _home(module: nn.Module) -> torch.device:
     tensor = next(iter((*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     hook = getattr(module, "_hf_hook", None)
-    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+    return (
+        torch.device(hook.execution_device)
+        if device.type == "meta" and hook is not None
+        else device
+    )
 
 
-def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
+def _replace(
+    model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig
+) -> LoTRLayer:
     if target.parameter is not None:
-        layer = adapt_parameter(target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout)
+        layer = adapt_parameter(
+            target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout
+        )
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
     layer.leave_factors_to_owner()
     if layer.core.device != (home := _home(target.module)):
-        layer.core = nn.Parameter(torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype))
+        layer.core = nn.Parameter(
+            torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype)
+        )
     fill_core_(layer.core, config.core_init)
     for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")
@@ -189,11 +220,17 @@ def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | 
     if config.core == "dense":
         return None
     if config.core == "custom":
-        raise ValueError('core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.')
+        raise ValueError(
+            'core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.'
+        )
     places = [place_of(name) for name in names]
-    cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(places, config.rank)
+    cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(
+        places, config.rank
+    )
     if not isinstance(cores, Cores):
-        raise TypeError(f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}")
+        raise TypeError(
+            f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}"
+        )
     if config.core_init == "identity":
         cores.begin_as_identity()
     return cores.to(**where)
@@ -203,7 +240,9 @@ def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | 
 def _svd_start(targets: list[Target], config: LoTRConfig) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and cores of init "svd" of one group: the weights' own Tucker-2 factorisation, at START times orthonormal
     factors."""
-    weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
+    weights = [
+        t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets
+    ]
     A, B, cores = tucker2(weights, config.ranks)
     return START * A, START * B, cores / (START**2 * config.s)
 
@@ -225,16 +264,28 @@ def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | No
         layer.start_core = core.to(layer.core)
         layer.core.copy_(layer.start_core)
         weight = layer._weight_to_write("init")
-        weight.copy_(plus(weight, -ops.delta_weight(A.start, B.start, layer.start_core, layer.scaling)))
+        weight.copy_(
+            plus(weight, -fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling))
+        )
 
 
 def fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
     """Turns fast paths off, or on again, in modules with adapted layers. nn.TransformerEncoderLayer's reads the weights of its
     linear layers without calling them, and nn.TransformerEncoder makes nested tensors for it. Both depend on attributes that
     nothing else reads."""
-    names = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+    names = {
+        nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+        nn.TransformerEncoder: "use_nested_tensor",
+    }
     for module in model.modules():
-        name = next((name for cls, name in names.items() if isinstance(module, cls) and hasattr(module, name)), None)
+        name = next(
+            (
+                name
+                for cls, name in names.items()
+                if isinstance(module, cls) and hasattr(module, name)
+            ),
+            None,
+        )
         if name is None:
             continue
         if on and "lotr_fast_path" in vars(module):
@@ -244,7 +295,9 @@ def fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLay
             setattr(module, name, False)
 
 
-_waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models that no optimizer has stepped yet
+_waiting: weakref.WeakSet[nn.Module] = (
+    weakref.WeakSet()
+)  # adapted models that no optimizer has stepped yet
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -270,7 +323,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             )
 
 
-register_optimizer_step_post_hook(_after_step)  # torch iterates over its hooks, so a hook cannot remove itself
+register_optimizer_step_post_hook(
+    _after_step
+)  # torch iterates over its hooks, so a hook cannot remove itself
 
 
 # ---- an adapted model ------------------------------------------------------------------------------------------------
@@ -285,14 +340,18 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
     """As `layers_in`, of a model from `apply_lotr` or built by hand. Raises RuntimeError if it has no adapter."""
     layers = layers_in(model)
     if not layers:
-        raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without. apply_lotr adds one.")
+        raise RuntimeError(
+            f"model: expected one with a LoTR adapter, got {type(model).__name__} without. apply_lotr adds one."
+        )
     return layers
 
 
 def expect_unmerged(layers: Mapping[str, LoTRLayer], where: str) -> None:
     """Raises RuntimeError if a layer is merged."""
     if merged := [name for name, layer in layers.items() if layer.merged]:
-        raise RuntimeError(f"{where}: expected unmerged layers, got {merged[0]!r}, which is merged. Call unmerge(model) first.")
+        raise RuntimeError(
+            f"{where}: expected unmerged layers, got {merged[0]!r}, which is merged. Call unmerge(model) first."
+        )
 
 
 @contextmanager
@@ -304,11 +363,13 @@ def disabled(model: Model) -> Iterator[Model]:
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "disabled")
-    with autograd.requesting(dict.fromkeys(layers.values(), OFF)):
+    with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
         yield model
 
 
-def init_from_gradient(model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Model:
+def init_from_gradient(
+    model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> Model:
     """Starts A and B of an adapted model from the gradients of its weights. The cores stay zero, so its output does not change.
 
     A and B span the leading directions of the gradients of all layers that share them. The gradients are never formed: three
@@ -324,10 +385,14 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Callable[[nn.
     expect_unmerged(layers, "init_from_gradient")
     for name, layer in layers.items():
         if hasattr(layer, "num_experts"):
-            raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
+            raise TypeError(
+                f"model: expected linear layers for a start from the gradient, got experts in {name!r}"
+            )
         if bool(layer.core.any()):
-            raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
-    with autograd.requesting(dict.fromkeys(layers.values(), OFF)):
+            raise ValueError(
+                f"core: expected zero for a start from the gradient, got other values in {name!r}"
+            )
+    with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
         found = directions_of_gradients(model, layers.values(), batches, loss)
     with torch.no_grad():
         for factor, value in found:
@@ -341,11 +406,18 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Does not contain modules_to_save: `[p for p in model.parameters() if p.requires_grad]` contains both.
     Raises RuntimeError as `adapted_layers`.
     """
-    found = {id(p): p for layer in adapted_layers(model).values() for p in layer.adapter_parameters() if p.requires_grad}
+    found = {
+        id(p): p
+        for layer in adapted_layers(model).values()
+        for p in layer.adapter_parameters()
+        if p.requires_grad
+    }
     return iter(found.values())
 
 
-def parameter_groups(model: nn.Module, lr: float | None = None, *, other_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, *, other_lr: float | None = None
+) -> list[dict[str, Any]]:
     """All trained parameters of an adapted model in up to three groups for an optimizer, by "name": "cores", "factors" (A and
     B), and "other" (modules_to_save, such as a new head, and all else that requires grad).
 
@@ -389,7 +461,10 @@ class TrainableSummary(NamedTuple):
             f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
             f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}; all else is frozen",
         ]
-        lines += [f"left out: {', '.join(_shortened(names))} ({reason})" for reason, names in self.left_out.items()]
+        lines += [
+            f"left out: {', '.join(_shortened(names))} ({reason})"
+            for reason, names in self.left_out.items()
+        ]
         return "\n".join(lines)
 
 
@@ -405,14 +480,21 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     """
     layers, parameters = adapted_layers(model).values(), list(model.parameters())
     adapter = {p: part for layer in layers for part, p in layer.parts()}
-    beside = [name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p not in adapter]
+    beside = [
+        name.rpartition(".")[0]
+        for name, p in model.named_parameters()
+        if p.requires_grad and p not in adapter
+    ]
     return TrainableSummary(
         adapter=sum(p.numel() for p in adapter),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         layers=len(layers),
         groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
-        parts=(*sorted({part for p, part in adapter.items() if p.requires_grad}), *dict.fromkeys(beside)),
+        parts=(
+            *sorted({part for p, part in adapter.items() if p.requires_grad}),
+            *dict.fromkeys(beside),
+        ),
         left_out=getattr(model, "lotr_left_out", {}),
     )
 
@@ -428,21 +510,25 @@ def explain(model: nn.Module, x: Tensor) -> str:
     `adapted_layers`.
     """
     layers = adapted_layers(model)
-    return "\n".join(f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items())
+    return "\n".join(
+        f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items()
+    )
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
     what = f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank {layer.factors.rank}"
     if layer.merged:
         return f"{what}: the base alone, because the adapter is merged into its weight"
-    if autograd.requests().get(layer) is OFF:
+    if state_of(layer) is ADAPTER_OFF:
         return f"{what}: the base alone, because the adapter is disabled"
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     else:
         dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
     y = x.new_empty(0, dtype=dtype)  # stands for the input, and for the base's output
-    reason = layer.factors.read(lambda A, B: autograd.obstacle(y, None, A, B, layer.core, y) or "")
+    reason = layer.factors.read(
+        lambda A, B: dispatch.fallback_reason(y, None, A, B, layer.core, y) or ""
+    )
     runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
     return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
 
@@ -450,7 +536,13 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
 # ---- merge and unload ------------------------------------------------------------------------------------------------
 
 
-def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> Model:
+def merge(
+    model: Model,
+    *,
+    safe: bool = False,
+    keep_backup: bool = True,
+    dequantize: bool | torch.dtype = False,
+) -> Model:
     """Adds every layer's s B G^T A^T to its weight (in fp32, cast once). On an error no layer is merged.
 
     safe: raise if a result is not finite. keep_backup: keep the weights, so that `unmerge` restores the same bits; without,
@@ -471,18 +563,28 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     return model
 
 
-def _merge_all(model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, dequantize: bool | torch.dtype) -> None:
-    if not isinstance(dequantize, bool) and not (isinstance(dequantize, torch.dtype) and dequantize.is_floating_point):
+def _merge_all(
+    model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, dequantize: bool | torch.dtype
+) -> None:
+    if not isinstance(dequantize, bool) and not (
+        isinstance(dequantize, torch.dtype) and dequantize.is_floating_point
+    ):
         raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
     tied, done = tied_names(model), []
     for name, layer in layers.items():
         if layer.core.is_meta or any(p.is_meta for p in layer.parameters()):
-            raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
+            raise RuntimeError(
+                f"merge: expected tensors with values, got {name!r} on the meta device"
+            )
         if others := tied.get(id(layer)) or tied.get(id(getattr(layer, "base_layer", None))):
-            raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
+            raise RuntimeError(
+                f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}"
+            )
     try:
         for layer in layers.values():
-            layer.merge(safe, **({"dequantize": dequantize} if isinstance(layer, LoTRWrapped) else {}))
+            layer.merge(
+                safe, **({"dequantize": dequantize} if isinstance(layer, LoTRWrapped) else {})
+            )
             done.append(layer)
     except (TypeError, ValueError, RuntimeError) as error:
         for layer in done:
@@ -498,7 +600,9 @@ def unmerge(model: Model) -> Model:
         raise RuntimeError("unmerge: expected merged layers, got none that is merged")
     for name, layer in merged.items():
         if getattr(layer, "replaced", False) and layer.quantized_base is None:
-            raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
+            raise RuntimeError(
+                f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False"
+            )
     for layer in merged.values():
         layer.unmerge()
     return model
@@ -514,9 +618,16 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     layers = adapted_layers(model)
     for name, layer in layers.items():
         if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
-            raise TypeError(f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}")
+            raise TypeError(
+                f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
+            )
     if merge:
-        _merge_all(model, {name: layer for name, layer in layers.items() if not layer.merged}, False, dequantize)
+        _merge_all(
+            model,
+            {name: layer for name, layer in layers.items() if not layer.merged},
+            False,
+            dequantize,
+        )
     elif any(layer.merged for layer in layers.values()):
         unmerge(model)
     return without_adapters(model, layers)
@@ -526,7 +637,9 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
     if hasattr(model, "lotr_tasks"):
         model.lotr_tasks.remove_hooks()
-    for host in {id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")}.values():
+    for host in {
+        id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")
+    }.values():
         release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
     fast_paths(model, on=True)

@@ -27,17 +27,28 @@ from typing import Any
 import peft
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from . import autograd, ops
 from .config import LoTRConfig, check_names, place_of
+from .core import dispatch, fallback
+from .core.operators import DTYPES, accumulate_dtype
+from .factors import LoTRFactors
 from .files import config_of_version_1, expect_names
 from .init import fill_core_
-from .linear import LoTRFactors, features, is_conv1d
+from .layers import features, is_conv1d
 from .model import cores_of, fast_paths, pair_of
 from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
 from .wrapped import LoTRWrapped, layer_class, mergeable
@@ -45,7 +56,9 @@ from .wrapped import LoTRWrapped, layer_class, mergeable
 __all__ = ["LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
-    raise ImportError(f"lotr_ext.peft: expected PEFT 0.21 or later, got {peft.__version__}. Run pip install -U peft.")
+    raise ImportError(
+        f"lotr_ext.peft: expected PEFT 0.21 or later, got {peft.__version__}. Run pip install -U peft."
+    )
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 
@@ -69,7 +82,18 @@ class _PeftType(str):
 LOTR = _PeftType("LOTR")
 # Fields of the first version that may be in a file. share_factors can be ignored, because its files contain A and B.
 _FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
-_SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")  # as in LoTRConfig
+_SAME = (
+    "rank",
+    "alpha",
+    "rslora",
+    "scaling",
+    "dropout",
+    "group_by",
+    "init",
+    "core_init",
+    "core",
+    "train",
+)  # as in LoTRConfig
 
 
 @dataclass
@@ -78,7 +102,7 @@ class LoTRPeftConfig(PeftConfig):
 
     Attributes:
         rank, or r as PEFT's other methods call it: an int or (r_in, r_out); 16 if neither is given. r then equals rank.
-        alpha, rslora, scaling: "auto" by default, with which LoRA's learning rate fits; `lotr_ext.linear.scaling_of`. A saved
+        alpha, rslora, scaling: "auto" by default, with which LoRA's learning rate fits; `lotr_ext.factors.scaling_of`. A saved
             configuration has the number.
         dropout, group_by, init, core, core_init, train: as in `lotr_ext.LoTRConfig`. group_by is no callable (it cannot be
             saved), and init not "svd", which changes the base weights that PEFT's adapters share.
@@ -90,43 +114,79 @@ class LoTRPeftConfig(PeftConfig):
     Raises TypeError, ValueError: a field of the wrong type or value.
     """
 
-    rank: int | tuple[int, int] | None = field(default=None, metadata={"help": "r, or (r_in, r_out); None: r"})
-    alpha: float | None = field(default=None, metadata={"help": "the adapter is scaled by alpha / r"})
+    rank: int | tuple[int, int] | None = field(
+        default=None, metadata={"help": "r, or (r_in, r_out); None: r"}
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "the adapter is scaled by alpha / r"}
+    )
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
-    scaling: float | str = field(default="auto", metadata={"help": "the scaling itself, or auto, instead of alpha"})
+    scaling: float | str = field(
+        default="auto", metadata={"help": "the scaling itself, or auto, instead of alpha"}
+    )
     dropout: float = field(default=0.0, metadata={"help": "on the adapter's x"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers to adapt"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "the name before a layer's index"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules to be trained whole and saved"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "names or a regular expression"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "names or a regular expression"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "indices of layers to adapt"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "the name before a layer's index"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules to be trained whole and saved"}
+    )
     bias: str = field(default="none", metadata={"help": "none, all or lotr_only"})
-    group_by: str | dict[str, str] = field(default="shape", metadata={"help": "which layers share A and B"})
+    group_by: str | dict[str, str] = field(
+        default="shape", metadata={"help": "which layers share A and B"}
+    )
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
-    core: str = field(default="dense", metadata={"help": "a core a layer, or how all are made of fewer numbers"})
-    train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
-    layers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "written when layers are adapted"})
-    r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank"})
+    core: str = field(
+        default="dense", metadata={"help": "a core a layer, or how all are made of fewer numbers"}
+    )
+    train: list[str] = field(
+        default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"}
+    )
+    layers: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "written when layers are adapted"}
+    )
+    r: int | tuple[int, int] | None = field(
+        default=None, metadata={"help": "another name for rank"}
+    )
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
         check_names((name for name in given if name != "r"), cls.__name__)
         for name in _FORMER:
             if given.get(name) and name != "share_factors":
-                raise TypeError(f"{name}: expected nothing, because lotr_ext.peft does not have it, got {given[name]!r}")
+                raise TypeError(
+                    f"{name}: expected nothing, because lotr_ext.peft does not have it, got {given[name]!r}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOTR
-        ranks = {tuple(r) if isinstance(r, list) else r for r in (self.rank, self.r) if r is not None}
+        ranks = {
+            tuple(r) if isinstance(r, list) else r for r in (self.rank, self.r) if r is not None
+        }
         if len(ranks) > 1:
-            raise ValueError(f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}")
+            raise ValueError(
+                f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}"
+            )
         self.rank = self.r = ranks.pop() if ranks else 16
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
-            raise ValueError(f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}")
+            raise ValueError(
+                f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}"
+            )
         if self.init == "svd":
-            raise ValueError('init: expected one that does not change the base weights, got "svd". Use apply_lotr for it.')
+            raise ValueError(
+                'init: expected one that does not change the base weights, got "svd". Use apply_lotr for it.'
+            )
         if self.bias not in ("none", "all", "lotr_only"):
             raise ValueError(f"bias: expected one of none, all, lotr_only, got {self.bias!r}")
         self.train = list(self.to_lotr().train)
@@ -139,7 +199,9 @@ class LoTRPeftConfig(PeftConfig):
                 f"as target_modules, or put the layers into the expression."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
+            raise ValueError(
+                f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone"
+            )
 
     def to_lotr(self) -> LoTRConfig:
         """The same settings for `apply_lotr`, without targets and modules_to_save."""
@@ -153,7 +215,9 @@ class LoTRPeftConfig(PeftConfig):
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """As PEFT's. Also reads the files of the first version, in which "auto" was without START."""
         if kwargs.get("scaling") in (None, "auto"):
-            kwargs["scaling"] = config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})["scaling"]
+            kwargs["scaling"] = config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})[
+                "scaling"
+            ]
         former = {name: kwargs.pop(name) for name in _FORMER if name in kwargs}
         cls.__new__(cls, **former)  # raises for values that cannot be ignored
         return super().from_peft_type(**kwargs)
@@ -172,19 +236,29 @@ class LoTRPeftCore(nn.Module):
         super().__init__()
         like = factors.A.value
         if form is None:
-            self.core = nn.Parameter(torch.empty(factors.r_in, factors.r_out, device=like.device, dtype=like.dtype))
+            self.core = nn.Parameter(
+                torch.empty(factors.r_in, factors.r_out, device=like.device, dtype=like.dtype)
+            )
             fill_core_(self.core, config.core_init)
-        self.scaling, self.dropout, self.trained = config.to_lotr().s, config.dropout, tuple(config.train)
-        self.__dict__.update(factors=factors, form=form)  # plain references: the tuner registers them, once
+        self.scaling, self.dropout, self.trained = (
+            config.to_lotr().s,
+            config.dropout,
+            tuple(config.train),
+        )
+        self.__dict__.update(
+            factors=factors, form=form
+        )  # plain references: the tuner registers them, once
 
     def forward(self, x: Tensor, W: Tensor | None, bias: Tensor | None, y: Tensor | None) -> Tensor:
         """x W^T + bias + s ((drop(x) A) G) B^T; with y, another base's output, y + s (..). ZeRO-3 gathers the core around this
         call."""
         core, p = self.matrix(), self.dropout if self.training else 0.0
-        states = self.factors.A.state, self.factors.B.state
+        caches = self.factors.caches
 
         def run(A: Tensor, B: Tensor) -> Tensor:
-            return autograd.lotr_linear(x, W, bias, A, B, core, self.scaling, p, y=y, factors=states, user=self)
+            return dispatch.linear(
+                x, W, bias, A, B, core, self.scaling, p, base_output=y, caches=caches, layer=self
+            )
 
         return self.factors.read(run)
 
@@ -195,7 +269,9 @@ class LoTRPeftCore(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B G^T A^T [n, k] in float32 (float64 for float64)."""
-        return self.factors.read(lambda A, B: ops.delta_weight(A, B, self.matrix(), self.scaling))
+        return self.factors.read(
+            lambda A, B: fallback.delta_weight(A, B, self.matrix(), self.scaling)
+        )
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of A, B and the core, each with the name of its part."""
@@ -204,7 +280,9 @@ class LoTRPeftCore(nn.Module):
             yield from ((part, parameter) for parameter in module.parameters())
 
     def extra_repr(self) -> str:
-        return f"rank={self.factors.rank}, scaling={self.scaling:g}" + (f", dropout={self.dropout}" if self.dropout else "")
+        return f"rank={self.factors.rank}, scaling={self.scaling:g}" + (
+            f", dropout={self.dropout}" if self.dropout else ""
+        )
 
 
 class LoTRPeftLinear(nn.Module, BaseTunerLayer):
@@ -231,10 +309,15 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """The base's device and dtype; if accelerate offloads it, the device to which it is moved for a forward."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         if device.type == "meta":
-            device = torch.device(getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None) or device)
-        return device, dtype if dtype in ops.DTYPES.values() else torch.float32
+            device = torch.device(
+                getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
+                or device
+            )
+        return device, dtype if dtype in DTYPES.values() else torch.float32
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """As BaseTunerLayer's, without its cast to the base's dtype. PEFT calls it after loading into tensors without
         memory."""
         device = self.place()[0] if device is None else device
@@ -262,12 +345,18 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, names: Sequence[str], y: Tensor) -> Tensor:
         """y, the base's output, plus for row i of x the adapter names[i]."""
         if len(names) != len(x):
-            raise ValueError(f"adapter_names: expected one name for each of the {len(x)} rows, got {len(names)}")
+            raise ValueError(
+                f"adapter_names: expected one name for each of the {len(x)} rows, got {len(names)}"
+            )
         if self.merged:
-            raise ValueError("adapter_names: expected unmerged adapters, got merged ones. Call unmerge_adapter first.")
+            raise ValueError(
+                "adapter_names: expected unmerged adapters, got merged ones. Call unmerge_adapter first."
+            )
         for name in dict.fromkeys(names):
             if name in self.lotr_adapter:
-                rows = torch.tensor([i for i, own in enumerate(names) if own == name], device=x.device)
+                rows = torch.tensor(
+                    [i for i, own in enumerate(names) if own == name], device=x.device
+                )
                 y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], None, None, y[rows]))
         return y
 
@@ -288,7 +377,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
         self._train_only(self.active_adapters if enabled else [])
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.lotr_adapter:
                 core = self.lotr_adapter[name]
@@ -306,16 +397,22 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """Adds adapters to the weight as it was before the first merge: summed in float32, cast once.
         Raises TypeError: a base without a plain weight. ValueError: with safe_merge, a sum that is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.lotr_adapter
+        ]
         if not names:
             return
         weight = mergeable(self.base_layer).detach()
         start = weight if self.weight_backup is None else self.weight_backup
-        merged = start.to(ops.accumulate_dtype(start.dtype))
+        merged = start.to(accumulate_dtype(start.dtype))
         for name in (*self.merged_adapters, *names):
             merged = merged + self.lotr_adapter[name].delta().to(merged.device)
             if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")  # PEFT's words
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )  # PEFT's words
         if self.weight_backup is None:
             self.weight_backup = weight.clone()
         weight.copy_(merged)
@@ -370,9 +467,15 @@ class LoTRPeftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.lotr_factors, self.lotr_cores = nn.ModuleDict(), nn.ModuleDict()
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """As BaseTuner's. The factors of other adapters keep their requires_grad."""
-        before = [(p, p.requires_grad) for owned in (self.lotr_factors, self.lotr_cores) for p in owned.parameters()]
+        before = [
+            (p, p.requires_grad)
+            for owned in (self.lotr_factors, self.lotr_cores)
+            for p in owned.parameters()
+        ]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
@@ -386,7 +489,9 @@ class LoTRPeftModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the layers and their groups, and raises for those that cannot be adapted, before PEFT changes the model."""
         if not isinstance(peft_config, LoTRPeftConfig):
-            raise TypeError(f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}")
+            raise TypeError(
+                f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}"
+            )
         tied, layers, targets = tied_names(model), [], []
         everything = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
@@ -397,9 +502,18 @@ class LoTRPeftModel(BaseTuner):
                 config.target_modules.discard(name)
                 continue
             check_layer(name, module, sizes, reason)
-            targets.append(target := Target((name,), module, sizes, group_of(name, module, sizes, config.group_by)))
+            targets.append(
+                target := Target(
+                    (name,), module, sizes, group_of(name, module, sizes, config.group_by)
+                )
+            )
             shared = sizes if config.group_by == "width" else (target.group, target.group)
-            layers.append({"name": name, "factors": [f"lotr_factors.{part}_{of}" for part, of in zip("AB", shared)]})
+            layers.append(
+                {
+                    "name": name,
+                    "factors": [f"lotr_factors.{part}_{of}" for part, of in zip("AB", shared)],
+                }
+            )
         if not targets:
             return  # PEFT raises a detailed error
         check_targets(targets, config.to_lotr())
@@ -414,24 +528,40 @@ class LoTRPeftModel(BaseTuner):
         """The modules that config targets, by name."""
         modules = dict(model.named_modules())
         inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
-        names = [n for n in modules if n and not n.startswith(inside) and self._check_target_module_exists(config, n)]
+        names = [
+            n
+            for n in modules
+            if n and not n.startswith(inside) and self._check_target_module_exists(config, n)
+        ]
         places: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         for name in names:
-            if isinstance(modules[name], BaseTunerLayer) and not isinstance(modules[name], LoTRPeftLinear):
+            if isinstance(modules[name], BaseTunerLayer) and not isinstance(
+                modules[name], LoTRPeftLinear
+            ):
                 kind = type(modules[name]).__name__
-                raise TypeError(f"target_modules: expected layers without adapters of other methods, got {name!r} ({kind})")
+                raise TypeError(
+                    f"target_modules: expected layers without adapters of other methods, got {name!r} ({kind})"
+                )
             if len(at := places[id(modules[name])]) > 1:
-                raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(at)}")
+                raise ValueError(
+                    f"target_modules: expected layers in one place each, got one at {', '.join(at)}"
+                )
         return {name: modules[name] for name in names}
 
     def _check_adapter_names(self) -> None:
         """PEFT leaves out of an adapter's file each tensor whose name contains another adapter's name as a part."""
-        parts = {part for name in (*self._groups, *self._layers()) for part in name.split(".")} | set(self._groups.values())
+        parts = {
+            part for name in (*self._groups, *self._layers()) for part in name.split(".")
+        } | set(self._groups.values())
         parts |= {group for groups in self.lotr_factors.values() for group in groups}
         for name in self.peft_config:
-            if "." in name or hasattr(nn.ModuleDict, name) or (len(self.peft_config) > 1 and name in parts):
+            if (
+                "." in name
+                or hasattr(nn.ModuleDict, name)
+                or (len(self.peft_config) > 1 and name in parts)
+            ):
                 raise ValueError(
                     f"adapter_name: expected a name without dots that no adapted module, group or method of nn.ModuleDict has, "
                     f"got {name!r}"
@@ -449,7 +579,11 @@ class LoTRPeftModel(BaseTuner):
     ) -> None:
         known = isinstance(target, LoTRPeftLinear)
         layer = target if known else LoTRPeftLinear(target).train(target.training)
-        config, sizes, (device, dtype) = peft_config.to_lotr(), (layer.in_features, layer.out_features), layer.place()
+        config, sizes, (device, dtype) = (
+            peft_config.to_lotr(),
+            (layer.in_features, layer.out_features),
+            layer.place(),
+        )
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
         owned, group = self.lotr_factors[adapter_name], self._groups[current_key]
@@ -457,11 +591,17 @@ class LoTRPeftModel(BaseTuner):
         if config.core != "dense":
             if adapter_name not in self.lotr_cores:
                 like, names = factors.A.value, [one["name"] for one in peft_config.layers]
-                self.lotr_cores[adapter_name] = cores_of(config, names, device=like.device, dtype=like.dtype)
+                self.lotr_cores[adapter_name] = cores_of(
+                    config, names, device=like.device, dtype=like.dtype
+                )
             form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
-        layer.lotr_adapter[adapter_name] = LoTRPeftCore(factors, peft_config, form).train(layer.training)
+        layer.lotr_adapter[adapter_name] = LoTRPeftCore(factors, peft_config, form).train(
+            layer.training
+        )
         if not known:
-            setattr(parent, target_name, layer)  # PEFT's _replace_module would move the core to an offloaded weight's device
+            setattr(
+                parent, target_name, layer
+            )  # PEFT's _replace_module would move the core to an offloaded weight's device
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -469,7 +609,11 @@ class LoTRPeftModel(BaseTuner):
             for module in owned[adapter_name].modules() if adapter_name in owned else ():
                 for name, old in list(module.named_parameters(recurse=False)):
                     if old.dtype in (torch.bfloat16, torch.float16):
-                        setattr(module, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
+                        setattr(
+                            module,
+                            name,
+                            nn.Parameter(old.detach().float(), requires_grad=old.requires_grad),
+                        )
 
     # ---- removing it -------------------------------------------------------------------------------------------------
 
@@ -497,7 +641,9 @@ class LoTRPeftModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names: expected a model in eval mode, got one in training mode. Call model.eval() first.")
+            raise ValueError(
+                "adapter_names: expected a model in eval mode, got one in training mode. Call model.eval() first."
+            )
         if unknown := sorted(set(names) - {BASE, *self.lotr_factors}):
             raise ValueError(
                 f"adapter_names: expected some of {', '.join(self.lotr_factors)}, {BASE}, got {', '.join(unknown)}"
@@ -527,8 +673,14 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As BaseTuner's. Raises RuntimeError for tensors held in parts, instead of saving a part."""
         ours = _keys_of(adapter_name)
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        found = {key: tensor for key, tensor in found.items() if ours.search(key) or key.endswith(".bias")}
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        found = {
+            key: tensor
+            for key, tensor in found.items()
+            if ours.search(key) or key.endswith(".bias")
+        }
         for key, tensor in found.items():
             if 0 in tensor.shape or hasattr(tensor, "placements"):
                 raise RuntimeError(
@@ -540,7 +692,12 @@ class LoTRPeftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if _keys_of(adapter_name).search(key):
-            return re.sub(rf"(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
+            return re.sub(
+                rf"(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\.",
+                r"\1.",
+                key,
+                count=1,
+            )
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -549,8 +706,13 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As BaseTuner's. Raises ValueError for an adapter of other layers, where PEFT only warns."""
         # the first version's names of A and B
-        state_dict = {re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): t for key, t in state_dict.items()}
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = {
+            re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key): t
+            for key, t in state_dict.items()
+        }
+        renamed = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         want = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
         got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
         expect_names("adapter", want, got)

@@ -56,7 +56,14 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, mask: Tensor | None = None
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
 ) -> Gradients:
     """All gradients of `forward` for g = dL/dy [m, n], derived by hand."""
     dropped = x if mask is None else x * mask

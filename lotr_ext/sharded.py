@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import files
-from .linear import LoTRFactor
+from .factors import LoTRFactor
 
 __all__ = ["load_adapter", "save_adapter", "shard_factors"]
 
@@ -108,7 +108,11 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
         with _zero_gathered(tensor):
             return tensor.detach().clone()
-    return tensor.full_tensor() if isinstance(tensor, _class("torch.distributed.tensor", "DTensor")) else tensor
+    return (
+        tensor.full_tensor()
+        if isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
+        else tensor
+    )
 
 
 @torch.no_grad()
@@ -121,7 +125,9 @@ def _write(target: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         given = value.to(target.device, target.dtype)
-        target.copy_(distribute_tensor(given, target.device_mesh, target.placements, src_data_rank=None))
+        target.copy_(
+            distribute_tensor(given, target.device_mesh, target.placements, src_data_rank=None)
+        )
     else:
         target.copy_(value)
     _write_master(target)
@@ -131,10 +137,20 @@ def _write_master(parameter: Tensor) -> None:
     """Writes a parameter's new value into the float32 copy of a ZeRO optimizer, whose next step would restore the old one."""
     if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
         return
-    if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:  # this process's part: nothing is sent
-        get, put, value = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param, parameter.ds_tensor
+    if (
+        hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
+    ):  # this process's part: nothing is sent
+        get, put, value = (
+            fragments.safe_get_local_fp32_param,
+            fragments.safe_set_local_fp32_param,
+            parameter.ds_tensor,
+        )
     elif hasattr(parameter, "_hp_mapping"):
-        get, put, value = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param, parameter
+        get, put, value = (
+            fragments.safe_get_full_fp32_param,
+            fragments.safe_set_full_fp32_param,
+            parameter,
+        )
     else:
         return
     if (master := get(parameter)) is not None:
@@ -155,7 +171,9 @@ def _agreed(where: str, work: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = work()
-    except BaseException as caught:  # also KeyboardInterrupt: the other processes wait for an answer
+    except (
+        BaseException
+    ) as caught:  # also KeyboardInterrupt: the other processes wait for an answer
         error = caught
     failures: list[str | None] = [None] * _processes()
     dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
@@ -163,5 +181,7 @@ def _agreed(where: str, work: Callable[[], T]) -> T:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise RuntimeError(f"{where}: expected all processes to succeed, got an error in process {rank}: {failure}")
+            raise RuntimeError(
+                f"{where}: expected all processes to succeed, got an error in process {rank}: {failure}"
+            )
     return result

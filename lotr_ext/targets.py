@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
-from .linear import LoTRLayer, features, is_conv1d
+from .layers import LoTRLayer, features, is_conv1d
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
-__all__ = ["Selection", "Target", "group_of", "heads", "name_ends_with", "saved_modules", "select", "tied_names"]
+__all__ = [
+    "Selection",
+    "Target",
+    "group_of",
+    "heads",
+    "name_ends_with",
+    "saved_modules",
+    "select",
+    "tied_names",
+]
 
 # The heads of transformers' models, by the last part of their names.
 _HEADS = (
@@ -96,8 +105,14 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     targets, left_out = [], {}
     for module, names in places.values():
         if config.everything and any(why_not(module, own) is None for own in module._parameters):
-            left_out.setdefault("3-D parameters of experts: name them in target_parameters", []).append(names[0])
-        wanted = _is_linear(module) if config.everything else any(_matches(n, config.target_modules) for n in names)
+            left_out.setdefault(
+                "3-D parameters of experts: name them in target_parameters", []
+            ).append(names[0])
+        wanted = (
+            _is_linear(module)
+            if config.everything
+            else any(_matches(n, config.target_modules) for n in names)
+        )
         sizes = features(module)
         if not wanted or (sizes is None and isinstance(config.target_modules, str)):
             continue  # a regular expression is a filter over the layers that can be adapted
@@ -111,7 +126,9 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             left_out.setdefault(left, []).append(names[0])
             continue
         check_layer(names[0], module, sizes, reason)
-        targets.append(Target(tuple(names), module, sizes, group_of(names[0], module, sizes, config.group_by)))
+        targets.append(
+            Target(tuple(names), module, sizes, group_of(names[0], module, sizes, config.group_by))
+        )
     targets += _expert_targets(model, config, inside)
     check_targets(targets, config)
     return Selection(targets, saved, left_out)
@@ -120,7 +137,9 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
 # ---- what cannot be adapted ------------------------------------------------------------------------------------------
 
 
-def why_not_adapted(model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]) -> str | None:
+def why_not_adapted(
+    model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]
+) -> str | None:
     """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -140,7 +159,9 @@ def _returns_rows(module: nn.Linear) -> bool:
     own = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
         tensors = vars(module)[kind].items()
-        vars(own)[kind] = {name: None if tensor is None else tensor.to("meta") for name, tensor in tensors}
+        vars(own)[kind] = {
+            name: None if tensor is None else tensor.to("meta") for name, tensor in tensors
+        }
     try:
         y = own.forward(own.weight.new_empty(1, module.in_features))
     except Exception:  # of any kind: the forward is not ours
@@ -148,14 +169,18 @@ def _returns_rows(module: nn.Linear) -> bool:
     return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
 
-def check_layer(name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None) -> None:
+def check_layer(
+    name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None
+) -> None:
     if sizes is None:
         raise TypeError(
             f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
             f"({type(module).__name__})"
         )
     if reason is not None:
-        raise ValueError(f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}")
+        raise ValueError(
+            f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}"
+        )
     if _has_class(getattr(module, "weight", None), "DTensor"):
         raise TypeError(
             f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
@@ -187,7 +212,11 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     modules, found = dict(model.named_modules()), {}
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
-        if own in _HEADS and hasattr(modules[parent], "get_output_embeddings") and next(module.parameters(), None) is not None:
+        if (
+            own in _HEADS
+            and hasattr(modules[parent], "get_output_embeddings")
+            and next(module.parameters(), None) is not None
+        ):
             found[name] = module
     return found
 
@@ -196,8 +225,14 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description: transformers' and timm's."""
     getters = ("get_output_embeddings", "get_classifier")
     outputs = [getattr(m, get)() for m in model.modules() for get in getters if hasattr(m, get)]
-    tops = {top: "the output layer: name it to adapt it" for top in outputs if isinstance(top, nn.Module)}
-    tops |= dict.fromkeys(heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)")
+    tops = {
+        top: "the output layer: name it to adapt it"
+        for top in outputs
+        if isinstance(top, nn.Module)
+    }
+    tops |= dict.fromkeys(
+        heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)"
+    )
     return {id(m): what for top, what in tops.items() for m in top.modules()}
 
 
@@ -219,11 +254,15 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, config.modules_to_save) or name.startswith("lotr_"):  # not what an adapted model has beside them
+        if not _matches(name, config.modules_to_save) or name.startswith(
+            "lotr_"
+        ):  # not what an adapted model has beside them
             continue
         for own, p in module.named_parameters():
             if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
-                raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised")
+                raise ValueError(
+                    f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised"
+                )
         saved[name] = module
     return saved
 
@@ -242,10 +281,14 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             if not _matches(full, config.target_parameters):
                 continue
             if (got := why_not(module, own)) is not None:
-                raise TypeError(f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}")
+                raise TypeError(
+                    f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}"
+                )
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
-            targets.append(Target((at,), module, (k, n), group_of(at, module, (k, n), config.group_by), own))
+            targets.append(
+                Target((at,), module, (k, n), group_of(at, module, (k, n), config.group_by), own)
+            )
     return targets
 
 
@@ -263,11 +306,19 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, LoTRLayer):
-            raise RuntimeError(f"model: expected one with no adapter, got a LoTR one at {name!r}. Call unload(model) first.")
-        if not name and _has_class(module, "ScriptModule", "DistributedDataParallel", "OptimizedModule"):
-            raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {kind}")
+            raise RuntimeError(
+                f"model: expected one with no adapter, got a LoTR one at {name!r}. Call unload(model) first."
+            )
+        if not name and _has_class(
+            module, "ScriptModule", "DistributedDataParallel", "OptimizedModule"
+        ):
+            raise TypeError(
+                f"model: expected the plain model, before it is wrapped or compiled, got {kind}"
+            )
         if _has_class(module, "FSDPModule", "FullyShardedDataParallel"):
-            raise TypeError(f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it.")
+            raise TypeError(
+                f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it."
+            )
         if _has_class(module, "BaseTunerLayer"):
             raise RuntimeError(
                 f"model: expected one without PEFT's adapters, got {kind} at {name!r}, which would be frozen. Merge it first "
@@ -281,26 +332,38 @@ def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]
         pattern = getattr(config, field)
         if field == "target_modules" and pattern == "all-linear":
             continue
-        names = [name for name, _ in model.named_parameters()] if field == "target_parameters" else modules
+        names = (
+            [name for name, _ in model.named_parameters()]
+            if field == "target_parameters"
+            else modules
+        )
         for one in (pattern,) if isinstance(pattern, str) else pattern or ():
             if any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
                 continue
             hint = _hint(model, one, names)
             if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
                 hint = f". A string is a regular expression for the full name: to match name endings pass [{one!r}]."
-            raise ValueError(f"{field}: expected names in the model, got {one!r}, which matches none{hint}")
+            raise ValueError(
+                f"{field}: expected names in the model, got {one!r}, which matches none{hint}"
+            )
 
 
 def _hint(model: nn.Module, wanted: str, names: Sequence[str]) -> str:
     """For a name that matches none of names: what may be meant, as the end of a sentence."""
-    deep = [name for name, p in model.named_parameters() if p.dim() == 3 and name_ends_with(name, wanted)]
+    deep = [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and name_ends_with(name, wanted)
+    ]
     if deep:
         return f". {deep[0]!r} is a 3-D parameter: name it in target_parameters."
     parts = wanted.count(".") + 1
     endings = {".".join(name.split(".")[-parts:]) for name in names}
     if near := difflib.get_close_matches(wanted, sorted(endings)):
         return f". The closest: {', '.join(map(repr, near))}."
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    linear = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    )
     return f". The linear layers' names end with {', '.join(linear[:20])}." if linear else ""
 
 
@@ -320,18 +383,26 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
             )
         if config.init == "svd" and layer_class(t.module) is LoTRWrapped:
             kind = type(t.module).__name__
-            raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
+            raise ValueError(
+                f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})'
+            )
 
 
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
     shape = f"{sizes[0]}x{sizes[1]}"
     if isinstance(by, str):
-        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(by, "")
+        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
+            by, ""
+        )
         return f"{part}_{shape}" if part else shape
     if isinstance(by, dict) and name not in by:
-        raise ValueError(f"group_by: expected a group for each adapted layer, got none for {name!r}")
+        raise ValueError(
+            f"group_by: expected a group for each adapted layer, got none for {name!r}"
+        )
     group = by[name] if isinstance(by, dict) else by(name, module)
     if not isinstance(group, str):
-        raise TypeError(f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}")
+        raise TypeError(
+            f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}"
+        )
     return group

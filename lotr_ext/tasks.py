@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import autograd
+from .core._torch_private import current_backward
+from .core.request import current_request, open_request, state_of
 from .experts import CHILD
+from .factors import LoTRFactor
 from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
-from .linear import LoTRFactor, LoTRLayer
+from .layers import LoTRLayer
 from .model import adapted_layers, expect_unmerged
 from .targets import group_of
 
@@ -33,7 +35,9 @@ __all__ = ["TaskBank", "use_tasks"]
 Model = TypeVar("Model", bound=nn.Module)
 Source = Mapping[str, Tensor] | str | PathLike[str]
 FORMAT = {"format": "lotr_task", "version": "1"}
-_changes = threading.RLock()  # one lock for all banks: a bank with a lock of its own could not be copied or pickled
+_changes = (
+    threading.RLock()
+)  # one lock for all banks: a bank with a lock of its own could not be copied or pickled
 _CACHES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
 
@@ -55,7 +59,9 @@ class TaskBank(nn.Module):
         self._hooks: list[RemovableHandle] = []
         layers = adapted_layers(model)
         if hasattr(model, "lotr_tasks"):
-            raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
+            raise RuntimeError(
+                "TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first"
+            )
         check_dimension("tasks", tasks)
         for name, layer in layers.items():
             if layer.start_core is not None:
@@ -65,15 +71,23 @@ class TaskBank(nn.Module):
                 )
         with torch.no_grad():
             cores = [
-                torch.zeros_like(layer.core.detach()).expand(tasks, *layer.core.shape).clone() for layer in layers.values()
+                torch.zeros_like(layer.core.detach()).expand(tasks, *layer.core.shape).clone()
+                for layer in layers.values()
             ]
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        self._layers, self._factors = tuple(layers), _in_order(model, layers)  # the model registers the factors
+        self._layers, self._factors = (
+            tuple(layers),
+            _in_order(model, layers),
+        )  # the model registers the factors
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         model.lotr_tasks = self
-        called = {id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())}  # a host calls its experts
-        self._hooks += [module.register_forward_pre_hook(_refuse_without_request) for module in called.values()]
+        called = {
+            id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())
+        }  # a host calls its experts
+        self._hooks += [
+            module.register_forward_pre_hook(_refuse_without_request) for module in called.values()
+        ]
         if not isinstance(model, LoTRLayer):
             self._hooks.append(model.register_forward_pre_hook(_note_columns, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(_forget_columns, always_call=True))
@@ -102,7 +116,9 @@ class TaskBank(nn.Module):
         with _changes:
             free = (~self.taken).nonzero()
             if not len(free):
-                raise RuntimeError(f"add: expected a free slot, got {len(self.taken)} that are all taken")
+                raise RuntimeError(
+                    f"add: expected a free slot, got {len(self.taken)} that are all taken"
+                )
             slot = int(free[0])
             self._write(slot, values, taken=True)
         return slot
@@ -152,7 +168,9 @@ class TaskBank(nn.Module):
         self.taken[slot] = taken
         for core, value in zip(self.cores, values, strict=True):
             core[slot].copy_(value)
-            if core.grad is not None:  # of the slot's last task; it would move this one, and count in a norm for clipping
+            if (
+                core.grad is not None
+            ):  # of the slot's last task; it would move this one, and count in a norm for clipping
                 core.grad[slot].zero_()
 
     def _values(self, source: Source | None) -> list[Tensor]:
@@ -168,7 +186,9 @@ class TaskBank(nn.Module):
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating tensor, got {got}")
             if value.shape != core.shape[1:]:
-                raise ValueError(f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}"
+                )
         return [tensors[name].detach() for name in names]
 
     def _read(self, source: object) -> dict[str, Tensor]:
@@ -177,17 +197,23 @@ class TaskBank(nn.Module):
         tensors, metadata = tensors_in(path, "source")
         for key, want in self._metadata().items():
             if (got := metadata.get(key)) != want:
-                raise ValueError(f"source: expected {key} {want:.200} as the model has, got {got!s:.200} in {path}")
+                raise ValueError(
+                    f"source: expected {key} {want:.200} as the model has, got {got!s:.200} in {path}"
+                )
         return tensors
 
     def _metadata(self) -> dict[str, str]:
         """A file's metadata: the layers' scaling (a list if layers differ), and a checksum of the factors' values."""
-        scaling = repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
+        scaling = (
+            repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
+        )
         factors = checksum((part, factor.value) for part, factor in self._factors)
         return FORMAT | {"scaling": scaling, "factors": factors}
 
 
-def _in_order(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[tuple[str, LoTRFactor], ...]:
+def _in_order(
+    model: nn.Module, layers: Mapping[str, LoTRLayer]
+) -> tuple[tuple[str, LoTRFactor], ...]:
     """("A" or "B", factor) of a model, each once, in the order of the groups' names: the same after a reload."""
     group_by, found = getattr(getattr(model, "lotr_config", None), "group_by", "shape"), {}
     for name, layer in layers.items():
@@ -195,7 +221,9 @@ def _in_order(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> tuple[tuple[
             group = group_of(name, layer, (layer.in_features, layer.out_features), group_by)
             key = (f"{part}_{factor.features}", part) if group_by == "width" else (group, part)
             found.setdefault(id(factor), (key, part, factor))
-    return tuple((part, factor) for _, part, factor in sorted(found.values(), key=lambda one: one[0]))
+    return tuple(
+        (part, factor) for _, part, factor in sorted(found.values(), key=lambda one: one[0])
+    )
 
 
 # ---- a request -------------------------------------------------------------------------------------------------------
@@ -222,12 +250,18 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     bank = getattr(model, "lotr_tasks", None)
     layers = adapted_layers(model)
     if not isinstance(bank, TaskBank):
-        raise RuntimeError("use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first.")
+        raise RuntimeError(
+            "use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first."
+        )
     expect_unmerged(layers, "use_tasks")
     _check_index(model, bank, index)
-    request = _Request(index, flat or any(hasattr(layer, "num_experts") for layer in layers.values()))
-    states = {layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)}
-    with autograd.requesting(states if isinstance(model, LoTRLayer) else {model: request, **states}):
+    request = _Request(
+        index, flat or any(hasattr(layer, "num_experts") for layer in layers.values())
+    )
+    states = {
+        layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)
+    }
+    with open_request(states if isinstance(model, LoTRLayer) else {model: request, **states}):
         yield model
 
 
@@ -245,7 +279,9 @@ def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
     if index.device.type == "cpu" and bank.taken.device.type == "cpu":
         own = index[index >= 0]
         if not bool(bank.taken[own].all()):
-            raise ValueError(f"index: expected tasks of the bank, got {int(own[~bank.taken[own]][0])}, a free slot")
+            raise ValueError(
+                f"index: expected tasks of the bank, got {int(own[~bank.taken[own]][0])}, a free slot"
+            )
 
 
 class _Request:
@@ -271,8 +307,14 @@ class _Request:
         if self.flat and x.dim() == 2:
             each, rest = divmod(len(x), max(b, 1))
             if rest:
-                raise ValueError(f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}")
-            return index.repeat_interleave(each) if index.dim() == 1 else self._of_columns(index, each).reshape(-1)
+                raise ValueError(
+                    f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}"
+                )
+            return (
+                index.repeat_interleave(each)
+                if index.dim() == 1
+                else self._of_columns(index, each).reshape(-1)
+            )
         if x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
                 f"x: expected a batch of {b} rows, one for each of the index {list(index.shape)} of tasks, got shape "
@@ -282,7 +324,9 @@ class _Request:
 
     def _of_columns(self, index: Tensor, count: int) -> Tensor:
         """The columns of an index [b, t] for the `count` tokens of each row of a layer's input."""
-        if self.columns is None and self.cached and autograd._graph_task() >= 0:  # a checkpoint's recomputation
+        if (
+            self.columns is None and self.cached and current_backward() >= 0
+        ):  # a checkpoint's recomputation
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is recomputed, got one. Pass an "
                 "index of one task per row, or open one context for the forward with a cache and another for the other."
@@ -294,19 +338,23 @@ class _Request:
                 f"x: expected {own} tokens per row, as in the index of tasks or the call of the model, got {count}. Pass an "
                 f"index [b] of one task per row. Steps after the index need a cache that the model's own forward gets."
             )
-        return index if self.columns is None else index[:, (torch.arange(own, device=index.device) + past).clamp(max=t - 1)]
+        return (
+            index
+            if self.columns is None
+            else index[:, (torch.arange(own, device=index.device) + past).clamp(max=t - 1)]
+        )
 
 
 def _note_columns(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A hook before the model's forward: notes how many tokens are in the cache, for an index with a task per token."""
-    request = autograd.requests().get(model)
+    request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.columns = _cached(model, args, kwargs)
         request.cached = request.cached or request.columns is not None
 
 
 def _forget_columns(model: nn.Module, args: tuple, output: object) -> None:
-    request = autograd.requests().get(model)
+    request = state_of(model)
     if isinstance(request, _Request):
         request.columns = None
 
@@ -315,26 +363,40 @@ def _cached(model: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int] | No
     """(tokens per row in the cache, tokens per row given) of a call of the model; None without a cache."""
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given = {**bound, **bound.get("kwargs", {})}
-    caches = [v for name, v in given.items() if v is not None and (name in _CACHES or hasattr(v, "get_seq_length"))]
+    caches = [
+        v
+        for name, v in given.items()
+        if v is not None and (name in _CACHES or hasattr(v, "get_seq_length"))
+    ]
     if not caches:
         return None
-    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    tokens = (
+        given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    )
     layers = getattr(caches[0], "layers", None)
-    held = [int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")]
+    held = [
+        int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
+    ]
     if len(caches) > 1 or tokens is None or layers is None or (layers and not held):
         raise ValueError(
             f"index: expected shape [b] for a call with {len(caches)} {type(caches[0]).__name__}, which does not say how many "
             f"tokens it holds, got an index per token. Pass one transformers Cache beside input_ids or inputs_embeds."
         )
-    return max(held, default=0), tokens.shape[1]  # the largest: a layer with a state instead of keys and values holds none
+    return max(held, default=0), tokens.shape[
+        1
+    ]  # the largest: a layer with a state instead of keys and values holds none
 
 
 def _refuse_without_request(layer: nn.Module, args: tuple) -> None:
     """A hook on layers of a model with a bank: refuses a checkpoint's recomputation that no request reaches. It would compute
     without tasks."""
-    if torch.compiler.is_compiling() or autograd._graph_task() < 0:
+    if torch.compiler.is_compiling() or current_backward() < 0:
         return
-    if autograd.requests().keys().isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values())):
+    if (
+        current_request()
+        .keys()
+        .isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values()))
+    ):
         raise RuntimeError(
             "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got "
             "one outside. To train the model's own adapter under checkpointing, remove the bank first (del model.lotr_tasks)."

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import ops
-from .linear import LoTRConv1D, LoTRFactors, LoTRLayer, LoTRLinear, Scaling, check_plain, features, is_conv1d, linear_of, plus
+from .core.operators import accumulate_dtype
+from .factors import LoTRFactors, Scaling
+from .layers import (
+    LoTRConv1D,
+    LoTRLayer,
+    LoTRLinear,
+    check_plain,
+    features,
+    is_conv1d,
+    linear_of,
+    plus,
+)
 
 __all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_class", "mergeable"]
 
@@ -17,7 +27,11 @@ __all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_cla
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether products may read module.weight: a floating tensor that holds its values, and not codes of one byte."""
     weight = getattr(module, "weight", None)
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+    )
 
 
 def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
@@ -43,7 +57,11 @@ def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
 
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         return None if scales is None else lambda: int8_vectorwise_dequant(weight.data, scales)
-    if isinstance(weight, Tensor) and not has_plain_weight(module) and type(weight).dequantize is not Tensor.dequantize:
+    if (
+        isinstance(weight, Tensor)
+        and not has_plain_weight(module)
+        and type(weight).dequantize is not Tensor.dequantize
+    ):
         return weight.dequantize
     own = getattr(module, "dequantize", None)
     return own if callable(own) else None
@@ -69,7 +87,9 @@ def mergeable(base: nn.Module) -> Tensor:
     check_plain(base, "merge")
     if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
         return weight
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
+        weight.device, weight.dtype
+    )
     modes = [(module, module.training) for module in base.modules()]
     try:
         y = base.eval()(x)
@@ -79,7 +99,9 @@ def mergeable(base: nn.Module) -> Tensor:
     want = nnf.linear(x, weight, base.bias)
     bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * want.abs().max().item()
     same_shape = isinstance(y, Tensor) and y.shape == want.shape
-    if not same_shape or not torch.allclose(y.double(), want.double(), rtol=0, atol=bound, equal_nan=True):
+    if not same_shape or not torch.allclose(
+        y.double(), want.double(), rtol=0, atol=bound, equal_nan=True
+    ):
         raise TypeError(
             f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}, which returns something else by its "
             f"forward or a hook. Use the model without merging."
@@ -94,13 +116,15 @@ class LoTRWrapped(LoTRLayer):
     under `base_layer.`, and `core`.
     """
 
-    quantized_base: nn.Module | None  # while a dense layer replaces it; not a child, so not in state_dict
+    quantized_base: (
+        nn.Module | None
+    )  # while a dense layer replaces it; not a child, so not in state_dict
 
     @staticmethod
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
         return features(linear)
 
-    def _take(self, linear: nn.Module) -> None:
+    def _take_base(self, linear: nn.Module) -> None:
         self.base_layer = linear
         self.__dict__["quantized_base"] = None
 
@@ -117,14 +141,14 @@ class LoTRWrapped(LoTRLayer):
     def base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
 
-    def _operands(self, x: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, self.base_layer(x)
+    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+        return self._run(x, core, index, base_output=self.base_layer(x))
 
     def matrix(self) -> Tensor:
         return matrix_of(self.base_layer)
 
-    def _weight_to_write(self, where: str) -> Tensor:
-        check_plain(self.base_layer, where)
+    def _weight_to_write(self, caller: str) -> Tensor:
+        check_plain(self.base_layer, caller)
         return self.matrix()
 
     @torch.no_grad()
@@ -137,12 +161,19 @@ class LoTRWrapped(LoTRLayer):
                 f"with dequantize()), got {type(self.base_layer).__name__}. Use the model without merging."
             )
         weight = make()
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != (self.out_features, self.in_features):
-            raise TypeError(f"merge: expected a dense [{self.out_features}, {self.in_features}], got {type(weight).__name__}")
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != (
+            self.out_features,
+            self.in_features,
+        ):
+            raise TypeError(
+                f"merge: expected a dense [{self.out_features}, {self.in_features}], got {type(weight).__name__}"
+            )
         return weight.detach()
 
     @torch.no_grad()
-    def merge(self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> None:
+    def merge(
+        self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False
+    ) -> None:
         """As `LoTRLinear.merge`. With dequantize, a quantised base is replaced by a plain nn.Linear of its dense weight and the
         adapter, in that dtype (True: the bias's, or the dense weight's). keep_backup: keep the quantised base for unmerge.
 
@@ -156,11 +187,19 @@ class LoTRWrapped(LoTRLayer):
             super().merge(safe, keep_backup)
             return
         dense, bias = self.dense_weight(), self.bias
-        dtype = dequantize if isinstance(dequantize, torch.dtype) else (dense if bias is None else bias).dtype
-        merged = plus(dense.to(ops.accumulate_dtype(dense.dtype)), self.delta_weight()).to(dtype)
+        dtype = (
+            dequantize
+            if isinstance(dequantize, torch.dtype)
+            else (dense if bias is None else bias).dtype
+        )
+        merged = plus(dense.to(accumulate_dtype(dense.dtype)), self.delta_weight()).to(dtype)
         if safe and not bool(merged.isfinite().all()):
-            raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
-        linear = linear_of(merged, None if bias is None else bias.detach().to(dtype, copy=True), self.training)
+            raise ValueError(
+                "merge: expected a finite merged weight (safe=True), got NaN or infinite elements"
+            )
+        linear = linear_of(
+            merged, None if bias is None else bias.detach().to(dtype, copy=True), self.training
+        )
         self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
         self.base_layer, self.merged, self.replaced = linear, True, True
 
@@ -173,8 +212,14 @@ class LoTRWrapped(LoTRLayer):
             super().unmerge()
             return
         if self.quantized_base is None:
-            raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
-        self.base_layer, self.merged, self.replaced = self.quantized_base.train(self.training), False, False
+            raise RuntimeError(
+                "unmerge: expected the quantised base, got a layer merged with keep_backup=False"
+            )
+        self.base_layer, self.merged, self.replaced = (
+            self.quantized_base.train(self.training),
+            False,
+            False,
+        )
         self.__dict__["quantized_base"] = None
 
     def to_base(self) -> nn.Module:
@@ -186,11 +231,25 @@ class LoTRWrapped(LoTRLayer):
 def layer_class(module: nn.Module) -> type[LoTRLinear] | type[LoTRConv1D] | type[LoTRWrapped]:
     """LoTRLinear for an nn.Linear and LoTRConv1D for a Conv1D that compute a plain product, otherwise LoTRWrapped: for a
     quantised or computed weight, hooks, and a subclass with another forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    plain = has_plain_weight(module) and "weight" in module._parameters and "forward" not in vars(module) and not any(hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    plain = (
+        has_plain_weight(module)
+        and "weight" in module._parameters
+        and "forward" not in vars(module)
+        and not any(hooks)
+    )
     if plain and is_conv1d(module):
         return LoTRConv1D
-    return LoTRLinear if plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward else LoTRWrapped
+    return (
+        LoTRLinear
+        if plain and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        else LoTRWrapped
+    )
 
 
 def adapt(
@@ -205,4 +264,6 @@ def adapt(
     """Adapts module with the class that fits it (`layer_class`). Arguments and errors as for `LoTRLinear.from_linear`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
-    return layer_class(module).from_linear(module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+    return layer_class(module).from_linear(
+        module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout
+    )

@@ -23,12 +23,18 @@ def _config(name: str, value: object, **more: object) -> Callable[[], object]:
     return lambda: LoTRPeftConfig(**{name: value, **more})
 
 
-def _tuned(net: nn.Module | None = None, name: str = "default", **settings: object) -> peft.PeftModel:
+def _tuned(
+    net: nn.Module | None = None, name: str = "default", **settings: object
+) -> peft.PeftModel:
     settings = {"rank": 2, "target_modules": ["q", "v"], **settings}
-    return peft.get_peft_model(zoo.net("attention") if net is None else net, LoTRPeftConfig(**settings), name)
+    return peft.get_peft_model(
+        zoo.net("attention") if net is None else net, LoTRPeftConfig(**settings), name
+    )
 
 
-def _named(names: object, change: Callable[[peft.PeftModel], object] = lambda model: model.eval()) -> Callable[[], object]:
+def _named(
+    names: object, change: Callable[[peft.PeftModel], object] = lambda model: model.eval()
+) -> Callable[[], object]:
     def call() -> None:
         model = _tuned()
         change(model)
@@ -73,7 +79,9 @@ def _saved() -> Path:
 
 
 def _lora(**settings: object) -> Path:
-    model = peft.get_peft_model(zoo.net("attention"), peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings))
+    model = peft.get_peft_model(
+        zoo.net("attention"), peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings)
+    )
     model.save_pretrained(folder := _folder())
     return folder
 
@@ -91,16 +99,28 @@ _CONFIG: list[Row] = [
     ("PEFT core custom", "core", _config("core", "custom")),
     ("PEFT group_by a callable", "group_by", _config("group_by", lambda name, module: "g")),
     ("PEFT bias of LoRA", "bias", _config("bias", "lora_only")),
-    ("PEFT layers_to_transform", "layers_to_transform", _config("layers_to_transform", [0], target_modules="q")),
+    (
+        "PEFT layers_to_transform",
+        "layers_to_transform",
+        _config("layers_to_transform", [0], target_modules="q"),
+    ),
     ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),
     ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
     ("PEFT use_dora", "use_dora", _config("use_dora", True)),
     ("PEFT magnitude", "magnitude", _config("magnitude", True)),
-    ("PEFT target_parameters", "target_parameters", _config("target_parameters", ["experts.down_proj"])),
+    (
+        "PEFT target_parameters",
+        "target_parameters",
+        _config("target_parameters", ["experts.down_proj"]),
+    ),
 ]
 _PEFT: list[Row] = [
     ("PEFT an embedding", "target_modules", lambda: _tuned(target_modules=["embed"])),
-    ("PEFT a layer in two places", "target_modules", lambda: _tuned(_shared(), target_modules=["q"])),
+    (
+        "PEFT a layer in two places",
+        "target_modules",
+        lambda: _tuned(_shared(), target_modules=["q"]),
+    ),
     ("PEFT a tied layer", "target_modules", lambda: _tuned(_tied(), target_modules=["head"])),
     ("PEFT a layer of LoRA", "target_modules", lambda: _tuned(_with_lora(), target_modules=["q"])),
     ("PEFT adapter_name with a dot", "adapter_name", lambda: _tuned(name="a.b")),
@@ -110,34 +130,78 @@ _PEFT: list[Row] = [
     ("PEFT adapter_names a word", "adapter_names", _named("default")),
     ("PEFT too few adapter_names", "adapter_names", _named(["default"] * 2)),
     ("PEFT unknown adapter_names", "adapter_names", _named(["nobody"] * 3)),
-    ("PEFT adapter_names in training", "adapter_names", _named(["default"] * 3, lambda model: model.train())),
-    ("PEFT adapter_names of merged", "adapter_names", _named(["default"] * 3, lambda model: model.eval().merge_adapter())),
+    (
+        "PEFT adapter_names in training",
+        "adapter_names",
+        _named(["default"] * 3, lambda model: model.train()),
+    ),
+    (
+        "PEFT adapter_names of merged",
+        "adapter_names",
+        _named(["default"] * 3, lambda model: model.eval().merge_adapter()),
+    ),
 ]
 _CONVERT: list[Row] = [
     ("export_lora of a plain model", "model", lambda: export_lora(zoo.net("mlp"), _folder())),
     ("export_lora into 3", "directory", lambda: export_lora(_model(), 3)),
     ("export_lora into a file", "directory", lambda: export_lora(_model(), _checkpoint())),
-    ("export_lora of a task without a bank", "task", lambda: export_lora(_model(), _folder(), task=0)),
-    ("export_lora with a wrong task_type", "task_type", lambda: export_lora(_model(), _folder(), task_type="X")),
-    ("export_lora in an unknown form", "experts", lambda: export_lora(_model(), _folder(), experts="X")),
-    ("lotr_to_lora for unknown hosts", "hosts", lambda: lotr_to_lora(_saved(), _folder(), hosts="X")),
+    (
+        "export_lora of a task without a bank",
+        "task",
+        lambda: export_lora(_model(), _folder(), task=0),
+    ),
+    (
+        "export_lora with a wrong task_type",
+        "task_type",
+        lambda: export_lora(_model(), _folder(), task_type="X"),
+    ),
+    (
+        "export_lora in an unknown form",
+        "experts",
+        lambda: export_lora(_model(), _folder(), experts="X"),
+    ),
+    (
+        "lotr_to_lora for unknown hosts",
+        "hosts",
+        lambda: lotr_to_lora(_saved(), _folder(), hosts="X"),
+    ),
     ("lotr_to_lora of 3", "source", lambda: lotr_to_lora(3, _folder())),
     ("lotr_to_lora of a LoRA", "adapter_config.json", lambda: lotr_to_lora(_lora(), _folder())),
     ("lotr_to_lora of an empty folder", "directory", lambda: lotr_to_lora(_folder(), _folder())),
     ("lora_to_lotr of an empty folder", "source", lambda: lora_to_lotr(_folder(), rank=2)),
     ("lora_to_lotr of rank 0", "rank", lambda: lora_to_lotr(_lora(), rank=0)),
     ("lora_to_lotr by width", "group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by="width")),
-    ("lora_to_lotr by a mapping of one layer", "group_by", lambda: lora_to_lotr(_lora(), rank=2, group_by={"head": "g"})),
-    ("lora_to_lotr of dtype int8", "dtype", lambda: lora_to_lotr(_lora(), rank=2, dtype=torch.int8)),
+    (
+        "lora_to_lotr by a mapping of one layer",
+        "group_by",
+        lambda: lora_to_lotr(_lora(), rank=2, group_by={"head": "g"}),
+    ),
+    (
+        "lora_to_lotr of dtype int8",
+        "dtype",
+        lambda: lora_to_lotr(_lora(), rank=2, dtype=torch.int8),
+    ),
     ("lora_to_lotr of DoRA", "use_dora", lambda: lora_to_lotr(_lora(use_dora=True), rank=2)),
     ("original_to_lotr scale a word", "scale", lambda: original_to_lotr(_checkpoint(), scale="2")),
-    ("original_to_lotr of another file", "source", lambda: original_to_lotr(_checkpoint(a=torch.ones(1)))),
-    ("original_to_lotr modules_to_save", "modules_to_save", lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"])),
+    (
+        "original_to_lotr of another file",
+        "source",
+        lambda: original_to_lotr(_checkpoint(a=torch.ones(1))),
+    ),
+    (
+        "original_to_lotr modules_to_save",
+        "modules_to_save",
+        lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"]),
+    ),
 ]
 _VLLM: list[Row] = [
     ("export_factors of a plain model", "model", lambda: export_factors(zoo.net("mlp"), _folder())),
     ("export_task into 3", "directory", lambda: export_task(_model(), 3)),
     ("export_task into a file", "directory", lambda: export_task(_model(), _checkpoint())),
-    ("export_task of a task without a bank", "task", lambda: export_task(_model(), _folder(), task=0)),
+    (
+        "export_task of a task without a bank",
+        "task",
+        lambda: export_task(_model(), _folder(), task=0),
+    ),
 ]
 BAD_INTEROP: list[Row] = [*_CONFIG, *_PEFT, *_CONVERT, *_VLLM]

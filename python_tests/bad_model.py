@@ -39,7 +39,9 @@ def _banked(name: str = "mlp", tasks: int = 3, **settings: object) -> nn.Module:
     return model
 
 
-def _within(index: object, name: str = "mlp", x: object = None, **call: object) -> Callable[[], object]:
+def _within(
+    index: object, name: str = "mlp", x: object = None, **call: object
+) -> Callable[[], object]:
     def run() -> None:
         model = _banked(name)
         with use_tasks(model, index):
@@ -81,7 +83,10 @@ _CONFIGS = [
     ("core_init", ["ones", None]),
     ("core", ["sparse", 3, None]),
     ("task_type", ["SEQ", 3]),
-    *((name, [1]) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")),
+    *(
+        (name, [1])
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
+    ),
 ]
 BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     *((f"config {name}={value!r}", name, _config(**{name: value})) for name, values in _CONFIGS for value in values),

@@ -10,15 +10,21 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # not built here: the tests are of the package that is installed
+if not (
+    ROOT / "lotr_ext" / "_C.abi3.so"
+).is_file():  # not built here: the tests are of the package that is installed
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes: their inputs are tiny, and threads that wait take time
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of child processes: their inputs are tiny, and threads that wait take time
 
 import lotr_ext  # noqa: E402
-from lotr_ext import autograd  # noqa: E402
+from lotr_ext.core import dispatch  # noqa: E402
 
 _FOLDERS = [Path(lotr_ext.__file__).parents[1], ROOT / "python_tests", ROOT / "examples", ROOT]
-os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 torch.set_num_threads(1)
 
 
@@ -35,12 +41,12 @@ def _seed() -> None:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The three forms that a layer's node takes by its size, each for any size: "alone", u is made inside and the core is not
     folded; "folded", u is made inside; "shared", siblings share u = x A, as with large inputs."""
-    monkeypatch.setattr(autograd, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
-    monkeypatch.setattr(autograd, "FEW_TOKENS", 2**62 if request.param == "alone" else 0)
+    monkeypatch.setattr(dispatch, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
+    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "alone" else 0)
     return request.param
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings share u = x A for any size of x."""
-    monkeypatch.setattr(autograd, "LITTLE_WORK", 0)
+    monkeypatch.setattr(dispatch, "LITTLE_WORK", 0)

@@ -22,10 +22,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRConfig, apply_lotr, autograd, sharded
+from lotr_ext import LoTRConfig, apply_lotr, sharded
+from lotr_ext.core import dispatch
 
 RATE, STEPS, WIDTH = 0.05, 3, 24
-CONFIG = LoTRConfig(rank=4, scaling=0.5, target_modules=["q", "k", "v", "o"], modules_to_save=["head"])
+CONFIG = LoTRConfig(
+    rank=4, scaling=0.5, target_modules=["q", "k", "v", "o"], modules_to_save=["head"]
+)
 
 
 class Block(nn.Module):
@@ -63,7 +66,9 @@ class Net(nn.Module):
 def build(again: str | None = None, dtype: torch.dtype = torch.float64, **settings: Any) -> Net:
     """An adapted Net, with the same values in all processes."""
     torch.manual_seed(0)
-    net = apply_lotr(Net(again).to(dtype), LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings}))
+    net = apply_lotr(
+        Net(again).to(dtype), LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings})
+    )
     for name, parameter in net.named_parameters():
         if name.endswith(".core"):
             nn.init.normal_(parameter, std=0.3)
@@ -77,7 +82,11 @@ def batch(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 
 def trained(net: nn.Module) -> dict[str, Tensor]:
     """The trained parameters, whole."""
-    found = {name: sharded.whole(p).detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+    found = {
+        name: sharded.whole(p).detach().clone()
+        for name, p in net.named_parameters()
+        if p.requires_grad
+    }
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -94,7 +103,9 @@ def train(net: nn.Module, ranks: list[int], call: Callable | None = None) -> dic
 
 
 def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    return worst(got.values(), [want[name] for name in got]) if set(got) == set(want) else float("inf")
+    return (
+        worst(got.values(), [want[name] for name in got]) if set(got) == set(want) else float("inf")
+    )
 
 
 def shard(net: Net, reshard: bool = False) -> Net:
@@ -109,7 +120,10 @@ def shard(net: Net, reshard: bool = False) -> Net:
 
 def ddp(again: str | None, **options: Any) -> float:
     net = build(again)
-    return error(train(net, [dist.get_rank()], DistributedDataParallel(net, **options)), train(build(), [0, 1]))
+    return error(
+        train(net, [dist.get_rank()], DistributedDataParallel(net, **options)),
+        train(build(), [0, 1]),
+    )
 
 
 def fsdp2(again: str | None = None, reshard: bool = False, **settings: Any) -> float:
@@ -168,7 +182,9 @@ def failure_reaches_all() -> float:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "ddp": lambda: ddp(None),
-    "ddp, a bucket view, static graph": lambda: ddp(None, static_graph=True, gradient_as_bucket_view=True),
+    "ddp, a bucket view, static graph": lambda: ddp(
+        None, static_graph=True, gradient_as_bucket_view=True
+    ),
     "ddp, find_unused_parameters": lambda: ddp(None, find_unused_parameters=True),
     "ddp, checkpoints": lambda: ddp("non-reentrant"),
     "ddp, reentrant checkpoints": lambda: ddp("reentrant", static_graph=True),
@@ -193,7 +209,9 @@ def zero_engine(stage: int, net: Net) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # an extension for speed, which takes minutes to compile
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: (
+        None
+    )  # an extension for speed, which takes minutes to compile
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=RATE)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
@@ -221,7 +239,9 @@ def zero(stage: int, again: str | None = None) -> float:
     sharded.save_adapter(one, folder[0])
     sharded.load_adapter(two, folder[0])
     zero_steps(two, STEPS - 1, 1)
-    return error({name: tensor - before[name] for name, tensor in trained(two.module).items()}, want)
+    return error(
+        {name: tensor - before[name] for name, tensor in trained(two.module).items()}, want
+    )
 
 
 CHECKS |= {
@@ -233,7 +253,7 @@ CHECKS |= {
 
 def main(results: str, names: list[str]) -> None:
     torch.set_num_threads(1)
-    autograd.LITTLE_WORK = 0  # siblings share u = x A, as with large inputs
+    dispatch.LITTLE_WORK = 0  # siblings share u = x A, as with large inputs
     dist.init_process_group("gloo")
     found = {}
     for name in names:

@@ -16,7 +16,12 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
 BETA, UNFOLDED = 1, 4  # the bits of `strategy`, as in csrc/torch/check.h
 # the unit roundoff of a result, and the bound on a long sum in the dtype of sums, both relative to the sum of absolute products
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+ROUNDOFF = {
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float64: 2.0**-53,
+}
 # the relative error of a whole step in each dtype
 CLOSE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 OF_SUMS = {torch.float32: 1e-6, torch.float64: 2e-15}
@@ -77,11 +82,17 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return t.clone()
     if layout == "rows apart":
-        view = torch.full((*lead, rows + 2, cols + 5), float("nan"), dtype=t.dtype)[..., 1 : rows + 1, 3 : cols + 3]
+        view = torch.full((*lead, rows + 2, cols + 5), float("nan"), dtype=t.dtype)[
+            ..., 1 : rows + 1, 3 : cols + 3
+        ]
     elif layout == "columns apart":
-        view = torch.full((*lead, rows, 3 * cols + 1), float("nan"), dtype=t.dtype)[..., 1 : 3 * cols + 1 : 3]
+        view = torch.full((*lead, rows, 3 * cols + 1), float("nan"), dtype=t.dtype)[
+            ..., 1 : 3 * cols + 1 : 3
+        ]
     else:
-        view = torch.full((*lead, cols, rows + 3), float("nan"), dtype=t.dtype)[..., 1 : rows + 1].transpose(-1, -2)
+        view = torch.full((*lead, cols, rows + 3), float("nan"), dtype=t.dtype)[
+            ..., 1 : rows + 1
+        ].transpose(-1, -2)
     return view.copy_(t)
 
 
@@ -118,7 +129,11 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 M, K, N, R, Q = 6, 5, 4, 3, 2  # tokens, in, out, r_in, r_out
-SCHEMAS = {s.name.removeprefix("lotr::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("lotr::")}
+SCHEMAS = {
+    s.name.removeprefix("lotr::"): s
+    for s in torch._C._jit_get_all_schemas()
+    if s.name.startswith("lotr::")
+}
 ON_CUDA_ALONE = {"cuda_versions", "cuda_plans"}
 NO_NUMBERS = {"info", *ON_CUDA_ALONE}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
@@ -149,11 +164,35 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
         "layer_forward": [
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
             (*layer, None, t(N, Q), t(R, Q), 0.7, BETA, t(M, R), None, 0.0, None),
-            (t(3, 2, K), t(N, K), None, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None),
+            (
+                t(3, 2, K),
+                t(N, K),
+                None,
+                t(K, R),
+                t(N, Q),
+                t(R, Q),
+                0.7,
+                UNFOLDED,
+                None,
+                None,
+                0.0,
+                None,
+            ),
         ],
         "layer_backward_": [
             (
-                *(t(M, N), t(N, K), t(M, K), t(M, R), t(K, R), t(N, R), t(N, Q), t(R, Q), 0.7, BETA),
+                *(
+                    t(M, N),
+                    t(N, K),
+                    t(M, K),
+                    t(M, R),
+                    t(K, R),
+                    t(N, R),
+                    t(N, Q),
+                    t(R, Q),
+                    0.7,
+                    BETA,
+                ),
                 *(t(M, R), t(M, K), acc(N, R), acc(K, R), acc(N, Q), False, False, 0.5, seed),
             ),
             (
@@ -161,7 +200,18 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
                 *(None, None, None, None, None, True, True, 0.0, None),
             ),
             (
-                *(t(M, N), t(N, K), t(M, K), t(M, R), t(K, R), None, t(N, Q), t(R, Q), 0.7, UNFOLDED),
+                *(
+                    t(M, N),
+                    t(N, K),
+                    t(M, K),
+                    t(M, R),
+                    t(K, R),
+                    None,
+                    t(N, Q),
+                    t(R, Q),
+                    0.7,
+                    UNFOLDED,
+                ),
                 *(None, None, None, acc(K, R), acc(N, Q), True, True, 0.0, None),
             ),
         ],
@@ -169,7 +219,10 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
             (t(M, R), t(M, K), t(M, K), t(K, R), acc(K, R), 0.5, seed),
             (t(M, R), None, t(M, K), None, None, 0.0, None),
         ],
-        "row_core": [(t(M, R), t(2, R, Q), index, None, tokens, 0.7), (t(M, R), t(2, R, Q), None, offs, None, 0.7)],
+        "row_core": [
+            (t(M, R), t(2, R, Q), index, None, tokens, 0.7),
+            (t(M, R), t(2, R, Q), None, offs, None, 0.7),
+        ],
         "row_core_backward": [(t(M, Q), t(M, R), t(2, R, Q), None, offs, tokens, 0.7, True, True)],
         "grouped_mm": [(t(M, K), t(2, N, K), offs)],
         "grouped_outer": [(t(M, N), t(M, K), offs)],
@@ -184,7 +237,9 @@ ERRORS = (TypeError, ValueError, RuntimeError)
 
 
 @contextmanager
-def refused(name: str, kinds: type[Exception] | tuple[type[Exception], ...] = ERRORS) -> Iterator[None]:
+def refused(
+    name: str, kinds: type[Exception] | tuple[type[Exception], ...] = ERRORS
+) -> Iterator[None]:
     """Expects an error of a plain type whose message names the argument, what was expected and what was found."""
     with pytest.raises(kinds) as raised:
         yield

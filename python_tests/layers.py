@@ -13,7 +13,8 @@ from helpers import sums_dtype
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, autograd, lotr_linear
+from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext.core.request import open_request
 
 K, R = 12, 3
 Found = list[Tensor | None]
@@ -28,7 +29,10 @@ class Conv1D(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.nf, self.nx = K, K
-        self.weight, self.bias = nn.Parameter(torch.randn(K, K) / K**0.5), nn.Parameter(torch.randn(K))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(K, K) / K**0.5),
+            nn.Parameter(torch.randn(K)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
@@ -40,7 +44,10 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = K, K
-        self.weight, self.bias = nn.Parameter(torch.randn(K, K) / K**0.5), nn.Parameter(torch.randn(K))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(K, K) / K**0.5),
+            nn.Parameter(torch.randn(K)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * nnf.linear(x, self.weight, self.bias)
@@ -81,7 +88,13 @@ KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
 class Net(nn.Module):
     """Layers of one kind over shared factors. factors: the dtype of the adapter."""
 
-    def __init__(self, kind: str, dtype: torch.dtype = torch.float64, factors: torch.dtype | None = None, dropout: float = 0.0):
+    def __init__(
+        self,
+        kind: str,
+        dtype: torch.dtype = torch.float64,
+        factors: torch.dtype | None = None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         torch.manual_seed(0)
         count, self.wire = KINDS[kind]
@@ -91,12 +104,23 @@ class Net(nn.Module):
         if kind == "two Bs":
             other = LoTRFactors.of(pair.A, LoTRFactor(K, R + 1, dtype=factors))
             pairs = [pair, other, pair, other]
-        base = Conv1D if kind == "conv1d" else Scaled if "wrapped" in kind else lambda: nn.Linear(K, K)
-        adapted = LoTRConv1D if kind == "conv1d" else LoTRWrapped if "wrapped" in kind else LoTRLinear
-        made = (adapted.from_linear(base().to(dtype), pair, scaling=SCALING, dropout=dropout) for pair in pairs)
+        base = (
+            Conv1D if kind == "conv1d" else Scaled if "wrapped" in kind else lambda: nn.Linear(K, K)
+        )
+        adapted = (
+            LoTRConv1D if kind == "conv1d" else LoTRWrapped if "wrapped" in kind else LoTRLinear
+        )
+        made = (
+            adapted.from_linear(base().to(dtype), pair, scaling=SCALING, dropout=dropout)
+            for pair in pairs
+        )
         self.layers = nn.ModuleList(made)
         tasks = (3, R, R + 1) if self.rows else (R, R + 1)
-        self.cores = nn.ParameterList(nn.Parameter(torch.randn(tasks).to(factors)) for _ in range(count)) if self.rows else None
+        self.cores = (
+            nn.ParameterList(nn.Parameter(torch.randn(tasks).to(factors)) for _ in range(count))
+            if self.rows
+            else None
+        )
         with torch.no_grad():
             for name, p in self.named_parameters():
                 if "factors" in name or name.endswith("core"):
@@ -107,7 +131,11 @@ class Net(nn.Module):
     def index(self, x: Tensor) -> Tensor:
         """[b]; for siblings [b, tokens] if x has three dimensions."""
         b = INDEX.repeat(-(-x.shape[0] // len(INDEX)))[: x.shape[0]]
-        return b if x.dim() < 3 or self.kind == "rows" else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
+        return (
+            b
+            if x.dim() < 3 or self.kind == "rows"
+            else (b[:, None] + torch.arange(x.shape[1])) % 4 - 1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         def call(i: int, h: Tensor) -> Tensor:
@@ -126,8 +154,11 @@ class Net(nn.Module):
         if self.cores is None or self.kind == "rows":
             yield
             return
-        states = {layer: (lambda x, i=i: (self.cores[i], self.index(x))) for i, layer in enumerate(self.layers)}
-        with autograd.requesting(states):
+        states = {
+            layer: (lambda x, i=i: (self.cores[i], self.index(x)))
+            for i, layer in enumerate(self.layers)
+        }
+        with open_request(states):
             yield
 
     def truth(self, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -140,7 +171,11 @@ class Net(nn.Module):
         core = layer.core if self.cores is None else self.cores[i]
         parts = (layer.factors.A.value, layer.factors.B.value, core, layer.weight, layer.bias)
         A, B, core, W, bias = (leaves[names[id(p)]] for p in parts)
-        W, bias = (2 * W, 2 * bias) if "wrapped" in self.kind else (W.T if self.kind == "conv1d" else W, bias)
+        W, bias = (
+            (2 * W, 2 * bias)
+            if "wrapped" in self.kind
+            else (W.T if self.kind == "conv1d" else W, bias)
+        )
         if self.cores is None:
             return nnf.linear(x, W, bias) + SCALING * (x @ A @ core @ B.T)
         index = self.index(x)
@@ -154,10 +189,15 @@ class Side:
 
     def __init__(self, net: Net, x: Tensor, exact: bool, trains_x: bool = True):
         self.net, self.exact = net, exact
-        self.x = x.detach().to(torch.float64 if exact else x.dtype, copy=True).requires_grad_(trains_x)
+        self.x = (
+            x.detach().to(torch.float64 if exact else x.dtype, copy=True).requires_grad_(trains_x)
+        )
         own = dict(net.named_parameters())
         self.values = (
-            {n: p.detach().to(torch.float64, copy=True).requires_grad_(p.requires_grad) for n, p in own.items()}
+            {
+                n: p.detach().to(torch.float64, copy=True).requires_grad_(p.requires_grad)
+                for n, p in own.items()
+            }
             if exact
             else own
         )
@@ -178,8 +218,14 @@ class Side:
         """The output of one layer."""
         return self.net.plain(i, self.values, x) if self.exact else self.net.layers[i](x)
 
-    def grad(self, loss: Tensor, of: list[Tensor] | None = None, **settings: bool) -> list[Tensor | None]:
-        return list(torch.autograd.grad(loss, self.wanted if of is None else of, allow_unused=True, **settings))
+    def grad(
+        self, loss: Tensor, of: list[Tensor] | None = None, **settings: bool
+    ) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(
+                loss, self.wanted if of is None else of, allow_unused=True, **settings
+            )
+        )
 
 
 def sides(net: Net, x: Tensor, trains_x: bool = True) -> tuple[Side, Side]:
@@ -192,7 +238,9 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def loss(y: Tensor) -> Tensor:
-    return y.to(sums_dtype(y.dtype)).square().sum() / 16  # within float16's range also where it is differentiated twice
+    return (
+        y.to(sums_dtype(y.dtype)).square().sum() / 16
+    )  # within float16's range also where it is differentiated twice
 
 
 def once(s: Side) -> Found:

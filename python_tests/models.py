@@ -20,7 +20,12 @@ WAYS: dict[str, dict[str, object]] = {
     "train": {"core": "train"},
     "bfloat16": {"adapter_dtype": "bfloat16", "rank": 2},
 }
-CASES = [(name, way) for name in zoo.NETS for way in WAYS if name != "mixture" or way in ("shape", "width", "block")]
+CASES = [
+    (name, way)
+    for name in zoo.NETS
+    for way in WAYS
+    if name != "mixture" or way in ("shape", "width", "block")
+]
 LINEAR = [(name, way) for name, way in CASES if way != "bfloat16"]
 
 
@@ -53,7 +58,12 @@ def moved(model: nn.Module, seed: int = 7) -> nn.Module:
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of the model, then the cores or what they are computed from, each once."""
     layers = adapted_layers(model).values()
-    found = [p for part in ("A", "B") for layer in layers for p in getattr(layer.factors, part).parameters()]
+    found = [
+        p
+        for part in ("A", "B")
+        for layer in layers
+        for p in getattr(layer.factors, part).parameters()
+    ]
     found += [p for layer in layers for p in layer.core_parameters()]
     return list({id(p): p for p in found}.values())
 
@@ -62,8 +72,12 @@ def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     """The weights of a plain float64 copy with the model's adapter, W + s B G^T A^T, differentiable in A, B and the cores."""
     weights = dict(plain.named_parameters())
     for name, layer in adapted_layers(model).items():
-        A, B, core = (t.double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core))
+        A, B, core = (
+            t.double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core)
+        )
         delta = layer.scaling * B @ core.mT @ A.mT  # [.., n, k]
         key = f"{name}.weight" if f"{name}.weight" in weights else name.replace(".lotr.", ".")
-        weights[key] = weights[key].detach() + (delta if delta.shape == weights[key].shape else delta.mT)
+        weights[key] = weights[key].detach() + (
+            delta if delta.shape == weights[key].shape else delta.mT
+        )
     return weights

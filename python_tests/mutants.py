@@ -57,14 +57,24 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # the nodes
-    Mutant("autograd.py", "t.view_as(t) for t in inputs)", "t for t in inputs)", "a gradient of u follows u back to the cores"),
+    Mutant(
+        "autograd.py",
+        "t.view_as(t) for t in inputs)",
+        "t for t in inputs)",
+        "a gradient of u follows u back to the cores",
+    ),
     Mutant(
         "autograd.py",
         "found = factor.sums.get(task := _graph_task())",
         "found = factor.sums.get(task := 0)",
         "sums not keyed by backward",
     ),
-    Mutant("autograd.py", "    if not _will_run(node):\n        return False, None\n", "", "sums for a node that does not run"),
+    Mutant(
+        "autograd.py",
+        "    if not _will_run(node):\n        return False, None\n",
+        "",
+        "sums for a node that does not run",
+    ),
     Mutant(
         "autograd.py",
         "if ctx.after is not None and _will_run(ctx.after):",
@@ -72,8 +82,18 @@ MUTANTS = [
         "k and dx for a Shrink that does not run",
     ),
     Mutant("autograd.py", "hooks and weakref.ref(hooks[0])", "0", "checkpoint regions share u"),
-    Mutant("autograd.py", "key = x._version, A._version,", "key = 0, A._version,", "u of a changed x is reused"),
-    Mutant("autograd.py", "key = x._version, A._version, _storage(A)", "key = x._version, 0, 0", "u of a changed A is reused"),
+    Mutant(
+        "autograd.py",
+        "key = x._version, A._version,",
+        "key = 0, A._version,",
+        "u of a changed x is reused",
+    ),
+    Mutant(
+        "autograd.py",
+        "key = x._version, A._version, _storage(A)",
+        "key = x._version, 0, 0",
+        "u of a changed A is reused",
+    ),
     Mutant("autograd.py", "and id(user) not in users and", "and", "a layer gets one u twice"),
     Mutant(
         "autograd.py",
@@ -105,9 +125,17 @@ MUTANTS = [
         "adds_k = sums is not None and need_u",
         "RowCore's k joins the siblings'",
     ),
-    Mutant("autograd.py", "or _batched() or _functorch()", "or _functorch()", "batched gradients run kernels"),
     Mutant(
-        "autograd.py", "return torch.is_grad_enabled() or _batched()", "return _batched()", "create_graph=True runs kernels"
+        "autograd.py",
+        "or _batched() or _functorch()",
+        "or _functorch()",
+        "batched gradients run kernels",
+    ),
+    Mutant(
+        "autograd.py",
+        "return torch.is_grad_enabled() or _batched()",
+        "return _batched()",
+        "create_graph=True runs kernels",
     ),
     Mutant(
         "autograd.py",
@@ -122,10 +150,20 @@ MUTANTS = [
         "Shared returns a view",
     ),
     Mutant(
-        "autograd.py", "if _functorch() or forward_ad._current_level >= 0:", "if _functorch():", "kernels under forward-mode AD"
+        "autograd.py",
+        "if _functorch() or forward_ad._current_level >= 0:",
+        "if _functorch():",
+        "kernels under forward-mode AD",
     ),
-    Mutant("autograd.py", "if _functorch() or forward_ad", "if forward_ad", "kernels under functorch"),
-    Mutant("autograd.py", "elif half:  # not folded", "elif False:  # not folded", "float16 folded after Shrink"),
+    Mutant(
+        "autograd.py", "if _functorch() or forward_ad", "if forward_ad", "kernels under functorch"
+    ),
+    Mutant(
+        "autograd.py",
+        "elif half:  # not folded",
+        "elif False:  # not folded",
+        "float16 folded after Shrink",
+    ),
     Mutant(
         "autograd.py",
         "if half or (known and tokens < FEW_TOKENS):",
@@ -156,7 +194,9 @@ MUTANTS = [
         "sums[1], new_dx = new_dx, None",
         "siblings' dx lost",
     ),
-    Mutant("autograd.py", "k, dx = sums[0] if adds_k else None,", "k, dx = None,", "siblings' k lost"),
+    Mutant(
+        "autograd.py", "k, dx = sums[0] if adds_k else None,", "k, dx = None,", "siblings' k lost"
+    ),
     Mutant(
         "autograd.py",
         "keeps_x = x.requires_grad and not A.requires_grad and not half",
@@ -171,13 +211,26 @@ MUTANTS = [
     ),
     Mutant("autograd.py", "or x.dtype not in _CAST ", "", "autocast casts float64"),
     Mutant("autograd.py", "ctx.shrunk = None\n", "pass\n", "u is reused after a backward began"),
-    Mutant("autograd.py", "g.shape, g if need_y else None,", "g.shape, None,", "the base's gradient lost"),
     Mutant(
-        "autograd.py", '        torch._C._stash_obj_in_tls("lotr", before)', "        pass", "a request outlives its context"
+        "autograd.py",
+        "g.shape, g if need_y else None,",
+        "g.shape, None,",
+        "the base's gradient lost",
     ),
-    Mutant("autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"),
     Mutant(
-        "autograd.py", "return torch.is_grad_enabled(), hooks and", "return 0, hooks and", "u of no_grad is reused with a graph"
+        "autograd.py",
+        '        torch._C._stash_obj_in_tls("lotr", before)',
+        "        pass",
+        "a request outlives its context",
+    ),
+    Mutant(
+        "autograd.py", "{**before, **states}", "dict(states)", "an inner request ends the outer one"
+    ),
+    Mutant(
+        "autograd.py",
+        "return torch.is_grad_enabled(), hooks and",
+        "return 0, hooks and",
+        "u of no_grad is reused with a graph",
     ),
     Mutant(
         "autograd.py",
@@ -191,11 +244,24 @@ MUTANTS = [
         "expand(u, B, core, 1.0), (u, B, core)",
         "recorded without the scaling",
     ),
-    Mutant("ops.py", "torch.where(index.unsqueeze(1) < 0, torch.zeros_like(h), h)", "h", "torch's products: -1 gets core 0"),
     Mutant(
-        "linear.py", "return tuple(module.weight.shape)", "return tuple(module.weight.mT.shape)", "a Conv1D's sizes are swapped"
+        "ops.py",
+        "torch.where(index.unsqueeze(1) < 0, torch.zeros_like(h), h)",
+        "h",
+        "torch's products: -1 gets core 0",
     ),
-    Mutant("ops.py", "if core is None or u.dtype == torch.float16:", "if core is None:", "torch's products fold float16"),
+    Mutant(
+        "linear.py",
+        "return tuple(module.weight.shape)",
+        "return tuple(module.weight.mT.shape)",
+        "a Conv1D's sizes are swapped",
+    ),
+    Mutant(
+        "ops.py",
+        "if core is None or u.dtype == torch.float16:",
+        "if core is None:",
+        "torch's products fold float16",
+    ),
     Mutant(
         "ops.py",
         "    wide = accumulate_dtype(B.dtype)\n    return ((B.to(wide) @ core",
@@ -214,7 +280,12 @@ MUTANTS = [
         "index.view(*(1,) * (len(lead) - index.dim()), *index.shape)",
         "an index of rows is read as of tokens",
     ),
-    Mutant("ops.py", "torch.autograd.graph.increment_version(y)", "pass", "in-place operators bump no version"),
+    Mutant(
+        "ops.py",
+        "torch.autograd.graph.increment_version(y)",
+        "pass",
+        "in-place operators bump no version",
+    ),
     Mutant(
         "ops.py",
         "return y + expand(h.view(*x.shape[:-1], B.shape[1]), B, None, 1.0)",
@@ -227,8 +298,15 @@ MUTANTS = [
         'print(f"{label}: expected the device',
         "an operand on meta: nothing is written",
     ),
-    Mutant("functional.py", "if least < -1 or most >= count:", "if most >= count:", "an index below -1"),
-    Mutant("functional.py", "p = dropout_p if training else 0.0", "p = dropout_p", "dropout in evaluation"),
+    Mutant(
+        "functional.py", "if least < -1 or most >= count:", "if most >= count:", "an index below -1"
+    ),
+    Mutant(
+        "functional.py",
+        "p = dropout_p if training else 0.0",
+        "p = dropout_p",
+        "dropout in evaluation",
+    ),
     Mutant(
         "functional.py",
         'if isinstance(value, bool) or not isinstance(value, int):\n        raise TypeError(f"{name}: expected an int',
@@ -236,7 +314,12 @@ MUTANTS = [
         "True is a rank",
     ),
     # layers
-    Mutant("linear.py", "self.dropout if self.training else 0.0", "self.dropout", "dropout of a layer in eval mode"),
+    Mutant(
+        "linear.py",
+        "self.dropout if self.training else 0.0",
+        "self.dropout",
+        "dropout of a layer in eval mode",
+    ),
     Mutant(
         "linear.py",
         "        if self.merged:\n            return self.base(input)\n",
@@ -267,8 +350,18 @@ MUTANTS = [
         "",
         "the base is not frozen",
     ),
-    Mutant("linear.py", "return alpha / (math.sqrt(r) if rslora else r)", "return alpha / r", "rslora ignored"),
-    Mutant("linear.py", "        return self.weight.t()\n", "        return self.weight\n", "Conv1D not transposed"),
+    Mutant(
+        "linear.py",
+        "return alpha / (math.sqrt(r) if rslora else r)",
+        "return alpha / r",
+        "rslora ignored",
+    ),
+    Mutant(
+        "linear.py",
+        "        return self.weight.t()\n",
+        "        return self.weight\n",
+        "Conv1D not transposed",
+    ),
     Mutant(
         "wrapped.py",
         "if not same_shape or not torch.allclose(",
@@ -382,12 +475,27 @@ MUTANTS = [
         "        pass\n    if callable",
         "config.train ignored",
     ),
-    Mutant("model.py", "    layer.leave_factors_to_owner()\n", "", "factors registered in every layer"),
-    Mutant("model.py", "{features if config.group_by == 'width' else group}", "{group}", "by width: no shared factors"),
     Mutant(
-        "model.py", 'if part == "B" and config.core_init == "identity":', "if False:", "identity cores start with an effect"
+        "model.py", "    layer.leave_factors_to_owner()\n", "", "factors registered in every layer"
     ),
-    Mutant("model.py", '    expect_unmerged(layers, "disabled")\n', "", "disabled accepts a merged model"),
+    Mutant(
+        "model.py",
+        "{features if config.group_by == 'width' else group}",
+        "{group}",
+        "by width: no shared factors",
+    ),
+    Mutant(
+        "model.py",
+        'if part == "B" and config.core_init == "identity":',
+        "if False:",
+        "identity cores start with an effect",
+    ),
+    Mutant(
+        "model.py",
+        '    expect_unmerged(layers, "disabled")\n',
+        "",
+        "disabled accepts a merged model",
+    ),
     Mutant(
         "model.py",
         "    elif any(layer.merged for layer in layers.values()):\n        unmerge(model)\n",
@@ -400,7 +508,12 @@ MUTANTS = [
         "return START * A, START * B, cores / config.s",
         "svd: the start is not the weights' part",
     ),
-    Mutant("targets.py", "        if id(module) in inside:", "        if False:", "modules_to_save are adapted too"),
+    Mutant(
+        "targets.py",
+        "        if id(module) in inside:",
+        "        if False:",
+        "modules_to_save are adapted too",
+    ),
     # tasks
     Mutant(
         "tasks.py",
@@ -415,11 +528,24 @@ MUTANTS = [
         '            if (got := metadata.get(key)) != want and key != "factors":',
         "tasks of other factors are loaded",
     ),
-    Mutant("tasks.py", "        if not bool(bank.taken[own].all()):", "        if False:", "an index may name a free slot"),
     Mutant(
-        "tasks.py", "            if value.shape != core.shape[1:]:", "            if False:", "a task's shapes are not checked"
+        "tasks.py",
+        "        if not bool(bank.taken[own].all()):",
+        "        if False:",
+        "an index may name a free slot",
     ),
-    Mutant("tasks.py", "+ past).clamp(max=t - 1)", ").clamp(max=t - 1)", "generation: an index per token ignores the cache"),
+    Mutant(
+        "tasks.py",
+        "            if value.shape != core.shape[1:]:",
+        "            if False:",
+        "a task's shapes are not checked",
+    ),
+    Mutant(
+        "tasks.py",
+        "+ past).clamp(max=t - 1)",
+        ").clamp(max=t - 1)",
+        "generation: an index per token ignores the cache",
+    ),
     Mutant(
         "tasks.py",
         "if torch.compiler.is_compiling() or autograd._graph_task() < 0:",
@@ -445,7 +571,9 @@ MUTANTS = [
         'found["scaling"] = "auto" if found.get("alpha") is None and',
         "old files: None means auto",
     ),
-    Mutant("files.py", '    expect_unmerged(layers, "load_adapter")\n', "", "loads into a merged model"),
+    Mutant(
+        "files.py", '    expect_unmerged(layers, "load_adapter")\n', "", "loads into a merged model"
+    ),
     Mutant(
         "files.py",
         "        os.replace(temporary, directory / name)\n",
@@ -470,15 +598,30 @@ MUTANTS = [
         "elif False:",
         "exclude_modules ignored",
     ),
-    Mutant("targets.py", "if t.sizes != want.sizes:", "if False:", "groups of mixed shapes are accepted"),
+    Mutant(
+        "targets.py",
+        "if t.sizes != want.sizes:",
+        "if False:",
+        "groups of mixed shapes are accepted",
+    ),
     Mutant(
         "model.py",
         'owners.get(id(parameter), "other")',
         'owners.get(id(parameter), "factors")',
         "a head is in the factors' group",
     ),
-    Mutant("files.py", 'layers[name].scaling = document["layers"][name]["scaling"]', "pass", "the scaling is not loaded"),
-    Mutant("files.py", '    expect_names("layers", layers, entries)\n', "", "another model's layers are not refused"),
+    Mutant(
+        "files.py",
+        'layers[name].scaling = document["layers"][name]["scaling"]',
+        "pass",
+        "the scaling is not loaded",
+    ),
+    Mutant(
+        "files.py",
+        '    expect_names("layers", layers, entries)\n',
+        "",
+        "another model's layers are not refused",
+    ),
 ]
 
 
@@ -519,8 +662,12 @@ def caught(folder: Path, tests: str, which: str = LEFT_OUT) -> str | None:
         time.sleep(0.2)
     if os.waitstatus_to_exitcode(ended[1]) in (0, 5):  # 5: no test was selected
         return None
-    lines = [line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "caught by " + (lines[0].split(" - ")[0].removeprefix("FAILED python_tests/") if lines else tests)
+    lines = [
+        line for line in output.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))
+    ]
+    return "caught by " + (
+        lines[0].split(" - ")[0].removeprefix("FAILED python_tests/") if lines else tests
+    )
 
 
 def main() -> None:
@@ -537,11 +684,16 @@ def main() -> None:
         found = []
         for number, mutant in enumerate(MUTANTS):
             text = f"{mutant.file} {mutant.fault}"
-            if words and not any(word == str(number) if word.isdigit() else word in text for word in words):
+            if words and not any(
+                word == str(number) if word.isdigit() else word in text for word in words
+            ):
                 continue
             start = time.time()
             found.append(run(mutant, folder))
-            print(f"{number:3} {mutant.file:14} {mutant.fault:52} {found[-1]} ({time.time() - start:.0f} s)", flush=True)
+            print(
+                f"{number:3} {mutant.file:14} {mutant.fault:52} {found[-1]} ({time.time() - start:.0f} s)",
+                flush=True,
+            )
     print(f"{sum(f.startswith('caught') for f in found)} of {len(found)} caught")
 
 

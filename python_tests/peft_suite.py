@@ -31,16 +31,33 @@ for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not us
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         sys.modules[module] = mock.MagicMock()
 
-STARTED = {"revision": "started"}  # a field that LoTR does not use: cores of such a configuration start at random values
+STARTED = {
+    "revision": "started"
+}  # a field that LoTR does not use: cores of such a configuration start at random values
 CONFIG = ours.LoTRPeftConfig
 _SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and trains at its own rates
 CASES = [
     ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **_SMALL}),
     ("a regular expression", "MLP", CONFIG, {"target_modules": "lin0", "alpha": 2.0}),
     ("both layers", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "rank": (2, 3), **_SMALL}),
-    ("modules_to_save", "MLP", CONFIG, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **_SMALL}),
-    ("by width", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "group_by": "width", "rank": 2, **_SMALL}),
-    ("diagonal cores", "MLP", CONFIG, {"target_modules": ["lin0", "lin1"], "core": "diagonal", "rank": 2, **_SMALL}),
+    (
+        "modules_to_save",
+        "MLP",
+        CONFIG,
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **_SMALL},
+    ),
+    (
+        "by width",
+        "MLP",
+        CONFIG,
+        {"target_modules": ["lin0", "lin1"], "group_by": "width", "rank": 2, **_SMALL},
+    ),
+    (
+        "diagonal cores",
+        "MLP",
+        CONFIG,
+        {"target_modules": ["lin0", "lin1"], "core": "diagonal", "rank": 2, **_SMALL},
+    ),
     ("Conv1D", "EmbConv1D", CONFIG, {"target_modules": ["conv1d"], "rank": 2, **_SMALL}),
 ]
 _ONE, _OTHER = ({"target_modules": [name], **_SMALL, **STARTED} for name in ("lin0", "lin1"))
@@ -86,7 +103,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    if isinstance(collector, pytest.Module) and hasattr(module := collector.obj, "set_init_weights_false"):
+    if isinstance(collector, pytest.Module) and hasattr(
+        module := collector.obj, "set_init_weights_false"
+    ):
         module.set_init_weights_false = lambda config_cls, settings: {**settings, **STARTED}
 
 
@@ -94,7 +113,10 @@ def pytest_configure() -> None:
     init = ours.LoTRPeftCore.__init__
 
     def started(
-        self: ours.LoTRPeftCore, factors: Any, config: ours.LoTRPeftConfig, form: torch.nn.Module | None = None
+        self: ours.LoTRPeftCore,
+        factors: Any,
+        config: ours.LoTRPeftConfig,
+        form: torch.nn.Module | None = None,
     ) -> None:
         init(self, factors, config, form)
         for part, parameter in self.parts() if config.revision == STARTED["revision"] else ():
@@ -109,8 +131,18 @@ def tests() -> Path:
     folder = FOLDER / "tests"
     if not (folder / "__init__.py").exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        options = ["--no-deps", "--no-build-isolation", "--no-binary", "peft", "--dest", str(FOLDER)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"], check=True)
+        options = [
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            "peft",
+            "--dest",
+            str(FOLDER),
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"],
+            check=True,
+        )
         with tarfile.open(next(FOLDER.glob("peft-*.tar.gz"))) as archive:
             for member in archive.getmembers():
                 parts = Path(member.name).parts
@@ -125,4 +157,8 @@ if __name__ == "__main__":
     folder = tests()
     (FOLDER / "pytest.ini").write_text("[pytest]\n")
     files = [str(folder / name) for name in FILES]
-    sys.exit(pytest.main([*files, "-c", str(FOLDER / "pytest.ini"), "-p", "peft_suite", "-q", *sys.argv[1:]]))
+    sys.exit(
+        pytest.main(
+            [*files, "-c", str(FOLDER / "pytest.ini"), "-p", "peft_suite", "-q", *sys.argv[1:]]
+        )
+    )

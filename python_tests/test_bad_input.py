@@ -18,7 +18,15 @@ import torch
 from helpers import DTYPES, OPERATORS, SCHEMAS, arguments, operator, refused
 from torch import Tensor, nn
 
-from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, lotr_linear
+from lotr_ext import (
+    LoTRConv1D,
+    LoTRFactor,
+    LoTRFactors,
+    LoTRLinear,
+    LoTRWrapped,
+    adapt,
+    lotr_linear,
+)
 from lotr_ext.init import fill_core_, fill_factor_
 
 Row = tuple[str, str, Callable[[], object]]
@@ -27,7 +35,12 @@ NAN, HUGE = math.nan, 10**400
 
 def call(**changed: object) -> Callable[[], object]:
     """lotr_linear with some arguments replaced."""
-    given = {"x": torch.randn(5, 6), "weight": torch.randn(4, 6), "bias": torch.randn(4), "A": torch.randn(6, 2)}
+    given = {
+        "x": torch.randn(5, 6),
+        "weight": torch.randn(4, 6),
+        "bias": torch.randn(4),
+        "A": torch.randn(6, 2),
+    }
     given |= {"B": torch.randn(4, 2), "core": torch.randn(2, 2), "scaling": 1.0, **changed}
     return lambda: lotr_linear(**given)
 
@@ -87,23 +100,51 @@ CORE: list[Row] = [
     ("out_features a float", "out_features", factors(6, 4.5, 2)),
     ("features a bool", "features", lambda: LoTRFactor(True, 2)),
     ("factors of another shape", "factors", layer(rank=None, factors=LoTRFactors(4, 6, 2))),
-    ("factors of another shape, from_linear", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 5, 2))),
+    (
+        "factors of another shape, from_linear",
+        "factors",
+        lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 5, 2)),
+    ),
     ("factors a string", "factors", layer(rank=None, factors="A")),
-    ("factors another module", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2))),
+    (
+        "factors another module",
+        "factors",
+        lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2)),
+    ),
     ("factors on meta", "factors", lambda: LoTRLinear.from_linear(nn.Linear(6, 4), META)),
     ("factors on meta, new layer", "factors", layer(rank=None, factors=META)),
     ("factors on meta, wrapped", "factors", lambda: LoTRWrapped.from_linear(nn.Linear(6, 4), META)),
     ("a pair of a module", "A", lambda: LoTRFactors.of(nn.Linear(6, 2), PAIR.B)),
     ("a pair of one factor", "B", lambda: LoTRFactors.of(PAIR.A, PAIR.A)),
-    ("a pair of two dtypes", "B", lambda: LoTRFactors.of(PAIR.A, LoTRFactor(4, 2, dtype=torch.float64))),
-    ("linear a conv", "linear", lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1))),
+    (
+        "a pair of two dtypes",
+        "B",
+        lambda: LoTRFactors.of(PAIR.A, LoTRFactor(4, 2, dtype=torch.float64)),
+    ),
+    (
+        "linear a conv",
+        "linear",
+        lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1)),
+    ),
     ("linear adapted", "linear", lambda: LoTRLinear.from_linear(LoTRLinear(6, 4, 2), PAIR)),
-    ("linear adapted, wrapped", "linear", lambda: LoTRWrapped.from_linear(LoTRLinear(6, 4, 2), PAIR)),
-    ("linear with an adapted one inside", "linear", lambda: LoTRWrapped.from_linear(Nested(), PAIR)),
+    (
+        "linear adapted, wrapped",
+        "linear",
+        lambda: LoTRWrapped.from_linear(LoTRLinear(6, 4, 2), PAIR),
+    ),
+    (
+        "linear with an adapted one inside",
+        "linear",
+        lambda: LoTRWrapped.from_linear(Nested(), PAIR),
+    ),
     ("linear a pair", "linear", lambda: adapt(PAIR, PAIR)),
     ("linear a norm", "linear", lambda: adapt(nn.LayerNorm(4), LoTRFactors(4, 4, 2))),
     ("linear a string", "module", lambda: adapt("linear", PAIR)),
-    ("linear as Conv1D", "linear", lambda: LoTRConv1D.from_linear(nn.Linear(6, 6), LoTRFactors(6, 6, 2))),
+    (
+        "linear as Conv1D",
+        "linear",
+        lambda: LoTRConv1D.from_linear(nn.Linear(6, 6), LoTRFactors(6, 6, 2)),
+    ),
     ("linear without sizes", "linear", lambda: LoTRWrapped.from_linear(nn.ReLU(), PAIR)),
     ("dtype integer", "dtype", factors(6, 4, 2, dtype=torch.int32)),
     ("dtype a string", "dtype", factors(6, 4, 2, dtype="float32")),
@@ -131,7 +172,11 @@ CORE: list[Row] = [
     ("core of another dtype", "core", wrong_form(Returns(torch.zeros(2, 2).double()))),
     ("core None", "core", wrong_form(Returns(None))),
     ("fill a vector", "tensor", lambda: fill_factor_(torch.empty(3), "normal")),
-    ("fill integers", "tensor", lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal")),
+    (
+        "fill integers",
+        "tensor",
+        lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal"),
+    ),
     ("fill a core by an unknown init", "core_init", lambda: fill_core_(torch.empty(3, 2), "ones")),
     ("fill a core that is a vector", "tensor", lambda: fill_core_(torch.empty(3), "zero")),
     # calls
@@ -170,7 +215,11 @@ CORE: list[Row] = [
     ("core_index a list", "core_index", rows_call([0] * 5)),
     ("core_index too short", "core_index", rows_call(torch.zeros(4, dtype=torch.int64))),
     ("core_index a number", "core_index", rows_call(torch.tensor(0))),
-    ("core_index of too many dimensions", "core_index", rows_call(torch.zeros(5, 6, dtype=torch.int64))),
+    (
+        "core_index of too many dimensions",
+        "core_index",
+        rows_call(torch.zeros(5, 6, dtype=torch.int64)),
+    ),
     ("core_index too large", "core_index", rows_call(torch.tensor([0, 1, 2, 3, 0]))),
     ("core_index -2", "core_index", rows_call(torch.tensor([0, 1, -2, 1, 0]))),
 ]
@@ -217,7 +266,12 @@ def test_a_refused_layer_goes_on_being_trained() -> None:
 
 # ---- operators: a walk over the schemas ------------------------------------------------------------------------------
 
-FORMULAS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}  # in Python, and not called by users
+FORMULAS = {
+    "linear",
+    "dropout_mask",
+    "grouped_mm",
+    "grouped_outer",
+}  # in Python, and not called by users
 KERNELS = [name for name in OPERATORS if name not in FORMULAS]
 
 
@@ -228,7 +282,9 @@ def places(written: bool = False) -> list[object]:
     for name in KERNELS:
         for sample, given in enumerate(arguments(name)):
             for i, a in enumerate(SCHEMAS[name].arguments[: len(given)]):
-                if isinstance(given[i], Tensor) and (not written or (a.alias_info is not None and a.alias_info.is_write)):
+                if isinstance(given[i], Tensor) and (
+                    not written or (a.alias_info is not None and a.alias_info.is_write)
+                ):
                     found.append(pytest.param(name, sample, i, id=f"{name}-{sample}-{a.name}"))
     return found
 
@@ -249,7 +305,9 @@ def refused_operator(name: str, given: list, words: str) -> None:
         operator(name)(*given)
     assert re.search(words, str(raised.value)), raised.value
     for a, b in zip(given, before):
-        assert b is None or torch.equal(*(t.resolve_neg().contiguous().view(torch.uint8) for t in (a, b)))
+        assert b is None or torch.equal(
+            *(t.resolve_neg().contiguous().view(torch.uint8) for t in (a, b))
+        )
 
 
 def named(name: str, i: int) -> str:
@@ -278,7 +336,10 @@ def test_operator_refuses_other_dtypes(name: str, sample: int, i: int) -> None:
             continue
         try:
             given[i] = torch.zeros_like(given[i]).to(dtype)
-        except (RuntimeError, NotImplementedError):  # quantised ones, and those without a conversion
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # quantised ones, and those without a conversion
             continue
         if dtype in DTYPES:
             try:
@@ -292,7 +353,9 @@ def test_operator_refuses_other_dtypes(name: str, sample: int, i: int) -> None:
 @EACH
 def test_operator_refuses_none_and_another_device(name: str, sample: int, i: int) -> None:
     given = list(arguments(name)[sample])
-    if sum(isinstance(a, Tensor) for a in given) < 2:  # without another tensor, the dispatcher finds no device
+    if (
+        sum(isinstance(a, Tensor) for a in given) < 2
+    ):  # without another tensor, the dispatcher finds no device
         return
     good, optional = given[i], str(SCHEMAS[name].arguments[i].type) != "Tensor"
     given[i] = good.to("meta")

@@ -30,7 +30,18 @@ SMALL = {
 
 
 def run(name: str, folder: Path, *more: str) -> int:
-    words = [*SMALL[name].split(), "--device", "cpu", "--rounds", "3", "--clock", "wall", "--results", str(folder), *more]
+    words = [
+        *SMALL[name].split(),
+        "--device",
+        "cpu",
+        "--rounds",
+        "3",
+        "--clock",
+        "wall",
+        "--results",
+        str(folder),
+        *more,
+    ]
     return importlib.import_module(f"bench.{name}").PROGRAM.main(words)
 
 
@@ -41,18 +52,29 @@ def test_program_writes_a_row_a_rival_and_stage(name, tmp_path, capsys):
         pytest.importorskip("peft")
     assert run(name, tmp_path, "--markdown") == 0, capsys.readouterr().err
     rows = common.read(tmp_path / f"{name}.jsonl")
-    assert (rows["seconds"] > 0).all() and rows[["machine", "commit", "rounds"]].notna().all(axis=None)
+    assert (rows["seconds"] > 0).all() and rows[["machine", "commit", "rounds"]].notna().all(
+        axis=None
+    )
     assert any(rival.startswith("lotr_ext") for rival in rows["rival"])
     assert "error" not in rows or rows["error"].max() < 2e-2
     assert "| lotr_ext" in capsys.readouterr().out
     assert run(name, tmp_path) == 0
-    assert len(common.read(tmp_path / f"{name}.jsonl")) == len(rows)  # a new measurement replaces the old one
+    assert len(common.read(tmp_path / f"{name}.jsonl")) == len(
+        rows
+    )  # a new measurement replaces the old one
 
 
 def test_rival_with_wrong_numbers_is_not_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(LAYERS, "lora-beta", lambda t: Rival(lambda x: 1.1 * torch.nn.functional.linear(x, t.weight, t.bias)))
+    monkeypatch.setitem(
+        LAYERS,
+        "lora-beta",
+        lambda t: Rival(lambda x: 1.1 * torch.nn.functional.linear(x, t.weight, t.bias)),
+    )
     assert run("layer", tmp_path) == 1
-    assert "expected <= 1e-05" in capsys.readouterr().err and common.read(tmp_path / "layer.jsonl").empty
+    assert (
+        "expected <= 1e-05" in capsys.readouterr().err
+        and common.read(tmp_path / "layer.jsonl").empty
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +100,10 @@ def test_two_checkouts_run_in_turns(tmp_path, capsys):
 
 
 def test_accuracy_goes_on_from_kept_runs(tmp_path, capsys):
-    words = [*"--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1 --results".split(), str(tmp_path / "a.jsonl")]
+    words = [
+        *"--quick --steps 12 --methods base,lotr:2,lora:1 --jobs 1 --results".split(),
+        str(tmp_path / "a.jsonl"),
+    ]
     assert accuracy.main(words) == 0
     kept = accuracy.runs_in(tmp_path / "a.jsonl")
     assert len(kept) == 7 and kept["loss"].notna().all() and kept["seed"].nunique() == 3
@@ -95,7 +120,12 @@ def test_kept_results_can_be_shown_and_drawn(tmp_path, capsys):
     files = [path for path in common.RESULTS.rglob("*.jsonl") if path.stem in SMALL]
     assert files
     for path in files:
-        assert importlib.import_module(f"bench.{path.stem}").PROGRAM.main(["--show", str(path), "--device", "cpu"]) == 0
+        assert (
+            importlib.import_module(f"bench.{path.stem}").PROGRAM.main(
+                ["--show", str(path), "--device", "cpu"]
+            )
+            == 0
+        )
     assert "lotr_ext" in capsys.readouterr().out
     assert len(list(common.RESULTS.rglob("*.png"))) <= 8
     shutil.copy(common.RESULTS / "accuracy.jsonl", tmp_path)

@@ -33,7 +33,16 @@ def test_compile(kind: str) -> None:
     for tokens in (30, 18):  # not the width, with which torch would take the size of x to be equal
         for context in (once, no_grad_first):
             assert (
-                worst(*(context(s) for s in (Side(compiled, inputs(tokens), False), Side(net, inputs(tokens), True)))) < 1e-10
+                worst(
+                    *(
+                        context(s)
+                        for s in (
+                            Side(compiled, inputs(tokens), False),
+                            Side(net, inputs(tokens), True),
+                        )
+                    )
+                )
+                < 1e-10
             )
     assert counters["stats"]["unique_graphs"] == 2  # with gradients, and without
 
@@ -46,11 +55,20 @@ def operators_of(net: Net, x: Tensor) -> list[set[str]]:
     seen: list[set[str]] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable:
-        seen.append({word for n in graph.graph.nodes for word in str((n.target, n.args)).split("'") if "lotr." in word})
+        seen.append(
+            {
+                word
+                for n in graph.graph.nodes
+                for word in str((n.target, n.args)).split("'")
+                if "lotr." in word
+            }
+        )
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
     loss(torch.compile(net, fullgraph=True, backend=backend)(x)).backward()
     return seen
 
@@ -75,7 +93,10 @@ def test_compile_and_checkpoint(where: str) -> None:
     else:
         layers = [run(layer) for layer in net.layers]
         compiled.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
-    assert worst(*(once(s) for s in (Side(compiled, inputs(6), False), Side(net, inputs(6), True)))) < 1e-10
+    assert (
+        worst(*(once(s) for s in (Side(compiled, inputs(6), False), Side(net, inputs(6), True))))
+        < 1e-10
+    )
 
 
 def test_compile_with_dropout_and_autocast() -> None:
@@ -87,7 +108,12 @@ def test_compile_with_dropout_and_autocast() -> None:
     net = Net("siblings", torch.float32)
     graph = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(graph(inputs(60, dtype=torch.float32)), net(inputs(60, dtype=torch.float32)).float()) < 4e-2
+        assert (
+            relative(
+                graph(inputs(60, dtype=torch.float32)), net(inputs(60, dtype=torch.float32)).float()
+            )
+            < 4e-2
+        )
 
 
 def test_a_compiled_model_can_be_disabled() -> None:
@@ -106,7 +132,10 @@ def test_export() -> None:
     for kind in ("siblings", "wrapped"):
         net = Net(kind)
         program = torch.export.export(net, (inputs(6),))
-        assert "lotr" not in str(program.graph) and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
+        assert (
+            "lotr" not in str(program.graph)
+            and relative(program.module()(inputs(6)), net(inputs(6))) < 1e-12
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -126,5 +155,8 @@ def test_inductor() -> None:
     torch._dynamo.reset()
     net, x = Net("siblings", torch.float32), inputs(6, dtype=torch.float32)
     graph = torch.compile(net, fullgraph=True)
-    a, b = (torch.autograd.grad(loss(f(x)), [p for p in net.parameters() if p.requires_grad]) for f in (graph, net))
+    a, b = (
+        torch.autograd.grad(loss(f(x)), [p for p in net.parameters() if p.requires_grad])
+        for f in (graph, net)
+    )
     assert worst(a, b) < 1e-5

@@ -15,7 +15,15 @@ from helpers import relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr, convert, load_adapter, save_adapter, use_tasks
+from lotr_ext import (
+    LoTRConfig,
+    TaskBank,
+    apply_lotr,
+    convert,
+    load_adapter,
+    save_adapter,
+    use_tasks,
+)
 from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr
 from lotr_ext.files import read
 from lotr_ext.peft import LoTRPeftConfig
@@ -41,7 +49,12 @@ def adapted(net: str, **settings: object) -> nn.Module:
     saved = config.modules_to_save or ()
     model = apply_lotr(zoo.net(net), config)
     return zoo.fill(
-        model, 7, 0.3, lambda name: ".core" in name or "lotr_cores" in name or name.startswith(tuple(saved) or ("-",))
+        model,
+        7,
+        0.3,
+        lambda name: (
+            ".core" in name or "lotr_cores" in name or name.startswith(tuple(saved) or ("-",))
+        ),
     )
 
 
@@ -64,35 +77,53 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
     want = output(model, net)
     found = export_lora(model, tmp_path / "lora", base_model="base")
     bound = 0.05 if case == "half" else 2e-5
-    assert relative(output(lora_model(net, tmp_path / "lora"), net), want) < bound < relative(output(zoo.net(net), net), want)
+    assert (
+        relative(output(lora_model(net, tmp_path / "lora"), net), want)
+        < bound
+        < relative(output(zoo.net(net), net), want)
+    )
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     rank = settings["rank"] if isinstance(settings["rank"], int) else min(settings["rank"])
     assert config["lora_alpha"] == config["r"] == rank * (2 if case == "svd" else 1)
-    assert config["lora_dropout"] == settings.get("dropout", 0.0) and config["base_model_name_or_path"] == "base"
+    assert (
+        config["lora_dropout"] == settings.get("dropout", 0.0)
+        and config["base_model_name_or_path"] == "base"
+    )
     save_adapter(model, tmp_path / "lotr")
     again = lotr_to_lora(tmp_path / "lotr", tmp_path / "again")
     assert again.keys() == found.keys()
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again")
+    )
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
     net, model = "attention", adapted("attention")
     bank = TaskBank(model, 2)
-    bank.add(), bank.add({key: 0.5 * torch.ones_like(core) for key, core in bank.cores_of(0).items()})
+    (
+        bank.add(),
+        bank.add({key: 0.5 * torch.ones_like(core) for key, core in bank.cores_of(0).items()}),
+    )
     before = {name: t.clone() for name, t in model.state_dict().items()}
     export_lora(model, tmp_path / "task", task=1)
     with use_tasks(model, torch.tensor([1, 1, 1])):
         assert relative(output(lora_model(net, tmp_path / "task"), net), output(model, net)) < 2e-5
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    tuned = peft.get_peft_model(zoo.net(net), LoTRPeftConfig(rank=3, target_modules=["q", "v"], modules_to_save=["head"]))
+    tuned = peft.get_peft_model(
+        zoo.net(net), LoTRPeftConfig(rank=3, target_modules=["q", "v"], modules_to_save=["head"])
+    )
     zoo.fill(tuned, 7, 0.1, lambda name: name.endswith("core") or "modules_to_save" in name)
     tuned.save_pretrained(tmp_path / "peft")
     lotr_to_lora(tmp_path / "peft", tmp_path / "lora")
     assert relative(output(lora_model(net, tmp_path / "lora"), net), output(tuned, net)) < 2e-5
     lotr_to_lora(DATA / "peft", tmp_path / "old")  # of the first version
     expected = load_file(DATA / "peft" / "expected.safetensors")
-    assert relative(lora_model("gpt2", tmp_path / "old")(expected["x"]).logits, expected["y"]) < 2e-5
+    assert (
+        relative(lora_model("gpt2", tmp_path / "old")(expected["x"]).logits, expected["y"]) < 2e-5
+    )
     with pytest.raises(ValueError, match=r"directory: expected another one than source"):
         lotr_to_lora(tmp_path / "peft", tmp_path / "peft")
 
@@ -101,9 +132,15 @@ def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
 def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
     """Each form's tensors are the change of each expert's gate, up and down."""
     model = adapted("mixture", rank=(2, 3))
-    want = {name.replace(".lotr.", "."): layer.delta_weight() for name, layer in convert.layers_in(model).items()}
+    want = {
+        name.replace(".lotr.", "."): layer.delta_weight()
+        for name, layer in convert.layers_in(model).items()
+    }
     export_lora(model, tmp_path, experts=form)
-    tensors = {k.removeprefix("base_model.model."): t for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    tensors = {
+        k.removeprefix("base_model.model."): t
+        for k, t in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     if form == "peft":
         assert config["target_parameters"] == sorted(want)
@@ -123,7 +160,9 @@ def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
                 assert relative(B @ A, delta[c]) < 1e-5
 
 
-def test_a_killed_export_leaves_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_export_leaves_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adapted("mlp")
     export_lora(model, tmp_path)
 
@@ -157,12 +196,18 @@ def lora(net: str, folder: Path, **settings: object) -> nn.Module:
             "llama",
             8,
             "block",
-            {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.v_proj": 7}, "lora_dropout": 0.1},
+            {
+                "rank_pattern": {"q_proj": 3},
+                "alpha_pattern": {"layers.1.self_attn.v_proj": 7},
+                "lora_dropout": 0.1,
+            },
         ),
         ("gpt2", 2, "name", {"target_modules": ["c_attn"], "r": 1}),
     ],
 )
-def test_loras_are_exact_at_the_sum_of_their_ranks(net: str, rank, group_by: str, settings: dict, tmp_path: Path) -> None:
+def test_loras_are_exact_at_the_sum_of_their_ranks(
+    net: str, rank, group_by: str, settings: dict, tmp_path: Path
+) -> None:
     want = output(lora(net, tmp_path / "lora", **settings), net)
     found = lora_to_lotr(tmp_path / "lora", rank=rank, group_by=group_by)
     assert max(found.errors.values()) < 1e-6
@@ -199,10 +244,14 @@ def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
 def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint of the original implementation, of the zoo's attention net: q of block 1 has factors of its own."""
     g, state = torch.Generator().manual_seed(3), dict(zoo.net("attention").state_dict())
-    shared, other = ([torch.randn(16, 2, generator=g), torch.randn(2, 16, generator=g)] for _ in range(2))
+    shared, other = (
+        [torch.randn(16, 2, generator=g), torch.randn(2, 16, generator=g)] for _ in range(2)
+    )
     for name in ("blocks.0.q", "blocks.0.v", "blocks.1.q"):
         rhs, lhs = other if name == "blocks.1.q" else shared
-        state |= {f"{name}.linear.{part}": state.pop(f"{name}.{part}") for part in ("weight", "bias")}
+        state |= {
+            f"{name}.linear.{part}": state.pop(f"{name}.{part}") for part in ("weight", "bias")
+        }
         state |= {f"{name}.lotr.rhs": rhs.clone(), f"{name}.lotr.lhs": lhs.clone()}
         state[f"{name}.lotr.mid"] = torch.randn(2, 2, generator=g)
     state |= changes
@@ -216,7 +265,10 @@ def test_an_original_checkpoint_computes_the_same(suffix: str, tmp_path: Path) -
     head = torch.randn(29, 16)
     path, state = original(tmp_path, suffix, **{"head.weight": head})
     found = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
-    assert found.config.scaling == 1.5 and len({entry["A"] for entry in found.document["layers"].values()}) == 2
+    assert (
+        found.config.scaling == 1.5
+        and len({entry["A"] for entry in found.document["layers"].values()}) == 2
+    )
     found.save(tmp_path / "lotr")
     model, plain = load_adapter(zoo.net("attention"), tmp_path / "lotr"), zoo.net("attention")
     with torch.no_grad():
@@ -232,9 +284,15 @@ def test_an_original_checkpoint_computes_the_same(suffix: str, tmp_path: Path) -
 Change = Callable[[dict, dict], object]  # of a LoRA's configuration and tensors
 Q = "base_model.model.blocks.0.q.lora_A.weight"
 HOSTILE: dict[str, tuple[Change, str]] = {
-    "another method": (lambda c, t: c.update(peft_type="IA3"), "expected peft_type LORA, got 'IA3'"),
+    "another method": (
+        lambda c, t: c.update(peft_type="IA3"),
+        "expected peft_type LORA, got 'IA3'",
+    ),
     **{
-        name: (lambda c, t, n=name: c.update({n: {"a": 1}}), f"{name}: expected a LoRA of two factors")
+        name: (
+            lambda c, t, n=name: c.update({n: {"a": 1}}),
+            f"{name}: expected a LoRA of two factors",
+        )
         for name in convert._NOT_PLAIN
     },
     "moved weights": (
@@ -243,21 +301,44 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "no alpha": (lambda c, t: c.pop("lora_alpha"), "lora_alpha: expected a number, got None"),
     "a word as alpha": (lambda c, t: c.update(lora_alpha="8"), "lora_alpha: expected a number"),
-    "infinite alpha": (lambda c, t: c.update(lora_alpha=float("inf")), "lora_alpha: expected a finite number"),
-    "no factors": (lambda c, t: t.clear(), "expected tensors <layer>.lora_A.weight and .lora_B.weight, got none"),
-    "half a layer": (lambda c, t: t.pop(Q), "blocks.0.q: expected lora_A and lora_B, got only lora_B"),
-    "other shapes": (lambda c, t: t.update({Q: t[Q][:1]}), r"blocks.0.q: expected lora_A \[r, K\] and lora_B"),
-    "a vector": (lambda c, t: t.update({Q: t[Q][0]}), r"blocks.0.q: expected lora_A \[r, K\] and lora_B"),
+    "infinite alpha": (
+        lambda c, t: c.update(lora_alpha=float("inf")),
+        "lora_alpha: expected a finite number",
+    ),
+    "no factors": (
+        lambda c, t: t.clear(),
+        "expected tensors <layer>.lora_A.weight and .lora_B.weight, got none",
+    ),
+    "half a layer": (
+        lambda c, t: t.pop(Q),
+        "blocks.0.q: expected lora_A and lora_B, got only lora_B",
+    ),
+    "other shapes": (
+        lambda c, t: t.update({Q: t[Q][:1]}),
+        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+    ),
+    "a vector": (
+        lambda c, t: t.update({Q: t[Q][0]}),
+        r"blocks.0.q: expected lora_A \[r, K\] and lora_B",
+    ),
     "NaN": (lambda c, t: t[Q].fill_(float("nan")), "blocks.0.q: expected finite floating values"),
-    "integers": (lambda c, t: t.update({Q: t[Q].int()}), "blocks.0.q: expected finite floating values"),
-    "a foreign tensor": (lambda c, t: t.update(x=torch.ones(1)), "expected lora_A, lora_B and modules_to_save, got also x"),
+    "integers": (
+        lambda c, t: t.update({Q: t[Q].int()}),
+        "blocks.0.q: expected finite floating values",
+    ),
+    "a foreign tensor": (
+        lambda c, t: t.update(x=torch.ones(1)),
+        "expected lora_A, lora_B and modules_to_save, got also x",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     lora("attention", tmp_path / "lora")
-    config_file, tensors_file = (tmp_path / "lora" / n for n in ("adapter_config.json", "adapter_model.safetensors"))
+    config_file, tensors_file = (
+        tmp_path / "lora" / n for n in ("adapter_config.json", "adapter_model.safetensors")
+    )
     config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
     change, message = HOSTILE[case]
     change(config, tensors)
@@ -265,7 +346,10 @@ def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     save_file({key: t.contiguous() for key, t in tensors.items()}, tensors_file)
     with pytest.raises((TypeError, ValueError), match=message):
         lora_to_lotr(tmp_path / "lora", rank=8)
-    assert convert.main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"]) == 2
+    assert (
+        convert.main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"])
+        == 2
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -292,12 +376,23 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks.0.q.lotr.mid": torch.ones(3, 2)}, r"blocks.0.q: expected lhs \[r, out\], mid \[r, r\]"),
-        ({"other.lotr.mid": torch.ones(2, 2)}, r"other: expected lotr.lhs, .mid and .rhs, got none of lhs, rhs"),
-        ({"blocks.0.q.lotr.mid": torch.ones(2, 2).double()}, r"source: expected layers of one rank and dtype"),
+        (
+            {"blocks.0.q.lotr.mid": torch.ones(3, 2)},
+            r"blocks.0.q: expected lhs \[r, out\], mid \[r, r\]",
+        ),
+        (
+            {"other.lotr.mid": torch.ones(2, 2)},
+            r"other: expected lotr.lhs, .mid and .rhs, got none of lhs, rhs",
+        ),
+        (
+            {"blocks.0.q.lotr.mid": torch.ones(2, 2).double()},
+            r"source: expected layers of one rank and dtype",
+        ),
     ],
 )
-def test_an_original_checkpoint_that_does_not_fit_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+def test_an_original_checkpoint_that_does_not_fit_is_refused(
+    changes: dict, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         original_to_lotr(original(tmp_path, **changes)[0])
 
@@ -318,8 +413,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for command, own, to, *options in runs:
         assert convert.main([command, str(tmp_path / own), str(tmp_path / to), *options]) == 0
     told = capsys.readouterr()
-    assert "blocks.0.q  error" in told.out and "8 layers ->" in told.out and "blocks.0.q  16 x 16  rank 15" in told.out
-    assert relative(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2  # rank 15 of 16
+    assert (
+        "blocks.0.q  error" in told.out
+        and "8 layers ->" in told.out
+        and "blocks.0.q  16 x 16  rank 15" in told.out
+    )
+    assert (
+        relative(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2
+    )  # rank 15 of 16
     assert read(tmp_path / "original")[0]["config"].scaling == 1.0
     assert convert.main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.startswith("error: directory: expected a local folder")

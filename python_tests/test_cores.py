@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.cores import FORMS, Cores
 
-PLACES = [("0", "q"), ("0", "v"), ("1", "q"), ("2", "v")]  # three layers, two kinds, and not all of their pairs
+PLACES = [
+    ("0", "q"),
+    ("0", "v"),
+    ("1", "q"),
+    ("2", "v"),
+]  # three layers, two kinds, and not all of their pairs
 R, K = 4, 8
 
 
@@ -24,7 +29,10 @@ def _grid(layer: int, kind: int, combine: Callable) -> list[Tensor]:
 EQUATIONS: dict[str, tuple[int, Callable[[Cores], list[Tensor]]]] = {
     "diagonal": (4 * R, lambda c: [torch.diag(d) for d in c.diagonal]),
     "cp": (5 * R, lambda c: _grid(c.layer, c.kind, lambda a, b: torch.diag(a * b))),
-    "tucker": (4 * R + R**3, lambda c: [sum(w * C for w, C in zip(row, c.slices)) for row in c.weights]),
+    "tucker": (
+        4 * R + R**3,
+        lambda c: [sum(w * C for w, C in zip(row, c.slices)) for row in c.weights],
+    ),
     "train": (5 * R * R, lambda c: _grid(c.layer, c.kind, torch.matmul)),
     "few": (4 * 13, lambda c: [sum(v * C for v, C in zip(row, c.random)) for row in c.numbers]),
 }
@@ -69,10 +77,16 @@ def test_layers_train_the_shared_numbers(form: str, owned: bool) -> None:
         layer.use_core(cores.at(place, owned))
         assert any(name.startswith("core_form") for name, _ in layer.named_parameters()) is owned
         assert {id(p) for p in cores.parameters()} <= {id(p) for p in layer.adapter_parameters()}
-    x, leaves = torch.randn(5, K, dtype=torch.float64), [factors.A.value, factors.B.value, *cores.parameters()]
+    x, leaves = (
+        torch.randn(5, K, dtype=torch.float64),
+        [factors.A.value, factors.B.value, *cores.parameters()],
+    )
 
     def plain(layer: LoTRLinear, G: Tensor) -> Tensor:
-        return nn.functional.linear(x, layer.weight, layer.bias) + 0.5 * x @ factors.A.value @ G @ factors.B.value.T
+        return (
+            nn.functional.linear(x, layer.weight, layer.bias)
+            + 0.5 * x @ factors.A.value @ G @ factors.B.value.T
+        )
 
     got = torch.autograd.grad(sum(layer(x).sin().sum() for layer in layers), leaves)
     want = sum(plain(layer, G).sin().sum() for layer, G in zip(layers, EQUATIONS[form][1](cores)))
@@ -97,12 +111,22 @@ BAD = [
     (lambda: FORMS["few"](PLACES, 4).begin_as_identity(), ValueError, "core_init"),
     (lambda: LoTRLinear(K, K, R).use_core(torch.zeros(R, R)), TypeError, "core"),
     (lambda: LoTRLinear(K, K, R).use_core(nn.Identity()), TypeError, ""),
-    (lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R + 1).at(PLACES[0])), ValueError, "core"),
-    (lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R).double().at(PLACES[0])), ValueError, "core"),
+    (
+        lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R + 1).at(PLACES[0])),
+        ValueError,
+        "core",
+    ),
+    (
+        lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R).double().at(PLACES[0])),
+        ValueError,
+        "core",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("call", "error", "name"), BAD)
-def test_bad_input_is_refused_by_name(call: Callable[[], object], error: type[Exception], name: str) -> None:
+def test_bad_input_is_refused_by_name(
+    call: Callable[[], object], error: type[Exception], name: str
+) -> None:
     with pytest.raises(error, match=f"^{name}: expected" if name else None):
         call()

@@ -30,7 +30,10 @@ def isa_of(run: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_subnormal_bfloat16_counts_as_zero_where_the_instructions_say_so() -> None:
-    smallest, one = torch.full((16, 32), 2.0**-133, dtype=torch.bfloat16), torch.ones(32, 1, dtype=torch.bfloat16)
+    smallest, one = (
+        torch.full((16, 32), 2.0**-133, dtype=torch.bfloat16),
+        torch.ones(32, 1, dtype=torch.bfloat16),
+    )
     flushed = json.loads(ops.info())["cpu"]["isa"] in ("avx512_bf16", "amx_bf16")
     assert (ops.shrink(smallest, one) == (0.0 if flushed else 32 * 2.0**-133)).all()
 
@@ -48,19 +51,33 @@ def test_tiles_that_the_system_refuses_are_not_used() -> None:
     )
     assert isa_of(started(program + INFO, None)) == "avx512_bf16"
     run = started(program + INFO, "amx_bf16")  # by name it is an error, as on a CPU without tiles
-    assert run.returncode and re.search(r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got amx_bf16", run.stderr)
+    assert run.returncode and re.search(
+        r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got amx_bf16", run.stderr
+    )
 
 
 def test_unknown_instruction_set_is_refused() -> None:
     run = started(INFO, "mmx")
-    assert run.returncode and re.search(r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got mmx", run.stderr)
+    assert run.returncode and re.search(
+        r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got mmx", run.stderr
+    )
 
 
 def configured(folder: Path, isas: str) -> subprocess.CompletedProcess[str]:
     """CMake's first step for a choice of instruction sets: it compiles only what it tries."""
     own = Path(sys.executable).parent / "cmake"
-    command = [str(own) if own.is_file() else shutil.which("cmake") or "cmake", "-S", str(ROOT), "-B", str(folder)]
-    command += ["-DLOTR_CUDA=OFF", f"-DLOTR_CPU_ISAS={isas}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [
+        str(own) if own.is_file() else shutil.which("cmake") or "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder),
+    ]
+    command += [
+        "-DLOTR_CUDA=OFF",
+        f"-DLOTR_CPU_ISAS={isas}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -69,7 +86,9 @@ def configured(folder: Path, isas: str) -> subprocess.CompletedProcess[str]:
 def test_a_build_has_the_sets_that_were_asked_for(tmp_path: Path) -> None:
     for asked, want in (("native", isa_of(started(INFO, None))), ("generic", "generic")):
         assert configured(tmp_path / asked, asked).returncode == 0
-        assert re.findall(r"LOTR_SET\((\w+)", (tmp_path / asked / "cpu_sets.def").read_text()) == [want]
+        assert re.findall(r"LOTR_SET\((\w+)", (tmp_path / asked / "cpu_sets.def").read_text()) == [
+            want
+        ]
     run = configured(tmp_path / "bad", "generic,mmx")
     error = " ".join(run.stderr.split())
     assert (
@@ -82,11 +101,24 @@ def test_a_build_has_the_sets_that_were_asked_for(tmp_path: Path) -> None:
 @SOURCES
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
-@pytest.mark.parametrize("source", ["supported.h", "table.cpp f32", "table.cpp bf16", "table.cpp f16"])
+@pytest.mark.parametrize(
+    "source", ["supported.h", "table.cpp f32", "table.cpp bf16", "table.cpp f16"]
+)
 def test_clang_compiles_the_kernels(source: str) -> None:
     """It refuses names that g++ takes."""
     name, _, element = source.partition(" ")
     macros = ["-DLOTR_ISA=generic", "-DLOTR_VB=16", f"-DLOTR_TYPE={element}"] if element else []
-    options = ["-x", "c++", "-std=c++17", "-fsyntax-only", "-Wno-pragma-once-outside-header", "-I", ROOT / "csrc", *macros]
-    done = subprocess.run(["clang++", *options, ROOT / "csrc" / "cpu" / name], capture_output=True, text=True)
+    options = [
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-fsyntax-only",
+        "-Wno-pragma-once-outside-header",
+        "-I",
+        ROOT / "csrc",
+        *macros,
+    ]
+    done = subprocess.run(
+        ["clang++", *options, ROOT / "csrc" / "cpu" / name], capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr[:3000]

@@ -17,15 +17,27 @@ HERE = [name for name in CHECKS if not name.startswith(("zero", "collectives"))]
 def run_in_two_processes(names: list[str], results: Path) -> dict[str, Any]:
     """The results of checks of distributed.py by name."""
     program = Path(__file__).with_name("distributed.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    done = subprocess.run([*launch, str(results), *names], capture_output=True, text=True, timeout=900)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+    ]
+    done = subprocess.run(
+        [*launch, str(results), *names], capture_output=True, text=True, timeout=900
+    )
     assert results.exists(), done.stderr[-4000:]
     return json.loads(results.read_text())
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_in_two_processes([*HERE, "collectives"], tmp_path_factory.mktemp("distributed") / "results.json")
+    return run_in_two_processes(
+        [*HERE, "collectives"], tmp_path_factory.mktemp("distributed") / "results.json"
+    )
 
 
 @pytest.mark.parametrize("name", HERE)

@@ -18,10 +18,18 @@ import lotr_ext
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 # Models that pages load from the Hub, and the folders in which examples/data.py puts them: no test needs a network.
 LOCAL = {"sentence-transformers/all-MiniLM-L6-v2": "data/all-minilm-l6-v2"}
-PROGRAMS = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench.layer"], "gpu": ["-m", "bench.gpu"]}  # of make's ARGS
+PROGRAMS = {
+    "demo": ["examples/finetune_text.py"],
+    "bench": ["-m", "bench.layer"],
+    "gpu": ["-m", "bench.gpu"],
+}  # of make's ARGS
 
 
 def page_name(page: Path) -> str:
@@ -29,7 +37,9 @@ def page_name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     for hub, folder in LOCAL.items():
         found = [block.replace(f'"{hub}"', f'"{folder}"') for block in found]
     return found
@@ -64,12 +74,22 @@ def run_blocks(page: Path) -> dict[str, object]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_python_blocks_run_in_order(page, folder, capsys):
     run_blocks(page)
-    if page == README:  # it shows the summary that it prints; the adapter that it saved is converted by its command
-        (summary,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LoTR: ")]
+    if (
+        page == README
+    ):  # it shows the summary that it prints; the adapter that it saved is converted by its command
+        (summary,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("LoTR: ")
+        ]
         assert summary in " ".join(page.read_text(encoding="utf-8").split())
-        (command,) = re.findall(r"`python (-m lotr_ext.convert [^`]*)`", page.read_text(encoding="utf-8"))
-        done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
-        assert done.returncode == 0 and (folder / "as-lora" / "adapter_model.safetensors").is_file(), done.stderr
+        (command,) = re.findall(
+            r"`python (-m lotr_ext.convert [^`]*)`", page.read_text(encoding="utf-8")
+        )
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)], capture_output=True, text=True
+        )
+        assert (
+            done.returncode == 0 and (folder / "as-lora" / "adapter_model.safetensors").is_file()
+        ), done.stderr
 
 
 @pytest.mark.slow
@@ -78,7 +98,9 @@ def test_the_trainers_block_trains_at_its_own_rate(folder, monkeypatch):
     first = blocks(DOCS / "hugging_face.md", "python")[0]
     ours: dict[str, object] = {}
     exec(compile(first, "hugging_face.md", "exec"), ours)
-    full = re.sub(r"^apply_lotr\(.*\n|^print\(trainable.*\n|^save_adapter.*\n", "", first, flags=re.MULTILINE)
+    full = re.sub(
+        r"^apply_lotr\(.*\n|^print\(trainable.*\n|^save_adapter.*\n", "", first, flags=re.MULTILINE
+    )
     assert "apply_lotr(" not in full.split("import", 3)[-1]
     theirs: dict[str, object] = {}
     exec(compile(full.replace("learning_rate=2e-3", "learning_rate=1e-4"), "full", "exec"), theirs)
@@ -87,12 +109,20 @@ def test_the_trainers_block_trains_at_its_own_rate(folder, monkeypatch):
 
 
 def commands() -> list[str]:
-    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.strip()
+    ]
     return sorted(set(lines))
 
 
 def help_of(program: list[str]) -> str:
-    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -103,7 +133,12 @@ def test_every_command_exists(command):
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     if words[0] == "make":
-        assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0, command
+        assert (
+            subprocess.run(
+                ["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True
+            ).returncode
+            == 0
+        ), command
         (arguments,) = [word[5:] for word in words if word.startswith("ARGS=")] or [""]
         program, words = PROGRAMS.get(words[1], []), shlex.split(arguments)
     elif words[0] == "pip":
@@ -119,7 +154,9 @@ def test_every_command_exists(command):
     flags = [word.split("=")[0] for word in words if word.startswith("-")]
     if flags:
         text = help_of(program)
-        assert all(re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text) for flag in flags), command
+        assert all(re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text) for flag in flags), (
+            command
+        )
     elif program[:1] == ["-m"]:
         assert importlib.util.find_spec(program[1]), command
 
@@ -140,7 +177,11 @@ def test_a_pages_fences_links_and_paths(page):
             headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
             assert place in map(anchor, headings), f"{target}#{place}"
     quoted = [word for part in re.findall(r"`([^`\n]+)`", text) for word in part.split()]
-    inside = [word for word in quoted if re.match(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/", word)]
+    inside = [
+        word
+        for word in quoted
+        if re.match(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/", word)
+    ]
     gone = [path for path in inside if not any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/")))]
     assert not gone, gone
     assert not re.search(r"/(work|home|root|tmp)/", text)

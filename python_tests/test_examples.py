@@ -15,11 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 MINILM = ROOT / "data" / "all-minilm-l6-v2"
 QUICK = {  # program: (arguments, words of its output)
     "custom_model": ("", ["parameters are trained", "the same outputs"]),
-    "finetune_text": ("--steps 2 --batch 4 --held-out 40 --out {out}", ["LoTR", "LoRA (PEFT)", "table.json"]),
-    "many_tasks": ("--tasks 70 --steps 2 --held-out 20 --rounds 1", ["70 tasks of 36 KiB", "64 tasks in the batch"]),
+    "finetune_text": (
+        "--steps 2 --batch 4 --held-out 40 --out {out}",
+        ["LoTR", "LoRA (PEFT)", "table.json"],
+    ),
+    "many_tasks": (
+        "--tasks 70 --steps 2 --held-out 20 --rounds 1",
+        ["70 tasks of 36 KiB", "64 tasks in the batch"],
+    ),
     "per_example": ("--examples 3", ["relative difference to a loop", "gradient"]),
-    "evolve": ("--generations 2 --members 4 --rows 4 --head-steps 2 --held-out 40", ["held-out accuracy", "of 768 numbers"]),
-    "causal_lm": ("--steps 2 --length 16 --new-tokens 3 {language} --out {out}", ["held-out loss", "fresh model"]),
+    "evolve": (
+        "--generations 2 --members 4 --rows 4 --head-steps 2 --held-out 40",
+        ["held-out accuracy", "of 768 numbers"],
+    ),
+    "causal_lm": (
+        "--steps 2 --length 16 --new-tokens 3 {language} --out {out}",
+        ["held-out loss", "fresh model"],
+    ),
     "serve": ("--tasks-only --steps 2 {language} --out {out}", ["three tasks"]),
 }
 
@@ -27,7 +39,10 @@ QUICK = {  # program: (arguments, words of its output)
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "examples" / f"{program}.py"), *arguments]
     return subprocess.run(
-        [*command, "--threads", "1"] if arguments else command, capture_output=True, text=True, env=os.environ
+        [*command, "--threads", "1"] if arguments else command,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
 
 
@@ -37,16 +52,25 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("language")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "model")
     for file in MINILM.glob("*token*"):
         shutil.copy(file, folder / "model")
     line = "A line that is long enough for two of three tasks, whose prompts are its first four words; the answers follow, with"
-    (folder / "text").write_text("".join(f"{line} numbers such as {i} and {i * i} and {7 * i}.\n" for i in range(200)))
+    (folder / "text").write_text(
+        "".join(f"{line} numbers such as {i} and {i * i} and {7 * i}.\n" for i in range(200))
+    )
     return ["--model", str(folder / "model"), "--text", str(folder / "text")]
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason="the model is missing: python examples/data.py minilm snippets")
+@pytest.mark.skipif(
+    not MINILM.is_dir(), reason="the model is missing: python examples/data.py minilm snippets"
+)
 @pytest.mark.parametrize("program", QUICK)
 def test_an_example_runs(program, language, tmp_path):
     arguments, words = QUICK[program]
@@ -63,4 +87,7 @@ def test_an_example_runs(program, language, tmp_path):
 
 def test_a_wrong_option_ends_with_one_line():
     done = run("per_example", "--rank", "0")
-    assert done.returncode == 2 and "--rank: expected at least 1, got 0" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and "--rank: expected at least 1, got 0" in done.stderr.splitlines()[-1]
+    )

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import LoTRExperts, LoTRFactors, LoTRLinear, lotr_grouped_linear
-from lotr_ext.autograd import requesting
-from lotr_ext.linear import OFF
+from lotr_ext.core.request import ADAPTER_OFF, open_request
 
 E, K, N, R, M, ROWS, S = 5, 16, 20, (3, 4), 30, 50, 0.7
 OFFS = [7, 7, 21, 40, 44]  # an expert without rows, and six rows without an expert
@@ -53,7 +52,10 @@ def make(
     tokens = torch.randint(0, M, (ROWS,)) if by_token else None
     A, B = torch.randn(K, R[0], dtype=dtype) / 4, torch.randn(N, R[1], dtype=dtype) / 4
     cores = torch.randn(*((3,) if tasks else ()), E, *R, dtype=dtype) / 2
-    given = {"weight": torch.randn(E, N, K, dtype=dtype) / 4, "bias": torch.randn(E, N, dtype=dtype) if bias else None}
+    given = {
+        "weight": torch.randn(E, N, K, dtype=dtype) / 4,
+        "bias": torch.randn(E, N, dtype=dtype) if bias else None,
+    }
     if tasks:
         given["core_index"] = torch.randint(-1, 3, (len(x),))
     return given, tokens, [t.requires_grad_() for t in (x, A, B, cores)]
@@ -61,7 +63,10 @@ def make(
 
 def ours(given: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
     x, A, B, cores = leaves
-    weight, further = given["weight"], {key: value for key, value in given.items() if key != "weight"}
+    weight, further = (
+        given["weight"],
+        {key: value for key, value in given.items() if key != "weight"},
+    )
     offs = torch.tensor(OFFS, dtype=torch.int32)
     return lotr_grouped_linear(x, weight, offs, A, B, cores, S, tokens=tokens, **further)
 
@@ -111,7 +116,9 @@ def test_double_backward() -> None:
     every = [*leaves, given["weight"]]
     found = []
     for call in (ours, definition):
-        first = torch.autograd.grad(call(given, tokens, leaves).square().sum(), every, create_graph=True)
+        first = torch.autograd.grad(
+            call(given, tokens, leaves).square().sum(), every, create_graph=True
+        )
         found.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), every)])
     assert worst(*found) < 1e-10
 
@@ -138,7 +145,10 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
     linear = LoTRLinear(K, N, factors=factors, dtype=torch.float64, scaling=S)
     offs, x = torch.tensor(OFFS, dtype=torch.int32), torch.randn(ROWS, K, dtype=torch.float64)
     assert torch.equal(
-        experts(x, offs), truth(x, experts.weight, experts.bias, None, factors.A.value, factors.B.value, experts.core)
+        experts(x, offs),
+        truth(
+            x, experts.weight, experts.bias, None, factors.A.value, factors.B.value, experts.core
+        ),
     )
     for core in (experts.core, linear.core):
         nn.init.normal_(core)
@@ -147,7 +157,10 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
     got = torch.autograd.grad(experts(x, offs).sin().sum() + linear(x).sin().sum(), leaves)
     plain = truth(x, experts.weight, experts.bias, None, A, B, experts.core)
     plain = (
-        plain.sin().sum() + (nn.functional.linear(x, linear.weight, linear.bias) + S * x @ A @ linear.core @ B.T).sin().sum()
+        plain.sin().sum()
+        + (nn.functional.linear(x, linear.weight, linear.bias) + S * x @ A @ linear.core @ B.T)
+        .sin()
+        .sum()
     )
     assert worst(got, torch.autograd.grad(plain, leaves)) < 1e-12
 
@@ -162,10 +175,22 @@ def test_module_off_and_with_tasks_of_a_request() -> None:
     )
     cores, tasks = torch.randn(3, E, *R, dtype=torch.float64), torch.randint(-1, 3, (M,))
     A, B = experts.factors.A.value, experts.factors.B.value
-    with requesting({experts: OFF}):
-        assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, 0 * experts.core)]) < 1e-12
-    with requesting({experts: lambda x: (cores, tasks)}):
-        assert worst([experts(x, offs, tokens)], [truth(x, experts.weight, None, tokens, A, B, cores, tasks)]) < 1e-12
+    with open_request({experts: ADAPTER_OFF}):
+        assert (
+            worst(
+                [experts(x, offs, tokens)],
+                [truth(x, experts.weight, None, tokens, A, B, 0 * experts.core)],
+            )
+            < 1e-12
+        )
+    with open_request({experts: lambda x: (cores, tasks)}):
+        assert (
+            worst(
+                [experts(x, offs, tokens)],
+                [truth(x, experts.weight, None, tokens, A, B, cores, tasks)],
+            )
+            < 1e-12
+        )
 
 
 BAD = [
@@ -180,12 +205,18 @@ BAD = [
     ("A", {"A": torch.zeros(K + 1, R[0])}, ValueError),
     ("cores", {"cores": torch.zeros(E + 1, *R)}, ValueError),
     ("core_index", {"core_index": torch.zeros(M)}, TypeError),
-    ("core_index", {"core_index": torch.zeros(M + 1, dtype=torch.int64), "cores": torch.zeros(2, E, *R)}, ValueError),
+    (
+        "core_index",
+        {"core_index": torch.zeros(M + 1, dtype=torch.int64), "cores": torch.zeros(2, E, *R)},
+        ValueError,
+    ),
     ("scaling", {"scaling": float("nan")}, ValueError),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "error"), BAD, ids=[f"{row[0]}-{i}" for i, row in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("name", "change", "error"), BAD, ids=[f"{row[0]}-{i}" for i, row in enumerate(BAD)]
+)
 def test_bad_input_is_refused_by_name(name: str, change: dict, error: type[Exception]) -> None:
     good = {
         "x": torch.zeros(M, K),

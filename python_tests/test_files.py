@@ -39,7 +39,13 @@ from lotr_ext.files import JSON_NAME
 from lotr_ext.model import adapted_layers
 
 OLD = Path(__file__).parent / "data" / "bd4494a"
-OLD_NETS = {"dense": "mlp", "width": "llama", "tasks": "attention", "experts": "mixture", "diagonal": "bert"}
+OLD_NETS = {
+    "dense": "mlp",
+    "width": "llama",
+    "tasks": "attention",
+    "experts": "mixture",
+    "diagonal": "bert",
+}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -67,19 +73,29 @@ def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path:
     adapted = load_adapter(started(name, way, dropout=0.25), tmp_path / "new" / "folder")
     for other in (plain, adapted):
         assert torch.equal(zoo.output(other, x), y) and same(state(other), state(model))
-        assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert [p.requires_grad for p in other.parameters()] == [
+            p.requires_grad for p in model.parameters()
+        ]
         assert {layer.dropout for layer in adapted_layers(other).values()} == {0.25}
     assert plain.lotr_config == model.lotr_config
     save_adapter(plain, tmp_path / "again")
-    first, second = (load_file(tensors_file(tmp_path / folder)) for folder in ("new/folder", "again"))
+    first, second = (
+        load_file(tensors_file(tmp_path / folder)) for folder in ("new/folder", "again")
+    )
     assert same(first, second)
     if name != "mixture":
         unload(plain)
         assert set(plain.state_dict()) == set(zoo.net(name).state_dict())
 
 
-@pytest.mark.parametrize("change", [merge, lambda model: torch.compile(model, backend="eager")], ids=["merged", "compiled"])
-def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(change: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [merge, lambda model: torch.compile(model, backend="eager")],
+    ids=["merged", "compiled"],
+)
+def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
+    change: Callable, tmp_path: Path
+) -> None:
     model, x = trained("mlp"), zoo.inputs("mlp")
     y = model(x)
     save_adapter(change(model), tmp_path)
@@ -91,7 +107,10 @@ def test_modules_to_save_and_buffers_come_along(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
 
-    model, x = apply_lotr(make(), LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"])), torch.randn(8, 4)
+    model, x = (
+        apply_lotr(make(), LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"])),
+        torch.randn(8, 4),
+    )
     moved(model)
     model.train()(x)
     zoo.fill(model, 5, 0.2, lambda name: name[0] in "12")
@@ -117,7 +136,10 @@ def test_hand_built_models_are_filled(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / JSON_NAME).read_text())["config"] is None
     for n in "abcd":
-        other[n].weight.data.copy_(model[n].weight.data), other[n].bias.data.copy_(model[n].bias.data)
+        (
+            other[n].weight.data.copy_(model[n].weight.data),
+            other[n].bias.data.copy_(model[n].bias.data),
+        )
     load_adapter(other, tmp_path)
     assert all(torch.equal(other[n](x), model[n](x)) for n in "abcd")
 
@@ -129,10 +151,14 @@ def test_dtypes_are_checked_and_cast(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cast=True"):
         load_adapter(other, tmp_path)
     load_adapter(other, tmp_path, cast=True)
-    assert {p.dtype for p in lotr_parameters(other)} == {torch.float64} and relative(other(x), model(x)) < 1e-6
+    assert {p.dtype for p in lotr_parameters(other)} == {torch.float64} and relative(
+        other(x), model(x)
+    ) < 1e-6
     save_adapter(model.to(torch.bfloat16), tmp_path)  # the config follows what the adapter is
     again = load_adapter(zoo.net("mlp", torch.bfloat16), tmp_path)
-    assert again.lotr_config.adapter_dtype == torch.bfloat16 and torch.equal(again(x.bfloat16()), model(x.bfloat16()))
+    assert again.lotr_config.adapter_dtype == torch.bfloat16 and torch.equal(
+        again(x.bfloat16()), model(x.bfloat16())
+    )
 
 
 def test_scaling_is_loaded_with_the_values(tmp_path: Path) -> None:
@@ -144,17 +170,37 @@ def test_scaling_is_loaded_with_the_values(tmp_path: Path) -> None:
 def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = zoo.fill(
-            nn.ModuleDict({"a": nn.Linear(4, 4), "embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+            nn.ModuleDict(
+                {
+                    "a": nn.Linear(4, 4),
+                    "embed": nn.Embedding(6, 4),
+                    "head": nn.Linear(4, 6, bias=False),
+                }
+            )
         )
         model["head"].weight = model["embed"].weight
         return model
 
     for saved in (["head"], ["embed", "head"], ["head", "embed"]):
-        model = zoo.fill(apply_lotr(make(), LoTRConfig(rank=2, target_modules=["a"], modules_to_save=saved)), 3)
+        model = zoo.fill(
+            apply_lotr(make(), LoTRConfig(rank=2, target_modules=["a"], modules_to_save=saved)), 3
+        )
         save_adapter(model, tmp_path)
-        assert len([n for n in load_file(tensors_file(tmp_path)) if n.split(".")[0] in ("embed", "head")]) == 1
+        assert (
+            len(
+                [
+                    n
+                    for n in load_file(tensors_file(tmp_path))
+                    if n.split(".")[0] in ("embed", "head")
+                ]
+            )
+            == 1
+        )
         other = load_adapter(make(), tmp_path)
-        assert torch.equal(other["embed"].weight, model["head"].weight) and other["head"].weight is other["embed"].weight
+        assert (
+            torch.equal(other["embed"].weight, model["head"].weight)
+            and other["head"].weight is other["embed"].weight
+        )
 
 
 def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:
@@ -176,7 +222,9 @@ def test_warns_of_what_the_file_lacks(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         save_adapter(model, tmp_path)
     model.head.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"does not write 1 trained parameters .* head\.weight") as caught:
+    with pytest.warns(
+        UserWarning, match=r"does not write 1 trained parameters .* head\.weight"
+    ) as caught:
         save_adapter(model, tmp_path)
     assert len(caught) == 1
     model.head.weight.requires_grad_(False)
@@ -215,7 +263,10 @@ def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
     bank.save(1, tmp_path / "task.safetensors")
     again = load_adapter(zoo.net("attention"), tmp_path)
     TaskBank(again, 1).add(tmp_path / "task.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(again.lotr_tasks.cores_of(0).values(), bank.cores_of(1).values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.lotr_tasks.cores_of(0).values(), bank.cores_of(1).values())
+    )
 
 
 # ---- damaged and foreign files ----------------------------------------------------------------------------------------
@@ -270,7 +321,9 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "another format": edited(format="lora"),
     "a newer version": edited(format_version=99),
     "no version": edited(format_version=None),
-    "a path as the tensors' file": edited(tensors_file="../lotr_adapter.0123456789abcdef.safetensors"),
+    "a path as the tensors' file": edited(
+        tensors_file="../lotr_adapter.0123456789abcdef.safetensors"
+    ),
     "a number as the tensors' file": edited(tensors_file=3),
     "another checksum": edited(tensors_sha256="0" * 64),
     "a list of layers": edited(layers=[]),
@@ -314,7 +367,10 @@ def test_damaged_files_are_one_clear_error(
     before, y, flags = state(model), model(x), [p.requires_grad for p in model.parameters()]
     with pytest.raises((ValueError, TypeError, RuntimeError), match="expected") as raised:
         load_adapter(model, folder)
-    assert type(raised.value) in (ValueError, TypeError, RuntimeError) and len(str(raised.value)) < 2000
+    assert (
+        type(raised.value) in (ValueError, TypeError, RuntimeError)
+        and len(str(raised.value)) < 2000
+    )
     assert same(state(model), before) and torch.equal(model(x), y)
     assert flags == [p.requires_grad for p in model.parameters()]
 
@@ -337,7 +393,9 @@ def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
     return call
 
 
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new, x = trained("mlp", seed=1), trained("mlp", seed=2), zoo.inputs("mlp")
     wanted, found = [zoo.output(model, x) for model in (old, new)], []
     for step in range(10):
@@ -350,7 +408,10 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(tmp_path: Path, mo
         y = zoo.output(load_adapter(zoo.net("mlp"), folder), x)
         found.append([torch.equal(y, want) for want in wanted].index(True))
     assert next(changes) == 8 and found == sorted(found) and set(found) == {0, 1}
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]  # the old tensors are removed
+    assert sorted(path.suffix for path in folder.iterdir()) == [
+        ".json",
+        ".safetensors",
+    ]  # the old tensors are removed
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
@@ -358,11 +419,17 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "lotr_adapter.txt").write_bytes(b"mine")
     for _ in range(2):
         save_adapter(trained("mlp"), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "model.safetensors").read_bytes() == b"mine"
+    assert (
+        len(list(tmp_path.iterdir())) == 4
+        and (tmp_path / "model.safetensors").read_bytes() == b"mine"
+    )
 
 
 def test_names_in_the_files(tmp_path: Path) -> None:
     save_adapter(started("mlp"), tmp_path)
     content = json.loads((tmp_path / JSON_NAME).read_text())
     assert LoTRConfig.from_dict(content["config"]) == config("mlp")
-    assert content["format_version"] == 2 and content["layers"]["blocks.0.up"]["A"] == "lotr_factors.0.value"
+    assert (
+        content["format_version"] == 2
+        and content["layers"]["blocks.0.up"]["A"] == "lotr_factors.0.value"
+    )

@@ -13,7 +13,7 @@ import lotr_ext
 from lotr_ext import LoTRFactors, LoTRLinear
 
 PACKAGE = str(Path(lotr_ext.__file__).parent)
-FRAMES, FUNCTIONS, FILES = 80, 28, 3
+FRAMES, FUNCTIONS, FILES = 145, 45, 8
 
 
 def test_frames_of_q_k_v() -> None:
@@ -31,7 +31,9 @@ def test_frames_of_q_k_v() -> None:
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            seen.append((frame.f_code.co_filename, f"{frame.f_code.co_name} {frame.f_code.co_firstlineno}"))
+            seen.append(
+                (frame.f_code.co_filename, f"{frame.f_code.co_name} {frame.f_code.co_firstlineno}")
+            )
 
     sys.setprofile(note)
     try:
@@ -39,4 +41,7 @@ def test_frames_of_q_k_v() -> None:
     finally:
         sys.setprofile(None)
     found = len(seen), len(set(seen)), len({file for file, _ in seen})
-    assert found[0] <= FRAMES and found[1] <= FUNCTIONS and found[2] <= FILES, (found, sorted(set(seen)))
+    assert found[0] <= FRAMES and found[1] <= FUNCTIONS and found[2] <= FILES, (
+        found,
+        sorted(set(seen)),
+    )

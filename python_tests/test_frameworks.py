@@ -15,7 +15,9 @@ from test_distributed import run_in_two_processes
 FRAMEWORKS = Path(sys.prefix) / "frameworks"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (FRAMEWORKS / "deepspeed").is_dir(), reason="needs DeepSpeed and TRL: make frameworks"),
+    pytest.mark.skipif(
+        not (FRAMEWORKS / "deepspeed").is_dir(), reason="needs DeepSpeed and TRL: make frameworks"
+    ),
 ]
 ZERO = [name for name in CHECKS if name.startswith("zero")]
 
@@ -77,5 +79,10 @@ assert trained and all("lotr" in name or "core" in name for name in trained), tr
 
 @pytest.mark.parametrize("entry", ["peft", "apply_lotr"])
 def test_trl_trains_the_adapter(entry: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", TRL, str(tmp_path), entry], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", TRL, str(tmp_path), entry],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lotr_ext
+from lotr_ext.core.kernel_support import build_info
 from lotr_ext.info import main
-from lotr_ext.ops import build_info
 
 
 def test_first_line_says_which_kernels_run_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,4 +41,7 @@ def test_a_wrong_variable_is_one_line_that_names_it() -> None:
     command, env = [sys.executable, "-m", "lotr_ext.info"], os.environ | {"LOTR_CPU_ISA": "wrong"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1, done.stderr
-    assert "lotr_ext: LOTR_CPU_ISA: expected one of generic" in done.stderr and "got wrong" in done.stderr
+    assert (
+        "lotr_ext: LOTR_CPU_ISA: expected one of generic" in done.stderr
+        and "got wrong" in done.stderr
+    )

@@ -11,7 +11,16 @@ from helpers import relative
 from models import moved, started
 from torch import Tensor, nn
 
-from lotr_ext import LoTRConfig, apply_lotr, disabled, init_from_gradient, load_adapter, lotr_parameters, save_adapter, unload
+from lotr_ext import (
+    LoTRConfig,
+    apply_lotr,
+    disabled,
+    init_from_gradient,
+    load_adapter,
+    lotr_parameters,
+    save_adapter,
+    unload,
+)
 from lotr_ext.init import FACTOR_INITS, START, fill_core_, fill_factor_, leading, tucker2
 from lotr_ext.model import adapted_layers
 
@@ -29,7 +38,9 @@ def stack(count: int, n: int, k: int, r_in: int, r_out: int) -> list[Tensor]:
 def test_orthonormal_factors(d: int, r: int) -> None:
     found = fill_factor_(torch.empty(d, r, dtype=torch.float64), "orthonormal") / START
     assert relative(found.T @ found if r <= d else found @ found.T, torch.eye(min(d, r))) < 1e-12
-    signs = torch.stack([fill_factor_(torch.empty(3, 1), "orthonormal")[0, 0].sign() for _ in range(200)])
+    signs = torch.stack(
+        [fill_factor_(torch.empty(3, 1), "orthonormal")[0, 0].sign() for _ in range(200)]
+    )
     assert 60 < int((signs > 0).sum()) < 140  # uniform: QR alone would give one sign
 
 
@@ -39,9 +50,16 @@ def test_normal_and_kaiming_factors_and_cores() -> None:
     kaiming = fill_factor_(torch.empty(100, 50), "kaiming") / START
     assert 0.09 < float(kaiming.abs().max()) <= 0.1 and abs(float(kaiming.mean())) < 0.005
     for init in FACTOR_INITS:
-        one, two = (fill_factor_(torch.empty(8, 2), init, torch.Generator().manual_seed(3)) for _ in range(2))
-        half = fill_factor_(torch.empty(8, 2, dtype=torch.bfloat16), init, torch.Generator().manual_seed(3))
-        assert torch.equal(one, two) and torch.equal(half, one.bfloat16())  # drawn in float32, cast once
+        one, two = (
+            fill_factor_(torch.empty(8, 2), init, torch.Generator().manual_seed(3))
+            for _ in range(2)
+        )
+        half = fill_factor_(
+            torch.empty(8, 2, dtype=torch.bfloat16), init, torch.Generator().manual_seed(3)
+        )
+        assert torch.equal(one, two) and torch.equal(
+            half, one.bfloat16()
+        )  # drawn in float32, cast once
     assert torch.equal(fill_core_(torch.ones(2, 2, 3), "identity"), torch.eye(2, 3).expand(2, 2, 3))
     assert not fill_core_(torch.ones(2, 3), "zero").any()
 
@@ -101,9 +119,17 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
         before = plain.get_submodule(at).weight.detach()
         delta = layer.delta_weight() if layer.matrix() is layer.weight else layer.delta_weight().T
         assert relative(layer.weight + delta, before) < 1e-6  # the function is unchanged
-        moved_part, left = moved_part + float(delta.square().sum()), left + float(layer.weight.detach().square().sum())
-        assert relative(layer.factors.A.value.T @ layer.factors.A.value, START**2 * torch.eye(3)) < 1e-5
-    whole = sum(float(plain.get_submodule(at).weight.square().sum()) for at in adapted_layers(model))
+        moved_part, left = (
+            moved_part + float(delta.square().sum()),
+            left + float(layer.weight.detach().square().sum()),
+        )
+        assert (
+            relative(layer.factors.A.value.T @ layer.factors.A.value, START**2 * torch.eye(3))
+            < 1e-5
+        )
+    whole = sum(
+        float(plain.get_submodule(at).weight.square().sum()) for at in adapted_layers(model)
+    )
     assert abs(moved_part + left - whole) < 1e-3 * whole  # an orthogonal projection
     assert moved_part > 0.15 * whole
 
@@ -115,7 +141,10 @@ def test_svd_start_survives_files_and_unload(tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     fresh = load_adapter(zoo.net("mlp"), tmp_path)
     assert torch.equal(fresh(x), y)
-    for other in (started("mlp"), moved(started("mlp", "svd", rank=3, scaling=0.7), 3)):  # another start is given back first
+    for other in (
+        started("mlp"),
+        moved(started("mlp", "svd", rank=3, scaling=0.7), 3),
+    ):  # another start is given back first
         load_adapter(other, tmp_path)
         assert relative(other(x), y) < 1e-6
         with disabled(other):
@@ -169,20 +198,34 @@ def test_the_gradient_start_changes_nothing_else() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.drop(self.norm(self.net(x).flatten(0, 1)))
 
-    model = apply_lotr(WithState().train(), LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["norm"]))
-    x, state, random = zoo.inputs("mlp"), {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
+    model = apply_lotr(
+        WithState().train(),
+        LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["norm"]),
+    )
+    x, state, random = (
+        zoo.inputs("mlp"),
+        {n: t.clone() for n, t in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     flags = [p.requires_grad for p in model.parameters()]
     init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, state[n])}
     assert changed == {f"lotr_factors.{i}.value" for i in range(4)}
-    assert torch.equal(torch.get_rng_state(), random) and flags == [p.requires_grad for p in model.parameters()]
+    assert torch.equal(torch.get_rng_state(), random) and flags == [
+        p.requires_grad for p in model.parameters()
+    ]
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_failing_loss_leaves_the_factors() -> None:
     model, x = started("mlp"), zoo.inputs("mlp")
     before = [p.detach().clone() for p in lotr_parameters(model)]
-    for bad in (lambda m, b: m(b).sum() * float("nan"), lambda m, b: m(b).sum() * 0, lambda m, b: 1 / 0, lambda m, b: 3.0):
+    for bad in (
+        lambda m, b: m(b).sum() * float("nan"),
+        lambda m, b: m(b).sum() * 0,
+        lambda m, b: 1 / 0,
+        lambda m, b: 3.0,
+    ):
         with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
             init_from_gradient(model, [x], bad)
     assert all(torch.equal(a, b) for a, b in zip(before, lotr_parameters(model)))

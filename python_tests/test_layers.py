@@ -40,7 +40,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as nnf
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from lotr_ext import LoTRLinear, lotr_linear
 
@@ -103,7 +107,10 @@ def double_of_some(s: Side) -> Found:
     found, y = [], s()
     for t in s.wanted:
         (d,) = s.grad(loss(y), [t], create_graph=True)
-        found += [d, *(s.grad(loss(d), retain_graph=True) if d is not None and d.requires_grad else [])]
+        found += [
+            d,
+            *(s.grad(loss(d), retain_graph=True) if d is not None and d.requires_grad else []),
+        ]
     return found
 
 
@@ -115,7 +122,11 @@ def penalty_plus_loss(s: Side) -> Found:
 def batched(s: Side) -> Found:
     y = s()
     generator = torch.Generator().manual_seed(5)
-    return s.grad(y, grad_outputs=torch.randn(3, *y.shape, generator=generator).to(y.dtype), is_grads_batched=True)
+    return s.grad(
+        y,
+        grad_outputs=torch.randn(3, *y.shape, generator=generator).to(y.dtype),
+        is_grads_batched=True,
+    )
 
 
 def strides_of_gradients(s: Side) -> Found:
@@ -153,7 +164,11 @@ def backward_of(s: Side, y: Tensor) -> Found:
 
 def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     names = ("mm", "addmm", "bmm", "lotr::", "linear")
-    return CheckpointPolicy.MUST_SAVE if any(n in str(op) for n in names) else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if any(n in str(op) for n in names)
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def hooked(s: Side, context: Callable[[], contextlib.AbstractContextManager]) -> Found:
@@ -172,7 +187,9 @@ def functional_gradients(s: Side) -> Found:
     leaves = {n: t.detach() for n, t in s.leaves.items()}
     x = s.x.detach()
     grads = torch.func.grad(lambda leaves: loss(s(x, leaves)))(leaves)
-    each = torch.vmap(torch.func.grad(lambda leaves, one: loss(s(one.unsqueeze(0), leaves))), (None, 0))
+    each = torch.vmap(
+        torch.func.grad(lambda leaves, one: loss(s(one.unsqueeze(0), leaves))), (None, 0)
+    )
     rows = each(leaves, x[:1].expand(3, -1)) if x.dim() == 2 and not s.net.rows else {}
     tangent = torch.func.jvp(s, (x,), (torch.cos(x),))[1]
     jacobian = torch.func.jacrev(lambda x: s(x).sum(-1))(x)
@@ -189,7 +206,9 @@ def gradient_with_a_tangent(s: Side) -> Found:
     """Backward is linear in its gradient."""
     y = s()
     with forward_ad.dual_level():
-        found = s.grad(y, grad_outputs=forward_ad.make_dual(torch.ones_like(y), torch.cos(y.detach())))
+        found = s.grad(
+            y, grad_outputs=forward_ad.make_dual(torch.ones_like(y), torch.cos(y.detach()))
+        )
         return [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
 
 
@@ -255,37 +274,81 @@ def fused_steps(s: Side) -> Found:
 CONTEXTS: dict[str, Callable[[Side], Found]] = {
     f.__name__: f
     for f in (
-        *(once, into_grad, partial_then_whole, failed_then_again, interleaved, twice_on_one_x, double, double_of_some),
-        *(penalty_plus_loss, batched, strides_of_gradients, without_graph, no_grad_first, vmapped, functional_gradients),
+        *(
+            once,
+            into_grad,
+            partial_then_whole,
+            failed_then_again,
+            interleaved,
+            twice_on_one_x,
+            double,
+            double_of_some,
+        ),
+        *(
+            penalty_plus_loss,
+            batched,
+            strides_of_gradients,
+            without_graph,
+            no_grad_first,
+            vmapped,
+            functional_gradients,
+        ),
         *(dual_numbers, gradient_with_a_tangent, in_threads, changed_between, fused_steps),
     )
 } | {
     "checkpoint": partial(checkpointed, use_reentrant=False),
     "reentrant checkpoint": partial(checkpointed, use_reentrant=True),
     "selective checkpoint": partial(
-        checkpointed, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_products)
+        checkpointed,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, save_products),
     ),
     "save_on_cpu": partial(hooked, context=save_on_cpu),
-    "saved-tensor hooks": partial(hooked, context=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)),
+    "saved-tensor hooks": partial(
+        hooked, context=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+    ),
 }
 
 
-def agree(net: Net, context: Callable[[Side], Found], x: Tensor, close: float = CLOSE[torch.float64], **settings: bool) -> None:
+def agree(
+    net: Net,
+    context: Callable[[Side], Found],
+    x: Tensor,
+    close: float = CLOSE[torch.float64],
+    **settings: bool,
+) -> None:
     with net.request():
         ours, truth = (context(side) for side in sides(net, x, **settings))
     error = worst(ours, truth)
     assert error < close, f"{error:.1e}"
 
 
-ONE_FORM = {"wrapped", "trained base", "trained bias", "rows", "rows of siblings", "rows, wrapped"}  # these always run Shrink
-FORMS = [(kind, form) for kind in KINDS for form in ("alone", "folded", "shared") if form == "shared" or kind not in ONE_FORM]
+ONE_FORM = {
+    "wrapped",
+    "trained base",
+    "trained bias",
+    "rows",
+    "rows of siblings",
+    "rows, wrapped",
+}  # these always run Shrink
+FORMS = [
+    (kind, form)
+    for kind in KINDS
+    for form in ("alone", "folded", "shared")
+    if form == "shared" or kind not in ONE_FORM
+]
 each_form = pytest.mark.parametrize("kind, form", FORMS, indirect=["form"])
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @each_form
 def test_contexts(kind: str, context: str, form: str) -> None:
-    agree(Net(kind), CONTEXTS[context], inputs(6), 1e-6 if context == "in_threads" else CLOSE[torch.float64])
+    agree(
+        Net(kind),
+        CONTEXTS[context],
+        inputs(6),
+        1e-6 if context == "in_threads" else CLOSE[torch.float64],
+    )
 
 
 SETS = [set(c) for n in range(5) for c in itertools.combinations(("A", "B", "core", "base"), n)]
@@ -300,7 +363,13 @@ def test_trained_parts(trained: set[str], trains_x: bool, form: str) -> None:
     for kind in ("linear", "siblings", "wrapped")[: 3 if form == "shared" else 2]:
         net = Net(kind)
         for name, p in net.named_parameters():
-            part = name.split(".")[-2] if "factors" in name else "core" if name.endswith("core") else "base"
+            part = (
+                name.split(".")[-2]
+                if "factors" in name
+                else "core"
+                if name.endswith("core")
+                else "base"
+            )
             p.requires_grad_(part in trained)
         for context in (once, into_grad, double):
             agree(net, context, inputs(6), trains_x=trains_x)
@@ -379,7 +448,10 @@ def test_float16_does_not_overflow_where_the_result_does_not() -> None:
             ours, truth = sides(net, inputs(tokens, dtype=torch.float16))
             assert relative(ours(), truth()) < 6e-3
             if kind != "rows":  # by torch's products
-                assert relative(torch.vmap(net)(ours.x.detach().unsqueeze(1)).squeeze(1), truth()) < 6e-3
+                assert (
+                    relative(torch.vmap(net)(ours.x.detach().unsqueeze(1)).squeeze(1), truth())
+                    < 6e-3
+                )
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
@@ -393,7 +465,14 @@ def test_dropout_uses_one_mask_forward_and_backward(form: str) -> None:
         assert not torch.equal(layer(x), layer(x))
         want = x @ layer.weight.T + x @ layer.delta_weight().T
         assert relative(layer.eval()(x), want) < 1e-12
-        parts = (layer.weight, None, layer.factors.A.value, layer.factors.B.value, layer.core, SCALING)
+        parts = (
+            layer.weight,
+            None,
+            layer.factors.A.value,
+            layer.factors.B.value,
+            layer.core,
+            SCALING,
+        )
         assert relative(lotr_linear(x, *parts, dropout_p=0.5), want) < 1e-12
         assert relative(lotr_linear(x, *parts, dropout_p=0.5, training=True), want) > 0.1
 
@@ -423,7 +502,9 @@ def test_siblings_share_a_mask_and_every_backward_repeats_it(shared: None) -> No
         net.layers[1].core.copy_(net.layers[0].core)
     with torch.autocast("cpu", torch.bfloat16):  # the same mask also where x is cast
         a, b = (layer(x) for layer in net.layers[:2])
-    a, b = (y.float() - nnf.linear(x, layer.weight, layer.bias) for y, layer in zip((a, b), net.layers))
+    a, b = (
+        y.float() - nnf.linear(x, layer.weight, layer.bias) for y, layer in zip((a, b), net.layers)
+    )
     assert relative(a, b) < 0.05
 
 
@@ -477,7 +558,12 @@ def test_partial_backwards_leave_nothing(form: str) -> None:
 
     net, x = Net("siblings"), inputs(6).requires_grad_()
     y = net(x)
-    wanted = [[x], [net.layers[0].core], [net.layers[0].factors.A.value], [net.layers[0].factors.B.value]]
+    wanted = [
+        [x],
+        [net.layers[0].core],
+        [net.layers[0].factors.A.value],
+        [net.layers[0].factors.B.value],
+    ]
     counts = []
     for _ in range(3):
         for of in wanted:
@@ -542,7 +628,9 @@ def test_siblings_around_a_change(changed: str, graph: bool, shared: None) -> No
             a = s.layer(0, x)
             if changed == "A.data":
                 A.data = A.data * 2
-            elif changed == "A after a backward":  # by a fused optimizer, unseen by version counters
+            elif (
+                changed == "A after a backward"
+            ):  # by a fused optimizer, unseen by version counters
                 done = s.grad(loss(a), list(s.leaves.values()), retain_graph=True) if graph else []
                 A.detach().numpy()[...] *= 2 if done else 1
             else:
@@ -566,8 +654,16 @@ def test_parametrized_factors_and_cores(form: str) -> None:
     layer, x = net.layers[0], inputs(6)
     raw = [layer.parametrizations.core.original, layer.factors.A.parametrizations.value.original]
     y = layer(x)
-    want = nnf.linear(x, layer.weight, layer.bias) + SCALING * x @ raw[1].tanh() @ raw[0].tanh() @ layer.factors.B.value.T
-    assert worst([y, *torch.autograd.grad(loss(y), raw)], [want, *torch.autograd.grad(loss(want), raw)]) < 1e-10
+    want = (
+        nnf.linear(x, layer.weight, layer.bias)
+        + SCALING * x @ raw[1].tanh() @ raw[0].tanh() @ layer.factors.B.value.T
+    )
+    assert (
+        worst(
+            [y, *torch.autograd.grad(loss(y), raw)], [want, *torch.autograd.grad(loss(want), raw)]
+        )
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])

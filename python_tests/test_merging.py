@@ -35,7 +35,9 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
     net = Net(kind, dtype)
     layer, x = net.layers[0], inputs(6, dtype=dtype)
-    A, B, G, W = map(copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix()))
+    A, B, G, W = map(
+        copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix())
+    )
     delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
     assert relative(layer.delta_weight(), delta) < 1e-6
     plain = layer.to_linear()
@@ -43,14 +45,23 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     ulp = torch.finfo(dtype).eps * (W + delta).abs()
     slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
     assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
-    assert torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
-    assert torch.equal(plain.weight, layer.matrix()) and relative(plain(x), layer(x).double()) < CLOSE[dtype]
+    assert (
+        torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
+    )
+    assert (
+        torch.equal(plain.weight, layer.matrix())
+        and relative(plain(x), layer(x).double()) < CLOSE[dtype]
+    )
     with pytest.raises(RuntimeError, match="unmerge"):
         layer.state_dict()
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
     layer.unmerge()
-    assert torch.equal(layer.weight, before) and torch.equal(layer(x), y) and layer.weight_backup is None
+    assert (
+        torch.equal(layer.weight, before)
+        and torch.equal(layer(x), y)
+        and layer.weight_backup is None
+    )
     layer.merge(keep_backup=False)
     assert layer.weight_backup is None
     layer.unmerge()

@@ -53,8 +53,14 @@ def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
             if layer.start_core is not None:
                 plain.get_submodule(layer_name).weight.copy_(layer.weight)
     weights = written_out(model, plain)
-    settings = {"use_cache": False} if hasattr(plain, "config") and plain.config.model_type != "bert" else {}
-    found = torch.func.functional_call(plain, weights, (x.double() if x.is_floating_point() else x,), settings)
+    settings = (
+        {"use_cache": False}
+        if hasattr(plain, "config") and plain.config.model_type != "bert"
+        else {}
+    )
+    found = torch.func.functional_call(
+        plain, weights, (x.double() if x.is_floating_point() else x,), settings
+    )
     return found if isinstance(found, Tensor) else found.logits
 
 
@@ -132,12 +138,21 @@ def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     assert all(p.grad is None for p in own_parameters(model))
 
 
-@pytest.mark.parametrize(("name", "way"), [*((name, "shape") for name in zoo.NETS), ("mlp", "svd"), ("llama", "train")])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "shape") for name in zoo.NETS), ("mlp", "svd"), ("llama", "train")]
+)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_is_a_model_of_its_own(name: str, way: str, copied) -> None:
     model, x = trained(name, way), zoo.inputs(name)
     other, y = copied(model), zoo.output(model, x)
-    assert torch.equal(zoo.output(other, x), y) and other.state_dict().keys() == model.state_dict().keys()
+    assert (
+        torch.equal(zoo.output(other, x), y)
+        and other.state_dict().keys() == model.state_dict().keys()
+    )
     moved(other, 8)
     assert torch.equal(zoo.output(model, x), y) and not torch.equal(zoo.output(other, x), y)
     unload(other)
@@ -197,7 +212,12 @@ GROUPS = [
     ("attention", "shape", 2, 1),
     ("attention", "name", 8, 4),
     ("attention", "block", 4, 2),
-    ("attention", {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"}, 4, 2),
+    (
+        "attention",
+        {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"},
+        4,
+        2,
+    ),
     ("attention", lambda name, module: name[:8], 4, 2),
     ("llama", "width", 3, 2),
 ]
@@ -205,7 +225,9 @@ GROUPS = [
 
 @pytest.mark.parametrize(("name", "by", "factors", "pairs"), GROUPS)
 def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -> None:
-    model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by))
+    model = apply_lotr(
+        zoo.net(name), LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by)
+    )
     assert len(model.lotr_factors) == factors
     assert trainable_summary(model).groups == pairs
     owned = {id(f) for f in model.lotr_factors}
@@ -213,7 +235,9 @@ def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -
     keys = [key for key in model.state_dict() if "lotr_" in key]
     assert keys == [f"lotr_factors.{i}.value" for i in range(factors)]
     if callable(by):
-        assert model.lotr_config.group_by == {n: by(n, None) for n in adapted_layers(model)}  # it can be saved
+        assert model.lotr_config.group_by == {
+            n: by(n, None) for n in adapted_layers(model)
+        }  # it can be saved
 
 
 SELECTED = [
@@ -226,15 +250,27 @@ SELECTED = [
         ["blocks.0.down", "blocks.1.up", "blocks.1.down"],
     ),
     ("mlp", {"exclude_modules": r"blocks\..*"}, ["head"]),
-    ("mlp", {"modules_to_save": ["head"], "exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
-    ("gpt2", {"target_modules": ["c_attn"]}, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
+    (
+        "mlp",
+        {"modules_to_save": ["head"], "exclude_modules": ["up"]},
+        ["blocks.0.down", "blocks.1.down"],
+    ),
+    (
+        "gpt2",
+        {"target_modules": ["c_attn"]},
+        ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"],
+    ),
     ("llama", {"target_modules": r"model\.layers\.1\..*"}, None),
     (
         "mixture",
         {"target_parameters": ["down_proj"], "modules_to_save": ["0.mlp"]},
         ["model.layers.1.mlp.experts.lotr.down_proj"],
     ),
-    ("mixture", {"target_parameters": ["down_proj"]}, [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)]),
+    (
+        "mixture",
+        {"target_parameters": ["down_proj"]},
+        [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)],
+    ),
 ]
 
 
@@ -242,7 +278,11 @@ SELECTED = [
 def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> None:
     model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, **settings))
     found = list(adapted_layers(model))
-    assert found == wanted if wanted else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
+    assert (
+        found == wanted
+        if wanted
+        else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     names, ends = [n for n, _ in model.named_parameters()], settings.get("modules_to_save", ())
     saved = {n for n in names if any(f".{end}." in f".{n}" for end in ends)}
@@ -262,7 +302,9 @@ def test_all_linear_leaves_out_and_says_so(name: str, left: set[str], reason: st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = apply_lotr(zoo.net(name), LoTRConfig(rank=2))
-    found = {name: why for why, names in trainable_summary(model).left_out.items() for name in names}
+    found = {
+        name: why for why, names in trainable_summary(model).left_out.items() for name in names
+    }
     assert set(found) >= left and not set(found) & set(adapted_layers(model))
     assert all(re.search(reason, found[n]) for n in left), found
     assert str(trainable_summary(model)).count("left out:") == len(set(found.values()))
@@ -282,7 +324,11 @@ class Reads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.router, self.doubled, self.tied = self.Router(8, 8), self.Doubled(8, 8), nn.Linear(8, 8)
+        self.router, self.doubled, self.tied = (
+            self.Router(8, 8),
+            self.Doubled(8, 8),
+            nn.Linear(8, 8),
+        )
         self.embed = nn.Embedding(8, 8)
         self.embed.weight = self.tied.weight
 
@@ -293,7 +339,11 @@ class Reads(nn.Module):
 def test_all_linear_leaves_out_what_an_adapter_would_break() -> None:
     model = apply_lotr(Reads().eval(), LoTRConfig(rank=2))
     assert list(adapted_layers(model)) == ["doubled"] and isinstance(model.doubled, LoTRWrapped)
-    assert list(trainable_summary(model).left_out.values()) == [["attention.out_proj"], ["router"], ["tied"]]
+    assert list(trainable_summary(model).left_out.values()) == [
+        ["attention.out_proj"],
+        ["router"],
+        ["tied"],
+    ]
     x = torch.randn(2, 3, 8)
     before = model(x)
     moved(model)
@@ -344,12 +394,17 @@ def test_wraps_hooked_and_parametrized_layers() -> None:
     seen.clear()
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
     kinds = {name: type(m).__name__ for name, m in adapted_layers(model).items()}
-    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == ["blocks.0.down", "blocks.1.up"]
+    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == [
+        "blocks.0.down",
+        "blocks.1.up",
+    ]
     assert not torch.equal(model(x), before) and seen
     unchanged = state(model)
     with pytest.raises(TypeError, match="blocks"):  # the weight norm: nothing is merged
         merge(model)
-    assert same(state(model), unchanged) and not any(m.merged for m in adapted_layers(model).values())
+    assert same(state(model), unchanged) and not any(
+        m.merged for m in adapted_layers(model).values()
+    )
     unload(model)
     assert same(state(model), want) and torch.equal(model(x), before)
 
@@ -359,11 +414,16 @@ def test_merge_and_unload_change_all_layers_or_none() -> None:
     before = zoo.output(model, x)
     model.blocks[1]["down"].core.data[0, 0] = float("nan")
     kept = state(model)
-    for call in (lambda: merge(model, safe=True), lambda: merge(model, safe=True, keep_backup=False)):
+    for call in (
+        lambda: merge(model, safe=True),
+        lambda: merge(model, safe=True, keep_backup=False),
+    ):
         with pytest.raises(ValueError, match="finite"):
             call()
         assert not any(m.merged for m in adapted_layers(model).values())
-        assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items() if "core" not in n)
+        assert all(
+            torch.equal(t, kept[n]) for n, t in model.state_dict().items() if "core" not in n
+        )
     model.blocks[1]["down"].core.data[0, 0] = 0.0
     assert zoo.output(model, x).shape == before.shape
 
@@ -383,13 +443,21 @@ def test_summary_groups_and_parameters_count_the_same() -> None:
     summary, layers = trainable_summary(model), adapted_layers(model)
     r, n = 3, len(layers)
     assert summary.layers == n == 8
-    assert summary.adapter == n * r * r + r * (16 + 16) + r * (24 + 16) == sum(p.numel() for p in lotr_parameters(model))
+    assert (
+        summary.adapter
+        == n * r * r + r * (16 + 16) + r * (24 + 16)
+        == sum(p.numel() for p in lotr_parameters(model))
+    )
     assert summary.trained == summary.adapter + 16 * 3 + 3
     assert summary.parts == ("A", "B", "core", "classifier")
     assert summary.total == sum(p.numel() for p in model.parameters())
     assert "8 layers, 2 pairs of factors" in str(summary) and "rank=3" in str(model)
     groups = parameter_groups(model, 1e-3, other_lr=1e-2)
-    assert [(g["name"], g["lr"]) for g in groups] == [("cores", 1e-3), ("factors", 1e-3), ("other", 1e-2)]
+    assert [(g["name"], g["lr"]) for g in groups] == [
+        ("cores", 1e-3),
+        ("factors", 1e-3),
+        ("other", 1e-2),
+    ]
     assert sum(p.numel() for g in groups for p in g["params"]) == summary.trained
     torch.optim.AdamW(groups).step()
 
@@ -410,12 +478,27 @@ def test_heads_are_trained_with_a_task_type_and_warned_of_without() -> None:
     assert len(caught) == 1 and not model.classifier.weight.requires_grad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"], task_type="SEQ_CLS"))
-        assert model.lotr_config.modules_to_save == ("classifier",) and model.classifier.weight.requires_grad
+        model = apply_lotr(
+            zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"], task_type="SEQ_CLS")
+        )
+        assert (
+            model.lotr_config.modules_to_save == ("classifier",)
+            and model.classifier.weight.requires_grad
+        )
         apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
 
 
-COUNTS = {1: 1560, 2: 3168, 4: 6528, 8: 13824, 16: 30720, 32: 73728, 40: 99840, 80: 276480, 88: 321024}
+COUNTS = {
+    1: 1560,
+    2: 3168,
+    4: 6528,
+    8: 13824,
+    16: 30720,
+    32: 73728,
+    40: 99840,
+    80: 276480,
+    88: 321024,
+}
 
 
 @pytest.mark.parametrize(("rank", "count"), COUNTS.items())
@@ -454,14 +537,22 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path) -> N
     assert relative(zoo.output(model, x), zoo.output(want, x)) < 1e-6
     zoo.output(model, x).square().sum().backward()
     zoo.output(want, x).square().sum().backward()
-    assert worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)]) < 1e-5
+    assert (
+        worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)])
+        < 1e-5
+    )
     with refused("merge", RuntimeError):
         merge(model)
     lotr_ext.save_adapter(model, tmp_path)
-    assert torch.equal(zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x))
+    assert torch.equal(
+        zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x)
+    )
     offloaded = zoo.net("llama")
     cpu_offload(offloaded, torch.device("cpu"))
-    assert relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x)) < 1e-6
+    assert (
+        relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x))
+        < 1e-6
+    )
 
 
 class Idle(nn.Module):
@@ -477,7 +568,10 @@ class Idle(nn.Module):
 
 def test_the_first_step_names_a_layer_that_no_forward_called() -> None:
     model = apply_lotr(Idle(), LoTRConfig(rank=2))
-    optimizer, other = torch.optim.SGD(lotr_parameters(model), 0.1), torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+    optimizer, other = (
+        torch.optim.SGD(lotr_parameters(model), 0.1),
+        torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.step()
@@ -505,7 +599,8 @@ def test_explain_says_what_runs_and_why() -> None:
     model, x = trained("mlp"), zoo.inputs("mlp")
     lines = explain(model, x).splitlines()
     assert lines == [
-        f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)" for a in ("16 -> 24", "24 -> 16")
+        f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)"
+        for a in ("16 -> 24", "24 -> 16")
     ]
     with torch.autocast("cpu", torch.bfloat16):
         assert "bfloat16" in explain(model, x)
@@ -516,7 +611,9 @@ def test_explain_says_what_runs_and_why() -> None:
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
-    assert "PyTorch's own products, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
+    assert "PyTorch's own products, because A is torch.float16" in explain(
+        mixed, zoo.inputs("bert")
+    )
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 
@@ -526,8 +623,19 @@ def test_explain_says_what_runs_and_why() -> None:
 def test_config_survives_json() -> None:
     import json
 
-    every = LoTRConfig(rank=(2, 3), alpha=4, dropout=0.1, target_modules={"b", "a"}, group_by={"x": "g"}, train=["core", "A"])
-    for one in (LoTRConfig(), every, LoTRConfig(scaling=2, core="tucker", adapter_dtype=torch.float64, task_type="CAUSAL_LM")):
+    every = LoTRConfig(
+        rank=(2, 3),
+        alpha=4,
+        dropout=0.1,
+        target_modules={"b", "a"},
+        group_by={"x": "g"},
+        train=["core", "A"],
+    )
+    for one in (
+        LoTRConfig(),
+        every,
+        LoTRConfig(scaling=2, core="tucker", adapter_dtype=torch.float64, task_type="CAUSAL_LM"),
+    ):
         again = LoTRConfig.from_dict(json.loads(json.dumps(one.to_dict())))
         assert again == one
     assert every.target_modules == ("a", "b") and every.train == ("A", "core")
@@ -537,7 +645,9 @@ def test_config_survives_json() -> None:
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("argument", "call"), [row[1:] for row in BAD_MODEL], ids=[row[0] for row in BAD_MODEL])
+@pytest.mark.parametrize(
+    ("argument", "call"), [row[1:] for row in BAD_MODEL], ids=[row[0] for row in BAD_MODEL]
+)
 def test_bad_input_is_refused_by_name(argument: str, call) -> None:
     with refused(argument):
         call()
@@ -561,11 +671,17 @@ def test_a_refused_model_is_unchanged(settings: dict) -> None:
     with pytest.raises((TypeError, ValueError, RuntimeError), match="expected"):
         apply_lotr(model, LoTRConfig(rank=2, **settings))
     assert same(state(model), before) and torch.equal(model(x), y)
-    assert flags == [p.requires_grad for p in model.parameters()] and not hasattr(model, "lotr_config")
+    assert flags == [p.requires_grad for p in model.parameters()] and not hasattr(
+        model, "lotr_config"
+    )
 
 
 def test_messages_help_with_wrong_names() -> None:
-    for targets, hint in ((["quary"], "'query'"), (["to_qkv"], "dense, key, query, value"), (["all_linear"], None)):
+    for targets, hint in (
+        (["quary"], "'query'"),
+        (["to_qkv"], "dense, key, query, value"),
+        (["all_linear"], None),
+    ):
         with pytest.raises(ValueError) as raised:
             apply_lotr(zoo.net("bert"), LoTRConfig(target_modules=targets))
         assert hint is None or hint in str(raised.value), raised.value

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from lotr_ext import reference
-from lotr_ext.ops import failed_call
+from lotr_ext.core.kernel_support import failed_call
 
 ops = torch.ops.lotr
 Check = tuple[str, Tensor, Tensor, Tensor, float]
@@ -44,11 +44,27 @@ S = 0.37
 SEED = -(2**61) + 12345678901
 # M, K, N, r_in: whole blocks of each kernel, their remainders, panels cut short; r_out is r_in + 1, up to 256
 SHAPES = [
-    *((0, 5, 3, 2), (1, 1, 1, 1), (1, 64, 48, 16), (5, 7, 9, 3), (7, 129, 31, 8), (16, 64, 64, 16), (97, 77, 130, 17)),
-    *((130, 200, 96, 64), (257, 65, 67, 33), (29, 31, 70, 100), (33, 300, 129, 255), (3, 600, 5, 5)),
+    *(
+        (0, 5, 3, 2),
+        (1, 1, 1, 1),
+        (1, 64, 48, 16),
+        (5, 7, 9, 3),
+        (7, 129, 31, 8),
+        (16, 64, 64, 16),
+        (97, 77, 130, 17),
+    ),
+    *(
+        (130, 200, 96, 64),
+        (257, 65, 67, 33),
+        (29, 31, 70, 100),
+        (33, 300, 129, 255),
+        (3, 600, 5, 5),
+    ),
 ]
 KINDS = [(t, t) for t in DTYPES] + [(t, torch.float32) for t in HALVES]  # x's dtype, the factors'
-of_kinds = pytest.mark.parametrize("dtype, factors", KINDS, ids=lambda t: str(t).removeprefix("torch."))
+of_kinds = pytest.mark.parametrize(
+    "dtype, factors", KINDS, ids=lambda t: str(t).removeprefix("torch.")
+)
 
 
 class Case:
@@ -63,15 +79,27 @@ class Case:
         p: float = 0.0,
     ):
         self.m, self.k, self.n, self.r = shape
-        self.r_out, self.dtype, self.factors, self.layout, self.acc = self.r + 1, dtype, factors, layout, sums_dtype(dtype)
+        self.r_out, self.dtype, self.factors, self.layout, self.acc = (
+            self.r + 1,
+            dtype,
+            factors,
+            layout,
+            sums_dtype(dtype),
+        )
         self.p, self.seed = p, torch.tensor([SEED]) if p else None
         self.generator = torch.Generator().manual_seed(sum(shape))
-        self.x, self.g, self.u = self.make(self.m, self.k), self.make(self.m, self.n), self.make(self.m, self.r)
+        self.x, self.g, self.u = (
+            self.make(self.m, self.k),
+            self.make(self.m, self.n),
+            self.make(self.m, self.r),
+        )
         self.A, self.F = self.factor(self.k, self.r), self.factor(self.n, self.r)
         self.B, self.cores = self.factor(self.n, self.r_out), self.factor(2, self.r, self.r_out)
 
     def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*size, generator=self.generator, dtype=torch.float64) / size[-1] ** 0.25
+        values = (
+            torch.randn(*size, generator=self.generator, dtype=torch.float64) / size[-1] ** 0.25
+        )
         return laid_out(values.to(dtype or self.dtype), self.layout)
 
     def factor(self, *size: int) -> Tensor:
@@ -137,7 +165,13 @@ def row_core(c: Case) -> Iterator[Check]:
         h = ops.row_core(c.u, c.cores, *which, S)
         own, chosen = (index >= 0).double()[:, None, None], cores[index.clamp(min=0)]
         rows = u[tokens].unsqueeze(1)
-        yield "h", h, (S * rows @ chosen * own).squeeze(1), (S * rows.abs() @ chosen.abs() * own).squeeze(1), 1
+        yield (
+            "h",
+            h,
+            (S * rows @ chosen * own).squeeze(1),
+            (S * rows.abs() @ chosen.abs() * own).squeeze(1),
+            1,
+        )
 
 
 def row_core_backward(c: Case) -> Iterator[Check]:
@@ -149,7 +183,9 @@ def row_core_backward(c: Case) -> Iterator[Check]:
         for core in range(2):
             own = (index == core).nonzero().squeeze(1)
             rows, at = g[own], tokens[own]
-            for i, (a, b, d) in enumerate(((u[at], cores[core], rows), (u[at].abs(), cores[core].abs(), rows.abs()))):
+            for i, (a, b, d) in enumerate(
+                ((u[at], cores[core], rows), (u[at].abs(), cores[core].abs(), rows.abs()))
+            ):
                 sums[i].index_add_(0, at, S * d @ b.T)
                 sums[2 + i][core] = S * a.T @ d
         yield "du", du, sums[0], sums[1], 1
@@ -164,17 +200,27 @@ def layer_forward(c: Case) -> Iterator[Check]:
     u_size, F, F_size = kept.abs() @ A.abs(), S * B @ G.T, S * B.abs() @ G.abs().T
     for strategy in (0, BETA) if c.p else (0, BETA, UNFOLDED, UNFOLDED + BETA):
         for given_bias in (bias, None):
-            y, u, made = ops.layer_forward(x, weight, given_bias, c.A, c.B, core, S, strategy, None, None, c.p, c.seed)
+            y, u, made = ops.layer_forward(
+                x, weight, given_bias, c.A, c.B, core, S, strategy, None, None, c.p, c.seed
+            )
             assert (made is None) == (strategy >= UNFOLDED)
             size = wide_x.abs() @ W.abs().T + u_size @ F_size.T
             truth = wide_x @ W.T + kept @ A @ F.T
             if given_bias is not None:
                 truth, size = truth + b, size + b.abs()
-            yield f"y {strategy}", y, truth, size, 5  # u, F or h, the base product, the factors and y itself are rounded
+            yield (
+                f"y {strategy}",
+                y,
+                truth,
+                size,
+                5,
+            )  # u, F or h, the base product, the factors and y itself are rounded
             yield f"u {strategy}", u, kept @ A, u_size, 1
             if made is not None:
                 yield f"F {strategy}", made, F, F_size, 1
-                again = ops.layer_forward(x, weight, given_bias, None, c.B, core, S, strategy, u, made, 0.0, None)
+                again = ops.layer_forward(
+                    x, weight, given_bias, None, c.B, core, S, strategy, u, made, 0.0, None
+                )
                 assert torch.equal(again[0], y) and again[1] is None and again[2] is None
 
 
@@ -193,23 +239,52 @@ def layer_backward_(c: Case) -> Iterator[Check]:
         sums = c.sums(c.k, c.r), c.sums(c.n, c.r_out)
         own_k = None if made is None else c.make(c.m, c.r)
         own_dx = None if made is None else c.dense_if_bfloat16(c.make(c.m, c.k))[0]
-        before = [torch.zeros((), dtype=torch.float64) if t is None else copy64(t) for t in (own_k, own_dx, *sums)]
+        before = [
+            torch.zeros((), dtype=torch.float64) if t is None else copy64(t)
+            for t in (own_k, own_dx, *sums)
+        ]
         added = ops.layer_backward_(*head, own_k, own_dx, None, *sums, True, True, c.p, c.seed)
-        assert [t is None for t in added] == [made is not None, True, True, True, False] and all(map(untouched, sums))
+        assert [t is None for t in added] == [made is not None, True, True, True, False] and all(
+            map(untouched, sums)
+        )
         added_dx = added[0] if made is None else own_dx
         start = [torch.zeros((), dtype=torch.float64)] * 4
-        for (k0, dx0, dA0, dB0), (dx, dA, dB) in ((start, (fresh[0], *fresh[2:4])), (before, (added_dx, *sums))):
+        for (k0, dx0, dA0, dB0), (dx, dA, dB) in (
+            (start, (fresh[0], *fresh[2:4])),
+            (before, (added_dx, *sums)),
+        ):
             all_k, size = k + k0, k_size + k0.abs()
             dx_size = dx0.abs() + wide_g.abs() @ W.abs() + mask * (size @ A.abs().T)
             yield f"dx {strategy}", dx, dx0 + wide_g @ W + mask * (all_k @ A.T), dx_size, 6
-            yield from rounded(c, f"dA {strategy}", dA, dA0 + kept.T @ all_k, dA0.abs() + kept.abs().T @ size)
-            yield from rounded(c, f"dB {strategy}", dB, dB0 + S * Q @ G, dB0.abs() + S * Q_size @ G.abs())
+            yield from rounded(
+                c, f"dA {strategy}", dA, dA0 + kept.T @ all_k, dA0.abs() + kept.abs().T @ size
+            )
+            yield from rounded(
+                c, f"dB {strategy}", dB, dB0 + S * Q @ G, dB0.abs() + S * Q_size @ G.abs()
+            )
         yield from rounded(c, f"dG {strategy}", fresh[4], S * Q.T @ B, S * Q_size.T @ B.abs())
 
 
 def k_and_Q(c: Case, u: Tensor, Q: Tensor, F: Tensor | None) -> Tensor | None:
     """Adds g^T u to Q; returns k = g F."""
-    return ops.layer_backward_(c.g, None, None, u, None, F, c.B, c.cores[0], S, 0, None, None, Q, *(None,) * 2, False, False)[1]
+    return ops.layer_backward_(
+        c.g,
+        None,
+        None,
+        u,
+        None,
+        F,
+        c.B,
+        c.cores[0],
+        S,
+        0,
+        None,
+        None,
+        Q,
+        *(None,) * 2,
+        False,
+        False,
+    )[1]
 
 
 def backward_sums(c: Case) -> Iterator[Check]:
@@ -225,7 +300,9 @@ def backward_sums(c: Case) -> Iterator[Check]:
         if k is not None:
             yield "k", k, g @ F_wide, g.abs() @ F_wide.abs(), 1
         yield "Q", Q, before_Q + sums, before_Q.abs() + sizes, 1
-        yield from rounded(c, "dB", dB, before_dB + S * sums @ G, before_dB.abs() + S * sizes @ G.abs())
+        yield from rounded(
+            c, "dB", dB, before_dB + S * sums @ G, before_dB.abs() + S * sizes @ G.abs()
+        )
         yield from rounded(c, "dG", dG, S * sums.T @ B, S * sizes.T @ B.abs())
 
 
@@ -265,7 +342,12 @@ TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
     )
 }
 DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_backward_")
-FORMULAS = {"grouped_mm", "grouped_outer", "linear", "dropout_mask"}  # Python formulas: test_layers.py has their numbers
+FORMULAS = {
+    "grouped_mm",
+    "grouped_outer",
+    "linear",
+    "dropout_mask",
+}  # Python formulas: test_layers.py has their numbers
 
 
 def test_every_operator_is_in_the_table() -> None:
@@ -317,7 +399,9 @@ def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> No
                 runs.append(results(name, Case(shape, dtype, dtype, p=p)))
             finally:
                 torch.set_num_threads(before)
-        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)), shape
+        assert all(
+            torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)
+        ), shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -336,7 +420,9 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
     sums = [torch.zeros(c.k, c.r, dtype=c.acc) for _ in range(2)]
     for acc, own in zip(sums, (c.x, x)):
         ops.shrink_backward_(c.u, None, own, None, acc, c.p, c.seed)
-    assert torch.equal(*sums) and torch.equal(ops.shrink(c.x, c.A, c.p, c.seed), ops.shrink(x, c.A, c.p, c.seed))
+    assert torch.equal(*sums) and torch.equal(
+        ops.shrink(c.x, c.A, c.p, c.seed), ops.shrink(x, c.A, c.p, c.seed)
+    )
     y = c.g.clone()
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert torch.equal(y[c.mask(c.n) == 0], c.g[c.mask(c.n) == 0])  # not even rounded again
@@ -348,7 +434,11 @@ def test_nan_stays_in_its_row_and_column(bad: float, dtype: torch.dtype) -> None
     """Row 37 lies in a tile that is cut short, column 65 behind the whole steps."""
     c = Case((41, 67, 130, 18), dtype, dtype)
     c.x[37, 65], c.u[37, 17], c.g[37, 129] = bad, bad, bad
-    y, dA, Q = torch.ones_like(c.g), torch.zeros(c.k, c.r, dtype=c.acc), torch.zeros(c.n, c.r, dtype=c.acc)
+    y, dA, Q = (
+        torch.ones_like(c.g),
+        torch.zeros(c.k, c.r, dtype=c.acc),
+        torch.zeros(c.n, c.r, dtype=c.acc),
+    )
     ops.expand_add_(y, c.u, c.F), ops.shrink_backward_(torch.ones_like(c.u), None, c.x, None, dA)
     k = k_and_Q(c, torch.ones_like(c.u), Q, c.F)
     for result, at in ((ops.shrink(c.x, c.A), 37), (y, 37), (k, 37), (dA, 65), (Q, 129)):
@@ -367,7 +457,10 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     m = lead[0] * lead[1]
     c = Case((m, 24, 18, 4), torch.float32, torch.float32)
     weight, core, bias = c.make(c.n, c.k), c.cores[0], c.make(1, c.n)[0]
-    views = [torch.full((*lead, 3, t.shape[1]), float("nan"))[:, :, 1].copy_(t.view(*lead, t.shape[1])) for t in (c.x, c.g)]
+    views = [
+        torch.full((*lead, 3, t.shape[1]), float("nan"))[:, :, 1].copy_(t.view(*lead, t.shape[1]))
+        for t in (c.x, c.g)
+    ]
     for x, g in ((c.x.view(*lead, c.k), c.g.view(*lead, c.n)), views):
         for strategy in (0, BETA, UNFOLDED):
             y, u, F = ops.layer_forward(x, weight, bias, c.A, c.B, core, S, strategy)
@@ -375,7 +468,9 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
             assert relative(y, flat[0].view(y.shape)) < 1e-6 and torch.equal(u, flat[1])
             none = (None,) * 5
             found, want = (
-                ops.layer_backward_(g_, weight, x_, u, c.A, F, c.B, core, S, strategy, *none, True, True)
+                ops.layer_backward_(
+                    g_, weight, x_, u, c.A, F, c.B, core, S, strategy, *none, True, True
+                )
                 for g_, x_ in ((g, x), (c.g, c.x))
             )
             assert found[0].shape == x.shape and relative(found[0].reshape(m, c.k), want[0]) < 1e-6
@@ -386,22 +481,43 @@ def test_only_what_was_asked_for_is_computed() -> None:
     c = Case((7, 24, 17, 4), torch.float32, torch.float32)
     weight, core = c.make(c.n, c.k), c.cores[0]
     for strategy, F in ((0, c.F), (UNFOLDED, None)):
-        whole = ops.layer_backward_(c.g, weight, c.x, c.u, c.A, F, c.B, core, S, strategy, *(None,) * 5, True, True)
+        whole = ops.layer_backward_(
+            c.g, weight, c.x, c.u, c.A, F, c.B, core, S, strategy, *(None,) * 5, True, True
+        )
         for asked in range(16):
             need_x, need_A, need_B, need_core = (bool(asked >> i & 1) for i in range(4))
-            head = (c.g, weight if need_x else None, c.x if need_A else None, c.u, c.A, F, c.B, core, S, strategy)
+            head = (
+                c.g,
+                weight if need_x else None,
+                c.x if need_A else None,
+                c.u,
+                c.A,
+                F,
+                c.B,
+                core,
+                S,
+                strategy,
+            )
             part = ops.layer_backward_(*head, *(None,) * 5, need_B, need_core)
             assert [t is not None for t in part] == [need_x, False, need_A, need_B, need_core]
             assert all(t is None or torch.equal(t, full) for t, full in zip(part, whole))
-    _, k, dA, *_ = ops.layer_backward_(c.g, weight, None, c.u, None, c.F, c.B, core, S, 0, *(None,) * 5, True, False)
-    assert dA is None and relative(k, c.g.double() @ c.F.double()) < 1e-6  # without A a sibling returns k
+    _, k, dA, *_ = ops.layer_backward_(
+        c.g, weight, None, c.u, None, c.F, c.B, core, S, 0, *(None,) * 5, True, False
+    )
+    assert (
+        dA is None and relative(k, c.g.double() @ c.F.double()) < 1e-6
+    )  # without A a sibling returns k
 
 
 def test_more_cores_and_tokens_than_int32_counts() -> None:
     many, u, cores = 2**31 + 9, torch.randn(2, 3), torch.randn(1, 3, 5)
     h = ops.row_core(u, cores.expand(many, 3, 5), torch.tensor([many - 1, 2**31]), None, None, S)
     assert torch.allclose(h, S * u @ cores[0])
-    few, zeros, tokens = u[:1].expand(many, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([many - 1, 2**31])
+    few, zeros, tokens = (
+        u[:1].expand(many, 3),
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([many - 1, 2**31]),
+    )
     assert torch.allclose(ops.row_core(few, cores, zeros, None, tokens, S), S * u[:1] @ cores[0])
 
 
@@ -409,7 +525,10 @@ def test_more_cores_and_tokens_than_int32_counts() -> None:
 
 
 def layouts(found: object) -> list[object]:
-    return [None if t is None else (t.shape, t.dtype, t.stride()) for t in (found if isinstance(found, tuple) else (found,))]
+    return [
+        None if t is None else (t.shape, t.dtype, t.stride())
+        for t in (found if isinstance(found, tuple) else (found,))
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -424,9 +543,13 @@ def test_shapes_without_values(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n != "linear"])  # which compilers take apart
+@pytest.mark.parametrize(
+    "name", [n for n in OPERATORS if n != "linear"]
+)  # which compilers take apart
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # decompositions round in several steps
+    loose = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    )  # decompositions round in several steps
     for given in arguments(name, dtype):
         opcheck(operator(name), given, **loose)
 
@@ -441,7 +564,9 @@ def test_expand_add_bumps_the_version_counter() -> None:
 
 def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
-        assert failed_call(torch.device("cpu")) is None and "meta" in failed_call(torch.device("meta"))
+        assert failed_call(torch.device("cpu")) is None and "meta" in failed_call(
+            torch.device("meta")
+        )
 
 
 # ---- the specification -----------------------------------------------------------------------------------------------
@@ -450,7 +575,9 @@ def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
 def test_reference_by_autograd() -> None:
     """The specification's own backward, derived by hand."""
     shapes = ((4, 6), (5, 6), (5,), (6, 3), (5, 2), (3, 2))
-    x, W, bias, A, B, core = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    x, W, bias, A, B, core = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes
+    )
     mask = reference.dropout_mask(4, 6, 0.5, 77)
     y = reference.forward(x, W, bias, A, B, core, 0.7, mask)
     g = torch.randn_like(y)
@@ -462,7 +589,12 @@ def test_reference_by_autograd() -> None:
 def test_philox_known_answers() -> None:
     """Random123's published vector for philox4x32-10 of zeros."""
     words = reference.philox_4x32_10(torch.tensor([0]), 0)
-    assert [hex(w) for w in words[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(w) for w in words[0].tolist()] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------
@@ -473,8 +605,23 @@ def test_lower_instruction_sets(isa: str) -> None:
     """The numbers with each instruction set that this CPU has below its best."""
     if json.loads(ops.info())["cpu"]["isa"] == isa or "LOTR_CPU_ISA" in os.environ:
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "numbers", __file__]
-    run = subprocess.run(command, env={**os.environ, "LOTR_CPU_ISA": isa}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "numbers",
+        __file__,
+    ]
+    run = subprocess.run(
+        command, env={**os.environ, "LOTR_CPU_ISA": isa}, capture_output=True, text=True
+    )
     if "(what this CPU runs), got " in run.stdout + run.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert run.returncode == 0, run.stdout[-3000:]

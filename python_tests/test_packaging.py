@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **{"cwd": ROOT, **options})
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, **{"cwd": ROOT, **options}
+    )
 
 
 # ---- the wheel -------------------------------------------------------------------------------------------------------
@@ -26,7 +28,18 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built in the folder of `make`, which has compiled everything already."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, ROOT]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        ROOT,
+    ]
     built = run(*pip)
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     (path,) = folder.glob("*.whl")
@@ -40,7 +53,9 @@ def test_the_wheel_serves_every_python_and_has_the_package_alone(wheel):
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lotr_ext").rglob("*.py")}
     packed = {name for name in names if name.startswith("lotr_ext/")}
-    assert packed == modules | {"lotr_ext/_C.abi3.so"} and all(name.startswith("lotr_ext") for name in names)
+    assert packed == modules | {"lotr_ext/_C.abi3.so"} and all(
+        name.startswith("lotr_ext") for name in names
+    )
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata
 
 
@@ -58,12 +73,16 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     readme = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     program = "\n".join([*blocks, "import lotr_ext; print(lotr_ext.__file__)"])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
     python = tmp_path / "venv" / "bin" / "python"
     for arguments in (["-c", program], ["-m", "lotr_ext.info"]):
         done = run(python, *arguments, cwd=tmp_path, env=environment)
         assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
-        assert arguments[0] == "-m" or done.stdout.splitlines()[-1] == str(site / "lotr_ext" / "__init__.py")
+        assert arguments[0] == "-m" or done.stdout.splitlines()[-1] == str(
+            site / "lotr_ext" / "__init__.py"
+        )
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -72,8 +91,14 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        ("u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)", ["torch >= 2.10", "got none"]),
-        ("m.version = lambda n: '2.9.1' if n == 'torch' else version(n)", ["torch >= 2.10", "got 2.9.1"]),
+        (
+            "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)",
+            ["torch >= 2.10", "got none"],
+        ),
+        (
+            "m.version = lambda n: '2.9.1' if n == 'torch' else version(n)",
+            ["torch >= 2.10", "got 2.9.1"],
+        ),
         (
             "u.find_spec = lambda n, *a: None if n == 'wheel' else find(n, *a)\n"
             "m.version = lambda n: '69.5' if n == 'setuptools' else version(n)",
@@ -89,8 +114,12 @@ find, version, which = u.find_spec, m.version, s.which
 sys.argv = ["setup.py", "--quiet", "build_ext", "--build-lib", {str(tmp_path)!r}, "--build-temp", {str(tmp_path)!r}]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"LOTR_BUILD_DIR": str(tmp_path / "build")}
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {
+        "LOTR_BUILD_DIR": str(tmp_path / "build")
+    }
     done = run(sys.executable, "-c", program, env=environment)
     last = done.stderr.splitlines()[-1]
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert last.startswith("lotr_ext: expected ") and all(word in last for word in words), done.stderr
+    assert last.startswith("lotr_ext: expected ") and all(word in last for word in words), (
+        done.stderr
+    )

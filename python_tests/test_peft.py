@@ -27,11 +27,17 @@ SMALL = {"rank": 3, "scaling": 2.0}
 CASES = {
     "two shapes": ("mlp", {"modules_to_save": ["head"]}),
     "siblings": ("attention", {}),
-    "by width": ("attention", {"rank": (2, 4), "group_by": "width", "target_modules": ["q", "v", "head"]}),
+    "by width": (
+        "attention",
+        {"rank": (2, 4), "group_by": "width", "target_modules": ["q", "v", "head"]},
+    ),
     "diagonal": ("bert", {"core": "diagonal", "modules_to_save": ["classifier"]}),
     "cp": ("attention", {"core": "cp", "target_modules": ["q", "k"]}),
     "conv1d by block": ("gpt2", {"group_by": "block"}),
-    "regular expression by name": ("llama", {"group_by": "name", "target_modules": r".*\.(q|k|v|o)_proj"}),
+    "regular expression by name": (
+        "llama",
+        {"group_by": "name", "target_modules": r".*\.(q|k|v|o)_proj"},
+    ),
     "identity": ("llama", {"core_init": "identity", "train": ["B", "core"]}),
 }
 each_case = pytest.mark.parametrize("case", CASES)
@@ -44,7 +50,14 @@ def config(net: str, **settings: object) -> LoTRPeftConfig:
 def fill(model: nn.Module, name: str = "default", seed: int = 7) -> None:
     """Gives an adapter's cores, B and modules_to_save values that matter."""
     marks = (f"lotr_adapter.{name}.", f"lotr_cores.{name}.", f"modules_to_save.{name}.")
-    zoo.fill(model, seed, 0.3, lambda key: any(m in key for m in marks) or (f"lotr_factors.{name}." in key and ".B" in key))
+    zoo.fill(
+        model,
+        seed,
+        0.3,
+        lambda key: (
+            any(m in key for m in marks) or (f"lotr_factors.{name}." in key and ".B" in key)
+        ),
+    )
 
 
 def tuned(case: str, filled: bool = True) -> tuple[peft.PeftModel, Tensor]:
@@ -59,7 +72,9 @@ def tuned(case: str, filled: bool = True) -> tuple[peft.PeftModel, Tensor]:
 def two() -> tuple[peft.PeftModel, Tensor]:
     """Adapters "default" on q, k, v and o, active, and "other" of another rank on q, o and the head."""
     model, x = tuned("siblings")
-    model.add_adapter("other", LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5))
+    model.add_adapter(
+        "other", LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5)
+    )
     fill(model, "other", 8)
     return model.eval(), x
 
@@ -74,12 +89,19 @@ class Plain(nn.Module):
     def __init__(self, layer: LoTRPeftLinear, names: list[str]):
         super().__init__()
         self.base_layer = layer.base_layer
-        self.lotr_adapter = nn.ModuleDict({n: layer.lotr_adapter[n] for n in names if n in layer.lotr_adapter})
+        self.lotr_adapter = nn.ModuleDict(
+            {n: layer.lotr_adapter[n] for n in names if n in layer.lotr_adapter}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         for core in self.lotr_adapter.values():
-            y = y + core.scaling * ((x @ core.factors.A.value) @ core.matrix()) @ core.factors.B.value.mT
+            y = (
+                y
+                + core.scaling
+                * ((x @ core.factors.A.value) @ core.matrix())
+                @ core.factors.B.value.mT
+            )
         return y
 
 
@@ -126,9 +148,15 @@ def loaded(folder: Path, net: str, **settings: object) -> peft.PeftModel:
 def test_outputs_and_gradients_are_those_of_plain_torch(case: str, form: str) -> None:
     model, x = tuned(case)
     want = truth(model, "default")
-    assert close(output(model, x), output(want, x)) and not close(output(model, x), output(zoo.net(CASES[case][0]), x), 1e-3)
+    assert close(output(model, x), output(want, x)) and not close(
+        output(model, x), output(zoo.net(CASES[case][0]), x), 1e-3
+    )
     ours, theirs = gradients(model, x), gradients(want, x)
-    assert ours.keys() == theirs.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        ours.keys()
+        == theirs.keys()
+        == {name for name, p in model.named_parameters() if p.requires_grad}
+    )
     for name, gradient in theirs.items():
         assert close(ours[name], gradient, 2e-4 * float(gradient.abs().max() + 1e-3)), name
 
@@ -141,9 +169,15 @@ def test_half_precision_bases_have_float32_adapters(net: str, dtype: torch.dtype
     cast = peft.get_peft_model(zoo.net(net, dtype), config(net, **CASES[case][1])).eval()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {p.dtype for n, p in cast.named_parameters() if "lotr_" in n} == {wide}
-    cast.load_state_dict({k: v for k, v in model.state_dict().items() if "lotr_" in k or "modules_to_save" in k}, strict=False)
+    cast.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "lotr_" in k or "modules_to_save" in k},
+        strict=False,
+    )
     y, want = output(cast, x), output(model, x)
-    assert y.dtype == dtype and (y.double() - want).abs().mean() < 8 * torch.finfo(dtype).eps * want.abs().max() + 1e-6
+    assert (
+        y.dtype == dtype
+        and (y.double() - want).abs().mean() < 8 * torch.finfo(dtype).eps * want.abs().max() + 1e-6
+    )
     gradients(cast, x)
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype):
@@ -154,7 +188,9 @@ def test_several_active_adapters_add_up() -> None:
     model, x = two()
     model.base_model.set_adapter(["default", "other"])
     assert close(output(model, x), output(truth(model, "default", "other"), x))
-    assert gradients(model, x).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients(model, x).keys() == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_dropout_and_checkpointing_train_alike() -> None:
@@ -180,7 +216,9 @@ def test_a_compiled_model_computes_the_same() -> None:
     assert close(compiled(x), output(model, x), 1e-6)
     model.zero_grad()
     compiled(x).square().sum().backward()
-    assert all(close(p.grad, want[name], 1e-5) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        close(p.grad, want[name], 1e-5) for name, p in model.named_parameters() if p.requires_grad
+    )
 
 
 def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None:
@@ -190,7 +228,9 @@ def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None
     model = peft.get_peft_model(net, LoTRPeftConfig(target_modules=["linear1"], **SMALL)).eval()
     fill(model)
     with torch.no_grad():
-        assert close(model(x), truth(model, "default")(x.double())) and not close(model(x), model.base_model.unload()(x), 1e-3)
+        assert close(model(x), truth(model, "default")(x.double())) and not close(
+            model(x), model.base_model.unload()(x), 1e-3
+        )
     assert close(net(x), before)
 
 
@@ -215,10 +255,14 @@ def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     fill(model)
     y = output(model, x)
     with model.disable_adapter():
-        assert close(output(model, x), want, 1e-6) and not any(p.requires_grad for p in model.parameters())
+        assert close(output(model, x), want, 1e-6) and not any(
+            p.requires_grad for p in model.parameters()
+        )
     model.save_pretrained(tmp_path)
     for options in ({}, {"low_cpu_mem_usage": True}):
-        assert close(output(loaded(tmp_path, net, **options), x), y, 1e-6)  # the node depends on what is trained
+        assert close(
+            output(loaded(tmp_path, net, **options), x), y, 1e-6
+        )  # the node depends on what is trained
     saved = load_file(tmp_path / "adapter_model.safetensors")
     owned = {key for key in saved if "lotr_factors" in key}
     assert len(owned) == len(list(model.base_model.lotr_factors.parameters()))  # A and B once
@@ -228,23 +272,45 @@ def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     with model.disable_adapter():
         assert close(output(model, x), want, 1e-6)
     model.unmerge_adapter()
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers(model), weights, strict=True))
+    assert all(
+        torch.equal(layer.weight, weight)
+        for layer, weight in zip(layers(model), weights, strict=True)
+    )
     again = pickle.loads(pickle.dumps(model))
-    for copied, result in ((again.merge_and_unload(safe_merge=True), y), (copy.deepcopy(model).unload(), want)):
+    for copied, result in (
+        (again.merge_and_unload(safe_merge=True), y),
+        (copy.deepcopy(model).unload(), want),
+    ):
         assert copied.state_dict().keys() == zoo.net(net).state_dict().keys() and not layers(copied)
-        assert close(zoo.output(copied, x), result) or (result is want and "modules_to_save" in settings)
+        assert close(zoo.output(copied, x), result) or (
+            result is want and "modules_to_save" in settings
+        )
 
 
 def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
     model, x = two()
-    outputs = {names: output(truth(model, *names), x) for names in (("default",), ("other",), ("default", "other"))}
-    trained = lambda: {name.split("default")[0] for name, p in model.named_parameters() if p.requires_grad and "other" in name}  # noqa: E731
+    outputs = {
+        names: output(truth(model, *names), x)
+        for names in (("default",), ("other",), ("default", "other"))
+    }
+
+    def trained() -> set[str]:
+        return {
+            name.split("default")[0]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "other" in name
+        }
+
     assert not trained()
     model.set_adapter("other")
-    assert trained() and not any(p.requires_grad for name, p in model.named_parameters() if ".default." in name)
+    assert trained() and not any(
+        p.requires_grad for name, p in model.named_parameters() if ".default." in name
+    )
     assert close(output(model, x), outputs["other",])
     for names, want in outputs.items():
-        assert close(zoo.output(copy.deepcopy(model).merge_and_unload(adapter_names=[*names]), x), want)
+        assert close(
+            zoo.output(copy.deepcopy(model).merge_and_unload(adapter_names=[*names]), x), want
+        )
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["other"])
@@ -252,7 +318,9 @@ def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
     model.unmerge_adapter()
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     model.delete_adapter("default")
-    assert close(output(model, x), outputs["other",]) and set(model.base_model.lotr_factors) == {"other"}
+    assert close(output(model, x), outputs["other",]) and set(model.base_model.lotr_factors) == {
+        "other"
+    }
     assert not any("default" in name for name in model.state_dict())
     fresh = peft.PeftModel.from_pretrained(zoo.net("attention"), tmp_path / "other")
     assert torch.equal(output(fresh, x), output(model, x))
@@ -265,7 +333,9 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
     model, _ = tuned("siblings")
     layers(model)[0].lotr_adapter["default"].core.data[0, 0] = value
     weight = layers(model)[0].weight.clone()
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights. The adapter default"
+    ):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layers(model)[0].weight, weight) and not layers(model)[0].merged
 
@@ -274,7 +344,9 @@ def test_adapter_names_choose_an_adapter_a_row() -> None:
     net = zoo.net("llama")
     model = peft.get_peft_model(net, config("llama", modules_to_save=["lm_head"])).eval()
     fill(model)
-    model.add_adapter("other", LoTRPeftConfig(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.add_adapter(
+        "other", LoTRPeftConfig(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     fill(model, "other", 8)
     x, want = zoo.inputs("llama", rows=5), {"__base__": None}
     for name in ("default", "other"):
@@ -285,15 +357,21 @@ def test_adapter_names_choose_an_adapter_a_row() -> None:
     names = ["other", "__base__", "default", "default", "other"]
     got = output(model, x, adapter_names=names)
     assert all(close(got[i], want[name][i]) for i, name in enumerate(names))
-    one = model.generate(input_ids=x, adapter_names=["other"] * 5, max_new_tokens=3, do_sample=False, num_beams=2)
+    one = model.generate(
+        input_ids=x, adapter_names=["other"] * 5, max_new_tokens=3, do_sample=False, num_beams=2
+    )
     model.set_adapter("other")
-    assert torch.equal(one, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2))
+    assert torch.equal(
+        one, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2)
+    )
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
     model = peft.get_peft_model(zoo.net("attention"), config("attention", bias="lotr_only"))
-    names = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+    names = [
+        name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")
+    ]
     assert len(names) == 8 and all(name.endswith(".base_layer.bias") for name in names)
     zoo.fill(model, 7, 0.3, lambda name: name.endswith("base_layer.bias"))
     model.save_pretrained(tmp_path)
@@ -307,21 +385,32 @@ def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
 def test_the_first_versions_files_load(tmp_path: Path) -> None:
     expected = load_file(DATA / "peft" / "expected.safetensors")
     assert close(output(loaded(DATA / "peft", "gpt2"), expected["x"]), expected["y"], 1e-6)
-    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):  # PEFT's, where its base class reads the file
+    with pytest.warns(
+        UserWarning, match="Unexpected keyword arguments"
+    ):  # PEFT's, where its base class reads the file
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
     for scaling, want in (("auto", 32.0), (0.5, 0.5)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"scaling": scaling}))
         assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == want
-    for other in ({"magnitude": True, "use_dora": True}, {"target_parameters": ["experts.down_proj"]}):
+    for other in (
+        {"magnitude": True, "use_dora": True},
+        {"target_parameters": ["experts.down_proj"]},
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | other))
         for read in (LoTRPeftConfig, peft.PeftConfig):
-            with pytest.raises((TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"):
+            with pytest.raises(
+                (TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"
+            ):
                 read.from_pretrained(str(tmp_path))
 
 
 def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:
-    for settings, want in (({}, 4 * (8 / 16) ** 1.5 / START**3), ({"alpha": 8, "r": 4}, 2.0), ({"rslora": True, "r": 4}, 2.0)):
+    for settings, want in (
+        ({}, 4 * (8 / 16) ** 1.5 / START**3),
+        ({"alpha": 8, "r": 4}, 2.0),
+        ({"rslora": True, "r": 4}, 2.0),
+    ):
         LoTRPeftConfig(target_modules=["q"], **settings).save_pretrained(str(tmp_path))
         content = json.loads((tmp_path / "adapter_config.json").read_text())
         assert content["scaling"] == pytest.approx(want) and content["alpha"] is None
@@ -339,7 +428,9 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
 def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"):
+    with pytest.raises(
+        RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"
+    ):
         model.save_pretrained(tmp_path, state_dict=state)
 
 

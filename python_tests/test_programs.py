@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRFactor, LoTRFactors, LoTRLinear, autograd, lotr_linear
+from lotr_ext import LoTRFactor, LoTRFactors, LoTRLinear, lotr_linear
+from lotr_ext.core import dispatch
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -30,11 +31,27 @@ K, R, TOKENS, LAYERS, TASKS, S = 5, 2, 4, 3, 3, 0.8
 CLOSE, LARGE = 1e-7, 1e6
 Pair = tuple[Tensor, Tensor]
 number, some = st.integers(0, 7), st.lists(st.integers(0, 7), min_size=1, max_size=4)
-FORWARDS = ("layer", "siblings", "rows", "rows", "checkpoint", "no graph", "input", "product", "sum", "tanh", "norm")
+FORWARDS = (
+    "layer",
+    "siblings",
+    "rows",
+    "rows",
+    "checkpoint",
+    "no graph",
+    "input",
+    "product",
+    "sum",
+    "tanh",
+    "norm",
+)
 BACKWARDS = ("create_graph", "create_graph", "some", "into .grad", "batched", "all")
 CHANGES = ("step", "freeze", "merge", "threads", "state_dict", "deepcopy", "pickle")
 step_of_a_forward = st.tuples(
-    st.sampled_from(FORWARDS), number, number, number, st.lists(st.integers(-1, 2), min_size=4, max_size=4)
+    st.sampled_from(FORWARDS),
+    number,
+    number,
+    number,
+    st.lists(st.integers(-1, 2), min_size=4, max_size=4),
 )
 
 
@@ -47,7 +64,9 @@ class Net(nn.Module):
         pair = LoTRFactors(K, K, R, dtype=torch.float64)
         pairs = (pair, pair, LoTRFactors.of(pair.A, LoTRFactor(K, R, dtype=torch.float64)))
         linear = (nn.Linear(K, K, dtype=torch.float64) for _ in range(LAYERS))
-        self.layers = nn.ModuleList(LoTRLinear.from_linear(m, p, scaling=S) for m, p in zip(linear, pairs))
+        self.layers = nn.ModuleList(
+            LoTRLinear.from_linear(m, p, scaling=S) for m, p in zip(linear, pairs)
+        )
         self.tasks = nn.Parameter(torch.randn(TASKS, R, R, dtype=torch.float64))
         with torch.no_grad():
             for layer in self.layers:
@@ -67,15 +86,18 @@ class Program(RuleBasedStateMachine):
     @initialize(little=st.booleans(), few=st.booleans())
     def start(self, little: bool, few: bool) -> None:
         """Chooses the form of the nodes, and makes the net, the twin's parameters and a first value."""
-        self.before = autograd.LITTLE_WORK, autograd.FEW_TOKENS
-        autograd.LITTLE_WORK, autograd.FEW_TOKENS = 2**62 * little, 2**62 * few
+        self.before = dispatch.LITTLE_WORK, dispatch.FEW_TOKENS
+        dispatch.LITTLE_WORK, dispatch.FEW_TOKENS = 2**62 * little, 2**62 * few
         self.net, self.values, self.seed, self.weights = Net(), [], 0, {}
-        self.twin = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in self.net.named_parameters()}
+        self.twin = {
+            n: p.detach().clone().requires_grad_(p.requires_grad)
+            for n, p in self.net.named_parameters()
+        }
         self.new_input(True)
 
     def teardown(self) -> None:
         if hasattr(self, "before"):
-            autograd.LITTLE_WORK, autograd.FEW_TOKENS = self.before
+            dispatch.LITTLE_WORK, dispatch.FEW_TOKENS = self.before
 
     # ---- the twin ----------------------------------------------------------------------------------------------------
 
@@ -119,7 +141,9 @@ class Program(RuleBasedStateMachine):
         if twin is not None and not bool(twin.isfinite().all() and twin.abs().max() < LARGE**2):
             return
         error = relative(ours, twin)
-        assert error < CLOSE or float((ours.detach() - twin.detach()).abs().max()) < 1e-9, f"{error:.1e}"
+        assert error < CLOSE or float((ours.detach() - twin.detach()).abs().max()) < 1e-9, (
+            f"{error:.1e}"
+        )
 
     def same_gradients(self) -> None:
         for ours, twin in self.pairs_of_leaves():
@@ -127,19 +151,30 @@ class Program(RuleBasedStateMachine):
 
     def forget_graphs(self) -> None:
         """After a change of parameters, older graphs hold values that are no longer there."""
-        self.values = [(a.detach().requires_grad_(), b.detach().requires_grad_()) for a, b in self.values]
+        self.values = [
+            (a.detach().requires_grad_(), b.detach().requires_grad_()) for a, b in self.values
+        ]
         for ours, twin in self.pairs_of_leaves():
             ours.grad = twin.grad = None
 
     def new_input(self, requires_grad: bool) -> None:
         self.seed += 1
-        x = torch.randn(TOKENS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+        x = torch.randn(
+            TOKENS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed)
+        )
         self.add(x.clone().requires_grad_(requires_grad), x.clone().requires_grad_(requires_grad))
 
     # ---- rules -------------------------------------------------------------------------------------------------------
 
-    @rule(steps=st.lists(step_of_a_forward, min_size=1, max_size=4), how=st.sampled_from(BACKWARDS), v=number, chosen=some)
-    def train(self, steps: list[tuple[str, int, int, int, list[int]]], how: str, v: int, chosen: list[int]) -> None:
+    @rule(
+        steps=st.lists(step_of_a_forward, min_size=1, max_size=4),
+        how=st.sampled_from(BACKWARDS),
+        v=number,
+        chosen=some,
+    )
+    def train(
+        self, steps: list[tuple[str, int, int, int, list[int]]], how: str, v: int, chosen: list[int]
+    ) -> None:
         """A piece of a forward, and a backward of one of the newest values."""
         for what, i, j, value, index in steps:
             if what == "layer":
@@ -251,12 +286,16 @@ class Program(RuleBasedStateMachine):
         """Of some leaves and values; with create, those of a value's shape become values with a graph of their own."""
         ours, twin = self.value(v)
         candidates = [*self.pairs_of_leaves(), *self.values]
-        wanted = candidates if 0 in chosen else [candidates[c * 3 % len(candidates)] for c in chosen]
+        wanted = (
+            candidates if 0 in chosen else [candidates[c * 3 % len(candidates)] for c in chosen]
+        )
         wanted = [pair for pair in wanted if pair[1].requires_grad]
         if not wanted or not twin.requires_grad:
             return
         found = [
-            torch.autograd.grad(t.sin().sum(), own, create_graph=create, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                t.sin().sum(), own, create_graph=create, retain_graph=True, allow_unused=True
+            )
             for t, own in zip((ours, twin), zip(*wanted, strict=True), strict=True)
         ]
         for a, b in zip(*found, strict=True):
@@ -279,10 +318,15 @@ class Program(RuleBasedStateMachine):
     def batched_gradients(self, v: int, vectors: int) -> None:
         ours, twin = self.value(v)
         if twin.requires_grad:
-            g = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64).view(vectors, TOKENS, K)
+            g = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64).view(
+                vectors, TOKENS, K
+            )
             how = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
             leaves = zip(*self.pairs_of_leaves(), strict=True)
-            for a, b in zip(*(torch.autograd.grad(t, own, g, **how) for t, own in zip((ours, twin), leaves)), strict=True):
+            for a, b in zip(
+                *(torch.autograd.grad(t, own, g, **how) for t, own in zip((ours, twin), leaves)),
+                strict=True,
+            ):
                 self.same(a, b)
 
     # ---- changes -----------------------------------------------------------------------------------------------------
@@ -328,7 +372,11 @@ class Program(RuleBasedStateMachine):
             for a, b in zip(other.parameters(), self.net.parameters(), strict=True):
                 a.requires_grad_(b.requires_grad)
         else:
-            other = copy.deepcopy(self.net) if how == "deepcopy" else pickle.loads(pickle.dumps(self.net))
+            other = (
+                copy.deepcopy(self.net)
+                if how == "deepcopy"
+                else pickle.loads(pickle.dumps(self.net))
+            )
         self.net = other
         self.forget_graphs()
 
@@ -336,7 +384,10 @@ class Program(RuleBasedStateMachine):
         """Two threads train the net at once."""
         x, w = (t.detach() for t in self.value(v))
         self.forget_graphs()
-        if not any(t.requires_grad for i in range(LAYERS) for t in self.own(i)) or len(self.weights) == LAYERS:
+        if (
+            not any(t.requires_grad for i in range(LAYERS) for t in self.own(i))
+            or len(self.weights) == LAYERS
+        ):
             return
         barrier = threading.Barrier(2)
 

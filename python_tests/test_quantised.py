@@ -21,7 +21,18 @@ from helpers import relative, worst
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lotr_ext import LoTRConfig, LoTRFactors, LoTRWrapped, adapt, apply_lotr, load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext import (
+    LoTRConfig,
+    LoTRFactors,
+    LoTRWrapped,
+    adapt,
+    apply_lotr,
+    load_adapter,
+    merge,
+    save_adapter,
+    unload,
+    unmerge,
+)
 
 LIBRARIES = Path(sys.prefix) / "quantized"
 K = 64  # bitsandbytes' kernels need multiples of 32
@@ -32,7 +43,11 @@ class Codes(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            linear.bias,
+        )
         self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
         self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
 
@@ -111,19 +126,26 @@ def bitsandbytes(kind: str, **settings: object) -> Callable[[nn.Linear], nn.Modu
     def convert(linear: nn.Linear) -> nn.Module:
         import bitsandbytes as bnb
 
-        layer = getattr(bnb.nn, kind)(linear.in_features, linear.out_features, bias=linear.bias is not None, **settings)
+        layer = getattr(bnb.nn, kind)(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, **settings
+        )
         layer.load_state_dict(linear.state_dict())
         return layer.to("cpu")
 
     return convert
 
 
-QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {"module": Dense, "tensor subclass": packed}
+QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "module": Dense,
+    "tensor subclass": packed,
+}
 if importlib.util.find_spec("torchao"):
     QUANTISED |= {"torchao int8": torchao(torchao_int8), "torchao int4": torchao(torchao_int4)}
 if importlib.util.find_spec("bitsandbytes"):
     QUANTISED |= {
-        "bitsandbytes 4 bit": bitsandbytes("Linear4bit", compute_dtype=torch.float32, quant_type="nf4"),
+        "bitsandbytes 4 bit": bitsandbytes(
+            "Linear4bit", compute_dtype=torch.float32, quant_type="nf4"
+        ),
         "bitsandbytes 8 bit": bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     }
 
@@ -157,8 +179,12 @@ def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
 def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path) -> None:
     base = wide_net(QUANTISED[name])
     start = base(x_of()).detach()
-    model = apply_lotr(copy.deepcopy(base), LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"]))
-    assert {type(block[n]) for block in model.blocks for n in block} == {LoTRWrapped} and torch.equal(model(x_of()), start)
+    model = apply_lotr(
+        copy.deepcopy(base), LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"])
+    )
+    assert {type(block[n]) for block in model.blocks for n in block} == {
+        LoTRWrapped
+    } and torch.equal(model(x_of()), start)
     zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
     layers = [layer for block in model.blocks for layer in block.values()]
     for layer in layers:
@@ -167,8 +193,12 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
         assert worst(found, torch.autograd.grad(updated(layer, x).square().sum(), own)) < 1e-4
     save_adapter(model, tmp_path)
     trained = model.eval()(x_of()).detach()
-    tolerance = 0.03 if "bitsandbytes" in name else 2e-5  # its 8 bits round x too, its evaluation rounds scales for good
-    assert relative(load_adapter(copy.deepcopy(base), tmp_path).eval()(x_of()), trained) <= tolerance
+    tolerance = (
+        0.03 if "bitsandbytes" in name else 2e-5
+    )  # its 8 bits round x too, its evaluation rounds scales for good
+    assert (
+        relative(load_adapter(copy.deepcopy(base), tmp_path).eval()(x_of()), trained) <= tolerance
+    )
     with pytest.raises(TypeError, match=r"merge: expected .*dequantize=True"):
         merge(model)
     assert not any(layer.merged for layer in layers)
@@ -184,10 +214,16 @@ def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path
 def test_a_base_that_cannot_be_made_dense_is_never_merged() -> None:
     model = adapted(wide_net(Codes))
     before = model(x_of()).detach()
-    for run in (merge, lambda m: merge(m, dequantize=True), lambda m: unload(m, merge=True, dequantize=True)):
+    for run in (
+        merge,
+        lambda m: merge(m, dequantize=True),
+        lambda m: unload(m, merge=True, dequantize=True),
+    ):
         with pytest.raises(TypeError, match="merge: expected"):
             run(model)
-    assert torch.equal(model(x_of()), before) and not any(getattr(m, "merged", False) for m in model.modules())
+    assert torch.equal(model(x_of()), before) and not any(
+        getattr(m, "merged", False) for m in model.modules()
+    )
 
 
 def test_the_dense_layer_has_the_dtype_that_was_asked_for() -> None:
@@ -195,7 +231,9 @@ def test_the_dense_layer_has_the_dtype_that_was_asked_for() -> None:
     layer = model.blocks[0].up
     want = (layer.base_layer.dequantize() + layer.delta_weight()).bfloat16()
     merge(model, dequantize=torch.bfloat16)
-    assert torch.equal(layer.base_layer.weight, want) and layer.base_layer.bias.dtype == torch.bfloat16
+    assert (
+        torch.equal(layer.base_layer.weight, want) and layer.base_layer.bias.dtype == torch.bfloat16
+    )
 
 
 def test_without_a_backup_there_is_no_way_back() -> None:
@@ -225,7 +263,9 @@ def test_with_the_libraries() -> None:
     path = os.pathsep.join(filter(None, [str(LIBRARIES), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", __file__]
     env = {**os.environ, "PYTHONPATH": path, "LOTR_QUANTISED": "1"}
-    run = subprocess.run([*command, "-k", "torchao or bitsandbytes"], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "-k", "torchao or bitsandbytes"], env=env, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit"):
         assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name

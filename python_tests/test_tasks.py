@@ -15,18 +15,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRConfig, LoTRExperts, LoTRFactors, LoTRLinear, TaskBank, apply_lotr, disabled, merge, unload, use_tasks
+from lotr_ext import (
+    LoTRConfig,
+    LoTRExperts,
+    LoTRFactors,
+    LoTRLinear,
+    TaskBank,
+    apply_lotr,
+    disabled,
+    merge,
+    unload,
+    use_tasks,
+)
 from lotr_ext.model import adapted_layers
 
 INDEX = torch.tensor([2, -1, 0, 2])
 
 
-def banked(name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object) -> nn.Module:
+def banked(
+    name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object
+) -> nn.Module:
     """A trained model with a bank of random tasks, the last slots free."""
     model = trained(name, **settings)
     bank = TaskBank(model, tasks)
     for _ in range(taken):
-        bank.add({f"{n}.core": 0.4 * torch.randn(layer.core.shape) for n, layer in adapted_layers(model).items()})
+        bank.add(
+            {
+                f"{n}.core": 0.4 * torch.randn(layer.core.shape)
+                for n, layer in adapted_layers(model).items()
+            }
+        )
     return model
 
 
@@ -79,7 +97,9 @@ def test_each_token_is_its_task_s(name: str) -> None:
             assert relative(found[:, column], alone(model, task, x)[:, column]) < 1e-5
     elif name != "attention":
         assert relative(found[:, 0], alone(model, 0, x)[:, 0]) < 1e-5
-        assert relative(found[:, 1], alone(model, 1, x)[:, 1]) > 1e-4  # token 0 before it was of another task
+        assert (
+            relative(found[:, 1], alone(model, 1, x)[:, 1]) > 1e-4
+        )  # token 0 before it was of another task
 
 
 @pytest.mark.parametrize("name", zoo.NETS)
@@ -91,7 +111,8 @@ def test_gradients_are_those_of_models_alone(name: str, how: str) -> None:
     factors = own_parameters(model)[: len(model.lotr_factors)]
     names = [f"{name}.core" for name in adapted_layers(model)]
     found = [
-        called(model, {name: core[task] for name, core in zip(names, bank.cores)}, x[i : i + 1]) * direction[i]
+        called(model, {name: core[task] for name, core in zip(names, bank.cores)}, x[i : i + 1])
+        * direction[i]
         for i, task in enumerate(INDEX.tolist())
         if task >= 0
     ]
@@ -101,7 +122,9 @@ def test_gradients_are_those_of_models_alone(name: str, how: str) -> None:
             y = zoo.output(model, x)
         else:
             anchor = torch.zeros((), requires_grad=True)
-            y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=how == "reentrant")
+            y = checkpoint(
+                lambda a: zoo.output(model, x) + a, anchor, use_reentrant=how == "reentrant"
+            )
         (y * direction).sum().backward()
     assert worst([p.grad for p in (*bank.cores, *factors)], expected) < 2e-5
 
@@ -157,7 +180,12 @@ def test_contexts_nest() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixture"])
 def test_generate_with_a_task_a_row(name: str) -> None:
     model, x = banked(name), zoo.inputs(name, rows=4)
-    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     with use_tasks(model, INDEX):
         found = model.generate(x, **settings)
     for i, task in enumerate(INDEX.tolist()):
@@ -203,7 +231,10 @@ def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
     x = zoo.inputs("attention")
     with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)):
         model(x)
-        for call in (lambda: model(x, (torch.zeros(3, 2),)), lambda: model(x, mems=(torch.zeros(3, 2),))):
+        for call in (
+            lambda: model(x, (torch.zeros(3, 2),)),
+            lambda: model(x, mems=(torch.zeros(3, 2),)),
+        ):
             with pytest.raises(ValueError, match="index: expected"):
                 call()
     with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # a task a row does not depend on it
@@ -213,23 +244,42 @@ def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
 def test_an_encoder_and_a_decoder_take_a_task_a_row_alone() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": 20,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     net = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     model = apply_lotr(net, LoTRConfig(rank=2, target_modules=["q"]))
     TaskBank(model, 1).add()
     ids = torch.randint(1, 20, (2, 3))
     with use_tasks(model, torch.tensor([0, -1])):
         model.generate(ids, max_new_tokens=2)
-    with pytest.raises(ValueError, match="index: expected shape"), use_tasks(model, torch.zeros(2, 3, dtype=torch.long)):
+    with (
+        pytest.raises(ValueError, match="index: expected shape"),
+        use_tasks(model, torch.zeros(2, 3, dtype=torch.long)),
+    ):
         model(ids, labels=ids)
 
 
 def test_columns_under_checkpoints_need_one_cache_a_context() -> None:
     from transformers import DynamicCache
 
-    model, x, anchor = banked("llama"), zoo.inputs("llama", rows=2), torch.zeros((), requires_grad=True)
+    model, x, anchor = (
+        banked("llama"),
+        zoo.inputs("llama", rows=2),
+        torch.zeros((), requires_grad=True),
+    )
     with use_tasks(model, torch.zeros(2, 5, dtype=torch.long)):
-        y = [checkpoint(lambda a: model(x, use_cache=False).logits + a, anchor, use_reentrant=False).sum() for _ in range(2)]
+        y = [
+            checkpoint(
+                lambda a: model(x, use_cache=False).logits + a, anchor, use_reentrant=False
+            ).sum()
+            for _ in range(2)
+        ]
         y[0].backward()
         with torch.no_grad():
             model(x, past_key_values=DynamicCache(config=model.config))
@@ -272,14 +322,19 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
         def __init__(self) -> None:
             super().__init__()
             factors = LoTRFactors(16, 16, 2)
-            self.experts, self.shared = LoTRExperts(3, 16, 16, factors=factors), LoTRLinear(16, 16, factors=factors)
+            self.experts, self.shared = (
+                LoTRExperts(3, 16, 16, factors=factors),
+                LoTRLinear(16, 16, factors=factors),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             flat = x.flatten(0, 1)
             expert, order = torch.sort(torch.arange(len(flat)) % 3, stable=True)
             offs = torch.bincount(expert, minlength=3).cumsum(0).int()
             routed = self.experts(flat, offs, tokens=order)
-            return (self.shared(flat) + torch.zeros_like(flat).index_add(0, order, routed)).view_as(x)
+            return (self.shared(flat) + torch.zeros_like(flat).index_add(0, order, routed)).view_as(
+                x
+            )
 
     model, x = moved(Both()), torch.randn(4, 5, 16)
     bank = TaskBank(model, 3)
@@ -289,7 +344,9 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
     tasks = torch.tensor([2, -1, 0, 1])
     with use_tasks(model, tasks):
         found = model(x)
-    for i, task in enumerate(tasks.tolist()):  # the expert of a token depends on its place in the batch
+    for i, task in enumerate(
+        tasks.tolist()
+    ):  # the expert of a token depends on its place in the batch
         assert relative(found[i], alone(model, task, x)[i]) < 1e-5
 
 
@@ -311,7 +368,9 @@ def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="free slot"):
         bank.add()
     bank.save(1, tmp_path / "one.safetensors")
-    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()} == dict.fromkeys(own, (3, 3))
+    assert {
+        n: tuple(t.shape) for n, t in load_file(tmp_path / "one.safetensors").items()
+    } == dict.fromkeys(own, (3, 3))
     bank.remove(1)
     assert len(bank) == 1 and not any(bool(core[1].any()) for core in bank.cores)
     bank.replace(0, tmp_path / "one.safetensors")
@@ -328,7 +387,9 @@ def test_a_reused_slot_has_no_gradient_of_its_last_task() -> None:
     assert all(bool(core.grad[0].any() and core.grad[1].any()) for core in bank.cores)
     bank.remove(0)
     bank.add()
-    assert not any(bool(core.grad[0].any()) for core in bank.cores) and all(bool(core.grad[1].any()) for core in bank.cores)
+    assert not any(bool(core.grad[0].any()) for core in bank.cores) and all(
+        bool(core.grad[1].any()) for core in bank.cores
+    )
 
 
 def test_a_changed_task_makes_an_older_backward_raise() -> None:
@@ -345,7 +406,11 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     model.lotr_tasks.save(0, path := tmp_path / "task.safetensors")
     again = banked("attention")
     again.lotr_tasks.replace(1, path)  # the same factors: `trained` is deterministic
-    for other in (banked("attention", scaling=2.0), banked("attention", seed=3), banked("attention", rank=2)):
+    for other in (
+        banked("attention", scaling=2.0),
+        banked("attention", seed=3),
+        banked("attention", rank=2),
+    ):
         with pytest.raises(ValueError, match="expected"):
             other.lotr_tasks.add(path)
     tensors = load_file(path)
@@ -367,7 +432,10 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
 
 def test_the_bank_is_part_of_the_model() -> None:
     model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
-    assert {k for k in model.state_dict() if "tasks" in k} == {*(f"lotr_tasks.cores.{i}" for i in range(4)), "lotr_tasks.taken"}
+    assert {k for k in model.state_dict() if "tasks" in k} == {
+        *(f"lotr_tasks.cores.{i}" for i in range(4)),
+        "lotr_tasks.taken",
+    }
     with use_tasks(model, INDEX):
         y = zoo.output(model, x)
     other = copy.deepcopy(model)
@@ -381,7 +449,9 @@ def test_the_bank_is_part_of_the_model() -> None:
     with pytest.raises(RuntimeError, match="use_tasks: expected unmerged"), use_tasks(model, INDEX):
         pass
     unload(model)
-    assert not hasattr(model, "lotr_tasks") and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not hasattr(model, "lotr_tasks") and not any(
+        m._forward_pre_hooks or m._forward_hooks for m in model.modules()
+    )
 
 
 def test_a_batch_may_be_empty() -> None:
@@ -397,7 +467,9 @@ def test_a_task_s_file_fits_whatever_the_order_of_the_groups(tmp_path: Path) -> 
         for layer in adapted_layers(models[1]).values():
             layer.factors.A.value.copy_(adapted_layers(models[0])[
                 "blocks.0.up" if layer.in_features == 16 else "blocks.0.down"].factors.A.value)  # fmt: skip
-    models[1].blocks = nn.ModuleList(nn.ModuleDict(dict(reversed(block.items()))) for block in models[1].blocks)
+    models[1].blocks = nn.ModuleList(
+        nn.ModuleDict(dict(reversed(block.items()))) for block in models[1].blocks
+    )
     banks = [TaskBank(model, 1) for model in models]
     assert banks[0]._layers != banks[1]._layers
     banks[0].add()

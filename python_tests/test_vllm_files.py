@@ -20,29 +20,48 @@ KEY = "model.layers.0.self_attn.k_proj.core"
 Change = Callable[[dict, dict], object]  # of a task's tensors and configuration
 CHANGES: dict[str, tuple[Change, str]] = {
     "NaN": (lambda t, c: t[KEY].fill_(torch.nan), f"expected finite values in {KEY}"),
-    "another shape": (lambda t, c: t.update({KEY: t[KEY][:-1].clone()}), rf"expected floating values \(2, 3\) in {KEY}"),
-    "integers": (lambda t, c: t.update({KEY: t[KEY].int()}), rf"expected floating values \(2, 3\) in {KEY}"),
+    "another shape": (
+        lambda t, c: t.update({KEY: t[KEY][:-1].clone()}),
+        rf"expected floating values \(2, 3\) in {KEY}",
+    ),
+    "integers": (
+        lambda t, c: t.update({KEY: t[KEY].int()}),
+        rf"expected floating values \(2, 3\) in {KEY}",
+    ),
     "no core": (lambda t, c: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
-    "other factors": (lambda t, c: c.update(lotr_factors="0" * 64), "expected a task over the engine's factors"),
-    "a LoRA": (lambda t, c: c.pop("lotr_factors"), "expected a task by export_task, got an adapter of LORA"),
+    "other factors": (
+        lambda t, c: c.update(lotr_factors="0" * 64),
+        "expected a task over the engine's factors",
+    ),
+    "a LoRA": (
+        lambda t, c: c.pop("lotr_factors"),
+        "expected a task by export_task, got an adapter of LORA",
+    ),
 }
 
 
 def adapted(**settings: object) -> nn.Module:
-    config = LoTRConfig(**{"rank": (2, 3), "group_by": "width", "target_modules": zoo.TARGETS["llama"], **settings})
-    return zoo.fill(apply_lotr(zoo.net("llama"), config), 7, 0.3, lambda name: name.endswith("core"))
+    config = LoTRConfig(
+        **{"rank": (2, 3), "group_by": "width", "target_modules": zoo.TARGETS["llama"], **settings}
+    )
+    return zoo.fill(
+        apply_lotr(zoo.net("llama"), config), 7, 0.3, lambda name: name.endswith("core")
+    )
 
 
 def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
     model = adapted(scaling=2.0)
     bank = TaskBank(model, 2)
-    task = bank.add({name: torch.randn(core.shape) for name, core in bank.cores_of(bank.add()).items()})
+    task = bank.add(
+        {name: torch.randn(core.shape) for name, core in bank.cores_of(bank.add()).items()}
+    )
     export_factors(model, tmp_path / "factors")
     export_task(model, tmp_path / "own")
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
     assert (
-        factors.checksum == vllm.factors_of(*contents(model), "test").checksum and len(factors.tensors) == 3
+        factors.checksum == vllm.factors_of(*contents(model), "test").checksum
+        and len(factors.tensors) == 3
     )  # A_16, B_16, B_8
     for folder, cores in (
         ("own", {f"{n}.core": m.core for n, m in model.named_modules() if hasattr(m, "factors")}),
@@ -53,7 +72,11 @@ def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
             want = (cores or bank.cores_of(task))[f"{name}.core"]
             assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * want)
     config = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 3, "base")
+    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == (
+        "LORA",
+        3,
+        "base",
+    )
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
@@ -69,7 +92,9 @@ def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path
         vllm.read_task(tmp_path, vllm.factors_of(*contents(model), "test"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lotr_task.safetensors", "safetensors"), ("adapter_config.json", "JSON")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("lotr_task.safetensors", "safetensors"), ("adapter_config.json", "JSON")]
+)
 def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     export_task(model := adapted(), tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
@@ -85,9 +110,13 @@ def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> No
         ("mixture", {"group_by": "shape"}, "expected adapted linear layers, got experts"),
     ],
 )
-def test_what_the_engine_cannot_hold_is_not_exported(net: str, settings: dict, message: str, tmp_path: Path) -> None:
+def test_what_the_engine_cannot_hold_is_not_exported(
+    net: str, settings: dict, message: str, tmp_path: Path
+) -> None:
     if net == "mixture":
-        model = apply_lotr(zoo.net(net), LoTRConfig(rank=2, target_parameters=zoo.TARGETS[net], **settings))
+        model = apply_lotr(
+            zoo.net(net), LoTRConfig(rank=2, target_parameters=zoo.TARGETS[net], **settings)
+        )
     else:
         model = adapted(**settings)
     for export in (export_factors, export_task):

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WIDTH, VOCABULARY = 16, 29
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -23,7 +28,9 @@ class Mlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks = ({"up": nn.Linear(WIDTH, 24), "down": nn.Linear(24, WIDTH, bias=False)} for _ in range(2))
+        blocks = (
+            {"up": nn.Linear(WIDTH, 24), "down": nn.Linear(24, WIDTH, bias=False)} for _ in range(2)
+        )
         self.blocks = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
         self.head = nn.Linear(WIDTH, 3)
 
@@ -39,7 +46,9 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in "qkvo"}) for _ in range(2)
+        )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -56,7 +65,9 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**settings))
+        model = getattr(transformers, family + head)(
+            getattr(transformers, f"{family}Config")(**settings)
+        )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     return model
@@ -64,24 +75,52 @@ def _transformers(family: str, head: str, **settings: object) -> nn.Module:
 
 def _bert() -> nn.Module:
     dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    sizes = {**_SIZES, **dry, "intermediate_size": 24, "max_position_embeddings": 32, "num_labels": 3}
+    sizes = {
+        **_SIZES,
+        **dry,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "num_labels": 3,
+    }
     return _transformers("Bert", "ForSequenceClassification", **sizes)
 
 
 def _gpt2() -> nn.Module:
     dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, **_TOKENS, **dry}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 32,
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 2,
+        **_TOKENS,
+        **dry,
+    }
     return _transformers("GPT2", "LMHeadModel", **sizes)
 
 
 def _llama() -> nn.Module:
-    sizes = {**_SIZES, **_TOKENS, "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 32}
+    sizes = {
+        **_SIZES,
+        **_TOKENS,
+        "num_key_value_heads": 1,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+    }
     return _transformers("Llama", "ForCausalLM", **sizes)
 
 
 def _mixture() -> nn.Module:
-    sizes = {**_SIZES, **_TOKENS, "num_key_value_heads": 1, "intermediate_size": 12, "max_position_embeddings": 32}
-    return _transformers("Mixtral", "ForCausalLM", **sizes, num_local_experts=3, num_experts_per_tok=2)
+    sizes = {
+        **_SIZES,
+        **_TOKENS,
+        "num_key_value_heads": 1,
+        "intermediate_size": 12,
+        "max_position_embeddings": 32,
+    }
+    return _transformers(
+        "Mixtral", "ForCausalLM", **sizes, num_local_experts=3, num_experts_per_tok=2
+    )
 
 
 _NETS: dict[str, Callable[[], nn.Module]] = {
@@ -105,7 +144,12 @@ TARGETS = {
 
 
 @torch.no_grad()
-def fill(module: nn.Module, seed: int = 0, scale: float = 0.3, only: Callable[[str], bool] = lambda name: True) -> nn.Module:
+def fill(
+    module: nn.Module,
+    seed: int = 0,
+    scale: float = 0.3,
+    only: Callable[[str], bool] = lambda name: True,
+) -> nn.Module:
     """Gives the named parameters random values, in the order of their names. Vectors (norms) are moved by a third of that."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
@@ -135,6 +179,10 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """The model's output as one tensor: the logits of a transformers model."""
-    settings = {"use_cache": False} if hasattr(model, "config") and model.config.model_type != "bert" else {}
+    settings = (
+        {"use_cache": False}
+        if hasattr(model, "config") and model.config.model_type != "bert"
+        else {}
+    )
     found = model(x, **settings)
     return found if isinstance(found, Tensor) else found.logits

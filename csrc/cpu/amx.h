@@ -1,20 +1,24 @@
-// Products in AMX tiles of 16 rows of 64 bytes: one instruction multiplies two tiles of bfloat16 pairs and
-// adds the products to a third tile, of float32. That replaces 256 instructions of block.h.
+// Products in AMX tiles of 16 rows of 64 bytes: one instruction multiplies two tiles of bfloat16
+// pairs and adds the products to a third tile, of float32. That replaces 256 instructions of
+// block.h.
 //
-//   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]      A: 16 rows of units along the summed
-//                                                                 dimension; B: 16 units of 16 columns
+//   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]      A: 16 rows of units along the
+//   summed
+//                                                                 dimension; B: 16 units of 16
+//                                                                 columns
 //
-// The units and the packed factors are block.h's; a factor's units are rounded up to whole steps. Each sum
-// runs in ascending order, whatever rows share its tile. Subnormal numbers count as zero, as in the dot
-// products of AVX-512.
+// The units and the packed factors are block.h's; a factor's units are rounded up to whole steps.
+// Each sum runs in ascending order, whatever rows share its tile. Subnormal numbers count as zero,
+// as in the dot products of AVX-512.
 #pragma once
 
 #include "cpu/block.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-// The tile registers of this thread: 0 to 3 sums, 4 and 5 of A, 6 and 7 of B. They are given back at the end,
-// since a thread that holds tiles takes longer to switch to and keeps its core from sleeping deeply.
+// The tile registers of this thread: 0 to 3 sums, 4 and 5 of A, 6 and 7 of B. They are given back
+// at the end, since a thread that holds tiles takes longer to switch to and keeps its core from
+// sleeping deeply.
 class Tiles {
  public:
   // rows of A and C, units of a step.
@@ -57,7 +61,8 @@ LOTR_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
 }
 
-// Where the tiles of A or B lie, in bytes: from row to row, to the second of two tiles, and to the next step.
+// Where the tiles of A or B lie, in bytes: from row to row, to the second of two tiles, and to the
+// next step.
 struct Side {
   const char* at;
   int64_t row, second, step;
@@ -77,7 +82,8 @@ LOTR_INLINE void zero_tiles() {
   if constexpr (RA == 2 && RB == 2) tile_zero<3>();
 }
 template <int RA, int RB>
-LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps, const Below& below = {}) {
+LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps,
+                                const Below& below = {}) {
   const char *at_a = a.at, *at_b = b.at, *prefetched = below.at;
   for (int64_t t = 0; t < steps; ++t, at_a += a.step, at_b += b.step, prefetched += a.step) {
     tile_load<4>(at_a, a.row);
@@ -127,22 +133,27 @@ LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
   if (v < vectors) f(Int<1>{}, v);
 }
 
-// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies. below:
-// whether to prefetch the rows below. edge: room for two tiles of what a row has beyond whole steps.
+// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies.
+// below: whether to prefetch the rows below. edge: room for two tiles of what a row has beyond
+// whole steps.
 template <typename K, typename T>
-inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename K::Unit* b, int64_t ldb,
-                            int64_t vectors, int64_t i0, int64_t rows, bool below, typename K::Unit* edge) {
+inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename K::Unit* b,
+                            int64_t ldb, int64_t vectors, int64_t i0, int64_t rows, bool below,
+                            typename K::Unit* edge) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   const int64_t units = units_of_step(units_of<K>(x.cols)), steps = x.cols / (K::kPair * units),
                 first_left = steps * units * K::kPair, row = x.rs * int64_t(sizeof(T));
   const auto* data = static_cast<const T*>(x.data);
   tile_rows_of(rows, units, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
-    const Side a{reinterpret_cast<const char*>(data + (i0 + i) * x.rs), row, kSide * row, units * kUnit};
+    const Side a{reinterpret_cast<const char*>(data + (i0 + i) * x.rs), row, kSide * row,
+                 units * kUnit};
     const Side rest{reinterpret_cast<const char*>(edge), units * kUnit, kSide * units * kUnit, 0};
     if (first_left < x.cols)
-      tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{}, nullptr);
-    const int64_t next = i0 + i + n, prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
+      tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{},
+                           nullptr);
+    const int64_t next = i0 + i + n,
+                  prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
     tile_columns_of(vectors, [&](auto rb, int64_t v) {
       constexpr int RB = decltype(rb)::value;
       Side packed{reinterpret_cast<const char*>(b + v * kSide), ldb * kUnit, kSide * kUnit,
@@ -158,8 +169,8 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename 
   });
 }
 
-// Rows of y[rows][64] = u f plus start_of (block.h), all of y there and side by side, as expand_whole_rows
-// (products.h). `units` of u and f are whole steps.
+// Rows of y[rows][64] = u f plus start_of (block.h), all of y there and side by side, as
+// expand_whole_rows (products.h). `units` of u and f are whole steps.
 template <typename K, typename T, Form form>
 inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
                             const typename K::Unit* panel, int64_t units, const float* bias) {
@@ -185,15 +196,17 @@ inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int6
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* from = sums + j * kWidth + v;
-        const auto sum = [&](int64_t w) { return start_of<form>(to + v + w, bias + v + w) + load(from + w); };
+        const auto sum = [&](int64_t w) {
+          return start_of<form>(to + v + w, bias + v + w) + load(from + w);
+        };
         store(to + v, sum(0), sum(K::kLanes));
       }
     }
   });
 }
 
-// k [units][ldk] as tiles of A, of units rounded up: to[vectors][steps][16 of the rank][16 units], zero
-// padded.
+// k [units][ldk] as tiles of A, of units rounded up: to[vectors][steps][16 of the rank][16 units],
+// zero padded.
 template <typename K>
 inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, int64_t units,
                        int64_t vectors) {
@@ -203,19 +216,21 @@ inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, i
   for (int64_t v = 0; v < vectors; ++v) {
     for (int64_t t = 0; t < steps; ++t, to += kSide * kSide) {
       decltype(load(k)) square[K::kLanes];
-      for (int64_t i = 0; i < K::kLanes; ++i) square[i] = load(k + (t * kSide + i) * ldk + v * kSide);
+      for (int64_t i = 0; i < K::kLanes; ++i)
+        square[i] = load(k + (t * kSide + i) * ldk + v * kSide);
       transpose<K::kLanes>(square);
       for (int64_t i = 0; i < K::kLanes; ++i) store(to + i * kSide, square[i]);
     }
   }
 }
 
-// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x, as outer_columns (outer_pairs.h). k: turned; made:
-// room for the units of these columns. prefetch: whether to prefetch the columns to the right.
+// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x, as outer_columns (outer_pairs.h). k:
+// turned; made: room for the units of these columns. prefetch: whether to prefetch the columns to
+// the right.
 template <typename K>
-inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
-                           int64_t c, const typename K::Unit* k, int64_t r, typename K::Unit* made,
-                           bool prefetch) {
+inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int64_t i0,
+                           int64_t rows, int64_t c, const typename K::Unit* k, int64_t r,
+                           typename K::Unit* made, bool prefetch) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kTile = kSide * kSide;
   const int64_t steps = (rows + K::kPair * kSide - 1) / (K::kPair * kSide);
   const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
@@ -237,13 +252,13 @@ inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int6
   const Tiles whole(kSide, kSide);
   tile_columns_of((r + kSide - 1) / kSide, [&](auto ra, int64_t v) {
     constexpr int RA = decltype(ra)::value;
-    Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit, steps * kTile * kUnit,
-           kTile * kUnit};
+    Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit,
+           steps * kTile * kUnit, kTile * kUnit};
     Side b{reinterpret_cast<const char*>(made), kSide * kUnit, kTile * kUnit, 2 * kTile * kUnit};
     zero_tiles<RA, 2>();
     if (v == 0) {
-      // A step is made while the one before it is multiplied: a tile cannot be loaded from stores that are
-      // still under way.
+      // A step is made while the one before it is multiplied: a tile cannot be loaded from stores
+      // that are still under way.
       make(0);
       for (int64_t t = 0; t < steps; ++t, a.at += a.step, b.at += b.step) {
         if (t + 1 < steps) make(t + 1);

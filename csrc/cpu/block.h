@@ -1,24 +1,24 @@
-// The one inner loop of every product here: a register block c[rows][vectors] += sum over units of a
-// broadcast times b.
+// The one inner loop of every product here: a register block c[rows][vectors] += sum over units of
+// a broadcast times b.
 //
-//   c[i][v] += sum_t a(i, t) * b[t * ldb + v]          a(i, t) broadcast to all lanes, b a vector along the
-//   rank or n
+//   c[i][v] += sum_t a(i, t) * b[t * ldb + v]          a(i, t) broadcast to all lanes, b a vector
+//   along the rank or n
 //
 //   shrink        a = x rows (units along the row)       b = packed A             sums over k
 //   expand_add    a = u rows                             b = packed F^T panel     sums over r
 //   factor_grad   a = x columns (units down a column)    b = packed k             sums over m
 //
-// Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does MR * RV
-// multiplications for RV + MR loads. Rows are few enough that rows whose distance is a multiple of 4 KiB stay
-// within the ways of L1.
+// Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does
+// MR * RV multiplications for RV + MR loads. Rows are few enough that rows whose distance is a
+// multiple of 4 KiB stay within the ways of L1.
 #pragma once
 
 #include "cpu/tiles.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-// Vectors of a block at most, and its rows: what 32 (AVX-512, SVE..) or 16 vector registers hold with the
-// operands.
+// Vectors of a block at most, and its rows: what 32 (AVX-512, SVE..) or 16 vector registers hold
+// with the operands.
 #if LOTR_VB == 64
 constexpr int kMaxVectors = 4;
 constexpr int kRows[] = {0, 8, 8, 8, 6};
@@ -45,8 +45,8 @@ struct Loose {
 };
 
 // A piece of a tensor that is multiplied soon. It is prefetched line by line while another piece is
-// multiplied: its rows are too short and too far apart for the hardware's prefetcher, and a burst of
-// prefetches would stall the loads of the multiplication.
+// multiplied: its rows are too short and too far apart for the hardware's prefetcher, and a burst
+// of prefetches would stall the loads of the multiplication.
 struct Piece {
   const char* row = nullptr;
   int64_t step = 0;             // bytes between rows
@@ -59,7 +59,8 @@ struct Piece {
     if (a.cs != 1 || i0 >= a.rows || c0 >= a.cols) return;
     const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
     row = static_cast<const char*>(a.data) + (i0 * a.rs + c0) * size;
-    step = a.rs * size, bytes = smaller(cols, a.cols - c0) * size, rows = smaller(wanted_rows, a.rows - i0);
+    step = a.rs * size, bytes = smaller(cols, a.cols - c0) * size,
+    rows = smaller(wanted_rows, a.rows - i0);
   }
   LOTR_INLINE void next() {
     if (rows <= 0) return;
@@ -79,11 +80,12 @@ struct Ahead {
   }
 };
 
-// acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units (else), in
-// bytes because a row of bf16 may start at half a unit; the other distance is one unit.
+// acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units
+// (else), in bytes because a row of bf16 may start at half a unit; the other distance is one unit.
 template <typename K, int MR, int RV, bool kAlongRow>
 LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
-                          const typename K::Unit* b, int64_t ldb, int64_t n, Piece* ahead = nullptr) {
+                          const typename K::Unit* b, int64_t ldb, int64_t n,
+                          Piece* ahead = nullptr) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   using Loaded = typename Loose<typename K::Unit>::type;
 #pragma GCC unroll 4
@@ -94,16 +96,16 @@ LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t
     for (int v = 0; v < RV; ++v) bv[v] = load(b + t * ldb + v * K::kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const typename K::Unit s =
-          *reinterpret_cast<const Loaded*>(kAlongRow ? a + i * step + t * kUnit : a + t * step + i * kUnit);
+      const typename K::Unit s = *reinterpret_cast<const Loaded*>(
+          kAlongRow ? a + i * step + t * kUnit : a + t * step + i * kUnit);
 #pragma GCC unroll 8
       for (int v = 0; v < RV; ++v) acc[i][v] = K::madd(acc[i][v], bv[v], s);
     }
   }
 }
 
-// Into a tile of sums, which is started (fresh) or added to. The n products are summed by themselves first: a
-// long sum made of short ones rounds less.
+// Into a tile of sums, which is started (fresh) or added to. The n products are summed by
+// themselves first: a long sum made of short ones rounds less.
 template <typename K, int MR, int RV, bool kAlongRow>
 inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
                       const typename K::Unit* b, int64_t ldb, int64_t n, Ahead& ahead) {
@@ -141,11 +143,13 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   if (i < rows) f(Int<1>{}, i);
 }
 
-// c[rows][rank vectors] (+)= product, in groups of at most kMaxVectors vectors. `b` holds all vectors of the
-// rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units after a.
+// c[rows][rank vectors] (+)= product, in groups of at most kMaxVectors vectors. `b` holds all
+// vectors of the rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units
+// after a.
 template <typename K, bool kAlongRow>
-inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step, int64_t rows,
-                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n, Ahead& ahead) {
+inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
+                     int64_t rows, const typename K::Unit* b, int64_t ldb, int64_t vectors,
+                     int64_t n, Ahead& ahead) {
   for (int64_t v = 0; v < vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
     const int64_t left = vectors - v, groups = (left + kMaxVectors - 1) / kMaxVectors,
@@ -155,17 +159,18 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
       constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
       row_blocks<kMost>(rows, [&](auto mr, int64_t i) {
         constexpr int MR = decltype(mr)::value;
-        sum_block<K, MR, RV, kAlongRow>(c + i * ldc + v * K::kLanes, ldc, fresh,
-                                        a + i * (kAlongRow ? step : int64_t(sizeof(typename K::Unit))), step,
-                                        b + v * K::kLanes, ldb, n, ahead);
+        sum_block<K, MR, RV, kAlongRow>(
+            c + i * ldc + v * K::kLanes, ldc, fresh,
+            a + i * (kAlongRow ? step : int64_t(sizeof(typename K::Unit))), step, b + v * K::kLanes,
+            ldb, n, ahead);
       });
     });
     v += group;
   }
 }
 
-// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all tokens
-// share.
+// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all
+// tokens share.
 enum class Form { onto, fresh, onto_biased };
 
 // What u f is added to.
@@ -176,14 +181,15 @@ LOTR_INLINE auto start_of(const T* y, const A* bias) {
   return load(y) + load(bias);
 }
 
-// y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy` apart.
+// y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy`
+// apart.
 template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
                                     const typename K::Unit* f, int64_t n, const T* ahead,
                                     const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
-  // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added at the
-  // end.
+  // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
+  // at the end.
   constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -220,13 +226,14 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
-// a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null
-// without dropout.
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel
+// cut short, a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV
+// vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
-inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
-                                const typename K::Unit* f, int64_t n, const uint32_t* keep,
-                                typename K::Acc scale, bool onto, const typename K::Acc* bias) {
+inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u,
+                                int64_t u_step, const typename K::Unit* f, int64_t n,
+                                const uint32_t* keep, typename K::Acc scale, bool onto,
+                                const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -253,7 +260,8 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
     } else if (cs == 1) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(row[j]) + sums[j]);
     } else {
-      for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(to_float(row[j * cs]) + sums[j]);
+      for (int64_t j = 0; j < cols; ++j)
+        row[j * cs] = Narrow<T>::from(to_float(row[j * cs]) + sums[j]);
     }
   }
 }

@@ -1,5 +1,6 @@
-// Picks the instruction set once, when an operator first runs: the best one of this build that this machine
-// runs, or a lower one that LOTR_CPU_ISA names (generic, avx2, avx512, avx512_bf16, amx_bf16; for tests).
+// Picks the instruction set once, when an operator first runs: the best one of this build that this
+// machine runs, or a lower one that LOTR_CPU_ISA names (generic, avx2, avx512, avx512_bf16,
+// amx_bf16; for tests).
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,8 +10,8 @@
 
 namespace lotr::cpu {
 
-// cpu_sets.def is CMakeLists.txt's: LOTR_SET(set, f32, f64, bf16, f16) for each instruction set of this
-// build, ascending, with the set that each element type's table is compiled for.
+// cpu_sets.def is CMakeLists.txt's: LOTR_SET(set, f32, f64, bf16, f16) for each instruction set of
+// this build, ascending, with the set that each element type's table is compiled for.
 #define LOTR_SET(set, f32, f64, bf16, f16) \
   extern const Table table_##f32##_f32, table_##f64##_f64, table_##bf16##_bf16, table_##f16##_f16;
 #include "cpu_sets.def"
@@ -25,11 +26,14 @@ struct Set {
 };
 const Set kSets[] = {
 #define LOTR_SET(set, f32, f64, bf16, f16) \
-  {#set, &runs_##set, {&table_##f32##_f32, &table_##f64##_f64, &table_##bf16##_bf16, &table_##f16##_f16}},
+  {#set,                                   \
+   &runs_##set,                            \
+   {&table_##f32##_f32, &table_##f64##_f64, &table_##bf16##_bf16, &table_##f16##_f16}},
 #include "cpu_sets.def"
 #undef LOTR_SET
 };
-static_assert(int(Dtype::f32) == 0 && int(Dtype::f64) == 1 && int(Dtype::bf16) == 2 && int(Dtype::f16) == 3);
+static_assert(int(Dtype::f32) == 0 && int(Dtype::f64) == 1 && int(Dtype::bf16) == 2 &&
+              int(Dtype::f16) == 3);
 
 const Set* choose() {
   const char* forced = std::getenv("LOTR_CPU_ISA");
@@ -42,10 +46,11 @@ const Set* choose() {
     names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
   if (forced && *forced)
-    throw std::runtime_error("LOTR_CPU_ISA: expected one of " + names + " (what this CPU runs), got " +
-                             forced + LOTR_CPU_NOTE);
+    throw std::runtime_error("LOTR_CPU_ISA: expected one of " + names +
+                             " (what this CPU runs), got " + forced + LOTR_CPU_NOTE);
   if (!best)
-    throw std::runtime_error("lotr_ext: expected a build for this CPU, got one for newer CPUs" LOTR_CPU_NOTE);
+    throw std::runtime_error(
+        "lotr_ext: expected a build for this CPU, got one for newer CPUs" LOTR_CPU_NOTE);
   return best;
 }
 
@@ -54,8 +59,8 @@ const Set& set() {
   return *chosen;
 }
 
-// The dtype that fold multiplies in: the operands' own where all have it, else that of sums, since factors
-// are widened and never rounded.
+// The dtype that fold multiplies in: the operands' own where all have it, else that of sums, since
+// factors are widened and never rounded.
 Dtype fold_dtype(const Mat& F, const Mat& B, const Mat& core) {
   const bool alike = B.dtype == F.dtype && core.dtype == F.dtype;
   return alike || F.dtype == Dtype::f64 ? F.dtype : Dtype::f32;

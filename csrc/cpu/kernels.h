@@ -1,9 +1,9 @@
-// The CPU kernels' interface: plain pointers and sizes. It includes no torch header: an inline function that
-// table.cpp, compiled once for each instruction set, shared with other files could be linked in its version
-// for a newer CPU.
+// The CPU kernels' interface: plain pointers and sizes. It includes no torch header: an inline
+// function that table.cpp, compiled once for each instruction set, shared with other files could be
+// linked in its version for a newer CPU.
 //
-// m tokens, k in, n out, r rank, l layer. Strides count elements. T is the activations' type; sums are float
-// (double for f64).
+// m tokens, k in, n out, r rank, l layer. Strides count elements. T is the activations' type; sums
+// are float (double for f64).
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ struct Mat {
   Dtype dtype = Dtype::f32;
 };
 
-// Dropout of a matrix: element e = i * cols + j is kept iff philox(seed, e / 4)[e % 4] >= threshold, and
-// scaled.
+// Dropout of a matrix: element e = i * cols + j is kept iff philox(seed, e / 4)[e % 4] >=
+// threshold, and scaled.
 struct Drop {
   bool on = false;
   uint32_t threshold = 0;  // p * 2^32
@@ -29,15 +29,15 @@ struct Drop {
   uint64_t seed = 0;
 };
 
-// What an expand adds to: y as it lies there, or (fresh) nothing, whatever y holds; and bias [1, n] in every
-// row, where there is one.
+// What an expand adds to: y as it lies there, or (fresh) nothing, whatever y holds; and bias [1, n]
+// in every row, where there is one.
 struct Start {
   bool fresh = false;
   Mat bias;
 };
 
-// Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j + 1] - 1],
-// in ascending order.
+// Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j +
+// 1] - 1], in ascending order.
 struct Groups {
   const int64_t *row, *key, *first;
   int64_t count;

@@ -33,8 +33,8 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
-// Chunks of rows whose sums are kept apart and added in order: a function of the size alone, never of the
-// threads.
+// Chunks of rows whose sums are kept apart and added in order: a function of the size alone, never
+// of the threads.
 struct Chunks {
   int64_t count, rows;
   explicit Chunks(int64_t m) {
@@ -72,14 +72,15 @@ struct Operators {
       Scratch memory(sums + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows, i == i0,
-                          true, memory.get<char>() + sums);
+        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows,
+                          i == i0, true, memory.get<char>() + sums);
         write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, add);
       }
     });
   }
 
-  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start) {
+  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop,
+                         const Start& start) {
     constexpr int64_t kLine = kPanel<K>;
     const int64_t units = packed_units<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
                   line_units = units * kLine;
@@ -87,19 +88,20 @@ struct Operators {
     const size_t row_bytes = size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit);
     const size_t mask_bytes = size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t);
     if (y.rows <= kTileRows) {
-      // Few tokens: each panel is packed where it is used, so that F passes through L1 and no packed copy is
-      // written.
+      // Few tokens: each panel is packed where it is used, so that F passes through L1 and no
+      // packed copy is written.
       Scratch u_memory(u_bytes(u));
       const Rows a = u_rows(u, 0, y.rows, u_memory.get<Unit>());
       run_tasks(panels, work, [&](int64_t begin, int64_t end) {
         Scratch memory(size_t(line_units) * sizeof(Unit) + row_bytes + mask_bytes);
         Unit* panel = memory.get<Unit>();
         auto* buffer = panel + line_units;
-        auto* mask =
-            reinterpret_cast<uint32_t*>(memory.get<char>() + size_t(line_units) * sizeof(Unit) + row_bytes);
+        auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() +
+                                                 size_t(line_units) * sizeof(Unit) + row_bytes);
         for (int64_t p = begin; p < end; ++p) {
           pack_panel<K, T>(panel, kLine, F, p * kLine, buffer);
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, start, mask);
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, start,
+                             mask);
         }
       });
       return;
@@ -114,17 +116,19 @@ struct Operators {
     const bool shared = pack_work >= 2 * kThreadWork;
     Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);
     if (shared)
-      run_tasks(panels, pack_work, [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
+      run_tasks(panels, pack_work,
+                [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
     run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
-      Scratch u_memory(u_bytes(u)), mask(mask_bytes), own(shared ? 0 : size_t(pack_work) * sizeof(Unit));
+      Scratch u_memory(u_bytes(u)), mask(mask_bytes),
+          own(shared ? 0 : size_t(pack_work) * sizeof(Unit));
       if (!shared) pack(own.get<Unit>(), 0, panels);
       const Unit* const ready = (shared ? packed : own).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels; ++p) {
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, ready + p * line_units, i, i + rows, drop,
-                             start, mask.get<uint32_t>());
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, ready + p * line_units, i,
+                             i + rows, drop, start, mask.get<uint32_t>());
         }
       }
     });
@@ -153,8 +157,8 @@ struct Operators {
 
   // out (+)= scale * the sum of `count` blocks of sums, in order; the first `whole` rows of out are
   // transposed.
-  static void add_partials(const Mat& out, Acc* partials, int64_t count, int64_t whole, double scale,
-                           bool add) {
+  static void add_partials(const Mat& out, Acc* partials, int64_t count, int64_t whole,
+                           double scale, bool add) {
     constexpr int kLanes = K::kLanes, kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
     const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
     const OuterSums<K> first(partials, whole, out.cols);
@@ -166,7 +170,8 @@ struct Operators {
         for (int64_t j = 0; j < out.cols; j += kLanes) {
           if (i >= whole) {
             for (int64_t v = 0; v < rows; ++v)
-              store(tile + v * first.ld + j, sum_of(first.P + (i - whole + v) * first.ld + j, count, size));
+              store(tile + v * first.ld + j,
+                    sum_of(first.P + (i - whole + v) * first.ld + j, count, size));
             continue;
           }
           for (int64_t part = 0; part < kRowsAtOnce; part += kLanes) {
@@ -174,7 +179,8 @@ struct Operators {
             for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
               square[v] = sum_of(first.S + (j + v) * whole + i + part, count, size);
             transpose<kLanes>(square);
-            for (int64_t v = 0; v < kLanes; ++v) store(tile + pair_at(part + v) * first.ld + j, square[v]);
+            for (int64_t v = 0; v < kLanes; ++v)
+              store(tile + pair_at(part + v) * first.ld + j, square[v]);
           }
         }
         write_rows<K>(out, i, rows, tile, first.ld, scale, add);
@@ -187,9 +193,9 @@ struct Operators {
     return sum;
   }
 
-  // Where chunks' sums are kept: a block each, added in order when all are there. One thread keeps two at
-  // most and adds each chunk onto the first as soon as it is summed, a chunk that is a single tile by summing
-  // it there. That is the same sum, and none of it leaves the cache.
+  // Where chunks' sums are kept: a block each, added in order when all are there. One thread keeps
+  // two at most and adds each chunk onto the first as soon as it is summed, a chunk that is a
+  // single tile by summing it there. That is the same sum, and none of it leaves the cache.
   struct Blocks {
     int64_t size, count;
     bool at_once;
@@ -212,16 +218,17 @@ struct Operators {
     void done(int64_t chunk) const {
       if (!at_once || chunk == 0 || count == 1) return;
       Acc *first = of(0), *own = of(chunk);
-      for (int64_t j = 0; j < size; j += K::kLanes) store(first + j, load(first + j) + load(own + j));
+      for (int64_t j = 0; j < size; j += K::kLanes)
+        store(first + j, load(first + j) + load(own + j));
     }
     int64_t left() const { return at_once ? smaller(1, count) : count; }
   };
 
-  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T k, each element written once, no operand
-  // copied.
+  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T k, each element written once, no
+  // operand copied.
   template <int n>
-  static void outer_part(const Mat& out, int64_t c0, int64_t c1, const Mat& x, const Mat& k, int64_t j,
-                         double scale, bool add) {
+  static void outer_part(const Mat& out, int64_t c0, int64_t c1, const Mat& x, const Mat& k,
+                         int64_t j, double scale, bool add) {
     typedef Acc Part __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
     for (int64_t c = c0; c < c1; ++c) {
       Part sum = {};
@@ -229,8 +236,8 @@ struct Operators {
       const Acc* b = static_cast<const Acc*>(k.data) + j;
       for (int64_t i = 0; i < x.rows; ++i, a += x.rs, b += k.rs)
         sum += *a * *reinterpret_cast<const Part*>(b);
-      write_part<n>(static_cast<Acc*>(out.data) + c * out.rs + j, reinterpret_cast<const Acc*>(&sum),
-                    Acc(scale), add);
+      write_part<n>(static_cast<Acc*>(out.data) + c * out.rs + j,
+                    reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
     }
   }
   static void outer_parts(const Mat& out, const Mat& x, const Mat& k, double scale, bool add) {
@@ -243,7 +250,8 @@ struct Operators {
   }
 
   // out (+)= scale * drop(x)^T k.
-  static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
+  static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale,
+                    bool add) {
     const Chunks chunks(x.rows);
     const int64_t work = x.rows * x.cols * k.cols, tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // One chunk may go to the output where it lies: few tokens then touch it once.
@@ -256,29 +264,33 @@ struct Operators {
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
-        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0, x.rows, c0,
-                         c1, tile_m, false, memory.get<char>());
+        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0,
+                         x.rows, c0, c1, tile_m, false, memory.get<char>());
       });
       return;
     }
     if constexpr (same<T, Acc>) {
-      // Few tokens and a rank that fills no vector: to pad k and the sums would take longer than the sums.
-      if (x.rows <= kFewRows && wide && out.cs == 1 && native<K, T>(x) && native<K, T>(k) && !drop.on)
+      // Few tokens and a rank that fills no vector: to pad k and the sums would take longer than
+      // the sums.
+      if (x.rows <= kFewRows && wide && out.cs == 1 && native<K, T>(x) && native<K, T>(k) &&
+          !drop.on)
         return outer_parts(out, x, k, scale, add);
     }
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, whole, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
-    const int64_t width = round_up(
-        larger(2 * kTileColumns, threads() == 1 ? x.cols : (x.cols + wanted - 1) / wanted), kTileColumns);
+    const int64_t width =
+        round_up(larger(2 * kTileColumns, threads() == 1 ? x.cols : (x.cols + wanted - 1) / wanted),
+                 kTileColumns);
     const int64_t across = (x.cols + width - 1) / width;
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
         const OuterSums<K> sums(blocks.of(chunk), whole, k.cols);
-        outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
-                         smaller(c0 + width, x.cols), tile_m, false, memory.get<char>());
+        outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0,
+                         smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols), tile_m,
+                         false, memory.get<char>());
         blocks.done(chunk);
       }
     });
@@ -299,11 +311,13 @@ struct Operators {
     }
   }
 
-  // A tile of g is read once from memory and used twice in cache, where it and what it is multiplied with fit
-  // there.
-  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
+  // A tile of g is read once from memory and used twice in cache, where it and what it is
+  // multiplied with fit there.
+  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u,
+                          bool add) {
     const Chunks chunks(g.rows);
-    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g, F.cols);
+    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes,
+                  tile_m = tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
       shrink(k, g, F, {});
       factor_grad(Q, g, u, {}, add);
@@ -323,13 +337,14 @@ struct Operators {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
             const int64_t n = smaller(kTileRows, rows - part);
-            // outer_rows prefetches the tile below, of pairs in bursts, so half of it is prefetched here.
-            shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors, i + part, n,
-                              chunk == begin && i == first, pairs<K>, space);
+            // outer_rows prefetches the tile below, of pairs in bursts, so half of it is prefetched
+            // here.
+            shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors,
+                              i + part, n, chunk == begin && i == first, pairs<K>, space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(sums_of_chunk, blocks.fresh(chunk) && i == first, g, Drop{}, u, i, i + rows, 0,
-                           g.cols, tile_m, true, space);
+          outer_rows<K, T>(sums_of_chunk, blocks.fresh(chunk) && i == first, g, Drop{}, u, i,
+                           i + rows, 0, g.cols, tile_m, true, space);
         }
         blocks.done(chunk);
       }

@@ -1,8 +1,9 @@
-// factor_grad for pairs, x read where it lies: its columns are the vectors here and k is broadcast, so that
-// two rows of x become pairs in registers. The general form (products.h) broadcasts x, and has to copy each
-// tile into pairs first, which takes a quarter of its time.
+// factor_grad for pairs, x read where it lies: its columns are the vectors here and k is broadcast,
+// so that two rows of x become pairs in registers. The general form (products.h) broadcasts x, and
+// has to copy each tile into pairs first, which takes a quarter of its time.
 //
-//   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back when chunks are added up
+//   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back when chunks are
+//   added up
 //
 // The columns of S are in the order of pairs_of (vec.h) within each 32.
 #pragma once
@@ -16,15 +17,15 @@ template <typename K>
 constexpr int kPairColumns = 2 * K::kLanes;
 constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay in registers
 
-// S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h): what is
-// added at a time must not depend on where the sum is kept. low: the first row of the first pair; `step`
-// elements to the next pair's. last: the second row of the last pair, zeros where there is none. Or (kAgain)
-// the units that a first block has left in `made`: rows of x that are a power of two apart fall into the same
-// few places of L1 and would not stay there.
+// S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h):
+// what is added at a time must not depend on where the sum is kept. low: the first row of the first
+// pair; `step` elements to the next pair's. last: the second row of the last pair, zeros where
+// there is none. Or (kAgain) the units that a first block has left in `made`: rows of x that are a
+// power of two apart fall into the same few places of L1 and would not stay there.
 template <typename K, int MR, bool kAgain, bool kPrefetch>
 inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
-                        const uint16_t* last, int64_t step, typename K::Unit* made, const typename K::Unit* k,
-                        int64_t ldk, int64_t n, Ahead& ahead) {
+                        const uint16_t* last, int64_t step, typename K::Unit* made,
+                        const typename K::Unit* k, int64_t ldk, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
@@ -59,13 +60,13 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
   }
 }
 
-// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x. k: the tile's units, [units][ldk]; made: room for the
-// units of these columns. The last block prefetches the next tile, because the
-// blocks before it load more themselves.
+// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x. k: the tile's units, [units][ldk]; made:
+// room for the units of these columns. The last block prefetches the next tile, because the blocks
+// before it load more themselves.
 template <typename K>
-inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
-                          int64_t c, const typename K::Unit* k, int64_t ldk, int64_t r,
-                          typename K::Unit* made, Ahead& ahead) {
+inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0,
+                          int64_t rows, int64_t c, const typename K::Unit* k, int64_t ldk,
+                          int64_t r, typename K::Unit* made, Ahead& ahead) {
   [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
   const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
   const int64_t units = (rows + 1) / 2;

@@ -1,7 +1,8 @@
 // Dropout masks: philox4x32-10, a vector of counters at once. The same bits as on a GPU
 // (csrc/cuda/tile/philox.cuh).
 //
-//   element e = i * cols + j is kept iff philox(key = seed, counter = (e / 4 low, e / 4 high, 0, 0))[e % 4]
+//   element e = i * cols + j is kept iff philox(key = seed, counter = (e / 4 low, e / 4 high, 0,
+//   0))[e % 4]
 //   >= threshold
 #pragma once
 
@@ -32,8 +33,10 @@ LOTR_INLINE vq every_other(vq a, vq b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((I % 2) * kCounters + I / 2 * 2 + odd)...);
 }
 
-// keep[0 .. n + kMaskSlack): all ones where the element is kept, else 0. Returns where element e0 is.
-inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_t seed, uint32_t threshold) {
+// keep[0 .. n + kMaskSlack): all ones where the element is kept, else 0. Returns where element e0
+// is.
+inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_t seed,
+                                 uint32_t threshold) {
   const uint64_t q0 = e0 / 4;
   const int64_t counters = int64_t((e0 + uint64_t(n) + 3) / 4 - q0);
   // Lane order: the even lanes hold the first half of the batch, the odd ones the second, so that
@@ -56,7 +59,8 @@ inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_
     const vq even = every_other<0>(first, second, std::make_integer_sequence<int, kCounters>{});
     const vq odd = every_other<1>(first, second, std::make_integer_sequence<int, kCounters>{});
     store(keep + 4 * q, reinterpret_cast<vi>(reinterpret_cast<vi>(even) >= threshold));
-    store(keep + 4 * q + 2 * kCounters, reinterpret_cast<vi>(reinterpret_cast<vi>(odd) >= threshold));
+    store(keep + 4 * q + 2 * kCounters,
+          reinterpret_cast<vi>(reinterpret_cast<vi>(odd) >= threshold));
   }
   return keep + e0 % 4;
 }

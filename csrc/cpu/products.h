@@ -1,12 +1,13 @@
 // The two shapes of product, for a range of rows of one thread:
 //
-//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b          b packed: [units of K][vectors of r]
-//   outer_rows    P[c0 .. c1, r]    += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
+//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b          b packed: [units of K][vectors of
+//   r] outer_rows    P[c0 .. c1, r]    += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
 //
-// Both walk x in tiles that stay in cache and read it where it lies when its layout allows (native), else
-// through a copy of the tile that converts, masks, pairs and pads. Every sum runs over its dimension in
-// ascending order in one accumulator, and threads get rows in multiples of run_rows' blocks (operators.h), so
-// a result does not depend on how rows are shared out to threads.
+// Both walk x in tiles that stay in cache and read it where it lies when its layout allows
+// (native), else through a copy of the tile that converts, masks, pairs and pads. Every sum runs
+// over its dimension in ascending order in one accumulator, and threads get rows in multiples of
+// run_rows' blocks (operators.h), so a result does not depend on how rows are shared out to
+// threads.
 #pragma once
 
 #include "cpu/outer_pairs.h"
@@ -14,21 +15,27 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kTileRows = 96;               // rows of a shrink tile: a multiple of every block's rows
-constexpr int64_t kBlockRows = 8;               // of a block of it, at most
-constexpr int64_t kTileUnits = 64;              // units of a factor_grad tile
-constexpr int64_t kTileColumns = 96;            // columns of a factor_grad tile
+constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of every block's rows
+constexpr int64_t kBlockRows = 8;     // of a block of it, at most
+constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
+constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
 constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read where it lies
 constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
-constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
+constexpr int64_t kTileBytes =
+    16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
-// Rows of a tile of x [m, n] that shrink_grad reads twice, or 0 where two passes over x cost less. The tile,
-// the next tile, the factor [n, r] and the two sums of its size must stay in L2. Factor and sums are used
-// again for each tile: where they alone exceed L2, the taller tiles of two passes read them less often.
+// Rows of a tile of x [m, n] that shrink_grad reads twice, or 0 where two passes over x cost less.
+// The tile, the next tile, the factor [n, r] and the two sums of its size must stay in L2. Factor
+// and sums are used again for each tile: where they alone exceed L2, the taller tiles of two passes
+// read them less often.
 template <typename K>
 inline int64_t tile_rows(const Mat& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
-  const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
+  const int64_t row = x.cols *
+                      (x.dtype == Dtype::f64   ? 8
+                       : x.dtype == Dtype::f32 ? 4
+                                               : 2) *
+                      K::kPair;
   // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost less.
   if (in_tiles<K> && 2 * row * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
   return (2 * row * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
@@ -39,26 +46,31 @@ constexpr int64_t vectors_of(int64_t r) {
   return (r + K::kLanes - 1) / K::kLanes;
 }
 
-// A factor [K, r] as units of pairs of rows: [units of K][vectors], zero padded. May be the factor itself.
+// A factor [K, r] as units of pairs of rows: [units of K][vectors], zero padded. May be the factor
+// itself.
 template <typename K, typename T>
 struct PackedFactor {
   Scratch memory;
   const typename K::Unit* data;
   int64_t ld;
 
-  static bool in_place(const Mat& A) { return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0; }
-  static size_t packed_bytes(const Mat& A) {
-    return size_t(packed_units<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) * sizeof(typename K::Unit);
+  static bool in_place(const Mat& A) {
+    return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0;
   }
-  explicit PackedFactor(const Mat& A) : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
+  static size_t packed_bytes(const Mat& A) {
+    return size_t(packed_units<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) *
+           sizeof(typename K::Unit);
+  }
+  explicit PackedFactor(const Mat& A)
+      : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
     if (in_place(A)) {
       data = static_cast<const typename K::Unit*>(A.data), ld = A.rs;
       return;
     }
     ld = vectors_of<K>(A.cols) * K::kLanes;
     auto* row = reinterpret_cast<uint16_t*>(memory.template get<char>() + packed_bytes(A));
-    tile_down_columns<K, T>(memory.template get<typename K::Unit>(), ld, A, 0, A.rows, 0, A.cols, Drop{},
-                            nullptr, row);
+    tile_down_columns<K, T>(memory.template get<typename K::Unit>(), ld, A, 0, A.rows, 0, A.cols,
+                            Drop{}, nullptr, row);
     auto* packed = memory.template get<typename K::Unit>();
     for (int64_t i = units_of<K>(A.rows) * ld; i < packed_units<K>(A.rows) * ld; ++i) packed[i] = 0;
     data = packed;
@@ -76,8 +88,8 @@ LOTR_INLINE void write_part(T* out, const T* c, T scale, bool add) {
 
 // out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
 template <typename K>
-inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c, int64_t ldc,
-                       double scale, bool add) {
+inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c,
+                       int64_t ldc, double scale, bool add) {
   using Acc = typename K::Acc;
   by_dtype(out.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
@@ -91,8 +103,8 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
           store(row + j, add ? load(row + j) + sum : sum);
         }
       }
-      // The end of a rank that fills no vector, in parts of one: a masked store would make the next row's
-      // load wait.
+      // The end of a rank that fills no vector, in parts of one: a masked store would make the next
+      // row's load wait.
       if constexpr (same<Acc, T>) {
         for (; out.cs == 1 && j + 8 <= out.cols; j += 8) write_part<8>(row + j, c + j, s, add);
         for (; out.cs == 1 && j + 4 <= out.cols; j += 4) write_part<4>(row + j, c + j, s, add);
@@ -105,11 +117,12 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
   });
 }
 
-// Rows of a factor_grad tile, which is read once: of an x that is read where it lies as many as keep their
-// part of k in L1. (Pairs take no more: the units made of x are kept in L1 too.)
+// Rows of a factor_grad tile, which is read once: of an x that is read where it lies as many as
+// keep their part of k in L1. (Pairs take no more: the units made of x are kept in L1 too.)
 template <typename K, typename T>
 inline int64_t tile_rows_once(const Mat& x, const Drop& drop, int64_t r) {
-  const int64_t k_bytes = kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
+  const int64_t k_bytes =
+      kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
   const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * k_bytes <= kTileBytes;
   return (deep ? kDeepUnits : kTileUnits) * K::kPair;
 }
@@ -127,12 +140,12 @@ inline size_t tile_space(int64_t r) {
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
 
-// Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh, unscaled.
-// cold: these rows were not prefetched. below: whether to prefetch the rows below.
+// Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh,
+// unscaled. cold: these rows were not prefetched. below: whether to prefetch the rows below.
 template <typename K, typename T>
 inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& x, const Drop& drop,
-                        const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0, int64_t rows,
-                        bool cold, bool below, char* space) {
+                        const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0,
+                        int64_t rows, bool cold, bool below, char* space) {
   using Unit = typename K::Unit;
   const int64_t group = smaller(vectors, kMaxVectors);
   // Units summed at a time, so that their part of b stays in L1.
@@ -141,7 +154,8 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
   const bool in_place = native<K, T>(x) && !drop.on;
   auto* tile = reinterpret_cast<Unit*>(space);
   if constexpr (in_tiles<K>) {
-    if (in_place && fresh) return shrink_in_tiles<K, T>(c, ldc, x, b, ldb, vectors, i0, rows, below, tile);
+    if (in_place && fresh)
+      return shrink_in_tiles<K, T>(c, ldc, x, b, ldb, vectors, i0, rows, below, tile);
   }
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
@@ -158,21 +172,22 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.rs + c0;
-      sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a), x.rs * int64_t(sizeof(*a)),
-                        rows, b + t * ldb, ldb, vectors, whole, ahead);
+      sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a),
+                        x.rs * int64_t(sizeof(*a)), rows, b + t * ldb, ldb, vectors, whole, ahead);
     }
     if (whole < n) {
       const int64_t from = c0 + whole * K::kPair, left = n - whole;
-      tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair), drop,
-                           mask);
+      tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair),
+                           drop, mask);
       sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
-                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left, ahead);
+                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors,
+                        left, ahead);
     }
   }
 }
 
-// Where outer_rows sums: the first `whole` columns of x transposed, S[r][whole] (outer_pairs.h), the others
-// in P, whose rows are `ld` apart and hold whole vectors.
+// Where outer_rows sums: the first `whole` columns of x transposed, S[r][whole] (outer_pairs.h),
+// the others in P, whose rows are `ld` apart and hold whole vectors.
 template <typename K>
 struct OuterSums {
   using Acc = typename K::Acc;
@@ -197,12 +212,12 @@ struct OuterSums {
   }
 };
 
-// sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless fresh.
-// tile_m: rows to sum at a time; warm: whether these rows of x are in cache already.
+// sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless
+// fresh. tile_m: rows to sum at a time; warm: whether these rows of x are in cache already.
 template <typename K, typename T>
-inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop, const Mat& k,
-                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t tile_m, bool warm,
-                       char* space) {
+inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop,
+                       const Mat& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t tile_m,
+                       bool warm, char* space) {
   using Unit = typename K::Unit;
   const int64_t vectors = vectors_of<K>(k.cols);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
@@ -225,8 +240,8 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
       if (c0 < sums.whole) turn_units<K>(turned, k_tile, ldb, units, vectors);
     }
     int64_t c = c0;
-    // Where this tile is in cache, the rows below; else the columns to the right, and the first ones of those
-    // rows.
+    // Where this tile is in cache, the rows below; else the columns to the right, and the first
+    // ones of those rows.
     Ahead ahead{{x, i + tile_m, tile_m, c0, c1 - c0}, {}};
     const auto prefetch = [&](int64_t width) {
       if (warm) return;
@@ -237,12 +252,12 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
       for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {
         if constexpr (in_tiles<K>) {
           const bool right = !warm && c + kPairColumns<K> < c1;
-          outer_in_tiles<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, turned, k.cols, x_tile,
-                            right);
+          outer_in_tiles<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, turned, k.cols,
+                            x_tile, right);
         } else {
           prefetch(kPairColumns<K>);
-          outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile,
-                           ahead);
+          outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols,
+                           x_tile, ahead);
         }
       }
     }
@@ -257,26 +272,28 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
       }
-      sum_rows<K, false>(sums.P + (c - sums.whole) * sums.ld, sums.ld, fresh && i == i0, a, step, cols, b,
-                         ldb, vectors, units, ahead);
+      sum_rows<K, false>(sums.P + (c - sums.whole) * sums.ld, sums.ld, fresh && i == i0, a, step,
+                         cols, b, ldb, vectors, units, ahead);
     }
   }
 }
 
-// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start` says.
-// `panels` holds F transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart.
-// `mask` is a buffer for a block's rows.
+// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start`
+// says. `panels` holds F transposed, in panels of kPanel columns; u_units is u's rows as units,
+// u_step bytes apart. `mask` is a buffer for a block's rows.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
-// Few rows where there are registers to spare: out-of-order execution then sees the next block's loads and
-// this one's stores beside the multiplications, and rows a power of two apart do not push each other out of
-// L1.
+// Few rows where there are registers to spare: out-of-order execution then sees the next block's
+// loads and this one's stores beside the multiplications, and rows a power of two apart do not push
+// each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
-// All of a panel's columns are there, side by side, and none is masked. `y` is at the first of `rows` rows.
+// All of a panel's columns are there, side by side, and none is masked. `y` is at the first of
+// `rows` rows.
 template <typename K, typename T, Form form>
 inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
-                              const typename K::Unit* panel, int64_t units, const typename K::Acc* bias) {
+                              const typename K::Unit* panel, int64_t units,
+                              const typename K::Acc* bias) {
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
@@ -284,8 +301,8 @@ inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, in
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
     const T* later = y + (to < rows ? to * ldy : (to - rows) * ldy + kPanel<K>);
-    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, u + i * u_step, u_step, panel, units,
-                                                    later, bias);
+    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, u + i * u_step, u_step, panel,
+                                                    units, later, bias);
   });
 }
 
@@ -328,9 +345,9 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       }
       keep = mask;
     }
-    expand_ragged_block<K, T, MR, kMaxVectors>(top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step,
-                                               panel, units, keep, typename K::Acc(drop.scale), !start.fresh,
-                                               add_bias ? bias : nullptr);
+    expand_ragged_block<K, T, MR, kMaxVectors>(
+        top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step, panel, units, keep,
+        typename K::Acc(drop.scale), !start.fresh, add_bias ? bias : nullptr);
   });
 }
 

@@ -1,19 +1,21 @@
-// One core per row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same core, or
-// the same token.
+// One core per row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
+// core, or the same token.
 //
-// A group is a small dense product of the kinds in operators.h, on its rows where they follow one another, as
-// those of an expert do, else on a copy of them. A group of a few rows, as each of many tasks has, is
-// multiplied with the core where it lies. A long group is cut every kRowsOfGroup rows from its first one, and
-// each sum is formed in the order of its rows: the threads change no bit. (Where a product's rows are cut can
-// change bits: compilers fuse multiplication and addition in some sizes of block and not in others.)
+// A group is a small dense product of the kinds in operators.h, on its rows where they follow one
+// another, as those of an expert do, else on a copy of them. A group of a few rows, as each of many
+// tasks has, is multiplied with the core where it lies. A long group is cut every kRowsOfGroup rows
+// from its first one, and each sum is formed in the order of its rows: the threads change no bit.
+// (Where a product's rows are cut can change bits: compilers fuse multiplication and addition in
+// some sizes of block and not in others.)
 #pragma once
 
 #include "cpu/small.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kRowsOfGroup = 2 * kTileRows;  // that are copied and multiplied at a time, by one thread
-constexpr int64_t kShortGroup = 4;               // up to here a product's preparations cost more than it does
+constexpr int64_t kRowsOfGroup =
+    2 * kTileRows;                  // that are copied and multiplied at a time, by one thread
+constexpr int64_t kShortGroup = 4;  // up to here a product's preparations cost more than it does
 
 // Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
 template <typename T>
@@ -69,7 +71,8 @@ struct RowProducts {
     for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain, T>(core[i]);
     return load(values);
   }
-  // out[b] = scaling * sum over a of in[a] core(a, b), for cores whose rows, or columns, lie side by side.
+  // out[b] = scaling * sum over a of in[a] core(a, b), for cores whose rows, or columns, lie side
+  // by side.
   static void times_core(Acc* out, const Acc* in, const Mat& core, Acc scaling) {
     by_dtype(core.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
@@ -79,7 +82,8 @@ struct RowProducts {
         int64_t b = 0;
         for (; b + kLanes <= to; b += kLanes) {
           typename Plain::Vec sum{};
-          for (int64_t a = 0; a < from; ++a) sum = Plain::madd(sum, vector_of(data + a * core.rs + b), in[a]);
+          for (int64_t a = 0; a < from; ++a)
+            sum = Plain::madd(sum, vector_of(data + a * core.rs + b), in[a]);
           store(out + b, sum * scaling);
         }
         for (; b < to; ++b) {
@@ -109,7 +113,8 @@ struct RowProducts {
     });
   }
   // out [r_in, r_out] = scaling * the sum over n rows of left^T right, both packed.
-  static void outer_of_few(const Mat& out, const Acc* left, const Acc* right, int64_t n, Acc scaling) {
+  static void outer_of_few(const Mat& out, const Acc* left, const Acc* right, int64_t n,
+                           Acc scaling) {
     Acc* to = static_cast<Acc*>(out.data);
     for (int64_t a = 0; a < out.rows; ++a, to += out.cols) {
       for (int64_t i = 0; i < n; ++i) {
@@ -121,8 +126,8 @@ struct RowProducts {
   }
 
   // h has contiguous rows, of T or wider.
-  static void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
-                       const Groups& by_core, double scaling) {
+  static void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores,
+                       int64_t cores_ls, const Groups& by_core, double scaling) {
     Drop scaled;
     scaled.scale = scaling;
     const bool core_in_lines = cores.rs == 1 || cores.cs == 1;
@@ -152,7 +157,8 @@ struct RowProducts {
           for (int64_t j = 0; core_in_lines && j < n; ++j)
             times_core(sums + j * core.cols, wide + j * core.rows, core, Acc(scaling));
           if (!core_in_lines)
-            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
+            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs,
+                                 Acc(scaling));
           for (int64_t j = 0; j < n; ++j)
             write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
           i += n;
@@ -166,8 +172,8 @@ struct RowProducts {
         out.data = follow ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
         Ops::shrink(out, in.mat, core, scaled);
         for (int64_t j = 0; !follow && j < n; ++j)
-          std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes, memory.get<char>() + j * row_bytes,
-                      size_t(row_bytes));
+          std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes,
+                      memory.get<char>() + j * row_bytes, size_t(row_bytes));
         i += n;
       }
     });
@@ -188,7 +194,8 @@ struct RowProducts {
           outer_of_few(out, wide_u, wide_g, n, Acc(scaling));
           continue;
         }
-        const Gathered<T> left(u, by_core.row + first, token, n), right(g, by_core.row + first, nullptr, n);
+        const Gathered<T> left(u, by_core.row + first, token, n),
+            right(g, by_core.row + first, nullptr, n);
         Ops::outer(out, left.mat, right.mat, Drop{}, scaling, false);
       }
     };

@@ -8,8 +8,9 @@
 namespace lotr::cpu {
 namespace {
 
-// Freed blocks are kept for the next call: a fresh block of this size would be mapped, and its pages faulted
-// in, on every call. Four, because a call holds packed factors, partial sums and copies of tiles at once.
+// Freed blocks are kept for the next call: a fresh block of this size would be mapped, and its
+// pages faulted in, on every call. Four, because a call holds packed factors, partial sums and
+// copies of tiles at once.
 constexpr size_t kKeep = size_t(16) << 20;
 struct Cache {
   struct Block {
@@ -70,7 +71,8 @@ int64_t threads() {
   return int64_t(torch::stable::get_num_threads());
 }
 
-void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context) {
   if (tasks <= 1) {
     if (tasks == 1) body(0, 1, context);
     return;

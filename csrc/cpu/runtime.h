@@ -1,4 +1,5 @@
-// What the kernels need from outside: torch's thread pool and scratch memory, without torch headers.
+// What the kernels need from outside: torch's thread pool and scratch memory, without torch
+// headers.
 #pragma once
 
 #include <cstddef>
@@ -6,19 +7,20 @@
 
 namespace lotr::cpu {
 
-// Runs body(begin, end, context) over [0, tasks) on torch's own threads, at least `grain` tasks on each; in
-// line when it is one thread or one task.
-void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+// Runs body(begin, end, context) over [0, tasks) on torch's own threads, at least `grain` tasks on
+// each; in line when it is one thread or one task.
+void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context);
 
 // Threads of that pool.
 int64_t threads();
 
-// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB where the system does not
-// say.
+// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB where the system
+// does not say.
 int64_t l2_bytes();
 
-// 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws std::bad_alloc
-// (the thread pool hands an exception of a body on to the caller).
+// 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws
+// std::bad_alloc (the thread pool hands an exception of a body on to the caller).
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

@@ -5,8 +5,8 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// F = scaling B G^T, a shrink of B. T is the operands' dtype where they have one in common with F, else the
-// type of sums: factors are widened, never rounded.
+// F = scaling B G^T, a shrink of B. T is the operands' dtype where they have one in common with F,
+// else the type of sums: factors are widened, never rounded.
 template <typename T>
 inline void fold_as(const Mat& F, const Mat& B, const Mat& core, double scaling) {
   Drop scaled;
@@ -14,11 +14,11 @@ inline void fold_as(const Mat& F, const Mat& B, const Mat& core, double scaling)
   Operators<T>::shrink(F, B, transposed(core), scaled);
 }
 
-// dG = scaling Q^T B; dB (+)= scaling Q G. Products of the core are summed from unrounded operands, so
-// factors of any dtype are widened to Acc, float or double.
+// dG = scaling Q^T B; dB (+)= scaling Q G. Products of the core are summed from unrounded operands,
+// so factors of any dtype are widened to Acc, float or double.
 template <typename Acc>
-void fold_grad(const Mat& dB, const Mat& dcore, const Mat& Q, const Mat& B, const Mat& core, double scaling,
-               bool add) {
+void fold_grad(const Mat& dB, const Mat& dcore, const Mat& Q, const Mat& B, const Mat& core,
+               double scaling, bool add) {
   Drop scaled;
   scaled.scale = scaling;
   if (dcore.data) Operators<Acc>::outer(dcore, Q, B, Drop{}, scaling, false);
@@ -33,25 +33,29 @@ inline constexpr decltype(Table::fold_grad) fold_grad_of<float> = &fold_grad<flo
 template <>
 inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<double>;
 
-// Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in r_out
-// multiplications would outweigh the layer's own. Between products a token's r numbers are kept in Acc, and
-// rounded to T where they are multiplied with T.
+// Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in
+// r_out multiplications would outweigh the layer's own. Between products a token's r numbers are
+// kept in Acc, and rounded to T where they are multiplied with T.
 template <typename T>
 struct Small {
   using Ops = Operators<T>;
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
 
-  static Mat dense(void* data, int64_t rows, int64_t cols, Dtype t) { return {data, rows, cols, cols, 1, t}; }
+  static Mat dense(void* data, int64_t rows, int64_t cols, Dtype t) {
+    return {data, rows, cols, cols, 1, t};
+  }
 
-  // out[n] += v row[n]. The two are apart, which the compiler would else find out anew for each row.
+  // out[n] += v row[n]. The two are apart, which the compiler would else find out anew for each
+  // row.
   static void add_scaled(Acc* __restrict out, Acc v, const Acc* __restrict row, int64_t n) {
     for (int64_t b = 0; b < n; ++b) out[b] += v * row[b];
   }
 
-  // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is rounded to T.
-  static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to, const Mat& core,
-                         int64_t sa, int64_t sb, Acc scale) {
+  // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is
+  // rounded to T.
+  static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to,
+                         const Mat& core, int64_t sa, int64_t sb, Acc scale) {
     for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
     by_dtype(core.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
@@ -78,14 +82,16 @@ struct Small {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
   }
 
-  // scaling u core, rounded to T. Where that leaves float16's range, u core, and the scaling in what is
-  // returned: it then comes last, as in s ((x A) G) B^T.
-  static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const Mat& core, double scaling) {
+  // scaling u core, rounded to T. Where that leaves float16's range, u core, and the scaling in
+  // what is returned: it then comes last, as in s ((x A) G) B^T.
+  static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const Mat& core,
+                          double scaling) {
     Drop last;
     times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
     if constexpr (std::is_same_v<T, f16>) {
       bool inside = true;
-      for (int64_t i = 0; i < m * core.cols; ++i) inside = inside && h[i] < Acc(65504) && h[i] > Acc(-65504);
+      for (int64_t i = 0; i < m * core.cols; ++i)
+        inside = inside && h[i] < Acc(65504) && h[i] > Acc(-65504);
       if (!inside) {
         times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(1));
         last.scale = scaling;
@@ -95,8 +101,8 @@ struct Small {
     return last;
   }
 
-  static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
-                      double scaling, const Start& start) {
+  static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core,
+                      const Mat& B, double scaling, const Start& start) {
     const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
     Ops::shrink(u, x, A, Drop{});
     Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
@@ -111,7 +117,8 @@ struct Small {
   static void backward(const SmallBackward& s) {
     const int64_t m = s.g.rows, r_in = s.core.rows, r_out = s.core.cols;
     const Dtype t = s.g.dtype, acc = t == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-    Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) + size_t(m * (r_in + r_out)) * sizeof(T));
+    Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
+                   size_t(m * (r_in + r_out)) * sizeof(T));
     Acc* h = memory.get<Acc>();  // scaling g B, never rounded
     Acc* k = h + m * r_out;      // h core^T
     Acc* u = k + m * r_in;       // the given u
@@ -140,7 +147,8 @@ struct Small {
       Acc* out = sums.get<Acc>();
       for (int64_t i = 0; i < r_in * r_out; ++i) out[i] = 0;
       for (int64_t i = 0; i < m; ++i)
-        for (int64_t a = 0; a < r_in; ++a) add_scaled(out + a * r_out, u[i * r_in + a], h + i * r_out, r_out);
+        for (int64_t a = 0; a < r_in; ++a)
+          add_scaled(out + a * r_out, u[i * r_in + a], h + i * r_out, r_out);
       write_rows<K>(s.dcore, 0, r_in, out, r_out, 1.0, false);
     }
   }

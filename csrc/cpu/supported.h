@@ -1,5 +1,5 @@
-// Which instruction sets this machine runs: runs_<set>() for each set of CMakeLists.txt. dispatch.cpp chooses
-// by them at run time; CMake runs them for LOTR_CPU_ISAS=native.
+// Which instruction sets this machine runs: runs_<set>() for each set of CMakeLists.txt.
+// dispatch.cpp chooses by them at run time; CMake runs them for LOTR_CPU_ISAS=native.
 #pragma once
 
 #ifdef __x86_64__
@@ -30,14 +30,15 @@ inline bool runs_avx512() {
 inline bool runs_avx512_bf16() {
   return runs_avx512() && __builtin_cpu_supports("avx512bf16");
 }
-// Whether this CPU multiplies bfloat16 in tiles, and the system lets this process: Linux reserves room for
-// the tiles only on request, once for all threads. The call's numbers are ARCH_REQ_XCOMP_PERM and
-// XFEATURE_XTILEDATA, for which older headers have no names; cpuid's bits are AMX-BF16 and AMX-TILE.
+// Whether this CPU multiplies bfloat16 in tiles, and the system lets this process: Linux reserves
+// room for the tiles only on request, once for all threads. The call's numbers are
+// ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA, for which older headers have no names; cpuid's bits
+// are AMX-BF16 and AMX-TILE.
 inline bool runs_amx_bf16() {
 #ifdef __linux__
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
-         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) &&
+         (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
 #endif

@@ -1,9 +1,10 @@
-// Copies of matrix pieces as units (see vec.h), zero padded: what the block kernel reads when it cannot read
-// the tensor.
+// Copies of matrix pieces as units (see vec.h), zero padded: what the block kernel reads when it
+// cannot read the tensor.
 //
 // Two layouts, for a summed dimension that runs along a row of the matrix or down its columns:
-//   along_row     tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of expand_add
-//   down_columns  tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of factor_grad, the factors
+//   along_row     tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of
+//   expand_add down_columns  tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of
+//   factor_grad, the factors
 #pragma once
 
 #include "cpu/kernels.h"
@@ -61,8 +62,8 @@ constexpr int64_t packed_units(int64_t n) {
   return in_tiles<K> ? round_up(units, units_of_step(units)) : units;
 }
 
-// What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type, rounded to T
-// on the way.
+// What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type,
+// rounded to T on the way.
 template <typename K>
 struct PartOf {
   using type = typename K::Acc;
@@ -109,18 +110,20 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
   }
 }
 
-// Rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; what is beyond is
-// zeroed. `mask` is a buffer of cols + kMaskSlack, used with dropout.
+// Rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; what is
+// beyond is zeroed. `mask` is a buffer of cols + kMaskSlack, used with dropout.
 template <typename K, typename T>
-inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0, int64_t rows,
-                           int64_t c0, int64_t cols, const Drop& drop, uint32_t* mask) {
+inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0,
+                           int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
+                           uint32_t* mask) {
   by_dtype(a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
     for (int64_t i = 0; i < rows; ++i) {
       const S* src = static_cast<const S*>(a.data) + (i0 + i) * a.rs + c0 * a.cs;
-      const uint32_t* keep = drop.on ? keep_mask(mask, uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0),
-                                                 cols, drop.seed, drop.threshold)
-                                     : nullptr;
+      const uint32_t* keep =
+          drop.on ? keep_mask(mask, uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0), cols,
+                              drop.seed, drop.threshold)
+                  : nullptr;
       Part<K>* dst = reinterpret_cast<Part<K>*>(tile + i * ld);
       parts<K, T>(dst, src, a.cs, cols, keep);
       for (int64_t j = cols; j < ld * K::kPair; ++j) dst[j] = Part<K>(0);
@@ -128,11 +131,12 @@ inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int
   });
 }
 
-// The same piece with units down the columns: ceil(rows / pair) tile rows of `ld` units. `row` is a buffer
-// for two rows of cols parts, used for pairs.
+// The same piece with units down the columns: ceil(rows / pair) tile rows of `ld` units. `row` is a
+// buffer for two rows of cols parts, used for pairs.
 template <typename K, typename T>
-inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0, int64_t rows,
-                              int64_t c0, int64_t cols, const Drop& drop, uint32_t* mask, uint16_t* row) {
+inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0,
+                              int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
+                              uint32_t* mask, uint16_t* row) {
   by_dtype(a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
     int64_t i = 0;
@@ -140,7 +144,8 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
       if constexpr (same<S, bf16>) {  // apart: else clang++ looks for pair_up in every K
         // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
         const bool whole = a.cs == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
-        const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
+        const auto* src =
+            reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
         for (; whole && i + 2 <= rows; i += 2, tile += ld) {
           for (int64_t j = 0; j < cols; j += K::kLanes)
             store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
@@ -151,7 +156,8 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
       const bool whole = a.cs == 1 && !drop.on && ld % K::kLanes == 0;
       const float* src = static_cast<const float*>(a.data) + i0 * a.rs + c0;
       for (; whole && i < rows; ++i, src += a.rs, tile += ld) {
-        for (int64_t j = 0; j < ld; j += K::kLanes) store(tile + j, load_first(src + j, larger(0, cols - j)));
+        for (int64_t j = 0; j < ld; j += K::kLanes)
+          store(tile + j, load_first(src + j, larger(0, cols - j)));
       }
     }
     for (; i < rows; i += K::kPair, tile += ld) {
@@ -182,7 +188,8 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
           store(dst + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
           store(dst + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
         }
-        for (; j + K::kLanes <= cols; j += K::kLanes) store(dst + j, K::pair_up(half[0] + j, half[1] + j));
+        for (; j + K::kLanes <= cols; j += K::kLanes)
+          store(dst + j, K::pair_up(half[0] + j, half[1] + j));
         for (; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
       }
       for (int64_t j = cols; j < ld; ++j) dst[j] = 0;
@@ -199,8 +206,9 @@ inline bool native(const Mat& a) {
   return same<T, float> && a.dtype == Dtype::f32;
 }
 
-// Rows [n0, n0 + width) of F [N, r], transposed: panel[packed unit of r][width], zero beyond. `width`
-// is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes units.
+// Rows [n0, n0 + width) of F [N, r], transposed: panel[packed unit of r][width], zero beyond.
+// `width` is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes
+// units.
 template <typename K, typename T>
 inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int64_t n0,
                        typename K::Unit* buffer) {
@@ -211,8 +219,10 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int
   const int64_t end = (F.rows - 1) * F.rs + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
-    // Whole vectors are loaded, so that a short row is read on into the next ones, as far as there are some.
-    const bool direct = in_place && rows == kLanes && (n0 + j + kLanes - 1) * F.rs + padded * K::kPair <= end;
+    // Whole vectors are loaded, so that a short row is read on into the next ones, as far as there
+    // are some.
+    const bool direct =
+        in_place && rows == kLanes && (n0 + j + kLanes - 1) * F.rs + padded * K::kPair <= end;
     const char* src = reinterpret_cast<const char*>(buffer);
     int64_t step = padded * int64_t(sizeof(Unit));
     if (direct) {
@@ -224,7 +234,8 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int
     }
     for (int64_t t = 0; t < units; t += kLanes) {
       decltype(load(panel)) block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = load(reinterpret_cast<const Unit*>(src + i * step) + t);
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = load(reinterpret_cast<const Unit*>(src + i * step) + t);
       transpose<kLanes>(block);
       const int64_t stored = smaller(kLanes, units - t);
       for (int64_t i = 0; i < stored; ++i) store(panel + (t + i) * width + j, block[i]);

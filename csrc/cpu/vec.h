@@ -1,6 +1,6 @@
-// Vectors of one instruction set. A file that includes this defines LOTR_ISA (the namespace everything lands
-// in, so that no inline function compiled for a newer CPU can be linked into an older one's path) and LOTR_VB
-// (vector bytes).
+// Vectors of one instruction set. A file that includes this defines LOTR_ISA (the namespace
+// everything lands in, so that no inline function compiled for a newer CPU can be linked into an
+// older one's path) and LOTR_VB (vector bytes).
 #pragma once
 
 #include <cstdint>
@@ -117,7 +117,8 @@ LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) {
 LOTR_INLINE vf load(const bf16* p) {
   // Intrinsics where there are some: GCC converts a vector in halves.
 #if LOTR_VB == 64 && defined(__AVX512F__)
-  const vi wide = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const vi wide =
+      (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif LOTR_VB == 32 && defined(__AVX2__)
   const vi wide = (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -173,9 +174,11 @@ LOTR_INLINE void store(bf16* p, vf v) {
 }
 LOTR_INLINE void store(f16* p, vf v) {
 #if LOTR_VB == 64 && defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif LOTR_VB == 32 && defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < int(LOTR_VB / 4); ++i) p[i] = Narrow<f16>::from(v[i]);
 #endif
@@ -193,8 +196,8 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
   store(p, a), store(p + LOTR_VB / 4, b);
 }
 
-// Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16 neighbours
-// along the summed dimension, whose two products one instruction adds.
+// Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16
+// neighbours along the summed dimension, whose two products one instruction adds.
 struct F32 {
   using Unit = float;
   using Acc = float;
@@ -219,12 +222,15 @@ struct BF2 {
   static constexpr int kPair = 2;
   static constexpr int kLanes = LOTR_VB / 4;
   static LOTR_INLINE Vec madd(Vec acc, vi b, uint32_t a) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)b, (__m512bh)_mm512_set1_epi32(int(a)));
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)b,
+                                (__m512bh)_mm512_set1_epi32(int(a)));
   }
   // The units of two rows: low[i] | high[i] << 16.
   static LOTR_INLINE vi pair_up(const uint16_t* low, const uint16_t* high) {
-    const vi a = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-    const vi b = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    const vi a =
+        (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const vi b =
+        (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
     return a | b << 16;
   }
 };
@@ -262,8 +268,8 @@ LOTR_INLINE V zip(V a, V b) {
   return zip_lanes<half>(a, b, std::make_integer_sequence<int, n>{});
 }
 
-// The pairs a[i] | b[i] << 16, half of them each, in the order that costs one instruction: half 0 has the
-// first four of every eight, half 1 the others. pair_at says where.
+// The pairs a[i] | b[i] << 16, half of them each, in the order that costs one instruction: half 0
+// has the first four of every eight, half 1 the others. pair_at says where.
 template <int half, int... I>
 LOTR_INLINE vi pair_lanes(VecOf<uint16_t>::type a, VecOf<uint16_t>::type b,
                           std::integer_sequence<int, I...>) {

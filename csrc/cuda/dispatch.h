@@ -1,4 +1,5 @@
-// Calls a lambda with the compile-time constant of a run-time value; throws for values without a kernel.
+// Calls a lambda with the compile-time constant of a run-time value; throws for values without a
+// kernel.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,7 +20,8 @@ template <int MAX, class F>
 void dispatch_rank(int64_t r, F f) {
   static_assert(MAX == 64 || MAX == 128 || MAX == 256);
   if (r < 1 || r > MAX)
-    throw std::invalid_argument("rank: expected 1 to " + std::to_string(MAX) + ", got " + std::to_string(r));
+    throw std::invalid_argument("rank: expected 1 to " + std::to_string(MAX) + ", got " +
+                                std::to_string(r));
   if (r <= 16) return f(Int<16>{});
   if (r <= 32) return f(Int<32>{});
   if (r <= 64) return f(Int<64>{});

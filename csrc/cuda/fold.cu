@@ -39,7 +39,8 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
     p.dcore = memory.take<float>(plan.splits * p.dcore_part);
   }
   if (memory.counts() || dB_blocks + core_blocks == 0) return;
-  launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p, "fold_grad");
+  launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p,
+                                         "fold_grad");
   if (in_parts) sum_cores(call, p.dcore, problem.dcore, p.r_in, p.r_out, p.splits);
 }
 

@@ -33,7 +33,8 @@ void Launchers<P>::shrink(const Call& call, const ShrinkParams& params, const pl
 }
 
 template <class P>
-void Launchers<P>::expand_add(const Call& call, const ExpandParams& params, const plan::Plan& plan) {
+void Launchers<P>::expand_add(const Call& call, const ExpandParams& params,
+                              const plan::Plan& plan) {
   dispatch_rank<MAX<P>>(params.r, [&](auto rank) {
     ExpandParams p = params;
     p.n_pieces = plan.n_pieces();
@@ -48,7 +49,8 @@ void Launchers<P>::expand_add(const Call& call, const ExpandParams& params, cons
 }
 
 template <class P>
-void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params, const plan::Plan& plan) {
+void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params,
+                               const plan::Plan& plan) {
   dispatch_rank<MAX<P>>(params.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     FactorGradParams p = params;
@@ -64,7 +66,8 @@ void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params,
 }
 
 template <class P>
-void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradParams& params, const plan::Plan& plan) {
+void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradParams& params,
+                               const plan::Plan& plan) {
   dispatch_rank<SHRINK_GRAD_MAX_RANK>(params.r, [&](auto rank) {
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
     ShrinkGradParams p = params;

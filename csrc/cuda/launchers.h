@@ -1,4 +1,5 @@
-// The kernels of one element type, as host functions.  Each kernels_*.cu compiles them for one type.
+// The kernels of one element type, as host functions.  Each kernels_*.cu compiles them for one
+// type.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -9,8 +10,8 @@
 
 namespace lotr::cuda {
 
-// Largest rank of one launch.  More is done in pieces of the rank, which reads the large matrix once for each
-// piece.
+// Largest rank of one launch.  More is done in pieces of the rank, which reads the large matrix
+// once for each piece.
 constexpr int max_rank(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
@@ -29,8 +30,8 @@ struct Launchers {
 // The second launch of sums that are split over blocks; `type`: of a core.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
-inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,
-                      int32_t splits) {
+inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows,
+                      int32_t cols, int32_t splits) {
   const MutableMatrix out{dcores, cols, 1, Access::element};
   sum_parts(call, DType::float32,
             {{parts, row_of_parts(cols), out, DType::float32, rows, cols, splits, 0, 1.f}, {}, {}});

@@ -1,5 +1,5 @@
-// csrc/cuda/launch.h: the products with a large matrix.  Choice of the element type, ranks beyond one launch,
-// inputs that have to be packed, sums over blocks.
+// csrc/cuda/launch.h: the products with a large matrix.  Choice of the element type, ranks beyond
+// one launch, inputs that have to be packed, sums over blocks.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -85,9 +85,15 @@ void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
     dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, plan); });
     if (!piece.parts) return;
     SumTwoParams sum{};
-    sum.first = {
-        piece.parts, piece.parts_row,          piece.u, call.type, p.M, ranks, int32_t(plan.n_blocks),
-        0,           p.scale * p.dropout.scale};
+    sum.first = {piece.parts,
+                 piece.parts_row,
+                 piece.u,
+                 call.type,
+                 p.M,
+                 ranks,
+                 int32_t(plan.n_blocks),
+                 0,
+                 p.scale * p.dropout.scale};
     sum.core = {piece.core, p.h, p.r_core, p.core_scale};
     sum_parts(call, call.type, sum);
   });
@@ -132,8 +138,9 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
       piece.D_part = p.K * row;
       float* const parts = memory.take<float>(plan.m_blocks * piece.D_part);
       const MutableMatrix D{piece.D, p.D_row, p.D_col, Access::element};
-      sum.first = {parts,          row, D, DType::float32, p.K, ranks, int32_t(plan.m_blocks), p.accumulate,
-                   p.dropout.scale};
+      sum.first = {
+          parts,          row, D, DType::float32, p.K, ranks, int32_t(plan.m_blocks), p.accumulate,
+          p.dropout.scale};
       piece.D = parts, piece.D_row = row, piece.D_col = 1;
       piece.accumulate = 0, piece.dropout.scale = 1.f;
     }
@@ -170,7 +177,8 @@ void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) 
     return;
   }
   const Workspace::Scope scope(memory);
-  pack(call, memory, p.g, p.M, p.N), pack(call, memory, p.F, p.N, p.r), pack(call, memory, p.u, p.M, p.r);
+  pack(call, memory, p.g, p.M, p.N), pack(call, memory, p.F, p.N, p.r),
+      pack(call, memory, p.u, p.M, p.r);
   if (p.r > SHRINK_GRAD_MAX_RANK) return two_reads(call, p, memory);
   const plan::Plan plan = plan_of(call, Kernel::shrink_grad, p.M, p.N, p.r);
   auto params = params_of<ShrinkGradParams>(p);

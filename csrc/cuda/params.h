@@ -1,7 +1,8 @@
 // Kernel parameters: a problem and how it is cut into blocks, passed by value.
 //
-// Blocks that share an output tile store their sums as float32 matrices, one a block, and the kernel
-// sum_parts adds these in order.  So no block waits for another, and no memory outlives a launch.
+// Blocks that share an output tile store their sums as float32 matrices, one a block, and the
+// kernel sum_parts adds these in order.  So no block waits for another, and no memory outlives a
+// launch.
 #pragma once
 #include "problem.h"
 
@@ -54,7 +55,8 @@ constexpr int64_t row_of_parts(int64_t cols) {
   return (cols + 7) / 8 * 8;
 }
 
-// out (accumulate: +=, else =) scale times the sum of parts [splits, rows, parts_row], in their order.
+// out (accumulate: +=, else =) scale times the sum of parts [splits, rows, parts_row], in their
+// order.
 struct SumPartsParams {
   const float* parts;
   int64_t parts_row;

@@ -1,8 +1,9 @@
-// How each kernel's problem is cut into blocks: one function a kernel, from shape and card to a plan.
+// How each kernel's problem is cut into blocks: one function a kernel, from shape and card to a
+// plan.
 //
-// A kernel reads its large matrix once whatever the plan is.  The plan decides the rest: every block that
-// needs a factor reads it again, mostly from L2, and where several blocks share an output, their parts are
-// written and read by a second launch (sum_parts).
+// A kernel reads its large matrix once whatever the plan is.  The plan decides the rest: every
+// block that needs a factor reads it again, mostly from L2, and where several blocks share an
+// output, their parts are written and read by a second launch (sum_parts).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -42,25 +43,26 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
-// Bytes a clock.  Of device memory for each multiprocessor: 3.35 TB/s of an H100 SXM are 14.5, 2.04 TB/s of
-// an A100 13.4.  Of L2 while all multiprocessors read: microbenchmarks of Hopper (arXiv 2402.13499).
+// Bytes a clock.  Of device memory for each multiprocessor: 3.35 TB/s of an H100 SXM are 14.5, 2.04
+// TB/s of an A100 13.4.  Of L2 while all multiprocessors read: microbenchmarks of Hopper (arXiv
+// 2402.13499).
 constexpr double MEMORY_RATE = 14, L2_RATE = 30;
 
-// Throughput of two resident blocks over one, which computes while the other waits: 1.3 to 1.9 by the
-// kernels' machine code.
+// Throughput of two resident blocks over one, which computes while the other waits: 1.3 to 1.9 by
+// the kernels' machine code.
 constexpr double TWO_BLOCK_SPEEDUP = 1.5;
 
 // What a second launch costs: a microsecond at 1.7 GHz.
 constexpr double LAUNCH_CLOCKS = 1700;
 
-// Bytes of the large matrix that a block processes in a clock, counted in the kernels' machine code: up to
-// rank 32 the loads limit it, above that the products.
+// Bytes of the large matrix that a block processes in a clock, counted in the kernels' machine
+// code: up to rank 32 the loads limit it, above that the products.
 constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
 }
 
-// Blocks that a multiprocessor holds: at_most by registers, one where two of `bytes` do not fit in shared
-// memory.
+// Blocks that a multiprocessor holds: at_most by registers, one where two of `bytes` do not fit in
+// shared memory.
 inline int blocks_held(const Card& card, int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) {
   return size_t(card.shared) >= 2 * (bytes + 1024) ? at_most : 1;
 }
@@ -81,8 +83,8 @@ struct Choice {
   double clocks = 1e30;
 };
 
-// Takes the plan if it is estimated to be faster: the longest of the busiest multiprocessor, memory and L2,
-// then the second launch of a split.  `shared` blocks share an output.
+// Takes the plan if it is estimated to be faster: the longest of the busiest multiprocessor, memory
+// and L2, then the second launch of a split.  `shared` blocks share an output.
 inline void consider(Choice& best, const Card& card, const Kind& kind, Plan plan, int64_t shared) {
   const double all = card.multiprocessors;
   const int64_t mine = ceil_div(plan.m_blocks * plan.n_blocks, card.multiprocessors);
@@ -91,7 +93,8 @@ inline void consider(Choice& best, const Card& card, const Kind& kind, Plan plan
   const double longest =
       double(ceil_div(plan.m_tiles, plan.m_blocks) * ceil_div(plan.n_tiles, plan.n_blocks));
   const double parts = shared > 1 ? kind.part * double(shared) : 0;
-  const double factors = kind.per_block * double(plan.m_blocks) + kind.per_column * double(plan.n_blocks);
+  const double factors =
+      kind.per_block * double(plan.m_blocks) + kind.per_column * double(plan.n_blocks);
   const double own = longest * kind.tile * turns / kind.rate,
                memory = (kind.matrix + parts) / (MEMORY_RATE * all),
                l2 = (kind.matrix + factors + parts) / (L2_RATE * all);
@@ -109,13 +112,15 @@ void each_count(const Card& card, int held, int64_t others, int64_t most, F f) {
   for (const int64_t blocks :
        {int64_t(1), int64_t(card.multiprocessors), int64_t(card.multiprocessors) * held}) {
     const int64_t wanted = std::clamp<int64_t>(blocks / others, 1, most);
-    const int64_t even = ceil_div(most, ceil_div(most, wanted));  // the fewest with this longest piece
+    const int64_t even =
+        ceil_div(most, ceil_div(most, wanted));  // the fewest with this longest piece
     if (even != last) f(even);
     last = even;
   }
 }
 
-// u = x A: kernels/shrink.cuh.  Tall tiles read A less often, low ones fill a card with fewer tokens.
+// u = x A: kernels/shrink.cuh.  Tall tiles read A less often, low ones fill a card with fewer
+// tokens.
 inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int element) {
   const int R = padded_rank(r), tall = kernels::shrink_tall(R);
   const double numbers = double(M) * double(r), A = double(K) * double(r) * element;
@@ -194,8 +199,8 @@ inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int e
   return best.plan;
 }
 
-// k = g F and Q = g^T u: kernels/shrink_grad.cuh.  n blocks along N write n M r numbers of k, m along M write
-// m N r of Q: with n m blocks of the card the sum is least at n = sqrt(n m N / M).
+// k = g F and Q = g^T u: kernels/shrink_grad.cuh.  n blocks along N write n M r numbers of k, m
+// along M write m N r of Q: with n m blocks of the card the sum is least at n = sqrt(n m N / M).
 inline Plan shrink_grad(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
   const int R = padded_rank(r);
   Plan plan{};
@@ -221,16 +226,18 @@ struct Split {
 // multiprocessor, but not below 256 rows a block.
 inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out) {
   Split plan{ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
-  plan.splits = std::clamp<int64_t>(N / 256, 1, ceil_div(int64_t(card.multiprocessors), plan.tiles));
+  plan.splits =
+      std::clamp<int64_t>(N / 256, 1, ceil_div(int64_t(card.multiprocessors), plan.tiles));
   return plan;
 }
 
-// dG_c of the rows of a core: kernels/row_core.cuh.  Split until there are four blocks a multiprocessor, but
-// not below 64 rows a block for a core of mean size.
-inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_t r_in, int64_t r_out) {
+// dG_c of the rows of a core: kernels/row_core.cuh.  Split until there are four blocks a
+// multiprocessor, but not below 64 rows a block for a core of mean size.
+inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_t r_in,
+                           int64_t r_out) {
   Split plan{cores * ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
-  plan.splits =
-      std::clamp<int64_t>(rows / cores / 64, 1, ceil_div(4 * int64_t(card.multiprocessors), plan.tiles));
+  plan.splits = std::clamp<int64_t>(rows / cores / 64, 1,
+                                    ceil_div(4 * int64_t(card.multiprocessors), plan.tiles));
   return plan;
 }
 

@@ -47,11 +47,12 @@ std::map<std::string, Words> parse(const std::string& text) {
       }
       const auto [name, value] = word_of(word);
       const bool has_tiles = std::find(NAMES, NAMES + WITH_TILES, kernel) != NAMES + WITH_TILES;
-      const bool known = kernel.empty() ? name == "early"
-                         : has_tiles
-                             ? name == "rows" || name == "cols" || name == "m_blocks" || name == "n_blocks"
-                             : name == "splits";
-      if (!known) refuse("rows, cols, m_blocks, n_blocks, splits or early, as the kernel has them", word);
+      const bool known =
+          kernel.empty() ? name == "early"
+          : has_tiles ? name == "rows" || name == "cols" || name == "m_blocks" || name == "n_blocks"
+                      : name == "splits";
+      if (!known)
+        refuse("rows, cols, m_blocks, n_blocks, splits or early, as the kernel has them", word);
       found[kernel][name] = value;
     }
   }
@@ -90,7 +91,8 @@ void replace_tile(const Words& words, Kernel kernel, int R, int element, int64_t
     if (known) other.cols = kernels::shrink_cols(size_t(element), R, other.rows);
   }
   if (kernel == Kernel::factor_grad && !words.count("rows")) {
-    known |= other.cols == kernels::factor_grad_narrow(R) || other.cols == kernels::factor_grad_wide(R);
+    known |=
+        other.cols == kernels::factor_grad_narrow(R) || other.cols == kernels::factor_grad_wide(R);
     if (known) other.rows = kernels::factor_grad_rows(size_t(element), R, other.cols);
   }
   if (!known)
@@ -117,10 +119,11 @@ plan::Split with_splits(const char* kernel, plan::Split plan, int64_t most) {
 // The plan of plan.h with the words of LOTR_CUDA_PLAN.
 plan::Plan planned(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
   const int element = element_size(call.type), R = plan::padded_rank(r);
-  plan::Plan plan = kernel == Kernel::shrink        ? plan::shrink(call.card, M, N, r, element)
-                    : kernel == Kernel::expand_add  ? plan::expand_add(call.card, M, N, r, element)
-                    : kernel == Kernel::factor_grad ? plan::factor_grad(call.card, M, N, r, element)
-                                                    : plan::shrink_grad(call.card, M, N, r, element);
+  plan::Plan plan = kernel == Kernel::shrink       ? plan::shrink(call.card, M, N, r, element)
+                    : kernel == Kernel::expand_add ? plan::expand_add(call.card, M, N, r, element)
+                    : kernel == Kernel::factor_grad
+                        ? plan::factor_grad(call.card, M, N, r, element)
+                        : plan::shrink_grad(call.card, M, N, r, element);
   const Words& words = overrides(NAMES[int(kernel)]);
   if (words.empty()) return plan;
   replace_tile(words, kernel, R, element, M, N, plan);
@@ -128,10 +131,11 @@ plan::Plan planned(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_
       replace(words, "n_blocks", plan.n_blocks, plan.n_tiles);
   const bool along_m = kernel == Kernel::shrink;
   const int64_t tiles = along_m ? plan.m_tiles : plan.n_tiles,
-                blocks = along_m ? plan.m_blocks : plan.n_blocks, most = most_owned(kernel, R, element, plan);
+                blocks = along_m ? plan.m_blocks : plan.n_blocks,
+                most = most_owned(kernel, R, element, plan);
   if (plan::ceil_div(tiles, blocks) > most)
-    refuse("at least " + std::to_string(plan::ceil_div(tiles, most)) + (along_m ? " m_blocks" : " n_blocks") +
-               " of " + NAMES[int(kernel)],
+    refuse("at least " + std::to_string(plan::ceil_div(tiles, most)) +
+               (along_m ? " m_blocks" : " n_blocks") + " of " + NAMES[int(kernel)],
            std::to_string(blocks));
   return plan;
 }
@@ -144,7 +148,8 @@ bool early_launches() {
 }
 
 plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_t r) {
-  // A call plans twice, for its workspace and for its launches, and layers of one shape follow one another.
+  // A call plans twice, for its workspace and for its launches, and layers of one shape follow one
+  // another.
   struct Last {
     int64_t M, N;
     int32_t r, element;
@@ -163,10 +168,12 @@ plan::Plan plan_of(const Call& call, Kernel kernel, int64_t M, int64_t N, int32_
 }
 
 plan::Split fold_grad_plan(const Call& call, int64_t N, int32_t r_in, int32_t r_out) {
-  return with_splits("fold_grad", plan::fold_grad(call.card, N, r_in, r_out), plan::ceil_div(N, 32));
+  return with_splits("fold_grad", plan::fold_grad(call.card, N, r_in, r_out),
+                     plan::ceil_div(N, 32));
 }
 
-plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, int32_t r_in, int32_t r_out) {
+plan::Split row_core_grad_plan(const Call& call, int64_t rows, int64_t cores, int32_t r_in,
+                               int32_t r_out) {
   return with_splits("row_core_grad", plan::row_core_grad(call.card, rows, cores, r_in, r_out),
                      std::max<int64_t>(1, plan::ceil_div(rows, 32)));
 }
@@ -177,8 +184,9 @@ std::string plan_text(const Call& call, const std::string& kernel, int64_t M, in
   std::ostringstream text;
   if (size_t(found - NAMES) < WITH_TILES) {
     const plan::Plan plan = plan_of(call, Kernel(found - NAMES), M, N, r);
-    text << kernel << " rows=" << plan.rows << " cols=" << plan.cols << " m_blocks=" << plan.m_blocks
-         << " n_blocks=" << plan.n_blocks << ": " << plan.m_blocks * plan.n_blocks << " blocks";
+    text << kernel << " rows=" << plan.rows << " cols=" << plan.cols
+         << " m_blocks=" << plan.m_blocks << " n_blocks=" << plan.n_blocks << ": "
+         << plan.m_blocks * plan.n_blocks << " blocks";
     return text.str();
   }
   if (found == std::end(NAMES))
@@ -186,8 +194,8 @@ std::string plan_text(const Call& call, const std::string& kernel, int64_t M, in
         "op: expected shrink, expand_add, factor_grad, shrink_grad, fold_grad or "
         "row_core_grad, got " +
         kernel);
-  const plan::Split plan =
-      kernel == "fold_grad" ? fold_grad_plan(call, N, r, r_out) : row_core_grad_plan(call, M, N, r, r_out);
+  const plan::Split plan = kernel == "fold_grad" ? fold_grad_plan(call, N, r, r_out)
+                                                 : row_core_grad_plan(call, M, N, r, r_out);
   text << kernel << " splits=" << plan.splits << ": " << plan.tiles * plan.splits
        << " blocks of the cores' gradient";
   return text.str();

@@ -5,7 +5,8 @@
 
 namespace lotr {
 
-// Element types the kernels take.  Products of float32 are exact, whatever torch's matmul precision is.
+// Element types the kernels take.  Products of float32 are exact, whatever torch's matmul precision
+// is.
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // Bytes.
@@ -13,8 +14,8 @@ constexpr int element_size(DType type) {
   return type == DType::float32 ? 4 : 2;
 }
 
-// How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time, rounded to the
-// kernel's type.
+// How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time,
+// rounded to the kernel's type.
 enum class Access : int32_t { vector = 0, element = 1, float32_element = 2 };
 
 struct Matrix {
@@ -34,11 +35,12 @@ inline Matrix read_only(const MutableMatrix& m) {
   return {m.data, m.row, m.col, m.access};
 }
 
-// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/philox.cuh).
+// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see
+// tile/philox.cuh).
 struct Dropout {
   const int64_t* seed;  // [1] on the device, or null: no dropout
   uint32_t threshold;   // p * 2^32
-  float scale;          // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
+  float scale;  // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
 };
 
 // u = scale * drop(x) A, and for few tokens h = core_scale * u core in the same launch.
@@ -133,7 +135,8 @@ struct SmallForwardProblem {
   float scale;
 };
 
-// h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale u^T h
+// h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale
+// u^T h
 struct SmallBackwardProblem {
   MutableMatrix dx;  // [M, K], data null: not wanted
   Matrix g;          // [M, N]

@@ -34,12 +34,14 @@ void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
 }
 
 void run(const Call& call, const RowEndsProblem& p, Workspace& memory) {
-  if (!memory.counts()) launch<FoldTraits, kernels::row_ends>(call, blocks_of(p.bound + 1), p, "row_ends", 0);
+  if (!memory.counts())
+    launch<FoldTraits, kernels::row_ends>(call, blocks_of(p.bound + 1), p, "row_ends", 0);
 }
 
 void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory) {
   const Workspace::Scope scope(memory);
-  const plan::Split plan = row_core_grad_plan(call, problem.rows, problem.cores, problem.r_in, problem.r_out);
+  const plan::Split plan =
+      row_core_grad_plan(call, problem.rows, problem.cores, problem.r_in, problem.r_out);
   auto p = params_of<RowCoreGradParams>(problem);
   p.splits = int(plan.splits), p.dcores_row = p.r_out;
   const int64_t rows = p.cores * p.r_in;

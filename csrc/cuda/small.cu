@@ -13,8 +13,8 @@ Matrix transposed(const Matrix& m) {
   return {m.data, m.col, m.row, m.access == Access::float32_element ? m.access : Access::element};
 }
 
-ShrinkProblem shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M, int64_t K,
-                            int32_t r) {
+ShrinkProblem shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M,
+                            int64_t K, int32_t r) {
   ShrinkProblem p{};
   p.x = x, p.A = A, p.u = u;
   p.M = M, p.K = K, p.r = r;
@@ -22,13 +22,14 @@ ShrinkProblem shrink_params(const Matrix& x, const Matrix& A, const MutableMatri
   return p;
 }
 
-void add_core(ShrinkProblem& p, const Matrix& core, const MutableMatrix& h, int32_t r_core, float scale) {
+void add_core(ShrinkProblem& p, const Matrix& core, const MutableMatrix& h, int32_t r_core,
+              float scale) {
   p.core = core, p.h = h;
   p.r_core = r_core, p.core_scale = scale;
 }
 
-ExpandProblem expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
-                            int32_t r, float scale) {
+ExpandProblem expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M,
+                            int64_t N, int32_t r, float scale) {
   ExpandProblem p{};
   p.y = y, p.u = u, p.F = F;
   p.M = M, p.N = N, p.r = r;
@@ -36,8 +37,8 @@ ExpandProblem expand_params(const MutableMatrix& y, const Matrix& u, const Matri
   return p;
 }
 
-FactorGradProblem grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col, int64_t M,
-                              int64_t K, int32_t r, float scale, bool accumulate) {
+FactorGradProblem grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col,
+                              int64_t M, int64_t K, int32_t r, float scale, bool accumulate) {
   FactorGradProblem p{};
   p.x = x, p.v = v, p.D = D, p.D_row = row, p.D_col = col;
   p.M = M, p.K = K, p.r = r;
@@ -59,7 +60,8 @@ void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
 
 void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
-  const MutableMatrix h = take_matrix(call, memory, p.M, p.r_out), k = take_matrix(call, memory, p.M, p.r_in),
+  const MutableMatrix h = take_matrix(call, memory, p.M, p.r_out),
+                      k = take_matrix(call, memory, p.M, p.r_in),
                       uc = take_matrix(call, memory, p.M, p.r_out);
   if (p.dx.data || p.dA || p.dcore) {
     ShrinkProblem of_g = shrink_params(p.g, p.B, h, p.M, p.N, p.r_out);
@@ -68,15 +70,19 @@ void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   }
   if (p.dx.data) run(call, expand_params(p.dx, read_only(k), p.A, p.M, p.K, p.r_in, 1.f), memory);
   if (p.dA)
-    run(call, grad_params(p.x, read_only(k), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, p.add_dA),
+    run(call,
+        grad_params(p.x, read_only(k), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, p.add_dA),
         memory);
   if (p.dB) {
     run(call, shrink_params(p.u, p.core, uc, p.M, p.r_in, p.r_out), memory);
-    run(call, grad_params(p.g, read_only(uc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale, p.add_dB),
+    run(call,
+        grad_params(p.g, read_only(uc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale,
+                    p.add_dB),
         memory);
   }
   if (p.dcore)
-    run(call, grad_params(p.u, read_only(h), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false),
+    run(call,
+        grad_params(p.u, read_only(h), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false),
         memory);
 }
 

@@ -1,5 +1,5 @@
-// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange only register
-// values: shuffle and
+// Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange
+// only register values: shuffle and
 // __syncwarp.
 #include <cstring>
 
@@ -18,8 +18,8 @@ void expect(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
     b.op = op;
     b.expected = threads;
   } else if (b.expected != threads) {
-    fail("barrier %d: %s at %s:%d gives %u threads, %s at %s:%d gave %u", id, op, site.file, site.line,
-         threads, b.op, b.site.file, b.site.line, b.expected);
+    fail("barrier %d: %s at %s:%d gives %u threads, %s at %s:%d gave %u", id, op, site.file,
+         site.line, threads, b.op, b.site.file, b.site.line, b.expected);
   }
 }
 
@@ -31,7 +31,8 @@ void open_barrier(Block& block, int id) {
   for (Warp& warp : block.warps) {
     uint32_t lanes = 0;
     for (uint32_t i = 0; i < 32 && (warp.present >> i & 1); ++i)
-      if (warp.thread[i].state == State::at_barrier && warp.thread[i].barrier == id) lanes |= 1u << i;
+      if (warp.thread[i].state == State::at_barrier && warp.thread[i].barrier == id)
+        lanes |= 1u << i;
     if (lanes) set_ready(warp, lanes);
     if (id == 0) flush_log(warp);
   }
@@ -46,8 +47,8 @@ void meet(int id, uint32_t threads, const char* op, Site site) {
   if (t.warp->arrived) fail_diverged(t, t.warp->thread[__builtin_ctz(t.warp->arrived)]);
   expect(b, id, threads, op, site);
   if (id == 0 && !same(b.site, site))
-    fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear, op,
-         site.file, site.line, b.site.file, b.site.line);
+    fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear,
+         op, site.file, site.line, b.site.file, b.site.line);
   race::Sync& sync = b.sync[b.generation % 2];
   race::release(sync);
   t.barrier = id;
@@ -60,10 +61,11 @@ void meet(int id, uint32_t threads, const char* op, Site site) {
 }
 
 void check_named(int id, int threads, const char* op, Site site) {
-  if (id < 0 || id > 15) fail("%s at %s:%d: barrier is %d, expected 0 to 15", op, site.file, site.line, id);
+  if (id < 0 || id > 15)
+    fail("%s at %s:%d: barrier is %d, expected 0 to 15", op, site.file, site.line, id);
   if (threads <= 0 || threads % 32 || uint32_t(threads) > self().block->thread_count)
-    fail("%s at %s:%d: %d threads, expected a multiple of 32 up to the block's %u", op, site.file, site.line,
-         threads, self().block->thread_count);
+    fail("%s at %s:%d: %d threads, expected a multiple of 32 up to the block's %u", op, site.file,
+         site.line, threads, self().block->thread_count);
 }
 
 struct Exchange {
@@ -87,25 +89,29 @@ void nothing(Warp&, uint32_t, void*) {}
 
 }  // namespace
 
-void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader, void* context,
-                     bool orders_memory) {
+void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
+                     void* context, bool orders_memory) {
   Thread& t = enter(op, site);
   Warp& warp = *t.warp;
   const uint32_t me = 1u << t.lane;
   mask &= warp.present;
   if (!(mask & me))
-    fail("%s at %s:%d: lane %u is not in its own mask %08x", op, site.file, site.line, t.lane, mask);
+    fail("%s at %s:%d: lane %u is not in its own mask %08x", op, site.file, site.line, t.lane,
+         mask);
   if (mask & ~warp.alive)
-    fail("%s at %s:%d: mask %08x names lanes that have exited: %08x", op, site.file, site.line, mask,
-         mask & ~warp.alive);
+    fail("%s at %s:%d: mask %08x names lanes that have exited: %08x", op, site.file, site.line,
+         mask, mask & ~warp.alive);
   t.mask = mask;
   t.operand = operand;
-  if (const uint32_t met = warp.arrived & mask) {  // these lanes were compared with each other on arrival
+  if (const uint32_t met =
+          warp.arrived & mask) {  // these lanes were compared with each other on arrival
     const Thread& other = warp.thread[__builtin_ctz(met)];
     if (other.op != op || other.mask != mask || !same(other.site, site))
-      fail("divergent warp: lane %u is at %s mask %08x, %s:%d, while lane %u is at %s mask %08x, %s:%d",
-           t.lane, op, mask, site.file, site.line, other.lane, other.op, other.mask, other.site.file,
-           other.site.line);
+      fail(
+          "divergent warp: lane %u is at %s mask %08x, %s:%d, while lane %u is at %s mask %08x, "
+          "%s:%d",
+          t.lane, op, mask, site.file, site.line, other.lane, other.op, other.mask, other.site.file,
+          other.site.line);
   }
   if (!(warp.arrived & mask))
     for (uint32_t lanes = mask & ~me; lanes; lanes &= lanes - 1) {
@@ -174,7 +180,8 @@ uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site si
   race::ExecutorScope scope;
   const char* op = "__shfl_xor_sync";
   if (width < 1 || width > 32 || (width & (width - 1)))
-    fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line, width);
+    fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line,
+         width);
   const int lane = int(self().lane), last = lane / width * width + width - 1;
   const int source = (lane ^ lanes) > last ? -1 : lane ^ lanes;
   Exchange e{bits, bits, source};

@@ -39,12 +39,31 @@ _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 _FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "plain": (["-O2"], ["-O2"], []),
     "asan": (["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
-    "race": (["-O2", "-DLOTR_SIMT_RACE=1"], ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"], ["-ldl"]),
+    "race": (
+        ["-O2", "-DLOTR_SIMT_RACE=1"],
+        ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"],
+        ["-ldl"],
+    ),
     "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
-    "bindings": (["-O0"], ["-O0"], []),  # csrc/simt/module in every mode: it has no kernels, so -O0 compiles fastest
+    "bindings": (
+        ["-O0"],
+        ["-O0"],
+        [],
+    ),  # csrc/simt/module in every mode: it has no kernels, so -O0 compiles fastest
 }
-_COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
-_COMMON += ["-DLOTR_SM90A"]  # kernels of sm_90a run here too; -g1: lines for reports, a quarter less to compile than -g
+_COMMON = [
+    "-std=c++17",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
+_COMMON += [
+    "-DLOTR_SM90A"
+]  # kernels of sm_90a run here too; -g1: lines for reports, a quarter less to compile than -g
 
 
 class BuildError(RuntimeError):
@@ -58,7 +77,9 @@ def compiler() -> str:
 
 def _toolkit(name: str) -> list[Path]:
     """The folders of this name (bin, include) of CUDA toolkits, and of the wheels of their parts."""
-    found = [Path(os.environ[root]) / name for root in ("CUDA_HOME", "CUDA_PATH") if root in os.environ]
+    found = [
+        Path(os.environ[root]) / name for root in ("CUDA_HOME", "CUDA_PATH") if root in os.environ
+    ]
     found.append(Path("/usr/local/cuda") / name)
     for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         found += sorted(Path(base).glob(f"nvidia/cu*/{name}"), reverse=True) if base else []
@@ -103,7 +124,11 @@ def _stale(output: Path, command: list[str]) -> bool:
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
     made = output.stat().st_mtime
-    words = depends.read_text().replace("\\\n", " ").split(":", 1)[1].split() if depends.exists() else []
+    words = (
+        depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        if depends.exists()
+        else []
+    )
     return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
 
 
@@ -117,7 +142,9 @@ def make(output: Path, command: list[str]) -> bool:
     return True
 
 
-def _compile(mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]) -> tuple[Path, list[str]]:
+def _compile(
+    mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]
+) -> tuple[Path, list[str]]:
     executor, kernels, _ = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
@@ -141,18 +168,30 @@ def locked(mode: str) -> Iterator[None]:
 def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
     """The objects, made with the largest source first."""
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(lambda step: make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
+        list(
+            pool.map(
+                lambda step: make(*step),
+                sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size),
+            )
+        )
     return [str(step[0]) for step in steps]
 
 
 def _build(
-    mode: str, sources: list[Path], output: Path, link: list[str], defines: list[str], made: tuple[str, ...] = ()
+    mode: str,
+    sources: list[Path],
+    output: Path,
+    link: list[str],
+    defines: list[str],
+    made: tuple[str, ...] = (),
 ) -> Path:
     """made: objects that are linked last, so that of an inline function which they have too, the mode's own code runs."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
     executor = sorted(EXECUTOR.glob("*.cpp"))
-    global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
+    global_defines = [
+        d for d in defines if d.startswith("-DLOTR_SIMT_")
+    ]  # those the executor must see too
     with locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
         steps += [_compile(mode, source, True, [], defines) for source in sources]
@@ -179,7 +218,9 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
         made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
     sources, name = sorted((CSRC / "cuda").rglob("*.cu")), MODULE
     if kind is not None and mode != "plain":
-        others = [s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"]
+        others = [
+            s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"
+        ]
         sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
         with locked("plain"):
             made += _make_all([_compile("plain", source, True, [], []) for source in others])
@@ -210,7 +251,9 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
     return changed_module(mode, copy / unit, folder)
 
 
-def load(mode: str = "plain", path: Path | None = None, announce: Callable[[], None] | None = None) -> ModuleType:
+def load(
+    mode: str = "plain", path: Path | None = None, announce: Callable[[], None] | None = None
+) -> ModuleType:
     """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
     `environment("asan")`. announce: called first if there is no module yet."""
     if announce and not path and not list((BUILD / mode).glob(f"{MODULE}*.so")):
@@ -219,7 +262,9 @@ def load(mode: str = "plain", path: Path | None = None, announce: Callable[[], N
     loaded = sys.modules.get(MODULE)
     if loaded is not None:
         if Path(loaded.__file__) != path:
-            raise RuntimeError(f"{MODULE} is already loaded from {loaded.__file__}, expected {path}: use another process")
+            raise RuntimeError(
+                f"{MODULE} is already loaded from {loaded.__file__}, expected {path}: use another process"
+            )
         return loaded
     spec = importlib.util.spec_from_file_location(MODULE, path)
     loaded = importlib.util.module_from_spec(spec)
@@ -242,8 +287,13 @@ def python_environment(mode: str) -> dict[str, str]:
     env = environment(mode)
     if mode == "asan":
         libraries = [
-            subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-            for name in ("libasan.so", "libstdc++.so")  # with libstdc++, so that exceptions can be intercepted
+            subprocess.run(
+                [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for name in (
+                "libasan.so",
+                "libstdc++.so",
+            )  # with libstdc++, so that exceptions can be intercepted
         ]
         env["LD_PRELOAD"] = " ".join(str(Path(name).resolve()) for name in libraries)
     return env
@@ -253,7 +303,12 @@ def coverage(under: Path = CSRC / "cuda" / "kernels") -> dict[str, tuple[int, in
     """Per file below `under`: lines run, lines in all, and the lines not run, over all programs run in coverage mode."""
     counts: dict[Path, dict[int, int]] = {}
     for data in (BUILD / "coverage").glob("*.gcda"):
-        done = subprocess.run(["gcov", "--json-format", "--stdout", str(data)], capture_output=True, text=True, cwd=data.parent)
+        done = subprocess.run(
+            ["gcov", "--json-format", "--stdout", str(data)],
+            capture_output=True,
+            text=True,
+            cwd=data.parent,
+        )
         for text in done.stdout.splitlines():
             for file in json.loads(text)["files"]:
                 path = Path(data.parent, file["file"]).resolve()

@@ -1,5 +1,5 @@
-// Counts the traffic of a launch.  Each lane logs its accesses. When the warp converges, the log is cut into
-// instructions: the lanes' n-th accesses at one call site are one instruction.
+// Counts the traffic of a launch.  Each lane logs its accesses. When the warp converges, the log is
+// cut into instructions: the lanes' n-th accesses at one call site are one instruction.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -38,9 +38,11 @@ Array unregistered;
 
 Array& array_of(uintptr_t address) {
   static size_t latest = 0;
-  if (latest < arrays.size() && address - arrays[latest].base < arrays[latest].bytes) return arrays[latest];
-  const auto after = std::upper_bound(arrays.begin(), arrays.end(), address,
-                                      [](uintptr_t a, const Array& array) { return a < array.base; });
+  if (latest < arrays.size() && address - arrays[latest].base < arrays[latest].bytes)
+    return arrays[latest];
+  const auto after =
+      std::upper_bound(arrays.begin(), arrays.end(), address,
+                       [](uintptr_t a, const Array& array) { return a < array.base; });
   if (after == arrays.begin()) return unregistered;
   Array& array = *(after - 1);
   if (address - array.base >= array.bytes) return unregistered;
@@ -77,12 +79,13 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
       touched[n++] = {sector, bits};
   }
   for (size_t i = 0; i < n; ++i)
-    add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic, lanes[0]->space,
-        __builtin_popcount(touched[i].bytes), 1);
+    add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic,
+        lanes[0]->space, __builtin_popcount(touched[i].bytes), 1);
 }
 
-// 32 banks of 4 bytes.  A cycle serves 128 bytes: a whole warp of 4-byte accesses, half a warp of 8, a
-// quarter of 16. Lanes that touch the same word share it; different words in one bank take turns.
+// 32 banks of 4 bytes.  A cycle serves 128 bytes: a whole warp of 4-byte accesses, half a warp of
+// 8, a quarter of 16. Lanes that touch the same word share it; different words in one bank take
+// turns.
 void count_shared_instruction(const Access* const* lanes, const int* lane_numbers, size_t count) {
   const uint32_t bytes = lanes[0]->bytes;
   const int lanes_a_phase = bytes <= 4 ? 32 : 128 / int(bytes);
@@ -183,7 +186,8 @@ void flush_diverged(Warp& warp) {
 void record(Space space, const void* address, uint32_t bytes, Site site) {
   if (!machine.options.count_memory) return;
   Thread& t = self();
-  const uintptr_t at = space == Space::shared ? shared_offset(address) : reinterpret_cast<uintptr_t>(address);
+  const uintptr_t at =
+      space == Space::shared ? shared_offset(address) : reinterpret_cast<uintptr_t>(address);
   t.log.push_back({at, site.file, site.line, bytes, space});
   t.warp->logged = true;
 }
@@ -217,7 +221,8 @@ void count_unwrapped(uintptr_t address, size_t bytes) {
 
 std::string global_name(uintptr_t address) {
   const Array& array = array_of(address);
-  if (&array != &unregistered) return array.traffic.name + " + " + std::to_string(address - array.base);
+  if (&array != &unregistered)
+    return array.traffic.name + " + " + std::to_string(address - array.base);
   char text[24];
   snprintf(text, sizeof text, "%#zx", size_t(address));
   return text;
@@ -284,7 +289,8 @@ Order order_of(const std::string& argument, const std::string& name) {
 }
 
 Options options_from_environment(Options options) {
-  if (const char* order = getenv("LOTR_SIMT_ORDER")) options.order = order_of("LOTR_SIMT_ORDER", order);
+  if (const char* order = getenv("LOTR_SIMT_ORDER"))
+    options.order = order_of("LOTR_SIMT_ORDER", order);
   if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
   if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))
     options.preempt = unsigned(strtoul(preempt, nullptr, 10));
@@ -292,7 +298,8 @@ Options options_from_environment(Options options) {
 }
 
 void* map_sparse(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   return p;
 }

@@ -1,6 +1,6 @@
-// What kernels include when a host compiler compiles them: the functions that csrc/cuda/ptx calls, and the
-// CUDA built-ins.  Their code is in files that are never compiled with -fsanitize=thread, so that the race
-// detector sees the kernel's accesses and not the executor's own.
+// What kernels include when a host compiler compiles them: the functions that csrc/cuda/ptx calls,
+// and the CUDA built-ins.  Their code is in files that are never compiled with -fsanitize=thread,
+// so that the race detector sees the kernel's accesses and not the executor's own.
 #pragma once
 #ifdef __CUDACC__
 #error "csrc/simt is for host compilers; nvcc must not see it"
@@ -20,7 +20,8 @@
 
 #define __launch_bounds__(...)
 
-// Real objects, set at every switch of threads: macros of these names would break CUDA's own headers.
+// Real objects, set at every switch of threads: macros of these names would break CUDA's own
+// headers.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;

@@ -10,8 +10,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
-// A fiber's frames must lie on its own stack.  (A module loaded into Python gets this from ASAN_OPTIONS
-// instead.)
+// A fiber's frames must lie on its own stack.  (A module loaded into Python gets this from
+// ASAN_OPTIONS instead.)
 extern "C" const char* __asan_default_options() {
   return "detect_stack_use_after_return=0:detect_leaks=0";
 }
@@ -79,7 +79,8 @@ void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   fiber.stack_bytes = bytes;
   fiber.fake_stack = nullptr;
 #if LOTR_SIMT_ASAN
-  // the outermost functions of this stack's last thread never returned: their frames are still poisoned
+  // the outermost functions of this stack's last thread never returned: their frames are still
+  // poisoned
   const size_t outer = bytes < 4 * PAGE ? bytes : 4 * PAGE;
   __asan_unpoison_memory_region(stack + bytes - outer, outer);
 #endif
@@ -90,7 +91,8 @@ void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #else
-  // six saved registers, the address to return to, and one word so that the stack is aligned as after a call
+  // six saved registers, the address to return to, and one word so that the stack is aligned as
+  // after a call
   void** top = reinterpret_cast<void**>(stack + bytes);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);
@@ -141,7 +143,8 @@ void FiberStacks::reserve(size_t count, size_t bytes) {
     throw std::runtime_error("no memory for the stacks of " + std::to_string(count) + " threads");
   }
   base_ = static_cast<char*>(p);
-  // A process may have 65,530 mappings and each guard page makes two, so with many stacks only some get one.
+  // A process may have 65,530 mappings and each guard page makes two, so with many stacks only some
+  // get one.
   const size_t step = 1 + count_ / 16384;
   for (size_t i = 0; i < count_; i += step) mprotect(base_ + i * stride_, PAGE, PROT_NONE);
 #if LOTR_SIMT_ASAN

@@ -1,5 +1,5 @@
-// A fiber: one GPU thread's stack and saved registers.  x86-64 switches in a dozen instructions of assembly;
-// other machines, or LOTR_SIMT_UCONTEXT, use ucontext (about fifty times slower).
+// A fiber: one GPU thread's stack and saved registers.  x86-64 switches in a dozen instructions of
+// assembly; other machines, or LOTR_SIMT_UCONTEXT, use ucontext (about fifty times slower).
 #pragma once
 #include <cstddef>
 
@@ -31,7 +31,8 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// `entry` runs when the fiber is first switched to; it must call fiber_entered() first and never return.
+// `entry` runs when the fiber is first switched to; it must call fiber_entered() first and never
+// return.
 void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 void fiber_entered();
 // Suspends `from`, which is running, and resumes `to`.
@@ -39,7 +40,8 @@ void fiber_switch(Fiber& from, Fiber& to);
 // Resumes `to`; `from` will not run again.
 [[noreturn]] void fiber_leave(Fiber& from, Fiber& to);
 
-// Stacks for `count` fibers of the same size, each above an unmapped page; reused from block to block.
+// Stacks for `count` fibers of the same size, each above an unmapped page; reused from block to
+// block.
 class FiberStacks {
  public:
   ~FiberStacks();

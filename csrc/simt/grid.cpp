@@ -30,7 +30,8 @@ void check_launch(const Launch& launch) {
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
-  check("blocks in a cluster", cluster, 8);  // more only if the kernel has asked for a size of few GPUs
+  check("blocks in a cluster", cluster,
+        8);  // more only if the kernel has asked for a size of few GPUs
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
@@ -131,9 +132,9 @@ void run_cluster(uint3 corner) {
   machine.cluster_barrier = Barrier{};
   machine.idle_rounds = 0;
   for (uint32_t i = 0; i < count; ++i)
-    start_block(
-        machine.blocks[i], i,
-        uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y, corner.z + i / shape.x / shape.y});
+    start_block(machine.blocks[i], i,
+                uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y,
+                      corner.z + i / shape.x / shape.y});
   totals.blocks += count;
   totals.threads += size_t(count) * threads;
   race::begin_blocks(count * threads);
@@ -144,7 +145,8 @@ void run_cluster(uint3 corner) {
   race::leave_kernel();
 }
 
-// The i-th cluster of n to run.  Random: i -> (a i + b) mod n with a coprime to n, so that no list is needed.
+// The i-th cluster of n to run.  Random: i -> (a i + b) mod n with a coprime to n, so that no list
+// is needed.
 struct ClusterOrder {
   uint64_t count, step = 1, start = 0;
   bool reverse;
@@ -187,7 +189,8 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   const ClusterOrder order(nx * ny * nz);
   for (uint64_t i = 0; i < order.count && machine.error.empty(); ++i) {
     const uint64_t k = order[i];
-    run_cluster(uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
+    run_cluster(
+        uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
   }
   if (!machine.error.empty()) {
     machine.stacks.forget_frames();

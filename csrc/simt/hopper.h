@@ -14,19 +14,20 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void fence_mbarrier_init(Site site);
-void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: added to what the phase waits for
+void mbarrier_arrive(void* barrier, uint32_t bytes,
+                     Site site);  // bytes: added to what the phase waits for
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
-// At the same mbarrier of block `rank`.  It orders this thread's reads before the waiting thread, and makes
-// none of its stores visible there.
+// At the same mbarrier of block `rank`.  It orders this thread's reads before the waiting thread,
+// and makes none of its stores visible there.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 
-// blocks: the mask of those of the cluster that receive the box, at the same offset of their shared memory,
-// and count its bytes at the same mbarrier.
-void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, uint32_t blocks,
-                 Site site);
+// blocks: the mask of those of the cluster that receive the box, at the same offset of their shared
+// memory, and count its bytes at the same mbarrier.
+void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                 uint32_t blocks, Site site);
 uint32_t own_block();  // its mask
-// From shared memory to the matrix.  The tile is read, and the matrix written, some time before a bulk_wait
-// that keeps fewer groups in flight returns.
+// From shared memory to the matrix.  The tile is read, and the matrix written, some time before a
+// bulk_wait that keeps fewer groups in flight returns.
 void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site);
 void bulk_commit(Site site);
 void bulk_wait(int keep, Site site);
@@ -34,7 +35,8 @@ void fence_proxy_async(Site site);
 
 void wgmma_fence(Site site);
 // d [64, n] of a warpgroup; a, b: descriptors.  mn_major: b lies so.
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16, Site site);
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16,
+           Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int keep, Site site);
 

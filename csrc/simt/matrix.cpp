@@ -131,7 +131,8 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   }
   maybe_preempt();
   TileLoad load{tiles, trans};
-  warp_collective(trans ? "ldmatrix.trans" : "ldmatrix", WARP, site, &rows, load_tiles, &load, false);
+  warp_collective(trans ? "ldmatrix.trans" : "ldmatrix", WARP, site, &rows, load_tiles, &load,
+                  false);
   for (int i = 0; i < tiles; ++i) r[i] = rows.out[i];
 }
 
@@ -140,7 +141,8 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, 
   const char* op = is_bf16 ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16";
   check_whole_warp(op, site);
   Fragments f{d, a, b};
-  warp_collective(op, WARP, site, &f, is_bf16 ? multiply<from_bf16> : multiply<from_fp16>, nullptr, false);
+  warp_collective(op, WARP, site, &f, is_bf16 ? multiply<from_bf16> : multiply<from_fp16>, nullptr,
+                  false);
 }
 
 }  // namespace lotr::simt

@@ -7,13 +7,15 @@
 namespace lotr::simt {
 namespace {
 
-constexpr char MARK[] = "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
-constexpr int64_t MOST = (1 << 20) - 1;  // arrivals, and bytes that are announced or have come early
+constexpr char MARK[] =
+    "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
+constexpr int64_t MOST =
+    (1 << 20) - 1;  // arrivals, and bytes that are announced or have come early
 
 void arrive(MemoryBarrier& b, Site site) {
   if (!b.pending)
-    fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", self().op, site.file, site.line,
-         b.expected);
+    fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", self().op, site.file,
+         site.line, b.expected);
   --b.pending;
   complete_if_done(b);
 }
@@ -25,11 +27,11 @@ MemoryBarrier& memory_barrier(const void* barrier, Site site) {
   const auto found = machine.memory_barriers.find(barrier);
   const std::ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - t.block->shared;
   if (found == machine.memory_barriers.end())
-    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialised", t.op, site.file, site.line,
-         offset);
+    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialised", t.op, site.file,
+         site.line, offset);
   if (memcmp(barrier, MARK, 8))
-    fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file, site.line,
-         offset);
+    fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file,
+         site.line, offset);
   return found->second;
 }
 
@@ -45,8 +47,8 @@ void complete_if_done(MemoryBarrier& b) {
 
 void check_fenced(const MemoryBarrier& b, Site site) {
   if (b.unfenced)
-    fail("%s at %s:%d: no fence.mbarrier_init after the mbarrier's mbarrier.init", self().op, site.file,
-         site.line);
+    fail("%s at %s:%d: no fence.mbarrier_init after the mbarrier's mbarrier.init", self().op,
+         site.file, site.line);
 }
 
 Block& block_of_cluster(uint32_t rank, Site site) {
@@ -56,8 +58,8 @@ Block& block_of_cluster(uint32_t rank, Site site) {
          machine.blocks.size());
   Block& block = machine.blocks[rank];
   if (&block != t.block && !machine.cluster_barrier.generation)
-    fail("%s at %s:%d: no barrier of the cluster yet: block %u may not have started", t.op, site.file,
-         site.line, rank);
+    fail("%s at %s:%d: no barrier of the cluster yet: block %u may not have started", t.op,
+         site.file, site.line, rank);
   if (!block.threads_left)
     fail("%s at %s:%d: block %u of the cluster has exited", t.op, site.file, site.line, rank);
   return block;
@@ -68,7 +70,8 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   Block& block = *enter("mbarrier.init", site).block;
   check_shared(barrier, 8, 8, self().op, site);
   if (!arrivals || arrivals > MOST)
-    fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line, arrivals);
+    fail("mbarrier.init at %s:%d: %u arrivals, expected 1 to 2^20 - 1", site.file, site.line,
+         arrivals);
   memcpy(barrier, MARK, 8);
   if (block.unfenced.empty())
     block.unfenced.assign(block.shared_bytes / 4 + 1, 0);  // it may start bulk copies
@@ -94,8 +97,8 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::release(b.sync);
   b.bytes += bytes;
   if (b.bytes > MOST)
-    fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file, site.line,
-         (long long)b.bytes);
+    fail("%s at %s:%d: %lld bytes are announced, expected at most 2^20 - 1", self().op, site.file,
+         site.line, (long long)b.bytes);
   arrive(b, site);
 }
 

@@ -52,11 +52,11 @@ void check_shared(const void* p, size_t bytes, size_t align, const char* op, Sit
   const Block& block = *self().block;
   const std::ptrdiff_t at = static_cast<const unsigned char*>(p) - block.shared;
   if (at < 0 || size_t(at) + bytes > block.shared_bytes)
-    fail("%s at %s:%d: address is outside the block's shared memory: offset %td, %zu bytes, of %zu", op,
-         site.file, site.line, at, bytes, block.shared_bytes);
+    fail("%s at %s:%d: address is outside the block's shared memory: offset %td, %zu bytes, of %zu",
+         op, site.file, site.line, at, bytes, block.shared_bytes);
   if (size_t(at) % align)
-    fail("%s at %s:%d: shared address (offset %td) is not aligned to %zu bytes", op, site.file, site.line, at,
-         align);
+    fail("%s at %s:%d: shared address (offset %td) is not aligned to %zu bytes", op, site.file,
+         site.line, at, align);
 }
 
 void touch_copy(void* to, const void* from, size_t bytes) {
@@ -86,7 +86,8 @@ void unpoison([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 void* shared_memory(size_t bytes) {
   const Block& block = *self().block;
   if (bytes > block.shared_bytes)
-    fail("the kernel's shared struct has %zu bytes, the launch gave %zu", bytes, block.shared_bytes);
+    fail("the kernel's shared struct has %zu bytes, the launch gave %zu", bytes,
+         block.shared_bytes);
   return block.shared;
 }
 
@@ -134,13 +135,15 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   move(p, value, bytes);
 }
 
-// At issue the destination becomes NaN (poisoned under AddressSanitizer). The data is written at the wait.
+// At issue the destination becomes NaN (poisoned under AddressSanitizer). The data is written at
+// the wait.
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async", site);
   check_shared(shared, bytes, bytes, t.op, site);
   if (src_bytes < 0 || uint32_t(src_bytes) > bytes)
-    fail("cp.async at %s:%d: source size is %d, expected 0 to %u", site.file, site.line, src_bytes, bytes);
+    fail("cp.async at %s:%d: source size is %d, expected 0 to %u", site.file, site.line, src_bytes,
+         bytes);
   check_global(global, bytes, t.op, site);
   const uint32_t source = uint32_t(src_bytes);
   if (source) {
@@ -181,7 +184,8 @@ void cp_async_wait(int keep, Site site) {
     unpoison(copy.to, copy.bytes);
     if (copy.source_bytes) touch_copy(copy.to, copy.from, copy.source_bytes);
     if (copy.source_bytes < copy.bytes)
-      touch_fill(static_cast<char*>(copy.to) + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+      touch_fill(static_cast<char*>(copy.to) + copy.source_bytes, 0,
+                 copy.bytes - copy.source_bytes);
   }
   t.copies.erase(t.copies.begin(), t.copies.begin() + std::ptrdiff_t(landing));
   maybe_preempt();

@@ -68,10 +68,11 @@ void join(uint32_t* to, const uint32_t* from) {
 uint32_t place_number(void* pc) {
   const Thread& t = self();
   const Place place = pc ? Place{pc, nullptr, {"", 0}} : Place{nullptr, t.op, t.site};
-  const uint64_t key =
-      pc ? reinterpret_cast<uint64_t>(pc)
-         : (reinterpret_cast<uint64_t>(place.op) * 31 + reinterpret_cast<uint64_t>(place.site.file)) * 8191 +
-               uint64_t(place.site.line);
+  const uint64_t key = pc ? reinterpret_cast<uint64_t>(pc)
+                          : (reinterpret_cast<uint64_t>(place.op) * 31 +
+                             reinterpret_cast<uint64_t>(place.site.file)) *
+                                    8191 +
+                                uint64_t(place.site.line);
   static uint64_t latest_key = 0;
   static uint32_t latest = 0;
   if (key == latest_key && !detector.places.empty()) return latest;
@@ -81,7 +82,8 @@ uint32_t place_number(void* pc) {
   return latest = found->second;
 }
 
-// Base name of the innermost source line at pc that is not the executor's, the wrappers' or CUDA's own.
+// Base name of the innermost source line at pc that is not the executor's, the wrappers' or CUDA's
+// own.
 std::string line_of(void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "?";
@@ -109,7 +111,8 @@ std::string describe(uint32_t place) {
   const Place& p = detector.places[place];
   if (p.pc) return line_of(p.pc);
   const char* slash = strrchr(p.site.file, '/');
-  return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
+  return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" +
+         p.op + ")";
 }
 
 // The offset in the shared memory of the cluster's blocks, or -1.
@@ -121,13 +124,14 @@ std::ptrdiff_t shared_place(uintptr_t address) {
   return -1;
 }
 
-void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote, uint32_t place,
-                Use use) {
+void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote,
+                uint32_t place, Use use) {
   const Thread& t = self();
   const std::ptrdiff_t shared = shared_place(address);
   const std::string where =
-      shared >= 0 ? "shared memory, offset " + std::to_string(shared % std::ptrdiff_t(machine.launch.smem))
-                  : "global memory " + global_name(address);
+      shared >= 0
+          ? "shared memory, offset " + std::to_string(shared % std::ptrdiff_t(machine.launch.smem))
+          : "global memory " + global_name(address);
   const char* now = use == Use::write ? "writes" : "reads";
   char text[1200];
   const uint32_t in_block = t.block->thread_count;
@@ -136,23 +140,25 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
     const uint3 at = machine.blocks[before.thread / in_block].index;
     other = &machine.blocks[before.thread / in_block] == t.block
                 ? "the same block"
-                : "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
-                      ")";
+                : "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," +
+                      std::to_string(at.z) + ")";
   }
-  snprintf(text, sizeof text,
-           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
-           "nothing orders "
-           "the two",
-           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
-           describe(place).c_str(), before.thread % in_block, other.c_str(), wrote ? "written" : "read",
-           describe(before.place).c_str());
+  snprintf(
+      text, sizeof text,
+      "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
+      "nothing orders "
+      "the two",
+      kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
+      describe(place).c_str(), before.thread % in_block, other.c_str(), wrote ? "written" : "read",
+      describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
 // Whether `before` happens before the running thread's current access.
 bool ordered(const Event& before, uint32_t me, const uint32_t* clocks) {
   if (!before.clock) return true;
-  return before.cluster == detector.cluster && (before.thread == me || clocks[before.thread] >= before.clock);
+  return before.cluster == detector.cluster &&
+         (before.thread == me || clocks[before.thread] >= before.clock);
 }
 
 Cell* cell_of(uintptr_t address) {
@@ -182,7 +188,8 @@ void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks
       cell.reads[i] = now;
       return;
     }
-  const uint32_t i = cell.read_count < READERS ? cell.read_count++ : uint32_t(next_random() % READERS);
+  const uint32_t i =
+      cell.read_count < READERS ? cell.read_count++ : uint32_t(next_random() % READERS);
   cell.reads[i] = now;
 }
 
@@ -196,7 +203,8 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   for (uintptr_t a = address / GRANULE * GRANULE; a < address + bytes; a += GRANULE) {
     Cell& cell = *cell_of(a);
     if (!ordered(cell.write, me, clocks)) {
-      add_report(writes ? "write after write" : "read after write", a, cell.write, true, place, use);
+      add_report(writes ? "write after write" : "read after write", a, cell.write, true, place,
+                 use);
       return;
     }
     if (!writes) {
@@ -213,7 +221,8 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   }
 }
 
-// A thread's own variables lie on its fiber's stack; its parameters are copied from the launching stack.
+// A thread's own variables lie on its fiber's stack; its parameters are copied from the launching
+// stack.
 bool on_process_stack(uintptr_t p) {
   static uintptr_t base = 0;
   static size_t bytes = 0;
@@ -273,7 +282,8 @@ void access(const void* p, size_t bytes, Use use) {
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   ExecutorScope scope;
-  if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p) || is_builtin(p)) return;
+  if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p) || is_builtin(p))
+    return;
   count_unwrapped(p, bytes);
   judge(p, bytes, use, pc);
 }

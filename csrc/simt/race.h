@@ -1,13 +1,14 @@
 // The race detector: vector clocks over the kernel's own loads and stores, judged by CUDA's rules.
 //
-// The kernel's file is compiled with -fsanitize=thread and linked without it, so that the compiler calls a
-// __tsan_* hook for every load and store; race_hooks.cpp supplies the hooks.  The executor's files are
-// compiled without the flag and report the wrappers' accesses themselves.  In other builds all of this is
-// empty.
+// The kernel's file is compiled with -fsanitize=thread and linked without it, so that the compiler
+// calls a
+// __tsan_* hook for every load and store; race_hooks.cpp supplies the hooks.  The executor's files
+// are compiled without the flag and report the wrappers' accesses themselves.  In other builds all
+// of this is empty.
 //
 // What orders two accesses:
-//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers, at
-//   which
+//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp;
+//   mbarriers, at which
 //                             also bulk copies into the block are ordered.
 //                             Not: shuffles, ldmatrix, mma.
 //   between clusters          nothing: no kernel here hands data from one to another
@@ -36,7 +37,8 @@ void begin_launch();
 void begin_blocks(uint32_t threads);  // that run at the same time
 void release(Sync& sync);             // by the running thread
 void acquire(const Sync& sync);
-void access(const void* p, size_t bytes, Use use);  // by the running thread's wrapper, at its op and site
+void access(const void* p, size_t bytes,
+            Use use);  // by the running thread's wrapper, at its op and site
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
 std::string report();  // of the launch so far, empty if clean
 

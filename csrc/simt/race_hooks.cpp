@@ -42,24 +42,26 @@ inline void seen(const volatile void* p, size_t bytes, Use use, void* pc) {
     seen(p, N, Use::write, CALLER);              \
   }
 
-// Of the launchers alone: guards of static variables, std::atomic.  One process thread runs everything.
-#define ATOMIC(BITS, T)                                                                               \
-  HOOK T __tsan_atomic##BITS##_load(const volatile T* p, int) {                                       \
-    return *p;                                                                                        \
-  }                                                                                                   \
-  HOOK void __tsan_atomic##BITS##_store(volatile T* p, T value, int) {                                \
-    *p = value;                                                                                       \
-  }                                                                                                   \
-  HOOK T __tsan_atomic##BITS##_exchange(volatile T* p, T value, int) {                                \
-    const T old = *p;                                                                                 \
-    return *p = value, old;                                                                           \
-  }                                                                                                   \
-  HOOK T __tsan_atomic##BITS##_fetch_or(volatile T* p, T value, int) {                                \
-    const T old = *p;                                                                                 \
-    return *p = T(old | value), old;                                                                  \
-  }                                                                                                   \
-  HOOK int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* p, T* seen, T value, int, int) { \
-    return *p == *seen ? (*p = value, 1) : (*seen = *p, 0);                                           \
+// Of the launchers alone: guards of static variables, std::atomic.  One process thread runs
+// everything.
+#define ATOMIC(BITS, T)                                                                        \
+  HOOK T __tsan_atomic##BITS##_load(const volatile T* p, int) {                                \
+    return *p;                                                                                 \
+  }                                                                                            \
+  HOOK void __tsan_atomic##BITS##_store(volatile T* p, T value, int) {                         \
+    *p = value;                                                                                \
+  }                                                                                            \
+  HOOK T __tsan_atomic##BITS##_exchange(volatile T* p, T value, int) {                         \
+    const T old = *p;                                                                          \
+    return *p = value, old;                                                                    \
+  }                                                                                            \
+  HOOK T __tsan_atomic##BITS##_fetch_or(volatile T* p, T value, int) {                         \
+    const T old = *p;                                                                          \
+    return *p = T(old | value), old;                                                           \
+  }                                                                                            \
+  HOOK int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* p, T* seen, T value, int, \
+                                                         int) {                                \
+    return *p == *seen ? (*p = value, 1) : (*seen = *p, 0);                                    \
   }
 
 extern "C" {

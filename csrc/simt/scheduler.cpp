@@ -1,5 +1,5 @@
-// Chooses the thread that runs next, and switches: where the running thread waits, or at random memory
-// accesses.
+// Chooses the thread that runs next, and switches: where the running thread waits, or at random
+// memory accesses.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -45,8 +45,8 @@ std::string whereabouts() {
       const auto count = std::count_if(block.threads.begin(), block.threads.end(),
                                        [&](const Thread& other) { return same(other, t); });
       char line[400];
-      int n = snprintf(line, sizeof line, "\n  block (%u,%u,%u): %d threads from %u on ", block.index.x,
-                       block.index.y, block.index.z, int(count), t.linear);
+      int n = snprintf(line, sizeof line, "\n  block (%u,%u,%u): %d threads from %u on ",
+                       block.index.x, block.index.y, block.index.z, int(count), t.linear);
       if (t.state == State::exited)
         snprintf(line + n, sizeof line - n, "have exited");
       else
@@ -56,12 +56,14 @@ std::string whereabouts() {
   return text;
 }
 
-// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A GPU does not
-// order them either.
+// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A GPU
+// does not order them either.
 void run_engine() {
   const size_t count = machine.engine.size();
   const Order order = machine.options.order;
-  const size_t i = order == Order::random ? next_random() % count : order == Order::reverse ? count - 1 : 0;
+  const size_t i = order == Order::random    ? next_random() % count
+                   : order == Order::reverse ? count - 1
+                                             : 0;
   const auto work = std::move(machine.engine[i]);
   machine.engine.erase(machine.engine.begin() + std::ptrdiff_t(i));
   work();
@@ -75,7 +77,9 @@ Warp* choose_warp() {
   for (const uint64_t bits : machine.ready_warps) count += __builtin_popcountll(bits);
   if (!count) return nullptr;
   const Order order = machine.options.order;
-  size_t k = order == Order::forward ? 0 : order == Order::reverse ? count - 1 : next_random() % count;
+  size_t k = order == Order::forward   ? 0
+             : order == Order::reverse ? count - 1
+                                       : next_random() % count;
   for (size_t i = 0;; ++i) {
     const size_t here = __builtin_popcountll(machine.ready_warps[i]);
     if (k < here) {
@@ -90,8 +94,9 @@ Warp* choose_warp() {
 void check_aligned(const Thread& t, State state) {
   for (uint32_t lanes = t.warp->alive & ~(1u << t.lane); lanes; lanes &= lanes - 1) {
     const Thread& other = t.warp->thread[lowest(lanes)];
-    if (state == State::spinning ? other.state != State::at_cluster_barrier
-                                 : state != State::at_cluster_barrier || other.state != State::spinning)
+    if (state == State::spinning
+            ? other.state != State::at_cluster_barrier
+            : state != State::at_cluster_barrier || other.state != State::spinning)
       continue;
     fail_diverged(t, other);
   }
@@ -100,7 +105,8 @@ void check_aligned(const Thread& t, State state) {
 // Checks that nothing of the block is still in flight.
 void leave_block(const Block& block) {
   if (block.copies_in_flight)
-    fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
+    fail("the block exits while %u bulk copies to its shared memory are in flight",
+         block.copies_in_flight);
 }
 
 void reschedule() {
@@ -127,9 +133,10 @@ Thread* choose_thread() {
     if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_engine();
     if (Warp* warp = choose_warp()) {
       const uint32_t ready = warp->ready;
-      const int lane = order == Order::reverse  ? highest(ready)
-                       : order == Order::random ? nth(ready, next_random() % __builtin_popcount(ready))
-                                                : lowest(ready);
+      const int lane = order == Order::reverse ? highest(ready)
+                       : order == Order::random
+                           ? nth(ready, next_random() % __builtin_popcount(ready))
+                           : lowest(ready);
       return &warp->thread[lane];
     }
     if (!machine.threads_left) return nullptr;
@@ -160,7 +167,8 @@ void run_thread() {
   if (!exception.empty()) fail("exception in a kernel: %s", exception.c_str());
   for (const AsyncCopy& copy : t.copies)
     if (!copy.commit)
-      fail("thread exits with cp.async in flight (latest: %s at %s:%d)", t.op, t.site.file, t.site.line);
+      fail("thread exits with cp.async in flight (latest: %s at %s:%d)", t.op, t.site.file,
+           t.site.line);
   if (!t.products.empty()) fail("thread exits with wgmma in flight");
   check_early_end(t);
   Warp& warp = *t.warp;
@@ -238,8 +246,8 @@ void fail(const char* format, ...) {
 }
 
 void fail_diverged(const Thread& t, const Thread& other) {
-  fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
-       t.site.line, other.lane, other.op, other.site.file, other.site.line);
+  fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op,
+       t.site.file, t.site.line, other.lane, other.op, other.site.file, other.site.line);
 }
 
 }  // namespace lotr::simt

@@ -26,7 +26,8 @@ bool ends_with(const char* text, const std::string& end) {
 bool left_out(const char* op, Site site) {
   static Calls* latest = nullptr;
   static Site where{nullptr, 0};
-  if (where.line != site.line || where.file != site.file || sites.empty()) {  // another place than last time
+  if (where.line != site.line || where.file != site.file ||
+      sites.empty()) {  // another place than last time
     where = site;
     latest = &sites[{site.file, site.line}];
     latest->op = op;

@@ -39,9 +39,10 @@ struct WarpgroupProduct {
   uint64_t a, b;  // descriptors
   int n;
   bool overwrite, is_bf16, b_mn_major;
-  bool commit;              // the end of a group instead of a product
-  uint64_t number;          // counts the thread's products: equal in all threads of the warpgroup
-  std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
+  bool commit;      // the end of a group instead of a product
+  uint64_t number;  // counts the thread's products: equal in all threads of the warpgroup
+  std::vector<float>
+      held;  // the accumulators before, unless an earlier product in flight owns them
 };
 
 enum class Space : uint8_t { global_read, global_write, shared };
@@ -68,7 +69,8 @@ struct Thread {
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<BulkStore> stores;
-  std::vector<uint32_t> unfenced;  // words of shared memory written since the last fence.proxy.async
+  std::vector<uint32_t>
+      unfenced;  // words of shared memory written since the last fence.proxy.async
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
@@ -100,8 +102,9 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
-  const Thread* unfenced = nullptr;  // the thread that initialised it, until its fence.mbarrier_init
-  std::vector<Thread*> waiting;      // threads to wake when the phase completes
+  const Thread* unfenced =
+      nullptr;                   // the thread that initialised it, until its fence.mbarrier_init
+  std::vector<Thread*> waiting;  // threads to wake when the phase completes
 };
 
 // Operands of a warpgroup's product in flight, as a thread last read them at its wait.
@@ -116,7 +119,8 @@ struct Block {
   uint32_t rank = 0, thread_count = 0;              // rank in its cluster
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
   unsigned char* shared = nullptr;
-  std::vector<uint16_t> unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
+  std::vector<uint16_t>
+      unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
   size_t shared_bytes = 0;
   Barrier barriers[16];
   bool let_next = false;  // has called griddepcontrol.launch_dependents
@@ -146,7 +150,8 @@ struct Machine {
   int idle_rounds = 0;  // rounds without progress in which only polling threads were left
   std::string error;
 
-  std::deque<std::function<void()>> engine;  // bulk copies: done when no thread is ready, or at random
+  std::deque<std::function<void()>>
+      engine;  // bulk copies: done when no thread is ready, or at random
   std::unordered_map<const void*, MemoryBarrier> memory_barriers;
 };
 extern Machine machine;
@@ -179,11 +184,11 @@ inline Thread& enter(const char* op, Site site) {
 }
 
 // ---- barrier.cpp ----
-// Every lane of the mask must call with the same op from the same place. The last one runs `leader`, which
-// reads the lanes' operands from warp.thread[lane].operand.
+// Every lane of the mask must call with the same op from the same place. The last one runs
+// `leader`, which reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
-void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader, void* context,
-                     bool orders_memory);
+void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
+                     void* context, bool orders_memory);
 
 // ---- memory.cpp ----
 void check_shared(const void* p, size_t bytes, size_t align, const char* op, Site site);

@@ -1,8 +1,8 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// A copy lands when no thread can go on, or at a random moment.  A tile that is being filled is NaN until
-// then. A tile that is being stored is read then, at the latest when the wait for its group returns: so a
-// tile that is written again too early shows in the matrix, which is NaN until then.
+// A copy lands when no thread can go on, or at a random moment.  A tile that is being filled is NaN
+// until then. A tile that is being stored is read then, at the latest when the wait for its group
+// returns: so a tile that is written again too early shows in the matrix, which is NaN until then.
 #include <algorithm>
 #include <cstring>
 
@@ -20,11 +20,13 @@ size_t swizzled(size_t offset) {
   return offset ^ (offset >> 7 & 7) << 4;
 }
 
-// f(offset in the tile, address in the matrix, bytes) for the part of each row of the box inside the matrix.
+// f(offset in the tile, address in the matrix, bytes) for the part of each row of the box inside
+// the matrix.
 template <class F>
 void each_row(const TensorMap& map, int col, int row, F f) {
   const int64_t first = std::max(col, 0), last = std::min<int64_t>(col + COLS, map.cols);
-  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t(row) + map.box_rows, map.rows); ++r)
+  for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t(row) + map.box_rows, map.rows);
+       ++r)
     if (first < last)
       f(size_t(r - row) * ROW + size_t(first - col) * 2,
         const_cast<unsigned char*>(map.base) + (size_t(r) * map.row_stride + size_t(first)) * 2,
@@ -56,8 +58,8 @@ uint32_t own_block() {
   return 1u << self().block->rank;
 }
 
-void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, uint32_t blocks,
-                 Site site) {
+void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                 uint32_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   const size_t bytes = map.box_rows * ROW, offset = shared_offset(shared);
@@ -88,7 +90,8 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
       unpoison(block.shared + offset, bytes);
       memset(block.shared + offset, 0, bytes);  // what is outside the matrix
       each_row(map, col, row, [&](size_t at, const unsigned char* from, size_t part) {
-        for (size_t i = 0; i < part; i += 2) memcpy(block.shared + swizzled(offset + at + i), from + i, 2);
+        for (size_t i = 0; i < part; i += 2)
+          memcpy(block.shared + swizzled(offset + at + i), from + i, 2);
       });
       --block.copies_in_flight;
       MemoryBarrier& b = machine.memory_barriers.at(block.shared + barrier_offset);
@@ -125,11 +128,15 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   check_tile(shared, map, site);
   for (size_t word = offset / 4; word < (offset + bytes) / 4 && !block.unfenced.empty(); ++word)
     if (block.unfenced[word])
-      fail("%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared offset %zu",
-           t.op, site.file, site.line, block.unfenced[word] - 1u, word * 4);
+      fail(
+          "%s at %s:%d: thread %u has not called fence.proxy.async since its store to shared "
+          "offset %zu",
+          t.op, site.file, site.line, block.unfenced[word] - 1u, word * 4);
   if (block.let_next)
-    fail("%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have begun", t.op,
-         site.file, site.line);
+    fail(
+        "%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have "
+        "begun",
+        t.op, site.file, site.line);
   touch_read(shared, bytes);
   each_row(map, col, row, [](size_t, unsigned char* to, size_t part) {
     count_global(Space::global_write, reinterpret_cast<uintptr_t>(to), part);
@@ -142,7 +149,8 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   t.stores.push_back({static_cast<const unsigned char*>(shared), bytes, landed});
   machine.engine.push_back([&t, &block, landed, offset, map, col, row] {
     each_row(map, col, row, [&](size_t at, unsigned char* to, size_t part) {
-      for (size_t i = 0; i < part; i += 2) memcpy(to + i, block.shared + swizzled(offset + at + i), 2);
+      for (size_t i = 0; i < part; i += 2)
+        memcpy(to + i, block.shared + swizzled(offset + at + i), 2);
     });
     *landed = true;
     --block.copies_in_flight;
@@ -171,7 +179,8 @@ void bulk_wait(int keep, Site site) {
   for (size_t i = 0; i < done; ++i) {
     if (!t.stores[i].tile) continue;
     while (!*t.stores[i].landed) wait_here(State::spinning, "cp.async.bulk.wait_group", site);
-    touch_read(t.stores[i].tile, t.stores[i].bytes);  // a store that this wait does not precede is a race
+    touch_read(t.stores[i].tile,
+               t.stores[i].bytes);  // a store that this wait does not precede is a race
   }
   t.stores.erase(t.stores.begin(), t.stores.begin() + std::ptrdiff_t(done));
   progress();

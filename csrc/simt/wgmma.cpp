@@ -1,9 +1,9 @@
-// sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a K-major, b
-// K-major or MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and
-// matrix descriptor.
+// sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a
+// K-major, b K-major or MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix
+// instructions", D fragment and matrix descriptor.
 //
-// A product reads its operands and writes its accumulators only when the thread waits for it; until then the
-// accumulators are NaN.  Each thread computes its own elements.
+// A product reads its operands and writes its accumulators only when the thread waits for it; until
+// then the accumulators are NaN.  Each thread computes its own elements.
 #include <algorithm>
 #include <cstring>
 
@@ -32,7 +32,8 @@ struct Operand {
     uint32_t at = start;
     const uint32_t i = uint32_t(row), width = ROW / 2;
     if (mn_major)  // `width` rows lie side by side, the next `width` are `leading` bytes further on
-      at += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride + uint32_t(k % 8) * ROW;
+      at += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride +
+            uint32_t(k % 8) * ROW;
     else
       at += i / 8 * group_stride + i % 8 * ROW + uint32_t(k) * 2;
     at ^= (at >> 7 & 7) << 4;
@@ -77,9 +78,9 @@ uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
   return w.number * 8 + t.linear / WARPGROUP;
 }
 
-// The operands at the thread's wait, decoded again only if they have changed since another thread's wait. For
-// the race detector each lane of a warp performs a 32nd of the reads, so that a warp may release a stage
-// after a warp collective that follows the wait.
+// The operands at the thread's wait, decoded again only if they have changed since another thread's
+// wait. For the race detector each lane of a warp performs a 32nd of the reads, so that a warp may
+// release a stage after a warp collective that follows the wait.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
@@ -121,13 +122,17 @@ void wgmma_fence(Site site) {
   enter("wgmma.fence", site).wgmma_fenced = true;
 }
 
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16, Site site) {
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16,
+           Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.mma_async", site);
-  if (t.block->thread_count % WARPGROUP && t.linear / WARPGROUP == t.block->thread_count / WARPGROUP)
-    fail("wgmma at %s:%d: the warpgroup has fewer than %d threads", site.file, site.line, WARPGROUP);
+  if (t.block->thread_count % WARPGROUP &&
+      t.linear / WARPGROUP == t.block->thread_count / WARPGROUP)
+    fail("wgmma at %s:%d: the warpgroup has fewer than %d threads", site.file, site.line,
+         WARPGROUP);
   if (!t.wgmma_fenced)
-    fail("wgmma at %s:%d: no wgmma.fence since the accumulators could be touched", site.file, site.line);
+    fail("wgmma at %s:%d: no wgmma.fence since the accumulators could be touched", site.file,
+         site.line);
   if (n < 8 || n > 256 || n % 8)
     fail("wgmma at %s:%d: n is %d, expected 8, 16, .. 256", site.file, site.line, n);
   for (const uint64_t descriptor : {a, b})
@@ -135,13 +140,16 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
       fail("wgmma at %s:%d: descriptor %#zx, expected a swizzle of 128 bytes", site.file, site.line,
            size_t(descriptor));
   if (mn_major && n % 64)  // the PTX manual's canonical layouts have whole rows of the swizzle
-    fail("wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte swizzle",
-         site.file, site.line, n);
+    fail(
+        "wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte "
+        "swizzle",
+        site.file, site.line, n);
   warp_collective("wgmma.mma_async", ~0u, site, nullptr, nothing, nullptr, false);
   if (t.linear % WARPGROUP == 0) ++totals.wgmma;
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
-  WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, mn_major, false, t.products_issued++, {}};
+  WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, mn_major, false, t.products_issued++,
+                           {}};
   if (!continues) product.held.assign(d, d + n / 2);
   memset(d, 0xFF, size_t(n / 2) * sizeof(float));
   t.products.push_back(std::move(product));
@@ -170,15 +178,17 @@ void wgmma_wait(int keep, Site site) {
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
     if (product.commit) continue;
-    if (!product.held.empty()) memcpy(product.d, product.held.data(), product.held.size() * sizeof(float));
+    if (!product.held.empty())
+      memcpy(product.d, product.held.data(), product.held.size() * sizeof(float));
     multiply(t, product);
   }
   t.products.erase(t.products.begin(), t.products.begin() + std::ptrdiff_t(done));
   // accumulators that products in flight continue with are hidden (NaN) again
   for (size_t i = 0; i < t.products.size() && done; ++i) {
     WarpgroupProduct& product = t.products[i];
-    const bool first = std::none_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(i),
-                                    [&](const WarpgroupProduct& other) { return other.d == product.d; });
+    const bool first =
+        std::none_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(i),
+                     [&](const WarpgroupProduct& other) { return other.d == product.d; });
     if (product.commit || !first || !product.held.empty()) continue;
     product.held.assign(product.d, product.d + product.n / 2);
     memset(product.d, 0xFF, size_t(product.n / 2) * sizeof(float));

@@ -1,5 +1,6 @@
-// One argument of an operator: the properties of a tensor that checks and kernels read, and the checks that
-// every operator makes. An error names the operator, the argument, what was expected and what was given.
+// One argument of an operator: the properties of a tensor that checks and kernels read, and the
+// checks that every operator makes. An error names the operator, the argument, what was expected
+// and what was given.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -46,8 +47,9 @@ inline const std::array<DtypeInfo, 6>& dtypes() {
        {ScalarType::Int, "torch.int32", aoti_torch_dtype_int32(), 4}}};
   return all;
 }
-// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must name one that
-// no argument may have. Such a one has no name here but torch's: Short, Byte, ComplexFloat.
+// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must
+// name one that no argument may have. Such a one has no name here but torch's: Short, Byte,
+// ComplexFloat.
 inline DtypeInfo dtype_info(ScalarType type) {
   for (const DtypeInfo& one : dtypes())
     if (one.type == type) return one;
@@ -82,7 +84,8 @@ inline ScalarType acc_dtype(ScalarType t) {
 // A tensor [.., cols] as a matrix [rows, cols].
 struct Flat {
   int64_t rows = 1, cols = 0, row_stride = 0, col_stride = 1;
-  int64_t split = -1;  // a leading dimension that does not continue the one behind it: no row_stride then
+  int64_t split =
+      -1;  // a leading dimension that does not continue the one behind it: no row_stride then
 };
 
 // One argument of an operator, read once: each read is a call into libtorch.
@@ -157,7 +160,8 @@ struct Check {
   void supported(const char* like, ScalarType dtype) const {
     if (!is_supported(dtype))
       fail(op, ": ", like,
-           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
+           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, "
+           "got ",
            dtype_info(dtype).name);
   }
   void finite(const char* name, double value) const {
@@ -182,18 +186,21 @@ struct Check {
   // Leading dimensions that lie in memory as one.
   void one_matrix(const Arg& a) const {
     if (const int64_t i = a.flat.split; i >= 0)
-      fail(op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
+      fail(op, ": ", a.name,
+           ": expected leading dimensions that lie as one (call contiguous()), got stride ",
            a.stride[i], " in dimension ", i, " of shape ", a.shape());
   }
   // A tensor that is given, and on the device of the first argument.
   void device(const Arg& a, const Arg& first) const {
     if (a.dtype == ScalarType::Undefined) fail(op, ": ", a.name, ": expected a tensor, got None");
     if (a.device_type != first.device_type || a.device_index != first.device_index)
-      fail(op, ": ", a.name, ": expected the device of ", first.name, " (", device_name(first.device_type),
-           ", index ", first.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
+      fail(op, ": ", a.name, ": expected the device of ", first.name, " (",
+           device_name(first.device_type), ", index ", first.device_index, "), got ",
+           device_name(a.device_type), ", index ", a.device_index);
   }
-  // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no elements. Its
-  // storage may have been freed, as sharded training does between two uses, or be too short.
+  // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no
+  // elements. Its storage may have been freed, as sharded training does between two uses, or be too
+  // short.
   struct Bytes {
     uintptr_t first = 0, last = 0;
   };
@@ -209,13 +216,14 @@ struct Check {
                        aoti_torch_get_storage_size(a.handle, &bytes) == 0;
     const int64_t item = dtype_info(a.dtype).bytes;
     if (!known || !data || bytes < (offset + reach) * item)
-      fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(), ", got a storage of ",
-           bytes, " bytes: it was freed or made shorter");
+      fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(),
+           ", got a storage of ", bytes, " bytes: it was freed or made shorter");
     const auto first = reinterpret_cast<uintptr_t>(data);
     return {first, first + uintptr_t(reach * item)};
   }
-  // A tensor that is written must not contain one element twice, as an expanded or overlapping one does: the
-  // stride of each dimension must exceed the reach of all dimensions with smaller strides.
+  // A tensor that is written must not contain one element twice, as an expanded or overlapping one
+  // does: the stride of each dimension must exceed the reach of all dimensions with smaller
+  // strides.
   void writable(const Arg& a) const {
     std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
     for (int64_t i = 0; i < a.dim; ++i) {
@@ -227,16 +235,17 @@ struct Check {
     for (const auto& [stride, size] : dims) {
       if (stride <= reach)
         fail(op, ": ", a.name,
-             ": expected a tensor without repeated elements (it is written in place), got stride ", stride,
-             " in shape ", a.shape(), "; give a clone() of it");
+             ": expected a tensor without repeated elements (it is written in place), got stride ",
+             stride, " in shape ", a.shape(), "; give a clone() of it");
       reach += (size - 1) * stride;
     }
   }
   // Kernels read and write in no particular order.
   void apart(const Arg& written, const Bytes& own, const Arg& other, const Bytes& bytes) const {
     if (own.first < bytes.last && bytes.first < own.last)
-      fail(op, ": ", written.name, ": expected memory of its own (it is written), got memory that overlaps ",
-           other.name, "; give a clone() of one of them");
+      fail(op, ": ", written.name,
+           ": expected memory of its own (it is written), got memory that overlaps ", other.name,
+           "; give a clone() of one of them");
   }
 };
 

@@ -1,5 +1,5 @@
-// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator, a dtype
-// and a shape for each tensor. They run before anything is written.
+// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator,
+// a dtype and a shape for each tensor. They run before anything is written.
 #pragma once
 
 #include <array>
@@ -31,8 +31,8 @@ struct Rule {
 };
 constexpr bool WRITTEN = true;
 
-// The sizes that an operator's arguments agree on. The first argument with a dimension says its size, a later
-// one must have the same. Only M and rows may be zero.
+// The sizes that an operator's arguments agree on. The first argument with a dimension says its
+// size, a later one must have the same. Only M and rows may be zero.
 class Sizes {
  public:
   // like: the argument that has, or is, the dtype of the activations.
@@ -56,8 +56,8 @@ class Sizes {
     const char* of = nullptr;  // the argument that has it
   };
 
-  // Each tensor is on the device of the first, with memory for all its elements. One that is written has no
-  // element twice, and shares none with another argument.
+  // Each tensor is on the device of the first, with memory for all its elements. One that is
+  // written has no element twice, and shares none with another argument.
   static void check_memory(const Check& c, std::initializer_list<Rule> rules) {
     const Arg* first = nullptr;
     for (const auto& [arg, as, shape, written] : rules) {
@@ -75,7 +75,8 @@ class Sizes {
       c.writable(rule.arg);
       size_t j = 0;
       for (const Rule& other : rules)
-        if (const Check::Bytes& its = bytes[j++]; &other != &rule) c.apart(rule.arg, own, other.arg, its);
+        if (const Check::Bytes& its = bytes[j++]; &other != &rule)
+          c.apart(rule.arg, own, other.arg, its);
     }
   }
 
@@ -109,18 +110,20 @@ class Sizes {
   void check_shape(const Check& c, const Rule& rule) {
     const Arg& a = rule.arg;
     if (rule.shape[0] == LEADING) {
-      if (a.dim < 1) fail(c.op, ": ", a.name, ": expected a tensor ", text(rule), ", got shape ", a.shape());
+      if (a.dim < 1)
+        fail(c.op, ": ", a.name, ": expected a tensor ", text(rule), ", got shape ", a.shape());
       c.one_matrix(a);
       Size& tokens = sizes_[M];
       if (tokens.of && a.flat.rows != tokens.size)
-        fail(c.op, ": ", a.name, ": expected ", tokens.size, " tokens, as in ", tokens.of, ", got shape ",
-             a.shape());
+        fail(c.op, ": ", a.name, ": expected ", tokens.size, " tokens, as in ", tokens.of,
+             ", got shape ", a.shape());
       tokens = {a.flat.rows, tokens.of ? tokens.of : a.name};
       return check_size(c, a, a.dim - 1, rule.shape[1]);
     }
     const int64_t dims = rule.shape[2] ? 3 : rule.shape[1] ? 2 : 1;
     if (a.dim != dims)
-      fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ", a.shape());
+      fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ",
+           a.shape());
     for (int64_t i = 0; i < dims; ++i) check_size(c, a, i, rule.shape[size_t(i)]);
   }
 
@@ -129,8 +132,8 @@ class Sizes {
     const int64_t size = a.size[axis];
     if (known.of) {
       if (size != known.size)
-        fail(c.op, ": ", a.name, ": expected size ", known.size, " in dimension ", axis, " (", DIM_NAMES[d],
-             ", as in ", known.of, "), got shape ", a.shape());
+        fail(c.op, ": ", a.name, ": expected size ", known.size, " in dimension ", axis, " (",
+             DIM_NAMES[d], ", as in ", known.of, "), got shape ", a.shape());
       return;
     }
     known = {size, a.name};
@@ -147,9 +150,9 @@ class Sizes {
 
 // ---- row_core ----
 
-// Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that each reads.
-// g: that of the backward.  The values of the indices are checked on a CPU alone, since on a GPU that would
-// synchronise.
+// Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that
+// each reads. g: that of the backward.  The values of the indices are checked on a CPU alone, since
+// on a GPU that would synchronise.
 struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 
@@ -172,8 +175,8 @@ struct RowArgs {
 
 // ---- a direction of a layer ----
 
-// The order of the products in a layer's operators: the base product first, the adapter's first, or both in
-// one launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
+// The order of the products in a layer's operators: the base product first, the adapter's first, or
+// both in one launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
 constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2, UNFOLDED = 4;
 
 struct ForwardArgs {

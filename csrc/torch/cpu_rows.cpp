@@ -1,4 +1,5 @@
-// row_core and its backward (schema.cpp) on CPU tensors: rows are grouped by their core, and by their token.
+// row_core and its backward (schema.cpp) on CPU tensors: rows are grouped by their core, and by
+// their token.
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
@@ -11,18 +12,19 @@ namespace lotr {
 namespace {
 
 // The values of an index, each in [least, bound).
-std::vector<int64_t> values(const char* op, const Arg& a, const char* what, int64_t least, int64_t bound) {
+std::vector<int64_t> values(const char* op, const Arg& a, const char* what, int64_t least,
+                            int64_t bound) {
   const auto* data = static_cast<const int64_t*>(read_data(a));
   std::vector<int64_t> out(size_t(a.size[0]));
   for (size_t i = 0; i < out.size(); ++i)
     if (out[i] = data[int64_t(i) * a.stride[0]]; out[i] < least || out[i] >= bound)
-      fail(op, ": ", a.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i], " in row ",
-           i);
+      fail(op, ": ", a.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i],
+           " in row ", i);
   return out;
 }
 
-// Rows grouped by a key from -1 (no group) to bound - 1: a stable sort by digits, so that it costs the same
-// for many keys as for few.
+// Rows grouped by a key from -1 (no group) to bound - 1: a stable sort by digits, so that it costs
+// the same for many keys as for few.
 class Grouping {
  public:
   Grouping(const std::vector<int64_t>& key, int64_t bound) : bound_(bound) {
@@ -51,7 +53,9 @@ class Grouping {
     first_.push_back(begin);
     for (int64_t i = 0; i < begin; ++i) row_.push_back(i);
   }
-  cpu::Groups groups() const { return {row_.data(), key_.data(), first_.data(), int64_t(key_.size())}; }
+  cpu::Groups groups() const {
+    return {row_.data(), key_.data(), first_.data(), int64_t(key_.size())};
+  }
   int64_t rows() const { return int64_t(row_.size()); }
   bool all_keys() const { return int64_t(key_.size()) == bound_; }
 
@@ -61,7 +65,9 @@ class Grouping {
     constexpr int kBits = 11;
     std::vector<int64_t> other(row_.size());
     for (int shift = 0; (bound_ - 1) >> shift; shift += kBits) {
-      const auto digit = [&](int64_t row) { return size_t(key[size_t(row)] >> shift) & ((1 << kBits) - 1); };
+      const auto digit = [&](int64_t row) {
+        return size_t(key[size_t(row)] >> shift) & ((1 << kBits) - 1);
+      };
       std::vector<int64_t> next((1 << kBits) + 1, 0);
       for (const int64_t row : row_) ++next[digit(row) + 1];
       for (size_t d = 1; d < next.size(); ++d) next[d] += next[d - 1];
@@ -75,7 +81,8 @@ class Grouping {
 };
 
 Grouping by_core(const char* op, const RowArgs& a, int64_t rows, int64_t cores) {
-  return a.index ? Grouping(values(op, a.index, "cores", -1, cores), cores) : Grouping(op, a.offs, rows);
+  return a.index ? Grouping(values(op, a.index, "cores", -1, cores), cores)
+                 : Grouping(op, a.offs, rows);
 }
 
 std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
@@ -84,7 +91,8 @@ std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
 
 // A new tensor, of zeros where some of it is not written.
 template <size_t dim>
-Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype, bool all_written) {
+Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype,
+            bool all_written) {
   const DtypeInfo info = dtype_info(dtype);
   Tensor t = empty<dim>(like, size, info.code);
   int64_t bytes = info.bytes;
@@ -110,23 +118,26 @@ Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) c
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const Tensor h = made<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
   cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr,
-                mat_of_last(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(), scaling);
+                mat_of_last(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(),
+                scaling);
   return h;
 }
 
-std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
-                                                          bool need_u, bool need_cores) const {
+std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, const Sizes& s,
+                                                          double scaling, bool need_u,
+                                                          bool need_cores) const {
   const int64_t rows = s[a.tokens ? ROWS : M];
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true), dcores = made<3>(like_, {0, 0, 0}, sums, true);
+  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true),
+         dcores = made<3>(like_, {0, 0, 0}, sums, true);
   if (need_u) {
     cpu::Mat transposed = mat_of_last(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
     const auto product = [&](const Tensor& out) {
-      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0], groups.groups(),
-                    scaling);
+      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0],
+                    groups.groups(), scaling);
     };
     const bool all_rows = groups.rows() == rows;
     if (!a.tokens) {
@@ -134,7 +145,8 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
       product(du);
     } else {
       const Grouping by_token(token, s[M]);
-      const Tensor k = made<2>(like_, {rows, s[R_IN]}, sums, all_rows);  // not rounded before it is summed
+      const Tensor k =
+          made<2>(like_, {rows, s[R_IN]}, sums, all_rows);  // not rounded before it is summed
       product(k);
       du = made<2>(like_, {s[M], s[R_IN]}, like_.dtype, by_token.all_keys());
       cpu::sum_rows(written(du), written(k), by_token.groups());

@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: operators.h and layer.h over products_cuda.h. And what describes the CUDA
-// kernels of this build.
+// The operators on CUDA tensors: operators.h and layer.h over products_cuda.h. And what describes
+// the CUDA kernels of this build.
 #include <string>
 #include <tuple>
 
@@ -9,8 +9,8 @@
 namespace lotr {
 namespace {
 
-// 1000 x major + 10 x minor of the CUDA that built this, and of the latest that the driver serves; 0: there
-// is no driver.
+// 1000 x major + 10 x minor of the CUDA that built this, and of the latest that the driver serves;
+// 0: there is no driver.
 std::tuple<int64_t, int64_t> cuda_versions() {
   int runtime = 0, driver = 0;
   cudaRuntimeGetVersion(&runtime);
@@ -18,12 +18,13 @@ std::tuple<int64_t, int64_t> cuda_versions() {
   return {runtime, driver};
 }
 
-// One line for a kernel on a large matrix [M, N] at rank r in bfloat16 (cuda/plans.h); device < 0: of an
-// H100.
+// One line for a kernel on a large matrix [M, N] at rank r in bfloat16 (cuda/plans.h); device < 0:
+// of an H100.
 std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t device) {
   constexpr const char* name = "lotr::cuda_plans";
   if (M < 1 || N < 1) fail(name, ": M, N: expected at least 1, got ", M, " and ", N);
-  if (r < 1 || r > cuda::MAX_RANK) fail(name, ": r: expected a rank from 1 to ", cuda::MAX_RANK, ", got ", r);
+  if (r < 1 || r > cuda::MAX_RANK)
+    fail(name, ": r: expected a rank from 1 to ", cuda::MAX_RANK, ", got ", r);
   cuda::Call call{};
   call.type = DType::bfloat16;
   if (device >= 0) {

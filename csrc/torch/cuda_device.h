@@ -13,14 +13,14 @@
 
 namespace lotr {
 
-// The functions of libtorch_cuda, looked up by name at their first use: the module must load under a torch
-// without CUDA.  They do not pass through the dispatcher, whose stable interface has no product with alpha
-// and beta.
+// The functions of libtorch_cuda, looked up by name at their first use: the module must load under
+// a torch without CUDA.  They do not pass through the dispatcher, whose stable interface has no
+// product with alpha and beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
-  int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
-                       double);
+  int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
+                       double, double);
 
   static const TorchCuda& functions() {
     static const TorchCuda found;
@@ -32,9 +32,11 @@ struct TorchCuda {
     // the library that torch has loaded; RTLD_DEFAULT would not see it
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     const auto find = [&](auto& function, const char* name) {
-      function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name)) : nullptr;
+      function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name))
+                         : nullptr;
       if (!function)
-        fail("lotr: expected a torch built with CUDA, got one whose libtorch_cuda.so has no ", name);
+        fail("lotr: expected a torch built with CUDA, got one whose libtorch_cuda.so has no ",
+             name);
     };
     find(current_stream, "aoti_torch_get_current_cuda_stream");
     find(mm_out, "aoti_torch_cuda_mm_out");
@@ -50,8 +52,8 @@ struct Device {
 
 // Makes the device current, and asks the driver about it once.
 //
-// This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the device of
-// torch's.  The two agree where the thread has a current context, which both follow.
+// This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the
+// device of torch's.  The two agree where the thread has a current context, which both follow.
 inline const Device& device_of(const char* op, int32_t device) {
   constexpr int32_t MOST = 64;
   static std::array<Device, MOST> known;
@@ -59,7 +61,8 @@ inline const Device& device_of(const char* op, int32_t device) {
   if (device >= MOST) fail(op, ": device: expected an index below ", MOST, ", got ", device);
   const auto check = [&](cudaError_t error) {
     if (error)
-      fail(op, ": device ", device, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ")");
+      fail(op, ": device ", device, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error),
+           ")");
   };
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
@@ -72,11 +75,12 @@ inline const Device& device_of(const char* op, int32_t device) {
   std::call_once(asked[size_t(device)], [&] {
     int driver = 0;
     check(cudaDriverGetVersion(&driver));
-    // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be captured.
+    // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be
+    // captured.
     const bool early = cuda::waits_in_kernels() && driver >= 12030 && cuda::early_launches();
-    known[size_t(device)] = {
-        {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},
-        early};
+    known[size_t(device)] = {{attribute(cudaDevAttrMultiProcessorCount),
+                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},
+                             early};
   });
   return known[size_t(device)];
 }
@@ -90,7 +94,8 @@ inline DType cuda_dtype(const char* op, const char* name, ScalarType dtype) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      fail(op, ": ", name, ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
+      fail(op, ": ", name,
+           ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
            dtype_info(dtype).name, "; torch's own products take it");
   }
 }

@@ -14,7 +14,8 @@ namespace {
 struct Rows {
   OptionalTensor index, offs, tokens;
 
-  explicit Rows(const RowArgs& a) : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
+  explicit Rows(const RowArgs& a)
+      : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
   RowIndex of(const Sizes& s) const {
     RowIndex x{};
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
@@ -35,8 +36,9 @@ void check_sizes(const char* op, const Sizes& s) {
 }
 
 // h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
-void product(const CudaProducts& products, const CudaProducts::Value& h, const CudaProducts::Value& a,
-             const RowIndex& index, const Arg& cores, bool transposed, double scaling, float missing) {
+void product(const CudaProducts& products, const CudaProducts::Value& h,
+             const CudaProducts::Value& a, const RowIndex& index, const Arg& cores, bool transposed,
+             double scaling, float missing) {
   const CudaProducts::Value G = products.read(cores);  // its row is a core's
   RowCoreProblem q{};
   q.index = index, q.a = products.in(a), q.cores = products.in(G), q.core_stride = cores.stride[0];
@@ -47,7 +49,8 @@ void product(const CudaProducts& products, const CudaProducts::Value& h, const C
   products.run(q);
 }
 
-// The rows sorted by a key below `bound`, in the order of the rows where that is the same, and their ends.
+// The rows sorted by a key below `bound`, in the order of the rows where that is the same, and
+// their ends.
 struct Sorted {
   Tensor keys, order, ends;
 
@@ -83,13 +86,14 @@ Tensor CudaProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) 
   check_sizes(op_, s);
   const Rows rows(a);
   OptionalTensor h;
-  product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u), rows.of(s), a.cores,
-          false, scaling, std::numeric_limits<float>::quiet_NaN());
+  product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u),
+          rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
   return *h;
 }
 
-std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
-                                                           bool need_u, bool need_cores) const {
+std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, const Sizes& s,
+                                                           double scaling, bool need_u,
+                                                           bool need_cores) const {
   check_sizes(op_, s);
   const Rows rows(a);
   const RowIndex index = rows.of(s);
@@ -112,8 +116,8 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
     }
   }
   using Size = std::array<int64_t, 3>;
-  Tensor dcores =
-      empty<3>(like_, need_cores ? Size{s[L], s[R_IN], s[R_OUT]} : Size{0, 0, 0}, aoti_torch_dtype_float32());
+  Tensor dcores = empty<3>(like_, need_cores ? Size{s[L], s[R_IN], s[R_OUT]} : Size{0, 0, 0},
+                           aoti_torch_dtype_float32());
   if (need_cores) {
     std::optional<Sorted> by_core;
     if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);

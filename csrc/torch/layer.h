@@ -4,20 +4,22 @@
 //   CudaProducts  products_cuda.h  the same with the launchers of cuda/
 //
 //   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
-//   layer_backward_  k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,
+//   layer_backward_  k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T
+//   k,
 //                                                   dB += s Q G,  dG = s Q^T B
 //   unfolded, for few tokens: h = s u G,  y = x W^T + bias + h B^T;   h = s g B,  k = h G^T,
 //                             dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),  dG = u^T h
 //
-// A direction is one operator, because a base product of a few milliseconds evicts the code and data of
-// Python, the dispatcher and autograd from the caches: each further operator costs tens of microseconds
-// instead of two.
+// A direction is one operator, because a base product of a few milliseconds evicts the code and
+// data of Python, the dispatcher and autograd from the caches: each further operator costs tens of
+// microseconds instead of two.
 //
-// BETA: the adapter's part is written first, and the base product accumulates onto it (its beta is 1).
-// torch's own linear starts in this way from a copy of the bias, so the expand's pass over y replaces that
-// copy, and nothing runs with cold caches after the product. TWO_PASS: the product first, then the adapter's
-// part is added to it. On a CPU that pass adds the bias too, at no cost, where the library's bfloat16 product
-// with a bias takes up to 7 % longer than without. FUSED: both in one launch, on Hopper GPUs.
+// BETA: the adapter's part is written first, and the base product accumulates onto it (its beta is
+// 1). torch's own linear starts in this way from a copy of the bias, so the expand's pass over y
+// replaces that copy, and nothing runs with cold caches after the product. TWO_PASS: the product
+// first, then the adapter's part is added to it. On a CPU that pass adds the bias too, at no cost,
+// where the library's bfloat16 product with a bias takes up to 7 % longer than without. FUSED: both
+// in one launch, on Hopper GPUs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +32,8 @@
 
 namespace lotr {
 
-using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;    // y, and u and F where they are new
+using Forward =
+    std::tuple<Tensor, OptionalTensor, OptionalTensor>;  // y, and u and F where they are new
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
 
 // y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias.
@@ -40,8 +43,8 @@ struct Output {
   Value value, bias;
 };
 
-// A sum over tokens: a given one, which is added to, or a new one, which is written. Without data it is not
-// wanted.
+// A sum over tokens: a given one, which is added to, or a new one, which is written. Without data
+// it is not wanted.
 template <class Value>
 struct Sum {
   Value value;
@@ -62,11 +65,12 @@ inline Tensor defined(const OptionalTensor& t, ScalarType dtype) {
   return t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
 }
 
-// The base product x weight and the adapter's part, which add(fresh) computes, into `out` (fresh: =, else
+// The base product x weight and the adapter's part, which add(fresh) computes, into `out` (fresh:
+// =, else
 // +=).
 template <class Products, class Out, class Add>
-void base_and_adapter(const Products& products, Out& out, const Arg& x, const Tensor& weight, bool fresh,
-                      bool adapter_first, Add add) {
+void base_and_adapter(const Products& products, Out& out, const Arg& x, const Tensor& weight,
+                      bool fresh, bool adapter_first, Add add) {
   if (adapter_first) add(fresh);
   products.base(out, x, weight, fresh && !adapter_first);
   if (!adapter_first) add(false);
@@ -92,8 +96,10 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
                      [&](bool fresh) { products.small_forward(new_u, y, a, s, scaling, fresh); });
     return {y.tensor, new_u, new_F};
   }
-  const auto u_in = a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
-  const auto F_in = a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
+  const auto u_in =
+      a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
+  const auto F_in =
+      a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
   if (order != FUSED) {
     base_and_adapter(products, y, a.x, weight_t, true, order == BETA,
                      [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
@@ -105,8 +111,9 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
 }
 
 template <class Products, class Outputs>
-void folded_backward(const Products& products, OptionalTensor& new_k, Outputs& out, const BackwardArgs& a,
-                     const Sizes& s, double scaling, int64_t order, bool drops) {
+void folded_backward(const Products& products, OptionalTensor& new_k, Outputs& out,
+                     const BackwardArgs& a, const Sizes& s, double scaling, int64_t order,
+                     bool drops) {
   // k = g F and Q (+)= g^T u, from one read of g
   OptionalTensor new_Q;
   Sum<typename Products::Value> Q;
@@ -138,8 +145,8 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
                          const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
-                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
-                         double p, const OptionalTensor& seed) {
+                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+                         bool need_core, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_", Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
@@ -157,13 +164,14 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
   if (a.weight) out.dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K], Arg("bias"));
   if (a.x) out.dA = products.sum(a.dA, new_dA, s[K], s[R_IN], narrow);
   if (folds && (need_B || a.dB)) out.dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], narrow);
-  if (folds && need_core) out.dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], narrow);
+  if (folds && need_core)
+    out.dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], narrow);
   const auto small = [&](bool fresh) { products.small_backward(out, a, s, scaling, fresh); };
   if (!unfolded)
     folded_backward(products, new_k, out, a, s, scaling, order, p != 0.0);
   else if (a.weight)
-    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, true, order == BETA && Products::unfolded_first,
-                     small);
+    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, true,
+                     order == BETA && Products::unfolded_first, small);
   else
     small(false);
   if (a.A) new_k.reset();  // was used here
@@ -183,7 +191,8 @@ Tensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const Optional
   const ScalarType sums = acc_dtype(a.k.dtype);
   OptionalTensor new_dA;
   const auto k_in = products.read(a.k);
-  if (a.x) products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), products.read(a.x), k_in, true);
+  if (a.x)
+    products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), products.read(a.x), k_in, true);
   if (a.dx) {
     auto dx_out = products.onto(a.dx);
     products.expand(dx_out, k_in, products.read(a.A), false, true);

@@ -8,10 +8,11 @@
 
 namespace lotr {
 
-// A tensor on `like`'s device, not initialised. Contiguous, except that rows start at multiples of `pad`
-// elements.
+// A tensor on `like`'s device, not initialised. Contiguous, except that rows start at multiples of
+// `pad` elements.
 template <size_t dim>
-Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtype_code, int64_t pad = 1) {
+Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtype_code,
+             int64_t pad = 1) {
   std::array<int64_t, dim> stride;
   int64_t step = 1;
   for (size_t i = dim; i-- > 0;) {
@@ -19,8 +20,9 @@ Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtyp
     step *= i + 1 == dim ? (size[i] + pad - 1) / pad * pad : size[i];
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(), dtype_code,
-                                                         like.device_type, like.device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(),
+                                                         dtype_code, like.device_type,
+                                                         like.device_index, &handle));
   return Tensor(handle);
 }
 
@@ -32,15 +34,16 @@ inline Tensor view(AtenTensorHandle of, int64_t dim, const int64_t* size, const 
 }
 inline Tensor matrix_view(const Arg& a) {
   if (a.dim == 2) return *a.tensor;
-  const int64_t size[] = {a.flat.rows, a.flat.cols}, stride[] = {a.flat.row_stride, a.flat.col_stride};
+  const int64_t size[] = {a.flat.rows, a.flat.cols},
+                stride[] = {a.flat.row_stride, a.flat.col_stride};
   return view(a.handle, 2, size, stride);
 }
 inline Tensor transposed_view(const Arg& a) {
   const int64_t size[] = {a.size[1], a.size[0]}, stride[] = {a.stride[1], a.stride[0]};
   return view(a.handle, 2, size, stride);
 }
-// A new contiguous matrix [rows, cols] with `like`'s leading dimensions. Autograd does not see a view, which
-// users could not write into.
+// A new contiguous matrix [rows, cols] with `like`'s leading dimensions. Autograd does not see a
+// view, which users could not write into.
 inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) {
   if (like.dim == 2) return matrix;
   std::vector<int64_t> size(like.size, like.size + like.dim), stride(size_t(like.dim), 1);
@@ -52,7 +55,8 @@ inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) 
 inline void* read_data(const Arg& a) {
   const void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
-  return const_cast<void*>(data);  // for the matrices of kernels: those that only read do not write it
+  return const_cast<void*>(
+      data);  // for the matrices of kernels: those that only read do not write it
 }
 inline void* written_data(const Arg& a) {
   void* data = nullptr;

@@ -24,24 +24,27 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 }
 
 template <class Products>
-void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
+void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
+                 const OptionalTensor& seed) {
   const Check c{"lotr::expand_add_", Products::max_rank};
   const Arg ay("y", y), au("u", u), aF("F", F), aseed("seed", seed);
-  const Sizes s(c, ay,
-                {{ay, As::same, {M, N}, WRITTEN}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}, {aseed}});
+  const Sizes s(
+      c, ay,
+      {{ay, As::same, {M, N}, WRITTEN}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}, {aseed}});
   c.dropout(p, aseed);
   const Products products(c, ay, p, aseed);
   auto out = products.onto(ay);
   products.expand(out, products.read(au), products.read(aF), false, true);
 }
 
-// expand_add_ onto a copy of y: the operator that made y may have saved it for its backward, and users may
-// write into a result.
+// expand_add_ onto a copy of y: the operator that made y may have saved it for its backward, and
+// users may write into a result.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check c{"lotr::expand", Products::max_rank};
   const Arg ay("y", y), au("u", u), aF("F", F);
-  const Sizes s(c, ay, {{ay, As::same, {LEADING, N}}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}});
+  const Sizes s(c, ay,
+                {{ay, As::same, {LEADING, N}}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}});
   const Products products(c, ay);
   auto copy = products.output(ay, s[N], Arg("bias"));
   torch::stable::copy_(copy.tensor, y);
@@ -53,7 +56,8 @@ template <class Products>
 Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtype) {
   const Check c{"lotr::fold", Products::max_rank};
   const Arg aB("B", B), acore("core", core);
-  const Sizes s(c, "dtype", dtype, {{aB, As::factor, {N, R_OUT}}, {acore, As::factor, {R_IN, R_OUT}}});
+  const Sizes s(c, "dtype", dtype,
+                {{aB, As::factor, {N, R_OUT}}, {acore, As::factor, {R_IN, R_OUT}}});
   c.finite("scaling", scaling);
   OptionalTensor F;
   Products(c, aB).fold(F, aB, acore, scaling, dtype);
@@ -61,21 +65,24 @@ Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtyp
 }
 
 template <class Products>
-Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
-                const OptionalTensor& tokens, double scaling) {
+Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index,
+                const OptionalTensor& offs, const OptionalTensor& tokens, double scaling) {
   const Check c{"lotr::row_core", Products::max_rank};
-  const RowArgs a{Arg("g"), {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  const RowArgs a{Arg("g"),         {"u", u},       {"cores", cores},
+                  {"index", index}, {"offs", offs}, {"tokens", tokens}};
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core(a, s, scaling);
 }
 
 template <class Products>
 std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, const Tensor& cores,
-                                             const OptionalTensor& index, const OptionalTensor& offs,
-                                             const OptionalTensor& tokens, double scaling, bool need_u,
-                                             bool need_cores) {
+                                             const OptionalTensor& index,
+                                             const OptionalTensor& offs,
+                                             const OptionalTensor& tokens, double scaling,
+                                             bool need_u, bool need_cores) {
   const Check c{"lotr::row_core_backward", Products::max_rank};
-  const RowArgs a{{"g", g}, {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  const RowArgs a{{"g", g},         {"u", u},       {"cores", cores},
+                  {"index", index}, {"offs", offs}, {"tokens", tokens}};
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core_backward(a, s, scaling, need_u, need_cores);
 }

@@ -1,5 +1,5 @@
-// The products of a layer on a CPU (layer.h): the base product by the library, the others by the kernels of
-// cpu/.
+// The products of a layer on a CPU (layer.h): the base product by the library, the others by the
+// kernels of cpu/.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -67,18 +67,20 @@ class CpuProducts {
   Output<Value> onto(const Arg& given) const {
     return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}};
   }
-  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype) const {
+  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
+                 ScalarType dtype) const {
     if (given) return {mat_of(given, written_data(given)), true};
     return {make(made, rows, cols, dtype), false};
   }
 
-  // out (fresh: =, else +=) x weight, by the library that torch's own linear layers use. y's bias comes with
-  // the adapter's part.
+  // out (fresh: =, else +=) x weight, by the library that torch's own linear layers use. y's bias
+  // comes with the adapter's part.
   void base(const Output<Value>& out, const Arg& x, const Tensor& weight, bool fresh) const {
     const Tensor a = matrix_view(x);
     const AtenTensorHandle y = out.matrix.get();
-    STABLE_TORCH_ERROR_CODE_CHECK(fresh ? aoti_torch_cpu_mm_out(y, a.get(), weight.get())
-                                        : aoti_torch_cpu_addmm_out(y, y, a.get(), weight.get(), 1.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        fresh ? aoti_torch_cpu_mm_out(y, a.get(), weight.get())
+              : aoti_torch_cpu_addmm_out(y, y, a.get(), weight.get(), 1.0, 1.0));
   }
   // There is no such product on a CPU: order_of refuses it.
   template <class... Any>
@@ -91,13 +93,15 @@ class CpuProducts {
     cpu::shrink(u, x, read(A), drop(dropped));
     return u;
   }
-  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling, ScalarType dtype) const {
+  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+             ScalarType dtype) const {
     const Value F = make(made, B.size[0], core.size[0], dtype);
     cpu::fold(F, read(B), read(core), scaling);
     return F;
   }
   // fresh: y starts with this and its bias, whatever it holds.
-  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
+  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh,
+              bool dropped) const {
     cpu::expand_add(y.value, u, F, drop(dropped), {fresh, y.bias});
   }
   Value shrink_grad(OptionalTensor& made, const Sum<Value>& Q, const Value& g, const Arg& F,
@@ -107,8 +111,8 @@ class CpuProducts {
     return k;
   }
   void add(OptionalTensor&, const Value& k, const Arg& given) const { cpu::add(k, read(given)); }
-  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B, const Arg& core,
-                 double scaling) const {
+  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B,
+                 const Arg& core, double scaling) const {
     cpu::fold_grad(dB.value, dcore.value, Q, read(B), read(core), scaling, dB.add);
   }
   // D (+)= drop(x)^T v.
@@ -116,13 +120,14 @@ class CpuProducts {
     cpu::factor_grad(D.value, x, v, drop(dropped), D.add);
   }
 
-  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a, const Sizes& s,
-                     double scaling, bool fresh) const {
+  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a,
+                     const Sizes& s, double scaling, bool fresh) const {
     const Value u = make(made, s[M], s[R_IN], like_.dtype);
-    cpu::small_forward(u, y.value, read(a.x), read(a.A), read(a.core), read(a.B), scaling, {fresh, y.bias});
+    cpu::small_forward(u, y.value, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
+                       {fresh, y.bias});
   }
-  void small_backward(const BackwardOutputs<Value>& out, const BackwardArgs& a, const Sizes&, double scaling,
-                      bool fresh) const {
+  void small_backward(const BackwardOutputs<Value>& out, const BackwardArgs& a, const Sizes&,
+                      double scaling, bool fresh) const {
     cpu::SmallBackward b;
     b.g = read(a.g), b.A = read(a.A), b.core = read(a.core), b.B = read(a.B), b.scaling = scaling;
     if (a.u) b.u = read(a.u);
@@ -134,8 +139,8 @@ class CpuProducts {
 
   // ---- a core a row: cpu_rows.cpp ----
   Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
-  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling, bool need_u,
-                                               bool need_cores) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
+                                               bool need_u, bool need_cores) const;
 
  private:
   // A new contiguous matrix, to be written.

@@ -1,6 +1,7 @@
-// The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by the
-// launchers of cuda/. All run on the current stream of the operands' device. Nothing synchronises, and all
-// memory comes from torch's allocator on that stream, so a CUDA graph may capture a call.
+// The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by
+// the launchers of cuda/. All run on the current stream of the operands' device. Nothing
+// synchronises, and all memory comes from torch's allocator on that stream, so a CUDA graph may
+// capture a call.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,7 +37,8 @@ class CudaProducts {
     const DType type = cuda_dtype(op_, like.name, like.dtype);
     const Device& device = device_of(op_, like.device_index);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(TorchCuda::functions().current_stream(like.device_index, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        TorchCuda::functions().current_stream(like.device_index, &stream));
     call_ = {type, device.card, stream, device.early};
     if (p != 0.0)
       dropout_ = {static_cast<const int64_t*>(read_data(seed)), uint32_t(p * 4294967296.0),
@@ -53,18 +55,20 @@ class CudaProducts {
 
   Value read(const Arg& a) const { return value_of(a, read_data(a)); }
   Matrix in(const Value& v) const {
-    return {v.data, v.row, v.col, cuda::access_of(v.data, v.row, v.col, v.rows, v.type, call_.type)};
+    return {v.data, v.row, v.col,
+            cuda::access_of(v.data, v.row, v.col, v.rows, v.type, call_.type)};
   }
   MutableMatrix out(const Value& v) const {
     const Matrix m = in(v);
     return {v.data, m.row, m.col, m.access};
   }
-  // A new matrix, not initialised. ranks: its rows start at multiples of 16 bytes, so that kernels copy them
-  // whole whatever the rank is.
+  // A new matrix, not initialised. ranks: its rows start at multiples of 16 bytes, so that kernels
+  // copy them whole whatever the rank is.
   Value make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype, bool ranks) const {
     const DtypeInfo info = dtype_info(dtype);
     made = empty<2>(like_, {rows, cols}, info.code, ranks ? 16 / info.bytes : 1);
-    return {made->mutable_data_ptr(), rows, cols, made->stride(0), 1, cuda_dtype(op_, "dtype", dtype)};
+    return {made->mutable_data_ptr(), rows, cols,
+            made->stride(0),          1,    cuda_dtype(op_, "dtype", dtype)};
   }
   // Runs an operator of cuda/launch.h.
   template <class Problem>
@@ -87,7 +91,8 @@ class CudaProducts {
     return {*given.tensor, matrix_view(given), value_of(given, written_data(given)), {}};
   }
   // float32; a new one is rounded to its dtype when all launches are queued.
-  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols, ScalarType) const {
+  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
+                 ScalarType) const {
     if (given) return {value_of(given, written_data(given)), true};
     return {make(made, rows, cols, ScalarType::Float, false), false};
   }
@@ -101,10 +106,10 @@ class CudaProducts {
                                         : torch.mm_out(y, a.get(), weight.get()));
   }
 #ifdef LOTR_SM90A
-  // y = x W^T + bias + u F^T in one launch; backward: dx = g W + k A^T. Returns why the kernel takes none of
-  // these, or "" if it ran.
-  std::string fused(const Output<Value>& y, const Arg& x, const Arg& weight, const Value& u, const Value& F,
-                    bool backward) const {
+  // y = x W^T + bias + u F^T in one launch; backward: dx = g W + k A^T. Returns why the kernel
+  // takes none of these, or "" if it ran.
+  std::string fused(const Output<Value>& y, const Arg& x, const Arg& weight, const Value& u,
+                    const Value& F, bool backward) const {
     // rows in the call's type that start at multiples of 16 bytes, as tensor maps need them
     const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
       const bool fits = v.type == call_.type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
@@ -140,17 +145,20 @@ class CudaProducts {
     run(q);
     return u;
   }
-  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling, ScalarType dtype) const {
+  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+             ScalarType dtype) const {
     const Value factor = read(B), G = read(core), F = make(made, factor.rows, G.rows, dtype, true);
     FoldProblem q{};
     q.B = in(factor), q.core = in(G), q.F = out(F);
     q.B_type = factor.type, q.core_type = G.type, q.F_type = F.type;
-    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols), q.scale = float(scaling);
+    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols),
+    q.scale = float(scaling);
     run(q);
     return F;
   }
   // fresh: y starts with this and its bias, whatever it holds.
-  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
+  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh,
+              bool dropped) const {
     ExpandProblem q{};
     q.y = out(y.value), q.u = in(u), q.F = in(F);
     q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = mask(dropped);
@@ -169,17 +177,19 @@ class CudaProducts {
     return k;
   }
   void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    made = torch::stable::subtract(*made, *given.tensor, -1.0);  // the stable interface has no sum of tensors
+    made = torch::stable::subtract(*made, *given.tensor,
+                                   -1.0);  // the stable interface has no sum of tensors
     k = read(Arg("k", *made));
   }
-  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B, const Arg& core,
-                 double scaling) const {
+  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B,
+                 const Arg& core, double scaling) const {
     const Value factor = read(B), G = read(core);
     FoldGradProblem q{};
     q.Q = in(Q), q.B = in(factor), q.core = in(G), q.B_type = factor.type, q.core_type = G.type;
     q.dB = static_cast<float*>(dB.value.data), q.dB_row = dB.value.row, q.dB_col = dB.value.col;
     q.add_dB = dB.add, q.dcore = static_cast<float*>(dcore.value.data);
-    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols), q.scale = float(scaling);
+    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols),
+    q.scale = float(scaling);
     run(q);
   }
   // D (+)= drop(x)^T v.
@@ -187,12 +197,13 @@ class CudaProducts {
     FactorGradProblem q{};
     q.x = in(x), q.v = in(v);
     q.D = static_cast<float*>(D.value.data), q.D_row = D.value.row, q.D_col = D.value.col;
-    q.M = x.rows, q.K = x.cols, q.r = int32_t(v.cols), q.accumulate = D.add, q.dropout = mask(dropped);
+    q.M = x.rows, q.K = x.cols, q.r = int32_t(v.cols), q.accumulate = D.add,
+    q.dropout = mask(dropped);
     run(q);
   }
 
-  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a, const Sizes& s,
-                     double scaling, bool) const {
+  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a,
+                     const Sizes& s, double scaling, bool) const {
     SmallForwardProblem q{};
     q.y = out(y.value), q.x = in(read(a.x)), q.A = in(read(a.A)), q.core = in(read(a.core));
     q.B = in(read(a.B)), q.u = out(make(made, s[M], s[R_IN], like_.dtype, true));
@@ -218,8 +229,8 @@ class CudaProducts {
 
   // ---- a core a row: cuda_rows.cpp ----
   Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
-  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling, bool need_u,
-                                               bool need_cores) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
+                                               bool need_u, bool need_cores) const;
 
  private:
   Value value_of(const Arg& a, void* data) const {

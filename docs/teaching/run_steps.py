@@ -16,12 +16,16 @@ from csrc.simt import build  # noqa: E402
 def table(mode: str = "plain") -> str:
     """What the program prints. mode: of the executor, "plain", "race" or "asan". CalledProcessError where a step is wrong."""
     program = build.program(mode, HERE / "shrink_steps.cpp")
-    return subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True, env=build.environment(mode)).stdout
+    return subprocess.run(
+        [program], check=True, stdout=subprocess.PIPE, text=True, env=build.environment(mode)
+    ).stdout
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python docs/teaching/run_steps.py", description=__doc__)
-    parser.add_argument("--mode", default="plain", choices=("plain", "race", "asan"), help="of the executor")
+    parser.add_argument(
+        "--mode", default="plain", choices=("plain", "race", "asan"), help="of the executor"
+    )
     print(table(parser.parse_args(argv).mode), end="")
     return 0
 

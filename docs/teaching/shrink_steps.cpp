@@ -1,5 +1,5 @@
-// Runs the five steps under the SIMT executor, checks each against float64 under three schedules of threads,
-// and prints what each one moves and issues.
+// Runs the five steps under the SIMT executor, checks each against float64 under three schedules of
+// threads, and prints what each one moves and issues.
 #include "shrink_steps.cuh"
 
 #include <cmath>
@@ -45,7 +45,8 @@ struct Problem {
   int M, K;
   Array<__nv_bfloat16> x, A;
   Array<float> u;
-  Problem(int M, int K) : M(M), K(K), x(size_t(M) * K), A(size_t(K) * steps::R), u(size_t(M) * steps::R) {
+  Problem(int M, int K)
+      : M(M), K(K), x(size_t(M) * K), A(size_t(K) * steps::R), u(size_t(M) * steps::R) {
     unsigned state = 1;
     for (auto* values : {&x, &A})
       for (auto& v : *values) {
@@ -56,8 +57,9 @@ struct Problem {
   void run(const Step& step) {
     for (float& v : u) v = NAN;
     const dim3 grid((M + step.tokens - 1) / step.tokens);
-    lotr::simt::launch({step.name, grid, dim3(unsigned(step.threads)), dim3(1, 1, 1), step.shared, false},
-                       step.kernel, steps::Params{x.data(), A.data(), u.data(), M, K});
+    lotr::simt::launch(
+        {step.name, grid, dim3(unsigned(step.threads)), dim3(1, 1, 1), step.shared, false},
+        step.kernel, steps::Params{x.data(), A.data(), u.data(), M, K});
   }
   bool right() {
     for (int m = 0; m < M; ++m)
@@ -68,7 +70,8 @@ struct Problem {
                               __bfloat162float(A.data()[size_t(k) * steps::R + j]);
           sum += term, size += std::fabs(term);
         }
-        if (!(std::fabs(sum - u.data()[size_t(m) * steps::R + j]) <= 1e-6 * size + 1e-30)) return false;
+        if (!(std::fabs(sum - u.data()[size_t(m) * steps::R + j]) <= 1e-6 * size + 1e-30))
+          return false;
       }
     return true;
   }
@@ -93,7 +96,8 @@ int main() {
   const size_t x_bytes = problem.x.size * 2, A_bytes = problem.A.size * 2;
   lotr::simt::register_array("x", problem.x.data(), x_bytes);
   lotr::simt::register_array("A", problem.A.data(), A_bytes);
-  std::printf("%-16s %5s %5s %8s %6s %8s %6s\n", "", "x", "A", "multiply", "shared", "conflict", "flight");
+  std::printf("%-16s %5s %5s %8s %6s %8s %6s\n", "", "x", "A", "multiply", "shared", "conflict",
+              "flight");
   for (const Step& step : STEPS) {
     if (!right_in_all_orders(step)) return std::printf("%s: wrong\n", step.name), 1;
     Options options;
@@ -104,11 +108,12 @@ int main() {
     const lotr::simt::Counters c = lotr::simt::counters();
     // a warp's multiply-add makes 32 of the M K R products, unless tensor cores make them
     const uint64_t multiply = c.mma ? c.mma : uint64_t(problem.M) * problem.K * steps::R / 32;
-    const double conflict = c.shared_phases ? double(c.shared_wavefronts) / double(c.shared_phases) : 0.;
+    const double conflict =
+        c.shared_phases ? double(c.shared_wavefronts) / double(c.shared_phases) : 0.;
     std::printf("%-16s %5.1f %5.1f %8llu %6llu %8.1f %6zu\n", step.name,
                 32. * double(c.arrays[0].read_sectors) / double(x_bytes),
-                32. * double(c.arrays[1].read_sectors) / double(x_bytes), (unsigned long long)multiply,
-                (unsigned long long)c.shared_wavefronts, conflict,
+                32. * double(c.arrays[1].read_sectors) / double(x_bytes),
+                (unsigned long long)multiply, (unsigned long long)c.shared_wavefronts, conflict,
                 c.async_copies ? (steps::STAGES - 1) * sizeof(steps::Stage) : size_t{0});
   }
   return 0;

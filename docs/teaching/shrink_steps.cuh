@@ -1,6 +1,6 @@
-// u [M, 16] = x [M, K] A [K, 16], x and A in bfloat16, sums in float32, five times: from the kernel that one
-// writes first to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md explains the steps;
-// shrink_steps.cpp runs them.
+// u [M, 16] = x [M, K] A [K, 16], x and A in bfloat16, sums in float32, five times: from the kernel
+// that one writes first to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md
+// explains the steps; shrink_steps.cpp runs them.
 #pragma once
 #include "cuda/tile/mma.cuh"
 #include "cuda/tile/shared.cuh"
@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
           reinterpret_cast<uint4*>(&s.x[m][k]),
-          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0 + k)) : none);
+          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0 + k))
+                 : none);
     }
     if (t < COLS * R / 8)
       ptx::store_shared(reinterpret_cast<uint4*>(&s.A[t / 2][t % 2 * 8]),
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
     for (int k = 0; k < COLS; ++k) {
       const float x = ptx::to_float(ptx::load_shared(&s.x[row][k]));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = fmaf(x, ptx::to_float(ptx::load_shared(&s.A[k][j + i])), sum[i]);
+      for (int i = 0; i < 4; ++i)
+        sum[i] = fmaf(x, ptx::to_float(ptx::load_shared(&s.A[k][j + i])), sum[i]);
     }
     __syncthreads();  // all have read it: the next one may take its place
   }
@@ -141,13 +143,14 @@ __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
           reinterpret_cast<uint4*>(s.x.chunk(m, c)),
-          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0) + c) : none);
+          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0) + c)
+                 : none);
     }
     ptx::store_shared(reinterpret_cast<uint4*>(s.A.chunk(t / 2, t % 2)),
                       ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
     __syncthreads();
-    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(d, s.x, t / 32 * 16, 16,
-                                                                                   s.A, 0);
+    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(
+        d, s.x, t / 32 * 16, 16, s.A, 0);
     __syncthreads();
   }
   store_sums(p, d, m0 + t / 32 * 16);
@@ -169,7 +172,8 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
       for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
         const int m = chunk / 8, c = chunk % 8;
         const bool inside = m0 + m < p.M;
-        ptx::cp_async16(stage.x.chunk(m, c), p.x + (inside ? size_t(m0 + m) * p.K + step * COLS + c * 8 : 0),
+        ptx::cp_async16(stage.x.chunk(m, c),
+                        p.x + (inside ? size_t(m0 + m) * p.K + step * COLS + c * 8 : 0),
                         inside ? 16 : 0);
       }
       ptx::cp_async16(stage.A.chunk(t / 2, t % 2), p.A + size_t(step) * COLS * R + t * 8);
@@ -180,11 +184,11 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < count; ++step) {
     ptx::cp_async_wait<STAGES - 2>();  // this thread's copies of the tile have landed
-    __syncthreads();                   // those of all threads; and all have multiplied the tile before
-    fetch(step + STAGES - 1);          // into the stage of that tile
+    __syncthreads();           // those of all threads; and all have multiplied the tile before
+    fetch(step + STAGES - 1);  // into the stage of that tile
     Stage& stage = s.stage[step % STAGES];
-    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(d, stage.x, t / 32 * 16,
-                                                                                   16, stage.A, 0);
+    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(
+        d, stage.x, t / 32 * 16, 16, stage.A, 0);
   }
   store_sums(p, d, m0 + t / 32 * 16);
 }

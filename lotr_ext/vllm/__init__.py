@@ -31,7 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import checked_path, checksum, contents, expect_names, json_in, read, save_adapter, start_key, tensors_in
+from ..files import (
+    checked_path,
+    checksum,
+    contents,
+    expect_names,
+    json_in,
+    read,
+    save_adapter,
+    start_key,
+    tensors_in,
+)
 
 __all__ = ["export_factors", "export_task", "register"]
 
@@ -48,7 +58,9 @@ class Factors:
     @cached_property
     def checksum(self) -> str:
         """SHA-256 of the layers' names and the factors' values."""
-        return checksum(sorted(self.tensors.items()), json.dumps(sorted(self.layers.items())).encode())
+        return checksum(
+            sorted(self.tensors.items()), json.dumps(sorted(self.layers.items())).encode()
+        )
 
     def core_shape(self, layer: str) -> tuple[int, int]:
         """(r_in, r_out) of a layer."""
@@ -83,7 +95,9 @@ def factors_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where
             )
         layers[name] = tuple(names.setdefault(entry[part], f"{part}{len(names)}") for part in "AB")
     if saved := document["modules_to_save"]:
-        raise ValueError(f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}")
+        raise ValueError(
+            f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}"
+        )
     return Factors(layers, {own: tensors[key].detach() for key, own in names.items()})
 
 
@@ -104,7 +118,11 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 @torch.no_grad()
 def export_task(
-    model: nn.Module, directory: str | PathLike[str], *, task: int | None = None, base_model: str | None = None
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    task: int | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Writes a task for the engine: its cores with their scaling, and the checksum of the model's factors.
 
@@ -120,7 +138,9 @@ def export_task(
     directory, (document, tensors) = checked_path(directory, "directory"), contents(model)
     factors, layers = factors_of(document, tensors, "export_task"), document["layers"]
     cores = tensors if task is None else bank_of(model).cores_of(task)
-    scaled = {f"{name}.core": entry["scaling"] * cores[f"{name}.core"] for name, entry in layers.items()}
+    scaled = {
+        f"{name}.core": entry["scaling"] * cores[f"{name}.core"] for name, entry in layers.items()
+    }
     rank = max(max(factors.core_shape(name)) for name in layers)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -128,7 +148,9 @@ def export_task(
         "r": rank,
         "lora_alpha": rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_model
+        or getattr(getattr(model, "config", None), "_name_or_path", None)
+        or None,
         CHECKSUM: factors.checksum,
     }
     put_folder(directory, TENSORS_NAME, scaled, config)
@@ -162,9 +184,13 @@ def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tens
     for name, layer in names.items():
         core, shape = tensors[name], factors.core_shape(layer)
         if tuple(core.shape) != shape or not core.is_floating_point():
-            raise ValueError(f"{where}: expected floating values {shape} in {name}, got {core.dtype} {tuple(core.shape)}")
+            raise ValueError(
+                f"{where}: expected floating values {shape} in {name}, got {core.dtype} {tuple(core.shape)}"
+            )
         if not bool(core.isfinite().all()):
-            raise ValueError(f"{where}: expected finite values in {name}, got values that are not finite")
+            raise ValueError(
+                f"{where}: expected finite values in {name}, got values that are not finite"
+            )
     return torch.cat([tensors[name].flatten() for name in names])
 
 

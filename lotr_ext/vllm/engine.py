@@ -37,7 +37,8 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.utils import get_packed_modules_mapping
 
-from .. import ops
+from ..core import fallback
+from ..core.kernel_support import kernel_obstacle
 from . import Factors, read_task
 
 __all__ = ["install"]
@@ -68,7 +69,10 @@ def install(factors: Factors) -> None:
         )
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
     shared: dict[tuple[Any, ...], Tensor] = {}
-    utils._all_lora_classes = (*(_native(base, factors, shared) for base in LINEAR_LAYERS), *utils._all_lora_classes)
+    utils._all_lora_classes = (
+        *(_native(base, factors, shared) for base in LINEAR_LAYERS),
+        *utils._all_lora_classes,
+    )
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
         cores = read_task(get_adapter_absolute_path(request.lora_path), factors)
@@ -85,9 +89,13 @@ def _adapt_only(names: Collection[str]) -> None:
 
     def supported(model: nn.Module) -> list[str]:
         packed = get_packed_modules_mapping(model)
-        found = [name for name in every(model) if not {name, *packed.get(name, ())}.isdisjoint(names)]
+        found = [
+            name for name in every(model) if not {name, *packed.get(name, ())}.isdisjoint(names)
+        ]
         if not found:
-            raise ValueError(f"LOTR_FACTORS: expected layers of the engine's model, got {sorted(names)} of another base model")
+            raise ValueError(
+                f"LOTR_FACTORS: expected layers of the engine's model, got {sorted(names)} of another base model"
+            )
         return found
 
     manager.get_supported_lora_modules = supported
@@ -107,16 +115,27 @@ def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRA
     """An adapter of that number that passes the vector of all cores as lora_A to each layer with cores."""
     cores = cores.to(adapters.lora_config.lora_dtype)
     same = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
-    own = [name for name, module in adapters._adapter_manager.modules.items() if hasattr(module, "lotr_parts")]
+    own = [
+        name
+        for name, module in adapters._adapter_manager.modules.items()
+        if hasattr(module, "lotr_parts")
+    ]
     return LoRAModel(number, 1, dict.fromkeys(own, same))
 
 
 def _check_layers(adapters: WorkerLoRAManager, factors: Factors) -> None:
     """Raises ValueError unless the engine adapts all layers of factors; `create_lora_weights` has checked their sizes."""
     modules = adapters._adapter_manager.modules.values()
-    own = {name for module in modules if isinstance(module, _Native) for name in module.base_layer.lotr_names}
+    own = {
+        name
+        for module in modules
+        if isinstance(module, _Native)
+        for name in module.base_layer.lotr_names
+    }
     missing = [name for name in factors.layers if name not in own]
-    if missing and get_pp_group().world_size == 1:  # with pipeline parallelism: a layer of another process
+    if (
+        missing and get_pp_group().world_size == 1
+    ):  # with pipeline parallelism: a layer of another process
         raise ValueError(
             f"factors: expected layers of the engine's model that take adapters, got {missing[0]!r}. They belong to another "
             f"base model, or the engine's lora_target_modules exclude it."
@@ -147,9 +166,13 @@ class _Native:
     lotr_factors: Factors
     lotr_shared: dict[tuple[Any, ...], Tensor]
 
-    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+    def create_lora_weights(
+        self, max_loras: int, lora_config: Any, model_config: Any = None
+    ) -> None:
         if lora_config.fully_sharded_loras:
-            raise ValueError("fully_sharded_loras: expected False with LOTR_FACTORS, got True: each process holds A and B")
+            raise ValueError(
+                "fully_sharded_loras: expected False with LOTR_FACTORS, got True: each process holds A and B"
+            )
         self.lora_config = lora_config
         factors, dtype = self.lotr_factors, lora_config.lora_dtype
         names = self.base_layer.lotr_names
@@ -159,19 +182,26 @@ class _Native:
         for name, size in zip(names, sizes, strict=True):
             part = None
             if name in factors.layers:
-                A, B = (self._factor(key, side, len(self.lotr_parts), dtype) for key, side in zip(factors.layers[name], "AB"))
+                A, B = (
+                    self._factor(key, side, len(self.lotr_parts), dtype)
+                    for key, side in zip(factors.layers[name], "AB")
+                )
                 if (len(A), len(B)) != (self.input_size, size):
                     raise ValueError(
                         f"LOTR_FACTORS: expected {(self.input_size, size)} features at {name}, got {(len(A), len(B))} of "
                         f"another base model"
                     )
-                cores = torch.zeros(max_loras, *factors.core_shape(name), dtype=dtype, device=self.device)
+                cores = torch.zeros(
+                    max_loras, *factors.core_shape(name), dtype=dtype, device=self.device
+                )
                 part = Part(factors.spans[name], A, B, cores, slice(at, at + size))
             self.lotr_parts.append(part)
             at += size
         self.output_slices = sizes
-        widest = max((max(part.cores.shape[1:]) for part in self.lotr_parts if part is not None), default=1)
-        self.lotr_kernels = ops.obstacle_to_kernels(widest, dtype, torch.device(self.device)) is None
+        widest = max(
+            (max(part.cores.shape[1:]) for part in self.lotr_parts if part is not None), default=1
+        )
+        self.lotr_kernels = kernel_obstacle(widest, dtype, torch.device(self.device)) is None
         # vLLM reads only the shapes of these stacks, so they have one element's memory
         like, rank = torch.zeros(1, dtype=dtype, device=self.device), lora_config.max_lora_rank
         ranks = [factors.core_shape(name)[0] if name in factors.layers else 1 for name in names]
@@ -182,7 +212,11 @@ class _Native:
         """A [k, r_in] or B [n, r_out] for this process's part of the weight. place: index of the packed module."""
         whole = self.lotr_factors.tensors[key]
         own = whole if self.tp_size == 1 else self._own_rows(whole, side, place)
-        cut = None if own.shape == whole.shape else (type(self).__name__, place, self.input_size, self.output_size)
+        cut = (
+            None
+            if own.shape == whole.shape
+            else (type(self).__name__, place, self.input_size, self.output_size)
+        )
         of = (key, dtype, str(self.device), cut)
         if of not in self.lotr_shared:
             self.lotr_shared[of] = own.to(self.device, dtype).contiguous()
@@ -222,21 +256,31 @@ class _Native:
             if part is None:
                 continue
             if (u := shrunk.get(id(part.A))) is None:
-                u = shrunk[id(part.A)] = lotr.shrink(tokens, part.A) if self.lotr_kernels else tokens @ part.A
+                u = shrunk[id(part.A)] = (
+                    lotr.shrink(tokens, part.A) if self.lotr_kernels else tokens @ part.A
+                )
             index = slots[: len(tokens)]
             if self.lotr_kernels:
                 h = lotr.row_core(u, part.cores, index, None, None, 1.0)
                 lotr.expand_add_(y[:, part.columns], h, part.B)
             else:
-                y[:, part.columns].addmm_(ops.row_core(u, part.cores, 1.0, index), part.B.T)
+                y[:, part.columns].addmm_(fallback.row_core(u, part.cores, 1.0, index), part.B.T)
         return y.view(output.shape)
 
 
-def _native(base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...], Tensor]) -> type[nn.Module]:
+def _native(
+    base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...], Tensor]
+) -> type[nn.Module]:
     """The class of layers with cores for one of vLLM's wrappers."""
 
-    def can_replace_layer(cls: type, source_layer: nn.Module, lora_config: Any, packed_modules_list: list, **rest: Any) -> bool:
-        asked: Mapping[str, Any] = {"lora_config": lora_config, "packed_modules_list": packed_modules_list, **rest}
+    def can_replace_layer(
+        cls: type, source_layer: nn.Module, lora_config: Any, packed_modules_list: list, **rest: Any
+    ) -> bool:
+        asked: Mapping[str, Any] = {
+            "lora_config": lora_config,
+            "packed_modules_list": packed_modules_list,
+            **rest,
+        }
         if not base.can_replace_layer(source_layer=source_layer, **asked):
             return False
         host, _, own = source_layer.prefix.rpartition(".")
@@ -244,5 +288,9 @@ def _native(base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...
         source_layer.lotr_names = tuple(f"{host}.{name}" if host else name for name in names)
         return True
 
-    body = {"can_replace_layer": classmethod(can_replace_layer), "lotr_factors": factors, "lotr_shared": shared}
+    body = {
+        "can_replace_layer": classmethod(can_replace_layer),
+        "lotr_factors": factors,
+        "lotr_shared": shared,
+    }
     return type(base.__name__, (_Native, base), body)  # vLLM compares the names of some classes

@@ -19,14 +19,16 @@ def obstacle() -> str | None:
     """Why these tests cannot run here."""
     if not torch.cuda.is_available():
         return f"no GPU (torch {torch.__version__}, CUDA {torch.version.cuda})"
-    from lotr_ext.ops import cuda_obstacle
+    from lotr_ext.core.kernel_support import cuda_obstacle
 
     return cuda_obstacle(torch.cuda.current_device())
 
 
 def on_gpu(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return HERE in item.path.parents and parameters.get("device") != "cpu" and "_cpu" not in item.name
+    return (
+        HERE in item.path.parents and parameters.get("device") != "cpu" and "_cpu" not in item.name
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by -m

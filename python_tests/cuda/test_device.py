@@ -20,14 +20,31 @@ HERE = Path(__file__).resolve().parent
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def layer(m: int, k: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> dict[str, torch.Tensor]:
+def layer(
+    m: int, k: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    sizes = {"x": (m, k), "g": (m, n), "A": (k, r), "F": (n, r), "B": (n, r), "core": (r, r), "y": (m, n), "dx": (m, k)}
-    return {name: torch.randn(*size, device=device, generator=generator).to(dtype) for name, size in sizes.items()}
+    sizes = {
+        "x": (m, k),
+        "g": (m, n),
+        "A": (k, r),
+        "F": (n, r),
+        "B": (n, r),
+        "core": (r, r),
+        "y": (m, n),
+        "dx": (m, k),
+    }
+    return {
+        name: torch.randn(*size, device=device, generator=generator).to(dtype)
+        for name, size in sizes.items()
+    }
 
 
 def step(
-    t: dict[str, torch.Tensor], p: float = 0.0, seed: torch.Tensor | None = None, pause: Callable[[], None] = lambda: None
+    t: dict[str, torch.Tensor],
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> list[torch.Tensor]:
     """Forward and backward of the adapter alone, on fresh copies of what it adds to; `pause` between operators."""
     y, dx = t["y"].clone(), t["dx"].clone()
@@ -114,7 +131,11 @@ def test_calls_on_two_streams() -> None:
     factors = LoTRFactors(512, 512, 16)
     q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
     torch.nn.init.normal_(k.core)
-    first, second, x = torch.cuda.Stream(), torch.cuda.Stream(), torch.randn(2000, 512, device="cuda")
+    first, second, x = (
+        torch.cuda.Stream(),
+        torch.cuda.Stream(),
+        torch.randn(2000, 512, device="cuda"),
+    )
     torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(500_000_000)
@@ -130,7 +151,11 @@ def test_gradients_of_layers_on_two_streams() -> None:
     """The first stream is held up in backward: a sum of both streams' layers would be read or written too early."""
     factors = LoTRFactors(512, 512, 16).cuda()
     layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
-    xs, streams, outputs = torch.randn(2, 2000, 512, device="cuda"), [torch.cuda.Stream() for _ in layers], []
+    xs, streams, outputs = (
+        torch.randn(2, 2000, 512, device="cuda"),
+        [torch.cuda.Stream() for _ in layers],
+        [],
+    )
     for layer in layers:
         torch.nn.init.normal_(layer.core)
     torch.cuda.synchronize()
@@ -143,8 +168,14 @@ def test_gradients_of_layers_on_two_streams() -> None:
     torch.cuda.synchronize()
     A, B, one = factors.A.value, factors.B.value, torch.ones(2000, 512, device="cuda")
     with torch.no_grad():
-        want_A = sum(x.T @ (one @ (layer.scaling * B @ layer.core.T)) for x, layer in zip(xs, layers, strict=True))
-        want_B = sum(layer.scaling * one.T @ (x @ A @ layer.core) for x, layer in zip(xs, layers, strict=True))
+        want_A = sum(
+            x.T @ (one @ (layer.scaling * B @ layer.core.T))
+            for x, layer in zip(xs, layers, strict=True)
+        )
+        want_B = sum(
+            layer.scaling * one.T @ (x @ A @ layer.core)
+            for x, layer in zip(xs, layers, strict=True)
+        )
     for got, want in ((A.grad, want_A), (B.grad, want_B)):
         assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
@@ -170,15 +201,26 @@ def test_more_than_31_bits_of_elements() -> None:
     assert torch.allclose(u[tail].double(), x[tail].double() @ A.double(), rtol=2**-7, atol=2e-2)
     before = x[tail].double()
     lotr.expand_add_(x, u, A)
-    assert torch.allclose(x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2)
-    acc, only_last = torch.zeros(k, r, device="cuda"), torch.zeros(m, r, device="cuda", dtype=torch.bfloat16)
+    assert torch.allclose(
+        x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2
+    )
+    acc, only_last = (
+        torch.zeros(k, r, device="cuda"),
+        torch.zeros(m, r, device="cuda", dtype=torch.bfloat16),
+    )
     only_last[-1] = 1
     lotr.shrink_backward_(only_last, None, x, None, acc)
     assert torch.equal(acc[:, 0], x[-1].float())
     # dropout's index passes 32 bits: seed and place alone decide, so a mask of ones must repeat in expand_add_
     seed = torch.tensor([5], device="cuda")
     y = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
-    lotr.expand_add_(y, torch.ones(m, 1, device="cuda").bfloat16(), torch.ones(k, 1, device="cuda").bfloat16(), 0.5, seed)
+    lotr.expand_add_(
+        y,
+        torch.ones(m, 1, device="cuda").bfloat16(),
+        torch.ones(k, 1, device="cuda").bfloat16(),
+        0.5,
+        seed,
+    )
     kept = (y[tail] != 0).double().mean().item()
     assert 0.49 < kept < 0.51
 
@@ -195,18 +237,28 @@ with torch.cuda.graph(graph):
 graph.replay()
 assert same(captured, step(t))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+    )
 
 
 def test_wrong_devices_overlap_and_rank_are_named() -> None:
     t = layer(8, 16, 16, 4)
     with pytest.raises(RuntimeError, match="lotr::shrink: A: expected the device of x"):
         lotr.shrink(t["x"], t["A"].cpu())
-    with pytest.raises(RuntimeError, match=r"expected a rank of at most 256 .* got shape \[16, 300\]"):
+    with pytest.raises(
+        RuntimeError, match=r"expected a rank of at most 256 .* got shape \[16, 300\]"
+    ):
         lotr.shrink(t["x"], torch.zeros(16, 300, device="cuda", dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="y: expected memory of its own"):
         lotr.expand_add_(t["y"], t["y"][:, :4], t["F"])
-    with pytest.raises(RuntimeError, match=r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"expected dtype torch\.float32, torch\.bfloat16 or torch\.float16 on CUDA",
+    ):
         lotr.shrink(t["x"].double(), t["A"].double())
 
 
@@ -215,7 +267,9 @@ def test_second_device_while_the_first_is_current() -> None:
     t = layer(300, 128, 192, 16)
     there = {name: a.to("cuda:1") for name, a in t.items()}
     for a, b in zip(step(t), step(there), strict=True):
-        assert b.device.index == 1 and torch.allclose(a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2)
+        assert b.device.index == 1 and torch.allclose(
+            a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2
+        )
 
 
 @TWO_GPUS
@@ -244,7 +298,23 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 torch.cuda.synchronize()
 """
     # initcheck also reports what torch's allocator left in reused blocks: only our kernels are looked at
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=lotr", sys.executable, "-c", steps]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment, timeout=3000)
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=lotr",
+        sys.executable,
+        "-c",
+        steps,
+    ]
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE, env=environment, timeout=3000
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -44,7 +44,9 @@ def test_experts(dtype: torch.dtype, device: str) -> None:
     for own, place in ((layer, device), (copy.deepcopy(layer).to("cpu", torch.float64), "cpu")):
         wide = own.weight.dtype
         x_here = x.to(place, wide, copy=True).requires_grad_()
-        y = own(x_here, torch.tensor(ends, dtype=torch.int32, device=place), of_row.to(place))[: ends[-1]]
+        y = own(x_here, torch.tensor(ends, dtype=torch.int32, device=place), of_row.to(place))[
+            : ends[-1]
+        ]
         y.backward(g.to(place, wide))
         trained = (own.core, own.factors.A.value, own.factors.B.value)
         found.append([t.detach().cpu() for t in (y, x_here.grad, *(p.grad for p in trained))])
@@ -57,7 +59,9 @@ def test_tasks(device: str) -> None:
     bank = TaskBank(model, 4)
     for _ in range(3):
         task = bank.add()
-        bank.replace(task, {name: torch.randn(core.shape) for name, core in bank.cores_of(task).items()})
+        bank.replace(
+            task, {name: torch.randn(core.shape) for name, core in bank.cores_of(task).items()}
+        )
     x, index = torch.randn(3, 7, zoo.WIDTH, device=device), torch.tensor([2, -1, 0], device=device)
     truth = copy.deepcopy(model).to("cpu", torch.float64)
     with torch.no_grad():
@@ -84,7 +88,9 @@ def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().mean(), own))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the latter: CUDA graphs of torch's own making
+@pytest.mark.parametrize(
+    "mode", ["default", "reduce-overhead"]
+)  # the latter: CUDA graphs of torch's own making
 @pytest.mark.parametrize("tokens", [40, 2100])
 def test_compiled_model(mode: str, tokens: int, device: str) -> None:
     torch.compiler.reset()
@@ -113,8 +119,13 @@ class Trained:
 
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).cuda()
-        self.optimizer = torch.optim.AdamW(models.own_parameters(self.model), lr=1e-2, capturable=True)
-        self.x, self.loss = torch.zeros(2, 150, zoo.WIDTH, device="cuda"), torch.zeros((), device="cuda")
+        self.optimizer = torch.optim.AdamW(
+            models.own_parameters(self.model), lr=1e-2, capturable=True
+        )
+        self.x, self.loss = (
+            torch.zeros(2, 150, zoo.WIDTH, device="cuda"),
+            torch.zeros((), device="cuda"),
+        )
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

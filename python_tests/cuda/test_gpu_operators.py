@@ -14,12 +14,19 @@ from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lotr_ext.ops import build_info
+from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
 ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
-FUSED_SHAPES = [(1, 72, 64, 16), (300, 200, 328, 11), (1000, 1032, 776, 127), (2048, 2048, 2048, 16)]  # rows of 16 bytes
-of_kinds = pytest.mark.parametrize("dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch."))
+FUSED_SHAPES = [
+    (1, 72, 64, 16),
+    (300, 200, 328, 11),
+    (1000, 1032, 776, 127),
+    (2048, 2048, 2048, 16),
+]  # rows of 16 bytes
+of_kinds = pytest.mark.parametrize(
+    "dtype, factors", ON_GPU, ids=lambda t: str(t).removeprefix("torch.")
+)
 
 
 class OnDevice:
@@ -54,12 +61,20 @@ def check(name: str, make: Callable[[], Case], where: str) -> None:
     """The numbers, and the same bits a second time."""
     test_operators.check(name, make(), where)
     first, second = test_operators.results(name, make()), test_operators.results(name, make())
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), f"{name}, {where}: other bits"
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), (
+        f"{name}, {where}: other bits"
+    )
 
 
 @of_kinds
 @pytest.mark.parametrize("name", TABLE)
-def test_operator(name: str, dtype: torch.dtype, factors: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator(
+    name: str,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a GPU in all shapes and layouts, on the CPU in few."""
     monkeypatch.setattr(test_operators, "ops", OnDevice(device))
     for i, shape in enumerate(SHAPES if device == "cuda" else SHAPES[::6]):
@@ -71,7 +86,9 @@ def test_operator(name: str, dtype: torch.dtype, factors: torch.dtype, device: s
 
 @pytest.fixture
 def hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0) or not any("90a" in arch for arch in build_info()["cuda"]["archs"]):
+    if torch.cuda.get_device_capability() != (9, 0) or not any(
+        "90a" in arch for arch in build_info()["cuda"]["archs"]
+    ):
         pytest.skip("expected a Hopper GPU (compute capability 9.0) and a build for 90a")
 
 

@@ -53,7 +53,9 @@ COLUMNS = Layout(1, 3, True)
 PACKED = Layout()
 
 
-def poisoned(shape: tuple[int, int], dtype: np.dtype, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def poisoned(
+    shape: tuple[int, int], dtype: np.dtype, layout: Layout
+) -> tuple[np.ndarray, np.ndarray]:
     """A NaN-filled buffer, and the view of `shape` inside it. The buffer starts at an address divisible by 64."""
     rows, cols = shape[::-1] if layout.transposed else shape
     stride = -(-(cols + layout.pad) // layout.multiple) * layout.multiple
@@ -61,7 +63,9 @@ def poisoned(shape: tuple[int, int], dtype: np.dtype, layout: Layout) -> tuple[n
     raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
     buffer = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-    buffer.view(np.uint16 if buffer.itemsize == 2 else np.uint32)[...] = 0xFFFF if buffer.itemsize == 2 else 0xFFFFFFFF
+    buffer.view(np.uint16 if buffer.itemsize == 2 else np.uint32)[...] = (
+        0xFFFF if buffer.itemsize == 2 else 0xFFFFFFFF
+    )
     view = buffer[layout.offset : layout.offset + rows * stride].reshape(rows, stride)[:, :cols]
     return buffer, view.T if layout.transposed else view
 
@@ -76,8 +80,18 @@ def place(values: np.ndarray, dtype: np.dtype, layout: Layout = ALIGNED) -> np.n
 class Output:
     """An output in poisoned memory; check_outside asserts that nothing around it was written. Three dimensions are packed."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, layout: Layout = ALIGNED, values: np.ndarray | None = None):
-        shape, whole, layout = (int(np.prod(shape[:-1])), shape[-1]), shape, PACKED if len(shape) > 2 else layout
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        layout: Layout = ALIGNED,
+        values: np.ndarray | None = None,
+    ):
+        shape, whole, layout = (
+            (int(np.prod(shape[:-1])), shape[-1]),
+            shape,
+            PACKED if len(shape) > 2 else layout,
+        )
         self.buffer, self.view = poisoned(shape, dtype, layout)
         word = np.uint16 if self.buffer.itemsize == 2 else np.uint32
         inside = np.zeros(self.buffer.shape, bool)
@@ -95,7 +109,9 @@ class Output:
         assert (words == words.dtype.type(~words.dtype.type(0))).all(), "wrote outside the output"
 
 
-def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str) -> None:
+def check_close(
+    got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str
+) -> None:
     """The error against float64 may be at most twice that of the eager formula with the same operands, plus epsilon.
 
     The epsilon is a unit of the stored type at the result's magnitude (two rounded values may differ by one), and what
@@ -105,9 +121,16 @@ def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np
     assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
     if not truth.size:
         return
-    assert np.isfinite(got).all(), f"{what}: {np.count_nonzero(~np.isfinite(got))} of {got.size} values are not finite"
+    assert np.isfinite(got).all(), (
+        f"{what}: {np.count_nonzero(~np.isfinite(got))} of {got.size} values are not finite"
+    )
     error = np.abs(got - truth)
-    allowed = 2 * np.abs(wide(eager) - truth) + 2 * UNIT[kind] * np.abs(truth) + 8 * 2.0**-24 * scale + 1e-30
+    allowed = (
+        2 * np.abs(wide(eager) - truth)
+        + 2 * UNIT[kind] * np.abs(truth)
+        + 8 * 2.0**-24 * scale
+        + 1e-30
+    )
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), (
         f"{what}: at {tuple(int(i) for i in worst)} got {got[worst]:.9g}, expected {truth[worst]:.9g} "
@@ -117,14 +140,22 @@ def check_close(got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np
 
 def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
     """The elements that dropout keeps: Philox 4x32-10 in numpy integers, written from its definition, not from the kernel."""
-    e = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols) + np.arange(cols, dtype=np.uint64)[None, :]
+    e = (
+        np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols)
+        + np.arange(cols, dtype=np.uint64)[None, :]
+    )
     q, low = e // np.uint64(4), np.uint64(0xFFFFFFFF)
     c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
     k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
     with np.errstate(over="ignore"):
         for _ in range(10):
             a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-            c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & low, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & low]
+            c = [
+                (b >> np.uint64(32)) ^ c[1] ^ k[0],
+                b & low,
+                (a >> np.uint64(32)) ^ c[3] ^ k[1],
+                a & low,
+            ]
             k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
     words = np.choose((e % np.uint64(4)).astype(int), c)
     return words >= np.uint64(int(p * 2**32))

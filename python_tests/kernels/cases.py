@@ -12,7 +12,21 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
-from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
+from arrays import (
+    ALIGNED,
+    COLUMNS,
+    DTYPE,
+    ODD,
+    PACKED,
+    Layout,
+    Output,
+    check_close,
+    narrow,
+    operand,
+    philox_keep,
+    place,
+    wide,
+)
 
 SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
 FLOAT = np.float32
@@ -102,7 +116,9 @@ FUSED_SHAPES = [
     *FUSED_QUICK,
     Shape(520, 136, 64, n=520, sms=4, bare=True),
     Shape(257, 264, 80, n=257, sms=2),
-    Shape(2400, 8, 8, n=300, sms=6),  # more bands of tiles than are walked together, two columns of them
+    Shape(
+        2400, 8, 8, n=300, sms=6
+    ),  # more bands of tiles than are walked together, two columns of them
 ]
 
 
@@ -122,8 +138,14 @@ class Problem:
         """The outputs by name, in fresh poisoned memory. Nothing beside them may be written. options: the executor's."""
         outputs = {name: make() for name, make in self.outputs.items()}
         lib.set_device(**self.device)
-        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)  # a block may take an H100's shared memory
-        lib.run(self.kernel, {**self.inputs, **{name: o.view for name, o in outputs.items()}}, self.numbers)
+        lib.set_options(
+            sm90=self.kernel == "gemm_lotr", **options
+        )  # a block may take an H100's shared memory
+        lib.run(
+            self.kernel,
+            {**self.inputs, **{name: o.view for name, o in outputs.items()}},
+            self.numbers,
+        )
         for output in outputs.values():
             output.check_outside()
         return {name: output.view for name, output in outputs.items()}
@@ -139,7 +161,12 @@ class Maker:
     """Random operands of a shape and element type, in poisoned memory, and the comparison with the truth."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
-        self.shape, self.kind, self.name, self.dtype = shape, kind, f"{name} {kind} {shape}", DTYPE[kind]
+        self.shape, self.kind, self.name, self.dtype = (
+            shape,
+            kind,
+            f"{name} {kind} {shape}",
+            DTYPE[kind],
+        )
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
     def values(self, *size: int) -> np.ndarray:
@@ -171,12 +198,28 @@ class Maker:
         problem.inputs["seed"], problem.numbers["p"] = np.array([SEED], np.int64), shape.p
         return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
 
-    def out(self, *size: int, start: np.ndarray | None = None, dtype: type | None = None, packed: bool = False):
+    def out(
+        self,
+        *size: int,
+        start: np.ndarray | None = None,
+        dtype: type | None = None,
+        packed: bool = False,
+    ):
         """A function that makes an output: of the kernel's type, NaN unless it has values at the start."""
         layout = PACKED if packed else self.shape.layout
         return lambda: Output(size, dtype or self.dtype, layout, start)
 
-    def close(self, got, left, right, what: str, add=0.0, mask=1.0, kind: str | None = None, scale: float = 1.0) -> None:
+    def close(
+        self,
+        got,
+        left,
+        right,
+        what: str,
+        add=0.0,
+        mask=1.0,
+        kind: str | None = None,
+        scale: float = 1.0,
+    ) -> None:
         """got = add + mask scale (left right), compared with float64 and with float32 arithmetic."""
         kind = kind or self.kind
         truth = add + mask * scale * (left @ right)
@@ -198,7 +241,11 @@ def shrink(shape: Shape, kind: str) -> Problem:
 def shrink_core(shape: Shape, kind: str) -> Problem:
     """shrink of few tokens: u and h = 3 u core from one launch."""
     t = Maker(shape, kind, "shrink_core")
-    x, A, core = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.factor(shape.r, shape.other)
+    x, A, core = (
+        t.large(shape.m, shape.k),
+        t.factor(shape.k, shape.r),
+        t.factor(shape.r, shape.other),
+    )
     problem = t.problem("shrink", {"x": x, "A": A, "core": core}, scale=0.5, core_scale=3.0)
     problem.outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
 
@@ -212,7 +259,11 @@ def shrink_core(shape: Shape, kind: str) -> Problem:
 
 def expand_add(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "expand_add")
-    u, F, y0 = t.large(shape.m, shape.r), t.factor(shape.k, shape.r), narrow(t.values(shape.m, shape.k), kind)
+    u, F, y0 = (
+        t.large(shape.m, shape.r),
+        t.factor(shape.k, shape.r),
+        narrow(t.values(shape.m, shape.k), kind),
+    )
     problem = t.problem("expand_add", {"u": u, "F": F})
     mask = t.with_dropout(problem)
     problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
@@ -230,7 +281,9 @@ def expand_fresh(shape: Shape, kind: str) -> Problem:
         problem.inputs["bias"] = t.large(1, shape.k)[0]
         bias = wide(problem.inputs["bias"])
     problem.outputs = {"y": t.out(shape.m, shape.k)}
-    problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", bias[None].repeat(shape.m, 0), mask)
+    problem.check = lambda out: t.close(
+        out["y"], t.op(u), t.op(F).T, "y", bias[None].repeat(shape.m, 0), mask
+    )
     return problem
 
 
@@ -241,14 +294,21 @@ def factor_grad(shape: Shape, kind: str) -> Problem:
     problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=not shape.bare)
     left = (t.op(x) * t.with_dropout(problem)).T
     problem.outputs = {"D": t.out(shape.k, shape.r, start=None if shape.bare else D0, dtype=FLOAT)}
-    problem.check = lambda out: t.close(out["D"], left, t.op(v), "D", 0.0 if shape.bare else D0, kind="fp32")
+    problem.check = lambda out: t.close(
+        out["D"], left, t.op(v), "D", 0.0 if shape.bare else D0, kind="fp32"
+    )
     return problem
 
 
 def shrink_grad(shape: Shape, kind: str) -> Problem:
     """k = g F and Q += g^T u; bare: Q = g^T u, whatever Q holds."""
     t = Maker(shape, kind, "shrink_grad")
-    g, F, u, Q0 = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
+    g, F, u, Q0 = (
+        t.large(shape.m, shape.k),
+        t.factor(shape.k, shape.r),
+        t.large(shape.m, shape.r),
+        t.floats(shape.k, shape.r),
+    )
     problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=not shape.bare)
     Q = t.out(shape.k, shape.r, start=None if shape.bare else Q0, dtype=FLOAT, packed=shape.bare)
     problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
@@ -265,7 +325,12 @@ def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
     """y = x W^T + bias + u F^T. Backward, in the forward pass's names: y = x W + u F^T with W [k, n]."""
     m, k, n, r = shape.m, shape.k, shape.columns, shape.r
     t = Maker(shape, kind, "gemm_lotr_backward" if backward else "gemm_lotr")
-    x, W, u, F = t.large(m, k), t.large(*((k, n) if backward else (n, k))), t.large(m, r), t.large(n, r)
+    x, W, u, F = (
+        t.large(m, k),
+        t.large(*((k, n) if backward else (n, k))),
+        t.large(m, r),
+        t.large(n, r),
+    )
     problem = t.problem("gemm_lotr", {"x": x, "W": W, "u": u, "F": F}, backward=backward)
     bias = np.zeros((1, n))
     if not shape.bare:
@@ -274,7 +339,10 @@ def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
     problem.outputs = {"y": t.out(m, n)}
 
     def check(out: Views) -> None:
-        left, right = np.hstack([wide(x), wide(u)]), np.vstack([wide(W) if backward else wide(W).T, wide(F).T])
+        left, right = (
+            np.hstack([wide(x), wide(u)]),
+            np.vstack([wide(W) if backward else wide(W).T, wide(F).T]),
+        )
         t.close(out["y"], left, right, "y", bias.repeat(m, 0))
 
     problem.check = check
@@ -300,7 +368,11 @@ def fold(shape: Shape, kind: str) -> Problem:
 def fold_grad(shape: Shape, kind: str) -> Problem:
     """dcore = s Q^T B, and dB += s Q core: dcore alone where bare, dB alone where the shape has dropout."""
     t = Maker(shape, kind, "fold_grad")
-    B, core, Q = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.floats(shape.k, shape.r)
+    B, core, Q = (
+        t.factor(shape.k, shape.other),
+        t.factor(shape.r, shape.other),
+        t.floats(shape.k, shape.r),
+    )
     dB0 = t.floats(shape.k, shape.other)
     problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
     if shape.bare or not shape.p:
@@ -336,28 +408,48 @@ class Rounded:
         return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
 
 
-def check_unfolded(t: Maker, got: np.ndarray, left: Rounded, right: np.ndarray, add: np.ndarray, kind: str, what: str) -> None:
+def check_unfolded(
+    t: Maker,
+    got: np.ndarray,
+    left: Rounded,
+    right: np.ndarray,
+    add: np.ndarray,
+    kind: str,
+    what: str,
+) -> None:
     """got = add + left right, whose error may be four of left's rounding errors."""
     unit = ROUNDING[t.kind]
-    truth, size = wide(add) + left.value @ right, np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
+    truth, size = (
+        wide(add) + left.value @ right,
+        np.abs(wide(add)) + np.abs(left.value) @ np.abs(right),
+    )
     error = np.abs(wide(got) - truth)
     rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
     allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
-    assert np.isfinite(error).all() and (error <= allowed).all(), f"{t.name}: {what} is off by {error.max():.3g}"
+    assert np.isfinite(error).all() and (error <= allowed).all(), (
+        f"{t.name}: {what} is off by {error.max():.3g}"
+    )
 
 
 def small_forward(shape: Shape, kind: str) -> Problem:
     """u = x A, y += s (u core) B^T."""
     t = Maker(shape, kind, "small_forward")
     m, k, n, s = shape.m, shape.k, shape.columns, 0.125
-    x, A, core, B = t.large(m, k), t.factor(k, shape.r), t.factor(shape.r, shape.other), t.factor(n, shape.other)
+    x, A, core, B = (
+        t.large(m, k),
+        t.factor(k, shape.r),
+        t.factor(shape.r, shape.other),
+        t.factor(n, shape.other),
+    )
     y0 = narrow(t.values(m, n), kind)
     problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {"y": t.out(m, n, start=y0), "u": t.out(m, shape.r)}
 
     def check(out: Views) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u")
-        check_unfolded(t, out["y"], Rounded.product(s, t.op(out["u"]), t.op(core)), t.op(B).T, y0, kind, "y")
+        check_unfolded(
+            t, out["y"], Rounded.product(s, t.op(out["u"]), t.op(core)), t.op(B).T, y0, kind, "y"
+        )
 
     problem.check = check
     return problem
@@ -371,7 +463,10 @@ def small_backward(shape: Shape, kind: str) -> Problem:
     A, core, B = t.factor(k, r), t.factor(r, q), t.factor(n, q)
     dx0, dA0, dB0 = narrow(t.values(m, k), kind), t.floats(k, r), t.floats(n, q)
     problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
-    problem.outputs = {"dB": t.out(n, q, start=dB0, dtype=FLOAT), "dcore": t.out(r, q, dtype=FLOAT, packed=True)}
+    problem.outputs = {
+        "dB": t.out(n, q, start=dB0, dtype=FLOAT),
+        "dcore": t.out(r, q, dtype=FLOAT, packed=True),
+    }
     if not shape.bare:
         problem.inputs["x"] = x
         problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
@@ -382,7 +477,9 @@ def small_backward(shape: Shape, kind: str) -> Problem:
         k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
         turned = lambda one: Rounded(one.value.T, one.square.T)  # noqa: E731
         check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
-        check_unfolded(t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore")
+        check_unfolded(
+            t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore"
+        )
         if "dx" in out:
             check_unfolded(t, out["dx"], k_, t.op(A).T, dx0, kind, "dx")
             check_unfolded(t, out["dA"].T, turned(k_), t.op(x), dA0.T, "fp32", "dA")
@@ -402,13 +499,21 @@ class Rows:
         m, self.count = shape.m, 1 + shape.k % 9
         self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
         self.g, self.u = t.large(m, shape.other), t.large(m if shape.bare else m // 3 + 1, shape.r)
-        self.index, self.tokens = t.rng.integers(-1, self.count, m), t.rng.integers(0, len(self.u), m)
+        self.index, self.tokens = (
+            t.rng.integers(-1, self.count, m),
+            t.rng.integers(0, len(self.u), m),
+        )
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
         self.given: Views = {"index": self.index, "tokens": self.tokens}
         if shape.bare:
             self.tokens, index = np.arange(m), np.sort(self.index)
-            self.index = np.roll(index, -np.count_nonzero(index < 0))  # those without a core behind the others
-            ends = [np.count_nonzero((self.index >= 0) & (self.index <= core)) for core in range(self.count)]
+            self.index = np.roll(
+                index, -np.count_nonzero(index < 0)
+            )  # those without a core behind the others
+            ends = [
+                np.count_nonzero((self.index >= 0) & (self.index <= core))
+                for core in range(self.count)
+            ]
             self.given = {"offs": np.array(ends, np.int32)}
         self.given |= {"u": self.u, "cores": self.cores}
 
@@ -417,7 +522,9 @@ class Rows:
         op, parts = self.t.op, []
         for core in range(self.count):
             own = self.index == core
-            parts.append((core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own]))
+            parts.append(
+                (core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own])
+            )
         return parts
 
 
@@ -458,8 +565,15 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
 FUSED = (gemm_lotr, gemm_lotr_backward)
 _LARGE = (shrink, shrink_core, expand_add, expand_fresh, factor_grad, shrink_grad)
 _SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in (*_LARGE, *_SMALL, *FUSED)}
-CASES = [(name, kind) for name, f in KERNELS.items() for kind in DTYPE if f not in FUSED or kind != "fp32"]
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
+    f.__name__: f for f in (*_LARGE, *_SMALL, *FUSED)
+}
+CASES = [
+    (name, kind)
+    for name, f in KERNELS.items()
+    for kind in DTYPE
+    if f not in FUSED or kind != "fp32"
+]
 
 
 def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:

@@ -19,7 +19,10 @@ def executor(pytestconfig: pytest.Config) -> ModuleType:
     from csrc.simt import build
 
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        return build.load("plain", announce=lambda: print("compiling the executor (once, about 90 s)", file=sys.stderr))
+        return build.load(
+            "plain",
+            announce=lambda: print("compiling the executor (once, about 90 s)", file=sys.stderr),
+        )
 
 
 @pytest.fixture

@@ -35,7 +35,9 @@ PIPELINE = [
 ]
 FUSED_PIPELINE = [
     Shape(130, 328, 16, n=600, sms=2),  # more k-steps than stages, three tiles a pair of blocks
-    Shape(260, 40, 100, n=264, sms=2, bare=True),  # so few that the next tile's stages are loaded meanwhile
+    Shape(
+        260, 40, 100, n=264, sms=2, bare=True
+    ),  # so few that the next tile's stages are loaded meanwhile
 ]
 
 
@@ -49,7 +51,9 @@ def shapes(which: str, kernel: str) -> list[Shape]:
 def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterator[Problem]:
     """One at a time: each has its arrays."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
-    return (KERNELS[kernel](shape, kind) for kernel, kind in cases for shape in shapes(which, kernel))
+    return (
+        KERNELS[kernel](shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
+    )
 
 
 def schedule(name: str) -> dict[str, str | int]:
@@ -59,7 +63,9 @@ def schedule(name: str) -> dict[str, str | int]:
     return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
 
 
-def failures(lib: ModuleType, cases: Iterable[Problem], schedules: Iterable[str], first: bool = False) -> list[str]:
+def failures(
+    lib: ModuleType, cases: Iterable[Problem], schedules: Iterable[str], first: bool = False
+) -> list[str]:
     """What went wrong first in each case, a line each; first: only one line. The bits must not depend on the schedule."""
     found: list[str] = []
     for problem in cases:
@@ -85,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(DTYPE))
     parser.add_argument("--schedules", default="forward,reverse,1")
     parser.add_argument("--kernels", default=",".join(KERNELS))
-    parser.add_argument("--skip", help="FILE:LINE of csrc/cuda, where barriers and waits are left out")
+    parser.add_argument(
+        "--skip", help="FILE:LINE of csrc/cuda, where barriers and waits are left out"
+    )
     options = parser.parse_args(arguments)
     from csrc.simt import build
 

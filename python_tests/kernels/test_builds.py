@@ -19,8 +19,18 @@ HERE = Path(__file__).resolve().parent
 
 def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
     """kind: the only element type that runs, all by default."""
-    command = [sys.executable, str(HERE / "sweep.py"), "--mode", mode, "--module", str(build.module(mode, kind)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000)
+    command = [
+        sys.executable,
+        str(HERE / "sweep.py"),
+        "--mode",
+        mode,
+        "--module",
+        str(build.module(mode, kind)),
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000
+    )
     assert done.returncode == 0, f"{mode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
@@ -29,7 +39,12 @@ def wide_sweep(mode: str, *arguments: str) -> None:
     halves = [",".join(list(KERNELS)[i::2]) for i in range(2)]
     build.module(mode)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda kernels: sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments), halves))
+        list(
+            pool.map(
+                lambda kernels: sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments),
+                halves,
+            )
+        )
 
 
 def test_no_race() -> None:
@@ -53,11 +68,21 @@ def test_no_bad_access_anywhere() -> None:
 def test_every_line_of_the_kernels_runs() -> None:
     build.reset_coverage()
     sweep("coverage", "--shapes", "all", "--kinds", "bf16,fp32", "--schedules", "forward")
-    kernels = {name: lines for name, lines in build.coverage(build.CSRC / "cuda").items() if name.endswith(".cuh")}
+    kernels = {
+        name: lines
+        for name, lines in build.coverage(build.CSRC / "cuda").items()
+        if name.endswith(".cuh")
+    }
     names = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "sum_parts")
     assert {f"kernels/{name}.cuh" for name in names} | {"sm90/gemm_lotr.cuh"} <= set(kernels)
     ran, total = (sum(lines[i] for lines in kernels.values()) for i in (0, 1))
-    print(*(f"{name}: {n} of {of} lines, not run: {missed or 'none'}" for name, (n, of, missed) in kernels.items()), sep="\n")
+    print(
+        *(
+            f"{name}: {n} of {of} lines, not run: {missed or 'none'}"
+            for name, (n, of, missed) in kernels.items()
+        ),
+        sep="\n",
+    )
     assert ran / total >= 0.98
 
 
@@ -85,18 +110,43 @@ def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
     sites, unnoticed = synchronisation_sites(lib), []
     operations = {op for op, _, _ in sites}
-    assert operations >= {"__syncthreads", "__syncwarp", "cp.async.commit_group", "cp.async.wait_group", "griddepcontrol.wait"}
-    assert operations >= {"mbarrier.try_wait", "mbarrier.arrive.cluster", "barrier.cluster", "fence.proxy.async"}
+    assert operations >= {
+        "__syncthreads",
+        "__syncwarp",
+        "cp.async.commit_group",
+        "cp.async.wait_group",
+        "griddepcontrol.wait",
+    }
+    assert operations >= {
+        "mbarrier.try_wait",
+        "mbarrier.arrive.cluster",
+        "barrier.cluster",
+        "fence.proxy.async",
+    }
     try:
         for (op, file, line), kernels in sites.items():
             lib.skip_synchronisation(file, line)
-            if not failures(lib, problems("pipeline", ["bf16"], kernels), ["forward", "reverse", "101"], first=True):
+            if not failures(
+                lib,
+                problems("pipeline", ["bf16"], kernels),
+                ["forward", "reverse", "101"],
+                first=True,
+            ):
                 unnoticed.append((op, file, line, kernels))
     finally:
         lib.skip_synchronisation("", 0)
     for op, file, line, kernels in unnoticed:
         with pytest.raises(AssertionError, match="data race"):
-            some = ("--kinds", "bf16", "--schedules", "forward", "--kernels", ",".join(kernels), "--skip", f"{file}:{line}")
+            some = (
+                "--kinds",
+                "bf16",
+                "--schedules",
+                "forward",
+                "--kernels",
+                ",".join(kernels),
+                "--skip",
+                f"{file}:{line}",
+            )
             sweep("race", *some, kind="bf16")
         print(f"{op} at {file}:{line}: the race detector alone")
     print(f"{len(sites)} places left out")

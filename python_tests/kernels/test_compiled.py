@@ -15,7 +15,11 @@ pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nv
 
 FUSED = "gemm_lotr"
 SOURCES = {path.stem: path for path in sorted((build.CSRC / "cuda").rglob("*.cu"))}
-MMA = {"kernels_bf16": "HMMA.16816.F32.BF16", "kernels_fp16": "HMMA.16816.F32", "kernels_fp32": "FFMA"}
+MMA = {
+    "kernels_bf16": "HMMA.16816.F32.BF16",
+    "kernels_fp16": "HMMA.16816.F32",
+    "kernels_fp32": "FFMA",
+}
 BULK = ("UTMALDG.2D ", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "UTMACMDFLUSH", "UCGABAR_ARV")
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
 COMMON = ("sm_80", "sm_90a")
@@ -25,46 +29,85 @@ def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]
     """What ptxas says of a source file, and the machine code of each kernel."""
     cubin = folder / "code.cubin"
     code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", code, f"-I{build.CSRC}", "-Xptxas", "-v", SOURCES[name], "-o", cubin]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        code,
+        f"-I{build.CSRC}",
+        "-Xptxas",
+        "-v",
+        SOURCES[name],
+        "-o",
+        cubin,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sass = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
-    return done.stdout + done.stderr, dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    sass = subprocess.run(
+        [CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return done.stdout + done.stderr, dict(
+        re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
+    )
 
 
 def check_fused(report: str, kernels: dict[str, str]) -> None:
     """gemm_lotr: products that run while others are issued, for three warps a quarter of a multiprocessor."""
     assert "erialized" not in report and "C75" not in report, report
-    assert len(kernels) == 4 and max(map(int, re.findall(r"Used (\d+) registers", report))) <= 168, report
+    assert (
+        len(kernels) == 4 and max(map(int, re.findall(r"Used (\d+) registers", report))) <= 168
+    ), report
     for symbol, code in kernels.items():
-        products = re.findall(r"HGMMA\.64x256x16\.F32(\.BF16)? R\d+, gdesc\[UR\d+\](\.tnspB)?", code)
+        products = re.findall(
+            r"HGMMA\.64x256x16\.F32(\.BF16)? R\d+, gdesc\[UR\d+\](\.tnspB)?", code
+        )
         assert len(products) >= 8, symbol  # a step of k, and one of the rank
         assert {kind == ".BF16" for kind, _ in products} == {"bfloat16" in symbol}
-        assert {major == ".tnspB" for _, major in products} == ({False, True} if "Lb1E" in symbol else {False})
-        assert all(instruction in code for instruction in BULK) and not re.search(r"\b(HMMA|STG)\b", code), symbol
+        assert {major == ".tnspB" for _, major in products} == (
+            {False, True} if "Lb1E" in symbol else {False}
+        )
+        assert all(instruction in code for instruction in BULK) and not re.search(
+            r"\b(HMMA|STG)\b", code
+        ), symbol
 
 
-NAMES = [n for n in SOURCES if n not in {"operators", "plans", "small"}]  # those without a kernel of ours
+NAMES = [
+    n for n in SOURCES if n not in {"operators", "plans", "small"}
+]  # those without a kernel of ours
 CASES = [(n, target) for n in NAMES for target in TARGETS if n != FUSED or target == "sm_90a"]
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [pytest.param(n, t, marks=pytest.mark.full if n in MMA or t not in COMMON else pytest.mark.slow) for n, t in CASES],
+    [
+        pytest.param(
+            n, t, marks=pytest.mark.full if n in MMA or t not in COMMON else pytest.mark.slow
+        )
+        for n, t in CASES
+    ],
 )
 def test_compiled(name: str, target: str, tmp_path: Path) -> None:
     report, kernels = compiled(name, target, tmp_path)
-    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
     assert len(used) == len(kernels) >= 1 and set(used) == {("0", "0", "0")}, report
     for symbol, code in kernels.items():
         assert not re.search(r"\b(LDL|STL)\b", code), f"{symbol}: local memory"
         assert not re.search(r"(?<!\.)\b(ATOMG|RED|ATOM)\b", code), f"{symbol}: atomics"
         if name in MMA:
-            assert MMA[name] in code and "LDGSTS.E.BYPASS" in code, f"{symbol}: no matrix product or asynchronous copy"
+            assert MMA[name] in code and "LDGSTS.E.BYPASS" in code, (
+                f"{symbol}: no matrix product or asynchronous copy"
+            )
             assert ("LDSM" in code) == (name != "kernels_fp32"), f"{symbol}: ldmatrix"
-        if target == "sm_90a":  # an early launch waits before global memory, and lets the next one begin
+        if (
+            target == "sm_90a"
+        ):  # an early launch waits before global memory, and lets the next one begin
             first = code.index("ACQBULK")
-            assert not re.search(r"\b(LDG|STG|LDGSTS|UTMALDG|EXIT|PREEXIT)\b", code[:first]), f"{symbol}: before the wait"
+            assert not re.search(r"\b(LDG|STG|LDGSTS|UTMALDG|EXIT|PREEXIT)\b", code[:first]), (
+                f"{symbol}: before the wait"
+            )
             assert "PREEXIT" in code[first:] and ".CONSTANT" not in code, symbol
     if name == FUSED:
         check_fused(report, kernels)

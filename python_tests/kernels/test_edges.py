@@ -25,7 +25,13 @@ def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np
     rng = np.random.default_rng(count)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     index, token = rng.integers(0, cores, count), rng.integers(0, tokens, count)
-    return {"u": draw(tokens, r), "cores": draw(cores, r, r), "g": draw(count, r), "index": index, "tokens": token}
+    return {
+        "u": draw(tokens, r),
+        "cores": draw(cores, r, r),
+        "g": draw(count, r),
+        "index": index,
+        "tokens": token,
+    }
 
 
 def forward(lib: ModuleType, given: dict[str, np.ndarray]) -> np.ndarray:
@@ -69,8 +75,12 @@ def test_many_cores_of_which_few_have_rows(lib: ModuleType) -> None:
     given = rows_of(40, 10, 3000, 4)
     h, (du, dcores) = forward(lib, given), backward(lib, given)
     for i, (core, token) in enumerate(zip(given["index"], given["tokens"], strict=True)):
-        np.testing.assert_allclose(h[i], given["u"][token] @ given["cores"][core], rtol=1e-5, atol=1e-5)
-    assert not np.delete(dcores, given["index"], 0).any() and dcores[given["index"]].any((1, 2)).all()
+        np.testing.assert_allclose(
+            h[i], given["u"][token] @ given["cores"][core], rtol=1e-5, atol=1e-5
+        )
+    assert (
+        not np.delete(dcores, given["index"], 0).any() and dcores[given["index"]].any((1, 2)).all()
+    )
     assert np.isfinite(du).all()
 
 
@@ -104,7 +114,10 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
     """65,535 tiles of 64 columns that lie apart: x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
-    x, A = lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3], lib.sparse_array([cols, 8], np.dtype(np.uint16))
+    x, A = (
+        lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3],
+        lib.sparse_array([cols, 8], np.dtype(np.uint16)),
+    )
     ends, out = [0, 1, cols // 2, cols - 2, cols - 1], np.zeros((2, 8), np.uint16)
     values, factors = np.arange(10.0).reshape(2, 5) - 4, np.arange(40.0).reshape(5, 8) % 7
     x[:, ends], A[ends] = narrow(values, "bf16"), narrow(factors, "bf16")
@@ -126,7 +139,13 @@ ROWS = "expected a row stride that is a multiple of 8 and at least"
 GOOD = {
     "shrink": {"x": bf16(2, 8), "A": bf16(8, 4), "u": bf16(2, 4)},
     "expand_add": {"y": bf16(2, 8), "u": bf16(2, 4), "F": bf16(8, 4)},
-    "gemm_lotr": {"y": bf16(20, 24), "x": bf16(20, 16), "W": bf16(24, 16), "u": bf16(20, 5, 8), "F": bf16(24, 5, 8)},
+    "gemm_lotr": {
+        "y": bf16(20, 24),
+        "x": bf16(20, 16),
+        "W": bf16(24, 16),
+        "u": bf16(20, 5, 8),
+        "F": bf16(24, 5, 8),
+    },
 }
 # kernel, arrays that replace good ones or are more, numbers, the message
 BAD = [
@@ -135,25 +154,72 @@ BAD = [
     ("shrink", {}, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
     ("shrink", {}, {"p": 0.5}, "shrink: seed: expected an array beside p, got none"),
     ("shrink", {"A": bf16(7, 4)}, {}, r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]"),
-    ("shrink", {"x": bf16(2, 8).astype(int)}, {}, "shrink: x: expected float32, float16 or uint16 .*, got int64"),
-    ("shrink", {"u": np.zeros((2, 4), np.float32)}, {}, "u: expected the element type of the input, got float32"),
-    ("shrink", {"A": bf16(8, 257), "u": bf16(2, 257)}, {}, "shrink: A: expected a rank from 1 to 256, got 257"),
-    ("expand_add", {"u": bf16(2, 300), "F": bf16(8, 300)}, {}, "F: expected a rank from 1 to 256, got 300"),
+    (
+        "shrink",
+        {"x": bf16(2, 8).astype(int)},
+        {},
+        "shrink: x: expected float32, float16 or uint16 .*, got int64",
+    ),
+    (
+        "shrink",
+        {"u": np.zeros((2, 4), np.float32)},
+        {},
+        "u: expected the element type of the input, got float32",
+    ),
+    (
+        "shrink",
+        {"A": bf16(8, 257), "u": bf16(2, 257)},
+        {},
+        "shrink: A: expected a rank from 1 to 256, got 257",
+    ),
+    (
+        "expand_add",
+        {"u": bf16(2, 300), "F": bf16(8, 300)},
+        {},
+        "F: expected a rank from 1 to 256, got 300",
+    ),
     ("gemm_lotr", {"x": bf16(20, 16, 20)}, {}, f"gemm_lotr: x: {ROWS} 16, got 20"),
-    ("gemm_lotr", {"x": bf16(20, 16, 24, 4)}, {}, "gemm_lotr: x: expected an address divisible by 16"),
-    ("gemm_lotr", {"x": bf16(16, 20, 24).T}, {}, "gemm_lotr: x: expected a column stride of 1, got 24"),
+    (
+        "gemm_lotr",
+        {"x": bf16(20, 16, 24, 4)},
+        {},
+        "gemm_lotr: x: expected an address divisible by 16",
+    ),
+    (
+        "gemm_lotr",
+        {"x": bf16(16, 20, 24).T},
+        {},
+        "gemm_lotr: x: expected a column stride of 1, got 24",
+    ),
     ("gemm_lotr", {"W": bf16(24, 16, 17)}, {}, f"gemm_lotr: W: {ROWS} 16, got 17"),
     ("gemm_lotr", {"u": bf16(20, 5)}, {}, f"gemm_lotr: u: {ROWS} 5, got 5"),
     ("gemm_lotr", {"F": bf16(24, 5, 12)}, {}, f"gemm_lotr: F: {ROWS} 5, got 12"),
     ("gemm_lotr", {"y": bf16(20, 24, 28)}, {}, f"gemm_lotr: y: {ROWS} 24, got 28"),
-    ("gemm_lotr", {"u": bf16(20, 129, 136), "F": bf16(24, 129, 136)}, {}, "gemm_lotr: r: expected 1 to 128, got 129"),
-    ("gemm_lotr", {"u": bf16(20, 0, 8), "F": bf16(24, 0, 8)}, {}, "gemm_lotr: r: expected 1 to 128, got 0"),
-    ("gemm_lotr", {"x": bf16(20, 0, 8), "W": bf16(24, 0, 8)}, {}, r"gemm_lotr: K: expected 1 to 2\^30, got 0"),
+    (
+        "gemm_lotr",
+        {"u": bf16(20, 129, 136), "F": bf16(24, 129, 136)},
+        {},
+        "gemm_lotr: r: expected 1 to 128, got 129",
+    ),
+    (
+        "gemm_lotr",
+        {"u": bf16(20, 0, 8), "F": bf16(24, 0, 8)},
+        {},
+        "gemm_lotr: r: expected 1 to 128, got 0",
+    ),
+    (
+        "gemm_lotr",
+        {"x": bf16(20, 0, 8), "W": bf16(24, 0, 8)},
+        {},
+        r"gemm_lotr: K: expected 1 to 2\^30, got 0",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("kernel", "changed", "numbers", "message"), BAD)
-def test_bad_argument_is_named(lib: ModuleType, kernel: str, changed: dict, numbers: dict, message: str) -> None:
+def test_bad_argument_is_named(
+    lib: ModuleType, kernel: str, changed: dict, numbers: dict, message: str
+) -> None:
     arrays = {name: a for name, a in (GOOD[kernel] | changed).items() if a is not None}
     with pytest.raises(ValueError, match=message):
         lib.run(kernel, arrays, numbers)
@@ -164,7 +230,10 @@ def test_unknown_kernel_type_and_rank_are_named(lib: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"run: name: expected one of shrink, .*, got shrunk"):
         lib.run("shrunk", GOOD["shrink"])
     with pytest.raises(ValueError, match="dtype: expected bfloat16 or float16, got float32"):
-        lib.run("gemm_lotr", {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()})
+        lib.run(
+            "gemm_lotr",
+            {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()},
+        )
     with pytest.raises(ValueError, match="fold: B: expected a rank from 1 to 256, got 257"):
         KERNELS["fold"](Shape(1, 8, 4, r2=257), "bf16").run(lib)
 
@@ -194,7 +263,9 @@ def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that wer
 def printed(calls: list[tuple]) -> list[str]:
     """What `launch` prints for each of the arguments, in one process."""
     command = [sys.executable, "-c", f"{PROGRAM}for call in {calls!r}: launch(*call)"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=True
+    ).stdout.splitlines()
 
 
 def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> None:
@@ -224,10 +295,21 @@ def test_bad_plan_is_refused(lib: ModuleType) -> None:
         "rows=64",
         "shrink rows=99999999999999999999",
     ]
-    large = {"shrink": "m_blocks=99", "expand_add": "n_blocks=1", "factor_grad": "cols=77", "fold_grad": "splits=4000"}
+    large = {
+        "shrink": "m_blocks=99",
+        "expand_add": "n_blocks=1",
+        "factor_grad": "cols=77",
+        "fold_grad": "splits=4000",
+    }
     plan = "; ".join(f"{op} {words}" for op, words in large.items())
-    lines = printed([(text, "shrink", "shrink") for text in words] + [(plan, op, op) for op in large])
-    for line, got in zip(lines[:6], ("shrunk", "rows", "splits=2", "rows=64", "rows=64", words[5].split()[1]), strict=True):
+    lines = printed(
+        [(text, "shrink", "shrink") for text in words] + [(plan, op, op) for op in large]
+    )
+    for line, got in zip(
+        lines[:6],
+        ("shrunk", "rows", "splits=2", "rows=64", "rows=64", words[5].split()[1]),
+        strict=True,
+    ):
         assert line.endswith(f", got {got}"), line
     assert lines[6:] == [
         "m_blocks from 1 to 6, got 99",
@@ -253,10 +335,21 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
                 bits.append(problem.checked(lib))
                 for launch in lib.counters()["launches"]:
                     seen.add(launch["name"])
-                    assert launch["early"] == early and launch["let_next"] == np.prod(launch["grid"]), (problem.name, launch)
+                    assert launch["early"] == early and launch["let_next"] == np.prod(
+                        launch["grid"]
+                    ), (problem.name, launch)
             assert bits[0] == bits[1], problem.name
-    large, small = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"}, {"fold", "fold_grad"}
-    assert seen == large | small | {"row_core", "row_core_grad", "row_ends", "sum_rows", "gemm_lotr"}
+    large, small = (
+        {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"},
+        {"fold", "fold_grad"},
+    )
+    assert seen == large | small | {
+        "row_core",
+        "row_core_grad",
+        "row_ends",
+        "sum_rows",
+        "gemm_lotr",
+    }
 
 
 def test_bits_of_gemm_lotr_do_not_depend_on_the_number_of_multiprocessors(lib: ModuleType) -> None:

@@ -49,7 +49,9 @@ def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
 @pytest.mark.full
 @EVERY_CASE
 def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
     @given(any_shape(KERNELS[kernel] in FUSED), st.integers(1, 200))
     def check(shape: Shape, seed: int) -> None:
         assert not failures(lib, [KERNELS[kernel](shape, kind)], [str(seed)])

@@ -34,12 +34,19 @@ EARLY, LATE = r"before griddepcontrol\.wait", "after griddepcontrol.launch_depen
 TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
 BEYOND = "wrote outside|behind its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
-Y, RING = ": y: ", ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight"
+Y, RING = (
+    ": y: ",
+    ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight",
+)
 
 
-def fused(text: str, instead: str, message: str = Y, kernels: str = BOTH, mode: str = "plain") -> Bug:
+def fused(
+    text: str, instead: str, message: str = Y, kernels: str = BOTH, mode: str = "plain"
+) -> Bug:
     """In gemm_lotr, whose quick cases have both element types."""
-    return Bug(text, instead, message, kernels, "bf16,fp16" if mode == "plain" else "bf16", "quick", mode)
+    return Bug(
+        text, instead, message, kernels, "bf16,fp16" if mode == "plain" else "bf16", "quick", mode
+    )
 
 
 # (the .cu that is compiled, the file of csrc/cuda that it includes): the bugs by name
@@ -48,9 +55,14 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "factor_of_the_first_launch_again": Bug(
             "piece.A = columns(p.A, first, call.type)", "piece.A = p.A", ": u: ", "shrink", "fp32"
         ),
-        "second_launch_does_not_add": Bug("    if (first > 0) piece.fresh = 0;\n", "", Y, "expand_fresh", "fp32"),
+        "second_launch_does_not_add": Bug(
+            "    if (first > 0) piece.fresh = 0;\n", "", Y, "expand_fresh", "fp32"
+        ),
         "workspace_of_one_part": Bug(
-            "plan.n_blocks * p.M * piece.parts_row", "p.M * piece.parts_row", f": u: |{BEYOND}", "shrink"
+            "plan.n_blocks * p.M * piece.parts_row",
+            "p.M * piece.parts_row",
+            f": u: |{BEYOND}",
+            "shrink",
         ),
         "sum_of_parts_does_not_add": Bug(
             "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,",
@@ -60,66 +72,132 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         ),
     },
     ("parts.cu", "kernels/sum_parts.cuh"): {
-        "first_part_left_out": Bug("for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", ": u: ", "shrink"),
-        "second_output_from_the_first_ones_row": Bug(
-            "(blockIdx.x - (is_first ? 0 : firsts)) * ROWS", "int64_t(blockIdx.x) * ROWS", ": Q: ", "shrink_grad"
+        "first_part_left_out": Bug(
+            "for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", ": u: ", "shrink"
         ),
-        "columns_of_the_padding": Bug("      if (col + e >= p.cols) break;\n", "", f": [uD]: |{BEYOND}", "shrink,factor_grad"),
+        "second_output_from_the_first_ones_row": Bug(
+            "(blockIdx.x - (is_first ? 0 : firsts)) * ROWS",
+            "int64_t(blockIdx.x) * ROWS",
+            ": Q: ",
+            "shrink_grad",
+        ),
+        "columns_of_the_padding": Bug(
+            "      if (col + e >= p.cols) break;\n", "", f": [uD]: |{BEYOND}", "shrink,factor_grad"
+        ),
     },
     ("parts.cu", "kernels/pack.cuh"): {
-        "columns_for_rows": Bug("c = down ? index / ROWS : index % COLS", "c = index % COLS", ": u: ", "shrink", shapes="all")
+        "columns_for_rows": Bug(
+            "c = down ? index / ROWS : index % COLS",
+            "c = index % COLS",
+            ": u: ",
+            "shrink",
+            shapes="all",
+        )
     },
     ("kernels_bf16.cu", "kernels/shrink.cuh"): {
-        "one_group_too_few": Bug("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();", "in flight|: u: ", "shrink"),
-        "A_stays": Bug("++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "++a.step;", ": u: ", "shrink"),
-        "parts_of_all_blocks_in_one_place": Bug("(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", ": u: ", "shrink"),
+        "one_group_too_few": Bug(
+            "cp_async_wait<STAGES - 2>();",
+            "cp_async_wait<STAGES - 1>();",
+            "in flight|: u: ",
+            "shrink",
+        ),
+        "A_stays": Bug(
+            "++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "++a.step;", ": u: ", "shrink"
+        ),
+        "parts_of_all_blocks_in_one_place": Bug(
+            "(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", ": u: ", "shrink"
+        ),
         "mask_of_the_first_columns": Bug(
-            "int64_t(k_begin + here.step) * COLS, p.K);", "int64_t(here.step) * COLS, p.K);", ": u: ", "shrink"
+            "int64_t(k_begin + here.step) * COLS, p.K);",
+            "int64_t(here.step) * COLS, p.K);",
+            ": u: ",
+            "shrink",
         ),
         "reads_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", "", EARLY, "shrink"),
-        "next_begins_before_the_wait": Bug("  ptx::griddepcontrol_wait();\n", TWICE, EARLY, "shrink"),
+        "next_begins_before_the_wait": Bug(
+            "  ptx::griddepcontrol_wait();\n", TWICE, EARLY, "shrink"
+        ),
     },
     ("kernels_bf16.cu", "tile/philox.cuh"): {
-        "mask_of_the_next_quad": Bug("bits >> shift & ", "bits & ", ": [uy]: ", "shrink,expand_add", shapes="all")
+        "mask_of_the_next_quad": Bug(
+            "bits >> shift & ", "bits & ", ": [uy]: ", "shrink,expand_add", shapes="all"
+        )
     },
     ("kernels_bf16.cu", "kernels/expand_add.cuh"): {
-        "strips_of_other_blocks": Bug("int(gridDim.y) * Traits::WARPS;", "Traits::WARPS;", Y, "expand_add"),
+        "strips_of_other_blocks": Bug(
+            "int(gridDim.y) * Traits::WARPS;", "Traits::WARPS;", Y, "expand_add"
+        ),
         "u_stays": Bug("    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;\n", "", Y, "expand_add"),
         "columns_in_order": Bug("c / 2 * CHUNK + 2 * j + c % 2;", "8 * j + c;", Y, "expand_add"),
-        "ragged_columns_are_whole": Bug(" && a.n < whole_n; };", "; };", f"{Y}|{BEYOND}", "expand_add"),
-        "bias_of_the_first_tile": Bug("&sm.bias[here.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"),
+        "ragged_columns_are_whole": Bug(
+            " && a.n < whole_n; };", "; };", f"{Y}|{BEYOND}", "expand_add"
+        ),
+        "bias_of_the_first_tile": Bug(
+            "&sm.bias[here.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"
+        ),
     },
     ("kernels_bf16.cu", "kernels/factor_grad.cuh"): {
-        "all_pieces_in_one_place": Bug("p.D + m_block * p.D_part + ", "p.D + ", ": D: ", "factor_grad")
+        "all_pieces_in_one_place": Bug(
+            "p.D + m_block * p.D_part + ", "p.D + ", ": D: ", "factor_grad"
+        )
     },
     ("kernels_bf16.cu", "kernels/rectangle.cuh"): {
-        "columns_beyond_the_matrix": Bug("left < owned ? left : owned;", "owned;", f": D: |{BEYOND}", "factor_grad"),
-        "rows_of_v_stay": Bug("++p.m, p.slot = tile::stage_after<STAGES>(p.slot);", "++p.m;", ": D: ", "factor_grad"),
+        "columns_beyond_the_matrix": Bug(
+            "left < owned ? left : owned;", "owned;", f": D: |{BEYOND}", "factor_grad"
+        ),
+        "rows_of_v_stay": Bug(
+            "++p.m, p.slot = tile::stage_after<STAGES>(p.slot);", "++p.m;", ": D: ", "factor_grad"
+        ),
     },
     ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {
         "first_half_of_the_rank_twice": Bug(
             "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": k: ", "shrink_grad"
         ),
-        "u_of_the_first_rows": Bug("    here.slot = tile::stage_after<STAGES>(here.slot);\n", "", ": Q: ", "shrink_grad"),
+        "u_of_the_first_rows": Bug(
+            "    here.slot = tile::stage_after<STAGES>(here.slot);\n", "", ": Q: ", "shrink_grad"
+        ),
         "k_of_all_columns_in_one_place": Bug(
-            "p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;", "p.k_parts;", ": k: ", "shrink_grad"
+            "p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;",
+            "p.k_parts;",
+            ": k: ",
+            "shrink_grad",
         ),
     },
     ("fold.cu", "kernels/fold.cuh"): {
-        "rows_of_the_first_split": Bug("n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", ": dcore: ", "fold_grad")
+        "rows_of_the_first_split": Bug(
+            "n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", ": dcore: ", "fold_grad"
+        )
     },
     ("fold.cu", "kernels/small_product.cuh"): {
-        "step_beyond_the_sum": Bug("k0 + k < K ? b(k0 + k, c) : 0.f", "b(k0 + k, c)", "not finite|: (F|d)", "fold,fold_grad")
+        "step_beyond_the_sum": Bug(
+            "k0 + k < K ? b(k0 + k, c) : 0.f",
+            "b(k0 + k, c)",
+            "not finite|: (F|d)",
+            "fold,fold_grad",
+        )
     },
     ("rows.cu", "kernels/row_core.cuh"): {
-        "rows_of_the_core_before": Bug("if (begin <= row && row < end", "if (row < end", ": h of core", "row_core"),
-        "rows_of_the_first_split_of_a_core": Bug("  begin += split * share;\n", "", r": dcores\[", "row_core_backward"),
-        "place_of_an_equal_key": Bug("(sorted + middle)) <= value)", "(sorted + middle)) < value)", ": d", "row_core_backward"),
-        "last_row_of_a_token": Bug("place < end; ++place)", "place < end - 1; ++place)", ": du", "row_core_backward"),
+        "rows_of_the_core_before": Bug(
+            "if (begin <= row && row < end", "if (row < end", ": h of core", "row_core"
+        ),
+        "rows_of_the_first_split_of_a_core": Bug(
+            "  begin += split * share;\n", "", r": dcores\[", "row_core_backward"
+        ),
+        "place_of_an_equal_key": Bug(
+            "(sorted + middle)) <= value)",
+            "(sorted + middle)) < value)",
+            ": d",
+            "row_core_backward",
+        ),
+        "last_row_of_a_token": Bug(
+            "place < end; ++place)", "place < end - 1; ++place)", ": du", "row_core_backward"
+        ),
     },
     ("sm90/gemm_lotr.cu", "sm90/gemm_lotr.cuh"): {
         "no_step_of_the_rank": fused("kk < Traits::BK && k + kk < p.r; kk", "kk < 0; kk"),
-        "only_the_first_16_ranks_of_a_step": fused("kk < Traits::BK && k + kk < p.r; kk", "kk < 16 && k + kk < p.r; kk"),
+        "only_the_first_16_ranks_of_a_step": fused(
+            "kk < Traits::BK && k + kk < p.r; kk", "kk < 16 && k + kk < p.r; kk"
+        ),
         "first_ranks_again": fused("step(U, k, m0,", "step(U, 0, m0,"),
         "ranks_of_the_other_warpgroup": fused(
             "u = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
@@ -129,43 +207,66 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "x = ptx::swizzled_descriptor(&stage.x[64 * group][0])",
             "x = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
         ),
-        "wrong_phase_of_full": fused("wait(&s.full[at.stage], at.parity)", "wait(&s.full[at.stage], at.parity ^ 1)", RING),
-        "wrong_phase_of_empty": fused("wait(&s.empty[at.stage], at.parity ^ 1)", "wait(&s.empty[at.stage], at.parity)", RING),
+        "wrong_phase_of_full": fused(
+            "wait(&s.full[at.stage], at.parity)", "wait(&s.full[at.stage], at.parity ^ 1)", RING
+        ),
+        "wrong_phase_of_empty": fused(
+            "wait(&s.empty[at.stage], at.parity ^ 1)", "wait(&s.empty[at.stage], at.parity)", RING
+        ),
         "parity_stays": fused("stage = 0, parity ^= 1", "stage = 0", RING),
-        "ring_starts_anew": fused("float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {}; at = {};", RING),
+        "ring_starts_anew": fused(
+            "float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {}; at = {};", RING
+        ),
         "bytes_of_w_forgotten": fused("(full, sizeof(Stage))", "(full, sizeof(Stage::x))", RING),
-        "bytes_of_a_share": fused("(full, sizeof(Stage))", "(full, sizeof(Stage) - sizeof(Stage::w) / 2)", RING),
-        "one_reader_too_few": fused("Traits::WARPS * Traits::PAIR)", "Traits::WARPS * Traits::PAIR - 1)", RING),
-        "given_back_to_the_own_block": fused("(&s.empty[stage], lane)", "(&s.empty[stage], blockIdx.x % 2)", RING),
+        "bytes_of_a_share": fused(
+            "(full, sizeof(Stage))", "(full, sizeof(Stage) - sizeof(Stage::w) / 2)", RING
+        ),
+        "one_reader_too_few": fused(
+            "Traits::WARPS * Traits::PAIR)", "Traits::WARPS * Traits::PAIR - 1)", RING
+        ),
+        "given_back_to_the_own_block": fused(
+            "(&s.empty[stage], lane)", "(&s.empty[stage], blockIdx.x % 2)", RING
+        ),
         "given_back_early": fused("if (k > 0) release(at.before());", "release(at.stage);", RING),
         "both_blocks_load_one_share": fused("int(blockIdx.x) % Traits::PAIR * Traits::SHARE", "0"),
-        "a_share_for_the_own_block": fused("(1 << Traits::PAIR) - 1)", "1 << blockIdx.x % 2)", RING),
+        "a_share_for_the_own_block": fused(
+            "(1 << Traits::PAIR) - 1)", "1 << blockIdx.x % 2)", RING
+        ),
         "columns_of_the_first_share": fused("F, k, n0 + share, full", "F, k, n0, full"),
         "K_major_for_MN_major": fused(
-            "ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)", "ptx::swizzled_descriptor(stage.w)"
+            "ptx::swizzled_descriptor_mn(stage.w, sizeof(T) * Traits::BK * 64)",
+            "ptx::swizzled_descriptor(stage.w)",
         ),
         "wrong_panel": fused("sizeof(T) * Traits::BK * 64)", "1024)"),
         "wrong_step_along_k": fused("Traits::BACKWARD ? 64 * kk : kk", "kk"),
-        "sum_starts_at_one": fused("float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {1};"),
+        "sum_starts_at_one": fused(
+            "float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {1};"
+        ),
         "rows_of_the_first_block": fused(
-            "(tile.band * Traits::PAIR + rank) * Traits::BM", "tile.band * Traits::PAIR * Traits::BM"
+            "(tile.band * Traits::PAIR + rank) * Traits::BM",
+            "tile.band * Traits::PAIR * Traits::BM",
         ),
         "tile_left_out": fused("i < p.tiles.count()", "i < p.tiles.count() - 1"),
         "column_walked_twice": fused(
-            "{first + rest % together, rest / together}", "{first + rest % together, rest % together}"
+            "{first + rest % together, rest / together}",
+            "{first + rest % together, rest % together}",
         ),
         "not_swizzled": fused("8 * (j ^ row % 8) + pair", "8 * j + pair"),
         "panel_of_the_first_column": fused("n0 + panel * Traits::PANEL, m0, out", "n0, m0, out"),
         "rows_of_one_warpgroup": fused("m0 + 64 * group, n0)", "m0, n0)"),
         "buffer_written_too_early": fused("bulk_wait_read<1>()", "bulk_wait_read<2>()"),
-        "one_bias_for_both": fused("ptx::store_shared(&s.bias[group][thread", "ptx::store_shared(&s.bias[0][thread"),
+        "one_bias_for_both": fused(
+            "ptx::store_shared(&s.bias[group][thread", "ptx::store_shared(&s.bias[0][thread"
+        ),
         "stores_after_the_next_may_begin": fused(
             "  ptx::griddepcontrol_wait();\n",
             "  ptx::griddepcontrol_wait();\n  ptx::griddepcontrol_launch_dependents();\n",
             LATE,
         ),
         "next_may_begin_before_the_wait": fused("  ptx::griddepcontrol_wait();\n", TWICE, EARLY),
-        "bias_beyond_the_matrix": fused("from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"),
+        "bias_beyond_the_matrix": fused(
+            "from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"
+        ),
         "given_back_before_the_wait": fused(
             "        ptx::wgmma_wait<1>();\n        if (k > 0) release(at.before());",
             "        if (k > 0) release(at.before());\n        ptx::wgmma_wait<1>();",
@@ -179,7 +280,13 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
 
 def case(unit: str, file: str, name: str, bug: Bug) -> object:
     """The other builds of the executor take minutes to compile."""
-    return pytest.param(unit, file, bug, id=name, marks=pytest.mark.slow if bug.mode == "plain" else pytest.mark.full)
+    return pytest.param(
+        unit,
+        file,
+        bug,
+        id=name,
+        marks=pytest.mark.slow if bug.mode == "plain" else pytest.mark.full,
+    )
 
 
 CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug in bugs.items()]
@@ -188,10 +295,21 @@ CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug i
 @pytest.mark.parametrize(("unit", "file", "bug"), CASES)
 def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
     module = build.planted_module(bug.mode, unit, file, bug.text, bug.instead, tmp_path)
-    sweep = [sys.executable, str(HERE / "sweep.py"), "--mode", bug.mode, "--module", str(module), "--shapes", bug.shapes]
+    sweep = [
+        sys.executable,
+        str(HERE / "sweep.py"),
+        "--mode",
+        bug.mode,
+        "--module",
+        str(module),
+        "--shapes",
+        bug.shapes,
+    ]
     sweep += ["--kinds", bug.kinds, "--kernels", bug.kernels, "--schedules", "forward,reverse,103"]
     environment = build.python_environment(bug.mode)
     done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
     died = done.returncode < 0  # far outside an array
     said = done.stderr if bug.mode == "asan" else done.stdout
-    assert died or (done.returncode and re.search(bug.message, said)), done.stdout[-3000:] + done.stderr[-3000:]
+    assert died or (done.returncode and re.search(bug.message, said)), (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )

@@ -22,7 +22,13 @@ from cases import KERNELS, Shape  # noqa: E402
 
 RECORD = HERE / "traffic.json"
 # kernel: its large matrix, which moves once. gemm_lotr reads x and W once for each tile of 256 columns or rows.
-OF_ADAPTER = {"shrink": "x", "expand_add": "y", "expand_fresh": "y", "factor_grad": "x", "shrink_grad": "g"}
+OF_ADAPTER = {
+    "shrink": "x",
+    "expand_add": "y",
+    "expand_fresh": "y",
+    "factor_grad": "x",
+    "shrink_grad": "g",
+}
 FUSED = {"gemm_lotr": "y", "gemm_lotr_backward": "y"}
 LARGE = OF_ADAPTER | FUSED
 SHAPES = {
@@ -32,9 +38,17 @@ SHAPES = {
     "A100": Shape(512, 1024, 16, PACKED, sms=108),
     "base product": Shape(1024, 192, 16, PACKED, n=512, sms=6),
 }
-CASES = [(kernel, shape, "bf16") for kernel in OF_ADAPTER for shape in ("layer", "rank 64", "decoding", "A100")]
-CASES += [(kernel, "base product", "bf16") for kernel in FUSED] + [(kernel, "A100", "fp32") for kernel in OF_ADAPTER]
-CASES += [(kernel, "A100", "bf16") for kernel in ("fold", "fold_grad", "row_core", "row_core_backward")]
+CASES = [
+    (kernel, shape, "bf16")
+    for kernel in OF_ADAPTER
+    for shape in ("layer", "rank 64", "decoding", "A100")
+]
+CASES += [(kernel, "base product", "bf16") for kernel in FUSED] + [
+    (kernel, "A100", "fp32") for kernel in OF_ADAPTER
+]
+CASES += [
+    (kernel, "A100", "bf16") for kernel in ("fold", "fold_grad", "row_core", "row_core_backward")
+]
 Counts = dict[str, list[int]]  # bytes read and written of each array
 
 
@@ -56,18 +70,31 @@ def recorded() -> dict[str, Counts]:
 def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
     moved, counters = count(lib, kernel, shape, kind)
     kept = recorded()[f"{kernel}, {shape}, {kind}"]
-    more = [name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()]
-    assert not more, f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
+    more = [
+        name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()
+    ]
+    assert not more, (
+        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
+    )
     if kernel in LARGE:
         m, k, n = SHAPES[shape].m, SHAPES[shape].k, SHAPES[shape].columns
         size = m * (n if kernel in FUSED else k) * np.dtype(DTYPE[kind]).itemsize
         reads, writes = LARGE[kernel] != "y" or kernel == "expand_add", LARGE[kernel] == "y"
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
-        summed = {"u", "k", "D", "Q"} if "sum_parts" in [one["name"] for one in counters["launches"]] else set()  # by elements
+        summed = (
+            {"u", "k", "D", "Q"}
+            if "sum_parts" in [one["name"] for one in counters["launches"]]
+            else set()
+        )  # by elements
         arrays = [
-            a for name, a in counters["arrays"].items() if name not in summed or (a["read_bytes"] and not a["written_bytes"])
+            a
+            for name, a in counters["arrays"].items()
+            if name not in summed or (a["read_bytes"] and not a["written_bytes"])
         ]
-        bytes_, sectors = (sum(a[f"read_{what}"] + a[f"written_{what}"] for a in arrays) for what in ("bytes", "sectors"))
+        bytes_, sectors = (
+            sum(a[f"read_{what}"] + a[f"written_{what}"] for a in arrays)
+            for what in ("bytes", "sectors")
+        )
         assert bytes_ >= 0.95 * 32 * sectors, "whole sectors"
         assert counters["shared_wavefronts"] <= 1.05 * counters["shared_phases"], "bank conflicts"
         products = m // 64 * n // 256 * (k // 16 + 1) if kernel in FUSED else 0
@@ -88,7 +115,10 @@ def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:
     """Sorted rows read u and write h once, an index once, and a core once for each block of 32 rows."""
     rows, cores, r = 4096, 8, 16
     rng = np.random.default_rng(0)
-    u, G = rng.standard_normal((rows, r)).astype(np.float32), rng.standard_normal((cores, r, r)).astype(np.float32)
+    u, G = (
+        rng.standard_normal((rows, r)).astype(np.float32),
+        rng.standard_normal((cores, r, r)).astype(np.float32),
+    )
     lib.set_device(multiprocessors=16)
     lib.set_options(count_memory=True)
     lib.reset_counters()

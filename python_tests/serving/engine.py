@@ -13,7 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-SETTINGS = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True}
+SETTINGS = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "max_model_len": 64,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+}
 SETTINGS |= {"enable_prefix_caching": False, "enable_lora": True, "max_lora_rank": 8}
 
 
@@ -25,7 +31,11 @@ def environment(factors: str | None) -> None:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1"}
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if factors:
         os.environ["LOTR_FACTORS"] = factors
@@ -47,7 +57,9 @@ def main(spec: dict) -> None:
             loaded[number] = LoRARequest(name, number, folder)
             return None
         count = one["tokens"]
-        params = SamplingParams(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False
+        )
         prompts = [{"prompt_token_ids": ids} for ids, _ in one["generate"]]
         requests = [None if number is None else loaded[number] for _, number in one["generate"]]
         found = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)

@@ -23,7 +23,9 @@ from lotr_ext.vllm import export_factors, export_task
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python"))
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is missing (make serve-test)")
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is missing (make serve-test)"
+)
 
 SIZES = {
     "vocab_size": 256,
@@ -64,15 +66,29 @@ def base(kind: str, folder: Path, **sizes) -> nn.Module:
     return model
 
 
-def banked(kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = None, **settings) -> nn.Module:
+def banked(
+    kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = None, **settings
+) -> nn.Module:
     """The model with a bank of random tasks; its factors and tasks are exported."""
-    options = {"rank": (3, 5), "scaling": 7.5, "target_modules": "all-linear", "group_by": "width", **settings}
+    options = {
+        "rank": (3, 5),
+        "scaling": 7.5,
+        "target_modules": "all-linear",
+        "group_by": "width",
+        **settings,
+    }
     model = apply_lotr(base(kind, folder, **(sizes or {})), LoTRConfig(**options))
     bank = TaskBank(model, tasks)
     for i in range(tasks):
         g = torch.Generator().manual_seed(i)
         task = bank.add()
-        bank.replace(task, {name: torch.randn(core.shape, generator=g) * 0.7 for name, core in bank.cores_of(task).items()})
+        bank.replace(
+            task,
+            {
+                name: torch.randn(core.shape, generator=g) * 0.7
+                for name, core in bank.cores_of(task).items()
+            },
+        )
     export_factors(model, folder / "factors")
     for i in range(tasks):
         export_task(model, folder / f"task-{i}", task=i)
@@ -85,16 +101,27 @@ def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
     with use_tasks(model, torch.tensor(tasks)):
         rows = IDS[: len(tasks)]
         found = model.generate(
-            rows, attention_mask=torch.ones_like(rows), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+            rows,
+            attention_mask=torch.ones_like(rows),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
         )
     return found[:, rows.shape[1] :].tolist()
 
 
 def run(folder: Path, steps: list[dict], *, factors: Path | bool = True, **options) -> list:
     where = folder / "factors" if factors is True else factors
-    spec = {"model": str(folder / "base"), "factors": str(where) if where else None, "options": options}
+    spec = {
+        "model": str(folder / "base"),
+        "factors": str(where) if where else None,
+        "options": options,
+    }
     (folder / "spec.json").write_text(json.dumps({**spec, "steps": steps}))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOTR_")} | {"PYTHONPATH": str(ROOT)}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("LOTR_")
+    } | {"PYTHONPATH": str(ROOT)}
     command = [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -106,7 +133,10 @@ def load(folder: Path, number: int, **more) -> dict:
 
 
 def batch(numbers: list[int | None]) -> dict:
-    return {"generate": [[IDS[i].tolist(), number] for i, number in enumerate(numbers)], "tokens": NEW}
+    return {
+        "generate": [[IDS[i].tolist(), number] for i, number in enumerate(numbers)],
+        "tokens": NEW,
+    }
 
 
 @pytest.mark.parametrize(
@@ -114,7 +144,10 @@ def batch(numbers: list[int | None]) -> dict:
     [
         ("llama", {}),
         ("qwen3", {"group_by": "shape"}),
-        ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12}),  # over max_lora_rank
+        (
+            "llama",
+            {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12},
+        ),  # over max_lora_rank
         ("phi3", {}),
         ("qwen3-moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     ],
@@ -152,7 +185,12 @@ def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
     first = greedy(model, [0] * 5)
     moved = tmp_path / "new"
     export_task(model, moved, task=1)
-    steps = [load(tmp_path / "task-0", 1), batch([1] * 5), load(moved, 1, inplace=True), batch([1] * 5)]
+    steps = [
+        load(tmp_path / "task-0", 1),
+        batch([1] * 5),
+        load(moved, 1, inplace=True),
+        batch([1] * 5),
+    ]
     found = run(tmp_path, steps, max_loras=2)
     assert found[1] == first and found[3] == greedy(model, [1] * 5) != first
 
@@ -162,9 +200,17 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     export_lora(model, tmp_path / "lora", base_model="base")
     banked("llama", tmp_path / "other", 1, rank=4)
     spoiled = {name: spoil(tmp_path, name) for name in ("nan", "shape", "missing", "cut")}
-    wrong = [tmp_path / "lora", tmp_path / "factors", tmp_path / "other" / "task-0", *spoiled.values(), tmp_path / "nowhere"]
+    wrong = [
+        tmp_path / "lora",
+        tmp_path / "factors",
+        tmp_path / "other" / "task-0",
+        *spoiled.values(),
+        tmp_path / "nowhere",
+    ]
     steps = [load(folder, i + 2) for i, folder in enumerate(wrong)]
-    found = run(tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2)
+    found = run(
+        tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2
+    )
     messages = [
         "expected a task by export_task, got an adapter of LORA",
         "expected a JSON file",
@@ -184,7 +230,8 @@ def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
     banked("llama", tmp_path, 1)
     banked("llama", tmp_path / "wider", 1, {"intermediate_size": 160})
     with pytest.raises(
-        AssertionError, match=r"LOTR_FACTORS: expected \(128, 96\) features at model.layers.0.mlp.gate_proj, got"
+        AssertionError,
+        match=r"LOTR_FACTORS: expected \(128, 96\) features at model.layers.0.mlp.gate_proj, got",
     ):
         run(tmp_path, [], factors=tmp_path / "wider" / "factors", max_loras=2)
 

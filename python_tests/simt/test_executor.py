@@ -18,8 +18,16 @@ def line_of(mark: str) -> int:
 
 
 def run(*arguments: str, mode: str = "plain", **schedule: object) -> str:
-    env = build.environment(mode) | {f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()}
-    done = subprocess.run([build.program(mode, SOURCE), *arguments], capture_output=True, text=True, env=env, timeout=1000)
+    env = build.environment(mode) | {
+        f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()
+    }
+    done = subprocess.run(
+        [build.program(mode, SOURCE), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=1000,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.rstrip("\n")
 
@@ -65,7 +73,9 @@ def test_thousands_of_blocks() -> None:
 
 def test_bad_options() -> None:
     assert run("schedule", preempt=256) == "error: set_options: preempt is 256, expected 0 to 255"
-    assert "LOTR_SIMT_ORDER: expected forward, reverse or random, got sideways" in run("schedule", order="sideways")
+    assert "LOTR_SIMT_ORDER: expected forward, reverse or random, got sideways" in run(
+        "schedule", order="sideways"
+    )
 
 
 def test_leaving_out_a_barrier() -> None:

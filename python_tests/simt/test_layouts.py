@@ -19,7 +19,9 @@ N, K = 256, 64
 
 @pytest.fixture(scope="module")
 def printed() -> dict:
-    done = subprocess.run([build.program("plain", PROGRAMS / "layouts.cpp")], capture_output=True, text=True)
+    done = subprocess.run(
+        [build.program("plain", PROGRAMS / "layouts.cpp")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -43,7 +45,9 @@ def d_wgmma(thread: int, i: int) -> tuple[int, int]:
     return 16 * warp + (lane >> 2) + 8 * ((i >> 1) & 1), (lane % 4) * 2 + 8 * (i >> 2) + (i & 1)
 
 
-def gather(values: list[float], place: Callable[[int, int], tuple[int, int]], shape: tuple[int, int]) -> np.ndarray:
+def gather(
+    values: list[float], place: Callable[[int, int], tuple[int, int]], shape: tuple[int, int]
+) -> np.ndarray:
     """The matrix whose elements the threads hold, thread after thread."""
     per_thread = np.asarray(values).reshape(128 if place is d_wgmma else 32, -1)
     matrix = np.full(shape, np.nan)
@@ -62,7 +66,9 @@ def test_mma(printed: dict, kind: str) -> None:
     assert (np.abs(d - (a @ b + c)) <= bound).all()
 
 
-@pytest.mark.parametrize("kind, tiles, trans", [(0, 4, False), (1, 4, True), (2, 2, False), (3, 2, True)])
+@pytest.mark.parametrize(
+    "kind, tiles, trans", [(0, 4, False), (1, 4, True), (2, 2, False), (3, 2, True)]
+)
 def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
     registers = np.asarray(printed["ldmatrix"]["r"], np.uint32).reshape(4, 32, 4)[kind]
     memory = np.arange(256).reshape(4, 8, 8)  # tile, row, column, as the program filled it
@@ -118,6 +124,9 @@ def test_wgmma(printed: dict, major: str) -> None:
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
     at_first = gather([float(i) for _ in range(128) for i in range(N // 2)], d_wgmma, (64, N))
-    whole, part = gather(out[:, : N // 2], d_wgmma, (64, N)), gather(out[:, N // 2 : N], d_wgmma, (64, N))
+    whole, part = (
+        gather(out[:, : N // 2], d_wgmma, (64, N)),
+        gather(out[:, N // 2 : N], d_wgmma, (64, N)),
+    )
     assert np.abs(whole - (at_first + a @ b.T)).max() < 1e-3
     assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3

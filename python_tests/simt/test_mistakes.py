@@ -17,15 +17,21 @@ REFUSED = "a GPU would refuse this launch: "
 
 # mistake: by mode, what must be reported
 MISTAKES: dict[str, dict[str, str]] = {
-    "deadlock": {"plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, .*64 threads from 64 on have exited"},
+    "deadlock": {
+        "plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, .*64 threads from 64 on have exited"
+    },
     "divergent_barrier": {"plain": rf"divergent barrier: thread 96 .* {AT} while others wait {AT}"},
-    "named_barrier_alone": {"plain": "deadlock: .*32 threads from 0 on are at bar.sync, .*__syncthreads"},
+    "named_barrier_alone": {
+        "plain": "deadlock: .*32 threads from 0 on are at bar.sync, .*__syncthreads"
+    },
     "named_barrier_counts": {"plain": "gives 128 threads, .* gave 64"},
     "divergent_warp": {"plain": r"divergent warp: lane 16 is at __syncwarp .*__shfl_xor_sync"},
     "shuffle_outside_mask": {"plain": "reads lane 16, which is not in mask 0000ffff"},
     "product_of_half_a_warp": {"plain": "divergent warp: lane 16 .* is at mma"},
     "throws": {"plain": "exception in a kernel: from a kernel"},
-    "shared_store_outside": {"plain": rf"st.shared {AT}: address is outside the block's shared memory"},
+    "shared_store_outside": {
+        "plain": rf"st.shared {AT}: address is outside the block's shared memory"
+    },
     "copy_outside": {"plain": rf"cp.async {AT}: address is outside the block's shared memory"},
     "misaligned_copy": {"plain": rf"cp.async {AT}: global address .* is not aligned to 16"},
     "misaligned_load": {"plain": rf"ld.global {AT}: global address .* is not aligned to 16"},
@@ -33,7 +39,9 @@ MISTAKES: dict[str, dict[str, str]] = {
     "reads_a_copy_in_flight": {"asan": "use-after-poison"},
     "copy_beyond_an_array": {"asan": "heap-buffer-overflow"},
     "store_beyond_an_array": {"asan": "heap-buffer-overflow"},
-    "no_barrier": {"race": r"read after write\) on shared memory.* mistakes.cpp:\d+ .* of the same block"},
+    "no_barrier": {
+        "race": r"read after write\) on shared memory.* mistakes.cpp:\d+ .* of the same block"
+    },
     "no_syncwarp": {"race": "data race .*shared memory"},
     "plain_sum": {"race": "data race .*shared memory"},
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
@@ -43,22 +51,40 @@ MISTAKES: dict[str, dict[str, str]] = {
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},
     "arrivals_beyond_20_bits": {"plain": r"1048576 arrivals, expected 1 to 2\^20 - 1"},
     "bytes_beyond_20_bits": {"plain": r"1048576 bytes are announced, expected at most 2\^20 - 1"},
-    "reaches_a_block_too_early": {"plain": rf"{AT}: no barrier of the cluster yet: block 1 may not"},
+    "reaches_a_block_too_early": {
+        "plain": rf"{AT}: no barrier of the cluster yet: block 1 may not"
+    },
     "reaches_a_block_that_has_exited": {"plain": "block 0 of the cluster has exited"},
-    "divergent_cluster_barrier": {"plain": "divergent warp: lane 1 is at barrier.cluster.*mbarrier"},
+    "divergent_cluster_barrier": {
+        "plain": "divergent warp: lane 1 is at barrier.cluster.*mbarrier"
+    },
     "misaligned_tile": {"plain": "multiple of 1024 bytes, got offset 128"},
     "multicast_outside": {"plain": "blocks 0x7 of a cluster of 2"},
-    "exits_with_a_bulk_copy_in_flight": {"plain": "the block exits while 1 bulk copies to its shared memory are in flight"},
-    "no_proxy_fence": {"plain": "has not called fence.proxy.async since its store to shared offset"},
+    "exits_with_a_bulk_copy_in_flight": {
+        "plain": "the block exits while 1 bulk copies to its shared memory are in flight"
+    },
+    "no_proxy_fence": {
+        "plain": "has not called fence.proxy.async since its store to shared offset"
+    },
     "no_wgmma_fence": {"plain": rf"wgmma {AT}: no wgmma.fence"},
-    "stores_early": {"plain": rf"st.global {AT}: global memory in an early launch before griddepcontrol.wait"},
-    "copies_early": {"plain": rf"cp.async {AT}: global memory in an early launch before griddepcontrol.wait"},
-    "lets_the_next_begin_early": {"plain": rf"griddepcontrol.launch_dependents {AT}: before griddepcontrol.wait"},
-    "exits_early": {"plain": "exits from an early launch without griddepcontrol.wait .*thread 100:"},
+    "stores_early": {
+        "plain": rf"st.global {AT}: global memory in an early launch before griddepcontrol.wait"
+    },
+    "copies_early": {
+        "plain": rf"cp.async {AT}: global memory in an early launch before griddepcontrol.wait"
+    },
+    "lets_the_next_begin_early": {
+        "plain": rf"griddepcontrol.launch_dependents {AT}: before griddepcontrol.wait"
+    },
+    "exits_early": {
+        "plain": "exits from an early launch without griddepcontrol.wait .*thread 100:"
+    },
     "no_grid": {"plain": f"{REFUSED}gridDim.x is 0, expected 1 to 2147483647"},
     "too_many_threads": {"plain": f"{REFUSED}threads in a block is 1056, expected 1 to 1024"},
     "too_large_a_cluster": {"plain": f"{REFUSED}blocks in a cluster is 16, expected 1 to 8"},
-    "too_much_shared_memory": {"plain": f"{REFUSED}shared memory in bytes is 300000, expected 1 to 232448"},
+    "too_much_shared_memory": {
+        "plain": f"{REFUSED}shared memory in bytes is 300000, expected 1 to 232448"
+    },
     "too_little_shared_memory": {"plain": "shared struct has 9216 bytes, the launch gave 4608"},
     "empty_tensor_map": {"plain": "tensor map: expected at least one row and column"},
 }
@@ -68,7 +94,9 @@ UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine that has no switc
 def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[list[str], str]:
     """What is printed, and what AddressSanitizer says."""
     program = build.program(mode, SOURCE, defines)
-    env = build.environment(mode) | {f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()}
+    env = build.environment(mode) | {
+        f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()
+    }
     done = subprocess.run([program, mistake], capture_output=True, text=True, env=env, timeout=1000)
     return done.stdout.splitlines(), done.stderr
 
@@ -76,7 +104,9 @@ def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[lis
 @pytest.mark.parametrize(
     ("mistake", "mode"),
     [
-        pytest.param(mistake, mode, id=f"{mistake}-{mode}", marks=[pytest.mark.full] * (mode == "asan"))
+        pytest.param(
+            mistake, mode, id=f"{mistake}-{mode}", marks=[pytest.mark.full] * (mode == "asan")
+        )
         for mistake, modes in MISTAKES.items()
         for mode in modes
     ],
@@ -100,6 +130,10 @@ def test_noticed_on_fibers_of_ucontext() -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "race", pytest.param("asan", marks=pytest.mark.full)])
 def test_no_false_alarm(mode: str) -> None:
-    for order, seed in [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(1, 10))]:
+    for order, seed in [
+        ("forward", 0),
+        ("reverse", 0),
+        *(("random", seed) for seed in range(1, 10)),
+    ]:
         schedule = {"order": order, "seed": seed, "preempt": 16 if order == "random" else 0}
         assert run("right", mode, **schedule) == (["nothing", "right"], ""), schedule

@@ -17,7 +17,11 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 # instructions of the kernels; with operands where these tell two forms apart
 SM80 = [
-    *(f"{op}.{word}" for op in ("ld.global", "st.global") for word in ("u16", "u32", "v2.u32", "v4.u32")),
+    *(
+        f"{op}.{word}"
+        for op in ("ld.global", "st.global")
+        for word in ("u16", "u32", "v2.u32", "v4.u32")
+    ),
     *("ld.shared.u16", "ld.shared.v4.u32", "st.shared.u16", "st.shared.u32", "st.shared.v4.u32"),
     *(
         "cp.async.cg.shared.global.L2::128B",
@@ -33,12 +37,20 @@ BULK = "cp.async.bulk.tensor.2d"
 SM90 = [
     *("griddepcontrol.wait", "griddepcontrol.launch_dependents", "prefetch.tensormap"),
     *("barrier.cluster.arrive.aligned", "barrier.cluster.wait.aligned", "mapa.shared::cluster.u32"),
-    *("mbarrier.init.shared::cta.b64", "fence.mbarrier_init.release.cluster", "mbarrier.try_wait.parity.shared::cta.b64"),
+    *(
+        "mbarrier.init.shared::cta.b64",
+        "fence.mbarrier_init.release.cluster",
+        "mbarrier.try_wait.parity.shared::cta.b64",
+    ),
     *("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.shared::cluster.b64"),
     f"{BULK}.shared::cluster.global.mbarrier::complete_tx::bytes",
     f"{BULK}.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster",
     *(f"{BULK}.global.shared::cta.bulk_group", "fence.proxy.async.shared::cta"),
-    *("cp.async.bulk.commit_group", "cp.async.bulk.wait_group.read 1", "cp.async.bulk.wait_group 0"),
+    *(
+        "cp.async.bulk.commit_group",
+        "cp.async.bulk.wait_group.read 1",
+        "cp.async.bulk.wait_group 0",
+    ),
     *("wgmma.fence.sync.aligned", "wgmma.commit_group.sync.aligned"),
     *("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1"),
     *(f"wgmma.mma_async.sync.aligned.m64n256k16.f32.{kind}.{kind}" for kind in ("bf16", "f16")),
@@ -48,16 +60,34 @@ SM90 = [
 def instructions(source: str, target: str, folder: Path) -> list[str]:
     """Opcodes and operands of a source's PTX, registers without their numbers, one an entry."""
     ptx = folder / "kernel.ptx"
-    command = [NVCC, "-std=c++17", f"-arch={target}", f"-I{build.CSRC}", "-ptx", CUDA / source, "-o", ptx]
+    command = [
+        NVCC,
+        "-std=c++17",
+        f"-arch={target}",
+        f"-I{build.CSRC}",
+        "-ptx",
+        CUDA / source,
+        "-o",
+        ptx,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = (re.sub(r"%(r|rd|f|h|p|rs)\d+", r"%\1", line.strip()) for line in ptx.read_text().splitlines())
-    return [re.sub(r"\s+", " ", one.rstrip(";")) for one in lines if one and not one.startswith((".", "//", "{", "}", "$"))]
+    lines = (
+        re.sub(r"%(r|rd|f|h|p|rs)\d+", r"%\1", line.strip())
+        for line in ptx.read_text().splitlines()
+    )
+    return [
+        re.sub(r"\s+", " ", one.rstrip(";"))
+        for one in lines
+        if one and not one.startswith((".", "//", "{", "}", "$"))
+    ]
 
 
 def missing(expected: list[str], found: list[str]) -> list[str]:
     """Those that are not there, alone or before operands."""
-    return [op for op in expected if not any(line == op or line.startswith(f"{op} ") for line in found)]
+    return [
+        op for op in expected if not any(line == op or line.startswith(f"{op} ") for line in found)
+    ]
 
 
 @needs_nvcc
@@ -73,22 +103,44 @@ def test_wrappers_of_hopper_are_their_instructions(tmp_path: Path) -> None:
     found = instructions("sm90/gemm_lotr.cu", "sm_90a", tmp_path)
     assert missing(SM90, found) == []
     products = {line.split("}, ", 1)[1] for line in found if line.startswith("wgmma.mma_async")}
-    assert products == {"%rd, %rd, p, 1, 1, 0, 0", "%rd, %rd, p, 1, 1, 0, 1"}  # the second: b is MN-major
+    assert products == {
+        "%rd, %rd, p, 1, 1, 0, 0",
+        "%rd, %rd, p, 1, 1, 0, 1",
+    }  # the second: b is MN-major
 
 
 def test_static_shared_memory_does_not_compile_on_the_host(tmp_path: Path) -> None:
     """Each thread would silently have its own copy there."""
     source = tmp_path / "kernel.cpp"
-    source.write_text('#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n')
-    command = [build.compiler(), "-std=c++17", "-fsyntax-only", f"-I{build.CSRC}", "-isystem", build.cuda_include(), source]
+    source.write_text(
+        '#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
+    )
+    command = [
+        build.compiler(),
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{build.CSRC}",
+        "-isystem",
+        build.cuda_include(),
+        source,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "no_static_shared_memory_use_lotr_ptx_shared_storage" in done.stderr
+    assert (
+        done.returncode != 0
+        and "no_static_shared_memory_use_lotr_ptx_shared_storage" in done.stderr
+    )
 
 
 def test_kernels_call_every_wrapper() -> None:
     """Each function of csrc/cuda/ptx and csrc/cuda/sm90 that has a site is an instruction."""
     files = [*(CUDA / "ptx").glob("*.cuh"), *(CUDA / "sm90").glob("*.cuh")]
-    called = "".join(path.read_text() for name in ("kernels", "tile", "sm90") for path in (CUDA / name).glob("*.cuh"))
+    called = "".join(
+        path.read_text()
+        for name in ("kernels", "tile", "sm90")
+        for path in (CUDA / name).glob("*.cuh")
+    )
     pattern = r"LOTR_DEVICE [^\n;{]*?\b(\w+)\((?:[^;{]*?[ (])?LOTR_SITE(?:_ONLY)?\)"
-    names = {name for path in files for name in re.findall(pattern, path.read_text(encoding="utf-8"))}
+    names = {
+        name for path in files for name in re.findall(pattern, path.read_text(encoding="utf-8"))
+    }
     assert len(names) >= 30 and not [name for name in sorted(names) if f"ptx::{name}" not in called]

@@ -1,18 +1,20 @@
-// factor_grad:  D += drop(x)^T v          x [M, K], v [M, r], D [K, r] float32;   dA += x^T k, Q = g^T u
+// factor_grad:  D += drop(x)^T v          x [M, K], v [M, r], D [K, r] float32;   dA += x^T k, Q =
+// g^T u
 //
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
-// Bytes    x once, in whole 128-byte lines; v once for each piece of K; D in and out; with s pieces of M,
-//          4 K r written s times as parts and read s times by sum_parts.  plan.h balances the pieces of K
-//          against s.
+// Bytes    x once, in whole 128-byte lines; v once for each piece of K; D in and out; with s pieces
+// of M,
+//          4 K r written s times as parts and read s times by sum_parts.  plan.h balances the
+//          pieces of K against s.
 // Sums     float32; over m in the block's order, then over the pieces of M in order (sum_parts.cuh)
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |
 //   v  slot  m % STAGES   L L L P P P P |
-// v is copied with the first column tile of its row tile, into slot m % STAGES, and stays for all column
-// tiles.  A copy is issued STAGES - 1 tiles ahead, hence at most STAGES - 1 row tiles ahead: the slot's last
-// reader is done.
+// v is copied with the first column tile of its row tile, into slot m % STAGES, and stays for all
+// column tiles.  A copy is issued STAGES - 1 tiles ahead, hence at most STAGES - 1 row tiles ahead:
+// the slot's last reader is done.
 #pragma once
 #include "rectangle.cuh"
 
@@ -38,8 +40,10 @@ struct FactorGradTraits {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(const FactorGradParams p) {
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS, COLS = Traits::COLS;
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS)
+    factor_grad(const FactorGradParams p) {
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS,
+                COLS = Traits::COLS;
   using Stage = typename Traits::Stage;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int k_block = int(blockIdx.x), m_block = int(blockIdx.y);
@@ -67,15 +71,16 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
       auto& x = sm.stage[here.stage].x;
       ptx::cp_async_wait<STAGES - 2>();
       if constexpr (decltype(dropout)::value)
-        tile::drop<THREADS>(x, p.dropout, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
-                            p.K);
+        tile::drop<THREADS>(x, p.dropout, int64_t(walk.row(here)) * ROWS,
+                            int64_t(walk.col(here)) * COLS, p.K);
       __syncthreads();
       sums.add(here.n, x, sm.stage[here.slot].v);
       fetch();  // its arithmetic while the products end
     }
   });
   float* const D = p.D + m_block * p.D_part + int64_t(walk.n_begin) * COLS * p.D_row;
-  sums.store({D, p.D_row, p.D_col, columns_of<COLS>(walk, p.K), p.r}, p.dropout.scale, p.accumulate != 0);
+  sums.store({D, p.D_row, p.D_col, columns_of<COLS>(walk, p.K), p.r}, p.dropout.scale,
+             p.accumulate != 0);
   ptx::griddepcontrol_launch_dependents();
 }
 

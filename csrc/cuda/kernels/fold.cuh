@@ -1,14 +1,16 @@
 // fold:       F = s B G^T                   B [N, r_out], G [r_in, r_out], F [N, r_in]
 // fold_grad:  dB += s Q G,  dG = s Q^T B    Q [N, r_in] float32, dB [N, r_out], dG [r_in, r_out]
 //
-// A few hundred kilobytes and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of 32 x 16:
-// the result is cast once, and sums keep float32 operands where the adapter has them.
+// A few hundred kilobytes and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
+// 32 x 16: the result is cast once, and sums keep float32 operands where the adapter has them.
 //
 // Grid     fold       x: tiles of N, y: tiles of r_in
-//          fold_grad  one launch for both: first the tiles of dB, then, for each tile of G and split of N, a
+//          fold_grad  one launch for both: first the tiles of dB, then, for each tile of G and
+//          split of N, a
 //                     block of dG
 // Bytes    fold       B r_in / 16 times, F out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times; with s splits of N, dG is
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times; with s splits of
+//          N, dG is
 //                     written s times as parts and read s times by sum_parts
 //          What is read again comes from L2.
 #pragma once
@@ -16,7 +18,8 @@
 
 namespace lotr::kernels {
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldProblem p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+    fold(const FoldProblem p) {
   using T = FoldTraits;
   auto& sm = ptx::shared_storage<T::Smem>();
   const int64_t row0 = blockIdx.x * int64_t(T::ROWS);
@@ -52,7 +55,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);
     const int j0 = blockIdx.x % tiles_out * COLS;
     small_product<Order::along_k, Order::across_k>(
-        d, sm, p.r_in, [&](int row, int64_t k) { return n0 + row < p.N ? Q(n0 + row, int(k)) : 0.f; },
+        d, sm, p.r_in,
+        [&](int row, int64_t k) { return n0 + row < p.N ? Q(n0 + row, int(k)) : 0.f; },
         [&](int64_t k, int c) {
           return j0 + c < p.r_out ? read_float(p.core, p.core_type, 0, k, j0 + c) : 0.f;
         });
@@ -70,13 +74,15 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     const int64_t n0 = split * p.n_per_split, left = p.N - n0,
                   rows = left < p.n_per_split ? left : p.n_per_split;
     small_product<Order::across_k, Order::across_k>(
-        d, sm, rows, [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(n0 + k, i0 + row) : 0.f; },
+        d, sm, rows,
+        [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(n0 + k, i0 + row) : 0.f; },
         [&](int64_t k, int c) {
           return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;
         });
     each_output([&](int i, int row, int c) {
       if (i0 + row < p.r_in && j0 + c < p.r_out)
-        ptx::store(p.dcore + split * p.dcore_part + (i0 + row) * p.dcore_row + j0 + c, d[i] * p.scale);
+        ptx::store(p.dcore + split * p.dcore_part + (i0 + row) * p.dcore_row + j0 + c,
+                   d[i] * p.scale);
     });
   }
   ptx::griddepcontrol_launch_dependents();

@@ -1,11 +1,14 @@
-// pack:  to = from, in the kernels' type, with rows of whole 16 bytes          from [rows, cols], any strides
+// pack:  to = from, in the kernels' type, with rows of whole 16 bytes          from [rows, cols],
+// any strides
 //
-// For what cannot be copied 16 bytes at a time: float32 factors beside half activations, odd row strides,
-// transposed matrices.  One pass before the pipelined kernels, which then have one way to read.
+// For what cannot be copied 16 bytes at a time: float32 factors beside half activations, odd row
+// strides, transposed matrices.  One pass before the pipelined kernels, which then have one way to
+// read.
 //
-// Grid     x: tiles of ROWS x COLS, one below the other.  Not y: its 65,535 blocks are only 4,194,240
-//          columns.  A tile passes through shared memory, so that both sides are touched along their rows in
-//          memory, whichever way `from` lies.
+// Grid     x: tiles of ROWS x COLS, one below the other.  Not y: its 65,535 blocks are only
+// 4,194,240
+//          columns.  A tile passes through shared memory, so that both sides are touched along
+//          their rows in memory, whichever way `from` lies.
 // Bytes    from once, to once.
 #pragma once
 #include "../tile/load.cuh"
@@ -24,18 +27,20 @@ struct PackTraits {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS) pack(const PackProblem p) {
   using T = typename Traits::T;
-  constexpr int THREADS = Traits::THREADS, ROWS = Traits::ROWS, COLS = Traits::COLS, CHUNK = Traits::CHUNK;
+  constexpr int THREADS = Traits::THREADS, ROWS = Traits::ROWS, COLS = Traits::COLS,
+                CHUNK = Traits::CHUNK;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const unsigned row_tiles = unsigned((p.rows + ROWS - 1) / ROWS);
-  const int64_t row0 = int64_t(blockIdx.x % row_tiles) * ROWS, col0 = int64_t(blockIdx.x / row_tiles) * COLS;
+  const int64_t row0 = int64_t(blockIdx.x % row_tiles) * ROWS,
+                col0 = int64_t(blockIdx.x / row_tiles) * COLS;
   const bool down = p.from.row == 1 && p.from.col != 1;  // neighbours in memory are in a column
   ptx::griddepcontrol_wait();
 #pragma unroll 4
   for (int index = threadIdx.x; index < ROWS * COLS; index += THREADS) {
     const int r = down ? index % ROWS : index / COLS, c = down ? index / ROWS : index % COLS;
     const bool inside = row0 + r < p.rows && col0 + c < p.cols;
-    ptx::store_shared(&sm.tile[r][c],
-                      inside ? tile::read_element<T>(p.from, row0 + r, col0 + c) : ptx::from_float<T>(0.f));
+    ptx::store_shared(&sm.tile[r][c], inside ? tile::read_element<T>(p.from, row0 + r, col0 + c)
+                                             : ptx::from_float<T>(0.f));
   }
   __syncthreads();
   for (int index = threadIdx.x; index < ROWS * COLS / CHUNK; index += THREADS) {
@@ -44,8 +49,9 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackProblem p) {
     tile::Chunk<T> value;
 #pragma unroll
     for (int e = 0; e < CHUNK; ++e) value.v[e] = ptx::load_shared(&sm.tile[r][c + e]);
-    ptx::store(reinterpret_cast<tile::Chunk<T>*>(static_cast<T*>(p.to) + (row0 + r) * p.to_row + col0 + c),
-               value);
+    ptx::store(
+        reinterpret_cast<tile::Chunk<T>*>(static_cast<T*>(p.to) + (row0 + r) * p.to_row + col0 + c),
+        value);
   }
   ptx::griddepcontrol_launch_dependents();
 }

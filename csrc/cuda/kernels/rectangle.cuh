@@ -1,5 +1,5 @@
-// What the kernels that walk a rectangle of the large matrix share: the order of the tiles, and sums down its
-// columns.
+// What the kernels that walk a rectangle of the large matrix share: the order of the tiles, and
+// sums down its columns.
 #pragma once
 #include "../tile/load.cuh"
 #include "../tile/mma.cuh"
@@ -33,8 +33,8 @@ struct Walk {
   }
 };
 
-// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp owns 16 MI columns, and
-// the whole rank where its sums are few, so that no two warps read the same part of x.
+// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp owns 16 MI
+// columns, and the whole rank where its sums are few, so that no two warps read the same part of x.
 template <class Traits>
 struct ColumnSums {
   using P = typename Traits::Policy;
@@ -47,8 +47,8 @@ struct ColumnSums {
 
   static LOTR_DEVICE int i0() { return int(threadIdx.x) / 32 % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return int(threadIdx.x) / 32 / WARP_COLS * (8 * NJ); }
-  // f(sums of column tile n).  Registers need a constant index, so there is one copy of f for each tile where
-  // the compiler does not know n.
+  // f(sums of column tile n).  Registers need a constant index, so there is one copy of f for each
+  // tile where the compiler does not know n.
   template <class F>
   LOTR_DEVICE void at(int n, F f) {
 #pragma unroll
@@ -59,8 +59,8 @@ struct ColumnSums {
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {
     at(n, [&](auto& sum) {
-      tile::warp_product<P, X::ROWS, tile::Order::across_k, tile::Order::across_k>(sum, x, i0(),
-                                                                                   16 * WARP_COLS, v, j0());
+      tile::warp_product<P, X::ROWS, tile::Order::across_k, tile::Order::across_k>(
+          sum, x, i0(), 16 * WARP_COLS, v, j0());
     });
   }
 
@@ -69,7 +69,9 @@ struct ColumnSums {
   using Right = tile::Right<P, V::ROWS, NJ>;
   template <class X, class V>
   LOTR_DEVICE void add_right(int n, X& x, const V& v) {
-    at(n, [&](auto& sum) { tile::warp_product<tile::Order::across_k>(sum, x, i0(), 16 * WARP_COLS, v); });
+    at(n, [&](auto& sum) {
+      tile::warp_product<tile::Order::across_k>(sum, x, i0(), 16 * WARP_COLS, v);
+    });
   }
 
   // to (accumulate: +=, else =) scale * sum, where to's rows are the columns of the rectangle.

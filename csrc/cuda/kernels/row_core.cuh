@@ -1,26 +1,32 @@
-// row_core:       h_i = s a_t(i) G_c(i)              a [tokens, r_in], G_c [r_in, r_out], h [rows, r_out]
+// row_core:       h_i = s a_t(i) G_c(i)              a [tokens, r_in], G_c [r_in, r_out], h [rows,
+// r_out]
 //                 and, of its backward, k_i = s g_i G_c(i)^T
 // row_ends:       where the rows of each core, or token, end among the sorted ones
-// row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in, r_out]
-// sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in], float32
+// row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in,
+// r_out] sum_rows:       du_t = sum of k_i over the rows of t                           k [rows,
+// r_in], float32
 //
-// A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
-// small_product.cuh keep up with memory; with few rows latency dominates.
+// A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the
+// tiles of small_product.cuh keep up with memory; with few rows latency dominates.
 //
-// Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A block
-//                         goes through the runs of its rows that have the same core, which passes through
-//                         shared memory once per run.  If there are few rows, rows.cu takes fewer per block.
+// Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A
+// block
+//                         goes through the runs of its rows that have the same core, which passes
+//                         through shared memory once per run.  If there are few rows, rows.cu takes
+//                         fewer per block.
 //          row_core_grad  for each core, tile of it and split of its rows, a block
-//          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
+//          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread
+//          each
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
-//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written s times
-//          as
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written
+//          s times as
 //                         parts and read s times by sum_parts
 //          sum_rows       k once, du once
-// Sums     float32, over the rows of a core or token in their order: no atomics, the same bits every time.
+// Sums     float32, over the rows of a core or token in their order: no atomics, the same bits
+// every time.
 //
-// The host does not read an index, so it cannot check one.  Where a core is below -1 or not below `cores`, or
-// a token does not exist, the row is NaN in h and is left out of every gradient.
+// The host does not read an index, so it cannot check one.  Where a core is below -1 or not below
+// `cores`, or a token does not exist, the row is NaN in h and is left out of every gradient.
 #pragma once
 #include "small_product.cuh"
 
@@ -59,10 +65,12 @@ LOTR_DEVICE int core_of(const RowIndex& x, int64_t row) {
 }
 
 template <Order OF_CORES>
-__global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_core(const RowCoreParams p) {
+__global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+    row_core(const RowCoreParams p) {
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
-  const int j0 = blockIdx.y * FoldTraits::COLS, rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  const int j0 = blockIdx.y * FoldTraits::COLS,
+            rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
   ptx::griddepcontrol_wait();
   for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
@@ -91,8 +99,9 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_c
                        : 0.f;
           },
           [&](int64_t k, int c) {
-            return j0 + c < p.r_out ? round(read_float(p.cores, p.core_type, core * p.core_stride, k, j0 + c))
-                                    : 0.f;
+            return j0 + c < p.r_out
+                       ? round(read_float(p.cores, p.core_type, core * p.core_stride, k, j0 + c))
+                       : 0.f;
           });
     }
     each_output([&](int i, int row, int c) {
@@ -153,8 +162,9 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       });
   each_output([&](int i, int row, int c) {
     if (i0 + row < p.r_in && j0 + c < p.r_out)
-      ptx::store(p.dcores + split * p.dcores_part + (core * p.r_in + i0 + row) * p.dcores_row + j0 + c,
-                 d[i] * p.scale);
+      ptx::store(
+          p.dcores + split * p.dcores_part + (core * p.r_in + i0 + row) * p.dcores_row + j0 + c,
+          d[i] * p.scale);
   });
   ptx::griddepcontrol_launch_dependents();
 }

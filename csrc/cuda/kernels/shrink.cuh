@@ -1,16 +1,18 @@
 // shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r];   also k = g F
 //          h = core_scale * u core        core [r, r_core], h [M, r_core]; optional, for few tokens
 //
-// Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its rectangle of
-//          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
-//          There is one piece of K where the row tiles fill the GPU.
-// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M r written s times as parts and read s
+// Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its
+// rectangle of
+//          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in
+//          registers. There is one piece of K where the row tiles fill the GPU.
+// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M r written s times as parts
+// and read s
 //          times by sum_parts.  plan.h chooses the pieces.
 // Sums     float32; over k in the block's order, then over the pieces of K in order (sum_parts.cuh)
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
-//   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1, so the copy
-//   A  slot  k % STAGES   L L L P P P P |   into its stage may start
+//   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1,
+//   so the copy A  slot  k % STAGES   L L L P P P P |   into its stage may start
 // A's rows are copied with the first row tile of their step and stay for all of them.
 #pragma once
 #include "../tile/core.cuh"
@@ -48,14 +50,16 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const ShrinkParams p) {
   using P = typename Traits::Policy;
   using Stage = typename Traits::Stage;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS, ROWS = Traits::ROWS;
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS,
+                ROWS = Traits::ROWS;
   constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ;
   constexpr int WARP_ROWS = Traits::WARP_ROWS, ROW_STEP = 16 * WARP_ROWS;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
   const int i0 = warp % WARP_ROWS * 16, j0 = warp / WARP_ROWS * (8 * NJ);
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
-  const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
+  const int m_tiles = tile::count_of(p.m_pieces, m_block),
+            steps = tile::count_of(p.k_pieces, split);
   const int m_begin = ptx::held(tile::begin_of(p.m_pieces, m_block));
   const int k_begin = ptx::held(tile::begin_of(p.k_pieces, split));
   const int64_t m0 = int64_t(m_begin) * ROWS;
@@ -85,17 +89,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
-    Place here;  // one in each loop: if they shared it, the compiler would keep the sums in local memory
+    Place here;  // one in each loop: if they shared it, the compiler would keep the sums in local
+                 // memory
     for (; here.step < steps; advance(here)) {
       auto& x = sm.stage[here.stage].x;
       ptx::cp_async_wait<STAGES - 2>();
       if constexpr (decltype(dropout)::value)
-        tile::drop<THREADS>(x, p.dropout, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS, p.K);
+        tile::drop<THREADS>(x, p.dropout, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS,
+                            p.K);
       __syncthreads();
       fetch();
-      if (here.m * ROWS + i0 < rows) {  // with few tokens, as in decoding, one warp in four has rows
+      if (here.m * ROWS + i0 <
+          rows) {  // with few tokens, as in decoding, one warp in four has rows
 #pragma unroll
-        for (int s = 0; s < SUBS; ++s)  // registers need a constant index: one copy of the product for each
+        for (int s = 0; s < SUBS;
+             ++s)  // registers need a constant index: one copy of the product for each
           if (s == here.m)
             tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(
                 d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);

@@ -1,19 +1,22 @@
-// shrink_grad:  k = g F,  Q (+)= g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r] float32
+// shrink_grad:  k = g F,  Q (+)= g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r]
+// float32
 //
 // Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M.
-//          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides: its rows
-//          for k, its columns for Q.  F's rows stay in shared memory, Q's sums in registers; k's are written
-//          after each row tile.
-// Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as parts, written here and read by
+//          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides:
+//          its rows for k, its columns for Q.  F's rows stay in shared memory, Q's sums in
+//          registers; k's are written after each row tile.
+// Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as parts, written here and
+// read by
 //          sum_parts, 8 r (s_N M + s_M N).  plan.h balances s_M N against s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (sum_parts.cuh)
 //
-// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):
+// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at
+// |):
 //   g  stage t % STAGES   L L L P |
 //   u  slot  m % STAGES   L L L P P P P |
 //   k                     . . . + + + w         w: a row tile's sums to memory
-// u is copied with the first column tile of its row tile and stays for the others; F's rows come with the
-// first stage and stay to the end.
+// u is copied with the first column tile of its row tile and stays for the others; F's rows come
+// with the first stage and stay to the end.
 #pragma once
 #include "rectangle.cuh"
 
@@ -41,10 +44,11 @@ struct ShrinkGradTraits {
   static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
 };
 
-// A warp's sums of a row tile of k, at [row, rank] of the tile that begins at m0: rounded, or as a part.
+// A warp's sums of a row tile of k, at [row, rank] of the tile that begins at m0: rounded, or as a
+// part.
 template <class Traits>
-LOTR_DEVICE void store_k(const ShrinkGradParams& p, const float (&k)[1][Traits::NJ][4], int64_t m0, int row,
-                         int rank) {
+LOTR_DEVICE void store_k(const ShrinkGradParams& p, const float (&k)[1][Traits::NJ][4], int64_t m0,
+                         int row, int rank) {
 #pragma unroll
   for (int j = 0; j < Traits::NJ; ++j) {
     if (m0 + row >= p.M || rank + 8 * j >= p.r) continue;
@@ -64,7 +68,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   using Stage = typename Traits::Stage;
   using Sums = ColumnSums<Traits>;
   using Right = typename Sums::template Right<decltype(Stage::u)>;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS, COLS = Traits::COLS;
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS,
+                COLS = Traits::COLS;
   constexpr bool KEEP = Right::REGISTERS <= 16;  // u in registers
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const Walk<STAGES> walk(p.m_pieces, int(blockIdx.y), p.n_pieces, int(blockIdx.x));
@@ -102,8 +107,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
       auto& u = sm.stage[here.slot].u;
       if constexpr (KEEP)
         if (n == 0) right.template load<tile::Order::across_k>(u, Q.j0());
-      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0, sm.F[n],
-                                                                               k_rank);
+      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0,
+                                                                               sm.F[n], k_rank);
       fetch();  // between the products: their fragments need its registers no more, or not yet
       if constexpr (KEEP)
         Q.add_right(n, g, right);

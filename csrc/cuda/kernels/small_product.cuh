@@ -1,5 +1,5 @@
-// Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused multiply-adds on
-// operands of any type and stride, which a caller's lambda reads.
+// Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused
+// multiply-adds on operands of any type and stride, which a caller's lambda reads.
 #pragma once
 #include "../tile/load.cuh"
 #include "traits.h"
@@ -8,7 +8,8 @@ namespace lotr::kernels {
 
 struct FoldTraits {
   static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
-  static constexpr int BLOCKS = 4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
+  static constexpr int BLOCKS =
+      4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {
     float a[STEP][ROWS + 1], b[STEP][COLS + 1];
@@ -17,11 +18,11 @@ struct FoldTraits {
 
 using tile::Order;  // that neighbouring threads read neighbours
 
-// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range operands read
-// as zero.
+// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range
+// operands read as zero.
 template <Order OF_A, Order OF_B, class A, class B>
-LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K, A a,
-                               B b) {
+LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K,
+                               A a, B b) {
   using T = FoldTraits;
   const int t = threadIdx.x, col = t % T::COLS, row0 = t / T::COLS;
   for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
@@ -56,10 +57,13 @@ LOTR_DEVICE void each_output(F f) {
     f(i, int(threadIdx.x) / T::COLS + i * (T::THREADS / T::COLS), int(threadIdx.x) % T::COLS);
 }
 
-LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t offset, int64_t row, int64_t col) {
+LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t offset, int64_t row,
+                             int64_t col) {
   const int64_t i = offset + row * m.row + col * m.col;
-  if (type == DType::bfloat16) return ptx::to_float(ptx::load(static_cast<const __nv_bfloat16*>(m.data) + i));
-  if (type == DType::float16) return ptx::to_float(ptx::load(static_cast<const __half*>(m.data) + i));
+  if (type == DType::bfloat16)
+    return ptx::to_float(ptx::load(static_cast<const __nv_bfloat16*>(m.data) + i));
+  if (type == DType::float16)
+    return ptx::to_float(ptx::load(static_cast<const __half*>(m.data) + i));
   return ptx::load(static_cast<const float*>(m.data) + i);
 }
 

@@ -1,12 +1,13 @@
-// sum_parts:  out (+)= scale * sum over s of part s      part [rows, parts_row] float32, out [rows, cols]
+// sum_parts:  out (+)= scale * sum over s of part s      part [rows, parts_row] float32, out [rows,
+// cols]
 //             h = core_scale * out core                  optional, for few tokens
 //
-// The second launch of a product whose sum is split over blocks.  In the order of the parts: the same inputs
-// give the same bits, whichever block of the first launch ended first.
+// The second launch of a product whose sum is split over blocks.  In the order of the parts: the
+// same inputs give the same bits, whichever block of the first launch ended first.
 //
 // Grid     x: strips of ROWS rows of the first output, then of the second one
-// Bytes    the parts once, out once (twice where it is added to); the parts come from L2 where they fit
-// Sums     float32, over the parts in their order
+// Bytes    the parts once, out once (twice where it is added to); the parts come from L2 where they
+// fit Sums     float32, over the parts in their order
 #pragma once
 #include "../tile/core.cuh"
 #include "small_product.cuh"
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(SumPartsTraits::THREADS) sum_parts(const SumTw
     for (int e = 0; e < 4; ++e) {
       if (col + e >= p.cols) break;
       const int64_t at = (row0 + row) * p.out.row + (col + e) * p.out.col;
-      const float before = p.accumulate ? ptx::load(static_cast<const float*>(p.out.data) + at) : 0.f;
+      const float before =
+          p.accumulate ? ptx::load(static_cast<const float*>(p.out.data) + at) : 0.f;
       write_float(p.out.data, p.out_type, at, before + v[e]);
       if (has_core) ptx::store_shared(&u[row][col + e], ptx::to_float(ptx::from_float<T>(v[e])));
     }

@@ -1,5 +1,5 @@
-// Used by every wrapper: macros for a function that is PTX under nvcc and C++ under the SIMT executor, the
-// kernel's shared memory, and bit casts.
+// Used by every wrapper: macros for a function that is PTX under nvcc and C++ under the SIMT
+// executor, the kernel's shared memory, and bit casts.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,8 +11,8 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define LOTR_DEVICE __device__ __forceinline__
-// Under the executor the last argument of a wrapper is its caller's file and line, for reports; on the
-// device, nothing.
+// Under the executor the last argument of a wrapper is its caller's file and line, for reports; on
+// the device, nothing.
 #define LOTR_SITE
 #define LOTR_SITE_ONLY
 #define LOTR_PASS_SITE
@@ -23,7 +23,8 @@
 #define LOTR_SITE , LOTR_SITE_ONLY
 #define LOTR_PASS_SITE \
   , site  // from a helper to the wrapper that it calls, so that reports name the helper's caller
-// To the host compiler __shared__ would mean nothing and every thread would own a copy: make it an error.
+// To the host compiler __shared__ would mean nothing and every thread would own a copy: make it an
+// error.
 #undef __shared__
 #define __shared__ no_static_shared_memory_use_lotr_ptx_shared_storage
 #endif
@@ -78,8 +79,9 @@ LOTR_DEVICE float to_float(__half x) {
 // Rounds to nearest even.
 template <class T>
 LOTR_DEVICE T from_float(float x) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
-                "T is float, __nv_bfloat16 or __half");
+  static_assert(
+      std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
+      "T is float, __nv_bfloat16 or __half");
   if constexpr (std::is_same_v<T, float>)
     return x;
   else if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -113,7 +115,8 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[0] = pair.x, to[1] = pair.y;
 }
 
-// Returns the same value in a register: otherwise the compiler would compute it again in every iteration.
+// Returns the same value in a register: otherwise the compiler would compute it again in every
+// iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__
   asm volatile("mov.b32 %0, %0;" : "+r"(value));

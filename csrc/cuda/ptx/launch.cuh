@@ -1,17 +1,20 @@
-// In place of kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the executor.
+// In place of kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the
+// executor.
 //
-// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin before the
-// previous kernel of the stream has ended, which hides the launch latency.  It is safe, in a stream and in a
-// captured graph, for these reasons:
+// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin
+// before the previous kernel of the stream has ended, which hides the launch latency.  It is safe,
+// in a stream and in a captured graph, for these reasons:
 //
-//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it exits. So
-//     no thread reads too early, and a kernel never ends before all previous ones: a wait for the last one is
-//     a wait for all.  The executor checks it.
-//   - The previous operation may be anything: a kernel without launch_dependents, a memset or an event is
+//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it
+//   exits. So
+//     no thread reads too early, and a kernel never ends before all previous ones: a wait for the
+//     last one is a wait for all.  The executor checks it.
+//   - The previous operation may be anything: a kernel without launch_dependents, a memset or an
+//   event is
 //     waited for as usual, and a library's early kernels wait for theirs as these do.
 //
-// griddepcontrol_launch_dependents comes after a kernel's last store: a later kernel, also one of another
-// library that reads before its own wait, finds nothing half done.
+// griddepcontrol_launch_dependents comes after a kernel's last store: a later kernel, also one of
+// another library that reads before its own wait, finds nothing half done.
 #pragma once
 #include "base.cuh"
 
@@ -37,7 +40,7 @@ struct LaunchArgs {
   stream_t stream = nullptr;
   dim3 cluster{1, 1, 1};
   const char* name = "kernel";  // for messages and the executor's list of launches
-  bool early = false;           // see above; the device must have code of compute capability 9.0 or later
+  bool early = false;  // see above; the device must have code of compute capability 9.0 or later
 };
 
 // Waits until the previous operations of the stream have ended and their stores are visible.
@@ -51,8 +54,8 @@ LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The next kernel in the stream may begin once every block has ended or called this: the first of a block's
-// threads to call it does so for the block, while others may still be at work.
+// The next kernel in the stream may begin once every block has ended or called this: the first of a
+// block's threads to call it does so for the block, while others may still be at work.
 LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -79,8 +82,8 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 }
 
 #ifdef __CUDACC__
-// Queries of the driver while it lives: a query may load a kernel or allocate the module's memory, which a
-// capture by this or another thread could forbid. Neither touches a stream.
+// Queries of the driver while it lives: a query may load a kernel or allocate the module's memory,
+// which a capture by this or another thread could forbid. Neither touches a stream.
 class DriverQuery {
  public:
   DriverQuery() { exchange(); }
@@ -96,8 +99,8 @@ class DriverQuery {
 };
 #endif
 
-// The compute capability, times ten, of the kernel's code that the current device runs: the lower of the
-// virtual and the real one.  0 if there is no code for the device.
+// The compute capability, times ten, of the kernel's code that the current device runs: the lower
+// of the virtual and the real one.  0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   const DriverQuery query;
@@ -110,9 +113,10 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch the current device holds at a time: 0 if a block needs more than the
-// device has, or there is no code for the device.
-inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
+// How many clusters of such a launch the current device holds at a time: 0 if a block needs more
+// than the device has, or there is no code for the device.
+inline int resident_clusters([[maybe_unused]] const LaunchArgs& args,
+                             [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   const DriverQuery query;
   cudaLaunchAttribute cluster{};
@@ -142,23 +146,24 @@ cudaError_t allow_shared_memory(size_t bytes) {
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
   if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (!error) allowed.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }
 #endif
 
-// Throws std::runtime_error naming the kernel.  Errors inside the kernel show at a later call on the device,
-// and here under the executor (lotr::simt::Error).
+// Throws std::runtime_error naming the kernel.  Errors inside the kernel show at a later call on
+// the device, and here under the executor (lotr::simt::Error).
 template <auto KERNEL, class... Args>
 void launch(const LaunchArgs& args, Args&&... params) {
 #ifdef __CUDACC__
   const auto check = [&](cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // clears the error, unless it is one that ends the context
-    throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorName(error) + " (" +
-                             cudaGetErrorString(error) + ")");
+    throw std::runtime_error(std::string(args.name) + ": " + what + ": " + cudaGetErrorName(error) +
+                             " (" + cudaGetErrorString(error) + ")");
   };
   if (args.smem > 48 * 1024) check(allow_shared_memory<KERNEL>(args.smem), "shared memory");
   cudaLaunchAttribute attributes[2];

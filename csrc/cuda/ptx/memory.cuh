@@ -1,6 +1,6 @@
 // Loads and stores of 2, 4, 8 or 16 bytes, one instruction each.  Under the executor they are
-// counted: bytes and 32-byte sectors for global memory, bank conflicts for shared memory.  The address must
-// be aligned to the size.
+// counted: bytes and 32-byte sectors for global memory, bank conflicts for shared memory.  The
+// address must be aligned to the size.
 #pragma once
 #include "base.cuh"
 
@@ -32,21 +32,24 @@ namespace lotr::ptx {
     asm volatile(INSTRUCTION ".u16 %0, [%1];" : "=h"(v) : LOTR_PTX_ADDRESS(p) : "memory"); \
     return bit_cast<T>(v);                                                                 \
   }
-#define LOTR_PTX_STORE(T, p, value, INSTRUCTION)                                                             \
-  if constexpr (sizeof(T) == 16) {                                                                           \
-    const uint4 v = bit_cast<uint4>(value);                                                                  \
-    asm volatile(INSTRUCTION ".v4.u32 [%0], {%1,%2,%3,%4};" ::LOTR_PTX_ADDRESS(p), "r"(v.x), "r"(v.y),       \
-                 "r"(v.z), "r"(v.w)                                                                          \
-                 : "memory");                                                                                \
-  } else if constexpr (sizeof(T) == 8) {                                                                     \
-    const uint2 v = bit_cast<uint2>(value);                                                                  \
-    asm volatile(INSTRUCTION ".v2.u32 [%0], {%1,%2};" ::LOTR_PTX_ADDRESS(p), "r"(v.x), "r"(v.y) : "memory"); \
-  } else if constexpr (sizeof(T) == 4) {                                                                     \
-    asm volatile(INSTRUCTION ".u32 [%0], %1;" ::LOTR_PTX_ADDRESS(p), "r"(bit_cast<uint32_t>(value))          \
-                 : "memory");                                                                                \
-  } else {                                                                                                   \
-    asm volatile(INSTRUCTION ".u16 [%0], %1;" ::LOTR_PTX_ADDRESS(p), "h"(bit_cast<uint16_t>(value))          \
-                 : "memory");                                                                                \
+#define LOTR_PTX_STORE(T, p, value, INSTRUCTION)                                                \
+  if constexpr (sizeof(T) == 16) {                                                              \
+    const uint4 v = bit_cast<uint4>(value);                                                     \
+    asm volatile(INSTRUCTION ".v4.u32 [%0], {%1,%2,%3,%4};" ::LOTR_PTX_ADDRESS(p), "r"(v.x),    \
+                 "r"(v.y), "r"(v.z), "r"(v.w)                                                   \
+                 : "memory");                                                                   \
+  } else if constexpr (sizeof(T) == 8) {                                                        \
+    const uint2 v = bit_cast<uint2>(value);                                                     \
+    asm volatile(INSTRUCTION ".v2.u32 [%0], {%1,%2};" ::LOTR_PTX_ADDRESS(p), "r"(v.x), "r"(v.y) \
+                 : "memory");                                                                   \
+  } else if constexpr (sizeof(T) == 4) {                                                        \
+    asm volatile(INSTRUCTION ".u32 [%0], %1;" ::LOTR_PTX_ADDRESS(p),                            \
+                 "r"(bit_cast<uint32_t>(value))                                                 \
+                 : "memory");                                                                   \
+  } else {                                                                                      \
+    asm volatile(INSTRUCTION ".u16 [%0], %1;" ::LOTR_PTX_ADDRESS(p),                            \
+                 "h"(bit_cast<uint16_t>(value))                                                 \
+                 : "memory");                                                                   \
   }
 #endif
 
@@ -112,7 +115,8 @@ LOTR_DEVICE void store_shared(T* p, std::common_type_t<T> value LOTR_SITE) {
 
 // p[0] = first, p[1] = second in one store.
 template <class T>
-LOTR_DEVICE void store_shared2(T* p, std::common_type_t<T> first, std::common_type_t<T> second LOTR_SITE) {
+LOTR_DEVICE void store_shared2(T* p, std::common_type_t<T> first,
+                               std::common_type_t<T> second LOTR_SITE) {
   static_assert(sizeof(T) <= 8 && is_word<T>, "a pair is one store of at most 16 bytes");
   struct alignas(2 * sizeof(T)) Pair {
     T a, b;

@@ -1,34 +1,40 @@
-// The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only sm_90a has).
+// The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only
+// sm_90a has).
 //
-// Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs in the SIMT
-// executor (csrc/simt, test builds only), one fiber for each GPU thread, and the wrapper does what the PTX
-// manual says.
+// Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs
+// in the SIMT executor (csrc/simt, test builds only), one fiber for each GPU thread, and the
+// wrapper does what the PTX manual says.
 //
 // Writing a kernel:
-//   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared memory
+//   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared
+//   memory
 //   __global__ void __launch_bounds__(128) kernel(Params p) {
 //     Smem& s = ptx::shared_storage<Smem>();                         // never __shared__
-//     ptx::griddepcontrol_wait();                                    // before global memory: see launch.cuh
-//     ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();  ptx::cp_async_wait<0>();
-//     __syncthreads();                                               // threadIdx, __syncwarp: as in CUDA
-//     ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);
+//     ptx::griddepcontrol_wait();                                    // before global memory: see
+//     launch.cuh ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();
+//     ptx::cp_async_wait<0>();
+//     __syncthreads();                                               // threadIdx, __syncwarp: as
+//     in CUDA ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j,
+//     value);
 //   }
 //   ptx::launch<kernel>({grid, block, sizeof(Smem), stream, cluster, "name"}, params);
 //
-// Global and shared memory are best touched through the wrappers of memory.cuh and cp_async: only these are
-// counted.  A plain *p works and is checked by the sanitizers, but is missing from the counts (the race build
-// reports it as `unwrapped`).
+// Global and shared memory are best touched through the wrappers of memory.cuh and cp_async: only
+// these are counted.  A plain *p works and is checked by the sanitizers, but is missing from the
+// counts (the race build reports it as `unwrapped`).
 //
-// Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory a name,
-// simt::set_options turns counting on, simt::counters() then holds bytes and sectors read and written for
-// each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together count as one instruction,
-// so coalescing is seen as it is on the device.  What lies in no registered array is listed as
+// Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory
+// a name, simt::set_options turns counting on, simt::counters() then holds bytes and sectors read
+// and written for each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together
+// count as one instruction, so coalescing is seen as it is on the device.  What lies in no
+// registered array is listed as
 // "(unregistered)".
 //
-// The executor throws simt::Error, with file and line, on: a barrier or warp collective that not all threads
-// reach, or reach at different lines; lanes missing from a mask; misaligned or out-of-range shared addresses;
-// a thread that exits with a copy in flight; a launch that a GPU would refuse.  cp.async data does not exist
-// before the wait: until then the destination reads as NaN.  Shared memory starts as NaN.
+// The executor throws simt::Error, with file and line, on: a barrier or warp collective that not
+// all threads reach, or reach at different lines; lanes missing from a mask; misaligned or
+// out-of-range shared addresses; a thread that exits with a copy in flight; a launch that a GPU
+// would refuse.  cp.async data does not exist before the wait: until then the destination reads as
+// NaN.  Shared memory starts as NaN.
 #pragma once
 #include "base.cuh"
 #include "launch.cuh"
@@ -41,7 +47,8 @@ namespace lotr::ptx {
 // 16 bytes, past L1; L2 fetches the whole 128-byte line.  Both addresses 16-byte aligned.
 LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
                : "memory");
 #else
   simt::cp_async(shared, global, 16, 16, site);
@@ -51,9 +58,10 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 // The same; the first src_bytes are copied, the rest become zero.
 LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(src_bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(src_bytes)
+      : "memory");
 #else
   simt::cp_async(shared, global, 16, src_bytes, site);
 #endif
@@ -68,8 +76,8 @@ LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Until at most N of this thread's latest groups are in flight.  Other threads' copies need a barrier after
-// it.
+// Until at most N of this thread's latest groups are in flight.  Other threads' copies need a
+// barrier after it.
 template <int N>
 LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -81,9 +89,9 @@ LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
 
 // ---- matrices in registers ----
 
-// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i gives the address of row i of tile t (16 bytes,
-// aligned); lane l receives elements 2 (l % 4) and + 1 of row l / 4 of each tile.  Trans: of the transposed
-// tiles.
+// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i gives the address of row i of tile t (16
+// bytes, aligned); lane l receives elements 2 (l % 4) and + 1 of row l / 4 of each tile.  Trans: of
+// the transposed tiles.
 LOTR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -133,13 +141,15 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 //   b: (q, g) (q + 8, g), each register two neighbours along k
 //   d: (g, q) (g, q + 1) (g + 8, q) (g + 8, q + 1)
 template <class T>
-LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LOTR_SITE) {
+LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2] LOTR_SITE) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
                 "T is __nv_bfloat16 or __half");
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

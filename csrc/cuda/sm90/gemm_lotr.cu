@@ -32,21 +32,23 @@ std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols
   if (m.col != 1) return what + "a column stride of 1, got " + std::to_string(m.col);
   if (reinterpret_cast<uintptr_t>(m.data) % 16) return what + "an address divisible by 16";
   if (rows > 1 && (m.row % 8 || m.row < cols || m.row > MOST))
-    return what + "a row stride that is a multiple of 8 and at least " + std::to_string(cols) + ", got " +
-           std::to_string(m.row);
+    return what + "a row stride that is a multiple of 8 and at least " + std::to_string(cols) +
+           ", got " + std::to_string(m.row);
   return {};
 }
 
 std::string refuse_layout(const GemmLotr& q) {
   const auto extent = [](const char* name, int64_t least, int64_t n) {
-    return n >= least && n <= MOST
-               ? std::string()
-               : name + (": expected " + std::to_string(least)) + " to 2^30, got " + std::to_string(n);
+    return n >= least && n <= MOST ? std::string()
+                                   : name + (": expected " + std::to_string(least)) +
+                                         " to 2^30, got " + std::to_string(n);
   };
   const int64_t W_rows = q.backward ? q.K : q.N, W_cols = q.backward ? q.N : q.K;
   for (const auto& text :
        {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K),
-        q.M * q.N <= int64_t(1) << 44 ? "" : "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N),
+        q.M * q.N <= int64_t(1) << 44
+            ? ""
+            : "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N),
         refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols), refuse("u", q.u, q.M, q.r),
         refuse("F", q.F, q.N, q.r), refuse("y", read_only(q.y), q.M, q.N)})
     if (!text.empty()) return text;
@@ -63,8 +65,8 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
   return args;
 }
 
-// Whether the current device runs the instance, which a MIG slice may have no room for.  The driver is asked
-// once for each device and thread.
+// Whether the current device runs the instance, which a MIG slice may have no room for.  The driver
+// is asked once for each device and thread.
 template <class Traits>
 std::string refuse_device(const Call& call) {
   thread_local std::array<bool, 64> runs{};
@@ -75,15 +77,16 @@ std::string refuse_device(const Call& call) {
            std::to_string(got % 10);
   if (!ptx::resident_clusters(launch_args<Traits>(call, 1),
                               reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
-    return "device: expected room for a pair of blocks of " + std::to_string(sizeof(typename Traits::Smem)) +
-           " bytes of shared memory, got none";
+    return "device: expected room for a pair of blocks of " +
+           std::to_string(sizeof(typename Traits::Smem)) + " bytes of shared memory, got none";
   if (device < runs.size()) runs[device] = true;
   return {};
 }
 
-// The tensor map of m [rows, cols] in boxes of box_rows, from this thread's cache, which needs no lock. A map
-// holds an address and sizes alone, so it stays right for other memory at the same address. In training the
-// addresses come again: weights keep theirs, and torch's allocator returns the same blocks in each step.
+// The tensor map of m [rows, cols] in boxes of box_rows, from this thread's cache, which needs no
+// lock. A map holds an address and sizes alone, so it stays right for other memory at the same
+// address. In training the addresses come again: weights keep theirs, and torch's allocator returns
+// the same blocks in each step.
 template <class T>
 ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
   using Key = std::array<uint64_t, 5>;
@@ -91,8 +94,9 @@ ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_r
     Key key{};
     ptx::TensorMap map;
   };
-  static thread_local std::vector<Entry> cache(1024);         // 10 bits of the hash
-  const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
+  static thread_local std::vector<Entry> cache(1024);  // 10 bits of the hash
+  const int64_t row =
+      rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
   const Key key{reinterpret_cast<uintptr_t>(m.data), uint64_t(rows), uint64_t(cols), uint64_t(row),
                 uint64_t(box_rows)};
   uint64_t hash = 0;
@@ -109,11 +113,14 @@ void run(const Call& call, const GemmLotr& q) {
   using T = typename Traits::T;
   constexpr int HEIGHT = Traits::PAIR * Traits::BM;
   const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
-  const kernels::GemmLotrParams p{q.bias, q.bias_stride, int(q.N), int(q.K), q.r, {int(bands), int(columns)}};
-  const int64_t pairs = std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
+  const kernels::GemmLotrParams p{q.bias,   q.bias_stride, int(q.N),
+                                  int(q.K), q.r,           {int(bands), int(columns)}};
+  const int64_t pairs =
+      std::clamp<int64_t>(call.card.multiprocessors / Traits::PAIR, 1, bands * columns);
   ptx::launch<kernels::gemm_lotr<Traits>>(
       launch_args<Traits>(call, pairs), tensor_map<T>(q.x, q.M, q.K, Traits::BM),
-      q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK) : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
+      q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK)
+                 : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
       tensor_map<T>(q.u, q.M, q.r, Traits::BM), tensor_map<T>(q.F, q.N, q.r, Traits::SHARE),
       tensor_map<T>(read_only(q.y), q.M, q.N, 64), p);
 }
@@ -123,9 +130,11 @@ void run(const Call& call, const GemmLotr& q) {
 std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
   if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
-    return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " + std::to_string(q.r);
+    return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " +
+           std::to_string(q.r);
   std::string text = refuse_layout(q);
-  if (text.empty()) with_traits(call, q, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
+  if (text.empty())
+    with_traits(call, q, [&](auto traits) { text = refuse_device<decltype(traits)>(call); });
   return text;
 }
 

@@ -1,32 +1,37 @@
 // gemm_lotr:  y = x W^T + bias + u F^T        sm_90a, bf16 or fp16, float32 sums
-//             dx = g W + k A^T                the same kernel, with W read MN-major: no transposed copy
+//             dx = g W + k A^T                the same kernel, with W read MN-major: no transposed
+//             copy
 //
 //   x [M, K], W [N, K] (backward: [K, N]), u [M, r], F [N, r], y [M, N].  In the backward pass read
 //   dx, g, W, k and A for y, x, W, u and F.  u comes from the shrink kernel, k from shrink_grad.
 //
-// The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and multiplies
-// into the same accumulators.  The tensor maps fill ranks beyond r with zeros.
+// The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and
+// multiplies into the same accumulators.  The tensor maps fill ranks beyond r with zeros.
 //
 // Grid     pairs of blocks, as many as the GPU has multiprocessors or fewer.  Pair c computes tiles
-//          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block loads half
-//          of W's columns and writes them to both blocks (multicast).  Blocks of different pairs share
-//          nothing.
+//          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block
+//          loads half of W's columns and writes them to both blocks (multicast).  Blocks of
+//          different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
-// Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2; u and F
+// Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
+// u and F
 //          likewise; y is written once and never read.
 //
-// Timeline of a block, one tile of six k-steps and the rank's, then the next tile.  L: copy in flight or
-// landed.  P: product.  R: the rank's product.  .: the product may still run, one group is left in flight.
-//   stage 0   L P . L L P . L L L L P        each stage has an mbarrier `full`, which counts the copies'
-//   stage 1   L L P . L L P . L L L L P      bytes, and an mbarrier `empty`, at which the warps of both
-//   stage 2   L L L P . L L R . L L L L      blocks arrive that have read it
-//   stage 3   L L L L P . L L L L P .
-//   y                         S S S S        S: a warpgroup stores 64 of its 256 columns
+// Timeline of a block, one tile of six k-steps and the rank's, then the next tile.  L: copy in
+// flight or landed.  P: product.  R: the rank's product.  .: the product may still run, one group
+// is left in flight.
+//   stage 0   L P . L L P . L L L L P        each stage has an mbarrier `full`, which counts the
+//   copies' stage 1   L L P . L L P . L L L L P      bytes, and an mbarrier `empty`, at which the
+//   warps of both stage 2   L L L P . L L R . L L L L      blocks arrive that have read it stage 3
+//   L L L L P . L L L L P . y                         S S S S        S: a warpgroup stores 64 of
+//   its 256 columns
 //
-// Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy, while all
-//          write the next 64 columns to a second buffer.  Meanwhile the next tile's stages are loaded, and
-//          the other warpgroup, up to four k-steps behind, multiplies.
-// Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead ends.  The
+// Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy,
+// while all
+//          write the next 64 columns to a second buffer.  Meanwhile the next tile's stages are
+//          loaded, and the other warpgroup, up to four k-steps behind, multiplies.
+// Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead
+// ends.  The
 //          next kernel may begin when a block's last store is complete.
 // Bits     Each element of y is summed by one thread in one order.
 #pragma once
@@ -40,7 +45,8 @@ struct GemmLotrTraits {
   using T = T_;
   static constexpr bool BACKWARD = BACKWARD_;
   static constexpr int BM = 128, BN = 256, BK = 64;
-  static constexpr int PAIR = 2, SHARE = BN / PAIR;  // blocks of a cluster, columns that each loads for both
+  static constexpr int PAIR = 2,
+                       SHARE = BN / PAIR;  // blocks of a cluster, columns that each loads for both
   static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
 
@@ -59,8 +65,8 @@ struct GemmLotrTraits {
 
 // Tiles of the pairs, 256 x 256, in the order in which the pairs take them.
 struct GemmLotrTiles {
-  // The bands that are walked together.  With 66 pairs at work, 8 x 8 tiles read 2,048 rows of x and 2,048
-  // columns of W, the least that a wave can read.
+  // The bands that are walked together.  With 66 pairs at work, 8 x 8 tiles read 2,048 rows of x
+  // and 2,048 columns of W, the least that a wave can read.
   static constexpr int BANDS_TOGETHER = 8;
   int bands, columns;
   struct Tile {
@@ -82,7 +88,8 @@ struct GemmLotrParams {
   GemmLotrTiles tiles;
 };
 
-// A place in the ring of stages.  All threads walk the stages in the same order, so each keeps its own.
+// A place in the ring of stages.  All threads walk the stages in the same order, so each keeps its
+// own.
 template <int STAGES>
 struct Place {
   int stage = 0;
@@ -149,8 +156,8 @@ struct Producer {
     load_w(stage, full);
     at.advance();
   }
-  LOTR_DEVICE void load_for_both(typename Traits::T* to, const ptx::TensorMap& map, int col, int row,
-                                 uint64_t* full) {
+  LOTR_DEVICE void load_for_both(typename Traits::T* to, const ptx::TensorMap& map, int col,
+                                 int row, uint64_t* full) {
     ptx::tma_load_2d_multicast(to, &map, col, row, full, (1 << Traits::PAIR) - 1);
   }
 };
@@ -171,7 +178,8 @@ struct Multiplier {
     each_tile<Traits>(p, [&](int m0, int n0) {
       T bias[Traits::BN / 128];
       load_bias(bias, n0);
-      float d[Traits::BN / 2] = {};  // not left to the first product: ptxas 12 would serialise the products
+      float d[Traits::BN / 2] =
+          {};  // not left to the first product: ptxas 12 would serialise the products
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
@@ -195,7 +203,8 @@ struct Multiplier {
         const Stage& stage = next();
         const uint64_t u = ptx::swizzled_descriptor(&stage.x[64 * group][0]),
                        f = ptx::swizzled_descriptor(stage.w);
-        // 16 ranks are a group of their own: products in a branch without their fence would be serialised
+        // 16 ranks are a group of their own: products in a branch without their fence would be
+        // serialised
         for (int kk = 0; kk < Traits::BK && k + kk < p.r; kk += 16) {
           ptx::wgmma_fence();
           ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk));
@@ -237,18 +246,19 @@ struct Multiplier {
     }
   }
 
-  // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and `row` + 8, of
-  // each 8 columns the two from `pair` on.  A panel is swizzled as its tensor map says, so the 8 rows of a
-  // warp's store lie in different banks.
+  // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and
+  // `row` + 8, of each 8 columns the two from `pair` on.  A panel is swizzled as its tensor map
+  // says, so the 8 rows of a warp's store lie in different banks.
   struct alignas(4) Two {
     T v[2];
   };
-  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128], int m0,
-                         int n0) {
+  LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128],
+                         int m0, int n0) {
     const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
     // read after the next barrier; the last reads of the tile before came before its last barrier
 #pragma unroll
-    for (int i = 0; i < Traits::BN / 128; ++i) ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
+    for (int i = 0; i < Traits::BN / 128; ++i)
+      ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
 #pragma unroll
     for (int panel = 0; panel < Traits::BN / Traits::PANEL; ++panel) {
       auto& out = s.out[group][panel % 2];
@@ -257,15 +267,16 @@ struct Multiplier {
 #pragma unroll
       for (int j = 0; j < Traits::PANEL / 8; ++j) {
         const int n = panel * Traits::PANEL + 8 * j;
-        auto two =
-            ptx::bit_cast<Two>(ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
+        auto two = ptx::bit_cast<Two>(
+            ptx::load_shared(reinterpret_cast<const uint32_t*>(&s.bias[group][n + pair])));
         float b0, b1;
         ptx::to_floats(two.v, b0, b1);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {  // row + 8 h
           ptx::from_floats(two.v, d[n / 2 + 2 * h] + b0, d[n / 2 + 2 * h + 1] + b1);
-          ptx::store_shared(reinterpret_cast<uint32_t*>(&out[row + 8 * h][8 * (j ^ row % 8) + pair]),
-                            ptx::bit_cast<uint32_t>(two));
+          ptx::store_shared(
+              reinterpret_cast<uint32_t*>(&out[row + 8 * h][8 * (j ^ row % 8) + pair]),
+              ptx::bit_cast<uint32_t>(two));
         }
       }
       ptx::fence_proxy_async();
@@ -301,7 +312,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
     Multiplier<Traits>{s, Y, p}.run();
     __syncwarp();
   }
-  // No block may leave while the other still arrives at its mbarriers.  All stores are complete here.
+  // No block may leave while the other still arrives at its mbarriers.  All stores are complete
+  // here.
   ptx::cluster_sync();
   ptx::griddepcontrol_launch_dependents();
 }

@@ -1,5 +1,5 @@
-// The base product with the adapter's product inside (gemm_lotr.cuh), without torch: raw pointers and a
-// stream.  For sm_90a.
+// The base product with the adapter's product inside (gemm_lotr.cuh), without torch: raw pointers
+// and a stream.  For sm_90a.
 //
 //   forward   y = x W^T + bias + u F^T        backward   dx = g W + k A^T
 #pragma once
@@ -11,8 +11,8 @@ namespace lotr::cuda {
 
 constexpr int GEMM_LOTR_MAX_RANK = 128;
 
-// One direction; in the backward pass read x, W, u, F and y as g, W, k, A and dx.  N and K are the extents of
-// y's and x's rows, so in the backward pass N is in and K is out.
+// One direction; in the backward pass read x, W, u, F and y as g, W, k, A and dx.  N and K are the
+// extents of y's and x's rows, so in the backward pass N is in and K is out.
 struct GemmLotr {
   bool backward;
   MutableMatrix y;   // [M, N]
@@ -26,7 +26,8 @@ struct GemmLotr {
   int32_t r;
 };
 
-// Why the kernel or the current device cannot run it (name, expected, got), or nothing.  Reads no memory.
+// Why the kernel or the current device cannot run it (name, expected, got), or nothing.  Reads no
+// memory.
 std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q);
 
 // One launch.  Throws std::invalid_argument where gemm_lotr_refusal gives a reason.

@@ -1,9 +1,9 @@
-// Device primitives that only sm_90a has: tensor maps, mbarriers, tiled bulk copies (TMA) in both directions,
-// clusters.  The products are in wgmma.cuh.  See ../ptx/base.cuh for how wrappers work.
+// Device primitives that only sm_90a has: tensor maps, mbarriers, tiled bulk copies (TMA) in both
+// directions, clusters.  The products are in wgmma.cuh.  See ../ptx/base.cuh for how wrappers work.
 //
-// Under the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and a tile
-// that a bulk copy stores is read at some time before the wait.  Copies land when no thread can go on, or at
-// random moments.
+// Under the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and
+// a tile that a bulk copy stores is read at some time before the wait.  Copies land when no thread
+// can go on, or at random moments.
 #pragma once
 #include "../ptx/memory.cuh"
 #include "../ptx/sm80.cuh"
@@ -17,7 +17,8 @@
 
 namespace lotr::ptx {
 
-// ---- tensor maps: made on the host, passed to the kernel as `const __grid_constant__ TensorMap` ----
+// ---- tensor maps: made on the host, passed to the kernel as `const __grid_constant__ TensorMap`
+// ----
 
 #ifdef __CUDACC__
 using TensorMap = CUtensorMap;
@@ -28,15 +29,16 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
 #else  // 12.0 to 12.4 have no ByVersion; 13.0 has nothing else
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
       throw std::runtime_error(
-          "tensor map: expected a driver for CUDA 12 or later, got one without cuTensorMapEncodeTiled");
+          "tensor map: expected a driver for CUDA 12 or later, got one without "
+          "cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   return encoder;
@@ -45,11 +47,12 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 using TensorMap = simt::TensorMap;
 #endif
 
-// Of a row-major matrix of 2-byte elements, row_stride a multiple of 8 elements, base aligned to 16 bytes:
-// boxes of 64 columns x box_rows (at most 256) with a swizzle of 128 bytes.  What lies outside the matrix
-// reads as zero and is not written.
+// Of a row-major matrix of 2-byte elements, row_stride a multiple of 8 elements, base aligned to 16
+// bytes: boxes of 64 columns x box_rows (at most 256) with a swizzle of 128 bytes.  What lies
+// outside the matrix reads as zero and is not written.
 template <class T>
-TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t row_stride, uint32_t box_rows) {
+TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
+                        uint32_t box_rows) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
                 "T is __nv_bfloat16 or __half");
 #ifdef __CUDACC__
@@ -57,14 +60,18 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
   const cuuint64_t extent[2] = {cols, rows}, stride[1] = {cuuint64_t(row_stride) * sizeof(T)};
   const cuuint32_t box[2] = {64, box_rows}, step[2] = {1, 1};
   const auto make = [&] {
-    return tensor_map_encoder()(
-        &map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        2, const_cast<T*>(base), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return tensor_map_encoder()(&map,
+                                std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                2, const_cast<T*>(base), extent, stride, box, step,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = make();
-  // The driver needs a current context.  A thread gets one at its first call of the runtime, but not from
-  // torch's device guard (pytorch issue 195256), so a new thread, also one of autograd's, may have none.
+  // The driver needs a current context.  A thread gets one at its first call of the runtime, but
+  // not from torch's device guard (pytorch issue 195256), so a new thread, also one of autograd's,
+  // may have none.
   int device = 0;
   if (result == CUDA_ERROR_INVALID_CONTEXT && !cudaGetDevice(&device) && !cudaSetDevice(device))
     result = make();
@@ -77,8 +84,8 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
 #endif
 }
 
-// One thread: starts to fetch the map itself.  The map is a parameter of the kernel, which no earlier kernel
-// writes, so this may come before griddepcontrol_wait.
+// One thread: starts to fetch the map itself.  The map is a parameter of the kernel, which no
+// earlier kernel writes, so this may come before griddepcontrol_wait.
 LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -94,10 +101,11 @@ inline int current_device() {
   return device;
 }
 
-// ---- clusters: blocks 2 c and 2 c + 1 of the grid, so that a block's rank is its number modulo 2 ----
+// ---- clusters: blocks 2 c and 2 c + 1 of the grid, so that a block's rank is its number modulo 2
+// ----
 
-// A barrier of all threads of the cluster: memory accesses before it, shared memory included, are visible
-// after it.
+// A barrier of all threads of the cluster: memory accesses before it, shared memory included, are
+// visible after it.
 LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -110,7 +118,8 @@ LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 
 LOTR_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
                : "memory");
 #else
   simt::mbarrier_init(barrier, arrivals, site);
@@ -128,16 +137,17 @@ LOTR_DEVICE void fence_mbarrier_init(LOTR_SITE_ONLY) {
 
 LOTR_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #else
   simt::mbarrier_arrive(barrier, bytes, site);
 #endif
 }
 
-// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of that
-// block may then overwrite.  It makes none of this thread's stores visible there.
+// Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of
+// that block may then overwrite.  It makes none of this thread's stores visible there.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -151,8 +161,8 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
 #endif
 }
 
-// Until the phase of this parity has completed (the first phase has parity 0; waiting for 1 on a new barrier
-// returns).
+// Until the phase of this parity has completed (the first phase has parity 0; waiting for 1 on a
+// new barrier returns).
 LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -169,15 +179,16 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #endif
 }
 
-// ---- bulk copies from global memory, started by one thread; their bytes, always those of whole boxes, count
-// at the mbarrier.  A tile starts at a multiple of 1024 bytes ----
+// ---- bulk copies from global memory, started by one thread; their bytes, always those of whole
+// boxes, count at the mbarrier.  A tile starts at a multiple of 1024 bytes ----
 
 // The box whose first element is (col, row).
 LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int row,
                              uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], "
       "[%2];" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
@@ -186,13 +197,14 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
 #endif
 }
 
-// The same to the same place in each block of the cluster whose bit is set in `blocks`; counts at the same
-// mbarrier of each.
+// The same to the same place in each block of the cluster whose bit is set in `blocks`; counts at
+// the same mbarrier of each.
 LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int col, int row,
                                        uint64_t* barrier, uint16_t blocks LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster [%0], "
       "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
       : "memory");
@@ -203,8 +215,8 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
 
 // ---- bulk copies to global memory, started by one thread, which also waits for them ----
 
-// Each thread, after its stores to a tile and before the barrier that precedes tma_store_2d: bulk copies see
-// the stores.
+// Each thread, after its stores to a tile and before the barrier that precedes tma_store_2d: bulk
+// copies see the stores.
 LOTR_DEVICE void fence_proxy_async(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -213,11 +225,13 @@ LOTR_DEVICE void fence_proxy_async(LOTR_SITE_ONLY) {
 #endif
 }
 
-LOTR_DEVICE void tma_store_2d(const TensorMap* map, int col, int row, const void* shared LOTR_SITE) {
+LOTR_DEVICE void tma_store_2d(const TensorMap* map, int col, int row,
+                              const void* shared LOTR_SITE) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(shared)), "r"(col), "r"(row)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(col), "r"(row)
+      : "memory");
 #else
   simt::tma_store_2d(*map, col, row, shared, site);
 #endif

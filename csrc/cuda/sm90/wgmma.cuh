@@ -1,9 +1,9 @@
-// wgmma of sm_90a: products of a warpgroup (128 threads), d [64 x 256] += a [64 x 16] b [256 x 16]^T in
-// float32, both operands in shared memory.
+// wgmma of sm_90a: products of a warpgroup (128 threads), d [64 x 256] += a [64 x 16] b [256 x
+// 16]^T in float32, both operands in shared memory.
 //
-// A product runs while its threads go on: between its issue and a wgmma_wait that covers its group, its
-// accumulators and its tiles belong to it.  Under the executor the accumulators are NaN until then, and the
-// operands are read at the wait.
+// A product runs while its threads go on: between its issue and a wgmma_wait that covers its group,
+// its accumulators and its tiles belong to it.  Under the executor the accumulators are NaN until
+// then, and the operands are read at the wait.
 #pragma once
 #include "../ptx/base.cuh"
 
@@ -13,25 +13,26 @@
 
 namespace lotr::ptx {
 
-// ---- descriptors of swizzled tiles in shared memory: the canonical layouts of the PTX manual ("Strides" of
-// asynchronous warpgroup-level matrix instructions) ----
+// ---- descriptors of swizzled tiles in shared memory: the canonical layouts of the PTX manual
+// ("Strides" of asynchronous warpgroup-level matrix instructions) ----
 
 // K-major: a row of the tile is 64 k of one m or n, 128 bytes; 8 rows are a pattern of 1024 bytes.
 LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
   const uint64_t address = shared_address(tile);
-  return (address & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return (address & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+         uint64_t(1) << 62;
 }
 
-// MN-major: a row is 64 n of one k, 128 bytes; 8 rows are a pattern of 1024 bytes.  The next 64 n are a panel
-// of their own, panel_bytes further on.
+// MN-major: a row is 64 n of one k, 128 bytes; 8 rows are a pattern of 1024 bytes.  The next 64 n
+// are a panel of their own, panel_bytes further on.
 LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_bytes) {
   const uint64_t address = shared_address(tile);
   return (address & 0x3ffff) >> 4 | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
-// Added to a descriptor: what lies so many elements further on.  K-major: less than a row; MN-major: whole
-// rows, a multiple of 8.
+// Added to a descriptor: what lies so many elements further on.  K-major: less than a row;
+// MN-major: whole rows, a multiple of 8.
 template <class T>
 LOTR_DEVICE constexpr uint64_t descriptor_step(int elements) {
   return uint64_t(elements) * sizeof(T) >> 4;
@@ -66,7 +67,8 @@ LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// After the wait, which names no registers: no read of these sums may move above it.  Not an instruction.
+// After the wait, which names no registers: no read of these sums may move above it.  Not an
+// instruction.
 template <int COUNT>
 LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 #ifdef __CUDACC__
@@ -77,18 +79,23 @@ LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 
 // ---- the product ----
 
-// How b lies in shared memory: the elements of a row, along the sum, are neighbours (k), or those of a column
-// are (mn).
+// How b lies in shared memory: the elements of a row, along the sum, are neighbours (k), or those
+// of a column are (mn).
 enum class Major { k = 0, mn = 1 };
 
 #ifdef __CUDACC__
 // The 128 accumulators' names in the text of the instruction, and as operands of the asm statement.
-#define LOTR_D256                                                                                          \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"    \
-  "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"   \
-  "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,"   \
-  "%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101," \
-  "%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,"   \
+#define LOTR_D256                                                                                 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%"  \
+  "25,%26,"                                                                                       \
+  "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%" \
+  "50,%51,"                                                                                       \
+  "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%" \
+  "75,%76,"                                                                                       \
+  "%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%" \
+  "100,%101,"                                                                                     \
+  "%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%"   \
+  "120,%121,"                                                                                     \
   "%122,%123,%124,%125,%126,%127}"
 #define LOTR_OUT8(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \

@@ -1,8 +1,10 @@
-// Global memory to a shared tile, and the dropout of a tile.  A thread owns the same chunks in both, so that
-// it may mask what it copied as soon as its own copies have landed, before the block's barrier.
+// Global memory to a shared tile, and the dropout of a tile.  A thread owns the same chunks in
+// both, so that it may mask what it copied as soon as its own copies have landed, before the
+// block's barrier.
 //
-// Matrices come with 16-byte rows (launchers pack those that do not), so every copy is asynchronous.  A tile
-// inside the matrix takes a path without bounds: the thread's address, and steps that are the same for all.
+// Matrices come with 16-byte rows (launchers pack those that do not), so every copy is
+// asynchronous.  A tile inside the matrix takes a path without bounds: the thread's address, and
+// steps that are the same for all.
 #pragma once
 #include "philox.cuh"
 #include "shared.cuh"
@@ -24,13 +26,16 @@ LOTR_DEVICE int valid_elements(int64_t row, int64_t rows, int64_t col, int64_t c
   return left <= 0 ? 0 : left < CHUNK ? int(left) : CHUNK;
 }
 
-// Copies tiles of one matrix [rows, cols]: tile (i, j) of its grid of tiles, zero outside the matrix.
+// Copies tiles of one matrix [rows, cols]: tile (i, j) of its grid of tiles, zero outside the
+// matrix.
 template <int THREADS, class Tile>
 class Loader {
   using T = typename Tile::T;
   static constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS, STEP = THREADS / Tile::CHUNKS;
-  static constexpr int COUNT = (TOTAL + THREADS - 1) / THREADS;  // chunks of a thread, STEP rows apart
-  static_assert(THREADS % Tile::CHUNKS == 0 && STEP % 8 == 0, "the same swizzle in all rows of a thread");
+  static constexpr int COUNT =
+      (TOTAL + THREADS - 1) / THREADS;  // chunks of a thread, STEP rows apart
+  static_assert(THREADS % Tile::CHUNKS == 0 && STEP % 8 == 0,
+                "the same swizzle in all rows of a thread");
 
   const char* data_;
   int64_t rows_, cols_, row_bytes_, first_;
@@ -51,8 +56,8 @@ class Loader {
 
   LOTR_DEVICE void operator()(Tile& tile, int tile_row, int tile_col) const {
     if (TOTAL % THREADS != 0 && r_ >= Tile::ROWS) return;  // fewer chunks than threads
-    const char* from =
-        data_ + first_ + tile_row * (Tile::ROWS * row_bytes_) + tile_col * int64_t(Tile::COLS * sizeof(T));
+    const char* from = data_ + first_ + tile_row * (Tile::ROWS * row_bytes_) +
+                       tile_col * int64_t(Tile::COLS * sizeof(T));
     T* to = tile.chunk(r_, c_);
     if (tile_row < whole_rows_ && tile_col < whole_cols_) {
 #pragma unroll
@@ -88,9 +93,9 @@ LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   return value;
 }
 
-// f(true or false as a type): compiles a kernel's loop once with dropout and once without.  A test in every
-// step would cost the loop without dropout up to 30 % more instructions, because the masks take registers
-// from addresses.
+// f(true or false as a type): compiles a kernel's loop once with dropout and once without.  A test
+// in every step would cost the loop without dropout up to 30 % more instructions, because the masks
+// take registers from addresses.
 template <class F>
 LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
   if (dropout.seed)
@@ -99,9 +104,11 @@ LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
     f(std::false_type{});
 }
 
-// Zeroes the dropped elements of the chunks this thread loaded; cols is the width of the whole matrix.
+// Zeroes the dropped elements of the chunks this thread loaded; cols is the width of the whole
+// matrix.
 template <int THREADS, class Tile>
-LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, int64_t row0, int64_t col0, int64_t cols) {
+LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, int64_t row0, int64_t col0,
+                      int64_t cols) {
   const uint64_t seed = uint64_t(ptx::load(dropout.seed));
 #pragma unroll 1
   for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {

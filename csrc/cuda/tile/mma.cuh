@@ -1,8 +1,8 @@
 // Matrix products of a warp on shared tiles.
 //
-// A policy is an element type and a way to multiply.  Both leave the accumulator of a 16 x 8 tile as
-// mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).  Fragments of the
-// operands are loaded by two functions each, for the two orders in memory:
+// A policy is an element type and a way to multiply.  Both leave the accumulator of a 16 x 8 tile
+// as mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
+// Fragments of the operands are loaded by two functions each, for the two orders in memory:
 //   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      (16 rows i)
 //   b<along_k>: tile [j][k]   b<across_k>: tile [k][j]      (8 columns j)
 #pragma once
@@ -61,9 +61,11 @@ struct Exact {
     for (int h = 0; h < 2; ++h) {
       if constexpr (ORDER == Order::across_k) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) f[4 * h + k] = ptx::as_bits(ptx::load_shared(t.at(k0 + k, i + h * step)));
+        for (int k = 0; k < 4; ++k)
+          f[4 * h + k] = ptx::as_bits(ptx::load_shared(t.at(k0 + k, i + h * step)));
       } else {
-        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, 0, k0)));
+        const uint4 v =
+            ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, 0, k0)));
         f[4 * h] = v.x, f[4 * h + 1] = v.y, f[4 * h + 2] = v.z, f[4 * h + 3] = v.w;
       }
     }
@@ -87,10 +89,11 @@ struct Exact {
 };
 
 // d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
-// The columns go in groups whose fragments take 32 registers at most; a long product is not unrolled
-// entirely.
+// The columns go in groups whose fragments take 32 registers at most; a long product is not
+// unrolled entirely.
 template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
-LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B, int j0) {
+LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,
+                              int j0) {
   constexpr int GROUP = NJ * P::B_REGS > 32 ? 32 / P::B_REGS : NJ;
   [[maybe_unused]] constexpr int UNROLL = P::K == 16 ? K_TOTAL / 16 : P::K / 4;
 #pragma unroll UNROLL

@@ -1,6 +1,6 @@
-// Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-// The mask of an element depends on its place in the matrix and on the seed alone, so the backward pass,
-// another tiling, the CPU and the GPU all draw the same one.
+// Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", 2011). The mask of an element depends on its place in the matrix and on the seed alone, so
+// the backward pass, another tiling, the CPU and the GPU all draw the same one.
 #pragma once
 #include "../params.h"
 #include "../ptx/sm80.cuh"
@@ -21,18 +21,19 @@ LOTR_DEVICE uint32_t philox_keep4(uint64_t seed, uint64_t quad, uint32_t thresho
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return uint32_t(c0 >= threshold) | uint32_t(c1 >= threshold) << 1 | uint32_t(c2 >= threshold) << 2 |
-         uint32_t(c3 >= threshold) << 3;
+  return uint32_t(c0 >= threshold) | uint32_t(c1 >= threshold) << 1 |
+         uint32_t(c2 >= threshold) << 2 | uint32_t(c3 >= threshold) << 3;
 }
 
-// Bits for elements first .. first + N - 1, no others.  One quad after another: few registers beside a
-// kernel's own.
+// Bits for elements first .. first + N - 1, no others.  One quad after another: few registers
+// beside a kernel's own.
 template <int N>
 LOTR_DEVICE uint32_t philox_keep(uint64_t seed, uint64_t first, uint32_t threshold) {
   const int shift = int(first & 3);
   uint32_t bits = 0;
 #pragma unroll 1
-  for (int i = 0; 4 * i < shift + N; ++i) bits |= philox_keep4(seed, first / 4 + i, threshold) << (4 * i);
+  for (int i = 0; 4 * i < shift + N; ++i)
+    bits |= philox_keep4(seed, first / 4 + i, threshold) << (4 * i);
   return bits >> shift & ((1u << N) - 1);
 }
 

@@ -1,5 +1,6 @@
-// Accumulators to global memory: by way of a shared tile in the output type, so that rows leave in 16-byte
-// pieces, or straight to a float32 matrix, where two neighbouring values of a lane make whole sectors.
+// Accumulators to global memory: by way of a shared tile in the output type, so that rows leave in
+// 16-byte pieces, or straight to a float32 matrix, where two neighbouring values of a lane make
+// whole sectors.
 #pragma once
 #include "shared.cuh"
 
@@ -10,16 +11,20 @@ template <class Tile>
 LOTR_DEVICE void put(Tile& tile, int i0, int j0, const float (&d)[4], float scale) {
   using T = typename Tile::T;
   const int lane = threadIdx.x % 32, i = i0 + lane / 4, j = j0 + lane % 4 * 2;
-  ptx::store_shared2(tile.at(i, j), ptx::from_float<T>(d[0] * scale), ptx::from_float<T>(d[1] * scale));
-  ptx::store_shared2(tile.at(i + 8, j), ptx::from_float<T>(d[2] * scale), ptx::from_float<T>(d[3] * scale));
+  ptx::store_shared2(tile.at(i, j), ptx::from_float<T>(d[0] * scale),
+                     ptx::from_float<T>(d[1] * scale));
+  ptx::store_shared2(tile.at(i + 8, j), ptx::from_float<T>(d[2] * scale),
+                     ptx::from_float<T>(d[3] * scale));
 }
 
-// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols], by THREADS of the block: all, or half of them
+// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols], by THREADS of the block: all, or half of
+// them
 template <int THREADS, class Tile>
-LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_t rows, int64_t col0,
-                       int64_t cols) {
+LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_t rows,
+                       int64_t col0, int64_t cols) {
   using T = typename Tile::T;
-  for (int index = int(threadIdx.x) % THREADS; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
+  for (int index = int(threadIdx.x) % THREADS; index < Tile::ROWS * Tile::CHUNKS;
+       index += THREADS) {
     const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
     const int64_t row = row0 + r, col = col0 + c * Tile::CHUNK;
     if (row >= rows || col >= cols) continue;
@@ -35,8 +40,8 @@ LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_
   }
 }
 
-// to[i][j] = d rounded, for the lane's part of a 16 x 8 tile at [i0, j0] inside [rows, cols]: two neighbours
-// in a store where they are aligned.
+// to[i][j] = d rounded, for the lane's part of a 16 x 8 tile at [i0, j0] inside [rows, cols]: two
+// neighbours in a store where they are aligned.
 template <class T>
 LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows, int j0, int cols,
                                const float (&d)[4]) {
@@ -59,7 +64,8 @@ LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows
   }
 }
 
-// A float32 matrix [rows, cols] and the lane's part of its 16 x 8 tiles, as the accumulators have it.
+// A float32 matrix [rows, cols] and the lane's part of its 16 x 8 tiles, as the accumulators have
+// it.
 struct Floats {
   float* data;
   int64_t row_stride, col_stride, rows;
@@ -78,7 +84,8 @@ struct Floats {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float2 pair{0.f, 0.f};
-        if (i + 8 * h < rows) pair = ptx::load(reinterpret_cast<const float2*>(from + 8 * h * row_stride));
+        if (i + 8 * h < rows)
+          pair = ptx::load(reinterpret_cast<const float2*>(from + 8 * h * row_stride));
         v[2 * h] = pair.x, v[2 * h + 1] = pair.y;
       }
       return;
@@ -102,7 +109,8 @@ struct Floats {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (i + 8 * h < rows)
-          ptx::store(reinterpret_cast<float2*>(to + 8 * h * row_stride), float2{v[2 * h], v[2 * h + 1]});
+          ptx::store(reinterpret_cast<float2*>(to + 8 * h * row_stride),
+                     float2{v[2 * h], v[2 * h + 1]});
       return;
     }
 #pragma unroll
@@ -111,9 +119,12 @@ struct Floats {
         ptx::store(to + e / 2 * 8 * row_stride + e % 2 * col_stride, v[e]);
   }
   // the tile at [i0, j0] = d
-  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4]) const { store(i0, j0, d, 1.f, {}); }
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4]) const {
+    store(i0, j0, d, 1.f, {});
+  }
   // the same, or += with `accumulate`: all loads before the first addition waits for one
-  LOTR_DEVICE void add(int64_t i0, int j0, const float (&d)[4], float scale, bool accumulate) const {
+  LOTR_DEVICE void add(int64_t i0, int j0, const float (&d)[4], float scale,
+                       bool accumulate) const {
     float before[4] = {};
     if (accumulate) load(before, i0, j0);
     store(i0, j0, d, scale, before);

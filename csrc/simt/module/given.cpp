@@ -4,7 +4,8 @@
 
 namespace lotr::simt {
 
-Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers) : kernel_(kernel) {
+Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers)
+    : kernel_(kernel) {
   for (const auto& [name, value] : arrays)
     if (!value.is_none()) arrays_[py::str(name)] = py::array::ensure(value);
   size_t known = 0;
@@ -19,7 +20,8 @@ Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbe
       fail("arrays", kernel.arrays, "no " + word);
     }
   }
-  if (known != arrays_.size()) fail("arrays", kernel.arrays, py::str(py::list(arrays.attr("keys")())));
+  if (known != arrays_.size())
+    fail("arrays", kernel.arrays, py::str(py::list(arrays.attr("keys")())));
   words = std::istringstream(kernel.numbers);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
@@ -33,7 +35,8 @@ Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbe
 }
 
 void Given::fail(const char* name, const std::string& expected, const std::string& got) const {
-  throw py::value_error(std::string(kernel_.name) + ": " + name + ": expected " + expected + ", got " + got);
+  throw py::value_error(std::string(kernel_.name) + ": " + name + ": expected " + expected +
+                        ", got " + got);
 }
 
 const py::array& Given::array(const char* name) const {
@@ -77,7 +80,8 @@ Matrix Given::input(const char* name, DType as, int64_t rows, int64_t cols) cons
   expect_shape(name, {rows, cols});
   count_for(name);
   const int64_t row = stride(name, 0), col = stride(name, 1);
-  return {array(name).data(), row, col, cuda::access_of(array(name).data(), row, col, rows, type(name), as)};
+  return {array(name).data(), row, col,
+          cuda::access_of(array(name).data(), row, col, rows, type(name), as)};
 }
 
 MutableMatrix Given::output(const char* name, DType as, int64_t rows, int64_t cols) const {
@@ -125,7 +129,8 @@ Memory::Memory(const char* name, size_t bytes) : words_(bytes / 4 + 1024, 0xFFFF
 
 void Memory::check() const {
   for (const uint32_t* word = behind_; word < words_.data() + words_.size(); ++word)
-    if (*word != 0xFFFFFFFFu) throw std::runtime_error("workspace: a kernel has written behind its end");
+    if (*word != 0xFFFFFFFFu)
+      throw std::runtime_error("workspace: a kernel has written behind its end");
 }
 
 }  // namespace lotr::simt

@@ -1,5 +1,5 @@
-// What run() was given: numpy arrays and numbers by name, checked against the kernel's line of the table in
-// kernels.cpp.  bfloat16 arrays have the dtype uint16.
+// What run() was given: numpy arrays and numbers by name, checked against the kernel's line of the
+// table in kernels.cpp.  bfloat16 arrays have the dtype uint16.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -27,16 +27,19 @@ class Given {
   DType type(const char* name) const;
   double number(const char* name) const { return numbers_.at(name); }
 
-  // A matrix [rows, cols] that a kernel of element type `type` reads; null where the array was not given.
+  // A matrix [rows, cols] that a kernel of element type `type` reads; null where the array was not
+  // given.
   Matrix input(const char* name, DType type, int64_t rows, int64_t cols) const;
   MutableMatrix output(const char* name, DType type, int64_t rows, int64_t cols) const;
-  // Matrices [count, rows, cols], in whatever type they are; first: the stride from one to the next.
+  // Matrices [count, rows, cols], in whatever type they are; first: the stride from one to the
+  // next.
   struct Stack {
     Matrix matrix;
     int64_t first;
   };
   Stack stack(const char* name, int64_t count, int64_t rows, int64_t cols) const;
-  const void* line(const char* name, DType as, int64_t size) const;  // [size], null where it is not given
+  const void* line(const char* name, DType as,
+                   int64_t size) const;  // [size], null where it is not given
   // float32 [shape], null where the array was not given.
   float* floats(const char* name, std::vector<int64_t> shape) const;
   int64_t stride(const char* name, int dim) const;  // in elements, 0 where it was not given
@@ -57,15 +60,16 @@ class Given {
   const py::array& array(const char* name) const;
   void expect_shape(const char* name, const std::vector<int64_t>& shape) const;
   void count_for(const char* name) const;  // registers the array, so that its traffic is counted
-  [[noreturn]] void fail(const char* name, const std::string& expected, const std::string& got) const;
+  [[noreturn]] void fail(const char* name, const std::string& expected,
+                         const std::string& got) const;
 
   const Kernel& kernel_;
   std::map<std::string, py::array> arrays_;
   std::map<std::string, double> numbers_;
 };
 
-// A kernel that Python can run.  arrays: names, those in brackets may be missing; numbers: names with their
-// defaults.
+// A kernel that Python can run.  arrays: names, those in brackets may be missing; numbers: names
+// with their defaults.
 struct Kernel {
   const char *name, *arrays, *numbers;
   void (*run)(const Given& given);
@@ -79,8 +83,8 @@ struct Device {
 };
 inline Device device;
 
-// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).  name: for the
-// counts of traffic, null for none.
+// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).  name: for
+// the counts of traffic, null for none.
 class Memory {
  public:
   Memory(const char* name, size_t bytes);

@@ -1,5 +1,5 @@
-// The table of kernels that run() takes: names, and how their arguments become the problems of csrc/cuda.
-// Outputs are the caller's arrays, so that a test may poison, pad or stride them.
+// The table of kernels that run() takes: names, and how their arguments become the problems of
+// csrc/cuda. Outputs are the caller's arrays, so that a test may poison, pad or stride them.
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -57,7 +57,8 @@ void factor_grad(const Given& given) {
   FactorGradProblem q{};
   q.M = given.extent("x", 0), q.K = given.extent("x", 1), q.r = int32_t(given.extent("v", 1));
   q.x = given.input("x", type, q.M, q.K), q.v = given.input("v", type, q.M, q.r);
-  q.D = given.floats("D", {q.K, q.r}), q.D_row = given.stride("D", 0), q.D_col = given.stride("D", 1);
+  q.D = given.floats("D", {q.K, q.r}), q.D_row = given.stride("D", 0),
+  q.D_col = given.stride("D", 1);
   q.accumulate = int32_t(given.number("accumulate")), q.dropout = given.dropout();
   launch(type, q);
 }
@@ -68,7 +69,8 @@ void shrink_grad(const Given& given) {
   q.M = given.extent("g", 0), q.N = given.extent("g", 1), q.r = int32_t(given.extent("F", 1));
   q.g = given.input("g", type, q.M, q.N), q.F = given.input("F", type, q.N, q.r);
   q.u = given.input("u", type, q.M, q.r), q.k = given.output("k", type, q.M, q.r);
-  q.Q = given.floats("Q", {q.N, q.r}), q.Q_row = given.stride("Q", 0), q.Q_col = given.stride("Q", 1);
+  q.Q = given.floats("Q", {q.N, q.r}), q.Q_row = given.stride("Q", 0),
+  q.Q_col = given.stride("Q", 1);
   q.accumulate = int32_t(given.number("accumulate"));
   launch(type, q);
 }
@@ -78,7 +80,8 @@ void fold(const Given& given) {
   q.N = given.extent("B", 0), q.r_out = int32_t(given.extent("B", 1));
   q.r_in = int32_t(given.extent("core", 0));
   q.B_type = given.type("B"), q.core_type = given.type("core"), q.F_type = given.type("F");
-  q.B = given.input("B", q.B_type, q.N, q.r_out), q.core = given.input("core", q.core_type, q.r_in, q.r_out);
+  q.B = given.input("B", q.B_type, q.N, q.r_out),
+  q.core = given.input("core", q.core_type, q.r_in, q.r_out);
   q.F = given.output("F", q.F_type, q.N, q.r_in), q.scale = float(given.number("scale"));
   launch(q.F_type, q);
 }
@@ -89,7 +92,8 @@ void fold_grad(const Given& given) {
   q.r_in = int32_t(given.extent("core", 0));
   q.B_type = given.type("B"), q.core_type = given.type("core");
   q.Q = given.input("Q", DType::float32, q.N, q.r_in);
-  q.B = given.input("B", q.B_type, q.N, q.r_out), q.core = given.input("core", q.core_type, q.r_in, q.r_out);
+  q.B = given.input("B", q.B_type, q.N, q.r_out),
+  q.core = given.input("core", q.core_type, q.r_in, q.r_out);
   q.dB = given.floats("dB", {q.N, q.r_out}), q.dB_row = given.stride("dB", 0),
   q.dB_col = given.stride("dB", 1);
   q.add_dB = int32_t(given.number("accumulate"));
@@ -148,8 +152,8 @@ MutableMatrix any_output(const Given& given, const char* name) {
 }
 
 // h = scale a G by rows; transposed: a G^T.
-void product(const Given& given, const Given::Stack& cores, const RowIndex& index, Matrix a, DType a_type,
-             MutableMatrix h, DType h_type, bool transposed, float missing) {
+void product(const Given& given, const Given::Stack& cores, const RowIndex& index, Matrix a,
+             DType a_type, MutableMatrix h, DType h_type, bool transposed, float missing) {
   RowCoreProblem q{};
   q.index = index, q.a = a, q.cores = cores.matrix, q.core_stride = cores.first;
   q.r_in = int32_t(given.extent("cores", 1)), q.r_out = int32_t(given.extent("cores", 2));
@@ -160,12 +164,14 @@ void product(const Given& given, const Given::Stack& cores, const RowIndex& inde
 }
 
 Given::Stack cores_of(const Given& given) {
-  return given.stack("cores", given.extent("cores", 0), given.extent("cores", 1), given.extent("cores", 2));
+  return given.stack("cores", given.extent("cores", 0), given.extent("cores", 1),
+                     given.extent("cores", 2));
 }
 
 void row_core(const Given& given) {
-  product(given, cores_of(given), index_of(given, given.extent("h", 0)), any(given, "u"), given.type("u"),
-          any_output(given, "h"), given.type("h"), false, std::numeric_limits<float>::quiet_NaN());
+  product(given, cores_of(given), index_of(given, given.extent("h", 0)), any(given, "u"),
+          given.type("u"), any_output(given, "h"), given.type("h"), false,
+          std::numeric_limits<float>::quiet_NaN());
 }
 
 // Rows sorted by a key, and where those of each key end.
@@ -185,12 +191,13 @@ struct Sorted {
   Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
 };
 
-void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core, int64_t rows, Matrix g) {
+void sum_over_rows(const Given& given, const cuda::Call& call, RowIndex by_core, int64_t rows,
+                   Matrix g) {
   const int64_t r_in = given.extent("cores", 1), tokens = given.extent("u", 0);
   Sorted by_token(call, given.integers<int64_t>("tokens"), rows, tokens);
   Memory k(nullptr, size_t(rows * r_in) * 4);
-  product(given, cores_of(given), by_core, g, given.type("g"), {k.as<float>(), r_in, 1, Access::element},
-          DType::float32, true, 0.f);
+  product(given, cores_of(given), by_core, g, given.type("g"),
+          {k.as<float>(), r_in, 1, Access::element}, DType::float32, true, 0.f);
   SumRowsProblem q{};
   q.of_token = by_token.segments(), q.k = k.as<float>(), q.tokens = tokens, q.r = int32_t(r_in);
   q.du = any_output(given, "du"), q.du_type = given.type("du");
@@ -208,8 +215,8 @@ void row_core_backward(const Given& given) {
   if (given.has("tokens"))
     sum_over_rows(given, call, by_core, rows, g);
   else
-    product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"), given.type("du"),
-            true, 0.f);
+    product(given, cores_of(given), by_core, g, given.type("g"), any_output(given, "du"),
+            given.type("du"), true, 0.f);
   std::optional<Sorted> by_index;
   if (index.core) by_index.emplace(call, index.core, rows, index.cores);
   RowCoreGradProblem q{};
@@ -250,10 +257,12 @@ const std::vector<Kernel>& kernels() {
       {"fold", "B core F", "scale=1", fold},
       {"fold_grad", "Q B core [ dB dcore ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},
-      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1", small_backward},
+      {"small_backward", "g u A core B [ x dx dA dB dcore ]", "scale=1 accumulate=1",
+       small_backward},
       {"gemm_lotr", "x W u F y [ bias ]", "backward=0", gemm_lotr},
       {"row_core", "u cores h [ index offs tokens ]", "scale=1", row_core},
-      {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1", row_core_backward},
+      {"row_core_backward", "g u cores du dcores [ index offs tokens ]", "scale=1",
+       row_core_backward},
   };
   return table;
 }

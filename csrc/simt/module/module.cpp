@@ -10,7 +10,8 @@
 namespace lotr::simt {
 namespace {
 
-// Bytes of shared memory per block: on the smallest supported GPU (sm_86), and of gemm_lotr's (sm_90).
+// Bytes of shared memory per block: on the smallest supported GPU (sm_86), and of gemm_lotr's
+// (sm_90).
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 void run(const std::string& name, const py::dict& arrays, const py::dict& numbers) {
@@ -30,24 +31,27 @@ py::dict counters_dict() {
   const Counters c = counters();
   py::dict arrays;
   for (const Traffic& t : c.arrays)
-    arrays[py::str(t.name)] = py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes,
-                                       "read_sectors"_a = t.read_sectors, "written_bytes"_a = t.written_bytes,
-                                       "written_sectors"_a = t.written_sectors, "unwrapped"_a = t.unwrapped);
+    arrays[py::str(t.name)] =
+        py::dict("size"_a = t.size, "read_bytes"_a = t.read_bytes,
+                 "read_sectors"_a = t.read_sectors, "written_bytes"_a = t.written_bytes,
+                 "written_sectors"_a = t.written_sectors, "unwrapped"_a = t.unwrapped);
   py::list launches;
   for (const LaunchRecord& l : c.launches)
-    launches.append(py::dict("name"_a = l.name, "shared_bytes"_a = l.shared_bytes, "early"_a = l.early,
-                             "let_next"_a = l.let_next,
+    launches.append(py::dict("name"_a = l.name, "shared_bytes"_a = l.shared_bytes,
+                             "early"_a = l.early, "let_next"_a = l.let_next,
                              "grid"_a = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]),
                              "block"_a = py::make_tuple(l.block[0], l.block[1], l.block[2])));
-  return py::dict("blocks"_a = c.blocks, "threads"_a = c.threads, "switches"_a = c.switches,
-                  "barriers"_a = c.barriers, "warp_collectives"_a = c.warp_collectives, "mma"_a = c.mma,
-                  "wgmma"_a = c.wgmma, "bulk_bytes"_a = c.bulk_bytes, "ldmatrix"_a = c.ldmatrix,
-                  "async_copies"_a = c.async_copies, "async_waits"_a = c.async_waits,
-                  "shared_phases"_a = c.shared_phases, "shared_wavefronts"_a = c.shared_wavefronts,
-                  "shared_unwrapped"_a = c.shared_unwrapped, "launches"_a = launches, "arrays"_a = arrays);
+  return py::dict(
+      "blocks"_a = c.blocks, "threads"_a = c.threads, "switches"_a = c.switches,
+      "barriers"_a = c.barriers, "warp_collectives"_a = c.warp_collectives, "mma"_a = c.mma,
+      "wgmma"_a = c.wgmma, "bulk_bytes"_a = c.bulk_bytes, "ldmatrix"_a = c.ldmatrix,
+      "async_copies"_a = c.async_copies, "async_waits"_a = c.async_waits,
+      "shared_phases"_a = c.shared_phases, "shared_wavefronts"_a = c.shared_wavefronts,
+      "shared_unwrapped"_a = c.shared_unwrapped, "launches"_a = launches, "arrays"_a = arrays);
 }
 
-void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory, bool sm90) {
+void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
+                    bool sm90) {
   Options o;
   o.order = order_of("order", order);
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory;
@@ -60,7 +64,8 @@ void set_device(int multiprocessors, bool early) {
   device = {{multiprocessors}, early};
 }
 
-std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r, int32_t r_out, int element) {
+std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r, int32_t r_out,
+                         int element) {
   const DType type = element == 4 ? DType::float32 : DType::bfloat16;
   return cuda::plan_text({type, device.card, nullptr, device.early}, op, M, N, r, r_out);
 }
@@ -100,19 +105,22 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("run", &run, "name"_a, "arrays"_a, "numbers"_a = py::dict(),
         "Runs a kernel's operator on numpy arrays (bfloat16 as uint16), which it writes in place");
   m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
-        "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 and later)");
+        "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 "
+        "and later)");
   m.def("plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
         "A kernel's plan in one line, as python -m lotr_ext.info prints it");
-  m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
-        "count_memory"_a = false, "sm90"_a = false,
-        "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared memory");
+  m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1,
+        "preempt"_a = 0, "count_memory"_a = false, "sm90"_a = false,
+        "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared "
+        "memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def(
-      "skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); },
-      "file"_a, "line"_a,
+      "skip_synchronisation",
+      [](const std::string& file, int line) { skip_synchronisation({file, line}); }, "file"_a,
+      "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a,
         "Zeros whose pages take memory only when touched, for matrices beyond 2^31 elements");

@@ -1,0 +1,13 @@
+"""The core: how one call of an adapted layer is computed, forward and backward.
+
+    dispatch         chooses the autograd nodes of a call, or the PyTorch fallback
+    request          which layers use other cores, or none, inside of a context
+    factor_cache     what the calls with one factor share
+    nodes            the autograd Functions
+    fallback         the layer in PyTorch operations
+    kernel_support   whether the kernels can run on a device
+    operators        loads the compiled library; output shapes for torch.compile
+    _torch_private   every private name of torch that the package uses
+
+A module imports only from modules below it in this list. Users need none of them.
+"""

@@ -1,0 +1,58 @@
+"""The state of a request: which cores the layers use inside of a context, or that they use none.
+
+`disabled` and `use_tasks` open a request. It is in force for the thread that opened it and for the
+backwards that this thread starts, because it is in a thread-local of torch that autograd carries
+into its backward threads. So a checkpoint recomputes in the same request, if backward is called
+inside of the context.
+
+Not here: what a state means to a layer (layers.py, experts.py) and where it is set (model.py,
+tasks.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from . import _torch_private as private
+
+ADAPTER_OFF = "off"  # the state of a layer whose adapter is disabled
+
+_KEY = "lotr"  # in torch's thread-local dictionary
+
+# Requests that are open in any thread. A layer skips the thread-local lookup if there are none.
+_open_requests: set[object] = set()
+
+
+@contextlib.contextmanager
+def open_request(states: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Opens a request in which `state_of(module)` is states[module].
+
+    A module that `states` does not name keeps its state of the enclosing request.
+    """
+    outer = current_request()
+    token = object()
+    private.set_thread_local(_KEY, {**outer, **states})
+    _open_requests.add(token)
+    try:
+        yield
+    finally:
+        _open_requests.discard(token)
+        private.set_thread_local(_KEY, outer)
+
+
+def current_request() -> Mapping[nn.Module, Any]:
+    """Returns the states of all modules in the current request, empty outside of a request."""
+    if _open_requests and private.has_thread_local(_KEY):
+        return private.get_thread_local(_KEY)
+    return {}
+
+
+def state_of(module: nn.Module) -> Any:
+    """Returns the state of a module in the current request, None if it has none."""
+    if not _open_requests:
+        return None
+    return current_request().get(module)

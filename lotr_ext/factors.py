@@ -1,0 +1,257 @@
+"""The factors A and B that the layers of a group share, and the scaling s of their product.
+
+    delta W_l = s B G_l^T A^T      A [in_features, r_in], B [out_features, r_out], G_l [r_in, r_out]
+
+Each factor is a separate module, so that sharded training can gather and reduce it once for all of
+its layers, and so that one A can be paired with several B.
+
+Not here: the layers, which hold the cores G_l (linear.py).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .core.dispatch import Caches
+from .core.factor_cache import FactorCache
+from .core.operators import accumulate_dtype
+from .functional import check_dimension, check_dtype, check_number, check_rank
+from .init import START, fill_factor_
+
+__all__ = ["LoTRFactor", "LoTRFactors", "Scaling", "factors_for", "scaling_of"]
+
+Scaling = float | Literal["auto"]
+DEFAULT_RANK = 8
+
+
+def scaling_of(
+    rank: int | tuple[int, int],
+    alpha: float | None = None,
+    rslora: bool = False,
+    scaling: Scaling = "auto",
+    diagonal: bool = False,
+) -> float:
+    """Returns the scaling s of an adapter.
+
+    "auto" is 4 (8 / r)^1.5 / START^3. START = 0.4 is the constant by which the initial factors are
+    multiplied. Together they make the learning rate of a LoRA fit every rank (docs/choosing.md).
+
+    Args:
+        rank: r, or (r_in, r_out), of which the larger counts.
+        alpha: If given, s is alpha / r, and "auto" does not apply.
+        rslora: Whether s is alpha / sqrt(r) (arXiv 2312.03732). alpha is r if it is not given.
+        scaling: s itself, or "auto".
+        diagonal: Whether the cores are diagonal. "auto" is then 4 (8 / r)^0.5 / START^3, because
+            their products have fewer terms by a factor of r.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If scaling is given together with alpha or rslora.
+    """
+    if not isinstance(rslora, bool):
+        raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
+    r = max(check_rank(rank))
+    if scaling != "auto":
+        if isinstance(scaling, str):
+            raise ValueError(f'scaling: expected a number or "auto", got {scaling!r}')
+        check_number("scaling", scaling)
+        if alpha is not None or rslora:
+            raise ValueError(
+                f"scaling: expected no alpha or rslora with a number, got scaling={scaling}, "
+                f"alpha={alpha}, rslora={rslora}. Pass one of them."
+            )
+        return float(scaling)
+    if alpha is None and not rslora:
+        exponent = 0.5 if diagonal else 1.5
+        return 4.0 * (8 / r) ** exponent / START**3
+    alpha = r if alpha is None else alpha
+    check_number("alpha", alpha)
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+class LoTRFactor(nn.Module):
+    """One factor [features, rank]: an A [in_features, r_in] or a B [out_features, r_out].
+
+    A factor may be in several pairs (`LoTRFactors.of`). Its gradient is one float32 sum (float64
+    for float64) over all layers, so autograd sees one gradient per backward. Layers with the same
+    A share u = x A, even if their B differ.
+
+    Args:
+        features: in_features for an A, out_features for a B.
+        rank: The number of columns.
+        init: "orthonormal" (orthonormal columns, or rows if the rank exceeds the features),
+            "normal" (N(0, 1), as in the paper) or "kaiming", times START.
+        device: As for torch.empty.
+        dtype: float32, float64, bfloat16 or float16. torch's default dtype if None.
+
+    Raises:
+        TypeError, ValueError: If an argument has the wrong type or value. The message names it.
+
+    Warns:
+        UserWarning: If the rank exceeds the features.
+    """
+
+    # With init "svd", the factor that was subtracted from the weights. Not in state_dict.
+    start: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        rank: int,
+        *,
+        init: str = "orthonormal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_dimension("features", features)
+        check_dimension("rank", rank)
+        check_dtype(dtype)
+        super().__init__()
+        if rank > features:
+            warnings.warn(
+                f"lotr_ext: rank {rank} exceeds {features} features; a lower rank gives the same "
+                f"functions",
+                stacklevel=2,
+            )
+        self.features = features
+        self.rank = rank
+        self.value = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))
+        self.register_buffer("start", None, persistent=False)
+        self.cache = FactorCache()
+        fill_factor_(self.value, init)
+
+    def forward(self, operation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns operation(value). Sharded training gathers the value around this call."""
+        return operation(self.value)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, rank={self.rank}"
+
+
+class LoTRFactors(nn.Module):
+    """The pair A [in_features, r_in] and B [out_features, r_out] of a group (arXiv 2402.01376).
+
+    state_dict: `A.value`, `B.value`.
+
+    Args:
+        in_features: Of the layers.
+        out_features: Of the layers.
+        rank: An int, or (r_in, r_out).
+        init: As for `LoTRFactor`, as are device, dtype, errors and warnings.
+
+    Attributes:
+        A: The `LoTRFactor` [in_features, r_in].
+        B: The `LoTRFactor` [out_features, r_out].
+        rank: An int if r_in = r_out, else the pair.
+        caches: What calls with this A and this B share.
+    """
+
+    rank: int | tuple[int, int]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | tuple[int, int],
+        *,
+        init: str = "orthonormal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_dimension("in_features", in_features)
+        check_dimension("out_features", out_features)
+        r_in, r_out = check_rank(rank)
+        super().__init__()
+        A = LoTRFactor(in_features, r_in, init=init, device=device, dtype=dtype)
+        B = LoTRFactor(out_features, r_out, init=init, device=device, dtype=dtype)
+        self._set_pair(A, B)
+
+    @staticmethod
+    def of(A: LoTRFactor, B: LoTRFactor) -> LoTRFactors:
+        """Returns the pair of two existing factors, which may also be in other pairs.
+
+        Raises:
+            TypeError: If A or B is not a LoTRFactor, or if their dtypes differ.
+            ValueError: If A is B.
+        """
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, LoTRFactor):
+                raise TypeError(f"{name}: expected a LoTRFactor, got {type(factor).__name__}")
+        if A is B:
+            raise ValueError("B: expected another factor than A, got the same one")
+        if A.value.dtype != B.value.dtype:
+            raise TypeError(f"B: expected dtype {A.value.dtype}, as A has, got {B.value.dtype}")
+        pair = LoTRFactors.__new__(LoTRFactors)
+        nn.Module.__init__(pair)
+        pair._set_pair(A, B)
+        return pair
+
+    def _set_pair(self, A: LoTRFactor, B: LoTRFactor) -> None:
+        self.A = A
+        self.B = B
+        self.__dict__.update(A=A, B=B)  # read without nn.Module.__getattr__, see `read`
+        self.caches = Caches(A.cache, B.cache)
+        self.in_features = A.features
+        self.out_features = B.features
+        self.r_in = A.rank
+        self.r_out = B.rank
+        self.rank = A.rank if A.rank == B.rank else (A.rank, B.rank)
+
+    def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Returns operation(A, B).
+
+        Sharded training gathers A and B around this call. Shard each LoTRFactor, not the pair.
+
+        Args:
+            operation: Holds x and its other tensors itself. If they were arguments, FSDP2 would
+                wrap each x in a new tensor, and layers could not recognize that they have the
+                same x.
+        """
+        A = self.A
+        B = self.B
+        if A._forward_pre_hooks or B._forward_pre_hooks:  # FSDP2 and ZeRO-3 gather in such hooks
+            return A(lambda A_value: B(partial(operation, A_value)))
+        # Without hooks: two calls of modules would cost 7 us per layer, and nn.Module.__getattr__
+        # 0.6 us per read (bench.host, one token). So plain parameters are read from nn.Module's
+        # dictionary, here and in the layers. It lacks them if they are computed (parametrize).
+        A_parameters = A._parameters
+        B_parameters = B._parameters
+        A_value = A_parameters["value"] if "value" in A_parameters else A.value
+        B_value = B_parameters["value"] if "value" in B_parameters else B.value
+        return operation(A_value, B_value)
+
+
+def factors_for(
+    factors: LoTRFactors | None,
+    rank: int | tuple[int, int] | None,
+    sizes: tuple[int, int],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> LoTRFactors:
+    """Returns the factors of a new layer of sizes (in_features, out_features).
+
+    Args:
+        factors: Returned if given.
+        rank: Of new factors, 8 if None. If factors are given, it must be None or their rank.
+        dtype: Of the layer. New factors are float32, or float64 for float64.
+
+    Raises:
+        TypeError: If factors are not LoTRFactors.
+        ValueError: If rank is not the rank of the factors.
+    """
+    if factors is None:
+        factors_dtype = accumulate_dtype(dtype or torch.get_default_dtype())
+        rank = DEFAULT_RANK if rank is None else rank
+        return LoTRFactors(*sizes, rank, device=device, dtype=factors_dtype)
+    if not isinstance(factors, LoTRFactors):
+        raise TypeError(f"factors: expected LoTRFactors, got {type(factors).__name__}")
+    if rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
+        raise ValueError(f"rank: expected {factors.rank}, the rank of factors, or None, got {rank}")
+    return factors

@@ -1,0 +1,616 @@
+"""Adapted layers: LoTRLinear for nn.Linear, LoTRConv1D for transformers' Conv1D.
+
+    y = base(x) + s ((drop(x) A) G) B^T
+
+A layer holds its base, its core G and a reference to the factors A and B of its group.
+
+Not here: a layer for any other base (wrapped.py) and for experts (experts.py), the factors
+(factors.py), and how a call runs (dispatch.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .core import dispatch, fallback
+from .core.operators import accumulate_dtype
+from .core.request import ADAPTER_OFF, state_of
+from .factors import LoTRFactor, LoTRFactors, Scaling, factors_for, scaling_of
+from .functional import check_dtype, check_input, check_probability
+
+__all__ = ["LoTRConv1D", "LoTRLayer", "LoTRLinear"]
+
+Layer = TypeVar("Layer", bound="LoTRLayer")
+
+
+class _CoreAttribute:
+    """Descriptor for `layer.core`: returns the parameter, or evaluates the module `core_form`.
+
+    It has no `__set__`, so that assigning a Parameter still registers it.
+    """
+
+    def __get__(self, layer: LoTRLayer | None, owner: type | None = None) -> Tensor:
+        if layer is None:
+            return self
+        core = layer._parameters.get("core")
+        return layer.core_form() if core is None else core
+
+
+class LoTRLayer(nn.Module):
+    """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
+
+    Subclasses define `base`, `matrix` and `to_base`.
+
+    Attributes:
+        factors: The pair of A and B.
+        core: G [r_in, r_out], for experts [e, r_in, r_out]: a parameter, or the output of the
+            module `core_form` (see `use_core`).
+        scaling: s.
+        dropout: The probability of dropping an element of the adapter's x in training.
+        merged: Whether the weight contains the adapter.
+    """
+
+    core = _CoreAttribute()
+    in_features: int
+    out_features: int
+    factors: LoTRFactors
+    # With init "svd", the core that was subtracted from the weight. Not in state_dict.
+    start_core: Tensor | None
+    # The weight before a merge. Not in state_dict.
+    weight_backup: Tensor | None
+
+    @classmethod
+    def from_linear(
+        cls: type[Layer],
+        linear: nn.Module,
+        factors: LoTRFactors,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: Scaling = "auto",
+        dropout: float = 0.0,
+    ) -> Layer:
+        """Adapts a linear layer. Uses its weight and bias, not copies, and freezes them.
+
+        `LoTRWrapped` uses the module itself.
+
+        Args:
+            linear: The layer to adapt.
+            factors: The pair of A and B, with the sizes of the layer.
+            alpha: See `scaling_of`, as for rslora and scaling.
+            dropout: In [0, 1). The probability of dropping an element of the adapter's x in
+                training.
+
+        Raises:
+            TypeError: If linear is not a layer that this class adapts, or is adapted already.
+            ValueError: If the factors have other sizes, or an argument has a wrong value.
+        """
+        sizes = cls.sizes_of(linear) if isinstance(linear, nn.Module) else None
+        # Adapting freezes all parameters inside. Those of another adapter would stop training.
+        if sizes is None or _contains_adapter(linear):
+            raise TypeError(
+                f"linear: expected a linear layer that {cls.__name__} adapts, got "
+                f"{type(linear).__name__}"
+            )
+        s = scaling_of(getattr(factors, "rank", 1), alpha, rslora, scaling)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = sizes
+        layer._take_base(linear)
+        layer._add_adapter(factors, s, dropout, _device_of(linear))
+        return layer.train(linear.training)
+
+    @staticmethod
+    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
+        """Returns (in_features, out_features), None for a module that this class cannot adapt."""
+        raise TypeError("from_linear: expected a class that adapts a module, such as LoTRLinear")
+
+    def _take_base(self, linear: nn.Module) -> None:
+        """Takes over weight and bias. Keeps linear for `to_base`."""
+        self.weight = linear.weight
+        self.bias = linear.bias
+        # Through __dict__, so that it is not registered as a child and not saved twice.
+        self.__dict__["adapted"] = linear
+
+    def _add_adapter(
+        self,
+        factors: LoTRFactors,
+        scaling: float,
+        dropout: float,
+        device: torch.device,
+        lead: tuple[int, ...] = (),
+    ) -> None:
+        """Freezes the base and adds the adapter. Called once, when the layer has its base.
+
+        Args:
+            lead: The leading dimensions of the core.
+        """
+        check_probability("dropout", dropout)
+        if not isinstance(factors, LoTRFactors):
+            raise TypeError(f"factors: expected LoTRFactors, got {type(factors).__name__}")
+        layer_sizes = (self.in_features, self.out_features)
+        factor_sizes = (factors.in_features, factors.out_features)
+        if layer_sizes != factor_sizes:
+            raise ValueError(
+                f"factors: expected (in_features, out_features) = {layer_sizes}, got {factor_sizes}"
+            )
+        A = factors.A.value
+        if A.is_meta and device.type != "meta":
+            raise ValueError(
+                f"factors: expected values, as the layer has on {device}, got factors on the meta "
+                f"device"
+            )
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        core = torch.zeros(*lead, factors.r_in, factors.r_out, device=device, dtype=A.dtype)
+        self.core = nn.Parameter(core)
+        self.scaling = scaling
+        self.dropout = float(dropout)
+        self.merged = False
+        self.register_buffer("start_core", None, persistent=False)
+        self.register_buffer("weight_backup", None, persistent=False)
+        factors.A.cache.layers += 1
+        factors.B.cache.layers += 1
+        self.factors = factors  # registered, so that a model built by hand owns A and B
+        self.__dict__["factors"] = factors  # read without nn.Module.__getattr__
+
+    def leave_factors_to_owner(self) -> None:
+        """Keeps only a plain reference to the factors, which another module registers.
+
+        state_dict then contains them once.
+        """
+        self._modules.pop("factors")
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes the layer.
+
+        Args:
+            input: x [..., in_features].
+
+        Returns:
+            [..., out_features].
+        """
+        if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
+            check_input(input, self.in_features)
+        if self.merged:
+            return self.base(input)
+        state = state_of(self)
+        if state is None:
+            return self._with_adapter(input, self.core, None)
+        if state is ADAPTER_OFF:
+            return self._without_adapter(input)
+        cores, index = state(input)
+        return self._with_adapter(input, cores, index)
+
+    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+        """Computes the base and the adapter. Overridden if the base computes x W^T itself.
+
+        Args:
+            core: [r_in, r_out], or [c, r_in, r_out] with an index.
+            index: Which core each row of x uses.
+        """
+        return self._run(x, core, index, weight=self.matrix(), bias=self.bias)
+
+    def _run(
+        self,
+        x: Tensor,
+        core: Tensor,
+        index: Tensor | None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        base_output: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the adapter with the base product of weight and bias, or onto `base_output`."""
+        factors = self.factors
+        scaling = self.scaling
+        dropout = self.dropout if self.training else 0.0
+
+        def compute(A: Tensor, B: Tensor) -> Tensor:
+            return dispatch.linear(
+                x,
+                weight,
+                bias,
+                A,
+                B,
+                core,
+                scaling,
+                dropout,
+                base_output=base_output,
+                index=index,
+                caches=factors.caches,
+                layer=self,
+            )
+
+        return factors.read(compute)
+
+    def _without_adapter(self, x: Tensor) -> Tensor:
+        """Computes the base, and adds back what init "svd" subtracted from its weight."""
+        y = self.base(x)
+        if self.start_core is None:
+            return y
+        A = self.factors.A.start
+        B = self.factors.B.start
+        return fallback.layer(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+
+    def base(self, x: Tensor) -> Tensor:
+        """Computes the layer without its adapter, with the current weight."""
+        return nnf.linear(x, self.matrix(), self.bias)
+
+    def matrix(self) -> Tensor:
+        """Returns W [out_features, in_features], a view of the weight."""
+        raise TypeError(f"{type(self).__name__} must define matrix")
+
+    def to_base(self) -> nn.Module:
+        """Returns the plain layer with the current weight, which contains a merged adapter."""
+        raise TypeError(f"{type(self).__name__} must define to_base")
+
+    # ---- parameters ------------------------------------------------------------------------------
+
+    def core_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the core, or the parameters from which it is computed."""
+        core = self._parameters.get("core")
+        if core is not None:
+            yield core
+            return
+        form = self.__dict__.get("core_form") or self._modules.get("core_form")
+        if form is None:  # torch.nn.utils.parametrize
+            form = self.parametrizations.core
+        yield from form.parameters()
+
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the parameters of "A", "B" and "core", each with the name of its part."""
+        for parameter in self.factors.A.parameters():
+            yield "A", parameter
+        for parameter in self.factors.B.parameters():
+            yield "B", parameter
+        for parameter in self.core_parameters():
+            yield "core", parameter
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters of A, B and the core."""
+        for _, parameter in self.parts():
+            yield parameter
+
+    def set_trained(self, train: Collection[str]) -> None:
+        """Trains the named parts of the adapter and freezes the others.
+
+        Args:
+            train: Some of "A", "B" and "core".
+
+        Raises:
+            ValueError: If train contains another name.
+        """
+        unknown = set(train) - {"A", "B", "core"}
+        if unknown:
+            raise ValueError(
+                f"train: expected some of A, B, core, got {', '.join(sorted(unknown))}"
+            )
+        for part, parameter in self.parts():
+            parameter.requires_grad_(part in train)
+
+    def use_core(self, form: nn.Module) -> None:
+        """Computes the core by a module, whose parameters are trained instead of the core.
+
+        `lotr_ext.cores` has forms that share parameters between layers.
+
+        Args:
+            form: form() returns G [r_in, r_out].
+
+        Raises:
+            TypeError: If form is not a module.
+            ValueError: If it returns something else than a tensor like the core, or if the layer
+                has init "svd".
+        """
+        if not isinstance(form, nn.Module):
+            raise TypeError(
+                f"core: expected a module whose forward returns it, got {type(form).__name__}"
+            )
+        if self.start_core is not None:
+            raise ValueError(
+                'core: expected a layer that starts as its base, got one of init "svd"'
+            )
+        with torch.no_grad():
+            core = self.core
+            new_core = form()
+        expected = tuple(core.shape), core.dtype, core.device
+        actual = type(new_core).__name__
+        if isinstance(new_core, Tensor):
+            actual = tuple(new_core.shape), new_core.dtype, new_core.device
+        if actual != expected:
+            raise ValueError(
+                f"core: expected shape, dtype and device {expected}, got {actual} of "
+                f"{type(form).__name__}"
+            )
+        self._parameters.pop("core", None)
+        self.core_form = form
+
+    # ---- merging ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Returns s B G^T A^T [.., out_features, in_features], which `merge` adds to W.
+
+        float32, or float64 for float64 factors.
+        """
+        return self.factors.read(lambda A, B: fallback.delta_weight(A, B, self.core, self.scaling))
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Returns W + s B G^T A^T as a new tensor, W itself if it is merged already."""
+        weight = self.matrix().detach()
+        return weight.clone() if self.merged else plus(weight, self.delta_weight())
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
+        """Adds the adapter to the weight. The layer then runs as a plain linear layer.
+
+        Args:
+            safe: Whether to check that the result is finite before anything is changed.
+            keep_backup: Whether to keep a copy of W, so that `unmerge` restores it bit for bit.
+                Without the copy, `unmerge` subtracts.
+
+        Raises:
+            RuntimeError: If the layer is merged already.
+            TypeError: If the base cannot be merged into, or if its weight is computed in each
+                forward (weight_norm, parametrizations, pruning) or sharded (FSDP2, tensor
+                parallelism).
+            ValueError: If the result is not finite and safe is set.
+        """
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
+        weight = self._weight_to_write("merge")
+        merged_weight = self.merged_weight()
+        if safe and not bool(merged_weight.isfinite().all()):
+            raise ValueError(
+                "merge: expected a finite merged weight (safe=True), got NaN or infinite elements"
+            )
+        self.weight_backup = weight.detach().clone() if keep_backup else None
+        weight.copy_(merged_weight)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Removes the adapter from the weight.
+
+        Raises:
+            RuntimeError: If the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
+        weight = self._weight_to_write("unmerge")
+        original = self.weight_backup
+        if original is None:
+            original = plus(weight, -self.delta_weight())
+        weight.copy_(original)
+        self.weight_backup = None
+        self.merged = False
+
+    def _weight_to_write(self, caller: str) -> Tensor:
+        """Returns `matrix()`.
+
+        Raises:
+            TypeError: If a write to it would be lost.
+        """
+        check_plain(self, caller)
+        return self.matrix()
+
+    def to_linear(self) -> nn.Linear:
+        """Returns a plain nn.Linear that computes the same as this layer in eval mode.
+
+        It shares no tensor with this layer.
+        """
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return linear_of(self.merged_weight(), bias, self.training)
+
+    @torch.no_grad()
+    def give_start_back(self) -> None:
+        """Undoes init "svd": adds the initial adapter back into W.
+
+        Removing the adapter then restores the original weight.
+        """
+        if self.start_core is None or self.merged:
+            return
+        factors = self.factors
+        start = fallback.delta_weight(
+            factors.A.start, factors.B.start, self.start_core, self.scaling
+        )
+        weight = self._weight_to_write("unload")
+        weight.copy_(plus(weight, start))
+        self.start_core = None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"state_dict: expected an unmerged layer at {prefix!r}, got a merged one. Its "
+                f"weight contains the adapter, which would be saved twice. Unmerge it, or take the "
+                f"adapter off with unload(model, merge=True)."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        items = [
+            f"in_features={self.in_features}",
+            f"out_features={self.out_features}",
+            f"rank={self.factors.rank}",
+            f"scaling={self.scaling:g}",
+        ]
+        if self.dropout:
+            items.append(f"dropout={self.dropout}")
+        if self.merged:
+            items.append("merged")
+        return ", ".join(items)
+
+
+class LoTRLinear(LoTRLayer, nn.Linear):
+    """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen.
+
+    x [..., in_features] -> [..., out_features]. The core starts at zero, so the layer starts as the
+    plain linear layer. Equation and shapes: arXiv 2402.01376, section 3.
+
+    state_dict: `weight` and `bias` as nn.Linear, `core`, and also `factors.A.value` and
+    `factors.B.value` unless an owner registers the factors.
+
+    Args:
+        in_features: As for nn.Linear, as for out_features, bias and device.
+        rank: The rank of new factors, 8 if None.
+        factors: An existing pair. Its rank is then used.
+        alpha: See `scaling_of`, as for rslora and scaling.
+        dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
+        dtype: Of weight and bias: float32, float64, bfloat16 or float16, torch's default if None.
+            New factors and the core are float32, or float64 for float64.
+
+    Raises:
+        TypeError, ValueError: If an argument has the wrong type or value. The message names it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | tuple[int, int] | None = None,
+        *,
+        bias: bool = True,
+        factors: LoTRFactors | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: Scaling = "auto",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_dtype(dtype)
+        check_probability("dropout", dropout)
+        factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
+        s = scaling_of(factors.rank, alpha, rslora, scaling)
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_adapter(factors, s, dropout, self.weight.device)
+
+    @staticmethod
+    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
+        if not isinstance(linear, nn.Linear):
+            return None
+        return linear.in_features, linear.out_features
+
+    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+        parameters = self._parameters  # faster than nn.Module.__getattr__, see LoTRFactors.read
+        if "weight" in parameters and "bias" in parameters:
+            weight = parameters["weight"]
+            bias = parameters["bias"]
+        else:  # computed in each forward, as by torch.nn.utils.parametrize
+            weight = self.weight
+            bias = self.bias
+        return self._run(x, core, index, weight=weight, bias=bias)
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def to_base(self) -> nn.Linear:
+        linear = self.__dict__.get("adapted")
+        if linear is None:  # built by the constructor, not by from_linear
+            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        return _with_tensors_of(self, linear)
+
+
+class LoTRConv1D(LoTRLayer):
+    """An adapted Conv1D of transformers (GPT-2), whose weight is [in_features, out_features].
+
+    state_dict: `weight` and `bias` as the original, and `core`.
+    """
+
+    @staticmethod
+    def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
+        return features(linear) if is_conv1d(linear) else None
+
+    def matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def to_base(self) -> nn.Module:
+        return _with_tensors_of(self, self.__dict__["adapted"])
+
+
+# ---- plain linear layers -------------------------------------------------------------------------
+
+
+def plus(weight: Tensor, delta: Tensor) -> Tensor:
+    """Returns weight + delta in weight's dtype, summed in float32 or wider and cast once."""
+    wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
+    return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """Returns a frozen nn.Linear that holds these tensors."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear.train(training)
+
+
+def check_plain(module: nn.Module, caller: str) -> None:
+    """Checks that a write to the module's weight is not lost.
+
+    Raises:
+        TypeError: If the weight is computed in each forward, or sharded.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"{caller}: expected a weight that is a parameter, got one that is computed in each "
+            f"forward. Remove the reparametrization first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
+            f"prune.remove)."
+        )
+    is_fsdp1 = getattr(module, "_is_fsdp_managed_module", False)
+    is_zero3 = hasattr(weight, "ds_id")
+    if type(weight) is not nn.Parameter or is_fsdp1 or is_zero3:
+        raise TypeError(
+            f"{caller}: expected a full, plain weight, got {type(weight).__name__}, sharded or in "
+            f"another format. Save the adapter, and load it onto the model in one process."
+        )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is transformers' Conv1D, which may not be installed: checks its attributes."""
+    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        return False
+    return getattr(module, "weight", None) is not None
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features), None for a module that cannot be adapted."""
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    in_features = getattr(module, "in_features", None)
+    out_features = getattr(module, "out_features", None)
+    if not isinstance(in_features, int) or not isinstance(out_features, int):
+        return None
+    return in_features, out_features
+
+
+def _contains_adapter(module: nn.Module) -> bool:
+    adapter_types = (LoTRLayer, LoTRFactors, LoTRFactor)
+    return any(isinstance(child, adapter_types) for child in module.modules())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _with_tensors_of(layer: LoTRLayer, linear: nn.Module) -> nn.Module:
+    """Returns linear with the layer's weight, bias and mode."""
+    layer.give_start_back()
+    linear.weight = layer.weight
+    linear.bias = layer.bias
+    return linear.train(layer.training)
