@@ -93,7 +93,7 @@ def read_mutants() -> list[Mutant]:
     return mutants
 
 
-def tests_of(file: str) -> tuple[str, ...]:
+def suite_of(file: str) -> tuple[str, ...]:
     """Returns the names of the tests that run for a file."""
     return next(tests for prefix, tests in TESTS.items() if file.startswith(prefix))
 
@@ -121,7 +121,7 @@ def run(mutant: Mutant, folder: Path) -> str:
     try:
         if is_compiled and not build(folder):
             return "caught by the compiler"
-        for name in tests_of(mutant.file):
+        for name in suite_of(mutant.file):
             tests = f"test_{name}.py"
             if not (folder / "python_tests" / tests).is_file():
                 continue

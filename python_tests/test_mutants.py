@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from mutants import ROOT, read_mutants, stale_reason, tests_of
+from mutants import ROOT, read_mutants, stale_reason, suite_of
 
 
 def test_every_fault_can_be_written_and_has_tests() -> None:
@@ -14,7 +14,7 @@ def test_every_fault_can_be_written_and_has_tests() -> None:
     for mutant in mutants:
         assert stale_reason(mutant, ROOT) is None, mutant
         assert mutant.new != mutant.old
-        assert tests_of(mutant.file)
+        assert suite_of(mutant.file)
 
 
 def test_help_explains_the_command() -> None:
