@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .adapted import layers_in
 from .config import TASKS, LoTRConfig
 from .core.operators import DTYPES, accumulate_dtype
 from .files import (
@@ -59,7 +60,6 @@ from .files import (
 from .functional import check_dtype, check_number, check_rank
 from .init import START, tucker2_of
 from .layers import LoTRConv1D
-from .model import layers_in
 from .targets import group_of, name_ends_with
 from .tasks import TaskBank
 
