@@ -391,6 +391,8 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
     shape = f"{sizes[0]}x{sizes[1]}"
+    if by == "layer":
+        return name.replace(".", "_")
     if isinstance(by, str):
         part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
             by, ""

@@ -212,6 +212,8 @@ GROUPS = [
     ("attention", "shape", 2, 1),
     ("attention", "name", 8, 4),
     ("attention", "block", 4, 2),
+    ("mlp", "layer", 8, 4),
+    ("attention", "layer", 16, 8),
     (
         "attention",
         {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"},

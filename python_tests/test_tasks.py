@@ -383,8 +383,9 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
 # ---- slots ------------------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp", rows=2)
+@pytest.mark.parametrize("way", ["shape", "layer"])
+def test_slots_are_added_replaced_and_removed(way: str, tmp_path: Path) -> None:
+    model, x = trained("mlp", way), zoo.inputs("mlp", rows=2)
     bank = TaskBank(model, 2)
     assert len(bank) == 0 and not any(core.requires_grad for core in bank.cores)
     assert bank.add() == 0
