@@ -185,6 +185,16 @@ class TaskBank(nn.Module):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating tensor, got {got}")
+            if value.layout is not torch.strided:
+                raise TypeError(
+                    f"{name}: expected a dense tensor, got layout {value.layout}. "
+                    f"Pass its to_dense()."
+                )
+            if value.is_meta and not core.is_meta:
+                raise ValueError(
+                    f"{name}: expected values as the bank has on {core.device}, got a tensor on "
+                    f"the meta device. Load its values first."
+                )
             if value.shape != core.shape[1:]:
                 raise ValueError(
                     f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}"
