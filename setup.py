@@ -58,7 +58,9 @@ def check_packages() -> None:
         )
     torch = importlib.metadata.version("torch")
     if major_minor(torch) < MIN_TORCH:
-        stop(f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch")
+        stop(
+            f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch"
+        )
     has_wheel = importlib.util.find_spec("wheel") is not None
     if not has_wheel and major_minor(importlib.metadata.version("setuptools")) < (70, 1):
         stop(
