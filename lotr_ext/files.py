@@ -350,7 +350,7 @@ def _described(
             "B": names[layer.factors.B],
             "scaling": float(layer.scaling),
             "dropout": layer.dropout,
-            "experts": getattr(layer, "num_experts", 0),
+            "experts": layer.num_experts,
         }
         tensors |= {f"{name}.core": layer.core, f"{name}.start_core": layer.start_core}
         if "core_form" in layer._modules:
