@@ -224,9 +224,9 @@ def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | 
             'core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.'
         )
     places = [place_of(name) for name in names]
-    cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(
-        places, config.rank
-    )
+    form = FORMS[config.core] if isinstance(config.core, str) else config.core
+    with torch.device("cpu"):  # not the caller's default device, which may be meta
+        cores = form(places, config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(
             f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}"
