@@ -33,6 +33,7 @@ from .functional import (
     check_tensor,
 )
 from .layers import LoTRLayer
+from .sharded_tensors import is_sharded
 
 __all__ = [
     "LoTRExperts",
@@ -457,7 +458,7 @@ class LoTRHostedExperts(LoTRExperts):
 
     def _weight_to_write(self, where: str) -> Tensor:
         weight = self.host._parameters.get(self.parameter)
-        if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+        if type(weight) is not nn.Parameter or is_sharded(weight):
             raise TypeError(
                 f"{where}: expected a whole, plain {self.parameter}, got {type(weight).__name__}"
             )

@@ -24,10 +24,10 @@ from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .experts import CHILD
 from .factors import LoTRFactor
-from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
 from .model import adapted_layers, expect_unmerged
+from .storage import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
 
 __all__ = ["TaskBank", "use_tasks"]
