@@ -29,21 +29,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import __version__, old_files
+from .adapted import adapted_layers, expect_unmerged, layers_in
 from .config import LoTRConfig
 from .core.operators import DTYPES
 from .cores import CoreAt
 from .factors import LoTRFactor
 from .functional import check_number, check_probability
 from .layers import LoTRLayer
-from .model import (
-    adapted_layers,
-    cores_of,
-    expect_unmerged,
-    install,
-    layers_in,
-    set_start,
-    unchanged_on_error,
-)
+from .model import cores_of, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in, is_sharded
 from .storage import (

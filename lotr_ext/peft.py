@@ -42,13 +42,14 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .bypasses import fast_paths
 from .config import LoTRConfig, check_names, place_of
 from .core import dispatch, fallback
 from .core.operators import DTYPES, accumulate_dtype
 from .factors import LoTRFactors
 from .init import fill_core_
 from .layers import features, is_conv1d
-from .model import cores_of, fast_paths, pair_of
+from .model import cores_of, pair_of
 from .old_files import config_of_version_1
 from .sharded_tensors import is_sharded
 from .storage import expect_names

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
 from .layers import LoTRLayer, features, is_conv1d
@@ -144,8 +145,9 @@ def why_not_adapted(
     """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
     for name in names:
         parent, _, child = name.rpartition(".")
-        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and does not call it"
+        reason = why_not_called(model.get_submodule(parent), child)
+        if reason is not None:
+            return reason
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
@@ -392,6 +394,8 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
     shape = f"{sizes[0]}x{sizes[1]}"
+    if by == "layer":
+        return name.replace(".", "_")
     if isinstance(by, str):
         part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
             by, ""

@@ -212,6 +212,8 @@ GROUPS = [
     ("attention", "shape", 2, 1),
     ("attention", "name", 8, 4),
     ("attention", "block", 4, 2),
+    ("mlp", "layer", 8, 4),
+    ("attention", "layer", 16, 8),
     (
         "attention",
         {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"},
@@ -611,9 +613,7 @@ def test_explain_says_what_runs_and_why() -> None:
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
-    assert "PyTorch's own products, because A is torch.float16" in explain(
-        mixed, zoo.inputs("bert")
-    )
+    assert "the PyTorch fallback, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 
