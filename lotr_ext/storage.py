@@ -181,7 +181,7 @@ def json_object(text: str | bytes, name: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON in {path}, got {error}") from None
+        raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected a JSON object in {path}, got {content!r:.80}")
     return content

@@ -425,4 +425,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )  # rank 15 of 16
     assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
     assert convert.main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.startswith("error: directory: expected a local folder")
+    assert capsys.readouterr().err.startswith("error: directory: expected a folder with")

@@ -42,7 +42,7 @@ from lotr_ext import (
 from lotr_ext.cores import DiagonalCores
 from lotr_ext.files import FILE_NAME
 from lotr_ext.model import adapted_layers
-from lotr_ext.old_files import JSON_NAME
+from lotr_ext.old_files import JSON_NAME, config_of_version_1
 from lotr_ext.storage import checksum
 
 OLD = Path(__file__).parent / "data" / "bd4494a"
@@ -256,6 +256,29 @@ def test_loads_what_older_code_saved(folder: str, tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     for again in (adapted, load_adapter(zoo.net(name), tmp_path)):
         assert torch.equal(zoo.output(again, expected["x"]), zoo.output(model, expected["x"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"scaling": "auto", "rank": 4}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": [4, 2]}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": [2, 4], "core": "train"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "core": "cp"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "core": "diagonal"}, 4 * 2**0.5),
+        ({"scaling": None, "rank": 4}, 1.0),
+        ({"scaling": None, "rank": 4, "rslora": True}, 2.0),
+        ({"scaling": None, "rank": 4, "alpha": 2.0}, 0.5),
+        ({"scaling": 0.3, "rank": 4, "init": "gradient"}, 0.3),
+    ],
+)
+def test_the_scaling_of_a_configuration_of_version_1(
+    settings: dict[str, Any], scaling: float
+) -> None:
+    config = LoTRConfig.from_dict(config_of_version_1({"magnitude": False, **settings}))
+    assert config.s == pytest.approx(scaling)
+    assert config.init == "orthonormal"
+    assert config.train == ("A", "B", "core")
 
 
 def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
