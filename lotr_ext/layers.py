@@ -23,6 +23,7 @@ from .core.operators import accumulate_dtype
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactor, LoTRFactors, Scaling, factors_for, scaling_of
 from .functional import check_dtype, check_input, check_probability
+from .sharded_tensors import is_in_fsdp1, is_sharded
 
 __all__ = ["LoTRConv1D", "LoTRLayer", "LoTRLinear"]
 
@@ -576,9 +577,8 @@ def check_plain(module: nn.Module, caller: str) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
             f"prune.remove)."
         )
-    is_fsdp1 = getattr(module, "_is_fsdp_managed_module", False)
-    is_zero3 = hasattr(weight, "ds_id")
-    if type(weight) is not nn.Parameter or is_fsdp1 or is_zero3:
+    is_sharded_here = is_sharded(weight) or is_in_fsdp1(module)
+    if type(weight) is not nn.Parameter or is_sharded_here:
         raise TypeError(
             f"{caller}: expected a full, plain weight, got {type(weight).__name__}, sharded or in "
             f"another format. Save the adapter, and load it onto the model in one process."

@@ -24,9 +24,9 @@ from .adapted import adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .factors import LoTRFactor
-from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
+from .storage import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
 from .transformers_experts import CHILD
 

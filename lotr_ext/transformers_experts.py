@@ -28,6 +28,7 @@ from .core import dispatch, grouped
 from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors
+from .sharded_tensors import is_sharded
 
 __all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_sizes", "why_not"]
 
@@ -167,7 +168,7 @@ class LoTRHostedExperts(LoTRExperts):
 
     def _weight_to_write(self, caller: str) -> Tensor:
         weight = self.host._parameters.get(self.parameter)
-        if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+        if type(weight) is not nn.Parameter or is_sharded(weight):
             raise TypeError(
                 f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
                 f"{type(weight).__name__}"
