@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import CONFIG_NAME, bank_of, put_folder
+from ..convert.lora import CONFIG_NAME, put_folder
+from ..convert.to_lora import bank_of
 from ..files import (
     checked_path,
     checksum,
