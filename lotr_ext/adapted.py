@@ -1,6 +1,12 @@
-"""The adapted layers of a model: how the rest of the package finds and checks them.
+"""The adapted layers of a model, and what the model registers with them.
 
-Not here: making them (model.py) and what they compute (layers.py).
+    model.lotr_factors      each A and B once
+    model.lotr_cores        parameters from which several cores are computed
+    model.lotr_tasks        a TaskBank
+
+The layers only refer to these modules.
+
+Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
 """
 
 from __future__ import annotations
@@ -13,7 +19,17 @@ from torch import nn
 
 from .layers import LoTRLayer
 
-__all__ = ["adapted_layers", "compute_device", "expect_unmerged", "layers_in"]
+__all__ = [
+    "adapted_layers",
+    "attach",
+    "compute_device",
+    "detach",
+    "expect_unmerged",
+    "layers_in",
+]
+
+# Modules whose children are counted, iterated over, or called one after another.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -66,3 +82,35 @@ def compute_device(module: nn.Module) -> torch.device:
     if device.type == "meta" and hook is not None:
         return torch.device(hook.execution_device)
     return device
+
+
+def attach(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Registers a module of the adapter with an adapted model, as `model.<name>`.
+
+    A container must not get another child: nn.Sequential would call it, and sentence-transformers
+    would save it as a step of its pipeline. The module around its first adapted layer registers the
+    module instead, or that layer if there is no other, and `model.<name>` is a plain reference.
+    """
+    owner = _owner(model)
+    if owner is not model:
+        model.__dict__[name] = module
+    setattr(owner, name, module)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Undoes `attach`, in the model and in adapted models inside of it."""
+    for module in list(model.modules()):
+        if name in vars(module) or name in module._modules:
+            delattr(module, name)
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    if not isinstance(model, _CONTAINERS):
+        return model
+    name, layer = next(iter(adapted_layers(model).items()))
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if not isinstance(module, _CONTAINERS):
+            return module
+    return layer

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .adapted import adapted_layers, expect_unmerged
+from .first_step import check_unmerged, watch
 from .layers import LoTRLayer
 from .targets import tied_names
 from .wrapped import LoTRWrapped
@@ -61,6 +62,7 @@ def merge(
             layer.weight_backup = None
             if isinstance(layer, LoTRWrapped):
                 layer.__dict__["quantized_base"] = None
+    watch(model, check_unmerged)
     return model
 
 

@@ -16,15 +16,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import adapted_layers, compute_device, expect_unmerged, layers_in
-from .bypasses import fast_paths
+from .adapted import (
+    adapted_layers,
+    attach,
+    compute_device,
+    detach,
+    expect_unmerged,
+    layers_in,
+)
+from .bypasses import block_bypasses, restore_bypasses
 from .config import LoTRConfig, place_of
 from .core import fallback
 from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .experts import adapt_parameter, release
 from .factors import LoTRFactor, LoTRFactors
-from .first_step import watch
+from .first_step import check_layers_are_called, check_optimizer, watch
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
@@ -41,13 +48,6 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class SharedFactors(nn.ModuleList):
-    """The distinct factors of a model. Its forward returns the input, because nn.Sequential calls all its children."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 # ---- apply -----------------------------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
             f"A lower rank gives the same functions.",
             stacklevel=3,
         )
-    model.lotr_factors = SharedFactors(owned.values())
+    attach(model, "lotr_factors", nn.ModuleList(owned.values()))
     if cores is not None:
-        model.lotr_cores = cores.requires_grad_("core" in config.train)
+        attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
     if callable(
@@ -147,8 +147,9 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     ):  # a callable cannot be pickled or saved; the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
-    fast_paths(model, on=False)
-    watch(model)
+    block_bypasses(model)
+    watch(model, check_optimizer)
+    watch(model, check_layers_are_called)
 
 
 def pair_of(
@@ -330,15 +331,13 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     }.values():
         release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
-    fast_paths(model, on=True)
+    restore_bypasses(model)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, bases[id(layer)])
-    for module in list(model.modules()):
-        for beside in ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out"):
-            if beside in vars(module) or beside in module._modules:
-                delattr(module, beside)
+    for name in ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out"):
+        detach(model, name)
     return model

@@ -42,7 +42,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .bypasses import fast_paths
+from .bypasses import block_bypasses, restore_bypasses
 from .config import LoTRConfig, check_names, place_of
 from .core import dispatch, fallback
 from .core.operators import DTYPES, accumulate_dtype
@@ -480,11 +480,11 @@ class LoTRPeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
-        fast_paths(self.model, on=False, adapted=LoTRPeftLinear)
+        block_bypasses(self.model, adapted=LoTRPeftLinear)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        fast_paths(model, on=True)
+        restore_bypasses(model)
         return model
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

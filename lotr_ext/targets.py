@@ -256,9 +256,10 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, config.modules_to_save) or name.startswith(
-            "lotr_"
-        ):  # not what an adapted model has beside them
+        # An adapted model registers lotr_factors and the like (adapted.py), which have numbers as names.
+        if any(part.startswith("lotr_") for part in name.split(".")):
+            continue
+        if not _matches(name, config.modules_to_save):
             continue
         for own, p in module.named_parameters():
             if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:

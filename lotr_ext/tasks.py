@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import adapted_layers, expect_unmerged
+from .adapted import adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .experts import CHILD
@@ -81,7 +81,7 @@ class TaskBank(nn.Module):
             _in_order(model, layers),
         )  # the model registers the factors
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
-        model.lotr_tasks = self
+        attach(model, "lotr_tasks", self)
         called = {
             id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())
         }  # a host calls its experts
