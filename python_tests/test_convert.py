@@ -140,36 +140,71 @@ def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
         lotr_to_lora(tmp_path / "peft", tmp_path / "peft")
 
 
+@pytest.mark.parametrize("host", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("form", EXPERT_FORMS)
-def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
+def test_experts_in_the_forms_of_servers(form: str, host: str, tmp_path: Path) -> None:
     """Each form's tensors are the change of each expert's gate, up and down."""
     model = adapted("mixture", rank=(2, 3))
     want = {
         name.replace(".lotr.", "."): layer.delta_weight()
         for name, layer in layers_in(model).items()
     }
-    export_lora(model, tmp_path, experts=form)
+    if host == "mixtral":
+        export_lora(model, tmp_path, experts=form)  # by the model's type
+    else:
+        save_adapter(model, tmp_path / "lotr")
+        lotr_to_lora(tmp_path / "lotr", tmp_path, experts=form, hosts=host)
     tensors = {
-        k.removeprefix("base_model.model."): t
-        for k, t in load_file(tmp_path / "adapter_model.safetensors").items()
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     if form == "peft":
         assert config["target_parameters"] == sorted(want)
-        return  # PEFT itself loads it in the test above
-    names = {"gate": "w1", "up": "w3", "down": "w2"}  # also Mixtral's own
+        return  # PEFT loads it in the test above
+    module = "mlp.experts" if host == "gpt_oss" else "block_sparse_moe.experts"
+    names = {"gate": "w1", "up": "w3", "down": "w2"}  # of vLLM and of Mixtral
+    if host == "gpt_oss" and form == "per-expert":
+        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     for i in (0, 1):
-        own = f"model.layers.{i}.mlp.experts"
-        at = f"model.layers.{i}.block_sparse_moe.experts"  # vLLM's name
-        gate, up = want[f"{own}.gate_up_proj"].chunk(2, 1)
-        for part, delta in (("gate", gate), ("up", up), ("down", want[f"{own}.down_proj"])):
+        experts = f"model.layers.{i}.mlp.experts"
+        gate_up = want[f"{experts}.gate_up_proj"]
+        gate, up = gate_up.chunk(2, 1)
+        if host == "gpt_oss":
+            gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+        for part, delta in (("gate", gate), ("up", up), ("down", want[f"{experts}.down_proj"])):
             for c in range(3):
-                key = f"{at}.{names[part]}" if form == "vllm-shared" else f"{at}.{c}.{names[part]}"
+                inner = f"{c}.{names[part]}" if form == "per-expert" else names[part]
+                key = f"model.layers.{i}.{module}.{inner}"
                 A, B = (tensors[f"{key}.lora_{side}.weight"] for side in "AB")
                 if form == "vllm-shared":
                     assert {len(A), len(B)} == {1, 3}
                     A, B = A[c % len(A)], B[c % len(B)]
                 assert relative(B @ A, delta[c]) < 1e-5
+
+
+class Nested(nn.Sequential):
+    """Layers whose names are ends of other names, and a head in a head."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        super().__init__(nn.Linear(8, 8), nn.Tanh(), inner, head)
+
+
+def test_an_export_names_only_its_own_modules(tmp_path: Path) -> None:
+    config = LoTRConfig(rank=2, target_modules=r"0", modules_to_save=["3", "3.1"])
+    model = apply_lotr(Nested(), config)
+    zoo.fill(model, 7, 0.3, lambda name: ".core" in name or name.startswith("3."))
+    export_lora(model, tmp_path)
+    tuned = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
+    changed = {
+        name for name, module in tuned.base_model.model.named_modules() if hasattr(module, "lora_A")
+    }
+    assert changed == {"0"}
+    x = torch.randn(3, 8)
+    assert relative(tuned(x), model(x)) < 2e-5
 
 
 def test_a_killed_export_leaves_no_configuration(
@@ -434,19 +469,24 @@ def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path,
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_an_original_checkpoint_computes_the_same(suffix: str, tmp_path: Path) -> None:
-    head = torch.randn(29, 16)
-    path, state = original(tmp_path, suffix, **{"head.weight": head})
-    found = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
-    assert (
-        found.config.scaling == 1.5
-        and len({entry["A"] for entry in found.document["layers"].values()}) == 2
-    )
-    found.save(tmp_path / "lotr")
-    model, plain = load_adapter(zoo.net("attention"), tmp_path / "lotr"), zoo.net("attention")
+@pytest.mark.parametrize("equal", [None, "rhs", "lhs"])  # in layers of different groups
+def test_an_original_checkpoint_computes_the_same(
+    suffix: str, equal: str | None, tmp_path: Path
+) -> None:
+    changes = {"head.weight": torch.randn(29, 16)}
+    if equal:
+        same = original(tmp_path, suffix)[1][f"blocks.0.q.lotr.{equal}"]
+        changes[f"blocks.1.q.lotr.{equal}"] = same.clone()
+    path, state = original(tmp_path, suffix, **changes)
+    converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
+    assert converted.config.scaling == 1.5
+    assert len({entry["A"] for entry in converted.document["layers"].values()}) == 2
+    converted.save(tmp_path / "lotr")
+    model = load_adapter(zoo.net("attention"), tmp_path / "lotr")
+    plain = zoo.net("attention")
     with torch.no_grad():
-        plain.head.weight.copy_(head)
-        for name in found.document["layers"]:
+        plain.head.weight.copy_(changes["head.weight"])
+        for name in converted.document["layers"]:
             rhs, mid, lhs = (state[f"{name}.lotr.{part}"] for part in ("rhs", "mid", "lhs"))
             plain.get_submodule(name).weight += 1.5 * (rhs @ mid @ lhs).mT
     assert relative(output(model, "attention"), output(plain, "attention")) < 1e-5
