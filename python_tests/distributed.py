@@ -83,7 +83,7 @@ def batch(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 def trained(net: nn.Module) -> dict[str, Tensor]:
     """The trained parameters, whole."""
     found = {
-        name: sharded.whole(p).detach().clone()
+        name: sharded.full_tensor(p).detach().clone()
         for name, p in net.named_parameters()
         if p.requires_grad
     }

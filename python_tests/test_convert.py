@@ -24,6 +24,7 @@ from lotr_ext import (
     use_tasks,
     vllm,
 )
+from lotr_ext.adapted import layers_in
 from lotr_ext.convert import (
     export_lora,
     lora_to_lotr,
@@ -35,8 +36,7 @@ from lotr_ext.convert import (
 from lotr_ext.convert.__main__ import main as convert_main
 from lotr_ext.convert.hosts import EXPERT_FORMS
 from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
-from lotr_ext.files import read
-from lotr_ext.model import layers_in
+from lotr_ext.files import AdapterState
 from lotr_ext.peft import LoTRPeftConfig
 
 DATA = Path(__file__).parent / "data" / "bd4494a"
@@ -263,7 +263,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     model = load_adapter(zoo.net(net), tmp_path / "lotr")
     assert relative(output(model, net), want) < 2e-5
     assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
-    A = found.tensors[next(iter(found.document["layers"].values()))["A"]]
+    A = found.tensors[next(iter(found.adapter.layers.values())).A]
     assert (A.norm(dim=0) - 0.4).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
     assert relative(output(lora_model(net, tmp_path / "back"), net), want) < 2e-5
@@ -274,10 +274,10 @@ def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
     layers = read_lora(tmp_path)[0]
     found = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
     total, lost = 0.0, 0.0
-    for name, entry in found.document["layers"].items():
-        A, B, core = (found.tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
+    for name, entry in found.adapter.layers.items():
+        A, B, core = (found.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
         delta = layers[name].B @ layers[name].A
-        rest = delta - entry["scaling"] * B @ core.mT @ A.mT
+        rest = delta - entry.scaling * B @ core.mT @ A.mT
         assert float(rest.norm() / delta.norm()) == pytest.approx(found.errors[name], abs=1e-6)
         total, lost = total + float(delta.square().sum()), lost + float(rest.square().sum())
     # no A of rank 3 captures more than the three largest singular values of all deltas side by side
@@ -304,12 +304,13 @@ def collection(folder: Path) -> list[Path]:
 
 def approximations(directory: Path, name: str) -> dict[str, Tensor]:
     """The changes of all layers by a bank's task, in float64."""
-    document, tensors = read(directory)
+    adapter = AdapterState.read(directory)
+    tensors = adapter.tensors
     cores = load_file(directory / "tasks" / f"{name}.safetensors")
     changes = {}
-    for layer, entry in document["layers"].items():
-        A, B = tensors[entry["A"]].double(), tensors[entry["B"]].double()
-        changes[layer] = entry["scaling"] * B @ cores[f"{layer}.core"].double().mT @ A.mT
+    for layer, entry in adapter.layers.items():
+        A, B = tensors[entry.A].double(), tensors[entry.B].double()
+        changes[layer] = entry.scaling * B @ cores[f"{layer}.core"].double().mT @ A.mT
     return changes
 
 
@@ -480,13 +481,13 @@ def test_an_original_checkpoint_computes_the_same(
     path, state = original(tmp_path, suffix, **changes)
     converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
     assert converted.config.scaling == 1.5
-    assert len({entry["A"] for entry in converted.document["layers"].values()}) == 2
+    assert len({entry.A for entry in converted.adapter.layers.values()}) == 2
     converted.save(tmp_path / "lotr")
     model = load_adapter(zoo.net("attention"), tmp_path / "lotr")
     plain = zoo.net("attention")
     with torch.no_grad():
         plain.head.weight.copy_(changes["head.weight"])
-        for name in converted.document["layers"]:
+        for name in converted.adapter.layers:
             rhs, mid, lhs = (state[f"{name}.lotr.{part}"] for part in ("rhs", "mid", "lhs"))
             plain.get_submodule(name).weight += 1.5 * (rhs @ mid @ lhs).mT
     assert relative(output(model, "attention"), output(plain, "attention")) < 1e-5
@@ -636,6 +637,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         relative(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2
     )  # rank 15 of 16
-    assert read(tmp_path / "original")[0]["config"].scaling == 1.0
+    assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
     assert convert_main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.startswith("error: directory: expected a local folder")
+    assert capsys.readouterr().err.startswith("error: directory: expected a folder with")

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..config import LoTRConfig
-from ..files import checked_path, put_tensors
 from ..functional import check_dtype, check_rank
 from ..init import START
+from ..storage import checked_path, put_tensors
 from ..tasks import task_metadata
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (

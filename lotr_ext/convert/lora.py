@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import checked_path, json_in, put_file, put_tensors
 from ..functional import check_number
+from ..storage import checked_path, json_in, put_file, put_tensors
 from ..targets import name_ends_with
 
 __all__ = ["CONFIG_NAME", "LoRA", "LoRAFolder", "modules_of", "put_folder", "read_lora"]

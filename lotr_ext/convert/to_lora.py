@@ -22,19 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..adapted import layers_in
 from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
-from ..files import (
-    checked_path,
-    config_of_version_1,
-    contents,
-    read,
-    start_key,
-    unwrapped,
-    warn_of_unsaved,
-)
+from ..files import AdapterState, BaseModel, LayerEntry, unwrapped, warn_of_unsaved
 from ..layers import LoTRConv1D
-from ..model import layers_in
+from ..old_files import config_of_version_1, start_key
+from ..storage import checked_path
 from ..tasks import TaskBank
 from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
 from .lora import (
@@ -76,11 +70,11 @@ def export_lora(
     """
     path = checked_path(directory, "directory")
     inner, writes = unwrapped(model)
-    document, tensors = contents(inner)
+    adapter = AdapterState.from_model(inner)
     if task is None:
         warn_of_unsaved(inner)
     else:
-        tensors |= bank_of(inner).cores_of(task)
+        adapter = replace(adapter, tensors=adapter.tensors | bank_of(inner).cores_of(task))
     model_config = getattr(inner, "config", None)
     model_type = getattr(model_config, "model_type", None)
     conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
@@ -88,7 +82,7 @@ def export_lora(
     options.setdefault("fan_in_fan_out", conv1d)
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
         options.setdefault("hosts", model_type)
-    return _write_lora(path, document, tensors, **options) if writes else {}
+    return _write_lora(path, adapter, **options) if writes else {}
 
 
 def bank_of(model: nn.Module) -> TaskBank:
@@ -128,17 +122,17 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     path = checked_path(directory, "directory")
     folder = checked_path(source, "source")
     by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
-    document, tensors = _read_lotr_of_peft(folder) if by_peft else read(folder)
+    adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
     if by_peft and path.resolve() == folder.resolve():
         raise ValueError(
             f"directory: expected another one than source, whose files have the same names, "
             f"got {path}"
         )
-    return _write_lora(path, document, tensors, **options)
+    return _write_lora(path, adapter, **options)
 
 
-def _read_lotr_of_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A LoTR adapter that PEFT saved (`lotr_ext.peft`), in the form of `lotr_ext.files.read`."""
+def _read_lotr_of_peft(directory: Path) -> AdapterState:
+    """A LoTR adapter that PEFT saved (`lotr_ext.peft`)."""
     content = read_config(directory, "LOTR")
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
@@ -160,18 +154,12 @@ def _read_lotr_of_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tenso
     for entry in content["layers"]:
         factors = entry["factors"]
         A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
-        layers[entry["name"]] = {
-            "A": f"{A}.value",
-            "B": f"{B}.value",
-            "scaling": config.s,
-            "dropout": config.dropout,
-            "experts": 0,
-        }
+        layers[entry["name"]] = LayerEntry(f"{A}.value", f"{B}.value", config.s, config.dropout)
     used = {f"{name}.core" for name in layers}
     for entry in layers.values():
-        used |= {entry["A"], entry["B"]}
+        used |= {entry.A, entry.B}
     saved = modules_of(tensors.keys() - used, content.get("modules_to_save"))
-    return {"layers": layers, "modules_to_save": saved}, tensors
+    return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
 
 
 # ---- the layers ----------------------------------------------------------------------------------
@@ -194,33 +182,33 @@ def _as_lora(
     return A.mT, scaling * B @ core.mT
 
 
-def _lora_of(
-    document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str
-) -> dict[str, LoRA]:
+def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     """The layers of a saved adapter by name; of experts by the parameter's name.
 
     All have one rank, because some servers read no patterns of ranks.
     """
     layers = {}
-    for name, entry in document["layers"].items():
-        experts = entry.get("experts", 0)
-        parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if experts else name
+    tensors = adapter.tensors
+    for name, entry in adapter.layers.items():
+        parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if entry.experts else name
         side = None
-        if experts and form == "vllm-shared":  # the side of the intermediate size has the experts
+        if (
+            entry.experts and form == "vllm-shared"
+        ):  # the side of the intermediate size has the experts
             side = "A" if parameter.endswith("down_proj") else "B"
         core = tensors[f"{name}.core"]
-        factors = tensors[entry["A"]], tensors[entry["B"]]
-        lora_A, lora_B = _as_lora(*factors, core, entry["scaling"], side)
-        if start_key(entry["A"]) in tensors:
-            starts = tensors[start_key(entry["A"])], tensors[start_key(entry["B"])]
-            start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry["scaling"])
+        factors = tensors[entry.A], tensors[entry.B]
+        lora_A, lora_B = _as_lora(*factors, core, entry.scaling, side)
+        if start_key(entry.A) in tensors:
+            starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
+            start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
             lora_A = torch.cat([lora_A, start_A])
             lora_B = torch.cat([lora_B, -start_B], 1)
-        if experts:
+        if entry.experts:
             lora_A = lora_A if lora_A.dim() == 3 else lora_A.unsqueeze(0)
             lora_B = lora_B if lora_B.dim() == 3 else lora_B.unsqueeze(0)
         A = lora_A.to(core.dtype).contiguous()
-        layers[parameter] = LoRA(A, lora_B.to(core.dtype).contiguous(), experts)
+        layers[parameter] = LoRA(A, lora_B.to(core.dtype).contiguous(), entry.experts)
     rank = max(layer.rank for layer in layers.values())
     return {name: _with_rank(layer, rank) for name, layer in layers.items()}
 
@@ -241,8 +229,7 @@ def _check_one_of(name: str, value: str | None, known: Iterable[str]) -> None:
 
 def _write_lora(
     directory: Path,
-    document: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    adapter: AdapterState,
     *,
     task_type: str | None = None,
     experts: str = "peft",
@@ -253,12 +240,12 @@ def _write_lora(
     _check_one_of("experts", experts, EXPERT_FORMS)
     _check_one_of("task_type", task_type, TASKS)
     _check_one_of("hosts", hosts, HOSTS)
-    layers = _lora_of(document, tensors, experts)
+    layers = _lora_of(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
-    modules = set(document["modules_to_save"])
+    modules = set(adapter.modules_to_save)
     rank = next(iter(layers.values())).rank
-    dropout = max(entry["dropout"] for entry in document["layers"].values())
+    dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -278,7 +265,7 @@ def _write_lora(
     for name, layer in sorted(linear.items()):
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B
-    for key, tensor in tensors.items():
+    for key, tensor in adapter.tensors.items():
         if any(key.startswith(f"{module}.") for module in modules):
             written[key] = tensor
     named = {f"base_model.model.{key}": tensor for key, tensor in written.items()}

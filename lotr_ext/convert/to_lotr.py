@@ -6,15 +6,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LoTRConfig
-from ..files import VERSION, checked_path, write
+from ..files import AdapterState, BaseModel, LayerEntry
 from ..functional import check_dtype, check_number, check_rank
 from ..init import START, tucker2_of
+from ..storage import checked_path
 from ..targets import group_of
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
@@ -28,16 +29,21 @@ class Conversion:
     """A LoTR adapter that was converted.
 
     Attributes:
-        config: of the adapter.
-        document: the content of its JSON file.
-        tensors: by their names in the file.
+        adapter: apart from any model, as its file has it.
         errors: |D_l - s B G_l^T A^T| / |D_l| by layer, where D_l is the change of its weight.
     """
 
-    config: LoTRConfig
-    document: dict[str, Any]
-    tensors: dict[str, Tensor]
+    adapter: AdapterState
     errors: dict[str, float]
+
+    @property
+    def config(self) -> LoTRConfig:
+        return self.adapter.config
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        return self.adapter.tensors
 
     def save(self, directory: Source) -> None:
         """Writes the adapter for `lotr_ext.load_adapter`.
@@ -46,7 +52,7 @@ class Conversion:
             ValueError: If directory is a file.
             OSError: If the disk refuses; an adapter that was there is then unchanged.
         """
-        write(checked_path(directory, "directory"), self.document, self.tensors)
+        self.adapter.write(checked_path(directory, "directory"))
 
 
 class ConvertedLayer(NamedTuple):
@@ -67,17 +73,12 @@ def conversion(
     tensors = {}
     for name, layer in layers.items():
         A, B = factor_keys(layer.group)
-        entries[name] = {"A": A, "B": B, "scaling": config.s, "dropout": config.dropout}
+        entries[name] = LayerEntry(A, B, config.s, config.dropout)
         tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
     cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
-    document = {
-        "format": "lotr",
-        "format_version": VERSION,
-        "config": config.to_dict(),
-        "layers": entries,
-        "modules_to_save": modules_of(saved, config.modules_to_save),
-    }
-    return Conversion(config, document, cast | dict(saved), errors)
+    modules = tuple(modules_of(saved, config.modules_to_save))
+    adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+    return Conversion(adapter, errors)
 
 
 def factor_keys(group: str) -> tuple[str, str]:
