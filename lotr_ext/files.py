@@ -663,7 +663,7 @@ def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
     entries = {}
     for name, layer in layers.items():
         A, B = _factors_of(layer)
-        experts = getattr(layer, "num_experts", 0)
+        experts = layer.num_experts
         scaling = float(layer.scaling)
         entries[name] = LayerEntry(names[A], names[B], scaling, layer.dropout, experts)
     return entries

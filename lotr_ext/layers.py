@@ -55,12 +55,14 @@ class LoTRLayer(nn.Module):
         scaling: s.
         dropout: The probability of dropping an element of the adapter's x in training.
         merged: Whether the weight contains the adapter.
+        num_experts: 0, or the number of experts that have a core in this layer.
     """
 
     core = _CoreAttribute()
     in_features: int
     out_features: int
     factors: LoTRFactors
+    num_experts = 0
     # With init "svd", the core that was subtracted from the weight. Not in state_dict.
     start_core: Tensor | None
     # The weight before a merge. Not in state_dict.
@@ -188,8 +190,7 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        cores, index = state(input)
-        return self._with_adapter(input, cores, index)
+        return self._with_adapter(input, state.cores, state.index_of(input))
 
     def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
         """Computes the base and the adapter. Overridden if the base computes x W^T itself.
@@ -245,6 +246,10 @@ class LoTRLayer(nn.Module):
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
         return nnf.linear(x, self.matrix(), self.bias)
+
+    def called_module(self) -> nn.Module:
+        """Returns the module whose forward computes this layer."""
+        return self
 
     def matrix(self) -> Tensor:
         """Returns W [out_features, in_features], a view of the weight."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
-from .experts import CHILD, expert_sizes, why_not
 from .layers import LoTRLayer, features, is_conv1d
 from .sharded_tensors import is_dtensor, is_fsdp
+from .transformers_experts import CHILD, expert_sizes, why_not
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
 __all__ = [
