@@ -39,27 +39,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .adapted import layers_in
 from .config import TASKS, LoTRConfig
 from .core.operators import DTYPES, accumulate_dtype
-from .files import (
-    VERSION,
-    checked_path,
-    config_of_version_1,
-    contents,
-    json_in,
-    put_file,
-    put_tensors,
-    read,
-    start_key,
-    tensors_in,
-    unwrapped,
-    warn_of_unsaved,
-    write,
-)
+from .files import AdapterState, unwrapped, warn_of_unsaved
 from .functional import check_dtype, check_number, check_rank
 from .init import START, tucker2_of
 from .layers import LoTRConv1D
-from .model import layers_in
+from .old_files import config_of_version_1, start_key
+from .storage import checked_path, json_in, put_file, put_tensors, tensors_in
 from .targets import group_of, name_ends_with
 from .tasks import TaskBank
 
@@ -122,7 +110,8 @@ def export_lora(
     Raises as `save_adapter` and `lotr_to_lora`. RuntimeError: a task of a model without a bank.
     """
     path, (inner, writes) = checked_path(directory, "directory"), unwrapped(model)
-    document, tensors = contents(inner)
+    adapter = AdapterState.from_model(inner)
+    document, tensors = adapter.document, dict(adapter.tensors)
     if task is None:
         warn_of_unsaved(inner)
     else:
@@ -169,11 +158,11 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     Raises TypeError, ValueError: no such adapter, directory is a file or the source of PEFT's files, or an unknown option.
     """
     path, own = checked_path(directory, "directory"), checked_path(source, "source")
-    document, tensors = (
-        _read_peft(own)
-        if (own / CONFIG_NAME).is_file() and not list(own.glob("lotr_adapter.*"))
-        else read(own)
-    )
+    if (own / CONFIG_NAME).is_file() and not list(own.glob("lotr_adapter.*")):
+        document, tensors = _read_peft(own)
+    else:
+        adapter = AdapterState.read(own)
+        document, tensors = adapter.document, adapter.tensors
     other = path.resolve() != own.resolve() or not (own / CONFIG_NAME).exists()
     _expect(other, "directory", "another one than source, whose files have the same names", path)
     return _write_lora(path, document, tensors, **options)
@@ -194,7 +183,7 @@ def _as_lora(
 def lora_of(
     document: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str = "peft"
 ) -> dict[str, LoRA]:
-    """The layers of a saved adapter (`lotr_ext.files.read`) as LoRA by name; of experts by the parameter's name. All of one
+    """The layers of a saved adapter (`AdapterState.document`) as LoRA by name; of experts by the parameter's name. All of one
     rank, because some servers read no patterns of ranks."""
     found = {}
     for name, entry in document["layers"].items():
@@ -501,7 +490,7 @@ def _lora_layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def _read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A LoTR adapter that PEFT saved (`lotr_ext.peft`), in the form of `lotr_ext.files.read`."""
+    """A LoTR adapter that PEFT saved (`lotr_ext.peft`), in the form of `AdapterState.document`."""
     content, tensors, layers = _read_config(directory, "LOTR"), {}, {}
     names = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {
@@ -553,7 +542,8 @@ class Conversion:
 
     def save(self, directory: Source) -> None:
         """Writes the adapter for `lotr_ext.load_adapter`. Raises ValueError: directory is a file; OSError: the disk."""
-        write(checked_path(directory, "directory"), self.document, self.tensors)
+        path = checked_path(directory, "directory")
+        AdapterState.from_document(self.document, self.tensors).write(path)
 
 
 Layers = Mapping[str, tuple[Tensor, Tensor, Tensor, str]]  # A, B, core and group by name
@@ -569,8 +559,6 @@ def _converted(
         tensors |= {factors["A"]: A, factors["B"]: B, f"{name}.core": core}
     tensors = {key: t.to(config.adapter_dtype) for key, t in tensors.items()}
     document = {
-        "format": "lotr",
-        "format_version": VERSION,
         "config": config.to_dict(),
         "layers": entries,
     }
@@ -596,7 +584,7 @@ def lora_to_lotr(
     Args:
         source: a directory. modules_to_save are copied.
         rank: r, or (r_in, r_out), for all groups.
-        group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
+        group_by: "shape", "block", "name", "layer" or a mapping from layer names, as in LoTRConfig.
         dtype: of the result.
 
     Raises TypeError, ValueError: a source that `read_lora` refuses; a wrong rank, grouping or dtype.
@@ -612,11 +600,10 @@ def lora_to_lotr(
         "dropout": content.get("lora_dropout") or 0.0,
     }
     config = LoTRConfig(rank=rank, group_by=group_by, adapter_dtype=dtype, **own)
-    by_shape = isinstance(config.group_by, dict) or config.group_by in ("shape", "block", "name")
     _expect(
-        by_shape,
+        config.group_by != "width",
         "group_by",
-        "shape, block, name or a mapping",
+        "shape, block, name, layer or a mapping",
         f"{group_by!r}, whose pairs have several shapes",
     )
     groups, found, errors = {}, {}, {}

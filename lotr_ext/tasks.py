@@ -11,24 +11,24 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapted import adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
-from .experts import CHILD
 from .factors import LoTRFactor
-from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
-from .model import adapted_layers, expect_unmerged
+from .storage import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
+from .transformers_experts import CHILD
 
 __all__ = ["TaskBank", "use_tasks"]
 
@@ -81,9 +81,9 @@ class TaskBank(nn.Module):
             _in_order(model, layers),
         )  # the model registers the factors
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
-        model.lotr_tasks = self
+        attach(model, "lotr_tasks", self)
         called = {
-            id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())
+            id(m): m for m in (layer.called_module() for layer in layers.values())
         }  # a host calls its experts
         self._hooks += [
             module.register_forward_pre_hook(_refuse_without_request) for module in called.values()
@@ -185,6 +185,16 @@ class TaskBank(nn.Module):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating tensor, got {got}")
+            if value.layout is not torch.strided:
+                raise TypeError(
+                    f"{name}: expected a dense tensor, got layout {value.layout}. "
+                    f"Pass its to_dense()."
+                )
+            if value.is_meta and not core.is_meta:
+                raise ValueError(
+                    f"{name}: expected values as the bank has on {core.device}, got a tensor on "
+                    f"the meta device. Load its values first."
+                )
             if value.shape != core.shape[1:]:
                 raise ValueError(
                     f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}"
@@ -255,11 +265,10 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         )
     expect_unmerged(layers, "use_tasks")
     _check_index(model, bank, index)
-    request = _Request(
-        index, flat or any(hasattr(layer, "num_experts") for layer in layers.values())
-    )
+    request = _Request(index, flat or any(layer.num_experts for layer in layers.values()))
     states = {
-        layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)
+        layer: _LayerTasks(cores, request)
+        for layer, cores in zip(layers.values(), bank.cores, strict=True)
     }
     with open_request(states if isinstance(model, LoTRLayer) else {model: request, **states}):
         yield model
@@ -284,6 +293,16 @@ def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
             )
 
 
+class _LayerTasks(NamedTuple):
+    """The state of a layer in an open `use_tasks`, a `TaskState`."""
+
+    cores: Tensor
+    request: _Request
+
+    def index_of(self, x: Tensor) -> Tensor:
+        return self.request.index_of(x)
+
+
 class _Request:
     """What an open `use_tasks` tells the layers: the index of each input. columns: (tokens in the cache, tokens given) of the
     running forward, if it has a cache; cached: whether a forward in this context had one."""
@@ -293,10 +312,6 @@ class _Request:
         self.on_device = {index.device: index}
         self.columns: tuple[int, int] | None = None
         self.cached = False
-
-    def state(self, cores: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A layer's state: from its input x to its cores and the index of x's rows, or tokens."""
-        return lambda x: (cores, self.index_of(x))
 
     def index_of(self, x: Tensor) -> Tensor:
         """The index of x: [b] of x [b, .., k], [b, tokens] of x [b, tokens, .., k], or [m] of a flat x [m, k]."""

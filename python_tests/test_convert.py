@@ -25,7 +25,7 @@ from lotr_ext import (
     use_tasks,
 )
 from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr
-from lotr_ext.files import read
+from lotr_ext.files import AdapterState
 from lotr_ext.peft import LoTRPeftConfig
 
 DATA = Path(__file__).parent / "data" / "bd4494a"
@@ -34,6 +34,7 @@ EXPORTS = {
     "shapes": ("mlp", {"rank": 3, "modules_to_save": ["head"], "dropout": 0.1}),
     "small out": ("attention", {"rank": (4, 2), "group_by": "width"}),
     "small in": ("attention", {"rank": (2, 4), "group_by": "block"}),
+    "a pair per layer": ("llama", {"rank": 4, "group_by": "layer"}),
     "svd": ("mlp", {"rank": 3, "init": "svd"}),
     "conv1d": ("gpt2", {"rank": 4, "alpha": 2.0}),
     "half": ("llama", {"rank": 4, "scaling": 8.0, "adapter_dtype": torch.bfloat16}),
@@ -192,6 +193,7 @@ def lora(net: str, folder: Path, **settings: object) -> nn.Module:
     [
         ("attention", 16, "shape", {"use_rslora": True, "modules_to_save": ["head"]}),
         ("mlp", (4, 5), "shape", {}),
+        ("attention", 4, "layer", {"r": 4}),
         (
             "llama",
             8,
@@ -421,6 +423,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         relative(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2
     )  # rank 15 of 16
-    assert read(tmp_path / "original")[0]["config"].scaling == 1.0
+    assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
     assert convert.main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.startswith("error: directory: expected a local folder")
+    assert capsys.readouterr().err.startswith("error: directory: expected a folder with")
