@@ -163,7 +163,7 @@ class LoTRPeftConfig(PeftConfig):
     )
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names((name for name in given if name != "r"), cls.__name__)
+        check_names((name for name in given if name not in _FORMER), cls)
         for name in _FORMER:
             if given.get(name) and name != "share_factors":
                 raise TypeError(
