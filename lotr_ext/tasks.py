@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import adapted_layers, attach, expect_unmerged
+from .adapted import Attachment, adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .factors import LoTRFactor
@@ -41,7 +41,7 @@ _changes = (
 _CACHES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
 
 
-class TaskBank(nn.Module):
+class TaskBank(Attachment):
     """Slots for `tasks` tasks over the factors of an adapted model; registered as `model.lotr_tasks`.
 
     cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out] (experts: [tasks, e, r_in, r_out]) of
@@ -100,7 +100,7 @@ class TaskBank(nn.Module):
         return int(self.taken.sum())
 
     def __del__(self) -> None:
-        self.remove_hooks()
+        self.on_detach()
 
     # ---- tasks, one by one -------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class TaskBank(nn.Module):
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
-    def remove_hooks(self) -> None:
+    def on_detach(self) -> None:
         """Removes the bank's hooks from the model."""
         for hook in self._hooks:
             hook.remove()
