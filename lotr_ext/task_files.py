@@ -14,7 +14,7 @@ Not here: the bank (tasks.py) and how files are written (storage.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .config import GroupBy
 from .storage import checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
 
-__all__ = ["TaskFormat", "factors_in_order"]
+__all__ = ["TaskFormat", "factors_in_order", "task_metadata"]
 
 _IDENTITY = {"format": "lotr_task", "version": "1"}
 _ANOTHER_ADAPTER = "Load the adapter that it was trained with."
@@ -115,9 +115,21 @@ class TaskFormat:
         put_tensors(path.parent, path.name, tensors, self._metadata())
 
     def _metadata(self) -> dict[str, str]:
-        have_one_scaling = len(set(self.scalings)) == 1
-        scaling = repr(self.scalings[0]) if have_one_scaling else json.dumps(self.scalings)
-        return {**_IDENTITY, "scaling": scaling, "factors": checksum(self.factors)}
+        return task_metadata(self.factors, self.scalings)
+
+
+def task_metadata(
+    factors: Iterable[tuple[str, Tensor]], scalings: Sequence[float]
+) -> dict[str, str]:
+    """Returns the metadata of a task's file.
+
+    Args:
+        factors: ("A" or "B", value) of each factor, in the order of `factors_in_order`.
+        scalings: s of each layer, or one s if all layers have it.
+    """
+    have_one_scaling = len(set(scalings)) == 1
+    scaling = repr(scalings[0]) if have_one_scaling else json.dumps(list(scalings))
+    return {**_IDENTITY, "scaling": scaling, "factors": checksum(factors)}
 
 
 def factors_in_order(

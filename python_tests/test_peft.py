@@ -395,8 +395,8 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
     for settings, want in (
         ({"scaling": "auto"}, 32.0),
         ({"scaling": 0.5}, 0.5),
-        ({"scaling": "auto", "rank": 4, "core": "cp"}, 4 * 2**1.5),
-        ({"scaling": "auto", "rank": 4, "core": "diagonal"}, 4 * 2**0.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | settings))
         assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(want)
@@ -436,7 +436,7 @@ def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
     with pytest.raises(
-        RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"
+        RuntimeError, match=r"save_pretrained: expected full tensors, got base_model.lotr_factors"
     ):
         model.save_pretrained(tmp_path, state_dict=state)
 
