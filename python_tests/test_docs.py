@@ -139,7 +139,7 @@ def test_every_command_exists(command):
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     if words[:3] == ["python", "-m", "lotr_ext.convert"]:
-        assert importlib.import_module("lotr_ext.convert").parser().parse_args(words[3:])
+        assert importlib.import_module("lotr_ext.convert.__main__").parser().parse_args(words[3:])
         return
     program, arguments = program_of(words)
     flags = [word.split("=")[0] for word in arguments if word.startswith("-")]
