@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import NamedTuple, TypeVar
@@ -213,12 +213,21 @@ class TaskBank(nn.Module):
         return tensors
 
     def _metadata(self) -> dict[str, str]:
-        """A file's metadata: the layers' scaling (a list if layers differ), and a checksum of the factors' values."""
-        scaling = (
-            repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
-        )
-        factors = checksum((part, factor.value) for part, factor in self._factors)
-        return FORMAT | {"scaling": scaling, "factors": factors}
+        factors = [(part, factor.value) for part, factor in self._factors]
+        return task_metadata(factors, self._scalings)
+
+
+def task_metadata(
+    factors: Iterable[tuple[str, Tensor]], scalings: Sequence[float]
+) -> dict[str, str]:
+    """The metadata of a task's file.
+
+    Args:
+        factors: ("A" or "B", its value), in the order of the groups' names.
+        scalings: of each layer. The file has one number if they are equal, else a list.
+    """
+    scaling = repr(scalings[0]) if len(set(scalings)) == 1 else json.dumps(list(scalings))
+    return FORMAT | {"scaling": scaling, "factors": checksum(factors)}
 
 
 def _in_order(

@@ -70,8 +70,7 @@ TESTS = {
     "lotr_ext/peft.py": ("peft", "tasks"),
     "lotr_ext/sharded.py": ("distributed", "bad_input"),
     "lotr_ext/sharding.py": ("distributed", "bad_input"),
-    "lotr_ext/convert.py": ("convert",),
-    "lotr_ext/loras_to_bank.py": ("convert",),
+    "lotr_ext/convert": ("convert",),
     "lotr_ext/vllm": ("vllm_files",),
     "csrc": ("operators", "layers"),
 }

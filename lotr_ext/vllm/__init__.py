@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import CONFIG_NAME, bank_of, put_folder
+from ..convert.lora import CONFIG_NAME, put_folder
+from ..convert.to_lora import bank_of
 from ..files import AdapterState, LayerEntry, save_adapter
 from ..old_files import start_key
 from ..storage import checked_path, checksum, expect_names, json_in, tensors_in
