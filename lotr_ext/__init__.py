@@ -10,22 +10,12 @@ __version__ = "0.1.0"
 
 from .experts import LoTRExperts, lotr_grouped_linear
 from .factors import LoTRFactor, LoTRFactors
-from .files import load_adapter, save_adapter
+from .files import load_adapter, push_to_hub, save_adapter
 from .functional import lotr_linear
 from .layers import LoTRConv1D, LoTRLinear
-from .model import (
-    LoTRConfig,
-    apply_lotr,
-    disabled,
-    explain,
-    init_from_gradient,
-    lotr_parameters,
-    merge,
-    parameter_groups,
-    trainable_summary,
-    unload,
-    unmerge,
-)
+from .merging import merge, unmerge
+from .model import LoTRConfig, apply_lotr, disabled, init_from_gradient, unload
+from .reports import explain, lotr_parameters, parameter_groups, trainable_summary
 from .tasks import TaskBank, use_tasks
 from .wrapped import LoTRWrapped, adapt
 
@@ -49,6 +39,7 @@ __all__ = [
     "lotr_parameters",
     "merge",
     "parameter_groups",
+    "push_to_hub",
     "save_adapter",
     "trainable_summary",
     "unload",

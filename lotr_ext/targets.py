@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
-from .experts import CHILD, expert_sizes, why_not
 from .layers import LoTRLayer, features, is_conv1d
+from .sharded_tensors import is_dtensor, is_fsdp
+from .transformers_experts import CHILD, expert_sizes, why_not
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
 __all__ = [
@@ -143,8 +145,9 @@ def why_not_adapted(
     """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
     for name in names:
         parent, _, child = name.rpartition(".")
-        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and does not call it"
+        reason = why_not_called(model.get_submodule(parent), child)
+        if reason is not None:
+            return reason
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
@@ -181,7 +184,7 @@ def check_layer(
         raise ValueError(
             f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}"
         )
-    if _has_class(getattr(module, "weight", None), "DTensor"):
+    if is_dtensor(getattr(module, "weight", None)):
         raise TypeError(
             f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
             f"adapt the whole model, or leave this layer out."
@@ -254,12 +257,13 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, config.modules_to_save) or name.startswith(
-            "lotr_"
-        ):  # not what an adapted model has beside them
+        # An adapted model registers lotr_factors and the like (adapted.py), which have numbers as names.
+        if any(part.startswith("lotr_") for part in name.split(".")):
+            continue
+        if not _matches(name, config.modules_to_save):
             continue
         for own, p in module.named_parameters():
-            if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
+            if not (type(p) is nn.Parameter or is_dtensor(p)) or p.dtype.itemsize < 2:
                 raise ValueError(
                     f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised"
                 )
@@ -315,7 +319,7 @@ def _check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"model: expected the plain model, before it is wrapped or compiled, got {kind}"
             )
-        if _has_class(module, "FSDPModule", "FullyShardedDataParallel"):
+        if is_fsdp(module):
             raise TypeError(
                 f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it."
             )
@@ -391,6 +395,8 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
     shape = f"{sizes[0]}x{sizes[1]}"
+    if by == "layer":
+        return name.replace(".", "_")
     if isinstance(by, str):
         part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
             by, ""

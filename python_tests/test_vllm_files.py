@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
-from lotr_ext.files import contents
+from lotr_ext.files import AdapterState
 from lotr_ext.vllm import export_factors, export_task
 
 KEY = "model.layers.0.self_attn.k_proj.core"
@@ -49,8 +49,14 @@ def adapted(**settings: object) -> nn.Module:
     )
 
 
-def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
-    model = adapted(scaling=2.0)
+@pytest.mark.parametrize(
+    ("group_by", "factor_count"),
+    [("width", 3), ("layer", 16)],  # A_16, B_16, B_8; a pair for each of eight layers
+)
+def test_a_task_is_read_over_the_factors_of_its_model(
+    group_by: str, factor_count: int, tmp_path: Path
+) -> None:
+    model = adapted(scaling=2.0, group_by=group_by)
     bank = TaskBank(model, 2)
     task = bank.add(
         {name: torch.randn(core.shape) for name, core in bank.cores_of(bank.add()).items()}
@@ -59,10 +65,9 @@ def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
     export_task(model, tmp_path / "own")
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
-    assert (
-        factors.checksum == vllm.factors_of(*contents(model), "test").checksum
-        and len(factors.tensors) == 3
-    )  # A_16, B_16, B_8
+    from_model = vllm.factors_of(AdapterState.from_model(model), "test")
+    assert factors.checksum == from_model.checksum
+    assert len(factors.tensors) == factor_count
     for folder, cores in (
         ("own", {f"{n}.core": m.core for n, m in model.named_modules() if hasattr(m, "factors")}),
         ("task", None),
@@ -89,7 +94,7 @@ def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path
     save_file(tensors, file)
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        vllm.read_task(tmp_path, vllm.factors_of(*contents(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> No
     export_task(model := adapted(), tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"adapter: expected a {kind} file"):
-        vllm.read_task(tmp_path, vllm.factors_of(*contents(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
 
 
 @pytest.mark.parametrize(

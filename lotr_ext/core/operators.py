@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import _torch_private as private
 
@@ -42,6 +43,8 @@ DTYPES = {
 TWO_PASS = 0  # the base product, then the adapter is added to it
 BETA = 1  # the adapter, then the base product accumulates onto it
 UNFOLDED = 4  # added to either: multiply the tokens with the core, do not fold the core into B
+
+_PLAIN_TYPES = {Tensor, nn.Parameter}
 
 LayerGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -89,17 +92,59 @@ def layer_forward(
     A: Tensor | None = None,
     u: Tensor | None = None,
     F: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes y = x W^T + bias + u F^T.
 
     Args:
-        A: Given if the operator computes u = x A. Otherwise `u` is given.
+        A: Given if the operator computes u = drop(x) A. Otherwise `u` is given.
         F: The folded factor s B G^T. The operator computes it from B and core if it is None.
+        p: The probability of dropping an element, with the seed of the mask. 0 in the order
+            UNFOLDED.
 
     Returns:
         (y, u, F). u and F are None if they were given; F is None in the order UNFOLDED as well.
     """
-    return _call_layer_forward(x, weight, bias, A, B, core, scaling, order, u, F)
+    if private.dispatch_mode_count() and type(x) in _PLAIN_TYPES:
+        return _layer_forward_in_steps(
+            x, weight, bias, B, core, scaling, order, A=A, u=u, F=F, p=p, seed=seed
+        )
+    return _call_layer_forward(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
+
+
+def _layer_forward_in_steps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    order: int,
+    *,
+    A: Tensor | None,
+    u: Tensor | None,
+    F: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`layer_forward` with PyTorch's base product, for dispatch modes.
+
+    Selective checkpointing chooses by name which results it keeps, and a FLOP counter knows only
+    PyTorch's operators. The results are as those of `layer_forward`, so that a recomputation
+    without the mode has the same saved tensors.
+    """
+    y = nnf.linear(x, weight, bias)
+    new_u = None
+    new_F = None
+    if u is None:
+        u = new_u = lotr.shrink.default(x.reshape(-1, x.shape[-1]), A, p, seed)
+    if F is None and order >= UNFOLDED:
+        u = (u @ core.to(u.dtype)) * scaling
+        F = B.to(u.dtype)
+    elif F is None:
+        F = new_F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(y, u, F), new_u, new_F
 
 
 def layer_backward(
@@ -121,15 +166,17 @@ def layer_backward(
     dB: Tensor | None = None,
     need_B: bool = False,
     need_core: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> LayerGradients:
     """Computes the gradients of `layer_forward` for the gradient g of y.
 
     An argument that is None switches a gradient off:
 
         given       result
-        weight      dx = g W, plus du A^T if A is given: added to `dx` if given, else new
+        weight      dx = g W, plus drop(du A^T) if A is given: added to `dx` if given, else new
         F           du = g F plus the given `du`: new, None if A is given
-        x           dA = x^T du: added to `dA` if given, else new
+        x           dA = drop(x)^T du: added to `dA` if given, else new
         Q           Q += g^T u, and neither dB nor dcore
         need_B      dB = s Q G with Q = g^T u: added to `dB` if given, else new
         need_core   dcore = s Q^T B: new
@@ -139,14 +186,15 @@ def layer_backward(
         argument, is None.
     """
     return _call_layer_backward(
-        g, weight, x, u, A, F, B, core, scaling, order, du, dx, Q, dA, dB, need_B, need_core
-    )
+        g, weight, x, u, A, F, B, core, scaling, order, du, dx, Q, dA, dB, need_B, need_core,
+        p, seed,
+    )  # fmt: skip
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
 
 
-def _fake_kernel(name: str) -> Callable[[Callable], Callable]:
+def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     """Registers the decorated function as the fake kernel of an operator.
 
     The dispatcher calls the fake kernel if any argument is a meta tensor. A call that mixes meta
@@ -195,7 +243,7 @@ def _token_count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-@_fake_kernel("shrink")
+@fake_kernel("shrink")
 def _(x, A, p=0.0, seed=None):
     torch._check(
         x.shape[1] == A.shape[0],
@@ -204,17 +252,17 @@ def _(x, A, p=0.0, seed=None):
     return _empty_with_rank(x, x.shape[0], A.shape[1])
 
 
-@_fake_kernel("expand_add_")
+@fake_kernel("expand_add_")
 def _(y, u, F, p=0.0, seed=None):
     return None
 
 
-@_fake_kernel("expand")
+@fake_kernel("expand")
 def _(y, u, F):
     return y.new_empty(y.shape)
 
 
-@_fake_kernel("fold")
+@fake_kernel("fold")
 def _(B, core, scaling, dtype):
     torch._check(
         B.shape[1] == core.shape[1],
@@ -223,7 +271,7 @@ def _(B, core, scaling, dtype):
     return _empty_with_rank(B, B.shape[0], core.shape[0], dtype=dtype)
 
 
-@_fake_kernel("layer_forward")
+@fake_kernel("layer_forward")
 def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None):
     torch._check(
         x.shape[-1] == weight.shape[1],
@@ -241,7 +289,7 @@ def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, see
     return y, new_u, new_F
 
 
-@_fake_kernel("layer_backward_")
+@fake_kernel("layer_backward_")
 def _(
     g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core,
     p=0.0, seed=None,
@@ -268,20 +316,20 @@ def _(
     return new_dx, new_du, new_dA, new_dB, dcore
 
 
-@_fake_kernel("shrink_backward_")
+@fake_kernel("shrink_backward_")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
     if x is None or dA is not None:
         return None
     return k.new_empty(x.shape[-1], k.shape[1], dtype=accumulate_dtype(k.dtype))
 
 
-@_fake_kernel("row_core")
+@fake_kernel("row_core")
 def _(u, cores, index, offs, tokens, scaling):
     rows = u.shape[0] if tokens is None else tokens.shape[0]
     return _empty_with_rank(u, rows, cores.shape[2])
 
 
-@_fake_kernel("row_core_backward")
+@fake_kernel("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
     du = _empty_with_rank(u, *u.shape) if need_u else u.new_empty(0, 0)
     shape = cores.shape if need_cores else (0, 0, 0)
@@ -303,7 +351,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     return mask
 
 
-@_fake_kernel("dropout_mask")
+@fake_kernel("dropout_mask")
 def _(rows, cols, p, seed, dtype):
     return torch.empty(rows, cols, dtype=dtype, device=seed.device)
 
