@@ -28,35 +28,57 @@ TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 
-# Settings of PEFT's LoraConfig, and what to do here.
-LORA_FIELDS = {
-    "r": "Here it is rank.",
-    "lora_alpha": "Here it is alpha.",
-    "lora_dropout": "Here it is dropout.",
-    "use_rslora": "Here it is rslora.",
-    "init_lora_weights": "Here it is init.",
-    "rank_pattern": "The layers of a model have one rank: leave some out with exclude_modules.",
-    "alpha_pattern": "The layers of a model have one scaling: pass alpha or scaling.",
-    "bias": "Biases stay frozen: name modules to train in modules_to_save.",
+# Settings of PEFT's LoRA that have another name here.
+NAMES_HERE = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "init_lora_weights": "init",
+}
+# Settings of PEFT's LoRA that LoTR lacks, and why, or what to do.
+NOT_HERE = {
+    "rank_pattern": "Layers that share factors have one rank.",
+    "alpha_pattern": "All layers have one scaling.",
+    "bias": "To train biases, use lotr_ext.peft, whose configuration has this field.",
+    "lora_bias": "An adapter has no bias.",
+    "use_dora": "LoTR has no magnitudes.",
+    "magnitude": "LoTR has no magnitudes.",
+    "fan_in_fan_out": "Conv1D layers are recognized without it.",
     "layers_to_transform": "Pass a regular expression as target_modules.",
     "layers_pattern": "Pass a regular expression as target_modules.",
-    "use_dora": "LoTR has no magnitudes: remove it.",
-    "fan_in_fan_out": "A Conv1D is recognized without it: remove it.",
+    "layer_replication": "Replicate the layers before they are adapted.",
+    "trainable_token_indices": "Name the embedding in modules_to_save.",
+    "target_parameters": "apply_lotr adapts experts.",
+    "loftq_config": "The base weights stay as they are.",
+    "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+    "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
 }
 
 
 def check_names(names: Iterable[str], config_class: type) -> None:
-    """Checks that no name is a setting of PEFT's LoraConfig that config_class does not have.
+    """Checks that no name is a setting of PEFT's LoRA that a configuration does not have.
+
+    Args:
+        names: The names of the arguments.
+        config_class: The configuration's class, a dataclass.
 
     Raises:
         TypeError: If one is. The message says what to use.
     """
     known = {field.name for field in fields(config_class)}
     for name in names:
-        if name in LORA_FIELDS and name not in known:
+        if name in known:
+            continue
+        if name in NAMES_HERE:
             raise TypeError(
-                f"{name}: expected a field of {config_class.__name__}, got one of LoraConfig. "
-                f"{LORA_FIELDS[name]}"
+                f"{name}: expected a field of {config_class.__name__}, got LoRA's name for it. "
+                f"Here it is {NAMES_HERE[name]!r}."
+            )
+        if name in NOT_HERE:
+            raise TypeError(
+                f"{name}: expected a field of {config_class.__name__}, got one of LoRA that it "
+                f"does not have. {NOT_HERE[name]}"
             )
 
 
@@ -197,10 +219,11 @@ class LoTRConfig:
             )
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_model_name_or_path":  # the first field that get_peft_model reads
+        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
+        if name in ("base_model_name_or_path", "peft_type"):
             raise AttributeError(
-                "peft_config: expected a lotr_ext.peft.LoTRPeftConfig, got a LoTRConfig. Pass the "
-                "LoTRConfig to apply_lotr, or import LoTRPeftConfig for get_peft_model."
+                "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
+                "apply_lotr. Use lotr_ext.peft.LoTRPeftConfig with PEFT's functions."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
