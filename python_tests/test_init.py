@@ -93,6 +93,15 @@ def test_factorisation_is_a_least_squares_optimum() -> None:
         assert captured(near_A, near_B) <= best * (1 + 1e-5)
 
 
+def test_factorisation_has_converged() -> None:
+    """Each factor is the best one for the other. The start (HOSVD) and one step are not enough."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(14, 10, dtype=torch.float64, generator=generator) for _ in range(4)]
+    A, B, _ = tucker2(weights, (3, 2))
+    best_B = leading([w @ A for w in weights], 2)
+    assert relative(B @ (B.T @ best_B), best_B) < 1e-3
+
+
 def test_factorisation_beyond_the_width() -> None:
     w = torch.randn(3, 5, dtype=torch.float64)
     A, B, cores = tucker2([w], (7, 4))
@@ -106,6 +115,26 @@ def test_leading_directions_of_a_wide_stack() -> None:
     found = leading(parts, 4)
     want = torch.linalg.svd(parts[0], full_matrices=False)[0][:, :4]
     assert relative(found @ (found.T @ want), want) < 1e-8
+
+
+def test_leading_directions_of_fewer_columns_than_directions() -> None:
+    found = leading([torch.randn(20, 2, dtype=torch.float64)], 4)
+    assert found.shape == (20, 4)
+    assert relative(found.T @ found, torch.eye(4)) < 1e-12
+
+
+def test_leading_directions_of_close_singular_values() -> None:
+    """The iterated block spans the right space at once, but not in the order of the values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+        return torch.linalg.qr(values)[0]
+
+    left, right = orthonormal(900, 9), orthonormal(800, 9)
+    matrix = left * torch.linspace(1.0, 0.8, 9, dtype=torch.float64) @ right.T
+    found = leading([matrix], 4)
+    assert relative(found @ (found.T @ left[:, :4]), left[:, :4]) < 1e-8
 
 
 # ---- init "svd" ------------------------------------------------------------------------------------------------------
