@@ -18,6 +18,7 @@ import zoo
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lotr_ext import LoTRConfig
 from lotr_ext.init import START
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 
@@ -35,6 +36,7 @@ CASES = {
     "cp": ("attention", {"core": "cp", "target_modules": ["q", "k"]}),
     "a pair per layer": ("llama", {"group_by": "layer"}),
     "conv1d by block": ("gpt2", {"group_by": "block"}),
+    "by layer": ("attention", {"group_by": "layer"}),
     "regular expression by name": (
         "llama",
         {"group_by": "name", "target_modules": r".*\.(q|k|v|o)_proj"},
@@ -391,9 +393,15 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
     ):  # PEFT's, where its base class reads the file
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
-    for scaling, want in (("auto", 32.0), (0.5, 0.5)):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"scaling": scaling}))
-        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == want
+    # "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal"
+    for settings, want in (
+        ({"scaling": "auto"}, 32.0),
+        ({"scaling": 0.5}, 0.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content | settings))
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(want)
     for other in (
         {"magnitude": True, "use_dora": True},
         {"target_parameters": ["experts.down_proj"]},
@@ -404,6 +412,29 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
                 (TypeError, ValueError), match=r"magnitude|use_dora|target_parameters"
             ):
                 read.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"lora_alpha": 3}, "Here it is 'alpha'"),
+        ({"rank_pattern": {}}, "one rank"),
+        ({"alpha_pattern": {}}, "one scaling"),
+        ({"use_dora": True}, "no magnitudes"),
+        ({"trainable_token_indices": [1]}, "modules_to_save"),
+        ({"target_parameters": ["up"]}, "apply_lotr"),
+    ],
+)
+def test_what_only_lora_has_is_named(settings: dict[str, object], advice: str) -> None:
+    (name,) = settings
+    with pytest.raises(TypeError, match=f"{name}: expected a field of LoTRPeftConfig, .*{advice}"):
+        LoTRPeftConfig(**settings)
+
+
+def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
+    with pytest.raises(AttributeError, match="expected a LoTRPeftConfig, got a LoTRConfig"):
+        peft.get_peft_model(zoo.net("mlp"), LoTRConfig(rank=2))
+    assert not hasattr(LoTRConfig(), "r") and copy.deepcopy(LoTRConfig()) == LoTRConfig()
 
 
 def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:
@@ -430,7 +461,7 @@ def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
     with pytest.raises(
-        RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"
+        RuntimeError, match=r"save_pretrained: expected full tensors, got base_model.lotr_factors"
     ):
         model.save_pretrained(tmp_path, state_dict=state)
 

@@ -194,7 +194,7 @@ def layer_backward(
 # ---- fake kernels --------------------------------------------------------------------------------
 
 
-def _fake_kernel(name: str) -> Callable[[Callable], Callable]:
+def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     """Registers the decorated function as the fake kernel of an operator.
 
     The dispatcher calls the fake kernel if any argument is a meta tensor. A call that mixes meta
@@ -243,7 +243,7 @@ def _token_count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-@_fake_kernel("shrink")
+@fake_kernel("shrink")
 def _(x, A, p=0.0, seed=None):
     torch._check(
         x.shape[1] == A.shape[0],
@@ -252,17 +252,17 @@ def _(x, A, p=0.0, seed=None):
     return _empty_with_rank(x, x.shape[0], A.shape[1])
 
 
-@_fake_kernel("expand_add_")
+@fake_kernel("expand_add_")
 def _(y, u, F, p=0.0, seed=None):
     return None
 
 
-@_fake_kernel("expand")
+@fake_kernel("expand")
 def _(y, u, F):
     return y.new_empty(y.shape)
 
 
-@_fake_kernel("fold")
+@fake_kernel("fold")
 def _(B, core, scaling, dtype):
     torch._check(
         B.shape[1] == core.shape[1],
@@ -271,7 +271,7 @@ def _(B, core, scaling, dtype):
     return _empty_with_rank(B, B.shape[0], core.shape[0], dtype=dtype)
 
 
-@_fake_kernel("layer_forward")
+@fake_kernel("layer_forward")
 def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None):
     torch._check(
         x.shape[-1] == weight.shape[1],
@@ -289,7 +289,7 @@ def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, see
     return y, new_u, new_F
 
 
-@_fake_kernel("layer_backward_")
+@fake_kernel("layer_backward_")
 def _(
     g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core,
     p=0.0, seed=None,
@@ -316,20 +316,20 @@ def _(
     return new_dx, new_du, new_dA, new_dB, dcore
 
 
-@_fake_kernel("shrink_backward_")
+@fake_kernel("shrink_backward_")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
     if x is None or dA is not None:
         return None
     return k.new_empty(x.shape[-1], k.shape[1], dtype=accumulate_dtype(k.dtype))
 
 
-@_fake_kernel("row_core")
+@fake_kernel("row_core")
 def _(u, cores, index, offs, tokens, scaling):
     rows = u.shape[0] if tokens is None else tokens.shape[0]
     return _empty_with_rank(u, rows, cores.shape[2])
 
 
-@_fake_kernel("row_core_backward")
+@fake_kernel("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
     du = _empty_with_rank(u, *u.shape) if need_u else u.new_empty(0, 0)
     shape = cores.shape if need_cores else (0, 0, 0)
@@ -351,7 +351,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     return mask
 
 
-@_fake_kernel("dropout_mask")
+@fake_kernel("dropout_mask")
 def _(rows, cols, p, seed, dtype):
     return torch.empty(rows, cols, dtype=dtype, device=seed.device)
 
