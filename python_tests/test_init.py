@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lotr_ext import (
     LoTRConfig,
+    LoTRConv1D,
     apply_lotr,
     disabled,
     init_from_gradient,
@@ -21,7 +22,15 @@ from lotr_ext import (
     save_adapter,
     unload,
 )
-from lotr_ext.init import FACTOR_INITS, START, fill_core_, fill_factor_, leading, tucker2
+from lotr_ext.init import (
+    FACTOR_INITS,
+    START,
+    CapturedGradient,
+    fill_core_,
+    fill_factor_,
+    leading,
+    tucker2,
+)
 from lotr_ext.model import adapted_layers
 
 
@@ -201,7 +210,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
     plain = zoo.net(name)
     sum(loss_of(plain, x) for x in batches).backward()
     before = zoo.output(model, batches[0])
-    assert init_from_gradient(model, batches, loss_of) is model
+    captured = init_from_gradient(model, batches, loss_of)
     assert torch.equal(zoo.output(model, batches[0]), before)
     sides: dict[nn.Module, list[Tensor]] = {}
     for at, layer in adapted_layers(model).items():
@@ -209,6 +218,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         g = g if layer.matrix() is layer.weight else g.T  # [n, k]
         sides.setdefault(layer.factors.A, []).append(g.T)
         sides.setdefault(layer.factors.B, []).append(g)
+    check_captured(model, plain, captured)
     for factor, parts in sides.items():
         value = factor.value.detach().double() / START
         assert relative(value.T @ value, torch.eye(factor.rank)) < 1e-5
@@ -216,6 +226,33 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         captured = float((value.T @ whole).norm())
         best = float(torch.linalg.svdvals(whole)[: factor.rank].norm())
         assert captured > 0.97 * best, (captured, best)
+
+
+def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
+    """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
+    captured_sum = norm_sum = 0.0
+    layers = adapted_layers(model)
+    assert list(captured.layers) == list(layers)
+    for name, layer in layers.items():
+        gradient = plain.get_submodule(name).weight.grad.double()
+        if isinstance(layer, LoTRConv1D):
+            gradient = gradient.T
+        A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
+        projected = float((B.T @ gradient @ A).square().sum())
+        norm = float(gradient.square().sum())
+        captured_sum += projected
+        norm_sum += norm
+        tolerance = 0.02 + 0.3 * (1 - projected / norm)
+        assert captured.layers[name] == pytest.approx(projected / norm, abs=tolerance)
+    assert captured.total == pytest.approx(captured_sum / norm_sum, abs=0.1)
+    assert 0 < captured.total <= 1
+
+
+def test_a_full_rank_captures_all_gradients() -> None:
+    model = started("mlp", rank=64)
+    captured = init_from_gradient(model, [zoo.inputs("mlp")], loss_of)
+    assert captured.total == pytest.approx(1)
+    assert all(share == pytest.approx(1) for share in captured.layers.values())
 
 
 def test_the_gradient_start_changes_nothing_else() -> None:
