@@ -13,19 +13,9 @@ from .factors import LoTRFactor, LoTRFactors
 from .files import load_adapter, save_adapter
 from .functional import lotr_linear
 from .layers import LoTRConv1D, LoTRLinear
-from .model import (
-    LoTRConfig,
-    apply_lotr,
-    disabled,
-    explain,
-    init_from_gradient,
-    lotr_parameters,
-    merge,
-    parameter_groups,
-    trainable_summary,
-    unload,
-    unmerge,
-)
+from .merging import merge, unmerge
+from .model import LoTRConfig, apply_lotr, disabled, init_from_gradient, unload
+from .reports import explain, lotr_parameters, parameter_groups, trainable_summary
 from .tasks import TaskBank, use_tasks
 from .wrapped import LoTRWrapped, adapt
 

@@ -103,7 +103,7 @@ class LoTRConfig:
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share A and B. "shape": one pair for each (K, N), the paper's; "block": one for each shape and
             block, the layers whose names agree up to their first number ("model.layers.3"); "name": one for each last part of
-            the name and shape (q and v apart); "width": one A for each K and one B for each N, over all adapted layers; a
+            the name and shape (q and v apart); "layer": one for each layer; "width": one A for each K and one B for each N, over all adapted layers; a
             mapping from layer name to group; or a callable (name, module) -> group.
         init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
         train: which of "A", "B" and "core" are trained; the rest stays as it starts.
@@ -158,7 +158,7 @@ class LoTRConfig:
             put("group_by", dict(self.group_by))
         elif not callable(self.group_by):
             _one_of(
-                ("shape", "block", "name", "width"),
+                ("shape", "block", "name", "layer", "width"),
                 self.group_by,
                 "group_by",
                 ", a mapping or a callable",

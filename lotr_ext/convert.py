@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .adapted import layers_in
 from .config import TASKS, LoTRConfig
 from .core.operators import DTYPES, accumulate_dtype
 from .files import (
@@ -59,7 +60,6 @@ from .files import (
 from .functional import check_dtype, check_number, check_rank
 from .init import START, tucker2_of
 from .layers import LoTRConv1D
-from .model import layers_in
 from .targets import group_of, name_ends_with
 from .tasks import TaskBank
 
@@ -596,7 +596,7 @@ def lora_to_lotr(
     Args:
         source: a directory. modules_to_save are copied.
         rank: r, or (r_in, r_out), for all groups.
-        group_by: "shape", "block", "name" or a mapping from layer names, as in LoTRConfig.
+        group_by: "shape", "block", "name", "layer" or a mapping from layer names, as in LoTRConfig.
         dtype: of the result.
 
     Raises TypeError, ValueError: a source that `read_lora` refuses; a wrong rank, grouping or dtype.
@@ -612,11 +612,10 @@ def lora_to_lotr(
         "dropout": content.get("lora_dropout") or 0.0,
     }
     config = LoTRConfig(rank=rank, group_by=group_by, adapter_dtype=dtype, **own)
-    by_shape = isinstance(config.group_by, dict) or config.group_by in ("shape", "block", "name")
     _expect(
-        by_shape,
+        config.group_by != "width",
         "group_by",
-        "shape, block, name or a mapping",
+        "shape, block, name, layer or a mapping",
         f"{group_by!r}, whose pairs have several shapes",
     )
     groups, found, errors = {}, {}, {}

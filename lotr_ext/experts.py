@@ -236,6 +236,7 @@ def lotr_grouped_linear(
                 f"core_index: expected one index per row of x {tuple(x.shape)}, got {tuple(core_index.shape)}"
             )
         index, cores = _of_tasks(core_index.to(x.device), cores, offs, tokens)
+    x = _without_unread_rows(x, offs, tokens)
     return _routed(x, weight, bias, offs, tokens, A, B, cores, float(scaling), index=index)
 
 
@@ -262,6 +263,37 @@ def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, toke
             raise ValueError(f"{name}: expected {want}, got {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    if tokens is not None and _has_values(tokens) and tokens.numel():
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= len(x):
+            raise ValueError(
+                f"tokens: expected rows of x in [0, {len(x)}), got {least} to {most}. "
+                f"Pass a valid token also for rows without an expert."
+            )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether reading the tensor's values neither waits for a GPU nor breaks a graph."""
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def _without_unread_rows(x: Tensor, offs: Tensor, tokens: Tensor | None) -> Tensor:
+    """Returns x with zeros in the rows that no expert reads, so that whatever they hold does not
+    reach dA = x^T du: zero times NaN is NaN.
+
+    Returns x itself if all its rows are read. On a GPU and in a compiled graph this is not known
+    without waiting for the values, and the result is a copy.
+    """
+    if tokens is None:
+        is_unread = torch.arange(len(x), device=x.device) >= offs[-1]
+    else:
+        past_end = torch.arange(len(tokens), device=x.device) >= offs[-1]
+        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
+        # One more row takes the rows of no expert.
+        is_unread = is_unread.index_fill(0, tokens.masked_fill(past_end, len(x)), False)[:-1]
+    if _has_values(is_unread) and not bool(is_unread.any()):
+        return x
+    return x.masked_fill(is_unread.unsqueeze(1), 0)
 
 
 class LoTRExperts(LoTRLayer):
@@ -312,7 +344,8 @@ class LoTRExperts(LoTRLayer):
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
-        return self.routed(x, self.matrix(), self.bias, offs, tokens, x)
+        rows = _without_unread_rows(x, offs, tokens)
+        return self.routed(rows, self.matrix(), self.bias, offs, tokens, x)
 
     def routed(
         self,

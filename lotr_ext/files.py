@@ -28,17 +28,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import __version__
+from .adapted import adapted_layers, expect_unmerged, layers_in
 from .config import DIAGONAL, LoTRConfig
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import (
-    adapted_layers,
-    expect_unmerged,
-    install,
-    layers_in,
-    set_start,
-    unchanged_on_error,
-)
+from .model import install, set_start, unchanged_on_error
 from .targets import saved_modules, select
 
 __all__ = ["contents", "load_adapter", "load_into", "read", "save_adapter", "write"]

@@ -1,4 +1,4 @@
-"""Adapters in whole models: apply_lotr, merge, unload, and what an adapted model trains and runs.
+"""Adapters in whole models: apply_lotr and unload.
 
 After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
 `core`. Each factor A or B is registered once, as `model.lotr_factors[i]`; the layers hold plain references. Parameters from
@@ -8,52 +8,46 @@ which several cores are computed (LoTRConfig.core) are registered once, as `mode
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .adapted import (
+    adapted_layers,
+    attach,
+    compute_device,
+    detach,
+    expect_unmerged,
+    layers_in,
+)
+from .bypasses import block_bypasses, restore_bypasses
 from .config import LoTRConfig, place_of
-from .core import dispatch, fallback
-from .core.request import ADAPTER_OFF, open_request, state_of
+from .core import fallback
+from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .experts import adapt_parameter, release
 from .factors import LoTRFactor, LoTRFactors
+from .first_step import check_layers_are_called, check_optimizer, watch
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .layers import LoTRLayer, plus
-from .targets import Selection, Target, heads, select, tied_names, with_head
-from .wrapped import LoTRWrapped, adapt
+from .merging import merge_layers, unmerge
+from .targets import Selection, Target, heads, select, with_head
+from .wrapped import adapt
 
 __all__ = [
     "LoTRConfig",
-    "TrainableSummary",
     "adapted_layers",
     "apply_lotr",
     "disabled",
-    "explain",
     "init_from_gradient",
-    "lotr_parameters",
-    "merge",
-    "parameter_groups",
-    "trainable_summary",
     "unload",
-    "unmerge",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class SharedFactors(nn.ModuleList):
-    """The distinct factors of a model. Its forward returns the input, because nn.Sequential calls all its children."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 # ---- apply -----------------------------------------------------------------------------------------------------------
@@ -119,7 +113,7 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     cores = cores_of(
         config,
         [t.name for t in selection.targets],
-        device=_home(first.module),
+        device=compute_device(first.module),
         dtype=config.adapter_dtype,
     )
     model.requires_grad_(False)
@@ -128,7 +122,7 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
             parameter.requires_grad_(parameter.is_floating_point())
     owned: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        where = {"device": _home(targets[0].module), "dtype": config.adapter_dtype}
+        where = {"device": compute_device(targets[0].module), "dtype": config.adapter_dtype}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model, below
             factors = pair_of(owned, group, targets[0].sizes, config, **where)
@@ -143,9 +137,9 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
             f"A lower rank gives the same functions.",
             stacklevel=3,
         )
-    model.lotr_factors = SharedFactors(owned.values())
+    attach(model, "lotr_factors", nn.ModuleList(owned.values()))
     if cores is not None:
-        model.lotr_cores = cores.requires_grad_("core" in config.train)
+        attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
     if callable(
@@ -153,8 +147,9 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     ):  # a callable cannot be pickled or saved; the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config, model.lotr_left_out = config, selection.left_out
-    fast_paths(model, on=False)
-    _waiting.add(model)
+    block_bypasses(model)
+    watch(model, check_optimizer)
+    watch(model, check_layers_are_called)
 
 
 def pair_of(
@@ -179,18 +174,6 @@ def pair_of(
     return LoTRFactors.of(*found)
 
 
-def _home(module: nn.Module) -> torch.device:
-    """Where a module computes. accelerate keeps offloaded weights on the meta device between two forwards."""
-    tensor = next(iter((*module.parameters(), *module.buffers())), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
-    hook = getattr(module, "_hf_hook", None)
-    return (
-        torch.device(hook.execution_device)
-        if device.type == "meta" and hook is not None
-        else device
-    )
-
-
 def _replace(
     model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig
 ) -> LoTRLayer:
@@ -201,7 +184,7 @@ def _replace(
     else:
         layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
     layer.leave_factors_to_owner()
-    if layer.core.device != (home := _home(target.module)):
+    if layer.core.device != (home := compute_device(target.module)):
         layer.core = nn.Parameter(
             torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype)
         )
@@ -224,9 +207,9 @@ def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | 
             'core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.'
         )
     places = [place_of(name) for name in names]
-    cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(
-        places, config.rank
-    )
+    form = FORMS[config.core] if isinstance(config.core, str) else config.core
+    with torch.device("cpu"):  # not the caller's default device, which may be meta
+        cores = form(places, config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(
             f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}"
@@ -266,91 +249,6 @@ def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | No
         weight = layer._weight_to_write("init")
         weight.copy_(
             plus(weight, -fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling))
-        )
-
-
-def fast_paths(model: nn.Module, *, on: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
-    """Turns fast paths off, or on again, in modules with adapted layers. nn.TransformerEncoderLayer's reads the weights of its
-    linear layers without calling them, and nn.TransformerEncoder makes nested tensors for it. Both depend on attributes that
-    nothing else reads."""
-    names = {
-        nn.TransformerEncoderLayer: "activation_relu_or_gelu",
-        nn.TransformerEncoder: "use_nested_tensor",
-    }
-    for module in model.modules():
-        name = next(
-            (
-                name
-                for cls, name in names.items()
-                if isinstance(module, cls) and hasattr(module, name)
-            ),
-            None,
-        )
-        if name is None:
-            continue
-        if on and "lotr_fast_path" in vars(module):
-            setattr(module, name, vars(module).pop("lotr_fast_path"))
-        elif not on and any(isinstance(m, adapted) for m in module.modules()):
-            module.lotr_fast_path = getattr(module, name)
-            setattr(module, name, False)
-
-
-_waiting: weakref.WeakSet[nn.Module] = (
-    weakref.WeakSet()
-)  # adapted models that no optimizer has stepped yet
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A hook on all optimizers. Warns at a model's first step about adapted layers that no forward has called: their cores
-    have no gradient, and those of others have one."""
-    if torch.compiler.is_compiling() or not _waiting:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in list(_waiting):
-        called = {}
-        for name, layer in layers_in(model).items():
-            if own := [p for p in layer.core_parameters() if p.requires_grad and id(p) in held]:
-                called[name] = any(p.grad is not None for p in own)
-        if not any(called.values()):
-            continue  # an optimizer of something else, or a step without a backward
-        _waiting.discard(model)
-        if idle := [name for name, was_called in called.items() if not was_called]:
-            more = f" and {len(idle) - 1} more layers" if len(idle) > 1 else ""
-            warnings.warn(
-                f"lotr_ext: {idle[0]}{more} had no part in the first optimizer step: no forward has called them, so their "
-                f"adapters have no effect. Leave them out with exclude_modules.",
-                stacklevel=3,
-            )
-
-
-register_optimizer_step_post_hook(
-    _after_step
-)  # torch iterates over its hooks, so a hook cannot remove itself
-
-
-# ---- an adapted model ------------------------------------------------------------------------------------------------
-
-
-def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
-    """The adapted layers of a model by name, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
-    """As `layers_in`, of a model from `apply_lotr` or built by hand. Raises RuntimeError if it has no adapter."""
-    layers = layers_in(model)
-    if not layers:
-        raise RuntimeError(
-            f"model: expected one with a LoTR adapter, got {type(model).__name__} without. apply_lotr adds one."
-        )
-    return layers
-
-
-def expect_unmerged(layers: Mapping[str, LoTRLayer], where: str) -> None:
-    """Raises RuntimeError if a layer is merged."""
-    if merged := [name for name, layer in layers.items() if layer.merged]:
-        raise RuntimeError(
-            f"{where}: expected unmerged layers, got {merged[0]!r}, which is merged. Call unmerge(model) first."
         )
 
 
@@ -400,212 +298,7 @@ def init_from_gradient(
     return model
 
 
-def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapter's trained parameters, for an optimizer: each A, B and core (or what it is computed from) that requires grad.
-
-    Does not contain modules_to_save: `[p for p in model.parameters() if p.requires_grad]` contains both.
-    Raises RuntimeError as `adapted_layers`.
-    """
-    found = {
-        id(p): p
-        for layer in adapted_layers(model).values()
-        for p in layer.adapter_parameters()
-        if p.requires_grad
-    }
-    return iter(found.values())
-
-
-def parameter_groups(
-    model: nn.Module, lr: float | None = None, *, other_lr: float | None = None
-) -> list[dict[str, Any]]:
-    """All trained parameters of an adapted model in up to three groups for an optimizer, by "name": "cores", "factors" (A and
-    B), and "other" (modules_to_save, such as a new head, and all else that requires grad).
-
-    lr: the rate of all groups; other_lr: of "other" instead; None: the optimizer's. A group's "lr" may be changed. For
-    transformers' Trainer and TRL: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
-    Raises RuntimeError as `adapted_layers`.
-    """
-    parts = (one for layer in adapted_layers(model).values() for one in layer.parts())
-    owners = {id(p): "cores" if part == "core" else "factors" for part, p in parts}
-    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            members[owners.get(id(parameter), "other")].append(parameter)
-    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
-    return [
-        {"params": own, "name": name} | ({} if rates[name] is None else {"lr": rates[name]})
-        for name, own in members.items()
-        if own
-    ]
-
-
-class TrainableSummary(NamedTuple):
-    """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
-
-    layers: adapted layers. groups: pairs of factors. parts: what is trained: "A", "B", "core", and the names of other modules.
-    left_out: the names of the layers that target_modules matches and that have no adapter, by reason. str() gives a readable
-    report.
-    """
-
-    adapter: int
-    trained: int
-    total: int
-    layers: int
-    groups: int
-    parts: tuple[str, ...]
-    left_out: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        lines = [
-            f"LoTR: {self.layers} layers, {self.groups} pair{'s' * (self.groups != 1)} of factors, {self.adapter:,} adapter "
-            f"parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})",
-            f"trained: {', '.join(_shortened(self.parts, 5)) or 'nothing'}; all else is frozen",
-        ]
-        lines += [
-            f"left out: {', '.join(_shortened(names))} ({reason})"
-            for reason, names in self.left_out.items()
-        ]
-        return "\n".join(lines)
-
-
-def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
-    return [*names] if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
-
-
-def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts adapted and trained parameters, and lists what is trained and what was left out; print it for a report.
-
-    An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
-    Raises RuntimeError as `adapted_layers`.
-    """
-    layers, parameters = adapted_layers(model).values(), list(model.parameters())
-    adapter = {p: part for layer in layers for part, p in layer.parts()}
-    beside = [
-        name.rpartition(".")[0]
-        for name, p in model.named_parameters()
-        if p.requires_grad and p not in adapter
-    ]
-    return TrainableSummary(
-        adapter=sum(p.numel() for p in adapter),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-        layers=len(layers),
-        groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
-        parts=(
-            *sorted({part for p, part in adapter.items() if p.requires_grad}),
-            *dict.fromkeys(beside),
-        ),
-        left_out=getattr(model, "lotr_left_out", {}),
-    )
-
-
-# ---- explain ---------------------------------------------------------------------------------------------------------
-
-
-def explain(model: nn.Module, x: Tensor) -> str:
-    """What runs in adapted layers for an input, and why: one line for each kind of layer.
-
-    model: an adapted layer, or a model with some. x: an input. Layers get its dtype (for token ids, the weights') and device.
-    Call this in the contexts (autocast, `disabled`, torch.func) in which you call the model. Raises RuntimeError as
-    `adapted_layers`.
-    """
-    layers = adapted_layers(model)
-    return "\n".join(
-        f"{n} x {line}" for line, n in Counter(_line(layer, x) for layer in layers.values()).items()
-    )
-
-
-def _line(layer: LoTRLayer, x: Tensor) -> str:
-    what = f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank {layer.factors.rank}"
-    if layer.merged:
-        return f"{what}: the base alone, because the adapter is merged into its weight"
-    if state_of(layer) is ADAPTER_OFF:
-        return f"{what}: the base alone, because the adapter is disabled"
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    else:
-        dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
-    y = x.new_empty(0, dtype=dtype)  # stands for the input, and for the base's output
-    reason = layer.factors.read(
-        lambda A, B: dispatch.fallback_reason(y, None, A, B, layer.core, y) or ""
-    )
-    runs = f"PyTorch's own products, because {reason}" if reason else "the kernels of lotr_ext"
-    return f"{what}: {runs} ({str(dtype).removeprefix('torch.')} on {x.device.type})"
-
-
-# ---- merge and unload ------------------------------------------------------------------------------------------------
-
-
-def merge(
-    model: Model,
-    *,
-    safe: bool = False,
-    keep_backup: bool = True,
-    dequantize: bool | torch.dtype = False,
-) -> Model:
-    """Adds every layer's s B G^T A^T to its weight (in fp32, cast once). On an error no layer is merged.
-
-    safe: raise if a result is not finite. keep_backup: keep the weights, so that `unmerge` restores the same bits; without,
-    it subtracts, which is exact only up to rounding. dequantize: replace each quantised layer (torchao, bitsandbytes) by a
-    plain nn.Linear, of this dtype if one is given. `unmerge` restores the quantised layers from the backup.
-
-    Raises TypeError: a base that cannot be merged into, or a weight that is no parameter (weight_norm, parametrizations,
-    pruning) or held in parts; ValueError: safe, and a result is not finite; RuntimeError: no adapter, one that is merged
-    already, on the meta device, or a weight tied to another module.
-    """
-    layers = adapted_layers(model)
-    expect_unmerged(layers, "merge")
-    _merge_all(model, layers, safe, dequantize)
-    for layer in layers.values() if not keep_backup else ():
-        layer.weight_backup = None
-        if isinstance(layer, LoTRWrapped):
-            layer.__dict__["quantized_base"] = None
-    return model
-
-
-def _merge_all(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], safe: bool, dequantize: bool | torch.dtype
-) -> None:
-    if not isinstance(dequantize, bool) and not (
-        isinstance(dequantize, torch.dtype) and dequantize.is_floating_point
-    ):
-        raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
-    tied, done = tied_names(model), []
-    for name, layer in layers.items():
-        if layer.core.is_meta or any(p.is_meta for p in layer.parameters()):
-            raise RuntimeError(
-                f"merge: expected tensors with values, got {name!r} on the meta device"
-            )
-        if others := tied.get(id(layer)) or tied.get(id(getattr(layer, "base_layer", None))):
-            raise RuntimeError(
-                f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}"
-            )
-    try:
-        for layer in layers.values():
-            layer.merge(
-                safe, **({"dequantize": dequantize} if isinstance(layer, LoTRWrapped) else {})
-            )
-            done.append(layer)
-    except (TypeError, ValueError, RuntimeError) as error:
-        for layer in done:
-            layer.unmerge()
-        raise type(error)(f"{error} (in {list(layers)[len(done)]!r})") from None
-
-
-def unmerge(model: Model) -> Model:
-    """Removes the adapter from the weights of all merged layers. Raises RuntimeError: no adapter, one that is not
-    merged, or a dequantised one without a backup."""
-    merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
-    if not merged:
-        raise RuntimeError("unmerge: expected merged layers, got none that is merged")
-    for name, layer in merged.items():
-        if getattr(layer, "replaced", False) and layer.quantized_base is None:
-            raise RuntimeError(
-                f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False"
-            )
-    for layer in merged.values():
-        layer.unmerge()
-    return model
+# ---- unload ------------------------------------------------------------------------------------------------
 
 
 def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype = False) -> Model:
@@ -622,12 +315,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )
     if merge:
-        _merge_all(
-            model,
-            {name: layer for name, layer in layers.items() if not layer.merged},
-            False,
-            dequantize,
-        )
+        unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
+        merge_layers(model, unmerged, dequantize=dequantize)
     elif any(layer.merged for layer in layers.values()):
         unmerge(model)
     return without_adapters(model, layers)
@@ -642,15 +331,13 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     }.values():
         release(host)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
-    fast_paths(model, on=True)
+    restore_bypasses(model)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, bases[id(layer)])
-    for module in list(model.modules()):
-        for beside in ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out"):
-            if beside in vars(module) or beside in module._modules:
-                delattr(module, beside)
+    for name in ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out"):
+        detach(model, name)
     return model

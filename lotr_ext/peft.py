@@ -42,6 +42,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .bypasses import block_bypasses, restore_bypasses
 from .config import LoTRConfig, check_names, place_of
 from .core import dispatch, fallback
 from .core.operators import DTYPES, accumulate_dtype
@@ -49,7 +50,7 @@ from .factors import LoTRFactors
 from .files import config_of_version_1, expect_names
 from .init import fill_core_
 from .layers import features, is_conv1d
-from .model import cores_of, fast_paths, pair_of
+from .model import cores_of, pair_of
 from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
 from .wrapped import LoTRWrapped, layer_class, mergeable
 
@@ -479,11 +480,11 @@ class LoTRPeftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
-        fast_paths(self.model, on=False, adapted=LoTRPeftLinear)
+        block_bypasses(self.model, adapted=LoTRPeftLinear)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        fast_paths(model, on=True)
+        restore_bypasses(model)
         return model
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .experts import CHILD, expert_sizes, why_not
 from .layers import LoTRLayer, features, is_conv1d
@@ -143,8 +144,9 @@ def why_not_adapted(
     """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
     for name in names:
         parent, _, child = name.rpartition(".")
-        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and does not call it"
+        reason = why_not_called(model.get_submodule(parent), child)
+        if reason is not None:
+            return reason
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
@@ -254,9 +256,10 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, config.modules_to_save) or name.startswith(
-            "lotr_"
-        ):  # not what an adapted model has beside them
+        # An adapted model registers lotr_factors and the like (adapted.py), which have numbers as names.
+        if any(part.startswith("lotr_") for part in name.split(".")):
+            continue
+        if not _matches(name, config.modules_to_save):
             continue
         for own, p in module.named_parameters():
             if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
@@ -391,6 +394,8 @@ def check_targets(targets: list[Target], config: LoTRConfig) -> None:
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
     """The group of a layer of sizes (in_features, out_features)."""
     shape = f"{sizes[0]}x{sizes[1]}"
+    if by == "layer":
+        return name.replace(".", "_")
     if isinstance(by, str):
         part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
             by, ""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapted import adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .experts import CHILD
@@ -27,7 +28,6 @@ from .factors import LoTRFactor
 from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
-from .model import adapted_layers, expect_unmerged
 from .targets import group_of
 
 __all__ = ["TaskBank", "use_tasks"]
@@ -81,7 +81,7 @@ class TaskBank(nn.Module):
             _in_order(model, layers),
         )  # the model registers the factors
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
-        model.lotr_tasks = self
+        attach(model, "lotr_tasks", self)
         called = {
             id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())
         }  # a host calls its experts
@@ -185,6 +185,16 @@ class TaskBank(nn.Module):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating tensor, got {got}")
+            if value.layout is not torch.strided:
+                raise TypeError(
+                    f"{name}: expected a dense tensor, got layout {value.layout}. "
+                    f"Pass its to_dense()."
+                )
+            if value.is_meta and not core.is_meta:
+                raise ValueError(
+                    f"{name}: expected values as the bank has on {core.device}, got a tensor on "
+                    f"the meta device. Load its values first."
+                )
             if value.shape != core.shape[1:]:
                 raise ValueError(
                     f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}"

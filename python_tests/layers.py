@@ -13,7 +13,15 @@ from helpers import sums_dtype
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lotr_ext import LoTRConv1D, LoTRFactor, LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext import (
+    LoTRConv1D,
+    LoTRFactor,
+    LoTRFactors,
+    LoTRLinear,
+    LoTRWrapped,
+    lotr_linear,
+    reference,
+)
 from lotr_ext.core.request import open_request
 
 K, R = 12, 3
@@ -99,6 +107,7 @@ class Net(nn.Module):
         torch.manual_seed(0)
         count, self.wire = KINDS[kind]
         self.kind, self.rows, factors = kind, kind.startswith("rows"), factors or dtype
+        self.dropout = dropout
         pair = LoTRFactors(K, K, (R, R + 1), dtype=factors)
         pairs = [pair] * count
         if kind == "two Bs":
@@ -176,12 +185,21 @@ class Net(nn.Module):
             if "wrapped" in self.kind
             else (W.T if self.kind == "conv1d" else W, bias)
         )
+        u = self.dropped(x) @ A
         if self.cores is None:
-            return nnf.linear(x, W, bias) + SCALING * (x @ A @ core @ B.T)
+            return nnf.linear(x, W, bias) + SCALING * (u @ core @ B.T)
         index = self.index(x)
         index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
         own = core[index.clamp(min=0)] * (index >= 0)[..., None, None]
-        return nnf.linear(x, W, bias) + SCALING * ((x @ A).unsqueeze(-2) @ own).squeeze(-2) @ B.T
+        return nnf.linear(x, W, bias) + SCALING * (u.unsqueeze(-2) @ own).squeeze(-2) @ B.T
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Drops elements of x by the mask that the kernels draw from the next seed of torch's generator."""
+        if not (self.dropout and self.training):
+            return x
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        mask = reference.dropout_mask(x[..., 0].numel(), K, self.dropout, int(seed))
+        return x * mask.view(x.shape)
 
 
 class Side:

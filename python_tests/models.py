@@ -14,6 +14,7 @@ WAYS: dict[str, dict[str, object]] = {
     "width": {"group_by": "width", "rank": (3, 2)},
     "block": {"group_by": "block", "rank": 3},
     "name": {"group_by": "name"},
+    "layer": {"group_by": "layer"},
     "identity": {"core_init": "identity", "rslora": True, "alpha": 3.0},
     "svd": {"init": "svd"},
     "diagonal": {"core": "diagonal"},
@@ -24,7 +25,7 @@ CASES = [
     (name, way)
     for name in zoo.NETS
     for way in WAYS
-    if name != "mixture" or way in ("shape", "width", "block")
+    if name != "mixture" or way in ("shape", "width", "block", "layer")
 ]
 LINEAR = [(name, way) for name, way in CASES if way != "bfloat16"]
 

@@ -34,6 +34,7 @@ EXPORTS = {
     "shapes": ("mlp", {"rank": 3, "modules_to_save": ["head"], "dropout": 0.1}),
     "small out": ("attention", {"rank": (4, 2), "group_by": "width"}),
     "small in": ("attention", {"rank": (2, 4), "group_by": "block"}),
+    "a pair per layer": ("llama", {"rank": 4, "group_by": "layer"}),
     "svd": ("mlp", {"rank": 3, "init": "svd"}),
     "conv1d": ("gpt2", {"rank": 4, "alpha": 2.0}),
     "half": ("llama", {"rank": 4, "scaling": 8.0, "adapter_dtype": torch.bfloat16}),
@@ -192,6 +193,7 @@ def lora(net: str, folder: Path, **settings: object) -> nn.Module:
     [
         ("attention", 16, "shape", {"use_rslora": True, "modules_to_save": ["head"]}),
         ("mlp", (4, 5), "shape", {}),
+        ("attention", 4, "layer", {"r": 4}),
         (
             "llama",
             8,

@@ -9,7 +9,7 @@ import torch
 from helpers import worst
 from torch import Tensor, nn
 
-from lotr_ext import LoTRFactors, LoTRLinear
+from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 from lotr_ext.cores import FORMS, Cores
 
 PLACES = [
@@ -91,6 +91,22 @@ def test_layers_train_the_shared_numbers(form: str, owned: bool) -> None:
     got = torch.autograd.grad(sum(layer(x).sin().sum() for layer in layers), leaves)
     want = sum(plain(layer, G).sin().sum() for layer, G in zip(layers, EQUATIONS[form][1](cores)))
     assert worst(got, torch.autograd.grad(want, leaves)) < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_device_does_not_matter(form: str) -> None:
+    """A model with values gets cores with values under torch.device("meta"), as its factors."""
+    config = LoTRConfig(rank=2, target_modules=["0", "1"], core=form)
+    models = []
+    for device in ("cpu", "meta"):
+        model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+        torch.manual_seed(0)
+        with torch.device(device):
+            models.append(apply_lotr(model, config))
+    ours, control = (dict(model.named_parameters()) for model in models)
+    for name in ours:
+        assert ours[name].device.type == control[name].device.type == "cpu"
+        assert "lotr" not in name or torch.equal(ours[name], control[name])
 
 
 def test_few_numbers_can_be_tied() -> None:

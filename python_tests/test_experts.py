@@ -95,6 +95,52 @@ def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) ->
     assert got[0].dtype == dtype and not got[0][OFFS[-1] :].any()
 
 
+def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float) -> None:
+    """Fills what no expert reads: the rows of x past the last end, or the last token of x."""
+    x = leaves[0]
+    with torch.no_grad():
+        if tokens is None:
+            x[OFFS[-1] :] = value
+        else:
+            x[-1] = value
+            tokens[: OFFS[-1]] %= M - 1
+            tokens[OFFS[-1] :] = M - 1
+
+
+@pytest.mark.parametrize("context", ["plain", "checkpoint", "compiled", "module"])
+@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, context: str) -> None:
+    """They may hold NaN, as the end of a buffer does that is longer than its rows."""
+    given, tokens, leaves = make(by_token, tasks, bias=True)
+    without_an_expert(leaves, tokens, torch.nan)
+    g = torch.randn(ROWS, N, dtype=torch.float64)
+
+    def call() -> Tensor:
+        return ours(given, tokens, leaves)
+
+    def module() -> Tensor:
+        x, A, B, cores = leaves
+        experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S)
+        tensors = {"weight": given["weight"], "bias": given["bias"]}
+        tensors |= {"factors.A.value": A, "factors.B.value": B}
+        state = {}
+        if tasks:
+            state = {experts: lambda x: (cores, given["core_index"])}
+        else:
+            tensors["core"] = cores
+        offs = torch.tensor(OFFS, dtype=torch.int32)
+        with open_request(state):
+            return torch.func.functional_call(experts, tensors, (x, offs, tokens))
+
+    calls = {"plain": call, "module": module}
+    if context in CONTEXTS:
+        calls[context] = lambda: CONTEXTS[context](call)
+    got = with_gradients(calls[context], leaves, g)
+    want = with_gradients(lambda: definition(given, tokens, leaves), leaves, g)
+    assert worst(got, want) < 1e-12
+
+
 CONTEXTS: dict[str, Callable[[Callable[[], Tensor]], Tensor]] = {
     "checkpoint": lambda call: checkpoint(call, use_reentrant=False),
     "compiled": lambda call: torch.compile(call, backend="aot_eager", fullgraph=True)(),
@@ -110,8 +156,10 @@ def test_in_a_context(context: str, tasks: bool) -> None:
     assert worst(got, with_gradients(lambda: definition(given, tokens, leaves), leaves, g)) < 1e-12
 
 
-def test_double_backward() -> None:
-    given, tokens, leaves = make(True, False, bias=False)
+@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+def test_double_backward(by_token: bool) -> None:
+    given, tokens, leaves = make(by_token, False, bias=False)
+    without_an_expert(leaves, tokens, torch.nan)
     given["weight"].requires_grad_()
     every = [*leaves, given["weight"]]
     found = []
@@ -199,6 +247,8 @@ BAD = [
     ("offs", {"offs": torch.tensor(OFFS[:-1], dtype=torch.int32)}, ValueError),
     ("offs", {"offs": torch.tensor([7, 3, 21, 40, 44], dtype=torch.int32)}, ValueError),
     ("tokens", {"tokens": torch.zeros(ROWS, dtype=torch.int32)}, TypeError),
+    ("tokens", {"tokens": torch.full((ROWS,), M)}, ValueError),
+    ("tokens", {"tokens": torch.full((ROWS,), -1)}, ValueError),
     ("weight", {"weight": torch.zeros(E, N)}, ValueError),
     ("weight", {"weight": torch.zeros(E, N, K, dtype=torch.float64)}, TypeError),
     ("bias", {"bias": torch.zeros(E, N + 1)}, ValueError),

@@ -14,7 +14,7 @@ import pickle
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -45,6 +45,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from lotr_ext import LoTRLinear, lotr_linear
 
@@ -169,6 +170,44 @@ def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> C
         if any(n in str(op) for n in names)
         else CheckpointPolicy.PREFER_RECOMPUTE
     )
+
+
+def nested_checkpoints(s: Side) -> Found:
+    """The inner recomputation runs without the outer checkpoint's dispatch mode."""
+    selective = partial(create_selective_checkpoint_contexts, save_products)
+
+    def inner(x: Tensor) -> Tensor:
+        return checkpoint(s, x, use_reentrant=False)
+
+    y = checkpoint(inner, torch.tanh(s.x), use_reentrant=False, context_fn=selective)
+    return [y, *s.grad(loss(y))]
+
+
+class Pack:
+    """A pack hook to which no weak reference can be made."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+X_CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "joins a graph": Tensor.requires_grad_,
+    "leaves its graph": Tensor.detach_,
+    "becomes a leaf": lambda x: x.detach_().requires_grad_(),
+    "gets other data": lambda x: setattr(x, "data", 2 * x.data),
+}
+
+
+def x_changes(s: Side, change: str) -> Found:
+    """Between the calls of two layers on one x, x changes in a way that has no new version."""
+    x = s.x.detach().clone() if change == "joins a graph" else 2 * s.x
+    a = s.layer(0, x)
+    X_CHANGES[change](x)
+    b = s.layer(1, x)
+    wanted = [*s.wanted, x] if x.requires_grad else s.wanted
+    return [a, b, *s.grad(loss(a * b), wanted)]
 
 
 def hooked(s: Side, context: Callable[[], contextlib.AbstractContextManager]) -> Found:
@@ -303,9 +342,13 @@ CONTEXTS: dict[str, Callable[[Side], Found]] = {
         use_reentrant=False,
         context_fn=partial(create_selective_checkpoint_contexts, save_products),
     ),
+    "checkpoint in a selective one": nested_checkpoints,
     "save_on_cpu": partial(hooked, context=save_on_cpu),
     "saved-tensor hooks": partial(
         hooked, context=lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+    ),
+    "hooks without weak references": partial(
+        hooked, context=lambda: saved_tensors_hooks(Pack(), lambda t: t)
     ),
 }
 
@@ -317,8 +360,12 @@ def agree(
     close: float = CLOSE[torch.float64],
     **settings: bool,
 ) -> None:
-    with net.request():
-        ours, truth = (context(side) for side in sides(net, x, **settings))
+    found = []
+    for side in sides(net, x, **settings):
+        torch.manual_seed(0)
+        with net.request():
+            found.append(context(side))
+    ours, truth = found
     error = worst(ours, truth)
     assert error < close, f"{error:.1e}"
 
@@ -396,7 +443,8 @@ def test_shapes(kind: str, shape: str, form: str) -> None:
     x = SHAPES[shape]()
     if "rows" in kind and (x.dim() < 2 or x.dim() > 3 or form != "shared"):
         return
-    for context in (once, double):
+    contexts = (once, double) if x.dim() < 2 else (once, double, strides_of_gradients)
+    for context in contexts:
         agree(Net(kind), context, x)
 
 
@@ -454,6 +502,42 @@ def test_float16_does_not_overflow_where_the_result_does_not() -> None:
                 )
 
 
+@pytest.mark.parametrize("change", X_CHANGES)
+@pytest.mark.parametrize("kind", ["siblings", "two Bs", "wrapped"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_x_changes(kind: str, change: str, autocast: bool, form: str) -> None:
+    """A is frozen, because torch refuses to detach an x that a trained A needs."""
+
+    def context(s: Side) -> Found:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return x_changes(s, change)
+
+    dtype = torch.float32 if autocast else torch.float64
+    net = Net(kind, dtype)
+    net.layers[0].factors.A.value.requires_grad_(False)
+    close = CLOSE[torch.bfloat16] if autocast else CLOSE[dtype]
+    agree(net, context, inputs(60, dtype=dtype), close)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_core_changed_under_hooks_that_do_not_copy(create_graph: bool, form: str) -> None:
+    """Autograd checks no versions under hooks. The gradient is that of the forward."""
+
+    def run(s: Side) -> Found:
+        cores = [t for name, t in s.leaves.items() if name.endswith("core")]
+        with contextlib.nullcontext() if s.exact else save_on_cpu():
+            y = s()
+        if not s.exact:
+            with torch.no_grad():
+                [core.mul_(3) for core in cores]
+        return s.grad(loss(y), create_graph=create_graph)
+
+    net = Net("siblings")
+    ours, truth = sides(net, inputs(6))
+    want = run(truth)
+    assert worst(run(ours), want) < 1e-10
+
+
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -477,49 +561,74 @@ def test_dropout_uses_one_mask_forward_and_backward(form: str) -> None:
         assert relative(lotr_linear(x, *parts, dropout_p=0.5, training=True), want) > 0.1
 
 
-def test_siblings_share_a_mask_and_every_backward_repeats_it(shared: None) -> None:
-    net = Net("siblings", dropout=0.5).train()
-    x = inputs(6).requires_grad_()
-    wanted = [x, *(p for p in net.parameters() if p.requires_grad)]
-
-    def run(call: Callable[[Tensor], Tensor], **settings: bool) -> tuple[Tensor, ...]:
-        torch.manual_seed(3)
-        return torch.autograd.grad(loss(call(x)), wanted, **settings)
-
-    want = run(net)
-    assert worst(run(net, create_graph=True), want) < 1e-10
-    assert worst(run(lambda x: checkpoint(net, x, use_reentrant=False)), want) < 1e-10
-    q, k = (layer(x) - nnf.linear(x, layer.weight, layer.bias) for layer in net.layers[:2])
-    k = k @ torch.linalg.pinv(net.layers[1].delta_weight()).T @ net.layers[0].delta_weight().T
-    assert q.shape == k.shape
+def each_in_a_checkpoint(s: Side) -> Found:
+    """Each layer in a reentrant checkpoint, after one was called without a graph."""
     with torch.no_grad():
-        net.layers[1].core.copy_(net.layers[0].core)
-        a, b = (layer(x) - nnf.linear(x, layer.weight, layer.bias) for layer in net.layers[:2])
-    assert relative(a, b) < 1e-12
-    net = Net("siblings", torch.float32, dropout=0.5).train()
-    x = inputs(6, dtype=torch.float32).requires_grad_()
-    with torch.no_grad():
-        net.layers[1].core.copy_(net.layers[0].core)
-    with torch.autocast("cpu", torch.bfloat16):  # the same mask also where x is cast
-        a, b = (layer(x) for layer in net.layers[:2])
-    a, b = (
-        y.float() - nnf.linear(x, layer.weight, layer.bias) for y, layer in zip((a, b), net.layers)
+        a = s.layer(1, s.x)
+    y = s.net.wire(
+        lambda i, h: checkpoint(partial(s.layer, i), h, use_reentrant=True), torch.tanh(s.x)
     )
-    assert relative(a, b) < 0.05
+    return [a, *backward_of(s, y)]
 
 
-def test_dropout_in_reentrant_checkpoints() -> None:
-    net = Net("siblings", dropout=0.5).train()
-    found = []
-    for reentrant in (None, True):
-        net.zero_grad()
-        torch.manual_seed(3)
-        x = inputs(6).requires_grad_()
-        h = torch.tanh(x)
-        y = net(h) if reentrant is None else checkpoint(net, h, use_reentrant=True)
-        loss(y).backward()
-        found.append([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
-    assert worst(*found) < 1e-10
+def with_full_backward_hooks(s: Side) -> Found:
+    """The recomputation gives each layer another x, because hooks wrap it."""
+    hooks = [layer.register_full_backward_hook(lambda *_: None) for layer in s.net.layers]
+    found = checkpointed(s, use_reentrant=True)
+    [hook.remove() for hook in hooks]
+    return found
+
+
+DROPOUT_CONTEXTS: dict[str, Callable[[Side], Found]] = {
+    name: CONTEXTS[name]
+    for name in (
+        *("once", "into_grad", "interleaved", "twice_on_one_x", "double", "double_of_some"),
+        *("without_graph", "no_grad_first", "checkpoint", "reentrant checkpoint", "save_on_cpu"),
+    )
+} | {
+    "each in a checkpoint": each_in_a_checkpoint,
+    "full backward hooks": with_full_backward_hooks,
+}
+DROPOUT_KINDS = [
+    pair for pair in FORMS if pair[0] not in ("function", "rows", "linear", "trained bias")
+]
+
+
+@pytest.mark.parametrize("context", DROPOUT_CONTEXTS)
+@pytest.mark.parametrize("kind, form", DROPOUT_KINDS, indirect=["form"])
+def test_dropout(kind: str, form: str, context: str) -> None:
+    """Each call of a layer draws one seed from torch's generator, as nn.Dropout draws a mask."""
+    agree(Net(kind, dropout=0.4), DROPOUT_CONTEXTS[context], inputs(6))
+
+
+@pytest.mark.parametrize("kind", ["siblings", "wrapped", "rows of siblings"])
+@pytest.mark.parametrize("context", ["checkpoint", "reentrant checkpoint", "each in a checkpoint"])
+def test_dropout_under_autocast(kind: str, context: str, form: str) -> None:
+    def run(s: Side) -> Found:
+        with torch.autocast("cpu", torch.bfloat16):
+            return DROPOUT_CONTEXTS[context](s)
+
+    net = Net(kind, torch.float32, dropout=0.4)
+    agree(net, run, inputs(60, dtype=torch.float32), CLOSE[torch.bfloat16])
+
+
+def test_dropout_of_half_types(form: str) -> None:
+    for dtype in HALVES:
+        for kind in ("siblings", "wrapped"):
+            net = Net(kind, dtype, dropout=0.4)
+            agree(net, once, inputs(60, dtype=dtype), CLOSE[dtype])
+
+
+# ---- dispatch modes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_flop_counter_counts_the_base_product(form: str) -> None:
+    """It knows only PyTorch's operators. The nodes take apart what they compute for it."""
+    net, x = Net("siblings"), inputs(6).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss(net(x)).backward()
+    base_product = 2 * len(x) * K * K
+    assert counter.get_total_flops() >= 2 * len(net.layers) * base_product
 
 
 # ---- memory, errors, copies ------------------------------------------------------------------------------------------
@@ -717,6 +826,45 @@ def test_same_bits_again(form: str) -> None:
             loss(net(inputs(300, dtype=dtype))).backward()
             runs.append([p.grad for p in net.parameters() if p.grad is not None])
         assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("trained_x", [False, True])
+def test_parameters_can_be_swapped(trained_x: bool, form: str, swap_parameters: None) -> None:
+    """Module.to and load_state_dict swap tensors, which needs parameters without weak references."""
+    net, x = Net("siblings"), inputs(6)
+    if trained_x:
+        x = net.x = nn.Parameter(x)
+    loss(net(x)).backward()
+    net.zero_grad()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.to(torch.float32)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+    net.to(torch.float64)
+    net.load_state_dict(state)
+    agree(net, once, inputs(6))
+
+
+@pytest.fixture
+def swap_parameters() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_made_in_inference_mode(dtype: torch.dtype, form: str) -> None:
+    with torch.inference_mode():
+        net = Net("siblings", dtype)
+    x = inputs(6, dtype=dtype)
+    with torch.no_grad():
+        ours, truth = sides(net, x, trains_x=False)
+        assert relative(ours(), truth()) < CLOSE[dtype]
+    net = Net("siblings", dtype)
+    A = net.layers[0].factors.A
+    torch.nn.utils.parametrize.register_parametrization(A, "value", nn.Tanh())
+    with torch.inference_mode():
+        y = net(x)
+    assert torch.equal(y, net(x))
 
 
 # ---- odd tensors -----------------------------------------------------------------------------------------------------

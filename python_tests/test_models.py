@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +39,7 @@ from lotr_ext import (
 )
 from lotr_ext.cores import FORMS
 from lotr_ext.model import adapted_layers
+from lotr_ext.targets import saved_modules
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -212,6 +217,8 @@ GROUPS = [
     ("attention", "shape", 2, 1),
     ("attention", "name", 8, 4),
     ("attention", "block", 4, 2),
+    ("mlp", "layer", 8, 4),
+    ("attention", "layer", 16, 8),
     (
         "attention",
         {f"blocks.{i}.{n}": "all" if n in "qk" else "rest" for i in (0, 1) for n in "qkvo"},
@@ -375,14 +382,116 @@ def test_a_layer_in_two_places_stays_one_layer() -> None:
     assert model["a"] is shared and model["b"][0] is shared
 
 
-def test_a_sequential_runs_with_what_is_registered_beside_its_layers() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(3, 4)
-    before = model(x)
-    for core in ("dense", "diagonal"):
-        apply_lotr(model, LoTRConfig(rank=2, core=core))
-        lotr_ext.TaskBank(model, 1)
-        assert torch.equal(model(x), before)
-        unload(model)
+class Pipeline(nn.Sequential):
+    """Runs and saves its children one after another, as sentence-transformers does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, module in self.named_children():
+            x = module.encode(x)
+        return x
+
+    def save(self, folder: Path) -> list[str]:
+        for index, module in enumerate(self._modules.values()):
+            torch.save(module.to_save(), folder / str(index))
+        return [type(module).__name__ for module in self]
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = zoo.Mlp()
+        self.head = nn.Linear(3, zoo.WIDTH)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.head(self.model(x))
+
+    def to_save(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+
+class Named(nn.Module):
+    """Has the children of a container, and is none."""
+
+    def __init__(self, container: nn.Module) -> None:
+        super().__init__()
+        for name, module in container.named_children():
+            self.add_module(name, module)
+
+
+CONTAINERS = {
+    "layers": lambda: nn.Sequential(nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 16)),
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 6)), nn.Linear(6, 16)),
+    "blocks": lambda: nn.Sequential(zoo.Mlp(), nn.Linear(3, 16)),
+    "pipeline": lambda: Pipeline(Stage(), Stage()),
+    "list": lambda: nn.ModuleList([nn.Linear(16, 16), zoo.Mlp()]),
+    "dict": lambda: nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)}),
+}
+
+
+def run(container: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(container, nn.Sequential):
+        return container(x)
+    for module in container.children():
+        x = module(x)
+    return x
+
+
+@pytest.mark.parametrize("core", ["dense", "diagonal"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_children_of_a_container_stay_its_only_children(
+    name: str, core: str, tmp_path: Path
+) -> None:
+    plain = zoo.fill(CONTAINERS[name]())
+    settings = LoTRConfig(rank=2, scaling=1.5, core=core)
+    model = moved(apply_lotr(copy.deepcopy(plain), settings))
+    lotr_ext.TaskBank(model, 1).add()
+    x = zoo.inputs("mlp")
+    assert len(model) == len(plain) == len(list(model))
+    assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
+    assert {id(p) for p in lotr_parameters(model)} <= {id(p) for p in model.parameters()}
+    y = run(model, x)
+    with disabled(model):
+        assert relative(run(model, x), run(plain, x)) < 1e-6 < relative(y, run(plain, x))
+    if name == "pipeline":
+        assert model.save(tmp_path) == ["Stage", "Stage"]
+    # A copy, a state_dict and a file hold the adapter.
+    other = apply_lotr(copy.deepcopy(plain), settings)
+    lotr_ext.TaskBank(other, 1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(copy.deepcopy(model), x), y) and torch.equal(run(other, x), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tasks are saved separately
+        lotr_ext.save_adapter(model, tmp_path / "adapter")
+    loaded = lotr_ext.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
+    assert torch.equal(run(loaded, x), y)
+    assert loaded.lotr_config == settings
+    unload(model)
+    assert same(state(model), state(plain)) and torch.equal(run(model, x), run(plain, x))
+    assert not any(key.startswith("lotr") for m in model.modules() for key in vars(m))
+
+
+@pytest.mark.parametrize("core", ["dense", "diagonal"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_loads_a_file_that_names_its_own_factors(
+    name: str, core: str, tmp_path: Path
+) -> None:
+    """A container registered its factors itself in 0.1.0."""
+    plain = zoo.fill(CONTAINERS[name]())
+    settings = LoTRConfig(rank=2, scaling=1.5, core=core)
+    model = moved(apply_lotr(Named(copy.deepcopy(plain)), settings))
+    lotr_ext.save_adapter(model, tmp_path)
+    loaded = lotr_ext.load_adapter(plain, tmp_path)
+    cores = {n: layer.core for n, layer in adapted_layers(model).items()}
+    assert all(torch.equal(m.core, cores[n]) for n, m in adapted_layers(loaded).items())
+    factors = [p.value for p in model.lotr_factors]
+    assert all(torch.equal(p.value, q) for p, q in zip(loaded.lotr_factors, factors))
+
+
+def test_modules_to_save_are_not_the_factors_of_a_container() -> None:
+    """The factors are named by numbers, as the children of a container are."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    apply_lotr(model, LoTRConfig(rank=2, modules_to_save=["1", "2"], train=["core"]))
+    assert list(saved_modules(model, model.lotr_config)) == ["1", "2"]
 
 
 def test_wraps_hooked_and_parametrized_layers() -> None:
@@ -566,27 +675,162 @@ class Idle(nn.Module):
         return self.also(nn.functional.linear(self.called(x), self.read.weight))
 
 
-def test_the_first_step_names_a_layer_that_no_forward_called() -> None:
+def at_first_step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> list[str]:
+    """The warnings of three steps of an optimizer over these parameters, after a backward."""
+    optimizer = torch.optim.SGD(parameters, 1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()  # without gradients: says nothing yet
+        for _ in range(3):
+            model(x).sum().backward()
+            optimizer.step()
+    return [str(warning.message) for warning in caught if "lotr_ext" in str(warning.message)]
+
+
+def idle() -> tuple[nn.Module, list[nn.Parameter]]:
     model = apply_lotr(Idle(), LoTRConfig(rank=2))
-    optimizer, other = (
-        torch.optim.SGD(lotr_parameters(model), 0.1),
-        torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1),
+    return model, [*lotr_parameters(model)]
+
+
+def made_before(saved: list[str] | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+    model = zoo.Mlp()
+    before = list(model.parameters())
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["up"], modules_to_save=saved))
+    return model, before
+
+
+def merged_with_head(change: Callable[[nn.Module], object]) -> tuple[nn.Module, list[nn.Parameter]]:
+    model = trained("mlp", modules_to_save=["head"])
+    change(model)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def head_only(merged: bool = False) -> tuple[nn.Module, list[nn.Parameter]]:
+    model = trained("mlp", modules_to_save=["head"])
+    if merged:
+        merge(model)
+    return model, list(model.head.parameters())
+
+
+def another_model() -> tuple[nn.Module, list[nn.Parameter]]:
+    started("mlp")
+    model = zoo.Mlp()
+    return model, list(model.parameters())
+
+
+def cores_only() -> tuple[nn.Module, list[nn.Parameter]]:
+    model = started("mlp")
+    return model, [layer.core for layer in adapted_layers(model).values()]
+
+
+FIRST_STEPS = {
+    "an idle layer": (idle, r"read had no part"),
+    "before apply_lotr": (made_before, r"none of the adapter's parameters"),
+    "before apply_lotr, with a head": (
+        lambda: made_before(["head"]),
+        r"none of the adapter's parameters",
+    ),
+    "merged": (lambda: merged_with_head(merge), r"merged into the weights.*unmerge"),
+    "merged and unmerged": (lambda: merged_with_head(lambda m: unmerge(merge(m))), None),
+    "all parameters": (lambda: merged_with_head(lambda m: None), None),
+    "a head": (head_only, None),
+    "a head of a merged model": (lambda: head_only(merged=True), None),
+    "another model": (another_model, None),
+    "some parts": (cores_only, None),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_STEPS)
+def test_the_first_step_says_once_what_does_not_train(case: str) -> None:
+    make, expected = FIRST_STEPS[case]
+    model, parameters = make()
+    x = torch.randn(2, 4 if isinstance(model, Idle) else zoo.WIDTH)
+    messages = at_first_step(model, parameters, x)
+    if expected is None:
+        assert not messages
+    else:
+        assert len(messages) == 1 and re.search(expected, messages[0])
+
+
+def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right() -> None:
+    for order in (1, -1):
+        model = started("mlp", modules_to_save=["head"])
+        optimizers = [
+            torch.optim.SGD(parameters, 1e-3)
+            for parameters in (model.head.parameters(), lotr_parameters(model))
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                model(zoo.inputs("mlp")).sum().backward()
+                for optimizer in optimizers[::order]:
+                    optimizer.step()
+
+
+def test_training_after_a_merge_is_noticed_also_later() -> None:
+    model, parameters = merged_with_head(lambda m: None)
+    x = zoo.inputs("mlp")
+    assert not at_first_step(model, parameters, x)
+    merge(model)
+    assert len(at_first_step(model, parameters, x)) == 1
+    unmerge(model)
+    assert not at_first_step(model, parameters, x)
+
+
+def test_importing_the_package_registers_no_hook() -> None:
+    code = (
+        "import lotr_ext, torch.optim.optimizer as o; assert not o._global_optimizer_post_hooks; "
+        "import lotr_ext.tasks, lotr_ext.convert; assert not o._global_optimizer_post_hooks"
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other.step()
-        optimizer.step()  # without a backward: says nothing yet
-    model(torch.randn(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=r"lotr_ext: read had no part") as caught:
-        optimizer.step()
-        optimizer.step()
-    assert len(caught) == 1
-    model = apply_lotr(zoo.net("mlp"), config("mlp"))
-    optimizer = torch.optim.SGD(lotr_parameters(model), 0.1)
-    model(zoo.inputs("mlp")).sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Attention(nn.Module):
+    """Projections that can be fused, as in diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(8, 8, bias=False) for _ in "qkv")
+        self.fused_projections = False
+
+    @torch.no_grad()
+    def fuse_projections(self, fuse: bool = True) -> None:
+        self.to_qkv = nn.Linear(8, 24, bias=False)
+        parts = (self.to_q, self.to_k, self.to_v)
+        self.to_qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.fused_projections = fuse
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused_projections:
+            q, k, v = self.to_qkv(x).chunk(3, -1)
+        else:
+            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_projections_are_fused_only_without_an_adapter() -> None:
+    model = nn.ModuleDict({"adapted": Attention(), "plain": Attention()})
+    moved(apply_lotr(model, LoTRConfig(rank=2, exclude_modules=r"plain\..*")))
+    x = torch.randn(2, 3, 8)
+    y = model["adapted"](x)
+    model["plain"].fuse_projections()
+    for adapted in (model, pickle.loads(pickle.dumps(model))):
+        with refused("fuse_projections", RuntimeError):
+            adapted["adapted"].fuse_projections(fuse=True)
+        assert torch.equal(adapted["adapted"](x), y)
+    unload(model, merge=True)
+    model["adapted"].fuse_projections()
+    assert relative(model["adapted"](x), y) < 1e-5
+
+
+def test_fused_projections_are_adapted_where_they_are_called() -> None:
+    model = nn.ModuleDict({"attention": Attention()})
+    model["attention"].fuse_projections()
+    with refused("target_modules", ValueError):
+        apply_lotr(model, LoTRConfig(rank=2, target_modules=["to_q"]))
+    apply_lotr(model, LoTRConfig(rank=2))
+    assert list(adapted_layers(model)) == ["attention.to_qkv"]
+    assert len(trainable_summary(model).left_out) == 1
 
 
 def test_one_warning_for_a_rank_above_the_width() -> None:
@@ -611,9 +855,7 @@ def test_explain_says_what_runs_and_why() -> None:
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
-    assert "PyTorch's own products, because A is torch.float16" in explain(
-        mixed, zoo.inputs("bert")
-    )
+    assert "the PyTorch fallback, because A is torch.float16" in explain(mixed, zoo.inputs("bert"))
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 

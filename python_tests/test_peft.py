@@ -33,6 +33,7 @@ CASES = {
     ),
     "diagonal": ("bert", {"core": "diagonal", "modules_to_save": ["classifier"]}),
     "cp": ("attention", {"core": "cp", "target_modules": ["q", "k"]}),
+    "a pair per layer": ("llama", {"group_by": "layer"}),
     "conv1d by block": ("gpt2", {"group_by": "block"}),
     "regular expression by name": (
         "llama",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from helpers import relative, worst
+from helpers import refused, relative, worst
 from models import moved, own_parameters, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,15 +37,14 @@ def banked(
     name: str = "attention", tasks: int = 4, taken: int = 3, **settings: object
 ) -> nn.Module:
     """A trained model with a bank of random tasks, the last slots free."""
-    model = trained(name, **settings)
+    return with_bank(trained(name, **settings), tasks, taken)
+
+
+def with_bank(model: nn.Module, tasks: int, taken: int) -> nn.Module:
     bank = TaskBank(model, tasks)
+    shapes = {name: layer.core.shape for name, layer in adapted_layers(model).items()}
     for _ in range(taken):
-        bank.add(
-            {
-                f"{n}.core": 0.4 * torch.randn(layer.core.shape)
-                for n, layer in adapted_layers(model).items()
-            }
-        )
+        bank.add({f"{name}.core": 0.4 * torch.randn(shape) for name, shape in shapes.items()})
     return model
 
 
@@ -121,33 +121,37 @@ def test_gradients_are_those_of_models_alone(name: str, how: str) -> None:
         if how == "plain":
             y = zoo.output(model, x)
         else:
-            anchor = torch.zeros((), requires_grad=True)
-            y = checkpoint(
-                lambda a: zoo.output(model, x) + a, anchor, use_reentrant=how == "reentrant"
-            )
+            y = checkpointed(model, x, reentrant=how == "reentrant")
         (y * direction).sum().backward()
     assert worst([p.grad for p in (*bank.cores, *factors)], expected) < 2e-5
 
 
+def checkpointed(model: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
+    """The output of a whole model in a checkpoint, also for token ids, which need no gradient."""
+    anchor = torch.zeros((), requires_grad=True)
+    return checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mixture"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_backward_of_a_checkpoint_outside_of_the_context_raises(reentrant: bool) -> None:
+def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reentrant: bool) -> None:
     """It would recompute without tasks. Without a checkpoint it is right."""
-    model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
+    model, x = banked(name), zoo.inputs(name, rows=4)
     model.lotr_tasks.requires_grad_()
     with use_tasks(model, INDEX):
         y = zoo.output(model, x)
-        z = checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
+        z = checkpointed(model, x, reentrant)
     y.sum().backward()
     assert all(core.grad is not None for core in model.lotr_tasks.cores)
     with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
         z.sum().backward()
     other = copy.deepcopy(model)  # the copy refuses by its own bank
     with use_tasks(other, INDEX):
-        z = checkpoint(other, x.clone().requires_grad_(), use_reentrant=False)
+        z = checkpointed(other, x, reentrant=False)
     with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
         z.sum().backward()
     del model.lotr_tasks
-    checkpoint(model, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    checkpointed(model, x, reentrant=False).sum().backward()
 
 
 def test_threads_use_their_own_tasks() -> None:
@@ -195,7 +199,7 @@ def test_generate_with_a_task_a_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("cached", ["by name", "by position", "static"])
+@pytest.mark.parametrize("cached", ["by name", "by position", "static", "embeddings"])
 def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str) -> None:
     """Two forwards over a cache equal one over all tokens; tokens after the last column use the last column."""
     from transformers import DynamicCache, StaticCache
@@ -215,9 +219,35 @@ def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str)
                     found.append(model(part, cache).logits)
                 else:
                     found.append(model(part, None, None, cache).logits)
+            elif cached == "embeddings":
+                embedded = model.get_input_embeddings()(part)
+                found.append(model(inputs_embeds=embedded, past_key_values=cache).logits)
             else:
                 found.append(model(part, past_key_values=cache).logits)
     assert relative(torch.cat(found, 1), want) < 1e-5
+
+
+def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
+    """The first layer of a hybrid model may keep no tokens."""
+    from transformers import DynamicCache
+
+    class Hybrid(zoo.Mlp):
+        def forward(self, inputs_embeds: Tensor, past_key_values: DynamicCache) -> Tensor:
+            keys = inputs_embeds.unsqueeze(1)
+            past_key_values.update(keys, keys, 1)  # the cache of layer 0 stays empty
+            return super().forward(inputs_embeds)
+
+    model = apply_lotr(zoo.fill(Hybrid()), LoTRConfig(rank=3, scaling=1.0, target_modules=["up"]))
+    with_bank(moved(model), tasks=2, taken=2)
+    x = zoo.inputs("mlp", rows=1)
+    index = torch.tensor([[0, 1, -1, 1, 0]])
+    cache = DynamicCache()
+    with torch.no_grad(), use_tasks(model, index):
+        y = torch.cat([model(part, cache) for part in x.split([3, 2], 1)], 1)
+    for column, task in enumerate(index[0].tolist()):
+        with use_tasks(model, torch.tensor([task])):
+            want = model(x, DynamicCache())[:, column]
+        assert relative(y[:, column], want) < 1e-5
 
 
 def test_a_cache_that_does_not_say_its_length_is_refused() -> None:
@@ -353,8 +383,9 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
 # ---- slots ------------------------------------------------------------------------------------------------------------
 
 
-def test_slots_are_added_replaced_and_removed(tmp_path: Path) -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp", rows=2)
+@pytest.mark.parametrize("way", ["shape", "layer"])
+def test_slots_are_added_replaced_and_removed(way: str, tmp_path: Path) -> None:
+    model, x = trained("mlp", way), zoo.inputs("mlp", rows=2)
     bank = TaskBank(model, 2)
     assert len(bank) == 0 and not any(core.requires_grad for core in bank.cores)
     assert bank.add() == 0
@@ -428,6 +459,32 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     ):
         with pytest.raises(kind, match="core: expected"):
             again.lotr_tasks.add(dict.fromkeys(tensors, value))
+
+
+BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "meta": lambda core: core.to("meta"),
+    "sparse": lambda core: core.to_sparse(),
+    "csr": lambda core: core.to_sparse_csr(),
+    "integers": lambda core: core.int(),
+    "complex": lambda core: core.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+@pytest.mark.parametrize("write", ["add", "replace"])
+def test_a_core_without_values_of_its_kind_changes_nothing(write: str, kind: str) -> None:
+    model = banked("mlp")
+    bank = model.lotr_tasks
+    cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
+    last = list(cores)[-1]
+    cores[last] = BAD_VALUES[kind](cores[last])
+    before = copy.deepcopy(model.state_dict())
+    with refused(last, (TypeError, ValueError)):
+        if write == "add":
+            bank.add(cores)
+        else:
+            bank.replace(1, cores)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_bank_is_part_of_the_model() -> None:

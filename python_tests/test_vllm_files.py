@@ -49,8 +49,14 @@ def adapted(**settings: object) -> nn.Module:
     )
 
 
-def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
-    model = adapted(scaling=2.0)
+@pytest.mark.parametrize(
+    ("group_by", "factor_count"),
+    [("width", 3), ("layer", 16)],  # A_16, B_16, B_8; a pair for each of eight layers
+)
+def test_a_task_is_read_over_the_factors_of_its_model(
+    group_by: str, factor_count: int, tmp_path: Path
+) -> None:
+    model = adapted(scaling=2.0, group_by=group_by)
     bank = TaskBank(model, 2)
     task = bank.add(
         {name: torch.randn(core.shape) for name, core in bank.cores_of(bank.add()).items()}
@@ -59,10 +65,8 @@ def test_a_task_is_read_over_the_factors_of_its_model(tmp_path: Path) -> None:
     export_task(model, tmp_path / "own")
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
-    assert (
-        factors.checksum == vllm.factors_of(*contents(model), "test").checksum
-        and len(factors.tensors) == 3
-    )  # A_16, B_16, B_8
+    assert factors.checksum == vllm.factors_of(*contents(model), "test").checksum
+    assert len(factors.tensors) == factor_count
     for folder, cores in (
         ("own", {f"{n}.core": m.core for n, m in model.named_modules() if hasattr(m, "factors")}),
         ("task", None),

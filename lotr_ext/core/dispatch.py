@@ -29,7 +29,7 @@ from .nodes import BaseProduct, RowChoice
 from .operators import BETA, TWO_PASS, UNFOLDED, lotr
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
-VERSION = "lotr 4"
+VERSION = "lotr 5"
 
 # Below this many multiplications in one pass over x, a layer computes u itself. Reading an element
 # of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). One node then costs less
@@ -167,8 +167,6 @@ def fallback_reason(
         return "a transform of torch.func or forward-mode AD is active"
     if torch.jit.is_tracing():
         return "torch.jit.trace or torch.onnx records the call"
-    if private.dispatch_mode_count():
-        return "a dispatch mode is active, such as selective checkpointing"
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
     types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
@@ -217,31 +215,35 @@ class Plan(enum.Enum):
 
     ONE_NODE = enum.auto()  # the layer's node computes u; the core is folded into B
     ONE_NODE_UNFOLDED = enum.auto()  # the layer's node computes u and multiplies it with the core
-    SHARED_PROJECTION = enum.auto()  # u comes from a node that all layers on this x share
+    PROJECTION = enum.auto()  # u comes from a node of its own, which all layers on this x share
 
 
 def choose_plan(
-    x: Tensor, A: Tensor, tokens: int | torch.SymInt, layers: int, needs_projection: bool
+    x: Tensor, A: Tensor, tokens: int | torch.SymInt, layers: int, p: float, needs_projection: bool
 ) -> Plan:
     """Chooses the nodes of a call.
 
     Args:
         tokens: Rows of x. A symbol if torch.compile traces dynamic shapes; no guard is added to it.
         layers: How many layers use A, 0 if unknown.
-        needs_projection: Whether the call has dropout, row cores or the output of another base,
-            which one node does not compute.
+        p: The probability of dropout. Each layer then has another u, and the operators apply the
+            mask only where they fold.
+        needs_projection: Whether the call has row cores or the output of another base, which one
+            node does not compute.
     """
     if needs_projection:
-        return Plan.SHARED_PROJECTION
-    if x.dtype == torch.float16:
-        return Plan.ONE_NODE_UNFOLDED  # F could overflow where the layer's output does not
+        return Plan.PROJECTION
+    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
+        return Plan.PROJECTION if p else Plan.ONE_NODE_UNFOLDED
     if x.requires_grad and not A.requires_grad:
-        return Plan.SHARED_PROJECTION  # one node would keep x, which a frozen A does not need
+        return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
+    if p:
+        return Plan.ONE_NODE
     is_known = isinstance(tokens, int)
     if layers != 1:
         r_in = A.shape[1]
         if not is_known or x.numel() * (r_in + 16) >= LITTLE_WORK:
-            return Plan.SHARED_PROJECTION
+            return Plan.PROJECTION
     return Plan.ONE_NODE_UNFOLDED if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
 
 
@@ -287,15 +289,15 @@ def run_nodes(
     tokens = x.numel() // x.shape[-1] if x.numel() else 0
     order = product_order(tokens, x)
 
-    needs_projection = bool(p) or choice is not None or base_output is not None
-    plan = choose_plan(x, A, tokens, caches.A.layers, needs_projection)
-    if plan is not Plan.SHARED_PROJECTION:
+    needs_projection = choice is not None or base_output is not None
+    plan = choose_plan(x, A, tokens, caches.A.layers, p, needs_projection)
+    if plan is not Plan.PROJECTION:
         if plan is Plan.ONE_NODE_UNFOLDED:
             order += UNFOLDED
-        return nodes.layer_on_input(x, A, B, core, weight, bias, scaling, order)
+        return nodes.layer_on_input(x, A, B, core, weight, bias, scaling, order, p)
 
     product = BaseProduct(x, weight, bias) if base_output is None else None
-    projection = caches.A.projection(x, A, p, layer)
+    projection = nodes.project_input(x, A, p) if p else caches.A.projection(x, A, layer)
     if choice is not None:
         h = nodes.row_core(projection.u, core, scaling, choice)
         return nodes.layer_on_rows(projection, base_output, h, B, product, order)

@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import _torch_private as private
 
@@ -42,6 +43,8 @@ DTYPES = {
 TWO_PASS = 0  # the base product, then the adapter is added to it
 BETA = 1  # the adapter, then the base product accumulates onto it
 UNFOLDED = 4  # added to either: multiply the tokens with the core, do not fold the core into B
+
+_PLAIN_TYPES = {Tensor, nn.Parameter}
 
 LayerGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -89,17 +92,59 @@ def layer_forward(
     A: Tensor | None = None,
     u: Tensor | None = None,
     F: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes y = x W^T + bias + u F^T.
 
     Args:
-        A: Given if the operator computes u = x A. Otherwise `u` is given.
+        A: Given if the operator computes u = drop(x) A. Otherwise `u` is given.
         F: The folded factor s B G^T. The operator computes it from B and core if it is None.
+        p: The probability of dropping an element, with the seed of the mask. 0 in the order
+            UNFOLDED.
 
     Returns:
         (y, u, F). u and F are None if they were given; F is None in the order UNFOLDED as well.
     """
-    return _call_layer_forward(x, weight, bias, A, B, core, scaling, order, u, F)
+    if private.dispatch_mode_count() and type(x) in _PLAIN_TYPES:
+        return _layer_forward_in_steps(
+            x, weight, bias, B, core, scaling, order, A=A, u=u, F=F, p=p, seed=seed
+        )
+    return _call_layer_forward(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
+
+
+def _layer_forward_in_steps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    order: int,
+    *,
+    A: Tensor | None,
+    u: Tensor | None,
+    F: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`layer_forward` with PyTorch's base product, for dispatch modes.
+
+    Selective checkpointing chooses by name which results it keeps, and a FLOP counter knows only
+    PyTorch's operators. The results are as those of `layer_forward`, so that a recomputation
+    without the mode has the same saved tensors.
+    """
+    y = nnf.linear(x, weight, bias)
+    new_u = None
+    new_F = None
+    if u is None:
+        u = new_u = lotr.shrink.default(x.reshape(-1, x.shape[-1]), A, p, seed)
+    if F is None and order >= UNFOLDED:
+        u = (u @ core.to(u.dtype)) * scaling
+        F = B.to(u.dtype)
+    elif F is None:
+        F = new_F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(y, u, F), new_u, new_F
 
 
 def layer_backward(
@@ -121,15 +166,17 @@ def layer_backward(
     dB: Tensor | None = None,
     need_B: bool = False,
     need_core: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> LayerGradients:
     """Computes the gradients of `layer_forward` for the gradient g of y.
 
     An argument that is None switches a gradient off:
 
         given       result
-        weight      dx = g W, plus du A^T if A is given: added to `dx` if given, else new
+        weight      dx = g W, plus drop(du A^T) if A is given: added to `dx` if given, else new
         F           du = g F plus the given `du`: new, None if A is given
-        x           dA = x^T du: added to `dA` if given, else new
+        x           dA = drop(x)^T du: added to `dA` if given, else new
         Q           Q += g^T u, and neither dB nor dcore
         need_B      dB = s Q G with Q = g^T u: added to `dB` if given, else new
         need_core   dcore = s Q^T B: new
@@ -139,8 +186,9 @@ def layer_backward(
         argument, is None.
     """
     return _call_layer_backward(
-        g, weight, x, u, A, F, B, core, scaling, order, du, dx, Q, dA, dB, need_B, need_core
-    )
+        g, weight, x, u, A, F, B, core, scaling, order, du, dx, Q, dA, dB, need_B, need_core,
+        p, seed,
+    )  # fmt: skip
 
 
 # ---- fake kernels --------------------------------------------------------------------------------

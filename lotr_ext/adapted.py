@@ -1,0 +1,116 @@
+"""The adapted layers of a model, and what the model registers with them.
+
+    model.lotr_factors      each A and B once
+    model.lotr_cores        parameters from which several cores are computed
+    model.lotr_tasks        a TaskBank
+
+The layers only refer to these modules.
+
+Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .layers import LoTRLayer
+
+__all__ = [
+    "adapted_layers",
+    "attach",
+    "compute_device",
+    "detach",
+    "expect_unmerged",
+    "layers_in",
+]
+
+# Modules whose children are counted, iterated over, or called one after another.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
+    """Returns the adapted layers of a model by name, each once. Empty if it has no adapter."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
+    """Returns the adapted layers of a model from `apply_lotr` or built by hand, by name.
+
+    Raises:
+        RuntimeError: If the model has no adapter.
+    """
+    layers = layers_in(model)
+    if not layers:
+        raise RuntimeError(
+            f"model: expected one with a LoTR adapter, got {type(model).__name__} without. "
+            f"apply_lotr adds one."
+        )
+    return layers
+
+
+def expect_unmerged(layers: Mapping[str, LoTRLayer], caller: str) -> None:
+    """Checks that no layer is merged.
+
+    Args:
+        layers: Layers by name.
+        caller: The public function that the message names.
+
+    Raises:
+        RuntimeError: If a layer is merged.
+    """
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(
+            f"{caller}: expected unmerged layers, got {merged[0]!r}, which is merged. Call "
+            f"unmerge(model) first."
+        )
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Returns the device on which a module computes.
+
+    It is the device of its tensors. accelerate keeps those of an offloaded module on the meta
+    device between two forwards, and moves them to the device of its hook for each.
+    """
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        return torch.device(hook.execution_device)
+    return device
+
+
+def attach(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Registers a module of the adapter with an adapted model, as `model.<name>`.
+
+    A container must not get another child: nn.Sequential would call it, and sentence-transformers
+    would save it as a step of its pipeline. The module around its first adapted layer registers the
+    module instead, or that layer if there is no other, and `model.<name>` is a plain reference.
+    """
+    owner = _owner(model)
+    if owner is not model:
+        model.__dict__[name] = module
+    setattr(owner, name, module)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Undoes `attach`, in the model and in adapted models inside of it."""
+    for module in list(model.modules()):
+        if name in vars(module) or name in module._modules:
+            delattr(module, name)
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    if not isinstance(model, _CONTAINERS):
+        return model
+    name, layer = next(iter(adapted_layers(model).items()))
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if not isinstance(module, _CONTAINERS):
+            return module
+    return layer

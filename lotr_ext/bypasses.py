@@ -1,0 +1,86 @@
+"""Modules that read the weight of a linear layer and do not call it, so that an adapter is ignored.
+
+nn.MultiheadAttention              reads out_proj.weight: that layer cannot be adapted
+nn.TransformerEncoderLayer         its fast path reads linear1 and linear2: turned off
+nn.TransformerEncoder              makes nested tensors for that fast path: turned off
+attention of diffusers             fuse_projections copies the weights of to_q, to_k and to_v
+                                   into a new layer: refused; later to_q is not called any more
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .layers import LoTRLayer
+
+__all__ = ["block_bypasses", "restore_bypasses", "why_not_called"]
+
+# The attributes on which the fast paths depend. Nothing else reads them.
+_FAST_PATH_ATTRIBUTES = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+# diffusers' fused layers, and the layers that each of them replaces.
+_FUSED_LAYERS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+def why_not_called(parent: nn.Module, child: str) -> str | None:
+    """Returns why parent does not call its linear layer of this name, None if nothing is known."""
+    if child == "out_proj" and isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    if getattr(parent, "fused_projections", False):
+        for fused, replaced in _FUSED_LAYERS.items():
+            if child in replaced and hasattr(parent, fused):
+                return f"fuse_qkv_projections has replaced it by {fused}"
+    return None
+
+
+def block_bypasses(model: nn.Module, adapted: type[nn.Module] = LoTRLayer) -> None:
+    """Turns off, or refuses, what would read the weights of adapted layers.
+
+    Args:
+        model: An adapted model.
+        adapted: The class of its adapted layers.
+    """
+    for module in model.modules():
+        attribute = _fast_path_attribute(module)
+        fuses = callable(getattr(module, "fuse_projections", None))
+        if attribute is None and not fuses:
+            continue
+        if not any(isinstance(child, adapted) for child in module.modules()):
+            continue
+        if fuses:
+            module.fuse_projections = _refuse_to_fuse
+        elif "lotr_fast_path" not in vars(module):
+            module.lotr_fast_path = getattr(module, attribute)
+            setattr(module, attribute, False)
+
+
+def restore_bypasses(model: nn.Module) -> None:
+    """Undoes `block_bypasses`."""
+    for module in model.modules():
+        if vars(module).get("fuse_projections") is _refuse_to_fuse:
+            del module.fuse_projections
+        if "lotr_fast_path" in vars(module):
+            setattr(module, _fast_path_attribute(module), vars(module).pop("lotr_fast_path"))
+
+
+def _fast_path_attribute(module: nn.Module) -> str | None:
+    for cls, attribute in _FAST_PATH_ATTRIBUTES.items():
+        if isinstance(module, cls) and hasattr(module, attribute):
+            return attribute
+    return None
+
+
+def _refuse_to_fuse(*args: Any, **kwargs: Any) -> NoReturn:
+    """Takes the place of diffusers' method in attention with adapted layers."""
+    raise RuntimeError(
+        "fuse_projections: expected attention without an adapter, got an adapted one. The fused "
+        "layer would not contain the adapter. Call unload(model, merge=True) first."
+    )

@@ -1,0 +1,133 @@
+"""merge and unmerge: the adapter of a whole model inside of its weights.
+
+    W + s B G_l^T A^T      for every adapted layer l, or for none if one of them cannot be merged
+
+Not here: merging one layer (layers.py, wrapped.py) and taking the adapter off (`unload`, model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .adapted import adapted_layers, expect_unmerged
+from .first_step import check_unmerged, watch
+from .layers import LoTRLayer
+from .targets import tied_names
+from .wrapped import LoTRWrapped
+
+__all__ = ["merge", "merge_layers", "unmerge"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(
+    model: Model,
+    *,
+    safe: bool = False,
+    keep_backup: bool = True,
+    dequantize: bool | torch.dtype = False,
+) -> Model:
+    """Adds s B G^T A^T to the weight of every adapted layer, in float32 and cast once.
+
+    If one layer cannot be merged, none is.
+
+    Args:
+        model: An adapted model.
+        safe: Whether to check that every merged weight is finite.
+        keep_backup: Whether to keep a copy of each weight, so that `unmerge` restores it bit for
+            bit. Without the copies, `unmerge` subtracts, which is exact up to rounding.
+        dequantize: Whether to replace each quantized layer (torchao, bitsandbytes) by a plain
+            nn.Linear, or the floating dtype of that nn.Linear. `unmerge` restores the quantized
+            layers from their backup.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If the adapter cannot be merged into a base; or if a weight is sharded, or not a
+            parameter (weight_norm, parametrizations, pruning).
+        ValueError: If a merged weight is not finite and safe is set.
+        RuntimeError: If the model has no adapter, is merged already, or is on the meta device; or
+            if a weight is tied to another module.
+    """
+    layers = adapted_layers(model)
+    expect_unmerged(layers, "merge")
+    merge_layers(model, layers, safe=safe, dequantize=dequantize)
+    if not keep_backup:
+        for layer in layers.values():
+            layer.weight_backup = None
+            if isinstance(layer, LoTRWrapped):
+                layer.__dict__["quantized_base"] = None
+    watch(model, check_unmerged)
+    return model
+
+
+def merge_layers(
+    model: nn.Module,
+    layers: Mapping[str, LoTRLayer],
+    *,
+    safe: bool = False,
+    dequantize: bool | torch.dtype = False,
+) -> None:
+    """Merges layers of a model, all or none, and keeps a backup of each. Errors as for `merge`."""
+    is_dtype = isinstance(dequantize, torch.dtype) and dequantize.is_floating_point
+    if not isinstance(dequantize, bool) and not is_dtype:
+        raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
+    _check_weights(model, layers)
+    merged: list[LoTRLayer] = []
+    for name, layer in layers.items():
+        try:
+            if isinstance(layer, LoTRWrapped):
+                layer.merge(safe, dequantize=dequantize)
+            else:
+                layer.merge(safe)
+        except (TypeError, ValueError, RuntimeError) as error:
+            for other in merged:
+                other.unmerge()
+            raise type(error)(f"{error} (in {name!r})") from None
+        merged.append(layer)
+
+
+def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
+    """Checks that each layer has values, and a weight that no other module reads."""
+    tied = tied_names(model)
+    for name, layer in layers.items():
+        if layer.core.is_meta or any(p.is_meta for p in layer.parameters()):
+            raise RuntimeError(
+                f"merge: expected tensors with values, got {name!r} on the meta device"
+            )
+        base = getattr(layer, "base_layer", None)  # of a LoTRWrapped: it owns the weight
+        other_names = tied.get(id(layer)) or tied.get(id(base))
+        if other_names:
+            raise RuntimeError(
+                f"merge: expected a weight that no other module uses, got {name!r}, tied to "
+                f"{', '.join(other_names)}"
+            )
+
+
+def unmerge(model: Model) -> Model:
+    """Removes the adapter from the weights of all merged layers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: If the model has no adapter, or no layer is merged, or a layer was
+            dequantized without a backup.
+    """
+    merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
+    if not merged:
+        raise RuntimeError("unmerge: expected merged layers, got none that is merged")
+    for name, layer in merged.items():
+        if getattr(layer, "replaced", False) and layer.quantized_base is None:
+            raise RuntimeError(
+                f"unmerge: expected the quantized base of {name!r}, got a layer merged with "
+                f"keep_backup=False"
+            )
+    for layer in merged.values():
+        layer.unmerge()
+    return model

@@ -1,0 +1,209 @@
+"""What an adapted model trains, and what runs in its layers.
+
+    lotr_parameters, parameter_groups       for an optimizer
+    trainable_summary                       counts, and what was left out
+    explain                                 kernels or the PyTorch fallback, and why
+
+Not here: the rule by which a call falls back (core/dispatch.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import adapted_layers
+from .core import dispatch
+from .core.request import ADAPTER_OFF, state_of
+from .layers import LoTRLayer
+
+__all__ = [
+    "TrainableSummary",
+    "explain",
+    "lotr_parameters",
+    "parameter_groups",
+    "trainable_summary",
+]
+
+
+# ---- for an optimizer ----------------------------------------------------------------------------
+
+
+def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Returns the trained parameters of the adapter, for an optimizer.
+
+    Each A, B and core that requires grad, or the parameters from which a core is computed.
+    modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has
+    both.
+
+    Raises:
+        RuntimeError: If the model has no adapter.
+    """
+    trained: dict[int, nn.Parameter] = {}
+    for layer in adapted_layers(model).values():
+        for parameter in layer.adapter_parameters():
+            if parameter.requires_grad:
+                trained[id(parameter)] = parameter
+    return iter(trained.values())
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, *, other_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Returns all trained parameters of an adapted model in up to three groups for an optimizer.
+
+    The groups are named "cores", "factors" (A and B), and "other" (modules_to_save, such as a new
+    head, and everything else that requires grad). For transformers' Trainer and TRL:
+    `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+
+    Args:
+        model: An adapted model.
+        lr: The rate of all groups. The optimizer's if None. You may change a group's "lr".
+        other_lr: The rate of "other" if it differs.
+
+    Raises:
+        RuntimeError: If the model has no adapter.
+    """
+    group_names: dict[int, str] = {}
+    for layer in adapted_layers(model).values():
+        for part, parameter in layer.parts():
+            group_names[id(parameter)] = "cores" if part == "core" else "factors"
+    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members[group_names.get(id(parameter), "other")].append(parameter)
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    groups = []
+    for name, parameters in members.items():
+        if not parameters:
+            continue
+        group: dict[str, Any] = {"params": parameters, "name": name}
+        if rates[name] is not None:
+            group["lr"] = rates[name]
+        groups.append(group)
+    return groups
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+
+class TrainableSummary(NamedTuple):
+    """Counts of a model's parameters. str() gives a readable report.
+
+    Attributes:
+        adapter: Parameters of A, B and the cores.
+        trained: Parameters that require grad.
+        total: Parameters of the model with its adapter.
+        layers: Adapted layers.
+        groups: Pairs of factors.
+        parts: What is trained: "A", "B", "core", and the names of other modules.
+        left_out: The names of layers that target_modules matches and that have no adapter, by
+            reason.
+    """
+
+    adapter: int
+    trained: int
+    total: int
+    layers: int
+    groups: int
+    parts: tuple[str, ...]
+    left_out: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        pairs = "pair" if self.groups == 1 else "pairs"
+        share = self.trained / self.total
+        parts = ", ".join(_shortened(self.parts, 5)) or "nothing"
+        lines = [
+            f"LoTR: {self.layers} layers, {self.groups} {pairs} of factors, {self.adapter:,} "
+            f"adapter parameters; trained {self.trained:,} of {self.total:,} ({share:.4%})",
+            f"trained: {parts}; all else is frozen",
+        ]
+        for reason, names in self.left_out.items():
+            lines.append(f"left out: {', '.join(_shortened(names))} ({reason})")
+        return "\n".join(lines)
+
+
+def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
+    if len(names) <= most:
+        return [*names]
+    return [*names[: most - 1], f"{len(names) - most + 1} more"]
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """Counts adapted and trained parameters, and lists what is trained and what was left out.
+
+    An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
+
+    Raises:
+        RuntimeError: If the model has no adapter.
+    """
+    layers = adapted_layers(model).values()
+    adapter = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    other_modules = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in adapter:
+            other_modules.append(name.rpartition(".")[0])
+    trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
+    parameters = list(model.parameters())
+    return TrainableSummary(
+        adapter=sum(p.numel() for p in adapter),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        layers=len(layers),
+        groups=len({(layer.factors.A, layer.factors.B) for layer in layers}),
+        parts=(*sorted(trained_parts), *dict.fromkeys(other_modules)),
+        left_out=getattr(model, "lotr_left_out", {}),
+    )
+
+
+# ---- explain -------------------------------------------------------------------------------------
+
+
+def explain(model: nn.Module, x: Tensor) -> str:
+    """Describes what runs in adapted layers for an input, and why: one line per kind of layer.
+
+    Call it in the contexts (autocast, `disabled`, torch.func) in which you call the model.
+
+    Args:
+        model: An adapted layer, or a model with some.
+        x: An input of the model. The layers get its device and dtype, for token ids the dtype of
+            the weights.
+
+    Raises:
+        RuntimeError: If the model has no adapter.
+    """
+    lines = Counter(_line(layer, x) for layer in adapted_layers(model).values())
+    return "\n".join(f"{count} x {line}" for line, count in lines.items())
+
+
+def _line(layer: LoTRLayer, x: Tensor) -> str:
+    subject = (
+        f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
+        f"{layer.factors.rank}"
+    )
+    if layer.merged:
+        return f"{subject}: only the base, because the adapter is merged into its weight"
+    if state_of(layer) is ADAPTER_OFF:
+        return f"{subject}: only the base, because the adapter is disabled"
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif x.is_floating_point():
+        dtype = x.dtype
+    else:
+        dtype = layer.weight.dtype
+    empty = x.new_empty(0, dtype=dtype)  # stands for the layer's input and for its base's output
+
+    def reason(A: Tensor, B: Tensor) -> str:
+        return dispatch.fallback_reason(empty, None, A, B, layer.core, empty) or ""
+
+    fallback_reason = layer.factors.read(reason)
+    if fallback_reason:
+        runs = f"the PyTorch fallback, because {fallback_reason}"
+    else:
+        runs = "the kernels of lotr_ext"
+    return f"{subject}: {runs} ({str(dtype).removeprefix('torch.')} on {device})"

@@ -1,0 +1,24 @@
+"""The faults of python_tests/data/mutants fit the sources. `mutants.py` shows that tests catch them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from mutants import ROOT, read_mutants, stale_reason, suite_of
+
+
+def test_every_fault_can_be_written_and_has_tests() -> None:
+    mutants = read_mutants()
+    assert len(set(mutants)) == len(mutants) > 0
+    for mutant in mutants:
+        assert stale_reason(mutant, ROOT) is None, mutant
+        assert mutant.new != mutant.old
+        assert suite_of(mutant.file)
+
+
+def test_help_explains_the_command() -> None:
+    command = [sys.executable, "python_tests/mutants.py", "--help"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0
+    assert "--tenth" in process.stdout
