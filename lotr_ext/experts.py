@@ -20,7 +20,7 @@ from .core import dispatch, fallback
 from .core.dispatch import Caches
 from .core.factor_cache import FactorCache
 from .core.nodes import RowChoice
-from .core.operators import DTYPES
+from .core.operators import DTYPES, fake_kernel
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .functional import (
@@ -99,12 +99,12 @@ def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return dW
 
 
-@grouped_mm.register_fake
+@fake_kernel("grouped_mm")
 def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@grouped_outer.register_fake
+@fake_kernel("grouped_outer")
 def _(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return g.new_empty(offs.shape[0], g.shape[1], x.shape[1])
 

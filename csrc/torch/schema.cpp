@@ -92,13 +92,13 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
 STABLE_TORCH_LIBRARY(lotr, m)
 {
   m.def("info() -> str");
-  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor");
+  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor u");
   m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
-  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
-  m.def("fold(Tensor B, Tensor core, float scaling, ScalarType dtype) -> Tensor");
+  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor sum");
+  m.def("fold(Tensor B, Tensor core, float scaling, ScalarType dtype) -> Tensor F");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
-      "float scaling) -> Tensor");
+      "float scaling) -> Tensor h");
   m.def(
       "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, "
       "Tensor? tokens, float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
@@ -115,7 +115,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "Tensor core, float scaling, int strategy) -> (Tensor y, Tensor F)");
   m.def(
       "layer_forward_rows(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B, "
-      "int strategy) -> Tensor");
+      "int strategy) -> Tensor y");
 
   // A gradient that is not returned is an undefined tensor, as in ATen's own backward operators,
   // and None in Python: torch.compile does not support operators that write and return "Tensor?".
