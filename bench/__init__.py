@@ -1,26 +1,47 @@
 """Benchmarks: what does LoTR cost over the frozen layer, and against what is used today?
 
-python -m bench            every program that this machine can run (make bench); --quick in two minutes
+python -m bench            every program that this machine can run (make bench); --quick in minutes
 python -m bench.layer      one adapted layer against its rivals
 python -m bench.model      a transformer trained with each method
 python -m bench.host       host overhead of a layer, and its Python frames and operators
-python -m bench.shared     layers on one pair of factors: one sum in place against autograd's own sums
+python -m bench.shared     layers on one pair of factors: one sum in place against autograd's sums
 python -m bench.experts    the experts of a mixture against LoRA
-python -m bench.tasks      a batch whose rows have tasks of their own, trained and served
-python -m bench.kernels    each CUDA kernel against the library's product (needs a GPU; --device cpu: the CPU kernels)
+python -m bench.tasks      a batch with a task per row, trained and served
+python -m bench.kernels    each CUDA kernel against the library's product
 python -m bench.bytes      bytes that the CUDA kernels move, counted without a GPU
 python -m bench.accuracy   held-out loss against trained numbers, with intervals (hours)
-python -m bench.plot       pictures of the kept results
-python -m bench.gpu        on a machine with a GPU: build, tests and benchmarks within a time (make gpu)
+python -m bench.plot       pictures of the recorded results
+python -m bench.smoke      every operator in every form against float64, each in a process
+python -m bench.gpu        on a machine with a GPU: all of it within a time (make gpu)
+python -m bench.summary    the page about a run of bench.gpu
 
-Times are measured in interleaved rounds. Results are JSON Lines in bench/results/<machine>/<program>.jsonl.
+Run them in the folder of the repository, after `pip install -r requirements/bench.txt`. They
+measure the lotr_ext of this folder if it was built in place (`make bench`, or an editable install),
+else the installed one. Times are measured in interleaved rounds. Results are JSON Lines in
+bench/results/<machine>/<program>.jsonl.
 """
 
 import os
+import sys
+from pathlib import Path
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # torch's profiler counts allocations for us and would print as it starts
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # and would warn of blocks that are older than it
+# torch's profiler counts allocations for us. It would print as it starts, and warn of blocks that
+# are older than it.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _prefer_installed() -> None:
+    """Moves this folder to the end of sys.path if its lotr_ext has not been built in place.
+
+    `python -m bench.layer` puts the current folder first. There the sources of lotr_ext would hide
+    the installed package, which has the compiled extension.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if list((root / "lotr_ext").glob("_C*.so")):
+        return
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != root]
+    sys.path[:] = [*elsewhere, str(root)]
+
+
+_prefer_installed()

@@ -1,32 +1,28 @@
-"""python -m bench [--quick] [--markdown]: every program that this machine can run, then the pictures (make bench)."""
+"""python -m bench [--quick] [--markdown]: every program that this machine can run (make bench).
+
+The pictures are drawn at the end.
+"""
 
 import subprocess
 import sys
 
 import torch
 
-PROGRAMS = [
-    "layer",
-    "model",
-    "host",
-    "shared",
-    "experts",
-    "tasks",
-    *(["kernels"] if torch.cuda.is_available() else []),
-]
+PROGRAMS = ["layer", "model", "host", "shared", "experts", "tasks"]
+
+
+def main(words: list[str]) -> int:
+    programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
+    failed = []
+    for name in programs:
+        if subprocess.run([sys.executable, "-m", f"bench.{name}", *words]).returncode:
+            failed.append(name)
+    folders = ["demo_results/bench"] if "--quick" in words else []
+    subprocess.run([sys.executable, "-m", "bench.plot", *folders])
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
 
 if __name__ == "__main__":
-    failed = [
-        name
-        for name in PROGRAMS
-        if subprocess.run([sys.executable, "-m", f"bench.{name}", *sys.argv[1:]]).returncode
-    ]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bench.plot",
-            *(["demo_results/bench"] if "--quick" in sys.argv else []),
-        ]
-    )
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    sys.exit(main(sys.argv[1:]))

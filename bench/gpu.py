@@ -1,14 +1,17 @@
-"""One command on a machine with a GPU: build, checks, tests and benchmarks within a time, results in one file (make gpu).
+"""One command on a machine with a GPU: build, tests and benchmarks in limited time (make gpu).
 
-    python -m bench.gpu                        about nine minutes; --budget 1800 for half an hour
-    python -m bench.gpu --parts build,smoke    some of the parts; a later command goes on with the rest
-    python -m bench.gpu --wheel FILE           kernels from a wheel of ours instead of a build
-    python -m bench.gpu --dry-run              the parts, their time, and what is missing
+    python -m bench.gpu                            about nine minutes; --budget 1800 for half an hour
+    python -m bench.gpu --parts build,info,smoke   some parts; later commands run others
+    python -m bench.gpu --wheel FILE               kernels from a wheel of ours instead of a build
+    python -m bench.gpu --out DIR                  where summary.md and results.tar.gz go
+    python -m bench.gpu --dry-run                  the parts, their time, and what is missing
 
-It needs a Python with torch, numpy, pandas, scipy, rich and pytest; for the build nvcc, a C++ compiler, cmake and ninja; no
-network and no make. smoke runs every kernel and dtype against float64 in a process of its own, so that one that hangs or
-crashes ends with its process. Each part has a share of the time that is left and is stopped when it is over; what it measured
-is kept. Logs and results are in build-gpu/results, and in build-gpu/results.tar.gz.
+It needs a Python with torch, numpy, pandas, scipy, rich and pytest; for the build also nvcc, a C++
+compiler, cmake and ninja. It needs neither a network nor make. Each part is a process with a share
+of the time that is left. A part is stopped when its time is over, and what it measured is kept,
+because every program writes its rows as it measures them. A benchmark that crashes is started again
+with the next case. After each part the page build-gpu/summary.md and build-gpu/results.tar.gz (logs
+and result files) are written again, so that nothing is lost if the machine goes away.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,218 +29,304 @@ import sys
 import tarfile
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .common import ROOT
+from . import summary
+from .common import ROOT, reason_of
+from .program import DEVICE_LOST
 
-FOLDER, MODULE = ROOT / "build-gpu", "lotr_ext/_C.abi3.so"
-BUDGET_S, GRACE_S, WATCHDOG_S = 540, 10, 60
+FOLDER = ROOT / "build-gpu"
+MODULE = "lotr_ext/_C.abi3.so"
+CUDA_PROGRAMS = Path("/usr/local/cuda/bin")
+BUDGET_S = 540
+GRACE_S = 10
+RESTARTS = 5
 PYTHON = (sys.executable, "-m")
+GOOD = ("done", "skipped")
 
 
 class Part(NamedTuple):
-    """A command. weight: its share of the time that is left; needs: programs and packages."""
+    """One process of a run.
+
+    Attributes:
+        weight: its share of the time that is left.
+        needs: programs and packages without which it cannot run.
+        uses: packages without which some rivals are left out.
+        environment: variables that it gets.
+        restarts: whether it has --from N, to continue after case N - 1 has crashed.
+    """
 
     name: str
     weight: float
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    environment: Mapping[str, str] = {}
+    restarts: bool = False
 
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
-    """All parts in order: first those that others need, then the most important."""
-    results = (
-        "--results",
-        str(options.folder / "results"),
-        "--device",
-        options.device,
-        *(["--quick"] * options.quick),
-    )
-    build = (sys.executable, "setup.py", "build_ext", "--inplace") if options.wheel is None else ()
-    tools = ("nvcc", "c++", "cmake") if options.wheel is None else ()
-    small = ("--check", "--device", options.device, "--shapes", "129x136x16,70x72x64")
-    sanitize = (
-        "compute-sanitizer",
-        "--error-exitcode",
-        "9",
-        "--kernel-regex",
-        "kns=lotr",
-        "--tool",
-    )
-    bench = {
-        "kernels": 3.0,
-        "layer": 4.0,
-        "model": 2.0,
-        "host": 1.0,
-        "shared": 1.0,
-        "experts": 1.0,
-        "tasks": 1.0,
-    }
-    packages = {
-        "model": ("transformers", "peft"),
-        "experts": ("transformers", "peft"),
-        "tasks": ("transformers", "peft"),
-    }
-    return [
-        Part("build", 4.0, build, tools),
-        Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
-        Part("smoke", 2.0, (*PYTHON, "bench.gpu", "--smoke", "--device", options.device)),
-        Part(
-            "tests",
-            4.0,
-            (*PYTHON, "pytest", "python_tests", "-m", "cuda", "-q", "--maxfail=20"),
-            ("pytest",),
-        ),
-        *(
-            Part(name, weight, (*PYTHON, f"bench.{name}", *results), packages.get(name, ()))
-            for name, weight in bench.items()
-        ),
-        *(
-            Part(
-                tool,
-                1.0,
-                (*sanitize, tool, *PYTHON, "bench.kernels", *small),
-                ("compute-sanitizer",),
-            )
-            for tool in ("memcheck", "racecheck")
-        ),
-    ]
+    """All parts in order of worth: first what others need, then numbers, then speed."""
+    device = ("--device", options.device)
+    results = str(options.folder / "results")
+    quick = ("--quick",) if options.quick else ()
 
+    def bench(
+        name: str,
+        weight: float,
+        *words: str,
+        uses: tuple[str, ...] = (),
+        needs: tuple[str, ...] = (),
+    ) -> Part:
+        words = (*words, "--require-kernels", "--results", results, *device, *quick)
+        return Part(name, weight, (*PYTHON, f"bench.{name}", *words), needs, uses, restarts=True)
 
-def missing(part: Part) -> list[str]:
-    cuda, found = Path("/usr/local/cuda/bin"), importlib.util.find_spec
-    return [
-        n
-        for n in part.needs
-        if not (shutil.which(n) or (cuda / n).exists() or found(n.replace("-", "_")))
-    ]
-
-
-# ---- smoke -----------------------------------------------------------------------------------------------------------
-
-
-def smoke(device: str, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> int:
-    """Prints a line a kernel and dtype: passed, wrong, crashed or hung. Returns 1 unless all passed."""
-    from .kernels import KERNELS
-
-    def outcome(kernel: str, dtype: str) -> str:
-        command = [
-            *PYTHON,
-            "bench.kernels",
-            "--check",
-            "--device",
-            device,
-            "--kernels",
-            kernel,
-            "--dtypes",
-            dtype,
+    def tests(name: str) -> Part:
+        words = [
+            "-m",
+            "cuda and not full",
+            "-v",
+            "--tb=short",
+            "--maxfail=20",
+            "-p",
+            "no:cacheprovider",
         ]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=WATCHDOG_S
-            )
-        except subprocess.TimeoutExpired:
-            return f"hung, ended after {WATCHDOG_S} s"
-        if done.returncode < 0:
-            return f"crashed: {signal.Signals(-done.returncode).name}"
-        if bad := [line for line in done.stdout.splitlines() if "WRONG" in line]:
-            return "wrong: " + "; ".join(bad)
-        return (
-            "passed"
-            if done.returncode == 0
-            else "crashed: " + (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            words.append("--timeout=60")
+        file = f"python_tests/cuda/test_{name}.py"
+        # Launches that wait name the kernel that failed. test_device is about those that do not.
+        environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
+        command = (*PYTHON, "pytest", file, *words)
+        return Part(f"test_{name}", 2.0, command, ("pytest",), (), environment)
+
+    def sanitizer(tool: str) -> Part:
+        words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
+        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "2", *device)
+        # Memcheck knows allocations, so each tensor must be one.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = ("compute-sanitizer", *words, *smoke)
+        return Part(tool, 1.5, command, ("compute-sanitizer",), (), environment)
+
+    smoke_words = ("--results", results, *device)
+    if options.quick:
+        smoke_words += ("--dtypes", "bf16", "--shapes", "1")
+    if options.wheel is None:
+        build = Part(
+            "build",
+            4.0,
+            (sys.executable, "setup.py", "build_ext", "--inplace"),
+            ("nvcc", "c++", "cmake") if options.device == "cuda" else ("c++", "cmake"),
+            environment={"LOTR_CUDA": "ON" if options.device == "cuda" else "OFF"},
         )
+    else:
+        build = Part("build", 1.0, ())
+    metrics = (
+        "gpu__time_duration.sum,dram__bytes.sum,"
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed"
+    )
+    profiled = ("shrink", "expand_add", "shrink_grad", "factor_grad")
+    profile = (
+        *("ncu", "--clock-control", "none", "--metrics", metrics, "--csv"),
+        *("--kernel-name", f"regex:^({'|'.join(profiled)})$"),
+        *(*PYTHON, "bench.kernels", "--once", "--kernels", ",".join(profiled)),
+        *("--shapes", "8192x4096x16", "--dtypes", "bf16", *device),
+    )
+    bf16 = ("--dtypes", "bf16")
+    transformers = ("transformers",)
+    return [
+        build,
+        Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
+        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words)),
+        bench("kernels", 4.0, *bf16),
+        bench("layer", 5.0, *bf16, uses=("peft",)),
+        tests("gpu_operators"),
+        tests("gpu_layers"),
+        tests("device"),
+        sanitizer("memcheck"),
+        bench("model", 4.0, *bf16, "--rounds", "7", needs=transformers, uses=("peft",)),
+        bench("host", 1.5, "--clock", "wall", *bf16, uses=("peft",)),
+        Part("profile", 1.0, profile, ("ncu",)),
+        bench("shared", 1.0, *bf16),
+        bench("experts", 1.0, *bf16, needs=transformers, uses=("peft",)),
+        bench("tasks", 1.0, *bf16, needs=transformers, uses=("peft",)),
+        sanitizer("racecheck"),
+    ]
 
-    variants = [(kernel, dtype) for dtype in dtypes for kernel in KERNELS]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        failed = 0
-        for (kernel, dtype), text in zip(
-            variants, pool.map(lambda variant: outcome(*variant), variants)
-        ):
-            print(f"{kernel:12} {dtype}: {text}", flush=True)
-            failed += text != "passed"
-    return int(failed > 0)
+
+def missing(names: tuple[str, ...]) -> list[str]:
+    """The programs and packages of these names that are not installed."""
+
+    def is_there(name: str) -> bool:
+        module = name.replace("-", "_")
+        is_program = shutil.which(name) or (CUDA_PROGRAMS / name).exists()
+        return bool(is_program or importlib.util.find_spec(module))
+
+    return [name for name in names if not is_there(name)]
 
 
-# ---- parts as processes ----------------------------------------------------------------------------------------------
+# ---- one part ------------------------------------------------------------------------------------
 
 
-def run(part: Part, log: Path, limit: float) -> str:
-    """ "done", "failed (status)" or "stopped". Its output goes to log as it comes."""
-    environment = os.environ | {
-        "LOTR_CUDA": "ON",
-        "LOTR_BUILD_DIR": str(FOLDER / "cmake"),
-        "PYTHONPATH": str(ROOT),
-    }
-    environment["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+def environment_of(part: Part) -> dict[str, str]:
+    environment = os.environ | {"LOTR_BUILD_DIR": str(FOLDER / "cmake")}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment["PATH"] += os.pathsep + str(CUDA_PROGRAMS)
+    environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    with open(log, "w") as output:
-        where = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(part.command, **where, start_new_session=True)
-        try:
-            status = process.wait(limit)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            stop(process)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            return "stopped"
+    return environment | part.environment
+
+
+def run(part: Part, log: Path, limit_s: float) -> str:
+    """Runs a part, again with the next case while it crashes. Its output goes to `log` as it comes.
+
+    Returns:
+        "done", "failed (status)" or "stopped".
+    """
+    end = time.monotonic() + limit_s
+    words: tuple[str, ...] = ()
+    crashes = []
+    log.write_bytes(b"")
+    while True:
+        status = _run_once(part, (*part.command, *words), log, end - time.monotonic())
+        if status is None:
+            return "stopped" + _crashed(crashes)
+        is_crash = status < 0 or status == DEVICE_LOST
+        case = _last_case(log)
+        if not (is_crash and part.restarts and case) or len(crashes) == RESTARTS:
+            break
+        number, count = case
+        crashes.append(number)
+        if number == count:
+            break
+        words = ("--from", str(number + 1))
+    if crashes:
+        return "failed" + _crashed(crashes)
     return "done" if status == 0 else f"failed ({status})"
 
 
+def _crashed(cases: list[int]) -> str:
+    return f", crashed in case {', '.join(map(str, cases))}" if cases else ""
+
+
+def _last_case(log: Path) -> tuple[int, int] | None:
+    """The last "[3/42]" in a log."""
+    matches = re.findall(r"^\[(\d+)/(\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
+    return (int(matches[-1][0]), int(matches[-1][1])) if matches else None
+
+
+def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -> int | None:
+    """Returns the exit status of a process, None if it was stopped after limit_s seconds."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment_of(part),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(max(limit_s, 0.1))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # also after a KeyboardInterrupt
+            stop(process)
+
+
 def stop(process: subprocess.Popen) -> None:
-    """Ends a part's process group: first by SIGINT, so that it ends in order; then by SIGKILL."""
+    """Ends the process group of a part, first by SIGINT, so that it ends in order."""
     for sign in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, sign)
             process.wait(GRACE_S)
-            return
 
 
-def work(options: argparse.Namespace) -> int:
-    """Runs the parts that can run, in order. Returns 1 if one failed."""
-    end, results = time.monotonic() + options.budget - GRACE_S, options.folder / "results"
+def unpack(wheel: Path) -> str:
+    """Takes the compiled module from a wheel in place of a build."""
+    with zipfile.ZipFile(wheel) as archive:
+        (ROOT / MODULE).write_bytes(archive.read(MODULE))
+    return "done"
+
+
+# ---- all parts -----------------------------------------------------------------------------------
+
+
+def work(parts: list[Part], options: argparse.Namespace) -> int:
+    """Runs the parts in order, and packs the results after each of them.
+
+    Returns:
+        1 if a part failed, was stopped, or found no time, else 0.
+    """
+    end = time.monotonic() + options.budget - GRACE_S
+    results = options.folder / "results"
     results.mkdir(parents=True, exist_ok=True)
-    left, outcomes = [part for part in parts_of(options) if part.name in options.parts], {}
-    while left:
-        part, remaining = left[0], end - time.monotonic()
-        limit = (
-            remaining
-            if part.name == "build"
-            else remaining * part.weight / sum(p.weight for p in left)
-        )
-        left, begin, log = left[1:], time.monotonic(), results / f"{part.name}.log"
-        if lacking := missing(part):
-            outcomes[part.name] = f"left out, needs {', '.join(lacking)}"
+    outcomes = summary.outcomes_in(results)
+    this_time = []
+    for i, part in enumerate(parts):
+        remaining = end - time.monotonic()
+        share = part.weight / sum(other.weight for other in parts[i:])
+        limit_s = remaining if part.name == "build" else remaining * share
+        log = results / f"{part.name}.log"
+        lacking = missing(part.needs)
+        begin = time.monotonic()
+        if lacking:
+            outcome = f"skipped, needs {', '.join(lacking)}"
         elif remaining < 1:
-            outcomes[part.name] = "left out, no time"
+            outcome = "no time left"
         elif not part.command:
-            with zipfile.ZipFile(options.wheel) as archive:
-                (ROOT / MODULE).write_bytes(archive.read(MODULE))
-            outcomes[part.name] = "done"
+            outcome = unpack(options.wheel)
         else:
-            print(f"{part.name}: at most {limit:.0f} s, log {log}", flush=True)
-            outcomes[part.name] = run(part, log, limit)
-        print(f"{part.name}: {outcomes[part.name]}, {time.monotonic() - begin:.0f} s", flush=True)
-        if outcomes[part.name].startswith("failed"):
-            print(
-                "\n".join(
-                    f"    {line}" for line in log.read_text(errors="replace").splitlines()[-15:]
-                )
-            )
-        (results / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
-        if part.name == "build" and outcomes["build"] != "done":
-            print("without a build nothing else can run")
+            print(f"{part.name}: at most {limit_s:.0f} s, log {log}", flush=True)
+            outcome = run(part, log, limit_s)
+        without = missing(part.uses)
+        if without:
+            outcome += f", without {', '.join(without)}"
+        seconds = round(time.monotonic() - begin)
+        print(f"{part.name}: {outcome}, {seconds} s", flush=True)
+        if not outcome.startswith(GOOD) and log.exists():
+            for line in summary.error_lines(log.read_text(errors="replace")):
+                print(f"    {line}", flush=True)
+        outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
+        pack(results, outcomes, options.out)
+        this_time.append(outcome)
+        if part.name == "build" and outcome != "done":
+            this_time.append("failed: without a build nothing else can run")
+            print(this_time[-1])
             break
-    with tarfile.open(options.folder / "results.tar.gz", "w:gz") as archive:
-        archive.add(results, "results")
-    print(
-        f"all of it: {options.folder / 'results.tar.gz'}; its result files belong into bench/results/<the GPU's name>"
-    )
-    return int(
-        any(text.startswith(("failed", "left out, needs nvcc")) for text in outcomes.values())
-    )
+    print(f"read {options.out / 'summary.md'}; all logs and rows: {options.out / 'results.tar.gz'}")
+    return int(not all(outcome.startswith(GOOD) for outcome in this_time))
+
+
+def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
+    """Writes the page and the archive: two files, each replaced when it is complete."""
+    (results / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+    try:
+        page = summary.page(results, outcomes)
+    except Exception as error:  # the archive is worth more than the page
+        page = f"The page could not be written: {reason_of(error)}\n"
+    (results / "summary.md").write_text(page, encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    archive = out / "results.tar.gz.tmp"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(results, "results")
+    archive.replace(out / "results.tar.gz")
+    shutil.copy(results / "summary.md", out / "summary.md")
+
+
+def dry_run(parts: list[Part], options: argparse.Namespace) -> None:
+    total = sum(part.weight for part in parts)
+    for part in parts:
+        lacking = missing((*part.needs, *part.uses))
+        words = f"   missing: {', '.join(lacking)}" if lacking else ""
+        seconds = options.budget * part.weight / total
+        print(f"{part.name:14} {seconds:5.0f} s   {' '.join(part.command)}{words}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,56 +335,30 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET_S,
-        help=f"seconds that all of it may take ({BUDGET_S})",
-    )
-    parser.add_argument("--parts", help="some parts, comma-separated (all)")
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help="for logs and results (build-gpu)"
-    )
-    parser.add_argument(
-        "--wheel",
-        type=Path,
-        help="a wheel of lotr_ext to take the kernels from, instead of a build",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda",
-        choices=("cuda", "cpu"),
-        help="cpu: tries these parts without a GPU",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one case and few rounds of each program"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the parts and what is missing"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="the part of this name alone, in this process"
-    )
+    add = parser.add_argument
+    add("--budget", type=float, default=BUDGET_S, help=f"seconds for all parts ({BUDGET_S})")
+    add("--parts", help="some parts, comma-separated (all)")
+    add("--folder", type=Path, default=FOLDER, help="for logs and results (build-gpu)")
+    add("--out", type=Path, help="for summary.md and results.tar.gz (the folder)")
+    add("--wheel", type=Path, help="take the kernels from this wheel instead of building them")
+    device = "cpu tries these parts without a GPU"
+    add("--device", default="cuda", choices=("cuda", "cpu"), help=device)
+    add("--quick", action="store_true", help="one case and few rounds of each program")
+    add("--dry-run", action="store_true", help="print the parts and what is missing")
     options = parser.parse_args(argv)
-    if options.smoke:
-        return smoke(options.device)
-    parts = parts_of(options)
-    names = [part.name for part in parts]
-    options.parts = options.parts.split(",") if options.parts else names
-    if bad := [name for name in options.parts if name not in names]:
-        parser.error(f"parts: expected some of {', '.join(names)}, got {bad[0]!r}")
+    options.out = options.out or options.folder
+    parts = {part.name: part for part in parts_of(options)}
+    names = options.parts.split(",") if options.parts else list(parts)
+    for name in names:
+        if name not in parts:
+            parser.error(f"parts: expected some of {', '.join(parts)}, got {name!r}")
     if options.wheel is not None and not zipfile.is_zipfile(options.wheel):
         parser.error(f"wheel: expected a wheel of lotr_ext, got {options.wheel}")
+    selected = [part for name, part in parts.items() if name in names]
     if options.dry_run:
-        total = sum(part.weight for part in parts if part.name in options.parts)
-        for part in parts:
-            if part.name in options.parts:
-                lacking = f"   missing: {', '.join(missing(part))}" if missing(part) else ""
-                print(
-                    f"{part.name:10} {options.budget * part.weight / total:5.0f} s   {' '.join(part.command)}{lacking}"
-                )
+        dry_run(selected, options)
         return 0
-    return work(options)
+    return work(selected, options)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,98 @@
-"""One adapted layer, forward and backward, against its rivals: the adapter's time over the frozen layer's.
+"""One adapted layer, forward and backward, against its rivals: the time over the frozen layer's.
 
-    python -m bench.layer                     five sizes, ranks 16 and 64, one CPU thread (on a GPU: Llama-3-8B's layers)
+    python -m bench.layer                     six sizes, one CPU thread (GPU: Llama-3-8B's layers)
     python -m bench.layer --shapes 512x768x768x16,2048x4096x4096x64 --dtypes bf16 --threads 1,2
     python -m bench.layer --rivals frozen,lora-compiled,lotr_ext,lotr_ext-compiled
     python -m bench.layer --against ../other  another checkout's lotr_ext in turns with this one's
 
-A shape is tokens x in x out x rank. Every rival is checked against float64 before it is timed. The adapters have the layer's
-own dtype for every rival, so that all do the same arithmetic.
+A shape is tokens x in x out x rank. Every rival is checked against float64 before it is timed. The
+adapters have the dtype of the layer, so that all do the same arithmetic. "lotr_ext-fp32" has
+float32 factors and core on a half-precision layer, which is the default of `apply_lotr`.
+"-two_pass", "-beta" and "-fused" are the strategies of our layer on a GPU (docs/kernels.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 import torch
+from torch import Tensor
 
-from .common import Case, Group, Program, Step, peak_bytes, sizes
-from .rivals import COMPILED, LAYERS, TOLERANCE, Rival, Tensors, check_layer, chosen, dtype_of
+from .checks import peak_bytes
+from .common import Case, chosen, dtype_of, sizes
+from .program import Program
+from .rivals import LAYERS, TOLERANCE, Rival, Tensors, check_layer, usual_layers
+from .timing import Group, Step
 
+KEY = ("m", "k", "n", "r")
 SHAPES = {
-    "cpu": "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,16x768x768x16,1x768x768x16",
-    "cuda": "8192x4096x4096x16,8192x4096x14336x16,8192x14336x4096x16,8192x4096x4096x64,2048x4096x4096x16,16x4096x4096x16",
+    "cpu": (
+        "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,"
+        "16x768x768x16,1x768x768x16"
+    ),
+    "cuda": (
+        "8192x4096x4096x16,2048x4096x4096x16,16x4096x4096x16,8192x4096x4096x64,"
+        "8192x4096x14336x16,8192x14336x4096x16"
+    ),
 }
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return options.shapes or sizes("m", "k", "n", "r")(SHAPES[options.device])
+    return options.shapes or sizes(*KEY)(SHAPES[options.device])
 
 
-def step_of(rival: Rival, copies: list[torch.Tensor], i: int, g: torch.Tensor) -> Step:
+def step_of(rival: Rival, copies: list[Tensor], i: int, g: Tensor) -> Step:
+    """The step of a rival on copy i of x, which changes from round to round."""
     leaves = list(rival.parameters())
 
     def drop_gradients() -> None:
         for leaf in (copies[i], *leaves):
             leaf.grad = None
 
-    return Step(
-        {"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}, drop_gradients
-    )
+    stages = {"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}
+    return Step(stages, drop_gradients)
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
-    m, k, n, r, dtype = case["m"], case["k"], case["n"], case["r"], dtype_of(case)
+    m, k, n, r = (case[name] for name in KEY)
+    dtype = dtype_of(case)
     tensors = Tensors.random(k, n, r, dtype, options.device)
     generator = torch.Generator().manual_seed(1)
-    x, g = (
-        torch.randn(m, width, generator=generator).to(options.device, dtype) for width in (k, n)
-    )
-    x.requires_grad_()
-    names = chosen(options.rivals, [name for name in LAYERS if name not in COMPILED], LAYERS)
-    # a copy of x for each rival, shuffled each round: on a CPU the address of x changes a layer's time by up to 2 %
-    copies, steps = [x.detach().clone().requires_grad_() for _ in names], {}
-    for i, name in enumerate(names):
+    x = torch.randn(m, k, generator=generator).to(options.device, dtype).requires_grad_()
+    g = torch.randn(m, n, generator=generator).to(options.device, dtype)
+    names = chosen(options.rivals, usual_layers(dtype, options.device, r), LAYERS)
+    # Each rival has a copy of x, and the copies are shuffled each round: on a CPU the address of x
+    # changes a layer's time by up to 2 %.
+    copies = [x.detach().clone().requires_grad_() for _ in names]
+
+    def checked_step(name: str, i: int) -> Step:
         rival = LAYERS[name](tensors)
-        facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
-        steps[name] = step_of(rival, copies, i, g)
-        steps[name].run()
-        steps[name].facts = facts | {"peak_bytes": peak_bytes(steps[name].run, options.device)}
-    return Group(steps, lambda draw: draw.shuffle(copies))
+        error = check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])
+        step = step_of(rival, copies, i, g)
+        step.run()
+        step.facts = {"error": error, "peak_bytes": peak_bytes(step.run, options.device)}
+        return step
+
+    group = Group(lambda draw: draw.shuffle(copies))
+    for i, name in enumerate(names):
+        group.add(name, functools.partial(checked_step, name, i))
+    return group
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes("m", "k", "n", "r"), help="MxKxNxR, comma-separated")
+    parser.add_argument("--shapes", type=sizes(*KEY), help="MxKxNxR, comma-separated")
 
 
-FORM = "{m} x {k} x {n}, r {r}"
 PROGRAM = Program(
-    "layer",
-    __doc__,
-    cases,
-    build,
-    FORM,
+    name="layer",
+    doc=__doc__,
+    cases=cases,
+    build=build,
+    form="{m} x {k} x {n}, r {r}",
     compared=("frozen", "lotr_ext"),
-    pivoted=True,
+    is_pivoted=True,
     options=more_options,
 )
 if __name__ == "__main__":

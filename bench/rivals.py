@@ -1,34 +1,47 @@
-"""The rivals: one layer, a stack of layers, and a whole transformer with each method of adaptation, on the same weights.
+"""The rivals for one layer and for a stack of layers, on the same weights.
 
-LoRA from library products has five forms: as it is usually written (eager); with a handwritten backward and as few passes as
-the library allows (in-place); the same with the adapter's product first, onto which the base product accumulates (beta: on a
-GPU the fastest LoRA that cuBLAS gives); compiled; PEFT's layer. LoTR in three lines is README's formula in plain torch.
+LoRA from library products has four forms:
+
+    eager      as it is usually written
+    in-place   a handwritten backward with as few passes as the library allows
+    beta       in-place, with the adapter's product first: the base product accumulates onto it (its
+               beta is 1). On a GPU this is the fastest LoRA that cuBLAS gives
+    compiled   eager, in torch.compile
+
+LoTR in three lines is README's formula in plain torch. Not here: whole models (models.py).
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .common import DTYPES, Case, check_error, error_of
+from .checks import check_error, error_of
+from .strategies import fused_obstacle, with_strategy
 
 SCALING = 2.0
-TOLERANCE = {
-    "fp32": 1e-5,
-    "bf16": 1.5e-2,
-    "fp16": 2e-3,
-}  # relative, of a layer's y, dx and gradients against float64
+# The relative error of a layer's y, dx and gradients against float64.
+TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
 
 @dataclass
 class Tensors:
-    """A layer's tensors: weight [n, k], bias [n] or None, A [k, r], B [n, r], core [r, r], VeRA's vectors d [r], b [n]."""
+    """The tensors of a layer.
+
+    Attributes:
+        weight: [n, k].
+        bias: [n] or None.
+        A: [k, r].
+        B: [n, r].
+        core: [r, r].
+        d: VeRA's vector [r].
+        b: VeRA's vector [n].
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -42,10 +55,10 @@ class Tensors:
     def random(
         cls, k: int, n: int, rank: int, dtype: torch.dtype, device: str, seed: int = 0
     ) -> Tensors:
-        g = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> Tensor:
-            return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+            return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
         return cls(
             weight=normal(n, k, scale=k**-0.5),
@@ -58,14 +71,22 @@ class Tensors:
         )
 
     def double(self) -> Tensors:
-        return Tensors(
-            **{name: None if t is None else t.double() for name, t in vars(self).items()}
-        )
+        tensors = vars(self).items()
+        return Tensors(**{name: None if t is None else t.double() for name, t in tensors})
+
+    def adapter_in(self, dtype: torch.dtype) -> Tensors:
+        """The same with A, B and core in another dtype."""
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), core=self.core.to(dtype))
 
 
 class Rival(nn.Module):
-    """x [m, k] -> y [m, n] by a formula or a module. trained: the parameters by the formula's names, each with whether it is
-    stored transposed, as LoRA's modules keep A and B."""
+    """x [m, k] -> y [m, n] by a formula or a module.
+
+    Args:
+        call: the formula or the module.
+        trained: the parameters by the formula's names, each with whether it is stored transposed,
+            as LoRA's modules store A and B.
+    """
 
     def __init__(
         self,
@@ -73,7 +94,8 @@ class Rival(nn.Module):
         trained: dict[str, tuple[nn.Parameter, bool]] | None = None,
     ):
         super().__init__()
-        self.call, self.trained = call, trained or {}
+        self.call = call
+        self.trained = trained or {}
         if not isinstance(call, nn.Module):
             for name, (parameter, _) in self.trained.items():
                 self.register_parameter(name, parameter)
@@ -82,34 +104,42 @@ class Rival(nn.Module):
         return self.call(x)
 
 
-def parameter(t: Tensor) -> nn.Parameter:
+def copied(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t.clone().contiguous())
 
 
 def frozen_linear(t: Tensors) -> nn.Linear:
     """The base layer as a module that uses these tensors, not copies."""
-    linear = nn.Linear(t.weight.shape[1], t.weight.shape[0], bias=t.bias is not None, device="meta")
+    n, k = t.weight.shape
+    linear = nn.Linear(k, n, bias=t.bias is not None, device="meta")
     linear.weight = nn.Parameter(t.weight, requires_grad=False)
     if t.bias is not None:
         linear.bias = nn.Parameter(t.bias, requires_grad=False)
     return linear
 
 
-# ---- one layer -------------------------------------------------------------------------------------------------------
+# ---- one layer -----------------------------------------------------------------------------------
+
+
+def frozen(t: Tensors) -> Rival:
+    return Rival(lambda x: nnf.linear(x, t.weight, t.bias))
 
 
 class InPlaceLoRA(torch.autograd.Function):
-    """LoRA from library products alone, with as few passes as they allow. A [r, k], B [n, r]."""
+    """LoRA from library products only, with as few passes as they allow. A [r, k], B [n, r]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, beta):
-        u = F.linear(x, A)
-        if beta:  # the base product accumulates onto the adapter's output
-            y = (u * SCALING) @ B.T if bias is None else torch.addmm(bias, u, B.T, alpha=SCALING)
-            y.addmm_(x, weight.T)
-        else:
-            y = F.linear(x, weight, bias)
+        u = nnf.linear(x, A)
+        if not beta:
+            y = nnf.linear(x, weight, bias)
             y.addmm_(u, B.T, alpha=SCALING)
+        else:
+            if bias is None:
+                y = (u * SCALING) @ B.T
+            else:
+                y = torch.addmm(bias, u, B.T, alpha=SCALING)
+            y.addmm_(x, weight.T)
         ctx.save_for_backward(x, weight, A, B, u)
         ctx.beta = beta
         return y
@@ -117,77 +147,93 @@ class InPlaceLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, A, B, u = ctx.saved_tensors
-        k = (g @ B).mul_(SCALING)
-        dx = (k @ A).addmm_(g, weight) if ctx.beta else (g @ weight).addmm_(k, A)
-        return dx, None, None, k.T @ x, (g.T @ u).mul_(SCALING), None
+        du = (g @ B).mul_(SCALING)
+        dx = (du @ A).addmm_(g, weight) if ctx.beta else (g @ weight).addmm_(du, A)
+        return dx, None, None, du.T @ x, (g.T @ u).mul_(SCALING), None
 
 
-def _lora(t: Tensors, form: str) -> Rival:
-    A, B = parameter(t.A.T), parameter(t.B)
+def lora(t: Tensors, form: str) -> Rival:
+    """LoRA in one of the forms "eager", "in-place", "beta" and "compiled"."""
+    A = copied(t.A.T)
+    B = copied(t.B)
 
     def eager(x: Tensor) -> Tensor:
-        return F.linear(x, t.weight, t.bias) + SCALING * F.linear(F.linear(x, A), B)
+        return nnf.linear(x, t.weight, t.bias) + SCALING * nnf.linear(nnf.linear(x, A), B)
 
     def in_place(x: Tensor) -> Tensor:
-        return InPlaceLoRA.apply(x, t.weight, t.bias, A, B, form == "lora-beta")
+        return InPlaceLoRA.apply(x, t.weight, t.bias, A, B, form == "beta")
 
-    if form == "lora-compiled":
-        torch._dynamo.reset()  # else the compiler generalises over the cases before
-        eager = torch.compile(eager, dynamic=False)
-    return Rival(
-        in_place if form in ("lora-in-place", "lora-beta") else eager,
-        {"A": (A, True), "B": (B, False)},
-    )
+    if form == "compiled":
+        call = compiled(eager)
+    else:
+        call = eager if form == "eager" else in_place
+    return Rival(call, {"A": (A, True), "B": (B, False)})
 
 
-def _peft(t: Tensors, vera: bool) -> Rival:
-    from peft import LoraConfig, VeraConfig, get_peft_model
+def compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()  # otherwise the compiler generalises over the cases before
+    return torch.compile(function, dynamic=False)
 
-    r, model = t.A.shape[1], nn.Sequential()
-    model.add_module("layer", frozen_linear(t))
-    lora = LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=["layer"])
-    layer = get_peft_model(
-        model, VeraConfig(r=r, target_modules=["layer"]) if vera else lora
-    ).base_model.model.layer
-    if vera:  # y = x W^T + bias + b * (((x A) * d) B^T), A and B frozen
-        layer.vera_A["default"], layer.vera_B["default"] = t.A.T.contiguous(), t.B.clone()
-        d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
-        d.data, b.data = t.d.clone(), t.b.clone()
-        return Rival(layer, {"d": (d, False), "b": (b, False)})
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    A.data, B.data = t.A.T.contiguous().clone(), t.B.clone()
+
+def lora_peft(t: Tensors) -> Rival:
+    from peft import LoraConfig
+
+    r = t.A.shape[1]
+    layer = _peft_layer(t, LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=["layer"]))
+    A = layer.lora_A["default"].weight
+    B = layer.lora_B["default"].weight
+    A.data = t.A.T.contiguous().clone()
+    B.data = t.B.clone()
     return Rival(layer, {"A": (A, True), "B": (B, False)})
 
 
-def three_lines(t: Tensors, A: nn.Parameter | None = None, B: nn.Parameter | None = None) -> Rival:
-    """A, B: of a pair that several layers share; None: of this layer's own."""
-    A, B, core = (
-        A if A is not None else parameter(t.A),
-        B if B is not None else parameter(t.B),
-        parameter(t.core),
-    )
+def vera_peft(t: Tensors) -> Rival:
+    """y = x W^T + bias + b * (((x A) * d) B^T), A and B frozen."""
+    from peft import VeraConfig
+
+    layer = _peft_layer(t, VeraConfig(r=t.A.shape[1], target_modules=["layer"]))
+    layer.vera_A["default"] = t.A.T.contiguous()
+    layer.vera_B["default"] = t.B.clone()
+    d = layer.vera_lambda_d["default"]
+    b = layer.vera_lambda_b["default"]
+    d.data = t.d.clone()
+    b.data = t.b.clone()
+    return Rival(layer, {"d": (d, False), "b": (b, False)})
+
+
+def _peft_layer(t: Tensors, config: object) -> nn.Module:
+    from peft import get_peft_model
+
+    model = nn.Sequential()
+    model.add_module("layer", frozen_linear(t))
+    return get_peft_model(model, config).base_model.model.layer
+
+
+def three_lines(t: Tensors, pair: tuple[nn.Parameter, nn.Parameter] | None = None) -> Rival:
+    """LoTR in plain torch. pair: A and B that several layers share."""
+    A, B = pair or (copied(t.A), copied(t.B))
+    core = copied(t.core)
 
     def call(x: Tensor) -> Tensor:
         u = x @ A
         h = u @ core
-        return F.linear(x, t.weight, t.bias) + SCALING * h @ B.T
+        return nnf.linear(x, t.weight, t.bias) + SCALING * h @ B.T
 
     return Rival(call, {"A": (A, False), "B": (B, False), "core": (core, False)})
 
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of an adapted layer."""
-    return {
-        name.partition(".")[0]: parameter for name, parameter in layer.factors.named_parameters()
-    }
+    parameters = layer.factors.named_parameters()
+    return {name.partition(".")[0]: parameter for name, parameter in parameters}
 
 
 def set_values(layer: nn.Module, t: Tensors) -> dict[str, tuple[nn.Parameter, bool]]:
     """Gives an adapted layer the values and dtype of t. Returns its trained parameters."""
-    own = factors_of(layer) | {"core": layer.core}
-    for name, value in own.items():
-        value.data = getattr(t, name).clone()
-    return {name: (value, False) for name, value in own.items()}
+    parameters = factors_of(layer) | {"core": layer.core}
+    for name, parameter in parameters.items():
+        parameter.data = getattr(t, name).clone()
+    return {name: (parameter, False) for name, parameter in parameters.items()}
 
 
 def our_layers(tensors: list[Tensors]) -> list[Rival]:
@@ -195,64 +241,115 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     from lotr_ext import LoTRFactors, LoTRLinear
 
     first = tensors[0]
-    factors = LoTRFactors(
-        *first.weight.shape[::-1], first.A.shape[1], dtype=first.A.dtype, device=first.A.device
-    )
-    layers = [LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING) for t in tensors]
-    return [Rival(layer, set_values(layer, t)) for layer, t in zip(layers, tensors)]
+    n, k = first.weight.shape
+    rank = first.A.shape[1]
+    factors = LoTRFactors(k, n, rank, dtype=first.A.dtype, device=first.A.device)
+    rivals = []
+    for t in tensors:
+        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING)
+        rivals.append(Rival(layer, set_values(layer, t)))
+    return rivals
 
 
-def _compiled(t: Tensors) -> Rival:
-    rival = our_layers([t])[0]
-    torch._dynamo.reset()
-    return Rival(torch.compile(rival.call, dynamic=False), rival.trained)
+def our_layer(t: Tensors) -> Rival:
+    return our_layers([t])[0]
+
+
+def our_layer_float32(t: Tensors) -> Rival:
+    """The default of `apply_lotr` for a half-precision base."""
+    return our_layer(t.adapter_in(torch.float32))
+
+
+def our_layer_compiled(t: Tensors) -> Rival:
+    rival = our_layer(t)
+    return Rival(compiled(rival.call), rival.trained)
+
+
+def our_layer_with(strategy: str, t: Tensors) -> Rival:
+    """Our layer with another strategy than the default.
+
+    Raises:
+        ValueError: if it cannot run here.
+    """
+    rival = our_layer(t)
+    r = t.A.shape[1]
+    call = with_strategy(strategy, rival.call, t.A.dtype, t.A.device.type, r)
+    return Rival(call, rival.trained)
 
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
-    "frozen": lambda t: Rival(lambda x: F.linear(x, t.weight, t.bias)),
-    **{
-        form: partial(_lora, form=form)
-        for form in ("lora-eager", "lora-in-place", "lora-beta", "lora-compiled")
-    },
-    "lora-peft": partial(_peft, vera=False),
-    "vera-peft": partial(_peft, vera=True),
+    "frozen": frozen,
+    "lora-eager": functools.partial(lora, form="eager"),
+    "lora-in-place": functools.partial(lora, form="in-place"),
+    "lora-beta": functools.partial(lora, form="beta"),
+    "lora-compiled": functools.partial(lora, form="compiled"),
+    "lora-peft": lora_peft,
+    "vera-peft": vera_peft,
     "lotr-eager": three_lines,
-    "lotr_ext": lambda t: our_layers([t])[0],
-    "lotr_ext-compiled": _compiled,
+    "lotr_ext": our_layer,
+    "lotr_ext-fp32": our_layer_float32,
+    "lotr_ext-two_pass": functools.partial(our_layer_with, "two_pass"),
+    "lotr_ext-beta": functools.partial(our_layer_with, "beta"),
+    "lotr_ext-fused": functools.partial(our_layer_with, "fused"),
+    "lotr_ext-compiled": our_layer_compiled,
 }
-COMPILED = ("lora-compiled", "lotr_ext-compiled")  # compiling takes seconds a case: on request
+
+
+def usual_layers(dtype: torch.dtype, device: str, rank: int) -> list[str]:
+    """The rivals of one layer that are measured by default."""
+    usual = ["frozen", "lora-eager", "lora-in-place", "lora-beta", "lora-peft", "vera-peft"]
+    usual += ["lotr-eager", "lotr_ext"]
+    if dtype != torch.float32:
+        usual.append("lotr_ext-fp32")
+    if device == "cuda":  # on a CPU compiling takes longer than the rest of a case
+        usual += ["lora-compiled", "lotr_ext-two_pass", "lotr_ext-beta"]
+    if fused_obstacle(dtype, device, rank) is None:
+        usual.append("lotr_ext-fused")
+    return usual
 
 
 def adapter(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
-    """What a rival adds to the frozen layer: s x A B^T (LoRA), s x A G B^T (LoTR) or b * (((x A) * d) B^T) (VeRA)."""
+    """What a rival adds to the frozen layer.
+
+    s x A B^T for LoRA, s x A G B^T for LoTR, b * (((x A) * d) B^T) for VeRA.
+    """
     if "d" in values:
         return values["b"] * (((x @ t.A) * values["d"]) @ t.B.T)
-    u = x @ values["A"]
-    return SCALING * (u @ values["core"] if "core" in values else u) @ values["B"].T
+    h = x @ values["A"]
+    if "core" in values:
+        h = h @ values["core"]
+    return SCALING * h @ values["B"].T
 
 
 def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) -> float:
-    """The largest relative error of y, dx and the parameters' gradients against float64. Raises ArithmeticError above limit."""
-    values = {
-        name: (p.T if turned else p).detach().double().requires_grad_()
-        for name, (p, turned) in rival.trained.items()
-    }
-    wide, exact = t.double(), x.detach().double().requires_grad_()
-    expected = F.linear(exact, wide.weight, wide.bias)
-    expected = expected + (adapter(exact, wide, values) if values else 0)
-    expected.backward(g.double())
+    """Returns the largest error of y, dx and the parameters' gradients against float64.
+
+    Raises:
+        ArithmeticError: if it is above the limit.
+    """
+    values = {}
+    for name, (parameter, is_transposed) in rival.trained.items():
+        value = parameter.T if is_transposed else parameter
+        values[name] = value.detach().double().requires_grad_()
+    wide = t.double()
+    wide_x = x.detach().double().requires_grad_()
+    truth = nnf.linear(wide_x, wide.weight, wide.bias)
+    if values:
+        truth = truth + adapter(wide_x, wide, values)
+    truth.backward(g.double())
     x.grad = None
     y = rival(x)
     y.backward(g)
-    pairs = [(y.detach(), expected.detach()), (x.grad, exact.grad)]
-    for name, (p, turned) in rival.trained.items():
-        pairs.append((p.grad.T if turned else p.grad, values[name].grad))
-        p.grad = None
+    errors = [error_of(y.detach(), truth.detach()), error_of(x.grad, wide_x.grad)]
+    for name, (parameter, is_transposed) in rival.trained.items():
+        gradient = parameter.grad.T if is_transposed else parameter.grad
+        errors.append(error_of(gradient, values[name].grad))
+        parameter.grad = None
     x.grad = None
-    return check_error("y, dx and gradients", max(error_of(*pair) for pair in pairs), limit)
+    return check_error("y, dx and gradients", max(errors), limit)
 
 
-# ---- a stack of layers -----------------------------------------------------------------------------------------------
+# ---- a stack of layers ---------------------------------------------------------------------------
 
 
 class Chain(nn.Module):
@@ -278,234 +375,55 @@ class Siblings(Chain):
         return x
 
 
-FORMS: dict[str, type[Chain]] = {"chained": Chain, "siblings": Siblings}
+WIRINGS: dict[str, type[Chain]] = {"chained": Chain, "siblings": Siblings}
 STACKED = ("frozen", "lora-eager", "lora-peft", "lotr-eager", "lotr_ext", "lotr_ext-model")
 
 
 def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str) -> list[Tensors]:
-    """The tensors of each layer [k, k]; A and B are shared. Scaled so that values do not grow through many layers."""
-    own = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
-    return [
-        replace(t, A=own[0].A, B=own[0].B, weight=t.weight * 0.5, core=t.core * 0.1) for t in own
-    ]
+    """The tensors of each layer [k, k], with one A and B.
+
+    They are scaled so that values do not grow through many layers.
+    """
+    tensors = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
+    A = tensors[0].A
+    B = tensors[0].B
+    return [replace(t, A=A, B=B, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
 
 
-def stack(rival: str, tensors: list[Tensors], form: str) -> Chain:
-    """The rival's layers on one pair of factors (LoRA: on their own); "-model": adapted by apply_lotr."""
+def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
+    """The layers of a rival on one pair of factors; each LoRA layer has its A and B.
+
+    "lotr_ext-model" is adapted by `apply_lotr`.
+    """
+    chain = WIRINGS[wiring]
     if rival == "lotr-eager":
-        A, B = parameter(tensors[0].A), parameter(tensors[0].B)
-        return FORMS[form](three_lines(t, A, B) for t in tensors)
+        pair = (copied(tensors[0].A), copied(tensors[0].B))
+        return chain(three_lines(t, pair) for t in tensors)
     if rival == "lotr_ext":
-        return FORMS[form](own.call for own in our_layers(tensors))
+        return chain(layer.call for layer in our_layers(tensors))
     if rival != "lotr_ext-model":
-        return FORMS[form](LAYERS[rival](t) for t in tensors)
+        return chain(LAYERS[rival](t) for t in tensors)
     from lotr_ext import LoTRConfig, apply_lotr
 
-    plain = FORMS[form](frozen_linear(t) for t in tensors)
-    config = LoTRConfig(
-        rank=tensors[0].A.shape[1], scaling=SCALING, target_modules=r".*layers\.\d+"
-    )
-    apply_lotr(plain, config)
-    for layer, t in zip(plain.layers, tensors):
+    model = chain(frozen_linear(t) for t in tensors)
+    rank = tensors[0].A.shape[1]
+    apply_lotr(model, LoTRConfig(rank=rank, scaling=SCALING, target_modules=r".*layers\.\d+"))
+    for layer, t in zip(model.layers, tensors):
         set_values(layer, t)
-    return plain
-
-
-def check_stack(made: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) -> float:
-    """The error of y and dx against the formula's in float64."""
-    exact = x.detach().double().requires_grad_()
-    expected = truth(exact)
-    expected.backward(g.double())
-    x.grad = None
-    y = made(x)
-    y.backward(g)
-    return check_error(
-        "y, dx", max(error_of(y.detach(), expected.detach()), error_of(x.grad, exact.grad)), limit
-    )
-
-
-# ---- a whole model ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A transformers configuration: family, its arguments, the adapted layers, batch x sequence. equal: the ranks whose size is
-    nearest to that of LoTR ("-as-lotr") or LoRA ("-as-lora") of rank 16."""
-
-    family: str
-    settings: dict
-    targets: tuple[str, ...]
-    batch: int
-    sequence: int
-    equal: dict[str, int] = field(default_factory=dict)
-
-
-def _llama(hidden: int, layers: int, heads: int, inner: int, vocabulary: int, groups: int) -> dict:
-    """groups: how many heads share a key and a value."""
-    sizes = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-    }
-    sizes |= {"num_key_value_heads": heads // groups, "vocab_size": vocabulary}
-    return sizes | {
-        "use_cache": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    }
-
-
-def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
-    sizes = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-    }
-    return sizes | {
-        "vocab_size": vocabulary,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-
-
-ALL_LINEAR = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # not the tied head
-EQUAL = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
-MODELS = {
-    "smollm2-135m": Shape("causal-lm", _llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
-    "minilm": Shape("encoder", _bert(384, 6, 12, 30522), ("query", "value"), 16, 64, EQUAL),
-    "llama-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
-    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
-    "tiny-encoder": Shape("encoder", _bert(32, 2, 2, 100), ("query", "value"), 2, 8),
-}
-
-
-def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model of MODELS[name] with random weights, frozen. Its embeddings' output requires a gradient, so that every method,
-    and the frozen model too, goes backward through all layers."""
-    import transformers
-
-    shape = MODELS[name]
-    torch.manual_seed(0)
-    with torch.device(device):
-        if shape.family == "encoder":
-            made = transformers.BertModel(
-                transformers.BertConfig(**shape.settings), add_pooling_layer=False
-            )
-        else:
-            made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.settings))
-    made = made.to(dtype).requires_grad_(False).train()
-    made.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: output.requires_grad_()
-    )
-    return made
-
-
-def twin(base: nn.Module) -> nn.Module:
-    """A copy of base's modules that uses the same parameter and buffer objects."""
-    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
-
-
-class EagerLoTR(nn.Module):
-    """y = base(x) + ((x A) G) B^T as the original implementation computes it; all layers of a shape share A and B."""
-
-    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
-        super().__init__()
-        self.base, self.A, self.B = base, A, B
-        self.core = nn.Parameter(
-            torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
-
-
-def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
-    """In the weights' dtype: the original cannot mix dtypes."""
-    pairs: dict[tuple[int, int], list[nn.Parameter]] = {}
-    for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] in targets:
-            width, like = (module.in_features, module.out_features), module.weight
-            if width not in pairs:
-                pairs[width] = [
-                    parameter(torch.randn(size, r, device=like.device).to(like.dtype) * size**-0.5)
-                    for size in width
-                ]
-            model.set_submodule(name, EagerLoTR(module, *pairs[width]))
     return model
 
 
-def _our_lotr(model: nn.Module, targets: list[str], r: int, **settings: object) -> nn.Module:
-    from lotr_ext import LoTRConfig, apply_lotr
+def check_stack(model: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) -> float:
+    """Returns the error of y and dx against the formula's in float64.
 
-    return apply_lotr(model, LoTRConfig(rank=r, scaling=1.0, target_modules=targets, **settings))
-
-
-def _peft_model(model: nn.Module, targets: list[str], r: int, vera: bool = False) -> nn.Module:
-    from peft import LoraConfig, VeraConfig, get_peft_model
-
-    lora = LoraConfig(r=r, lora_alpha=r, target_modules=targets)
-    return get_peft_model(model, VeraConfig(r=r, target_modules=targets) if vera else lora)
-
-
-METHODS = (
-    "frozen", "lora-peft", "vera-peft", "lotr-eager", "lotr_ext", "lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora",
-    "lotr_ext-core", "lotr_ext-compiled",
-)  # fmt: skip
-
-
-def rank_of(method: str, case: Case) -> int | None:
-    """The rank of a method in a case, None where it is not known: at equal size it is known for the model's own targets."""
-    shape = MODELS[case["model"]]
-    if method.endswith(("-as-lotr", "-as-lora")):
-        usual = case["r"] == 16 and case["targets"] == ",".join(shape.targets)
-        return shape.equal.get(method) if usual else None
-    return 0 if method == "frozen" else case["r"]
-
-
-def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: int) -> nn.Module:
-    """A twin of base, adapted."""
-    model, targets = twin(base), list(targets)
-    if method == "frozen":
-        return model
-    if method.startswith(("lora-peft", "vera-peft")):
-        return _peft_model(model, targets, rank, vera=method.startswith("vera"))
-    if method == "lotr-eager":
-        return _eager_lotr(model, targets, rank)
-    made = _our_lotr(
-        model, targets, rank, **({"train": ("core",)} if method.endswith("-core") else {})
-    )
-    return torch.compile(made, dynamic=False) if method.endswith("-compiled") else made
-
-
-def our_layers_in(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if hasattr(module, "core") and hasattr(module, "factors")
-    ]
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def chosen(names: list[str] | None, usual: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The names that an option gives, or the usual ones, in the order of the known ones. Raises ValueError for another one."""
-    names, known = list(names or usual), list(known)
-    if bad := [name for name in names if name not in known]:
-        raise ValueError(f"expected some of {', '.join(known)}, got {bad[0]!r}")
-    return [name for name in known if name in names]
-
-
-def dtype_of(case: Case) -> torch.dtype:
-    return DTYPES[case["dtype"]]
+    Raises:
+        ArithmeticError: if it is above the limit.
+    """
+    wide_x = x.detach().double().requires_grad_()
+    expected = truth(wide_x)
+    expected.backward(g.double())
+    x.grad = None
+    y = model(x)
+    y.backward(g)
+    errors = [error_of(y.detach(), expected.detach()), error_of(x.grad, wide_x.grad)]
+    return check_error("y, dx", max(errors), limit)

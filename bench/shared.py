@@ -1,93 +1,100 @@
-"""Layers that share A and B: their gradients as one sum in place, against autograd's own sums.
+"""Layers that share A and B: their gradients as one sum in place, against autograd's sums.
 
-    python -m bench.shared                    4, 16, 64 layers; 256 tokens of width 768 (GPU: 4096 of 4096), r = 16
+    python -m bench.shared                    4, 16, 64 layers; 256 tokens of width 768, r = 16
+                                              (GPU: 4096 tokens of width 4096)
     python -m bench.shared --shapes 8x4096x4096x16 --dtypes bf16
 
-A shape is layers x tokens x width x rank. "autograd": the three-line formula in torch operations, so that autograd sums A's and
-B's gradients itself; "lotr_ext": our layers. Both have the same tensors. error: of dA against float64, checked first.
-allocated: all bytes that a backward allocates; new factors: how many tensors of A's size it makes.
+A shape is layers x tokens x width x rank. "autograd" is the three-line formula in torch operations,
+so that autograd sums the gradients of A and B. "lotr_ext" is our layers. The tensors are the same.
+
+    error         of dA against float64, checked first
+    allocated     all bytes that a backward allocates
+    new_factors   how many tensors of A's size it makes
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from .common import Case, Group, Program, check_error, error_of, memory_changes, sizes, training
-from .rivals import chosen, dtype_of, stack, stack_values
+from .checks import check_error, error_of, memory_changes
+from .common import Case, chosen, dtype_of, sizes
+from .program import Program
+from .rivals import stack, stack_values
+from .timing import Group, Step, training
 
 FLOOR = "autograd"
+KEY = ("layers", "m", "k", "r")
 STACKS = {FLOOR: "lotr-eager", "lotr_ext": "lotr_ext"}
 SHAPES = {
     "cpu": "4x256x768x16,16x256x768x16,64x256x768x16",
     "cuda": "4x4096x4096x16,16x4096x4096x16,64x4096x4096x16",
 }
-TOLERANCE = {
-    "fp32": 2e-5,
-    "bf16": 0.15,
-    "fp16": 2e-2,
-}  # of dA: five times and more what correct ways of summing have
+# Of dA: at least five times what correct ways of summing have.
+TOLERANCE = {"fp32": 2e-5, "bf16": 0.15, "fp16": 2e-2}
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    return options.shapes or sizes("layers", "m", "k", "r")(SHAPES[options.device])
+    return options.shapes or sizes(*KEY)(SHAPES[options.device])
 
 
-def gradient_of_A(made: torch.nn.Module, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    made(x).backward(g)
-    A = next(p for name, p in made.named_parameters() if "A" in name.split("."))
+def gradient_of_A(model: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    model(x).backward(g)
+    A = next(p for name, p in model.named_parameters() if "A" in name.split("."))
     return A.grad
 
 
+def allocations(step: Step, factor_bytes: set[int]) -> dict[str, int]:
+    """What a backward allocates on the CPU: all bytes, and tensors of a factor's size."""
+    step.prepare()
+    y = step.stages["forward"](None)
+    changes = memory_changes(lambda: step.stages["backward"](y))
+    new = [change for change in changes if change > 0]
+    factors = sum(change in factor_bytes for change in new)
+    return {"allocated_bytes": sum(new), "new_factors": factors}
+
+
 def build(case: Case, options: argparse.Namespace) -> Group:
-    layers, m, k, r, dtype = case["layers"], case["m"], case["k"], case["r"], dtype_of(case)
+    layers, m, k, r = (case[name] for name in KEY)
+    dtype = dtype_of(case)
     tensors = stack_values(layers, k, r, dtype, options.device)
     generator = torch.Generator().manual_seed(1)
-    x, g = (torch.randn(m, k, generator=generator).to(options.device, dtype) for _ in range(2))
-    truth = gradient_of_A(
-        stack("lotr-eager", [t.double() for t in tensors], "chained"), x.double(), g.double()
-    )
-    steps = {}
-    for name in chosen(options.rivals, STACKS, STACKS):
-        made = stack(STACKS[name], tensors, "chained")
-        error = check_error(
-            "dA", error_of(gradient_of_A(made, x, g), truth), TOLERANCE[case["dtype"]]
-        )
-        facts: dict[str, Any] = {"error": error}
-        step = steps[name] = training(lambda made=made: made(x), g, made.parameters(), facts=facts)
+    x = torch.randn(m, k, generator=generator).to(options.device, dtype)
+    g = torch.randn(m, k, generator=generator).to(options.device, dtype)
+    wide = stack("lotr-eager", [t.double() for t in tensors], "chained")
+    truth = gradient_of_A(wide, x.double(), g.double())
+
+    def step_of(name: str) -> Step:
+        model = stack(STACKS[name], tensors, "chained")
+        error = error_of(gradient_of_A(model, x, g), truth)
+        facts: dict[str, Any] = {"error": check_error("dA", error, TOLERANCE[case["dtype"]])}
+        step = training(lambda: model(x), g, model.parameters(), facts=facts)
         step.run()
         if options.device == "cpu":
-            step.prepare()
-            y = step.stages["forward"](None)
-            new = [
-                change
-                for change in memory_changes(lambda y=y, step=step: step.stages["backward"](y))
-                if change > 0
-            ]
-            factor = {k * r * element for element in (dtype.itemsize, 4)}
-            facts |= {
-                "allocated_bytes": sum(new),
-                "new_factors": sum(change in factor for change in new),
-            }
-    return Group(steps)
+            facts |= allocations(step, {k * r * dtype.itemsize, k * r * 4})
+        return step
+
+    group = Group()
+    for name in chosen(options.rivals, STACKS, STACKS):
+        group.add(name, functools.partial(step_of, name))
+    return group
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shapes", type=sizes("layers", "m", "k", "r"), help="LxMxKxR, comma-separated"
-    )
+    parser.add_argument("--shapes", type=sizes(*KEY), help="LxMxKxR, comma-separated")
 
 
-FORM = "{layers} layers, {m} tokens of width {k}, r {r}"
 PROGRAM = Program(
-    "shared",
-    __doc__,
-    cases,
-    build,
-    FORM,
+    name="shared",
+    doc=__doc__,
+    cases=cases,
+    build=build,
+    form="{layers} layers, {m} tokens of width {k}, r {r}",
     floor=FLOOR,
     slice_s=0.0,
     compared=tuple(STACKS),

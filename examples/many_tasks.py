@@ -1,11 +1,12 @@
-"""A thousand tasks over one pretrained model: every row of a batch uses its own task, in one forward.
+"""A thousand tasks over one pretrained model: each row of a batch uses its task, in one forward.
 
     python examples/data.py minilm snippets
     python examples/many_tasks.py                     about two minutes on two cores
 
-Four tasks of MiniLM are trained together, each batch with rows of all: is a film review, a tweet, a product review, a sentence
-of an editorial positive? Then batches of 64 rows with 1 to 64 of 1,000 tasks are timed beside the model without an adapter. A
-task is one core for each of 36 linear layers. Writes demo_results/many_tasks.png.
+Four tasks of MiniLM are trained together, with rows of all tasks in each batch: is a film review, a
+tweet, a product review, a sentence of an editorial positive? Then batches of 64 rows with 1 to 64
+of 1,000 tasks are timed, next to the model without an adapter. A task has one core for each of 36
+linear layers. Writes demo_results/many_tasks.png.
 """
 
 from __future__ import annotations
@@ -13,123 +14,148 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import (
     RESULTS,
-    arguments,
-    bar,
+    Batch,
+    TokenRows,
+    accuracy,
     batches,
     minilm_classifier,
-    predict,
+    parse_options,
+    progress_bar,
     rated_texts,
     text_loss,
+    tokenized,
     train,
 )
 from data import SNIPPETS
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
+ROWS_PER_TASK = 8  # in a training batch
+TIMED_ROWS = 64
+TIMED_TASKS = (1, 2, 4, 8, 16, 32, 64)
+NO_ADAPTER = 0
 
-def using(model: nn.Module, task: int) -> Callable[[list[list[int]]], torch.Tensor]:
-    """The model's forward with one task for all rows."""
 
-    def forward(ids: list[list[int]]) -> torch.Tensor:
+def forward_of_task(model: nn.Module, task: int) -> Callable[[TokenRows], Tensor]:
+    """Returns the forward of the model with one task for all rows."""
+
+    def forward(ids: TokenRows) -> Tensor:
         with use_tasks(model, torch.full((len(ids),), task)):
             return model(ids)
 
     return forward
 
 
-def train_tasks(model: nn.Module, bank: TaskBank, tokenize, steps: int, held_out: int) -> None:
-    """Trains a task for each collection of texts, all in the same batches, and prints their accuracies."""
+def train_tasks(
+    model: nn.Module,
+    bank: TaskBank,
+    tokenize: Callable[[list[str]], TokenRows],
+    steps: int,
+    held_out: int,
+) -> None:
+    """Trains a task for each collection of texts, in the same batches, and prints accuracies."""
     tasks = [bank.add() for _ in SNIPPETS]
-    texts = [rated_texts(file, held_out) for file in SNIPPETS]
-    data = [
-        batches(tokenize([t for t, _ in own]), [c for _, c in own], 8, seed=0) for own, _ in texts
-    ]
-    index = torch.tensor(tasks).repeat_interleave(8)
+    streams = []
+    held_out_data = {}
+    for file in SNIPPETS:
+        training_examples, held_out_examples = rated_texts(file, held_out)
+        streams.append(batches(tokenized(training_examples, tokenize), ROWS_PER_TASK))
+        held_out_data[file.split(".")[0]] = tokenized(held_out_examples, tokenize)
+    index = torch.tensor(tasks).repeat_interleave(ROWS_PER_TASK)
 
-    def loss() -> torch.Tensor:
-        parts = [next(own) for own in data]
+    def mixed_loss() -> Tensor:
+        parts = [next(stream) for stream in streams]
+        ids = [row for part in parts for row in part.ids]
+        labels = torch.cat([part.labels for part in parts])
         with use_tasks(model, index):
-            return text_loss(
-                model,
-                (
-                    [row for ids, _ in parts for row in ids],
-                    torch.cat([labels for _, labels in parts]),
-                ),
-            )
+            return text_loss(model, Batch(ids, labels))
 
     trained = [*bank.parameters(), *model.lotr_factors.parameters(), *model.head.parameters()]
-    train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), loss)
-    print(
-        f"{'held-out accuracy with the cores of':36}",
-        *(f"{file.split('.')[0]:>18}" for file in SNIPPETS),
-    )
-    for of, (_, rest) in zip(SNIPPETS, texts):
-        ids, labels = tokenize([t for t, _ in rest]), torch.tensor([c for _, c in rest])
-        right = [
-            (predict(using(model, task), ids).argmax(1) == labels).double().mean().item()
-            for task in tasks
-        ]
-        print(f"{of:36}", *(f"{100 * r:16.1f} %" for r in right))
+    train("four tasks", steps, torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0), mixed_loss)
+
+    print(f"{'held-out accuracy with the cores of':36}", *(f"{name:>18}" for name in held_out_data))
+    for name, data in held_out_data.items():
+        shares = [accuracy(forward_of_task(model, task), data) for task in tasks]
+        print(f"{name:36}", *(f"{100 * share:16.1f} %" for share in shares))
 
 
 @torch.no_grad()
-def times(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
-    """{tasks in the batch, 0 for no adapter: median milliseconds of 64 rows of 16 tokens}; each round runs every way once."""
-    ids = torch.randint(1000, 20000, (64, 16)).tolist()
-    found: dict[int, list[float]] = {n: [] for n in (0, 1, 2, 4, 8, 16, 32, 64) if n <= tasks}
-    for _ in bar("timing", rounds):
-        for n, own in found.items():
-            begun = time.perf_counter()
-            with use_tasks(model, torch.arange(64) % n) if n else disabled(model):
+def time_forwards(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]:
+    """Times forwards of 64 rows of 16 tokens. Each round runs each of them once.
+
+    Returns:
+        Median milliseconds by the number of tasks in the batch, and for NO_ADAPTER.
+    """
+    ids = torch.randint(1000, 20000, (TIMED_ROWS, 16)).tolist()
+    milliseconds: dict[int, list[float]] = {NO_ADAPTER: []}
+    for number in TIMED_TASKS:
+        if number <= tasks:
+            milliseconds[number] = []
+    for _ in progress_bar("timing", rounds):
+        for number, values in milliseconds.items():
+            start = time.perf_counter()
+            if number == NO_ADAPTER:
+                context = disabled(model)
+            else:
+                context = use_tasks(model, torch.arange(TIMED_ROWS) % number)
+            with context:
                 model(ids)
-            own.append(1000 * (time.perf_counter() - begun))
-    return {n: statistics.median(own) for n, own in found.items()}
+            values.append(1000 * (time.perf_counter() - start))
+    return {number: statistics.median(values) for number, values in milliseconds.items()}
+
+
+def draw(ratios: dict[int, float], path: Path) -> None:
+    """Draws the time of a forward over the time without an adapter."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(list(ratios), list(ratios.values()), "o-", label="one task per row")
+    axes.axhline(1, color="0.5", label="no adapter")
+    axes.set(
+        xscale="log",
+        xlabel=f"different tasks in a batch of {TIMED_ROWS} rows",
+        ylabel="time over the model without an adapter",
+        ylim=0,
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:
-    options = arguments(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
+    options = parse_options(__doc__, words, tasks=1000, rank=16, steps=80, held_out=300, rounds=15)
     model, tokenize = minilm_classifier()
-    apply_lotr(
-        model,
-        LoTRConfig(rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]),
+    config = LoTRConfig(
+        rank=options.rank, exclude_modules=["pooler.dense"], modules_to_save=["head"]
     )
+    apply_lotr(model, config)
     bank = TaskBank(model, options.tasks).requires_grad_()
     train_tasks(model, bank, tokenize, options.steps, options.held_out)
-    while len(bank) < options.tasks:  # copies of the trained ones fill the other slots
+    while len(bank) < options.tasks:  # copies of the trained tasks fill the other slots
         bank.add(bank.cores_of(len(bank) % len(SNIPPETS)))
     size = sum(core[0].numel() * core.element_size() for core in bank.cores)
     shared = sum(p.numel() * p.element_size() for p in model.lotr_factors.parameters())
     print(
-        f"{options.tasks:,} tasks of {size / 1024:.0f} KiB each, over shared factors of {shared / 1024:.0f} KiB"
+        f"{options.tasks:,} tasks of {size / 1024:.0f} KiB each, "
+        f"over shared factors of {shared / 1024:.0f} KiB"
     )
-    plain, *rest = times(model, options.tasks, options.rounds).items()
-    for n, milliseconds in (plain, *rest):
-        what = f"{n} task{'s' * (n > 1)} in the batch" if n else "no adapter"
-        print(f"{what:24} {milliseconds:8.1f} ms {milliseconds / plain[1]:6.2f} x")
 
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(
-        [n for n, _ in rest],
-        [milliseconds / plain[1] for _, milliseconds in rest],
-        "o-",
-        label="a task a row",
-    )
-    axes.axhline(1, color="0.5", label="no adapter")
-    axes.set(
-        xscale="log",
-        xlabel="different tasks in a batch of 64 rows",
-        ylabel="time over the model alone",
-        ylim=0,
-    )
-    axes.legend()
-    figure.savefig(RESULTS / "many_tasks.png", dpi=120)
+    milliseconds = time_forwards(model, options.tasks, options.rounds)
+    base = milliseconds[NO_ADAPTER]
+    ratios = {}
+    for number, value in milliseconds.items():
+        if number == NO_ADAPTER:
+            label = "no adapter"
+        else:
+            ratios[number] = value / base
+            label = "1 task in the batch" if number == 1 else f"{number} tasks in the batch"
+        print(f"{label:24} {value:8.1f} ms {value / base:6.2f} x")
+    draw(ratios, RESULTS / "many_tasks.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A gradient for each example of a batch from one backward, by a task bank: row i uses task i, a copy of the cores.
+"""A gradient for each example of a batch from one backward: row i uses task i, a copy of the cores.
 
     python examples/data.py minilm snippets
-    python examples/per_example.py                    seconds
+    python examples/per_example.py
 
-MiniLM with adapted query and value layers reads 32 snippets of movie reviews. The gradients of all cores for each snippet are
-compared with those of a loop over single snippets. The snippets with the largest gradients are printed.
+MiniLM with adapted query and value layers reads 32 snippets of movie reviews. The gradients of all
+cores for each snippet are compared with those of a loop over the snippets. The snippets with the
+largest gradients are printed. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -13,68 +14,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common import arguments, minilm_classifier, rated_texts
+from common import Batch, minilm_classifier, parse_options, rated_texts, tokenized
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
 
 
-def gradients(
-    model: nn.Module, bank: TaskBank, ids: list[list[int]], labels: Tensor
-) -> list[Tensor]:
-    """The gradient of each example's loss with respect to each layer's core: [examples, r_in, r_out] a layer.
+def named_cores(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the core of each layer."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(".core")}
 
-    The loss is a sum over the examples, so that no example's gradient is divided by their number.
+
+def gradients(model: nn.Module, bank: TaskBank, batch: Batch) -> list[Tensor]:
+    """Returns, per layer, the gradient of each example's loss in its core [examples, r_in, r_out].
+
+    The loss is a sum over the examples, so that no gradient is divided by their number.
     """
     bank.zero_grad()
-    with use_tasks(model, torch.arange(len(ids))):
-        cross_entropy(model(ids), labels, reduction="sum").backward()
-    return [core.grad[: len(ids)].clone() for core in bank.cores]
+    examples = len(batch.ids)
+    with use_tasks(model, torch.arange(examples)):
+        cross_entropy(model(batch.ids), batch.labels, reduction="sum").backward()
+    return [core.grad[:examples].clone() for core in bank.cores]
 
 
-def by_a_loop(model: nn.Module, ids: list[list[int]], labels: Tensor) -> list[Tensor]:
-    """The same gradients from one backward an example, of the layers' own cores."""
-    cores = [p for name, p in model.named_parameters() if name.endswith(".core")]
-    rows = [
-        torch.autograd.grad(cross_entropy(model([row]), label[None]), cores)
-        for row, label in zip(ids, labels)
-    ]
-    return [torch.stack(own) for own in zip(*rows)]
+def gradients_by_a_loop(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Returns the same gradients from one backward per example, of the cores of the layers."""
+    cores = list(named_cores(model).values())
+    gradients_of_examples = []
+    for row, label in zip(batch.ids, batch.labels):
+        loss = cross_entropy(model([row]), label[None])
+        gradients_of_examples.append(torch.autograd.grad(loss, cores))
+    return [torch.stack(layer) for layer in zip(*gradients_of_examples)]
 
 
 def main(words: list[str] | None = None) -> None:
-    options = arguments(__doc__, words, examples=32, rank=8)
+    options = parse_options(__doc__, words, examples=32, rank=8)
     model, tokenize = minilm_classifier()
     apply_lotr(model, LoTRConfig(rank=options.rank, target_modules=["query", "value"]))
-    for name, core in model.named_parameters():
-        if name.endswith(".core"):
-            nn.init.normal_(core, std=0.01)  # as after some training
-    examples = rated_texts("movie_snippets.tsv", 1)[0][: options.examples]
-    ids, labels = (
-        tokenize([text for text, _ in examples]),
-        torch.tensor([label for _, label in examples]),
-    )
+    for core in named_cores(model).values():
+        nn.init.normal_(core, std=0.01)  # as after some training
+    training, _ = rated_texts("movie_snippets.tsv", 1)
+    examples = training[: options.examples]
+    batch = tokenized(examples, tokenize)
 
-    expected = by_a_loop(model, ids, labels)
-    bank = TaskBank(model, len(ids))
-    own = {
-        name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".core")
-    }
-    for _ in ids:
-        bank.add(own)
+    expected = gradients_by_a_loop(model, batch)
+    bank = TaskBank(model, len(examples))
+    cores = {name: core.detach().clone() for name, core in named_cores(model).items()}
+    for _ in examples:
+        bank.add(cores)
     bank.requires_grad_()
-    found = gradients(model, bank, ids, labels)
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
+    computed = gradients(model, bank, batch)
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(computed, expected))
     print(
-        f"{len(ids)} examples x {len(found)} layers: relative difference to a loop at most {worst:.1e}"
+        f"{len(examples)} examples x {len(computed)} layers: "
+        f"relative difference to a loop at most {worst:.1e}"
     )
     if not worst < 1e-4:
         raise RuntimeError(
-            f"per_example: expected a loop's gradients, got a relative difference of {worst:.1e}"
+            f"per_example: expected the gradients of a loop, "
+            f"got a relative difference of {worst:.1e}"
         )
-    norms = sum(core.flatten(1).square().sum(1) for core in found).sqrt()
-    for i in norms.topk(min(3, len(ids))).indices.tolist():
-        print(
-            f"gradient {norms[i]:.3f}, labelled {'positive' if labels[i] else 'negative'}: {examples[i][0]}"
-        )
+    norms = sum(gradient.flatten(1).square().sum(1) for gradient in computed).sqrt()
+    for i in norms.topk(min(3, len(examples))).indices.tolist():
+        label = "positive" if examples[i].label else "negative"
+        print(f"gradient {norms[i]:.3f}, labelled {label}: {examples[i].text}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 from .experts import LoTRExperts, lotr_grouped_linear
 from .factors import LoTRFactor, LoTRFactors
-from .files import load_adapter, save_adapter
+from .files import load_adapter, push_to_hub, save_adapter
 from .functional import lotr_linear
 from .layers import LoTRConv1D, LoTRLinear
 from .merging import merge, unmerge
@@ -39,6 +39,7 @@ __all__ = [
     "lotr_parameters",
     "merge",
     "parameter_groups",
+    "push_to_hub",
     "save_adapter",
     "trainable_summary",
     "unload",

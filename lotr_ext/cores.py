@@ -230,7 +230,8 @@ class FewCores(Cores):
 
     def make(self, index: int) -> Tensor:
         numbers = self.numbers[index if len(self.numbers) > 1 else 0]
-        return (numbers @ self.random.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
+        random = self.random.to(numbers.dtype)  # FSDP2 casts parameters, not buffers
+        return (numbers @ random.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
 
 
 FORMS: dict[str, Callable[..., Cores]] = {

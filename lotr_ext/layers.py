@@ -23,6 +23,7 @@ from .core.operators import accumulate_dtype
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactor, LoTRFactors, Scaling, factors_for, scaling_of
 from .functional import check_dtype, check_input, check_probability
+from .sharded_tensors import is_in_fsdp1, is_sharded
 
 __all__ = ["LoTRConv1D", "LoTRLayer", "LoTRLinear"]
 
@@ -54,12 +55,14 @@ class LoTRLayer(nn.Module):
         scaling: s.
         dropout: The probability of dropping an element of the adapter's x in training.
         merged: Whether the weight contains the adapter.
+        num_experts: 0, or the number of experts that have a core in this layer.
     """
 
     core = _CoreAttribute()
     in_features: int
     out_features: int
     factors: LoTRFactors
+    num_experts = 0
     # With init "svd", the core that was subtracted from the weight. Not in state_dict.
     start_core: Tensor | None
     # The weight before a merge. Not in state_dict.
@@ -187,8 +190,7 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        cores, index = state(input)
-        return self._with_adapter(input, cores, index)
+        return self._with_adapter(input, state.cores, state.index_of(input))
 
     def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
         """Computes the base and the adapter. Overridden if the base computes x W^T itself.
@@ -244,6 +246,10 @@ class LoTRLayer(nn.Module):
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
         return nnf.linear(x, self.matrix(), self.bias)
+
+    def called_module(self) -> nn.Module:
+        """Returns the module whose forward computes this layer."""
+        return self
 
     def matrix(self) -> Tensor:
         """Returns W [out_features, in_features], a view of the weight."""
@@ -571,9 +577,8 @@ def check_plain(module: nn.Module, caller: str) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
             f"prune.remove)."
         )
-    is_fsdp1 = getattr(module, "_is_fsdp_managed_module", False)
-    is_zero3 = hasattr(weight, "ds_id")
-    if type(weight) is not nn.Parameter or is_fsdp1 or is_zero3:
+    is_sharded_here = is_sharded(weight) or is_in_fsdp1(module)
+    if type(weight) is not nn.Parameter or is_sharded_here:
         raise TypeError(
             f"{caller}: expected a full, plain weight, got {type(weight).__name__}, sharded or in "
             f"another format. Save the adapter, and load it onto the model in one process."

@@ -29,13 +29,13 @@ from .config import LoTRConfig, place_of
 from .core import fallback
 from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
-from .experts import adapt_parameter, release
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import check_layers_are_called, check_optimizer, watch
 from .init import START, directions_of_gradients, fill_core_, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select, with_head
+from .transformers_experts import adapt_parameter
 from .wrapped import adapt
 
 __all__ = [
@@ -282,7 +282,7 @@ def init_from_gradient(
     layers = adapted_layers(model)
     expect_unmerged(layers, "init_from_gradient")
     for name, layer in layers.items():
-        if hasattr(layer, "num_experts"):
+        if layer.num_experts:
             raise TypeError(
                 f"model: expected linear layers for a start from the gradient, got experts in {name!r}"
             )
@@ -310,7 +310,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():
-        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "host"):
+        if type(layer).to_base is LoTRLayer.to_base:
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )
@@ -326,11 +326,7 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """`unload` once nothing more can be refused."""
     if hasattr(model, "lotr_tasks"):
         model.lotr_tasks.remove_hooks()
-    for host in {
-        id(layer.host): layer.host for layer in layers.values() if hasattr(layer, "host")
-    }.values():
-        release(host)
-    bases = {id(layer): layer.to_base() for layer in layers.values() if not hasattr(layer, "host")}
+    bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain one
         return bases[id(model)]

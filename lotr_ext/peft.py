@@ -47,10 +47,12 @@ from .config import LoTRConfig, check_names, place_of
 from .core import dispatch, fallback
 from .core.operators import DTYPES, accumulate_dtype
 from .factors import LoTRFactors
-from .files import config_of_version_1, expect_names
 from .init import fill_core_
 from .layers import features, is_conv1d
 from .model import cores_of, pair_of
+from .old_files import config_of_version_1
+from .sharded_tensors import is_sharded
+from .storage import expect_names
 from .targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
 from .wrapped import LoTRWrapped, layer_class, mergeable
 
@@ -683,10 +685,11 @@ class LoTRPeftModel(BaseTuner):
             if ours.search(key) or key.endswith(".bias")
         }
         for key, tensor in found.items():
-            if 0 in tensor.shape or hasattr(tensor, "placements"):
+            if 0 in tensor.shape or is_sharded(tensor):
                 raise RuntimeError(
-                    f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}, held in parts. Gather "
-                    f"a sharded model first, as accelerate's get_state_dict does, and pass the result as state_dict."
+                    f"save_pretrained: expected full tensors, got {key} of shape "
+                    f"{list(tensor.shape)}, sharded. Gather a sharded model first, as accelerate's "
+                    f"get_state_dict does, and pass the result as state_dict."
                 )
         return found
 

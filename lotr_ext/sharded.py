@@ -1,8 +1,11 @@
 """Models that several processes train: DistributedDataParallel, FSDP2 and DeepSpeed's ZeRO.
 
-Each process adds its layers' gradients of A and of B into one sum, and autograd sees each sum once a backward, so training in
-several processes reduces A once and B once a step. Under FSDP2 and ZeRO-3 a process holds only a part of a tensor:
-`save_adapter` and `load_adapter` here gather whole tensors for the file and distribute them again.
+Each process adds its layers' gradients of A and of B into one sum, and autograd sees each sum once
+per backward, so training in several processes reduces A once and B once per step. Under FSDP2 and
+ZeRO-3 a process holds only a shard of each tensor. `save_adapter` and `load_adapter` here gather
+full tensors for the file and shard them again.
+
+Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
 
 from __future__ import annotations
@@ -12,24 +15,34 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import files
 from .factors import LoTRFactor
+from .files import AdapterState, Strictness
+from .sharded_tensors import copy_full, full_tensor, imported_class
+from .storage import checked_path
 
-__all__ = ["load_adapter", "save_adapter", "shard_factors"]
+__all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard_factors(model: Model, **options: Any) -> Model:
-    """Shards A and B of an adapted model with FSDP2. Call it before `fully_shard` of the blocks and of the model.
+    """Shards A and B of an adapted model with FSDP2.
 
-    Each factor is gathered by itself, around the calls that read it, and stays gathered until the backward has ended: one
-    gather a factor and step instead of one a layer. options: as for torch's `fully_shard` (mesh, mp_policy, ..).
+    Call it before `fully_shard` of the blocks and of the model. Each factor is gathered separately,
+    around the calls that read it, and stays gathered until the backward has ended: one gather per
+    factor and step instead of one per layer.
+
+    Args:
+        model: The adapted model.
+        options: As for torch's `fully_shard` (mesh, mp_policy, ..).
+
+    Returns:
+        The same model.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -40,148 +53,133 @@ def shard_factors(model: Model, **options: Any) -> Model:
 
 
 def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
-    """`lotr_ext.save_adapter` of a model that several processes hold, whole or in parts. All processes must call it.
+    """Writes the adapter of a model that several processes train, sharded or not.
 
-    They gather the tensors, process 0 writes, and all wait for it. model: with its wrapper (DistributedDataParallel,
-    DeepSpeed's engine, FSDP2's model).
+    All processes must call it. They gather the tensors, process 0 writes, and all wait for it.
 
-    Raises as `lotr_ext.save_adapter`; RuntimeError in all other processes if one of them fails.
+    Args:
+        model: With its wrapper: DistributedDataParallel, DeepSpeed's engine, FSDP2's model.
+        directory: As for `lotr_ext.save_adapter`, as are errors and warnings.
+
+    Raises:
+        RuntimeError: In all other processes if one of them fails.
     """
-    inner, path = unwrapped(model), files.checked_path(directory, "directory")
+    inner = unwrapped(model)
+    path = checked_path(directory, "directory")
     _reshard(inner)
-    document, tensors = files.contents(inner, whole)
+    state = AdapterState.from_model(inner, full_tensor)
+    files.warn_of_unsaved(inner)
 
     def write() -> None:
-        if _processes() == 1 or dist.get_rank() == 0:
-            files.write(path, document, tensors)
+        if _process_count() == 1 or dist.get_rank() == 0:
+            state.write(path)
 
-    files.warn_of_unsaved(inner)
-    _agreed("save_adapter", write)
+    _in_agreement("save_adapter", write)
 
 
-def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
-    """`lotr_ext.load_adapter` into a model that several processes hold, whole or in parts. All processes must call it.
+def load_adapter(
+    model: Model,
+    directory: str | PathLike[str],
+    *,
+    cast: bool = False,
+    strict: Strictness = "targets",
+) -> Model:
+    """Loads an adapter into a model that several processes train, sharded or not.
 
-    A model in parts must be adapted already, because its parameters are sharded after `apply_lotr`. Each process reads the
-    directory. A ZeRO optimizer's float32 copies of half-precision parameters are set, too.
+    All processes must call it, and each of them reads the directory. The float32 copies that a ZeRO
+    optimizer has of half-precision parameters are set, too.
 
-    Raises as `lotr_ext.load_adapter`; RuntimeError in all other processes if one of them fails.
+    Args:
+        model: With its wrapper. A sharded model must be adapted already, because its parameters are
+            sharded after `apply_lotr`.
+        directory: As for `lotr_ext.load_adapter`, as are cast, strict, errors and warnings.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: In all other processes if one of them cannot read the directory.
     """
-    inner, path = unwrapped(model), files.checked_path(directory, "directory")
-    document, tensors = _agreed("load_adapter", lambda: files.read(path))
+    inner = unwrapped(model)
+    state = _in_agreement("load_adapter", lambda: AdapterState.read(files.local_folder(directory)))
     _reshard(inner)
-    files.load_into(inner, document, tensors, cast=cast, write_=_write)
+    state.load_into(inner, cast=cast, strict=strict, gather=full_tensor, copy=_copy)
     return model
 
 
-# ---- tensors in parts ------------------------------------------------------------------------------------------------
-
-
-def _class(module: str, name: str) -> type | tuple[()]:
-    """A class of a module that was imported, otherwise (): then no object is of this class, and the import would take a
-    second."""
-    return getattr(sys.modules.get(module), name, ())
+def _copy(target: Tensor, value: Tensor) -> None:
+    copy_full(target, value)
+    _update_master(target)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile and DeepSpeed's engine."""
-    return files.unwrapped(model, _class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
+    """Takes a model out of DistributedDataParallel, torch.compile and DeepSpeed's engine."""
+    return files.unwrapped(model, imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
 
 
 def _reshard(model: nn.Module) -> None:
-    """Frees the tensors that FSDP2 gathered for a forward, so that the parameters are the optimizer's parts again."""
-    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
+    """Frees the full tensors that FSDP2 gathered for a forward.
+
+    The parameters are then the shards that the optimizer updates.
+    """
+    fsdp = imported_class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):
             module.reshard()
 
 
-def _zero_gathered(tensor: Tensor, modifier_rank: int | None = None) -> Any:
-    import deepspeed
+def _update_master(parameter: Tensor) -> None:
+    """Copies a parameter into the float32 copy of a ZeRO optimizer.
 
-    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=modifier_rank)
-
-
-@torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor or of a parameter of ZeRO-3, which all processes gather together; any other tensor as it is."""
-    if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
-        with _zero_gathered(tensor):
-            return tensor.detach().clone()
-    return (
-        tensor.full_tensor()
-        if isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
-        else tensor
-    )
-
-
-@torch.no_grad()
-def _write(target: Tensor, value: Tensor) -> None:
-    """Writes a whole value, which all processes have, into a tensor, or into this process's part of it."""
-    if hasattr(target, "ds_id"):
-        with _zero_gathered(target, modifier_rank=0):
-            target.data.copy_(value)
-    elif isinstance(target, _class("torch.distributed.tensor", "DTensor")):
-        from torch.distributed.tensor import distribute_tensor
-
-        given = value.to(target.device, target.dtype)
-        target.copy_(
-            distribute_tensor(given, target.device_mesh, target.placements, src_data_rank=None)
-        )
-    else:
-        target.copy_(value)
-    _write_master(target)
-
-
-def _write_master(parameter: Tensor) -> None:
-    """Writes a parameter's new value into the float32 copy of a ZeRO optimizer, whose next step would restore the old one."""
-    if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
+    The optimizer's next step would restore the old value from its copy.
+    """
+    fragments = sys.modules.get("deepspeed.utils.tensor_fragment")
+    if fragments is None:
         return
-    if (
-        hasattr(parameter, "_z3_optimizer") and parameter.requires_grad
-    ):  # this process's part: nothing is sent
-        get, put, value = (
-            fragments.safe_get_local_fp32_param,
-            fragments.safe_set_local_fp32_param,
-            parameter.ds_tensor,
-        )
+    if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:
+        # the shard of this process: nothing is sent
+        get, put = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param
+        value = parameter.ds_tensor
     elif hasattr(parameter, "_hp_mapping"):
-        get, put, value = (
-            fragments.safe_get_full_fp32_param,
-            fragments.safe_set_full_fp32_param,
-            parameter,
-        )
+        get, put = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param
+        value = parameter
     else:
         return
-    if (master := get(parameter)) is not None:
+    master = get(parameter)
+    if master is not None:
         put(parameter, value.detach().float().view_as(master))
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
-def _processes() -> int:
+def _process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _agreed(where: str, work: Callable[[], T]) -> T:
-    """Runs work() in every process. If it fails in one process it fails in all, so that no process waits for a failed one."""
-    if _processes() == 1:
+def _in_agreement(where: str, work: Callable[[], T]) -> T:
+    """Runs work() in every process. If one process fails, all fail, so none waits for a failed one.
+
+    Raises:
+        RuntimeError: If another process fails.
+    """
+    if _process_count() == 1:
         return work()
-    result, error = None, None
+    result = None
+    error = None
     try:
         result = work()
-    except (
-        BaseException
-    ) as caught:  # also KeyboardInterrupt: the other processes wait for an answer
+    except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer
         error = caught
-    failures: list[str | None] = [None] * _processes()
-    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+    failures: list[str | None] = [None] * _process_count()
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(failures, failure)
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
             raise RuntimeError(
-                f"{where}: expected all processes to succeed, got an error in process {rank}: {failure}"
+                f"{where}: expected all processes to succeed, got an error in process {rank}: "
+                f"{failure}"
             )
     return result

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
-from .experts import CHILD, expert_sizes, why_not
 from .layers import LoTRLayer, features, is_conv1d
+from .sharded_tensors import is_dtensor, is_fsdp
+from .transformers_experts import CHILD, expert_sizes, why_not
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
 __all__ = [
@@ -183,7 +184,7 @@ def check_layer(
         raise ValueError(
             f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}"
         )
-    if _has_class(getattr(module, "weight", None), "DTensor"):
+    if is_dtensor(getattr(module, "weight", None)):
         raise TypeError(
             f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
             f"adapt the whole model, or leave this layer out."
@@ -262,7 +263,7 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
         if not _matches(name, config.modules_to_save):
             continue
         for own, p in module.named_parameters():
-            if not (type(p) is nn.Parameter or _has_class(p, "DTensor")) or p.dtype.itemsize < 2:
+            if not (type(p) is nn.Parameter or is_dtensor(p)) or p.dtype.itemsize < 2:
                 raise ValueError(
                     f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised"
                 )
@@ -318,7 +319,7 @@ def _check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"model: expected the plain model, before it is wrapped or compiled, got {kind}"
             )
-        if _has_class(module, "FSDPModule", "FullyShardedDataParallel"):
+        if is_fsdp(module):
             raise TypeError(
                 f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it."
             )

@@ -11,10 +11,10 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from torch.utils.hooks import RemovableHandle
 from .adapted import adapted_layers, attach, expect_unmerged
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
-from .experts import CHILD
 from .factors import LoTRFactor
-from .files import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
+from .storage import checked_path, checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
+from .transformers_experts import CHILD
 
 __all__ = ["TaskBank", "use_tasks"]
 
@@ -83,7 +83,7 @@ class TaskBank(nn.Module):
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         attach(model, "lotr_tasks", self)
         called = {
-            id(m): m for m in (getattr(layer, "host", layer) for layer in layers.values())
+            id(m): m for m in (layer.called_module() for layer in layers.values())
         }  # a host calls its experts
         self._hooks += [
             module.register_forward_pre_hook(_refuse_without_request) for module in called.values()
@@ -213,12 +213,21 @@ class TaskBank(nn.Module):
         return tensors
 
     def _metadata(self) -> dict[str, str]:
-        """A file's metadata: the layers' scaling (a list if layers differ), and a checksum of the factors' values."""
-        scaling = (
-            repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
-        )
-        factors = checksum((part, factor.value) for part, factor in self._factors)
-        return FORMAT | {"scaling": scaling, "factors": factors}
+        factors = [(part, factor.value) for part, factor in self._factors]
+        return task_metadata(factors, self._scalings)
+
+
+def task_metadata(
+    factors: Iterable[tuple[str, Tensor]], scalings: Sequence[float]
+) -> dict[str, str]:
+    """The metadata of a task's file.
+
+    Args:
+        factors: ("A" or "B", its value), in the order of the groups' names.
+        scalings: of each layer. The file has one number if they are equal, else a list.
+    """
+    scaling = repr(scalings[0]) if len(set(scalings)) == 1 else json.dumps(list(scalings))
+    return FORMAT | {"scaling": scaling, "factors": checksum(factors)}
 
 
 def _in_order(
@@ -265,11 +274,10 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         )
     expect_unmerged(layers, "use_tasks")
     _check_index(model, bank, index)
-    request = _Request(
-        index, flat or any(hasattr(layer, "num_experts") for layer in layers.values())
-    )
+    request = _Request(index, flat or any(layer.num_experts for layer in layers.values()))
     states = {
-        layer: request.state(core) for layer, core in zip(layers.values(), bank.cores, strict=True)
+        layer: _LayerTasks(cores, request)
+        for layer, cores in zip(layers.values(), bank.cores, strict=True)
     }
     with open_request(states if isinstance(model, LoTRLayer) else {model: request, **states}):
         yield model
@@ -294,6 +302,16 @@ def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
             )
 
 
+class _LayerTasks(NamedTuple):
+    """The state of a layer in an open `use_tasks`, a `TaskState`."""
+
+    cores: Tensor
+    request: _Request
+
+    def index_of(self, x: Tensor) -> Tensor:
+        return self.request.index_of(x)
+
+
 class _Request:
     """What an open `use_tasks` tells the layers: the index of each input. columns: (tokens in the cache, tokens given) of the
     running forward, if it has a cache; cached: whether a forward in this context had one."""
@@ -303,10 +321,6 @@ class _Request:
         self.on_device = {index.device: index}
         self.columns: tuple[int, int] | None = None
         self.cached = False
-
-    def state(self, cores: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A layer's state: from its input x to its cores and the index of x's rows, or tokens."""
-        return lambda x: (cores, self.index_of(x))
 
     def index_of(self, x: Tensor) -> Tensor:
         """The index of x: [b] of x [b, .., k], [b, tokens] of x [b, tokens, .., k], or [m] of a flat x [m, k]."""

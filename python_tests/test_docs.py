@@ -144,7 +144,7 @@ def test_every_command_exists(command):
     elif words[0] == "pip":
         program, words = ["-m", "pip", words[1]], words[2:]
     elif words[:3] == ["python", "-m", "lotr_ext.convert"]:
-        assert importlib.import_module("lotr_ext.convert").parser().parse_args(words[3:])
+        assert importlib.import_module("lotr_ext.convert.__main__").parser().parse_args(words[3:])
         return
     else:
         assert words[0].endswith("python"), command

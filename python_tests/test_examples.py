@@ -81,7 +81,7 @@ def test_an_example_runs(program, language, tmp_path):
     assert all(word in shown for word in words), shown[-3000:]
     if program == "finetune_text":
         runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
-        trained = {run["method"]: run["trained numbers"] for run in runs}
+        trained = {run["method"]: run["trained parameters"] for run in runs}
         assert trained == {"head only": 770, "LoTR": 16130, "LoRA (PEFT)": 148226}
 
 

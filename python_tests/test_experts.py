@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import worst
+import zoo
+from helpers import relative, worst
+from models import trained
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRExperts, LoTRFactors, LoTRLinear, lotr_grouped_linear
+from lotr_ext import (
+    LoTRConfig,
+    LoTRExperts,
+    LoTRFactors,
+    LoTRLinear,
+    apply_lotr,
+    lotr_grouped_linear,
+)
+from lotr_ext.adapted import adapted_layers
 from lotr_ext.core.request import ADAPTER_OFF, open_request
 
 E, K, N, R, M, ROWS, S = 5, 16, 20, (3, 4), 30, 50, 0.7
 OFFS = [7, 7, 21, 40, 44]  # an expert without rows, and six rows without an expert
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class Tasks(NamedTuple):
+    """The state of a layer in a request."""
+
+    cores: Tensor
+    index: Tensor
+
+    def index_of(self, x: Tensor) -> Tensor:
+        return self.index
 
 
 def truth(
@@ -126,7 +152,7 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
         tensors |= {"factors.A.value": A, "factors.B.value": B}
         state = {}
         if tasks:
-            state = {experts: lambda x: (cores, given["core_index"])}
+            state = {experts: Tasks(cores, given["core_index"])}
         else:
             tensors["core"] = cores
         offs = torch.tensor(OFFS, dtype=torch.int32)
@@ -231,7 +257,7 @@ def test_module_off_and_with_tasks_of_a_request() -> None:
             )
             < 1e-12
         )
-    with open_request({experts: lambda x: (cores, tasks)}):
+    with open_request({experts: Tasks(cores, tasks)}):
         assert (
             worst(
                 [experts(x, offs, tokens)],
@@ -282,3 +308,160 @@ def test_bad_input_is_refused_by_name(name: str, change: dict, error: type[Excep
         if name == "core_index" and "cores" not in change:
             good["cores"] = torch.zeros(2, E, *R)
         lotr_grouped_linear(**{**good, **change})
+
+
+# ---- experts classes of transformers -------------------------------------------------------------
+
+HIDDEN, INNER, TOP_K = 8, 6, 2
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "gated": {"has_gate": True},
+    "ungated": {"has_gate": False},
+    "transposed, with biases": {"has_gate": True, "is_transposed": True, "has_bias": True},
+    "norm": {"has_gate": True, "has_post_expert_norm": True},
+}
+
+
+class ExpertsLoop(nn.Module):
+    """Experts in plain PyTorch, one token and one expert at a time."""
+
+    def __init__(self, config: object, layout: dict[str, bool]):
+        super().__init__()
+        self.num_experts = E
+        has_gate = layout["has_gate"]
+        columns = 2 * INNER if has_gate else INNER
+        shapes = {
+            "gate_up_proj" if has_gate else "up_proj": (columns, HIDDEN),
+            "down_proj": (HIDDEN, INNER),
+        }
+        for name, (n, k) in shapes.items():
+            shape = (k, n) if layout.get("is_transposed") else (n, k)
+            self.register_parameter(name, nn.Parameter(torch.randn(E, *shape)))
+            if layout.get("has_bias"):
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(E, n)))
+        self.act_fn = nn.SiLU()
+        self.post_expert_norm = nn.LayerNorm(HIDDEN)
+
+    def _matrix(self, name: str, expert: int) -> Tensor:
+        weight = getattr(self, name)[expert]
+        return weight.T if self.is_transposed else weight
+
+    def _bias(self, name: str, expert: int) -> Tensor | None:
+        return getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        result = torch.zeros_like(hidden_states)
+        for token, (experts, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights)):
+            for expert, weight in zip(experts, weights):
+                y = nn.functional.linear(
+                    hidden_states[token], self._matrix(first, expert), self._bias(first, expert)
+                )
+                if self.has_gate:
+                    gate, up = y.chunk(2)
+                    y = self.act_fn(gate) * up
+                else:
+                    y = self.act_fn(y)
+                y = nn.functional.linear(
+                    y, self._matrix("down_proj", expert), self._bias("down_proj", expert)
+                )
+                if self.has_post_expert_norm:
+                    y = self.post_expert_norm(y)
+                result[token] += weight * y
+        return result
+
+
+def experts_of(layout: str) -> nn.Module:
+    """A model whose class of experts transformers has decorated, as its own models' classes."""
+    from transformers import PreTrainedConfig
+    from transformers.integrations.moe import use_experts_implementation
+
+    options = LAYOUTS[layout]
+
+    @use_experts_implementation(**options)
+    class Experts(ExpertsLoop):
+        def __init__(self, config: object):
+            super().__init__(config, options)
+
+        def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return super().forward(hidden, index, weights)
+
+    config = PreTrainedConfig()
+    config._experts_implementation = "eager"
+    return nn.ModuleDict({"experts": Experts(config)}).double()
+
+
+def routed(m: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the experts of each token, and their weights."""
+    hidden = torch.randn(m, HIDDEN, dtype=torch.float64)
+    weights, index = torch.rand(m, E, dtype=torch.float64).topk(TOP_K)
+    return hidden, index, weights
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with random cores for both of its parameters."""
+    names = [name for name in dict(model.named_parameters()) if name.endswith("_proj")]
+    config = LoTRConfig(rank=R, scaling=S, target_parameters=names, adapter_dtype=torch.float64)
+    for layer in adapted_layers(apply_lotr(model, config)).values():
+        nn.init.normal_(layer.core)
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_of_transformers_equal_their_loop(layout: str) -> None:
+    """The adapted forward and its gradients are those of the class with s B G^T A^T added."""
+    plain = experts_of(layout)
+    model = adapted(copy.deepcopy(plain))
+    inputs = routed()
+    layers = adapted_layers(model)
+    leaves = [p for layer in layers.values() for p in layer.adapter_parameters()]
+    weights = dict(plain.named_parameters())
+    for name, layer in layers.items():
+        delta = S * layer.factors.B.value @ layer.core.mT @ layer.factors.A.value.T
+        key = name.replace(".lotr", "")
+        is_transposed = LAYOUTS[layout].get("is_transposed")
+        weights[key] = weights[key].detach() + (delta.mT if is_transposed else delta)
+    y = model["experts"](*inputs)
+    call = torch.func.functional_call
+    want = call(
+        plain["experts"], {k.removeprefix("experts."): w for k, w in weights.items()}, inputs
+    )
+    g = torch.randn_like(y)
+    assert relative(y, want) < 1e-12
+    expected = torch.autograd.grad(want, leaves, g)
+    assert worst(torch.autograd.grad(y, leaves, g), expected) < 1e-12
+
+
+def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:
+    """They are cast to the weights' dtype, and the result has their dtype."""
+    model = adapted(experts_of("gated"))
+    hidden, index, weights = routed()
+    want = model["experts"](hidden, index, weights)
+    y = model["experts"](hidden.float(), index, weights.float())
+    assert y.dtype == torch.float32
+    assert relative(y, want) < 1e-6
+
+
+def test_a_pickled_mixture_is_adapted_in_a_new_process(tmp_path: Path) -> None:
+    model = trained("mixture")
+    x = zoo.inputs("mixture")
+    torch.save(model, tmp_path / "model.pt")
+    save_file({"x": x, "y": zoo.output(model, x).detach()}, tmp_path / "expected.safetensors")
+    program = (
+        "import sys, torch, zoo\n"
+        "from safetensors.torch import load_file\n"
+        "expected = load_file(sys.argv[2])\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.equal(zoo.output(model, expected['x']), expected['y'])\n"
+    )
+    command = [sys.executable, "-c", program, "model.pt", "expected.safetensors"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+
+def test_mixed_meta_tensors_are_refused() -> None:
+    """The fake kernels would return memory that was never written."""
+    x, weight, offs = torch.ones(3, K), torch.ones(E, N, K), torch.zeros(E, dtype=torch.int32)
+    for arguments in ((x, weight.to("meta"), offs), (x.to("meta"), weight, offs)):
+        with pytest.raises(RuntimeError, match="expected the device of the first tensor"):
+            torch.ops.lotr.grouped_mm(*arguments)
+    with pytest.raises(RuntimeError, match="expected the device of the first tensor"):
+        torch.ops.lotr.grouped_outer(torch.ones(3, N), x.to("meta"), offs)

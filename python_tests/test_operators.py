@@ -665,17 +665,6 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         opcheck(operator(name), given, **loose)
 
 
-@pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize("name", ["grouped_mm", "grouped_outer"])
-def test_a_meta_tensor_with_real_ones_is_refused(name: str, place: int) -> None:
-    """The operators in C++ are in test_bad_input.py."""
-    (given,) = arguments(name)
-    mixed = [a.to("meta") if i == place else a for i, a in enumerate(given)]
-    argument = SCHEMAS[name].arguments[max(place, 1)].name
-    with pytest.raises(RuntimeError, match=f"lotr::{name}: {argument}: expected the device of"):
-        operator(name)(*mixed)
-
-
 def test_expand_add_bumps_the_version_counter() -> None:
     """Else a backward that saved y before would silently use the new values."""
     y, u, F, *_ = arguments("expand_add_")[0]

@@ -391,9 +391,15 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
     ):  # PEFT's, where its base class reads the file
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
-    for scaling, want in (("auto", 32.0), (0.5, 0.5)):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(content | {"scaling": scaling}))
-        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == want
+    # "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal"
+    for settings, want in (
+        ({"scaling": "auto"}, 32.0),
+        ({"scaling": 0.5}, 0.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
+        ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content | settings))
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(want)
     for other in (
         {"magnitude": True, "use_dora": True},
         {"target_parameters": ["experts.down_proj"]},
@@ -430,7 +436,7 @@ def test_tensors_in_parts_are_not_saved(tmp_path: Path) -> None:
     model, _ = tuned("siblings")
     state = {key: t[:0] if "lotr_factors" in key else t for key, t in model.state_dict().items()}
     with pytest.raises(
-        RuntimeError, match=r"save_pretrained: expected whole tensors, got base_model.lotr_factors"
+        RuntimeError, match=r"save_pretrained: expected full tensors, got base_model.lotr_factors"
     ):
         model.save_pretrained(tmp_path, state_dict=state)
 

@@ -8,6 +8,8 @@
        |
        +-- otherwise ----------> run_nodes -- choose_plan -- the autograd nodes on our operators
 
+    grouped_linear   the same for the rows of a mixture of experts, onto the grouped base product
+
 Arguments are not checked here (functional.py and layers.py check them).
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
-from . import fallback, nodes
+from . import fallback, grouped, nodes
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
 from .nodes import BaseProduct, RowChoice
@@ -114,6 +116,62 @@ def linear(
         caches = Caches(FactorCache(), FactorCache())
     choice = None if index is None else RowChoice(fallback.rows_of(index, x))
     return run_nodes(x, weight, bias, A, B, core, scaling, p, base_output, choice, caches, layer)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    scaling: float,
+    p: float,
+    choice: RowChoice,
+    *,
+    caches: Caches | None = None,
+    layer: object = None,
+) -> Tensor:
+    """Computes y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((drop(x)_t(i) A) G_i) B^T [rows, n].
+
+    Rows past the last end are zero. There are no argument checks.
+
+    Args:
+        x: [m, k].
+        weight: [e, n, k].
+        bias: [e, n].
+        offs: Where the rows of each expert end [e] (int32).
+        A: [k, r_in].
+        B: [n, r_out].
+        cores: [c, r_in, r_out].
+        scaling: s.
+        p: The probability of dropping an element of the adapter's x.
+        choice: The core G_i and the token t(i) of each row.
+        caches: See `linear`, as for layer.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        weight = weight.to(dtype)
+        bias = _cast(bias, dtype)
+        x = x.to(dtype) if caches is None else caches.A.cast(x, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return grouped_linear(
+                x, weight, bias, offs, A, B, cores, scaling, p, choice, caches=caches, layer=layer
+            )
+    x_rows = x if choice.tokens is None else x[choice.tokens]
+    y = grouped.linear(x_rows, weight, bias, offs)
+    if (
+        torch.compiler.is_compiling()
+        or fallback_reason(x, None, A, B, cores, base_output=y) is not None
+    ):
+        index = choice.index
+        if index is None:
+            index = fallback.cores_of_groups(choice.offs, len(y), len(cores))
+        return fallback.grouped_layer(x, y, A, B, cores, scaling, p, index, choice.tokens)
+    if caches is None:
+        caches = Caches(FactorCache(), FactorCache())
+    return run_nodes(x, None, None, A, B, cores, scaling, p, y, choice, caches, layer)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

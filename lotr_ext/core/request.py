@@ -13,13 +13,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import _torch_private as private
 
 ADAPTER_OFF = "off"  # the state of a layer whose adapter is disabled
+
+
+class TaskState(Protocol):
+    """The state of a layer whose rows use the cores of tasks.
+
+    Attributes:
+        cores: [tasks, r_in, r_out], for experts [tasks, e, r_in, r_out].
+    """
+
+    cores: Tensor
+
+    def index_of(self, x: Tensor) -> Tensor:
+        """Returns the task of each row, or each token, of an input x, -1 for none."""
+
 
 _KEY = "lotr"  # in torch's thread-local dictionary
 

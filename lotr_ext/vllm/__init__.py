@@ -30,18 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import CONFIG_NAME, bank_of, put_folder
-from ..files import (
-    checked_path,
-    checksum,
-    contents,
-    expect_names,
-    json_in,
-    read,
-    save_adapter,
-    start_key,
-    tensors_in,
-)
+from ..convert.lora import CONFIG_NAME, put_folder
+from ..convert.to_lora import bank_of
+from ..files import AdapterState, LayerEntry, save_adapter
+from ..old_files import start_key
+from ..storage import checked_path, checksum, expect_names, json_in, tensors_in
 
 __all__ = ["export_factors", "export_task", "register"]
 
@@ -77,34 +70,41 @@ class Factors:
         return found
 
 
-def factors_of(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Factors:
-    """The factors of an adapter (`lotr_ext.files.contents`). Raises ValueError for one that the engine cannot split into
-    factors and cores."""
+def factors_of(adapter: AdapterState, where: str) -> Factors:
+    """Returns the factors of an adapter.
+
+    Raises:
+        ValueError: If the engine cannot split it into factors and cores.
+    """
     names: dict[str, str] = {}
     layers = {}
-    for name, entry in sorted(document["layers"].items()):
-        if entry["experts"]:
+    for name, entry in sorted(adapter.layers.items()):
+        if entry.experts:
             raise ValueError(
                 f"{where}: expected adapted linear layers, got experts in {name!r}. lotr_ext.convert.export_lora writes them "
                 f"for vLLM's own LoRA."
             )
-        if start_key(entry["A"]) in tensors:
+        if start_key(entry.A) in adapter.tensors:
             raise ValueError(
                 f"{where}: expected an adapter that changes no base weight, got init 'svd' in {name!r}. "
                 f"lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice the rank."
             )
-        layers[name] = tuple(names.setdefault(entry[part], f"{part}{len(names)}") for part in "AB")
-    if saved := document["modules_to_save"]:
+        A = names.setdefault(entry.A, f"A{len(names)}")
+        B = names.setdefault(entry.B, f"B{len(names)}")
+        layers[name] = (A, B)
+    if adapter.modules_to_save:
         raise ValueError(
-            f"{where}: expected an adapter without modules_to_save, got {', '.join(saved)}"
+            f"{where}: expected an adapter without modules_to_save, got "
+            f"{', '.join(adapter.modules_to_save)}"
         )
-    return Factors(layers, {own: tensors[key].detach() for key, own in names.items()})
+    tensors = {new_name: adapter.tensors[key].detach() for key, new_name in names.items()}
+    return Factors(layers, tensors)
 
 
 def read_factors(directory: str | PathLike[str]) -> Factors:
     """The factors in a folder of `save_adapter`. Raises ValueError: no such folder, or an adapter that the engine cannot
     hold."""
-    return factors_of(*read(checked_path(directory, "LOTR_FACTORS")), "LOTR_FACTORS")
+    return factors_of(AdapterState.read(checked_path(directory, "LOTR_FACTORS")), "LOTR_FACTORS")
 
 
 def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
@@ -112,7 +112,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
     """
-    factors_of(*contents(model), "export_factors")
+    factors_of(AdapterState.from_model(model), "export_factors")
     save_adapter(model, directory)
 
 
@@ -135,11 +135,13 @@ def export_task(
     Raises RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
     cannot hold, or directory is a file.
     """
-    directory, (document, tensors) = checked_path(directory, "directory"), contents(model)
-    factors, layers = factors_of(document, tensors, "export_task"), document["layers"]
-    cores = tensors if task is None else bank_of(model).cores_of(task)
+    directory = checked_path(directory, "directory")
+    adapter = AdapterState.from_model(model)
+    factors = factors_of(adapter, "export_task")
+    layers: dict[str, LayerEntry] = adapter.layers
+    cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
     scaled = {
-        f"{name}.core": entry["scaling"] * cores[f"{name}.core"] for name, entry in layers.items()
+        f"{name}.core": entry.scaling * cores[f"{name}.core"] for name, entry in layers.items()
     }
     rank = max(max(factors.core_shape(name)) for name in layers)
     config: dict[str, Any] = {

@@ -1,0 +1,231 @@
+"""The rivals for a whole transformer: one frozen model, adapted by each method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .common import Case
+from .rivals import compiled, copied
+from .strategies import STRATEGIES, fused_obstacle, with_strategy
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The configuration of a model in transformers.
+
+    Attributes:
+        family: "encoder" or "causal-lm".
+        settings: the arguments of its configuration.
+        targets: the adapted layers.
+        batch: rows of a batch.
+        sequence: tokens of a row.
+        equal: the rank of a method at which it is nearest in size to LoTR ("-as-lotr") or LoRA
+            ("-as-lora") of rank 16.
+    """
+
+    family: str
+    settings: dict
+    targets: tuple[str, ...]
+    batch: int
+    sequence: int
+    equal: dict[str, int] = field(default_factory=dict)
+
+
+def _llama(
+    hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int
+) -> dict:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "num_key_value_heads": heads // heads_per_key,
+        "vocab_size": vocabulary,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    }
+
+
+def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": vocabulary,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+# Not the head, which is tied to the embeddings.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EQUAL = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
+MODELS = {
+    "smollm2-135m": Shape("causal-lm", _llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
+    "minilm": Shape("encoder", _bert(384, 6, 12, 30522), ("query", "value"), 16, 64, EQUAL),
+    "llama-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
+    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
+    "tiny-encoder": Shape("encoder", _bert(32, 2, 2, 100), ("query", "value"), 2, 8),
+}
+METHODS = (
+    "frozen",
+    "lora-peft",
+    "vera-peft",
+    "lotr-eager",
+    "lotr_ext",
+    "lora-peft-as-lotr",
+    "vera-peft-as-lotr",
+    "lotr_ext-as-lora",
+    "lotr_ext-core",
+    "lotr_ext-two_pass",
+    "lotr_ext-beta",
+    "lotr_ext-fused",
+    "lotr_ext-compiled",
+)
+# On a CPU the strategies are the same products in another order, and compiling takes minutes.
+ON_REQUEST = ("lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fused", "lotr_ext-compiled")
+
+
+def usual_methods(dtype: torch.dtype, device: str, rank: int) -> list[str]:
+    """The methods that are measured by default."""
+    usual = [method for method in METHODS if method not in ON_REQUEST]
+    if fused_obstacle(dtype, device, rank) is None:
+        usual.append("lotr_ext-fused")
+    return usual
+
+
+def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model of MODELS[name] with random weights, frozen.
+
+    The output of its embeddings requires a gradient, so that every method, and the frozen model as
+    well, goes backward through all layers.
+    """
+    import transformers
+
+    shape = MODELS[name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        if shape.family == "encoder":
+            config = transformers.BertConfig(**shape.settings)
+            model = transformers.BertModel(config, add_pooling_layer=False)
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.settings))
+    model = model.to(dtype).requires_grad_(False).train()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_()
+    )
+    return model
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A copy of the modules of base that uses the same parameter and buffer objects."""
+    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+
+
+class EagerLoTR(nn.Module):
+    """y = base(x) + ((x A) G) B^T as the original implementation computes it.
+
+    All layers of a shape share A and B.
+    """
+
+    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
+        super().__init__()
+        self.base = base
+        self.A = A
+        self.B = B
+        core = torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device)
+        self.core = nn.Parameter(core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
+
+
+def _random_factor(size: int, r: int, like: Tensor) -> nn.Parameter:
+    values = torch.randn(size, r, device=like.device).to(like.dtype)
+    return copied(values * size**-0.5)
+
+
+def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
+    """In the dtype of the weights: the original cannot mix dtypes."""
+    pairs: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] not in targets:
+            continue
+        size = (module.in_features, module.out_features)
+        if size not in pairs:
+            A = _random_factor(size[0], r, module.weight)
+            pairs[size] = (A, _random_factor(size[1], r, module.weight))
+        model.set_submodule(name, EagerLoTR(module, *pairs[size]))
+    return model
+
+
+def _our_lotr(model: nn.Module, targets: list[str], r: int, **settings: object) -> nn.Module:
+    from lotr_ext import LoTRConfig, apply_lotr
+
+    return apply_lotr(model, LoTRConfig(rank=r, scaling=1.0, target_modules=targets, **settings))
+
+
+def _peft_model(model: nn.Module, targets: list[str], r: int, method: str) -> nn.Module:
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    if method.startswith("vera"):
+        return get_peft_model(model, VeraConfig(r=r, target_modules=targets))
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=targets))
+
+
+def rank_of(method: str, case: Case) -> int | None:
+    """The rank of a method in a case, None if it is unknown.
+
+    At equal size it is known for the model's usual targets.
+    """
+    shape = MODELS[case["model"]]
+    if method.endswith(("-as-lotr", "-as-lora")):
+        is_usual = case["r"] == 16 and case["targets"] == ",".join(shape.targets)
+        return shape.equal.get(method) if is_usual else None
+    return 0 if method == "frozen" else case["r"]
+
+
+def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: int) -> nn.Module:
+    """A twin of base, adapted.
+
+    Raises:
+        ValueError: if the strategy in the method's name cannot run here.
+    """
+    model = twin(base)
+    targets = list(targets)
+    variant = method.partition("-")[2]
+    if method == "frozen":
+        return model
+    if method.startswith(("lora-peft", "vera-peft")):
+        return _peft_model(model, targets, rank, method)
+    if method == "lotr-eager":
+        return _eager_lotr(model, targets, rank)
+    if variant == "core":
+        return _our_lotr(model, targets, rank, train=("core",))
+    model = _our_lotr(model, targets, rank)
+    if variant == "compiled":
+        return compiled(model)
+    if variant in STRATEGIES:
+        weight = next(model.parameters())
+        model.forward = with_strategy(
+            variant, model.forward, weight.dtype, weight.device.type, rank
+        )
+    return model
+
+
+def our_layers_in(model: nn.Module) -> list[nn.Module]:
+    """The adapted layers, in order."""
+    from lotr_ext.layers import LoTRLayer
+
+    return [module for module in model.modules() if isinstance(module, LoTRLayer)]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,431 @@
+"""The command line of a measuring program: its cases, its rivals, its result file and tables.
+
+    cases -> build: a Group of rivals -> rounds -> rows into the file, as they come -> tables
+
+Nothing that was measured is lost. A rival that fails loses its column, a case that fails its rows,
+and a program that is ended keeps the rounds that it has measured. With --against, the lotr_ext of
+another checkout runs in turns with this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .common import (
+    DTYPES,
+    QUICK,
+    RESULTS,
+    ROOT,
+    Case,
+    case_table,
+    commit,
+    facts,
+    keep_memory,
+    listed,
+    machine,
+    named,
+    pivot,
+    read,
+    reason_of,
+    replace_rows,
+    seconds_text,
+    show,
+    slug,
+)
+from .timing import CLOCKS, Clock, GpuSamples, Group, Rounds, Times, interval, rows_of, with_sum
+
+DEVICE_LOST = 3  # exit status after a CUDA error: the process can use the GPU no more
+WRITE_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """One measuring program.
+
+    Attributes:
+        name: of its module in `bench`.
+        doc: what --help prints.
+        cases: the cases for some options, without dtype and threads.
+        build: the rivals of a case, only those of `options.rivals` if it is set.
+        form: the title of a case, as a format of its columns.
+        floor: the rival that the others are compared with.
+        rounds: how many, by default.
+        slice_s: about how many seconds one measurement of a rival takes.
+        dtypes: the default, the most important first.
+        compared: the rivals that --against compares.
+        is_pivoted: whether the program prints one table of all cases instead of one per case.
+        options: adds further options.
+    """
+
+    name: str
+    doc: str
+    cases: Callable[[argparse.Namespace], list[Case]]
+    build: Callable[[Case, argparse.Namespace], Group]
+    form: str
+    floor: str = "frozen"
+    rounds: int = 11
+    slice_s: float = 0.03
+    dtypes: str = "bf16,fp32"
+    compared: tuple[str, ...] = ()
+    is_pivoted: bool = False
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+    # ---- options ----
+
+    def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m bench.{self.name}",
+            description=self.doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add = parser.add_argument
+        add("--quick", action="store_true", help="few rounds of one case, into demo_results/bench")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        add("--device", choices=("cpu", "cuda"), default=device)
+        dtypes = f"some of {', '.join(DTYPES)} ({self.dtypes})"
+        add("--dtypes", type=listed, default=listed(self.dtypes), help=dtypes)
+        add("--threads", type=listed, default=["1"], help="CPU thread counts (1)")
+        add(
+            "--rounds", type=int, help=f"rounds of all rivals per case ({self.rounds}; against: 41)"
+        )
+        add("--clock", choices=CLOCKS, help="cpu (one CPU thread), wall (more), events (GPU)")
+        add("--rivals", type=listed, help="some of the rivals")
+        add("--from", type=int, default=1, dest="first", metavar="N", help="start with case N")
+        kernels = (
+            "exit with status 1 if a dtype would run PyTorch's products in place of our kernels"
+        )
+        add("--require-kernels", action="store_true", help=kernels)
+        add("--results", type=Path, help="folder for the results (bench/results/<machine>)")
+        add(
+            "--markdown",
+            action="store_true",
+            help="print the tables in Markdown, as docs have them",
+        )
+        shown = "print the tables of a result file, and measure nothing"
+        add("--show", type=Path, metavar="FILE", help=shown)
+        if self.compared:
+            against = "another built checkout, whose lotr_ext runs in turns with ours"
+            add("--against", type=Path, help=against)
+        self.options(parser)
+        options = parser.parse_args(argv)
+        options.against = getattr(options, "against", None)
+        self._check(parser, options)
+        return options
+
+    def _check(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+        """Ends the program for a bad option. Fills in what depends on other options."""
+        count = os.cpu_count() or 1
+        for text in options.threads:
+            if not (text.isdigit() and 1 <= int(text) <= count):
+                parser.error(f"threads: expected numbers from 1 to {count}, got {text!r}")
+        for name in options.dtypes:
+            if name not in DTYPES:
+                parser.error(f"dtypes: expected some of {', '.join(DTYPES)}, got {name!r}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
+        options.threads = sorted(map(int, options.threads))
+        if options.device == "cuda":
+            usual_clock = "events"
+        else:
+            usual_clock = "cpu" if options.threads == [1] else "wall"
+        options.clock = options.clock or usual_clock
+        if options.clock not in ("wall", usual_clock):
+            parser.error(
+                f"clock: expected wall or {usual_clock} on {options.device} with "
+                f"{options.threads} threads, got {options.clock}"
+            )
+        if options.rounds is None:
+            usual_rounds = 41 if options.against else self.rounds
+            options.rounds = 3 if options.quick else usual_rounds
+        if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
+            parser.error(
+                f"against: expected a checkout with a built lotr_ext, got {options.against}. "
+                f"Build it there first."
+            )
+
+    def all_cases(self, options: argparse.Namespace) -> list[Case]:
+        shapes = self.cases(options)
+        if options.quick:
+            shapes = shapes[:1]
+        return [
+            {**shape, "dtype": dtype, "threads": threads}
+            for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)
+        ]
+
+    # ---- measuring ----
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Measures all cases.
+
+        Returns:
+            1 if a case or a rival could not be measured, DEVICE_LOST after a CUDA error, else 0.
+        """
+        options = self.arguments(argv)
+        if options.show:
+            self.tables(read(options.show), list(self.all_cases(options)[0]), options.markdown)
+            return 0
+        cases = self.all_cases(options)
+        if options.require_kernels:
+            line = fallback_line(cases, options.device)
+            if line is not None:
+                print(f"require-kernels: {line}", file=sys.stderr)
+                return 1
+        words = list(sys.argv[1:] if argv is None else argv)
+        if options.against:
+            return compare(self, options, words)
+        return self._measure_all(cases, options, words)
+
+    def _measure_all(self, cases: list[Case], options: argparse.Namespace, words: list[str]) -> int:
+        keep_memory()
+        about = facts(options)
+        usual_folder = QUICK if options.quick else RESULTS
+        path = (options.results or usual_folder) / slug(about["machine"]) / f"{self.name}.jsonl"
+        clock = Clock(options.device, options.clock)
+        failures: list[str] = []
+        frames = []
+        status = 0
+        for number, case in enumerate(cases, 1):
+            if number < options.first:
+                continue
+            title = self.title(case)
+            print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
+            rows: list[dict[str, Any]] = []
+            before = len(failures)
+            try:
+                self._measure(case, options, clock, about, path, rows, failures)
+            except Exception as error:  # the other cases are still measured
+                failures.append(f"{title}: {reason_of(error)}")
+            if rows:
+                frames.append(pd.DataFrame(rows))
+            for line in failures[before:]:
+                print(f"not measured: {line}", file=sys.stderr, flush=True)
+            if any("CUDA error" in line for line in failures[before:]):
+                status = DEVICE_LOST
+                break
+        if frames:
+            frame = pd.concat(frames, ignore_index=True)
+            self.tables(frame, list(cases[0]), options.markdown)
+        print(
+            f"\n{self.command(words)}; {about['machine']}, {about['clock']} seconds, "
+            f"{about['date']}, {about['commit']}\nresults in {path}"
+        )
+        return status or int(bool(failures))
+
+    def _measure(
+        self,
+        case: Case,
+        options: argparse.Namespace,
+        clock: Clock,
+        about: dict[str, Any],
+        path: Path,
+        rows: list[dict[str, Any]],
+        failures: list[str],
+    ) -> None:
+        """Measures one case. Puts its rows into `rows` and, as they come, into the file."""
+        torch.set_num_threads(case["threads"])
+        group = self.build(case, options)
+        slice_s = 0.0 if options.quick or options.rounds < 5 else self.slice_s
+        rounds = Rounds(group, clock, slice_s)
+        failures += [
+            f"{self.title(case)}, {named(name)}: {reason}"
+            for name, reason in group.failures.items()
+        ]
+        if not group.steps:
+            return
+        times: list[Times] = []
+        samples = GpuSamples(options.device)
+
+        def keep() -> None:
+            columns = about | {"rounds": len(times)} | samples.facts() | case
+            rows[:] = [columns | row for row in rows_of(times, group, self.floor)]
+            replace_rows(path, rows, ["machine", *case])
+
+        last_write = time.monotonic()
+        with samples:
+            try:
+                for turn in range(options.rounds):
+                    times.append(rounds.run(turn))
+                    if time.monotonic() - last_write > WRITE_EVERY_S:
+                        keep()
+                        last_write = time.monotonic()
+            finally:  # also when a round raises, and when the program is interrupted
+                if times:
+                    keep()
+
+    # ---- tables ----
+
+    def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
+        """Prints the rows of cases, which the columns `key` name."""
+        titles = self.titles(frame)
+        if self.is_pivoted and (frame["rival"] != self.floor).any():
+            title = f"{self.name}: time over {named(self.floor)}"
+            show(title, pivot(frame, titles, self.floor), markdown)
+            return
+        for _, rows in frame.groupby(key, sort=False):
+            show(titles[rows.index[0]], case_table(rows, self.floor, key), markdown)
+
+    def titles(self, frame: pd.DataFrame) -> pd.Series:
+        return frame.apply(lambda row: self.title(row.to_dict()), axis=1)
+
+    def title(self, case: Case) -> str:
+        threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+        return ", ".join([self.form.format(**case), case["dtype"], threads])
+
+    def command(self, words: Sequence[str]) -> str:
+        """Returns the command as a page shows it."""
+        shown = [word for word in words if word != "--markdown"]
+        return " ".join(["python -m", f"bench.{self.name}", *shown])
+
+
+def fallback_line(cases: Sequence[Case], device: str) -> str | None:
+    """Returns `explain`'s line for the first case that our kernels cannot run, None if all can."""
+    from lotr_ext import LoTRLinear, explain
+    from lotr_ext.core.kernel_support import kernel_obstacle
+
+    for dtype, rank in {(case["dtype"], case["r"]): None for case in cases}:
+        torch_dtype = DTYPES[dtype]
+        index = torch.cuda.current_device() if device == "cuda" else None
+        if kernel_obstacle(rank, torch_dtype, torch.device(device, index)) is not None:
+            layer = LoTRLinear(16, 16, rank, device=device, dtype=torch_dtype)
+            return explain(layer, torch.zeros(1, 16, device=device, dtype=torch_dtype))
+    return None
+
+
+# ---- two checkouts -------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that measures with the lotr_ext of one checkout, one round per question."""
+
+    def __init__(self, name: str, argv: list[str], checkout: Path):
+        code = (
+            f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
+            f"sys.path[0] = {str(ROOT)!r}; "
+            f"from bench.program import work; work({name!r}, {argv!r})"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            status = self.process.wait()
+            raise RuntimeError(f"a worker ended with status {status}; what it printed is above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(name: str, argv: list[str]) -> None:
+    """The program of a worker: answers questions from standard input.
+
+    What libraries print goes to standard error.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    program = importlib.import_module(f"bench.{name}").PROGRAM
+    options = program.arguments(argv)
+    keep_memory()
+    clock = Clock(options.device, options.clock)
+    rounds = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "case" in question:
+            torch.set_num_threads(question["case"]["threads"])
+            group = program.build(question["case"], options)
+            rounds = Rounds(group, clock, max(program.slice_s, 0.05))
+            answer = {"stages": {name: list(step.stages) for name, step in group.steps.items()}}
+        else:
+            answer = rounds.run(question["turn"])
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> int:
+    """Measures this checkout and another one in turns, each in its process.
+
+    Prints the ratio of their times.
+    """
+    if not options.rivals:
+        argv = [*argv, "--rivals", ",".join(program.compared)]
+    workers = {
+        "new": Worker(program.name, argv, ROOT),
+        "old": Worker(program.name, argv, options.against),
+    }
+    commits = f"{commit()} (new) over {commit(options.against)} (old)"
+    cases = program.all_cases(options)
+    tables = {}
+    for number, case in enumerate(cases, 1):
+        title = program.title(case)
+        print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
+        answers = {side: worker.ask({"case": case}) for side, worker in workers.items()}
+        times: dict[str, list[Times]] = {"new": [], "old": []}
+        for turn in range(options.rounds):
+            for side in random.Random(turn).sample(list(workers), 2):
+                times[side].append(workers[side].ask({"turn": turn}))
+        tables[title] = comparison(times, answers["new"]["stages"], program.floor)
+    for worker in workers.values():
+        worker.close()
+    for title, table in tables.items():
+        show(title, table, options.markdown)
+    print(
+        f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, "
+        f"95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
+    return 0
+
+
+def comparison(
+    times: dict[str, list[Times]], stages: dict[str, list[str]], floor: str
+) -> pd.DataFrame:
+    """Returns the ratios of new to old times, a row per rival and stage."""
+    floors = {side: with_sum(rounds, floor) for side, rounds in times.items()}
+    rows = []
+    for rival, names in stages.items():
+        new = with_sum(times["new"], rival)
+        old = with_sum(times["old"], rival)
+        for i, stage in enumerate([*names, "step"][: len(new)]):
+            ratio = new[i] / old[i]
+            over_floor = (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
+            rows.append(
+                {
+                    "": f"{named(rival)}, {stage}",
+                    "new": seconds_text(np.median(new[i])),
+                    "old": seconds_text(np.median(old[i])),
+                    "new / old": _ratio_text(ratio),
+                    f"the same, each over its {named(floor)}": _ratio_text(over_floor),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _ratio_text(ratio: np.ndarray) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(ratio))

@@ -1,0 +1,313 @@
+"""Times rivals in interleaved rounds.
+
+Every rival runs once per round, in random order, so that drift and other load affect all alike. A
+time is the median over rounds. A ratio is the median of per-round ratios, with a 95 % interval by a
+paired bootstrap over rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .common import reason_of
+
+CLOCKS = ("wall", "cpu", "events")
+FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
+QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a whole step
+COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+SAMPLE_S = 1.0
+SAMPLED = {  # column: what nvidia-smi calls it
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "gpu_celsius": "temperature.gpu",
+    "gpu_watts": "power.draw",
+}
+Times = dict[str, list[float]]  # seconds of each rival's stages in one round
+
+
+@dataclass
+class Step:
+    """What is timed of a rival.
+
+    Attributes:
+        stages: by name, timed one after the other. Each gets the result of the one before.
+        prepare: runs before the stages and is not timed.
+        layers: a time is divided by this.
+        facts: further columns of the rival's rows.
+    """
+
+    stages: dict[str, Callable[[Any], Any]]
+    prepare: Callable[[], None] = lambda: None
+    layers: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self.prepare()
+        state = None
+        for stage in self.stages.values():
+            state = stage(state)
+
+
+class Group:
+    """The rivals of one case.
+
+    Attributes:
+        steps: the rivals that run, by name.
+        failures: why the others do not run, by name.
+        deal: called before each round, to draw what the steps use in it.
+    """
+
+    def __init__(self, deal: Callable[[random.Random], None] = lambda draw: None):
+        self.steps: dict[str, Step] = {}
+        self.failures: dict[str, str] = {}
+        self.deal = deal
+
+    def add(self, name: str, make: Callable[[], Step]) -> None:
+        """Adds the step that `make` returns. If `make` raises, only this rival is left out."""
+        try:
+            self.steps[name] = make()
+        except Exception as error:  # packages of rivals may raise anything
+            self.failures[name] = reason_of(error)
+
+
+def training(
+    forward: Callable[[], Tensor], g: Tensor | None, leaves: Iterable[Tensor], **further: Any
+) -> Step:
+    """Returns a step of forward and backward, as inside a model.
+
+    Args:
+        forward: computes the output.
+        g: the gradient of the output.
+        leaves: their gradients are dropped before each step.
+        further: other fields of the step.
+    """
+    leaves = list(leaves)
+
+    def drop_gradients() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    stages = {"forward": lambda _: forward(), "backward": lambda y: y.backward(g)}
+    return Step(stages, drop_gradients, **further)
+
+
+# ---- clocks --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Measures the seconds of each stage of a Step.
+
+    wall     the time that passes. On a GPU from an idle device to an idle device, so that Python
+             and launches count
+    cpu      CPU seconds of this process, for one thread on a busy machine
+    events   the GPU's time. It waits while the CPU queues the stages, so that launches are hidden
+
+    On a GPU each measurement starts with a cold L2: a large buffer is read before. It is not
+    written, because dirty lines would be written back during the measurement.
+    """
+
+    def __init__(self, device: str, kind: str):
+        self.kind = kind
+        self.is_cuda = device == "cuda"
+        self.read = time.process_time if kind == "cpu" else time.perf_counter
+        if self.is_cuda:
+            properties = torch.cuda.get_device_properties(0)
+            size = max(FLUSH_BYTES, 4 * getattr(properties, "L2_cache_size", 0))
+            self._large = torch.zeros(size // 4, device=device)
+            self._sum = torch.zeros((), device=device)
+
+    def seconds(self, step: Step, repeats: int = 1) -> list[float]:
+        """Returns the seconds of each stage per layer, averaged over repeats back to back."""
+        measure = self._events if self.kind == "events" else self._read
+        total = np.sum([measure(step) for _ in range(repeats)], 0)
+        return (total / repeats / step.layers).tolist()
+
+    def _read(self, step: Step) -> list[float]:
+        step.prepare()
+        if self.is_cuda:
+            torch.sum(self._large, 0, out=self._sum)
+            torch.cuda.synchronize()
+        state = None
+        seconds = []
+        last = self.read()
+        for stage in step.stages.values():
+            state = stage(state)
+            if self.is_cuda:
+                torch.cuda.synchronize()
+            now = self.read()
+            seconds.append(now - last)
+            last = now
+        return seconds
+
+    def _events(self, step: Step) -> list[float]:
+        step.prepare()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(step.stages) + 1)]
+        torch.sum(self._large, 0, out=self._sum)
+        # A private name: without it the launches of a short stage would be timed, not its kernels.
+        torch.cuda._sleep(QUEUE_CYCLES)
+        state = None
+        events[0].record()
+        for stage, event in zip(step.stages.values(), events[1:]):
+            state = stage(state)
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+
+class GpuSamples:
+    """Samples a GPU's clocks, temperature and power once per second while a case is measured.
+
+    There are no samples on a CPU, and none without nvidia-smi.
+    """
+
+    def __init__(self, device: str):
+        self._is_on = device == "cuda" and shutil.which("nvidia-smi") is not None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._samples: list[list[float]] = []
+
+    def __enter__(self) -> GpuSamples:
+        if self._is_on:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._is_on:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        query = f"--query-gpu={','.join(SAMPLED.values())}"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        while not self._stop.is_set():
+            # Without a number, for example "[N/A]", there is no sample.
+            with contextlib.suppress(ValueError, IndexError, subprocess.SubprocessError):
+                output = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+                self._samples.append([float(text) for text in output.splitlines()[0].split(",")])
+            self._stop.wait(SAMPLE_S)
+
+    def facts(self) -> dict[str, float]:
+        """Returns the median of each column so far."""
+        if not self._samples:
+            return {}
+        return dict(zip(SAMPLED, np.median(self._samples, axis=0).tolist()))
+
+
+@functools.cache
+def copy_gb_per_s(device: str) -> float:
+    """Returns the bandwidth of torch's copy of a large tensor: bytes read and written."""
+    source = torch.zeros(COPIED_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device, "events" if device == "cuda" else "wall")
+    step = Step({"copy": lambda _: target.copy_(source)})
+    seconds = [clock.seconds(step)[0] for _ in range(11)]
+    return 2 * source.nbytes / float(np.median(seconds)) / 1e9
+
+
+# ---- rounds --------------------------------------------------------------------------------------
+
+
+class Rounds:
+    """Measures a group round by round. A rival that fails in the first one is left out.
+
+    Args:
+        slice_s: about how many seconds one measurement of a rival takes.
+    """
+
+    def __init__(self, group: Group, clock: Clock, slice_s: float):
+        self.group = group
+        self.clock = clock
+        self.repeats: dict[str, int] = {}
+        gc.collect()
+        for name, step in list(group.steps.items()):
+            try:
+                self.repeats[name] = self._repeats(step, slice_s)
+            except Exception as error:  # out of memory, for example
+                group.failures[name] = reason_of(error)
+                del group.steps[name]
+
+    def _repeats(self, step: Step, slice_s: float) -> int:
+        self.clock.seconds(step)
+        begin = time.perf_counter()
+        self.clock.seconds(step)
+        elapsed = max(time.perf_counter() - begin, 1e-7)
+        return max(1, min(1000, round(slice_s / elapsed)))
+
+    def run(self, turn: int) -> Times:
+        """Returns the seconds of each rival's stages in one round.
+
+        Each rival runs once untimed first, so that caches and allocator are as it leaves them. The
+        order is that of the turn in every run of the program.
+        """
+        draw = random.Random(turn)
+        times = {}
+        gc.disable()
+        try:
+            self.group.deal(draw)
+            for name in draw.sample(list(self.group.steps), len(self.group.steps)):
+                step = self.group.steps[name]
+                self.clock.seconds(step)
+                times[name] = self.clock.seconds(step, self.repeats[name])
+        finally:
+            gc.enable()
+        return times
+
+
+def with_sum(times: Sequence[Times], name: str) -> np.ndarray:
+    """Returns [stages, rounds] of one rival. With several stages their sum comes last."""
+    stages = np.array([seconds[name] for seconds in times]).T
+    return stages if len(stages) == 1 else np.vstack([stages, stages.sum(0)])
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    """Returns the median and its 95 % interval by the bootstrap, NaN with fewer than three."""
+    middle = float(np.median(ratios))
+    if len(ratios) < 3:
+        return middle, float("nan"), float("nan")
+    if np.ptp(ratios) == 0:
+        return middle, middle, middle
+    resampled = stats.bootstrap(
+        (ratios,), np.median, n_resamples=2000, method="percentile", rng=0
+    ).confidence_interval
+    return middle, float(resampled.low), float(resampled.high)
+
+
+def rows_of(times: Sequence[Times], group: Group, floor: str) -> list[dict[str, Any]]:
+    """Returns a row per rival and stage.
+
+    `seconds` is the median. `over` is the time over the floor's of the same round, less one; it is
+    NaN if the floor was not measured.
+    """
+    rows = []
+    for name, step in group.steps.items():
+        seconds_of = with_sum(times, name)
+        if floor in group.steps:
+            floor_of = with_sum(times, floor)
+        else:
+            floor_of = np.full_like(seconds_of, np.nan)
+        for i, stage in enumerate([*step.stages, "step"][: len(seconds_of)]):
+            over, low, high = interval(seconds_of[i] / floor_of[i] - 1)
+            row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds_of[i]))}
+            row |= {"over": over, "over_low": low, "over_high": high, **step.facts}
+            if "least_bytes" in row:
+                row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9
+            if "copy_gb_per_s" in row:
+                row["of_copy"] = row["gb_per_s"] / row["copy_gb_per_s"]
+            rows.append(row)
+    return rows

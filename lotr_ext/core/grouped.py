@@ -1,0 +1,145 @@
+"""The frozen product of a mixture of experts, whose rows are sorted by expert.
+
+    y_i = x_i W_c(i)^T      expert c computes the rows from offs[c - 1] to offs[c]
+
+It is one matrix product per expert, or PyTorch's grouped product where that one runs. Rows past the
+last end belong to no expert. They are not read, and zero in y.
+
+The products are operators, so that a compiled graph contains no loop over experts.
+
+Not here: the adapter (dispatch.py) and who sorts the rows (experts.py).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from . import fallback
+from .operators import fake_kernel
+
+
+@torch.library.custom_op("lotr::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Returns y_i = x_i W_c(i)^T [rows, n], zero in rows past the last end.
+
+    Args:
+        x: [rows, k].
+        weight: [e, n, k] of x's dtype.
+        offs: Where the rows of each expert end [e] (int32).
+    """
+    if _torch_runs(x, weight):
+        y = nnf.grouped_mm(x, weight.mT, offs=offs)
+        is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
+        return y.masked_fill_(is_past_end.unsqueeze(1), 0)  # torch leaves them unwritten
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    ends = _checked_ends(offs, x.shape[0])
+    for expert, (start, end) in enumerate(pairwise([0, *ends])):
+        if end > start:
+            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
+    y[ends[-1] :].zero_()
+    return y
+
+
+@torch.library.custom_op("lotr::grouped_outer", mutates_args=())
+def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    """Returns dW_c = sum over the rows i of expert c of g_i^T x_i [e, n, k].
+
+    Args:
+        g: [rows, n].
+        x: [rows, k].
+        offs: Where the rows of each expert end [e] (int32).
+    """
+    dW = g.new_zeros(offs.shape[0], g.shape[1], x.shape[1])
+    ends = _checked_ends(offs, g.shape[0])
+    for expert, (start, end) in enumerate(pairwise([0, *ends])):
+        if end > start:
+            torch.mm(g[start:end].t(), x[start:end], out=dW[expert])
+    return dW
+
+
+def _torch_runs(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's grouped product runs.
+
+    It does for bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
+    """
+    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+        return False
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    if x.stride(1) != 1 or 1 not in (weight.stride(1), weight.stride(2)):
+        return False
+    wide_stride = max(weight.stride(1), weight.stride(2))
+    return x.stride(0) % 8 == 0 and wide_stride % 8 == 0
+
+
+def _checked_ends(offs: Tensor, rows: int) -> list[int]:
+    """Returns the values of offs.
+
+    Raises:
+        ValueError: If they do not ascend in [0, rows].
+    """
+    ends = offs.tolist()
+    if any(first > second for first, second in pairwise([0, *ends, rows])):
+        raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")
+    return ends
+
+
+@fake_kernel("grouped_mm")
+def _(x, weight, offs):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@fake_kernel("grouped_outer")
+def _(g, x, offs):
+    return g.new_empty(offs.shape[0], g.shape[1], x.shape[1])
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def _save_factors(ctx, inputs, output) -> None:
+    first, second, offs = inputs
+    need_first, need_second = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(first if need_second else None, second if need_first else None, offs)
+
+
+def _grouped_mm_backward(ctx, g: Tensor):
+    x, weight, offs = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    g = g.contiguous()  # the gradient of a sum is one element, expanded
+    dx = grouped_mm(g, weight.mT, offs) if need_x else None
+    dW = grouped_outer(g, x, offs) if need_weight else None
+    return dx, dW, None
+
+
+def _grouped_outer_backward(ctx, dW: Tensor):
+    g, x, offs = ctx.saved_tensors
+    need_g, need_x = ctx.needs_input_grad[:2]
+    dg = grouped_mm(x, dW, offs) if need_g else None
+    dx = grouped_mm(g, dW.mT, offs) if need_x else None
+    return dg, dx, None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_factors)
+grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_factors)
+
+
+# ---- with a bias ---------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor) -> Tensor:
+    """Returns y_i = x_i W_c(i)^T + bias_c(i) [rows, n], zero in rows past the last end.
+
+    Args:
+        bias: [e, n]. The other arguments are as for `grouped_mm`.
+    """
+    y = grouped_mm(x.contiguous(), weight, offs)
+    if bias is None:
+        return y
+    expert = fallback.cores_of_groups(offs, len(y), len(bias))
+    has_expert = (expert >= 0).unsqueeze(1)
+    return y + torch.where(has_expert, bias[expert.clamp(min=0)], 0)

@@ -1,0 +1,131 @@
+"""Adapters that older versions saved: a JSON file beside a safetensors file.
+
+    lotr_adapter.json                   format, version, configuration, layers, and the name and
+                                        checksum of the other file
+    lotr_adapter.<digits>.safetensors   the tensors
+
+Version 1 is of lotr_ext 0.1.0. This file turns both versions into the present one (files.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .functional import check_rank
+from .storage import json_in, tensors_in
+
+__all__ = ["JSON_NAME", "config_of_version_1", "read", "remove", "start_key"]
+
+JSON_NAME = "lotr_adapter.json"
+_TENSORS = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads an adapter of version 1 or 2.
+
+    Args:
+        path: Of the JSON file.
+
+    Returns:
+        The document of the present version, unchecked, and the tensors, whose checksum is right.
+
+    Raises:
+        TypeError, ValueError: If the files are damaged. The message names the file.
+    """
+    content = json_in(path, "directory")
+    kind = content.get("format")
+    version = content.get("format_version")
+    if kind != "lotr" or version not in (1, 2) or isinstance(version, bool):
+        raise ValueError(
+            f"{path}: expected format lotr of version 1 or 2, got {kind!r:.80} of version "
+            f"{version!r:.80}"
+        )
+    name = content.get("tensors_file")
+    sha256 = content.get("tensors_sha256")
+    if not isinstance(name, str) or not _TENSORS.fullmatch(name) or not isinstance(sha256, str):
+        raise ValueError(
+            f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors and its "
+            f"tensors_sha256, got {name!r:.80} and {sha256!r:.80}"
+        )
+    document = {key: content.get(key) for key in ("config", "layers", "modules_to_save")}
+    try:
+        if version == 1:
+            document = _document_of_version_1(document)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return document, tensors_in(path.parent / name, "directory", sha256)[0]
+
+
+def remove(directory: Path) -> None:
+    """Removes an adapter of an older version, after a new one was written."""
+    if (directory / JSON_NAME).is_file():
+        (directory / JSON_NAME).unlink()
+    for path in directory.glob("lotr_adapter.*.safetensors"):
+        if _TENSORS.fullmatch(path.name):
+            path.unlink()
+
+
+def start_key(key: str) -> str:
+    """Returns the name of a factor's start. In version 1 one module had those of A and B."""
+    owner, _, name = key.rpartition(".")
+    return f"{owner}.start" if name == "value" else f"{owner}.start_{name}"
+
+
+def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration of version 1 as one of the present version.
+
+    In version 1 a scaling None meant alpha / r with alpha = r, "auto" was for other initial
+    factors, only the form "diagonal" counted as diagonal, and there were magnitudes.
+
+    Raises:
+        TypeError, ValueError: If a value has a wrong type, or is not supported any more.
+    """
+    config = dict(values)
+    if config.pop("magnitude", False):
+        raise ValueError("magnitude: expected False, got True, which this version does not have")
+    train = config.get("train", ["A", "B", "core"])
+    if not isinstance(train, (list, tuple)):
+        raise TypeError(f"train: expected a list, got {train!r:.80}")
+    config["train"] = [part for part in train if part != "magnitude"]
+    if config.get("init") == "gradient":
+        config["init"] = "orthonormal"
+    if config.get("scaling") is None:
+        is_one = config.get("alpha") is None and not config.get("rslora")
+        config["scaling"] = 1.0 if is_one else "auto"
+    elif config["scaling"] == "auto":
+        r = max(check_rank(config.get("rank", 16)))
+        exponent = 0.5 if config.get("core") == "diagonal" else 1.5
+        config["scaling"] = 4.0 * (8 / r) ** exponent
+    return config
+
+
+def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a document of version 1 as one of the present version. Other checks follow it."""
+    config = document["config"]
+    layers = document["layers"]
+    if not isinstance(layers, dict):
+        raise TypeError(f"layers: expected an object, got {layers!r:.80}")
+    entries = {}
+    for name, entry in layers.items():
+        if not isinstance(entry, dict):
+            raise TypeError(f"layers, {name!r:.200}: expected an object, got {entry!r:.80}")
+        factors = entry.get("factors")
+        if isinstance(factors, str):  # a pair in one module
+            A, B = f"{factors}.A", f"{factors}.B"
+        elif isinstance(factors, list) and len(factors) == 2:
+            A, B = (f"{module}.value" for module in factors)
+        else:
+            raise TypeError(f"layers, {name!r:.200}: expected factors, got {factors!r:.80}")
+        entries[name] = {"A": A, "B": B, "experts": entry.get("experts", 0)}
+        for key in ("scaling", "dropout"):
+            entries[name][key] = entry.get(key)
+    return {
+        "config": config_of_version_1(config) if isinstance(config, dict) else config,
+        "layers": entries,
+        "modules_to_save": document["modules_to_save"],
+    }

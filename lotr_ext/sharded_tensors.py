@@ -1,0 +1,146 @@
+"""Sharded tensors: DTensors (FSDP2, tensor parallelism) and parameters of DeepSpeed's ZeRO-3.
+
+A process holds only its shard of such a tensor. This file recognizes them, gathers full tensors and
+writes full values into them. It imports neither package: a class that was never imported has no
+instances.
+
+Not here: whole models in several processes (sharded.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "copy_full",
+    "expect_full",
+    "full_shape",
+    "full_tensor",
+    "full_tensors_in",
+    "imported_class",
+    "is_dtensor",
+    "is_fsdp",
+    "is_in_fsdp1",
+    "is_sharded",
+]
+
+
+def imported_class(module: str, name: str) -> type | tuple[()]:
+    """Returns a class if its module was imported, else (), which is the class of no object.
+
+    Importing torch.distributed.tensor or DeepSpeed takes seconds.
+    """
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether FSDP2 or tensor parallelism shards tensor."""
+    return isinstance(tensor, imported_class("torch.distributed.tensor", "DTensor"))
+
+
+def _is_zero3(tensor: object) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether tensor is a DTensor or a parameter of ZeRO-3."""
+    return _is_zero3(tensor) or is_dtensor(tensor)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the module's parameters, or FSDP1 wraps it."""
+    fsdp1 = imported_class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")
+    return isinstance(module, fsdp1) or isinstance(module, fsdp2)
+
+
+def is_in_fsdp1(module: nn.Module) -> bool:
+    """Whether FSDP1 wraps the module or one around it. Its parameters are then plain views."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the shape of the full tensor. ZeRO-3 leaves an empty tensor between two calls."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _gathered_by_zero3(tensor: Tensor, modifier_rank: int | None = None) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=modifier_rank)
+
+
+@torch.no_grad()
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the full tensor, which all processes gather together.
+
+    A tensor that is not sharded is returned itself.
+    """
+    if _is_zero3(tensor):
+        with _gathered_by_zero3(tensor):
+            return tensor.detach().clone()
+    if is_dtensor(tensor):
+        return tensor.full_tensor()
+    return tensor
+
+
+def expect_full(tensor: Tensor) -> Tensor:
+    """Returns tensor.
+
+    Raises:
+        TypeError: If it is sharded.
+    """
+    if is_sharded(tensor):
+        raise TypeError(
+            "model: expected full tensors, got a sharded model. Use the functions of "
+            "lotr_ext.sharded, in all processes."
+        )
+    return tensor
+
+
+@torch.no_grad()
+def copy_full(target: Tensor, value: Tensor) -> None:
+    """Copies a full value, which all processes have, into a tensor that may be sharded."""
+    if _is_zero3(target):
+        with _gathered_by_zero3(target, modifier_rank=0):
+            target.data.copy_(value)
+    elif is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = target.device_mesh
+        local = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(local, mesh, target.placements, src_data_rank=None))
+    else:
+        target.copy_(value)
+
+
+@contextmanager
+def full_tensors_in(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the sharded parameters of a module are replaced by full tensors.
+
+    The module's forward then computes full tensors. Outside a forward of the whole model nothing
+    else gathers them.
+
+    Args:
+        gather: Returns the full tensor of a sharded one.
+    """
+    sharded = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if is_sharded(parameter)
+    ]
+    gathered = [gather(parameter) for _, _, parameter in sharded]
+    try:
+        for (owner, name, _), tensor in zip(sharded, gathered):
+            owner._parameters[name] = tensor
+        yield
+    finally:
+        for owner, name, parameter in sharded:
+            owner._parameters[name] = parameter

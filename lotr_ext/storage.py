@@ -1,0 +1,200 @@
+"""Files: written atomically, read with errors that name them.
+
+A write goes to a temporary name and is renamed, so a process that is killed leaves the old file or
+the new one. Nothing in a file is ever executed.
+
+Not here: what an adapter's file contains (files.py), nor a task's (tasks.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "checked_path",
+    "checksum",
+    "expect_names",
+    "json_in",
+    "json_object",
+    "put_file",
+    "put_tensors",
+    "tensors_in",
+]
+
+
+def checked_path(path: object, name: str) -> Path:
+    """Returns path as a Path.
+
+    Args:
+        path: The argument of a caller.
+        name: Of the argument, for the error.
+
+    Raises:
+        TypeError: If path is neither a string nor a path.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"{name}: expected a path, got {type(path).__name__} {path!r:.80}")
+    return Path(path)
+
+
+def expect_names(what: str, expected: Collection[str], actual: Collection[str]) -> None:
+    """Checks that a file has the names of the model.
+
+    Args:
+        what: The names' kind, for the error.
+        expected: The names in the model.
+        actual: The names in the file.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    missing = sorted(set(expected) - set(actual))
+    foreign = sorted(map(str, set(actual) - set(expected)))
+    if missing or foreign:
+        raise ValueError(
+            f"{what}: expected the model's {len(expected)}, got {len(actual)}: missing "
+            f"{', '.join(missing[:5]) or 'none'}; not in the model "
+            f"{', '.join(foreign[:5]) or 'none'}"
+        )
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def put_file(directory: Path, name: str, data: bytes) -> None:
+    """Writes data into directory/name, atomically."""
+    temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, directory / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put_tensors(
+    directory: Path, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Writes a safetensors file, atomically.
+
+    Args:
+        directory: Created if it does not exist.
+        name: Of the file.
+        tensors: On any device, of any strides.
+        metadata: For the file's header.
+
+    Raises:
+        ValueError: If directory is a file.
+        OSError: If the disk refuses. The directory is then unchanged.
+    """
+    from safetensors.torch import save
+
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
+    contiguous = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    data = save(contiguous, metadata)
+    directory.mkdir(parents=True, exist_ok=True)
+    put_file(directory, name, data)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a regular file. Opening a FIFO would wait for a writer.
+
+    Raises:
+        OSError: If it is another kind of file, or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path.read_bytes()
+
+
+def tensors_in(
+    path: Path, name: str, sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file.
+
+    Args:
+        path: Of the file.
+        name: Of the caller's argument, for the error.
+        sha256: The expected checksum of the file, if known.
+
+    Returns:
+        The tensors and the metadata.
+
+    Raises:
+        ValueError: If there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        data = read_bytes(path)
+        actual = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and actual != sha256:
+            raise ValueError(f"sha256 {actual} instead of {sha256}: truncated, or another file")
+        tensors = load(data)  # checks the header, which is JSON after a length of eight bytes
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{name}: expected a safetensors file {path}, got {error}") from None
+    return tensors, header.get("__metadata__") or {}
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+    """Returns the SHA-256 of start, and of the names, shapes, dtypes and values of tensors."""
+    digest = hashlib.sha256(start)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def json_object(text: str | bytes, name: str, path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON text.
+
+    Args:
+        text: The text.
+        name: Of the caller's argument, for the error.
+        path: The file that has the text.
+
+    Raises:
+        ValueError: If text is not a JSON object.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected a JSON object in {path}, got {content!r:.80}")
+    return content
+
+
+def json_in(path: Path, name: str) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ValueError: If there is no such file, or it has something else.
+    """
+    try:
+        text = read_bytes(path)
+    except OSError as error:
+        raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
+    return json_object(text, name, path)

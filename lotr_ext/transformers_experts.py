@@ -1,0 +1,262 @@
+"""Adapters for the experts of transformers' mixtures.
+
+    experts module (the host)      gate_up_proj [e, 2 i, h], down_proj [e, h, i]
+        .lotr                      AdaptedExperts
+            .gate_up_proj          LoTRHostedExperts: core [e, r_in, r_out]
+            .down_proj             LoTRHostedExperts: core [e, r_in, r_out]
+
+transformers keeps the matrices of all experts in 3-D parameters. A class of experts describes their
+layout by attributes (`is_transposed`, `has_bias`, `has_gate`, `has_post_expert_norm`), and its
+forward calls the function that is registered under the name in its configuration. This file
+registers `_forward_of_host` for all classes. An adapted module gets a copy of its configuration
+with that name. Otherwise another choice for the model, or for decoding, would silently skip the
+adapter.
+
+Not here: what an adapter of experts computes (experts.py), and which parameters are adapted
+(targets.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import dispatch, grouped
+from .core.operators import DTYPES
+from .experts import LoTRExperts, Routing
+from .factors import LoTRFactors
+from .sharded_tensors import is_sharded
+
+__all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_sizes", "why_not"]
+
+CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
+_IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
+
+# Every class of experts that accepts another forward has these.
+_LAYOUT_ATTRIBUTES = ("is_transposed", "has_bias", "num_experts", "config")
+
+
+class AdaptedExperts(nn.ModuleDict):
+    """The adapters of an experts module, by parameter.
+
+    Args:
+        config: The configuration of the experts module before it was adapted.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _register()  # a pickle may be loaded in a process in which nothing was adapted
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _forward_of_host)
+
+
+# ---- which parameters can be adapted -------------------------------------------------------------
+
+
+def why_not(module: nn.Module, parameter: str) -> str | None:
+    """Returns why a parameter cannot be adapted as the matrices of experts, None if it can.
+
+    The reason completes the "got" of an error.
+    """
+    kind = type(module).__name__
+    tensor = module._parameters.get(parameter)
+    if tensor is None:
+        return f"no parameter of {kind}; target_modules adapts linear layers"
+    if tensor.dim() != 3:
+        return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
+    if type(tensor) is not nn.Parameter or tensor.dtype not in DTYPES.values():
+        return (
+            f"experts of {kind} that are quantised or sharded ({type(tensor).__name__}, "
+            f"{tensor.dtype}); load them dense"
+        )
+    if not _accepts_forward(module):
+        return (
+            f"a parameter of {kind}, whose class takes no implementations of experts "
+            f"(use_experts_implementation)"
+        )
+    first = _first_projection(module)
+    if parameter not in (first, "down_proj"):
+        return f"a parameter of {kind} that is neither its {first} nor its down_proj"
+    return None
+
+
+def _accepts_forward(module: nn.Module) -> bool:
+    """Whether the class of experts calls a registered function in its forward."""
+    if not all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES):
+        return False
+    if not hasattr(type(module).forward, "__wrapped__"):
+        return False
+    return hasattr(module.config, "_experts_implementation")
+
+
+def _first_projection(module: nn.Module) -> str:
+    """Returns the name of the parameter that is multiplied with the module's input."""
+    return "gate_up_proj" if _has_gate(module) else "up_proj"
+
+
+def _has_gate(module: nn.Module) -> bool:
+    return getattr(module, "has_gate", True)
+
+
+def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """Returns (experts, in_features, out_features) of a parameter that can be adapted."""
+    experts, rows, columns = getattr(module, parameter).shape
+    if module.is_transposed:
+        return experts, rows, columns
+    return experts, columns, rows
+
+
+# ---- the adapter of one parameter ----------------------------------------------------------------
+
+
+class LoTRHostedExperts(LoTRExperts):
+    """The adapter of one 3-D parameter of an experts module, its host.
+
+    Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names, and
+    passes them in its forward: sharded training has gathered them then.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        parameter: str,
+        factors: LoTRFactors,
+        scaling: float,
+        dropout: float = 0.0,
+    ):
+        nn.Module.__init__(self)
+        # Through __dict__, because the host has this module as its child.
+        self.__dict__["host"] = host
+        self.parameter = parameter
+        self.transposed = host.is_transposed
+        self.bias_name = f"{parameter}_bias" if host.has_bias else None
+        self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
+        weight = getattr(host, parameter)
+        weight.requires_grad_(False)
+        if self.bias_name is not None:
+            getattr(host, self.bias_name).requires_grad_(False)
+        self._add_adapter(factors, scaling, dropout, weight.device, lead=(self.num_experts,))
+        self.train(host.training)
+
+    def called_module(self) -> nn.Module:
+        return self.host
+
+    def matrix(self) -> Tensor:
+        weight = getattr(self.host, self.parameter)
+        return weight.mT if self.transposed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """W [e, n, k], a transposed view if the host stores [e, k, n]."""
+        return self.matrix()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[e, n], None if the host has no bias."""
+        return None if self.bias_name is None else getattr(self.host, self.bias_name)
+
+    def _weight_to_write(self, caller: str) -> Tensor:
+        weight = self.host._parameters.get(self.parameter)
+        if type(weight) is not nn.Parameter or is_sharded(weight):
+            raise TypeError(
+                f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
+                f"{type(weight).__name__}"
+            )
+        return self.matrix()
+
+    def to_base(self) -> nn.Module:
+        """Removes this adapter from the host, and returns the host."""
+        self.give_start_back()
+        adapted = getattr(self.host, CHILD)
+        del adapted[self.parameter]
+        if not adapted:
+            self.host.config = adapted.config
+            delattr(self.host, CHILD)
+        return self.host
+
+
+def adapt_parameter(
+    module: nn.Module, parameter: str, factors: LoTRFactors, scaling: float, dropout: float = 0.0
+) -> LoTRHostedExperts:
+    """Adds an adapter for a parameter of experts, as `module.lotr[parameter]`.
+
+    Args:
+        module: The experts module.
+        parameter: A name for which `why_not` returns None.
+        factors: The pair of A and B, with the sizes of `expert_sizes`.
+        scaling: s.
+        dropout: The probability of dropping an element of the adapter's x in training.
+    """
+    layer = LoTRHostedExperts(module, parameter, factors, scaling, dropout)
+    if CHILD not in module._modules:
+        _register()
+        setattr(module, CHILD, AdaptedExperts(module.config))
+        module.config = copy.copy(module.config)
+        # Not the property, which would change the configurations inside as well.
+        module.config._experts_implementation_internal = _IMPLEMENTATION
+    getattr(module, CHILD)[parameter] = layer
+    return layer
+
+
+# ---- the forward of an adapted experts module ----------------------------------------------------
+
+
+def _forward_of_host(
+    host: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Computes an adapted experts module, in the place of its own forward.
+
+    Args:
+        hidden_states: [m, hidden].
+        top_k_index: The experts of each token [m, top_k].
+        top_k_weights: Their weights [m, top_k].
+
+    Returns:
+        [m, hidden] in the dtype of hidden_states.
+    """
+    m, top_k = top_k_index.shape
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    next_expert = torch.arange(1, host.num_experts + 1, device=expert.device, dtype=expert.dtype)
+    offs = torch.searchsorted(expert, next_expert, out_int32=True)
+    tokens = order // top_k
+
+    first = _first_projection(host)
+    y = _project(host, first, hidden_states, Routing(offs, tokens, tokens), hidden_states)
+    y = host._apply_gate(y) if _has_gate(host) else host.act_fn(y)
+    y = _project(host, "down_proj", y, Routing(offs, None, tokens), hidden_states)
+    if getattr(host, "has_post_expert_norm", False):
+        y = host.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+
+    row_of = torch.empty_like(order)
+    row_of[order] = torch.arange(order.shape[0], device=order.device)
+    # A sum over a dimension, and not index_add_: its order is fixed, so the result is reproducible.
+    return y[row_of].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _project(
+    host: nn.Module, parameter: str, x: Tensor, routing: Routing, hidden_states: Tensor
+) -> Tensor:
+    """Computes one projection of the rows, with its adapter if it has one."""
+    weight = getattr(host, parameter)
+    if host.is_transposed:
+        weight = weight.mT
+    bias = getattr(host, f"{parameter}_bias") if host.has_bias else None
+    if dispatch.autocast_dtype(x) is None:
+        x = x.to(weight.dtype)  # as transformers' own grouped products do
+    layer = getattr(host, CHILD)._modules.get(parameter)
+    if layer is None:
+        x_rows = x if routing.reads is None else x[routing.reads]
+        return grouped.linear(x_rows, weight, bias, routing.offs)
+    return layer.routed(x, weight, bias, routing, request_input=hidden_states)
