@@ -54,13 +54,12 @@ class CudaProducts {
   }
 
   Value read(const Arg& a) const { return value_of(a, read_data(a)); }
-  Matrix in(const Value& v) const {
+  Matrix matrix(const Value& v) const {
     return {v.data, v.row, v.col,
             cuda::access_of(v.data, v.row, v.col, v.rows, v.type, call_.type)};
   }
-  MutableMatrix out(const Value& v) const {
-    const Matrix m = in(v);
-    return {v.data, m.row, m.col, m.access};
+  static FloatSum float_sum(const Sum<Value>& sum) {
+    return {static_cast<float*>(sum.value.data), sum.value.row, sum.value.col, sum.add};
   }
   // A new matrix, not initialised. ranks: its rows start at multiples of 16 bytes, so that kernels
   // copy them whole whatever the rank is.
@@ -114,17 +113,25 @@ class CudaProducts {
     const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
       const bool fits = v.type == call_.type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
                         reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-      if (fits || call_.type == DType::float32) return in(v);
+      if (fits || call_.type == DType::float32) return matrix(v);
       const Value rows = make(copy, v.rows, v.cols, like_.dtype, true);
-      run(PackProblem{in(v), rows.data, v.rows, v.cols, rows.row});
-      return in(rows);
+      run(PackProblem{matrix(v), matrix(rows), v.rows, v.cols});
+      return matrix(rows);
     };
     OptionalTensor u_copy, F_copy;
     cuda::GemmLotr q{};
     q.backward = backward;
-    q.x = in(read(x)), q.W = in(read(weight)), q.u = in_rows(u, u_copy), q.F = in_rows(F, F_copy);
-    q.y = out(y.value), q.bias = y.bias.data, q.bias_stride = y.bias.col;
-    q.M = y.value.rows, q.N = y.value.cols, q.K = x.flat.cols, q.r = int32_t(u.cols);
+    q.x = matrix(read(x));
+    q.W = matrix(read(weight));
+    q.u = in_rows(u, u_copy);
+    q.F = in_rows(F, F_copy);
+    q.y = matrix(y.value);
+    q.bias = y.bias.data;
+    q.bias_stride = y.bias.col;
+    q.M = y.value.rows;
+    q.N = y.value.cols;
+    q.K = x.flat.cols;
+    q.r = int32_t(u.cols);
     std::string refusal = cuda::gemm_lotr_refusal(call_, q);
     if (refusal.empty()) cuda::gemm_lotr(call_, q);
     return refusal;
@@ -139,9 +146,14 @@ class CudaProducts {
   Value shrink(OptionalTensor& made, const Value& x, const Arg& A, bool dropped) const {
     const Value u = make(made, x.rows, A.size[1], like_.dtype, true);
     ShrinkProblem q{};
-    q.x = in(x), q.A = in(read(A)), q.u = out(u);
-    q.M = x.rows, q.K = x.cols, q.r = int32_t(u.cols);
-    q.scale = 1.f, q.dropout = mask(dropped);
+    q.x = matrix(x);
+    q.A = matrix(read(A));
+    q.u = matrix(u);
+    q.M = x.rows;
+    q.K = x.cols;
+    q.r = int32_t(u.cols);
+    q.scale = 1.f;
+    q.dropout = mask(dropped);
     run(q);
     return u;
   }
@@ -149,9 +161,15 @@ class CudaProducts {
              ScalarType dtype) const {
     const Value factor = read(B), G = read(core), F = make(made, factor.rows, G.rows, dtype, true);
     FoldProblem q{};
-    q.B = in(factor), q.core = in(G), q.F = out(F);
-    q.B_type = factor.type, q.core_type = G.type, q.F_type = F.type;
-    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols),
+    q.B = matrix(factor);
+    q.core = matrix(G);
+    q.F = matrix(F);
+    q.B_type = factor.type;
+    q.core_type = G.type;
+    q.F_type = F.type;
+    q.N = factor.rows;
+    q.r_in = int32_t(G.rows);
+    q.r_out = int32_t(G.cols);
     q.scale = float(scaling);
     run(q);
     return F;
@@ -160,19 +178,34 @@ class CudaProducts {
   void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh,
               bool dropped) const {
     ExpandProblem q{};
-    q.y = out(y.value), q.u = in(u), q.F = in(F);
-    q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = mask(dropped);
-    q.fresh = fresh;
-    if (fresh) q.bias = y.bias.data, q.bias_stride = y.bias.col;
+    q.y = matrix(y.value);
+    if (fresh) {
+      q.bias = y.bias.data;
+      q.bias_stride = y.bias.col;
+    } else {
+      q.start = q.y;
+    }
+    q.u = matrix(u);
+    q.F = matrix(F);
+    q.M = y.value.rows;
+    q.N = y.value.cols;
+    q.r = int32_t(u.cols);
+    q.dropout = mask(dropped);
     run(q);
   }
   Value shrink_grad(OptionalTensor& made, const Sum<Value>& Q, const Value& g, const Arg& F,
                     const Arg& u) const {
     const Value k = make(made, g.rows, F.size[1], like_.dtype, true);
     ShrinkGradProblem q{};
-    q.g = in(g), q.F = in(read(F)), q.u = in(read(u)), q.k = out(k);
-    q.Q = static_cast<float*>(Q.value.data), q.Q_row = Q.value.row, q.Q_col = Q.value.col;
-    q.accumulate = Q.add, q.M = g.rows, q.N = g.cols, q.r = int32_t(k.cols);
+    q.g = matrix(g);
+    q.F = matrix(read(F));
+    q.u = matrix(read(u));
+    q.k = matrix(k);
+    q.Q = float_sum(Q);
+    q.M = g.rows;
+    q.N = g.cols;
+    q.r = int32_t(k.cols);
+    q.r_u = q.r;
     run(q);
     return k;
   }
@@ -185,19 +218,28 @@ class CudaProducts {
                  const Arg& core, double scaling) const {
     const Value factor = read(B), G = read(core);
     FoldGradProblem q{};
-    q.Q = in(Q), q.B = in(factor), q.core = in(G), q.B_type = factor.type, q.core_type = G.type;
-    q.dB = static_cast<float*>(dB.value.data), q.dB_row = dB.value.row, q.dB_col = dB.value.col;
-    q.add_dB = dB.add, q.dcore = static_cast<float*>(dcore.value.data);
-    q.N = factor.rows, q.r_in = int32_t(G.rows), q.r_out = int32_t(G.cols),
+    q.Q = matrix(Q);
+    q.B = matrix(factor);
+    q.core = matrix(G);
+    q.B_type = factor.type;
+    q.core_type = G.type;
+    q.dB = float_sum(dB);
+    q.dcore = static_cast<float*>(dcore.value.data);
+    q.N = factor.rows;
+    q.r_in = int32_t(G.rows);
+    q.r_out = int32_t(G.cols);
     q.scale = float(scaling);
     run(q);
   }
   // D (+)= drop(x)^T v.
   void outer(const Sum<Value>& D, const Value& x, const Value& v, bool dropped) const {
     FactorGradProblem q{};
-    q.x = in(x), q.v = in(v);
-    q.D = static_cast<float*>(D.value.data), q.D_row = D.value.row, q.D_col = D.value.col;
-    q.M = x.rows, q.K = x.cols, q.r = int32_t(v.cols), q.accumulate = D.add,
+    q.x = matrix(x);
+    q.v = matrix(v);
+    q.D = float_sum(D);
+    q.M = x.rows;
+    q.K = x.cols;
+    q.r = int32_t(v.cols);
     q.dropout = mask(dropped);
     run(q);
   }
@@ -205,25 +247,40 @@ class CudaProducts {
   void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a,
                      const Sizes& s, double scaling, bool) const {
     SmallForwardProblem q{};
-    q.y = out(y.value), q.x = in(read(a.x)), q.A = in(read(a.A)), q.core = in(read(a.core));
-    q.B = in(read(a.B)), q.u = out(make(made, s[M], s[R_IN], like_.dtype, true));
-    q.M = s[M], q.K = s[K], q.N = s[N];
-    q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
+    q.y = matrix(y.value);
+    q.x = matrix(read(a.x));
+    q.A = matrix(read(a.A));
+    q.core = matrix(read(a.core));
+    q.B = matrix(read(a.B));
+    q.u = matrix(make(made, s[M], s[R_IN], like_.dtype, true));
+    q.M = s[M];
+    q.K = s[K];
+    q.N = s[N];
+    q.r_in = int32_t(s[R_IN]);
+    q.r_out = int32_t(s[R_OUT]);
+    q.scale = float(scaling);
     run(q);
   }
   void small_backward(const BackwardOutputs<Value>& outputs, const BackwardArgs& a, const Sizes& s,
                       double scaling, bool) const {
     const auto& [dx, dA, dB, dcore] = outputs;
     SmallBackwardProblem q{};
-    q.dx = out(dx.value), q.g = in(read(a.g)), q.A = in(read(a.A)), q.core = in(read(a.core));
-    q.B = in(read(a.B));
-    if (a.u) q.u = in(read(a.u));
-    if (a.x) q.x = in(read(a.x));
-    q.dA = static_cast<float*>(dA.value.data), q.dA_row = dA.value.row, q.dA_col = dA.value.col;
-    q.dB = static_cast<float*>(dB.value.data), q.dB_row = dB.value.row, q.dB_col = dB.value.col;
-    q.add_dA = dA.add, q.add_dB = dB.add, q.dcore = static_cast<float*>(dcore.value.data);
-    q.M = s[M], q.K = s[K], q.N = s[N];
-    q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
+    q.dx = matrix(dx.value);
+    q.g = matrix(read(a.g));
+    q.A = matrix(read(a.A));
+    q.core = matrix(read(a.core));
+    q.B = matrix(read(a.B));
+    if (a.u) q.u = matrix(read(a.u));
+    if (a.x) q.x = matrix(read(a.x));
+    q.dA = float_sum(dA);
+    q.dB = float_sum(dB);
+    q.dcore = static_cast<float*>(dcore.value.data);
+    q.M = s[M];
+    q.K = s[K];
+    q.N = s[N];
+    q.r_in = int32_t(s[R_IN]);
+    q.r_out = int32_t(s[R_OUT]);
+    q.scale = float(scaling);
     run(q);
   }
 
