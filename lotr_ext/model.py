@@ -31,7 +31,7 @@ from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import check_layers_are_called, check_optimizer, watch
-from .init import START, directions_of_gradients, fill_core_, tucker2
+from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select, with_head
@@ -266,18 +266,30 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def init_from_gradient(
-    model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
-) -> Model:
-    """Starts A and B of an adapted model from the gradients of its weights. The cores stay zero, so its output does not change.
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> CapturedGradient:
+    """Starts A and B of an adapted model from the gradients of its weights.
 
-    A and B span the leading directions of the gradients of all layers that share them. The gradients are never formed: three
-    passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
-    before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
+    A and B span the leading directions of the gradients of all layers that share them. The cores
+    stay zero, so the model's output does not change. The gradients are never formed: four passes
+    over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's
+    random state are as before afterwards. With torch.distributed, every process calls this with its
+    batches, and all get the same A and B.
 
-    batches: a few, each used three times. loss: (model, batch) -> a scalar.
-    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
-    core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
-    or all zero.
+    Args:
+        model: An adapted model.
+        batches: A few, each used four times.
+        loss: (model, batch) -> a scalar.
+
+    Returns:
+        The share of the gradients' squared norm that the new A and B capture, in all and per layer.
+        It tells which rank is enough.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: With the model unchanged, if it has no adapter, or one
+            of experts; if it is merged, or a core is not zero; if there are no batches; if the loss
+            is not a scalar or depends on no adapted layer; or if gradients are not finite, or all
+            zero.
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "init_from_gradient")
@@ -291,11 +303,11 @@ def init_from_gradient(
                 f"core: expected zero for a start from the gradient, got other values in {name!r}"
             )
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
-        found = directions_of_gradients(model, layers.values(), batches, loss)
+        start = start_from_gradients(model, layers, batches, loss)
     with torch.no_grad():
-        for factor, value in found:
+        for factor, value in start.values:
             factor.copy_(value)
-    return model
+    return start.captured
 
 
 # ---- unload ------------------------------------------------------------------------------------------------
