@@ -36,7 +36,7 @@ from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import check_layers_are_called, check_optimizer, watch
-from .init import START, directions_of_gradients, fill_core_, tucker2
+from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select, with_head
@@ -342,23 +342,24 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def init_from_gradient(
-    model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
-) -> Model:
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> CapturedGradient:
     """Starts A and B of an adapted model from the gradients of its weights.
 
     A and B span the leading directions of the gradients of all layers that share them. The cores
-    stay zero, so the output does not change. The gradients are never formed: three passes over the
+    stay zero, so the output does not change. The gradients are never formed: four passes over the
     batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random
     state are restored. With torch.distributed, every process calls this with its batches, and all
     get the same A and B.
 
     Args:
-        model: An adapted model whose cores are zero.
-        batches: A few. Each is used three times.
+        model: An adapted model whose cores are zero. If an error is raised, it is unchanged.
+        batches: A few. Each is used four times.
         loss: (model, batch) -> a scalar.
 
     Returns:
-        The same model. If an error is raised, it is unchanged.
+        The share of the gradients' squared norm that the new A and B capture, in all and per layer.
+        It tells which rank is enough.
 
     Raises:
         TypeError: If experts are adapted.
@@ -379,11 +380,11 @@ def init_from_gradient(
                 f"core: expected zero for a start from the gradient, got other values in {name!r}"
             )
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
-        directions = directions_of_gradients(model, layers.values(), batches, loss)
+        start = start_from_gradients(model, layers, batches, loss)
     with torch.no_grad():
-        for factor, value in directions:
+        for factor, value in start.values:
             factor.copy_(value)
-    return model
+    return start.captured
 
 
 # ---- unload --------------------------------------------------------------------------------------
