@@ -89,7 +89,8 @@ def linear(
     if dtype is not None:
         weight = _cast(weight, dtype)
         bias = _cast(bias, dtype)
-        base_output = _cast(base_output, dtype)
+        if base_output is not None:
+            dtype = base_output.dtype  # the adapter must not round what its base did not
         if caches is None or torch.compiler.is_compiling():
             x = x.to(dtype)
         else:
@@ -288,10 +289,10 @@ def choose_plan(
     """
     if needs_projection:
         return Plan.PROJECTION
-    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
-        return Plan.PROJECTION if p else Plan.ONE_NODE_FEW_TOKENS
     if x.requires_grad and not A.requires_grad:
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
+    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
+        return Plan.PROJECTION if p else Plan.ONE_NODE_FEW_TOKENS
     if p:
         return Plan.ONE_NODE
     is_known = isinstance(tokens, int)
