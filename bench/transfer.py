@@ -60,10 +60,10 @@ FORMS = {  # what is run without --forms: the rates of a form
     "random/layer/128/diagonal/b:o,down": (5e-2,),
 }
 START = 0.4  # lotr_ext.init: what a factor's orthonormal columns are multiplied by
-LORA_STEPS = 20
+LORA_STEPS = 12
 LORA_RANK = 8
 LORA_RATE = 5e-3
-COLLECTION_ROWS = 24  # held-out rows of each text
+COLLECTION_ROWS = 16  # held-out rows of each text
 COLLECTION_RANKS = (16, 32, 64)
 
 
@@ -387,7 +387,8 @@ def family_of(name: str) -> str | None:
             return "LoTR, its own pair"
         return "cores and a vector b" if form.vectors else "cores on a fixed pair"
     if name.startswith("lotr"):
-        return "cores on a fixed pair" if "core" in name else "LoTR, its own pair"
+        fixed = "core" in name or "few" in name
+        return "cores on a fixed pair" if fixed else "LoTR, its own pair"
     return {"lora": "LoRA", "vera": "VeRA"}.get(name.partition(",")[0])
 
 
