@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from . import __version__, old_files
 from .adapted import adapted_layers, expect_unmerged, layers_in
+from .checks import check_number, check_probability
 from .config import LoTRConfig
 from .core.operators import DTYPES
 from .cores import CoreAt
 from .factors import LoTRFactor
-from .functional import check_number, check_probability
 from .layers import LoTRLayer
 from .model import cores_of, install, set_start, unchanged_on_error
 from .old_files import start_key
