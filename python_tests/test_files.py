@@ -12,6 +12,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,31 @@ def test_warns_of_what_the_file_lacks(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"such as lotr_tasks\.cores\.0\..*tasks with") as caught:
         save_adapter(model, tmp_path)
     assert len(caught) == 1
+
+
+def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
+    save_adapter(trained("mlp", "diagonal"), tmp_path)
+    document = document_of(tmp_path)
+    document["layers"] = dict(reversed(document["layers"].items()))
+    sealed(tmp_path, document, tensors_in(tmp_path))
+    with pytest.raises(ValueError, match="layers: expected the model's order"):
+        load_adapter(started("mlp", "diagonal"), tmp_path)
+
+
+def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = zoo.fill(nn.ModuleDict({n: nn.Linear(4, 4) for n in "abc"}))
+        memory = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        model["b"].weight, model["c"].weight = nn.Parameter(memory[:4]), nn.Parameter(memory[2:6])
+        return model
+
+    settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["b", "c"])
+    model = apply_lotr(make(), settings)
+    with torch.no_grad():
+        model["b"].weight.add_(1)
+    save_adapter(model, tmp_path)
+    other = load_adapter(zoo.fill(make(), 0), tmp_path)
+    assert all(torch.equal(other[n].weight, model[n].weight) for n in "bc")
 
 
 # ---- files of bd4494a -------------------------------------------------------------------------------------------------
@@ -710,7 +736,10 @@ def test_the_configuration_follows_what_is_loaded(tmp_path: Path) -> None:
     for start, folder in (("scaling", "alpha"), ("alpha", "scaling")):
         model = started("mlp", **({"alpha": 2.0} if start == "alpha" else {"scaling": 2.0}))
         load_adapter(model, tmp_path / folder)
-        assert {layer.scaling for layer in adapted_layers(model).values()} == {model.lotr_config.s}
+        layers = adapted_layers(model).values()
+        assert {layer.scaling for layer in layers} == {model.lotr_config.s}
+        assert {layer.dropout for layer in layers} == {model.lotr_config.dropout}
+        assert model.lotr_config.dropout == (0.25 if folder == "alpha" else 0.0)
         save_adapter(model, tmp_path / "again")
         again = load_adapter(zoo.net("mlp"), tmp_path / "again")
         assert torch.equal(again(zoo.inputs("mlp")), model(zoo.inputs("mlp")))
@@ -812,6 +841,41 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
         next(changes) == (6 if two_files else 4) and found == sorted(found) and set(found) == {0, 1}
     )
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+
+
+def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, x = trained("mlp", seed=1), zoo.inputs("mlp")
+    save_adapter(old, tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(trained("mlp", seed=2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), old(x))
+
+
+def test_saves_at_once_leave_one_of_the_adapters(tmp_path: Path) -> None:
+    models, x = [trained("mlp", seed=seed) for seed in range(4)], zoo.inputs("mlp")
+    outputs = [zoo.output(model, x) for model in models]
+    save_adapter(models[0], tmp_path)
+
+    def work(i: int) -> list[int]:
+        loaded = []
+        for _ in range(5):
+            save_adapter(models[i], tmp_path)
+            y = zoo.output(load_adapter(zoo.net("mlp"), tmp_path), x)
+            loaded.append([torch.equal(y, output) for output in outputs].index(True))
+        return loaded
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len([i for loaded in pool.map(work, range(4)) for i in loaded]) == 20
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
