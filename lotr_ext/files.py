@@ -18,7 +18,8 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -48,7 +49,7 @@ from .storage import (
     read_bytes,
     tensors_in,
 )
-from .targets import Selection, name_ends_with, saved_modules, select
+from .targets import name_ends_with, saved_modules, select
 
 __all__ = ["AdapterState", "LayerEntry", "load_adapter", "push_to_hub", "save_adapter"]
 
@@ -61,6 +62,26 @@ VERSION = "3"  # 1: lotr_ext 0.1.0; 1 and 2: a JSON file and a safetensors file 
 
 
 # ---- an adapter as data --------------------------------------------------------------------------
+
+
+def _expect_type(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts a name before the message of an error from inside."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _refuse_or_warn(message: str, refuse: bool) -> None:
+    if refuse:
+        raise ValueError(message)
+    warnings.warn(f"lotr_ext: {message}", stacklevel=5)
 
 
 @dataclass(frozen=True)
@@ -87,25 +108,22 @@ class LayerEntry:
         Raises:
             TypeError, ValueError: If a field is missing, unknown, or of a wrong type or value.
         """
-        known = {item.name for item in fields(LayerEntry)}
-        if not isinstance(value, dict) or not known - {"experts"} <= value.keys() <= known:
-            raise ValueError(
-                f"expected an object with {', '.join(sorted(known))}, got {value!r:.200}"
-            )
+        _expect_type("layers", value, dict)
+        names = {item.name for item in fields(LayerEntry)}
+        if not names - {"experts"} <= value.keys() <= names:
+            raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)!r:.200}")
         entry = LayerEntry(**value)
-        for name in (entry.A, entry.B):
-            if not isinstance(name, str):
-                raise TypeError(f"A, B: expected the name of a tensor, got {name!r:.80}")
+        _expect_type("A", entry.A, str)
+        _expect_type("B", entry.B, str)
+        _expect_type("experts", entry.experts, int)
+        check_number("scaling", entry.scaling)
+        check_probability("dropout", entry.dropout)
         if entry.A == entry.B:
             raise ValueError(f"B: expected another tensor than A, got {entry.B!r:.80}")
-        check_number("scaling", entry.scaling)
-        if abs(entry.scaling) > torch.finfo(torch.float32).max:
-            raise ValueError(f"scaling: expected a float32 number, got {entry.scaling}")
-        check_probability("dropout", entry.dropout)
-        if isinstance(entry.experts, bool) or not isinstance(entry.experts, int):
-            raise TypeError(f"experts: expected an int, got {entry.experts!r:.80}")
         if entry.experts < 0:
             raise ValueError(f"experts: expected at least 0, got {entry.experts}")
+        if abs(entry.scaling) > torch.finfo(torch.float32).max:
+            raise ValueError(f"scaling: expected a float32 number, got {entry.scaling}")
         return replace(entry, scaling=float(entry.scaling), dropout=float(entry.dropout))
 
 
@@ -123,24 +141,21 @@ class BaseModel:
         Raises:
             TypeError, ValueError: If a field is unknown, or of a wrong type or value.
         """
-        if not isinstance(value, dict) or not value.keys() <= {"name", "values"}:
-            raise ValueError(f"base: expected an object with name and values, got {value!r:.200}")
+        _expect_type("base", value, dict)
+        if not value.keys() <= {"name", "values"}:
+            raise ValueError(f"base: expected name and values, got {sorted(value)!r:.200}")
         base = BaseModel(**value)
-        if base.name is not None and not isinstance(base.name, str):
-            raise TypeError(f"base.name: expected a string or null, got {base.name!r:.80}")
-        if not isinstance(base.values, dict):
-            raise TypeError(f"base.values: expected an object, got {base.values!r:.80}")
+        if base.name is not None:
+            _expect_type("base.name", base.name, str)
+        _expect_type("base.values", base.values, dict)
         for name, numbers in base.values.items():
-            if not isinstance(numbers, list):
-                raise TypeError(
-                    f"base.values: expected a list for {name!r:.80}, got {numbers!r:.80}"
-                )
+            _expect_type(f"base.values, {name:.80}", numbers, list)
             for number in numbers:
                 check_number(f"base.values, {name:.80}", number)
         return base
 
-    def difference(self, model: nn.Module, gather: Gather) -> str | None:
-        """Says in what a model's base is another one. Returns None if no difference is found.
+    def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
+        """Refuses a model with another base, or warns of it.
 
         Values may differ by the rounding to bfloat16. Parameters that the model lacks, or has in a
         quantised format, are skipped.
@@ -153,13 +168,14 @@ class BaseModel:
                 continue
             actual = _sample(gather(parameter))
             if actual is None or not _all_close(actual, expected):
-                return (
+                message = (
                     f"base: expected the model that the adapter was trained on "
                     f"({self.name or 'its name is not known'}), got "
                     f"{_name_of(model) or type(model).__name__}, in which {name} is "
                     f"{actual} instead of {expected}. Load the adapter into its base model."
                 )
-        return None
+                _refuse_or_warn(message, refuse)
+                return
 
 
 @dataclass(frozen=True)
@@ -206,29 +222,20 @@ class AdapterState:
                 sizes of tensors do not fit each other or the configuration. The message names the
                 field.
         """
-        for name, kind in (("layers", dict), ("modules_to_save", list)):
-            if not isinstance(document.get(name), kind):
-                raise TypeError(
-                    f"{name}: expected a {kind.__name__}, got {document.get(name)!r:.80}"
-                )
+        _expect_type("layers", document.get("layers"), dict)
+        _expect_type("modules_to_save", document.get("modules_to_save"), list)
         config = document.get("config")
         if config is not None:
-            if not isinstance(config, dict):
-                raise TypeError(f"config: expected an object or null, got {config!r:.80}")
-            try:
+            _expect_type("config", config, dict)
+            with _named("config"):
                 config = LoTRConfig.from_dict(config)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"config: {error}") from None
         layers = {}
         for name, value in document["layers"].items():
-            try:
+            with _named(f"layers, {name!r:.200}"):
                 layers[name] = LayerEntry.from_json(value)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"layers, {name!r:.200}: {error}") from None
         modules = document["modules_to_save"]
         for name in modules:
-            if not isinstance(name, str):
-                raise TypeError(f"modules_to_save: expected names, got {name!r:.80}")
+            _expect_type("modules_to_save", name, str)
         base = BaseModel.from_json(document.get("base", {}))
         state = AdapterState(config, layers, tuple(modules), base, dict(tensors))
         state._check_sizes()
@@ -307,10 +314,8 @@ class AdapterState:
                     f"directory: expected a folder with {FILE_NAME}, got {_kind(directory)}"
                 )
             document, tensors = old_files.read(path)
-        try:
+        with _named(str(path)):
             return AdapterState.from_document(document, tensors)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
 
     def write(self, directory: Path) -> None:
         """Writes the adapter into a directory, which is created if needed. Other files in it stay.
@@ -384,20 +389,14 @@ class AdapterState:
         """
         if not isinstance(strict, bool) and strict != "targets":
             raise ValueError(f'strict: expected True, False or "targets", got {strict!r}')
-        differences: list[str] = []
         with unchanged_on_error(model):
             if not layers_in(model):
-                self._adapt(model, strict, differences)
+                self._adapt(model, refuse_other_targets=bool(strict))
             targets = self._check_fits(model, cast)
-            difference = self.base.difference(model, gather)
-            if difference is not None and strict is True:
-                raise ValueError(difference)
-        for message in (*differences, difference):
-            if message is not None:
-                warnings.warn(f"lotr_ext: {message}", stacklevel=4)
+            self.base.check(model, gather, refuse=strict is True)
         self._copy_to(model, targets, copy)
 
-    def _adapt(self, model: nn.Module, strict: Strictness, differences: list[str]) -> None:
+    def _adapt(self, model: nn.Module, refuse_other_targets: bool) -> None:
         """Adapts a plain model as the saved one was."""
         config = self.config
         if config is None:
@@ -423,11 +422,7 @@ class AdapterState:
                     f"the model, got {self.sizes(target.name)} in the adapter"
                 )
         self._check_core_sizes()
-        message = self._other_targets(model)
-        if message is not None:
-            if strict:
-                raise ValueError(message)
-            differences.append(message)
+        self._check_targets(model, refuse_other_targets)
         install(model, exact, selection)
         model.lotr_config = config
         model.lotr_left_out = {}
@@ -453,18 +448,18 @@ class AdapterState:
             init="kaiming" if self.config.init == "svd" else self.config.init,
         )
 
-    def _other_targets(self, model: nn.Module) -> str | None:
-        """Says which layers the configuration selects in a plain model and the adapter lacks."""
-        selection: Selection = select(model, replace(self.config, group_by="shape"))
+    def _check_targets(self, model: nn.Module, refuse: bool) -> None:
+        """Refuses a plain model in which the configuration selects more layers, or warns of it."""
+        selection = select(model, replace(self.config, group_by="shape"))
         extra = [target.name for target in selection.targets if target.name not in self.layers]
-        if not extra:
-            return None
-        return (
-            f"layers: expected a model in which the adapter's configuration selects its "
-            f"{len(self.layers)} layers, got one with {len(extra)} more, such as {extra[0]}. Load "
-            f"it into the base model that it was trained on, or pass strict=False to leave these "
-            f"layers without an adapter."
-        )
+        if extra:
+            message = (
+                f"layers: expected a model in which the adapter's configuration selects its "
+                f"{len(self.layers)} layers, got one with {len(extra)} more, such as {extra[0]}. "
+                f"Load it into the base model that it was trained on, or pass strict=False to "
+                f"leave these layers without an adapter."
+            )
+            _refuse_or_warn(message, refuse)
 
     def _check_core_sizes(self) -> None:
         """Checks the parameters of computed cores before memory is allocated for them."""
