@@ -63,6 +63,7 @@ TESTS = {
     "lotr_ext/model.py": ("models", "init", "files", "bad_input", "merging"),
     "lotr_ext/merging.py": ("models", "merging", "bad_input"),
     "lotr_ext/reports.py": ("models", "bad_input"),
+    "lotr_ext/task_files.py": ("tasks", "vllm_files", "files"),
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
     "lotr_ext/experts.py": ("experts", "models", "convert"),
     "lotr_ext/transformers_experts.py": ("experts", "tasks", "models"),

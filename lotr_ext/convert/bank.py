@@ -27,7 +27,7 @@ from ..config import LoTRConfig
 from ..functional import check_dtype, check_rank
 from ..init import START
 from ..storage import checked_path, put_tensors
-from ..tasks import task_metadata
+from ..task_files import task_metadata
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
     Conversion,
