@@ -68,6 +68,8 @@ TESTS = {
     "lotr_ext/experts.py": ("experts", "models", "convert"),
     "lotr_ext/transformers_experts.py": ("experts", "tasks", "models"),
     "lotr_ext/files.py": ("files", "models", "bad_input", "peft"),
+    "lotr_ext/adapter_state.py": ("files", "bad_input"),
+    "lotr_ext/base_model.py": ("files",),
     "lotr_ext/peft.py": ("peft", "tasks"),
     "lotr_ext/sharded.py": ("distributed", "bad_input"),
     "lotr_ext/sharded_tensors.py": ("distributed", "bad_input", "frameworks"),

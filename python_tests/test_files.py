@@ -40,8 +40,8 @@ from lotr_ext import (
     unload,
     use_tasks,
 )
+from lotr_ext.adapter_state import FILE_NAME
 from lotr_ext.cores import DiagonalCores
-from lotr_ext.files import FILE_NAME
 from lotr_ext.model import adapted_layers
 from lotr_ext.old_files import JSON_NAME, config_of_version_1
 from lotr_ext.storage import checksum
@@ -209,6 +209,19 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
             torch.equal(other["embed"].weight, model["head"].weight)
             and other["head"].weight is other["embed"].weight
         )
+
+
+def test_layers_may_share_one_core(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = started("mlp")
+        layers = list(adapted_layers(model).values())
+        layers[2].core = layers[0].core
+        return model
+
+    model, x = moved(make()), zoo.inputs("mlp")
+    save_adapter(model, tmp_path)
+    for other in (make(), started("mlp"), zoo.net("mlp")):
+        assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
 
 
 def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
-from lotr_ext.files import AdapterState
+from lotr_ext.files import state_of
 from lotr_ext.vllm import export_factors, export_task
 
 KEY = "model.layers.0.self_attn.k_proj.core"
@@ -65,7 +65,7 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     export_task(model, tmp_path / "own")
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
-    from_model = vllm.factors_of(AdapterState.from_model(model), "test")
+    from_model = vllm.factors_of(state_of(model), "test")
     assert factors.checksum == from_model.checksum
     assert len(factors.tensors) == factor_count
     for folder, cores in (
@@ -94,7 +94,7 @@ def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path
     save_file(tensors, file)
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(state_of(model), "test"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> No
     export_task(model := adapted(), tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"adapter: expected a {kind} file"):
-        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(state_of(model), "test"))
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_state import AdapterState, LayerEntry
 from ..convert.lora import CONFIG_NAME, put_folder
 from ..convert.to_lora import bank_of
-from ..files import AdapterState, LayerEntry, save_adapter
+from ..files import save_adapter, state_of
 from ..old_files import start_key
 from ..storage import checked_path, checksum, expect_names, json_in, tensors_in
 
@@ -112,7 +113,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
     """
-    factors_of(AdapterState.from_model(model), "export_factors")
+    factors_of(state_of(model), "export_factors")
     save_adapter(model, directory)
 
 
@@ -136,7 +137,7 @@ def export_task(
     cannot hold, or directory is a file.
     """
     directory = checked_path(directory, "directory")
-    adapter = AdapterState.from_model(model)
+    adapter = state_of(model)
     factors = factors_of(adapter, "export_task")
     layers: dict[str, LayerEntry] = adapter.layers
     cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
