@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from .adapted import adapted_layers, expect_unmerged, layers_in
 from .adapter_state import AdapterState, LayerEntry
 from .base_model import BaseModel, Gather, refuse_or_warn
-from .config import LoTRConfig
-from .cores import CoreAt
+from .config import LoTRConfig, place_of
+from .cores import FORMS, CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import cores_of, install, set_start, unchanged_on_error
+from .model import install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
@@ -403,9 +403,12 @@ def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
 
 def _check_core_sizes(state: AdapterState) -> None:
     """Checks the parameters of computed cores before memory is allocated for them."""
+    if state.config.core not in FORMS:
+        return
     with torch.device("meta"):
-        cores = cores_of(state.config, list(state.layers), device="meta")
-    expected = {} if cores is None else cores.state_dict(prefix="lotr_cores.")
+        places = [place_of(name) for name in state.layers]
+        cores = FORMS[state.config.core](places, state.config.rank)
+    expected = cores.state_dict(prefix="lotr_cores.")
     actual = {key: t for key, t in state.tensors.items() if key.startswith("lotr_cores.")}
     expect_names("tensors", expected, actual)
     for key, tensor in expected.items():

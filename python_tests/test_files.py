@@ -434,7 +434,7 @@ def of_huge_rank(folder: Path) -> None:
 
 
 def of_huge_cores(folder: Path) -> None:
-    """As above, with factors and cores of the right sizes and no slices."""
+    """As above, with factors and cores of the right sizes, and slices that are too few."""
     document = document_of(folder)
     document["config"] |= {"rank": 700, "core": "tucker"}
     old = tensors_in(folder)
@@ -443,6 +443,8 @@ def of_huge_cores(folder: Path) -> None:
         for key in (entry["A"], entry["B"]):
             tensors[key] = torch.zeros(len(old[key]), 700)
         tensors[f"{name}.core"] = torch.zeros(700, 700)
+    tensors["lotr_cores.weights"] = torch.zeros(len(document["layers"]), 700)
+    tensors["lotr_cores.slices"] = torch.zeros(1, 700, 700)
     sealed(folder, document, tensors)
 
 
@@ -604,7 +606,7 @@ def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(
         return tensor
 
     monkeypatch.setattr(torch, "zeros", small)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"lotr_cores.slices: expected \[700, 700, 700\]"):
         load_adapter(zoo.net("mlp"), folder)
 
 
