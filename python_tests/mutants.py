@@ -70,7 +70,7 @@ TESTS = {
     "lotr_ext/files.py": ("files", "models", "bad_input", "peft"),
     "lotr_ext/adapter_state.py": ("files", "bad_input"),
     "lotr_ext/base_model.py": ("files",),
-    "lotr_ext/peft.py": ("peft", "tasks"),
+    "lotr_ext/peft": ("peft", "tasks"),
     "lotr_ext/sharded.py": ("distributed", "bad_input"),
     "lotr_ext/sharded_tensors.py": ("distributed", "bad_input", "frameworks"),
     "lotr_ext/storage.py": ("files", "tasks", "convert"),
