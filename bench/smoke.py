@@ -177,76 +177,102 @@ def row_core(o: Operands, by_expert: bool = False) -> Iterator[Check]:
     yield Check("dcores", dcores, cores.grad)
 
 
-def layer_forward(
-    o: Operands, strategy: int, p: float = 0.0, few_tokens: bool = False
-) -> Iterator[Check]:
+def layer_forward(o: Operands, strategy: int, p: float = 0.0) -> Iterator[Check]:
+    """y from x, then from u and from h."""
     from lotr_ext import reference
-    from lotr_ext.core.operators import UNFOLDED
 
     names = ("x", "weight", "bias", "A", "B", "core")
     truth = reference.forward(*o.wide(*names), SCALING, o.mask(o.k, p))
-    order = strategy + UNFOLDED * few_tokens
+    bias = o.wide("bias")[0]
     y, u, F = operators().layer_forward(
-        o.x, o.weight, o.bias, o.A, o.B, o.core, SCALING, order, None, None, p, o.seed
+        o.x, o.weight, o.bias, o.A, o.B, o.core, SCALING, strategy, p, o.seed
     )
     yield Check("y", y, truth)
-    if few_tokens:
-        return
-    y_again, _, _ = operators().layer_forward(
-        o.x, o.weight, None, None, o.B, o.core, SCALING, order, u, F
+    y, F = operators().layer_forward_projected(
+        o.x, o.weight, None, u, o.B, o.core, SCALING, strategy
     )
-    yield Check("y of a given u and F, without bias", y_again, truth - o.wide("bias")[0])
+    yield Check("y of a given u, without bias", y, truth - bias)
+    y = operators().layer_forward_rows(o.x, o.weight, o.bias, u, F, strategy)
+    yield Check("y of given rows", y, truth)
 
 
-def layer_backward_(
-    o: Operands, strategy: int, p: float = 0.0, few_tokens: bool = False
-) -> Iterator[Check]:
-    """Fresh gradients, then the same added to given sums and to a sibling's du and dx."""
+def layer_forward_few_tokens(o: Operands, strategy: int) -> Iterator[Check]:
     from lotr_ext import reference
-    from lotr_ext.core.operators import UNFOLDED
+
+    names = ("x", "weight", "bias", "A", "B", "core")
+    truth = reference.forward(*o.wide(*names), SCALING)
+    y, _ = operators().layer_forward_few_tokens(
+        o.x, o.weight, o.bias, o.A, o.B, o.core, SCALING, strategy
+    )
+    yield Check("y", y, truth)
+
+
+def layer_backward_(o: Operands, strategy: int, p: float = 0.0) -> Iterator[Check]:
+    """New gradients, then the same added to given sums."""
+    from lotr_ext import reference
 
     x, A, B, core = o.wide("x", "A", "B", "core")
     mask = o.mask(o.k, p)
-    F = reference.fold(B, core, SCALING)
+    F = reference.fold(B, core, SCALING).to(o.device, o.dtype)
     u = ((x * mask) @ A).to(o.device, o.dtype)
+    head = (o.g, o.weight, o.x, u, o.A, F, o.B, o.core, SCALING, strategy)
+    yield from gradients(o, operators().layer_backward_, head, (True, True, p, o.seed), mask)
+
+
+def layer_backward_few_tokens_(o: Operands, strategy: int) -> Iterator[Check]:
+    """New gradients, then the same added to given sums."""
+    x, A = o.wide("x", "A")
+    u = (x @ A).to(o.device, o.dtype)
+    head = (o.g, o.weight, o.x, u, o.A, o.B, o.core, SCALING, strategy)
+    run = operators().layer_backward_few_tokens_
+    yield from gradients(o, run, head, (True, True), o.mask(o.k, 0.0))
+
+
+def gradients(
+    o: Operands, run: Callable, head: tuple, tail: tuple, mask: Tensor
+) -> Iterator[Check]:
+    from lotr_ext import reference
+
     truth = reference.backward(*o.wide("g", "x", "weight", "A", "B", "core"), SCALING, mask)
-    order = strategy + UNFOLDED * few_tokens
-    folded = None if few_tokens else F.to(o.device, o.dtype)
-    head = (o.g, o.weight, o.x, u, o.A, folded, o.B, o.core, SCALING, order)
-    tail = (True, True, p, o.seed)
-    dx, _, dA, dB, dcore = operators().layer_backward_(*head, None, None, None, None, None, *tail)
+    dx, dA, dB, dcore = run(*head, None, None, *tail)
     yield Check("dx", dx, truth.dx)
     yield Check("dA", dA, truth.dA)
     yield Check("dB", dB, truth.dB)
     yield Check("dcore", dcore, truth.dcore)
-
     dA_sum = o.sums(o.k, o.r)
     dB_sum = o.sums(*o.B.shape)
     dA_before, dB_before = dA_sum.double().cpu(), dB_sum.double().cpu()
-    if few_tokens:
-        dx, *_ = operators().layer_backward_(*head, None, None, None, dA_sum, dB_sum, *tail)
-        yield Check("dx beside sums", dx, truth.dx)
-        yield Check("dA added", dA_sum, dA_before + truth.dA)
-        yield Check("dB added", dB_sum, dB_before + truth.dB)
-        return
-    du = o.normal(o.m, o.r)
-    dx_sum = o.normal(o.m, o.k)
-    dx_before, du_before = dx_sum.double().cpu(), du.double().cpu()
-    operators().layer_backward_(*head, du, dx_sum, None, dA_sum, dB_sum, *tail)
-    yield Check("dx added", dx_sum, dx_before + truth.dx + mask * (du_before @ A.T))
-    yield Check("dA added", dA_sum, dA_before + truth.dA + (x * mask).T @ du_before)
+    dx, *_ = run(*head, dA_sum, dB_sum, *tail)
+    yield Check("dx with given sums", dx, truth.dx)
+    yield Check("dA added", dA_sum, dA_before + truth.dA)
     yield Check("dB added", dB_sum, dB_before + truth.dB)
 
 
-def sibling_backward(o: Operands) -> Iterator[Check]:
-    """du = g F and Q += g^T u from one read of g, without dx: what a sibling of a group runs."""
-    g, u, F = o.wide("g", "u", "F")
-    Q = o.sums(o.n, o.r)
-    Q_before = Q.double().cpu()
-    head = (o.g, None, None, o.u, None, o.F, o.B, o.core, SCALING, 0)
-    _, du, *_ = operators().layer_backward_(*head, None, None, Q, None, None, False, False)
-    yield Check("du", du, g @ F)
-    yield Check("Q added", Q, Q_before + g.T @ u)
+def layer_backward_projected_(o: Operands) -> Iterator[Check]:
+    """What a layer of q, k and v runs: it adds to the du, dx and dB of the others."""
+    g, u, F, weight, B, core = o.wide("g", "u", "F", "weight", "B", "core")
+    du = o.normal(o.m, o.r)
+    dx = o.normal(o.m, o.k)
+    dB = o.sums(*o.B.shape)
+    du_before, dx_before, dB_before = (t.double().cpu() for t in (du, dx, dB))
+    _, du, _, dcore = operators().layer_backward_projected_(
+        o.g, o.weight, o.u, o.F, o.B, o.core, SCALING, du, dx, dB, True, True
+    )
+    Q = g.T @ u
+    yield Check("du", du, du_before + g @ F)
+    yield Check("dx added", dx, dx_before + g @ weight)
+    yield Check("dB added", dB, dB_before + SCALING * Q @ core)
+    yield Check("dcore", dcore, SCALING * Q.T @ B)
+
+
+def layer_backward_rows_(o: Operands) -> Iterator[Check]:
+    """dh = g B and dB += g^T h from one read of g, without dx."""
+    g, h, B = o.wide("g", "u", "F")
+    dB = o.sums(o.n, o.r)
+    dB_before = dB.double().cpu()
+    _, dh, _ = operators().layer_backward_rows_(o.g, None, o.u, o.F, None, dB, True, True)
+    yield Check("dh", dh, g @ B)
+    yield Check("dB added", dB, dB_before + g.T @ h)
 
 
 def shrink_backward_(o: Operands, p: float = 0.0) -> Iterator[Check]:
@@ -319,9 +345,11 @@ def all_forms() -> dict[str, Form]:
             title = f"{function.__name__} {name}"
             forms[title] = partial(function, strategy=number)
             forms[f"{title} dropout"] = partial(function, strategy=number, p=DROPPED)
+        for function in (layer_forward_few_tokens, layer_backward_few_tokens_):
             if name != "fused":
-                forms[f"{title} few tokens"] = partial(function, strategy=number, few_tokens=True)
-    forms["layer_backward_ sibling"] = sibling_backward
+                forms[f"{function.__name__} {name}"] = partial(function, strategy=number)
+    forms["layer_backward_projected_"] = layer_backward_projected_
+    forms["layer_backward_rows_"] = layer_backward_rows_
     forms["training step"] = partial(training_step, siblings=1)
     forms["training step q, k, v"] = partial(training_step, siblings=3)
     return forms
