@@ -26,7 +26,7 @@ from .config import LoTRConfig, place_of
 from .cores import FORMS, CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import install, set_start, unchanged_on_error
+from .model import clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
@@ -520,7 +520,7 @@ def _copy_to(
     for (A, B), names in groups.items():
         group = [layers[name] for name in names]
         if group[0].start_core is not None:
-            set_start(group, None)
+            clear_start(group)
         for name in names:
             layers[name].scaling = state.layers[name].scaling
         if start_key(A) in state.tensors:

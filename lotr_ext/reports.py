@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapted import adapted_layers
 from .core import dispatch
 from .core.request import ADAPTER_OFF, state_of
+from .core.strategy import strategy_note
 from .layers import LoTRLayer
 
 __all__ = [
@@ -206,4 +207,9 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
         runs = f"the PyTorch fallback, because {fallback_reason}"
     else:
         runs = "the kernels of lotr_ext"
+        note = strategy_note(
+            layer.in_features, layer.out_features, layer.factors.A.rank, dtype, x.device
+        )
+        if note:
+            runs = f"{runs}, {note}"
     return f"{subject}: {runs} ({str(dtype).removeprefix('torch.')} on {device})"
