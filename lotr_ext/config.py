@@ -34,12 +34,48 @@ NAMES_HERE = {
 }
 
 
-def check_names(given: Iterable[str], of: str) -> None:
-    """Raises TypeError for a setting by the name that PEFT's LoRA has for it. of: the configuration's class."""
-    for name in given:
+# Settings of PEFT's LoRA that LoTR lacks, and why, or what to do.
+NOT_HERE = {
+    "rank_pattern": "Layers that share factors have one rank.",
+    "alpha_pattern": "All layers have one scaling.",
+    "bias": "To train biases, use lotr_ext.peft, whose configuration has this field.",
+    "lora_bias": "An adapter has no bias.",
+    "use_dora": "LoTR has no magnitudes.",
+    "magnitude": "LoTR has no magnitudes.",
+    "fan_in_fan_out": "Conv1D layers are recognized without it.",
+    "layers_to_transform": "Name the layers in target_modules.",
+    "layers_pattern": "Name the layers in target_modules.",
+    "layer_replication": "Replicate the layers before they are adapted.",
+    "trainable_token_indices": "Name the embedding in modules_to_save.",
+    "target_parameters": "apply_lotr adapts experts.",
+    "loftq_config": "The base weights stay as they are.",
+    "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+    "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+}
+
+
+def check_names(names: Iterable[str], kind: type) -> None:
+    """Checks the names of settings for a configuration.
+
+    Args:
+        names: The names of the arguments.
+        kind: The configuration's class, a dataclass.
+
+    Raises:
+        TypeError: If a name is one that only PEFT's LoRA has.
+    """
+    for name in names:
+        if name in kind.__dataclass_fields__:
+            continue
         if name in NAMES_HERE:
             raise TypeError(
-                f"{name}: expected a field of {of}, got LoRA's name for it. Here it is {NAMES_HERE[name]!r}."
+                f"{name}: expected a field of {kind.__name__}, got LoRA's name for it. Here it is "
+                f"{NAMES_HERE[name]!r}."
+            )
+        if name in NOT_HERE:
+            raise TypeError(
+                f"{name}: expected a field of {kind.__name__}, got one that it does not have. "
+                f"{NOT_HERE[name]}"
             )
 
 
@@ -139,7 +175,7 @@ class LoTRConfig:
     task_type: str | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
-        check_names(given, "LoTRConfig")
+        check_names(given, cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -171,6 +207,15 @@ class LoTRConfig:
         _one_of((*TASKS, None), self.task_type, "task_type")
         self._check_combinations()
         put("train", tuple(part for part in PARTS if part in self.train))
+
+    def __getattr__(self, name: str) -> Any:
+        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
+        if name in ("base_model_name_or_path", "peft_type"):
+            raise AttributeError(
+                "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
+                "apply_lotr. Use lotr_ext.peft.LoTRPeftConfig with PEFT's functions."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _check_combinations(self) -> None:
         moves = (

@@ -1,57 +1,75 @@
-"""Many tasks over one model: TaskBank holds the cores of all tasks in one parameter a layer, use_tasks chooses by row or token.
+"""Many tasks over one model: a `TaskBank` holds them, `use_tasks` selects one per row or token.
 
     y_i = x_i W^T + bias + s ((x_i A) G_task(i)) B^T
 
-A task is r_in r_out numbers a layer over factors that all tasks share. A task's file contains only these numbers, and a
-checksum of the factors.
+The tasks share A and B. A task is one core [r_in, r_out] per layer, and nothing else. A bank has
+one parameter [tasks, r_in, r_out] per layer, and a forward computes rows of any tasks together.
+
+    use_tasks -- a request -- for each layer its cores of all tasks, and the task of each row
+                              (`_LayerTasks`, read in the layer's forward)
+
+Not here: the file of a task (task_files.py), how a layer computes rows with different cores
+(core/nodes.py), and tasks in vLLM (vllm/).
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import adapted_layers, attach, expect_unmerged
+from .adapted import adapted_layers, attach, expect_unmerged, layers_in
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
-from .factors import LoTRFactor
+from .first_step import Step, watch
 from .functional import check_dimension, check_index
 from .layers import LoTRLayer
-from .storage import checked_path, checksum, expect_names, put_tensors, tensors_in
-from .targets import group_of
-from .transformers_experts import CHILD
+from .storage import checked_path
+from .task_files import TaskFormat, factors_in_order
 
 __all__ = ["TaskBank", "use_tasks"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Mapping[str, Tensor] | str | PathLike[str]
-FORMAT = {"format": "lotr_task", "version": "1"}
-_changes = (
-    threading.RLock()
-)  # one lock for all banks: a bank with a lock of its own could not be copied or pickled
-_CACHES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
+
+# One lock for all banks. A bank with a lock could not be copied or pickled.
+_changes = threading.RLock()
+
+
+# ---- the bank ------------------------------------------------------------------------------------
 
 
 class TaskBank(nn.Module):
-    """Slots for `tasks` tasks over the factors of an adapted model; registered as `model.lotr_tasks`.
+    """Slots for the tasks of an adapted model. It is registered as `model.lotr_tasks`.
 
-    cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out] (experts: [tasks, e, r_in, r_out]) of
-    the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which slots hold
-    a task; a free slot is zero. `use_tasks(model, index)` runs batches whose row i is of task index[i].
+    `use_tasks(model, index)` then runs batches in which row i is of task index[i].
 
-    Tasks may be added and removed in any thread between two forwards without a graph. A backward whose forward came before such
-    a change raises, as after any in-place write. `del model.lotr_tasks` removes the bank.
-    Raises TypeError: tasks is no int. ValueError: fewer than one, or an adapter of init "svd". RuntimeError: no adapter, or a
-    bank that exists already.
+    Tasks may be added and removed in any thread between two forwards. A backward raises if a task
+    was changed since its forward, as after any in-place write. `del model.lotr_tasks` removes the
+    bank.
+
+    Args:
+        model: An adapted model.
+        tasks: The number of slots.
+
+    Attributes:
+        cores: One parameter [tasks, r_in, r_out] (experts: [tasks, e, r_in, r_out]) per adapted
+            layer, with the dtype and device of the layer's core. Frozen until `requires_grad_()` is
+            called.
+        taken: Which slots hold a task [tasks] (bool). A free slot is zero.
+
+    Raises:
+        TypeError: If tasks is not an int.
+        ValueError: If there are fewer than one, or if the adapter has init "svd".
+        RuntimeError: If the model has no adapter, or has a bank already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -60,37 +78,48 @@ class TaskBank(nn.Module):
         layers = adapted_layers(model)
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError(
-                "TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first"
+                "TaskBank: expected a model without a bank, got one with a bank. Remove it first: "
+                "del model.lotr_tasks."
             )
         check_dimension("tasks", tasks)
         for name, layer in layers.items():
             if layer.start_core is not None:
                 raise ValueError(
-                    f'TaskBank: expected an adapter with another init than "svd", which moves a part of the base weights into '
-                    f"the adapter, so that rows without a task would not be the base model's, got {name!r} with it"
+                    f'TaskBank: expected an adapter with another init than "svd", which moves a '
+                    f"part of the base weights into the adapter, so that rows without a task "
+                    f"would not be the base model's, got {name!r} with it"
                 )
-        with torch.no_grad():
-            cores = [
-                torch.zeros_like(layer.core.detach()).expand(tasks, *layer.core.shape).clone()
-                for layer in layers.values()
-            ]
-        self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
+        self.cores = nn.ParameterList()
+        for layer in layers.values():
+            like = layer.core.detach()
+            empty = torch.zeros(tasks, *like.shape, dtype=like.dtype, device=like.device)
+            self.cores.append(nn.Parameter(empty, requires_grad=False))
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        self._layers, self._factors = (
-            tuple(layers),
-            _in_order(model, layers),
-        )  # the model registers the factors
+        # In tuples, because the model registers the factors.
+        self._layers = tuple(layers)
+        self._factors = tuple(layer.factors for layer in layers.values())
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
+        self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
         attach(model, "lotr_tasks", self)
-        called = {
-            id(m): m for m in (layer.called_module() for layer in layers.values())
-        }  # a host calls its experts
-        self._hooks += [
-            module.register_forward_pre_hook(_refuse_without_request) for module in called.values()
-        ]
+        self._add_hooks(model, layers)
+        watch(model, _check_that_tasks_are_used)
+
+    def _add_hooks(self, model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
+        called_modules = dict.fromkeys(layer.called_module() for layer in layers.values())
+        for module in called_modules:
+            self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
         if not isinstance(model, LoTRLayer):
-            self._hooks.append(model.register_forward_pre_hook(_note_columns, with_kwargs=True))
-            self._hooks.append(model.register_forward_hook(_forget_columns, always_call=True))
+            before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
+            after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
+            self._hooks += [before, after]
+
+    def remove_hooks(self) -> None:
+        """Removes the bank's hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __del__(self) -> None:
+        self.remove_hooks()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns its input, because nn.Sequential calls all its children."""
@@ -99,61 +128,75 @@ class TaskBank(nn.Module):
     def __len__(self) -> int:
         return int(self.taken.sum())
 
-    def __del__(self) -> None:
-        self.remove_hooks()
-
-    # ---- tasks, one by one -------------------------------------------------------------------------------------------
+    # ---- tasks -----------------------------------------------------------------------------------
 
     def add(self, source: Source | None = None) -> int:
-        """Adds a task in the first free slot. Returns the slot.
+        """Adds a task in the first free slot.
 
-        source: its cores [r_in, r_out] (experts: [e, r_in, r_out]) by `<layer>.core`, a file that `save` wrote, or None for a
-        task with zero cores, equal to the base model.
-        Raises RuntimeError: no slot is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
-        or no floating dtype. Nothing is changed then.
+        Args:
+            source: The cores of the task [r_in, r_out] (experts: [e, r_in, r_out]) by
+                `<layer>.core`, or a file that `save` wrote. None adds a task with zero cores, which
+                equals the base model.
+
+        Returns:
+            The slot, which an index names.
+
+        Raises:
+            RuntimeError: If no slot is free.
+            TypeError, ValueError: If source is not a task of this adapter: other layers, ranks,
+                scalings or factors. Nothing is changed then.
         """
-        values = self._values(source)
+        cores = self._cores_in(source)
         with _changes:
             free = (~self.taken).nonzero()
             if not len(free):
                 raise RuntimeError(
-                    f"add: expected a free slot, got {len(self.taken)} that are all taken"
+                    f"add: expected a free slot, got {len(self.taken)} that are all taken. Remove "
+                    f"a task, or make a larger bank."
                 )
             slot = int(free[0])
-            self._write(slot, values, taken=True)
+            self._write(slot, cores, taken=True)
         return slot
 
     def replace(self, task: int, source: Source | None) -> None:
-        """Replaces a task by another one. source and errors as in `add`."""
-        values = self._values(source)
+        """Replaces a task by another one. Arguments and errors are as for `add`."""
+        cores = self._cores_in(source)
         with _changes:
-            self._write(self._slot(task), values, taken=True)
+            self._write(self._slot(task), cores, taken=True)
 
     def remove(self, task: int) -> None:
-        """Removes a task: its slot becomes zero and free. Raises TypeError or ValueError if there is no such task."""
+        """Removes a task. Its slot becomes zero and free.
+
+        Raises:
+            TypeError, ValueError: If there is no such task.
+        """
+        cores = self._cores_in(None)
         with _changes:
-            self._write(self._slot(task), self._values(None), taken=False)
+            self._write(self._slot(task), cores, taken=False)
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
-        """The cores of a task by `<layer>.core`, as views of the bank. Raises TypeError or ValueError: no such task."""
+        """Returns the cores of a task by `<layer>.core`, as views of the bank.
+
+        Raises:
+            TypeError, ValueError: If there is no such task.
+        """
         slot = self._slot(task)
-        return {f"{name}.core": core.detach()[slot] for name, core in zip(self._layers, self.cores)}
+        return {
+            f"{name}.core": cores.detach()[slot] for name, cores in zip(self._layers, self.cores)
+        }
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
-        """Writes a task into a safetensors file, whole or not at all: `<layer>.core` for each layer.
+        """Writes a task into a safetensors file, atomically.
 
-        Raises TypeError or ValueError: no path, no such task; OSError: the disk.
+        Raises:
+            TypeError, ValueError: If path is not a path, or there is no such task.
+            OSError: If the disk refuses.
         """
         target = checked_path(path, "path")
         with _changes:
-            put_tensors(target.parent, target.name, self.cores_of(task), self._metadata())
+            self._format().write(target, self.cores_of(task))
 
-    # ---- details -----------------------------------------------------------------------------------------------------
-
-    def remove_hooks(self) -> None:
-        """Removes the bank's hooks from the model."""
-        for hook in self._hooks:
-            hook.remove()
+    # ---- details ---------------------------------------------------------------------------------
 
     def _slot(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
@@ -163,138 +206,242 @@ class TaskBank(nn.Module):
         return task
 
     @torch.no_grad()
-    def _write(self, slot: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes a task into a slot, whose gradient becomes zero."""
+    def _write(self, slot: int, cores: Sequence[Tensor], *, taken: bool) -> None:
+        """Writes the cores of a task into a slot, whose gradient becomes zero."""
+        for parameter, core in zip(self.cores, cores, strict=True):
+            parameter[slot].copy_(core)
+            if parameter.grad is not None:
+                # The gradient of the slot's last task would move this one, and count in a norm.
+                parameter.grad[slot].zero_()
         self.taken[slot] = taken
-        for core, value in zip(self.cores, values, strict=True):
-            core[slot].copy_(value)
-            if (
-                core.grad is not None
-            ):  # of the slot's last task; it would move this one, and count in a norm for clipping
-                core.grad[slot].zero_()
 
-    def _values(self, source: Source | None) -> list[Tensor]:
-        """The cores of a task, checked."""
+    def _cores_in(self, source: Source | None) -> list[Tensor]:
+        """Returns the cores of a task in the order of the layers, checked."""
         if source is None:
-            return [torch.zeros_like(core.detach()[0]) for core in self.cores]
-        tensors = source if isinstance(source, Mapping) else self._read(source)
-        names = [f"{name}.core" for name in self._layers]
-        expect_names("source", names, tensors)
-        for name, core in zip(names, self.cores):
-            value = tensors[name]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name}: expected a floating tensor, got {got}")
-            if value.layout is not torch.strided:
-                raise TypeError(
-                    f"{name}: expected a dense tensor, got layout {value.layout}. "
-                    f"Pass its to_dense()."
-                )
-            if value.is_meta and not core.is_meta:
+            return [torch.zeros_like(cores.detach()[0]) for cores in self.cores]
+        task_format = self._format()
+        if isinstance(source, Mapping):
+            tensors = source
+            task_format.check(tensors, "source")
+        else:
+            tensors = task_format.read(checked_path(source, "source"), "source")
+        for name, cores in zip(task_format.shapes, self.cores):
+            if tensors[name].is_meta and not cores.is_meta:
                 raise ValueError(
-                    f"{name}: expected values as the bank has on {core.device}, got a tensor on "
+                    f"{name}: expected values, as the bank has on {cores.device}, got a tensor on "
                     f"the meta device. Load its values first."
                 )
-            if value.shape != core.shape[1:]:
-                raise ValueError(
-                    f"{name}: expected shape {tuple(core.shape[1:])}, got {tuple(value.shape)}"
-                )
-        return [tensors[name].detach() for name in names]
+        return [tensors[name].detach() for name in task_format.shapes]
 
-    def _read(self, source: object) -> dict[str, Tensor]:
-        """The cores of a file."""
-        path = checked_path(source, "source")
-        tensors, metadata = tensors_in(path, "source")
-        for key, want in self._metadata().items():
-            if (got := metadata.get(key)) != want:
-                raise ValueError(
-                    f"source: expected {key} {want:.200} as the model has, got {got!s:.200} in {path}"
-                )
-        return tensors
-
-    def _metadata(self) -> dict[str, str]:
-        """A file's metadata: the layers' scaling (a list if layers differ), and a checksum of the factors' values."""
-        scaling = (
-            repr(self._scalings[0]) if len(set(self._scalings)) == 1 else json.dumps(self._scalings)
-        )
-        factors = checksum((part, factor.value) for part, factor in self._factors)
-        return FORMAT | {"scaling": scaling, "factors": factors}
+    def _format(self) -> TaskFormat:
+        """Returns what a task of the adapter consists of, with the current values of A and B."""
+        values = {}
+        for factors in self._factors:
+            for factor in (factors.A, factors.B):
+                # Once, because a parametrized value is a new tensor each time.
+                if factor not in values:
+                    values[factor] = factor.value
+        pairs = {
+            name: (values[factors.A], values[factors.B])
+            for name, factors in zip(self._layers, self._factors)
+        }
+        shapes = {
+            f"{name}.core": tuple(cores.shape[1:]) for name, cores in zip(self._layers, self.cores)
+        }
+        return TaskFormat(shapes, self._scalings, factors_in_order(pairs, self._group_by))
 
 
-def _in_order(
-    model: nn.Module, layers: Mapping[str, LoTRLayer]
-) -> tuple[tuple[str, LoTRFactor], ...]:
-    """("A" or "B", factor) of a model, each once, in the order of the groups' names: the same after a reload."""
-    group_by, found = getattr(getattr(model, "lotr_config", None), "group_by", "shape"), {}
-    for name, layer in layers.items():
-        for part, factor in (("A", layer.factors.A), ("B", layer.factors.B)):
-            group = group_of(name, layer, (layer.in_features, layer.out_features), group_by)
-            key = (f"{part}_{factor.features}", part) if group_by == "width" else (group, part)
-            found.setdefault(id(factor), (key, part, factor))
-    return tuple(
-        (part, factor) for _, part, factor in sorted(found.values(), key=lambda one: one[0])
-    )
-
-
-# ---- a request -------------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Model]:
-    """Inside the context, row i of a batch uses the task index[i] of the model's `TaskBank`; -1: the base model.
+    """Runs row i of a batch with the task index[i] of the model's `TaskBank`, inside the context.
 
-    One forward computes the whole batch: x A and the product with B are one product each, and only the core is chosen per row,
-    so the time does not depend on the number of tasks. The cores get gradients if the bank requires them. Do not change the
+    One forward computes the batch: one product with A and one with B for all rows. Only the core
+    depends on the row, so the time does not depend on the number of tasks. The cores get gradients
+    if the bank requires them.
+
+    The context is in force for the thread that opened it, and for the backwards that it starts. A
+    backward with activation checkpointing must be inside it, otherwise it raises. Do not change the
     index inside the context.
 
-    index: int64, [b], or [b, t] with a task per token. Then all adapted layers must get as many tokens as the model, [b, t, k];
-    with a key-value cache (`generate`), columns count from the row's first token in the cache, and tokens after the last column
-    use the last column. flat: whether a layer may get the tokens of all rows in one list [m, k], row after row and equally many
-    of each, as in transformers' OPT; also so in a model with adapted experts. Experts choose a core by row and expert.
+    Args:
+        model: An adapted model with a bank.
+        index: The task of each row [b] (int64), -1 for the base model. [b, tokens] has a task per
+            token. All adapted layers must then get as many tokens as the model, [b, tokens, k].
+            With a key-value cache (`generate`), columns count from the row's first token in the
+            cache, and later tokens use the last column.
+        flat: Whether a layer may get the tokens of all rows in one list [m, k], row after row with
+            equally many of each, as in transformers' OPT. A model with adapted experts always may.
 
-    The context is in force for the thread that opened it, and for the backwards that it starts. Under activation checkpointing
-    call backward inside it; outside, it raises.
-    Raises TypeError, ValueError: no index of tasks, or a free slot. RuntimeError: no adapter, no bank, or a merged model. In a
-    layer, ValueError: an input whose rows or tokens are not the index's.
+    Raises:
+        TypeError, ValueError: If index is not an index of tasks, or names a free slot. In a layer,
+            ValueError if the rows or tokens of an input are not those of the index.
+        RuntimeError: If the model has no adapter, no bank, or is merged.
+
+    Warns:
+        UserWarning: If the model is in training mode, and A or B are trained, but the tasks are
+            not.
     """
     bank = getattr(model, "lotr_tasks", None)
     layers = adapted_layers(model)
     if not isinstance(bank, TaskBank):
         raise RuntimeError(
-            "use_tasks: expected a model with a TaskBank, got one without. Create TaskBank(model, tasks) first."
+            "use_tasks: expected a model with a TaskBank, got one without. Create "
+            "TaskBank(model, tasks) first."
         )
     expect_unmerged(layers, "use_tasks")
-    _check_index(model, bank, index)
-    request = _Request(index, flat or any(layer.num_experts for layer in layers.values()))
-    states = {
-        layer: _LayerTasks(cores, request)
-        for layer, cores in zip(layers.values(), bank.cores, strict=True)
-    }
-    with open_request(states if isinstance(model, LoTRLayer) else {model: request, **states}):
+    _check_tasks(model, bank, index)
+    if model.training and torch.is_grad_enabled() and _trains_only_factors(bank, layers):
+        warnings.warn(
+            "lotr_ext: the shared A and B are trained, but the tasks are not. Call "
+            "model.lotr_tasks.requires_grad_() to train the tasks, or model.eval() to run them.",
+            stacklevel=3,
+        )
+    has_experts = any(layer.num_experts for layer in layers.values())
+    request = _Request(index, flat=flat or has_experts)
+    states: dict[nn.Module, Any] = {}
+    if not isinstance(model, LoTRLayer):
+        states[model] = request
+    for layer, cores in zip(layers.values(), bank.cores, strict=True):
+        states[layer] = _LayerTasks(cores, request)
+    with open_request(states):
         yield model
 
 
-def _check_index(model: nn.Module, bank: TaskBank, index: object) -> None:
+def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
+    """Checks an index of tasks. Its values are checked only on the CPU."""
     check_index("index", index, len(bank.taken))
     if index.dim() not in (1, 2) or 0 in index.shape[1:]:
         raise ValueError(
-            f"index: expected shape [b], a task per row, or [b, tokens], one per token, got shape {tuple(index.shape)}"
+            f"index: expected shape [b], one task per row, or [b, tokens], one per token, got "
+            f"shape {tuple(index.shape)}"
         )
-    if index.dim() == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if index.dim() == 2 and getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"index: expected shape [b] for a model with an encoder and a decoder, whose tokens differ, got "
-            f"{tuple(index.shape)}"
+            f"index: expected shape [b] for a model with an encoder and a decoder, which have "
+            f"different tokens, got {tuple(index.shape)}"
         )
-    if index.device.type == "cpu" and bank.taken.device.type == "cpu":
-        own = index[index >= 0]
-        if not bool(bank.taken[own].all()):
+    if index.device.type != "cpu" or bank.taken.device.type != "cpu":
+        return
+    tasks = index[index >= 0]
+    free = tasks[~bank.taken[tasks]]
+    if len(free):
+        raise ValueError(f"index: expected tasks of the bank, got {int(free[0])}, a free slot")
+
+
+def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> bool:
+    if any(cores.requires_grad for cores in bank.cores):
+        return False
+    return any(
+        part != "core" and parameter.requires_grad
+        for layer in layers.values()
+        for part, parameter in layer.parts()
+    )
+
+
+def _check_that_tasks_are_used(model: nn.Module, step: Step) -> list[str] | None:
+    """Warns at the first step of an optimizer that has the bank, if no forward has used it."""
+    bank = getattr(model, "lotr_tasks", None)
+    if bank is None:
+        return []
+    cores = step.held(cores for cores in bank.cores if cores.requires_grad)
+    if any(parameter.grad is not None for parameter in cores):
+        return []
+    adapter = (p for layer in layers_in(model).values() for p in layer.adapter_parameters())
+    has_gradient = any(parameter.grad is not None for parameter in adapter)
+    if not cores or not has_gradient:
+        return None  # an optimizer of other parameters, or a step without a backward
+    return [
+        "the optimizer has the tasks of the bank, but no forward has used them, so that only the "
+        "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
+    ]
+
+
+class _CachedTokens(NamedTuple):
+    """The tokens of a row in the running forward of the model."""
+
+    past: int  # in the cache
+    new: int  # given to the model
+
+
+class _Request:
+    """The state of the model in one open `use_tasks`, shared by all its layers.
+
+    Attributes:
+        index: [b], or [b, tokens].
+        flat: Whether an input [m, k] has the tokens of all rows.
+        cached: The tokens of the running forward, None if it has no cache.
+        had_cache: Whether any forward in this context had a cache.
+    """
+
+    def __init__(self, index: Tensor, *, flat: bool):
+        self.index = index
+        self.flat = flat
+        self.cached: _CachedTokens | None = None
+        self.had_cache = False
+        self._index_on = {index.device: index}
+
+    def index_of(self, x: Tensor) -> Tensor:
+        """Returns the tasks of the rows, or tokens, of an input of a layer.
+
+        Args:
+            x: [b, .., k], or [b, tokens, .., k] for an index per token. [m, k] if flat.
+
+        Returns:
+            [b], [b, tokens] or [m].
+        """
+        index = self._index_on.get(x.device)
+        if index is None:
+            index = self.index.to(x.device)
+            self._index_on[x.device] = index
+        b = len(index)
+        if self.flat and x.dim() == 2:
+            return self._index_of_flat(index, len(x))
+        if x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
-                f"index: expected tasks of the bank, got {int(own[~bank.taken[own]][0])}, a free slot"
+                f"x: expected a batch of {b} rows, one for each row of the index "
+                f"{list(index.shape)} of tasks, got shape {list(x.shape)}.{_advice(x, b)}"
             )
+        return index if index.dim() == 1 else self._columns(index, x.shape[1])
+
+    def _index_of_flat(self, index: Tensor, tokens: int) -> Tensor:
+        b = len(index)
+        tokens_per_row, rest = divmod(tokens, max(b, 1))
+        if rest:
+            raise ValueError(
+                f"x: expected the tokens of a batch of {b} rows of equal length, got {tokens}"
+            )
+        if index.dim() == 1:
+            return index.repeat_interleave(tokens_per_row)
+        return self._columns(index, tokens_per_row).reshape(-1)
+
+    def _columns(self, index: Tensor, tokens: int) -> Tensor:
+        """Returns the columns of an index [b, columns] for the tokens of a layer's input."""
+        if self.cached is None and self.had_cache and current_backward() >= 0:
+            raise RuntimeError(
+                "use_tasks: expected no cache of keys and values in a context whose forward is "
+                "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
+                "one context for the forward with a cache and another for the other."
+            )
+        last = index.shape[1] - 1
+        expected = index.shape[1] if self.cached is None else self.cached.new
+        if tokens != expected:
+            raise ValueError(
+                f"x: expected {expected} tokens per row, as in the index of tasks or in the call "
+                f"of the model, got {tokens}. Pass an index [b] of one task per row. Steps after "
+                f"the index need a cache that the model's own forward gets."
+            )
+        if self.cached is None:
+            return index
+        columns = torch.arange(tokens, device=index.device) + self.cached.past
+        return index[:, columns.clamp(max=last)]
 
 
 class _LayerTasks(NamedTuple):
-    """The state of a layer in an open `use_tasks`, a `TaskState`."""
+    """The state of a layer in an open `use_tasks` (see `TaskState`)."""
 
     cores: Tensor
     request: _Request
@@ -303,116 +450,79 @@ class _LayerTasks(NamedTuple):
         return self.request.index_of(x)
 
 
-class _Request:
-    """What an open `use_tasks` tells the layers: the index of each input. columns: (tokens in the cache, tokens given) of the
-    running forward, if it has a cache; cached: whether a forward in this context had one."""
-
-    def __init__(self, index: Tensor, flat: bool):
-        self.index, self.flat = index, flat
-        self.on_device = {index.device: index}
-        self.columns: tuple[int, int] | None = None
-        self.cached = False
-
-    def index_of(self, x: Tensor) -> Tensor:
-        """The index of x: [b] of x [b, .., k], [b, tokens] of x [b, tokens, .., k], or [m] of a flat x [m, k]."""
-        index = self.on_device.get(x.device)
-        if index is None:  # copied once to each device
-            index = self.on_device[x.device] = self.index.to(x.device)
-        b = len(index)
-        if self.flat and x.dim() == 2:
-            each, rest = divmod(len(x), max(b, 1))
-            if rest:
-                raise ValueError(
-                    f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}"
-                )
-            return (
-                index.repeat_interleave(each)
-                if index.dim() == 1
-                else self._of_columns(index, each).reshape(-1)
-            )
-        if x.dim() <= index.dim() or x.shape[0] != b:
-            raise ValueError(
-                f"x: expected a batch of {b} rows, one for each of the index {list(index.shape)} of tasks, got shape "
-                f"{list(x.shape)}. If these are the tokens of all rows, row after row, pass use_tasks(.., flat=True)."
-            )
-        return index if index.dim() == 1 else self._of_columns(index, x.shape[1])
-
-    def _of_columns(self, index: Tensor, count: int) -> Tensor:
-        """The columns of an index [b, t] for the `count` tokens of each row of a layer's input."""
-        if (
-            self.columns is None and self.cached and current_backward() >= 0
-        ):  # a checkpoint's recomputation
-            raise RuntimeError(
-                "use_tasks: expected no cache of keys and values in a context whose forward is recomputed, got one. Pass an "
-                "index of one task per row, or open one context for the forward with a cache and another for the other."
-            )
-        t = index.shape[1]
-        past, own = self.columns or (0, t)
-        if count != own:
-            raise ValueError(
-                f"x: expected {own} tokens per row, as in the index of tasks or the call of the model, got {count}. Pass an "
-                f"index [b] of one task per row. Steps after the index need a cache that the model's own forward gets."
-            )
+def _advice(x: Tensor, b: int) -> str:
+    """Says what to do about an input that does not have b rows."""
+    if x.dim() == 2:
+        return " If these are the tokens of all rows, row after row, pass use_tasks(.., flat=True)."
+    if b and x.shape[0] > b and x.shape[0] % b == 0:
         return (
-            index
-            if self.columns is None
-            else index[:, (torch.arange(own, device=index.device) + past).clamp(max=t - 1)]
+            " If this is beam search, or several sequences per prompt, pass "
+            "index.repeat_interleave(num_beams)."
         )
+    return ""
 
 
-def _note_columns(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A hook before the model's forward: notes how many tokens are in the cache, for an index with a task per token."""
+# ---- hooks on the model --------------------------------------------------------------------------
+
+# The names under which models receive a cache of keys and values.
+_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "mems")
+
+
+def _note_cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Runs before the model's forward. An index per token depends on the tokens in the cache."""
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
-        request.columns = _cached(model, args, kwargs)
-        request.cached = request.cached or request.columns is not None
+        request.cached = _cached_tokens(model, args, kwargs)
+        request.had_cache = request.had_cache or request.cached is not None
 
 
-def _forget_columns(model: nn.Module, args: tuple, output: object) -> None:
+def _forget_cached_tokens(model: nn.Module, args: tuple, output: object) -> None:
     request = state_of(model)
     if isinstance(request, _Request):
-        request.columns = None
+        request.cached = None
 
 
-def _cached(model: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int] | None:
-    """(tokens per row in the cache, tokens per row given) of a call of the model; None without a cache."""
+def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _CachedTokens | None:
+    """Returns the tokens per row of a call of the model, None without a cache.
+
+    Raises:
+        ValueError: If the cache does not tell how many tokens it holds.
+    """
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    given = {**bound, **bound.get("kwargs", {})}
-    caches = [
-        v
-        for name, v in given.items()
-        if v is not None and (name in _CACHES or hasattr(v, "get_seq_length"))
-    ]
+    arguments = {**bound, **bound.get("kwargs", {})}
+    caches = []
+    for name, value in arguments.items():
+        if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
+            caches.append(value)
     if not caches:
         return None
-    tokens = (
-        given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    )
+    tokens = arguments.get("inputs_embeds")
+    if tokens is None:
+        tokens = arguments.get("input_ids")
     layers = getattr(caches[0], "layers", None)
-    held = [
+    lengths = [
         int(layer.get_seq_length()) for layer in layers or () if hasattr(layer, "get_seq_length")
     ]
-    if len(caches) > 1 or tokens is None or layers is None or (layers and not held):
+    if len(caches) > 1 or tokens is None or layers is None or (layers and not lengths):
         raise ValueError(
-            f"index: expected shape [b] for a call with {len(caches)} {type(caches[0]).__name__}, which does not say how many "
-            f"tokens it holds, got an index per token. Pass one transformers Cache beside input_ids or inputs_embeds."
+            f"index: expected shape [b] for a call with {len(caches)} "
+            f"{type(caches[0]).__name__}, which does not tell how many tokens it holds, got an "
+            f"index per token. Pass one transformers Cache with input_ids or inputs_embeds."
         )
-    return max(held, default=0), tokens.shape[
-        1
-    ]  # the largest: a layer with a state instead of keys and values holds none
+    # A layer with a state in place of keys and values holds no tokens, so the longest one counts.
+    return _CachedTokens(past=max(lengths, default=0), new=tokens.shape[1])
 
 
-def _refuse_without_request(layer: nn.Module, args: tuple) -> None:
-    """A hook on layers of a model with a bank: refuses a checkpoint's recomputation that no request reaches. It would compute
-    without tasks."""
+def _refuse_without_request(module: nn.Module, args: tuple) -> None:
+    """Refuses a checkpoint's recomputation outside of the context: it would compute without tasks.
+
+    A hook on the modules that compute adapted layers.
+    """
     if torch.compiler.is_compiling() or current_backward() < 0:
         return
-    if (
-        current_request()
-        .keys()
-        .isdisjoint((layer, *getattr(layer, CHILD, nn.ModuleDict()).values()))
-    ):
+    if current_request().keys().isdisjoint(layers_in(module).values()):
         raise RuntimeError(
-            "use_tasks: expected backward inside of the context, because a checkpoint recomputes a layer with its tasks, got "
-            "one outside. To train the model's own adapter under checkpointing, remove the bank first (del model.lotr_tasks)."
+            "use_tasks: expected backward inside of the context, because a checkpoint recomputes a "
+            "layer with its tasks, got one outside. To train the model's own adapter with "
+            "checkpoints, remove the bank first: del model.lotr_tasks."
         )

@@ -63,6 +63,7 @@ TESTS = {
     "lotr_ext/model.py": ("models", "init", "files", "bad_input", "merging"),
     "lotr_ext/merging.py": ("models", "merging", "bad_input"),
     "lotr_ext/reports.py": ("models", "bad_input"),
+    "lotr_ext/task_files.py": ("tasks", "vllm_files", "files"),
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
     "lotr_ext/experts.py": ("experts", "models", "convert"),
     "lotr_ext/transformers_experts.py": ("experts", "tasks", "models"),
@@ -70,8 +71,7 @@ TESTS = {
     "lotr_ext/peft.py": ("peft", "tasks"),
     "lotr_ext/sharded.py": ("distributed", "bad_input"),
     "lotr_ext/sharding.py": ("distributed", "bad_input"),
-    "lotr_ext/convert.py": ("convert",),
-    "lotr_ext/loras_to_bank.py": ("convert",),
+    "lotr_ext/convert": ("convert",),
     "lotr_ext/vllm": ("vllm_files",),
     "csrc": ("operators", "layers"),
 }
@@ -138,7 +138,8 @@ def run(mutant: Mutant, folder: Path) -> str:
 
 def build(folder: Path) -> bool:
     """Compiles the extension of the copy, only the CPU's part. Returns whether that worked."""
-    environment = {**os.environ, "LOTR_CUDA": "OFF", "LOTR_BUILD_DIR": str(folder / "build")}
+    environment = {**os.environ, "LOTR_CUDA": "OFF", "LOTR_CPU_ISAS": "native"}
+    environment["LOTR_BUILD_DIR"] = str(folder / "build")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
     return process.returncode == 0

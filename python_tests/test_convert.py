@@ -19,12 +19,23 @@ from lotr_ext import (
     LoTRConfig,
     TaskBank,
     apply_lotr,
-    convert,
     load_adapter,
     save_adapter,
     use_tasks,
+    vllm,
 )
-from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr
+from lotr_ext.adapted import layers_in
+from lotr_ext.convert import (
+    export_lora,
+    lora_to_lotr,
+    loras_to_bank,
+    lotr_to_lora,
+    original_to_lotr,
+    read_lora,
+)
+from lotr_ext.convert.__main__ import main as convert_main
+from lotr_ext.convert.hosts import EXPERT_FORMS
+from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
 from lotr_ext.files import AdapterState
 from lotr_ext.peft import LoTRPeftConfig
 
@@ -129,36 +140,71 @@ def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
         lotr_to_lora(tmp_path / "peft", tmp_path / "peft")
 
 
-@pytest.mark.parametrize("form", convert.FORMS)
-def test_experts_in_the_forms_of_servers(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("form", EXPERT_FORMS)
+def test_experts_in_the_forms_of_servers(form: str, host: str, tmp_path: Path) -> None:
     """Each form's tensors are the change of each expert's gate, up and down."""
     model = adapted("mixture", rank=(2, 3))
     want = {
         name.replace(".lotr.", "."): layer.delta_weight()
-        for name, layer in convert.layers_in(model).items()
+        for name, layer in layers_in(model).items()
     }
-    export_lora(model, tmp_path, experts=form)
+    if host == "mixtral":
+        export_lora(model, tmp_path, experts=form)  # by the model's type
+    else:
+        save_adapter(model, tmp_path / "lotr")
+        lotr_to_lora(tmp_path / "lotr", tmp_path, experts=form, hosts=host)
     tensors = {
-        k.removeprefix("base_model.model."): t
-        for k, t in load_file(tmp_path / "adapter_model.safetensors").items()
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     if form == "peft":
         assert config["target_parameters"] == sorted(want)
-        return  # PEFT itself loads it in the test above
-    names = {"gate": "w1", "up": "w3", "down": "w2"}  # also Mixtral's own
+        return  # PEFT loads it in the test above
+    module = "mlp.experts" if host == "gpt_oss" else "block_sparse_moe.experts"
+    names = {"gate": "w1", "up": "w3", "down": "w2"}  # of vLLM and of Mixtral
+    if host == "gpt_oss" and form == "per-expert":
+        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     for i in (0, 1):
-        own = f"model.layers.{i}.mlp.experts"
-        at = f"model.layers.{i}.block_sparse_moe.experts"  # vLLM's name
-        gate, up = want[f"{own}.gate_up_proj"].chunk(2, 1)
-        for part, delta in (("gate", gate), ("up", up), ("down", want[f"{own}.down_proj"])):
+        experts = f"model.layers.{i}.mlp.experts"
+        gate_up = want[f"{experts}.gate_up_proj"]
+        gate, up = gate_up.chunk(2, 1)
+        if host == "gpt_oss":
+            gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+        for part, delta in (("gate", gate), ("up", up), ("down", want[f"{experts}.down_proj"])):
             for c in range(3):
-                key = f"{at}.{names[part]}" if form == "vllm-shared" else f"{at}.{c}.{names[part]}"
+                inner = f"{c}.{names[part]}" if form == "per-expert" else names[part]
+                key = f"model.layers.{i}.{module}.{inner}"
                 A, B = (tensors[f"{key}.lora_{side}.weight"] for side in "AB")
                 if form == "vllm-shared":
                     assert {len(A), len(B)} == {1, 3}
                     A, B = A[c % len(A)], B[c % len(B)]
                 assert relative(B @ A, delta[c]) < 1e-5
+
+
+class Nested(nn.Sequential):
+    """Layers whose names are ends of other names, and a head in a head."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        super().__init__(nn.Linear(8, 8), nn.Tanh(), inner, head)
+
+
+def test_an_export_names_only_its_own_modules(tmp_path: Path) -> None:
+    config = LoTRConfig(rank=2, target_modules=r"0", modules_to_save=["3", "3.1"])
+    model = apply_lotr(Nested(), config)
+    zoo.fill(model, 7, 0.3, lambda name: ".core" in name or name.startswith("3."))
+    export_lora(model, tmp_path)
+    tuned = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
+    changed = {
+        name for name, module in tuned.base_model.model.named_modules() if hasattr(module, "lora_A")
+    }
+    assert changed == {"0"}
+    x = torch.randn(3, 8)
+    assert relative(tuned(x), model(x)) < 2e-5
 
 
 def test_a_killed_export_leaves_no_configuration(
@@ -170,7 +216,7 @@ def test_a_killed_export_leaves_no_configuration(
     def killed(directory: Path, name: str, data: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "put_file", killed)
+    monkeypatch.setattr("lotr_ext.convert.lora.put_file", killed)
     with pytest.raises(KeyboardInterrupt):
         export_lora(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
@@ -179,11 +225,11 @@ def test_a_killed_export_leaves_no_configuration(
 # ---- LoRA to LoTR ----------------------------------------------------------------------------------------------------
 
 
-def lora(net: str, folder: Path, **settings: object) -> nn.Module:
+def lora(net: str, folder: Path, *, seed: int = 5, **settings: object) -> nn.Module:
     """A PEFT LoRA with values that matter, saved in folder."""
     settings = {"r": 2, "lora_alpha": 3, "target_modules": zoo.TARGETS[net], **settings}
     model = peft.get_peft_model(zoo.net(net), peft.LoraConfig(**settings)).eval()
-    zoo.fill(model, 5, 0.3, lambda name: "lora_" in name or "modules_to_save" in name)
+    zoo.fill(model, seed, 0.3, lambda name: "lora_" in name or "modules_to_save" in name)
     model.save_pretrained(folder)
     return model
 
@@ -217,7 +263,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     model = load_adapter(zoo.net(net), tmp_path / "lotr")
     assert relative(output(model, net), want) < 2e-5
     assert model.lotr_config.dropout == settings.get("lora_dropout", 0.0)
-    A = found.tensors[next(iter(found.document["layers"].values()))["A"]]
+    A = found.tensors[next(iter(found.adapter.layers.values())).A]
     assert (A.norm(dim=0) - 0.4).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
     assert relative(output(lora_model(net, tmp_path / "back"), net), want) < 2e-5
@@ -225,19 +271,180 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
 
 def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
     lora("attention", tmp_path)
-    layers = convert.read_lora(tmp_path)[0]
+    layers = read_lora(tmp_path)[0]
     found = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
     total, lost = 0.0, 0.0
-    for name, entry in found.document["layers"].items():
-        A, B, core = (found.tensors[key] for key in (entry["A"], entry["B"], f"{name}.core"))
+    for name, entry in found.adapter.layers.items():
+        A, B, core = (found.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
         delta = layers[name].B @ layers[name].A
-        rest = delta - entry["scaling"] * B @ core.mT @ A.mT
+        rest = delta - entry.scaling * B @ core.mT @ A.mT
         assert float(rest.norm() / delta.norm()) == pytest.approx(found.errors[name], abs=1e-6)
         total, lost = total + float(delta.square().sum()), lost + float(rest.square().sum())
     # no A of rank 3 captures more than the three largest singular values of all deltas side by side
     wide = torch.cat([(layer.B @ layer.A).mT for layer in layers.values()], 1)
     bound = 1 - float(torch.linalg.svdvals(wide)[:3].square().sum()) / total
     assert bound <= lost / total < min(1.0, 3 * bound)
+
+
+# ---- many LoRAs to a bank ----------------------------------------------------------------------------
+
+COLLECTION = {  # name: settings of a LoRA of the zoo's attention net, and the seed of its values
+    "german": {"r": 2, "target_modules": ["q", "k"]},
+    "french": {"r": 3, "lora_alpha": 7, "use_rslora": True, "alpha_pattern": {"blocks.1.q": 5}},
+    "legal": {"r": 1, "rank_pattern": {"blocks.0.v": 2}},
+}
+
+
+def collection(folder: Path) -> list[Path]:
+    """Folders of LoRAs that differ in layers, ranks, alphas and rslora."""
+    for seed, (name, settings) in enumerate(COLLECTION.items()):
+        lora("attention", folder / name, seed=seed, **settings)
+    return [folder / name for name in COLLECTION]
+
+
+def approximations(directory: Path, name: str) -> dict[str, Tensor]:
+    """The changes of all layers by a bank's task, in float64."""
+    adapter = AdapterState.read(directory)
+    tensors = adapter.tensors
+    cores = load_file(directory / "tasks" / f"{name}.safetensors")
+    changes = {}
+    for layer, entry in adapter.layers.items():
+        A, B = tensors[entry.A].double(), tensors[entry.B].double()
+        changes[layer] = entry.scaling * B @ cores[f"{layer}.core"].double().mT @ A.mT
+    return changes
+
+
+@pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
+def test_a_bank_has_each_lora_as_a_task(group_by: str, rank, tmp_path: Path) -> None:
+    sources = collection(tmp_path)
+    bank = loras_to_bank(sources, tmp_path / "bank", rank=rank, group_by=group_by)
+    exact = group_by == "layer"
+    assert list(bank.errors) == list(COLLECTION) == list(bank.files)
+    assert (max(bank.errors.values()) < 1e-6) == (rank != (16, 15))
+    model = load_adapter(zoo.net("attention"), tmp_path / "bank")
+    assert relative(output(model, "attention"), output(zoo.net("attention"), "attention")) < 1e-6
+    tasks = TaskBank(model, 4)
+    slots = torch.tensor([tasks.add(file) for file in bank.files.values()])
+    with use_tasks(model, slots):
+        mixed = output(model, "attention")
+    for row, name in enumerate(COLLECTION):
+        want = output(lora_model("attention", tmp_path / name), "attention")[row]
+        assert relative(mixed[row], want) < (1e-5 if exact or rank == 16 else 0.3)
+    with use_tasks(model, torch.full((3,), tasks.add())):  # a new task trains as cores
+        tasks.requires_grad_()
+        output(model, "attention").square().mean().backward()
+    assert all(core.grad[3].any() for core in tasks.cores)
+
+
+@pytest.mark.parametrize("group_by", ["layer", "shape"])
+def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Path) -> None:
+    sources = collection(tmp_path)
+    path = tmp_path / "legal" / "adapter_model.safetensors"
+    save_file({key: 10.0 * tensor for key, tensor in load_file(path).items()}, path)
+    bank = loras_to_bank(sources, tmp_path / "bank", rank=2, group_by=group_by, dtype=torch.float64)
+    lost, stacks = {}, {}
+    for source in sources:
+        layers = read_lora(source)[0]
+        changes = {name: layer.B @ layer.A for name, layer in layers.items()}
+        norm = sum(float(change.square().sum()) for change in changes.values())
+        kept = approximations(tmp_path / "bank", source.name)
+        rest = [change - changes.get(name, 0) for name, change in kept.items()]
+        lost[source.name] = sum(float(change.square().sum()) for change in rest) / norm
+        for name, change in changes.items():
+            group = name if group_by == "layer" else "all"
+            stacks.setdefault(group, []).append(change / norm**0.5)
+    for name, square in lost.items():
+        assert bank.errors[name] == pytest.approx(square**0.5, abs=1e-7)
+    # No pair of rank 2 loses less than the singular values after the second, of all D or D^T.
+    for turn in (1, 0):
+        least = 0.0
+        for changes in stacks.values():
+            side = torch.cat([change.mT if turn else change for change in changes], 1)
+            least += float(torch.linalg.svdvals(side)[2:].square().sum())
+        assert least - 1e-9 <= sum(lost.values()) <= 2.5 * least
+
+
+def test_a_share_sets_the_rank(tmp_path: Path) -> None:
+    """Three LoRAs of rank 1 per layer need rank 3 for everything, and less for less."""
+    names = ["one", "two", "three"]
+    for seed, name in enumerate(names):
+        lora("attention", tmp_path / name, seed=seed, r=1)
+    sources = [tmp_path / name for name in names]
+    errors = {}
+    for share in ("0.5", "0.9", "1"):
+        bank = loras_to_bank(sources, tmp_path / share, rank=f"auto={share}")
+        errors[bank.config.rank] = max(bank.errors.values())
+        kept = 1 - sum(error**2 for error in bank.errors.values()) / len(sources)
+        assert kept >= float(share) - 1e-9
+    assert list(errors) == [2, 3] or list(errors) == [1, 2, 3]
+    assert errors[3] < 1e-6 < errors[2]
+
+
+def test_a_bank_is_served_by_vllm(tmp_path: Path) -> None:
+    bank = loras_to_bank(collection(tmp_path), tmp_path / "bank", rank=4)
+    model = load_adapter(zoo.net("attention"), tmp_path / "bank")
+    tasks = TaskBank(model, 3)
+    vllm.export_factors(model, tmp_path / "factors")
+    factors = vllm.read_factors(tmp_path / "factors")
+    for file in bank.files.values():
+        vllm.export_task(model, tmp_path / "task", task=tasks.add(file))
+        vector = vllm.read_task(tmp_path / "task", factors)
+        cores = load_file(file)
+        for layer, span in factors.spans.items():
+            unscaled = vector[span].view(4, 4) / bank.config.s
+            assert relative(unscaled, cores[f"{layer}.core"]) < 1e-6
+
+
+def with_other_sizes(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file(tensors | {key: torch.cat([tensors[key]] * 2)}, path)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("none", "sources: expected a list of folders"),
+        ("one name twice", "sources: expected folders of different names.* got 'legal' twice"),
+        ("a head", "sources: expected LoRAs without modules_to_save.* got head.bias"),
+        ("another base", "sources: expected LoRAs of one base model, got 'blocks.0"),
+        ("dora", "use_dora: expected a LoRA of two factors"),
+        ("no share", "rank: expected a number, a pair, or auto=SHARE"),
+        ("too large a share", "rank: expected a number, a pair, or auto=SHARE"),
+        ("width", "group_by: expected shape, block, name, layer or a mapping"),
+        ("a group of two shapes", "group_by: expected layers of one shape in group 'all'"),
+    ],
+)
+def test_a_collection_that_does_not_fit_is_refused(case: str, message: str, tmp_path: Path) -> None:
+    sources = collection(tmp_path)
+    options: dict[str, object] = {"rank": 2}
+    if case == "none":
+        sources = []
+    elif case == "one name twice":
+        lora("attention", tmp_path / "other" / "legal")
+        sources.append(tmp_path / "other" / "legal")
+    elif case == "a head":
+        lora("attention", tmp_path / "headed", modules_to_save=["head"])
+        sources.append(tmp_path / "headed")
+    elif case == "another base":
+        with_other_sizes(tmp_path / "legal")
+    elif case == "dora":
+        lora("attention", tmp_path / "dora", use_dora=True)
+        sources.append(tmp_path / "dora")
+    elif case == "no share":
+        options["rank"] = "auto"
+    elif case == "too large a share":
+        options["rank"] = "auto=1.5"
+    elif case == "width":
+        options["group_by"] = "width"
+    else:
+        lora("mlp", tmp_path / "mlp")
+        sources = [tmp_path / "mlp"]
+        options["group_by"] = dict.fromkeys(read_lora(tmp_path / "mlp")[0], "all")
+    with pytest.raises(ValueError, match=message):
+        loras_to_bank(sources, tmp_path / "bank", **options)
+    assert not (tmp_path / "bank").exists()
 
 
 # ---- the original implementation -------------------------------------------------------------------------------------
@@ -263,19 +470,24 @@ def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path,
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_an_original_checkpoint_computes_the_same(suffix: str, tmp_path: Path) -> None:
-    head = torch.randn(29, 16)
-    path, state = original(tmp_path, suffix, **{"head.weight": head})
-    found = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
-    assert (
-        found.config.scaling == 1.5
-        and len({entry["A"] for entry in found.document["layers"].values()}) == 2
-    )
-    found.save(tmp_path / "lotr")
-    model, plain = load_adapter(zoo.net("attention"), tmp_path / "lotr"), zoo.net("attention")
+@pytest.mark.parametrize("equal", [None, "rhs", "lhs"])  # in layers of different groups
+def test_an_original_checkpoint_computes_the_same(
+    suffix: str, equal: str | None, tmp_path: Path
+) -> None:
+    changes = {"head.weight": torch.randn(29, 16)}
+    if equal:
+        same = original(tmp_path, suffix)[1][f"blocks.0.q.lotr.{equal}"]
+        changes[f"blocks.1.q.lotr.{equal}"] = same.clone()
+    path, state = original(tmp_path, suffix, **changes)
+    converted = original_to_lotr(path, scale=3.0, modules_to_save=["head"])
+    assert converted.config.scaling == 1.5
+    assert len({entry.A for entry in converted.adapter.layers.values()}) == 2
+    converted.save(tmp_path / "lotr")
+    model = load_adapter(zoo.net("attention"), tmp_path / "lotr")
+    plain = zoo.net("attention")
     with torch.no_grad():
-        plain.head.weight.copy_(head)
-        for name in found.document["layers"]:
+        plain.head.weight.copy_(changes["head.weight"])
+        for name in converted.adapter.layers:
             rhs, mid, lhs = (state[f"{name}.lotr.{part}"] for part in ("rhs", "mid", "lhs"))
             plain.get_submodule(name).weight += 1.5 * (rhs @ mid @ lhs).mT
     assert relative(output(model, "attention"), output(plain, "attention")) < 1e-5
@@ -295,7 +507,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
             lambda c, t, n=name: c.update({n: {"a": 1}}),
             f"{name}: expected a LoRA of two factors",
         )
-        for name in convert._NOT_PLAIN
+        for name in MORE_THAN_TWO_FACTORS
     },
     "moved weights": (
         lambda c, t: c.update(init_lora_weights="pissa_niter_4"),
@@ -349,7 +561,7 @@ def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         lora_to_lotr(tmp_path / "lora", rank=8)
     assert (
-        convert.main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"])
+        convert_main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"])
         == 2
     )
     assert not (tmp_path / "out").exists()
@@ -411,18 +623,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ["lotr-to-lora", "lotr", "back", "--base-model", "base"],
         ["lotr-to-lora", "saved", "also"],
         ["original-to-lotr", source.name, "original", "--scale", "2", "--modules-to-save", "head"],
+        ["loras-to-bank", "lora", "bank", "--rank", "auto=0.95", "--group-by", "block"],
+        ["loras-to-bank", "lora", "bank", "--rank", "3"],
     ]
     for command, own, to, *options in runs:
-        assert convert.main([command, str(tmp_path / own), str(tmp_path / to), *options]) == 0
+        assert convert_main([command, str(tmp_path / own), str(tmp_path / to), *options]) == 0
     told = capsys.readouterr()
     assert (
         "blocks.0.q  error" in told.out
-        and "8 layers ->" in told.out
+        and "8 layers" in told.out
         and "blocks.0.q  16 x 16  rank 15" in told.out
     )
     assert (
         relative(output(lora_model("attention", tmp_path / "back"), "attention"), want) < 0.2
     )  # rank 15 of 16
     assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
-    assert convert.main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
+    assert convert_main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.startswith("error: directory: expected a folder with")

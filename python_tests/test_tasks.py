@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_generate_with_a_task_a_row(name: str) -> None:
         assert torch.equal(found.sequences[i], want.sequences[0][: found.sequences.shape[1]])
 
 
+def test_beam_search_needs_an_index_of_its_beams() -> None:
+    """The model runs num_beams rows per prompt."""
+    model, x = banked("llama"), zoo.inputs("llama", rows=2)
+    settings = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    index = torch.tensor([0, 1])
+    with use_tasks(model, index), pytest.raises(ValueError, match="repeat_interleave"):
+        model.generate(x, **settings)
+    with use_tasks(model, index.repeat_interleave(2)):
+        y = model.generate(x, **settings)
+    for i in range(2):
+        with use_tasks(model, index[i : i + 1].repeat_interleave(2)):
+            want = model.generate(x[i : i + 1], **settings)[0]
+        assert torch.equal(y[i, : len(want)], want)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("cached", ["by name", "by position", "static", "embeddings"])
 def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str) -> None:
@@ -380,6 +396,170 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
         assert relative(found[i], alone(model, task, x)[i]) < 1e-5
 
 
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+
+def trained_tasks(model: nn.Module) -> TaskBank:
+    """The bank of a model in training mode, of which only the tasks are trained."""
+    model.train()
+    model.requires_grad_(False)
+    return model.lotr_tasks.requires_grad_()
+
+
+def step_of(model: nn.Module, task: int, optimizer: torch.optim.Optimizer) -> None:
+    """One step of one task."""
+    x = torch.randn(3, 5, zoo.WIDTH)
+    with use_tasks(model, torch.full((3,), task)):
+        zoo.output(model, x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_tasks_trained_one_after_another_do_not_move_each_other(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    """With an optimizer of its own per task, without weight decay."""
+    model = banked("mlp")
+    bank = trained_tasks(model)
+    for task in range(3):
+        others = {
+            other: {name: core.clone() for name, core in bank.cores_of(other).items()}
+            for other in range(3)
+            if other != task
+        }
+        before = bank.cores_of(task)["blocks.0.up.core"].clone()
+        optimizer = kind(bank.parameters(), lr=0.1, weight_decay=0.0)
+        for _ in range(3):
+            step_of(model, task, optimizer)
+        assert not torch.equal(bank.cores_of(task)["blocks.0.up.core"], before)
+        for other, cores in others.items():
+            for name, core in bank.cores_of(other).items():
+                assert torch.equal(core, cores[name])
+
+
+def warnings_of(call: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if "lotr_ext" in str(warning.message)]
+
+
+# What is trained, and whether use_tasks warns that the tasks are not.
+FROZEN: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
+    "A, B and the model's cores": (lambda model: model.train(), True),
+    "A": (lambda model: train_only(model, "A"), True),
+    "B": (lambda model: train_only(model, "B"), True),
+    "the model's cores": (lambda model: train_only(model, "core"), False),
+    "A, B and tasks": (lambda model: model.train().lotr_tasks.requires_grad_(), False),
+    "tasks": (trained_tasks, False),
+    "one layer of tasks": (lambda model: model.train().lotr_tasks.cores[1].requires_grad_(), False),
+    "in eval mode": (lambda model: model.eval(), False),
+}
+
+
+def train_only(model: nn.Module, part: str) -> None:
+    model.train()
+    for layer in adapted_layers(model).values():
+        layer.set_trained([part])
+
+
+@pytest.mark.parametrize("trained_parts", FROZEN)
+def test_tasks_that_are_frozen_while_factors_train_are_noticed(trained_parts: str) -> None:
+    model = banked("mlp")
+    prepare, expected = FROZEN[trained_parts]
+    prepare(model)
+
+    def call() -> None:
+        with use_tasks(model, INDEX):
+            pass
+
+    assert bool(warnings_of(call)) == expected
+    with torch.no_grad():
+        assert not warnings_of(call)
+
+
+def test_an_optimizer_of_tasks_that_no_forward_used_is_noticed_once() -> None:
+    """The model's adapter trains, and the bank idles."""
+    model, x = banked("mlp"), zoo.inputs("mlp")
+    model.lotr_tasks.requires_grad_()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    assert not warnings_of(optimizer.step)  # without a backward
+    zoo.output(model, x).square().mean().backward()
+    assert len(warnings_of(optimizer.step)) == 1
+    assert not warnings_of(optimizer.step)
+
+
+@pytest.mark.parametrize("forgotten_at_first", [False, True])
+def test_an_optimizer_of_tasks_that_a_forward_used_is_silent(forgotten_at_first: bool) -> None:
+    model, x = banked("mlp"), zoo.inputs("mlp", rows=4)
+    bank = model.lotr_tasks.requires_grad_()
+    optimizer = torch.optim.SGD([*bank.parameters(), *own_parameters(model)], lr=0.1)
+    if forgotten_at_first:  # for the model's own adapter, with another optimizer
+        zoo.output(model, x).square().mean().backward()
+        assert not warnings_of(torch.optim.SGD(own_parameters(model), lr=0.1).step)
+    with use_tasks(model, INDEX):
+        zoo.output(model, x).square().mean().backward()
+    assert not warnings_of(optimizer.step)
+
+
+@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["plain", "kept", "reentrant"])
+def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_path: Path) -> None:
+    """One step of SGD, also with checkpoints, whose backward must be in the context."""
+    from transformers import Trainer, TrainingArguments
+
+    class TaskTrainer(Trainer):  # as in docs/many_tasks.md
+        def training_step(self, model, inputs, *args, **kwargs):
+            with use_tasks(self.model, inputs.pop("task")):
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            with use_tasks(self.model, inputs.pop("task")):
+                return super().prediction_step(model, inputs, *args, **kwargs)
+
+    model, x = banked("llama"), zoo.inputs("llama", rows=4)
+    bank = trained_tasks(model)
+    names = [f"{name}.core" for name in adapted_layers(model)]
+    logits = []
+    for i, task in enumerate(INDEX.tolist()):
+        cores = {name: core[task] * (task >= 0) for name, core in zip(names, bank.cores)}
+        logits.append(called(model, cores, x[i : i + 1])[:, :-1])
+    loss = nn.functional.cross_entropy(torch.cat(logits).flatten(0, 1), x[:, 1:].flatten())
+    gradients = torch.autograd.grad(loss, [*bank.cores])
+    expected = [core.detach() - gradient for core, gradient in zip(bank.cores, gradients)]
+
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "disable_tqdm": True,
+    }
+    if checkpoints is not None:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpoints}
+        model.enable_input_require_grads()
+    data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(x, INDEX.tolist())]
+    trainer = TaskTrainer(
+        model,
+        TrainingArguments(str(tmp_path), **arguments),
+        train_dataset=data,
+        eval_dataset=data,
+        optimizers=(torch.optim.SGD(bank.parameters(), lr=1.0), None),
+    )
+    trainer.train()
+    assert worst([*bank.cores], expected) < 1e-5
+    model.eval()
+    with torch.no_grad(), use_tasks(model, INDEX):
+        loss = model(x, labels=x).loss.item()
+    assert abs(trainer.evaluate()["eval_loss"] - loss) < 1e-4
+
+
 # ---- slots ------------------------------------------------------------------------------------------------------------
 
 
@@ -437,12 +617,14 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     model.lotr_tasks.save(0, path := tmp_path / "task.safetensors")
     again = banked("attention")
     again.lotr_tasks.replace(1, path)  # the same factors: `trained` is deterministic
-    for other in (
-        banked("attention", scaling=2.0),
-        banked("attention", seed=3),
-        banked("attention", rank=2),
+    for other, reason in (
+        (banked("attention", scaling=2.0), "scaling"),
+        (banked("attention", seed=3), "other A and B"),
+        (banked("attention", rank=2), "ranks"),
+        (banked("attention", rank=2, scaling=2.0), "ranks"),
+        (banked("mlp"), "missing"),
     ):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=f"expected .*{reason}"):
             other.lotr_tasks.add(path)
     tensors = load_file(path)
     for metadata in (None, {"format": "pt"}, {"format": "lotr_task", "version": "9"}):
@@ -464,7 +646,6 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
 BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "meta": lambda core: core.to("meta"),
     "sparse": lambda core: core.to_sparse(),
-    "csr": lambda core: core.to_sparse_csr(),
     "integers": lambda core: core.int(),
     "complex": lambda core: core.to(torch.complex64),
 }

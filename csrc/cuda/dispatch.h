@@ -41,7 +41,7 @@ void dispatch_type(DType type, F f) {
     f(__half{});
 }
 
-// f(an element) of the half types: what is not bfloat16 is float16.
+// f(an element) of the half types: a type other than bfloat16 is float16.
 template <class F>
 void dispatch_half(DType type, F f) {
   if (type == DType::bfloat16)

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h: fold and its gradients, in one launch each.
+// Implements fold and its gradients of launch.h.
 #include "kernels/fold.cuh"
 
 #include "launchers.h"
@@ -26,22 +26,24 @@ void run(const Call& call, const FoldGradProblem& problem, Workspace& memory) {
   check_rank("fold_grad", "B", problem.r_out);
   const Workspace::Scope scope(memory);
   const plan::Split plan = fold_grad_plan(call, problem.N, problem.r_in, problem.r_out);
-  const int64_t core_blocks = problem.dcore ? plan.tiles * plan.splits : 0,
-                dB_tiles = plan::ceil_div(problem.N, kernels::FOLD_ROWS) *
-                           plan::ceil_div(problem.r_out, kernels::FOLD_COLS),
-                dB_blocks = problem.dB ? dB_tiles : 0;
+  const int64_t dB_tiles = plan::ceil_div(problem.N, kernels::FOLD_ROWS) *
+                           plan::ceil_div(problem.r_out, kernels::FOLD_COLS);
+  const int64_t dB_blocks = problem.dB.data ? dB_tiles : 0;
+  const int64_t core_blocks = problem.dcore ? plan.tiles * plan.splits : 0;
   auto p = params_of<FoldGradParams>(problem);
-  p.n_per_split = plan::ceil_div(p.N, plan.splits), p.splits = int(plan.splits);
+  p.n_per_split = plan::ceil_div(p.N, plan.splits);
+  p.splits = int(plan.splits);
   p.dcore_row = p.r_out;
-  const bool in_parts = core_blocks && plan.splits > 1;
-  if (in_parts) {
-    p.dcore_row = row_of_parts(p.r_out), p.dcore_part = p.r_in * p.dcore_row;
+  const bool has_parts = core_blocks > 0 && plan.splits > 1;
+  if (has_parts) {
+    p.dcore_row = row_of_parts(p.r_out);
+    p.dcore_part = p.r_in * p.dcore_row;
     p.dcore = memory.take<float>(plan.splits * p.dcore_part);
   }
   if (memory.counts() || dB_blocks + core_blocks == 0) return;
   launch<FoldTraits, kernels::fold_grad>(call, dim3(unsigned(dB_blocks + core_blocks)), p,
                                          "fold_grad");
-  if (in_parts) sum_cores(call, p.dcore, problem.dcore, p.r_in, p.r_out, p.splits);
+  if (has_parts) sum_cores(call, p.dcore, problem.dcore, p.r_in, p.r_out, p.splits);
 }
 
 }  // namespace lotr::cuda

@@ -1,4 +1,4 @@
-// Definitions of launchers.h: tiles and grids.
+// Implements launchers.h: tiles and grids.
 #pragma once
 #include "dispatch.h"
 #include "kernels/expand_add.cuh"
@@ -21,7 +21,8 @@ void Launchers<P>::shrink(const Call& call, const ShrinkParams& params, const pl
   dispatch_rank<MAX<P>>(params.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     ShrinkParams p = params;
-    p.m_pieces = plan.m_pieces(), p.k_pieces = plan.n_pieces();
+    p.m_pieces = plan.m_pieces();
+    p.k_pieces = plan.n_pieces();
     const dim3 grid = grid_of(plan.m_blocks, plan.n_blocks);
     using Tall = kernels::ShrinkTraits<P, R, kernels::shrink_tall(R)>;
     using Low = kernels::ShrinkTraits<P, R, kernels::SHRINK_LOW>;
@@ -39,12 +40,12 @@ void Launchers<P>::expand_add(const Call& call, const ExpandParams& params,
     ExpandParams p = params;
     p.n_pieces = plan.n_pieces();
     const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
-    using Onto = kernels::ExpandTraits<P, decltype(rank)::value, false>;
-    using Fresh = kernels::ExpandTraits<P, decltype(rank)::value, true>;
-    if (p.fresh)
-      launch<Fresh, kernels::expand_add<Fresh>>(call, grid, p, "expand_add");
+    using FromStart = kernels::ExpandTraits<P, decltype(rank)::value, false>;
+    using FromBias = kernels::ExpandTraits<P, decltype(rank)::value, true>;
+    if (p.start.data)
+      launch<FromStart, kernels::expand_add<FromStart>>(call, grid, p, "expand_add");
     else
-      launch<Onto, kernels::expand_add<Onto>>(call, grid, p, "expand_add");
+      launch<FromBias, kernels::expand_add<FromBias>>(call, grid, p, "expand_add");
   });
 }
 
@@ -54,7 +55,8 @@ void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params,
   dispatch_rank<MAX<P>>(params.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     FactorGradParams p = params;
-    p.m_pieces = plan.m_pieces(), p.k_pieces = plan.n_pieces();
+    p.m_pieces = plan.m_pieces();
+    p.k_pieces = plan.n_pieces();
     const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
     using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R)>;
     using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R)>;
@@ -68,10 +70,11 @@ void Launchers<P>::factor_grad(const Call& call, const FactorGradParams& params,
 template <class P>
 void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradParams& params,
                                const plan::Plan& plan) {
-  dispatch_rank<SHRINK_GRAD_MAX_RANK>(params.r, [&](auto rank) {
+  dispatch_rank<SHRINK_GRAD_MAX_RANK>(std::max(params.r, params.r_u), [&](auto rank) {
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
     ShrinkGradParams p = params;
-    p.m_pieces = plan.m_pieces(), p.n_pieces = plan.n_pieces();
+    p.m_pieces = plan.m_pieces();
+    p.n_pieces = plan.n_pieces();
     launch<Traits, kernels::shrink_grad<Traits>>(call, grid_of(plan.n_blocks, plan.m_blocks), p,
                                                  "shrink_grad");
   });

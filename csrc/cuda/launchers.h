@@ -10,15 +10,15 @@
 
 namespace lotr::cuda {
 
-// Largest rank of one launch.  More is done in pieces of the rank, which reads the large matrix
-// once for each piece.
+// Largest rank of one launch.  A larger one is computed in pieces of the rank, each of which reads
+// the large matrix once.
 constexpr int max_rank(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
-// Above this, k and Q are cheaper from two reads of g: their parts would outweigh one.
+// Above this rank, k and Q are cheaper from two reads of g: their parts would outweigh one read.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
 
-// These take matrices that can be read 16 bytes at a time, and ranks of one launch.
+// The matrices can be read 16 bytes at a time, and the rank fits one launch.
 template <class P>
 struct Launchers {
   static void shrink(const Call& call, const ShrinkParams& p, const plan::Plan& plan);
@@ -27,15 +27,14 @@ struct Launchers {
   static void shrink_grad(const Call& call, const ShrinkGradParams& p, const plan::Plan& plan);
 };
 
-// The second launch of sums that are split over blocks; `type`: of a core.
+// The second launch for sums that are split over blocks.  type: of the core product.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
-inline void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows,
-                      int32_t cols, int32_t splits) {
-  const MutableMatrix out{dcores, cols, 1, Access::element};
-  sum_parts(call, DType::float32,
-            {{parts, row_of_parts(cols), out, DType::float32, rows, cols, splits, 0, 1.f}, {}, {}});
-}
+void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,
+               int32_t splits);
+
+// A matrix of the call's type in the workspace, with rows at multiples of 16 bytes.
+Matrix take_matrix(const Call& call, Workspace& memory, int64_t rows, int64_t cols);
 
 // Throws std::invalid_argument unless r is from 1 to MAX_RANK.
 inline void check_rank(const char* kernel, const char* name, int64_t r) {

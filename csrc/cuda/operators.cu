@@ -1,5 +1,5 @@
-// csrc/cuda/launch.h: the products with a large matrix.  Choice of the element type, ranks beyond
-// one launch, inputs that have to be packed, sums over blocks.
+// Implements the products with a large matrix of launch.h: the choice of the element type, ranks
+// above one launch, inputs that have to be packed, sums over blocks.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -21,83 +21,125 @@ void dispatch_policy(const Call& call, F f) {
 }
 
 // Columns first .. of a matrix.
-template <class M>
-M columns(M m, int64_t first, DType type) {
+Matrix columns(Matrix m, int64_t first, DType type) {
   const int64_t size = m.access == Access::float32_element ? 4 : element_size(type);
-  auto* data = static_cast<const char*>(m.data) + first * m.col * size;
-  if constexpr (std::is_same_v<M, Matrix>)
-    m.data = data;
-  else
-    m.data = const_cast<char*>(data);
+  m.data = static_cast<char*>(m.data) + first * m.col * size;
   return m;
 }
 
-// f(first, ranks) for each of at most two launches, which takes so many ranks from `first` on
+// f(first, ranks) for each of at most two launches, which has `ranks` ranks from `first` on.
 template <class F>
 void each_launch(const Call& call, int64_t r, F f) {
   const int64_t most = max_rank(call.type);
   for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
 }
 
-// m, or where it cannot be read 16 bytes at a time, a copy that can.
+// Replaces m, if it cannot be read 16 bytes at a time, by a copy that can.
 void pack(const Call& call, Workspace& memory, Matrix& m, int64_t rows, int64_t cols) {
   if (m.access == Access::vector) return;
-  const int64_t chunk = row_elements(call.type), row = plan::ceil_div(cols, chunk) * chunk;
-  void* const copy = memory.take<char>(rows * row * element_size(call.type));
-  run(call, PackProblem{m, copy, rows, cols, row}, memory);
-  m = {copy, row, 1, Access::vector};
+  const Matrix copy = take_matrix(call, memory, rows, cols);
+  run(call, PackProblem{m, copy, rows, cols}, memory);
+  m = copy;
 }
 
 // Zeros in a contiguous output of no tokens.
-void clear(const Call& call, const Workspace& memory, float* data, int64_t count) {
-  if (!memory.counts()) ptx::clear(data, size_t(count) * sizeof(float), call.stream);
+void clear(const Call& call, const Workspace& memory, const FloatSum& sum, int64_t count) {
+  if (!sum.add && !memory.counts())
+    ptx::clear(sum.data, size_t(count) * sizeof(float), call.stream);
 }
 
-// h = core_scale * u core as a product of its own, where no block has the whole rank of u.
-void run_core_product(const Call& call, const ShrinkProblem& p, Workspace& memory) {
+Matrix matrix_of(const FloatSum& sum) {
+  return {sum.data, sum.row, sum.col, Access::element};
+}
+
+// The second launch for a product that has `splits` parts of `out` [rows, cols] in the call's type.
+SumPartsParams rounded_sum(const Call& call, const float* parts, const Matrix& out, int64_t rows,
+                           int32_t cols, int64_t splits, float scale) {
+  SumPartsParams sum{};
+  sum.parts = parts;
+  sum.parts_row = row_of_parts(cols);
+  sum.out = out;
+  sum.out_type = call.type;
+  sum.rows = rows;
+  sum.cols = cols;
+  sum.splits = int32_t(splits);
+  sum.scale = scale;
+  return sum;
+}
+
+// Replaces `sum` [rows, cols] by `splits` parts in the workspace, and returns the second launch,
+// which adds them.
+SumPartsParams split_sum(FloatSum& sum, Workspace& memory, int64_t rows, int32_t cols,
+                         int64_t splits, float scale) {
+  const int64_t row = row_of_parts(cols);
+  SumPartsParams second{};
+  second.parts = memory.take<float>(splits * rows * row);
+  second.parts_row = row;
+  second.out = matrix_of(sum);
+  second.out_type = DType::float32;
+  second.add = sum.add;
+  second.rows = rows;
+  second.cols = cols;
+  second.splits = int32_t(splits);
+  second.scale = scale;
+  sum = {const_cast<float*>(second.parts), row, 1, false};
+  return second;
+}
+
+// h = scale * u core as a separate product, for ranks of which no block has all of u.
+void run_core_product(const Call& call, const Matrix& u, int64_t M, int32_t r,
+                      const CoreProduct& product, Workspace& memory) {
   ShrinkProblem h{};
-  h.x = read_only(p.u), h.A = p.core, h.u = p.h;
-  h.M = p.M, h.K = p.r, h.r = p.r_core;
-  h.scale = p.core_scale, h.dropout.scale = 1.f;
+  h.x = u;
+  h.A = product.core;
+  h.u = product.h;
+  h.M = M;
+  h.K = r;
+  h.r = product.r_core;
+  h.scale = product.scale;
+  h.dropout.scale = 1.f;
   run(call, h, memory);
 }
 
 }  // namespace
 
+Matrix take_matrix(const Call& call, Workspace& memory, int64_t rows, int64_t cols) {
+  const int64_t chunk = row_elements(call.type);
+  const int64_t row = plan::ceil_div(cols, chunk) * chunk;
+  return {memory.take<char>(rows * row * element_size(call.type)), row, 1, Access::vector};
+}
+
 void run(const Call& call, const ShrinkProblem& problem, Workspace& memory) {
   ShrinkProblem p = problem;
+  const bool has_core = p.core_product.core.data;
   check_rank("shrink", "A", p.r);
-  if (p.core.data) check_rank("shrink", "core", p.r_core);
+  if (has_core) check_rank("shrink", "core", p.core_product.r_core);
   if (p.M == 0) return;
   const Workspace::Scope scope(memory);
-  pack(call, memory, p.x, p.M, p.K), pack(call, memory, p.A, p.K, p.r);
-  const bool whole = p.r <= max_rank(call.type);
+  pack(call, memory, p.x, p.M, p.K);
+  pack(call, memory, p.A, p.K, p.r);
+  const bool is_one_launch = p.r <= max_rank(call.type);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
     const Workspace::Scope of_launch(memory);
     const plan::Plan plan = plan_of(call, Kernel::shrink, p.M, p.K, ranks);
-    auto piece = params_of<ShrinkParams>(p);
-    piece.r = ranks;
-    piece.A = columns(p.A, first, call.type), piece.u = columns(p.u, first, call.type);
-    if (!whole) piece.core.data = nullptr;
-    piece.parts_row = row_of_parts(ranks);
-    if (plan.n_blocks > 1) piece.parts = memory.take<float>(plan.n_blocks * p.M * piece.parts_row);
+    auto params = params_of<ShrinkParams>(p);
+    params.r = ranks;
+    params.A = columns(p.A, first, call.type);
+    params.u = columns(p.u, first, call.type);
+    if (!is_one_launch) params.core_product.core.data = nullptr;
+    params.parts_row = row_of_parts(ranks);
+    if (plan.n_blocks > 1)
+      params.parts = memory.take<float>(plan.n_blocks * p.M * params.parts_row);
     if (memory.counts()) return;
-    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, plan); });
-    if (!piece.parts) return;
-    SumTwoParams sum{};
-    sum.first = {piece.parts,
-                 piece.parts_row,
-                 piece.u,
-                 call.type,
-                 p.M,
-                 ranks,
-                 int32_t(plan.n_blocks),
-                 0,
-                 p.scale * p.dropout.scale};
-    sum.core = {piece.core, p.h, p.r_core, p.core_scale};
-    sum_parts(call, call.type, sum);
+    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, params, plan); });
+    if (!params.parts) return;
+    SumTwoParams sums{};
+    sums.first = rounded_sum(call, params.parts, params.u, p.M, ranks, plan.n_blocks,
+                             p.scale * p.dropout.scale);
+    sums.core_product = params.core_product;
+    sum_parts(call, call.type, sums);
   });
-  if (p.core.data && !whole) run_core_product(call, p, memory);
+  if (has_core && !is_one_launch) run_core_product(call, p.u, p.M, p.r, p.core_product, memory);
 }
 
 void run(const Call& call, const ExpandProblem& problem, Workspace& memory) {
@@ -105,64 +147,69 @@ void run(const Call& call, const ExpandProblem& problem, Workspace& memory) {
   check_rank("expand_add", "F", p.r);
   if (p.M == 0) return;
   const Workspace::Scope scope(memory);
-  pack(call, memory, p.u, p.M, p.r), pack(call, memory, p.F, p.N, p.r);
+  pack(call, memory, p.u, p.M, p.r);
+  pack(call, memory, p.F, p.N, p.r);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
     const plan::Plan plan = plan_of(call, Kernel::expand_add, p.M, p.N, ranks);
-    auto piece = params_of<ExpandParams>(p);
-    piece.r = ranks;
-    piece.u = columns(p.u, first, call.type), piece.F = columns(p.F, first, call.type);
-    if (first > 0) piece.fresh = 0;
+    auto params = params_of<ExpandParams>(p);
+    params.r = ranks;
+    params.u = columns(p.u, first, call.type);
+    params.F = columns(p.F, first, call.type);
+    if (first > 0) params.start = p.y;
     if (!memory.counts())
-      dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, piece, plan); });
+      dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, params, plan); });
   });
 }
 
 void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) {
   FactorGradProblem p = problem;
-  check_rank("factor_grad", "k", p.r);
-  if (p.M == 0) {
-    if (!p.accumulate) clear(call, memory, p.D, p.K * p.r);
-    return;
-  }
+  check_rank("factor_grad", "v", p.r);
+  if (p.M == 0) return clear(call, memory, p.D, p.K * p.r);
   const Workspace::Scope scope(memory);
-  pack(call, memory, p.x, p.M, p.K), pack(call, memory, p.v, p.M, p.r);
+  pack(call, memory, p.x, p.M, p.K);
+  pack(call, memory, p.v, p.M, p.r);
   each_launch(call, p.r, [&](int64_t first, int32_t ranks) {
     const Workspace::Scope of_launch(memory);
     const plan::Plan plan = plan_of(call, Kernel::factor_grad, p.M, p.K, ranks);
-    auto piece = params_of<FactorGradParams>(p);
-    piece.r = ranks;
-    piece.v = columns(p.v, first, call.type), piece.D += first * p.D_col;
-    SumTwoParams sum{};
+    auto params = params_of<FactorGradParams>(p);
+    params.r = params.D_cols = ranks;
+    params.v = columns(p.v, first, call.type);
+    params.D.data += first * p.D.col;
+    SumTwoParams sums{};
     if (plan.m_blocks > 1) {
-      const int64_t row = row_of_parts(ranks);
-      piece.D_part = p.K * row;
-      float* const parts = memory.take<float>(plan.m_blocks * piece.D_part);
-      const MutableMatrix D{piece.D, p.D_row, p.D_col, Access::element};
-      sum.first = {
-          parts,          row, D, DType::float32, p.K, ranks, int32_t(plan.m_blocks), p.accumulate,
-          p.dropout.scale};
-      piece.D = parts, piece.D_row = row, piece.D_col = 1;
-      piece.accumulate = 0, piece.dropout.scale = 1.f;
+      sums.first = split_sum(params.D, memory, p.K, ranks, plan.m_blocks, p.dropout.scale);
+      params.D_cols = int32_t(params.D.row);
+      params.D_part = p.K * params.D.row;
+      params.dropout.scale = 1.f;  // comes with the sum
     }
     if (memory.counts()) return;
-    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, piece, plan); });
-    if (sum.first.rows) sum_parts(call, call.type, sum);
+    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, params, plan); });
+    if (sums.first.rows) sum_parts(call, call.type, sums);
   });
 }
 
 namespace {
 
-// k and Q from two reads of g, for ranks whose parts would cost more than the second read.
+// k and Q from two reads of g, for ranks at which the parts would cost more than the second read.
 void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) {
   ShrinkProblem k{};
-  k.x = p.g, k.A = p.F, k.u = p.k;
-  k.M = p.M, k.K = p.N, k.r = p.r;
-  k.scale = k.dropout.scale = 1.f;
+  k.x = p.g;
+  k.A = p.F;
+  k.u = p.k;
+  k.M = p.M;
+  k.K = p.N;
+  k.r = p.r;
+  k.scale = 1.f;
+  k.dropout.scale = 1.f;
+  k.core_product = p.core_product;
   run(call, k, memory);
   FactorGradProblem Q{};
-  Q.x = p.g, Q.v = p.u;
-  Q.D = p.Q, Q.D_row = p.Q_row, Q.D_col = p.Q_col, Q.accumulate = p.accumulate;
-  Q.M = p.M, Q.K = p.N, Q.r = p.r;
+  Q.x = p.g;
+  Q.v = p.u;
+  Q.D = p.Q;
+  Q.M = p.M;
+  Q.K = p.N;
+  Q.r = p.r_u;
   Q.dropout.scale = 1.f;
   run(call, Q, memory);
 }
@@ -172,32 +219,32 @@ void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) 
 void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) {
   ShrinkGradProblem p = problem;
   check_rank("shrink_grad", "F", p.r);
-  if (p.M == 0) {
-    if (!p.accumulate) clear(call, memory, p.Q, p.N * p.r);
-    return;
-  }
+  check_rank("shrink_grad", "u", p.r_u);
+  if (p.M == 0) return clear(call, memory, p.Q, p.N * p.r_u);
+  const int32_t r = std::max(p.r, p.r_u);
   const Workspace::Scope scope(memory);
-  pack(call, memory, p.g, p.M, p.N), pack(call, memory, p.F, p.N, p.r),
-      pack(call, memory, p.u, p.M, p.r);
-  if (p.r > SHRINK_GRAD_MAX_RANK) return two_reads(call, p, memory);
-  const plan::Plan plan = plan_of(call, Kernel::shrink_grad, p.M, p.N, p.r);
+  pack(call, memory, p.g, p.M, p.N);
+  pack(call, memory, p.F, p.N, p.r);
+  pack(call, memory, p.u, p.M, p.r_u);
+  if (r > SHRINK_GRAD_MAX_RANK) return two_reads(call, p, memory);
+  const plan::Plan plan = plan_of(call, Kernel::shrink_grad, p.M, p.N, r);
   auto params = params_of<ShrinkGradParams>(p);
-  const int64_t row = params.parts_row = row_of_parts(p.r);
-  SumPartsParams k{}, Q{};
-  if (plan.n_blocks > 1) {
-    params.k_parts = memory.take<float>(plan.n_blocks * p.M * row);
-    k = {params.k_parts, row, p.k, call.type, p.M, p.r, int32_t(plan.n_blocks), 0, 1.f};
+  params.Q_cols = p.r_u;
+  params.k_parts_row = row_of_parts(p.r);
+  SumTwoParams sums{};
+  if (plan.n_blocks > 1 || p.core_product.core.data) {  // sum_parts multiplies k with the core
+    params.k_parts = memory.take<float>(plan.n_blocks * p.M * params.k_parts_row);
+    sums.first = rounded_sum(call, params.k_parts, p.k, p.M, p.r, plan.n_blocks, 1.f);
+    sums.core_product = p.core_product;
   }
   if (plan.m_blocks > 1) {
-    params.Q_part = p.N * row;
-    params.Q = memory.take<float>(plan.m_blocks * params.Q_part);
-    const MutableMatrix out{p.Q, p.Q_row, p.Q_col, Access::element};
-    Q = {params.Q, row, out, DType::float32, p.N, p.r, int32_t(plan.m_blocks), p.accumulate, 1.f};
-    params.Q_row = row, params.Q_col = 1, params.accumulate = 0;
+    sums.second = split_sum(params.Q, memory, p.N, p.r_u, plan.m_blocks, 1.f);
+    params.Q_cols = int32_t(params.Q.row);
+    params.Q_part = p.N * params.Q.row;
   }
   if (memory.counts()) return;
   dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, params, plan); });
-  if (k.rows || Q.rows) sum_parts(call, call.type, {k, Q, {}});
+  if (sums.first.rows || sums.second.rows) sum_parts(call, call.type, sums);
 }
 
 }  // namespace lotr::cuda

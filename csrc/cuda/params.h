@@ -1,16 +1,21 @@
-// Kernel parameters: a problem and how it is cut into blocks, passed by value.
+// Kernel parameters: a problem and how it is divided into blocks, passed by value.
 //
-// Blocks that share an output tile store their sums as float32 matrices, one a block, and the
-// kernel sum_parts adds these in order.  So no block waits for another, and no memory outlives a
-// launch.
+// Blocks that share an output tile store partial sums ("parts"): one float32 matrix per block,
+// which the kernel sum_parts adds in order.  So no block waits for another, and no memory outlives
+// a launch.  A part has `parts_row` columns, all of them written: whole 32-byte sectors.
 #pragma once
 #include "problem.h"
 
 namespace lotr {
 
-// A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
+// Columns of a part for a sum of `cols` columns.
+constexpr int64_t row_of_parts(int64_t cols) {
+  return (cols + 7) / 8 * 8;
+}
+
+// A row of tiles divided into pieces of `tiles` tiles, the first `longer` of them one tile longer.
 struct Pieces {
-  int32_t whole, longer;
+  int32_t tiles, longer;
 };
 
 struct ShrinkParams : ShrinkProblem {
@@ -23,65 +28,60 @@ struct ExpandParams : ExpandProblem {
   Pieces n_pieces;  // of the column tiles
 };
 
+// D is the sum itself, or the parts.
 struct FactorGradParams : FactorGradProblem {
   Pieces m_pieces, k_pieces;  // of the row and column tiles
-  int64_t D_part;             // elements from one piece of M's D to the next one's
+  int32_t D_cols;             // columns that are written: r, or those of a part
+  int64_t D_part;             // elements from one part of D to the next
 };
 
+// Q is the sum itself, or the parts.
 struct ShrinkGradParams : ShrinkGradProblem {
   Pieces m_pieces, n_pieces;  // of the row and column tiles
-  float* k_parts;             // [pieces of N, M, parts_row], or null: one piece, which writes k
-  int64_t parts_row;
-  int64_t Q_part;  // elements from one piece of M's Q to the next one's
+  float* k_parts;             // [pieces of N, M, k_parts_row], or null: one piece, which writes k
+  int64_t k_parts_row;
+  int32_t Q_cols;  // columns that are written: r_u, or those of a part
+  int64_t Q_part;  // elements from one part of Q to the next
 };
 
+// dcore is the gradient itself, or the parts.
 struct FoldGradParams : FoldGradProblem {
   int64_t n_per_split;  // rows of Q and B that one block of dG reads
   int32_t splits;
-  int64_t dcore_row, dcore_part;  // elements from row to row, from one split's dG to the next one's
+  int64_t dcore_row;   // columns that are written: r_out, or those of a part
+  int64_t dcore_part;  // elements from one part to the next
 };
 
 struct RowCoreParams : RowCoreProblem {
   int32_t rows_of_block;  // at most kernels::FOLD_ROWS
 };
 
+// dcores are the gradients themselves, or the parts.
 struct RowCoreGradParams : RowCoreGradProblem {
-  int32_t splits;  // blocks that share the rows of a core
-  int64_t dcores_row, dcores_part;
+  int32_t splits;       // blocks that share the rows of a core
+  int64_t dcores_row;   // columns that are written: r_out, or those of a part
+  int64_t dcores_part;  // elements from one part to the next
 };
 
-// The columns that a part's rows are apart: whole 32-byte sectors.
-constexpr int64_t row_of_parts(int64_t cols) {
-  return (cols + 7) / 8 * 8;
-}
-
-// out (accumulate: +=, else =) scale times the sum of parts [splits, rows, parts_row], in their
-// order.
+// out (+)= scale times the sum of parts [splits, rows, parts_row], in their order
 struct SumPartsParams {
   const float* parts;
   int64_t parts_row;
-  MutableMatrix out;  // [rows, cols]
+  Matrix out;  // [rows, cols]
   DType out_type;
+  bool add;  // += to what a float32 `out` holds; else =
   int64_t rows;
-  int32_t cols, splits, accumulate;
+  int32_t cols, splits;
   float scale;
 };
 
-// h = scale * u core, for few tokens
-struct CoreOperands {
-  Matrix core;      // [r, r_core], data null: no such product
-  MutableMatrix h;  // [M, r_core]
-  int32_t r_core;
-  float scale;
-};
-
-// The sums of up to two outputs; of the first one, u of `rows` tokens, also h.
+// The sums of up to two outputs, and a product of the first one with a core.
 struct SumTwoParams {
-  SumPartsParams first, second;  // second.rows 0: there is none
-  CoreOperands core;
+  SumPartsParams first, second;  // second.rows is 0 if there is no second sum
+  CoreProduct core_product;      // of the first output
 };
 
-// The kernel's parameters of a problem, without its plan.
+// The kernel's parameters for a problem, without its plan.
 template <class Params, class Problem>
 Params params_of(const Problem& problem) {
   Params params{};

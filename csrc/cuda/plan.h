@@ -1,9 +1,25 @@
-// How each kernel's problem is cut into blocks: one function a kernel, from shape and card to a
-// plan.
+// How the problem of each kernel is divided into blocks: one function per kernel, from shape and
+// card to a plan.
 //
-// A kernel reads its large matrix once whatever the plan is.  The plan decides the rest: every
-// block that needs a factor reads it again, mostly from L2, and where several blocks share an
-// output, their parts are written and read by a second launch (sum_parts).
+// A kernel reads its large matrix once, whatever the plan is.  The plan decides the rest: every
+// block that needs a factor reads it again, mostly from L2; and if several blocks share an output
+// (split), they write parts, which a second launch (sum_parts) adds.
+//
+// An example: u = x A with x [2048, 4096] in bfloat16, r = 16, on an H100 of 132 SMs, which holds
+// two blocks of this kernel per SM.  Tiles of 64 x 128 are 16 KB; x has 32 x 32 of them, 16.8 MB.
+//
+//   m_blocks x splits                             32 x 1    32 x 4    32 x 8
+//   blocks                                            32       128       256
+//   waves: blocks of the busiest SM                    1         1         2, resident together
+//   block: its tiles x 16 KB, at 21.7 B/clock     24,161     6,040     4,027 clocks
+//   memory: x and the parts, at 14 B/clock/SM      9,079     9,362     9,646
+//   L2: x, A for each m_block, parts, at 30        5,296     5,428     5,561
+//   the longest + a tenth of the other two        25,598    10,509    10,605
+//   sum_parts, the second launch                       0     1,833     1,965
+//   estimate                                      25,598    12,342    12,570
+//
+// Without a split, 100 SMs have no block.  With 4 splits, 128 SMs have one.  More splits let blocks
+// overlap, but memory already limits, and more parts are written and read.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,239 +30,270 @@
 
 namespace lotr::plan {
 
-// Properties of a card, as the driver reports them.  The defaults are an H100 SXM's.
+// Properties of a card, as the driver reports them.  The defaults are those of an H100 SXM.
 struct Card {
   int32_t multiprocessors = 132;
-  int32_t shared = 233472;  // bytes of shared memory of a multiprocessor
+  int32_t shared = 233472;  // bytes of shared memory per SM
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The rank a kernel is compiled for.
+// The rank that a kernel is compiled for.
 constexpr int padded_rank(int64_t r) {
-  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : r <= 128 ? 128 : 256;
+  for (const int R : {16, 32, 64, 128})
+    if (r <= R) return R;
+  return 256;
 }
 
-// `tiles` cut into `count` pieces that differ by at most one tile.
+// `tiles` tiles in `count` pieces that differ by at most one tile.
 inline Pieces pieces(int64_t tiles, int64_t count) {
   return {int32_t(tiles / count), int32_t(tiles % count)};
 }
 
-// m_blocks x n_blocks blocks of the large matrix [M, N], and the pieces of its tiles that they own.
+// m_blocks x n_blocks blocks of the large matrix [M, N], and the pieces of its tiles that they
+// have.
 struct Plan {
   int rows, cols;  // of a tile
-  int64_t m_tiles, n_tiles, m_blocks, n_blocks;
+  int64_t m_tiles, n_tiles;
+  int64_t m_blocks = 1, n_blocks = 1;
 
   Pieces m_pieces() const { return pieces(m_tiles, m_blocks); }
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
-// Bytes a clock.  Of device memory for each multiprocessor: 3.35 TB/s of an H100 SXM are 14.5, 2.04
-// TB/s of an A100 13.4.  Of L2 while all multiprocessors read: microbenchmarks of Hopper (arXiv
+// One block for a matrix [M, N] in tiles of rows x cols.
+inline Plan one_block(int64_t M, int64_t N, int rows, int cols) {
+  return {rows, cols, ceil_div(M, rows), ceil_div(N, cols)};
+}
+
+// ---- cost model ----
+
+// Bytes per clock and SM.  Of device memory: 3.35 TB/s of an H100 SXM are 14.5, 2.04 TB/s of an
+// A100 13.4 (vendor's data sheets).  Of L2 while all SMs read: microbenchmarks of Hopper (arXiv
 // 2402.13499).
 constexpr double MEMORY_RATE = 14, L2_RATE = 30;
 
-// Throughput of two resident blocks over one, which computes while the other waits: 1.3 to 1.9 by
-// the kernels' machine code.
+// Throughput of two resident blocks over one, which computes while the other waits: 1.3 to 1.9,
+// counted in the kernels' machine code.
 constexpr double TWO_BLOCK_SPEEDUP = 1.5;
 
-// What a second launch costs: a microsecond at 1.7 GHz.
+// Clocks of a second launch: a microsecond at 1.7 GHz.
 constexpr double LAUNCH_CLOCKS = 1700;
 
-// Bytes of the large matrix that a block processes in a clock, counted in the kernels' machine
-// code: up to rank 32 the loads limit it, above that the products.
+// Share of the shorter two of block time, memory time and L2 time that is not hidden behind the
+// longest: a guess, until a GPU has measured it.
+constexpr double NOT_OVERLAPPED = 0.1;
+
+// Bytes of the large matrix that a block processes per clock, counted in the kernels' machine code:
+// up to rank 32 the loads limit it, above that the products.
 constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
 }
 
-// Blocks that a multiprocessor holds: at_most by registers, one where two of `bytes` do not fit in
-// shared memory.
-inline int blocks_held(const Card& card, int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) {
+// Resident blocks per SM: at_most by registers, one if two of `bytes` do not fit in shared memory,
+// of which the system reserves 1 KB per block.
+inline int resident_blocks(const Card& card, int at_most,
+                           size_t bytes = kernels::SHARED_BYTES_OF_TWO) {
   return size_t(card.shared) >= 2 * (bytes + 1024) ? at_most : 1;
 }
 
-// How a kernel runs, for the choice among its plans.
-struct Kind {
-  int held;          // blocks that a multiprocessor holds
-  double rate;       // bytes of the matrix that a block alone processes in a clock
-  double matrix;     // bytes of the matrix, read and written
-  double tile;       // bytes of a tile, also where the matrix does not fill it
-  double per_block;  // bytes of factors that each block along M reads, and along N
-  double per_column;
-  double part;  // bytes of a part, of which each block that shares an output writes one
+// The costs of a kernel that its plans have in common.  Bytes but for the first two.
+struct Costs {
+  int resident_blocks = 1;     // per SM
+  double bytes_per_clock = 0;  // of the matrix, by a block that is alone on its SM
+  double matrix = 0;           // read and written
+  double tile = 0;             // read and written, counted in full at the edge of the matrix too
+  double per_m_block = 0;      // factors that each block along M reads
+  double per_n_block = 0;      // factors that each block along N reads
+  double part = 0;             // of a part; each block that shares an output writes one
 };
 
-struct Choice {
+// Estimates a plan in clocks: the longest of the busiest SM, memory and L2, plus a share of the
+// other two, plus the second launch of a split.  `splits` blocks share an output.
+inline double clocks_of(const Card& card, const Costs& costs, const Plan& plan, int64_t splits) {
+  const double sms = card.multiprocessors;
+  // Waves: turns of the busiest SM, in which its resident blocks run together.
+  const int64_t blocks_of_sm = ceil_div(plan.m_blocks * plan.n_blocks, card.multiprocessors);
+  double turns = double(blocks_of_sm);
+  if (costs.resident_blocks == 2)
+    turns = double(blocks_of_sm / 2) * 2 / TWO_BLOCK_SPEEDUP + double(blocks_of_sm % 2);
+  const double tiles_of_block =
+      double(ceil_div(plan.m_tiles, plan.m_blocks) * ceil_div(plan.n_tiles, plan.n_blocks));
+
+  const double parts = splits > 1 ? costs.part * double(splits) : 0;
+  const double factors =
+      costs.per_m_block * double(plan.m_blocks) + costs.per_n_block * double(plan.n_blocks);
+  const double block_time = tiles_of_block * costs.tile * turns / costs.bytes_per_clock;
+  const double memory_time = (costs.matrix + parts) / (MEMORY_RATE * sms);
+  const double l2_time = (costs.matrix + factors + parts) / (L2_RATE * sms);
+  double clocks = (1 - NOT_OVERLAPPED) * std::max({block_time, memory_time, l2_time}) +
+                  NOT_OVERLAPPED * (block_time + memory_time + l2_time);
+  if (splits > 1) clocks += LAUNCH_CLOCKS + parts / (L2_RATE * sms);
+  return clocks;
+}
+
+// The fastest plan so far, by its estimate.
+struct Fastest {
   Plan plan{};
   double clocks = 1e30;
+
+  void consider(const Card& card, const Costs& costs, const Plan& candidate, int64_t splits) {
+    const double estimate = clocks_of(card, costs, candidate, splits);
+    if (estimate < clocks) *this = {candidate, estimate};
+  }
 };
 
-// Takes the plan if it is estimated to be faster: the longest of the busiest multiprocessor, memory
-// and L2, then the second launch of a split.  `shared` blocks share an output.
-inline void consider(Choice& best, const Card& card, const Kind& kind, Plan plan, int64_t shared) {
-  const double all = card.multiprocessors;
-  const int64_t mine = ceil_div(plan.m_blocks * plan.n_blocks, card.multiprocessors);
-  const double turns =
-      kind.held == 2 ? double(mine / 2) * 2 / TWO_BLOCK_SPEEDUP + double(mine % 2) : double(mine);
-  const double longest =
-      double(ceil_div(plan.m_tiles, plan.m_blocks) * ceil_div(plan.n_tiles, plan.n_blocks));
-  const double parts = shared > 1 ? kind.part * double(shared) : 0;
-  const double factors =
-      kind.per_block * double(plan.m_blocks) + kind.per_column * double(plan.n_blocks);
-  const double own = longest * kind.tile * turns / kind.rate,
-               memory = (kind.matrix + parts) / (MEMORY_RATE * all),
-               l2 = (kind.matrix + factors + parts) / (L2_RATE * all);
-  // a tenth of the others, since they overlap not quite
-  double clocks = 0.9 * std::max({own, memory, l2}) + 0.1 * (own + memory + l2);
-  if (shared > 1) clocks += LAUNCH_CLOCKS + parts / (L2_RATE * all);
-  if (clocks < best.clocks) best = {plan, clocks};
-}
-
-// f(count) for some counts from 1 to `most` pieces of a row of tiles: one, and as many as give each
-// multiprocessor, or each block that it holds, one of `others` times so many blocks.
+// Calls f(splits) for the candidate numbers of pieces of a row of `most` tiles: one, as many as
+// give one block per SM, and as many as give one per resident block.  others: blocks along the
+// other dimension of the grid.  Of the numbers with the same longest piece the smallest is taken.
 template <class F>
-void each_count(const Card& card, int held, int64_t others, int64_t most, F f) {
+void each_split(const Card& card, int resident_blocks, int64_t others, int64_t most, F f) {
+  const int64_t sms = card.multiprocessors;
   int64_t last = 0;
-  for (const int64_t blocks :
-       {int64_t(1), int64_t(card.multiprocessors), int64_t(card.multiprocessors) * held}) {
+  for (const int64_t blocks : {int64_t(1), sms, sms * resident_blocks}) {
     const int64_t wanted = std::clamp<int64_t>(blocks / others, 1, most);
-    const int64_t even =
-        ceil_div(most, ceil_div(most, wanted));  // the fewest with this longest piece
-    if (even != last) f(even);
-    last = even;
+    const int64_t longest_piece = ceil_div(most, wanted);
+    const int64_t splits = ceil_div(most, longest_piece);
+    if (splits != last) f(splits);
+    last = splits;
   }
 }
 
-// u = x A: kernels/shrink.cuh.  Tall tiles read A less often, low ones fill a card with fewer
+// ---- the plans of each kernel ----
+
+// u = x A: kernels/shrink.cuh.  Tall tiles read A fewer times, low ones fill a GPU with fewer
 // tokens.
 inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int element) {
-  const int R = padded_rank(r), tall = kernels::shrink_tall(R);
-  const double numbers = double(M) * double(r), A = double(K) * double(r) * element;
-  Choice best;
+  const int R = padded_rank(r);
+  const int tall = kernels::shrink_tall(R);
+  Fastest fastest;
   for (const int rows : {kernels::SHRINK_LOW, tall}) {
     const int cols = kernels::shrink_cols(size_t(element), R, rows);
-    const Plan tiles{rows, cols, ceil_div(M, rows), ceil_div(K, cols), 1, 1};
-    const Kind kind{blocks_held(card, kernels::blocks_of_one_product(R)),
-                    rows == tall ? block_rate(R, 18.8, 12.5) : block_rate(R, 21.7, 11.4),
-                    double(M) * double(K) * element,
-                    double(rows * cols * element),
-                    A,
-                    0,
-                    4 * numbers};
+    Plan plan = one_block(M, K, rows, cols);
+    Costs costs;
+    costs.resident_blocks = resident_blocks(card, kernels::blocks_of_one_product(R));
+    costs.bytes_per_clock = rows == tall ? block_rate(R, 18.8, 12.5) : block_rate(R, 21.7, 11.4);
+    costs.matrix = double(M) * double(K) * element;
+    costs.tile = double(rows * cols * element);
+    costs.per_m_block = double(K) * double(r) * element;
+    costs.part = 4 * double(M) * double(r);
     for (const int owned : {1, kernels::shrink_subs(R, rows)}) {
-      Plan plan = tiles;
       plan.m_blocks = ceil_div(plan.m_tiles, owned);
-      each_count(card, kind.held, plan.m_blocks, plan.n_tiles, [&](int64_t splits) {
+      each_split(card, costs.resident_blocks, plan.m_blocks, plan.n_tiles, [&](int64_t splits) {
         plan.n_blocks = splits;
-        consider(best, card, kind, plan, splits);
+        fastest.consider(card, costs, plan, splits);
       });
     }
-    if (rows == tall) break;  // the two may be one
+    if (rows == tall) break;  // the two heights may be the same
   }
-  return best.plan;
+  return fastest.plan;
 }
 
-// y += u F^T: kernels/expand_add.cuh.  A block keeps F of some column tiles in shared memory.
+// y = start + u F^T: kernels/expand_add.cuh.  A block keeps F of some column tiles in shared
+// memory.
 inline Plan expand_add(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
-  const int R = padded_rank(r), rows = 16 * kernels::expand_threads(size_t(element), R) / 32,
-            cols = 128 / element;
-  const Kind kind{blocks_held(card, 2, kernels::shared_budget(kernels::blocks_together(R))),
-                  block_rate(R, 31.9, 20.5),
-                  2.0 * double(M) * double(N) * element,
-                  2.0 * rows * cols * element,
-                  double(N) * double(r) * element,
-                  double(M) * double(r) * element,
-                  0};
-  Plan plan{rows, cols, ceil_div(M, rows), ceil_div(N, cols), 1, 1};
+  const int R = padded_rank(r);
+  const int rows = 16 * kernels::expand_threads(size_t(element), R) / 32;
+  const int cols = 128 / element;
+  const size_t shared = kernels::shared_budget(kernels::blocks_together(R));
+  Plan plan = one_block(M, N, rows, cols);
+  Costs costs;
+  costs.resident_blocks = resident_blocks(card, 2, shared);
+  costs.bytes_per_clock = block_rate(R, 31.9, 20.5);
+  costs.matrix = 2.0 * double(M) * double(N) * element;
+  costs.tile = 2.0 * rows * cols * element;
+  costs.per_m_block = double(N) * double(r) * element;
+  costs.per_n_block = double(M) * double(r) * element;
   const int subs = kernels::expand_subs(size_t(element), R);
-  Choice best;
+  Fastest fastest;
   for (const int owned : {1, 2, 4, subs}) {
     plan.n_blocks = ceil_div(plan.n_tiles, std::min(owned, subs));
-    each_count(card, kind.held, plan.n_blocks, plan.m_tiles, [&](int64_t blocks) {
+    each_split(card, costs.resident_blocks, plan.n_blocks, plan.m_tiles, [&](int64_t blocks) {
       plan.m_blocks = blocks;
-      consider(best, card, kind, plan, 1);
+      fastest.consider(card, costs, plan, 1);
     });
   }
-  return best.plan;
+  return fastest.plan;
 }
 
 // D += x^T v: kernels/factor_grad.cuh.  Strips of columns, and pieces of M.
 inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int element) {
-  const int R = padded_rank(r), wide = kernels::factor_grad_wide(R);
-  Choice best;
+  const int R = padded_rank(r);
+  const int wide = kernels::factor_grad_wide(R);
+  Fastest fastest;
   for (const int cols : {kernels::factor_grad_narrow(R), wide}) {
     const int rows = kernels::factor_grad_rows(size_t(element), R, cols);
-    const Plan tiles{rows, cols, ceil_div(M, rows), ceil_div(K, cols), 1, 1};
-    const Kind kind{blocks_held(card, kernels::blocks_of_one_product(R)),
-                    block_rate(R, 22.8, cols == 128 ? 11.4 : 9.7),
-                    double(M) * double(K) * element,
-                    double(rows * cols * element),
-                    0,
-                    double(M) * double(r) * element,
-                    4.0 * double(K) * double(r)};
+    Plan plan = one_block(M, K, rows, cols);
+    Costs costs;
+    costs.resident_blocks = resident_blocks(card, kernels::blocks_of_one_product(R));
+    costs.bytes_per_clock = block_rate(R, 22.8, cols == 128 ? 11.4 : 9.7);
+    costs.matrix = double(M) * double(K) * element;
+    costs.tile = double(rows * cols * element);
+    costs.per_n_block = double(M) * double(r) * element;
+    costs.part = 4.0 * double(K) * double(r);
     for (const int owned : {1, kernels::factor_grad_subs(R, cols)}) {
-      Plan plan = tiles;
       plan.n_blocks = ceil_div(plan.n_tiles, owned);
-      each_count(card, kind.held, plan.n_blocks, plan.m_tiles, [&](int64_t splits) {
+      each_split(card, costs.resident_blocks, plan.n_blocks, plan.m_tiles, [&](int64_t splits) {
         plan.m_blocks = splits;
-        consider(best, card, kind, plan, splits);
+        fastest.consider(card, costs, plan, splits);
       });
     }
-    if (cols == wide) break;  // the two may be one
+    if (cols == wide) break;  // the two widths may be the same
   }
-  return best.plan;
+  return fastest.plan;
 }
 
-// k = g F and Q = g^T u: kernels/shrink_grad.cuh.  n blocks along N write n M r numbers of k, m
-// along M write m N r of Q: with n m blocks of the card the sum is least at n = sqrt(n m N / M).
+// k = g F and Q = g^T u: kernels/shrink_grad.cuh, one block per SM.  n blocks along N write n M r
+// elements of k, m blocks along M write m N r of Q: with n m = SMs the sum is least at
+// n = sqrt(SMs N / M).
 inline Plan shrink_grad(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
   const int R = padded_rank(r);
-  Plan plan{};
-  plan.rows = kernels::SHRINK_GRAD_ROWS, plan.cols = kernels::shrink_grad_cols(size_t(element));
-  plan.m_tiles = ceil_div(M, plan.rows), plan.n_tiles = ceil_div(N, plan.cols);
-  const int64_t held = card.multiprocessors,
-                least = ceil_div(plan.n_tiles, kernels::shrink_grad_subs(size_t(element), R));
-  const auto wanted = int64_t(std::lround(std::sqrt(double(held) * double(N) / double(M))));
+  const int64_t sms = card.multiprocessors;
+  Plan plan =
+      one_block(M, N, kernels::SHRINK_GRAD_ROWS, kernels::shrink_grad_cols(size_t(element)));
+  const int64_t least = ceil_div(plan.n_tiles, kernels::shrink_grad_subs(size_t(element), R));
+  const auto wanted = int64_t(std::lround(std::sqrt(double(sms) * double(N) / double(M))));
   plan.n_blocks = std::clamp<int64_t>(wanted, least, plan.n_tiles);
   plan.n_blocks = ceil_div(plan.n_tiles, ceil_div(plan.n_tiles, plan.n_blocks));
-  plan.m_blocks = std::clamp<int64_t>(held / plan.n_blocks, 1, plan.m_tiles);
+  plan.m_blocks = std::clamp<int64_t>(sms / plan.n_blocks, 1, plan.m_tiles);
   plan.m_blocks = ceil_div(plan.m_tiles, ceil_div(plan.m_tiles, plan.m_blocks));
   return plan;
 }
 
-// A small product whose sum is shared by `splits` blocks.
+// A small product in `tiles` tiles of the output, with a sum that `splits` blocks share.
 struct Split {
-  int64_t tiles = 0;  // of the output
+  int64_t tiles = 0;
   int64_t splits = 1;
 };
 
-// dG = s Q^T B: kernels/fold.cuh.  The sum over N is long: split until there is a block a
-// multiprocessor, but not below 256 rows a block.
+// dG = s Q^T B: kernels/fold.cuh.  The sum over N is long: split until there is one block per SM,
+// with at least 256 rows per block.
 inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out) {
+  const int64_t sms = card.multiprocessors;
   Split plan{ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
-  plan.splits =
-      std::clamp<int64_t>(N / 256, 1, ceil_div(int64_t(card.multiprocessors), plan.tiles));
+  plan.splits = std::clamp<int64_t>(N / 256, 1, ceil_div(sms, plan.tiles));
   return plan;
 }
 
-// dG_c of the rows of a core: kernels/row_core.cuh.  Split until there are four blocks a
-// multiprocessor, but not below 64 rows a block for a core of mean size.
+// dG_c for the rows of a core: kernels/row_core.cuh.  Split until there are four blocks per SM,
+// with at least 64 rows per block for a core of average size.
 inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_t r_in,
                            int64_t r_out) {
+  const int64_t blocks = 4 * int64_t(card.multiprocessors);
   Split plan{cores * ceil_div(r_in, kernels::FOLD_ROWS) * ceil_div(r_out, kernels::FOLD_COLS)};
-  plan.splits = std::clamp<int64_t>(rows / cores / 64, 1,
-                                    ceil_div(4 * int64_t(card.multiprocessors), plan.tiles));
+  plan.splits = std::clamp<int64_t>(rows / cores / 64, 1, ceil_div(blocks, plan.tiles));
   return plan;
 }
 
-// Rows of a block of row_core: a tile's, or fewer so that there are four blocks a multiprocessor.
+// Rows per block of row_core: a full tile, or fewer so that there are four blocks per SM.
 inline int rows_of_block(const Card& card, int64_t rows, int64_t r_out) {
+  const int64_t blocks = 4 * int64_t(card.multiprocessors);
   const int64_t cols = ceil_div(r_out, kernels::FOLD_COLS);
-  int most = kernels::FOLD_ROWS;
-  while (most > 1 && ceil_div(rows, most) * cols < 4 * int64_t(card.multiprocessors)) most /= 2;
-  return most;
+  int rows_per_block = kernels::FOLD_ROWS;
+  while (rows_per_block > 1 && ceil_div(rows, rows_per_block) * cols < blocks) rows_per_block /= 2;
+  return rows_per_block;
 }
 
 }  // namespace lotr::plan

@@ -1,39 +1,36 @@
 // The problems that operators compute: POD structs without a plan and without CUDA or torch types.
-// m tokens, k in, n out, r rank.  Strides count elements, not bytes.
+//
+// m tokens, k in, n out, r rank.  Strides count elements, not bytes.  A problem has the extents of
+// its matrices; a matrix without data (null) is an operand or a result that the call does not have.
 #pragma once
 #include <cstdint>
 
-namespace lotr {
+#include "../tensor_view.h"
 
-// Element types the kernels take.  Products of float32 are exact, whatever torch's matmul precision
-// is.
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+namespace lotr {
 
 // Bytes.
 constexpr int element_size(DType type) {
   return type == DType::float32 ? 4 : 2;
 }
 
-// How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time,
-// rounded to the kernel's type.
+// How a kernel accesses a matrix: 16 bytes at a time, one element at a time, or one float32 at a
+// time, which is rounded to the kernel's type.
 enum class Access : int32_t { vector = 0, element = 1, float32_element = 2 };
 
+// A matrix on the device, read or written.
 struct Matrix {
-  const void* data;  // [rows, cols], extents are the kernel's own
+  void* data;
   int64_t row, col;  // strides
   Access access;
 };
 
-// Output, or a matrix updated in place.  vector: its rows allow 16-byte stores.
-struct MutableMatrix {
-  void* data;  // [rows, cols]
-  int64_t row, col;
-  Access access;
+// A float32 matrix that receives a sum over tokens.
+struct FloatSum {
+  float* data;
+  int64_t row, col;  // strides
+  bool add;          // += to what it holds; else =
 };
-
-inline Matrix read_only(const MutableMatrix& m) {
-  return {m.data, m.row, m.col, m.access};
-}
 
 // Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see
 // tile/philox.cuh).
@@ -43,79 +40,79 @@ struct Dropout {
   float scale;  // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
 };
 
-// u = scale * drop(x) A, and for few tokens h = core_scale * u core in the same launch.
+// h = scale * u core, for few tokens in the launches that compute u.  core null: no such product.
+struct CoreProduct {
+  Matrix core;  // [r, r_core]
+  Matrix h;     // [M, r_core]
+  int32_t r_core;
+  float scale;
+};
+
+// u = scale * drop(x) A
 struct ShrinkProblem {
-  Matrix x;         // [M, K]
-  Matrix A;         // [K, r]
-  MutableMatrix u;  // [M, r]
+  Matrix x;  // [M, K]
+  Matrix A;  // [K, r]
+  Matrix u;  // [M, r]
   int64_t M, K;
   int32_t r;
   float scale;
   Dropout dropout;
-  Matrix core;      // [r, r_core], data null: no second product
-  MutableMatrix h;  // [M, r_core]
-  int32_t r_core;
-  float core_scale;
+  CoreProduct core_product;  // of u
 };
 
-// y += drop(u F^T); fresh: y = bias + drop(u F^T), whatever y holds
+// y = start + drop(u F^T).  start: y itself, another matrix, or null for the bias.
 struct ExpandProblem {
-  MutableMatrix y;  // [M, N]
-  Matrix u;         // [M, r]
-  Matrix F;         // [N, r]
+  Matrix y;      // [M, N]
+  Matrix start;  // [M, N] of y's type, or null; it is y, or does not overlap y
+  Matrix u;      // [M, r]
+  Matrix F;      // [N, r]
   int64_t M, N;
   int32_t r;
-  int32_t fresh;     // 1: y is written and not read
-  const void* bias;  // [N] of y's type, or null; only of a fresh y
+  const void* bias;  // [N] of y's type, or null for zeros; only without start
   int64_t bias_stride;
   Dropout dropout;
 };
 
-// D += drop(x)^T v
+// D (+)= drop(x)^T v
 struct FactorGradProblem {
-  Matrix x;  // [M, K]
-  Matrix v;  // [M, r]
-  float* D;  // [K, r]
-  int64_t D_row, D_col;
+  Matrix x;    // [M, K]
+  Matrix v;    // [M, r]
+  FloatSum D;  // [K, r]
   int64_t M, K;
   int32_t r;
-  int32_t accumulate;  // 0: D = instead of D +=
   Dropout dropout;
 };
 
-// k = g F and Q = g^T u from one read of g
+// k = g F and Q (+)= g^T u from one read of g
 struct ShrinkGradProblem {
-  Matrix g;         // [M, N]
-  Matrix F;         // [N, r]
-  Matrix u;         // [M, r]
-  MutableMatrix k;  // [M, r]
-  float* Q;         // [N, r]
-  int64_t Q_row, Q_col;
+  Matrix g;    // [M, N]
+  Matrix F;    // [N, r]
+  Matrix u;    // [M, r_u]
+  Matrix k;    // [M, r]
+  FloatSum Q;  // [N, r_u]
   int64_t M, N;
-  int32_t r;
-  int32_t accumulate;  // 0: Q = instead of Q +=
+  int32_t r, r_u;
+  CoreProduct core_product;  // of k
 };
 
 // F = s B G^T
 struct FoldProblem {
-  Matrix B;         // [N, r_out]
-  Matrix core;      // [r_in, r_out]
-  MutableMatrix F;  // [N, r_in]
+  Matrix B;     // [N, r_out]
+  Matrix core;  // [r_in, r_out]
+  Matrix F;     // [N, r_in]
   DType B_type, core_type, F_type;
   int64_t N;
   int32_t r_in, r_out;
   float scale;
 };
 
-// dB += s Q G and dG = s Q^T B
+// dB (+)= s Q G and dG = s Q^T B
 struct FoldGradProblem {
-  Matrix Q;     // [N, r_in] float32
-  Matrix B;     // [N, r_out]
-  Matrix core;  // [r_in, r_out]
-  float* dB;    // [N, r_out] or null
-  int64_t dB_row, dB_col;
-  int32_t add_dB;  // 0: dB = instead of dB +=
-  float* dcore;    // [r_in, r_out], contiguous, or null
+  Matrix Q;      // [N, r_in] float32
+  Matrix B;      // [N, r_out]
+  Matrix core;   // [r_in, r_out]
+  FloatSum dB;   // [N, r_out], or null
+  float* dcore;  // [r_in, r_out], contiguous, or null
   DType B_type, core_type;
   int64_t N;
   int32_t r_in, r_out;
@@ -124,55 +121,52 @@ struct FoldGradProblem {
 
 // u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.
 struct SmallForwardProblem {
-  MutableMatrix y;  // [M, N]
-  Matrix x;         // [M, K]
-  Matrix A;         // [K, r_in]
-  Matrix core;      // [r_in, r_out]
-  Matrix B;         // [N, r_out]
-  MutableMatrix u;  // [M, r_in]
+  Matrix y;     // [M, N]
+  Matrix x;     // [M, K]
+  Matrix A;     // [K, r_in]
+  Matrix core;  // [r_in, r_out]
+  Matrix B;     // [N, r_out]
+  Matrix u;     // [M, r_in]
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;
 };
 
-// h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale
-// u^T h
+// h = g B, k = scale h core^T, dx += k A^T, dA (+)= x^T k, dB (+)= scale g^T (u core),
+// dcore = scale u^T h
 struct SmallBackwardProblem {
-  MutableMatrix dx;  // [M, K], data null: not wanted
-  Matrix g;          // [M, N]
-  Matrix x;          // [M, K], read for dA only
-  Matrix u;          // [M, r_in]
-  Matrix A;          // [K, r_in]
-  Matrix core;       // [r_in, r_out]
-  Matrix B;          // [N, r_out]
-  float* dA;         // [K, r_in] or null
-  int64_t dA_row, dA_col;
-  float* dB;  // [N, r_out] or null
-  int64_t dB_row, dB_col;
-  int32_t add_dA, add_dB;  // 0: = instead of +=; then contiguous
-  float* dcore;            // [r_in, r_out], contiguous, or null
+  Matrix dx;     // [M, K], or null
+  Matrix g;      // [M, N]
+  Matrix x;      // [M, K], read only for dA
+  Matrix u;      // [M, r_in], read only for dB and dcore
+  Matrix A;      // [K, r_in]
+  Matrix core;   // [r_in, r_out]
+  Matrix B;      // [N, r_out]
+  FloatSum dA;   // [K, r_in], or null
+  FloatSum dB;   // [N, r_out], or null
+  float* dcore;  // [r_in, r_out], contiguous, or null
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;
 };
 
-// ---- a core a row ----
+// ---- per-row cores ----
 
-// Which core a row takes: by an index, or by the ends of each core's rows.
+// The core of each row: given by an index, or by the ends of each core's rows.
 struct RowIndex {
   const int64_t* core;   // [rows], -1 for none, or null
-  const int32_t* ends;   // [cores], ascending, where core is null
-  const int64_t* token;  // [rows] or null: the row itself
+  const int32_t* ends;   // [cores], ascending, if core is null
+  const int64_t* token;  // [rows], or null: row i reads token i
   int64_t rows, tokens, cores;
 };
 
-// h_i = scale a_t(i) G_c(i); and k_i = scale g_i G_c(i)^T, with the core's strides exchanged
+// h_i = scale a_t(i) G_c(i); and k_i = scale g_i G_c(i)^T, with the strides of a core exchanged
 struct RowCoreProblem {
   RowIndex index;
   Matrix a;             // [tokens, r_in]
   Matrix cores;         // [cores, r_in, r_out], row and col strides of one core
   int64_t core_stride;  // from core to core
-  MutableMatrix h;      // [rows, r_out]
+  Matrix h;             // [rows, r_out]
   DType a_type, core_type, h_type;
   int32_t r_in, r_out;
   float scale;
@@ -188,8 +182,8 @@ struct RowEndsProblem {
 
 // The places of the rows that have a key in common.
 struct Segments {
-  const int64_t* order;  // [rows]: the row at each place, or null: the place itself
-  const int32_t* ends;   // [keys + 1] of RowEndsProblem, or [keys] and from_zero
+  const int64_t* order;  // [rows]: the row at each place, or null: place i has row i
+  const int32_t* ends;   // [keys + 1] of RowEndsProblem, or [keys] with from_zero
   int32_t from_zero;
 };
 
@@ -209,18 +203,18 @@ struct RowCoreGradProblem {
 // du_t = sum of k_i over the rows of t, in their order
 struct SumRowsProblem {
   Segments of_token;
-  const float* k;    // [rows, r], contiguous
-  MutableMatrix du;  // [tokens, r]
+  const float* k;  // [rows, r], contiguous
+  Matrix du;       // [tokens, r]
   DType du_type;
   int64_t tokens;
   int32_t r;
 };
 
-// A copy with rows of whole 16 bytes, in the kernels' type.
+// to = from in the kernels' type.  The rows of `to` start at multiples of 16 bytes; what lies
+// between them is not written.
 struct PackProblem {
-  Matrix from;  // [rows, cols]
-  void* to;     // [rows, to_row], zero from column `cols` on
-  int64_t rows, cols, to_row;
+  Matrix from, to;  // [rows, cols]
+  int64_t rows, cols;
 };
 
 }  // namespace lotr

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h: a core a row.
+// Implements the per-row cores of launch.h.
 #include <cstdlib>
 
 #include "kernels/row_core.cuh"
@@ -11,9 +11,9 @@ namespace {
 using kernels::FoldTraits;
 using kernels::Order;
 
-// Blocks of a thread for each of `count` numbers.
-dim3 blocks_of(int64_t count) {
-  return dim3(unsigned(plan::ceil_div(count, FoldTraits::THREADS)));
+// Blocks for one thread per element.
+dim3 blocks_of(int64_t elements) {
+  return dim3(unsigned(plan::ceil_div(elements, FoldTraits::THREADS)));
 }
 
 }  // namespace
@@ -22,12 +22,12 @@ void run(const Call& call, const RowCoreProblem& problem, Workspace& memory) {
   if (problem.index.rows == 0 || memory.counts()) return;
   auto p = params_of<RowCoreParams>(problem);
   p.rows_of_block = plan::rows_of_block(call.card, p.index.rows, p.r_out);
-  // G^T has its neighbours in memory along the sum
-  const bool along = std::abs(p.cores.row) < std::abs(p.cores.col);
+  // The neighbors in memory of G^T are neighbors along the sum.
+  const bool along_k = std::abs(p.cores.row) < std::abs(p.cores.col);
   const dim3 grid(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)),
                   unsigned(plan::ceil_div(p.r_out, kernels::FOLD_COLS)));
   constexpr size_t shared = sizeof(kernels::RowCoreTraits::Smem);
-  if (along)
+  if (along_k)
     launch<FoldTraits, kernels::row_core<Order::along_k>>(call, grid, p, "row_core", shared);
   else
     launch<FoldTraits, kernels::row_core<Order::across_k>>(call, grid, p, "row_core", shared);
@@ -43,10 +43,12 @@ void run(const Call& call, const RowCoreGradProblem& problem, Workspace& memory)
   const plan::Split plan =
       row_core_grad_plan(call, problem.rows, problem.cores, problem.r_in, problem.r_out);
   auto p = params_of<RowCoreGradParams>(problem);
-  p.splits = int(plan.splits), p.dcores_row = p.r_out;
+  p.splits = int(plan.splits);
+  p.dcores_row = p.r_out;
   const int64_t rows = p.cores * p.r_in;
   if (plan.splits > 1) {
-    p.dcores_row = row_of_parts(p.r_out), p.dcores_part = rows * p.dcores_row;
+    p.dcores_row = row_of_parts(p.r_out);
+    p.dcores_part = rows * p.dcores_row;
     p.dcores = memory.take<float>(plan.splits * p.dcores_part);
   }
   if (memory.counts()) return;

@@ -1,89 +1,132 @@
-// csrc/cuda/launch.h: the unfolded form for few tokens.
-#include "launch.h"
+// Implements the few-token form of launch.h: tokens are multiplied with the core, which is not
+// folded into B.  A backward pass has the launches of the folded form; a forward pass has one
+// fewer, because no F is made.
+#include <utility>
+
+#include "launchers.h"
 
 namespace lotr::cuda {
 namespace {
 
-// An [M, r] matrix of the call's type, with rows of whole 16 bytes.
-MutableMatrix take_matrix(const Call& call, Workspace& memory, int64_t M, int64_t r) {
-  const int64_t chunk = row_elements(call.type), row = plan::ceil_div(r, chunk) * chunk;
-  return {memory.take<char>(M * row * element_size(call.type)), row, 1, Access::vector};
-}
-Matrix transposed(const Matrix& m) {
-  return {m.data, m.col, m.row, m.access == Access::float32_element ? m.access : Access::element};
+// A matrix with rows and columns exchanged, as an operand of any strides.
+Matrix transposed(Matrix m) {
+  std::swap(m.row, m.col);
+  if (m.access == Access::vector) m.access = Access::element;
+  return m;
 }
 
-ShrinkProblem shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M,
-                            int64_t K, int32_t r) {
-  ShrinkProblem p{};
-  p.x = x, p.A = A, p.u = u;
-  p.M = M, p.K = K, p.r = r;
-  p.scale = p.dropout.scale = 1.f;
-  return p;
+// The stored type of a factor or core.
+DType type_of(const Call& call, const Matrix& m) {
+  return m.access == Access::float32_element ? DType::float32 : call.type;
 }
 
-void add_core(ShrinkProblem& p, const Matrix& core, const MutableMatrix& h, int32_t r_core,
-              float scale) {
-  p.core = core, p.h = h;
-  p.r_core = r_core, p.core_scale = scale;
-}
-
-ExpandProblem expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M,
-                            int64_t N, int32_t r, float scale) {
+void expand(const Call& call, const Matrix& y, const Matrix& u, const Matrix& F, int64_t M,
+            int64_t N, int32_t r, float scale, Workspace& memory) {
   ExpandProblem p{};
-  p.y = y, p.u = u, p.F = F;
-  p.M = M, p.N = N, p.r = r;
+  p.y = y;
+  p.start = y;
+  p.u = u;
+  p.F = F;
+  p.M = M;
+  p.N = N;
+  p.r = r;
   p.dropout.scale = scale;
-  return p;
+  run(call, p, memory);
 }
 
-FactorGradProblem grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col,
-                              int64_t M, int64_t K, int32_t r, float scale, bool accumulate) {
+void factor_grad(const Call& call, const FloatSum& D, const Matrix& x, const Matrix& v, int64_t M,
+                 int64_t K, int32_t r, Workspace& memory) {
   FactorGradProblem p{};
-  p.x = x, p.v = v, p.D = D, p.D_row = row, p.D_col = col;
-  p.M = M, p.K = K, p.r = r;
-  p.accumulate = accumulate;
-  p.dropout.scale = scale;
-  return p;
+  p.D = D;
+  p.x = x;
+  p.v = v;
+  p.M = M;
+  p.K = K;
+  p.r = r;
+  p.dropout.scale = 1.f;
+  run(call, p, memory);
+}
+
+// h = g B, k = scale h core^T, Q = g^T u; without `Q` (null) h and k.
+void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matrix& h,
+                     const CoreProduct& core_product, const FloatSum& Q, Workspace& memory) {
+  if (Q.data) {
+    ShrinkGradProblem q{};
+    q.g = p.g;
+    q.F = p.B;
+    q.u = p.u;
+    q.k = h;
+    q.Q = Q;
+    q.M = p.M;
+    q.N = p.N;
+    q.r = p.r_out;
+    q.r_u = p.r_in;
+    q.core_product = core_product;
+    run(call, q, memory);
+  } else {
+    ShrinkProblem q{};
+    q.x = p.g;
+    q.A = p.B;
+    q.u = h;
+    q.M = p.M;
+    q.K = p.N;
+    q.r = p.r_out;
+    q.scale = 1.f;
+    q.dropout.scale = 1.f;
+    q.core_product = core_product;
+    run(call, q, memory);
+  }
 }
 
 }  // namespace
 
 void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
-  const MutableMatrix h = take_matrix(call, memory, p.M, p.r_out);
-  ShrinkProblem u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in);
-  add_core(u, p.core, h, p.r_out, 1.f);
+  const Matrix h = take_matrix(call, memory, p.M, p.r_out);
+  ShrinkProblem u{};
+  u.x = p.x;
+  u.A = p.A;
+  u.u = p.u;
+  u.M = p.M;
+  u.K = p.K;
+  u.r = p.r_in;
+  u.scale = 1.f;
+  u.dropout.scale = 1.f;
+  u.core_product = {p.core, h, p.r_out, 1.f};
   run(call, u, memory);
-  run(call, expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out, p.scale), memory);
+  expand(call, p.y, h, p.B, p.M, p.N, p.r_out, p.scale, memory);
 }
 
+// dB and dcore by Q = g^T u, as in the folded form: dB = scale Q core, dcore = scale Q^T B.
 void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
-  const MutableMatrix h = take_matrix(call, memory, p.M, p.r_out),
-                      k = take_matrix(call, memory, p.M, p.r_in),
-                      uc = take_matrix(call, memory, p.M, p.r_out);
-  if (p.dx.data || p.dA || p.dcore) {
-    ShrinkProblem of_g = shrink_params(p.g, p.B, h, p.M, p.N, p.r_out);
-    if (p.dx.data || p.dA) add_core(of_g, transposed(p.core), k, p.r_in, p.scale);
-    run(call, of_g, memory);
+  const bool needs_k = p.dx.data || p.dA.data;
+  const bool needs_Q = p.dB.data || p.dcore;
+  const Matrix h = take_matrix(call, memory, p.M, p.r_out);
+  const Matrix k = take_matrix(call, memory, p.M, p.r_in);
+  FloatSum Q{};
+  if (needs_Q) Q = {memory.take<float>(p.N * p.r_in), p.r_in, 1, false};
+  if (needs_k)
+    shrink_gradient(call, p, h, {transposed(p.core), k, p.r_in, p.scale}, Q, memory);
+  else if (needs_Q)
+    factor_grad(call, Q, p.g, p.u, p.M, p.N, p.r_in, memory);
+  if (needs_Q) {
+    FoldGradProblem q{};
+    q.Q = {Q.data, Q.row, Q.col, Access::element};
+    q.B = p.B;
+    q.core = p.core;
+    q.dB = p.dB;
+    q.dcore = p.dcore;
+    q.B_type = type_of(call, p.B);
+    q.core_type = type_of(call, p.core);
+    q.N = p.N;
+    q.r_in = p.r_in;
+    q.r_out = p.r_out;
+    q.scale = p.scale;
+    run(call, q, memory);
   }
-  if (p.dx.data) run(call, expand_params(p.dx, read_only(k), p.A, p.M, p.K, p.r_in, 1.f), memory);
-  if (p.dA)
-    run(call,
-        grad_params(p.x, read_only(k), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, p.add_dA),
-        memory);
-  if (p.dB) {
-    run(call, shrink_params(p.u, p.core, uc, p.M, p.r_in, p.r_out), memory);
-    run(call,
-        grad_params(p.g, read_only(uc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale,
-                    p.add_dB),
-        memory);
-  }
-  if (p.dcore)
-    run(call,
-        grad_params(p.u, read_only(h), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false),
-        memory);
+  if (p.dx.data) expand(call, p.dx, k, p.A, p.M, p.K, p.r_in, 1.f, memory);
+  if (p.dA.data) factor_grad(call, p.dA, p.x, k, p.M, p.K, p.r_in, memory);
 }
 
 }  // namespace lotr::cuda

@@ -21,7 +21,9 @@ struct Rows {
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
     if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
     if (tokens) x.token = static_cast<const int64_t*>(tokens->const_data_ptr());
-    x.rows = s[tokens ? ROWS : M], x.tokens = s[M], x.cores = s[L];
+    x.rows = s[tokens ? ROWS : M];
+    x.tokens = s[M];
+    x.cores = s[L];
     return x;
   }
   static OptionalTensor packed(const Arg& a) {
@@ -36,16 +38,27 @@ void check_sizes(const char* op, const Sizes& s) {
 }
 
 // h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
-void product(const CudaProducts& products, const CudaProducts::Value& h,
-             const CudaProducts::Value& a, const RowIndex& index, const Arg& cores, bool transposed,
-             double scaling, float missing) {
-  const CudaProducts::Value G = products.read(cores);  // its row is a core's
+void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
+             const RowIndex& index, const Arg& cores, bool transposed, double scaling,
+             float missing) {
+  const TensorView G = read(cores);  // its row is a core's
   RowCoreProblem q{};
-  q.index = index, q.a = products.in(a), q.cores = products.in(G), q.core_stride = cores.stride[0];
-  q.h = products.out(h), q.a_type = a.type, q.core_type = G.type, q.h_type = h.type;
-  q.r_in = int32_t(cores.size[1]), q.r_out = int32_t(cores.size[2]);
-  if (transposed) std::swap(q.cores.row, q.cores.col), std::swap(q.r_in, q.r_out);
-  q.scale = float(scaling), q.missing = missing;
+  q.index = index;
+  q.a = products.matrix(a);
+  q.cores = products.matrix(G);
+  q.core_stride = cores.stride[0];
+  q.h = products.matrix(h);
+  q.a_type = a.dtype;
+  q.core_type = G.dtype;
+  q.h_type = h.dtype;
+  q.r_in = int32_t(cores.size[1]);
+  q.r_out = int32_t(cores.size[2]);
+  if (transposed) {
+    std::swap(q.cores.row, q.cores.col);
+    std::swap(q.r_in, q.r_out);
+  }
+  q.scale = float(scaling);
+  q.missing = missing;
   products.run(q);
 }
 
@@ -60,7 +73,8 @@ struct Sorted {
     RowEndsProblem q{};
     q.keys = static_cast<const int64_t*>(keys.const_data_ptr());
     q.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
-    q.rows = keys.size(0), q.bound = bound;
+    q.rows = keys.size(0);
+    q.bound = bound;
     products.run(q);
   }
   Segments segments() const {
@@ -98,20 +112,25 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   const Rows rows(a);
   const RowIndex index = rows.of(s);
   OptionalTensor du;
-  const Value du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
+  const TensorView du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
   if (need_u) {
     RowIndex by_core = index;
-    by_core.token = nullptr, by_core.tokens = index.rows;  // g has a row for each
+    by_core.token = nullptr;
+    by_core.tokens = index.rows;  // g has a row for each
     if (!rows.tokens) {
       product(*this, du_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
     } else {
       const Sorted by_token(*this, like_, *rows.tokens, s[M]);
       OptionalTensor k;  // float32: not rounded before it is summed
-      const Value k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
+      const TensorView k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
       product(*this, k_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
       SumRowsProblem q{};
-      q.of_token = by_token.segments(), q.k = static_cast<const float*>(k_out.data);
-      q.du = out(du_out), q.du_type = du_out.type, q.tokens = s[M], q.r = int32_t(s[R_IN]);
+      q.of_token = by_token.segments();
+      q.k = static_cast<const float*>(k_out.data);
+      q.du = matrix(du_out);
+      q.du_type = du_out.dtype;
+      q.tokens = s[M];
+      q.r = int32_t(s[R_IN]);
       run(q);
     }
   }
@@ -121,13 +140,20 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   if (need_cores) {
     std::optional<Sorted> by_core;
     if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
-    const Value u = read(a.u);
+    const TensorView u = read(a.u);
     RowCoreGradProblem q{};
     q.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
-    q.token = index.token, q.u = in(u), q.g = in(read(a.g)), q.type = u.type;
+    q.token = index.token;
+    q.u = matrix(u);
+    q.g = matrix(read(a.g));
+    q.type = u.dtype;
     q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
-    q.rows = index.rows, q.tokens = s[M], q.cores = s[L];
-    q.r_in = int32_t(s[R_IN]), q.r_out = int32_t(s[R_OUT]), q.scale = float(scaling);
+    q.rows = index.rows;
+    q.tokens = s[M];
+    q.cores = s[L];
+    q.r_in = int32_t(s[R_IN]);
+    q.r_out = int32_t(s[R_OUT]);
+    q.scale = float(scaling);
     run(q);
   }
   return {*du, dcores};

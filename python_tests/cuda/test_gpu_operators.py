@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import test_operators
 import torch
-from helpers import LAYOUTS
+from helpers import LAYOUTS, SCHEMAS
 from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -48,9 +48,11 @@ class OnDevice:
             return moved[id(whole)][1].as_strided(t.shape, t.stride(), t.storage_offset())
 
         given = tree_map_only(Tensor, there, given)
-        at = {"layer_forward": 7, "layer_backward_": 9}.get(name)
-        if self.fused and at and given[at] == BETA:
-            given = (*given[:at], FUSED, *given[at + 1 :])
+        names = [argument.name for argument in SCHEMAS[name].arguments]
+        if self.fused and "strategy" in names:
+            at = names.index("strategy")
+            if given[at] == BETA:
+                given = (*given[:at], FUSED, *given[at + 1 :])
         found = getattr(torch.ops.lotr, name)(*given)
         for here, away in moved.values():
             here.copy_(away)
@@ -94,7 +96,9 @@ def hopper() -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["layer_forward", "layer_backward_"])
+@pytest.mark.parametrize(
+    "name", ["layer_forward", "layer_forward_projected", "layer_forward_rows", "layer_backward_"]
+)
 def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
     for shape in FUSED_SHAPES:

@@ -51,6 +51,7 @@ ALIGNED = Layout(8, 8, multiple=8)
 ODD = Layout(3, 5)
 COLUMNS = Layout(1, 3, True)
 PACKED = Layout()
+ROWS_OF_16_BYTES = Layout(multiple=8)
 
 
 def poisoned(

@@ -18,6 +18,7 @@ from arrays import (
     DTYPE,
     ODD,
     PACKED,
+    ROWS_OF_16_BYTES,
     Layout,
     Output,
     check_close,
@@ -287,6 +288,34 @@ def expand_fresh(shape: Shape, kind: str) -> Problem:
     return problem
 
 
+# The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
+START_LAYOUT = {
+    PACKED: Layout(pad=16, multiple=16),
+    ALIGNED: ODD,
+    ODD: COLUMNS,
+    COLUMNS: PACKED,
+}
+
+
+def expand_from(shape: Shape, kind: str) -> Problem:
+    """y = start + u F^T from another matrix, which stays as it is."""
+    t = Maker(shape, kind, "expand_from")
+    u = t.large(shape.m, shape.r)
+    F = t.factor(shape.k, shape.r)
+    values = narrow(t.values(shape.m, shape.k), kind)
+    start = place(values, t.dtype, START_LAYOUT[shape.layout])
+    problem = t.problem("expand_add", {"u": u, "F": F, "start": start})
+    mask = t.with_dropout(problem)
+    problem.outputs = {"y": t.out(shape.m, shape.k)}
+
+    def check(out: Views) -> None:
+        t.close(out["y"], t.op(u), t.op(F).T, "y", wide(values), mask)
+        np.testing.assert_array_equal(start, values)
+
+    problem.check = check
+    return problem
+
+
 def factor_grad(shape: Shape, kind: str) -> Problem:
     """D += x^T v; bare: D = x^T v, whatever D holds."""
     t = Maker(shape, kind, "factor_grad")
@@ -351,6 +380,16 @@ def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
 
 def gemm_lotr_backward(shape: Shape, kind: str) -> Problem:
     return gemm_lotr(shape, kind, True)
+
+
+def pack(shape: Shape, kind: str) -> Problem:
+    """A copy in the kernel's type, with rows at multiples of 16 bytes. Padding is not written."""
+    t = Maker(shape, kind, "pack")
+    matrix = t.factor(shape.m, shape.k)
+    problem = t.problem("pack", {"from": matrix})
+    problem.outputs = {"to": lambda: Output((shape.m, shape.k), t.dtype, ROWS_OF_16_BYTES)}
+    problem.check = lambda out: np.testing.assert_array_equal(wide(out["to"]), t.op(matrix))
+    return problem
 
 
 # ---- the core ----
@@ -563,7 +602,16 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
 
 
 FUSED = (gemm_lotr, gemm_lotr_backward)
-_LARGE = (shrink, shrink_core, expand_add, expand_fresh, factor_grad, shrink_grad)
+_LARGE = (
+    shrink,
+    shrink_core,
+    expand_add,
+    expand_fresh,
+    expand_from,
+    factor_grad,
+    shrink_grad,
+    pack,
+)
 _SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
 KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
     f.__name__: f for f in (*_LARGE, *_SMALL, *FUSED)

@@ -152,7 +152,7 @@ BAD = [
     ("shrink", {"B": bf16(2, 2)}, {}, r"shrink: arrays: expected x A u \[ seed core h \], got .*B"),
     ("shrink", {"u": None}, {}, "shrink: arrays: expected .*, got no u"),
     ("shrink", {}, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
-    ("shrink", {}, {"p": 0.5}, "shrink: seed: expected an array beside p, got none"),
+    ("shrink", {}, {"p": 0.5}, "shrink: seed: expected an array, because p is not 0, got none"),
     ("shrink", {"A": bf16(7, 4)}, {}, r"shrink: A: expected shape \[8, 4\], got shape \[7, 4\]"),
     (
         "shrink",

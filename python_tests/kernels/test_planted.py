@@ -32,7 +32,7 @@ class Bug(NamedTuple):
 
 EARLY, LATE = r"before griddepcontrol\.wait", "after griddepcontrol.launch_dependents"
 TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
-BEYOND = "wrote outside|behind its end|overlaps"
+BEYOND = "wrote outside|past its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
 Y, RING = (
     ": y: ",
@@ -53,22 +53,19 @@ def fused(
 BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     ("operators.cu", "operators.cu"): {
         "factor_of_the_first_launch_again": Bug(
-            "piece.A = columns(p.A, first, call.type)", "piece.A = p.A", ": u: ", "shrink", "fp32"
+            "params.A = columns(p.A, first, call.type)", "params.A = p.A", ": u: ", "shrink", "fp32"
         ),
         "second_launch_does_not_add": Bug(
-            "    if (first > 0) piece.fresh = 0;\n", "", Y, "expand_fresh", "fp32"
+            "    if (first > 0) params.start = p.y;\n", "", Y, "expand_fresh", "fp32"
         ),
         "workspace_of_one_part": Bug(
-            "plan.n_blocks * p.M * piece.parts_row",
-            "p.M * piece.parts_row",
+            "plan.n_blocks * p.M * params.parts_row",
+            "p.M * params.parts_row",
             f": u: |{BEYOND}",
             "shrink",
         ),
         "sum_of_parts_does_not_add": Bug(
-            "p.K, ranks, int32_t(plan.m_blocks), p.accumulate,",
-            "p.K, ranks, int32_t(plan.m_blocks), 0,",
-            ": D: ",
-            "factor_grad",
+            "second.add = sum.add;", "second.add = false;", ": D: ", "factor_grad"
         ),
     },
     ("parts.cu", "kernels/sum_parts.cuh"): {
@@ -76,7 +73,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "for (int s = 0; s < p.splits", "for (int s = 1; s < p.splits", ": u: ", "shrink"
         ),
         "second_output_from_the_first_ones_row": Bug(
-            "(blockIdx.x - (is_first ? 0 : firsts)) * ROWS",
+            "(blockIdx.x - (is_first ? 0 : strips_of_first)) * ROWS",
             "int64_t(blockIdx.x) * ROWS",
             ": Q: ",
             "shrink_grad",
@@ -92,7 +89,10 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             ": u: ",
             "shrink",
             shapes="all",
-        )
+        ),
+        "padding_of_a_row": Bug(
+            "col0 + c, p.cols);", "col0 + c, p.to.row);", "wrote outside", "pack", shapes="quick"
+        ),
     },
     ("kernels_bf16.cu", "kernels/shrink.cuh"): {
         "one_group_too_few": Bug(
@@ -101,15 +101,13 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "in flight|: u: ",
             "shrink",
         ),
-        "A_stays": Bug(
-            "++a.step, a.slot = tile::stage_after<STAGES>(a.slot);", "++a.step;", ": u: ", "shrink"
-        ),
+        "A_stays": Bug("    a.slot = tile::stage_after<STAGES>(a.slot);\n", "", ": u: ", "shrink"),
         "parts_of_all_blocks_in_one_place": Bug(
             "(split * p.M + m0) * p.parts_row", "m0 * p.parts_row", ": u: ", "shrink"
         ),
         "mask_of_the_first_columns": Bug(
-            "int64_t(k_begin + here.step) * COLS, p.K);",
-            "int64_t(here.step) * COLS, p.K);",
+            "int64_t(k_begin + now.step) * COLS,",
+            "int64_t(now.step) * COLS,",
             ": u: ",
             "shrink",
         ),
@@ -127,26 +125,27 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "strips_of_other_blocks": Bug(
             "int(gridDim.y) * Traits::WARPS;", "Traits::WARPS;", Y, "expand_add"
         ),
-        "u_stays": Bug("    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;\n", "", Y, "expand_add"),
+        "u_stays": Bug("    a.u = tile::stage_after<STAGES>(a.u);\n", "", Y, "expand_add"),
         "columns_in_order": Bug("c / 2 * CHUNK + 2 * j + c % 2;", "8 * j + c;", Y, "expand_add"),
-        "ragged_columns_are_whole": Bug(
-            " && a.n < whole_n; };", "; };", f"{Y}|{BEYOND}", "expand_add"
+        "ragged_columns_are_full": Bug(" && a.n < full_n;", ";", f"{Y}|{BEYOND}", "expand_add"),
+        "strides_of_start_for_y": Bug(
+            "LaneSteps::of(p.y, p.M,", "LaneSteps::of(p.start, p.M,", f"{Y}|{BEYOND}", "expand_from"
         ),
         "bias_of_the_first_tile": Bug(
-            "&sm.bias[here.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"
+            "&sm.bias[now.n * COLS + c / 2", "&sm.bias[c / 2", Y, "expand_fresh"
         ),
     },
     ("kernels_bf16.cu", "kernels/factor_grad.cuh"): {
         "all_pieces_in_one_place": Bug(
-            "p.D + m_block * p.D_part + ", "p.D + ", ": D: ", "factor_grad"
+            "D.data += m_block * p.D_part + ", "D.data += ", ": D: ", "factor_grad"
         )
     },
     ("kernels_bf16.cu", "kernels/rectangle.cuh"): {
         "columns_beyond_the_matrix": Bug(
-            "left < owned ? left : owned;", "owned;", f": D: |{BEYOND}", "factor_grad"
+            "left < width ? left : width;", "width;", f": D: |{BEYOND}", "factor_grad"
         ),
         "rows_of_v_stay": Bug(
-            "++p.m, p.slot = tile::stage_after<STAGES>(p.slot);", "++p.m;", ": D: ", "factor_grad"
+            "    p.slot = tile::stage_after<STAGES>(p.slot);\n", "", ": D: ", "factor_grad"
         ),
     },
     ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {
@@ -154,10 +153,10 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": k: ", "shrink_grad"
         ),
         "u_of_the_first_rows": Bug(
-            "    here.slot = tile::stage_after<STAGES>(here.slot);\n", "", ": Q: ", "shrink_grad"
+            "    now.slot = tile::stage_after<STAGES>(now.slot);\n", "", ": Q: ", "shrink_grad"
         ),
         "k_of_all_columns_in_one_place": Bug(
-            "p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;",
+            "p.k_parts + int64_t(blockIdx.x) * p.M * p.k_parts_row;",
             "p.k_parts;",
             ": k: ",
             "shrink_grad",
@@ -165,7 +164,7 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     },
     ("fold.cu", "kernels/fold.cuh"): {
         "rows_of_the_first_split": Bug(
-            "n0 = split * p.n_per_split,", "n0 = 0 * p.n_per_split,", ": dcore: ", "fold_grad"
+            "n0 = split * p.n_per_split;", "n0 = 0 * p.n_per_split;", ": dcore: ", "fold_grad"
         )
     },
     ("fold.cu", "kernels/small_product.cuh"): {
@@ -208,14 +207,18 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "x = ptx::swizzled_descriptor(&stage.x[64 * (1 - group)][0])",
         ),
         "wrong_phase_of_full": fused(
-            "wait(&s.full[at.stage], at.parity)", "wait(&s.full[at.stage], at.parity ^ 1)", RING
+            "wait(&s.full[place.stage], place.parity)",
+            "wait(&s.full[place.stage], place.parity ^ 1)",
+            RING,
         ),
         "wrong_phase_of_empty": fused(
-            "wait(&s.empty[at.stage], at.parity ^ 1)", "wait(&s.empty[at.stage], at.parity)", RING
+            "wait(&s.empty[place.stage], place.parity ^ 1)",
+            "wait(&s.empty[place.stage], place.parity)",
+            RING,
         ),
-        "parity_stays": fused("stage = 0, parity ^= 1", "stage = 0", RING),
+        "parity_stays": fused("    parity ^= 1;\n", "", RING),
         "ring_starts_anew": fused(
-            "float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {}; at = {};", RING
+            "float d[Traits::BN / 2] = {};", "float d[Traits::BN / 2] = {}; place = {};", RING
         ),
         "bytes_of_w_forgotten": fused("(full, sizeof(Stage))", "(full, sizeof(Stage::x))", RING),
         "bytes_of_a_share": fused(
@@ -227,7 +230,9 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
         "given_back_to_the_own_block": fused(
             "(&s.empty[stage], lane)", "(&s.empty[stage], blockIdx.x % 2)", RING
         ),
-        "given_back_early": fused("if (k > 0) release(at.before());", "release(at.stage);", RING),
+        "given_back_early": fused(
+            "if (k > 0) release(place.before());", "release(place.stage);", RING
+        ),
         "both_blocks_load_one_share": fused("int(blockIdx.x) % Traits::PAIR * Traits::SHARE", "0"),
         "a_share_for_the_own_block": fused(
             "(1 << Traits::PAIR) - 1)", "1 << blockIdx.x % 2)", RING
@@ -268,8 +273,8 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
             "from && n < p.N", "from", "ERROR: AddressSanitizer", mode="asan"
         ),
         "given_back_before_the_wait": fused(
-            "        ptx::wgmma_wait<1>();\n        if (k > 0) release(at.before());",
-            "        if (k > 0) release(at.before());\n        ptx::wgmma_wait<1>();",
+            "        ptx::wgmma_wait<1>();\n        if (k > 0) release(place.before());",
+            "        if (k > 0) release(place.before());\n        ptx::wgmma_wait<1>();",
             "data race .*shared memory.*wgmma.wait_group",
             mode="race",
         ),

@@ -26,6 +26,7 @@ OF_ADAPTER = {
     "shrink": "x",
     "expand_add": "y",
     "expand_fresh": "y",
+    "expand_from": "y",
     "factor_grad": "x",
     "shrink_grad": "g",
 }
@@ -81,6 +82,8 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         size = m * (n if kernel in FUSED else k) * np.dtype(DTYPE[kind]).itemsize
         reads, writes = LARGE[kernel] != "y" or kernel == "expand_add", LARGE[kernel] == "y"
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
+        if kernel == "expand_from":
+            assert moved["start"] == [size, 0]
         summed = (
             {"u", "k", "D", "Q"}
             if "sum_parts" in [one["name"] for one in counters["launches"]]
@@ -104,11 +107,54 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
 @pytest.mark.parametrize("kernel", LARGE)
 def test_launches(lib: ModuleType, kernel: str) -> None:
     """One for each product, and one more where blocks share an output."""
-    name = {"expand_fresh": "expand_add", "gemm_lotr_backward": "gemm_lotr"}.get(kernel, kernel)
+    others = {
+        "expand_fresh": "expand_add",
+        "expand_from": "expand_add",
+        "gemm_lotr_backward": "gemm_lotr",
+    }
+    name = others.get(kernel, kernel)
     for shape in [one[1] for one in CASES if one[0] == kernel]:
         launches = [launch["name"] for launch in count(lib, kernel, shape, "bf16")[1]["launches"]]
         assert launches in ([name], [name, "sum_parts"]), shape
         assert LARGE[kernel] != "y" or launches == [name]
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "factor_grad", "shrink_grad", "fold_grad"])
+def test_every_element_of_a_part_is_written_and_read_once(lib: ModuleType, kernel: str) -> None:
+    """The columns that pad a part are written too, because sum_parts loads them."""
+    problem = KERNELS[kernel](Shape(2000, 1024, 13), "bf16")
+    lib.reset_counters()
+    problem.check(problem.run(lib, count_memory=True))
+    counters = lib.counters()
+    assert "sum_parts" in [launch["name"] for launch in counters["launches"]]
+    workspace = counters["arrays"]["workspace"]
+    assert workspace["read_bytes"] == workspace["written_bytes"] > 0
+
+
+def launches_of(lib: ModuleType, kernel: str, shape: Shape) -> list[str]:
+    lib.reset_counters()
+    KERNELS[kernel](shape, "bf16").run(lib)
+    return [launch["name"] for launch in lib.counters()["launches"]]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128])
+def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
+    lib: ModuleType, tokens: int
+) -> None:
+    shape = Shape(tokens, 1024, 16, PACKED, n=1024)
+    folded_forward = ["shrink", "fold", "expand_add"]
+    folded_backward = ["shrink_grad", "fold_grad", "factor_grad", "expand_add"]
+    counts = {}
+    for form, forward, backward in (
+        ("few tokens", ["small_forward"], ["small_backward"]),
+        ("folded", folded_forward, folded_backward),
+    ):
+        counts[form] = [
+            sum(len(launches_of(lib, kernel, shape)) for kernel in kernels)
+            for kernels in (forward, backward)
+        ]
+    assert counts["few tokens"][0] < counts["folded"][0]
+    assert counts["few tokens"][1] <= counts["folded"][1]
 
 
 def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:

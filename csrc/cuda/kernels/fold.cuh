@@ -1,17 +1,16 @@
-// fold:       F = s B G^T                   B [N, r_out], G [r_in, r_out], F [N, r_in]
-// fold_grad:  dB += s Q G,  dG = s Q^T B    Q [N, r_in] float32, dB [N, r_out], dG [r_in, r_out]
+// fold:       F = s B G^T                     B [N, r_out], G [r_in, r_out], F [N, r_in]
+// fold_grad:  dB (+)= s Q G,  dG = s Q^T B    Q [N, r_in] float32, dB [N, r_out], dG [r_in, r_out]
 //
 // A few hundred kilobytes and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
-// 32 x 16: the result is cast once, and sums keep float32 operands where the adapter has them.
+// 32 x 16: the result is rounded once, and sums keep float32 operands if the adapter has them.
 //
 // Grid     fold       x: tiles of N, y: tiles of r_in
-//          fold_grad  one launch for both: first the tiles of dB, then, for each tile of G and
-//          split of N, a
-//                     block of dG
+//          fold_grad  one launch for both: first the tiles of dB; then one block of dG for each
+//          tile
+//                     of G and split of N
 // Bytes    fold       B r_in / 16 times, F out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times; with s splits of
-//          N, dG is
-//                     written s times as parts and read s times by sum_parts
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times.  With s splits of
+//                     N, dG is written s times as parts and read s times by sum_parts.
 //          What is read again comes from L2.
 #pragma once
 #include "small_product.cuh"
@@ -46,7 +45,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS;
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS;
-  const int64_t dB_blocks = p.dB ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
+  const int64_t dB_blocks = p.dB.data ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
   const auto Q = [&](int64_t n, int i) { return read_float(p.Q, DType::float32, 0, n, i); };
   float d[FoldTraits::PER_THREAD] = {};
   ptx::griddepcontrol_wait();
@@ -62,17 +61,19 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
         });
     each_output([&](int i, int row, int c) {
       if (n0 + row < p.N && j0 + c < p.r_out) {
-        float* out = p.dB + (n0 + row) * p.dB_row + (j0 + c) * p.dB_col;
-        ptx::store(out, (p.add_dB ? ptx::load(out) : 0.f) + d[i] * p.scale);
+        float* out = p.dB.data + (n0 + row) * p.dB.row + (j0 + c) * p.dB.col;
+        ptx::store(out, (p.dB.add ? ptx::load(out) : 0.f) + d[i] * p.scale);
       }
     });
   } else {
-    // in 32 bits: a 64-bit division is a call of some hundred instructions
-    const unsigned block = blockIdx.x - unsigned(dB_blocks), splits = unsigned(p.splits);
-    const int split = int(block % splits), core_tile = int(block / splits);
-    const int i0 = core_tile / tiles_out * ROWS, j0 = core_tile % tiles_out * COLS;
-    const int64_t n0 = split * p.n_per_split, left = p.N - n0,
-                  rows = left < p.n_per_split ? left : p.n_per_split;
+    // in 32 bits: a 64-bit division is a call of a few hundred instructions
+    const unsigned block = blockIdx.x - unsigned(dB_blocks);
+    const int split = int(block % unsigned(p.splits));
+    const int core_tile = int(block / unsigned(p.splits));
+    const int i0 = core_tile / tiles_out * ROWS;
+    const int j0 = core_tile % tiles_out * COLS;
+    const int64_t n0 = split * p.n_per_split;
+    const int64_t rows = p.N - n0 < p.n_per_split ? p.N - n0 : p.n_per_split;
     small_product<Order::across_k, Order::across_k>(
         d, sm, rows,
         [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(n0 + k, i0 + row) : 0.f; },
@@ -80,7 +81,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
           return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;
         });
     each_output([&](int i, int row, int c) {
-      if (i0 + row < p.r_in && j0 + c < p.r_out)
+      if (i0 + row < p.r_in && j0 + c < p.dcore_row)
         ptx::store(p.dcore + split * p.dcore_part + (i0 + row) * p.dcore_row + j0 + c,
                    d[i] * p.scale);
     });

@@ -1,5 +1,5 @@
-// What the kernels that walk a rectangle of the large matrix share: the order of the tiles, and
-// sums down its columns.
+// Shared by the kernels that walk a rectangle of the large matrix: the order of the tiles, and sums
+// down the columns.
 #pragma once
 #include "../tile/load.cuh"
 #include "../tile/mma.cuh"
@@ -13,8 +13,8 @@ namespace lotr::kernels {
 template <int STAGES>
 struct Walk {
   struct Place {
-    int m = 0, n = 0;         // of rows, of columns
-    int stage = 0, slot = 0;  // of its tile, of what goes with its row tile
+    int m = 0, n = 0;         // the row tile and the column tile
+    int stage = 0, slot = 0;  // of the tile, and of the operand that belongs to its row tile
   };
   int m_begin, n_begin, m_tiles, n_tiles;
 
@@ -24,17 +24,20 @@ struct Walk {
         m_tiles(tile::count_of(m, m_block)),
         n_tiles(tile::count_of(n, n_block)) {}
   LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }
-  // tiles of the whole matrix
+  // the tile's place in the matrix
   LOTR_DEVICE int row(const Place& p) const { return m_begin + p.m; }
   LOTR_DEVICE int col(const Place& p) const { return n_begin + p.n; }
   LOTR_DEVICE void advance(Place& p) const {
     p.stage = tile::stage_after<STAGES>(p.stage);
-    if (++p.n == n_tiles) p.n = 0, ++p.m, p.slot = tile::stage_after<STAGES>(p.slot);
+    if (++p.n < n_tiles) return;
+    p.n = 0;
+    ++p.m;
+    p.slot = tile::stage_after<STAGES>(p.slot);
   }
 };
 
-// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp owns 16 MI
-// columns, and the whole rank where its sums are few, so that no two warps read the same part of x.
+// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp has 16 MI
+// columns, and the full rank if its sums are few, so that no two warps read the same part of x.
 template <class Traits>
 struct ColumnSums {
   using P = typename Traits::Policy;
@@ -48,9 +51,9 @@ struct ColumnSums {
   static LOTR_DEVICE int i0() { return int(threadIdx.x) / 32 % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return int(threadIdx.x) / 32 / WARP_COLS * (8 * NJ); }
   // f(sums of column tile n).  Registers need a constant index, so there is one copy of f for each
-  // tile where the compiler does not know n.
+  // tile if the compiler cannot deduce n.
   template <class F>
-  LOTR_DEVICE void at(int n, F f) {
+  LOTR_DEVICE void with_sums(int n, F f) {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)
       if (s == n) f(d[s]);
@@ -58,7 +61,7 @@ struct ColumnSums {
 
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {
-    at(n, [&](auto& sum) {
+    with_sums(n, [&](auto& sum) {
       tile::warp_product<P, X::ROWS, tile::Order::across_k, tile::Order::across_k>(
           sum, x, i0(), 16 * WARP_COLS, v, j0());
     });
@@ -69,21 +72,22 @@ struct ColumnSums {
   using Right = tile::Right<P, V::ROWS, NJ>;
   template <class X, class V>
   LOTR_DEVICE void add_right(int n, X& x, const V& v) {
-    at(n, [&](auto& sum) {
+    with_sums(n, [&](auto& sum) {
       tile::warp_product<tile::Order::across_k>(sum, x, i0(), 16 * WARP_COLS, v);
     });
   }
 
-  // to (accumulate: +=, else =) scale * sum, where to's rows are the columns of the rectangle.
-  LOTR_DEVICE void store(const tile::Floats& to, float scale, bool accumulate) const {
+  // to (+)= scale * sum.  The rows of `to` are the columns of the rectangle.
+  LOTR_DEVICE void store(const tile::SumTiles& to, float scale) const {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)
 #pragma unroll
       for (int i = 0; i < MI; ++i)
 #pragma unroll
         for (int j = 0; j < NJ; ++j) {
-          const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() + 8 * j;
-          if (col < to.rows && rank < to.cols) to.add(col, rank, d[s][i][j], scale, accumulate);
+          const int col = COLS * s + i0() + 16 * WARP_COLS * i;
+          const int rank = j0() + 8 * j;
+          if (col < to.rows && rank < to.cols) to.accumulate(col, rank, d[s][i][j], scale);
         }
   }
 };
@@ -91,8 +95,9 @@ struct ColumnSums {
 // The columns of a block's rectangle of a matrix of `cols` columns.
 template <int COLS, class Rectangle>
 LOTR_DEVICE int64_t columns_of(const Rectangle& walk, int64_t cols) {
-  const int64_t owned = int64_t(walk.n_tiles) * COLS, left = cols - int64_t(walk.n_begin) * COLS;
-  return left < owned ? left : owned;
+  const int64_t width = int64_t(walk.n_tiles) * COLS;
+  const int64_t left = cols - int64_t(walk.n_begin) * COLS;
+  return left < width ? left : width;
 }
 
 }  // namespace lotr::kernels

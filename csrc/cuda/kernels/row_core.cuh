@@ -1,32 +1,29 @@
-// row_core:       h_i = s a_t(i) G_c(i)              a [tokens, r_in], G_c [r_in, r_out], h [rows,
+// row_core:       h_i = s a_t(i) G_c(i)          a [tokens, r_in], G_c [r_in, r_out], h [rows,
 // r_out]
-//                 and, of its backward, k_i = s g_i G_c(i)^T
-// row_ends:       where the rows of each core, or token, end among the sorted ones
-// row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in,
-// r_out] sum_rows:       du_t = sum of k_i over the rows of t                           k [rows,
-// r_in], float32
+//                 and in the backward pass k_i = s g_i G_c(i)^T
+// row_ends:       the ends of the rows of each core, or token, among the sorted rows
+// row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c       dG [cores, r_in, r_out]
+// sum_rows:       du_t = sum of k_i over the rows of t                  k [rows, r_in], float32
 //
-// A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the
-// tiles of small_product.cuh keep up with memory; with few rows latency dominates.
+// Each row is multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
+// small_product.cuh keep up with memory.  With few rows latency dominates.
 //
-// Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A
-// block
-//                         goes through the runs of its rows that have the same core, which passes
-//                         through shared memory once per run.  If there are few rows, rows.cu takes
-//                         fewer per block.
-//          row_core_grad  for each core, tile of it and split of its rows, a block
-//          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread
-//          each
+// Grid     row_core       x: tiles of up to 32 consecutive rows, y: tiles of r_out.  A block
+//                         processes the runs of its rows that have the same core, which passes
+//                         through shared memory once per run.  If there are few rows, rows.cu gives
+//                         a block fewer of them.
+//          row_core_grad  one block for each core, tile of the core and split of its rows
+//          row_ends       x: 128 keys, one thread per key
+//          sum_rows       x: 128 elements of du, one thread per element
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
-//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, dG written
-//          s times as
-//                         parts and read s times by sum_parts
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once.  With s splits, dG is
+//                         written s times as parts and read s times by sum_parts.
 //          sum_rows       k once, du once
 // Sums     float32, over the rows of a core or token in their order: no atomics, the same bits
-// every time.
+//          every time.
 //
-// The host does not read an index, so it cannot check one.  Where a core is below -1 or not below
-// `cores`, or a token does not exist, the row is NaN in h and is left out of every gradient.
+// The host does not read an index, so it cannot check one.  If a core is below -1 or not below
+// `cores`, or a token does not exist, the row is NaN in h and is skipped in every gradient.
 #pragma once
 #include "small_product.cuh"
 
@@ -68,9 +65,10 @@ template <Order OF_CORES>
 __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     row_core(const RowCoreParams p) {
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
-  const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
-  const int j0 = blockIdx.y * FoldTraits::COLS,
-            rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block;
+  const int64_t left = p.index.rows - row0;
+  const int rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  const int j0 = blockIdx.y * FoldTraits::COLS;
   ptx::griddepcontrol_wait();
   for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
@@ -79,7 +77,8 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     ptx::store_shared(&sm.source[i], token);
   }
   __syncthreads();
-  const auto round = [&](float value) {  // float32 cores beside half activations, as autocast would
+  // Rounds float32 cores to half activations' type, as autocast does.
+  const auto round = [&](float value) {
     if (p.a_type == DType::bfloat16) return ptx::to_float(ptx::from_float<__nv_bfloat16>(value));
     if (p.a_type == DType::float16) return ptx::to_float(ptx::from_float<__half>(value));
     return value;
@@ -123,10 +122,11 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const Row
 
 // The places [begin, end) of a key.
 LOTR_DEVICE void segment(const Segments& s, int64_t key, int64_t& begin, int64_t& end) {
-  begin = s.from_zero ? (key ? ptx::load(s.ends + key - 1) : 0) : ptx::load(s.ends + key);
-  end = ptx::load(s.ends + (s.from_zero ? key : key + 1));
+  const int64_t last = s.from_zero ? key : key + 1;
+  begin = last > 0 ? ptx::load(s.ends + last - 1) : 0;
+  end = ptx::load(s.ends + last);
 }
-LOTR_DEVICE int64_t row_at(const Segments& s, int64_t place) {
+LOTR_DEVICE int64_t row_of(const Segments& s, int64_t place) {
   return s.order ? ptx::load(s.order + place) : place;
 }
 
@@ -134,34 +134,39 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     row_core_grad(const RowCoreGradParams p) {
   constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS, STEP = FoldTraits::STEP;
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
-  const unsigned tiles_out = unsigned(p.r_out + COLS - 1) / COLS,
-                 tiles = unsigned(p.r_in + ROWS - 1) / ROWS * tiles_out;
-  const unsigned group = blockIdx.x / unsigned(p.splits), core_tile = group % tiles;
+  const unsigned tiles_out = unsigned(p.r_out + COLS - 1) / COLS;
+  const unsigned tiles = unsigned(p.r_in + ROWS - 1) / ROWS * tiles_out;
+  const unsigned core_and_tile = blockIdx.x / unsigned(p.splits);
+  const unsigned core_tile = core_and_tile % tiles;
+  const int64_t core = core_and_tile / tiles;
   const int split = int(blockIdx.x % unsigned(p.splits));
-  const int64_t core = group / tiles;
-  const int i0 = int(core_tile / tiles_out) * ROWS, j0 = int(core_tile % tiles_out) * COLS;
+  const int i0 = int(core_tile / tiles_out) * ROWS;
+  const int j0 = int(core_tile % tiles_out) * COLS;
   ptx::griddepcontrol_wait();
   int64_t begin, end;
   segment(p.of_core, core, begin, end);
-  // Of this split, whole steps.
+  // Every split but the last ones has `share` rows, a multiple of STEP.
   const int64_t share = (end - begin + p.splits * STEP - 1) / (p.splits * STEP) * STEP;
   begin += split * share;
-  const int64_t rows = begin >= end ? 0 : end - begin < share ? end - begin : share;
+  if (begin + share < end) end = begin + share;
+  const int64_t rows = begin < end ? end - begin : 0;
   float d[FoldTraits::PER_THREAD] = {};
   small_product<Order::across_k, Order::across_k>(
       d, sm, rows,
       [&](int row, int64_t k) {
         if (i0 + row >= p.r_in) return 0.f;
-        const int64_t i = row_at(p.of_core, begin + k), t = p.token ? ptx::load(p.token + i) : i;
+        const int64_t i = row_of(p.of_core, begin + k);
+        const int64_t t = p.token ? ptx::load(p.token + i) : i;
         return t >= 0 && t < p.tokens ? read_float(p.u, p.type, 0, t, i0 + row) : 0.f;
       },
       [&](int64_t k, int c) {
         if (j0 + c >= p.r_out) return 0.f;
-        const int64_t i = row_at(p.of_core, begin + k), t = p.token ? ptx::load(p.token + i) : i;
+        const int64_t i = row_of(p.of_core, begin + k);
+        const int64_t t = p.token ? ptx::load(p.token + i) : i;
         return t >= 0 && t < p.tokens ? read_float(p.g, p.type, 0, i, j0 + c) : 0.f;
       });
   each_output([&](int i, int row, int c) {
-    if (i0 + row < p.r_in && j0 + c < p.r_out)
+    if (i0 + row < p.r_in && j0 + c < p.dcores_row)
       ptx::store(
           p.dcores + split * p.dcores_part + (core * p.r_in + i0 + row) * p.dcores_row + j0 + c,
           d[i] * p.scale);
@@ -171,14 +176,15 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
 
 static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsProblem p) {
   const int64_t element = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x;
-  const int64_t token = element / p.r, j = element % p.r;
+  const int64_t token = element / p.r;
+  const int64_t j = element % p.r;
   ptx::griddepcontrol_wait();
   if (token < p.tokens) {
     int64_t begin, end;
     segment(p.of_token, token, begin, end);
     float sum = 0.f;
     for (int64_t place = begin; place < end; ++place)
-      sum += ptx::load(p.k + row_at(p.of_token, place) * p.r + j);
+      sum += ptx::load(p.k + row_of(p.of_token, place) * p.r + j);
     write_float(p.du.data, p.du_type, token * p.du.row + j * p.du.col, sum);
   }
   ptx::griddepcontrol_launch_dependents();

@@ -1,19 +1,20 @@
-// shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r];   also k = g F
+// shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r]; also k = g F
 //          h = core_scale * u core        core [r, r_core], h [M, r_core]; optional, for few tokens
 //
 // Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its
-// rectangle of
-//          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in
-//          registers. There is one piece of K where the row tiles fill the GPU.
-// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M r written s times as parts
-// and read s
-//          times by sum_parts.  plan.h chooses the pieces.
+//          rectangle of x by steps of COLS columns, in each of them row tile by row tile; its sums
+//          stay in registers.  There is one piece of K if the row tiles fill the GPU.
+// Bytes    x once; A once for each piece of M.  With s pieces of K, 4 M r written s times as parts
+//          and read s times by sum_parts.  plan.h chooses the pieces.
 // Sums     float32; over k in the block's order, then over the pieces of K in order (sum_parts.cuh)
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
-//   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1,
-//   so the copy A  slot  k % STAGES   L L L P P P P |   into its stage may start
-// A's rows are copied with the first row tile of their step and stay for all of them.
+//
+//   x  stage t % STAGES   L L L P |
+//   A  slot  k % STAGES   L L L P P P P |
+//
+// The barrier shows that all warps have finished tile t - 1, so the copy into its stage may start.
+// The rows of A are copied with the first row tile of their step and stay for all of them.
 #pragma once
 #include "../tile/core.cuh"
 #include "../tile/mma.cuh"
@@ -50,21 +51,23 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const ShrinkParams p) {
   using P = typename Traits::Policy;
   using Stage = typename Traits::Stage;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS,
-                ROWS = Traits::ROWS;
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES;
+  constexpr int ROWS = Traits::ROWS, COLS = Traits::COLS;
   constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ;
   constexpr int WARP_ROWS = Traits::WARP_ROWS, ROW_STEP = 16 * WARP_ROWS;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
-  const int i0 = warp % WARP_ROWS * 16, j0 = warp / WARP_ROWS * (8 * NJ);
-  const int m_block = int(blockIdx.x), split = int(blockIdx.y);
-  const int m_tiles = tile::count_of(p.m_pieces, m_block),
-            steps = tile::count_of(p.k_pieces, split);
+  const int i0 = warp % WARP_ROWS * 16;
+  const int j0 = warp / WARP_ROWS * (8 * NJ);
+  const int m_block = int(blockIdx.x);
+  const int split = int(blockIdx.y);
+  const int m_tiles = tile::count_of(p.m_pieces, m_block);
+  const int steps = tile::count_of(p.k_pieces, split);
   const int m_begin = ptx::held(tile::begin_of(p.m_pieces, m_block));
   const int k_begin = ptx::held(tile::begin_of(p.k_pieces, split));
   const int64_t m0 = int64_t(m_begin) * ROWS;
-  const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
-  const int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
+  const int64_t height = int64_t(m_tiles) * ROWS;
+  const int rows = int(p.M - m0 < height ? p.M - m0 : height);  // of the block, inside the matrix
   ptx::griddepcontrol_wait();
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A, p.K, p.r);
@@ -74,10 +77,13 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   };
   const auto advance = [&](Place& a) {
     a.stage = tile::stage_after<STAGES>(a.stage);
-    if (++a.m == m_tiles) a.m = 0, ++a.step, a.slot = tile::stage_after<STAGES>(a.slot);
+    if (++a.m < m_tiles) return;
+    a.m = 0;
+    ++a.step;
+    a.slot = tile::stage_after<STAGES>(a.slot);
   };
   Place ahead;
-  auto fetch = [&] {
+  const auto fetch = [&] {
     if (ahead.step < steps) {
       load_x(sm.stage[ahead.stage].x, m_begin + ahead.m, k_begin + ahead.step);
       if (ahead.m == 0) load_A(sm.stage[ahead.slot].A, k_begin + ahead.step, 0);
@@ -89,24 +95,25 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
-    Place here;  // one in each loop: if they shared it, the compiler would keep the sums in local
-                 // memory
-    for (; here.step < steps; advance(here)) {
-      auto& x = sm.stage[here.stage].x;
+    // One place per loop.  If the loops shared one, the compiler would keep the sums in local
+    // memory.
+    Place now;
+    for (; now.step < steps; advance(now)) {
+      auto& x = sm.stage[now.stage].x;
       ptx::cp_async_wait<STAGES - 2>();
       if constexpr (decltype(dropout)::value)
-        tile::drop<THREADS>(x, p.dropout, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS,
+        tile::drop<THREADS>(x, p.dropout, m0 + now.m * ROWS, int64_t(k_begin + now.step) * COLS,
                             p.K);
       __syncthreads();
       fetch();
-      if (here.m * ROWS + i0 <
-          rows) {  // with few tokens, as in decoding, one warp in four has rows
+      // With few tokens, as in decoding, only one warp in four has rows.
+      if (now.m * ROWS + i0 < rows) {
+        // Registers need a constant index, so there is one copy of the product for each row tile.
 #pragma unroll
-        for (int s = 0; s < SUBS;
-             ++s)  // registers need a constant index: one copy of the product for each
-          if (s == here.m)
+        for (int s = 0; s < SUBS; ++s)
+          if (s == now.m)
             tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(
-                d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);
+                d[s], x, i0, ROW_STEP, sm.stage[now.slot].A, j0);
       }
     }
   });
@@ -119,23 +126,24 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
       for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
         for (int nj = 0; nj < NJ; ++nj) {
-          const int row = s * ROWS + i0 + mi * ROW_STEP, rank = j0 + 8 * nj;
+          const int row = s * ROWS + i0 + mi * ROW_STEP;
+          const int rank = j0 + 8 * nj;
           if (row < rows && rank < p.r) f(d[s][mi][nj], row, rank);
         }
   };
   if (p.parts) {
-    const tile::Floats part{p.parts + (split * p.M + m0) * p.parts_row, p.parts_row, 1, rows,
-                            int(p.parts_row)};
-    each([&](const float (&v)[4], int row, int rank) { part.store(row, rank, v); });
+    float* const part = p.parts + (split * p.M + m0) * p.parts_row;
+    const tile::SumTiles to{{part, p.parts_row, 1, false}, rows, int(p.parts_row)};
+    each([&](const float (&v)[4], int row, int rank) { to.store(row, rank, v); });
   } else {
     const float scale = p.scale * p.dropout.scale;
-    __syncthreads();  // the last stage may still be read: u takes its place
+    __syncthreads();  // until here the last stage may be read; u replaces it
     each([&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); });
     __syncthreads();
     tile::store<THREADS>(p.u, sm.u, m0, m0 + rows, 0, p.r);
-    if (p.core.data)
+    if (p.core_product.core.data)
       tile::apply_core<typename Traits::T, THREADS>(
-          {p.core, p.h, p.r_core, p.core_scale}, m0, rows, p.r,
+          p.core_product, m0, rows, p.r,
           [&](int row, int i) { return ptx::to_float(ptx::load_shared(sm.u.at(row, i))); });
   }
   ptx::griddepcontrol_launch_dependents();

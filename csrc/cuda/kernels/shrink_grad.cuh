@@ -1,22 +1,25 @@
-// shrink_grad:  k = g F,  Q (+)= g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r]
-// float32
+// shrink_grad:  k = g F,  Q (+)= g^T u      g [M, N], F [N, r], u [M, r_u], k [M, r],
+//                                           Q [N, r_u] float32
+//               h = scale * k core          core [r, r_core], h [M, r_core]; optional, for few
+//                                           tokens, by sum_parts
 //
-// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M.
-//          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides:
-//          its rows for k, its columns for Q.  F's rows stay in shared memory, Q's sums in
-//          registers; k's are written after each row tile.
-// Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as parts, written here and
-// read by
-//          sum_parts, 8 r (s_N M + s_M N).  plan.h balances s_M N against s_N M.
+// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M.  A block reads its
+//          rectangle of g once, tile by tile, and uses each tile twice: its rows for k, its columns
+//          for Q.  The rows of F stay in shared memory, the sums of Q in registers; the sums of k
+//          are written after each row tile.
+// Bytes    g once.  With s_M x s_N blocks: F s_M times, u s_N times, and as parts, written here and
+//          read by sum_parts, 8 r (s_N M + s_M N).  plan.h balances s_M N against s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (sum_parts.cuh)
 //
-// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at
-// |):
+// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products, a barrier at
+// |, w: the sums of a row tile to memory):
+//
 //   g  stage t % STAGES   L L L P |
 //   u  slot  m % STAGES   L L L P P P P |
-//   k                     . . . + + + w         w: a row tile's sums to memory
-// u is copied with the first column tile of its row tile and stays for the others; F's rows come
-// with the first stage and stay to the end.
+//   k                     . . . + + + w
+//
+// u is copied with the first column tile of its row tile and stays for the others.  The rows of F
+// arrive with the first stage and stay to the end.
 #pragma once
 #include "rectangle.cuh"
 
@@ -44,7 +47,7 @@ struct ShrinkGradTraits {
   static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
 };
 
-// A warp's sums of a row tile of k, at [row, rank] of the tile that begins at m0: rounded, or as a
+// Stores a warp's sums of k at [row, rank] of the row tile that starts at m0: rounded, or as a
 // part.
 template <class Traits>
 LOTR_DEVICE void store_k(const ShrinkGradParams& p, const float (&k)[1][Traits::NJ][4], int64_t m0,
@@ -53,9 +56,9 @@ LOTR_DEVICE void store_k(const ShrinkGradParams& p, const float (&k)[1][Traits::
   for (int j = 0; j < Traits::NJ; ++j) {
     if (m0 + row >= p.M || rank + 8 * j >= p.r) continue;
     if (p.k_parts) {
-      float* const mine = p.k_parts + int64_t(blockIdx.x) * p.M * p.parts_row;
-      const tile::Floats part{mine, p.parts_row, 1, p.M, int(p.parts_row)};
-      part.store(m0 + row, rank + 8 * j, k[0][j]);
+      float* const part = p.k_parts + int64_t(blockIdx.x) * p.M * p.k_parts_row;
+      const tile::SumTiles to{{part, p.k_parts_row, 1, false}, p.M, int(p.k_parts_row)};
+      to.store(m0 + row, rank + 8 * j, k[0][j]);
     } else {
       tile::store_rounded<typename Traits::T>(p.k, m0 + row, p.M, rank + 8 * j, p.r, k[0][j]);
     }
@@ -68,17 +71,17 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   using Stage = typename Traits::Stage;
   using Sums = ColumnSums<Traits>;
   using Right = typename Sums::template Right<decltype(Stage::u)>;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS,
-                COLS = Traits::COLS;
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES;
+  constexpr int ROWS = Traits::ROWS, COLS = Traits::COLS;
   constexpr bool KEEP = Right::REGISTERS <= 16;  // u in registers
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const Walk<STAGES> walk(p.m_pieces, int(blockIdx.y), p.n_pieces, int(blockIdx.x));
   ptx::griddepcontrol_wait();
   const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F, p.N, p.r);
   const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g, p.M, p.N);
-  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u, p.M, p.r);
+  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u, p.M, p.r_u);
 
-  typename Walk<STAGES>::Place ahead, here;
+  typename Walk<STAGES>::Place ahead, now;
   const auto fetch = [&] {
     if (walk.holds(ahead)) {
       const int row = walk.row(ahead);
@@ -91,11 +94,11 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
   for (int i = 0; i < STAGES - 1; ++i) fetch();
 
-  const int k_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16),
-            k_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
-  Sums Q;
+  const int k_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16);
+  const int k_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
+  Sums Q_sums;
 #pragma unroll 1
-  for (; walk.holds(here); ++here.m) {
+  for (; walk.holds(now); ++now.m) {
     float k[1][Traits::NJ][4] = {};
     [[maybe_unused]] Right right;
 #pragma unroll
@@ -103,24 +106,25 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
       if (n > 0 && n == walk.n_tiles) break;
       ptx::cp_async_wait<STAGES - 2>();
       __syncthreads();
-      auto& g = sm.stage[here.stage].g;
-      auto& u = sm.stage[here.slot].u;
+      auto& g = sm.stage[now.stage].g;
+      auto& u = sm.stage[now.slot].u;
       if constexpr (KEEP)
-        if (n == 0) right.template load<tile::Order::across_k>(u, Q.j0());
+        if (n == 0) right.template load<tile::Order::across_k>(u, Q_sums.j0());
       tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0,
                                                                                sm.F[n], k_rank);
-      fetch();  // between the products: their fragments need its registers no more, or not yet
+      fetch();  // between the products, where their fragments do not occupy its registers
       if constexpr (KEEP)
-        Q.add_right(n, g, right);
+        Q_sums.add_right(n, g, right);
       else
-        Q.add(n, g, u);
-      here.stage = tile::stage_after<STAGES>(here.stage);
+        Q_sums.add(n, g, u);
+      now.stage = tile::stage_after<STAGES>(now.stage);
     }
-    store_k<Traits>(p, k, int64_t(walk.row(here)) * ROWS, k_row, k_rank);
-    here.slot = tile::stage_after<STAGES>(here.slot);
+    store_k<Traits>(p, k, int64_t(walk.row(now)) * ROWS, k_row, k_rank);
+    now.slot = tile::stage_after<STAGES>(now.slot);
   }
-  float* const to = p.Q + blockIdx.y * p.Q_part + int64_t(walk.n_begin) * COLS * p.Q_row;
-  Q.store({to, p.Q_row, p.Q_col, columns_of<COLS>(walk, p.N), p.r}, 1.f, p.accumulate != 0);
+  FloatSum Q = p.Q;
+  Q.data += blockIdx.y * p.Q_part + int64_t(walk.n_begin) * COLS * Q.row;
+  Q_sums.store({Q, columns_of<COLS>(walk, p.N), p.Q_cols}, 1.f);
   ptx::griddepcontrol_launch_dependents();
 }
 

@@ -1,5 +1,5 @@
 // Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused
-// multiply-adds on operands of any type and stride, which a caller's lambda reads.
+// multiply-adds.  The caller's lambdas read the operands, which may have any type and strides.
 #pragma once
 #include "../tile/load.cuh"
 #include "traits.h"
@@ -8,32 +8,36 @@ namespace lotr::kernels {
 
 struct FoldTraits {
   static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
-  static constexpr int BLOCKS =
-      4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
+  // Blocks per SM, at least.  Without it ptxas aims at 12 on sm_120, and spills.
+  static constexpr int BLOCKS = 4;
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {
     float a[STEP][ROWS + 1], b[STEP][COLS + 1];
   };
 };
 
-using tile::Order;  // that neighbouring threads read neighbours
+using tile::Order;  // chosen so that neighboring threads read neighbors in memory
 
-// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range
-// operands read as zero.
+// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows.  Operands past
+// the end read as zero.
 template <Order OF_A, Order OF_B, class A, class B>
 LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K,
                                A a, B b) {
   using T = FoldTraits;
-  const int t = threadIdx.x, col = t % T::COLS, row0 = t / T::COLS;
+  const int thread = threadIdx.x;
+  const int col = thread % T::COLS;
+  const int row0 = thread / T::COLS;
   for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
-    for (int i = t; i < T::STEP * T::ROWS; i += T::THREADS) {
+    for (int i = thread; i < T::STEP * T::ROWS; i += T::THREADS) {
       constexpr bool along = OF_A == Order::along_k;
-      const int row = along ? i / T::STEP : i % T::ROWS, k = along ? i % T::STEP : i / T::ROWS;
+      const int row = along ? i / T::STEP : i % T::ROWS;
+      const int k = along ? i % T::STEP : i / T::ROWS;
       ptx::store_shared(&sm.a[k][row], k0 + k < K ? a(row, k0 + k) : 0.f);
     }
-    for (int i = t; i < T::STEP * T::COLS; i += T::THREADS) {
+    for (int i = thread; i < T::STEP * T::COLS; i += T::THREADS) {
       constexpr bool along = OF_B == Order::along_k;
-      const int k = along ? i % T::STEP : i / T::COLS, c = along ? i / T::STEP : i % T::COLS;
+      const int k = along ? i % T::STEP : i / T::COLS;
+      const int c = along ? i / T::STEP : i % T::COLS;
       ptx::store_shared(&sm.b[k][c], k0 + k < K ? b(k0 + k, c) : 0.f);
     }
     __syncthreads();

@@ -1,20 +1,22 @@
-// In place of kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the
+// Replaces kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the
 // executor.
 //
-// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin
+// An early launch (programmatic dependent launch, compute capability 9.0 and later) may start
 // before the previous kernel of the stream has ended, which hides the launch latency.  It is safe,
-// in a stream and in a captured graph, for these reasons:
+// in a stream and in a captured graph, because of three rules:
 //
-//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it
-//   exits. So
-//     no thread reads too early, and a kernel never ends before all previous ones: a wait for the
-//     last one is a wait for all.  The executor checks it.
+//   - Every thread calls griddepcontrol_wait before it accesses global memory, and before it exits.
+//     The wait ends when all previous grids have completed and their stores are visible.  So no
+//     thread reads too early, and a kernel never ends before the previous ones: a wait for the last
+//     kernel is a wait for all.  The executor checks this rule.
 //   - The previous operation may be anything: a kernel without launch_dependents, a memset or an
-//   event is
-//     waited for as usual, and a library's early kernels wait for theirs as these do.
-//
-// griddepcontrol_launch_dependents comes after a kernel's last store: a later kernel, also one of
-// another library that reads before its own wait, finds nothing half done.
+//   event
+//     is waited for as usual, and early kernels of a library wait for theirs in the same way.
+//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible to
+//   it.
+//     A next kernel, also one of a library, must call griddepcontrol_wait before it reads.  The
+//     call comes after a thread's last store, so that the next kernel's blocks do not take the
+//     place of blocks that still have work.
 #pragma once
 #include "base.cuh"
 
@@ -40,7 +42,7 @@ struct LaunchArgs {
   stream_t stream = nullptr;
   dim3 cluster{1, 1, 1};
   const char* name = "kernel";  // for messages and the executor's list of launches
-  bool early = false;  // see above; the device must have code of compute capability 9.0 or later
+  bool early = false;           // see above; only with code of compute capability 9.0 or later
 };
 
 // Waits until the previous operations of the stream have ended and their stores are visible.
@@ -54,8 +56,8 @@ LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The next kernel in the stream may begin once every block has ended or called this: the first of a
-// block's threads to call it does so for the block, while others may still be at work.
+// The next kernel in the stream may start once every block has ended or called this.  The first
+// thread of a block that calls it does so for the block, while other threads may still store.
 LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -66,8 +68,8 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The compute capability of the current device, times ten; the executor runs code for 9.0.  Throws
-// std::runtime_error that begins with the kernel's name.
+// The compute capability of the current device, times ten; 90 in the executor.  Throws
+// std::runtime_error with the kernel's name.
 inline int capability_of_device([[maybe_unused]] const char* name) {
 #ifdef __CUDACC__
   int device = 0, major = 0, minor = 0;
@@ -82,8 +84,9 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 }
 
 #ifdef __CUDACC__
-// Queries of the driver while it lives: a query may load a kernel or allocate the module's memory,
-// which a capture by this or another thread could forbid. Neither touches a stream.
+// Allows, during its lifetime, calls that ask about a kernel or set its attributes.  The first such
+// call may load the kernel or allocate memory for its module, which a stream capture of this or
+// another thread forbids by default, although it touches no stream.
 class DriverQuery {
  public:
   DriverQuery() { exchange(); }
@@ -113,19 +116,21 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch the current device holds at a time: 0 if a block needs more
-// than the device has, or there is no code for the device.
+// How many clusters of such a launch are resident on the current device: 0 if a block needs more
+// shared memory than the device has, or if there is no code for the device.
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args,
                              [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   const DriverQuery query;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
-  cluster.val.clusterDim.z = args.cluster.z;
+  cluster.val.clusterDim = {args.cluster.x, args.cluster.y, args.cluster.z};
   cudaLaunchConfig_t config{};
-  config.gridDim = args.grid, config.blockDim = args.block, config.dynamicSmemBytes = args.smem;
-  config.attrs = &cluster, config.numAttrs = 1;
+  config.gridDim = args.grid;
+  config.blockDim = args.block;
+  config.dynamicSmemBytes = args.smem;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   int count = 0;
   if (!cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem)) &&
       !cudaOccupancyMaxActiveClusters(&count, kernel, &config))
@@ -138,14 +143,15 @@ inline int resident_clusters([[maybe_unused]] const LaunchArgs& args,
 }
 
 #ifdef __CUDACC__
-// Raises a kernel's limit of shared memory, once for each device: the call takes a microsecond.
+// Raises a kernel's limit of shared memory, once per device: the call takes a microsecond.
 template <auto KERNEL>
 cudaError_t allow_shared_memory(size_t bytes) {
-  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+  static std::atomic<uint64_t> allowed{0};  // one bit per device
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
   if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const DriverQuery query;
   const cudaError_t error =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
@@ -154,8 +160,8 @@ cudaError_t allow_shared_memory(size_t bytes) {
 }
 #endif
 
-// Throws std::runtime_error naming the kernel.  Errors inside the kernel show at a later call on
-// the device, and here under the executor (lotr::simt::Error).
+// Throws std::runtime_error with the kernel's name.  An error inside the kernel appears at a later
+// call on the device, and here in the executor (lotr::simt::Error).
 template <auto KERNEL, class... Args>
 void launch(const LaunchArgs& args, Args&&... params) {
 #ifdef __CUDACC__
@@ -171,17 +177,19 @@ void launch(const LaunchArgs& args, Args&&... params) {
   if (args.cluster.x * args.cluster.y * args.cluster.z > 1) {
     cudaLaunchAttribute& cluster = attributes[count++];
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
-    cluster.val.clusterDim.z = args.cluster.z;
+    cluster.val.clusterDim = {args.cluster.x, args.cluster.y, args.cluster.z};
   }
   if (args.early) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = args.grid, config.blockDim = args.block, config.dynamicSmemBytes = args.smem;
+  config.gridDim = args.grid;
+  config.blockDim = args.block;
+  config.dynamicSmemBytes = args.smem;
   config.stream = args.stream;
-  config.attrs = attributes, config.numAttrs = count;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, KERNEL, std::forward<Args>(params)...), "launch");
 #else
   simt::launch({args.name, args.grid, args.block, args.cluster, args.smem, args.early}, KERNEL,

@@ -50,7 +50,7 @@ std::string refuse_layout(const GemmLotr& q) {
             ? ""
             : "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N),
         refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols), refuse("u", q.u, q.M, q.r),
-        refuse("F", q.F, q.N, q.r), refuse("y", read_only(q.y), q.M, q.N)})
+        refuse("F", q.F, q.N, q.r), refuse("y", q.y, q.M, q.N)})
     if (!text.empty()) return text;
   return {};
 }
@@ -122,7 +122,7 @@ void run(const Call& call, const GemmLotr& q) {
       q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK)
                  : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
       tensor_map<T>(q.u, q.M, q.r, Traits::BM), tensor_map<T>(q.F, q.N, q.r, Traits::SHARE),
-      tensor_map<T>(read_only(q.y), q.M, q.N, 64), p);
+      tensor_map<T>(q.y, q.M, q.N, 64), p);
 }
 
 }  // namespace

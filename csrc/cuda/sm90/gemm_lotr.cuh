@@ -1,38 +1,40 @@
 // gemm_lotr:  y = x W^T + bias + u F^T        sm_90a, bf16 or fp16, float32 sums
-//             dx = g W + k A^T                the same kernel, with W read MN-major: no transposed
-//             copy
+//             dx = g W + k A^T                the same kernel; W is read MN-major, so there is no
+//                                             transposed copy
 //
 //   x [M, K], W [N, K] (backward: [K, N]), u [M, r], F [N, r], y [M, N].  In the backward pass read
 //   dx, g, W, k and A for y, x, W, u and F.  u comes from the shrink kernel, k from shrink_grad.
 //
 // The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and
-// multiplies into the same accumulators.  The tensor maps fill ranks beyond r with zeros.
+// multiplies into the same accumulators.  The tensor maps fill ranks past r with zeros.
 //
-// Grid     pairs of blocks, as many as the GPU has multiprocessors or fewer.  Pair c computes tiles
-//          c, c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block
-//          loads half of W's columns and writes them to both blocks (multicast).  Blocks of
+// Grid     pairs of blocks, as many as fill the GPU's SMs or fewer.  Pair c computes tiles c,
+//          c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block
+//          loads half of the columns of W and writes them to both blocks (multicast).  Blocks of
 //          different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
-// u and F
-//          likewise; y is written once and never read.
+// u
+//          and F likewise; y is written once and never read.
 //
-// Timeline of a block, one tile of six k-steps and the rank's, then the next tile.  L: copy in
-// flight or landed.  P: product.  R: the rank's product.  .: the product may still run, one group
-// is left in flight.
-//   stage 0   L P . L L P . L L L L P        each stage has an mbarrier `full`, which counts the
-//   copies' stage 1   L L P . L L P . L L L L P      bytes, and an mbarrier `empty`, at which the
-//   warps of both stage 2   L L L P . L L R . L L L L      blocks arrive that have read it stage 3
-//   L L L L P . L L L L P . y                         S S S S        S: a warpgroup stores 64 of
-//   its 256 columns
+// Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile.  L:
+// copy in flight or landed.  P: product.  R: the product of the rank.  .: the product may still
+// run, one group stays in flight.  S: a warpgroup stores 64 of its 256 columns.
+//
+//   stage 0   L P . L L P . L L L L P
+//   stage 1   L L P . L L P . L L L L P
+//   stage 2   L L L P . L L R . L L L L
+//   stage 3   L L L L P . L L L L P .
+//   y                         S S S S
+//
+// Each stage has two mbarriers: `full` counts the bytes of the copies; at `empty` the warps of both
+// blocks arrive that have read the stage.
 //
 // Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy,
-// while all
-//          write the next 64 columns to a second buffer.  Meanwhile the next tile's stages are
-//          loaded, and the other warpgroup, up to four k-steps behind, multiplies.
-// Early    Programmatic dependent launch: the block sets up its barriers while the kernel ahead
-// ends.  The
-//          next kernel may begin when a block's last store is complete.
+//          while all threads write the next 64 columns to a second buffer.  Meanwhile the stages of
+//          the next tile are loaded, and the other warpgroup, up to four k-steps later, multiplies.
+// Early    Programmatic dependent launch: the block sets up its barriers while the previous kernel
+//          ends.  The next kernel may start when a block's last store is complete.
 // Bits     Each element of y is summed by one thread in one order.
 #pragma once
 #include "../ptx/launch.cuh"
@@ -45,8 +47,8 @@ struct GemmLotrTraits {
   using T = T_;
   static constexpr bool BACKWARD = BACKWARD_;
   static constexpr int BM = 128, BN = 256, BK = 64;
-  static constexpr int PAIR = 2,
-                       SHARE = BN / PAIR;  // blocks of a cluster, columns that each loads for both
+  static constexpr int PAIR = 2;           // blocks of a cluster
+  static constexpr int SHARE = BN / PAIR;  // columns that each block loads for both
   static constexpr int GROUPS = 2, WARPS = 4 * GROUPS, THREADS = 32 * (WARPS + 1);
   static constexpr int STAGES = 4, PANEL = 64;  // columns of y that are stored at a time
 
@@ -65,8 +67,8 @@ struct GemmLotrTraits {
 
 // Tiles of the pairs, 256 x 256, in the order in which the pairs take them.
 struct GemmLotrTiles {
-  // The bands that are walked together.  With 66 pairs at work, 8 x 8 tiles read 2,048 rows of x
-  // and 2,048 columns of W, the least that a wave can read.
+  // Bands that are walked together.  On a GPU with 66 pairs, 8 x 8 tiles read 2,048 rows of x and
+  // 2,048 columns of W, the least that a wave can read.
   static constexpr int BANDS_TOGETHER = 8;
   int bands, columns;
   struct Tile {
@@ -75,7 +77,8 @@ struct GemmLotrTiles {
 
   LOTR_DEVICE int count() const { return bands * columns; }
   LOTR_DEVICE Tile operator[](int i) const {
-    const int first = i / (BANDS_TOGETHER * columns) * BANDS_TOGETHER, rest = i - first * columns;
+    const int first = i / (BANDS_TOGETHER * columns) * BANDS_TOGETHER;
+    const int rest = i - first * columns;
     const int together = bands - first < BANDS_TOGETHER ? bands - first : BANDS_TOGETHER;
     return {first + rest % together, rest / together};
   }
@@ -88,14 +91,15 @@ struct GemmLotrParams {
   GemmLotrTiles tiles;
 };
 
-// A place in the ring of stages.  All threads walk the stages in the same order, so each keeps its
-// own.
+// A place in the ring of stages.  Each thread keeps one; all walk the stages in the same order.
 template <int STAGES>
-struct Place {
+struct RingPlace {
   int stage = 0;
   uint32_t parity = 0;  // of the stage's phase; it changes with each turn of the ring
   LOTR_DEVICE void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+    if (++stage < STAGES) return;
+    stage = 0;
+    parity ^= 1;
   }
   LOTR_DEVICE int before() const { return (stage + STAGES - 1) % STAGES; }
 };
@@ -103,8 +107,9 @@ struct Place {
 // f(first row of the block's tile, first column) for each tile of the block.
 template <class Traits, class F>
 LOTR_DEVICE void each_tile(const GemmLotrParams& p, F f) {
-  const int pair = int(blockIdx.x) / Traits::PAIR, rank = int(blockIdx.x) % Traits::PAIR,
-            pairs = int(gridDim.x) / Traits::PAIR;
+  const int pair = int(blockIdx.x) / Traits::PAIR;
+  const int rank = int(blockIdx.x) % Traits::PAIR;  // of the block in its pair
+  const int pairs = int(gridDim.x) / Traits::PAIR;
   for (int i = pair; i < p.tiles.count(); i += pairs) {
     const auto tile = p.tiles[i];
     f((tile.band * Traits::PAIR + rank) * Traits::BM, tile.column * Traits::BN);
@@ -119,10 +124,10 @@ struct Producer {
   typename Traits::Smem& s;
   const ptx::TensorMap &X, &W, &U, &F;
   const GemmLotrParams& p;
-  Place<Traits::STAGES> at{};
+  RingPlace<Traits::STAGES> place{};
 
   LOTR_DEVICE void run() {
-    // the first of the columns that it loads for both blocks
+    // the first column that this block loads for both
     const int share = int(blockIdx.x) % Traits::PAIR * Traits::SHARE;
     each_tile<Traits>(p, [&](int m0, int n0) {
 #pragma unroll 1
@@ -145,16 +150,16 @@ struct Producer {
   }
 
  private:
-  // Fills the next stage, once both blocks' warps have read it.
+  // Fills the next stage when the warps of both blocks have read it.
   template <class LoadW>
   LOTR_DEVICE void step(const ptx::TensorMap& x, int k, int m0, LoadW load_w) {
-    Stage& stage = s.stage[at.stage];
-    uint64_t* full = &s.full[at.stage];
-    ptx::mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
+    Stage& stage = s.stage[place.stage];
+    uint64_t* full = &s.full[place.stage];
+    ptx::mbarrier_wait(&s.empty[place.stage], place.parity ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, sizeof(Stage));  // half of w comes from the other block
     ptx::tma_load_2d(stage.x, &x, k, m0, full);
     load_w(stage, full);
-    at.advance();
+    place.advance();
   }
   LOTR_DEVICE void load_for_both(typename Traits::T* to, const ptx::TensorMap& map, int col,
                                  int row, uint64_t* full) {
@@ -172,14 +177,14 @@ struct Multiplier {
   const ptx::TensorMap& Y;
   const GemmLotrParams& p;
   const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
-  Place<Traits::STAGES> at{};
+  RingPlace<Traits::STAGES> place{};
 
   LOTR_DEVICE void run() {
     each_tile<Traits>(p, [&](int m0, int n0) {
       T bias[Traits::BN / 128];
       load_bias(bias, n0);
-      float d[Traits::BN / 2] =
-          {};  // not left to the first product: ptxas 12 would serialise the products
+      // Not zeroed by the first product: ptxas 12 would serialize the products.
+      float d[Traits::BN / 2] = {};
 #pragma unroll 1
       for (int k = 0; k < p.K; k += Traits::BK) {
         const Stage& stage = next();
@@ -195,43 +200,43 @@ struct Multiplier {
                                w + ptx::descriptor_step<T>(Traits::BACKWARD ? 64 * kk : kk));
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
-        if (k > 0) release(at.before());
-        at.advance();
+        if (k > 0) release(place.before());
+        place.advance();
       }
 #pragma unroll 1
       for (int k = 0; k < p.r; k += Traits::BK) {
         const Stage& stage = next();
-        const uint64_t u = ptx::swizzled_descriptor(&stage.x[64 * group][0]),
-                       f = ptx::swizzled_descriptor(stage.w);
-        // 16 ranks are a group of their own: products in a branch without their fence would be
-        // serialised
+        const uint64_t u = ptx::swizzled_descriptor(&stage.x[64 * group][0]);
+        const uint64_t f = ptx::swizzled_descriptor(stage.w);
+        // Each 16 ranks form a group with its fence: ptxas would serialize products that are in a
+        // branch without one.
         for (int kk = 0; kk < Traits::BK && k + kk < p.r; kk += 16) {
           ptx::wgmma_fence();
           ptx::wgmma<T>(d, u + ptx::descriptor_step<T>(kk), f + ptx::descriptor_step<T>(kk));
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();
         }
-        release(at.before());
-        at.advance();
+        release(place.before());
+        place.advance();
       }
       ptx::wgmma_wait<0>();
       ptx::wgmma_landed(d);
-      release(at.before());
+      release(place.before());
       store(d, bias, m0 + 64 * group, n0);
     });
     if (thread == 0) ptx::bulk_wait_all();
   }
 
  private:
-  // The stage of the next step, once all of it is there.
+  // The stage of the next step, when all of it has landed.
   LOTR_DEVICE const Stage& next() {
-    ptx::mbarrier_wait(&s.full[at.stage], at.parity);
-    return s.stage[at.stage];
+    ptx::mbarrier_wait(&s.full[place.stage], place.parity);
+    return s.stage[place.stage];
   }
 
-  // A whole warp: to the producers of both blocks, for each of them writes here.
+  // Called by a full warp.  Arrives at both blocks' producers, because each of them writes here.
   LOTR_DEVICE void release(int stage) {
-    __syncwarp();  // the reads of all lanes are over
+    __syncwarp();  // all lanes have finished their reads
     const uint32_t lane = threadIdx.x % 32;
     if (lane < Traits::PAIR) ptx::mbarrier_arrive_cluster(&s.empty[stage], lane);
   }
@@ -247,15 +252,17 @@ struct Multiplier {
   }
 
   // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and
-  // `row` + 8, of each 8 columns the two from `pair` on.  A panel is swizzled as its tensor map
-  // says, so the 8 rows of a warp's store lie in different banks.
+  // `row` + 8, and of every 8 columns the two from `pair` on.  A panel has the swizzle of its
+  // tensor map, so the 8 rows of a warp's store are in different banks.
   struct alignas(4) Two {
     T v[2];
   };
   LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128],
                          int m0, int n0) {
-    const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, pair = lane % 4 * 2;
-    // read after the next barrier; the last reads of the tile before came before its last barrier
+    const int lane = thread % 32;
+    const int row = thread / 32 * 16 + lane / 4;
+    const int pair = lane % 4 * 2;
+    // Read after the next barrier.  The reads for the previous tile came before its last barrier.
 #pragma unroll
     for (int i = 0; i < Traits::BN / 128; ++i)
       ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
@@ -312,7 +319,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
     Multiplier<Traits>{s, Y, p}.run();
     __syncwarp();
   }
-  // No block may leave while the other still arrives at its mbarriers.  All stores are complete
+  // No block may exit while the other still arrives at its mbarriers.  All stores are complete
   // here.
   ptx::cluster_sync();
   ptx::griddepcontrol_launch_dependents();

@@ -15,7 +15,7 @@ constexpr int GEMM_LOTR_MAX_RANK = 128;
 // extents of y's and x's rows, so in the backward pass N is in and K is out.
 struct GemmLotr {
   bool backward;
-  MutableMatrix y;   // [M, N]
+  Matrix y;          // [M, N]
   Matrix x;          // [M, K]
   Matrix W;          // [N, K]; backward: [K, N], so the same matrix in memory
   const void* bias;  // [N], or null

@@ -1,16 +1,17 @@
 // h = scale * u core for the tokens of a block: a second, small product for few tokens, in the
-// launch that makes u.
+// launch that computes u.
 #pragma once
 #include "load.cuh"
 
 namespace lotr::tile {
 
-// T: u's type.  u_at(row, rank): an element of the block's u, rounded to T.  The block's rows begin
-// at row0.
+// T: the type of u.  u_at(row, rank): an element of the block's u, rounded to T.  The block's rows
+// start at row0.
 template <class T, int THREADS, class U>
-LOTR_DEVICE void apply_core(const CoreOperands& p, int64_t row0, int rows, int r, U u_at) {
+LOTR_DEVICE void apply_core(const CoreProduct& p, int64_t row0, int rows, int r, U u_at) {
   for (int index = threadIdx.x; index < rows * p.r_core; index += THREADS) {
-    const int row = index / p.r_core, j = index % p.r_core;
+    const int row = index / p.r_core;
+    const int j = index % p.r_core;
     float sum = 0.f;
     for (int i = 0; i < r; ++i)
       sum = fmaf(u_at(row, i), ptx::to_float(read_element<T>(p.core, i, j)), sum);

@@ -1,10 +1,9 @@
-// Global memory to a shared tile, and the dropout of a tile.  A thread owns the same chunks in
-// both, so that it may mask what it copied as soon as its own copies have landed, before the
-// block's barrier.
+// Global memory to a shared tile, and the dropout of a tile.  A thread has the same chunks in both,
+// so it can mask what it copied as soon as its copies have landed, before the block's barrier.
 //
-// Matrices come with 16-byte rows (launchers pack those that do not), so every copy is
-// asynchronous.  A tile inside the matrix takes a path without bounds: the thread's address, and
-// steps that are the same for all.
+// The rows of all matrices here start at multiples of 16 bytes (launchers pack the others), so
+// every copy is asynchronous.  A tile inside the matrix takes a path without bounds: the thread's
+// address, and steps that are the same for all threads.
 #pragma once
 #include "philox.cuh"
 #include "shared.cuh"
@@ -19,11 +18,12 @@ LOTR_DEVICE T read_element(const Matrix& m, int64_t row, int64_t col) {
   return ptx::load(static_cast<const T*>(m.data) + i);
 }
 
-// How many of the CHUNK elements from [row, col] on lie inside [rows, cols].
+// How many of the CHUNK elements from [row, col] on are inside [rows, cols].
 template <int CHUNK>
 LOTR_DEVICE int valid_elements(int64_t row, int64_t rows, int64_t col, int64_t cols) {
   const int64_t left = row < rows ? cols - col : 0;
-  return left <= 0 ? 0 : left < CHUNK ? int(left) : CHUNK;
+  if (left <= 0) return 0;
+  return left < CHUNK ? int(left) : CHUNK;
 }
 
 // Copies tiles of one matrix [rows, cols]: tile (i, j) of its grid of tiles, zero outside the
@@ -31,15 +31,16 @@ LOTR_DEVICE int valid_elements(int64_t row, int64_t rows, int64_t col, int64_t c
 template <int THREADS, class Tile>
 class Loader {
   using T = typename Tile::T;
-  static constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS, STEP = THREADS / Tile::CHUNKS;
-  static constexpr int COUNT =
-      (TOTAL + THREADS - 1) / THREADS;  // chunks of a thread, STEP rows apart
+  static constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS;
+  static constexpr int STEP = THREADS / Tile::CHUNKS;  // rows from a thread's chunk to its next one
+  static constexpr int COUNT = (TOTAL + THREADS - 1) / THREADS;  // chunks of a thread
   static_assert(THREADS % Tile::CHUNKS == 0 && STEP % 8 == 0,
                 "the same swizzle in all rows of a thread");
 
   const char* data_;
   int64_t rows_, cols_, row_bytes_, first_;
-  int r_, c_, whole_rows_, whole_cols_;  // whole: tiles
+  int r_, c_;
+  int full_row_tiles_, full_col_tiles_;  // tiles entirely inside the matrix
 
  public:
   LOTR_DEVICE Loader(const Matrix& m, int64_t rows, int64_t cols)
@@ -49,8 +50,8 @@ class Loader {
         row_bytes_(m.row * int64_t(sizeof(T))),
         r_(int(threadIdx.x) / Tile::CHUNKS),
         c_(int(threadIdx.x) % Tile::CHUNKS),
-        whole_rows_(int(rows / Tile::ROWS)),
-        whole_cols_(int(cols / Tile::COLS)) {
+        full_row_tiles_(int(rows / Tile::ROWS)),
+        full_col_tiles_(int(cols / Tile::COLS)) {
     first_ = r_ * row_bytes_ + c_ * 16;
   }
 
@@ -59,7 +60,7 @@ class Loader {
     const char* from = data_ + first_ + tile_row * (Tile::ROWS * row_bytes_) +
                        tile_col * int64_t(Tile::COLS * sizeof(T));
     T* to = tile.chunk(r_, c_);
-    if (tile_row < whole_rows_ && tile_col < whole_cols_) {
+    if (tile_row < full_row_tiles_ && tile_col < full_col_tiles_) {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i)
         ptx::cp_async16(to + i * (STEP * Tile::COLS), from + i * STEP * row_bytes_);
@@ -76,7 +77,7 @@ class Loader {
   }
 };
 
-// A chunk without its dropped elements; bit j of `keep` is element j's.
+// A chunk without its dropped elements.  Bit j of `keep` is for element j.
 template <int CHUNK>
 LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   uint32_t* word = &value.x;
@@ -85,8 +86,8 @@ LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
     if constexpr (CHUNK == 4) {
       word[w] = keep >> w & 1 ? word[w] : 0;
     } else {
-      const uint32_t low = keep >> (2 * w) & 1 ? 0xffffu : 0u,
-                     high = keep >> (2 * w + 1) & 1 ? 0xffff0000u : 0u;
+      const uint32_t low = keep >> (2 * w) & 1 ? 0xffffu : 0u;
+      const uint32_t high = keep >> (2 * w + 1) & 1 ? 0xffff0000u : 0u;
       word[w] &= low | high;
     }
   }
@@ -104,15 +105,15 @@ LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
     f(std::false_type{});
 }
 
-// Zeroes the dropped elements of the chunks this thread loaded; cols is the width of the whole
-// matrix.
+// Zeroes the dropped elements of the chunks that this thread loaded.  cols: those of the matrix.
 template <int THREADS, class Tile>
 LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, int64_t row0, int64_t col0,
                       int64_t cols) {
   const uint64_t seed = uint64_t(ptx::load(dropout.seed));
 #pragma unroll 1
   for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
-    const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
+    const int r = index / Tile::CHUNKS;
+    const int c = index % Tile::CHUNKS;
     const uint64_t first = uint64_t(row0 + r) * uint64_t(cols) + uint64_t(col0 + c * Tile::CHUNK);
     const uint32_t keep = philox_keep<Tile::CHUNK>(seed, first, dropout.threshold);
     uint4* chunk = reinterpret_cast<uint4*>(tile.chunk(r, c));

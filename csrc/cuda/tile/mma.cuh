@@ -1,10 +1,12 @@
 // Matrix products of a warp on shared tiles.
 //
-// A policy is an element type and a way to multiply.  Both leave the accumulator of a 16 x 8 tile
-// as mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
-// Fragments of the operands are loaded by two functions each, for the two orders in memory:
-//   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      (16 rows i)
-//   b<along_k>: tile [j][k]   b<across_k>: tile [k][j]      (8 columns j)
+// A policy is an element type and a way to multiply.  Both policies leave the accumulator of a
+// 16 x 8 tile as mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q),
+// (g + 8, 2q + 1).  The functions a and b load the operands' fragments, each in two orders of
+// memory:
+//
+//   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      16 rows i
+//   b<along_k>: tile [j][k]   b<across_k>: tile [k][j]      8 columns j
 #pragma once
 #include "shared.cuh"
 
@@ -40,7 +42,10 @@ struct Half {
           ptx::ldmatrix_x4_trans(r, t.chunk(k0 + lane % 16, j0 / 8 + j + lane / 16));
         else
           ptx::ldmatrix_x4(r, t.chunk(j0 + 8 * j + lane / 16 * 8 + lane % 8, lane / 8 % 2, k0));
-        f[j][0] = r[0], f[j][1] = r[1], f[j + 1][0] = r[2], f[j + 1][1] = r[3];
+        f[j][0] = r[0];
+        f[j][1] = r[1];
+        f[j + 1][0] = r[2];
+        f[j + 1][1] = r[3];
       }
     }
   }
@@ -49,7 +54,8 @@ struct Half {
   }
 };
 
-// float32 exactly: each lane forms its own four sums with fused multiply-adds, four k at a time.
+// float32 without rounding the operands: each lane computes its four sums with fused multiply-adds,
+// four k at a time.
 struct Exact {
   using T = float;
   static constexpr int K = 4, A_REGS = 8, B_REGS = 8;  // [i half or j half][k]
@@ -66,7 +72,10 @@ struct Exact {
       } else {
         const uint4 v =
             ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, 0, k0)));
-        f[4 * h] = v.x, f[4 * h + 1] = v.y, f[4 * h + 2] = v.z, f[4 * h + 3] = v.w;
+        f[4 * h] = v.x;
+        f[4 * h + 1] = v.y;
+        f[4 * h + 2] = v.z;
+        f[4 * h + 3] = v.w;
       }
     }
   }
@@ -89,8 +98,8 @@ struct Exact {
 };
 
 // d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
-// The columns go in groups whose fragments take 32 registers at most; a long product is not
-// unrolled entirely.
+// The columns are processed in groups of at most 32 registers of fragments.  The loop of a float32
+// product is not unrolled completely.
 template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,
                               int j0) {

@@ -1,6 +1,6 @@
-// Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-// 3", 2011). The mask of an element depends on its place in the matrix and on the seed alone, so
-// the backward pass, another tiling, the CPU and the GPU all draw the same one.
+// Random bits of dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", 2011).  The mask of an element depends only on its place in the matrix and on the seed, so
+// the backward pass, another tiling, the CPU and the GPU all draw the same mask.
 #pragma once
 #include "../params.h"
 #include "../ptx/sm80.cuh"
@@ -13,7 +13,8 @@ LOTR_DEVICE uint32_t philox_keep4(uint64_t seed, uint64_t quad, uint32_t thresho
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
+    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(p1);
     c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
@@ -25,8 +26,8 @@ LOTR_DEVICE uint32_t philox_keep4(uint64_t seed, uint64_t quad, uint32_t thresho
          uint32_t(c2 >= threshold) << 2 | uint32_t(c3 >= threshold) << 3;
 }
 
-// Bits for elements first .. first + N - 1, no others.  One quad after another: few registers
-// beside a kernel's own.
+// Bits of the elements first .. first + N - 1.  One quad after another, which takes few of the
+// kernel's registers.
 template <int N>
 LOTR_DEVICE uint32_t philox_keep(uint64_t seed, uint64_t first, uint32_t threshold) {
   const int shift = int(first & 3);

@@ -1,4 +1,4 @@
-// Which tiles a block owns.
+// The tiles of a block.
 #pragma once
 #include "../params.h"
 #include "../ptx/base.cuh"
@@ -6,10 +6,10 @@
 namespace lotr::tile {
 
 LOTR_DEVICE int begin_of(const Pieces& p, int piece) {
-  return piece * p.whole + (piece < p.longer ? piece : p.longer);
+  return piece * p.tiles + (piece < p.longer ? piece : p.longer);
 }
 LOTR_DEVICE int count_of(const Pieces& p, int piece) {
-  return p.whole + (piece < p.longer);
+  return p.tiles + (piece < p.longer);
 }
 
 // The stage after `stage` in a ring of so many: cheaper than a remainder.

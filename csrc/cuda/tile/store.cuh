@@ -1,6 +1,6 @@
-// Accumulators to global memory: by way of a shared tile in the output type, so that rows leave in
-// 16-byte pieces, or straight to a float32 matrix, where two neighbouring values of a lane make
-// whole sectors.
+// Accumulators to global memory: through a shared tile in the output's type, so that rows leave in
+// 16-byte chunks, or directly to a float32 matrix, where two neighboring values of a lane form
+// complete sectors.
 #pragma once
 #include "shared.cuh"
 
@@ -10,26 +10,29 @@ namespace lotr::tile {
 template <class Tile>
 LOTR_DEVICE void put(Tile& tile, int i0, int j0, const float (&d)[4], float scale) {
   using T = typename Tile::T;
-  const int lane = threadIdx.x % 32, i = i0 + lane / 4, j = j0 + lane % 4 * 2;
+  const int lane = threadIdx.x % 32;
+  const int i = i0 + lane / 4;
+  const int j = j0 + lane % 4 * 2;
   ptx::store_shared2(tile.at(i, j), ptx::from_float<T>(d[0] * scale),
                      ptx::from_float<T>(d[1] * scale));
   ptx::store_shared2(tile.at(i + 8, j), ptx::from_float<T>(d[2] * scale),
                      ptx::from_float<T>(d[3] * scale));
 }
 
-// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols], by THREADS of the block: all, or half of
-// them
+// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols], by THREADS threads of the block.
 template <int THREADS, class Tile>
-LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_t rows,
-                       int64_t col0, int64_t cols) {
+LOTR_DEVICE void store(const Matrix& to, Tile& tile, int64_t row0, int64_t rows, int64_t col0,
+                       int64_t cols) {
   using T = typename Tile::T;
   for (int index = int(threadIdx.x) % THREADS; index < Tile::ROWS * Tile::CHUNKS;
        index += THREADS) {
-    const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
-    const int64_t row = row0 + r, col = col0 + c * Tile::CHUNK;
+    const int r = index / Tile::CHUNKS;
+    const int c = index % Tile::CHUNKS;
+    const int64_t row = row0 + r;
+    const int64_t col = col0 + c * Tile::CHUNK;
     if (row >= rows || col >= cols) continue;
     T* out = static_cast<T*>(to.data) + row * to.row + col * to.col;
-    const Chunk<T> value = ptx::load_shared(tile.whole(r, c));
+    const Chunk<T> value = ptx::load_shared(tile.as_chunk(r, c));
     if (to.access == Access::vector && cols - col >= Tile::CHUNK) {
       ptx::store(reinterpret_cast<Chunk<T>*>(out), value);
     } else {
@@ -41,14 +44,15 @@ LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_
 }
 
 // to[i][j] = d rounded, for the lane's part of a 16 x 8 tile at [i0, j0] inside [rows, cols]: two
-// neighbours in a store where they are aligned.
+// neighbors in one store where they are aligned.
 template <class T>
-LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows, int j0, int cols,
+LOTR_DEVICE void store_rounded(const Matrix& to, int64_t i0, int64_t rows, int j0, int cols,
                                const float (&d)[4]) {
   struct alignas(2 * sizeof(T)) Pair {
     T a, b;
   };
-  const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+  const int lane = threadIdx.x % 32;
+  const int j = j0 + lane % 4 * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t i = i0 + lane / 4 + 8 * h;
@@ -64,70 +68,68 @@ LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows
   }
 }
 
-// A float32 matrix [rows, cols] and the lane's part of its 16 x 8 tiles, as the accumulators have
-// it.
-struct Floats {
-  float* data;
-  int64_t row_stride, col_stride, rows;
+// A FloatSum [rows, cols], and the lane's part of its 16 x 8 tiles as the accumulators have it.
+struct SumTiles {
+  FloatSum sum;
+  int64_t rows;
   int cols;
 
-  LOTR_DEVICE bool in_pairs(int j) const {
-    return col_stride == 1 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 8 == 0 &&
-           j + 1 < cols;
+  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix.  All loads come before the
+  // first addition, which waits for one.
+  LOTR_DEVICE void accumulate(int64_t i0, int j0, const float (&d)[4], float scale) const {
+    float v[4] = {};
+    if (sum.add) load(v, i0, j0);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] += d[e] * scale;
+    store(i0, j0, v);
   }
-  // v = the tile at [i0, j0], nothing outside the matrix
-  LOTR_DEVICE void load(float (&v)[4], int64_t i0, int j0) const {
-    const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+  // the tile at [i0, j0] = v
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&v)[4]) const {
+    const int lane = threadIdx.x % 32;
+    const int j = j0 + lane % 4 * 2;
     const int64_t i = i0 + lane / 4;
-    const float* from = data + i * row_stride + j * col_stride;
-    if (in_pairs(j)) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float2 pair{0.f, 0.f};
-        if (i + 8 * h < rows)
-          pair = ptx::load(reinterpret_cast<const float2*>(from + 8 * h * row_stride));
-        v[2 * h] = pair.x, v[2 * h + 1] = pair.y;
-      }
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool inside = i + e / 2 * 8 < rows && j + e % 2 < cols;
-      v[e] = inside ? ptx::load(from + e / 2 * 8 * row_stride + e % 2 * col_stride) : 0.f;
-    }
-  }
-  // the tile at [i0, j0] = d * scale + before
-  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale,
-                         const float (&before)[4]) const {
-    const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
-    const int64_t i = i0 + lane / 4;
-    float* to = data + i * row_stride + j * col_stride;
-    float v[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = before[e] + d[e] * scale;
+    float* to = sum.data + i * sum.row + j * sum.col;
     if (in_pairs(j)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (i + 8 * h < rows)
-          ptx::store(reinterpret_cast<float2*>(to + 8 * h * row_stride),
+          ptx::store(reinterpret_cast<float2*>(to + 8 * h * sum.row),
                      float2{v[2 * h], v[2 * h + 1]});
       return;
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (i + e / 2 * 8 < rows && j + e % 2 < cols)
-        ptx::store(to + e / 2 * 8 * row_stride + e % 2 * col_stride, v[e]);
+        ptx::store(to + e / 2 * 8 * sum.row + e % 2 * sum.col, v[e]);
   }
-  // the tile at [i0, j0] = d
-  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4]) const {
-    store(i0, j0, d, 1.f, {});
+
+ private:
+  LOTR_DEVICE bool in_pairs(int j) const {
+    return sum.col == 1 && sum.row % 2 == 0 && reinterpret_cast<uintptr_t>(sum.data) % 8 == 0 &&
+           j + 1 < cols;
   }
-  // the same, or += with `accumulate`: all loads before the first addition waits for one
-  LOTR_DEVICE void add(int64_t i0, int j0, const float (&d)[4], float scale,
-                       bool accumulate) const {
-    float before[4] = {};
-    if (accumulate) load(before, i0, j0);
-    store(i0, j0, d, scale, before);
+  // v = the tile at [i0, j0], 0 outside the matrix
+  LOTR_DEVICE void load(float (&v)[4], int64_t i0, int j0) const {
+    const int lane = threadIdx.x % 32;
+    const int j = j0 + lane % 4 * 2;
+    const int64_t i = i0 + lane / 4;
+    const float* from = sum.data + i * sum.row + j * sum.col;
+    if (in_pairs(j)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float2 pair{0.f, 0.f};
+        if (i + 8 * h < rows)
+          pair = ptx::load(reinterpret_cast<const float2*>(from + 8 * h * sum.row));
+        v[2 * h] = pair.x;
+        v[2 * h + 1] = pair.y;
+      }
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool inside = i + e / 2 * 8 < rows && j + e % 2 < cols;
+      v[e] = inside ? ptx::load(from + e / 2 * 8 * sum.row + e % 2 * sum.col) : 0.f;
+    }
   }
 };
 

@@ -79,22 +79,27 @@ Matrix Given::input(const char* name, DType as, int64_t rows, int64_t cols) cons
   if (!has(name)) return {};
   expect_shape(name, {rows, cols});
   count_for(name);
-  const int64_t row = stride(name, 0), col = stride(name, 1);
-  return {array(name).data(), row, col,
-          cuda::access_of(array(name).data(), row, col, rows, type(name), as)};
+  const int64_t row = stride(name, 0);
+  const int64_t col = stride(name, 1);
+  void* const data = const_cast<void*>(array(name).data());
+  return {data, row, col, cuda::access_of(data, row, col, rows, type(name), as)};
 }
 
-MutableMatrix Given::output(const char* name, DType as, int64_t rows, int64_t cols) const {
+Matrix Given::output(const char* name, DType as, int64_t rows, int64_t cols) const {
   if (!has(name)) return {};
   if (type(name) != as) fail(name, "the element type of the input", py::str(array(name).dtype()));
-  const Matrix m = input(name, as, rows, cols);
-  return {const_cast<void*>(m.data), m.row, m.col, m.access};
+  return input(name, as, rows, cols);
+}
+
+FloatSum Given::sum(const char* name, int64_t rows, int64_t cols, bool add) const {
+  return {floats(name, {rows, cols}), stride(name, 0), stride(name, 1), add};
 }
 
 Given::Stack Given::stack(const char* name, int64_t count, int64_t rows, int64_t cols) const {
   expect_shape(name, {count, rows, cols});
   count_for(name);
-  return {{array(name).data(), stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
+  void* const data = const_cast<void*>(array(name).data());
+  return {{data, stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
 }
 
 const void* Given::line(const char* name, DType as, int64_t size) const {
@@ -116,21 +121,20 @@ float* Given::floats(const char* name, std::vector<int64_t> shape) const {
 Dropout Given::dropout() const {
   const double p = number("p");
   if (p == 0) return {nullptr, 0, 1.f};
-  if (!has("seed")) fail("seed", "an array beside p", "none");
+  if (!has("seed")) fail("seed", "an array, because p is not 0", "none");
   return {integers<int64_t>("seed"), uint32_t(p * 4294967296.0), float(1 / (1 - p))};
 }
 
 Memory::Memory(const char* name, size_t bytes) : words_(bytes / 4 + 1024, 0xFFFFFFFFu) {
   const auto address = reinterpret_cast<uintptr_t>(words_.data());
   base_ = reinterpret_cast<uint32_t*>((address + 255) / 256 * 256);
-  behind_ = base_ + (bytes + 3) / 4;
+  end_ = base_ + (bytes + 3) / 4;
   if (name && options().count_memory && bytes) register_array(name, base_, bytes);
 }
 
 void Memory::check() const {
-  for (const uint32_t* word = behind_; word < words_.data() + words_.size(); ++word)
-    if (*word != 0xFFFFFFFFu)
-      throw std::runtime_error("workspace: a kernel has written behind its end");
+  for (const uint32_t* word = end_; word < words_.data() + words_.size(); ++word)
+    if (*word != 0xFFFFFFFFu) throw std::runtime_error("workspace: a kernel wrote past its end");
 }
 
 }  // namespace lotr::simt

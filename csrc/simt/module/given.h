@@ -1,5 +1,5 @@
-// What run() was given: numpy arrays and numbers by name, checked against the kernel's line of the
-// table in kernels.cpp.  bfloat16 arrays have the dtype uint16.
+// The arguments of run(): numpy arrays and numbers by name, checked against the kernel's line of
+// the table in kernels.cpp.  bfloat16 arrays have the dtype uint16.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -27,22 +27,19 @@ class Given {
   DType type(const char* name) const;
   double number(const char* name) const { return numbers_.at(name); }
 
-  // A matrix [rows, cols] that a kernel of element type `type` reads; null where the array was not
-  // given.
+  // Arguments of a kernel of element type `type`.  An array that is absent is null.
   Matrix input(const char* name, DType type, int64_t rows, int64_t cols) const;
-  MutableMatrix output(const char* name, DType type, int64_t rows, int64_t cols) const;
-  // Matrices [count, rows, cols], in whatever type they are; first: the stride from one to the
-  // next.
+  Matrix output(const char* name, DType type, int64_t rows, int64_t cols) const;
+  FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
+  const void* line(const char* name, DType type, int64_t size) const;  // [size]
+  float* floats(const char* name, std::vector<int64_t> shape) const;   // contiguous
+  // Matrices [count, rows, cols] of any type; next: the stride from one to the next.
   struct Stack {
     Matrix matrix;
-    int64_t first;
+    int64_t next;
   };
   Stack stack(const char* name, int64_t count, int64_t rows, int64_t cols) const;
-  const void* line(const char* name, DType as,
-                   int64_t size) const;  // [size], null where it is not given
-  // float32 [shape], null where the array was not given.
-  float* floats(const char* name, std::vector<int64_t> shape) const;
-  int64_t stride(const char* name, int dim) const;  // in elements, 0 where it was not given
+  int64_t stride(const char* name, int dim) const;  // in elements, 0 for an absent array
   // One dimension of integers, or null.
   template <class T>
   const T* integers(const char* name) const {
@@ -68,7 +65,7 @@ class Given {
   std::map<std::string, double> numbers_;
 };
 
-// A kernel that Python can run.  arrays: names, those in brackets may be missing; numbers: names
+// A kernel that Python can run.  arrays: names, those in brackets are optional.  numbers: names
 // with their defaults.
 struct Kernel {
   const char *name, *arrays, *numbers;
@@ -76,14 +73,14 @@ struct Kernel {
 };
 const std::vector<Kernel>& kernels();
 
-// The GPU that plans are made for.
+// The GPU for which plans are made.
 struct Device {
   plan::Card card;
   bool early = true;
 };
 inline Device device;
 
-// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).  name: for
+// Memory as torch's allocator returns it on a GPU: aligned, with any content (here NaN).  name: for
 // the counts of traffic, null for none.
 class Memory {
  public:
@@ -92,11 +89,11 @@ class Memory {
   T* as() {
     return reinterpret_cast<T*>(base_);
   }
-  void check() const;  // throws if a kernel wrote behind it
+  void check() const;  // throws if a kernel wrote past its end
 
  private:
   std::vector<uint32_t> words_;
-  uint32_t *base_, *behind_;
+  uint32_t *base_, *end_;
 };
 
 }  // namespace lotr::simt

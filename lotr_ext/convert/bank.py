@@ -1,0 +1,258 @@
+"""Many LoRAs of one base model become one adapter and a task for each: "Compress then Serve".
+
+For each group of layers, one pair A, B for all LoRAs t (arXiv 2407.00066 has one per layer):
+
+    D_tl / |D_t| ~= B G_tl^T A^T        least squares over all t and l of the group at once
+
+D_tl is the change of layer l by LoRA t, a product of its two factors that is never formed. |D_t| is
+the norm over all layers, so that every LoRA weighs the same, and the squared relative errors of all
+LoRAs have the smallest sum.
+
+The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import LoTRConfig
+from ..functional import check_dtype, check_rank
+from ..init import START
+from ..storage import checked_path, put_tensors
+from ..task_files import task_metadata
+from .lora import LoRA, LoRAFolder, Source
+from .to_lotr import (
+    Conversion,
+    ConvertedLayer,
+    conversion,
+    factor_keys,
+    groups_of,
+    lost,
+    tucker2_of_loras,
+)
+
+__all__ = ["BankConversion", "loras_to_bank"]
+
+
+@dataclass(frozen=True)
+class BankConversion:
+    """What `loras_to_bank` wrote.
+
+    Attributes:
+        config: of the adapter in the destination.
+        files: the task file of each LoRA, by its folder's name.
+        errors: the relative error |D_t - approximation| / |D_t| of each LoRA, by the same name.
+    """
+
+    config: LoTRConfig
+    files: dict[str, Path]
+    errors: dict[str, float]
+
+
+class Collection:
+    """The layers and norms of many LoRAs. Factors are read on access."""
+
+    def __init__(self, sources: Sequence[Source]):
+        if isinstance(sources, str) or len(sources) < 1:
+            raise ValueError(f"sources: expected a list of folders, got {sources!r:.80}")
+        self.folders: dict[str, LoRAFolder] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        squares: dict[str, float] = {}
+        for source in sources:
+            name = checked_path(source, "sources").resolve().name
+            if name in self.folders:
+                raise ValueError(
+                    f"sources: expected folders of different names, which the tasks' files get, "
+                    f"got {name!r} twice"
+                )
+            folder = LoRAFolder(source)
+            if folder.saved:
+                raise ValueError(
+                    f"sources: expected LoRAs without modules_to_save, because a task is only its "
+                    f"cores, got {min(folder.saved)} in {folder.path}"
+                )
+            squares[name] = 0.0
+            for layer, lora in folder.items():
+                if self.sizes.setdefault(layer, lora.sizes) != lora.sizes:
+                    raise ValueError(
+                        f"sources: expected LoRAs of one base model, got {layer!r} of "
+                        f"{self.sizes[layer]} and of {lora.sizes} in {folder.path}"
+                    )
+                squares[name] += lora.norm**2
+            self.folders[name] = folder
+        self.norms = {name: math.sqrt(square) for name, square in squares.items()}
+
+    def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
+        """The LoRAs of these layers by (name, layer), each divided by its norm over all layers."""
+        loras = {}
+        for name, folder in self.folders.items():
+            for layer in layers:
+                if layer in folder and self.norms[name] > 0:
+                    lora = folder[layer]
+                    loras[name, layer] = replace(lora, B=lora.B / self.norms[name])
+        return loras
+
+
+@torch.no_grad()
+def loras_to_bank(
+    sources: Sequence[Source],
+    directory: Source,
+    *,
+    rank: int | tuple[int, int] | str,
+    group_by: str | dict[str, str] = "layer",
+    dtype: torch.dtype = torch.float32,
+) -> BankConversion:
+    """Writes many LoRAs of one base model as one adapter, and each LoRA as a task over its pairs.
+
+        model = load_adapter(base, directory)
+        bank = TaskBank(model, 1000)
+        task = bank.add(directory / "tasks" / "french.safetensors")    # of the LoRA in "french"
+
+    The LoRAs may differ in their layers, ranks, alphas and rslora. The adapter's cores are zero, so
+    without a task the model is the base model. New tasks can be trained as cores over these pairs.
+
+    Args:
+        sources: folders with LoRAs that PEFT saved. A task is named after its folder.
+        directory: for the adapter, and a folder "tasks" in it.
+        rank: r, or (r_in, r_out), for all groups; or "auto=0.95" for the smallest rank that keeps
+            this share of the LoRAs' squared norms, on average over the LoRAs.
+        group_by: "layer", "shape", "block", "name" or a mapping, as in LoTRConfig.
+        dtype: of A, B and the cores.
+
+    Returns:
+        The errors of the LoRAs, and the files.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a source is refused (`read_lora`), has modules_to_save or layers of other
+            sizes, if two have one name, or for a wrong rank, grouping or dtype.
+    """
+    check_dtype(dtype)
+    path = checked_path(directory, "directory")
+    share = _share_of(rank)
+    if share is None:
+        check_rank(rank)
+    collection = Collection(sources)
+    config = LoTRConfig(
+        rank=rank if share is None else 1,
+        group_by=group_by,
+        adapter_dtype=dtype,
+        target_modules=sorted(collection.sizes),
+    )
+    groups = groups_of(collection.sizes, config)
+    if share is not None:
+        config = replace(config, rank=_rank_that_keeps(share, collection, groups.values()))
+    return _write(path, collection, groups, config)
+
+
+def _share_of(rank: object) -> float | None:
+    """0.95 of "auto=0.95"; None for a rank."""
+    if not isinstance(rank, str):
+        return None
+    match = re.fullmatch(r"auto=(\d*\.?\d+)", rank)
+    share = float(match[1]) if match else 0.0
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"rank: expected a number, a pair, or auto=SHARE with a share above 0 and up to 1, "
+            f"got {rank!r}"
+        )
+    return share
+
+
+def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list[str]]) -> int:
+    """The smallest rank whose pairs keep this share of the LoRAs' squared norms.
+
+    The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
+    """
+    kept = torch.zeros(0, dtype=torch.float64)  # by rank, from 1 on
+    for layers in groups:
+        loras = list(collection.of_layers(layers).values())
+        if not loras:
+            continue
+        full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
+        _, _, cores = tucker2_of_loras(loras, (full, full))
+        of_group = cores.square().sum(0).cumsum(0).cumsum(1).diagonal()
+        longer = max(len(kept), full)
+        kept = _lengthened(kept, longer) + _lengthened(of_group, longer)
+    if not len(kept):
+        return 1
+    return int((kept < (share - 1e-9) * kept[-1]).sum()) + 1  # 1e-9: rounding of sums
+
+
+def _lengthened(values: Tensor, length: int) -> Tensor:
+    """The last value again up to a length; zeros if there is none."""
+    last = values[-1:] if len(values) else values.new_zeros(1)
+    return torch.cat([values, last.expand(length - len(values))])
+
+
+def _write(
+    directory: Path, collection: Collection, groups: Mapping[str, list[str]], config: LoTRConfig
+) -> BankConversion:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        layers = [layer for names in groups.values() for layer in names]
+        shape = (len(layers), len(collection.folders), *config.ranks)
+        # In a file, because the cores of a large collection may not fit into memory.
+        cores = torch.from_file(
+            str(Path(temporary) / "cores"),
+            shared=True,
+            size=math.prod(shape),
+            dtype=config.adapter_dtype,
+        ).view(shape)
+        adapter, captured = _factorized(collection, groups, config, dict(zip(layers, cores)))
+        adapter.save(directory)
+        metadata = task_metadata(_factors(adapter, groups), [config.s])
+        files = {}
+        for index, name in enumerate(collection.folders):
+            task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}
+            put_tensors(directory / "tasks", f"{name}.safetensors", task, metadata)
+            files[name] = directory / "tasks" / f"{name}.safetensors"
+    errors = {
+        name: lost(math.sqrt(captured[name]), 1.0 if norm > 0 else 0.0)
+        for name, norm in collection.norms.items()
+    }
+    return BankConversion(config, files, errors)
+
+
+def _factorized(
+    collection: Collection,
+    groups: Mapping[str, list[str]],
+    config: LoTRConfig,
+    cores: Mapping[str, Tensor],
+) -> tuple[Conversion, dict[str, float]]:
+    """The adapter with zero cores, and the share of each LoRA's squared norm that its cores keep.
+
+    Args:
+        cores: of each layer, [loras, r_in, r_out], which are written.
+    """
+    converted = {}
+    captured = dict.fromkeys(collection.folders, 0.0)
+    order = list(collection.folders)
+    for group, layers in groups.items():
+        loras = collection.of_layers(layers)
+        A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
+        for (name, layer), core in zip(loras, normalized, strict=True):
+            captured[name] += float(core.square().sum())
+            unscaled = collection.norms[name] / (START**2 * config.s) * core
+            cores[layer][order.index(name)] = unscaled.to(config.adapter_dtype)
+        for layer in layers:
+            zero = torch.zeros(config.ranks)
+            converted[layer] = ConvertedLayer(START * A, START * B, zero, group)
+    return conversion(config, converted, {}, {}), captured
+
+
+def _factors(adapter: Conversion, groups: Iterable[str]) -> list[tuple[str, Tensor]]:
+    """("A" or "B", its value) of all groups, in the order of `task_metadata`."""
+    factors = []
+    for group in sorted(groups):
+        for part, key in zip("AB", factor_keys(group), strict=True):
+            factors.append((part, adapter.tensors[key]))
+    return factors

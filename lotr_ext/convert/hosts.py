@@ -1,0 +1,111 @@
+"""The names and forms that servers expect for the LoRA of a mixture's experts.
+
+With e experts of intermediate size i:
+
+    "peft"          PEFT's target_parameters: <experts>.lora_A.weight [e r, k] and .lora_B.weight
+                    [n, r e], where the expert is the last index. These are of the module's last
+                    parameter; of the one before it, <experts>.base_layer.lora_A.weight, ..
+    "vllm-shared"   vLLM with enable_moe_shared_loras: <experts>.w1 (gate) and .w3 (up) have
+                    .lora_A.weight [1, r, k] and .lora_B.weight [e, i, r]; .w2 (down) has
+                    .lora_A.weight [e, r, i] and .lora_B.weight [1, k, r]
+    "per-expert"    vLLM without flags: <experts>.<c>.gate_proj, .up_proj and .down_proj each have
+                    .lora_A.weight [r, k] and .lora_B.weight [i, r]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .lora import LoRA
+
+__all__ = ["EXPERT_FORMS", "HOSTS", "Host", "expert_tensors"]
+
+EXPERT_FORMS = ("peft", "vllm-shared", "per-expert")
+Factors = tuple[Tensor, Tensor]  # lora_A, lora_B
+
+
+class Host(NamedTuple):
+    """A server's names for the experts of a model type.
+
+    Attributes:
+        rename: a part of the module's name, and its replacement.
+        projections: the names of gate, up and down of one expert.
+        interleaved: whether the rows of gate_up_proj alternate between gate and up.
+    """
+
+    rename: tuple[str, str] | None = None
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    interleaved: bool = False
+
+
+HOSTS = {  # by transformers' model_type
+    "mixtral": Host(("mlp.experts", "block_sparse_moe.experts"), ("w1", "w3", "w2")),
+    "gpt_oss": Host(interleaved=True),
+}
+
+
+def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Args:
+        layers: by the parameter's full name, those of one module in the module's order.
+        form: one of EXPERT_FORMS.
+        host: the server's names.
+    """
+    modules: dict[str, dict[str, LoRA]] = {}
+    for name, layer in layers.items():
+        module, _, parameter = name.rpartition(".")
+        modules.setdefault(module, {})[parameter] = layer
+    pairs: dict[str, Factors] = {}
+    for module, parameters in modules.items():
+        renamed = module.replace(*host.rename) if host.rename else module
+        for depth, (parameter, layer) in enumerate(reversed(parameters.items())):
+            if form == "peft":
+                pairs[".".join([renamed, *["base_layer"] * depth])] = _in_peft(layer)
+            elif form == "vllm-shared":
+                names = ("w1", "w3", "w2")
+                if parameter not in ("gate_up_proj", "down_proj"):
+                    raise ValueError(
+                        f"experts: expected 'per-expert' or 'peft' for experts that are not gated, "
+                        f"got {form!r} for {parameter}"
+                    )
+                shared = _projections(parameter, (layer.A, layer.B), names, host.interleaved)
+                pairs |= {f"{renamed}.{name}": factors for name, factors in shared.items()}
+            else:
+                for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
+                    own = _projections(parameter, factors, host.projections, host.interleaved)
+                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in own.items()}
+    return {
+        f"{name}.lora_{part}.weight": tensor
+        for name, factors in pairs.items()
+        for part, tensor in zip("AB", factors, strict=True)
+    }
+
+
+def _expanded(layer: LoRA) -> Factors:
+    """A [e, r, K] and B [e, N, r], also where all experts share one."""
+    return layer.A.expand(layer.experts, -1, -1), layer.B.expand(layer.experts, -1, -1)
+
+
+def _in_peft(layer: LoRA) -> Factors:
+    A, B = _expanded(layer)
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
+def _projections(
+    parameter: str, factors: Factors, names: tuple[str, str, str], interleaved: bool
+) -> dict[str, Factors]:
+    """gate, up and down of one parameter by the server's names. B is [.., N, r]."""
+    gate, up, down = names
+    A, B = factors
+    if parameter == "down_proj":
+        return {down: factors}
+    if parameter != "gate_up_proj":
+        return {up: factors}
+    if interleaved:
+        return {gate: (A, B[..., ::2, :]), up: (A, B[..., 1::2, :])}
+    gate_B, up_B = B.chunk(2, -2)
+    return {gate: (A, gate_B), up: (A, up_B)}

@@ -1,0 +1,302 @@
+"""PEFT's files: an adapter's folder with adapter_config.json and adapter_model.safetensors.
+
+Reads and checks a LoRA. Writes the two files of any adapter in PEFT's form. Not here: LoTR.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import check_number
+from ..storage import checked_path, json_in, put_file, put_tensors
+from ..targets import name_ends_with
+
+__all__ = ["CONFIG_NAME", "LoRA", "LoRAFolder", "modules_of", "put_folder", "read_lora"]
+
+Source = str | PathLike[str]
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+OLD_TENSORS_NAME = "adapter_model.bin"  # of PEFT before it had safetensors
+
+FACTOR_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
+# Settings of a LoRA that is more than x W^T plus the product of two factors.
+MORE_THAN_TWO_FACTORS = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "bias",
+)
+INITS_THAT_MOVE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """One layer's factors: B A is added to W [N, K].
+
+    Attributes:
+        A: [r, K]; [e, r, K] for a 3-D weight [e, N, K] of experts.
+        B: [N, r]; [e, N, r] for experts. One of A and B may have a single expert for all.
+        experts: e; 0 for a linear layer.
+    """
+
+    A: Tensor
+    B: Tensor
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        return self.A.shape[-1], self.B.shape[-2]
+
+    @property
+    def norm(self) -> float:
+        """|B A|, from the factors' R of QR: the product is not formed."""
+        return float((_upper(self.B) @ _upper(self.A.mT).mT).norm())
+
+
+def _upper(matrix: Tensor) -> Tensor:
+    return torch.linalg.qr(matrix, mode="r").R
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """The tensors in a safetensors file by name. Each is read on access. Nothing is executed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            self._names = list(file.keys())
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"source: expected a safetensors file {self.path}, got {error}"
+            ) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._open() as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def tensors_of(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a file of safetensors or torch.save. No code in it is executed."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
+        raise ValueError(
+            f"source: expected tensors by torch.save in {path}, got {type(error).__name__} {error}"
+        ) from None
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}")
+    return tensors
+
+
+def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
+    """The tensors in the file of an adapter that PEFT saved."""
+    new = directory / TENSORS_NAME
+    old = directory / OLD_TENSORS_NAME
+    return tensors_of(old if old.is_file() and not new.is_file() else new)
+
+
+def base_name(key: str) -> str:
+    """A tensor's name in the base model: PEFT writes "base_model.model." before it."""
+    return key.removeprefix("base_model.").removeprefix("model.")
+
+
+def modules_of(names: Iterable[str], endings: Iterable[str] | None) -> list[str]:
+    """The modules that hold tensors of these names and match one of the endings.
+
+    Args:
+        names: of tensors, such as "model.score.weight".
+        endings: name endings, as in modules_to_save.
+    """
+    modules = set()
+    for name in names:
+        parts = name.split(".")
+        modules |= {".".join(parts[:length]) for length in range(1, len(parts))}
+    return sorted(
+        module
+        for module in modules
+        if any(name_ends_with(module, ending) for ending in endings or ())
+    )
+
+
+def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
+    """PEFT's configuration in a folder.
+
+    Raises:
+        ValueError: If there is none, or one of another method.
+    """
+    path = directory / CONFIG_NAME
+    config = json_in(path, "source")
+    written = config.get("peft_type", "LORA")
+    if str(written).rpartition(".")[2] != peft_type:
+        raise ValueError(f"{path}: expected peft_type {peft_type}, got {written!r:.80}")
+    return config
+
+
+def check_two_factors(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a LoRA that does more than add the product of two factors."""
+    for name in MORE_THAN_TWO_FACTORS:
+        value = config.get(name)
+        if value not in (None, False, "none", [], {}):
+            raise ValueError(
+                f"{name}: expected a LoRA of two factors per layer, which LoTR can hold, "
+                f"got {value!r:.80}"
+            )
+    init = config.get("init_lora_weights")
+    if str(init).lower().startswith(INITS_THAT_MOVE_WEIGHTS):
+        raise ValueError(
+            f"init_lora_weights: expected an init that leaves the base weights as they are, got "
+            f"{init!r}. Save the adapter with PEFT's path_initial_model_for_weight_conversion "
+            f"first."
+        )
+
+
+class LoRAFolder(Mapping[str, LoRA]):
+    """The layers of a LoRA that PEFT saved, by name. A layer is read and checked on access.
+
+    Attributes:
+        path: the folder.
+        config: the content of adapter_config.json.
+        saved: the tensors of modules_to_save by name.
+
+    Raises:
+        ValueError: If there is no such adapter, if it is of another method, or if it has more
+            than its two factors (DoRA, biases, embeddings, base weights moved by its init). On
+            access, if a layer's factors are incomplete, of shapes that do not fit, or not finite.
+    """
+
+    def __init__(self, source: Source):
+        self.path = checked_path(source, "source")
+        self.config = read_config(self.path, "LORA")
+        check_two_factors(self.config)
+        self._tensors = tensors_of_peft(self.path)
+        self._keys: dict[str, dict[str, str]] = {}
+        self.saved: dict[str, Tensor] = {}
+        for key in self._tensors:
+            name = base_name(key)
+            if match := FACTOR_KEY.fullmatch(name):
+                self._keys.setdefault(match["name"], {})[match["part"]] = key
+            elif modules_of([name], self.config.get("modules_to_save")):
+                self.saved[name] = self._tensors[key]
+            else:
+                raise ValueError(
+                    f"adapter: expected lora_A, lora_B and modules_to_save, got also {name}"
+                )
+        if not self._keys:
+            raise ValueError(
+                "adapter: expected tensors <layer>.lora_A.weight and .lora_B.weight, got none"
+            )
+
+    def __getitem__(self, name: str) -> LoRA:
+        keys = self._keys[name]
+        if len(keys) < 2:
+            raise ValueError(f"{name}: expected lora_A and lora_B, got only lora_{min(keys)}")
+        A = self._tensors[keys["A"]]
+        B = self._tensors[keys["B"]]
+        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() or not B.numel():
+            raise ValueError(
+                f"{name}: expected lora_A [r, K] and lora_B [N, r], "
+                f"got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        for tensor in (A, B):
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{name}: expected finite floating values, got {A.dtype}, {B.dtype} or values "
+                    f"that are not finite"
+                )
+        alpha = self._alpha(name)
+        check_number("lora_alpha", alpha)
+        divisor = math.sqrt(len(A)) if self.config.get("use_rslora") else len(A)
+        return LoRA(A.double(), alpha / divisor * B.double())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _alpha(self, name: str) -> object:
+        patterns = self.config.get("alpha_pattern") or {}
+        for pattern, alpha in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return alpha
+        return self.config.get("lora_alpha")
+
+
+def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:
+    """Reads and checks a LoRA that PEFT saved.
+
+    Returns:
+        The layers by name in float64, with the scaling multiplied into B; the tensors of
+        modules_to_save by name; and the configuration.
+
+    Raises:
+        ValueError: as `LoRAFolder`.
+    """
+    folder = LoRAFolder(source)
+    return dict(folder), folder.saved, folder.config
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def put_folder(
+    directory: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes both files of an adapter.
+
+    A killed process leaves no configuration, never the old one with new tensors.
+    """
+    if directory.is_dir():
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
+    put_tensors(directory, name, tensors, dict(metadata or {"format": "pt"}))
+    put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

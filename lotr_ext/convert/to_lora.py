@@ -1,0 +1,296 @@
+"""A LoTR adapter, or one task, becomes a LoRA for PEFT and servers, exactly.
+
+A LoTR of rank r on a layer is a LoRA of rank r with lora_alpha = r, in the smaller of two forms:
+
+    s B G_l^T A^T = lora_B lora_A  with  lora_A = (A G_l)^T [r_out, K], lora_B = s B [N, r_out]
+                                   or    lora_A = A^T [r_in, K],        lora_B = s B G_l^T [N, r_in]
+
+Only the size grows, because a LoRA stores its factors for each layer. After init "svd" the base
+weights are W minus the start adapter; a LoRA for the unchanged W has to hold both, at twice the
+rank: [lora_B, -start_B] [lora_A; start_A].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..adapted import layers_in
+from ..config import TASKS, LoTRConfig
+from ..core.operators import accumulate_dtype
+from ..files import AdapterState, BaseModel, LayerEntry, unwrapped, warn_of_unsaved
+from ..layers import LoTRConv1D
+from ..old_files import config_of_version_1, start_key
+from ..storage import checked_path
+from ..tasks import TaskBank
+from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
+from .lora import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    LoRA,
+    Source,
+    base_name,
+    modules_of,
+    put_folder,
+    read_config,
+    tensors_of_peft,
+)
+
+__all__ = ["bank_of", "export_lora", "lotr_to_lora"]
+
+
+def export_lora(
+    model: nn.Module, directory: Source, *, task: int | None = None, **options: Any
+) -> dict[str, LoRA]:
+    """Writes the adapter of a model as a PEFT LoRA.
+
+    `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding,
+    for the base model that `apply_lotr` was given. modules_to_save are written, too.
+
+    Args:
+        model: an adapted model, or whatever else `save_adapter` takes. With DistributedDataParallel
+            all processes call this, and process 0 writes.
+        directory: created if it does not exist.
+        task: of the model's TaskBank, written instead of the adapter's cores.
+        options: as for `lotr_to_lora`. base_model, fan_in_fan_out and hosts default to the model's.
+
+    Returns:
+        The layers by name, as `lotr_to_lora`; none in a process that does not write.
+
+    Raises:
+        RuntimeError: If a task is given and the model has no bank.
+        TypeError, ValueError: as `save_adapter` and `lotr_to_lora`.
+    """
+    path = checked_path(directory, "directory")
+    inner, writes = unwrapped(model)
+    adapter = AdapterState.from_model(inner)
+    if task is None:
+        warn_of_unsaved(inner)
+    else:
+        adapter = replace(adapter, tensors=adapter.tensors | bank_of(inner).cores_of(task))
+    model_config = getattr(inner, "config", None)
+    model_type = getattr(model_config, "model_type", None)
+    conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
+    options.setdefault("base_model", getattr(model_config, "_name_or_path", None))
+    options.setdefault("fan_in_fan_out", conv1d)
+    if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
+        options.setdefault("hosts", model_type)
+    return _write_lora(path, adapter, **options) if writes else {}
+
+
+def bank_of(model: nn.Module) -> TaskBank:
+    """The model's TaskBank. Raises RuntimeError without one."""
+    bank = getattr(model, "lotr_tasks", None)
+    if bank is None:
+        raise RuntimeError(
+            "task: expected a model with a TaskBank, got one without. "
+            "Create TaskBank(model, tasks) first."
+        )
+    return bank
+
+
+def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str, LoRA]:
+    """Writes a saved LoTR adapter as a PEFT LoRA. No model is needed.
+
+    Args:
+        source: a folder with a LoTR adapter, by `save_adapter` or by PEFT.
+        directory: created if it does not exist.
+        task_type: PEFT's, such as "CAUSAL_LM"; None for a plain PeftModel.
+        experts: the form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
+            which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
+            has none for them.
+        hosts: a model type in `HOSTS`, such as "mixtral", whose servers have names of their own.
+        base_model: where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
+            vLLM's resolver of folders read it.
+        fan_in_fan_out: of the configuration; PEFT corrects a wrong one, with a warning.
+
+    Returns:
+        The LoRA layers by name; of experts, by the name of the parameter.
+
+    Raises:
+        TypeError: If an option is unknown, or a path is not a path.
+        ValueError: If there is no such adapter, directory is a file or the source of PEFT's files,
+            or an option has an unknown value.
+    """
+    path = checked_path(directory, "directory")
+    folder = checked_path(source, "source")
+    by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
+    adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
+    if by_peft and path.resolve() == folder.resolve():
+        raise ValueError(
+            f"directory: expected another one than source, whose files have the same names, "
+            f"got {path}"
+        )
+    return _write_lora(path, adapter, **options)
+
+
+def _read_lotr_of_peft(directory: Path) -> AdapterState:
+    """A LoTR adapter that PEFT saved (`lotr_ext.peft`)."""
+    content = read_config(directory, "LOTR")
+    settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
+    values = {name: content[name] for name in settings if name in content}
+    if isinstance(values.get("rank"), list):
+        values["rank"] = tuple(values["rank"])
+    config = LoTRConfig.from_dict(config_of_version_1(values))
+    bias = content.get("bias", "none")
+    if config.core != "dense" or bias != "none":
+        raise ValueError(
+            f"{directory}: expected dense cores and no biases, got core {config.core!r}, "
+            f"bias {bias!r}"
+        )
+    tensors = {}
+    for key, tensor in tensors_of_peft(directory).items():
+        name = base_name(key).replace(".lotr_adapter.core", ".core")
+        # The first version had a pair's two tensors in one module.
+        tensors[re.sub(r"^(lotr_factors\..+\.[AB])$", r"\1.value", name)] = tensor
+    layers = {}
+    for entry in content["layers"]:
+        factors = entry["factors"]
+        A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
+        layers[entry["name"]] = LayerEntry(f"{A}.value", f"{B}.value", config.s, config.dropout)
+    used = {f"{name}.core" for name in layers}
+    for entry in layers.values():
+        used |= {entry.A, entry.B}
+    saved = modules_of(tensors.keys() - used, content.get("modules_to_save"))
+    return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
+
+
+# ---- the layers ----------------------------------------------------------------------------------
+
+
+def _as_lora(
+    A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(lora_A [.., r, K], lora_B [.., N, r]) in float32 (float64).
+
+    Args:
+        side: "A" or "B", which the core is multiplied into; the other one has no dimension of
+            experts. None: the one that gives the smaller rank.
+    """
+    wide = accumulate_dtype(core.dtype)
+    A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
+    r_in, r_out = core.shape[-2:]
+    if side == "A" or (side is None and r_out <= r_in):
+        return (A @ core).mT, scaling * B
+    return A.mT, scaling * B @ core.mT
+
+
+def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
+    """The layers of a saved adapter by name; of experts by the parameter's name.
+
+    All have one rank, because some servers read no patterns of ranks.
+    """
+    layers = {}
+    tensors = adapter.tensors
+    for name, entry in adapter.layers.items():
+        parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if entry.experts else name
+        side = None
+        if (
+            entry.experts and form == "vllm-shared"
+        ):  # the side of the intermediate size has the experts
+            side = "A" if parameter.endswith("down_proj") else "B"
+        core = tensors[f"{name}.core"]
+        factors = tensors[entry.A], tensors[entry.B]
+        lora_A, lora_B = _as_lora(*factors, core, entry.scaling, side)
+        if start_key(entry.A) in tensors:
+            starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
+            start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
+            lora_A = torch.cat([lora_A, start_A])
+            lora_B = torch.cat([lora_B, -start_B], 1)
+        if entry.experts:
+            lora_A = lora_A if lora_A.dim() == 3 else lora_A.unsqueeze(0)
+            lora_B = lora_B if lora_B.dim() == 3 else lora_B.unsqueeze(0)
+        A = lora_A.to(core.dtype).contiguous()
+        layers[parameter] = LoRA(A, lora_B.to(core.dtype).contiguous(), entry.experts)
+    rank = max(layer.rank for layer in layers.values())
+    return {name: _with_rank(layer, rank) for name, layer in layers.items()}
+
+
+def _with_rank(layer: LoRA, rank: int) -> LoRA:
+    """The same product with zeros up to a rank."""
+    lacking = rank - layer.rank
+    return replace(layer, A=pad(layer.A, (0, 0, 0, lacking)), B=pad(layer.B, (0, lacking)))
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def _check_one_of(name: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _write_lora(
+    directory: Path,
+    adapter: AdapterState,
+    *,
+    task_type: str | None = None,
+    experts: str = "peft",
+    hosts: str | None = None,
+    base_model: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, LoRA]:
+    _check_one_of("experts", experts, EXPERT_FORMS)
+    _check_one_of("task_type", task_type, TASKS)
+    _check_one_of("hosts", hosts, HOSTS)
+    layers = _lora_of(adapter, experts)
+    linear = {name: layer for name, layer in layers.items() if not layer.experts}
+    stacked = {name: layer for name, layer in layers.items() if layer.experts}
+    modules = set(adapter.modules_to_save)
+    rank = next(iter(layers.values())).rank
+    dropout = max(entry.dropout for entry in adapter.layers.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "inference_mode": True,
+        "base_model_name_or_path": base_model or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0 if stacked else dropout,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": _target_modules(linear, stacked, experts),
+        "modules_to_save": _outermost(modules) or None,
+    }
+    if stacked and experts == "peft":
+        config["target_parameters"] = sorted(stacked)
+    written = expert_tensors(stacked, experts, HOSTS[hosts] if hosts else Host())
+    for name, layer in sorted(linear.items()):
+        written[f"{name}.lora_A.weight"] = layer.A
+        written[f"{name}.lora_B.weight"] = layer.B
+    for key, tensor in adapter.tensors.items():
+        if any(key.startswith(f"{module}.") for module in modules):
+            written[key] = tensor
+    named = {f"base_model.model.{key}": tensor for key, tensor in written.items()}
+    put_folder(directory, TENSORS_NAME, named, config)
+    return layers
+
+
+def _target_modules(
+    linear: Mapping[str, LoRA], stacked: Mapping[str, LoRA], experts: str
+) -> list[str] | str:
+    """target_modules of PEFT's configuration: full names, or a regular expression.
+
+    PEFT matches a name in a list with the ends of all names, so a name without a dot would match
+    other modules, too.
+    """
+    # Servers expect the experts' names of modules; PEFT reads them from target_parameters.
+    endings = {name.rpartition(".")[2] for name in stacked} if experts != "peft" else set()
+    if all("." in name for name in linear):
+        return [*sorted(linear), *sorted(endings)]
+    patterns = [re.escape(name) for name in sorted(linear)]
+    return "|".join([*patterns, *(rf".*\.{ending}" for ending in sorted(endings))])
+
+
+def _outermost(modules: Iterable[str]) -> list[str]:
+    """The modules that are not inside of another one."""
+    return sorted(
+        name for name in modules if not any(name.startswith(f"{other}.") for other in modules)
+    )

@@ -1,0 +1,306 @@
+"""A LoRA, or a checkpoint of the original implementation, becomes a LoTR adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoTRConfig
+from ..files import AdapterState, BaseModel, LayerEntry
+from ..functional import check_dtype, check_number, check_rank
+from ..init import START, tucker2_of
+from ..storage import checked_path
+from ..targets import group_of
+from .lora import LoRA, Source, modules_of, read_lora, tensors_of
+
+__all__ = ["Conversion", "lora_to_lotr", "original_to_lotr"]
+
+GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A LoTR adapter that was converted.
+
+    Attributes:
+        adapter: apart from any model, as its file has it.
+        errors: |D_l - s B G_l^T A^T| / |D_l| by layer, where D_l is the change of its weight.
+    """
+
+    adapter: AdapterState
+    errors: dict[str, float]
+
+    @property
+    def config(self) -> LoTRConfig:
+        return self.adapter.config
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        return self.adapter.tensors
+
+    def save(self, directory: Source) -> None:
+        """Writes the adapter for `lotr_ext.load_adapter`.
+
+        Raises:
+            ValueError: If directory is a file.
+            OSError: If the disk refuses; an adapter that was there is then unchanged.
+        """
+        self.adapter.write(checked_path(directory, "directory"))
+
+
+class ConvertedLayer(NamedTuple):
+    A: Tensor  # [K, r_in]
+    B: Tensor  # [N, r_out]
+    core: Tensor  # [r_in, r_out]
+    group: str
+
+
+def conversion(
+    config: LoTRConfig,
+    layers: Mapping[str, ConvertedLayer],
+    saved: Mapping[str, Tensor],
+    errors: dict[str, float],
+) -> Conversion:
+    """The files' content of layers by name. Layers of one group have the same A and B."""
+    entries = {}
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = factor_keys(layer.group)
+        entries[name] = LayerEntry(A, B, config.s, config.dropout)
+        tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
+    cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
+    modules = tuple(modules_of(saved, config.modules_to_save))
+    adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+    return Conversion(adapter, errors)
+
+
+def factor_keys(group: str) -> tuple[str, str]:
+    """The names of a group's A and B in the file."""
+    return f"lotr_factors.{group}.A", f"lotr_factors.{group}.B"
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def lora_to_lotr(
+    source: Source,
+    *,
+    rank: int | tuple[int, int],
+    group_by: str | Mapping[str, str] = "shape",
+    dtype: torch.dtype = torch.float32,
+) -> Conversion:
+    """Converts a PEFT LoRA: `.save(directory)` the result, then `lotr_ext.load_adapter` it.
+
+    The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
+    few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
+    LoTR a generalization of LoRA in this sense). A and B are START times orthonormal and s is
+    "auto", so training can continue at LoRA's rate. At a lower rank, read the result's errors: near
+    1, a layer has lost its adapter.
+
+    Args:
+        source: a folder. modules_to_save are copied.
+        rank: r, or (r_in, r_out), for all groups.
+        group_by: "shape", "block", "name", "layer" or a mapping from layer names, as in LoTRConfig.
+        dtype: of the result.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If `read_lora` refuses the source, or for a wrong rank, grouping or dtype.
+    """
+    check_dtype(dtype)
+    ranks = check_rank(rank)
+    layers, saved, peft_config = read_lora(source)
+    endings = peft_config.get("modules_to_save") or ()
+    config = LoTRConfig(
+        rank=rank,
+        group_by=group_by,
+        adapter_dtype=dtype,
+        target_modules=sorted(layers),
+        modules_to_save=[ending for ending in endings if modules_of(saved, [ending])] or None,
+        dropout=peft_config.get("lora_dropout") or 0.0,
+    )
+    converted = {}
+    errors = {}
+    groups = groups_of({name: layer.sizes for name, layer in layers.items()}, config)
+    for group, names in groups.items():
+        A, B, cores = tucker2_of_loras([layers[name] for name in names], ranks)
+        for name, core in zip(names, cores, strict=True):
+            errors[name] = lost(float(core.norm()), layers[name].norm)
+            scaled = core / (START**2 * config.s)
+            converted[name] = ConvertedLayer(START * A, START * B, scaled, group)
+    return conversion(config, converted, saved, errors)
+
+
+def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[str, list[str]]:
+    """The layers' names by group.
+
+    Args:
+        sizes: (in_features, out_features) by layer.
+
+    Raises:
+        ValueError: If a group has layers of several shapes, or group_by is not one of these.
+    """
+    group_by = config.group_by
+    if not isinstance(group_by, dict) and group_by not in GROUPS_OF_ONE_SHAPE:
+        raise ValueError(
+            f"group_by: expected {', '.join(GROUPS_OF_ONE_SHAPE)} or a mapping, got {group_by!r}, "
+            f"whose pairs have several shapes"
+        )
+    groups: dict[str, list[str]] = {}
+    for name, shape in sizes.items():
+        group = group_of(name, nn.Identity(), shape, group_by)
+        groups.setdefault(group, []).append(name)
+    for group, names in groups.items():
+        shapes = {sizes[name] for name in names}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"group_by: expected layers of one shape in group {group!r}, got {sorted(shapes)}"
+            )
+    return groups
+
+
+def tucker2_of_loras(
+    loras: Sequence[LoRA], ranks: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tucker2` of the products B_l A_l, which are not formed.
+
+    Returns:
+        A [K, r_in] and B [N, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
+    """
+    input_basis, inputs = _in_basis([lora.A.mT for lora in loras], ranks[0])
+    output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
+    pairs = list(zip(inputs, outputs, strict=True))
+    halves = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
+
+    def right(A: Tensor) -> list[Tensor]:
+        return [U @ (V.mT @ A) for V, U in pairs]
+
+    def left(B: Tensor) -> list[Tensor]:
+        return [V @ (U.mT @ B) for V, U in pairs]
+
+    A, B, cores = tucker2_of(halves, right, left, len(outputs[0]), ranks)
+    return input_basis @ A, output_basis @ B, cores
+
+
+def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
+    """Returns an orthonormal basis [d, c] of all columns, and the blocks [d, c_l] in it.
+
+    With few columns, the factorization then has c dimensions instead of d. The basis is the
+    identity if there are too few columns for the rank, or no fewer than d.
+    """
+    columns = torch.cat(list(blocks), 1)
+    if not rank <= columns.shape[1] < len(columns):
+        identity = torch.eye(len(columns), dtype=columns.dtype, device=columns.device)
+        return identity, list(blocks)
+    basis, coordinates = torch.linalg.qr(columns)
+    return basis, list(coordinates.split([block.shape[1] for block in blocks], 1))
+
+
+def lost(captured: float, norm: float) -> float:
+    """The relative error of a projection whose norm is `captured`, of what has the norm `norm`."""
+    return math.sqrt(max(0.0, 1 - (captured / norm) ** 2)) if norm > 0 else 0.0
+
+
+# ---- the original implementation -----------------------------------------------------------------
+
+ORIGINAL_KEY = re.compile(r"(?P<name>.+)\.lotr\.(?P<part>lhs|mid|rhs)")
+ORIGINAL_PARTS = ("lhs", "mid", "rhs")
+
+
+@torch.no_grad()
+def original_to_lotr(
+    source: Source, *, scale: float = 1.0, modules_to_save: Sequence[str] | None = None
+) -> Conversion:
+    """Converts the adapter in a state dict of the original implementation (github.com/daskol/lotr).
+
+        y += (scale / r) x rhs mid lhs
+
+    with <layer>.lotr.rhs [in_features, r] = A, .mid [r, r] = G and .lhs [r, out_features] = B^T.
+
+    Args:
+        source: a file of torch.save or safetensors.
+        scale: the argument of its LoTRLinear, which the checkpoint does not contain.
+        modules_to_save: name endings of fully trained modules (a head), which are copied.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the file has no such layers, if parts are missing or do not fit, if layers
+            have several ranks or dtypes, if modules_to_save match nothing, or for a scale that is
+            not a finite number.
+    """
+    check_number("scale", scale)
+    state = tensors_of(checked_path(source, "source"))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key in state:
+        if match := ORIGINAL_KEY.fullmatch(key):
+            parts.setdefault(match["name"], {})[match["part"]] = state[key]
+    if not parts:
+        raise ValueError(
+            f"source: expected tensors <layer>.lotr.lhs, .mid and .rhs, got {len(state)} others"
+        )
+    layers = _original_layers(parts)
+    ranks = {len(layer.core) for layer in layers.values()}
+    dtypes = {tensor.dtype for layer in parts.values() for tensor in layer.values()}
+    if len(ranks) > 1 or len(dtypes) > 1:
+        raise ValueError(
+            f"source: expected layers of one rank and dtype, "
+            f"got ranks {sorted(ranks)}, {sorted(map(str, dtypes))}"
+        )
+    for ending in modules_to_save or ():
+        if not modules_of(state, [ending]):
+            raise ValueError(
+                f"modules_to_save: expected names of modules in the checkpoint, got {ending!r}, "
+                f"which matches none"
+            )
+    rank = ranks.pop()
+    config = LoTRConfig(
+        rank=rank,
+        scaling=scale / rank,
+        adapter_dtype=dtypes.pop(),
+        target_modules=sorted(layers),
+        modules_to_save=modules_to_save,
+        group_by={name: layer.group for name, layer in layers.items()},
+        init="normal",
+    )
+    saved = {key: state[key] for key in state if modules_of([key], modules_to_save)}
+    return conversion(config, layers, saved, dict.fromkeys(layers, 0.0))
+
+
+def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, ConvertedLayer]:
+    """The layers by name. Layers with equal factors share a group."""
+    layers: dict[str, ConvertedLayer] = {}
+    groups: dict[str, ConvertedLayer] = {}  # a layer of each
+    for name, tensors in parts.items():
+        missing = [part for part in ORIGINAL_PARTS if part not in tensors]
+        if missing:
+            raise ValueError(
+                f"{name}: expected lotr.lhs, .mid and .rhs, got none of {', '.join(missing)}"
+            )
+        lhs, mid, rhs = (tensors[part] for part in ORIGINAL_PARTS)
+        if not _fits(lhs, mid, rhs):
+            shapes = ", ".join(f"{part} {tuple(tensors[part].shape)}" for part in ORIGINAL_PARTS)
+            raise ValueError(
+                f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}"
+            )
+        B = lhs.mT.contiguous()
+        group = f"{len(rhs)}x{len(B)}_{len(groups)}"
+        for known, layer in groups.items():
+            if torch.equal(layer.A, rhs) and torch.equal(layer.B, B):
+                group = known
+        layers[name] = ConvertedLayer(rhs, B, mid, group)
+        groups.setdefault(group, layers[name])
+    return layers
+
+
+def _fits(lhs: Tensor, mid: Tensor, rhs: Tensor) -> bool:
+    if any(tensor.dim() != 2 for tensor in (lhs, mid, rhs)):
+        return False
+    return rhs.shape[1] == len(mid) == mid.shape[1] == len(lhs)

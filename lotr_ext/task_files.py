@@ -1,0 +1,155 @@
+"""The file of a task: one safetensors file with the cores of a task, and what they fit.
+
+    tensors     `<layer>.core` [r_in, r_out] (experts: [e, r_in, r_out]) for each adapted layer
+    metadata    format    "lotr_task"
+                version   "1"
+                scaling   s of the layers, a list if they differ
+                factors   SHA-256 of the values of A and B
+
+`TaskBank` writes and reads it, and so does the plugin for vLLM.
+
+Not here: the bank (tasks.py) and how files are written (storage.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import GroupBy
+from .storage import checksum, expect_names, put_tensors, tensors_in
+from .targets import group_of
+
+__all__ = ["TaskFormat", "factors_in_order", "task_metadata"]
+
+_IDENTITY = {"format": "lotr_task", "version": "1"}
+_ANOTHER_ADAPTER = "Load the adapter that it was trained with."
+
+
+@dataclass(frozen=True)
+class TaskFormat:
+    """What a task of one adapter consists of.
+
+    Attributes:
+        shapes: The shape of each core, by `<layer>.core` in the order of the layers.
+        scalings: s of each layer.
+        factors: ("A" or "B", value) of each factor, from `factors_in_order`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scalings: tuple[float, ...]
+    factors: Iterable[tuple[str, Tensor]]
+
+    def check(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Checks that tensors are the cores of a task: names, shapes and kind.
+
+        Args:
+            tensors: By name.
+            where: What has them, for the error.
+
+        Raises:
+            TypeError, ValueError: If they are not. The message names the tensor.
+        """
+        expect_names(where, self.shapes, tensors)
+        for name, shape in self.shapes.items():
+            core = tensors[name]
+            if not isinstance(core, Tensor) or not core.is_floating_point():
+                actual = core.dtype if isinstance(core, Tensor) else type(core).__name__
+                raise TypeError(f"{name}: expected a floating tensor, got {actual}")
+            if core.layout is not torch.strided:
+                raise TypeError(
+                    f"{name}: expected a dense tensor, got layout {core.layout}. Pass its "
+                    f"to_dense()."
+                )
+            if tuple(core.shape) != shape:
+                ranks = "(r_in, r_out)" if len(shape) == 2 else "(e, r_in, r_out)"
+                raise ValueError(
+                    f"{name}: expected the ranks of the adapter, shape {ranks} = {shape}, got "
+                    f"{tuple(core.shape)}. {_ANOTHER_ADAPTER}"
+                )
+
+    def read(self, path: Path, where: str) -> dict[str, Tensor]:
+        """Reads the cores of a task from a file.
+
+        Args:
+            path: Of the file.
+            where: The argument that names it, for the error.
+
+        Raises:
+            TypeError, ValueError: If it is another file, or a task of another adapter.
+        """
+        tensors, metadata = tensors_in(path, where)
+        for key, expected in _IDENTITY.items():
+            if metadata.get(key) != expected:
+                raise ValueError(
+                    f"{where}: expected a task's file of format {_IDENTITY['format']}, version "
+                    f"{_IDENTITY['version']}, got {key} {metadata.get(key)!s:.80} in {path}. "
+                    f"TaskBank.save writes one."
+                )
+        self.check(tensors, where)
+        expected = self.metadata()
+        if metadata.get("scaling") != expected["scaling"]:
+            raise ValueError(
+                f"{where}: expected a task for scaling {expected['scaling']:.200}, as the adapter "
+                f"has, got {metadata.get('scaling')!s:.200} in {path}. {_ANOTHER_ADAPTER}"
+            )
+        if metadata.get("factors") != expected["factors"]:
+            raise ValueError(
+                f"{where}: expected a task for the A and B of this adapter, got one that was made "
+                f"for other A and B in {path}. {_ANOTHER_ADAPTER}"
+            )
+        return tensors
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a task, atomically.
+
+        Raises:
+            ValueError: If the folder of path is a file.
+            OSError: If the disk refuses.
+        """
+        put_tensors(path.parent, path.name, tensors, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """Returns the metadata of the file of such a task."""
+        return task_metadata(self.factors, self.scalings)
+
+
+def task_metadata(
+    factors: Iterable[tuple[str, Tensor]], scalings: Sequence[float]
+) -> dict[str, str]:
+    """Returns the metadata of a task's file.
+
+    Args:
+        factors: ("A" or "B", value) of each factor, in the order of `factors_in_order`.
+        scalings: s of each layer, or one s if all layers have it.
+    """
+    have_one_scaling = len(set(scalings)) == 1
+    scaling = repr(scalings[0]) if have_one_scaling else json.dumps(list(scalings))
+    return {**_IDENTITY, "scaling": scaling, "factors": checksum(factors)}
+
+
+def factors_in_order(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], group_by: GroupBy
+) -> list[tuple[str, Tensor]]:
+    """Returns ("A" or "B", value) of each factor once, in the order of the names of the groups.
+
+    This order is the same for a model, for its copy with layers in another order, and for a file.
+
+    Args:
+        pairs: (A, B) of each layer. Layers that share a factor have the same tensor object.
+        group_by: Of the configuration, "shape" without one. Not a callable.
+    """
+    keyed: dict[int, tuple[tuple[str, str], str, Tensor]] = {}
+    for name, (A, B) in pairs.items():
+        sizes = (A.shape[0], B.shape[0])
+        group = group_of(name, None, sizes, group_by)
+        for part, factor in (("A", A), ("B", B)):
+            owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
+            keyed.setdefault(id(factor), ((owner, part), part, factor))
+    in_order = sorted(keyed.values(), key=lambda entry: entry[0])
+    return [(part, factor) for _, part, factor in in_order]
