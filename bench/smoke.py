@@ -65,13 +65,14 @@ def table() -> ModuleType:
 
 def forms() -> list[str]:
     """The entries of the table, each followed by its variants."""
-    operators = table().test_operators
+    tests = table()
+    operators = tests.test_operators
     names = []
     for name in operators.TABLE:
         names.append(name)
         if name in operators.DROPS:
             names.append(f"{name} dropout")
-        if name.startswith("layer_"):
+        if name in tests.FUSED_OPERATORS:
             names.append(f"{name} fused")
     return names
 

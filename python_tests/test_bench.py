@@ -93,7 +93,8 @@ def test_require_kernels_refuses_the_fallback(tmp_path, capsys, monkeypatch):
     support = importlib.import_module("lotr_ext.core.kernel_support")
     for module in (support, importlib.import_module("lotr_ext.core.dispatch")):
         monkeypatch.setattr(module, "kernel_obstacle", lambda *arguments: "they are asleep")
-    assert run("layer", tmp_path, "--require-kernels") == 1
+    # a rank of which dispatch has not kept the answer
+    assert run("layer", tmp_path, "--require-kernels", "--shapes", "32x48x40x7") == 1
     assert "they are asleep" in capsys.readouterr().err
     assert rows_in(tmp_path, "layer") == []
 
