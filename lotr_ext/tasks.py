@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapted import Attachment, adapted_layers, attach, expect_unmerged, layers_in
+from .checks import check_dimension, check_index
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import Step, watch
