@@ -134,7 +134,7 @@ SCHEMAS = {
     for s in torch._C._jit_get_all_schemas()
     if s.name.startswith("lotr::")
 }
-ON_CUDA_ALONE = {"cuda_versions", "cuda_plans"}
+ON_CUDA_ALONE = {"cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 NO_NUMBERS = {"info", *ON_CUDA_ALONE}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
 

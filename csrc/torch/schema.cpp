@@ -141,5 +141,6 @@ STABLE_TORCH_LIBRARY(lotr, m)
 #ifdef LOTR_WITH_CUDA
   m.def("cuda_versions() -> (int runtime, int driver)");
   m.def("cuda_plans(str op, int M, int N, int r, int device) -> str");
+  m.def("gemm_lotr_refusal(int K, int N, int r, ScalarType dtype, int device) -> str");
 #endif
 }

@@ -28,7 +28,8 @@ from . import fallback, grouped, nodes
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
 from .nodes import BaseProduct, RowChoice
-from .operators import BETA, TWO_PASS, lotr
+from .operators import lotr
+from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
 VERSION = "lotr 6"
@@ -41,10 +42,6 @@ LITTLE_WORK = 2**23
 
 # Below this many tokens, multiplying them with the core costs less than folding the core into B.
 FEW_TOKENS = 129
-
-# On CUDA, from this many tokens on, BETA is faster: it does not read y again, which outweighs its
-# slower start. Derived from bytes moved.
-BETA_TOKENS = 1024
 
 _PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -304,20 +301,6 @@ def choose_plan(
         if not is_known or x.numel() * (r_in + 16) >= LITTLE_WORK:
             return Plan.PROJECTION
     return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
-
-
-def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
-    """Returns BETA if the adapter is written before the base product, TWO_PASS if after it.
-
-    On a CPU, BETA is faster for float32 and float64, whose product starts from a copy of the bias
-    anyway. Half types would be rounded once more, and their product is slower with a bias than
-    without, so our expand kernel adds the bias.
-    """
-    if x.is_cpu:
-        return BETA if x.dtype in (torch.float32, torch.float64) else TWO_PASS
-    if not isinstance(tokens, int):
-        return BETA
-    return BETA if tokens >= BETA_TOKENS else TWO_PASS
 
 
 def run_nodes(
