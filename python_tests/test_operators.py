@@ -601,6 +601,74 @@ def test_more_cores_and_tokens_than_int32_counts() -> None:
     assert torch.allclose(ops.row_core(few, cores, zeros, None, tokens, S), S * u[:1] @ cores[0])
 
 
+# ---- edges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_few_tokens_past_the_range_of_float16(sign: int) -> None:
+    """s u G exceeds 65504, but y and the gradients do not. The scaling is then applied last."""
+    m, k, n, r = 5, 7, 9, 3
+    scaling = 5000.0
+
+    def filled(*size: int, value: float) -> Tensor:
+        return torch.full(size, value, dtype=torch.float16)
+
+    x, A = filled(m, k, value=1.0), filled(k, r, value=1 / k)
+    core, B = filled(r, r, value=8.0 * sign), filled(n, r, value=0.001)
+    weight, g = filled(n, k, value=0.5), filled(m, n, value=0.001)
+    y, u = ops.layer_forward_few_tokens(x, weight, None, A, B, core, scaling, BETA)
+    gradients = ops.layer_backward_few_tokens_(
+        g, weight, x, u, A, B, core, scaling, BETA, None, None, True, True
+    )
+    wide = [t.double() for t in (x, weight, A, B, core)]
+    truth = reference.forward(wide[0], wide[1], None, *wide[2:], scaling)
+    expected = reference.backward(g.double(), *wide, scaling)
+    assert relative(y, truth) < 5e-3
+    assert worst(gradients, (expected.dx, expected.dA, expected.dB, expected.dcore)) < 5e-3
+
+
+def test_permuted_tokens_of_one_core() -> None:
+    """The first and the last row are in their places, the others are not."""
+    u, cores = torch.randn(9, 3), torch.randn(1, 3, 4)
+    index = torch.zeros(9, dtype=torch.int64)
+    tokens = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3, 8])
+    h = ops.row_core(u, cores, index, None, tokens, S)
+    assert relative(h, S * u[tokens].double() @ cores[0].double()) < 1e-6
+    dh = torch.randn(9, 4)
+    du, dcores = ops.row_core_backward(dh, u, cores, index, None, tokens, S, True, True)
+    du_rows = S * dh.double() @ cores[0].double().T
+    assert relative(du, torch.zeros(9, 3).double().index_add_(0, tokens, du_rows)) < 1e-6
+    assert relative(dcores[0], S * u[tokens].double().T @ dh.double()) < 1e-6
+
+
+def test_a_view_past_the_end_of_its_storage_is_refused() -> None:
+    """The storage has as many bytes as the view, but the view does not start at its beginning."""
+    x = torch.randn(20)[10:].view(2, 5)
+    x.untyped_storage().resize_(15 * x.element_size())
+    with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
+        ops.shrink(x, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("wide", ["A", "B", "core"])
+def test_new_gradients_of_factors_with_two_dtypes(wide: str) -> None:
+    """They have the dtype of sums: a factor in float32 gets a gradient that was not rounded."""
+    c = Case((40, 24, 17, 4), torch.bfloat16, torch.bfloat16)
+    factors = {"A": c.A, "B": c.B, "core": c.cores[0]}
+    factors[wide] = factors[wide].float()
+    t = Layer(c)
+    tail = (*factors.values(), S, 0, None, None, True, True)
+    few = ops.layer_backward_few_tokens_(t.g, t.weight, t.x, c.u, *tail)
+    tail = (factors["A"], c.F, factors["B"], factors["core"], S, 0, None, None, True, True)
+    folded = ops.layer_backward_(t.g, t.weight, t.x, c.u, *tail)
+    for gradients in (few, folded):
+        assert [gradient.dtype for gradient in gradients[1:]] == [torch.float32] * 3
+        for gradient in gradients[1:]:
+            assert relative(gradient.bfloat16(), gradient) > 0
+    with FakeTensorMode() as mode:
+        fakes = tree_map_only(Tensor, mode.from_tensor, (t.g, t.weight, t.x, c.u, *tail))
+        assert layouts(ops.layer_backward_(*fakes)) == layouts(folded)
+
+
 # ---- as torch sees them ----------------------------------------------------------------------------------------------
 
 
