@@ -339,16 +339,11 @@ def run_nodes(
 
     product = BaseProduct(x, weight, bias) if base_output is None else None
     projection = nodes.project_input(x, A, p) if p else caches.A.projection(x, A, layer)
-    if x.dtype == torch.float16:
-        # s u G could overflow where the layer's output does not, as F could. So s goes into B.
-        B = nodes.scaled_factor(B, scaling)
-        if choice is None:
-            h = projection.u @ core.to(x.dtype)
-        else:
-            h = nodes.row_core(projection.u, core, 1.0, choice)
-        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
     if choice is not None:
         h = nodes.row_core(projection.u, core, scaling, choice)
+        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
+    if x.dtype == torch.float16:
+        h = (projection.u @ core.to(x.dtype)) * scaling  # not folded, as in fallback.expand
         return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
     return nodes.layer_on_projection(projection, base_output, B, core, product, scaling, strategy)
 
