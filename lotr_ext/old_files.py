@@ -116,12 +116,12 @@ def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"layers, {name!r:.200}: expected an object, got {entry!r:.80}")
         factors = entry.get("factors")
         if isinstance(factors, str):  # a pair in one module
-            A, B = f"{factors}.A", f"{factors}.B"
+            names = [f"{factors}.A", f"{factors}.B"]
         elif isinstance(factors, list) and len(factors) == 2:
-            A, B = (f"{module}.value" for module in factors)
+            names = [f"{module}.value" for module in factors]
         else:
             raise TypeError(f"layers, {name!r:.200}: expected factors, got {factors!r:.80}")
-        entries[name] = {"A": A, "B": B, "experts": entry.get("experts", 0)}
+        entries[name] = {"A": names[0], "B": names[1], "experts": entry.get("experts", 0)}
         for key in ("scaling", "dropout"):
             entries[name][key] = entry.get(key)
     return {
