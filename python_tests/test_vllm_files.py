@@ -68,8 +68,8 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     ):
         vector = vllm.read_task(tmp_path / folder, factors)
         for name, span in factors.spans.items():
-            want = (cores or bank.cores_of(task))[f"{name}.core"]
-            assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * want)
+            expected = (cores or bank.cores_of(task))[f"{name}.core"]
+            assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * expected)
     config = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == (
         "LORA",
