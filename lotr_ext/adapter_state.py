@@ -27,9 +27,9 @@ from torch import Tensor
 
 from . import __version__, old_files
 from .base_model import BaseModel
+from .checks import check_number, check_probability
 from .config import LoTRConfig
 from .core.operators import DTYPES
-from .functional import check_number, check_probability
 from .storage import checksum, expect_type, json_object, put_tensors, read_bytes, tensors_in
 from .targets import name_ends_with
 

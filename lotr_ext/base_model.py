@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .adapted import layers_in
-from .functional import check_number
+from .checks import check_number
 from .layers import LoTRLayer
 from .sharded_tensors import full_shape, is_sharded
 from .storage import expect_type
