@@ -63,11 +63,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def remove(directory: Path) -> None:
     """Removes an adapter of an older version, after a new one was written."""
-    if (directory / JSON_NAME).is_file():
-        (directory / JSON_NAME).unlink()
-    for path in directory.glob("lotr_adapter.*.safetensors"):
-        if _TENSORS.fullmatch(path.name):
-            path.unlink()
+    paths = [path for path in directory.iterdir() if _TENSORS.fullmatch(path.name)]
+    for path in (directory / JSON_NAME, *paths):
+        if path.is_file():
+            path.unlink(missing_ok=True)  # another process may save at the same time
 
 
 def start_key(key: str) -> str:
