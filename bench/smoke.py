@@ -6,7 +6,7 @@
 
 The forms are the entries of the tests' table of operators (python_tests/test_operators.py): each
 runs all strategies, fresh and given sums, and memory with NaN around every operand. "dropout" runs
-an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in its own
+an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in a
 process: bf16 first, then the other dtypes, also with float32 factors. An outcome is printed as soon
 as it is known:
 
@@ -58,6 +58,8 @@ DROPPED = 0.4
 
 def table() -> ModuleType:
     """The tests of operators on a GPU, which import the table."""
+    # The tests fill new memory with NaN, in a mode of torch in which cuBLAS needs this setting.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for folder in ("python_tests", "python_tests/cuda"):
         sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module("test_gpu_operators")
@@ -153,7 +155,7 @@ class Process:
     def __init__(self, command: Sequence[str]):
         environment = os.environ | {
             "CUDA_LAUNCH_BLOCKING": "1",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for the mode that fills new memory with NaN
+            "OMP_NUM_THREADS": "1",  # many processes compute in float64 at once
             "PYTHONFAULTHANDLER": "1",
         }
         self.process = subprocess.Popen(
