@@ -272,7 +272,7 @@ def test_factors_shared_in_another_way_are_refused(
     in_file: str, in_model: str, tmp_path: Path
 ) -> None:
     save_adapter(trained("attention", group_by=in_file), tmp_path)
-    with pytest.raises(ValueError, match="layers.*: expected .*factors"):
+    with pytest.raises(ValueError, match=r"layers.*: expected .*factors"):
         load_adapter(started("attention", group_by=in_model), tmp_path)
 
 
