@@ -1,6 +1,6 @@
 """One command on a machine with a GPU: build, tests and benchmarks in limited time (make gpu).
 
-    python -m bench.gpu                            about nine minutes; --budget 1800 for half an hour
+    python -m bench.gpu                            nine minutes; --budget 1800 for half an hour
     python -m bench.gpu --parts build,info,smoke   some parts; later commands run others
     python -m bench.gpu --wheel FILE               kernels from a wheel of ours instead of a build
     python -m bench.gpu --out DIR                  where summary.md and results.tar.gz go
@@ -103,15 +103,14 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
     def sanitizer(tool: str) -> Part:
         words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
-        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "2", *device)
+        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
         # Memcheck knows allocations, so each tensor must be one.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = ("compute-sanitizer", *words, *smoke)
         return Part(tool, 1.5, command, ("compute-sanitizer",), (), environment)
 
-    smoke_words = ("--results", results, *device)
-    if options.quick:
-        smoke_words += ("--dtypes", "bf16", "--shapes", "1")
+    few = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
+    smoke_words = ("--results", results, *few, *device)
     if options.wheel is None:
         build = Part(
             "build",
@@ -139,7 +138,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     return [
         build,
         Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
-        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words)),
+        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words), ("pytest",)),
         bench("kernels", 4.0, *bf16),
         bench("layer", 5.0, *bf16, uses=("peft",)),
         tests("gpu_operators"),

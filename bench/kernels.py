@@ -73,12 +73,12 @@ class Operator:
 
 
 class Inputs:
-    """Random tensors for a case: m, n and r are its sizes."""
+    """Random tensors for a case. sizes: its (m, n, r)."""
 
     def __init__(self, case: Case, device: str):
         self.dtype = dtype_of(case)
         self.device = device
-        self.m, self.n, self.r = (case[name] for name in KEY)
+        self.sizes = tuple(case[name] for name in KEY)
         self.generator = torch.Generator().manual_seed(3)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -87,7 +87,7 @@ class Inputs:
 
     def zeros(self) -> Tensor:
         """A float32 sum [n, r]."""
-        return torch.zeros(self.n, self.r, device=self.device)
+        return torch.zeros(self.sizes[1:], device=self.device)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -96,7 +96,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 def shrink(inputs: Inputs) -> Operator:
     """u = x A"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     A = inputs.normal(n, r, scale=n**-0.5)
     return Operator(
@@ -109,7 +109,7 @@ def shrink(inputs: Inputs) -> Operator:
 
 def expand_add(inputs: Inputs) -> Operator:
     """y += u F^T"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     start = inputs.normal(m, n)
     u = inputs.normal(m, r)
     F = inputs.normal(n, r, scale=r**-0.5)
@@ -131,7 +131,7 @@ def expand_add(inputs: Inputs) -> Operator:
 
 def factor_grad(inputs: Inputs) -> Operator:
     """D += x^T k"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     k = inputs.normal(m, r, scale=m**-0.5)
     D = inputs.zeros()
@@ -152,7 +152,7 @@ def factor_grad(inputs: Inputs) -> Operator:
 
 def shrink_grad(inputs: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     g = inputs.normal(m, n)
     F = inputs.normal(n, r, scale=n**-0.5)
     u = inputs.normal(m, r, scale=m**-0.5)
@@ -174,8 +174,9 @@ def shrink_grad(inputs: Inputs) -> Operator:
 
 def fold(inputs: Inputs) -> Operator:
     """F = s B G^T"""
-    B = inputs.normal(inputs.n, inputs.r, scale=inputs.r**-0.5)
-    core = inputs.normal(inputs.r, inputs.r)
+    _, n, r = inputs.sizes
+    B = inputs.normal(n, r, scale=r**-0.5)
+    core = inputs.normal(r, r)
     return Operator(
         ours=lambda: (library().fold(B, core, SCALING, inputs.dtype),),
         library=lambda: ((B * SCALING) @ core.T,),
@@ -186,7 +187,7 @@ def fold(inputs: Inputs) -> Operator:
 
 def row_core(inputs: Inputs) -> Operator:
     """h_i = s u_i G_c(i)"""
-    m, count, r = inputs.m, inputs.n, inputs.r
+    m, count, r = inputs.sizes
     u = inputs.normal(m, r)
     cores = inputs.normal(count, r, r, scale=r**-0.5)
     index = torch.randint(count, (m,), generator=inputs.generator).to(inputs.device)
@@ -207,7 +208,7 @@ def gemm_lotr(inputs: Inputs) -> Operator:
 
     The library's base product is timed as well, and "beta": u F^T first, then the product onto it.
     """
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     W = inputs.normal(n, n, scale=n**-0.5)
     u = inputs.normal(m, r)

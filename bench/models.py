@@ -1,4 +1,4 @@
-"""The rivals for a whole transformer: one frozen model, adapted by each method."""
+"""The rivals for a transformer: one frozen model, adapted by each method."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ LoRA from library products has four forms:
                beta is 1). On a GPU this is the fastest LoRA that cuBLAS gives
     compiled   eager, in torch.compile
 
-LoTR in three lines is README's formula in plain torch. Not here: whole models (models.py).
+LoTR in three lines is README's formula in plain torch. Not here: transformers (models.py).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ model, and at `LoTRLinear` for your own.
 
 __version__ = "0.1.0"
 
+from .choosing import rank_for
 from .experts import LoTRExperts, lotr_grouped_linear
 from .factors import LoTRFactor, LoTRFactors
 from .files import load_adapter, push_to_hub, save_adapter
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "parameter_groups",
     "push_to_hub",
+    "rank_for",
     "save_adapter",
     "trainable_summary",
     "unload",

@@ -37,7 +37,10 @@ _ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_
 
 
 class Attachment(nn.Module):
-    """A module that learns when it is taken off its model."""
+    """A module of other cores for a model's adapter, such as a TaskBank.
+
+    Its parameters count as the adapter's. It learns when it is taken off its model.
+    """
 
     def on_detach(self) -> None:
         """Removes what the module has added elsewhere, such as hooks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 import subprocess
@@ -33,6 +34,7 @@ from lotr_ext import (
     lotr_parameters,
     merge,
     parameter_groups,
+    rank_for,
     trainable_summary,
     unload,
     unmerge,
@@ -709,6 +711,61 @@ def test_summary_groups_and_parameters_count_the_same() -> None:
     assert {g["lr"] for g in parameter_groups(model, 1e-3)} == {1e-3}
     assert not any("lr" in g for g in parameter_groups(model))
     torch.optim.AdamW(groups).step()
+
+
+def test_a_bank_that_trains_is_among_the_parameters() -> None:
+    model = started("mlp", modules_to_save=["head"])
+    bank = lotr_ext.TaskBank(model, 2)
+    own = list(lotr_parameters(model))
+    assert len(own) == 4 + 4 and set(own).isdisjoint(bank.parameters())
+    bank.requires_grad_()
+    assert set(lotr_parameters(model)) == {*own, *bank.parameters()}
+    cores, factors, other = parameter_groups(model)
+    assert set(bank.parameters()) < set(cores["params"])
+    assert len(factors["params"]) == 4 and set(other["params"]) == set(model.head.parameters())
+
+
+# The sizes that docs/choosing.md has measured: (net, size, rank, core, group_by).
+SMOLLM2 = {
+    "vocab_size": 64,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+}
+RECIPES = [
+    ({"like": "lora:1"}, 48, "diagonal", "shape"),
+    ({"like": "lora:4"}, 6, "dense", "block"),
+    ({"numbers": 27_936}, 4, "dense", "shape"),
+    ({"numbers": 27_935}, 3, "dense", "shape"),
+]
+
+
+@pytest.mark.parametrize(("size", "rank", "core", "group_by"), RECIPES)
+def test_the_recipe_for_a_language_model(size: dict, rank: int, core: str, group_by: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    found = rank_for(model, **size, dropout=0.1)
+    assert found == LoTRConfig(rank=rank, core=core, group_by=group_by, dropout=0.1)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize("like", [1, 3])
+def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> None:
+    model = zoo.net(name)
+    found = rank_for(model, like=f"lora:{like}", target_modules=zoo.TARGETS[name])
+    targets = [m for n, m in model.named_modules() if any(n.endswith(t) for t in zoo.TARGETS[name])]
+    size_of_lora = like * sum(sum(m.weight.shape) for m in targets)
+    sizes = []
+    for settings in (found, dataclasses.replace(found, rank=found.rank + 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the rank exceeds a width, a head stays frozen
+            adapted = apply_lotr(zoo.net(name), settings)
+        sizes.append(trainable_summary(adapted).adapter)
+    assert sizes[0] <= size_of_lora < sizes[1]
 
 
 @pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])

@@ -18,6 +18,12 @@ from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
 ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
+FUSED_OPERATORS = (
+    "layer_forward",
+    "layer_forward_projected",
+    "layer_forward_rows",
+    "layer_backward_",
+)
 FUSED_SHAPES = [
     (1, 72, 64, 16),
     (300, 200, 328, 11),
@@ -96,9 +102,7 @@ def hopper() -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "name", ["layer_forward", "layer_forward_projected", "layer_forward_rows", "layer_backward_"]
-)
+@pytest.mark.parametrize("name", FUSED_OPERATORS)
 def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
     for shape in FUSED_SHAPES:
