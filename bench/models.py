@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lotr_ext.core.strategy import STRATEGIES, fused_obstacle
-
+from . import strategies
 from .common import Case
 from .rivals import compiled, copied
-from .strategies import with_strategy
+from .strategies import STRATEGY_NAMES, with_strategy
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ ON_REQUEST = ("lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fused", "lotr_ext-
 def fused_reason(base: nn.Module, rank: int) -> str | None:
     """Why the fused strategy cannot run in a model, None if it can."""
     width = base.config.hidden_size
-    return fused_obstacle(width, width, rank, base.dtype, base.device)
+    return strategies.fused_reason(width, width, rank, base.dtype, base.device)
 
 
 def usual_methods(base: nn.Module, rank: int) -> list[str]:
@@ -223,7 +222,7 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
     model = _our_lotr(model, targets, rank)
     if variant == "compiled":
         return compiled(model)
-    if variant in STRATEGIES:
+    if variant in STRATEGY_NAMES:
         model.forward = with_strategy(variant, model.forward)
     return model
 

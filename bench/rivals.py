@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from lotr_ext.core.strategy import fused_obstacle
-
+from . import strategies
 from .checks import check_error, error_of
 from .strategies import with_strategy
 
@@ -283,7 +282,7 @@ def our_layer_with(strategy: str, t: Tensors) -> Rival:
 def fused_reason(t: Tensors) -> str | None:
     """Why the fused strategy cannot run on these tensors, None if it can."""
     n, k = t.weight.shape
-    return fused_obstacle(k, n, t.A.shape[1], t.weight.dtype, t.weight.device)
+    return strategies.fused_reason(k, n, t.A.shape[1], t.weight.dtype, t.weight.device)
 
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {

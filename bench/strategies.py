@@ -1,19 +1,33 @@
-"""Runs layers with several strategies (LOTR_STRATEGY, docs/kernels.md) in turns in one process."""
+"""Runs layers with several strategies (LOTR_STRATEGY, docs/kernels.md) in turns in one process.
+
+lotr_ext.core is imported inside the functions: with --against, a worker measures an older lotr_ext
+that has no strategies.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
-from lotr_ext.core import dispatch
-from lotr_ext.core.strategy import STRATEGIES
+STRATEGY_NAMES = ("two_pass", "beta", "fused")
+
+
+def fused_reason(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the fused strategy cannot run a layer [k] -> [n], None if it can."""
+    from lotr_ext.core.strategy import fused_obstacle
+
+    return fused_obstacle(k, n, rank, dtype, device)
 
 
 @contextlib.contextmanager
 def running(strategy: str) -> Iterator[None]:
     """Layers that are called inside run with this strategy, also in their backward."""
+    from lotr_ext.core import dispatch
+    from lotr_ext.core.strategy import STRATEGIES
+
     usual = dispatch.choose_strategy
     dispatch.choose_strategy = lambda tokens, x: STRATEGIES[strategy]
     try:

@@ -40,6 +40,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from lotr_ext import reference
+from lotr_ext.core import kernel_support
 from lotr_ext.core.kernel_support import failed_call
 
 ops = torch.ops.lotr
@@ -756,6 +757,20 @@ def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
         assert failed_call(torch.device("cpu")) is None
         assert "meta" in failed_call(torch.device("meta"))
+
+
+def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers then run the PyTorch fallback. That must not happen in silence."""
+    build = {"cuda": {"built": True, "archs": ["90a"]}}
+    monkeypatch.setattr(kernel_support, "build_info", lambda: build)
+    monkeypatch.setattr(kernel_support, "driver_obstacle", lambda: None)
+    monkeypatch.setattr(kernel_support, "failed_call", lambda device: "got 135.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_device = kernel_support.cuda_obstacle.__wrapped__  # without its cache
+    with pytest.warns(UserWarning, match=r"fallback.*got 135\.0"):
+        assert "got 135.0" in check_device(0)
 
 
 # ---- the specification ---------------------------------------------------------------------------
