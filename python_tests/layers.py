@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from helpers import sums_dtype
@@ -93,6 +94,13 @@ KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
 }
 
 
+class TasksOfRows(NamedTuple):
+    """The state of a layer in a request."""
+
+    cores: Tensor
+    index_of: Callable[[Tensor], Tensor]
+
+
 class Net(nn.Module):
     """Layers of one kind over shared factors. factors: the dtype of the adapter."""
 
@@ -164,8 +172,7 @@ class Net(nn.Module):
             yield
             return
         states = {
-            layer: (lambda x, i=i: (self.cores[i], self.index(x)))
-            for i, layer in enumerate(self.layers)
+            layer: TasksOfRows(self.cores[i], self.index) for i, layer in enumerate(self.layers)
         }
         with open_request(states):
             yield
