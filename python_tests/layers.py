@@ -32,6 +32,16 @@ INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # of tasks, by row
 SCALING = 0.7
 
 
+class RowTasks(NamedTuple):
+    """The state of a layer in a request (`lotr_ext.core.request.TaskState`)."""
+
+    net: Net
+    cores: Tensor
+
+    def index_of(self, x: Tensor) -> Tensor:
+        return self.net.index(x)
+
+
 class Conv1D(nn.Module):
     """transformers' Conv1D: the weight is [in, out]."""
 
@@ -92,13 +102,6 @@ KINDS: dict[str, tuple[int, Callable[[Call, Tensor], Tensor]]] = {
     "rows of siblings": (4, siblings),
     "rows, wrapped": (4, siblings),
 }
-
-
-class TasksOfRows(NamedTuple):
-    """The state of a layer in a request."""
-
-    cores: Tensor
-    index_of: Callable[[Tensor], Tensor]
 
 
 class Net(nn.Module):
@@ -171,9 +174,7 @@ class Net(nn.Module):
         if self.cores is None or self.kind == "rows":
             yield
             return
-        states = {
-            layer: TasksOfRows(self.cores[i], self.index) for i, layer in enumerate(self.layers)
-        }
+        states = {layer: RowTasks(self, self.cores[i]) for i, layer in enumerate(self.layers)}
         with open_request(states):
             yield
 
