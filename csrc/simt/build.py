@@ -120,7 +120,8 @@ def _run(command: list[str]) -> None:
 
 def _stale(output: Path, command: list[str]) -> bool:
     """Whether the command changed, or a file that it read is newer than its output."""
-    note, depends = output.with_suffix(".cmd"), output.with_suffix(".d")
+    note = output.with_suffix(".cmd")
+    depends = output.with_suffix(".d")
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
     made = output.stat().st_mtime
@@ -216,12 +217,14 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
         made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
-    sources, name = sorted((CSRC / "cuda").rglob("*.cu")), MODULE
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
+    name = MODULE
     if kind is not None and mode != "plain":
         others = [
             s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"
         ]
-        sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
+        sources = [s for s in sources if s not in others]
+        name = f"{MODULE}-{kind}"
         with locked("plain"):
             made += _make_all([_compile("plain", source, True, [], []) for source in others])
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"

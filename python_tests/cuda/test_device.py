@@ -47,8 +47,10 @@ def step(
     pause: Callable[[], None] = lambda: None,
 ) -> list[torch.Tensor]:
     """Forward and backward of the adapter alone, on fresh copies of what it adds to; `pause` between operators."""
-    y, dx = t["y"].clone(), t["dx"].clone()
-    dA, dB = torch.zeros(t["A"].shape, device=y.device), torch.zeros(t["B"].shape, device=y.device)
+    y = t["y"].clone()
+    dx = t["dx"].clone()
+    dA = torch.zeros(t["A"].shape, device=y.device)
+    dB = torch.zeros(t["B"].shape, device=y.device)
     pause()
     u = lotr.shrink(t["x"], t["A"], p, seed)
     pause()
@@ -86,7 +88,8 @@ def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype) -> None:
 
 
 def test_graph_replays_with_new_inputs_and_a_new_seed() -> None:
-    t, seed = layer(1000, 512, 768, 16), torch.zeros(1, dtype=torch.int64, device="cuda")
+    t = layer(1000, 512, 768, 16)
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
         step(t, 0.1, seed)
@@ -118,7 +121,8 @@ def test_many_streams_at_once() -> None:
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=TWO_GPUS)])
 def test_a_thread_that_has_used_no_gpu(index: int) -> None:
     """Such a thread has no current context, and torch's device guard gives it none. A tensor map needs one."""
-    t, got = layer(4096, 1024, 1024, 16, device=f"cuda:{index}"), []
+    t = layer(4096, 1024, 1024, 16, device=f"cuda:{index}")
+    got = []
     thread = threading.Thread(target=lambda: got.extend(step(t)))
     thread.start()
     thread.join()
@@ -131,11 +135,9 @@ def test_calls_on_two_streams() -> None:
     factors = LoTRFactors(512, 512, 16)
     q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
     torch.nn.init.normal_(k.core)
-    first, second, x = (
-        torch.cuda.Stream(),
-        torch.cuda.Stream(),
-        torch.randn(2000, 512, device="cuda"),
-    )
+    first = torch.cuda.Stream()
+    second = torch.cuda.Stream()
+    x = torch.randn(2000, 512, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(500_000_000)
@@ -151,11 +153,9 @@ def test_gradients_of_layers_on_two_streams() -> None:
     """The first stream is held up in backward: a sum of both streams' layers would be read or written too early."""
     factors = LoTRFactors(512, 512, 16).cuda()
     layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
-    xs, streams, outputs = (
-        torch.randn(2, 2000, 512, device="cuda"),
-        [torch.cuda.Stream() for _ in layers],
-        [],
-    )
+    xs = torch.randn(2, 2000, 512, device="cuda")
+    streams = [torch.cuda.Stream() for _ in layers]
+    outputs = []
     for layer in layers:
         torch.nn.init.normal_(layer.core)
     torch.cuda.synchronize()
@@ -166,7 +166,9 @@ def test_gradients_of_layers_on_two_streams() -> None:
     torch.cuda.synchronize()
     (outputs[0].sum() + outputs[1].sum()).backward()
     torch.cuda.synchronize()
-    A, B, one = factors.A.value, factors.B.value, torch.ones(2000, 512, device="cuda")
+    A = factors.A.value
+    B = factors.B.value
+    one = torch.ones(2000, 512, device="cuda")
     with torch.no_grad():
         want_A = sum(
             x.T @ (one @ (layer.scaling * B @ layer.core.T))
@@ -204,10 +206,8 @@ def test_more_than_31_bits_of_elements() -> None:
     assert torch.allclose(
         x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2
     )
-    acc, only_last = (
-        torch.zeros(k, r, device="cuda"),
-        torch.zeros(m, r, device="cuda", dtype=torch.bfloat16),
-    )
+    acc = torch.zeros(k, r, device="cuda")
+    only_last = torch.zeros(m, r, device="cuda", dtype=torch.bfloat16)
     only_last[-1] = 1
     lotr.shrink_backward_(only_last, None, x, None, acc)
     assert torch.equal(acc[:, 0], x[-1].float())

@@ -34,7 +34,8 @@ class OnDevice:
     results, and the storages of what was written, come back. fused: FUSED runs in place of BETA."""
 
     def __init__(self, device: str, fused: bool = False):
-        self.device, self.fused = device, fused
+        self.device = device
+        self.fused = fused
 
     def __getattr__(self, name: str) -> Callable:
         return partial(self.call, name)
@@ -60,7 +61,8 @@ class OnDevice:
 def check(name: str, make: Callable[[], Case], where: str) -> None:
     """The numbers, and the same bits a second time."""
     test_operators.check(name, make(), where)
-    first, second = test_operators.results(name, make()), test_operators.results(name, make())
+    first = test_operators.results(name, make())
+    second = test_operators.results(name, make())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), (
         f"{name}, {where}: other bits"
     )
@@ -108,7 +110,8 @@ def test_fused_in_a_graph() -> None:
     x, weight, A, B, core = (torch.randn(*size, device="cuda").bfloat16() for size in sizes)
     run = partial(torch.ops.lotr.layer_forward, x, weight, None, A, B, core, 0.1, FUSED)
     want = run()[0]
-    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    other = torch.cuda.Stream()
     with torch.cuda.graph(graph):
         y = run()[0]
     other.wait_stream(torch.cuda.current_stream())

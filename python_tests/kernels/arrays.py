@@ -145,12 +145,14 @@ def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
         np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols)
         + np.arange(cols, dtype=np.uint64)[None, :]
     )
-    q, low = e // np.uint64(4), np.uint64(0xFFFFFFFF)
+    q = e // np.uint64(4)
+    low = np.uint64(0xFFFFFFFF)
     c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
     k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
     with np.errstate(over="ignore"):
         for _ in range(10):
-            a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+            a = np.uint64(0xD2511F53) * c[0]
+            b = np.uint64(0xCD9E8D57) * c[2]
             c = [
                 (b >> np.uint64(32)) ^ c[1] ^ k[0],
                 b & low,

@@ -162,12 +162,10 @@ class Maker:
     """Random operands of a shape and element type, in poisoned memory, and the comparison with the truth."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
-        self.shape, self.kind, self.name, self.dtype = (
-            shape,
-            kind,
-            f"{name} {kind} {shape}",
-            DTYPE[kind],
-        )
+        self.shape = shape
+        self.kind = kind
+        self.name = f"{name} {kind} {shape}"
+        self.dtype = DTYPE[kind]
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
     def values(self, *size: int) -> np.ndarray:
@@ -196,7 +194,8 @@ class Maker:
         shape = self.shape
         if not shape.p:
             return 1.0
-        problem.inputs["seed"], problem.numbers["p"] = np.array([SEED], np.int64), shape.p
+        problem.inputs["seed"] = np.array([SEED], np.int64)
+        problem.numbers["p"] = shape.p
         return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
 
     def out(
@@ -231,7 +230,8 @@ class Maker:
 
 def shrink(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "shrink")
-    x, A = t.large(shape.m, shape.k), t.factor(shape.k, shape.r)
+    x = t.large(shape.m, shape.k)
+    A = t.factor(shape.k, shape.r)
     problem = t.problem("shrink", {"x": x, "A": A})
     mask = t.with_dropout(problem)
     problem.outputs = {"u": t.out(shape.m, shape.r)}
@@ -242,11 +242,9 @@ def shrink(shape: Shape, kind: str) -> Problem:
 def shrink_core(shape: Shape, kind: str) -> Problem:
     """shrink of few tokens: u and h = 3 u core from one launch."""
     t = Maker(shape, kind, "shrink_core")
-    x, A, core = (
-        t.large(shape.m, shape.k),
-        t.factor(shape.k, shape.r),
-        t.factor(shape.r, shape.other),
-    )
+    x = t.large(shape.m, shape.k)
+    A = t.factor(shape.k, shape.r)
+    core = t.factor(shape.r, shape.other)
     problem = t.problem("shrink", {"x": x, "A": A, "core": core}, scale=0.5, core_scale=3.0)
     problem.outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
 
@@ -260,11 +258,9 @@ def shrink_core(shape: Shape, kind: str) -> Problem:
 
 def expand_add(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "expand_add")
-    u, F, y0 = (
-        t.large(shape.m, shape.r),
-        t.factor(shape.k, shape.r),
-        narrow(t.values(shape.m, shape.k), kind),
-    )
+    u = t.large(shape.m, shape.r)
+    F = t.factor(shape.k, shape.r)
+    y0 = narrow(t.values(shape.m, shape.k), kind)
     problem = t.problem("expand_add", {"u": u, "F": F})
     mask = t.with_dropout(problem)
     problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
@@ -275,9 +271,11 @@ def expand_add(shape: Shape, kind: str) -> Problem:
 def expand_fresh(shape: Shape, kind: str) -> Problem:
     """y = bias + u F^T, whatever y holds (here NaN)."""
     t = Maker(shape, kind, "expand_fresh")
-    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    u = t.large(shape.m, shape.r)
+    F = t.factor(shape.k, shape.r)
     problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
-    mask, bias = t.with_dropout(problem), np.zeros(shape.k)
+    mask = t.with_dropout(problem)
+    bias = np.zeros(shape.k)
     if not shape.bare:
         problem.inputs["bias"] = t.large(1, shape.k)[0]
         bias = wide(problem.inputs["bias"])
@@ -319,7 +317,9 @@ def expand_from(shape: Shape, kind: str) -> Problem:
 def factor_grad(shape: Shape, kind: str) -> Problem:
     """D += x^T v; bare: D = x^T v, whatever D holds."""
     t = Maker(shape, kind, "factor_grad")
-    x, v, D0 = t.large(shape.m, shape.k), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
+    x = t.large(shape.m, shape.k)
+    v = t.large(shape.m, shape.r)
+    D0 = t.floats(shape.k, shape.r)
     problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=not shape.bare)
     left = (t.op(x) * t.with_dropout(problem)).T
     problem.outputs = {"D": t.out(shape.k, shape.r, start=None if shape.bare else D0, dtype=FLOAT)}
@@ -332,12 +332,10 @@ def factor_grad(shape: Shape, kind: str) -> Problem:
 def shrink_grad(shape: Shape, kind: str) -> Problem:
     """k = g F and Q += g^T u; bare: Q = g^T u, whatever Q holds."""
     t = Maker(shape, kind, "shrink_grad")
-    g, F, u, Q0 = (
-        t.large(shape.m, shape.k),
-        t.factor(shape.k, shape.r),
-        t.large(shape.m, shape.r),
-        t.floats(shape.k, shape.r),
-    )
+    g = t.large(shape.m, shape.k)
+    F = t.factor(shape.k, shape.r)
+    u = t.large(shape.m, shape.r)
+    Q0 = t.floats(shape.k, shape.r)
     problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=not shape.bare)
     Q = t.out(shape.k, shape.r, start=None if shape.bare else Q0, dtype=FLOAT, packed=shape.bare)
     problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
@@ -352,14 +350,15 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
 
 def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
     """y = x W^T + bias + u F^T. Backward, in the forward pass's names: y = x W + u F^T with W [k, n]."""
-    m, k, n, r = shape.m, shape.k, shape.columns, shape.r
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    r = shape.r
     t = Maker(shape, kind, "gemm_lotr_backward" if backward else "gemm_lotr")
-    x, W, u, F = (
-        t.large(m, k),
-        t.large(*((k, n) if backward else (n, k))),
-        t.large(m, r),
-        t.large(n, r),
-    )
+    x = t.large(m, k)
+    W = t.large(*((k, n) if backward else (n, k)))
+    u = t.large(m, r)
+    F = t.large(n, r)
     problem = t.problem("gemm_lotr", {"x": x, "W": W, "u": u, "F": F}, backward=backward)
     bias = np.zeros((1, n))
     if not shape.bare:
@@ -368,10 +367,8 @@ def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
     problem.outputs = {"y": t.out(m, n)}
 
     def check(out: Views) -> None:
-        left, right = (
-            np.hstack([wide(x), wide(u)]),
-            np.vstack([wide(W) if backward else wide(W).T, wide(F).T]),
-        )
+        left = np.hstack([wide(x), wide(u)])
+        right = np.vstack([wide(W) if backward else wide(W).T, wide(F).T])
         t.close(out["y"], left, right, "y", bias.repeat(m, 0))
 
     problem.check = check
@@ -397,7 +394,8 @@ def pack(shape: Shape, kind: str) -> Problem:
 
 def fold(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "fold")
-    B, core = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other)
+    B = t.factor(shape.k, shape.other)
+    core = t.factor(shape.r, shape.other)
     problem = t.problem("fold", {"B": B, "core": core}, scale=0.25)
     problem.outputs = {"F": t.out(shape.k, shape.r)}
     problem.check = lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
@@ -407,11 +405,9 @@ def fold(shape: Shape, kind: str) -> Problem:
 def fold_grad(shape: Shape, kind: str) -> Problem:
     """dcore = s Q^T B, and dB += s Q core: dcore alone where bare, dB alone where the shape has dropout."""
     t = Maker(shape, kind, "fold_grad")
-    B, core, Q = (
-        t.factor(shape.k, shape.other),
-        t.factor(shape.r, shape.other),
-        t.floats(shape.k, shape.r),
-    )
+    B = t.factor(shape.k, shape.other)
+    core = t.factor(shape.r, shape.other)
+    Q = t.floats(shape.k, shape.r)
     dB0 = t.floats(shape.k, shape.other)
     problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
     if shape.bare or not shape.p:
@@ -438,7 +434,8 @@ class Rounded:
     """A matrix and the root mean square of its rounding error, in units of the type: h and k may be stored rounded or not."""
 
     def __init__(self, value: np.ndarray, square: np.ndarray):
-        self.value, self.square = value, square
+        self.value = value
+        self.square = square
 
     @classmethod
     def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> Rounded:
@@ -458,10 +455,8 @@ def check_unfolded(
 ) -> None:
     """got = add + left right, whose error may be four of left's rounding errors."""
     unit = ROUNDING[t.kind]
-    truth, size = (
-        wide(add) + left.value @ right,
-        np.abs(wide(add)) + np.abs(left.value) @ np.abs(right),
-    )
+    truth = wide(add) + left.value @ right
+    size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
     error = np.abs(wide(got) - truth)
     rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
     allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
@@ -473,13 +468,14 @@ def check_unfolded(
 def small_forward(shape: Shape, kind: str) -> Problem:
     """u = x A, y += s (u core) B^T."""
     t = Maker(shape, kind, "small_forward")
-    m, k, n, s = shape.m, shape.k, shape.columns, 0.125
-    x, A, core, B = (
-        t.large(m, k),
-        t.factor(k, shape.r),
-        t.factor(shape.r, shape.other),
-        t.factor(n, shape.other),
-    )
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    s = 0.125
+    x = t.large(m, k)
+    A = t.factor(k, shape.r)
+    core = t.factor(shape.r, shape.other)
+    B = t.factor(n, shape.other)
     y0 = narrow(t.values(m, n), kind)
     problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {"y": t.out(m, n, start=y0), "u": t.out(m, shape.r)}
@@ -497,10 +493,21 @@ def small_forward(shape: Shape, kind: str) -> Problem:
 def small_backward(shape: Shape, kind: str) -> Problem:
     """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h; bare: no dx, dA."""
     t = Maker(shape, kind, "small_backward")
-    m, k, n, r, q, s = shape.m, shape.k, shape.columns, shape.r, shape.other, 0.125
-    x, g, u = t.large(m, k), t.large(m, n), t.large(m, r)
-    A, core, B = t.factor(k, r), t.factor(r, q), t.factor(n, q)
-    dx0, dA0, dB0 = narrow(t.values(m, k), kind), t.floats(k, r), t.floats(n, q)
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    r = shape.r
+    q = shape.other
+    s = 0.125
+    x = t.large(m, k)
+    g = t.large(m, n)
+    u = t.large(m, r)
+    A = t.factor(k, r)
+    core = t.factor(r, q)
+    B = t.factor(n, q)
+    dx0 = narrow(t.values(m, k), kind)
+    dA0 = t.floats(k, r)
+    dB0 = t.floats(n, q)
     problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {
         "dB": t.out(n, q, start=dB0, dtype=FLOAT),
@@ -511,8 +518,10 @@ def small_backward(shape: Shape, kind: str) -> Problem:
         problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
 
     def check(out: Views) -> None:
-        wide_g, c = t.op(g), t.op(core)
-        h_u, h = Rounded.product(s, t.op(u), c), Rounded.product(s, wide_g, t.op(B))
+        wide_g = t.op(g)
+        c = t.op(core)
+        h_u = Rounded.product(s, t.op(u), c)
+        h = Rounded.product(s, wide_g, t.op(B))
         k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
         turned = lambda one: Rounded(one.value.T, one.square.T)  # noqa: E731
         check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
@@ -535,9 +544,11 @@ class Rows:
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.t = t = Maker(shape, kind, name)
-        m, self.count = shape.m, 1 + shape.k % 9
+        m = shape.m
+        self.count = 1 + shape.k % 9
         self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
-        self.g, self.u = t.large(m, shape.other), t.large(m if shape.bare else m // 3 + 1, shape.r)
+        self.g = t.large(m, shape.other)
+        self.u = t.large(m if shape.bare else m // 3 + 1, shape.r)
         self.index, self.tokens = (
             t.rng.integers(-1, self.count, m),
             t.rng.integers(0, len(self.u), m),
@@ -558,7 +569,8 @@ class Rows:
 
     def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """(core, its rows, their u, the core, their g) in float64."""
-        op, parts = self.t.op, []
+        op = self.t.op
+        parts = []
         for core in range(self.count):
             own = self.index == core
             parts.append(
@@ -569,7 +581,8 @@ class Rows:
 
 def row_core(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core")
-    t, s = rows.t, 0.5
+    t = rows.t
+    s = 0.5
     problem = t.problem("row_core", rows.given, scale=s)
     problem.outputs = {"h": t.out(shape.m, shape.other)}
 
@@ -584,13 +597,15 @@ def row_core(shape: Shape, kind: str) -> Problem:
 
 def row_core_backward(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core_backward")
-    t, s = rows.t, 0.5
+    t = rows.t
+    s = 0.5
     problem = t.problem("row_core_backward", rows.given | {"g": rows.g}, scale=s)
     dcores = t.out(rows.count, shape.r, shape.other, dtype=FLOAT)
     problem.outputs = {"du": t.out(*rows.u.shape), "dcores": dcores}
 
     def check(out: Views) -> None:
-        du, size = np.zeros(rows.u.shape), np.zeros(rows.u.shape)
+        du = np.zeros(rows.u.shape)
+        size = np.zeros(rows.u.shape)
         for core, own, u, G, g in rows.each():
             t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
             np.add.at(du, rows.tokens[own], s * g @ G.T)

@@ -108,7 +108,8 @@ def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
 
 def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
-    sites, unnoticed = synchronisation_sites(lib), []
+    sites = synchronisation_sites(lib)
+    unnoticed = []
     operations = {op for op, _, _ in sites}
     assert operations >= {
         "__syncthreads",

@@ -10,7 +10,8 @@ import pytest
 
 from csrc.simt import build
 
-NVCC, CUOBJDUMP = build.tool("nvcc"), build.tool("cuobjdump")
+NVCC = build.tool("nvcc")
+CUOBJDUMP = build.tool("cuobjdump")
 pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nvcc or no cuobjdump")
 
 FUSED = "gemm_lotr"

@@ -15,7 +15,9 @@ from arrays import narrow, wide
 from cases import FUSED, KERNELS, Shape, shapes_of
 
 HERE = Path(__file__).resolve().parent
-C, R, NAN = 4, 16, np.float32("nan")
+C = 4
+R = 16
+NAN = np.float32("nan")
 
 
 # ---- a core a row ----
@@ -24,7 +26,8 @@ C, R, NAN = 4, 16, np.float32("nan")
 def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(count)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    index, token = rng.integers(0, cores, count), rng.integers(0, tokens, count)
+    index = rng.integers(0, cores, count)
+    token = rng.integers(0, tokens, count)
     return {
         "u": draw(tokens, r),
         "cores": draw(cores, r, r),
@@ -41,7 +44,8 @@ def forward(lib: ModuleType, given: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def backward(lib: ModuleType, given: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    du, dcores = np.full(given["u"].shape, NAN), np.full(given["cores"].shape, NAN)
+    du = np.full(given["u"].shape, NAN)
+    dcores = np.full(given["cores"].shape, NAN)
     lib.run("row_core_backward", {**given, "du": du, "dcores": dcores})
     return du, dcores
 
@@ -73,7 +77,8 @@ def test_no_row_and_no_token(lib: ModuleType) -> None:
 
 def test_many_cores_of_which_few_have_rows(lib: ModuleType) -> None:
     given = rows_of(40, 10, 3000, 4)
-    h, (du, dcores) = forward(lib, given), backward(lib, given)
+    h = forward(lib, given)
+    (du, dcores) = backward(lib, given)
     for i, (core, token) in enumerate(zip(given["index"], given["tokens"], strict=True)):
         np.testing.assert_allclose(
             h[i], given["u"][token] @ given["cores"][core], rtol=1e-5, atol=1e-5
@@ -96,11 +101,16 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     x, A, u = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((M, K), (K, R), (M, R)))
     far = lambda cols: lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols]  # noqa: E731
     lib.set_device(multiprocessors=4)
-    big, narrow_A, narrow_u = far(K), narrow(A, "bf16"), narrow(u, "bf16")
+    big = far(K)
+    narrow_A = narrow(A, "bf16")
+    narrow_u = narrow(u, "bf16")
     big[...] = narrow(x, "bf16")
     product = wide(narrow(x @ A, "bf16"))
-    out, k, y = far(R), far(R), far(K)
-    D, Q = np.ones((K, R), np.float32), np.zeros((K, R), np.float32)
+    out = far(R)
+    k = far(R)
+    y = far(K)
+    D = np.ones((K, R), np.float32)
+    Q = np.zeros((K, R), np.float32)
     lib.run("shrink", {"x": big, "A": narrow_A, "u": out})
     lib.run("factor_grad", {"D": D, "x": big, "v": narrow_u})
     lib.run("shrink_grad", {"g": big, "F": narrow_A, "u": narrow_u, "k": k, "Q": Q})
@@ -114,13 +124,14 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
     """65,535 tiles of 64 columns that lie apart: x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
-    x, A = (
-        lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3],
-        lib.sparse_array([cols, 8], np.dtype(np.uint16)),
-    )
-    ends, out = [0, 1, cols // 2, cols - 2, cols - 1], np.zeros((2, 8), np.uint16)
-    values, factors = np.arange(10.0).reshape(2, 5) - 4, np.arange(40.0).reshape(5, 8) % 7
-    x[:, ends], A[ends] = narrow(values, "bf16"), narrow(factors, "bf16")
+    x = lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3]
+    A = lib.sparse_array([cols, 8], np.dtype(np.uint16))
+    ends = [0, 1, cols // 2, cols - 2, cols - 1]
+    out = np.zeros((2, 8), np.uint16)
+    values = np.arange(10.0).reshape(2, 5) - 4
+    factors = np.arange(40.0).reshape(5, 8) % 7
+    x[:, ends] = narrow(values, "bf16")
+    A[ends] = narrow(factors, "bf16")
     lib.run("shrink", {"x": x, "A": A, "u": out})
     assert (wide(out) == values @ factors).all()
 
@@ -339,10 +350,8 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
                         launch["grid"]
                     ), (problem.name, launch)
             assert bits[0] == bits[1], problem.name
-    large, small = (
-        {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"},
-        {"fold", "fold_grad"},
-    )
+    large = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"}
+    small = {"fold", "fold_grad"}
     assert seen == large | small | {
         "row_core",
         "row_core_grad",

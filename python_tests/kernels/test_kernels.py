@@ -61,14 +61,18 @@ def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
 
 def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     """s u G and s g B leave float16's range; y and the gradients do not."""
-    generator, half, s = np.random.default_rng(0), np.float16, 4000.0
+    generator = np.random.default_rng(0)
+    half = np.float16
+    s = 4000.0
     x, A, core, B = (
         generator.normal(scale=scale, size=size).astype(half)
         for size, scale in (((20, 24), 1.0), ((24, 4), 0.5), ((4, 3), 30.0), ((40, 3), 1e-4))
     )
     g = generator.normal(scale=0.01, size=(20, 40)).astype(half)
-    y, u = np.zeros((20, 40), half), np.zeros((20, 4), half)
-    dB, dcore = np.zeros((40, 3), np.float32), np.zeros((4, 3), np.float32)
+    y = np.zeros((20, 40), half)
+    u = np.zeros((20, 4), half)
+    dB = np.zeros((40, 3), np.float32)
+    dcore = np.zeros((4, 3), np.float32)
     factors = {"A": A, "core": core, "B": B, "u": u}
     lib.run("small_forward", factors | {"x": x, "y": y}, {"scale": s})
     lib.run("small_backward", factors | {"g": g, "dB": dB, "dcore": dcore}, {"scale": s})

@@ -30,14 +30,13 @@ class Bug(NamedTuple):
     mode: str = "plain"
 
 
-EARLY, LATE = r"before griddepcontrol\.wait", "after griddepcontrol.launch_dependents"
+EARLY = r"before griddepcontrol\.wait"
+LATE = "after griddepcontrol.launch_dependents"
 TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
 BEYOND = "wrote outside|past its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
-Y, RING = (
-    ": y: ",
-    ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight",
-)
+Y = ": y: "
+RING = ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight"
 
 
 def fused(

@@ -78,9 +78,12 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
     )
     if kernel in LARGE:
-        m, k, n = SHAPES[shape].m, SHAPES[shape].k, SHAPES[shape].columns
+        m = SHAPES[shape].m
+        k = SHAPES[shape].k
+        n = SHAPES[shape].columns
         size = m * (n if kernel in FUSED else k) * np.dtype(DTYPE[kind]).itemsize
-        reads, writes = LARGE[kernel] != "y" or kernel == "expand_add", LARGE[kernel] == "y"
+        reads = LARGE[kernel] != "y" or kernel == "expand_add"
+        writes = LARGE[kernel] == "y"
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
         if kernel == "expand_from":
             assert moved["start"] == [size, 0]
@@ -159,12 +162,12 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
 
 def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:
     """Sorted rows read u and write h once, an index once, and a core once for each block of 32 rows."""
-    rows, cores, r = 4096, 8, 16
+    rows = 4096
+    cores = 8
+    r = 16
     rng = np.random.default_rng(0)
-    u, G = (
-        rng.standard_normal((rows, r)).astype(np.float32),
-        rng.standard_normal((cores, r, r)).astype(np.float32),
-    )
+    u = rng.standard_normal((rows, r)).astype(np.float32)
+    G = rng.standard_normal((cores, r, r)).astype(np.float32)
     lib.set_device(multiprocessors=16)
     lib.set_options(count_memory=True)
     lib.reset_counters()

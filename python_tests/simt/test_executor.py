@@ -79,7 +79,8 @@ def test_bad_options() -> None:
 
 
 def test_leaving_out_a_barrier() -> None:
-    first, second = line_of("FIRST BARRIER"), line_of("SECOND BARRIER")
+    first = line_of("FIRST BARRIER")
+    second = line_of("SECOND BARRIER")
     verdict, *sites = run("skip", "0").splitlines()
     assert verdict == "right"
     assert sites[:2] == [f"__syncthreads {first} 256", f"__syncthreads {second} 256"]

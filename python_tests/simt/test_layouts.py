@@ -14,7 +14,8 @@ import pytest
 from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
-N, K = 256, 64
+N = 256
+K = 64
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,10 @@ def gather(
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_mma(printed: dict, kind: str) -> None:
     registers = printed[kind]
-    a, b = gather(registers["a"], a_m16n8k16, (16, 16)), gather(registers["b"], b_m16n8k16, (16, 8))
-    c, d = gather(registers["c"], c_m16n8, (16, 8)), gather(registers["d"], c_m16n8, (16, 8))
+    a = gather(registers["a"], a_m16n8k16, (16, 16))
+    b = gather(registers["b"], b_m16n8k16, (16, 8))
+    c = gather(registers["c"], c_m16n8, (16, 8))
+    d = gather(registers["d"], c_m16n8, (16, 8))
     bound = 2.0**-22 * (np.abs(a) @ np.abs(b) + np.abs(c))
     assert (np.abs(d - (a @ b + c)) <= bound).all()
 
@@ -75,7 +78,8 @@ def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
     for lane in range(32):
         for tile in range(tiles):
             matrix = memory[tile].T if trans else memory[tile]
-            low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
+            low = matrix[lane // 4, 2 * (lane % 4)]
+            high = matrix[lane // 4, 2 * (lane % 4) + 1]
             assert registers[lane, tile] == low | high << 16
 
 
@@ -101,7 +105,8 @@ def box_of(printed: dict) -> np.ndarray:
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> None:
     """CUTLASS's canonical layouts, in bytes. MN-major: panels of 64 n, in which 64 n of one k are a row."""
-    memory, b = np.asarray(printed[major]["shared"]), np.asarray(printed[major]["b"]).reshape(N, K)
+    memory = np.asarray(printed[major]["shared"])
+    b = np.asarray(printed[major]["b"]).reshape(N, K)
     row, col = np.indices((64, 64))
     assert (memory[: 64 * K][swizzle(row * 128 + col * 2) // 2] == box_of(printed[major])).all()
     n, k = np.indices((N, K))
@@ -120,13 +125,12 @@ def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str)
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_wgmma(printed: dict, major: str) -> None:
     """Two groups in flight: the first is read while the second runs, whose accumulators are NaN until they are waited for."""
-    a, b = box_of(printed[major]), np.asarray(printed[major]["b"]).reshape(N, K)
+    a = box_of(printed[major])
+    b = np.asarray(printed[major]["b"]).reshape(N, K)
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
     at_first = gather([float(i) for _ in range(128) for i in range(N // 2)], d_wgmma, (64, N))
-    whole, part = (
-        gather(out[:, : N // 2], d_wgmma, (64, N)),
-        gather(out[:, N // 2 : N], d_wgmma, (64, N)),
-    )
+    whole = gather(out[:, : N // 2], d_wgmma, (64, N))
+    part = gather(out[:, N // 2 : N], d_wgmma, (64, N))
     assert np.abs(whole - (at_first + a @ b.T)).max() < 1e-3
     assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3

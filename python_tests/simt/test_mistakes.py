@@ -12,7 +12,8 @@ import pytest
 from csrc.simt import build
 
 SOURCE = Path(__file__).parent / "programs" / "mistakes.cpp"
-AT, EARLIER = r"at \S*mistakes.cpp:\d+", "thread 0 of an earlier block"
+AT = r"at \S*mistakes.cpp:\d+"
+EARLIER = "thread 0 of an earlier block"
 REFUSED = "a GPU would refuse this launch: "
 
 # mistake: by mode, what must be reported
@@ -46,7 +47,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "plain_sum": {"race": "data race .*shared memory"},
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
     "reads_its_neighbour": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
-    "mbarrier_without_init": {"plain": "was never initialised"},
+    "mbarrier_without_init": {"plain": "was never initialized"},
     "no_init_fence": {"plain": rf"mbarrier.arrive.cluster {AT}: no fence.mbarrier_init"},
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},
     "arrivals_beyond_20_bits": {"plain": r"1048576 arrivals, expected 1 to 2\^20 - 1"},

@@ -18,8 +18,7 @@
 
 namespace lotr::ptx {
 
-// ---- tensor maps, made on the host and passed to the kernel as `const __grid_constant__
-// TensorMap` ----
+// ---- tensor maps: made on the host, a kernel's parameter `const __grid_constant__ TensorMap` ----
 
 #ifdef __CUDACC__
 using TensorMap = CUtensorMap;
