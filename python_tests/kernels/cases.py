@@ -1,7 +1,7 @@
-"""The table KERNELS: every kernel as a problem with inputs in poisoned memory and the float64 truth of its outputs.
+"""The table KERNELS: each kernel as a problem with inputs in poisoned memory and its float64 truth.
 
-A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels run the table of
-test_operators.py (python_tests/cuda).
+A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels run
+the table of test_operators.py (python_tests/cuda).
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ Views = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Shape:
-    """m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same). The device has `sms`
-    multiprocessors. bare: without what the kernel can go without: a bias, sums that it adds to, dB, dx, a row's token."""
+    """The sizes of a problem.
+
+    m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same). The
+    device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are added
+    to, dB, dx, the tokens of rows.
+    """
 
     m: int
     k: int
@@ -64,7 +68,8 @@ class Shape:
         return f"{self.m}x{self.k}x{self.columns}-r{self.r}-{place}-sm{self.sms}{flags}"
 
 
-# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
+# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than
+# splits and more.
 QUICK = [
     Shape(0, 64, 16),
     Shape(1, 1, 1, ODD, 0.5),
@@ -102,8 +107,8 @@ SHAPES = [
     Shape(700, 512, 13, ODD, sms=16),
     Shape(2040, 40, 13, ODD, sms=16),
 ]
-# Of gemm_lotr: ragged in every extent; one tile and several for a pair of blocks; fewer k-steps than the ring has stages, and
-# more; both steps of the rank.
+# For gemm_lotr: ragged in every extent; one tile and several per pair of blocks; fewer k-steps than the
+# ring has stages, and more; both steps of the rank.
 FUSED_QUICK = [
     Shape(0, 16, 4, n=16),
     Shape(1, 1, 1, n=1, sms=1),
@@ -125,18 +130,23 @@ FUSED_SHAPES = [
 
 @dataclass
 class Problem:
-    """One call of a kernel: its inputs, how its outputs are made anew for each run, and the check of their values."""
+    """One call of a kernel: its inputs, functions that create its outputs, the check of their values."""
 
     name: str
     kernel: str
-    device: dict[str, int]  # that plans are made for
+    device: dict[str, int]  # for which plans are made
     inputs: Views
     numbers: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
     check: Callable[[Views], None] = lambda views: None
 
     def run(self, lib: ModuleType, **options: object) -> Views:
-        """The outputs by name, in fresh poisoned memory. Nothing beside them may be written. options: the executor's."""
+        """Returns the outputs by name, in new poisoned memory. Asserts that nothing else was written.
+
+        Args:
+            lib: The executor's module.
+            options: For the executor.
+        """
         outputs = {name: make() for name, make in self.outputs.items()}
         lib.set_device(**self.device)
         lib.set_options(
@@ -152,14 +162,14 @@ class Problem:
         return {name: output.view for name, output in outputs.items()}
 
     def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
-        """Runs once and checks the values; the bits of the outputs."""
+        """Runs once, checks the values, and returns the bits of the outputs."""
         views = self.run(lib, **options)
         self.check(views)
         return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
 
 class Maker:
-    """Random operands of a shape and element type, in poisoned memory, and the comparison with the truth."""
+    """Random operands of a shape and element type in poisoned memory, and the comparison of results."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.shape = shape
@@ -183,14 +193,14 @@ class Maker:
         return self.large(rows, cols)
 
     def op(self, a: np.ndarray) -> np.ndarray:
-        """An operand's values as the kernel's product sees them."""
+        """Returns the values of an operand that the kernel's product uses."""
         return operand(a, self.kind)
 
     def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
         return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
 
     def with_dropout(self, problem: Problem) -> np.ndarray | float:
-        """Adds the shape's dropout to a problem; what dropout multiplies the large matrix by."""
+        """Adds the shape's dropout to a problem. Returns the factors of the large matrix's elements."""
         shape = self.shape
         if not shape.p:
             return 1.0
@@ -205,7 +215,7 @@ class Maker:
         dtype: type | None = None,
         packed: bool = False,
     ):
-        """A function that makes an output: of the kernel's type, NaN unless it has values at the start."""
+        """Returns a function that creates an output, by default of the kernel's type and of NaN."""
         layout = PACKED if packed else self.shape.layout
         return lambda: Output(size, dtype or self.dtype, layout, start)
 
@@ -220,7 +230,7 @@ class Maker:
         kind: str | None = None,
         scale: float = 1.0,
     ) -> None:
-        """got = add + mask scale (left right), compared with float64 and with float32 arithmetic."""
+        """Asserts got = add + mask scale (left right), by float64 and float32 arithmetic."""
         kind = kind or self.kind
         truth = add + mask * scale * (left @ right)
         eager = add + mask * scale * (left.astype("f4") @ right.astype("f4"))
@@ -349,7 +359,7 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
 
 
 def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
-    """y = x W^T + bias + u F^T. Backward, in the forward pass's names: y = x W + u F^T with W [k, n]."""
+    """y = x W^T + bias + u F^T. Backward, in the names of the forward pass: y = x W + u F^T, W [k, n]."""
     m = shape.m
     k = shape.k
     n = shape.columns
@@ -403,7 +413,7 @@ def fold(shape: Shape, kind: str) -> Problem:
 
 
 def fold_grad(shape: Shape, kind: str) -> Problem:
-    """dcore = s Q^T B, and dB += s Q core: dcore alone where bare, dB alone where the shape has dropout."""
+    """dcore = s Q^T B, dB += s Q core. Only dcore if bare, only dB if the shape has dropout."""
     t = Maker(shape, kind, "fold_grad")
     B = t.factor(shape.k, shape.other)
     core = t.factor(shape.r, shape.other)
@@ -425,13 +435,16 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
     return problem
 
 
-# ---- the unfolded form: products of products, of which the inner one may be stored rounded ----
+# ---- the few-token form: products of products, of which the inner one may be stored rounded ----
 
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
 
 
 class Rounded:
-    """A matrix and the root mean square of its rounding error, in units of the type: h and k may be stored rounded or not."""
+    """A matrix and the mean square of its rounding error in units of the type.
+
+    h and k may be stored rounded or not.
+    """
 
     def __init__(self, value: np.ndarray, square: np.ndarray):
         self.value = value
@@ -439,7 +452,7 @@ class Rounded:
 
     @classmethod
     def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> Rounded:
-        """The error of a product is that of its terms, which may cancel in its value."""
+        """Returns scale left right. Its error is the error of the terms, which may cancel."""
         value = scale * (left @ right)
         return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
 
@@ -453,7 +466,7 @@ def check_unfolded(
     kind: str,
     what: str,
 ) -> None:
-    """got = add + left right, whose error may be four of left's rounding errors."""
+    """Asserts got = add + left right, with an error of at most four rounding errors of `left`."""
     unit = ROUNDING[t.kind]
     truth = wide(add) + left.value @ right
     size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
@@ -491,7 +504,10 @@ def small_forward(shape: Shape, kind: str) -> Problem:
 
 
 def small_backward(shape: Shape, kind: str) -> Problem:
-    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h; bare: no dx, dA."""
+    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h.
+
+    bare: without dx and dA.
+    """
     t = Maker(shape, kind, "small_backward")
     m = shape.m
     k = shape.k
@@ -523,7 +539,7 @@ def small_backward(shape: Shape, kind: str) -> Problem:
         h_u = Rounded.product(s, t.op(u), c)
         h = Rounded.product(s, wide_g, t.op(B))
         k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
-        turned = lambda one: Rounded(one.value.T, one.square.T)  # noqa: E731
+        turned = lambda matrix: Rounded(matrix.value.T, matrix.square.T)  # noqa: E731
         check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
         check_unfolded(
             t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore"
@@ -536,11 +552,14 @@ def small_backward(shape: Shape, kind: str) -> Problem:
     return problem
 
 
-# ---- a core a row ----
+# ---- per-row cores ----
 
 
 class Rows:
-    """Rows of tokens with cores: by index in any order, some without a core; bare: by ends, a row a token."""
+    """Rows of tokens with cores, by an index in any order, some without a core.
+
+    bare: by the ends of each core's rows, one row per token.
+    """
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.t = t = Maker(shape, kind, name)
@@ -549,33 +568,30 @@ class Rows:
         self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
         self.g = t.large(m, shape.other)
         self.u = t.large(m if shape.bare else m // 3 + 1, shape.r)
-        self.index, self.tokens = (
-            t.rng.integers(-1, self.count, m),
-            t.rng.integers(0, len(self.u), m),
-        )
+        self.index = t.rng.integers(-1, self.count, m)
+        self.tokens = t.rng.integers(0, len(self.u), m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
-        self.given: Views = {"index": self.index, "tokens": self.tokens}
+        self.inputs: Views = {"index": self.index, "tokens": self.tokens}
         if shape.bare:
-            self.tokens, index = np.arange(m), np.sort(self.index)
-            self.index = np.roll(
-                index, -np.count_nonzero(index < 0)
-            )  # those without a core behind the others
+            self.tokens = np.arange(m)
+            index = np.sort(self.index)
+            without_core = np.count_nonzero(index < 0)
+            self.index = np.roll(index, -without_core)  # they come last
             ends = [
                 np.count_nonzero((self.index >= 0) & (self.index <= core))
                 for core in range(self.count)
             ]
-            self.given = {"offs": np.array(ends, np.int32)}
-        self.given |= {"u": self.u, "cores": self.cores}
+            self.inputs = {"offs": np.array(ends, np.int32)}
+        self.inputs |= {"u": self.u, "cores": self.cores}
 
     def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """(core, its rows, their u, the core, their g) in float64."""
+        """Returns (index of a core, its rows, their u, the core, their g) in float64."""
         op = self.t.op
         parts = []
         for core in range(self.count):
-            own = self.index == core
-            parts.append(
-                (core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own])
-            )
+            rows = self.index == core
+            u = op(self.u)[self.tokens[rows]]
+            parts.append((core, rows, u, op(self.cores[core]), op(self.g)[rows]))
         return parts
 
 
@@ -583,12 +599,12 @@ def row_core(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core")
     t = rows.t
     s = 0.5
-    problem = t.problem("row_core", rows.given, scale=s)
+    problem = t.problem("row_core", rows.inputs, scale=s)
     problem.outputs = {"h": t.out(shape.m, shape.other)}
 
     def check(out: Views) -> None:
-        for core, own, u, G, _ in rows.each():
-            t.close(out["h"][own], u, G, f"h of core {core}", scale=s)
+        for core, of_core, u, G, _ in rows.each():
+            t.close(out["h"][of_core], u, G, f"h of core {core}", scale=s)
         assert not wide(out["h"][rows.index < 0]).any(), "rows without a core are zero"
 
     problem.check = check
@@ -599,17 +615,17 @@ def row_core_backward(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core_backward")
     t = rows.t
     s = 0.5
-    problem = t.problem("row_core_backward", rows.given | {"g": rows.g}, scale=s)
+    problem = t.problem("row_core_backward", rows.inputs | {"g": rows.g}, scale=s)
     dcores = t.out(rows.count, shape.r, shape.other, dtype=FLOAT)
     problem.outputs = {"du": t.out(*rows.u.shape), "dcores": dcores}
 
     def check(out: Views) -> None:
         du = np.zeros(rows.u.shape)
         size = np.zeros(rows.u.shape)
-        for core, own, u, G, g in rows.each():
+        for core, of_core, u, G, g in rows.each():
             t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
-            np.add.at(du, rows.tokens[own], s * g @ G.T)
-            np.add.at(size, rows.tokens[own], s * np.abs(g) @ np.abs(G).T)
+            np.add.at(du, rows.tokens[of_core], s * g @ G.T)
+            np.add.at(size, rows.tokens[of_core], s * np.abs(g) @ np.abs(G).T)
         check_close(out["du"], du, narrow(du, kind), size, kind, f"{t.name}: du")
 
     problem.check = check

@@ -1,4 +1,4 @@
-"""The compiled code: no spills, no stack, and the instructions that were meant."""
+"""The compiled code: no spills, no stack, and the intended instructions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMON = ("sm_80", "sm_90a")
 
 
 def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]:
-    """What ptxas says of a source file, and the machine code of each kernel."""
+    """Returns the report of ptxas on a source file, and the machine code of each kernel."""
     cubin = folder / "code.cubin"
     code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
     command = [
@@ -54,7 +54,7 @@ def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]
 
 
 def check_fused(report: str, kernels: dict[str, str]) -> None:
-    """gemm_lotr: products that run while others are issued, for three warps a quarter of a multiprocessor."""
+    """Checks gemm_lotr: products run while others are issued; registers for 3 warps per quarter SM."""
     assert "erialized" not in report and "C75" not in report, report
     assert (
         len(kernels) == 4 and max(map(int, re.findall(r"Used (\d+) registers", report))) <= 168

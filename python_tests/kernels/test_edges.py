@@ -1,5 +1,8 @@
-"""What the table of shapes does not reach: rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad
-arguments, plans from LOTR_CUDA_PLAN, launches that begin early."""
+"""Cases that the table of shapes does not reach.
+
+Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad arguments, plans from
+LOTR_CUDA_PLAN, early launches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ R = 16
 NAN = np.float32("nan")
 
 
-# ---- a core a row ----
+# ---- per-row cores ----
 
 
 def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np.ndarray]:
@@ -51,7 +54,7 @@ def backward(lib: ModuleType, given: dict[str, np.ndarray]) -> tuple[np.ndarray,
 
 
 def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType) -> None:
-    """NaN and no gradient; the other rows have what they have without them."""
+    """Such rows are NaN and have no gradient. The other rows do not change."""
     for seed in (1, 2):
         lib.set_options(order="random", seed=seed)
         given = rows_of(50, 9)
@@ -140,7 +143,7 @@ def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
 
 
 def bf16(rows: int, cols: int, stride: int = 0, start: int = 0) -> np.ndarray:
-    """Zeros, `stride` elements from row to row, `start` elements behind an address divisible by 16."""
+    """Returns zeros with this row stride, `start` elements after a multiple of 16 bytes."""
     raw = np.zeros(rows * (stride or cols) + 64, np.uint16)
     first = -(raw.ctypes.data // 2) % 8 + start
     return raw[first : first + rows * (stride or cols)].reshape(rows, -1)[:, :cols]
@@ -258,7 +261,7 @@ from cases import KERNELS, Shape
 from csrc.simt import build
 lib = build.load("plain")
 
-def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that were launched, or the error
+def launch(plan, kernel, op, *sizes):  # prints the plan and the launched blocks, or the error
     os.environ["LOTR_CUDA_PLAN"] = plan
     lib.reset_counters()
     try:
@@ -272,7 +275,7 @@ def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that wer
 
 
 def printed(calls: list[tuple]) -> list[str]:
-    """What `launch` prints for each of the arguments, in one process."""
+    """Returns the lines that `launch` prints for each of the arguments, in one process."""
     command = [sys.executable, "-c", f"{PROGRAM}for call in {calls!r}: launch(*call)"]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=True
@@ -297,7 +300,7 @@ def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> N
 
 
 def test_bad_plan_is_refused(lib: ModuleType) -> None:
-    """Texts that are no plan, and a plan that no kernel can run."""
+    """Texts that are not plans, and plans that no kernel can run."""
     words = [
         "shrunk rows=64",
         "shrink rows",
@@ -334,7 +337,7 @@ def test_bad_plan_is_refused(lib: ModuleType) -> None:
 
 
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
-    """In every block, with parts to sum and without; on a card without early launches none is. The bits stay the same."""
+    """In every block, with parts and without. On a card without early launches none is early."""
     seen = set()
     for kernel, make in KERNELS.items():
         for shape in (shapes_of(kernel)[6], shapes_of(kernel)[-2]):

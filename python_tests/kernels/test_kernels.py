@@ -1,4 +1,4 @@
-"""Every kernel, element type and shape against float64, under several schedules of threads and blocks: the same bits in all."""
+"""Every kernel, element type and shape against float64, with the same bits in several schedules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
-    few = kernel.startswith(("small", "row"))  # made of the other kernels; many barriers
+    few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
     shapes = shapes_of(kernel, quick=True)[:: 2 if few else 1]
     assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes), ["reverse", "101"])
 
@@ -79,5 +79,5 @@ def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     x, A, core, B, g = (t.astype(np.float64) for t in (x, A, core, B, g))
     h = x @ A @ core
     assert np.abs(s * h).max() > np.finfo(half).max
-    for got, want in ((y, s * h @ B.T), (dB, s * g.T @ h), (dcore, s * (x @ A).T @ (g @ B))):
-        assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()
+    for result, truth in ((y, s * h @ B.T), (dB, s * g.T @ h), (dcore, s * (x @ A).T @ (g @ B))):
+        assert np.abs(result - truth).max() <= 0.01 * np.abs(truth).max()

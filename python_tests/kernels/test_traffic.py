@@ -1,6 +1,6 @@
-"""What the kernels move, counted: every large matrix exactly once, and no array more often than traffic.json says.
+"""Counted bytes: every large matrix moves exactly once, and no array more than in traffic.json.
 
-python python_tests/kernels/test_traffic.py     after kernels or plans became better: writes traffic.json anew
+python python_tests/kernels/test_traffic.py     writes traffic.json, after an improvement
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from arrays import DTYPE, PACKED  # noqa: E402
 from cases import KERNELS, Shape  # noqa: E402
 
 RECORD = HERE / "traffic.json"
-# kernel: its large matrix, which moves once. gemm_lotr reads x and W once for each tile of 256 columns or rows.
+# The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of 256
+# columns or rows.
 OF_ADAPTER = {
     "shrink": "x",
     "expand_add": "y",
@@ -54,7 +55,7 @@ Counts = dict[str, list[int]]  # bytes read and written of each array
 
 
 def count(lib: ModuleType, kernel: str, shape: str, kind: str) -> tuple[Counts, dict]:
-    """Of one call, and all counters."""
+    """Returns the bytes of one call by array, and all counters."""
     problem = KERNELS[kernel](SHAPES[shape], kind)
     lib.reset_counters()
     problem.check(problem.run(lib, count_memory=True))
@@ -75,7 +76,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()
     ]
     assert not more, (
-        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
+        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, recorded"
     )
     if kernel in LARGE:
         m = SHAPES[shape].m
@@ -87,11 +88,9 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
         if kernel == "expand_from":
             assert moved["start"] == [size, 0]
-        summed = (
-            {"u", "k", "D", "Q"}
-            if "sum_parts" in [one["name"] for one in counters["launches"]]
-            else set()
-        )  # by elements
+        launches = {launch["name"] for launch in counters["launches"]}
+        # sum_parts stores these by elements.
+        summed = {"u", "k", "D", "Q"} if "sum_parts" in launches else set()
         arrays = [
             a
             for name, a in counters["arrays"].items()
@@ -109,17 +108,17 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kernel", LARGE)
 def test_launches(lib: ModuleType, kernel: str) -> None:
-    """One for each product, and one more where blocks share an output."""
+    """One launch for each product, and one more if blocks share an output."""
     others = {
         "expand_fresh": "expand_add",
         "expand_from": "expand_add",
         "gemm_lotr_backward": "gemm_lotr",
     }
-    name = others.get(kernel, kernel)
-    for shape in [one[1] for one in CASES if one[0] == kernel]:
+    launch_name = others.get(kernel, kernel)
+    for shape in [shape for name, shape, _ in CASES if name == kernel]:
         launches = [launch["name"] for launch in count(lib, kernel, shape, "bf16")[1]["launches"]]
-        assert launches in ([name], [name, "sum_parts"]), shape
-        assert LARGE[kernel] != "y" or launches == [name]
+        assert launches in ([launch_name], [launch_name, "sum_parts"]), shape
+        assert LARGE[kernel] != "y" or launches == [launch_name]
 
 
 @pytest.mark.parametrize("kernel", ["shrink", "factor_grad", "shrink_grad", "fold_grad"])
@@ -160,8 +159,8 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
     assert counts["few tokens"][1] <= counts["folded"][1]
 
 
-def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:
-    """Sorted rows read u and write h once, an index once, and a core once for each block of 32 rows."""
+def test_sorted_rows_read_each_operand_once(lib: ModuleType) -> None:
+    """u and h move once, an index is read once, and a core once for each block of 32 rows."""
     rows = 4096
     cores = 8
     r = 16
