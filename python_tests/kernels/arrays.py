@@ -117,9 +117,9 @@ def check_close(
 ) -> None:
     """Asserts that the error against float64 is at most twice the eager formula's, plus an epsilon.
 
-    The epsilon is a unit of the stored type at the result's magnitude (two rounded values may differ
-    by one), and the effect of another order of summation in float32: a few units of the sum of
-    absolute products, `scale`.
+    The epsilon is a unit of the stored type at the result's magnitude (two rounded values may
+    differ by one), and the effect of another order of summation in float32: a few units of the
+    sum of absolute products, `scale`.
     """
     got = wide(got)
     assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"

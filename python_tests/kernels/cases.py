@@ -1,7 +1,7 @@
 """The table KERNELS: each kernel as a problem with inputs in poisoned memory and its float64 truth.
 
-A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels run
-the table of test_operators.py (python_tests/cuda).
+A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels
+run the table of test_operators.py (python_tests/cuda).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Views = dict[str, np.ndarray]
 class Shape:
     """The sizes of a problem.
 
-    m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same). The
-    device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are added
-    to, dB, dx, the tokens of rows.
+    m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same).
+    The device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are
+    added to, dB, dx, the tokens of rows.
     """
 
     m: int
@@ -107,8 +107,8 @@ SHAPES = [
     Shape(700, 512, 13, ODD, sms=16),
     Shape(2040, 40, 13, ODD, sms=16),
 ]
-# For gemm_lotr: ragged in every extent; one tile and several per pair of blocks; fewer k-steps than the
-# ring has stages, and more; both steps of the rank.
+# For gemm_lotr: ragged in every extent; one tile and several per pair of blocks; fewer k-steps than
+# the ring has stages, and more; both steps of the rank.
 FUSED_QUICK = [
     Shape(0, 16, 4, n=16),
     Shape(1, 1, 1, n=1, sms=1),
@@ -130,7 +130,7 @@ FUSED_SHAPES = [
 
 @dataclass
 class Problem:
-    """One call of a kernel: its inputs, functions that create its outputs, the check of their values."""
+    """One call of a kernel: inputs, functions that create outputs, the check of their values."""
 
     name: str
     kernel: str
@@ -141,7 +141,7 @@ class Problem:
     check: Callable[[Views], None] = lambda views: None
 
     def run(self, lib: ModuleType, **options: object) -> Views:
-        """Returns the outputs by name, in new poisoned memory. Asserts that nothing else was written.
+        """Returns the outputs by name, in new poisoned memory, and checks that around it.
 
         Args:
             lib: The executor's module.
@@ -169,7 +169,7 @@ class Problem:
 
 
 class Maker:
-    """Random operands of a shape and element type in poisoned memory, and the comparison of results."""
+    """Random operands of a shape and element type, and the comparison of results."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.shape = shape
@@ -200,7 +200,7 @@ class Maker:
         return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
 
     def with_dropout(self, problem: Problem) -> np.ndarray | float:
-        """Adds the shape's dropout to a problem. Returns the factors of the large matrix's elements."""
+        """Adds the shape's dropout to a problem. Returns the mask, scaled by 1 / (1 - p)."""
         shape = self.shape
         if not shape.p:
             return 1.0
@@ -359,7 +359,7 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
 
 
 def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
-    """y = x W^T + bias + u F^T. Backward, in the names of the forward pass: y = x W + u F^T, W [k, n]."""
+    """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
     m = shape.m
     k = shape.k
     n = shape.columns

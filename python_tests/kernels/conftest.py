@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 @pytest.fixture(scope="session")
 def executor(pytestconfig: pytest.Config) -> ModuleType:
-    """Returns csrc/simt/module: the operators of csrc/cuda on numpy arrays. Compiles it if needed."""
+    """Returns csrc/simt/module, the operators of csrc/cuda on numpy arrays. May compile it."""
     from csrc.simt import build
 
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

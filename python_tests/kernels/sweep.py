@@ -18,8 +18,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from arrays import DTYPE, ODD, PACKED  # noqa: E402
 from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of  # noqa: E402
 
-# At least two blocks in each dimension of every grid, and walks of more tiles than there are stages, so
-# that every stage is filled a second time; with and without dropout, aligned and not. On few
+# At least two blocks in each dimension of every grid, and walks of more tiles than there are stages,
+# so that every stage is filled a second time; with and without dropout, aligned and not. On few
 # multiprocessors a block has several tiles.
 PIPELINE = [
     Shape(700, 560, 16, sms=2),
@@ -43,7 +43,7 @@ FUSED_PIPELINE = [
 
 
 def shapes(which: str, kernel: str) -> list[Shape]:
-    """Returns shapes of a kernel: pipeline, some (every second one of it), quick (`make test`), all."""
+    """Returns shapes of a kernel: pipeline, some (half of it), quick (of `make test`) or all."""
     pipeline = FUSED_PIPELINE if KERNELS[kernel] in FUSED else PIPELINE
     sets = {"pipeline": pipeline, "some": pipeline[::2], "quick": shapes_of(kernel, quick=True)}
     return sets.get(which, shapes_of(kernel) + pipeline)

@@ -63,7 +63,7 @@ def test_no_race_anywhere() -> None:
 
 @pytest.mark.full
 def test_no_bad_access_anywhere() -> None:
-    """AddressSanitizer and UBSan. `make test` has NaN around every array and the executor's checks."""
+    """AddressSanitizer and UBSan. `make test` relies on NaN around arrays and the executor."""
     wide_sweep("asan", "--schedules", "reverse,1")
 
 
@@ -89,7 +89,7 @@ def test_every_line_of_the_kernels_runs() -> None:
     assert ran / total >= 0.98
 
 
-# ---- each barrier, commit and wait skipped: the executor skips the operation at one source line ----
+# ---- each barrier, commit and wait skipped: the executor skips calls at one source line ----
 
 Site = tuple[str, str, int]  # operation, file, line
 FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/", "csrc/cuda/sm90/")

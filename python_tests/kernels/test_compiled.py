@@ -54,7 +54,7 @@ def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]
 
 
 def check_fused(report: str, kernels: dict[str, str]) -> None:
-    """Checks gemm_lotr: products run while others are issued; registers for 3 warps per quarter SM."""
+    """gemm_lotr: products run while others are issued, and 3 warps fit on a quarter of an SM."""
     assert "erialized" not in report and "C75" not in report, report
     assert (
         len(kernels) == 4 and max(map(int, re.findall(r"Used (\d+) registers", report))) <= 168

@@ -1,7 +1,7 @@
 """Cases that the table of shapes does not reach.
 
-Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad arguments, plans from
-LOTR_CUDA_PLAN, early launches.
+Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad arguments, plans
+from LOTR_CUDA_PLAN, early launches.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from arrays import DTYPE, PACKED  # noqa: E402
 from cases import KERNELS, Shape  # noqa: E402
 
 RECORD = HERE / "traffic.json"
-# The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of 256
-# columns or rows.
+# The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of
+# 256 columns or rows.
 OF_ADAPTER = {
     "shrink": "x",
     "expand_add": "y",
@@ -76,7 +76,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()
     ]
     assert not more, (
-        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, recorded"
+        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes moved, and recorded"
     )
     if kernel in LARGE:
         m = SHAPES[shape].m

@@ -97,14 +97,14 @@ def swizzle(offset: np.ndarray) -> np.ndarray:
 
 
 def box_of(printed: dict) -> np.ndarray:
-    """The 64 x 64 of a from (3, 64) on: the map leaves out 4 of 136 columns, and what is outside reads as zero."""
+    """The 64 x 64 of a from (3, 64) on. The map omits 4 of 136 columns; they read as zero."""
     a = np.asarray(printed["a"]).reshape(70, 136)[:, :132]
     return np.pad(a, ((0, 0), (0, 64)))[3:67, 64:128]
 
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> None:
-    """CUTLASS's canonical layouts, in bytes. MN-major: panels of 64 n, in which 64 n of one k are a row."""
+    """CUTLASS's canonical layouts in bytes. MN-major: panels of 64 n, with 64 n of one k per row."""
     memory = np.asarray(printed[major]["shared"])
     b = np.asarray(printed[major]["b"]).reshape(N, K)
     row, col = np.indices((64, 64))
@@ -124,7 +124,7 @@ def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str)
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_wgmma(printed: dict, major: str) -> None:
-    """Two groups in flight: the first is read while the second runs, whose accumulators are NaN until they are waited for."""
+    """Two groups in flight: the first is read while the second runs, with NaN as accumulators."""
     a = box_of(printed[major])
     b = np.asarray(printed[major]["b"]).reshape(N, K)
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
