@@ -1,4 +1,4 @@
-"""Layers, experts, tasks and whole models on a GPU against float64; compiled, under autocast, as CUDA graphs."""
+"""Layers, experts, tasks and models on a GPU against float64; compiled, autocast, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_experts(dtype: torch.dtype, device: str) -> None:
 
 
 def test_tasks(device: str) -> None:
-    """A batch of three rows with two tasks and none; a row of a task that does not exist is NaN, its neighbours are right."""
+    """Three rows with two tasks and none. A row of an unknown task is NaN, its neighbors are right."""
     model = models.trained("mlp").to(device)
     bank = TaskBank(model, 4)
     for _ in range(3):
@@ -149,7 +149,7 @@ class Trained:
 
 
 def test_a_whole_step_captured_and_replayed() -> None:
-    """Forward, the sums of the shared gradients, AdamW: replayed on new batches, against steps without a graph."""
+    """Forward, sums of the shared gradients, AdamW: replays on new batches against eager steps."""
     start = models.trained("mlp")
     plain = Trained(start)
     graphed = Trained(start)

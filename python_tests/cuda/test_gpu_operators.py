@@ -1,5 +1,8 @@
-"""The table of operators (python_tests/test_operators.py) on a GPU, and on a Hopper GPU the strategy FUSED of the layer's
-operators, which runs gemm_lotr. Once on the CPU, which shows that the checks can pass."""
+"""The table of operators (python_tests/test_operators.py) on a GPU.
+
+On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gemm_lotr. The same tests run
+once on the CPU, which shows that the checks can pass.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,11 @@ of_kinds = pytest.mark.parametrize(
 
 
 class OnDevice:
-    """torch.ops.lotr for operands on the CPU. Each moves with the whole storage it lies in, so the NaN beside it moves too;
-    results, and the storages of what was written, come back. fused: FUSED runs in place of BETA."""
+    """torch.ops.lotr for operands on the CPU.
+
+    Each operand is moved with its storage, so the NaN around it is moved as well. Results, and the
+    storages of written operands, are moved back. fused: FUSED replaces BETA.
+    """
 
     def __init__(self, device: str, fused: bool = False):
         self.device = device
@@ -40,22 +46,22 @@ class OnDevice:
     def __getattr__(self, name: str) -> Callable:
         return partial(self.call, name)
 
-    def call(self, name: str, *given: object) -> object:
+    def call(self, name: str, *arguments: object) -> object:
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def there(t: Tensor) -> Tensor:
-            whole = t if t._base is None else t._base
-            moved.setdefault(id(whole), (whole, whole.clone().to(self.device)))
-            return moved[id(whole)][1].as_strided(t.shape, t.stride(), t.storage_offset())
+        def on_device(t: Tensor) -> Tensor:
+            storage = t if t._base is None else t._base
+            moved.setdefault(id(storage), (storage, storage.clone().to(self.device)))
+            return moved[id(storage)][1].as_strided(t.shape, t.stride(), t.storage_offset())
 
-        given = tree_map_only(Tensor, there, given)
-        at = {"layer_forward": 7, "layer_backward_": 9}.get(name)
-        if self.fused and at and given[at] == BETA:
-            given = (*given[:at], FUSED, *given[at + 1 :])
-        found = getattr(torch.ops.lotr, name)(*given)
-        for here, away in moved.values():
-            here.copy_(away)
-        return tree_map_only(Tensor, Tensor.cpu, found)
+        operands = tree_map_only(Tensor, on_device, arguments)
+        strategy = {"layer_forward": 7, "layer_backward_": 9}.get(name)
+        if self.fused and strategy and operands[strategy] == BETA:
+            operands = (*operands[:strategy], FUSED, *operands[strategy + 1 :])
+        result = getattr(torch.ops.lotr, name)(*operands)
+        for original, copy in moved.values():
+            original.copy_(copy)
+        return tree_map_only(Tensor, Tensor.cpu, result)
 
 
 def check(name: str, make: Callable[[], Case], where: str) -> None:

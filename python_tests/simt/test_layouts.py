@@ -1,5 +1,8 @@
-"""Matrix instructions and bulk copies of the executor against the layouts of the PTX manual, written down here a second time:
-which row and column a lane's register holds, where a swizzle puts an element."""
+"""Matrix instructions and bulk copies of the executor against the layouts of the PTX manual.
+
+The layouts are written here independently: the row and column of each lane's register, the place to
+which a swizzle moves an element.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Mistakes that people make in kernels, one a kernel of programs/mistakes.cpp: each is noticed by the means named here, and a
-kernel with all that they lack raises no alarm. Bugs in our own kernels: python_tests/kernels/test_planted.py."""
+"""Common mistakes in kernels, one per kernel of programs/mistakes.cpp.
+
+The check that is named here finds each of them, and a correct kernel raises no error. Bugs in our kernels
+are in python_tests/kernels/test_planted.py.
+"""
 
 from __future__ import annotations
 

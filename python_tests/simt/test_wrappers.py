@@ -1,5 +1,8 @@
-"""The wrappers of csrc/cuda by their two compilers: nvcc makes of each one the instruction meant, a host compiler refuses what
-would silently mean something else there. What ptxas makes of the instructions: python_tests/kernels/test_compiled.py."""
+"""The wrappers of csrc/cuda in their two compilers.
+
+nvcc compiles each wrapper to its instruction. A host compiler rejects code that would silently mean
+something else there. test_compiled.py (python_tests/kernels) checks the output of ptxas.
+"""
 
 from __future__ import annotations
 
@@ -110,10 +113,11 @@ def test_wrappers_of_hopper_are_their_instructions(tmp_path: Path) -> None:
 
 
 def test_static_shared_memory_does_not_compile_on_the_host(tmp_path: Path) -> None:
-    """Each thread would silently have its own copy there."""
+    """Each thread would silently have a copy."""
     source = tmp_path / "kernel.cpp"
     source.write_text(
-        '#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
+        '#include "cuda/ptx/sm80.cuh"\n'
+        "__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n"
     )
     command = [
         build.compiler(),
