@@ -5,9 +5,9 @@ asan       AddressSanitizer and UBSan: a module needs a separate process, see `e
 race       the executor's race detector: kernels with -fsanitize=thread, linked without it
 coverage   line counts of the kernels (gcov)
 
-Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command, has
-changed. Two compilers run at a time. From the command line, python csrc/simt/build.py [mode ...] builds
-the module.
+Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command,
+has changed. Two compilers run at a time. From the command line, python csrc/simt/build.py [mode ...]
+builds the module.
 """
 
 from __future__ import annotations
@@ -135,13 +135,13 @@ def _stale(output: Path, command: list[str]) -> bool:
     depends = output.with_suffix(".d")
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
-    made = output.stat().st_mtime
+    built = output.stat().st_mtime
     words = (
         depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
         if depends.exists()
         else []
     )
-    return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
+    return any(not Path(name).exists() or Path(name).stat().st_mtime > built for name in words)
 
 
 def make(output: Path, command: list[str]) -> bool:
@@ -181,7 +181,7 @@ def locked(mode: str) -> Iterator[None]:
 
 
 def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
-    """The objects, made with the largest source first."""
+    """Runs the compile commands, the largest source first, and returns the objects."""
     with ThreadPoolExecutor(JOBS) as pool:
         list(
             pool.map(
@@ -202,7 +202,7 @@ def _build(
 ) -> Path:
     """Compiles the sources and links them with the executor.
 
-    other_objects: Linked last, so that of inline functions which they have too, the mode's code runs.
+    other_objects: Linked last, so that inline functions come from the mode's objects.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
@@ -228,15 +228,17 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 def module(mode: str = "plain", kind: str | None = None) -> Path:
     """Builds the Python module: csrc/simt/module and the launchers of csrc/cuda.
 
-    kind: The only element type that will run ("bf16"). The kernels of the other types are then from the
-    plain build, which saves compiling them.
+    kind: The only element type that will run ("bf16"). The kernels of the other types are then from
+    the plain build, which saves compiling them.
     """
     import pybind11
 
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
-        made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
+        other_objects = _make_all(
+            [_compile("bindings", source, True, includes, []) for source in sources]
+        )
     sources = sorted((CSRC / "cuda").rglob("*.cu"))
     name = MODULE
     if kind is not None and mode != "plain":
@@ -246,9 +248,11 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
         sources = [s for s in sources if s not in others]
         name = f"{MODULE}-{kind}"
         with locked("plain"):
-            made += _make_all([_compile("plain", source, True, [], []) for source in others])
+            other_objects += _make_all(
+                [_compile("plain", source, True, [], []) for source in others]
+            )
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return _build(mode, sources, output, ["-shared"], [], tuple(made))
+    return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
 
 def changed_module(mode: str, source: Path, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Tests on a GPU: make test-gpu. Elsewhere they are skipped with the reason.
 
-Some tests also run on a CPU, which shows that they can pass: those with the parameter `device`, or a name
-that ends in _cpu.
+Some tests also run on a CPU, which shows that they can pass: those with the parameter `device`, or
+with a name that ends in _cpu.
 """
 
 from __future__ import annotations

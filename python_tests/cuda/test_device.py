@@ -1,4 +1,4 @@
-"""Tests that need a GPU: graphs, streams, several devices, more than 2^31 elements, the sanitizer."""
+"""Tests that need a GPU: graphs, streams, devices, more than 2^31 elements, the sanitizer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def step(
     seed: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> list[torch.Tensor]:
-    """Runs forward and backward of the adapter, on copies of y and dx, with `pause` between operators."""
+    """Runs forward and backward of the adapter on copies, with `pause` between operators."""
     y = t["y"].clone()
     dx = t["dx"].clone()
     dA = torch.zeros(t["A"].shape, device=y.device)
@@ -72,8 +72,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype) -> None:
     """Kernels that start early wait for the previous ones.
 
-    Consecutive steps, and replays of a graph of ten, have the bits of a step that pauses after every
-    operator.
+    Consecutive steps, and replays of a graph of ten, have the bits of a step that pauses after
+    every operator.
     """
     t = layer(m, 1000, 1208, 24, dtype)
     expected = step(t, pause=torch.cuda.synchronize)
@@ -123,7 +123,7 @@ def test_many_streams_at_once() -> None:
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=TWO_GPUS)])
 def test_a_thread_that_has_used_no_gpu(index: int) -> None:
-    """Such a thread has no current context, not even in torch's device guard. A tensor map needs one."""
+    """Such a thread has no current context, which a tensor map needs."""
     t = layer(4096, 1024, 1024, 16, device=f"cuda:{index}")
     results = []
     thread = threading.Thread(target=lambda: results.extend(step(t)))
@@ -134,7 +134,7 @@ def test_a_thread_that_has_used_no_gpu(index: int) -> None:
 
 @pytest.mark.usefixtures("shared")
 def test_calls_on_two_streams() -> None:
-    """The first stream is delayed: a layer on the second one that reused its u would read too early."""
+    """The first stream is delayed: a layer on the second that reused its u would read too early."""
     factors = LoTRFactors(512, 512, 16)
     q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
     torch.nn.init.normal_(k.core)

@@ -57,7 +57,7 @@ def test_experts(dtype: torch.dtype, device: str) -> None:
 
 
 def test_tasks(device: str) -> None:
-    """Three rows with two tasks and none. A row of an unknown task is NaN, its neighbors are right."""
+    """Three rows with two tasks and none. Only the row of an unknown task is NaN."""
     model = models.trained("mlp").to(device)
     bank = TaskBank(model, 4)
     for _ in range(3):

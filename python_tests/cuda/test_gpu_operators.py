@@ -1,7 +1,7 @@
 """The table of operators (python_tests/test_operators.py) on a GPU.
 
-On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gemm_lotr. The same tests run
-once on the CPU, which shows that the checks can pass.
+On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gemm_lotr. The same
+tests run once on the CPU, which shows that the checks can pass.
 """
 
 from __future__ import annotations

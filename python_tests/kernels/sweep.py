@@ -18,9 +18,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from arrays import DTYPE, ODD, PACKED  # noqa: E402
 from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of  # noqa: E402
 
-# At least two blocks in each dimension of every grid, and walks of more tiles than there are stages,
-# so that every stage is filled a second time; with and without dropout, aligned and not. On few
-# multiprocessors a block has several tiles.
+# At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
+# stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
+# few multiprocessors a block has several tiles.
 PIPELINE = [
     Shape(700, 560, 16, sms=2),
     Shape(700, 560, 16, sms=5),

@@ -107,7 +107,7 @@ def box_of(printed: dict) -> np.ndarray:
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> None:
-    """CUTLASS's canonical layouts in bytes. MN-major: panels of 64 n, with 64 n of one k per row."""
+    """CUTLASS's canonical layouts in bytes. MN-major: panels of 64 n, one k per row."""
     memory = np.asarray(printed[major]["shared"])
     b = np.asarray(printed[major]["b"]).reshape(N, K)
     row, col = np.indices((64, 64))

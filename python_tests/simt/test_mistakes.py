@@ -1,7 +1,7 @@
 """Common mistakes in kernels, one per kernel of programs/mistakes.cpp.
 
-The check that is named here finds each of them, and a correct kernel raises no error. Bugs in our kernels
-are in python_tests/kernels/test_planted.py.
+The check that is named here finds each of them, and a correct kernel raises no error. Bugs in our
+kernels are in python_tests/kernels/test_planted.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ REFUSED = "a GPU would refuse this launch: "
 # mistake: by mode, what must be reported
 MISTAKES: dict[str, dict[str, str]] = {
     "deadlock": {
-        "plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, .*64 threads from 64 on have exited"
+        "plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, "
+        r".*64 threads from 64 on have exited"
     },
     "divergent_barrier": {"plain": rf"divergent barrier: thread 96 .* {AT} while others wait {AT}"},
     "named_barrier_alone": {
