@@ -6,7 +6,7 @@ race       the executor's race detector: kernels with -fsanitize=thread, linked 
 coverage   line counts of the kernels (gcov)
 
 Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command,
-has changed. Two compilers run at a time. From the command line, python csrc/simt/build.py [mode ...]
+has changed. Two compilers run at a time. On the command line, `python csrc/simt/build.py [mode ..]`
 builds the module.
 """
 
