@@ -1,9 +1,10 @@
-"""The headers in csrc include each other without a circle, and each layer includes only those below it.
+"""Checks the includes in csrc: no circles, and each layer includes only layers below it.
 
-simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
-wheel, includes simt and cuda. cpu and cuda include nothing of each other.
+    python .ci/check_includes.py [FOLDER]     prints a line per wrong include, and exits with 1
 
-    python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
+cuda: ptx < tile < kernels < plan < launchers < torch. cpu < torch. simt < ptx. cpu and cuda do not
+include each other; both use tensor_view.h. simt/module, which is in no wheel, includes simt and
+cuda.
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# By the beginning of a path (the first that matches): the layers that a file may include besides its own.
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+KERNELS_AND_BELOW = (
+    "cuda/problem.h",
+    "cuda/params.h",
+    "cuda/ptx",
+    "cuda/tile",
+    "cuda/kernels",
+)
+# Layer (the first one that a path starts with): the other layers that it may include.
 LAYERS = {
-    "cuda/problem.h": (),
+    "tensor_view.h": (),
+    "cuda/problem.h": ("tensor_view.h",),
     "cuda/params.h": ("cuda/problem.h",),
     "cuda/ptx": ("simt",),
     "cuda/tile": ("cuda/problem.h", "cuda/params.h", "cuda/ptx"),
@@ -23,83 +35,76 @@ LAYERS = {
     "cuda/plan.h": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
     "cuda/sm90/wgmma.cuh": ("simt", "cuda/ptx"),
     "cuda/sm90/ptx.cuh": ("cuda/ptx", "cuda/sm90/wgmma.cuh"),
-    "cuda": (
-        "cuda/problem.h",
-        "cuda/params.h",
-        "cuda/ptx",
-        "cuda/tile",
-        "cuda/kernels",
-        "cuda/plan.h",
-        "cuda/sm90/ptx.cuh",
-    ),
-    "cpu": (),
+    "cuda": (*KERNELS_AND_BELOW, "cuda/plan.h", "cuda/sm90/ptx.cuh"),
+    "cpu": ("tensor_view.h",),
     "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan.h"),
     "simt": (),
-    "torch": ("cpu", "cuda", "cuda/problem.h"),
+    "torch": ("tensor_view.h", "cpu", "cuda", "cuda/problem.h"),
 }
 
 
-def includes(folder: Path) -> dict[str, list[str]]:
-    """What each file under folder includes of the others, by their paths in it."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
-        names = re.findall(
-            r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE
-        )
-        targets = (
-            (path.parent / name if (path.parent / name).is_file() else folder / name).resolve()
-            for name in names
-        )
-        own = [
-            t.relative_to(folder.resolve()).as_posix()
-            for t in targets
-            if t.is_file() and t.is_relative_to(folder.resolve())
-        ]
-        found[path.relative_to(folder).as_posix()] = own
-    return found
+def read_includes(folder: Path) -> dict[str, list[str]]:
+    """Returns which other files of the folder each file includes. Paths are relative to it."""
+    folder = folder.resolve()
+    graph: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in SUFFIXES:
+            continue
+        targets = []
+        for name in INCLUDE.findall(path.read_text(encoding="utf-8")):
+            candidates = (path.parent / name, folder / name)
+            target = next((file for file in candidates if file.is_file()), None)
+            if target is not None and target.resolve().is_relative_to(folder):
+                targets.append(target.resolve().relative_to(folder).as_posix())
+        graph[path.relative_to(folder).as_posix()] = targets
+    return graph
 
 
 def circles(graph: dict[str, list[str]]) -> list[str]:
-    """One line a circle that a walk from each file meets."""
-    done: set[str] = set()
+    """Returns a line per circle that a walk from any file meets."""
+    finished: set[str] = set()
     lines: list[str] = []
 
-    def walk(name: str, way: list[str]) -> None:
-        if name in way:
-            lines.append("a circle: " + " -> ".join([*way[way.index(name) :], name]))
-        elif name not in done:
+    def walk(name: str, path: list[str]) -> None:
+        if name in path:
+            circle = [*path[path.index(name) :], name]
+            lines.append("a circle: " + " -> ".join(circle))
+        elif name not in finished:
             for target in graph.get(name, ()):
-                walk(target, [*way, name])
-            done.add(name)
+                walk(target, [*path, name])
+            finished.add(name)
 
     for name in graph:
         walk(name, [])
     return lines
 
 
-def layer(name: str) -> str:
-    return next((layer for layer in LAYERS if name == layer or name.startswith(f"{layer}/")), "")
+def layer_of(name: str) -> str | None:
+    """Returns the layer of a file, None if it is in no layer."""
+    for layer in LAYERS:
+        if name == layer or name.startswith(f"{layer}/"):
+            return layer
+    return None
 
 
-def strangers(graph: dict[str, list[str]]) -> list[str]:
-    """A line for each include of a layer that is not below."""
+def wrong_includes(graph: dict[str, list[str]]) -> list[str]:
+    """Returns a line per include of a layer that is not below."""
     lines = []
     for name, targets in graph.items():
-        own = layer(name)
-        if not own:
+        layer = layer_of(name)
+        if layer is None:
             lines.append(f"{name}: in none of the layers {', '.join(LAYERS)}")
             continue
+        allowed = (layer, *LAYERS[layer])
         for target in targets:
-            if layer(target) != own and layer(target) not in LAYERS[own]:
-                lines.append(
-                    f"{name} includes {target}: {own} may include {', '.join(LAYERS[own]) or 'nothing else'}"
-                )
+            if layer_of(target) not in allowed:
+                lines.append(f"{name} includes {target}. It may include {', '.join(allowed)}")
     return lines
 
 
 def main(folder: Path) -> int:
-    graph = includes(folder)
-    lines = circles(graph) + strangers(graph)
+    graph = read_includes(folder)
+    lines = circles(graph) + wrong_includes(graph)
     for line in lines:
         print(f"{folder.name}: {line}", file=sys.stderr)
     return int(bool(lines))

@@ -1,4 +1,4 @@
-"""Uses an installed wheel as a user's first minutes would: layers against float64, a model, its adapter saved and loaded."""
+"""Tries an installed wheel: layers against float64, a model that trains, its adapter on disk."""
 
 from __future__ import annotations
 
@@ -20,69 +20,75 @@ from lotr_ext import (
 )
 from lotr_ext.core.kernel_support import build_info
 
-EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-12}
+MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-12}
+K = 48
+N = 40
+R = 4
 
 
-def check_layers() -> None:
-    """Both forms, forward and backward, in every dtype."""
-    torch.manual_seed(0)
-    for dtype, limit in EPSILON.items():
-        for m in (3, 300):
-            values = [
-                torch.randn(shape, dtype=torch.float64)
-                for shape in ((m, 48), (40, 48), (40,), (48, 4), (40, 4), (4, 4))
-            ]
-            own = [v.to(dtype).requires_grad_(i in (0, 3, 4, 5)) for i, v in enumerate(values)]
-            exact = [v.detach().double().requires_grad_(v.requires_grad) for v in own]
-            y = lotr_linear(*own, 0.5)
-            x, w, bias, A, B, core = exact
-            expected = x @ w.T + bias + 0.5 * ((x @ A) @ core) @ B.T
-            g = torch.randn(m, 40, dtype=torch.float64).to(dtype)
-            y.backward(g)
-            expected.backward(g.double())
-            found = [
-                (y, expected),
-                *((a.grad, b.grad) for a, b in zip(own, exact) if a.requires_grad),
-            ]
-            worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in found)
-            assert worst < limit, f"{dtype}, {m} tokens: relative error {worst:.1e}"
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def check_layer(m: int, dtype: torch.dtype) -> None:
+    """Compares a layer of m tokens with float64, forward and backward."""
+    shapes = {"x": (m, K), "W": (N, K), "bias": (N,), "A": (K, R), "B": (N, R), "core": (R, R)}
+    rounded = {}
+    exact = {}
+    for name, shape in shapes.items():
+        needs_gradient = name not in ("W", "bias")
+        rounded[name] = torch.randn(shape).to(dtype).requires_grad_(needs_gradient)
+        exact[name] = rounded[name].detach().double().requires_grad_(needs_gradient)
+    y = lotr_linear(*rounded.values(), 0.5)
+    x, W, bias, A, B, core = exact.values()
+    expected = x @ W.T + bias + 0.5 * ((x @ A) @ core) @ B.T
+    g = torch.randn(m, N).to(dtype)
+    y.backward(g)
+    expected.backward(g.double())
+    errors = {"y": relative_error(y, expected)}
+    for name in ("x", "A", "B", "core"):
+        errors[name] = relative_error(rounded[name].grad, exact[name].grad)
+    assert max(errors.values()) < MAX_ERROR[dtype], f"{dtype}, {m} tokens: {errors}"
+
+
+def make_base() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, K))
 
 
 def check_model() -> None:
-    def model() -> nn.Module:
-        torch.manual_seed(1)
-        return apply_lotr(
-            nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48)), LoTRConfig(rank=4)
-        )
-
-    adapted, x = model(), torch.randn(200, 48)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 2e-3)
+    """Trains a model for 20 steps, and loads its adapter onto a fresh base model."""
+    model = apply_lotr(make_base(), LoTRConfig(rank=R))
+    x = torch.randn(200, K)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
     losses = []
     for _ in range(20):
-        loss = (adapted(x) - x).square().mean()
+        loss = (model(x) - x).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(adapted, folder)
-        fresh = load_adapter(model(), folder)
-        assert torch.equal((fresh or adapted)(x), adapted(x))
+        save_adapter(model, folder)
+        fresh = load_adapter(make_base(), folder)
+        assert torch.equal(fresh(x), model(x))
 
 
 def main() -> None:
-    assert "site-packages" in lotr_ext.__file__, (
-        f"expected the installed package, got {lotr_ext.__file__}"
-    )
-    built = build_info()
-    assert built["cuda"]["built"] and any("90a" in arch for arch in built["cuda"]["archs"]), built
-    check_layers()
+    assert "site-packages" in lotr_ext.__file__, lotr_ext.__file__
+    cuda = build_info()["cuda"]
+    assert cuda["built"], cuda
+    assert any("90a" in arch for arch in cuda["archs"]), cuda
+    torch.manual_seed(0)
+    for dtype in MAX_ERROR:
+        check_layer(3, dtype)
+        check_layer(300, dtype)
     check_model()
-    layer = LoTRLinear(48, 48, 4, dtype=torch.bfloat16)
-    said = explain(layer, torch.empty(300, 48, dtype=torch.bfloat16))
-    assert "kernels of lotr_ext" in said, said
-    print(f"python {sys.version.split()[0]}, torch {torch.__version__}: right; {said}")
+    layer = LoTRLinear(K, K, R, dtype=torch.bfloat16)
+    explanation = explain(layer, torch.empty(300, K, dtype=torch.bfloat16))
+    assert "kernels of lotr_ext" in explanation, explanation
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}: right; {explanation}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
-"""Held-out loss against trained numbers: LoTR, its forms, LoRA, DoRA, VeRA and full fine-tuning, with paired intervals.
+"""Held-out loss against trained numbers, with paired intervals.
 
-    python -m bench.accuracy                        all tasks and methods: days on two cores; it goes on from what is kept
+    python -m bench.accuracy                        all tasks and methods: days on two cores
     python -m bench.accuracy --tasks minilm-movies --methods lotr:16,lora:4 --seeds 5
-    python -m bench.accuracy --tasks none           the tables of the kept runs, without a run
+    python -m bench.accuracy --tasks none           the tables of the recorded runs, without a run
 
-Every method has the same search for its learning rate, on validation items with the first seed: three neighbouring rates, and
-the next one while the best is at an end. The other seeds run at the best rate. Rates are 1, 2, 5 times powers of ten, LoTR's
-are 0.4 times these. Data: python examples/data.py minilm snippets smollm2 kjv wycliffe verilog.
+LoTR and its forms, LoRA, DoRA, VeRA and full fine-tuning. The program continues from what is
+recorded. Data: python examples/data.py minilm snippets smollm2 kjv wycliffe verilog.
 
-A row of bench/results/accuracy.jsonl is a run: task, method, rank, parameters (without a new head), lr, seed, scaling ("": the
-default), steps, batch; validation and loss (means over the validation and the held-out items; none: diverged), accuracy, items
-(the held-out losses as means of up to 250 groups, half precision in base64), falling (the part of the training loss's fall in
-the last tenth of the run), seconds, machine, commit. Runs of commits before the default scaling had the constant 0.4 have
-lr_run, the rate that they were run with, and lr = 0.4 lr_run: under AdamW the path is the same. docs/choosing.md says why.
+Every method has the same search for its learning rate, on validation items with the first seed:
+three neighboring rates, and the next one while the best is at an end. The other seeds run at the
+best rate. Rates are 1, 2, 5 times powers of ten; LoTR's are 0.4 times these
+(docs/choosing_details.md says why).
+
+A row of bench/results/accuracy.jsonl is a run:
+
+    task, method, rank, lr, seed, steps, batch
+    parameters         trained numbers, without a new head
+    scaling            "" for the default
+    validation, loss   means over the validation and the held-out items; absent: diverged
+    accuracy           the share of held-out items, or tokens, that were right
+    items              the held-out losses as means of up to 250 groups, half precision in base64
+    falling            the part of the training loss's fall that is in the last tenth of the run
+    seconds, machine, commit
+    lr_run             only of commits before the default scaling had the constant 0.4: the rate of
+                       the run. lr is 0.4 lr_run then, because the path under AdamW is the same.
+
+Not here: the tasks, the methods, and how a model is trained (problems.py).
 """
 
 from __future__ import annotations
@@ -36,15 +49,16 @@ from scipy import stats
 from .common import QUICK, RESULTS, commit, listed, machine, read, show, write
 from .problems import KINDS, MAIN, METHODS, TASKS, Task, adapt, fit, missing, problem_of
 
-LOTR_RATE, MOST_RATES, GROUPS, DIVERGED = (
-    0.4,
-    9,
-    250,
-    2.0,
-)  # DIVERGED: times the unadapted validation loss
+LOTR_RATE = 0.4  # LoTR's rates over those of other methods
+MOST_RATES = 9  # of one search
+MOST_GROUPS = 250  # of held-out items in a row
+DIVERGED = 2.0  # times the validation loss of the unadapted model
+RESAMPLES = 4000
 
 
 class Run(NamedTuple):
+    """One training run."""
+
     task: str
     method: str
     rank: int
@@ -61,160 +75,188 @@ def name_of(method: str, rank: int) -> str:
     return f"{method}, r {rank}" if rank else method
 
 
-# ---- one run ---------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def train(run: Run) -> dict[str, Any]:
     """Trains and measures with one thread. Returns the run's row."""
-    start, task = time.perf_counter(), TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
+    start = time.perf_counter()
+    task = TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
     torch.set_num_threads(1)
     problem = problem_of(task)
     torch.manual_seed(run.seed)
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    kept = [
-        p.numel()
-        for n, p in model.named_parameters()
-        if p.requires_grad and not (problem.head and "head." in n)
-    ]
-    row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": sum(kept)}
+    trained = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not (problem.head and "head." in name)
+    )
+    row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
     losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
     if not losses or np.isfinite(losses[-1]):
         validation, _ = problem.measure(model.eval(), "validation")
         held_out, right = problem.measure(model, "held_out")
         if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():
-            row |= {"validation": validation.mean().item(), "loss": held_out.mean().item()}
-            row |= {"accuracy": None if right is None else right.mean().item()}
-            row |= {"items": packed(held_out.numpy()), "falling": falling(losses)}
-    return row | {
-        "seconds": time.perf_counter() - start,
-        "machine": machine("cpu"),
-        "commit": commit(),
-    }
+            row["validation"] = validation.mean().item()
+            row["loss"] = held_out.mean().item()
+            row["accuracy"] = None if right is None else right.mean().item()
+            row["items"] = packed(held_out.numpy())
+            row["falling"] = falling(losses)
+    row["seconds"] = time.perf_counter() - start
+    row["machine"] = machine("cpu")
+    row["commit"] = commit()
+    return row
 
 
 def packed(losses: np.ndarray) -> str:
-    groups = np.array_split(losses, min(GROUPS, len(losses)))
-    return base64.b64encode(
-        np.array([group.mean() for group in groups], np.float16).tobytes()
-    ).decode()
+    """Returns the losses as means of up to MOST_GROUPS groups, half precision in base64."""
+    groups = np.array_split(losses, min(MOST_GROUPS, len(losses)))
+    means = np.array([group.mean() for group in groups], np.float16)
+    return base64.b64encode(means.tobytes()).decode()
 
 
 def unpacked(text: str) -> np.ndarray:
+    """Returns the means of groups in a row."""
     return np.frombuffer(base64.b64decode(text), np.float16).astype(np.float64)
 
 
 def falling(losses: list[float]) -> float:
-    tenths = [part.mean() for part in np.array_split(losses, 10)] if len(losses) >= 10 else []
-    return (
-        float((tenths[-2] - tenths[-1]) / (tenths[0] - tenths[-1]))
-        if tenths and tenths[0] > tenths[-1]
-        else 0.0
-    )
+    """The part of the training loss's fall that is in the last tenth of the run."""
+    if len(losses) < 10:
+        return 0.0
+    tenths = [part.mean() for part in np.array_split(losses, 10)]
+    if tenths[0] <= tenths[-1]:
+        return 0.0
+    return float((tenths[-2] - tenths[-1]) / (tenths[0] - tenths[-1]))
 
 
-# ---- which runs come next --------------------------------------------------------------------------------------------
+# ---- which runs come next ------------------------------------------------------------------------
+
+
+def family_rate(method: str) -> float:
+    """What a method's rates are multiplied by."""
+    return LOTR_RATE if METHODS[method].family == "lotr" else 1.0
 
 
 def rung(index: int, method: str) -> float:
     """.., 0.1, 0.2, 0.5, 1, 2, 5, ..; LoTR's are 0.4 times these."""
     rate = float(f"{(1, 2, 5)[index % 3]}e{index // 3}")
-    return float(f"{rate * (LOTR_RATE if METHODS[method].family == 'lotr' else 1.0):.6g}")
+    return float(f"{rate * family_rate(method):.6g}")
 
 
 def index_of(lr: float, method: str) -> int:
-    return min(range(-24, 7), key=lambda i: abs(np.log(rung(i, method) / lr)))
+    """The rung that is nearest to a rate."""
+    return min(range(-24, 7), key=lambda index: abs(np.log(rung(index, method) / lr)))
 
 
 def first_rate(method: str, kind: str) -> float:
-    begin = METHODS[method].rates[KINDS.index(kind)] * (
-        LOTR_RATE if METHODS[method].family == "lotr" else 1.0
-    )
+    """The rate at which a search begins, 0 for a method that trains nothing."""
+    begin = METHODS[method].rates[KINDS.index(kind)] * family_rate(method)
     return rung(index_of(begin, method), method) if begin else 0.0
 
 
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate with the lowest validation loss, the lower one of two."""
+    return min(tried, key=lambda lr: (tried[lr], lr))
+
+
 def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[float]:
-    """By the validation losses of those tried (infinite: diverged). Three neighbours first; while the best of them is the
-    lowest or the highest, the next one beyond it; none: the search is over."""
+    """Returns the next rates of a search, none when it is over.
+
+    Three neighbors first; while the best one is the lowest or the highest, the next one beyond it.
+
+    Args:
+        method: One of METHODS.
+        begin: The rate in the middle of the first three.
+        tried: The validation loss by rate, infinite where a run diverged.
+    """
     middle = index_of(begin, method)
-    if lacking := [lr for step in (0, -1, 1) if (lr := rung(middle + step, method)) not in tried]:
+    neighbors = [rung(middle + step, method) for step in (0, -1, 1)]
+    lacking = [lr for lr in neighbors if lr not in tried]
+    if lacking:
         return lacking
-    best = min(tried, key=lambda lr: (tried[lr], lr))
-    beyond = -1 if best == min(tried) else 1 if best == max(tried) else 0
-    return (
-        [rung(index_of(best, method) + beyond, method)]
-        if beyond and len(tried) < MOST_RATES
-        else []
-    )
+    best = best_rate(tried)
+    if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
+        return []
+    return [rung(index_of(best, method) + (-1 if best == min(tried) else 1), method)]
 
 
-def tried_rates(kept: pd.DataFrame) -> dict[float, float]:
-    """The validation losses of one place's runs with the first seed, infinite where a run with any seed diverged."""
-    bad = set(kept[kept["validation"].isna()]["lr"])
-    first = kept[kept["seed"] == 0]
+def tried_rates(recorded: pd.DataFrame) -> dict[float, float]:
+    """The first seed's validation loss by rate, infinite where a run with any seed diverged."""
+    diverged = set(recorded[recorded["validation"].isna()]["lr"])
+    first = recorded[recorded["seed"] == 0]
     return {
-        lr: float("inf") if lr in bad else loss
-        for lr, loss in zip(first["lr"], first["validation"])
+        lr: float("inf") if lr in diverged else loss
+        for lr, loss in zip(first["lr"], first["validation"], strict=True)
     }
 
 
 class Search:
-    """What is left to do of one task: all places finish their search before any gets another seed."""
+    """What is left to do for one task: all places finish their search before any gets a seed.
 
-    def __init__(self, task: str, places: list[tuple[str, int]], options: argparse.Namespace):
-        self.name, self.task, self.places, self.options = task, TASKS[task], places, options
+    A place is a method and a rank.
+    """
 
-    def own(self, kept: pd.DataFrame, method: str, rank: int) -> pd.DataFrame:
-        same = (
-            (kept["task"] == self.name)
-            & (kept["method"] == method)
-            & (kept["rank"] == rank)
-            & (kept["scaling"] == "")
-        )
-        return kept[same & (kept["steps"] == self.task.steps) & (kept["batch"] == self.task.batch)]
+    def __init__(
+        self, task: str, places: list[tuple[str, int]], steps: int, options: argparse.Namespace
+    ):
+        self.name = task
+        self.task = TASKS[task]._replace(steps=steps)
+        self.places = places
+        self.options = options
 
-    def next_runs(self, kept: pd.DataFrame) -> list[Run]:
-        """Runs that may go side by side; none: the task is done."""
-        rates, more = {}, []
-        for method, rank in self.places:
-            tried = tried_rates(self.own(kept, method, rank))
-            begin = first_rate(method, self.task.kind)
-            if method == "base" or self.options.lr or self.options.quick:
-                usual = begin if method == "base" else self.options.lr or begin
-                found, rates[method, rank] = [] if usual in tried else [usual], usual
-            else:
-                found = rates_to_try(method, begin, tried)
-                rates[method, rank] = min(tried, key=lambda lr: (tried[lr], lr)) if tried else begin
-            more += [
-                Run(self.name, method, rank, lr, 0, self.task.steps, self.task.batch)
-                for lr in found
-            ]
-        if more:
-            return more
+    def next_runs(self, recorded: pd.DataFrame) -> list[Run]:
+        """Returns runs that may run in parallel, none when the task is done."""
+        runs = []
+        rates = {}
+        for place in self.places:
+            tried = tried_rates(self._runs_of(recorded, *place))
+            lacking, rates[place] = self._rates(place[0], tried)
+            runs += [self._run(place, lr, 0) for lr in lacking]
+        if runs:
+            return runs
         for seed in range(1, self.options.seeds):
-            for method, rank in [place for place in self.places if place[0] != "base"]:
-                own = self.own(kept, method, rank)
-                if own[(own["seed"] == seed) & (own["lr"] == rates[method, rank])].empty:
-                    more.append(
-                        Run(
-                            self.name,
-                            method,
-                            rank,
-                            rates[method, rank],
-                            seed,
-                            self.task.steps,
-                            self.task.batch,
-                        )
-                    )
-            if more:
-                return more
+            for place in self.places:
+                runs_of_place = self._runs_of(recorded, *place)
+                with_seed = runs_of_place[runs_of_place["seed"] == seed]
+                if place[0] != "base" and rates[place] not in set(with_seed["lr"]):
+                    runs.append(self._run(place, rates[place], seed))
+            if runs:
+                return runs
         return []
 
+    def _rates(self, method: str, tried: dict[float, float]) -> tuple[list[float], float]:
+        """(rates that the search lacks, the best one so far)."""
+        begin = first_rate(method, self.task.kind)
+        if method == "base" or self.options.lr or self.options.quick:
+            lr = begin if method == "base" else self.options.lr or begin
+            return ([] if lr in tried else [lr]), lr
+        return rates_to_try(method, begin, tried), best_rate(tried) if tried else begin
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+    def _run(self, place: tuple[str, int], lr: float, seed: int) -> Run:
+        return Run(self.name, *place, lr, seed, self.task.steps, self.task.batch)
+
+    def _runs_of(self, recorded: pd.DataFrame, method: str, rank: int) -> pd.DataFrame:
+        of_place = (
+            (recorded["task"] == self.name)
+            & (recorded["method"] == method)
+            & (recorded["rank"] == rank)
+            & (recorded["scaling"] == "")
+        )
+        of_size = (recorded["steps"] == self.task.steps) & (recorded["batch"] == self.task.batch)
+        return recorded[of_place & of_size]
+
+
+# ---- points and intervals ------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
-    """A place at its rate, over the seeds that places have in common. seeds: mean losses; items: means over seeds."""
+    """A method of a rank at its best rate, over the seeds that all points have in common.
+
+    Attributes:
+        seeds: The mean held-out loss of each seed.
+        items: The held-out loss of each group of items, a mean over seeds.
+    """
 
     method: str
     rank: int
@@ -226,252 +268,284 @@ class Point(NamedTuple):
     accuracy: float
 
 
-def points_of(kept: pd.DataFrame, task: str) -> list[Point]:
-    """Of a task's kept runs. A run that ended far above the unadapted model counts as diverged, and its place is left out."""
-    own = kept[(kept["task"] == task) & (kept["scaling"] == "")]
-    if own.empty:
+def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
+    """Returns a task's points by size.
+
+    A run that ended far above the unadapted model counts as diverged, and its point is left out.
+    """
+    runs = recorded[(recorded["task"] == task) & (recorded["scaling"] == "")]
+    if runs.empty:
         return []
-    own = own[(own["steps"] == own["steps"].mode()[0]) & (own["batch"] == own["batch"].mode()[0])]
-    own = own.assign(
-        lr=own["lr"].fillna(own["lr_run"])
-    )  # computed cores of higher degree have no other rate
-    untrained = own[own["method"].isin(("base", "head"))]["validation"].min()
-    own = own[
-        own["validation"].notna()
-        & ~(own["validation"] > DIVERGED * untrained)
-        & own["items"].notna()
-    ]
-    rates = own.groupby(["method", "rank", "lr"])["seed"].nunique()
-    count, found = rates.max() if len(rates) else 0, []
-    for (method, rank), _ in own.groupby(["method", "rank"], sort=False):
-        runs = own[(own["method"] == method) & (own["rank"] == rank)]
-        lr = rates[method, rank].idxmax()
-        runs = runs[runs["lr"] == lr].drop_duplicates("seed", keep="last").sort_values("seed")
+    usual = (runs["steps"] == runs["steps"].mode()[0]) & (runs["batch"] == runs["batch"].mode()[0])
+    runs = runs[usual]
+    # Computed cores of higher degree have no other rate.
+    runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
+    unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
+    trained = runs["validation"].notna() & runs["items"].notna()
+    runs = runs[trained & ~(runs["validation"] > DIVERGED * unadapted)]
+    seeds = runs.groupby(["method", "rank", "lr"])["seed"].nunique()
+    count = seeds.max() if len(seeds) else 0
+    points = []
+    for (method, rank), of_place in runs.groupby(["method", "rank"], sort=False):
+        lr = seeds[method, rank].idxmax()
+        at_rate = of_place[of_place["lr"] == lr]
+        at_rate = at_rate.drop_duplicates("seed", keep="last").sort_values("seed")
         if method == "base":  # the same for all seeds
-            runs = pd.concat([runs.iloc[:1]] * count)
-        if len(runs) == count:
-            items = np.mean([unpacked(text) for text in runs["items"]], 0)
-            means = runs["loss"].to_numpy(), items, runs["accuracy"].mean()
-            found.append(
-                Point(
-                    method,
-                    int(rank),
-                    int(runs["parameters"].iloc[0]),
-                    lr,
-                    runs["validation"].mean(),
-                    *means,
-                )
-            )
-    return sorted(found, key=lambda point: point.parameters)
+            at_rate = pd.concat([at_rate.iloc[:1]] * count)
+        if len(at_rate) == count:
+            points.append(point_of(method, int(rank), lr, at_rate))
+    return sorted(points, key=lambda point: point.parameters)
 
 
-def interval(value: Callable[..., np.ndarray], *points: Point) -> tuple[float, float, float]:
-    """A function of mean losses and its 95 % interval by the paired bootstrap over held-out items and over seeds. A mean of few
-    drawn seeds spreads too little: its deviation is widened so that the interval is Student's where seeds alone matter."""
-    middle, n = float(value(*(p.seeds.mean() for p in points))), len(points[0].seeds)
-    if n < 3:
-        return middle, float("nan"), float("nan")
-    drawn, widen = 0.0, stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
-    for parts, scale in (
-        (tuple(p.items for p in points), 1.0),
-        (tuple(p.seeds for p in points), widen),
-    ):
-        statistic = lambda *means, axis=-1: value(*(m.mean(axis) for m in means))  # noqa: E731
-        given = {
-            "paired": True,
-            "vectorized": True,
-            "n_resamples": 4000,
-            "method": "percentile",
-            "rng": 0,
-        }
-        found = stats.bootstrap(parts, statistic, **given).bootstrap_distribution
-        drawn = drawn + scale * (found - value(*(part.mean() for part in parts)))
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return middle, middle + low, middle + high
-
-
-def text(value: tuple[float, float, float], form: str = "{:.4f}") -> str:
-    return form.format(value[0]) + (
-        "" if np.isnan(value[1]) else f" ({form.format(value[1])} to {form.format(value[2])})"
+def point_of(method: str, rank: int, lr: float, runs: pd.DataFrame) -> Point:
+    """The point of runs with different seeds."""
+    return Point(
+        method,
+        rank,
+        int(runs["parameters"].iloc[0]),
+        lr,
+        runs["validation"].mean(),
+        runs["loss"].to_numpy(),
+        np.mean([unpacked(text) for text in runs["items"]], 0),
+        runs["accuracy"].mean(),
     )
 
 
-def tables(kept: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
-    """A task's points, each against the LoRA or VeRA that trains at least as many numbers and has the lowest validation loss of
-    these sizes; then what a method of ours has against each LoRA and VeRA."""
+class Interval(NamedTuple):
+    """A value and its 95 % interval, which is NaN for fewer than three seeds."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str = "{:.4f}") -> str:
+        if np.isnan(self.low):
+            return form.format(self.value)
+        return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
+
+
+def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
+    """A function of mean losses, by the paired bootstrap over held-out items and over seeds.
+
+    A mean of few drawn seeds spreads too little. Its deviation is widened so that the interval is
+    Student's where only the seeds matter.
+    """
+    middle = float(value(*(point.seeds.mean() for point in points)))
+    n = len(points[0].seeds)
+    if n < 3:
+        return Interval(middle, float("nan"), float("nan"))
+    student = stats.t.ppf(0.975, n - 1) / 1.96 * (n / (n - 1)) ** 0.5
+    by_items = deviations(value, [point.items for point in points])
+    by_seeds = deviations(value, [point.seeds for point in points])
+    low, high = np.quantile(by_items + student * by_seeds, (0.025, 0.975))
+    return Interval(middle, middle + low, middle + high)
+
+
+def deviations(value: Callable[..., np.ndarray], samples: list[np.ndarray]) -> np.ndarray:
+    """How far a function of the samples' means is from its value, for each of RESAMPLES draws."""
+
+    def statistic(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        return value(*(sample.mean(axis) for sample in drawn))
+
+    drawn = stats.bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=0,
+    )
+    return drawn.bootstrap_distribution - statistic(*samples)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def tables(recorded: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
+    """Prints each task's points, and what our forms have against each LoRA and VeRA."""
     for task in tasks:
-        points = {(p.method, p.rank): p for p in points_of(kept, task)}
-        base = next((points[key] for key in (("base", 0), ("head", 0)) if key in points), None)
-        full, rows = points.get(("full", 0)), []
-        gain = interval(lambda b, f: b - f, base, full) if base and full else (0.0,) * 3
-        for point in points.values():
-            row = {
-                "": name_of(point.method, point.rank),
-                "numbers": f"{point.parameters:,}",
-                "rate": f"{point.lr:g}",
-            }
-            row["held-out loss"] = text(interval(lambda a: a, point))
-            if gain[1] > 0:  # else a share of it would say nothing
-                share = interval(lambda b, m, f: (b - m) / (b - f), base, point, full)
-                row["of full fine-tuning's gain"] = text(share, "{:.0%}")
-            rows.append(
-                row
-                | ({"accuracy": f"{point.accuracy:.2%}"} if not np.isnan(point.accuracy) else {})
-            )
+        points = points_of(recorded, task)
+        if not points:
+            continue
+        title = f"{task}, {len(points[0].seeds)} seeds"
+        show(title, losses_table(points), markdown)
+        rows = [row for point in points if (row := comparison(point, points))]
         if rows:
-            count = len(next(iter(points.values())).seeds)
-            show(f"{task}, {count} seeds", pd.DataFrame(rows), markdown)
-        if compared := [
-            row for point in points.values() if (row := comparison(point, list(points.values())))
-        ]:
-            show(
-                f"{task}: our best form of at most as many numbers, by validation",
-                pd.DataFrame(compared),
-                markdown,
-            )
+            title = f"{task}: our best form of at most as many numbers, by validation"
+            show(title, pd.DataFrame(rows), markdown)
+
+
+def losses_table(points: list[Point]) -> pd.DataFrame:
+    """A row for each point. The share of full fine-tuning's gain is left out where that is zero."""
+    unadapted = next((point for point in points if point.method in ("base", "head")), None)
+    full = next((point for point in points if point.method == "full"), None)
+    gained = bool(unadapted and full and interval(np.subtract, unadapted, full).low > 0)
+    rows = []
+    for point in points:
+        row = {
+            "": name_of(point.method, point.rank),
+            "numbers": f"{point.parameters:,}",
+            "rate": f"{point.lr:g}",
+            "held-out loss": interval(lambda loss: loss, point).text(),
+        }
+        if gained:
+            row["of full fine-tuning's gain"] = share_of_gain(unadapted, point, full).text("{:.0%}")
+        if not np.isnan(point.accuracy):
+            row["accuracy"] = f"{point.accuracy:.2%}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def share_of_gain(unadapted: Point, point: Point, full: Point) -> Interval:
+    """The fall of the loss over that of another point."""
+    return interval(lambda b, m, f: (b - m) / (b - f), unadapted, point, full)
 
 
 def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
-    """A LoRA or VeRA against the LoTR that validation prefers among those with at most as many numbers."""
+    """A LoRA or VeRA against the LoTR of at most its size that validation prefers.
+
+    Returns None if there is nothing to compare.
+    """
     ours = [
-        p for p in points if METHODS[p.method].family == "lotr" and p.parameters <= rival.parameters
+        point
+        for point in points
+        if METHODS[point.method].family == "lotr" and point.parameters <= rival.parameters
     ]
     if rival.method not in ("lora", "vera") or not ours:
         return None
-    best = min(ours, key=lambda p: p.validation)
-    found = interval(lambda a, b: a - b, best, rival)
-    says = (
-        "no difference"
-        if not found[1] > 0 and not found[2] < 0
-        else "lower"
-        if found[0] < 0
-        else "higher"
-    )
-    row = {"rival": f"{name_of(rival.method, rival.rank)} ({rival.parameters:,})"}
-    return row | {
+    best = min(ours, key=lambda point: point.validation)
+    difference = interval(np.subtract, best, rival)
+    verdict = "no difference"
+    if difference.low > 0 or difference.high < 0:
+        verdict = "lower" if difference.value < 0 else "higher"
+    return {
+        "rival": f"{name_of(rival.method, rival.rank)} ({rival.parameters:,})",
         "ours": f"{name_of(best.method, best.rank)} ({best.parameters:,})",
-        "ours less rival": text(found),
-        "loss": says,
+        "ours less rival": difference.text(),
+        "loss": verdict,
     }
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
 def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Methods and ranks: those that the options name ("lotr:16", "lora"), else the task's own."""
-    kind, found = KINDS.index(task.kind), []
-    usual = (
-        ["base:0", "lotr:8", "lora:2"]
-        if options.quick
-        else METHODS
-        if task.all_methods
-        else MAIN[task.kind]
-    )
-    for word in options.methods or usual:
+    """Methods and ranks: those that the options name ("lotr:16", "lora"), else the task's."""
+    if options.methods:
+        words = options.methods
+    elif options.quick:
+        words = ["base:0", "lotr:8", "lora:2"]
+    else:
+        words = list(METHODS) if task.all_methods else MAIN[task.kind]
+    places = []
+    for word in words:
         method, _, rank = word.partition(":")
         if method not in METHODS:
             raise SystemExit(
                 f"methods: expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}"
             )
-        found += (
-            [(method, int(rank))]
-            if rank
-            else [(method, own) for own in METHODS[method].ranks[kind]]
-        )
-    return found
+        ranks = [int(rank)] if rank else METHODS[method].ranks[KINDS.index(task.kind)]
+        places += [(method, rank) for rank in ranks]
+    return places
 
 
 def runs_in(path: Path) -> pd.DataFrame:
-    """The kept runs, with the columns that are used here even where none is kept."""
-    kept, used = (
-        read(path),
-        (
-            *Run._fields,
-            "scaling",
-            "parameters",
-            "validation",
-            "loss",
-            "accuracy",
-            "items",
-            "lr_run",
-        ),
-    )
-    return kept.reindex(columns=list(dict.fromkeys([*kept.columns, *used])))
+    """The recorded runs, with all columns that are used here."""
+    recorded = read(path)
+    measured = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
+    columns = dict.fromkeys([*recorded.columns, *Run._fields, *measured])
+    return recorded.reindex(columns=list(columns))
 
 
 def work(options: argparse.Namespace) -> None:
-    """Makes what is not kept yet. This process alone writes the file, a run as soon as it is finished."""
+    """Makes the runs that are not recorded.
+
+    Only this process writes the file, each run as soon as it is finished.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for name in options.tasks:
-            search = Search(name, places_of(TASKS[name], options), options)
-            search.task = search.task._replace(steps=options.steps or search.task.steps)
+            task = TASKS[name]
+            search = Search(name, places_of(task, options), options.steps or task.steps, options)
             while runs := search.next_runs(runs_in(options.results)):
                 for future in as_completed([pool.submit(train, run) for run in runs]):
-                    row = future.result()
-                    write(
-                        options.results,
-                        pd.concat([read(options.results), pd.DataFrame([row])], ignore_index=True),
-                    )
-                    reached = f"loss {row['loss']:.4f}" if "loss" in row else "diverged"
-                    print(
-                        f"{Run(**{key: row[key] for key in Run._fields}).name()}: {reached}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    record(options.results, future.result())
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the file, and prints it."""
+    write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
+    run = Run(**{field: row[field] for field in Run._fields})
+    reached = f"loss {row['loss']:.4f}" if "loss" in row else "diverged"
+    print(f"{run.name()}: {reached}", file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--tasks", type=listed, default=list(TASKS), help=f"some of {', '.join(TASKS)}; none (all)"
+    add = top.add_argument
+    add(
+        "--tasks",
+        type=listed,
+        default=list(TASKS),
+        help=f"some of {', '.join(TASKS)}; none (all)",
     )
-    parser.add_argument(
+    add(
         "--methods",
         type=listed,
         help=f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (5)")
-    parser.add_argument("--lr", type=float, help="only this learning rate, without a search")
-    parser.add_argument("--steps", type=int, help="of a run (the task's)")
-    parser.add_argument(
+    add("--seeds", type=int, default=5, help="how many, from 0 on (5)")
+    add("--lr", type=float, help="only this learning rate, without a search")
+    add("--steps", type=int, help="of a run (the task's)")
+    add(
         "--jobs",
         type=int,
         default=os.cpu_count(),
-        help="runs at a time, one thread each (one a core)",
+        help="runs at a time, one thread each (one per core)",
     )
-    parser.add_argument("--results", type=Path, help="the file (bench/results/accuracy.jsonl)")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the tables in Markdown, as docs have them"
-    )
-    parser.add_argument(
+    add("--results", type=Path, help="the file (bench/results/accuracy.jsonl)")
+    add("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
+    add(
         "--quick",
         action="store_true",
         help="a teacher, three methods, 40 steps, into demo_results/bench",
     )
-    options = parser.parse_args(argv)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    command = parser()
+    options = command.parse_args(argv)
     options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")
     if options.quick:
-        options.tasks, options.steps, options.seeds = ["teacher-half"], options.steps or 40, 3
-    none = options.tasks == ["none"]
-    for name in [] if none else options.tasks:
+        options.tasks = ["teacher-half"]
+        options.steps = options.steps or 40
+        options.seeds = 3
+    if options.tasks == ["none"]:
+        tables(runs_in(options.results), list(TASKS), options.markdown)
+        print(f"results in {options.results}")
+        return 0
+    for name in options.tasks:
         if name not in TASKS:
-            parser.error(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}")
-        if lacking := missing(TASKS[name]):
-            parser.error(
-                f"tasks: expected {lacking} for {name}, found none; run python examples/data.py, see its help"
+            command.error(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}")
+        lacking = missing(TASKS[name])
+        if lacking:
+            command.error(
+                f"tasks: expected {lacking} for {name}, found none; "
+                f"run python examples/data.py, see its help"
             )
-    if not none:
-        os.environ |= dict.fromkeys(
-            ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"), "1"
-        )  # the runs inherit them
-        work(options)
-    tables(runs_in(options.results), list(TASKS) if none else options.tasks, options.markdown)
+    # The runs' processes inherit these.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    work(options)
+    tables(runs_in(options.results), options.tasks, options.markdown)
     print(f"results in {options.results}")
     return 0
 

@@ -1,6 +1,6 @@
 """One command on a machine with a GPU: build, tests and benchmarks in limited time (make gpu).
 
-    python -m bench.gpu                            about nine minutes; --budget 1800 for half an hour
+    python -m bench.gpu                            nine minutes; --budget 1800 for half an hour
     python -m bench.gpu --parts build,info,smoke   some parts; later commands run others
     python -m bench.gpu --wheel FILE               kernels from a wheel of ours instead of a build
     python -m bench.gpu --out DIR                  where summary.md and results.tar.gz go
@@ -103,7 +103,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
     def sanitizer(tool: str) -> Part:
         words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
-        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "2", *device)
+        smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
         # Memcheck knows allocations, so each tensor must be one.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = ("compute-sanitizer", *words, *smoke)

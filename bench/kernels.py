@@ -158,12 +158,9 @@ def shrink_grad(inputs: Inputs) -> Operator:
     u = inputs.normal(m, r, scale=m**-0.5)
     Q = inputs.zeros()
     library_Q = inputs.zeros()
-    unread_B = inputs.normal(n, 1)  # not read because Q is given
-    unread_core = inputs.normal(r, 1)
 
     def ours() -> Results:
-        head = (g, None, None, u, None, F, unread_B, unread_core, SCALING, STRATEGIES["two_pass"])
-        _, k, *_ = library().layer_backward_(*head, None, None, Q, None, None, False, False)
+        _, k, _ = library().layer_backward_rows_(g, None, u, F, None, Q, True, True)
         return k, Q
 
     return Operator(
@@ -215,12 +212,9 @@ def gemm_lotr(inputs: Inputs) -> Operator:
     W = inputs.normal(n, n, scale=n**-0.5)
     u = inputs.normal(m, r)
     F = inputs.normal(n, r, scale=r**-0.5)
-    unread_B = inputs.normal(n, 1)  # not read because F is given
-    unread_core = inputs.normal(r, 1)
 
     def ours() -> Results:
-        head = (x, W, None, None, unread_B, unread_core, SCALING, STRATEGIES["fused"])
-        return library().layer_forward(*head, u, F)[:1]
+        return (library().layer_forward_rows(x, W, None, u, F, STRATEGIES["fused"]),)
 
     return Operator(
         ours=ours,

@@ -1,12 +1,14 @@
 """Every operator in every form against float64, in processes that may crash.
 
     python -m bench.smoke                           on the GPU
-    python -m bench.smoke --forms "shrink;fold" --dtypes bf16 --device cpu
+    python -m bench.smoke --forms fold,shrink --dtypes bf16 --device cpu
     python -m bench.smoke --in-process --shapes 2   without processes, for compute-sanitizer
 
-A form is an operator with one choice of its options: strategy, dropout, fresh or given sums, few
-tokens, rows. Each form runs in its own process: bf16, fp16, fp32, then bf16 with float32 factors.
-An outcome is printed as soon as it is known:
+The forms are the entries of the tests' table of operators (python_tests/test_operators.py): each
+runs all strategies, fresh and given sums, and memory with NaN around every operand. "dropout" runs
+an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in its own
+process: bf16 first, then the other dtypes, also with float32 factors. An outcome is printed as soon
+as it is known:
 
     passed     all numbers are right, and a second run has the same bits
     skipped    the device cannot run the form; the reason follows
@@ -15,13 +17,13 @@ An outcome is printed as soon as it is known:
     crashed    the process ended
     hung       the process printed nothing for 20 s and was ended
 
-After the last three a new process runs the remaining dtypes, because a CUDA error is sticky. Only
-torch and lotr_ext are imported, so that a process starts quickly.
+After the last three a new process runs the remaining dtypes, because a CUDA error is sticky.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import queue
@@ -29,305 +31,50 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from unittest import mock
 
 import torch
-from torch import Tensor
 
-from .strategies import FUSED_MAX_RANK, STRATEGIES, fused_obstacle
+from .strategies import fused_obstacle
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = ("bf16", "fp16", "fp32", "bf16+fp32")
+# The dtype of x, and of factors if they have another one.
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp16+fp32": (torch.float16, torch.float32),
+    "fp32": (torch.float32, torch.float32),
+}
 START_S = 90  # for the imports of many processes at once
 WATCHDOG_S = 20
-SCALING = 0.5
-DROPPED = 0.3
-SEED = 12345678901
-# The largest error of an element, relative to the root mean square of the result.
-TOLERANCE = {"bf16": 8e-2, "fp16": 1e-2, "fp32": 5e-5, "bf16+fp32": 8e-2}
-# tokens, in, out, r_in. No size is a multiple of a tile. Each rank class of the kernels occurs.
-SHAPES = (
-    (333, 200, 136, 13),
-    (300, 264, 520, 16),
-    (17, 1032, 72, 61),
-    (520, 264, 136, 64),
-    (257, 136, 264, 128),
-    (130, 72, 136, 200),
-)
+DROPPED = 0.4
 
 
-class Check(NamedTuple):
-    """A result, what it should be in float64, and its name."""
-
-    what: str
-    result: Tensor
-    truth: Tensor
-
-
-def torch_dtypes(dtype: str) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of x and of the factors."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    of_x, _, of_factors = dtype.partition("+")
-    return names[of_x], names[of_factors or of_x]
+def table() -> ModuleType:
+    """The tests of operators on a GPU, which import the table."""
+    for folder in ("python_tests", "python_tests/cuda"):
+        sys.path.insert(0, str(ROOT / folder))
+    return importlib.import_module("test_gpu_operators")
 
 
-class Operands:
-    """Random operands of one shape on a device. r_out is r_in + 3, at most 256."""
-
-    def __init__(self, shape: tuple[int, int, int, int], dtype: str, device: str):
-        self.dtype, self.factor_dtype = torch_dtypes(dtype)
-        self.device = device
-        self.generator = torch.Generator().manual_seed(7)
-        self.m, self.k, self.n, self.r = shape
-        r_out = min(self.r + 3, 256)
-        self.x = self.normal(self.m, self.k)
-        self.g = self.normal(self.m, self.n)
-        self.weight = self.normal(self.n, self.k, scale=self.k**-0.5)
-        self.bias = self.normal(self.n)
-        self.A = self.normal(self.k, self.r, scale=self.k**-0.5, dtype=self.factor_dtype)
-        self.B = self.normal(self.n, r_out, scale=r_out**-0.5, dtype=self.factor_dtype)
-        self.core = self.normal(self.r, r_out, scale=self.r**-0.5, dtype=self.factor_dtype)
-        self.cores = self.normal(4, self.r, r_out, scale=self.r**-0.5, dtype=self.factor_dtype)
-        self.u = self.normal(self.m, self.r)
-        self.F = self.normal(self.n, self.r, scale=self.r**-0.5)
-        self.seed = torch.tensor([SEED], device=device)
-
-    def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*size, generator=self.generator) * scale
-        return values.to(self.device, dtype or self.dtype)
-
-    def sums(self, *size: int) -> Tensor:
-        """A float32 sum that already has values."""
-        return self.normal(*size, dtype=torch.float32)
-
-    def wide(self, *names: str) -> list[Tensor]:
-        """The operands of these names in float64 on the CPU."""
-        return [getattr(self, name).double().cpu() for name in names]
-
-    def mask(self, columns: int, p: float) -> Tensor:
-        from lotr_ext import reference
-
-        return reference.dropout_mask(self.m, columns, p, SEED)
-
-
-def operators() -> object:
-    """torch.ops.lotr, loaded."""
-    import lotr_ext.core.operators  # noqa: F401
-
-    return torch.ops.lotr
-
-
-# ---- the forms -----------------------------------------------------------------------------------
-
-
-def shrink(o: Operands, p: float = 0.0) -> Iterator[Check]:
-    x, A = o.wide("x", "A")
-    u = operators().shrink(o.x, o.A, p, o.seed)
-    yield Check("u", u, (x * o.mask(o.k, p)) @ A)
-
-
-def expand_add_(o: Operands, p: float = 0.0) -> Iterator[Check]:
-    y, u, F = o.wide("g", "u", "F")
-    result = o.g.clone()
-    operators().expand_add_(result, o.u, o.F, p, o.seed)
-    yield Check("y", result, y + o.mask(o.n, p) * (u @ F.T))
-
-
-def expand(o: Operands) -> Iterator[Check]:
-    y, u, F = o.wide("g", "u", "F")
-    yield Check("y", operators().expand(o.g, o.u, o.F), y + u @ F.T)
-
-
-def fold(o: Operands) -> Iterator[Check]:
-    from lotr_ext import reference
-
-    B, core = o.wide("B", "core")
-    F = operators().fold(o.B, o.core, SCALING, o.dtype)
-    yield Check("F", F, reference.fold(B, core, SCALING))
-
-
-def row_arguments(o: Operands, by_expert: bool) -> tuple[tuple, Tensor, Tensor]:
-    """(the operator's index, offs and tokens; the core of each row, -1 for none; its token)."""
-    rows = torch.arange(o.m)
-    if not by_expert:
-        cores = rows * 7 % 5 - 1
-        return (cores.to(o.device), None, None), cores, rows
-    ends = torch.tensor([o.m // 5, o.m // 5, o.m // 2, o.m - o.m // 7], dtype=torch.int32)
-    cores = torch.searchsorted(ends, rows, right=True)
-    cores[cores == len(ends)] = -1
-    tokens = (rows * 3 + 1) % o.m
-    return (None, ends.to(o.device), tokens.to(o.device)), cores, tokens
-
-
-def row_core(o: Operands, by_expert: bool = False) -> Iterator[Check]:
-    """h_i = s u_t(i) G_c(i), and its gradients."""
-    arguments, core_of, token_of = row_arguments(o, by_expert)
-    u, cores = (t.requires_grad_() for t in o.wide("u", "cores"))
-    has_core = (core_of >= 0).double()[:, None]
-    h = SCALING * torch.einsum("mr,mrs->ms", u[token_of], cores[core_of.clamp(min=0)]) * has_core
-    yield Check("h", operators().row_core(o.u, o.cores, *arguments, SCALING), h.detach())
-    dh = o.normal(*h.shape)
-    h.backward(dh.double().cpu())
-    du, dcores = operators().row_core_backward(dh, o.u, o.cores, *arguments, SCALING, True, True)
-    yield Check("du", du, u.grad)
-    yield Check("dcores", dcores, cores.grad)
-
-
-def layer_forward(
-    o: Operands, strategy: int, p: float = 0.0, few_tokens: bool = False
-) -> Iterator[Check]:
-    from lotr_ext import reference
-    from lotr_ext.core.operators import UNFOLDED
-
-    names = ("x", "weight", "bias", "A", "B", "core")
-    truth = reference.forward(*o.wide(*names), SCALING, o.mask(o.k, p))
-    order = strategy + UNFOLDED * few_tokens
-    y, u, F = operators().layer_forward(
-        o.x, o.weight, o.bias, o.A, o.B, o.core, SCALING, order, None, None, p, o.seed
-    )
-    yield Check("y", y, truth)
-    if few_tokens:
-        return
-    y_again, _, _ = operators().layer_forward(
-        o.x, o.weight, None, None, o.B, o.core, SCALING, order, u, F
-    )
-    yield Check("y of a given u and F, without bias", y_again, truth - o.wide("bias")[0])
-
-
-def layer_backward_(
-    o: Operands, strategy: int, p: float = 0.0, few_tokens: bool = False
-) -> Iterator[Check]:
-    """Fresh gradients, then the same added to given sums and to a sibling's du and dx."""
-    from lotr_ext import reference
-    from lotr_ext.core.operators import UNFOLDED
-
-    x, A, B, core = o.wide("x", "A", "B", "core")
-    mask = o.mask(o.k, p)
-    F = reference.fold(B, core, SCALING)
-    u = ((x * mask) @ A).to(o.device, o.dtype)
-    truth = reference.backward(*o.wide("g", "x", "weight", "A", "B", "core"), SCALING, mask)
-    order = strategy + UNFOLDED * few_tokens
-    folded = None if few_tokens else F.to(o.device, o.dtype)
-    head = (o.g, o.weight, o.x, u, o.A, folded, o.B, o.core, SCALING, order)
-    tail = (True, True, p, o.seed)
-    dx, _, dA, dB, dcore = operators().layer_backward_(*head, None, None, None, None, None, *tail)
-    yield Check("dx", dx, truth.dx)
-    yield Check("dA", dA, truth.dA)
-    yield Check("dB", dB, truth.dB)
-    yield Check("dcore", dcore, truth.dcore)
-
-    dA_sum = o.sums(o.k, o.r)
-    dB_sum = o.sums(*o.B.shape)
-    dA_before, dB_before = dA_sum.double().cpu(), dB_sum.double().cpu()
-    if few_tokens:
-        dx, *_ = operators().layer_backward_(*head, None, None, None, dA_sum, dB_sum, *tail)
-        yield Check("dx beside sums", dx, truth.dx)
-        yield Check("dA added", dA_sum, dA_before + truth.dA)
-        yield Check("dB added", dB_sum, dB_before + truth.dB)
-        return
-    du = o.normal(o.m, o.r)
-    dx_sum = o.normal(o.m, o.k)
-    dx_before, du_before = dx_sum.double().cpu(), du.double().cpu()
-    operators().layer_backward_(*head, du, dx_sum, None, dA_sum, dB_sum, *tail)
-    yield Check("dx added", dx_sum, dx_before + truth.dx + mask * (du_before @ A.T))
-    yield Check("dA added", dA_sum, dA_before + truth.dA + (x * mask).T @ du_before)
-    yield Check("dB added", dB_sum, dB_before + truth.dB)
-
-
-def sibling_backward(o: Operands) -> Iterator[Check]:
-    """du = g F and Q += g^T u from one read of g, without dx: what a sibling of a group runs."""
-    g, u, F = o.wide("g", "u", "F")
-    Q = o.sums(o.n, o.r)
-    Q_before = Q.double().cpu()
-    head = (o.g, None, None, o.u, None, o.F, o.B, o.core, SCALING, 0)
-    _, du, *_ = operators().layer_backward_(*head, None, None, Q, None, None, False, False)
-    yield Check("du", du, g @ F)
-    yield Check("Q added", Q, Q_before + g.T @ u)
-
-
-def shrink_backward_(o: Operands, p: float = 0.0) -> Iterator[Check]:
-    x, A, du = o.wide("x", "A", "u")
-    mask = o.mask(o.k, p)
-    dA = operators().shrink_backward_(o.u, None, o.x, None, None, p, o.seed)
-    yield Check("dA", dA, (x * mask).T @ du)
-    dA_sum = o.sums(o.k, o.r)
-    dx = o.normal(o.m, o.k)
-    dA_before, dx_before = dA_sum.double().cpu(), dx.double().cpu()
-    operators().shrink_backward_(o.u, dx, o.x, o.A, dA_sum, p, o.seed)
-    yield Check("dA added", dA_sum, dA_before + (x * mask).T @ du)
-    yield Check("dx added", dx, dx_before + mask * (du @ A.T))
-
-
-def dropout_mask(o: Operands) -> Iterator[Check]:
-    mask = operators().dropout_mask(o.m, o.k, DROPPED, o.seed, o.dtype)
-    yield Check("mask", mask, o.mask(o.k, DROPPED))
-
-
-def training_step(o: Operands, siblings: int) -> Iterator[Check]:
-    """Layers on one x and one pair of factors, through autograd."""
-    from lotr_ext import LoTRFactors, LoTRLinear
-
-    factors = LoTRFactors(o.k, o.n, o.r, dtype=o.factor_dtype, device=o.device)
-    x = o.x.clone().requires_grad_()
-    wide_x = o.wide("x")[0].requires_grad_()
-    outputs = []
-    truths = []
-    leaves = {"dx": (x, wide_x)}
-    wide = {}
-    for name, parameter in factors.named_parameters():
-        parameter.data = o.normal(*parameter.shape, scale=o.k**-0.5, dtype=o.factor_dtype)
-        wide[name[0]] = parameter.detach().double().cpu().requires_grad_()
-        leaves["d" + name[0]] = (parameter, wide[name[0]])
-    for i in range(siblings):
-        linear = torch.nn.Linear(o.k, o.n, device="meta")
-        linear.weight = torch.nn.Parameter(o.weight, requires_grad=False)
-        linear.bias = torch.nn.Parameter(o.bias, requires_grad=False)
-        layer = LoTRLinear.from_linear(linear, factors, scaling=SCALING)
-        layer.core.data = o.normal(o.r, o.r, scale=o.r**-0.5, dtype=o.factor_dtype)
-        core = layer.core.detach().double().cpu().requires_grad_()
-        leaves[f"dcore {i}"] = (layer.core, core)
-        outputs.append(layer(x))
-        weight, bias = o.wide("weight", "bias")
-        adapter = wide_x @ wide["A"] @ core @ wide["B"].T
-        truths.append(wide_x @ weight.T + bias + SCALING * adapter)
-    torch.autograd.backward(outputs, [o.g] * siblings)
-    torch.autograd.backward(truths, [o.g.double().cpu()] * siblings)
-    for i, (y, truth) in enumerate(zip(outputs, truths)):
-        yield Check(f"y {i}", y.detach(), truth.detach())
-    for name, (leaf, wide_leaf) in leaves.items():
-        yield Check(name, leaf.grad, wide_leaf.grad)
-
-
-Form = Callable[[Operands], Iterator[Check]]
-
-
-def all_forms() -> dict[str, Form]:
-    """The table: every operator of `torch.ops.lotr` that computes, in each of its forms."""
-    forms: dict[str, Form] = {}
-    for function in (shrink, expand_add_, shrink_backward_):
-        forms[function.__name__] = function
-        forms[f"{function.__name__} dropout"] = partial(function, p=DROPPED)
-    forms |= {"expand": expand, "fold": fold, "dropout_mask": dropout_mask}
-    forms["row_core tasks"] = row_core
-    forms["row_core experts"] = partial(row_core, by_expert=True)
-    for name, number in STRATEGIES.items():
-        for function in (layer_forward, layer_backward_):
-            title = f"{function.__name__} {name}"
-            forms[title] = partial(function, strategy=number)
-            forms[f"{title} dropout"] = partial(function, strategy=number, p=DROPPED)
-            if name != "fused":
-                forms[f"{title} few tokens"] = partial(function, strategy=number, few_tokens=True)
-    forms["layer_backward_ sibling"] = sibling_backward
-    forms["training step"] = partial(training_step, siblings=1)
-    forms["training step q, k, v"] = partial(training_step, siblings=3)
-    return forms
-
-
-FORMS = all_forms()
+def forms() -> list[str]:
+    """The entries of the table, each followed by its variants."""
+    tests = table()
+    operators = tests.test_operators
+    names = []
+    for name in operators.TABLE:
+        names.append(name)
+        if name in operators.DROPS:
+            names.append(f"{name} dropout")
+        if name in tests.FUSED_OPERATORS:
+            names.append(f"{name} fused")
+    return names
 
 
 # ---- one process ---------------------------------------------------------------------------------
@@ -335,34 +82,11 @@ FORMS = all_forms()
 
 def obstacle(form: str, dtype: str, device: str) -> str | None:
     """Why the device cannot run a form, None if it can."""
-    if "fused" not in form:
+    if not form.endswith(" fused"):
         return None
     if "+" in dtype:
         return "the fused strategy needs x and factors of one dtype"
-    return fused_obstacle(torch_dtypes(dtype)[0], device)
-
-
-def error_of(check: Check) -> float:
-    """The largest error of an element, relative to the root mean square of the truth."""
-    difference = check.result.double().cpu() - check.truth
-    return (difference.abs().max() / check.truth.square().mean().sqrt().clamp_min(1e-30)).item()
-
-
-def failure(form: str, dtype: str, device: str, shape: tuple[int, int, int, int]) -> str | None:
-    """Runs a form twice on one shape. Returns what is wrong, None if nothing is.
-
-    Raises:
-        RuntimeError: if an operator raises it.
-    """
-    checks = list(FORMS[form](Operands(shape, dtype, device)))
-    for check in checks:
-        error = error_of(check)
-        if not error <= TOLERANCE[dtype]:  # a NaN is not
-            return f"{check.what}: error {error:.1e}, expected at most {TOLERANCE[dtype]:.0e}"
-    for check, again in zip(checks, FORMS[form](Operands(shape, dtype, device))):
-        if not torch.equal(check.result, again.result):
-            return f"{check.what}: other bits in a second run"
-    return None
+    return fused_obstacle(DTYPES[dtype][0], device)
 
 
 def error_line(text: str) -> str:
@@ -375,30 +99,41 @@ def outcome_of(
     form: str,
     dtype: str,
     device: str,
-    shapes: Sequence[tuple],
+    shapes: int | None = None,
     before: Callable[[str], None] = lambda shape: None,
 ) -> str:
-    """Runs a form on all shapes in this process. `before` is called before each of them."""
+    """Runs a form in this process.
+
+    Args:
+        shapes: how many of the table's shapes, None for all.
+        before: called with each shape before it runs.
+    """
     reason = obstacle(form, dtype, device)
     if reason is not None:
         return f"skipped: {reason}"
-    for shape in shapes:
-        if "fused" in form and shape[-1] > FUSED_MAX_RANK:
-            continue
-        size = "{} x {} x {}, r {}".format(*shape)
-        before(size)
+    tests = table()
+    operators = tests.test_operators
+    name, _, variant = form.partition(" ")
+    on_device = tests.OnDevice(device, fused=variant == "fused")
+    p = DROPPED if variant == "dropout" else 0.0
+    sizes = tests.FUSED_SHAPES if variant == "fused" else operators.SHAPES
+    for i, shape in enumerate(sizes[::-1][:shapes]):
+        layout = operators.LAYOUTS[i % len(operators.LAYOUTS)]
+        place = f"{' x '.join(map(str, shape))} {layout}"
+        before(place)
         try:
-            wrong = failure(form, dtype, device, shape)
+            with mock.patch.object(operators, "ops", on_device):
+                tests.check(name, partial(operators.Case, shape, *DTYPES[dtype], layout, p), place)
+        except AssertionError as error:
+            return f"wrong: {error_line(str(error))}"
         except Exception as error:
-            return f"failed: {size}: {type(error).__name__}: {error_line(str(error))}"
-        if wrong is not None:
-            return f"wrong: {size}: {wrong}"
+            return f"failed: {place}: {type(error).__name__}: {error_line(str(error))}"
     return "passed"
 
 
-def child(form: str, dtypes: Sequence[str], device: str, shapes: Sequence[tuple]) -> None:
+def child(form: str, dtypes: Sequence[str], device: str, shapes: int | None) -> None:
     """The program of a process: prints @ready, @shape and @outcome. It ends after an error."""
-    operators()
+    table()
     print("@ready", flush=True)
     for dtype in dtypes:
         outcome = outcome_of(
@@ -416,7 +151,11 @@ class Process:
     """A child process whose lines are read with a time limit."""
 
     def __init__(self, command: Sequence[str]):
-        environment = os.environ | {"CUDA_LAUNCH_BLOCKING": "1", "PYTHONFAULTHANDLER": "1"}
+        environment = os.environ | {
+            "CUDA_LAUNCH_BLOCKING": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for the mode that fills new memory with NaN
+            "PYTHONFAULTHANDLER": "1",
+        }
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -524,7 +263,9 @@ def run_all(options: argparse.Namespace) -> int:
 
     def command(form: str, dtypes: Sequence[str]) -> list[str]:
         words = ["--child", "--forms", form, "--dtypes", ",".join(dtypes)]
-        words += ["--device", options.device, "--shapes", str(options.shapes)]
+        words += ["--device", options.device]
+        if options.shapes is not None:
+            words += ["--shapes", str(options.shapes)]
         return [sys.executable, "-m", "bench.smoke", *words]
 
     if options.results is not None:
@@ -547,7 +288,7 @@ def run_here(options: argparse.Namespace) -> int:
     good = True
     for dtype in options.dtypes:
         for form in options.forms:
-            outcome = outcome_of(form, dtype, options.device, SHAPES[: options.shapes])
+            outcome = outcome_of(form, dtype, options.device, options.shapes)
             print(f"{form:30} {dtype:10} {outcome}", flush=True)
             good = good and outcome.startswith(("passed", "skipped"))
     return int(not good)
@@ -560,24 +301,25 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--forms", help="some forms, separated by semicolons (all)")
+    parser.add_argument("--forms", help="some forms, comma-separated (all)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="some of " + ", ".join(DTYPES))
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
+    parser.add_argument("--shapes", type=int, help="only so many shapes of the table")
     parser.add_argument("--results", type=Path, help="a folder for smoke.jsonl")
     parser.add_argument("--in-process", action="store_true", help="no process for each form")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    options.forms = options.forms.split(";") if options.forms else list(FORMS)
+    every_form = forms()
+    options.forms = options.forms.split(",") if options.forms else every_form
     options.dtypes = options.dtypes.split(",")
     for name, values, valid in (
-        ("forms", options.forms, FORMS),
+        ("forms", options.forms, every_form),
         ("dtypes", options.dtypes, DTYPES),
     ):
         for value in values:
             if value not in valid:
                 parser.error(f"{name}: expected some of {', '.join(valid)}, got {value!r}")
     if options.child:
-        child(options.forms[0], options.dtypes, options.device, SHAPES[: options.shapes])
+        child(options.forms[0], options.dtypes, options.device, options.shapes)
         return 0
     return run_here(options) if options.in_process else run_all(options)
 

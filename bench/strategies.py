@@ -39,12 +39,12 @@ def running(strategy: str) -> Iterator[None]:
     """Layers that are called inside run with this strategy, also in their backward."""
     from lotr_ext.core import dispatch
 
-    usual = dispatch.product_order
-    dispatch.product_order = lambda tokens, x: STRATEGIES[strategy]
+    usual = dispatch.choose_strategy
+    dispatch.choose_strategy = lambda tokens, x: STRATEGIES[strategy]
     try:
         yield
     finally:
-        dispatch.product_order = usual
+        dispatch.choose_strategy = usual
 
 
 def with_strategy(

@@ -274,7 +274,7 @@ def _strategy_steps(frames: dict[str, pd.DataFrame]) -> list[str]:
             best = times[[f"lotr_ext-{name}" for name in strategies]].idxmin(axis=1)
             counts = Counter(best.str.removeprefix("lotr_ext-"))
             words = ", ".join(f"{name} in {count} cases" for name, count in counts.most_common())
-            steps.append(f"Fastest strategy: {words}. Compare BETA_TOKENS in core/dispatch.py.")
+            steps.append(f"Fastest strategy: {words}. Compare BETA_TOKENS in core/strategy.py.")
     return steps
 
 

@@ -1,13 +1,15 @@
-"""lotr_ext: LoTR (Low Tensor Rank adaptation, arXiv 2402.01376) as PyTorch layers with kernels of their own.
+"""LoTR (Low Tensor Rank adaptation, arXiv 2402.01376) for PyTorch, with CPU and CUDA kernels.
 
     y = x W^T + bias + s ((x A) G_l) B^T
 
-A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A and B shared by all layers of a group, and a
-small core G_l per layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
+A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A and B, which all
+layers of a group share, and a small core G_l per layer. Start at `apply_lotr` for an existing
+model, and at `LoTRLinear` for your own.
 """
 
 __version__ = "0.1.0"
 
+from .choosing import rank_for
 from .experts import LoTRExperts, lotr_grouped_linear
 from .factors import LoTRFactor, LoTRFactors
 from .files import load_adapter, push_to_hub, save_adapter
@@ -40,6 +42,7 @@ __all__ = [
     "merge",
     "parameter_groups",
     "push_to_hub",
+    "rank_for",
     "save_adapter",
     "trainable_summary",
     "unload",

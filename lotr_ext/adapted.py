@@ -3,6 +3,8 @@
     model.lotr_factors      each A and B once
     model.lotr_cores        parameters from which several cores are computed
     model.lotr_tasks        a TaskBank
+    model.lotr_config       the LoTRConfig
+    model.lotr_left_out     what the configuration names and what is not adapted
 
 The layers only refer to these modules.
 
@@ -20,16 +22,28 @@ from torch import nn
 from .layers import LoTRLayer
 
 __all__ = [
+    "Attachment",
     "adapted_layers",
     "attach",
     "compute_device",
-    "detach",
+    "detach_all",
     "expect_unmerged",
     "layers_in",
 ]
 
 # Modules whose children are counted, iterated over, or called one after another.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out")
+
+
+class Attachment(nn.Module):
+    """A module of other cores for a model's adapter, such as a TaskBank.
+
+    Its parameters count as the adapter's. It learns when it is taken off its model.
+    """
+
+    def on_detach(self) -> None:
+        """Removes what the module has added elsewhere, such as hooks."""
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -97,10 +111,15 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(owner, name, module)
 
 
-def detach(model: nn.Module, name: str) -> None:
-    """Undoes `attach`, in the model and in adapted models inside of it."""
+def detach_all(model: nn.Module) -> None:
+    """Takes off what was attached to a model and to adapted models inside of it."""
     for module in list(model.modules()):
-        if name in vars(module) or name in module._modules:
+        for name in _ATTRIBUTES:
+            attached = vars(module).get(name, module._modules.get(name))
+            if attached is None:
+                continue
+            if isinstance(attached, Attachment):
+                attached.on_detach()
             delattr(module, name)
 
 

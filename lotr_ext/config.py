@@ -1,4 +1,7 @@
-"""LoTRConfig, how `apply_lotr` adapts a model, and its JSON form."""
+"""LoTRConfig: how `apply_lotr` adapts a model, and its JSON form.
+
+Not here: which layers of a model a configuration means (targets.py).
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ from .init import CORE_INITS, FACTOR_INITS
 
 __all__ = ["GroupBy", "LoTRConfig", "place_of"]
 
-DIAGONAL = ("diagonal", "cp")  # forms whose core has r numbers on its diagonal: `scaling_of`
-HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
+DIAGONAL = ("diagonal", "cp")  # forms of cores with r numbers on the diagonal, see `scaling_of`
+GROUPS = ("shape", "block", "name", "layer", "width")
+HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names, as in TASKS
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 
-# LoRA's names of settings in PEFT, and the names here.
+# Settings of PEFT's LoRA that have another name here.
 NAMES_HERE = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -32,57 +36,62 @@ NAMES_HERE = {
     "use_rslora": "rslora",
     "init_lora_weights": "init",
 }
+# Settings of PEFT's LoRA that LoTR lacks, and why, or what to do.
+NOT_HERE = {
+    "rank_pattern": "Layers that share factors have one rank.",
+    "alpha_pattern": "All layers have one scaling.",
+    "bias": "To train biases, use lotr_ext.peft, whose configuration has this field.",
+    "lora_bias": "An adapter has no bias.",
+    "use_dora": "LoTR has no magnitudes.",
+    "magnitude": "LoTR has no magnitudes.",
+    "fan_in_fan_out": "Conv1D layers are recognized without it.",
+    "layers_to_transform": "Pass a regular expression as target_modules.",
+    "layers_pattern": "Pass a regular expression as target_modules.",
+    "layer_replication": "Replicate the layers before they are adapted.",
+    "trainable_token_indices": "Name the embedding in modules_to_save.",
+    "target_parameters": "apply_lotr adapts experts.",
+    "loftq_config": "The base weights stay as they are.",
+    "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+    "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
+}
 
 
-def check_names(given: Iterable[str], of: str) -> None:
-    """Raises TypeError for a setting by the name that PEFT's LoRA has for it. of: the configuration's class."""
-    for name in given:
+def check_names(names: Iterable[str], config_class: type) -> None:
+    """Checks that no name is a setting of PEFT's LoRA that a configuration does not have.
+
+    Args:
+        names: The names of the arguments.
+        config_class: The configuration's class, a dataclass.
+
+    Raises:
+        TypeError: If one is. The message says what to use.
+    """
+    known = {field.name for field in fields(config_class)}
+    for name in names:
+        if name in known:
+            continue
         if name in NAMES_HERE:
             raise TypeError(
-                f"{name}: expected a field of {of}, got LoRA's name for it. Here it is {NAMES_HERE[name]!r}."
+                f"{name}: expected a field of {config_class.__name__}, got LoRA's name for it. "
+                f"Here it is {NAMES_HERE[name]!r}."
+            )
+        if name in NOT_HERE:
+            raise TypeError(
+                f"{name}: expected a field of {config_class.__name__}, got one of LoRA that it "
+                f"does not have. {NOT_HERE[name]}"
             )
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """(layer, kind) of a layer's name: what stands up to its first number, and after it, such as ("model.layers.3",
-    "self_attn.q_proj"). Without a number, layer is ""."""
-    found = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
-    return ("", name) if found is None else (found[1], found[2] or "")
+    """Returns (layer, kind) of a layer's name: the parts up to its first number and after it.
 
-
-def _names(value: object, name: str) -> tuple[str, ...] | None:
-    """A list of names as a tuple."""
-    if value is None:
-        return None
-    many = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str)
-    if not many or not value or not all(isinstance(one, str) and one for one in value):
-        hint = f" Write [{value!r}]." if isinstance(value, str) else ""
-        raise TypeError(
-            f"{name}: expected a list of at least one name, or None, got {value!r}.{hint}"
-        )
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-
-
-def _pattern(value: object, name: str) -> str | tuple[str, ...] | None:
-    """A regular expression, or a list of name endings as a tuple."""
-    if not isinstance(value, str):
-        return _names(value, name)
-    if value.replace("_", "-").lower() == "all-linear" and value != "all-linear":
-        raise ValueError(f'{name}: expected "all-linear", got {value!r}')
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"{name}: expected a regular expression, got {value!r} ({error})"
-        ) from None
-    return value
-
-
-def _one_of(known: Sequence[object], value: object, name: str, more: str = "") -> None:
-    if value not in known:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(map(str, known))}{more}, got {value!r}"
-        )
+    "model.layers.3.self_attn.q_proj" has the place ("model.layers.3", "self_attn.q_proj"). A name
+    without a number is a kind: ("", name).
+    """
+    match = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
+    if match is None:
+        return "", name
+    return match[1], match[2] or ""
 
 
 @dataclass(frozen=True)
@@ -91,34 +100,45 @@ class LoTRConfig:
 
     Attributes:
         rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
-        alpha: s is alpha / r (alpha / sqrt(r) with rslora), r = max(r_in, r_out), instead of scaling's value.
-        rslora: divide by sqrt(r) instead of r (arXiv 2312.03732). alpha is r if it is not given.
-        scaling: s itself, or "auto": with it LoRA's learning rate serves at every rank (`lotr_ext.factors.scaling_of`).
-        dropout: on the adapter's x, in [0, 1).
-        target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
-            name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight
-            with another module, and, as in PEFT, the output layer or heads (transformers, timm). `trainable_summary` lists the
-            layers that were left out. With target_parameters, None: no linear layer.
-        exclude_modules: name endings, or a regular expression, to leave out.
-        modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
-        group_by: which layers share A and B. "shape": one pair for each (K, N), the paper's; "block": one for each shape and
-            block, the layers whose names agree up to their first number ("model.layers.3"); "name": one for each last part of
-            the name and shape (q and v apart); "layer": one for each layer; "width": one A for each K and one B for each N, over all adapted layers; a
-            mapping from layer name to group; or a callable (name, module) -> group.
+        alpha: If given, s is alpha / r (alpha / sqrt(r) with rslora), with r = max(r_in, r_out).
+        rslora: Whether to divide by sqrt(r) instead of r (arXiv 2312.03732). alpha is then r if it
+            is not given.
+        scaling: s itself, or "auto", with which the learning rate of a LoRA fits every rank
+            (`lotr_ext.factors.scaling_of`).
+        dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
+        target_modules: Name endings in full dotted parts (["query", "value"]); a regular expression
+            for the full name; or "all-linear", also for None: every linear layer except those that
+            cannot be adapted or share their weight with another module, and, as in PEFT, the output
+            layer or head (transformers, timm). `trainable_summary` lists the layers that were left
+            out. With target_parameters, None means no linear layer.
+        exclude_modules: Name endings, or a regular expression, to leave out.
+        modules_to_save: Name endings of modules that are fully trained, and saved with the adapter,
+            such as a new head.
+        group_by: Which layers share A and B. "shape": one pair per (K, N), as in the paper.
+            "block": one pair per shape and block, where layers whose names agree up to their first
+            number ("model.layers.3") are a block. "name": one pair per shape and last part of the
+            name (q and v apart). "layer": one pair per layer. "width": one A per K and one B per
+            N, over all adapted layers. Or a mapping from layer name to group, or a callable
+            (name, module) -> group.
         init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
-        train: which of "A", "B" and "core" are trained; the rest stays as it starts.
-        adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
-        core_init: "zero", or "identity" (then B starts at zero).
-        target_parameters: name endings of the 3-D parameters of a transformers mixture's experts, as PEFT matches them:
-            ["experts.gate_up_proj", "experts.down_proj"].
-        core: "dense", each layer has its own core; or cores made of fewer numbers that layers share (`lotr_ext.cores`):
-            "diagonal", "cp", "tucker", "train" or "few", or a callable (places, rank) -> Cores, where a place is a layer's
-            (layer, kind), ("model.layers.3", "self_attn.q_proj"). A saved adapter's config has "custom" for a callable.
-        task_type: PEFT's name of the task. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" `apply_lotr` adds the model's head
-            to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" change nothing.
+        train: Which of "A", "B" and "core" are trained. The rest stays as it starts.
+        adapter_dtype: The dtype of A, B and the cores: float32, float64, bfloat16 or float16.
+        core_init: "zero", or "identity" (B then starts at zero).
+        target_parameters: Name endings of the 3-D parameters of a transformers mixture's experts,
+            as PEFT matches them: ["experts.gate_up_proj", "experts.down_proj"].
+        core: "dense": each layer has its core. Or cores that are computed from fewer numbers, which
+            layers share (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train", "few", or a
+            callable (places, rank) -> Cores. A place is a layer's (layer, kind), such as
+            ("model.layers.3", "self_attn.q_proj"). The configuration of a saved adapter has
+            "custom" for a callable.
+        task_type: PEFT's name of the task. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS",
+            `apply_lotr` adds the model's head to modules_to_save. "CAUSAL_LM", "SEQ_2_SEQ_LM" and
+            "FEATURE_EXTRACTION" change nothing.
 
-    Raises TypeError, ValueError: a field of the wrong type or value. For LoRA's names of these settings (r, lora_alpha, ..) the
-    message gives the name used here.
+    Raises:
+        TypeError, ValueError: If a field has a wrong type or value, or fields exclude each other.
+            The message names the field. For a setting of PEFT's LoraConfig, such as r or
+            rank_pattern, it says what to use here.
     """
 
     rank: int | tuple[int, int] = 16
@@ -138,65 +158,74 @@ class LoTRConfig:
     core: str | Callable[..., Any] = "dense"
     task_type: str | None = None
 
-    def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
-        check_names(given, "LoTRConfig")
+    def __new__(cls, *_: Any, **settings: Any) -> LoTRConfig:
+        check_names(settings, cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
         ranks = check_rank(self.rank)
-        put("rank", self.rank if isinstance(self.rank, int) else ranks)
         scaling_of(self.rank, self.alpha, self.rslora, self.scaling)
         check_probability("dropout", self.dropout)
-        for name in ("target_modules", "exclude_modules"):
-            put(name, _pattern(getattr(self, name), name))
-        for name in ("modules_to_save", "target_parameters", "train"):
-            put(name, _names(getattr(self, name), name))
-        if isinstance(self.group_by, Mapping):
-            put("group_by", dict(self.group_by))
-        elif not callable(self.group_by):
-            _one_of(
-                ("shape", "block", "name", "layer", "width"),
-                self.group_by,
-                "group_by",
-                ", a mapping or a callable",
-            )
+        if not callable(self.group_by) and not isinstance(self.group_by, Mapping):
+            _check_choice("group_by", self.group_by, GROUPS, ", a mapping or a callable")
         if not callable(self.core):
-            _one_of(("dense", *FORMS, "custom"), self.core, "core", ", or a callable")
-        _one_of((*FACTOR_INITS, "svd"), self.init, "init")
-        _one_of(CORE_INITS, self.core_init, "core_init")
-        _one_of(tuple(DTYPES.values()), self.adapter_dtype, "adapter_dtype")
-        _one_of((*TASKS, None), self.task_type, "task_type")
+            _check_choice("core", self.core, ("dense", *FORMS, "custom"), ", or a callable")
+        _check_choice("init", self.init, (*FACTOR_INITS, "svd"))
+        _check_choice("core_init", self.core_init, CORE_INITS)
+        _check_choice("adapter_dtype", self.adapter_dtype, tuple(DTYPES.values()))
+        _check_choice("task_type", self.task_type, (*TASKS, None))
+        # The dataclass is frozen. These are one form of what was passed.
+        if not isinstance(self.rank, int):
+            object.__setattr__(self, "rank", ranks)
+        if isinstance(self.group_by, Mapping):
+            object.__setattr__(self, "group_by", dict(self.group_by))
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _pattern(name, getattr(self, name)))
+        for name in ("modules_to_save", "target_parameters", "train"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         self._check_combinations()
-        put("train", tuple(part for part in PARTS if part in self.train))
+        object.__setattr__(self, "train", tuple(part for part in PARTS if part in self.train))
 
     def _check_combinations(self) -> None:
-        moves = (
-            "core" if self.core_init == "zero" else "B"
-        )  # the only part with a nonzero gradient at the start
-        trained, svd = set(self.train or ()), self.init == "svd"
-        if not trained or not trained <= set(PARTS) or (moves not in trained and not svd):
+        trained = set(self.train or ())
+        svd = self.init == "svd"
+        # At the start, one part has a gradient: with zero cores the core, with identity cores B.
+        needed = "core" if self.core_init == "zero" else "B"
+        has_needed = needed in trained or svd
+        if not trained or not trained <= set(PARTS) or not has_needed:
             raise ValueError(
-                f"train: expected some of {', '.join(PARTS)}, with {moves!r} among them, because at core_init "
-                f"{self.core_init!r} all other gradients are zero at the start, got {self.train!r}"
+                f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
+                f"at core_init {self.core_init!r} all other gradients are zero at the start, got "
+                f"{self.train!r}"
             )
-        if self.core != "dense" and (svd or self.target_parameters is not None):
-            why = (
-                'init "svd", which sets the cores'
-                if svd
-                else "target_parameters, whose experts have a core each"
+        if self.core != "dense" and svd:
+            raise ValueError(
+                f'core: expected "dense" with init "svd", which sets the cores, got {self.core!r}'
             )
-            raise ValueError(f'core: expected "dense" with {why}, got {self.core!r}')
-        if svd and (
+        if self.core != "dense" and self.target_parameters is not None:
+            raise ValueError(
+                f'core: expected "dense" with target_parameters, because each expert has a core, '
+                f"got {self.core!r}"
+            )
+        excludes_svd = (
             self.core_init != "zero"
             or self.target_parameters is not None
             or self.group_by == "width"
-        ):
+        )
+        if svd and excludes_svd:
             raise ValueError(
-                'init: expected another one with core_init, target_parameters or group_by="width", got "svd"'
+                'init: expected another one with core_init, target_parameters or group_by="width", '
+                'got "svd"'
             )
+
+    def __getattr__(self, name: str) -> Any:
+        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
+        if name in ("base_model_name_or_path", "peft_type"):
+            raise AttributeError(
+                "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
+                "apply_lotr. Use lotr_ext.peft.LoTRPeftConfig with PEFT's functions."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -210,29 +239,83 @@ class LoTRConfig:
 
     @property
     def everything(self) -> bool:
-        """Whether it selects all linear layers."""
-        return self.target_modules == "all-linear" or (
-            self.target_modules is None and self.target_parameters is None
-        )
+        """Whether all linear layers are targets."""
+        if self.target_modules is None:
+            return self.target_parameters is None
+        return self.target_modules == "all-linear"
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary for JSON; a callable core is "custom". Raises ValueError for a callable group_by: use a mapping."""
+        """Returns a dictionary for JSON. A callable core becomes "custom".
+
+        Raises:
+            ValueError: If group_by is a callable.
+        """
         if callable(self.group_by):
-            raise ValueError("group_by: expected a name or a mapping for JSON, got a callable")
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+            raise ValueError(
+                "group_by: expected a name or a mapping for JSON, got a callable. `apply_lotr` "
+                "keeps the mapping that it returned in model.lotr_config."
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         values["core"] = "custom" if callable(self.core) else self.core
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-        }
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
-        """The inverse of `to_dict`. Raises TypeError or ValueError for an unknown field or a wrong value."""
+        """Returns the configuration that `to_dict` described.
+
+        Raises:
+            TypeError: If a field is unknown.
+            TypeError, ValueError: As for the constructor.
+        """
         values = {**values}
         if "adapter_dtype" in values:
-            values["adapter_dtype"] = DTYPES.get(
-                str(values["adapter_dtype"]), values["adapter_dtype"]
-            )
+            name = values["adapter_dtype"]
+            values["adapter_dtype"] = DTYPES.get(str(name), name)
         return cls(**values)
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _names(field: str, value: object) -> tuple[str, ...] | None:
+    """Returns a list of names as a tuple, a set in alphabetical order."""
+    if value is None:
+        return None
+    is_set = isinstance(value, (set, frozenset))
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not (is_set or is_list) or not value:
+        hint = f" Write [{value!r}]." if isinstance(value, str) else ""
+        raise TypeError(
+            f"{field}: expected a list of at least one name, or None, got {value!r}.{hint}"
+        )
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{field}: expected a list of names, got {name!r} in {value!r}")
+    return tuple(sorted(value)) if is_set else tuple(value)
+
+
+def _pattern(field: str, value: object) -> str | tuple[str, ...] | None:
+    """Returns a regular expression, or a list of name endings as a tuple."""
+    if not isinstance(value, str):
+        return _names(field, value)
+    if value.replace("_", "-").lower() == "all-linear" and value != "all-linear":
+        raise ValueError(f'{field}: expected "all-linear", got {value!r}')
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{field}: expected a regular expression, got {value!r} ({error})"
+        ) from None
+    return value
+
+
+def _check_choice(
+    field: str, value: object, choices: Sequence[object], alternative: str = ""
+) -> None:
+    if value not in choices:
+        names = ", ".join(map(str, choices))
+        raise ValueError(f"{field}: expected one of {names}{alternative}, got {value!r}")

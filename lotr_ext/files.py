@@ -36,7 +36,7 @@ from .cores import CoreAt
 from .factors import LoTRFactor
 from .functional import check_number, check_probability
 from .layers import LoTRLayer
-from .model import cores_of, install, set_start, unchanged_on_error
+from .model import clear_start, cores_of, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in, is_sharded
 from .storage import (
@@ -468,8 +468,9 @@ class AdapterState:
 
     def _check_core_sizes(self) -> None:
         """Checks the parameters of computed cores before memory is allocated for them."""
-        with torch.device("meta"):
-            cores = cores_of(self.config, list(self.layers), device="meta")
+        meta = torch.device("meta")
+        dtype = self.config.adapter_dtype
+        cores = cores_of(self.config, list(self.layers), device=meta, dtype=dtype)
         expected = {} if cores is None else cores.state_dict(prefix="lotr_cores.")
         actual = {key: t for key, t in self.tensors.items() if key.startswith("lotr_cores.")}
         expect_names("tensors", expected, actual)
@@ -578,7 +579,7 @@ class AdapterState:
         for (A, B), names in groups.items():
             group = [layers[name] for name in names]
             if group[0].start_core is not None:
-                set_start(group, None)
+                clear_start(group)
             for name in names:
                 layers[name].scaling = self.layers[name].scaling
             if start_key(A) in self.tensors:

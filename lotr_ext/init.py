@@ -1,20 +1,24 @@
 """Initial values of factors and cores.
 
-factors   orthonormal   A^T A = START^2 I (or A A^T where r > d): the core's gradient does not grow with the width
-          normal        START N(0, 1), as in the paper's code
-          kaiming       START U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
-cores     zero          delta W = 0, so the model starts unchanged
-          identity      G = I, and B starts at zero so that the model still starts unchanged (as LoRA does)
-both      svd           the weights' own Tucker-2 factorisation, subtracted from the weights (`tucker2`)
-factors   gradient      the leading directions of the weights' gradients (`directions_of_gradients`, init_from_gradient)
+    factors   orthonormal   A^T A = START^2 I (or A A^T if r > d): the core's gradient does not grow
+                            with the width
+              normal        START N(0, 1), as in the paper's code
+              kaiming       START U(-1/sqrt(d), 1/sqrt(d)), as A in LoRA
+    cores     zero          delta W = 0, so the model starts unchanged
+              identity      G = I. B starts at zero, so the model still starts unchanged, as in LoRA
+    both      svd           the Tucker-2 factorization of the weights, subtracted from them
+                            (`tucker2`)
+    factors   gradient      the leading directions of the weights' gradients (`start_from_gradients`)
+
+Not here: which layers of a model start how (model.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,14 +29,18 @@ __all__ = [
     "CORE_INITS",
     "FACTOR_INITS",
     "START",
-    "directions_of_gradients",
+    "CapturedGradient",
+    "GradientStart",
     "fill_core_",
     "fill_factor_",
+    "start_from_gradients",
     "tucker2",
+    "tucker2_of",
 ]
 
-# Multiplies the initial factors, and divides s by its cube (linear.scaling_of). Under AdamW, A, B and G times a, the rate times
-# a and s times a^-3 is exactly the same path, so this constant moves LoTR's best learning rate onto LoRA's (docs/choosing.md).
+# Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW, factors
+# and cores times a, the rate times a and s times a^-3 give exactly the same path. So this constant
+# moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
 START = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
@@ -40,12 +48,21 @@ CORE_INITS = ("zero", "identity")
 
 @torch.no_grad()
 def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
-    """Fills a factor [d, r] in place with START times the values of an init, and returns it. Nothing is drawn on the meta
-    device.
+    """Fills a factor in place with START times the values of an init. Draws nothing on meta.
 
-    Values are drawn in float32 (float64 for float64) and cast once. generator: of the tensor's device; None for torch's global
-    one.
-    Raises ValueError: an unknown init, or a tensor that is not 2-D. TypeError: a dtype that is not floating.
+    Values are drawn in float32 (float64 for float64) and cast once.
+
+    Args:
+        tensor: The factor [d, r].
+        init: One of FACTOR_INITS.
+        generator: On the tensor's device. torch's global one if None.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If init is unknown, or tensor is not 2-D.
+        TypeError: If the tensor's dtype is not floating.
     """
     if init not in FACTOR_INITS:
         raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
@@ -55,222 +72,385 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         raise TypeError(f"tensor: expected a floating dtype, got {tensor.dtype}")
     if tensor.is_meta:
         return tensor
-    (d, r), wide = tensor.shape, torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    drawn = {"dtype": wide, "device": tensor.device, "generator": generator}
+    d, r = tensor.shape
+    options = {
+        "dtype": torch.float64 if tensor.dtype == torch.float64 else torch.float32,
+        "device": tensor.device,
+        "generator": generator,
+    }
     if init == "kaiming":
-        values = (2 * torch.rand(d, r, **drawn) - 1) / math.sqrt(d)
+        values = (2 * torch.rand(d, r, **options) - 1) / math.sqrt(d)
     elif init == "normal":
-        values = torch.randn(d, r, **drawn)
-    else:  # the sign of R's diagonal makes Q uniform over all matrices with orthonormal columns
-        q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **drawn))
-        q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(wide)
+        values = torch.randn(d, r, **options)
+    else:
+        q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **options))
+        # The signs make q uniform over all matrices with orthonormal columns.
+        q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
         values = q if r <= d else q.T
     return tensor.copy_(START * values)
 
 
+@torch.no_grad()
 def fill_core_(tensor: Tensor, init: str) -> Tensor:
-    """Fills a core [r_in, r_out], or experts' [e, r_in, r_out], in place: "zero", or "identity" (ones on the diagonal).
-    Raises ValueError: an unknown init, or a tensor that is not 2-D or 3-D.
+    """Fills a core in place with zeros, or with ones on the diagonal ("identity").
+
+    Args:
+        tensor: [r_in, r_out], or [e, r_in, r_out] for experts.
+        init: One of CORE_INITS.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If init is unknown, or tensor has another number of dimensions.
     """
     if init not in CORE_INITS:
         raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")
     if tensor.dim() not in (2, 3):
         raise ValueError(
-            f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape {tuple(tensor.shape)}"
+            f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape "
+            f"{tuple(tensor.shape)}"
         )
-    with torch.no_grad():
-        tensor.zero_()
-        if init == "identity":
-            tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    tensor.zero_()
+    if init == "identity":
+        tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return tensor
 
 
-# ---- from the weights ------------------------------------------------------------------------------------------------
+# ---- from the weights ----------------------------------------------------------------------------
 
-_DENSE = 640  # features; up to here a dense decomposition takes a fraction of a second
-_MORE = 10  # columns of a subspace iteration beyond those that are kept
+_DENSE = 640  # features up to which a dense decomposition takes a fraction of a second
+_EXTRA = 10  # columns of a subspace iteration in addition to those that are kept
 
 
-def leading(side: Sequence[Tensor], r: int) -> Tensor:
-    """The r leading left singular vectors [d, r] of all of side ([d, c_l] each, float64), which lie side by side.
+def leading(blocks: Sequence[Tensor], r: int) -> Tensor:
+    """Returns the r leading left singular vectors [d, r] of the matrix [block_1 .. block_L].
 
-    Dense if d or the columns are few. Otherwise nine steps of subspace iteration from a fixed random block, which are exact
-    for a rank of at most r + 10.
+    A dense decomposition if d or the columns are few. Otherwise nine steps of subspace iteration
+    from a fixed random block, which are exact for a rank of at most r + 10.
+
+    Args:
+        blocks: [d, c_l] each, in float64.
     """
-    d, columns = side[0].shape[0], sum(t.shape[1] for t in side)
+    d = blocks[0].shape[0]
+    columns = sum(block.shape[1] for block in blocks)
     if r <= columns < d and columns <= _DENSE:
-        q, upper = torch.linalg.qr(torch.cat(list(side), 1))
+        q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
-    if d <= _DENSE or 8 * (r + _MORE) >= d:
-        return torch.linalg.eigh(sum(t @ t.T for t in side))[1].flip(1)[:, :r].contiguous()
+    if d <= _DENSE or 8 * (r + _EXTRA) >= d:
+        gram = sum(block @ block.T for block in blocks)
+        return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
     generator = torch.Generator("cpu").manual_seed(0)
-    block = torch.randn(d, r + _MORE, dtype=torch.float64, device="cpu", generator=generator).to(
-        side[0].device
-    )
+    subspace = torch.randn(
+        d, r + _EXTRA, dtype=torch.float64, device="cpu", generator=generator
+    ).to(blocks[0].device)
     for _ in range(9):
-        block = torch.linalg.qr(sum(t @ (t.T @ block) for t in side))[0]
-    small = torch.cat([block.T @ t for t in side], 1)
-    return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]
+        subspace = torch.linalg.qr(sum(block @ (block.T @ subspace) for block in blocks))[0]
+    projected = torch.cat([subspace.T @ block for block in blocks], 1)
+    rotation = torch.linalg.eigh(projected @ projected.T)[1].flip(1)
+    return subspace @ rotation[:, :r]
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """[d, r], with unit vectors in the columns that vectors [d, c] lacks."""
-    (d, c), unit = (
-        vectors.shape,
-        torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device),
-    )
-    return torch.cat([vectors, unit[:, torch.arange(max(r - c, 0), device=vectors.device) % d]], 1)
+    """Returns vectors [d, c] as [d, r], with unit vectors in the columns that they lack."""
+    d, c = vectors.shape
+    unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
+    missing = torch.arange(max(r - c, 0), device=vectors.device) % d
+    return torch.cat([vectors, unit[:, missing]], 1)
 
 
 @torch.no_grad()
 def tucker2(weights: Sequence[Tensor], rank: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The Tucker-2 factorisation of a stack of L weights [N, K]: W_l ~= B G_l^T A^T, least squares over all l at once.
+    """Computes the Tucker-2 factorization of a stack of weights: W_l ~= B G_l^T A^T.
 
-    Returns A [K, r_in] and B [N, r_out] with orthonormal columns, and the cores G_l = A^T W_l^T B [L, r_in, r_out], in
-    float64. HOSVD gives the start (De Lathauwer et al., 2000a), at most 20 steps of HOOI (2000b) improve A and B alternately.
-    Exact if the stack has that multilinear rank. Beyond K (or N) the columns are unit vectors, and the cores zero there.
+    Least squares over all l at once. HOSVD gives the start (De Lathauwer et al., 2000a); at most 20
+    steps of HOOI (2000b) improve A and B in turns. Exact if the stack has that multilinear rank.
+
+    Args:
+        weights: L matrices [n, k].
+        rank: (r_in, r_out). Columns of A past k, and of B past n, are unit vectors, with zeros in
+            the cores.
+
+    Returns:
+        A [k, r_in] and B [n, r_out] with orthonormal columns, and the cores G_l = A^T W_l^T B
+        [L, r_in, r_out], all in float64.
     """
-    stack = [w.detach().double() for w in weights]
-    right, left = (lambda A: [w @ A for w in stack]), (lambda B: [w.T @ B for w in stack])
-    return tucker2_of([w.T for w in stack], right, left, len(stack[0]), rank)
+    stack = [weight.detach().double() for weight in weights]
+
+    def right(A: Tensor) -> list[Tensor]:
+        return [weight @ A for weight in stack]
+
+    def left(B: Tensor) -> list[Tensor]:
+        return [weight.T @ B for weight in stack]
+
+    return tucker2_of([weight.T for weight in stack], right, left, len(stack[0]), rank)
 
 
 def tucker2_of(
-    side: Sequence[Tensor],
+    spans: Sequence[Tensor],
     right: Callable[[Tensor], list[Tensor]],
     left: Callable[[Tensor], list[Tensor]],
     n: int,
     rank: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tucker2` of matrices W_l [n, k] that are known by their products: right(A) is all W_l A, left(B) all W_l^T B. side: for
-    each l a matrix [k, c_l] with the left singular vectors and the singular values of W_l^T."""
-    A, captured = leading(side, min(rank[0], len(side[0]))), -math.inf
+    """Computes `tucker2` of matrices W_l [n, k] from their products.
+
+    Args:
+        spans: For each l a matrix [k, c_l] with the left singular vectors and the singular values
+            of W_l^T.
+        right: right(A) returns all W_l A.
+        left: left(B) returns all W_l^T B.
+        n: Rows of the matrices.
+        rank: As for `tucker2`.
+    """
+    A = leading(spans, min(rank[0], len(spans[0])))
+    captured = -math.inf
     for _ in range(20):
         B = leading(right(A), min(rank[1], n))
         halves = left(B)
         A = leading(halves, A.shape[1])
-        before, captured = captured, sum(float((A.T @ half).square().sum()) for half in halves)
-        if captured - before <= 1e-9 * captured:
+        previous = captured
+        captured = sum(float((A.T @ half).square().sum()) for half in halves)
+        if captured - previous <= 1e-9 * captured:
             break
-    cores = torch.zeros(len(side), *rank, dtype=torch.float64, device=A.device)
+    cores = torch.zeros(len(spans), *rank, dtype=torch.float64, device=A.device)
     cores[:, : A.shape[1], : B.shape[1]] = torch.stack([A.T @ half for half in left(B)])
     return padded(A, rank[0]), padded(B, rank[1]), cores
 
 
-# ---- from the gradients ----------------------------------------------------------------------------------------------
+# ---- from the gradients --------------------------------------------------------------------------
+
+_ITERATIONS = 3  # of the subspace iteration; each is one pass over the batches
+_SPARE = 8  # columns of the iteration in addition to a factor's rank
+_PROBES = 32  # random vectors that estimate what a pair does not capture
 
 
-class _Tap(Function):
-    """Returns y. Its backward adds the products of the layer's gradient g^T x with A and B: P += g^T (x A), T += x^T (g B)."""
+class CapturedGradient(NamedTuple):
+    """The share of the gradients' squared norm that A and B capture, from 0 to 1.
 
-    @staticmethod
-    def forward(
-        ctx, anchor: Tensor, y: Tensor, x: Tensor, A: Tensor, B: Tensor, P: Tensor, T: Tensor
-    ) -> Tensor:
-        ctx.held = x.detach(), A, B, P, T
-        return y.detach()  # not a view: models add to a layer's output in place
+    A higher rank captures more. What a pair does not capture is estimated, to about 10 %.
 
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        x, A, B, P, T = ctx.held
-        x, g2 = (t.reshape(-1, t.shape[-1]).to(P.dtype) for t in (x, g))
-        P += g2.T @ (x @ A)
-        T += x.T @ (g2 @ B)
-        return torch.zeros((), device="cpu"), g, None, None, None, None, None
+    Attributes:
+        total: Of all adapted layers.
+        layers: Of each layer, by its name.
+    """
+
+    total: float
+    layers: dict[str, float]
 
 
-def directions_of_gradients(
-    model: nn.Module, layers: Collection[Any], batches: Iterable[Any], loss: Callable[..., Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """(A or B, its new value) of all layers: START times the leading directions of the gradients dW_l = g^T x of their weights.
+class GradientStart(NamedTuple):
+    """New values of each factor, and the share of the gradients that they capture."""
 
-    Shared A and B span the leading directions of all their layers' dW_l side by side (HOSVD), by three steps of subspace
+    values: list[tuple[nn.Parameter, Tensor]]
+    captured: CapturedGradient
+
+
+class _Products(NamedTuple):
+    """Products of one layer's gradient dW = g^T x over all batches."""
+
+    right: Tensor  # dW V = g^T (x V), for V [k, c]
+    left: Tensor  # dW^T U = x^T (g U), for U [n, c]
+
+
+def start_from_gradients(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> GradientStart:
+    """Computes START times the leading directions of the gradients dW_l = g^T x of the weights.
+
+    Shared A and B span the leading directions of all their layers' dW_l, by three steps of subspace
     iteration from a random start, each one pass over the batches:
 
         P_l = dW_l A = g^T (x A)      B <- leading left singular vectors of [P_1 .. P_L]
         T_l = dW_l^T B = x^T (g B)    A <- leading left singular vectors of [T_1 .. T_L]
 
-    layers: each with `factors`. Raises TypeError or ValueError as `lotr_ext.init_from_gradient`.
+    A fourth pass measures what they capture: |B^T dW_l A|^2 / |dW_l|^2.
+
+    Args:
+        layers: Modules with `factors`, by name.
+        loss: (model, batch) -> a scalar.
+
+    Raises:
+        TypeError, ValueError: As `lotr_ext.init_from_gradient`.
     """
-    if not (batches := list(batches)):
+    batches = list(batches)
+    if not batches:
         raise ValueError("batches: expected at least one, got none")
-    generator, found = torch.Generator("cpu").manual_seed(0), {}
-    for factor in (factor for layer in layers for factor in (layer.factors.A, layer.factors.B)):
-        if factor not in found:
-            drawn = torch.empty(
-                factor.features, min(factor.rank + 8, factor.features), device="cpu"
-            )
-            found[factor] = (
-                fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
-            )
-    for _ in range(3):
-        for factor, parts in _pass(model, layers, found, batches, loss).items():
-            if dist.is_available() and dist.is_initialized():
-                for part in parts:
-                    dist.all_reduce(part)
-            if not all(bool(part.isfinite().all()) for part in parts) or not any(
-                bool(part.any()) for part in parts
-            ):
-                raise ValueError(
-                    "loss: expected finite gradients for each group of layers, not all zero, got others"
-                )
-            found[factor] = leading([part.double() for part in parts], found[factor].shape[1]).to(
-                found[factor]
-            )
-    return [
-        (factor.value, START * padded(new[:, : factor.rank].double(), factor.rank))
-        for factor, new in found.items()
+    generator = torch.Generator("cpu").manual_seed(0)
+    directions: dict[nn.Module, Tensor] = {}
+    for layer in layers.values():
+        for factor in (layer.factors.A, layer.factors.B):
+            if factor not in directions:
+                directions[factor] = _random_directions(factor, generator)
+
+    for _ in range(_ITERATIONS):
+        products = _products_of_gradients(
+            model,
+            [
+                (layer, directions[layer.factors.A], directions[layer.factors.B])
+                for layer in layers.values()
+            ],
+            batches,
+            loss,
+        )
+        blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
+        for layer, product in zip(layers.values(), products):
+            blocks[layer.factors.A].append(product.left)
+            blocks[layer.factors.B].append(product.right)
+        for factor, factor_blocks in blocks.items():
+            _check_gradients(factor_blocks)
+            previous = directions[factor]
+            found = leading([block.double() for block in factor_blocks], previous.shape[1])
+            directions[factor] = found.to(previous)
+
+    directions = {factor: value[:, : factor.rank] for factor, value in directions.items()}
+    captured = _captured(model, layers, directions, batches, loss)
+    values = [
+        (factor.value, START * padded(value.double(), factor.rank))
+        for factor, value in directions.items()
     ]
+    return GradientStart(values, captured)
 
 
-def _pass(
+def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
+    """Returns orthonormal columns [features, rank + spare ones] on the factor's device."""
+    columns = min(factor.rank + _SPARE, factor.features)
+    drawn = torch.empty(factor.features, columns, device="cpu")
+    return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
+
+
+def _check_gradients(blocks: list[Tensor]) -> None:
+    is_finite = all(bool(block.isfinite().all()) for block in blocks)
+    if not is_finite or not any(bool(block.any()) for block in blocks):
+        raise ValueError(
+            "loss: expected finite gradients for each group of layers, not all zero, got others"
+        )
+
+
+def _captured(
     model: nn.Module,
-    layers: Collection[Any],
-    found: Mapping[nn.Module, Tensor],
+    layers: Mapping[str, Any],
+    directions: Mapping[nn.Module, Tensor],
     batches: list[Any],
-    loss: Callable[..., Tensor],
-) -> dict[nn.Module, list[Tensor]]:
-    """For each A the T of its layers, and for each B their P, over the batches. Buffers and the random state are as before."""
-    sums, anchor = (
-        {factor: [] for factor in found},
-        torch.zeros((), device="cpu", requires_grad=True),
-    )
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> CapturedGradient:
+    """Returns the shares |B^T dW_l A|^2 / |dW_l|^2, by one pass over the batches.
+
+    |dW|^2 = |dW A|^2 + |dW (1 - A A^T)|^2. The second part is the mean of |dW z|^2 over random z
+    that are orthogonal to A, so the error is relative to what A does not capture.
+    """
+    generator = torch.Generator("cpu").manual_seed(1)
+    inputs = []
+    for layer in layers.values():
+        A = directions[layer.factors.A]
+        probes = torch.randn(len(A), _PROBES, device="cpu", generator=generator).to(A)
+        probes -= A @ (A.T @ probes)
+        inputs.append((layer, torch.cat([A, probes], 1), directions[layer.factors.B]))
+    products = _products_of_gradients(model, inputs, batches, loss)
+
+    shares: dict[str, float] = {}
+    captured_sum = 0.0
+    norm_sum = 0.0
+    for name, layer, product in zip(layers, layers.values(), products):
+        r = directions[layer.factors.A].shape[1]
+        in_A = product.right[:, :r].double()
+        outside = product.right[:, r:].double()
+        captured = float((directions[layer.factors.B].double().T @ in_A).square().sum())
+        norm = float(in_A.square().sum()) + float(outside.square().sum()) / _PROBES
+        shares[name] = captured / norm if norm else 0.0
+        captured_sum += captured
+        norm_sum += norm
+    return CapturedGradient(captured_sum / norm_sum, shares)
+
+
+class _Tap(Function):
+    """Returns y. Its backward adds products of the layer's gradient g^T x to `products`."""
+
+    @staticmethod
+    def forward(
+        ctx, anchor: Tensor, y: Tensor, x: Tensor, V: Tensor, U: Tensor, products: _Products
+    ) -> Tensor:
+        ctx.operands = x.detach(), V, U, products
+        return y.detach()  # not a view: models add to a layer's output in place
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, V, U, products = ctx.operands
+        x = x.reshape(-1, x.shape[-1]).to(V.dtype)
+        g_rows = g.reshape(-1, g.shape[-1]).to(V.dtype)
+        products.right.add_(g_rows.T @ (x @ V))
+        products.left.add_(x.T @ (g_rows @ U))
+        return torch.zeros((), device="cpu"), g, None, None, None, None
+
+
+def _products_of_gradients(
+    model: nn.Module,
+    inputs: Sequence[tuple[nn.Module, Tensor, Tensor]],
+    batches: list[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> list[_Products]:
+    """Returns dW V and dW^T U of each layer, summed over the batches and all processes.
+
+    Buffers and the random state are as before afterwards.
+
+    Args:
+        inputs: (layer, V, U) of each layer.
+    """
+    anchor = torch.zeros((), device="cpu", requires_grad=True)  # in the graph of every loss
+    all_products = []
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
-        for layer in layers:
-            A, B = found[layer.factors.A], found[layer.factors.B]
-            P, T = A.new_zeros(len(B), A.shape[1]), A.new_zeros(len(A), B.shape[1])
-            sums[layer.factors.A].append(T), sums[layer.factors.B].append(P)
-
-            def tap(
-                module: nn.Module, args: tuple, kwargs: dict, y: Tensor, own: tuple = (A, B, P, T)
-            ) -> Tensor:
-                x = args[0] if args else next(iter(kwargs.values()))
-                return _Tap.apply(anchor, y, x, *own) if torch.is_grad_enabled() else y
-
-            stack.callback(layer.register_forward_hook(tap, with_kwargs=True).remove)
+        for layer, V, U in inputs:
+            products = _Products(V.new_zeros(len(U), V.shape[1]), V.new_zeros(len(V), U.shape[1]))
+            all_products.append(products)
+            handle = layer.register_forward_hook(
+                _tap_hook(anchor, V, U, products), with_kwargs=True
+            )
+            stack.callback(handle.remove)
         try:
             for batch in batches:
-                value = loss(model, batch)
-                if not isinstance(value, Tensor) or value.numel() != 1:
-                    got = (
-                        f"shape {list(value.shape)}"
-                        if isinstance(value, Tensor)
-                        else type(value).__name__
-                    )
-                    raise TypeError(
-                        f"loss: expected a function (model, batch) -> scalar tensor, got {got}"
-                    )
-                if (
-                    not value.requires_grad
-                    or torch.autograd.grad(value, anchor, allow_unused=True)[0] is None
-                ):
-                    raise ValueError(
-                        "loss: expected one that depends on the adapted layers, got one in which none has a part. Under "
-                        "checkpointing, use_reentrant=False is needed."
-                    )
+                _backward_to(anchor, loss(model, batch))
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return sums
+    if dist.is_available() and dist.is_initialized():
+        for products in all_products:
+            dist.all_reduce(products.right)
+            dist.all_reduce(products.left)
+    return all_products
+
+
+def _tap_hook(anchor: Tensor, V: Tensor, U: Tensor, products: _Products) -> Callable[..., Tensor]:
+    def tap(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return _Tap.apply(anchor, y, x, V, U, products)
+
+    return tap
+
+
+def _backward_to(anchor: Tensor, value: object) -> None:
+    """Runs the backward of a loss through all taps.
+
+    Raises:
+        TypeError: If the loss is not a scalar tensor.
+        ValueError: If it does not depend on an adapted layer.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        actual = type(value).__name__
+        if isinstance(value, Tensor):
+            actual = f"shape {list(value.shape)}"
+        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {actual}")
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, anchor, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "loss: expected one that depends on the adapted layers, got one in which none has a "
+            "part. Under checkpointing, use_reentrant=False is needed."
+        )

@@ -107,7 +107,8 @@ class LoTRLayer(nn.Module):
         layer.in_features, layer.out_features = sizes
         layer._take_base(linear)
         layer._add_adapter(factors, s, dropout, _device_of(linear))
-        return layer.train(linear.training)
+        layer.training = linear.training  # not of the modules inside of the base
+        return layer
 
     @staticmethod
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
@@ -267,7 +268,7 @@ class LoTRLayer(nn.Module):
         if core is not None:
             yield core
             return
-        form = self.__dict__.get("core_form") or self._modules.get("core_form")
+        form = self._modules.get("core_form")
         if form is None:  # torch.nn.utils.parametrize
             form = self.parametrizations.core
         yield from form.parameters()

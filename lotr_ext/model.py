@@ -1,8 +1,13 @@
-"""Adapters in whole models: apply_lotr and unload.
+"""Adapters in whole models: apply_lotr, disabled, init_from_gradient and unload.
 
-After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
-`core`. Each factor A or B is registered once, as `model.lotr_factors[i]`; the layers hold plain references. Parameters from
-which several cores are computed (LoTRConfig.core) are registered once, as `model.lotr_cores`.
+After `apply_lotr(model, config)`, every targeted layer is a `LoTRLayer` in its old place, with its
+old state_dict keys and `core`. The model registers each A and B once (adapted.py), the layers only
+refer to them.
+
+    select (targets.py)  ->  for each group: a pair A, B, for each layer: adapt, a core
+                         ->  what is trained, lotr_config, watches (bypasses.py, first_step.py)
+
+Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (files.py).
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +25,7 @@ from .adapted import (
     adapted_layers,
     attach,
     compute_device,
-    detach,
+    detach_all,
     expect_unmerged,
     layers_in,
 )
@@ -31,7 +36,7 @@ from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
 from .first_step import check_layers_are_called, check_optimizer, watch
-from .init import START, directions_of_gradients, fill_core_, tucker2
+from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select, with_head
@@ -50,39 +55,51 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# ---- apply -----------------------------------------------------------------------------------------------------------
+# ---- apply ---------------------------------------------------------------------------------------
 
 
 def apply_lotr(model: Model, config: LoTRConfig) -> Model:
-    """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376), and with
-    target_parameters for each expert of a transformers mixture.
+    """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T (arXiv 2402.01376).
 
-    All other parameters are frozen, except modules_to_save. Each group gets one pair A [K, r_in], B [N, r_out] and each layer
-    a core [r_in, r_out], in config.adapter_dtype. The model's output does not change at first (with init "svd" except for one
-    rounding of each weight). Learning rate: the one that you would use for LoRA.
+    Each targeted layer l gets a core G_l [r_in, r_out], and each group of layers one pair A [K,
+    r_in], B [N, r_out], in config.adapter_dtype. With target_parameters, each expert of a
+    transformers mixture gets a core. All other parameters are frozen, except modules_to_save. The
+    output does not change at first (with init "svd", except for one rounding of each weight). Use
+    the learning rate that you would use for LoRA.
 
-    model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and out_features.
-    Quantised layers, and layers with hooks, parametrizations or a forward of their own, are wrapped: their forward is called.
-    A layer that is registered in several places stays one layer. Returns the same model.
+    Args:
+        model: Any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have
+            in_features and out_features. Quantized layers, and layers with hooks, parametrizations
+            or another forward, are wrapped, and their forward is called. A layer that is registered
+            in several places stays one layer.
+        config: Which layers are adapted, and how.
 
-    Raises TypeError, ValueError or RuntimeError, with the model unchanged: one that is adapted already, wrapped, compiled,
-    sharded, or has PEFT's adapters; names that match nothing; a target that is not linear, shares its weight with another
-    module, is read without being called (nn.MultiheadAttention.out_proj) or is a DTensor; experts of an unknown format; groups
-    of mixed shapes; "svd" on weights that cannot be read.
+    Returns:
+        The same model. If an error is raised, it is unchanged.
+
+    Raises:
+        TypeError: If the model is wrapped, compiled or sharded; or a target is not linear, or has a
+            DTensor; or the experts have an unknown format.
+        ValueError: If a name matches nothing; if a target shares its weight with another module, or
+            is read without being called (nn.MultiheadAttention.out_proj); if the layers of a group
+            have different shapes; or if "svd" cannot read a weight.
+        RuntimeError: If the model has an adapter already, from lotr_ext or PEFT.
+
+    Warns:
+        UserWarning: If a known head stays frozen, or if the rank exceeds the width of a layer.
     """
     config = with_head(model, config)
     selection = select(model, config)
     with unchanged_on_error(model):
         install(model, config, selection)
-    frozen = [
-        name
-        for name, head in heads(model).items()
-        if not any(p.requires_grad for p in head.parameters())
-    ]
+    frozen = []
+    for name, head in heads(model).items():
+        if not any(p.requires_grad for p in head.parameters()):
+            frozen.append(name)
     if frozen:
         warnings.warn(
-            f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. Train it with "
-            f"modules_to_save={frozen}.",
+            f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. "
+            f"Train it with modules_to_save={frozen}.",
             stacklevel=2,
         )
     return model
@@ -90,174 +107,233 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Takes off an adapter that an exception inside has left half made."""
-    plain, before = not layers_in(model), [(p, p.requires_grad) for p in model.parameters()]
+    """Removes an adapter that an exception inside of the context has left incomplete."""
+    was_plain = not layers_in(model)
+    trained_before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        if plain:
+        if was_plain:
             without_adapters(model, layers_in(model))
-        for p, requires_grad in before:
+        for p, requires_grad in trained_before:
             p.requires_grad_(requires_grad)
         raise
 
 
 def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     """Adapts the layers of a selection."""
-    starts = (
-        {group: _svd_start(targets, config) for group, targets in selection.groups.items()}
-        if config.init == "svd"
-        else {}
-    )
-    first = selection.targets[0]
+    starts = {}
+    if config.init == "svd":  # first, because it reads the plain weights and may raise
+        starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()}
     cores = cores_of(
         config,
-        [t.name for t in selection.targets],
-        device=compute_device(first.module),
+        [target.name for target in selection.targets],
+        device=compute_device(selection.targets[0].module),
         dtype=config.adapter_dtype,
     )
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    owned: dict[str, LoTRFactor] = {}
+    factors_by_name: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        where = {"device": compute_device(targets[0].module), "dtype": config.adapter_dtype}
+        device = compute_device(targets[0].module)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model, below
-            factors = pair_of(owned, group, targets[0].sizes, config, **where)
+            factors = pair_of(
+                factors_by_name,
+                group,
+                targets[0].sizes,
+                config,
+                device=device,
+                dtype=config.adapter_dtype,
+            )
         layers = [_replace(model, target, factors, config) for target in targets]
-        for target, layer in zip(targets, layers) if cores is not None else ():
-            layer.use_core(cores.at(place_of(target.name), owned=False))
+        if cores is not None:
+            for target, layer in zip(targets, layers):
+                layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-    if wide := [factor.features for factor in owned.values() if factor.rank > factor.features]:
-        warnings.warn(
-            f"lotr_ext: rank {config.rank} exceeds the width of {len(wide)} of {len(owned)} factors, the least is {min(wide)}. "
-            f"A lower rank gives the same functions.",
-            stacklevel=3,
-        )
-    attach(model, "lotr_factors", nn.ModuleList(owned.values()))
+    _warn_of_rank(config, factors_by_name)
+    attach(model, "lotr_factors", nn.ModuleList(factors_by_name.values()))
     if cores is not None:
         attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
     for layer in adapted_layers(model).values():
         layer.set_trained(config.train)
-    if callable(
-        config.group_by
-    ):  # a callable cannot be pickled or saved; the groups that it returned can
+    if callable(config.group_by):  # it cannot be pickled or saved, the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
-    model.lotr_config, model.lotr_left_out = config, selection.left_out
+    model.lotr_config = config
+    model.lotr_left_out = selection.left_out
     block_bypasses(model)
     watch(model, check_optimizer)
     watch(model, check_layers_are_called)
 
 
+def _warn_of_rank(config: LoTRConfig, factors: Mapping[str, LoTRFactor]) -> None:
+    too_narrow = [f.features for f in factors.values() if f.rank > f.features]
+    if too_narrow:
+        warnings.warn(
+            f"lotr_ext: rank {config.rank} exceeds the width of {len(too_narrow)} of "
+            f"{len(factors)} factors, the least is {min(too_narrow)}. A lower rank gives the same "
+            f"functions.",
+            stacklevel=4,
+        )
+
+
 def pair_of(
-    owned: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
+    factors: MutableMapping[str, LoTRFactor] | nn.ModuleDict,
     group: str,
     sizes: tuple[int, int],
     config: LoTRConfig,
-    **where: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> LoTRFactors:
-    """The factors of a group of layers of sizes (in_features, out_features), on the device and of the dtype in where.
+    """Returns the pair of A and B for a group of layers.
 
-    owned: all factors so far, by part and group, or with group_by="width" by part and width; new ones are added.
+    Args:
+        factors: All factors so far, by part and group, or with group_by="width" by part and width.
+            New ones are added.
+        group: The group.
+        sizes: (in_features, out_features) of its layers.
+        config: The configuration.
+        device: The device of new factors.
+        dtype: The dtype of new factors.
     """
-    found, init = [], "kaiming" if config.init == "svd" else config.init
+    init = "kaiming" if config.init == "svd" else config.init  # "svd" overwrites it
+    pair = []
     for part, features, rank in zip("AB", sizes, config.ranks):
         name = f"{part}_{features if config.group_by == 'width' else group}"
-        if name not in owned:
-            owned[name] = LoTRFactor(features, rank, init=init, **where)
+        if name not in factors:
+            factors[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
             if part == "B" and config.core_init == "identity":
-                nn.init.zeros_(owned[name].value)  # the model starts unchanged, as with LoRA
-        found.append(owned[name])
-    return LoTRFactors.of(*found)
+                nn.init.zeros_(factors[name].value)  # the model starts unchanged, as with LoRA
+        pair.append(factors[name])
+    return LoTRFactors.of(*pair)
 
 
 def _replace(
     model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig
 ) -> LoTRLayer:
+    """Puts the adapted layer into all places of a target."""
+    settings = {"scaling": config.s, "dropout": config.dropout}
     if target.parameter is not None:
-        layer = adapt_parameter(
-            target.module, target.parameter, factors, scaling=config.s, dropout=config.dropout
-        )
+        layer = adapt_parameter(target.module, target.parameter, factors, **settings)
     else:
-        layer = adapt(target.module, factors, scaling=config.s, dropout=config.dropout)
+        layer = adapt(target.module, factors, **settings)
+        for name in target.names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
     layer.leave_factors_to_owner()
-    if layer.core.device != (home := compute_device(target.module)):
-        layer.core = nn.Parameter(
-            torch.empty(layer.core.shape, device=home, dtype=layer.core.dtype)
-        )
+    device = compute_device(target.module)
+    if layer.core.device != device:
+        core = torch.empty(layer.core.shape, device=device, dtype=layer.core.dtype)
+        layer.core = nn.Parameter(core)
     fill_core_(layer.core, config.core_init)
-    for name in target.names if target.parameter is None else ():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
     return layer
 
 
-def cores_of(config: LoTRConfig, names: Sequence[str], **where: Any) -> Cores | None:
-    """The Cores of the layers of these names, on the device and of the dtype in where; None for dense ones.
+def cores_of(
+    config: LoTRConfig, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
+) -> Cores | None:
+    """Returns the Cores of the layers of these names, None if each layer has a dense core.
 
-    Raises TypeError or ValueError for what a form cannot be.
+    Raises:
+        TypeError, ValueError: If the form is not one of `lotr_ext.cores`, or cannot have the ranks
+            or the start of the configuration.
     """
     if config.core == "dense":
         return None
     if config.core == "custom":
         raise ValueError(
-            'core: expected a name or a callable, got "custom" from a saved adapter. Pass the original callable.'
+            'core: expected a name or a callable, got "custom" from a saved adapter. Pass the '
+            "original callable."
         )
     places = [place_of(name) for name in names]
     form = FORMS[config.core] if isinstance(config.core, str) else config.core
-    with torch.device("cpu"):  # not the caller's default device, which may be meta
+    # Not on the caller's default device, which may be meta. For "meta" nothing is allocated.
+    with torch.device("meta" if device.type == "meta" else "cpu"):
         cores = form(places, config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(
-            f"core: expected a callable that returns lotr_ext.cores.Cores, got {type(cores).__name__}"
+            f"core: expected a callable that returns lotr_ext.cores.Cores, got "
+            f"{type(cores).__name__}"
         )
     if config.core_init == "identity":
         cores.begin_as_identity()
-    return cores.to(**where)
+    return cores.to(device=device, dtype=dtype)
+
+
+# ---- init "svd" ----------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """Where the layers of a group start with init "svd".
+
+    Their weights are reduced by s B G_l^T A^T, so that they start as the base.
+    """
+
+    A: Tensor  # [K, r_in]
+    B: Tensor  # [N, r_out]
+    cores: Tensor  # [l, r_in, r_out]
 
 
 @torch.no_grad()
-def _svd_start(targets: list[Target], config: LoTRConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and cores of init "svd" of one group: the weights' own Tucker-2 factorisation, at START times orthonormal
-    factors."""
-    weights = [
-        t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets
-    ]
+def _svd_start(targets: Sequence[Target], config: LoTRConfig) -> Start:
+    """Returns the Tucker-2 factorization of the weights of a group.
+
+    A and B are START times orthonormal factors.
+    """
+    weights = []
+    for target in targets:
+        weight = target.module.weight
+        weights.append(weight if isinstance(target.module, nn.Linear) else weight.T)
     A, B, cores = tucker2(weights, config.ranks)
-    return START * A, START * B, cores / (START**2 * config.s)
+    return Start(START * A, START * B, cores / (START**2 * config.s))
 
 
 @torch.no_grad()
-def set_start(layers: list[LoTRLayer], start: tuple[Tensor, Tensor, Tensor] | None) -> None:
-    """Starts the layers of one group at A, B and cores [l, r_in, r_out], which are subtracted from their weights in float32. A
-    former start is added back first. layers: all of the group. start: None to have none."""
-    A, B = layers[0].factors.A, layers[0].factors.B
-    for layer in layers:
-        layer.give_start_back()
-    A.start = B.start = None
-    if start is None:
-        return
-    for factor, value in zip((A, B), start):
+def set_start(layers: Sequence[LoTRLayer], start: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Starts the layers of a group at A, B and cores, which are subtracted from their weights.
+
+    Args:
+        layers: All layers of the group. They have no start, see `clear_start`.
+        start: As a `Start`.
+    """
+    A_start, B_start, cores = start
+    for factor, value in ((layers[0].factors.A, A_start), (layers[0].factors.B, B_start)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
-    for layer, core in zip(layers, start[2]):
+    for layer, core in zip(layers, cores):
         layer.start_core = core.to(layer.core)
         layer.core.copy_(layer.start_core)
         weight = layer._weight_to_write("init")
-        weight.copy_(
-            plus(weight, -fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling))
+        factors = layer.factors
+        start_delta = fallback.delta_weight(
+            factors.A.start, factors.B.start, layer.start_core, layer.scaling
         )
+        weight.copy_(plus(weight, -start_delta))
+
+
+def clear_start(layers: Sequence[LoTRLayer]) -> None:
+    """Undoes `set_start`: the weights are those of the base again. A, B and cores keep values."""
+    for layer in layers:
+        layer.give_start_back()
+    layers[0].factors.A.start = None
+    layers[0].factors.B.start = None
+
+
+# ---- without the adapter -------------------------------------------------------------------------
 
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Inside the context the model computes without the adapter (modules_to_save stay as they are now).
+    """Computes without the adapter inside of the context. modules_to_save stay as they are now.
 
     The context is in force for the thread that opened it, and for the backwards that it starts.
-    Raises RuntimeError: no adapter, or a merged one (unmerge it first).
+
+    Raises:
+        RuntimeError: If the model has no adapter, or a merged one.
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "disabled")
@@ -266,47 +342,73 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def init_from_gradient(
-    model: Model, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
-) -> Model:
-    """Starts A and B of an adapted model from the gradients of its weights. The cores stay zero, so its output does not change.
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> CapturedGradient:
+    """Starts A and B of an adapted model from the gradients of its weights.
 
-    A and B span the leading directions of the gradients of all layers that share them. The gradients are never formed: three
-    passes over the batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random state are as
-    before afterwards. With torch.distributed, every process calls this with its own batches, and all get the same A and B.
+    A and B span the leading directions of the gradients of all layers that share them. The cores
+    stay zero, so the output does not change. The gradients are never formed: four passes over the
+    batches compute two thin products per layer. Buffers, .grad, requires_grad and torch's random
+    state are restored. With torch.distributed, every process calls this with its batches, and all
+    get the same A and B.
 
-    batches: a few, each used three times. loss: (model, batch) -> a scalar.
-    Raises TypeError, ValueError or RuntimeError, with the model unchanged: no adapter, or one of experts; a merged model; a
-    core that is not zero; no batches; a loss that is no scalar or depends on no adapted layer; gradients that are not finite,
-    or all zero.
+    Args:
+        model: An adapted model whose cores are zero. If an error is raised, it is unchanged.
+        batches: A few. Each is used four times.
+        loss: (model, batch) -> a scalar.
+
+    Returns:
+        The share of the gradients' squared norm that the new A and B capture, in all and per layer.
+        It tells which rank is enough.
+
+    Raises:
+        TypeError: If experts are adapted.
+        ValueError: If a core is not zero; if there are no batches; if the loss is not a scalar, or
+            depends on no adapted layer; or if the gradients are not finite, or all zero.
+        RuntimeError: If the model has no adapter, or a merged one.
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "init_from_gradient")
     for name, layer in layers.items():
         if layer.num_experts:
             raise TypeError(
-                f"model: expected linear layers for a start from the gradient, got experts in {name!r}"
+                f"model: expected linear layers for a start from the gradient, got experts in "
+                f"{name!r}"
             )
         if bool(layer.core.any()):
             raise ValueError(
                 f"core: expected zero for a start from the gradient, got other values in {name!r}"
             )
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
-        found = directions_of_gradients(model, layers.values(), batches, loss)
+        start = start_from_gradients(model, layers, batches, loss)
     with torch.no_grad():
-        for factor, value in found:
+        for factor, value in start.values:
             factor.copy_(value)
-    return model
+    return start.captured
 
 
-# ---- unload ------------------------------------------------------------------------------------------------
+# ---- unload --------------------------------------------------------------------------------------
 
 
 def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype = False) -> Model:
-    """Removes the adapter: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
+    """Removes the adapter: plain layers in their old places, no factors, no cores.
 
-    merge: False restores the base weights (with "svd" up to one rounding); True merges the adapter into them. modules_to_save
-    stay as they are now; hooks on adapted layers go with them. dequantize: as in `merge`. Returns the same model; if it is
-    itself an adapted layer, the plain one. Raises, with the model unchanged, as `merge` and `unmerge`.
+    modules_to_save stay as they are now, and frozen parameters stay frozen. Hooks on adapted layers
+    go with them.
+
+    Args:
+        model: An adapted model.
+        merge: Whether to merge the adapter into the weights. Otherwise they are those of the base
+            (with init "svd" up to one rounding).
+        dequantize: As for `merge`.
+
+    Returns:
+        The same model. If it is an adapted layer itself, the plain layer. If an error is raised, it
+        is unchanged.
+
+    Raises:
+        TypeError: If an adapted layer has no plain form (LoTRExperts).
+        TypeError, ValueError, RuntimeError: As for `merge` and `unmerge`.
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():
@@ -323,17 +425,15 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
-    """`unload` once nothing more can be refused."""
-    if hasattr(model, "lotr_tasks"):
-        model.lotr_tasks.remove_hooks()
+    """The part of `unload` that cannot fail."""
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
-    if isinstance(model, LoTRLayer):  # there is no place to put the plain one
+    if isinstance(model, LoTRLayer):  # there is no place to put the plain layer
+        detach_all(model)
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, bases[id(layer)])
-    for name in ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out"):
-        detach(model, name)
+    detach_all(model)
     return model

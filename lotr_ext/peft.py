@@ -43,7 +43,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .bypasses import block_bypasses, restore_bypasses
-from .config import LoTRConfig, check_names, place_of
+from .config import NOT_HERE, LoTRConfig, check_names, place_of
 from .core import dispatch, fallback
 from .core.operators import DTYPES, accumulate_dtype
 from .factors import LoTRFactors
@@ -163,12 +163,8 @@ class LoTRPeftConfig(PeftConfig):
     )
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names((name for name in given if name != "r"), cls.__name__)
-        for name in _FORMER:
-            if given.get(name) and name != "share_factors":
-                raise TypeError(
-                    f"{name}: expected nothing, because lotr_ext.peft does not have it, got {given[name]!r}"
-                )
+        # PEFT drops and reports what an old file has and this class lacks, if it is not refused
+        check_names((n for n, value in given.items() if value or n not in _FORMER), cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -221,8 +217,13 @@ class LoTRPeftConfig(PeftConfig):
             kwargs["scaling"] = config_of_version_1({**kwargs, "rank": kwargs.get("rank") or 16})[
                 "scaling"
             ]
-        former = {name: kwargs.pop(name) for name in _FORMER if name in kwargs}
-        cls.__new__(cls, **former)  # raises for values that cannot be ignored
+        for name in _FORMER:
+            value = kwargs.pop(name, None)
+            if value and name != "share_factors":
+                raise TypeError(
+                    f"{name}: expected nothing, because this version does not have it, got "
+                    f"{value!r}. {NOT_HERE[name]}"
+                )
         return super().from_peft_type(**kwargs)
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import adapted_layers
+from .adapted import Attachment, adapted_layers
 from .core import dispatch
 from .core.request import ADAPTER_OFF, state_of
+from .core.strategy import strategy_note
 from .layers import LoTRLayer
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
     "trainable_summary",
 ]
 
+# The group of a part of the adapter, and of any other parameter.
+_GROUPS = {"A": "factors", "B": "factors", "core": "cores", None: "other"}
+
 
 # ---- for an optimizer ----------------------------------------------------------------------------
 
@@ -36,19 +40,26 @@ __all__ = [
 def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Returns the trained parameters of the adapter, for an optimizer.
 
-    Each A, B and core that requires grad, or the parameters from which a core is computed.
-    modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has
-    both.
+    Each A, B and core that requires grad, or the parameters from which a core is computed; and the
+    tasks of a `TaskBank` if its cores require grad. modules_to_save are not among them:
+    `[p for p in model.parameters() if p.requires_grad]` has both.
 
     Raises:
         RuntimeError: If the model has no adapter.
     """
-    trained: dict[int, nn.Parameter] = {}
+    return iter([p for p in _adapter_parts(model) if p.requires_grad])
+
+
+def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
+    parts: dict[nn.Parameter, str] = {}
     for layer in adapted_layers(model).values():
-        for parameter in layer.adapter_parameters():
-            if parameter.requires_grad:
-                trained[id(parameter)] = parameter
-    return iter(trained.values())
+        for part, parameter in layer.parts():
+            parts[parameter] = part
+    for module in model.modules():
+        if isinstance(module, Attachment):
+            parts.update(dict.fromkeys(module.parameters(), "core"))
+    return parts
 
 
 def parameter_groups(
@@ -56,8 +67,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Returns all trained parameters of an adapted model in up to three groups for an optimizer.
 
-    The groups are named "cores", "factors" (A and B), and "other" (modules_to_save, such as a new
-    head, and everything else that requires grad). For transformers' Trainer and TRL:
+    The groups are named "cores" (also a bank's), "factors" (A and B), and "other" (modules_to_save,
+    such as a new head, and everything else that requires grad). For transformers' Trainer and TRL:
     `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
 
     Args:
@@ -68,14 +79,11 @@ def parameter_groups(
     Raises:
         RuntimeError: If the model has no adapter.
     """
-    group_names: dict[int, str] = {}
-    for layer in adapted_layers(model).values():
-        for part, parameter in layer.parts():
-            group_names[id(parameter)] = "cores" if part == "core" else "factors"
+    parts = _adapter_parts(model)
     members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            members[group_names.get(id(parameter), "other")].append(parameter)
+            members[_GROUPS[parts.get(parameter)]].append(parameter)
     rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
     groups = []
     for name, parameters in members.items():
@@ -206,4 +214,9 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
         runs = f"the PyTorch fallback, because {fallback_reason}"
     else:
         runs = "the kernels of lotr_ext"
+        note = strategy_note(
+            layer.in_features, layer.out_features, layer.factors.A.rank, dtype, x.device
+        )
+        if note:
+            runs = f"{runs}, {note}"
     return f"{subject}: {runs} ({str(dtype).removeprefix('torch.')} on {device})"

@@ -1,4 +1,9 @@
-"""Selects the layers that `apply_lotr` adapts, and checks them before anything is changed."""
+"""Selects the layers that `apply_lotr` adapts, and checks them before anything is changed.
+
+    named_modules  ->  targets (in groups that share A and B), modules_to_save, what is left out
+
+Not here: how they are adapted (model.py).
+"""
 
 from __future__ import annotations
 
@@ -21,25 +26,43 @@ from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 __all__ = [
     "Selection",
     "Target",
+    "check_layer",
+    "check_targets",
     "group_of",
     "heads",
     "name_ends_with",
     "saved_modules",
     "select",
     "tied_names",
+    "why_not_adapted",
+    "with_head",
 ]
 
 # The heads of transformers' models, by the last part of their names.
 _HEADS = (
-    *("score", "classifier", "pre_classifier", "qa_outputs", "classification_head", "logits_proj"),
-    *("cls_classifier", "distillation_classifier"),
+    "score",
+    "classifier",
+    "pre_classifier",
+    "qa_outputs",
+    "classification_head",
+    "logits_proj",
+    "cls_classifier",
+    "distillation_classifier",
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be adapted. names: all its names in the model; the first one is used. sizes: (in_features, out_features).
-    parameter: the 3-D parameter of module whose experts are adapted; names has the name of their adapter then."""
+    """A layer to be adapted.
+
+    Attributes:
+        names: All its names in the model. The first one is used.
+        module: The layer, or a mixture's experts module.
+        sizes: (in_features, out_features).
+        group: The layers of one group share A and B.
+        parameter: For experts, the adapted 3-D parameter of module. names then has the name of
+            their adapter.
+    """
 
     names: tuple[str, ...]
     module: nn.Module
@@ -54,8 +77,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """targets: in the model's order. saved: modules to be trained whole, by name. left_out: the names of layers that
-    target_modules matches and that are not adapted, by reason."""
+    """What a configuration means in a model.
+
+    Attributes:
+        targets: The layers to be adapted, in the model's order.
+        saved: The modules that are fully trained, by name.
+        left_out: The names of the layers that target_modules matches and that are not adapted, by
+            reason.
+    """
 
     targets: list[Target]
     saved: dict[str, nn.Module]
@@ -63,86 +92,140 @@ class Selection:
 
     @property
     def groups(self) -> dict[str, list[Target]]:
+        """The targets by group."""
         groups: dict[str, list[Target]] = {}
         for target in self.targets:
             groups.setdefault(target.group, []).append(target)
         return groups
 
 
+def select(model: nn.Module, config: LoTRConfig) -> Selection:
+    """Returns the layers that config adapts in a plain model. Errors as for `apply_lotr`."""
+    if not isinstance(config, LoTRConfig):
+        raise TypeError(
+            f"config: expected a LoTRConfig, got {type(config).__name__}. A configuration of PEFT "
+            f"is for get_peft_model."
+        )
+    _check_model(model)
+    modules = _modules_with_names(model)
+    _check_patterns(model, config, [name for _, names in modules for name in names])
+    saved = saved_modules(model, config)
+    inside_saved = {id(child) for module in saved.values() for child in module.modules()}
+    left_out: dict[str, list[str]] = {}
+    targets = _linear_targets(model, config, modules, inside_saved, left_out)
+    targets += _expert_targets(model, config, inside_saved)
+    if not targets:
+        raise _nothing_to_adapt(model, config, left_out)
+    check_targets(targets, config)
+    return Selection(targets, saved, left_out)
+
+
+def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Returns each module inside of the model once, with all its names."""
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            modules.setdefault(id(module), (module, []))[1].append(name)
+    return list(modules.values())
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
 def name_ends_with(name: str, ending: str) -> bool:
-    """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
+    """Whether ending is the last dotted part or parts of name.
+
+    "query" matches "layer.0.query", not "layer.0.my_query".
+    """
     return f".{name}".endswith(f".{ending}")
 
 
 def _matches(name: str, pattern: Sequence[str] | str | None) -> bool:
+    """Whether name matches a regular expression, or ends with one of a list of names."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name_ends_with(name, ending) for ending in pattern or ())
 
 
 def _has_class(value: object, *names: str) -> bool:
-    """Whether value has a class of one of these names, which may be of a package that is not imported."""
+    """Whether value has a class of one of these names. Its package may not be imported."""
     return any(cls.__name__ in names for cls in type(value).__mro__)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means it: also a quantised layer that is no nn.Linear, such as HQQ's."""
-    known = isinstance(module, nn.Linear) or is_conv1d(module)
-    return known or (features(module) is not None and callable(getattr(module, "dequantize", None)))
+# ---- linear layers -------------------------------------------------------------------------------
 
 
-def select(model: nn.Module, config: LoTRConfig) -> Selection:
-    """The layers that config adapts in a plain model. Raises as `apply_lotr`."""
-    if not isinstance(config, LoTRConfig):
-        raise TypeError(f"config: expected a LoTRConfig, got {type(config).__name__}")
-    _check_model(model)
-    places: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            places.setdefault(id(module), (module, []))[1].append(name)
-    _check_patterns(model, config, [name for _, names in places.values() for name in names])
-    saved = saved_modules(model, config)
-    inside = {id(m) for top in saved.values() for m in top.modules()}
-    tied, outputs = tied_names(model), output_layers(model) if config.everything else {}
-    targets, left_out = [], {}
-    for module, names in places.values():
-        if config.everything and any(why_not(module, own) is None for own in module._parameters):
-            left_out.setdefault(
-                "3-D parameters of experts: name them in target_parameters", []
-            ).append(names[0])
-        wanted = (
-            _is_linear(module)
-            if config.everything
-            else any(_matches(n, config.target_modules) for n in names)
-        )
-        sizes = features(module)
-        if not wanted or (sizes is None and isinstance(config.target_modules, str)):
-            continue  # a regular expression is a filter over the layers that can be adapted
-        reason = why_not_adapted(model, module, names, tied)
-        left = (reason or outputs.get(id(module))) if config.everything else None
-        if id(module) in inside:
-            left = "trained whole: modules_to_save"
-        elif any(_matches(name, config.exclude_modules) for name in names):
-            left = "exclude_modules"
-        if left:
-            left_out.setdefault(left, []).append(names[0])
+def _linear_targets(
+    model: nn.Module,
+    config: LoTRConfig,
+    modules: Sequence[tuple[nn.Module, list[str]]],
+    inside_saved: set[int],
+    left_out: dict[str, list[str]],
+) -> list[Target]:
+    """Returns the linear layers that config adapts, and adds the others that it names to left_out.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        modules: From `_modules_with_names`.
+        inside_saved: The ids of modules in modules_to_save.
+        left_out: Names by reason.
+    """
+    tied = tied_names(model)
+    outputs = output_layers(model) if config.everything else {}
+    targets = []
+    for module, names in modules:
+        name = names[0]
+        if config.everything and any(why_not(module, p) is None for p in module._parameters):
+            reason = "3-D parameters of experts: name them in target_parameters"
+            left_out.setdefault(reason, []).append(name)
+        if not _is_wanted(module, names, config):
             continue
-        check_layer(names[0], module, sizes, reason)
-        targets.append(
-            Target(tuple(names), module, sizes, group_of(names[0], module, sizes, config.group_by))
-        )
-    targets += _expert_targets(model, config, inside)
-    check_targets(targets, config)
-    return Selection(targets, saved, left_out)
+        reason = why_not_adapted(model, module, names, tied)
+        if id(module) in inside_saved:
+            left_out.setdefault("fully trained: modules_to_save", []).append(name)
+        elif any(_matches(n, config.exclude_modules) for n in names):
+            left_out.setdefault("exclude_modules", []).append(name)
+        elif config.everything and (reason or id(module) in outputs):
+            left_out.setdefault(reason or outputs[id(module)], []).append(name)
+        else:
+            sizes = features(module)
+            check_layer(name, module, sizes, reason)
+            group = group_of(name, module, sizes, config.group_by)
+            targets.append(Target(tuple(names), module, sizes, group))
+    return targets
 
 
-# ---- what cannot be adapted ------------------------------------------------------------------------------------------
+def _is_wanted(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
+    """Whether target_modules means a module."""
+    if config.everything:
+        return _is_linear(module)
+    if isinstance(config.target_modules, str) and features(module) is None:
+        return False  # a regular expression filters the layers that can be adapted
+    return any(_matches(name, config.target_modules) for name in names)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means a module.
+
+    It also means a quantized layer that is not an nn.Linear, such as HQQ's.
+    """
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    return features(module) is not None and callable(getattr(module, "dequantize", None))
 
 
 def why_not_adapted(
     model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]
 ) -> str | None:
-    """Why an adapter in this layer would be wrong, or have no effect; None if neither is known."""
+    """Returns why an adapter in a layer would be wrong or have no effect, None if nothing is known.
+
+    Args:
+        model: The model.
+        module: The layer.
+        names: All its names in the model.
+        tied: From `tied_names`.
+    """
     for name in names:
         parent, _, child = name.rpartition(".")
         reason = why_not_called(model.get_submodule(parent), child)
@@ -150,24 +233,27 @@ def why_not_adapted(
             return reason
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if own_forward and has_plain_weight(module) and not _returns_rows(module):
+    has_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if has_forward and has_plain_weight(module) and not _returns_rows(module):
         return "its forward returns something else than x W^T"
     return None
 
 
 @torch.no_grad()
 def _returns_rows(module: nn.Linear) -> bool:
-    """Whether a forward of its own returns [.., out_features]; routers return tuples (Llama 4). Runs it without values."""
-    own = copy.copy(module)
+    """Whether a subclass's forward returns [.., out_features]. Runs it on the meta device.
+
+    Routers of mixtures return tuples (Llama 4).
+    """
+    on_meta = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
-        tensors = vars(module)[kind].items()
-        vars(own)[kind] = {
-            name: None if tensor is None else tensor.to("meta") for name, tensor in tensors
-        }
+        tensors = {}
+        for name, tensor in vars(module)[kind].items():
+            tensors[name] = None if tensor is None else tensor.to("meta")
+        vars(on_meta)[kind] = tensors
     try:
-        y = own.forward(own.weight.new_empty(1, module.in_features))
-    except Exception:  # of any kind: the forward is not ours
+        y = on_meta.forward(on_meta.weight.new_empty(1, module.in_features))
+    except Exception:  # of any kind: it is not our forward
         return False
     return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
@@ -175,128 +261,161 @@ def _returns_rows(module: nn.Linear) -> bool:
 def check_layer(
     name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None
 ) -> None:
+    """Checks that a layer can be adapted.
+
+    Args:
+        name: Its name, for the message.
+        module: The layer.
+        sizes: (in_features, out_features), None for a module that has none.
+        reason: From `why_not_adapted`.
+    """
     if sizes is None:
         raise TypeError(
-            f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
-            f"({type(module).__name__})"
+            f"target_modules: expected nn.Linear, Conv1D or a module with in_features and "
+            f"out_features, got {name!r} ({type(module).__name__})"
         )
     if reason is not None:
         raise ValueError(
-            f"target_modules: expected layers in which an adapter has an effect, got {name!r}: {reason}"
+            f"target_modules: expected layers in which an adapter has an effect, got {name!r}: "
+            f"{reason}"
         )
     if is_dtensor(getattr(module, "weight", None)):
         raise TypeError(
-            f"target_modules: expected plain weights, got a DTensor in {name!r}. Tensor parallel layers are not supported: "
-            f"adapt the whole model, or leave this layer out."
+            f"target_modules: expected full (unsharded) weights, got a DTensor in {name!r}. Tensor "
+            f"parallel layers are not supported: adapt the full model, or leave this layer out."
         )
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """For each module that shares a parameter's memory with another one, by id(module): the other owners' parameter names."""
+    """Returns, by id(module), which parameters of other modules share memory with one of its."""
     owners: dict[object, list[tuple[nn.Module, str]]] = {}
-    for name, module in model.named_modules():
-        for own, p in module.named_parameters(recurse=False):
-            plain = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
-            key = (p.device, p.data_ptr()) if plain else id(p)
-            owners.setdefault(key, []).append((module, f"{name}.{own}" if name else own))
+    for module_name, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            has_memory = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
+            key = (p.device, p.data_ptr()) if has_memory else id(p)
+            full_name = f"{module_name}.{name}" if module_name else name
+            owners.setdefault(key, []).append((module, full_name))
     tied: dict[int, list[str]] = {}
-    for shared in owners.values():
-        for module, _ in shared:
-            if others := [name for other, name in shared if other is not module]:
+    for sharing in owners.values():
+        for module, _ in sharing:
+            others = [name for other, name in sharing if other is not module]
+            if others:
                 tied.setdefault(id(module), []).extend(others)
     return tied
 
 
-# ---- heads and modules to save ---------------------------------------------------------------------------------------
+# ---- heads and modules to save -------------------------------------------------------------------
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The known heads of the transformers models in a model, by name."""
-    modules, found = dict(model.named_modules()), {}
+    """Returns the known heads of the transformers models in a model, by name."""
+    modules = dict(model.named_modules())
+    found = {}
     for name, module in modules.items():
-        parent, _, own = name.rpartition(".")
-        if (
-            own in _HEADS
-            and hasattr(modules[parent], "get_output_embeddings")
-            and next(module.parameters(), None) is not None
-        ):
+        parent, _, child = name.rpartition(".")
+        is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
+        has_parameters = next(module.parameters(), None) is not None
+        if child in _HEADS and is_in_transformers_model and has_parameters:
             found[name] = module
     return found
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
-    """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description: transformers' and timm's."""
-    getters = ("get_output_embeddings", "get_classifier")
-    outputs = [getattr(m, get)() for m in model.modules() for get in getters if hasattr(m, get)]
-    tops = {
-        top: "the output layer: name it to adapt it"
-        for top in outputs
-        if isinstance(top, nn.Module)
-    }
-    tops |= dict.fromkeys(
-        heads(model).values(), "a head: name it to adapt it, or train it whole (modules_to_save)"
-    )
-    return {id(m): what for top, what in tops.items() for m in top.modules()}
+    """Returns the layers that "all-linear" leaves out, as in PEFT, by id(module).
+
+    The output layers and heads of transformers' and timm's models. The values are the reasons.
+    """
+    reasons: dict[int, str] = {}
+    for module in model.modules():
+        for getter in ("get_output_embeddings", "get_classifier"):
+            output = getattr(module, getter)() if hasattr(module, getter) else None
+            if isinstance(output, nn.Module):
+                for child in output.modules():
+                    reasons[id(child)] = "the output layer: name it to adapt it"
+    for head in heads(model).values():
+        for child in head.modules():
+            reasons[id(child)] = (
+                "a head: name it to adapt it, or train it fully with modules_to_save"
+            )
+    return reasons
 
 
 def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
-    """config with the model's heads in modules_to_save, if its task_type has one. Raises ValueError if no head is known."""
-    if getattr(config, "task_type", None) not in HEADED_TASKS or not isinstance(model, nn.Module):
+    """Returns config with the model's heads in modules_to_save, if its task_type has one.
+
+    Raises:
+        ValueError: If no head is known.
+    """
+    has_head = getattr(config, "task_type", None) in HEADED_TASKS
+    if not has_head or not isinstance(model, nn.Module):
         return config
-    saved, found = config.modules_to_save or (), heads(model)
+    saved = config.modules_to_save or ()
+    found = heads(model)
     if not found and not saved:
         raise ValueError(
-            f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__} without one of the "
-            f"known names ({', '.join(_HEADS)}). Name its head in modules_to_save."
+            f"task_type: expected a model with a head for {config.task_type!r}, got "
+            f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
+            f"its head in modules_to_save."
         )
     new = [name for name in found if not _matches(name, saved)]
     return replace(config, modules_to_save=(*saved, *new)) if new else config
 
 
 def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
-    """The modules_to_save of a model by name. Raises ValueError for parameters that cannot be trained."""
+    """Returns the modules_to_save of a model by name.
+
+    Raises:
+        ValueError: If a parameter of one cannot be trained.
+    """
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # An adapted model registers lotr_factors and the like (adapted.py), which have numbers as names.
+        # An adapted model registers lotr_factors and the like, which have numbers as names.
         if any(part.startswith("lotr_") for part in name.split(".")):
             continue
         if not _matches(name, config.modules_to_save):
             continue
-        for own, p in module.named_parameters():
-            if not (type(p) is nn.Parameter or is_dtensor(p)) or p.dtype.itemsize < 2:
+        for parameter_name, p in module.named_parameters():
+            is_plain = type(p) is nn.Parameter or is_dtensor(p)
+            if not is_plain or p.dtype.itemsize < 2:
                 raise ValueError(
-                    f"modules_to_save: expected parameters that can be trained, got {name}.{own}, quantised"
+                    f"modules_to_save: expected parameters that can be trained, got "
+                    f"{name}.{parameter_name}, quantized"
                 )
         saved[name] = module
     return saved
 
 
-# ---- experts ---------------------------------------------------------------------------------------------------------
+# ---- experts -------------------------------------------------------------------------------------
 
 
 def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
-    """The experts' parameters that config adapts, matched as in PEFT: by whole dotted parts at the name's end."""
+    """Returns the parameters of experts that config adapts.
+
+    They are matched as in PEFT, by full dotted parts at the end of the name.
+    """
     targets = []
     for name, module in model.named_modules():
         if id(module) in inside_saved or _matches(name, config.exclude_modules):
             continue
-        for own in module._parameters:
-            full = f"{name}.{own}" if name else own
-            if not _matches(full, config.target_parameters):
+        prefix = f"{name}." if name else ""
+        for parameter in module._parameters:
+            if not _matches(f"{prefix}{parameter}", config.target_parameters):
                 continue
-            if (got := why_not(module, own)) is not None:
+            reason = why_not(module, parameter)
+            if reason is not None:
                 raise TypeError(
-                    f"target_parameters: expected the 3-D weights of a mixture's experts, got {full!r}, {got}"
+                    f"target_parameters: expected the 3-D weights of a mixture's experts, got "
+                    f"{prefix + parameter!r}, {reason}"
                 )
-            _, k, n = expert_sizes(module, own)
-            at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
-            targets.append(
-                Target((at,), module, (k, n), group_of(at, module, (k, n), config.group_by), own)
-            )
+            _, in_features, out_features = expert_sizes(module, parameter)
+            sizes = (in_features, out_features)
+            layer_name = f"{prefix}{CHILD}.{parameter}"
+            group = group_of(layer_name, module, sizes, config.group_by)
+            targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_model(model: nn.Module) -> None:
@@ -304,109 +423,160 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
-            f"model: expected a model with linear layers inside, got one {type(model).__name__}. Adapt it with "
-            f"LoTRLinear.from_linear(linear, LoTRFactors(in_features, out_features, rank))."
+            f"model: expected a model with linear layers inside, got one {type(model).__name__}. "
+            f"Adapt it with LoTRLinear.from_linear(linear, LoTRFactors(in_features, out_features, "
+            f"rank))."
+        )
+    if _has_class(model, "ScriptModule", "DistributedDataParallel", "OptimizedModule"):
+        raise TypeError(
+            f"model: expected the plain model, before it is wrapped or compiled, got "
+            f"{type(model).__name__}"
         )
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        class_name = type(module).__name__
         if isinstance(module, LoTRLayer):
             raise RuntimeError(
-                f"model: expected one with no adapter, got a LoTR one at {name!r}. Call unload(model) first."
-            )
-        if not name and _has_class(
-            module, "ScriptModule", "DistributedDataParallel", "OptimizedModule"
-        ):
-            raise TypeError(
-                f"model: expected the plain model, before it is wrapped or compiled, got {kind}"
+                f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
+                f"unload(model) first."
             )
         if is_fsdp(module):
             raise TypeError(
-                f"model: expected whole tensors, got {name or kind!r} sharded by FSDP. Call apply_lotr before it."
+                f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
+                f"apply_lotr before it."
             )
         if _has_class(module, "BaseTunerLayer"):
             raise RuntimeError(
-                f"model: expected one without PEFT's adapters, got {kind} at {name!r}, which would be frozen. Merge it first "
-                f"(merge_and_unload), or use LoTR as a PEFT method (lotr_ext.peft)."
+                f"model: expected one without PEFT's adapters, got {class_name} at {name!r}, which "
+                f"would be frozen. Merge it first (merge_and_unload), or use LoTR as a PEFT method "
+                f"(lotr_ext.peft)."
             )
 
 
 def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]) -> None:
-    """Raises ValueError for a name that matches nothing, such as a misspelt one. modules: the names of the model's modules."""
+    """Checks that each name of a configuration matches something.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        modules: The names of the model's modules.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        pattern = getattr(config, field)
-        if field == "target_modules" and pattern == "all-linear":
+        value = getattr(config, field)
+        if field == "target_modules" and value == "all-linear":
             continue
-        names = (
-            [name for name, _ in model.named_parameters()]
-            if field == "target_parameters"
-            else modules
+        names = parameters if field == "target_parameters" else modules
+        if isinstance(value, str):
+            patterns = [value]
+        else:
+            patterns = [(ending,) for ending in value or ()]
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                text = pattern if isinstance(pattern, str) else pattern[0]
+                hint = _hint(model, text, names, is_expression=isinstance(pattern, str))
+                raise ValueError(
+                    f"{field}: expected names in the model, got {text!r}, which matches none{hint}"
+                )
+
+
+def _hint(model: nn.Module, text: str, names: Sequence[str], *, is_expression: bool) -> str:
+    """Returns what a pattern that matches nothing may mean, as the end of a sentence.
+
+    Args:
+        model: The model.
+        text: A regular expression or a name ending.
+        names: The names that it could match.
+        is_expression: Whether it is a regular expression.
+    """
+    if is_expression and any(name_ends_with(name, text) for name in names):
+        return (
+            f". A string is a regular expression for the full name: to match name endings pass "
+            f"[{text!r}]."
         )
-        for one in (pattern,) if isinstance(pattern, str) else pattern or ():
-            if any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
-                continue
-            hint = _hint(model, one, names)
-            if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
-                hint = f". A string is a regular expression for the full name: to match name endings pass [{one!r}]."
-            raise ValueError(
-                f"{field}: expected names in the model, got {one!r}, which matches none{hint}"
-            )
+    for name, p in model.named_parameters():
+        if p.dim() == 3 and name_ends_with(name, text):
+            return f". {name!r} is a 3-D parameter: name it in target_parameters."
+    part_count = text.count(".") + 1
+    endings = {".".join(name.split(".")[-part_count:]) for name in names}
+    close = difflib.get_close_matches(text, sorted(endings))
+    if close:
+        return f". The closest: {', '.join(map(repr, close))}."
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)
+    }
+    if linear:
+        return f". The linear layers' names end with {', '.join(sorted(linear)[:20])}."
+    return ""
 
 
-def _hint(model: nn.Module, wanted: str, names: Sequence[str]) -> str:
-    """For a name that matches none of names: what may be meant, as the end of a sentence."""
-    deep = [
-        name
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and name_ends_with(name, wanted)
-    ]
-    if deep:
-        return f". {deep[0]!r} is a 3-D parameter: name it in target_parameters."
-    parts = wanted.count(".") + 1
-    endings = {".".join(name.split(".")[-parts:]) for name in names}
-    if near := difflib.get_close_matches(wanted, sorted(endings)):
-        return f". The closest: {', '.join(map(repr, near))}."
-    linear = sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+def _nothing_to_adapt(
+    model: nn.Module, config: LoTRConfig, left_out: Mapping[str, list[str]]
+) -> ValueError:
+    """Returns the error for a selection without targets."""
+    if config.everything and not left_out:
+        return ValueError(
+            f"model: expected linear layers (nn.Linear, transformers' Conv1D, or modules with "
+            f"in_features and out_features), got a {type(model).__name__} without any. Layers of "
+            f"other kinds, such as convolutions, cannot be adapted."
+        )
+    reasons = "; ".join(f"{names[0]!r}: {reason}" for reason, names in left_out.items())
+    return ValueError(
+        f"target_modules: expected to match a linear layer that can be adapted, got "
+        f"{config.target_modules!r}, of which all are left out ({reasons or 'none is linear'})"
     )
-    return f". The linear layers' names end with {', '.join(linear[:20])}." if linear else ""
 
 
-def check_targets(targets: list[Target], config: LoTRConfig) -> None:
-    if not targets:
-        raise ValueError(
-            f"target_modules: expected to match a linear layer, got {config.target_modules!r}, which matches none outside of "
-            f"exclude_modules and modules_to_save"
-        )
+def check_targets(targets: Sequence[Target], config: LoTRConfig) -> None:
+    """Checks that the layers of each group have one shape, and that "svd" can read all weights."""
     first: dict[str, Target] = {}
-    for t in targets:
-        want = first.setdefault(t.group, t)
-        if t.sizes != want.sizes:
+    for target in targets:
+        other = first.setdefault(target.group, target)
+        if target.sizes != other.sizes:
             raise ValueError(
-                f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} {want.sizes} and {t.name!r} "
-                f"{t.sizes}"
+                f"group_by: expected layers of one shape in group {target.group!r}, got "
+                f"{other.name!r} {other.sizes} and {target.name!r} {target.sizes}"
             )
-        if config.init == "svd" and layer_class(t.module) is LoTRWrapped:
-            kind = type(t.module).__name__
+        if config.init == "svd" and layer_class(target.module) is LoTRWrapped:
             raise ValueError(
-                f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})'
+                f'init: expected weights that "svd" can read and write, got {target.name!r} '
+                f"({type(target.module).__name__})"
             )
+
+
+# ---- groups --------------------------------------------------------------------------------------
 
 
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
-    """The group of a layer of sizes (in_features, out_features)."""
+    """Returns the group of a layer, whose layers share A and B.
+
+    Args:
+        name: The layer's name.
+        module: The layer.
+        sizes: (in_features, out_features).
+        by: The configuration's group_by.
+
+    Raises:
+        ValueError: If a mapping lacks the layer.
+        TypeError: If the group is not a string.
+    """
     shape = f"{sizes[0]}x{sizes[1]}"
-    if by == "layer":
-        return name.replace(".", "_")
     if isinstance(by, str):
-        part = {"name": name.rpartition(".")[2], "block": place_of(name)[0].replace(".", "_")}.get(
-            by, ""
-        )
-        return f"{part}_{shape}" if part else shape
-    if isinstance(by, dict) and name not in by:
-        raise ValueError(
-            f"group_by: expected a group for each adapted layer, got none for {name!r}"
-        )
-    group = by[name] if isinstance(by, dict) else by(name, module)
+        if by == "layer":
+            return name.replace(".", "_")
+        prefix = ""
+        if by == "name":
+            prefix = name.rpartition(".")[2]
+        elif by == "block":
+            prefix = place_of(name)[0].replace(".", "_")
+        return f"{prefix}_{shape}" if prefix else shape
+    if isinstance(by, dict):
+        if name not in by:
+            raise ValueError(
+                f"group_by: expected a group for each adapted layer, got none for {name!r}"
+            )
+        group = by[name]
+    else:
+        group = by(name, module)
     if not isinstance(group, str):
         raise TypeError(
             f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}"

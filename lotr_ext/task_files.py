@@ -92,7 +92,7 @@ class TaskFormat:
                     f"TaskBank.save writes one."
                 )
         self.check(tensors, where)
-        expected = self._metadata()
+        expected = self.metadata()
         if metadata.get("scaling") != expected["scaling"]:
             raise ValueError(
                 f"{where}: expected a task for scaling {expected['scaling']:.200}, as the adapter "
@@ -112,9 +112,10 @@ class TaskFormat:
             ValueError: If the folder of path is a file.
             OSError: If the disk refuses.
         """
-        put_tensors(path.parent, path.name, tensors, self._metadata())
+        put_tensors(path.parent, path.name, tensors, self.metadata())
 
-    def _metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
+        """Returns the metadata of the file of such a task."""
         return task_metadata(self.factors, self.scalings)
 
 

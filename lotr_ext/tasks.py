@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import adapted_layers, attach, expect_unmerged, layers_in
+from .adapted import Attachment, adapted_layers, attach, expect_unmerged, layers_in
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import Step, watch
@@ -47,7 +47,7 @@ _changes = threading.RLock()
 # ---- the bank ------------------------------------------------------------------------------------
 
 
-class TaskBank(nn.Module):
+class TaskBank(Attachment):
     """Slots for the tasks of an adapted model. It is registered as `model.lotr_tasks`.
 
     `use_tasks(model, index)` then runs batches in which row i is of task index[i].
@@ -113,13 +113,13 @@ class TaskBank(nn.Module):
             after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
             self._hooks += [before, after]
 
-    def remove_hooks(self) -> None:
+    def on_detach(self) -> None:
         """Removes the bank's hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
     def __del__(self) -> None:
-        self.remove_hooks()
+        self.on_detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns its input, because nn.Sequential calls all its children."""

@@ -26,6 +26,18 @@ def _mlp(**settings: object) -> Callable[[], object]:
     return lambda: apply_lotr(zoo.net("mlp"), LoTRConfig(rank=2, **settings))
 
 
+def _lora_config() -> object:
+    import peft
+
+    return peft.LoraConfig(target_modules=["up"])
+
+
+def _tied() -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "out": nn.Linear(4, 4)})
+    model["out"].weight = model["embed"].weight
+    return model
+
+
 def _with_peft() -> nn.Module:
     import peft
 
@@ -85,7 +97,11 @@ _CONFIGS = [
     ("task_type", ["SEQ", 3]),
     *(
         (name, [1])
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
+        for name in (
+            *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "use_dora"),
+            *("rank_pattern", "alpha_pattern", "bias", "layers_to_transform", "layers_pattern"),
+            "fan_in_fan_out",
+        )
     ),
 ]
 BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
@@ -102,6 +118,19 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("apply to no module", "model", lambda: apply_lotr(3, LoTRConfig())),
     ("apply to a linear layer", "model", lambda: apply_lotr(nn.Linear(4, 4), LoTRConfig())),
     ("apply no config", "config", lambda: apply_lotr(zoo.net("mlp"), {"rank": 2})),
+    # rank_for
+    *((f"rank_for like={like!r}", "like", lambda like=like: lotr_ext.rank_for(zoo.net("mlp"), like=like))
+      for like in ("lora", "lora:0", "lora:x", "vera:1", 4)),
+    ("rank_for nothing", "like", lambda: lotr_ext.rank_for(zoo.net("mlp"))),
+    ("rank_for both", "like", lambda: lotr_ext.rank_for(zoo.net("mlp"), like="lora:1", numbers=100)),
+    *((f"rank_for numbers={n!r}", "numbers", lambda n=n: lotr_ext.rank_for(zoo.net("mlp"), numbers=n))
+      for n in (0, 20, 2.0, "9")),
+    ("rank_for with a rank", "rank", lambda: lotr_ext.rank_for(zoo.net("mlp"), like="lora:1", rank=4)),
+    ("rank_for an adapted model", "model", lambda: lotr_ext.rank_for(started("mlp"), like="lora:1")),
+    # apply_lotr, with configurations and models of other kinds
+    ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), _lora_config())),
+    ("apply to convolutions", "model", lambda: apply_lotr(nn.Sequential(nn.Conv2d(3, 3, 1)), LoTRConfig())),
+    ("apply where all is tied", "target_modules", lambda: apply_lotr(_tied(), LoTRConfig())),
     ("apply twice", "model", lambda: apply_lotr(started("mlp"), LoTRConfig(rank=2))),
     ("apply to a compiled model", "model", lambda: apply_lotr(torch.compile(zoo.net("mlp")), LoTRConfig(rank=2))),
     ("apply over PEFT's LoRA", "model", lambda: apply_lotr(_with_peft(), LoTRConfig(rank=2))),

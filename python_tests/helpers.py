@@ -14,7 +14,7 @@ from lotr_ext import reference
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
-BETA, UNFOLDED = 1, 4  # the bits of `strategy`, as in csrc/torch/check.h
+BETA = 1  # a strategy of the layers' operators; the other one on a CPU is 0
 # the unit roundoff of a result, and the bound on a long sum in the dtype of sums, both relative to the sum of absolute products
 ROUNDOFF = {
     torch.float32: 2.0**-24,
@@ -134,7 +134,7 @@ SCHEMAS = {
     for s in torch._C._jit_get_all_schemas()
     if s.name.startswith("lotr::")
 }
-ON_CUDA_ALONE = {"cuda_versions", "cuda_plans"}
+ON_CUDA_ALONE = {"cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 NO_NUMBERS = {"info", *ON_CUDA_ALONE}
 OPERATORS = sorted(set(SCHEMAS) - NO_NUMBERS)
 
@@ -143,9 +143,16 @@ def operator(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.lotr, name).default
 
 
-def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
-    """Good arguments of an operator: as many of the optional ones as go together, each form that it has. A new operator without
-    an entry here fails every test that walks over the schemas."""
+def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int = Q) -> list[tuple]:
+    """Good arguments of an operator, one tuple for each form that it has.
+
+    Optional arguments are given where they go together. A new operator without an entry here fails
+    every test that walks over the schemas.
+
+    Args:
+        R: r_in.
+        Q: r_out.
+    """
     seed, offs = torch.tensor([7]), torch.tensor([2, M], dtype=torch.int32)
     index, tokens = torch.tensor([0, 1, -1, 1, 0, 1]), torch.tensor([5, 4, 3, 2, 1, 0])
 
@@ -155,65 +162,50 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> list[tuple]:
     def acc(*size: int) -> Tensor:
         return torch.randn(*size).to(sums_dtype(dtype))
 
-    layer = (t(M, K), t(N, K), t(N))
+    x, weight, bias, A, F = t(M, K), t(N, K), t(N), t(K, R), t(N, R)
+    x_of_two = t(3, 2, K)  # leading dimensions
+    g, g_of_two = t(M, N), t(3, 2, N)
+    u, du, dx = t(M, R), t(M, R), t(M, K)
+    core_part = t(N, Q), t(R, Q), 0.7  # B, core, scaling
     return {
         "shrink": [(t(M, K), t(K, R), 0.5, seed), (t(0, K), t(K, R), 0.0, None)],
         "expand_add_": [(t(M, N), t(M, R), t(N, R), 0.5, seed)],
         "fold": [(t(N, Q), t(R, Q), 0.7, dtype)],
         "expand": [(t(M, N), t(M, R), t(N, R)), (t(3, 2, N), t(M, R), t(N, R))],
         "layer_forward": [
-            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
-            (*layer, None, t(N, Q), t(R, Q), 0.7, BETA, t(M, R), None, 0.0, None),
-            (
-                t(3, 2, K),
-                t(N, K),
-                None,
-                t(K, R),
-                t(N, Q),
-                t(R, Q),
-                0.7,
-                UNFOLDED,
-                None,
-                None,
-                0.0,
-                None,
-            ),
+            (x, weight, bias, A, *core_part, 0, 0.5, seed),
+            (x_of_two, weight, None, A, *core_part, BETA, 0.0, None),
+        ],
+        "layer_forward_few_tokens": [
+            (x, weight, bias, A, *core_part, 0),
+            (x_of_two, weight, None, A, *core_part, BETA),
+        ],
+        "layer_forward_projected": [
+            (x, weight, bias, u, *core_part, BETA),
+            (x_of_two, weight, None, u, *core_part, 0),
+        ],
+        "layer_forward_rows": [
+            (x, weight, bias, u, F, BETA),
+            (x_of_two, weight, None, u, F, 0),
         ],
         "layer_backward_": [
-            (
-                *(
-                    t(M, N),
-                    t(N, K),
-                    t(M, K),
-                    t(M, R),
-                    t(K, R),
-                    t(N, R),
-                    t(N, Q),
-                    t(R, Q),
-                    0.7,
-                    BETA,
-                ),
-                *(t(M, R), t(M, K), acc(N, R), acc(K, R), acc(N, Q), False, False, 0.5, seed),
-            ),
-            (
-                *(t(3, 2, N), t(N, K), None, t(M, R), None, t(N, R), t(N, Q), t(R, Q), 0.7, 0),
-                *(None, None, None, None, None, True, True, 0.0, None),
-            ),
-            (
-                *(
-                    t(M, N),
-                    t(N, K),
-                    t(M, K),
-                    t(M, R),
-                    t(K, R),
-                    None,
-                    t(N, Q),
-                    t(R, Q),
-                    0.7,
-                    UNFOLDED,
-                ),
-                *(None, None, None, acc(K, R), acc(N, Q), True, True, 0.0, None),
-            ),
+            (g, weight, x, u, A, F, *core_part, BETA, acc(K, R), acc(N, Q), True, True, 0.5, seed),
+            (g_of_two, weight, x, u, A, F, *core_part, 0, None, None, True, True, 0.0, None),
+            (g, None, None, u, A, F, *core_part, 0, None, None, False, True, 0.0, None),
+        ],
+        "layer_backward_few_tokens_": [
+            (g, weight, x, u, A, *core_part, BETA, acc(K, R), acc(N, Q), True, True),
+            (g_of_two, weight, x, u, A, *core_part, 0, None, None, True, True),
+        ],
+        "layer_backward_projected_": [
+            (g, weight, u, F, *core_part, du, dx, acc(N, Q), True, True),
+            (g_of_two, weight, u, F, *core_part, None, None, None, True, True),
+            (g, None, u, None, *core_part, None, None, None, True, False),
+        ],
+        "layer_backward_rows_": [
+            (g, weight, u, F, dx, acc(N, R), True, True),
+            (g_of_two, weight, u, F, None, None, True, True),
+            (g, None, u, F, None, None, False, True),
         ],
         "shrink_backward_": [
             (t(M, R), t(M, K), t(M, K), t(K, R), acc(K, R), 0.5, seed),

@@ -138,7 +138,8 @@ def run(mutant: Mutant, folder: Path) -> str:
 
 def build(folder: Path) -> bool:
     """Compiles the extension of the copy, only the CPU's part. Returns whether that worked."""
-    environment = {**os.environ, "LOTR_CUDA": "OFF", "LOTR_BUILD_DIR": str(folder / "build")}
+    environment = {**os.environ, "LOTR_CUDA": "OFF", "LOTR_CPU_ISAS": "native"}
+    environment["LOTR_BUILD_DIR"] = str(folder / "build")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
     return process.returncode == 0

@@ -10,7 +10,18 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative, worst
-from layers import K, Net, Side, check_masks, inputs, linear_with_dropout, loss, no_grad_first, once
+from layers import (
+    K,
+    Net,
+    Side,
+    check_masks,
+    inputs,
+    linear_with_dropout,
+    loss,
+    no_grad_first,
+    once,
+    sides,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -97,6 +108,18 @@ def test_compile_and_checkpoint(where: str) -> None:
         worst(*(once(s) for s in (Side(compiled, inputs(6), False), Side(net, inputs(6), True))))
         < 1e-10
     )
+
+
+@pytest.mark.parametrize("kind", ["siblings", "rows of siblings"])
+def test_compiled_autograd(kind: str, shared: None) -> None:
+    """Dynamo traces the backward, which then consists of PyTorch operations."""
+    torch._dynamo.reset()
+    ours, truth = sides(Net(kind), inputs(6))
+    with ours.net.request():
+        y = ours()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss(y).backward()
+    assert worst([leaf.grad for leaf in ours.wanted], once(truth)[1:]) < 1e-10
 
 
 def test_compile_with_dropout_and_autocast() -> None:

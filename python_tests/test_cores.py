@@ -109,6 +109,18 @@ def test_the_default_device_does_not_matter(form: str) -> None:
         assert "lotr" not in name or torch.equal(ours[name], control[name])
 
 
+def test_sizes_and_scales_of_rectangular_cores() -> None:
+    places = [(str(layer), "q") for layer in range(200)]
+    few = FORMS["few"](places, (4, 64), numbers=300)
+    assert few.random.std().item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(r_in)
+    tucker = FORMS["tucker"](places, (16, 2))
+    assert tuple(tucker.slices.shape) == (16, 16, 2)
+    assert tucker.weights.std().item() == pytest.approx(0.25, rel=0.05)  # 1 / sqrt(slices)
+    train = FORMS["train"](places, (3, 5))
+    assert tuple(train.layer.shape) == (200, 3, 5)
+    assert tuple(train.kind.shape) == (1, 5, 5)
+
+
 def test_few_numbers_can_be_tied() -> None:
     cores = FORMS["few"](PLACES, R, numbers=5, tied=True)
     nn.init.normal_(cores.numbers)

@@ -1,4 +1,4 @@
-"""Every code block and command of README and docs runs or exists; links, anchors and paths lead somewhere."""
+"""The code blocks of README and docs run, their commands exist, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PAGES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.rglob("*.md")),
 ]
-# Models that pages load from the Hub, and the folders in which examples/data.py puts them: no test needs a network.
+# Models that pages load from the Hub, and where examples/data.py puts them.
 LOCAL = {"sentence-transformers/all-MiniLM-L6-v2": "data/all-minilm-l6-v2"}
-PROGRAMS = {
+MAKE_PROGRAMS = {  # target of make: the program that receives its ARGS
     "demo": ["examples/finetune_text.py"],
     "bench": ["-m", "bench.layer"],
     "gpu": ["-m", "bench.gpu"],
-}  # of make's ARGS
+}
 
 
 def page_name(page: Path) -> str:
@@ -37,94 +37,100 @@ def page_name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    for hub, folder in LOCAL.items():
-        found = [block.replace(f'"{hub}"', f'"{folder}"') for block in found]
-    return found
+    """Returns the fenced blocks of a page in one language, with local folders for Hub names."""
+    text = page.read_text(encoding="utf-8")
+    for hub_name, folder in LOCAL.items():
+        text = text.replace(f'"{hub_name}"', f'"{folder}"')
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with the downloaded models and texts."""
+    """Returns an empty working folder that has the downloaded models and texts."""
     if not (ROOT / "data" / "all-minilm-l6-v2").is_dir():
         pytest.skip("the model is missing: python examples/data.py minilm snippets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "data").symlink_to(ROOT / "data")
-    # Inductor's C++ compiler would take a minute here; the tests of layers run it
+    # The C++ compiler of Inductor would take a minute. test_compile.py runs it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     return tmp_path
 
 
 def run_blocks(page: Path) -> dict[str, object]:
-    """The names that a page's Python blocks define, run in order."""
+    """Runs the Python blocks of a page in order, and returns the names that they define."""
     names: dict[str, object] = {}
     try:
         for block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), names)
     finally:
-        if torch.distributed.is_initialized():  # a block that failed before the page's last
+        if torch.distributed.is_initialized():  # a block failed before the last one
             torch.distributed.destroy_process_group()
         torch.compiler.reset()
     return names
 
 
+def check_readme(names: dict[str, object], output: str, folder: Path) -> None:
+    """README shows the summary that its block prints. Its command converts the adapter."""
+    text = README.read_text(encoding="utf-8")
+    (summary,) = [line for line in output.splitlines() if line.startswith("LoTR: ")]
+    assert summary in " ".join(text.split())
+    (command,) = re.findall(r"`python (-m lotr_ext.convert [^`]*)`", text)
+    program = [sys.executable, *shlex.split(command)]
+    process = subprocess.run(program, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (folder / "as-lora" / "adapter_model.safetensors").is_file()
+
+
+def check_trainer_block(names: dict[str, object], output: str, folder: Path) -> None:
+    """The Trainer's classifier is better than a constant on texts it was not trained on.
+
+    The share of the larger class is about a half, so of 400 texts, a constant classifier has more
+    than 70 % right with a probability below 1e-12.
+    """
+    labels = [example["labels"] for example in names["data"][1600:]]
+    assert 0.4 < sum(labels) / len(labels) < 0.6
+    assert names["held_out"] > 0.7
+
+
+CHECKS = {README: check_readme, DOCS / "hugging_face.md": check_trainer_block}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_python_blocks_run_in_order(page, folder, capsys):
-    run_blocks(page)
-    if (
-        page == README
-    ):  # it shows the summary that it prints; the adapter that it saved is converted by its command
-        (summary,) = [
-            line for line in capsys.readouterr().out.splitlines() if line.startswith("LoTR: ")
-        ]
-        assert summary in " ".join(page.read_text(encoding="utf-8").split())
-        (command,) = re.findall(
-            r"`python (-m lotr_ext.convert [^`]*)`", page.read_text(encoding="utf-8")
-        )
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command)], capture_output=True, text=True
-        )
-        assert (
-            done.returncode == 0 and (folder / "as-lora" / "adapter_model.safetensors").is_file()
-        ), done.stderr
-
-
-@pytest.mark.slow
-def test_the_trainers_block_trains_at_its_own_rate(folder, monkeypatch):
-    """Its loss falls by at least a third of what full fine-tuning gains in the same steps."""
-    first = blocks(DOCS / "hugging_face.md", "python")[0]
-    ours: dict[str, object] = {}
-    exec(compile(first, "hugging_face.md", "exec"), ours)
-    full = re.sub(
-        r"^apply_lotr\(.*\n|^print\(trainable.*\n|^save_adapter.*\n", "", first, flags=re.MULTILINE
-    )
-    assert "apply_lotr(" not in full.split("import", 3)[-1]
-    theirs: dict[str, object] = {}
-    exec(compile(full.replace("learning_rate=2e-3", "learning_rate=1e-4"), "full", "exec"), theirs)
-    gain = [max(names["losses"]) - names["losses"][-1] for names in (ours, theirs)]
-    assert gain[1] > 0.05 and gain[0] > gain[1] / 3, gain
+    names = run_blocks(page)
+    if page in CHECKS:
+        CHECKS[page](names, capsys.readouterr().out, folder)
 
 
 def commands() -> list[str]:
-    lines = [
-        line
-        for page in PAGES
-        for block in blocks(page, "sh")
-        for line in block.splitlines()
-        if line.strip()
-    ]
-    return sorted(set(lines))
+    """Returns every line of every shell block, each once."""
+    lines = set()
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            lines.update(line for line in block.splitlines() if line.strip())
+    return sorted(lines)
 
 
 def help_of(program: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command = [sys.executable, *program, "--help"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def program_of(words: list[str]) -> tuple[list[str], list[str]]:
+    """Splits a command into the program that Python runs and its arguments."""
+    if words[0] == "make":
+        target = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True)
+        assert target.returncode == 0
+        arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+        return MAKE_PROGRAMS.get(words[1], []), shlex.split(" ".join(arguments))
+    if words[0] == "pip":
+        return ["-m", "pip", words[1]], words[2:]
+    assert words[0].endswith("python")
+    size = 3 if words[1] == "-m" else 2
+    return words[1:size], words[size:]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -132,33 +138,19 @@ def test_every_command_exists(command):
     words = shlex.split(command.removeprefix("cd .. && "), comments=True)
     while "=" in words[0]:  # an environment variable
         words.pop(0)
-    if words[0] == "make":
-        assert (
-            subprocess.run(
-                ["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True
-            ).returncode
-            == 0
-        ), command
-        (arguments,) = [word[5:] for word in words if word.startswith("ARGS=")] or [""]
-        program, words = PROGRAMS.get(words[1], []), shlex.split(arguments)
-    elif words[0] == "pip":
-        program, words = ["-m", "pip", words[1]], words[2:]
-    elif words[:3] == ["python", "-m", "lotr_ext.convert"]:
+    if words[:3] == ["python", "-m", "lotr_ext.convert"]:
         assert importlib.import_module("lotr_ext.convert.__main__").parser().parse_args(words[3:])
         return
-    else:
-        assert words[0].endswith("python"), command
-        size = 3 if words[1] == "-m" else 2
-        program, words = words[1:size], words[size:]
-        assert program[0] == "-m" or (ROOT / program[0]).is_file(), command
-    flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    program, arguments = program_of(words)
+    flags = [word.split("=")[0] for word in arguments if word.startswith("-")]
     if flags:
         text = help_of(program)
-        assert all(re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text) for flag in flags), (
-            command
-        )
+        for flag in flags:
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
     elif program[:1] == ["-m"]:
-        assert importlib.util.find_spec(program[1]), command
+        assert importlib.util.find_spec(program[1])
+    elif program:
+        assert (ROOT / program[0]).is_file()
 
 
 def anchor(heading: str) -> str:
@@ -166,24 +158,23 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_a_pages_fences_links_and_paths(page):
+def test_links_and_paths_exist(page):
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^\s*(?:```|~~~)(.*)$", text, re.MULTILINE)
-    assert set(fences[::2]) <= {"python", "sh", "text"} and set(fences[1::2]) <= {""}
-    for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
-        other = page.parent / target if target else page
-        assert target.startswith("https://") or other.exists(), target
-        if place:
-            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
-            assert place in map(anchor, headings), f"{target}#{place}"
+    assert set(fences[::2]) <= {"python", "sh", "text"}
+    assert set(fences[1::2]) <= {""}
+    for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        other_page = page.parent / target if target else page
+        assert target.startswith("https://") or other_page.exists(), target
+        if heading:
+            other_text = other_page.read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.*)$", other_text, re.MULTILINE)
+            assert heading in map(anchor, headings), f"{target}#{heading}"
     quoted = [word for part in re.findall(r"`([^`\n]+)`", text) for word in part.split()]
-    inside = [
-        word
-        for word in quoted
-        if re.match(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/", word)
-    ]
-    gone = [path for path in inside if not any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/")))]
-    assert not gone, gone
+    rooms = re.compile(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/")
+    for path in filter(rooms.match, quoted):
+        pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+        assert any(ROOT.glob(pattern)), path
     assert not re.search(r"/(work|home|root|tmp)/", text)
 
 

@@ -1,4 +1,4 @@
-"""A quick run of each example."""
+"""A short run of each example."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = ROOT / "data" / "all-minilm-l6-v2"
-QUICK = {  # program: (arguments, words of its output)
+QUICK = {  # program: (arguments, words in its output)
     "custom_model": ("", ["parameters are trained", "the same outputs"]),
     "finetune_text": (
         "--steps 2 --batch 4 --held-out 40 --out {out}",
@@ -38,33 +38,33 @@ QUICK = {  # program: (arguments, words of its output)
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "examples" / f"{program}.py"), *arguments]
-    return subprocess.run(
-        [*command, "--threads", "1"] if arguments else command,
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
+    if arguments:
+        command += ["--threads", "1"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ)
 
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options that name a tiny language model, with MiniLM's tokenizer, and a text."""
+    """Returns the options for a tiny language model with MiniLM's tokenizer, and for a text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("language")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "model")
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
     for file in MINILM.glob("*token*"):
         shutil.copy(file, folder / "model")
-    line = "A line that is long enough for two of three tasks, whose prompts are its first four words; the answers follow, with"
-    (folder / "text").write_text(
-        "".join(f"{line} numbers such as {i} and {i * i} and {7 * i}.\n" for i in range(200))
-    )
+    # Long enough for the two tasks of serve.py that continue the first four words of a line.
+    start = "A line that is long enough for a prompt of four words and an answer of many more, with"
+    lines = [
+        f"{start} numbers such as {i} and {i * i} and {7 * i} at its end.\n" for i in range(200)
+    ]
+    (folder / "text").write_text("".join(lines))
     return ["--model", str(folder / "model"), "--text", str(folder / "text")]
 
 
@@ -74,11 +74,11 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("program", QUICK)
 def test_an_example_runs(program, language, tmp_path):
     arguments, words = QUICK[program]
-    filled = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
-    done = run(program, *filled)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shown = done.stdout + done.stderr
-    assert all(word in shown for word in words), shown[-3000:]
+    options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
+    process = run(program, *options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    output = process.stdout + process.stderr
+    assert all(word in output for word in words), output[-3000:]
     if program == "finetune_text":
         runs = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]
         trained = {run["method"]: run["trained parameters"] for run in runs}
@@ -86,8 +86,6 @@ def test_an_example_runs(program, language, tmp_path):
 
 
 def test_a_wrong_option_ends_with_one_line():
-    done = run("per_example", "--rank", "0")
-    assert (
-        done.returncode == 2
-        and "--rank: expected at least 1, got 0" in done.stderr.splitlines()[-1]
-    )
+    process = run("per_example", "--rank", "0")
+    assert process.returncode == 2
+    assert "--rank: expected at least 1, got 0" in process.stderr.splitlines()[-1]

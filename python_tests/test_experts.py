@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import zoo
-from helpers import relative, worst
+from helpers import HALVES, relative, worst
 from models import trained
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -182,19 +182,81 @@ def test_in_a_context(context: str, tasks: bool) -> None:
     assert worst(got, with_gradients(lambda: definition(given, tokens, leaves), leaves, g)) < 1e-12
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_a_float32_adapter_with_half_precision(half: torch.dtype) -> None:
+    given, tokens, leaves = make(True, False, bias=True, dtype=half)
+    leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in leaves[1:]]
+    wide = {key: tensor.double() for key, tensor in given.items()}
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    g = torch.randn(ROWS, N, dtype=half)
+    got = with_gradients(lambda: ours(given, tokens, leaves), leaves, g)
+    want = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
+    assert worst(got, want) < BOUNDS[half]
+    assert [gradient.dtype for gradient in got[2:]] == [torch.float32] * 3
+
+
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_double_backward(by_token: bool) -> None:
-    given, tokens, leaves = make(by_token, False, bias=False)
+    """Also of a trained base, whose weight is a transposed view."""
+    given, tokens, leaves = make(by_token, False, bias=True)
     without_an_expert(leaves, tokens, torch.nan)
-    given["weight"].requires_grad_()
-    every = [*leaves, given["weight"]]
+    given["weight"] = given["weight"].mT.contiguous().mT.requires_grad_()
+    given["bias"].requires_grad_()
+    every = [*leaves, given["weight"], given["bias"]]
     found = []
     for call in (ours, definition):
-        first = torch.autograd.grad(
-            call(given, tokens, leaves).square().sum(), every, create_graph=True
-        )
-        found.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), every)])
+        y = call(given, tokens, leaves)
+        first = torch.autograd.grad(y.square().sum(), every, create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), every)
+        found.append([*first, *second])
     assert worst(*found) < 1e-10
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
+    given, tokens, leaves = make(True, tasks, bias=True)
+    values = tuple(leaf.detach() for leaf in leaves)
+    tangents = tuple(torch.randn_like(value) for value in values)
+    found = []
+    for call in (ours, definition):
+
+        def of_values(*values: Tensor, call: Callable = call) -> Tensor:
+            return call(given, tokens, [*values])
+
+        if transform == "grad":
+            gradient = torch.func.grad(lambda v, f=of_values: f(*v).sin().sum())
+            found.append(gradient(values))
+        elif transform == "jvp":
+            found.append(torch.func.jvp(of_values, values, tangents))
+        else:
+            both = [torch.stack(pair) for pair in zip(values, tangents)]
+            found.append([torch.func.vmap(of_values)(*both)])
+    assert worst(*found) < 1e-12
+
+
+@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+def test_no_rows(by_token: bool) -> None:
+    given, tokens, leaves = make(by_token, False, bias=True)
+    if by_token:
+        tokens = tokens[:0]
+    else:
+        leaves[0] = leaves[0].detach()[:0].requires_grad_()
+    offs = torch.zeros(E, dtype=torch.int32)
+    x, A, B, cores = leaves
+    bias = given["bias"]
+    y = lotr_grouped_linear(x, given["weight"], offs, A, B, cores, S, tokens=tokens, bias=bias)
+    assert y.shape == (0, N)
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    assert not any(bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["grouped_mm", "grouped_outer"])
+def test_the_grouped_operators_are_well_formed(name: str) -> None:
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    second = torch.randn(E, N, K) if name == "grouped_mm" else torch.randn(ROWS, N)
+    tensors = [torch.randn(ROWS, K).requires_grad_(), second.requires_grad_()]
+    torch.library.opcheck(getattr(torch.ops.lotr, name).default, (*tensors, offs))
 
 
 def test_autocast_computes_in_its_dtype() -> None:
@@ -265,6 +327,77 @@ def test_module_off_and_with_tasks_of_a_request() -> None:
             )
             < 1e-12
         )
+
+
+def module(**settings: object) -> LoTRExperts:
+    """A module with random cores and biases."""
+    experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S, **settings)
+    nn.init.normal_(experts.core)
+    nn.init.normal_(experts.bias)
+    return experts
+
+
+@pytest.mark.parametrize("state", ["adapted", "off", "merged"])
+def test_the_module_does_not_read_rows_without_an_expert(state: str) -> None:
+    experts = module()
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    x = torch.randn(ROWS, K, dtype=torch.float64)
+    x[OFFS[-1] :] = torch.nan
+    if state == "merged":
+        experts.merge()
+    A, B = experts.factors.A.value, experts.factors.B.value
+    cores = 0 * experts.core if state in ("off", "merged") else experts.core
+    want = truth(x, experts.weight, experts.bias, None, A, B, cores)
+    with open_request({experts: ADAPTER_OFF} if state == "off" else {}):
+        y = experts(x, offs)
+    assert worst([y], [want]) < 1e-12
+
+
+def test_the_module_is_merged_and_unmerged() -> None:
+    experts = module()
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    x = torch.randn(ROWS, K, dtype=torch.float64)
+    before = experts.weight.detach().clone()
+    y = experts(x, offs)
+    experts.merge(safe=True)
+    assert worst([experts(x, offs)], [y]) < 1e-12
+    experts.unmerge()
+    assert torch.equal(experts.weight, before)
+    assert torch.equal(experts(x, offs), y)
+
+
+def test_dropout_is_drawn_once_per_token() -> None:
+    """Two rows of one token and expert are equal. In eval mode nothing is dropped."""
+    experts = module(dropout=0.5)
+    x = torch.randn(M, K, dtype=torch.float64)
+    offs = torch.tensor([2 * M] * E, dtype=torch.int32)
+    tokens = torch.arange(M).repeat(2)
+    first = experts(x, offs, tokens)
+    assert torch.equal(first[:M], first[M:])
+    assert not torch.allclose(first, experts(x, offs, tokens))
+    y = experts.eval()(x, offs, tokens)
+    A, B = experts.factors.A.value, experts.factors.B.value
+    base = x @ experts.weight[0].T + experts.bias[0]
+    assert worst([y[:M]], [base + S * x @ A @ experts.core[0] @ B.T]) < 1e-12
+
+
+BAD_MODULES: list[tuple[str, Callable[[], object]]] = [
+    ("num_experts", lambda: LoTRExperts(0, K, N)),
+    ("num_experts", lambda: LoTRExperts(2.0, K, N)),
+    ("factors", lambda: LoTRExperts(E, K, N, factors=LoTRFactors(N, K, 2))),
+    ("dropout", lambda: LoTRExperts(E, K, N, dropout=1.0)),
+    (
+        "tokens",
+        lambda: module()(torch.zeros(M, K).double(), torch.zeros(E).int(), torch.tensor([M])),
+    ),
+    ("offs", lambda: module()(torch.zeros(M, K).double(), torch.zeros(E + 1).int())),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), BAD_MODULES)
+def test_bad_modules_are_refused_by_name(name: str, call: Callable[[], object]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+        call()
 
 
 BAD = [
@@ -397,20 +530,21 @@ def routed(m: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, index, weights
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    """The model with random cores for both of its parameters."""
-    names = [name for name in dict(model.named_parameters()) if name.endswith("_proj")]
+def adapted(model: nn.Module, ending: str = "_proj") -> nn.Module:
+    """The model with random cores for the parameters of an ending."""
+    names = [name for name in dict(model.named_parameters()) if name.endswith(ending)]
     config = LoTRConfig(rank=R, scaling=S, target_parameters=names, adapter_dtype=torch.float64)
     for layer in adapted_layers(apply_lotr(model, config)).values():
         nn.init.normal_(layer.core)
     return model
 
 
+@pytest.mark.parametrize("ending", ["_proj", "up_proj", "down_proj"], ids=["both", "up", "down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_of_transformers_equal_their_loop(layout: str) -> None:
+def test_experts_of_transformers_equal_their_loop(layout: str, ending: str) -> None:
     """The adapted forward and its gradients are those of the class with s B G^T A^T added."""
     plain = experts_of(layout)
-    model = adapted(copy.deepcopy(plain))
+    model = adapted(copy.deepcopy(plain), ending)
     inputs = routed()
     layers = adapted_layers(model)
     leaves = [p for layer in layers.values() for p in layer.adapter_parameters()]
@@ -439,6 +573,15 @@ def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:
     y = model["experts"](hidden.float(), index, weights.float())
     assert y.dtype == torch.float32
     assert relative(y, want) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_another_implementation_of_experts_does_not_skip_the_adapter(implementation: str) -> None:
+    model = trained("mixture")
+    x = zoo.inputs("mixture")
+    y = zoo.output(model, x)
+    model.set_experts_implementation(implementation)
+    assert torch.equal(zoo.output(model, x), y)
 
 
 def test_a_pickled_mixture_is_adapted_in_a_new_process(tmp_path: Path) -> None:

@@ -8,27 +8,44 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import lotr_ext
 from lotr_ext.core.kernel_support import build_info
+from lotr_ext.core.strategy import (
+    BETA_TOKENS,
+    STRATEGIES,
+    choose_strategy,
+    strategy_from_environment,
+    strategy_note,
+)
 from lotr_ext.info import main
+
+
+def printed(*, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`python -m lotr_ext.info` with some environment variables."""
+    command = [sys.executable, "-m", "lotr_ext.info"]
+    environment = os.environ | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_first_line_says_which_kernels_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    text, built = capsys.readouterr().out, build_info()
-    first = text.splitlines()[0]
-    assert first.startswith("CPU kernels: yes; CUDA kernels: ")
-    if not built["cuda"]["built"]:
-        assert first.endswith("not built")
+    text = capsys.readouterr().out
+    build = build_info()
+    first_line = text.splitlines()[0]
+    assert first_line.startswith("CPU kernels: yes; CUDA kernels: ")
+    if not build["cuda"]["built"]:
+        assert first_line.endswith("not built")
     elif not torch.cuda.is_available():
-        assert "built for 80," in first and first.endswith("no GPU here")
-    for piece in (lotr_ext.__version__, torch.__version__, built["cpu"]["isa"], "cpu ", "bfloat16"):
-        assert piece in text, piece
+        assert "built for 80," in first_line
+        assert first_line.endswith("no GPU here")
+    for word in (lotr_ext.__version__, torch.__version__, build["cpu"]["isa"], "cpu ", "bfloat16"):
+        assert word in text, word
     assert all(len(line) < 200 for line in text.splitlines())
 
 
-def test_plans_are_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_are_one_line_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     if build_info()["cuda"]["built"]:
         main(["--plans", "4096", "768", "768", "16"])
         names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -37,11 +54,46 @@ def test_plans_are_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--plans", "4096", "768", "768", "0"])
 
 
-def test_a_wrong_variable_is_one_line_that_names_it() -> None:
-    command, env = [sys.executable, "-m", "lotr_ext.info"], os.environ | {"LOTR_CPU_ISA": "wrong"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1, done.stderr
-    assert (
-        "lotr_ext: LOTR_CPU_ISA: expected one of generic" in done.stderr
-        and "got wrong" in done.stderr
-    )
+@pytest.mark.parametrize(
+    "name, expected",
+    [("LOTR_CPU_ISA", "one of generic"), ("LOTR_STRATEGY", "one of two_pass, beta, fused,")],
+)
+def test_a_wrong_variable_is_one_line_that_names_it(name: str, expected: str) -> None:
+    done = printed(variables={name: "wrong"})
+    assert done.returncode == 1
+    assert not done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert f"lotr_ext: {name}: expected {expected}" in done.stderr
+    assert "got wrong" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["two_pass", "beta", "fused"])
+def test_strategy_of_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets what layers run on CUDA. Layers that gemm_lotr refuses run as beta."""
+    assert f"strategy   {name} on CUDA" in printed(variables={"LOTR_STRATEGY": name}).stdout
+    monkeypatch.setenv("LOTR_STRATEGY", name)
+    strategy_from_environment.cache_clear()
+    on_gpu = torch.device("cuda", 0)
+    with FakeTensorMode() as mode:
+        x = FakeTensor(mode, torch.empty(4, 8, device="meta"), on_gpu)
+    try:
+        has_fused = any("90a" in arch for arch in build_info()["cuda"]["archs"])
+        expected = name if name != "fused" or has_fused else "beta"
+        assert choose_strategy(4, x) == STRATEGIES[expected]
+        assert choose_strategy(4, torch.empty(4, 8)) == STRATEGIES["beta"]
+        if has_fused:  # the driver would be called
+            return
+        note = strategy_note(8, 8, 4, torch.bfloat16, on_gpu)
+        assert note.startswith(f"strategy {expected}")
+        assert ("gemm_lotr" in note) == (name == "fused")
+        assert strategy_note(8, 8, 4, torch.bfloat16, torch.device("cpu")) == ""
+    finally:
+        monkeypatch.undo()
+        strategy_from_environment.cache_clear()
+
+
+def test_default_strategy_on_cuda() -> None:
+    with FakeTensorMode() as mode:
+        x = FakeTensor(mode, torch.empty(4, 8, device="meta"), torch.device("cuda", 0))
+    assert choose_strategy(BETA_TOKENS, x) == STRATEGIES["beta"]
+    assert choose_strategy(BETA_TOKENS - 1, x) == STRATEGIES["two_pass"]

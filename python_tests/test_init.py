@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lotr_ext import (
     LoTRConfig,
+    LoTRConv1D,
     apply_lotr,
     disabled,
     init_from_gradient,
@@ -21,7 +22,15 @@ from lotr_ext import (
     save_adapter,
     unload,
 )
-from lotr_ext.init import FACTOR_INITS, START, fill_core_, fill_factor_, leading, tucker2
+from lotr_ext.init import (
+    FACTOR_INITS,
+    START,
+    CapturedGradient,
+    fill_core_,
+    fill_factor_,
+    leading,
+    tucker2,
+)
 from lotr_ext.model import adapted_layers
 
 
@@ -93,6 +102,15 @@ def test_factorisation_is_a_least_squares_optimum() -> None:
         assert captured(near_A, near_B) <= best * (1 + 1e-5)
 
 
+def test_factorisation_has_converged() -> None:
+    """Each factor is the best one for the other. The start (HOSVD) and one step are not enough."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(14, 10, dtype=torch.float64, generator=generator) for _ in range(4)]
+    A, B, _ = tucker2(weights, (3, 2))
+    best_B = leading([w @ A for w in weights], 2)
+    assert relative(B @ (B.T @ best_B), best_B) < 1e-3
+
+
 def test_factorisation_beyond_the_width() -> None:
     w = torch.randn(3, 5, dtype=torch.float64)
     A, B, cores = tucker2([w], (7, 4))
@@ -106,6 +124,26 @@ def test_leading_directions_of_a_wide_stack() -> None:
     found = leading(parts, 4)
     want = torch.linalg.svd(parts[0], full_matrices=False)[0][:, :4]
     assert relative(found @ (found.T @ want), want) < 1e-8
+
+
+def test_leading_directions_of_fewer_columns_than_directions() -> None:
+    found = leading([torch.randn(20, 2, dtype=torch.float64)], 4)
+    assert found.shape == (20, 4)
+    assert relative(found.T @ found, torch.eye(4)) < 1e-12
+
+
+def test_leading_directions_of_close_singular_values() -> None:
+    """The iterated block spans the right space at once, but not in the order of the values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+        return torch.linalg.qr(values)[0]
+
+    left, right = orthonormal(900, 9), orthonormal(800, 9)
+    matrix = left * torch.linspace(1.0, 0.8, 9, dtype=torch.float64) @ right.T
+    found = leading([matrix], 4)
+    assert relative(found @ (found.T @ left[:, :4]), left[:, :4]) < 1e-8
 
 
 # ---- init "svd" ------------------------------------------------------------------------------------------------------
@@ -172,7 +210,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
     plain = zoo.net(name)
     sum(loss_of(plain, x) for x in batches).backward()
     before = zoo.output(model, batches[0])
-    assert init_from_gradient(model, batches, loss_of) is model
+    captured = init_from_gradient(model, batches, loss_of)
     assert torch.equal(zoo.output(model, batches[0]), before)
     sides: dict[nn.Module, list[Tensor]] = {}
     for at, layer in adapted_layers(model).items():
@@ -180,6 +218,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         g = g if layer.matrix() is layer.weight else g.T  # [n, k]
         sides.setdefault(layer.factors.A, []).append(g.T)
         sides.setdefault(layer.factors.B, []).append(g)
+    check_captured(model, plain, captured)
     for factor, parts in sides.items():
         value = factor.value.detach().double() / START
         assert relative(value.T @ value, torch.eye(factor.rank)) < 1e-5
@@ -187,6 +226,33 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         captured = float((value.T @ whole).norm())
         best = float(torch.linalg.svdvals(whole)[: factor.rank].norm())
         assert captured > 0.97 * best, (captured, best)
+
+
+def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
+    """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
+    captured_sum = norm_sum = 0.0
+    layers = adapted_layers(model)
+    assert list(captured.layers) == list(layers)
+    for name, layer in layers.items():
+        gradient = plain.get_submodule(name).weight.grad.double()
+        if isinstance(layer, LoTRConv1D):
+            gradient = gradient.T
+        A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
+        projected = float((B.T @ gradient @ A).square().sum())
+        norm = float(gradient.square().sum())
+        captured_sum += projected
+        norm_sum += norm
+        tolerance = 0.02 + 0.3 * (1 - projected / norm)
+        assert captured.layers[name] == pytest.approx(projected / norm, abs=tolerance)
+    assert captured.total == pytest.approx(captured_sum / norm_sum, abs=0.1)
+    assert 0 < captured.total <= 1
+
+
+def test_a_full_rank_captures_all_gradients() -> None:
+    model = started("mlp", rank=64)
+    captured = init_from_gradient(model, [zoo.inputs("mlp")], loss_of)
+    assert captured.total == pytest.approx(1)
+    assert all(share == pytest.approx(1) for share in captured.layers.values())
 
 
 def test_the_gradient_start_changes_nothing_else() -> None:

@@ -26,6 +26,7 @@ from layers import (
     Found,
     K,
     Net,
+    R,
     Side,
     again,
     check_masks,
@@ -47,7 +48,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from lotr_ext import LoTRLinear, lotr_linear
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
 
 # ---- contexts --------------------------------------------------------------------------------------------------------
 
@@ -196,12 +197,13 @@ X_CHANGES: dict[str, Callable[[Tensor], object]] = {
     "joins a graph": Tensor.requires_grad_,
     "leaves its graph": Tensor.detach_,
     "becomes a leaf": lambda x: x.detach_().requires_grad_(),
+    "changes in place": lambda x: x.mul_(2),
     "gets other data": lambda x: setattr(x, "data", 2 * x.data),
 }
 
 
 def x_changes(s: Side, change: str) -> Found:
-    """Between the calls of two layers on one x, x changes in a way that has no new version."""
+    """Between the calls of two layers on one x, x changes."""
     x = s.x.detach().clone() if change == "joins a graph" else 2 * s.x
     a = s.layer(0, x)
     X_CHANGES[change](x)
@@ -448,7 +450,11 @@ def test_shapes(kind: str, shape: str, form: str) -> None:
         agree(Net(kind), context, x)
 
 
-DTYPES = [(t, t) for t in (torch.float32, *HALVES)] + [(t, torch.float32) for t in HALVES]
+DTYPES = [
+    *((dtype, dtype) for dtype in (torch.float32, *HALVES)),
+    *((dtype, torch.float32) for dtype in (*HALVES, torch.float64)),
+    (torch.float32, torch.float64),
+]
 
 
 @pytest.mark.parametrize("dtype, factors", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
@@ -456,8 +462,9 @@ DTYPES = [(t, t) for t in (torch.float32, *HALVES)] + [(t, torch.float32) for t 
 def test_dtypes(kind: str, dtype: torch.dtype, factors: torch.dtype, form: str) -> None:
     """x's dtype, and the adapter's: gradients have their parameters' dtypes."""
     net, x = Net(kind, dtype, factors), inputs(60, dtype=dtype)
+    close = max(CLOSE[dtype], CLOSE[factors])
     for context in (once, into_grad, double):
-        agree(net, context, x, CLOSE[dtype] * (4 if context is double else 1))
+        agree(net, context, x, close * (4 if context is double else 1))
     with net.request():
         loss(net(x)).backward()
     assert all(p.grad.dtype == p.dtype for p in net.parameters() if p.grad is not None)
@@ -482,6 +489,53 @@ def test_autocast(kind: str, form: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             y = net(inputs(6))
     assert y.dtype == torch.float64 and torch.equal(y, want)  # which autocast does not cast
+
+
+class Float32Base(nn.Linear):
+    """A base layer that autocast does not cast, as bitsandbytes' layers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+def test_autocast_leaves_the_output_of_another_base() -> None:
+    """A core that is zero changes nothing, not even the dtype."""
+    layer = LoTRWrapped.from_linear(Float32Base(K, K), LoTRFactors(K, K, R))
+    x = inputs(6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer.base_layer(x))
+    nn.init.normal_(layer.core)
+    want = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), want)
+
+
+def test_autocast_of_another_device_casts_nothing(form: str) -> None:
+    net = Net("siblings", torch.float32)
+    x = inputs(6, dtype=torch.float32)
+    want = net(x)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.equal(net(x), want)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_float16_fallback_scales_before_B() -> None:
+    """(u G) B^T is beyond float16, its product with the scaling is not. Kernels as the fallback."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, K, generator=generator).half()
+    A, B = (torch.randn(K, R, generator=generator).half() for _ in range(2))
+    core = 1000 * torch.eye(R).half()
+    W = torch.zeros(K, K).half()
+    truth = (1e-3 * x.double() @ A.double() @ core.double() @ (50 * B.double()).T).float()
+
+    def call(x: Tensor) -> Tensor:
+        return lotr_linear(x, W, None, A, 50 * B, core, 1e-3)
+
+    assert relative(call(x), truth) < 6e-3
+    assert relative(torch.vmap(call)(x.unsqueeze(1)).squeeze(1), truth) < 6e-3
 
 
 def test_float16_does_not_overflow_where_the_result_does_not() -> None:
@@ -647,15 +701,16 @@ def test_no_activation_outlives_its_graph(form: str) -> None:
 
 def test_a_frozen_A_keeps_no_x(form: str) -> None:
     """dA is the only gradient that needs x; large inputs are most of a step's memory."""
-    net = Net("siblings")
-    net.layers[0].factors.A.value.requires_grad_(False)
-    h = torch.tanh(inputs(6).requires_grad_()) * 1
-    alive = weakref.ref(h)
-    y = net.layers[0](h) + net.layers[1](h)
-    del h
-    gc.collect()
-    assert alive() is None
-    y.sum().backward()
+    for dtype in (torch.float64, torch.float16):
+        net = Net("siblings", dtype)
+        net.layers[0].factors.A.value.requires_grad_(False)
+        h = torch.tanh(inputs(6, dtype=dtype).requires_grad_()) * 1
+        alive = weakref.ref(h)
+        y = net.layers[0](h) + net.layers[1](h)
+        del h
+        gc.collect()
+        assert alive() is None
+        y.sum().backward()
 
 
 def test_partial_backwards_leave_nothing(form: str) -> None:
@@ -679,6 +734,12 @@ def test_partial_backwards_leave_nothing(form: str) -> None:
             torch.autograd.grad(y.sum(), of, retain_graph=True)
         counts.append(tensors())
     assert counts[1] == counts[2]
+
+
+def test_a_backward_of_float16_can_be_recorded_with_a_frozen_A(form: str) -> None:
+    net = Net("siblings", torch.float16)
+    net.layers[0].factors.A.value.requires_grad_(False)
+    agree(net, double, inputs(60, dtype=torch.float16), 4 * CLOSE[torch.float16])
 
 
 @pytest.mark.parametrize("kind", ["siblings", "trained base", "rows"])
@@ -755,9 +816,33 @@ def test_siblings_around_a_change(changed: str, graph: bool, shared: None) -> No
     assert worst(*map(run, sides(net, inputs(6), trains_x=False))) < 1e-10
 
 
-def test_parametrized_factors_and_cores(form: str) -> None:
+def test_a_computed_factor_changes_in_place_between_siblings(shared: None) -> None:
+    """Its next layers have another graph behind A."""
+
+    def run(s: Side) -> Found:
+        (name,) = (name for name in s.values if name.endswith("A.value"))
+        leaf = s.values[name]
+        A = 2 * leaf
+        if s.exact:
+            s.values[name] = A
+        else:
+            factor = s.net.layers[0].factors.A
+            del factor.value
+            factor.value = A
+        a = s.layer(0, s.x)
+        A.mul_(3)
+        b = s.layer(1, s.x)
+        return s.grad(loss(a + b), [leaf])
+
+    ours, truth = sides(Net("siblings"), inputs(6), trains_x=False)
+    want = run(truth)
+    assert worst(run(ours), want) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["linear", "siblings"])
+def test_parametrized_factors_and_cores(kind: str, form: str) -> None:
     """torch.nn.utils.parametrize computes the value in each forward."""
-    net = Net("siblings")
+    net = Net(kind)
     torch.nn.utils.parametrize.register_parametrization(net.layers[0], "core", nn.Tanh())
     torch.nn.utils.parametrize.register_parametrization(net.layers[0].factors.A, "value", nn.Tanh())
     layer, x = net.layers[0], inputs(6)
@@ -800,6 +885,20 @@ def test_copies(way: str, form: str) -> None:
     loss(other(x)).backward()
     assert relative(other(x), y) == 0 and all(p.grad is None for p in net.parameters())
     assert worst([p.grad for p in other.parameters() if p.grad is not None], mine.values()) < 1e-12
+
+
+def test_siblings_on_one_x_in_two_threads(shared: None) -> None:
+    """Each thread runs the backward of its layer, which frees what the layer's graph saved."""
+
+    def run(s: Side) -> Found:
+        a = s.layer(0, s.x)
+        outputs = []
+        thread = threading.Thread(target=lambda: outputs.append(s.layer(1, s.x)))
+        thread.start()
+        thread.join()
+        return [*s.grad(loss(a)), *s.grad(loss(outputs[0]))]
+
+    assert worst(*map(run, sides(Net("siblings"), inputs(6)))) < 1e-10
 
 
 def test_two_threads_with_a_model_each() -> None:
@@ -895,6 +994,17 @@ def test_marked_sparse_nested_and_subclassed_tensors(form: str) -> None:
             if func is nnf.linear:
                 return func(args[0], 2 * args[1].as_subclass(Tensor), *args[2:])
             return super().__torch_function__(func, types, args, kwargs or {})
+
+    class Marked(Tensor):
+        pass
+
+    class MarkedBase(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).as_subclass(Marked)
+
+    wrapped = LoTRWrapped.from_linear(MarkedBase(K, K), LoTRFactors(K, K, R))
+    assert type(wrapped(dense)) is Marked
+    assert torch.equal(wrapped(dense), wrapped.base_layer(dense))
 
     want = formula(dense) + nnf.linear(dense, layer.weight)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)

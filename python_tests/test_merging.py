@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import CLOSE, HALVES, copy64, relative
 from layers import SCALING, K, Net, inputs, loss
 from torch import nn
 
-from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, adapt
+from lotr_ext.factors import scaling_of
 
 SCALINGS = [
     ({"rank": 4, "alpha": 8.0}, 2.0),
@@ -24,6 +27,10 @@ SCALINGS = [
 @pytest.mark.parametrize("settings, scaling", SCALINGS, ids=str)
 def test_scaling(settings: dict[str, object], scaling: float) -> None:
     assert LoTRLinear(K, K, **settings).scaling == pytest.approx(scaling)
+
+
+def test_scaling_of_diagonal_cores() -> None:
+    assert scaling_of(2, diagonal=True) == pytest.approx(4 * 4**0.5 / 0.4**3)
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -68,6 +75,68 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     assert relative(layer.weight, before.double()) < CLOSE[dtype]
     with pytest.raises(RuntimeError, match="not merged"):
         layer.unmerge()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_plain_layers_share_no_tensor_and_keep_the_mode(kind: str, training: bool) -> None:
+    layer = Net(kind).layers[0].train(training)
+    x = inputs(6)
+    y = layer.eval()(x)
+    layer.train(training)
+    for merged in (False, True):
+        if merged:
+            layer.merge()
+        plain = layer.to_linear()
+        assert plain.training is training
+        assert relative(plain(x), y) < 1e-12
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.zero_()
+        assert relative(layer(x), y) < 1e-12
+    layer.train(training)
+    assert layer.to_base().training is training
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_sharded_training_may_gather_one_factor(side: str) -> None:
+    """Factors are gathered in a forward hook of the module."""
+    net = Net("linear")
+    want = net(inputs(6))
+    factor = getattr(net.layers[0].factors, side)
+    value = factor.value.detach().clone()
+    factor.value.data.zero_()
+
+    def gather(*_: object) -> None:
+        factor.value.data.copy_(value)
+
+    factor.register_forward_pre_hook(gather)
+    assert torch.equal(net(inputs(6)), want)
+
+
+def test_merging_a_base_with_hooks_keeps_its_modes() -> None:
+    base = nn.Linear(K, K)
+    base.inner = nn.Dropout().eval()
+    base.register_forward_hook(lambda module, args, y: y)
+    layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2))
+    assert base.training and not base.inner.training
+    layer.merge()
+    assert base.training and not base.inner.training
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_a_layer_with_hooks_is_wrapped(register: Callable) -> None:
+    linear = nn.Linear(K, K)
+    register(linear, lambda *_: None)
+    assert type(adapt(linear, LoTRFactors(K, K, 2))) is LoTRWrapped
 
 
 def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 import subprocess
@@ -33,10 +34,12 @@ from lotr_ext import (
     lotr_parameters,
     merge,
     parameter_groups,
+    rank_for,
     trainable_summary,
     unload,
     unmerge,
 )
+from lotr_ext.config import place_of
 from lotr_ext.cores import FORMS
 from lotr_ext.model import adapted_layers
 from lotr_ext.targets import saved_modules
@@ -275,6 +278,11 @@ SELECTED = [
     ),
     (
         "mixture",
+        {"target_parameters": ["down_proj"], "exclude_modules": ["0.mlp.experts"]},
+        ["model.layers.1.mlp.experts.lotr.down_proj"],
+    ),
+    (
+        "mixture",
         {"target_parameters": ["down_proj"]},
         [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)],
     ),
@@ -315,6 +323,82 @@ def test_all_linear_leaves_out_and_says_so(name: str, left: set[str], reason: st
     assert set(found) >= left and not set(found) & set(adapted_layers(model))
     assert all(re.search(reason, found[n]) for n in left), found
     assert str(trainable_summary(model)).count("left out:") == len(set(found.values()))
+
+
+PLACES = {
+    "model.layers.3.self_attn.q_proj": ("model.layers.3", "self_attn.q_proj"),
+    "blocks.0.layers.1.q": ("blocks.0", "layers.1.q"),
+    "0.q": ("0", "q"),
+    "blocks.12": ("blocks.12", ""),
+    "head.q2": ("", "head.q2"),
+    "q": ("", "q"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_place_is_the_first_number_of_a_name(name: str) -> None:
+    assert place_of(name) == PLACES[name]
+
+
+class Timm(nn.Module):
+    """A model that names its classifier as timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+class TwoHeads(nn.Module):
+    """DistilBERT's heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+        self.pre_classifier = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class SharedMemory(nn.Module):
+    """Two parameters in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.c = nn.Linear(8, 8)
+        self.b.weight = nn.Parameter(self.a.weight.data)
+
+
+SPECIAL = [
+    (Timm, {}, ["features"], ()),
+    (TwoHeads, {}, ["query"], ()),
+    (TwoHeads, {"task_type": "SEQ_CLS"}, ["query"], ("pre_classifier", "classifier")),
+    (
+        TwoHeads,
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        ["query"],
+        ("classifier", "pre_classifier"),
+    ),
+    (SharedMemory, {}, ["c"], ()),
+]
+
+
+@pytest.mark.parametrize(("net", "settings", "wanted", "saved"), SPECIAL)
+def test_selects_layers_of_special_models(
+    net: type[nn.Module], settings: dict, wanted: list[str], saved: tuple[str, ...]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a head stays frozen
+        model = apply_lotr(net(), LoTRConfig(rank=2, **settings))
+    assert list(adapted_layers(model)) == wanted
+    assert (model.lotr_config.modules_to_save or ()) == saved
 
 
 class Reads(nn.Module):
@@ -537,6 +621,62 @@ def test_merge_and_unload_change_all_layers_or_none() -> None:
     assert zoo.output(model, x).shape == before.shape
 
 
+class Quantized(nn.Module):
+    """A linear layer that is read by dequantize()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = 16
+        self.out_features = 16
+        self.codes = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+        self.bias = None
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() / 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize())
+
+
+def test_unmerge_changes_all_layers_or_none() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Quantized())
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
+    merge(model, keep_backup=False, dequantize=True)
+    weight = model[0].weight.clone()
+    with refused("unmerge", RuntimeError):
+        unmerge(model)
+    assert model[0].merged and torch.equal(model[0].weight, weight)
+    y = model(zoo.inputs("mlp"))
+    unload(model, merge=True)
+    assert torch.equal(model(zoo.inputs("mlp")), y)
+
+
+def test_a_weight_that_was_tied_later_is_not_merged() -> None:
+    for wrap in (False, True):
+        model = zoo.net("mlp")
+        if wrap:
+            model.blocks[0]["up"].register_forward_hook(lambda *_: None)
+        apply_lotr(model, LoTRConfig(rank=2, target_modules=["up"]))
+        layer = model.blocks[0]["up"]
+        assert isinstance(layer, LoTRWrapped) is wrap
+        other = nn.Linear(16, 24)
+        other.weight = layer.base_layer.weight if wrap else layer.weight
+        model.other = other
+        with refused("merge", RuntimeError):
+            merge(model)
+
+
+def test_a_model_around_an_adapted_one_is_unloaded() -> None:
+    inner = trained("mlp")
+    bank = lotr_ext.TaskBank(inner, 1)
+    model = nn.ModuleDict({"inner": inner, "head": nn.Linear(3, 3)})
+    unload(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in inner.modules())
+    assert set(inner.state_dict()) == set(zoo.net("mlp").state_dict())
+    assert not any(key.startswith("lotr") for key in vars(inner))
+    assert len(bank) == 0  # it was alive until here
+
+
 def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
     layer = moved(LoTRLinear(4, 6, rank=2))
     weight = layer.weight.detach().clone()
@@ -568,7 +708,64 @@ def test_summary_groups_and_parameters_count_the_same() -> None:
         ("other", 1e-2),
     ]
     assert sum(p.numel() for g in groups for p in g["params"]) == summary.trained
+    assert {g["lr"] for g in parameter_groups(model, 1e-3)} == {1e-3}
+    assert not any("lr" in g for g in parameter_groups(model))
     torch.optim.AdamW(groups).step()
+
+
+def test_a_bank_that_trains_is_among_the_parameters() -> None:
+    model = started("mlp", modules_to_save=["head"])
+    bank = lotr_ext.TaskBank(model, 2)
+    own = list(lotr_parameters(model))
+    assert len(own) == 4 + 4 and set(own).isdisjoint(bank.parameters())
+    bank.requires_grad_()
+    assert set(lotr_parameters(model)) == {*own, *bank.parameters()}
+    cores, factors, other = parameter_groups(model)
+    assert set(bank.parameters()) < set(cores["params"])
+    assert len(factors["params"]) == 4 and set(other["params"]) == set(model.head.parameters())
+
+
+# The sizes that docs/choosing.md has measured: (net, size, rank, core, group_by).
+SMOLLM2 = {
+    "vocab_size": 64,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+}
+RECIPES = [
+    ({"like": "lora:1"}, 48, "diagonal", "shape"),
+    ({"like": "lora:4"}, 6, "dense", "block"),
+    ({"numbers": 27_936}, 4, "dense", "shape"),
+    ({"numbers": 27_935}, 3, "dense", "shape"),
+]
+
+
+@pytest.mark.parametrize(("size", "rank", "core", "group_by"), RECIPES)
+def test_the_recipe_for_a_language_model(size: dict, rank: int, core: str, group_by: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    found = rank_for(model, **size, dropout=0.1)
+    assert found == LoTRConfig(rank=rank, core=core, group_by=group_by, dropout=0.1)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize("like", [1, 3])
+def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> None:
+    model = zoo.net(name)
+    found = rank_for(model, like=f"lora:{like}", target_modules=zoo.TARGETS[name])
+    targets = [m for n, m in model.named_modules() if any(n.endswith(t) for t in zoo.TARGETS[name])]
+    size_of_lora = like * sum(sum(m.weight.shape) for m in targets)
+    sizes = []
+    for settings in (found, dataclasses.replace(found, rank=found.rank + 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the rank exceeds a width, a head stays frozen
+            adapted = apply_lotr(zoo.net(name), settings)
+        sizes.append(trainable_summary(adapted).adapter)
+    assert sizes[0] <= size_of_lora < sizes[1]
 
 
 @pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])

@@ -236,11 +236,25 @@ def test_the_dense_layer_has_the_dtype_that_was_asked_for() -> None:
     )
 
 
+def test_a_dense_layer_shares_no_bias_and_the_base_takes_the_mode() -> None:
+    layer = adapted(wide_net(Dense)).blocks[0].up
+    base = layer.base_layer
+    bias = base.bias.detach().clone()
+    layer.merge(dequantize=True)
+    with torch.no_grad():
+        layer.base_layer.bias.zero_()
+    layer.eval()
+    layer.unmerge()
+    assert layer.base_layer is base
+    assert torch.equal(base.bias, bias)
+    assert not base.training
+
+
 def test_without_a_backup_there_is_no_way_back() -> None:
     model = adapted(wide_net(Dense))
     merge(model, dequantize=True, keep_backup=False)
     for run in (unmerge, unload):
-        with pytest.raises(RuntimeError, match="unmerge: expected the quantised base"):
+        with pytest.raises(RuntimeError, match="unmerge: expected the quantized base"):
             run(model)
     assert type(unload(model, merge=True).blocks[0].up) is nn.Linear
 

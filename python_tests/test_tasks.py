@@ -243,6 +243,34 @@ def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str)
     assert relative(torch.cat(found, 1), want) < 1e-5
 
 
+def test_one_cache_of_the_base_model_serves_several_tasks() -> None:
+    """The prompt is computed once without a task. Its cache is repeated for the rows of tasks."""
+    from transformers import DynamicCache
+
+    model, x = banked("llama"), zoo.inputs("llama", rows=1, tokens=6)
+    tasks = torch.tensor([0, 2, -1])
+    index = torch.full((3, 6), -1)
+    index[:, 4:] = tasks.unsqueeze(1)
+    rows = x.expand(3, -1)
+    with torch.no_grad(), use_tasks(model, index):
+        want = model(rows, use_cache=False).logits[:, 4:]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), disabled(model):
+        model(x[:, :4], past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    with torch.no_grad(), use_tasks(model, tasks):
+        y = model(rows[:, 4:], past_key_values=cache).logits
+    assert relative(y, want) < 1e-5
+
+
+def test_an_index_per_token_needs_its_tokens() -> None:
+    model, x = banked("attention"), zoo.inputs("attention", rows=4)
+    with use_tasks(model, torch.zeros(4, 4, dtype=torch.long)), refused("x", ValueError):
+        zoo.output(model, x)
+    with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)), refused("x", ValueError):
+        zoo.output(model, x)
+
+
 def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
     """The first layer of a hybrid model may keep no tokens."""
     from transformers import DynamicCache
@@ -641,6 +669,51 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     ):
         with pytest.raises(kind, match="core: expected"):
             again.lotr_tasks.add(dict.fromkeys(tensors, value))
+
+
+def test_threads_add_and_remove_tasks() -> None:
+    """Each gets a slot of its own, and no core is of two tasks."""
+    model = banked("mlp", tasks=40, taken=0)
+    bank = model.lotr_tasks
+    shapes = {name: layer.core.shape for name, layer in adapted_layers(model).items()}
+
+    def run(number: int) -> list[tuple[int, int]]:
+        slots = []
+        for i in range(10):
+            value = 100 * number + i
+            cores = {f"{name}.core": torch.full(shape, value) for name, shape in shapes.items()}
+            slots.append((bank.add({k: core.float() for k, core in cores.items()}), value))
+        removed, _ = slots.pop()
+        bank.remove(removed)
+        return slots
+
+    with ThreadPoolExecutor(4) as pool:
+        slots = [slot for found in pool.map(run, range(4)) for slot in found]
+    assert len(bank) == len({slot for slot, _ in slots}) == 36
+    for slot, value in slots:
+        assert all(bool((core == value).all()) for core in bank.cores_of(slot).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_cores_of_another_dtype_are_cast(dtype: torch.dtype) -> None:
+    bank = banked("mlp").lotr_tasks
+    cores = {name: core.to(dtype) for name, core in bank.cores_of(0).items()}
+    task = bank.add(cores)
+    for name, core in bank.cores_of(task).items():
+        assert torch.equal(core, cores[name].to(core.dtype))
+
+
+def test_meta_as_the_default_device_changes_nothing() -> None:
+    model, x = trained("mlp"), zoo.inputs("mlp", rows=4)
+    with torch.device("meta"):
+        with_bank(model, tasks=4, taken=0)
+    assert not model.lotr_tasks.taken.is_meta and not model.lotr_tasks.cores[0].is_meta
+    for _ in range(3):
+        model.lotr_tasks.add()
+    want = rows(model, x)
+    index = INDEX.unsqueeze(1).repeat(1, 5)
+    with torch.device("meta"), use_tasks(model, index):
+        assert relative(zoo.output(model, x), want) < 1e-5
 
 
 BAD_VALUES: dict[str, Callable[[Tensor], Tensor]] = {

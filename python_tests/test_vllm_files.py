@@ -9,34 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
+from lotr_ext.adapted import adapted_layers
+from lotr_ext.convert import export_lora
 from lotr_ext.files import AdapterState
 from lotr_ext.vllm import export_factors, export_task
 
 KEY = "model.layers.0.self_attn.k_proj.core"
-Change = Callable[[dict, dict], object]  # of a task's tensors and configuration
+Change = Callable[[dict, dict], object]  # of a task's tensors and metadata
 CHANGES: dict[str, tuple[Change, str]] = {
-    "NaN": (lambda t, c: t[KEY].fill_(torch.nan), f"expected finite values in {KEY}"),
-    "another shape": (
-        lambda t, c: t.update({KEY: t[KEY][:-1].clone()}),
-        rf"expected floating values \(2, 3\) in {KEY}",
-    ),
-    "integers": (
-        lambda t, c: t.update({KEY: t[KEY].int()}),
-        rf"expected floating values \(2, 3\) in {KEY}",
-    ),
-    "no core": (lambda t, c: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
-    "other factors": (
-        lambda t, c: c.update(lotr_factors="0" * 64),
-        "expected a task over the engine's factors",
-    ),
-    "a LoRA": (
-        lambda t, c: c.pop("lotr_factors"),
-        "expected a task by export_task, got an adapter of LORA",
-    ),
+    "NaN": (lambda t, m: t[KEY].fill_(torch.nan), f"expected finite values, got others in {KEY}"),
+    "another rank": (lambda t, m: t.update({KEY: t[KEY][:-1].clone()}), f"{KEY}: expected"),
+    "integers": (lambda t, m: t.update({KEY: t[KEY].int()}), f"{KEY}: expected a floating"),
+    "no core": (lambda t, m: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
+    "another layer": (lambda t, m: t.update(other=t[KEY].clone()), "not in the model other"),
+    "other factors": (lambda t, m: m.update(factors="0" * 64), "made for other A and B"),
+    "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task for scaling"),
+    "another format": (lambda t, m: m.update(format="pt"), "expected a task's file"),
+    "a newer version": (lambda t, m: m.update(version="9"), "expected a task's file"),
 }
 
 
@@ -66,7 +60,7 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
     from_model = vllm.factors_of(AdapterState.from_model(model), "test")
-    assert factors.checksum == from_model.checksum
+    assert factors.task_format.metadata() == from_model.task_format.metadata()
     assert len(factors.tensors) == factor_count
     for folder, cores in (
         ("own", {f"{n}.core": m.core for n, m in model.named_modules() if hasattr(m, "factors")}),
@@ -85,25 +79,60 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
+@pytest.mark.parametrize("scaling", [2.0, "per layer"])
+def test_the_engine_and_a_bank_read_the_same_file(scaling: object, tmp_path: Path) -> None:
+    model = adapted(scaling=2.0)
+    if scaling == "per layer":
+        for i, layer in enumerate(adapted_layers(model).values()):
+            layer.scaling = 1.0 + i
+    bank = TaskBank(model, 3)
+    task = bank.add({name: torch.randn(c.shape) for name, c in bank.cores_of(bank.add()).items()})
+    export_task(model, tmp_path / "task", task=task)
+    copy = bank.add(tmp_path / "task" / "lotr_task.safetensors")
+    for name, core in bank.cores_of(copy).items():
+        assert torch.equal(core, bank.cores_of(task)[name])
+    bank.save(task, tmp_path / "other" / "lotr_task.safetensors")
+    factors = vllm.factors_of(AdapterState.from_model(model), "test")
+    vector = vllm.read_task(tmp_path / "other", factors)
+    assert torch.equal(vector, vllm.read_task(tmp_path / "task", factors))
+    for name, layer in adapted_layers(model).items():
+        core = layer.scaling * bank.cores_of(task)[f"{name}.core"]
+        assert torch.equal(vector[factors.spans[name]].view(core.shape), core)
+
+
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path) -> None:
-    export_task(model := adapted(), tmp_path)
-    file, config = tmp_path / "lotr_task.safetensors", tmp_path / "adapter_config.json"
-    tensors, content = load_file(file), json.loads(config.read_text())
-    change(tensors, content)
-    save_file(tensors, file)
-    config.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    model = adapted()
+    export_task(model, tmp_path)
+    path = tmp_path / "lotr_task.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    with pytest.raises((TypeError, ValueError), match=message):
         vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("lotr_task.safetensors", "safetensors"), ("adapter_config.json", "JSON")]
-)
-def test_a_truncated_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
-    export_task(model := adapted(), tmp_path)
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"adapter: expected a {kind} file"):
+def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
+    """Such as that of a LoRA, or one whose configuration is truncated as well."""
+    model = adapted()
+    factors = vllm.factors_of(AdapterState.from_model(model), "test")
+    export_lora(model, tmp_path)
+    with pytest.raises(ValueError, match="expected a task by export_task, got an adapter of LORA"):
+        vllm.read_task(tmp_path, factors)
+    config = tmp_path / "adapter_config.json"
+    config.write_bytes(config.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="adapter: expected a JSON file"):
+        vllm.read_task(tmp_path, factors)
+
+
+def test_a_truncated_task_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    export_task(model, tmp_path)
+    path = tmp_path / "lotr_task.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="adapter: expected a safetensors file"):
         vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
 
 

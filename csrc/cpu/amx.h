@@ -137,16 +137,16 @@ LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
 // below: whether to prefetch the rows below. edge: room for two tiles of what a row has beyond
 // whole steps.
 template <typename K, typename T>
-inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename K::Unit* b,
+inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const typename K::Unit* b,
                             int64_t ldb, int64_t vectors, int64_t i0, int64_t rows, bool below,
                             typename K::Unit* edge) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   const int64_t units = units_of_step(units_of<K>(x.cols)), steps = x.cols / (K::kPair * units),
-                first_left = steps * units * K::kPair, row = x.rs * int64_t(sizeof(T));
+                first_left = steps * units * K::kPair, row = x.row_stride * int64_t(sizeof(T));
   const auto* data = static_cast<const T*>(x.data);
   tile_rows_of(rows, units, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
-    const Side a{reinterpret_cast<const char*>(data + (i0 + i) * x.rs), row, kSide * row,
+    const Side a{reinterpret_cast<const char*>(data + (i0 + i) * x.row_stride), row, kSide * row,
                  units * kUnit};
     const Side rest{reinterpret_cast<const char*>(edge), units * kUnit, kSide * units * kUnit, 0};
     if (first_left < x.cols)
@@ -169,11 +169,12 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename 
   });
 }
 
-// Rows of y[rows][64] = u f plus start_of (block.h), all of y there and side by side, as
+// Rows of y[rows][64] = start_of(from, bias) (block.h) + u f, in full vectors of neighbors, as
 // expand_whole_rows (products.h). `units` of u and f are whole steps.
 template <typename K, typename T, Form form>
-inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
-                            const typename K::Unit* panel, int64_t units, const float* bias) {
+inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
+                            const char* u, int64_t u_step, const typename K::Unit* panel,
+                            int64_t units, const float* bias) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kWidth = kMaxVectors * K::kLanes;
   const int64_t of_step = units_of_step(units), steps = units / of_step;
   alignas(64) float sums[2 * kSide * kWidth];
@@ -188,16 +189,17 @@ inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int6
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
     }
     // Down this panel, then from the top of the next one.
-    const T* later = y + (i + n < rows ? (i + n) * ldy : kWidth);
+    const T* later = from + (i + n < rows ? (i + n) * ldfrom : kWidth);
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
+      const T* const start = from + (i + j) * ldfrom;
       for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(later + j * ldy) + c, 1, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(later + j * ldfrom) + c, 1, 2);
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
-        const float* from = sums + j * kWidth + v;
+        const float* product = sums + j * kWidth + v;
         const auto sum = [&](int64_t w) {
-          return start_of<form>(to + v + w, bias + v + w) + load(from + w);
+          return start_of<form>(start + v + w, bias + v + w) + load(product + w);
         };
         store(to + v, sum(0), sum(K::kLanes));
       }
@@ -228,23 +230,24 @@ inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, i
 // turned; made: room for the units of these columns. prefetch: whether to prefetch the columns to
 // the right.
 template <typename K>
-inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int64_t i0,
+inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const TensorView& x, int64_t i0,
                            int64_t rows, int64_t c, const typename K::Unit* k, int64_t r,
                            typename K::Unit* made, bool prefetch) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kTile = kSide * kSide;
   const int64_t steps = (rows + K::kPair * kSide - 1) / (K::kPair * kSide);
-  const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
+  const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.row_stride + c;
   // The two tiles of a step, from 32 rows of 32 columns.
   const auto make = [&](int64_t t) {
     typename K::Unit* to = made + t * 2 * kTile;
-    const uint16_t* low = columns + 2 * kSide * t * x.rs;
+    const uint16_t* low = columns + 2 * kSide * t * x.row_stride;
     const int64_t left = smaller(2 * kSide, rows - 2 * kSide * t);
-    for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * x.rs, to += kSide) {
+    for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * x.row_stride, to += kSide) {
       auto a = decltype(load(low)){}, b = a;
       if (i < left) a = load(low);
-      if (i + 1 < left) b = load(low + x.rs);
+      if (i + 1 < left) b = load(low + x.row_stride);
       if (prefetch)
-        __builtin_prefetch(low + 2 * kSide, 0, 2), __builtin_prefetch(low + x.rs + 2 * kSide, 0, 2);
+        __builtin_prefetch(low + 2 * kSide, 0, 2),
+            __builtin_prefetch(low + x.row_stride + 2 * kSide, 0, 2);
       store(to, pairs_of<0>(a, b)), store(to + kTile, pairs_of<1>(a, b));
     }
   };

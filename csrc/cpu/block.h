@@ -5,7 +5,7 @@
 //   along the rank or n
 //
 //   shrink        a = x rows (units along the row)       b = packed A             sums over k
-//   expand_add    a = u rows                             b = packed F^T panel     sums over r
+//   expand        a = u rows                             b = packed F^T panel     sums over r
 //   factor_grad   a = x columns (units down a column)    b = packed k             sums over m
 //
 // Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does
@@ -55,11 +55,11 @@ struct Piece {
 
   Piece() = default;
   // Of `a`, cut at its end.
-  Piece(const Mat& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
-    if (a.cs != 1 || i0 >= a.rows || c0 >= a.cols) return;
-    const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
-    row = static_cast<const char*>(a.data) + (i0 * a.rs + c0) * size;
-    step = a.rs * size, bytes = smaller(cols, a.cols - c0) * size,
+  Piece(const TensorView& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
+    if (a.col_stride != 1 || i0 >= a.rows || c0 >= a.cols) return;
+    const int64_t size = a.dtype == DType::float64 ? 8 : a.dtype == DType::float32 ? 4 : 2;
+    row = static_cast<const char*>(a.data) + (i0 * a.row_stride + c0) * size;
+    step = a.row_stride * size, bytes = smaller(cols, a.cols - c0) * size,
     rows = smaller(wanted_rows, a.rows - i0);
   }
   LOTR_INLINE void next() {
@@ -169,24 +169,22 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// What an expand makes of u f: y + u f, bias + u f or (y + bias) + u f. The bias is a row that all
-// tokens share.
-enum class Form { onto, fresh, onto_biased };
+// What an expand adds u f to: a matrix, the bias (a row that all tokens share), or both.
+enum class Form { matrix, bias, matrix_and_bias };
 
-// What u f is added to.
 template <Form form, typename A, typename T>
-LOTR_INLINE auto start_of(const T* y, const A* bias) {
-  if constexpr (form == Form::onto) return load(y);
-  if constexpr (form == Form::fresh) return load(bias);
-  return load(y) + load(bias);
+LOTR_INLINE auto start_of(const T* from, const A* bias) {
+  if constexpr (form == Form::matrix) return load(from);
+  if constexpr (form == Form::bias) return load(bias);
+  return load(from) + load(bias);
 }
 
-// y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy`
-// apart.
+// y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
+// apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it.
 template <typename K, typename T, int MR, int RV, Form form>
-LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
-                                    const typename K::Unit* f, int64_t n, const T* ahead,
-                                    const typename K::Acc* bias) {
+LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ldfrom, const char* u,
+                                    int64_t u_step, const typename K::Unit* f, int64_t n,
+                                    const T* ahead, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
   // at the end.
@@ -194,16 +192,16 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // y of a later block: the rows of this one are too short for the hardware's prefetcher.
+    // `from` of a later block: the rows of this one are too short for the hardware's prefetcher.
     if (ahead) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldy) + v, 1, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldfrom) + v, 1, 2);
       }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
-        acc[i][v] = start_of<form>(y + i * ldy + v * kLanes, bias + v * kLanes);
+        acc[i][v] = start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
       }
@@ -220,20 +218,20 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
       } else if constexpr (kStartsAtY) {
         store(at, acc[i][v]);
       } else {
-        store(at, start_of<form>(at, bias + v * kLanes) + acc[i][v]);
+        store(at, start_of<form>(from + i * ldfrom + v * kLanes, bias + v * kLanes) + acc[i][v]);
       }
     }
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel
-// cut short, a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV
-// vectors) is null without dropout.
+// y[MR][cols] = from + bias + scale * (mask applied to u f), where f is a panel of RV vectors of n,
+// for a panel that is cut short, strided columns, a scale or dropout. `from` and `bias` are zero if
+// they are null; `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
-inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u,
-                                int64_t u_step, const typename K::Unit* f, int64_t n,
-                                const uint32_t* keep, typename K::Acc scale, bool onto,
-                                const typename K::Acc* bias) {
+inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from, int64_t ldfrom,
+                                int64_t from_step, int64_t cols, const char* u, int64_t u_step,
+                                const typename K::Unit* f, int64_t n, const uint32_t* keep,
+                                typename K::Acc scale, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -255,13 +253,14 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
     if (bias) {
       for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];
     }
-    if (!onto) {
-      for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(sums[j]);
-    } else if (cs == 1) {
-      for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(row[j]) + sums[j]);
+    const T* start = from ? from + i * ldfrom : nullptr;
+    if (!start) {
+      for (int64_t j = 0; j < cols; ++j) row[j * y_step] = Narrow<T>::from(sums[j]);
+    } else if (y_step == 1 && from_step == 1) {
+      for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(start[j]) + sums[j]);
     } else {
       for (int64_t j = 0; j < cols; ++j)
-        row[j * cs] = Narrow<T>::from(to_float(row[j * cs]) + sums[j]);
+        row[j * y_step] = Narrow<T>::from(to_float(start[j * from_step]) + sums[j]);
     }
   }
 }

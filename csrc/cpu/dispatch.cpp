@@ -22,18 +22,18 @@ namespace {
 struct Set {
   const char* name;
   bool (*runs)();
-  const Table* tables[4];  // in the order of Dtype
+  const Table* tables[4];  // in the order of DType
 };
 const Set kSets[] = {
 #define LOTR_SET(set, f32, f64, bf16, f16) \
   {#set,                                   \
    &runs_##set,                            \
-   {&table_##f32##_f32, &table_##f64##_f64, &table_##bf16##_bf16, &table_##f16##_f16}},
+   {&table_##f32##_f32, &table_##bf16##_bf16, &table_##f16##_f16, &table_##f64##_f64}},
 #include "cpu_sets.def"
 #undef LOTR_SET
 };
-static_assert(int(Dtype::f32) == 0 && int(Dtype::f64) == 1 && int(Dtype::bf16) == 2 &&
-              int(Dtype::f16) == 3);
+static_assert(int(DType::float32) == 0 && int(DType::bfloat16) == 1 && int(DType::float16) == 2 &&
+              int(DType::float64) == 3);
 
 const Set* choose() {
   const char* forced = std::getenv("LOTR_CPU_ISA");
@@ -61,9 +61,9 @@ const Set& set() {
 
 // The dtype that fold multiplies in: the operands' own where all have it, else that of sums, since
 // factors are widened and never rounded.
-Dtype fold_dtype(const Mat& F, const Mat& B, const Mat& core) {
+DType fold_dtype(const TensorView& F, const TensorView& B, const TensorView& core) {
   const bool alike = B.dtype == F.dtype && core.dtype == F.dtype;
-  return alike || F.dtype == Dtype::f64 ? F.dtype : Dtype::f32;
+  return alike || F.dtype == DType::float64 ? F.dtype : DType::float32;
 }
 
 }  // namespace

@@ -8,17 +8,9 @@
 
 #include <cstdint>
 
+#include "tensor_view.h"
+
 namespace lotr::cpu {
-
-enum class Dtype : uint8_t { f32, f64, bf16, f16 };
-
-// A matrix [rows, cols] with any strides. Kernels that only read one do not write it.
-struct Mat {
-  void* data = nullptr;  // null: the optional argument is not given
-  int64_t rows = 0, cols = 0;
-  int64_t rs = 0, cs = 0;  // row and column stride
-  Dtype dtype = Dtype::f32;
-};
 
 // Dropout of a matrix: element e = i * cols + j is kept iff philox(seed, e / 4)[e % 4] >=
 // threshold, and scaled.
@@ -29,11 +21,11 @@ struct Drop {
   uint64_t seed = 0;
 };
 
-// What an expand adds to: y as it lies there, or (fresh) nothing, whatever y holds; and bias [1, n]
-// in every row, where there is one.
+// What an expand starts from: a matrix [m, n] of y's dtype, which is y itself, does not overlap y,
+// or is absent (zeros); and a bias [1, n] that is added to each row, unless it is absent.
 struct Start {
-  bool fresh = false;
-  Mat bias;
+  TensorView matrix;
+  TensorView bias;
 };
 
 // Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j +
@@ -44,7 +36,7 @@ struct Groups {
 };
 
 struct SmallBackward {
-  Mat dx, g, x, u, A, core, B, dA, dB, dcore;
+  TensorView dx, g, x, u, A, core, B, dA, dB, dcore;
   double scaling = 1.0;
   bool fresh_dx = false, fresh_dA = false, fresh_dB = false;  // written, not added to
 };

@@ -44,11 +44,11 @@ struct Chunks {
   }
 };
 
-inline int64_t element_size(Dtype t) {
-  return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;
+inline int64_t element_size(DType t) {
+  return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2;
 }
-inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
-  Mat b = a;
+inline TensorView layer_of(const TensorView& a, int64_t layer_stride, int64_t l) {
+  TensorView b = a;
   b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
   return b;
 }
@@ -59,12 +59,14 @@ struct Operators {
   using Unit = typename K::Unit;
   using Acc = typename K::Acc;
 
-  static void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
+  static void shrink(const TensorView& u, const TensorView& x, const TensorView& A,
+                     const Drop& drop) {
     product(u, x, A, drop, false);
   }
 
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
-  static void product(const Mat& out, const Mat& x, const Mat& A, const Drop& drop, bool add) {
+  static void product(const TensorView& out, const TensorView& x, const TensorView& A,
+                      const Drop& drop, bool add) {
     const int64_t vectors = vectors_of<K>(A.cols), ldc = vectors * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
       const PackedFactor<K, T> b(A);  // each thread its own: lines come slowly from another core
@@ -79,8 +81,8 @@ struct Operators {
     });
   }
 
-  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop,
-                         const Start& start) {
+  static void expand(const TensorView& y, const TensorView& u, const TensorView& F,
+                     const Drop& drop, const Start& start) {
     constexpr int64_t kLine = kPanel<K>;
     const int64_t units = packed_units<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
                   line_units = units * kLine;
@@ -139,16 +141,16 @@ struct Operators {
     const char* data;
     int64_t step;  // bytes
   };
-  static bool u_in_place(const Mat& u) {
+  static bool u_in_place(const TensorView& u) {
     return native<K, T>(u) && u.cols == packed_units<K>(u.cols) * K::kPair;
   }
-  static size_t u_bytes(const Mat& u) {
+  static size_t u_bytes(const TensorView& u) {
     return u_in_place(u) ? 0 : size_t(kTileRows * packed_units<K>(u.cols)) * sizeof(Unit);
   }
-  static Rows u_rows(const Mat& u, int64_t i, int64_t rows, Unit* memory) {
+  static Rows u_rows(const TensorView& u, int64_t i, int64_t rows, Unit* memory) {
     if (u_in_place(u)) {
-      return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.rs),
-              u.rs * int64_t(sizeof(Part<K>))};
+      return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.row_stride),
+              u.row_stride * int64_t(sizeof(Part<K>))};
     }
     const int64_t units = packed_units<K>(u.cols);
     tile_along_row<K, T>(memory, units, u, i, rows, 0, u.cols, Drop{}, nullptr);
@@ -157,7 +159,7 @@ struct Operators {
 
   // out (+)= scale * the sum of `count` blocks of sums, in order; the first `whole` rows of out are
   // transposed.
-  static void add_partials(const Mat& out, Acc* partials, int64_t count, int64_t whole,
+  static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t whole,
                            double scale, bool add) {
     constexpr int kLanes = K::kLanes, kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
     const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
@@ -227,20 +229,21 @@ struct Operators {
   // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T k, each element written once, no
   // operand copied.
   template <int n>
-  static void outer_part(const Mat& out, int64_t c0, int64_t c1, const Mat& x, const Mat& k,
-                         int64_t j, double scale, bool add) {
+  static void outer_part(const TensorView& out, int64_t c0, int64_t c1, const TensorView& x,
+                         const TensorView& k, int64_t j, double scale, bool add) {
     typedef Acc Part __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
     for (int64_t c = c0; c < c1; ++c) {
       Part sum = {};
       const Acc* a = static_cast<const Acc*>(x.data) + c;
       const Acc* b = static_cast<const Acc*>(k.data) + j;
-      for (int64_t i = 0; i < x.rows; ++i, a += x.rs, b += k.rs)
+      for (int64_t i = 0; i < x.rows; ++i, a += x.row_stride, b += k.row_stride)
         sum += *a * *reinterpret_cast<const Part*>(b);
-      write_part<n>(static_cast<Acc*>(out.data) + c * out.rs + j,
+      write_part<n>(static_cast<Acc*>(out.data) + c * out.row_stride + j,
                     reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
     }
   }
-  static void outer_parts(const Mat& out, const Mat& x, const Mat& k, double scale, bool add) {
+  static void outer_parts(const TensorView& out, const TensorView& x, const TensorView& k,
+                          double scale, bool add) {
     run_rows(x.cols, x.rows * x.cols * k.cols, [&](int64_t c0, int64_t c1) {
       int64_t j = 0;
       for (; j + 8 <= k.cols; j += 8) outer_part<8>(out, c0, c1, x, k, j, scale, add);
@@ -250,29 +253,29 @@ struct Operators {
   }
 
   // out (+)= scale * drop(x)^T k.
-  static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale,
-                    bool add) {
+  static void outer(const TensorView& out, const TensorView& x, const TensorView& k,
+                    const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
     const int64_t work = x.rows * x.cols * k.cols, tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // One chunk may go to the output where it lies: few tokens then touch it once.
-    const bool wide = out.dtype == (same<Acc, double> ? Dtype::f64 : Dtype::f32);
+    const bool wide = out.dtype == (same<Acc, double> ? DType::float64 : DType::float32);
     const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && whole > 0 && x.rows >= kSide;
-    if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.cs == 1 &&
+    if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
         k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
-        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0,
-                         x.rows, c0, c1, tile_m, false, memory.get<char>());
+        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.row_stride), !add, x, drop,
+                         k, 0, x.rows, c0, c1, tile_m, false, memory.get<char>());
       });
       return;
     }
     if constexpr (same<T, Acc>) {
       // Few tokens and a rank that fills no vector: to pad k and the sums would take longer than
       // the sums.
-      if (x.rows <= kFewRows && wide && out.cs == 1 && native<K, T>(x) && native<K, T>(k) &&
+      if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(k) &&
           !drop.on)
         return outer_parts(out, x, k, scale, add);
     }
@@ -297,24 +300,26 @@ struct Operators {
     add_partials(out, blocks.of(0), blocks.left(), whole, scale, add);
   }
 
-  static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
+  static void factor_grad(const TensorView& acc, const TensorView& x, const TensorView& k,
+                          const Drop& drop, bool add) {
     outer(acc, x, k, drop, drop.scale, add);
   }
 
-  static void add(const Mat& out, const Mat& a) {
+  static void add(const TensorView& out, const TensorView& a) {
     for (int64_t i = 0; i < out.rows; ++i) {
-      T* to = static_cast<T*>(out.data) + i * out.rs;
-      const T* from = static_cast<const T*>(a.data) + i * a.rs;
+      T* to = static_cast<T*>(out.data) + i * out.row_stride;
+      const T* from = static_cast<const T*>(a.data) + i * a.row_stride;
       for (int64_t j = 0; j < out.cols; ++j) {
-        to[j * out.cs] = Narrow<T>::from(to_float(to[j * out.cs]) + to_float(from[j * a.cs]));
+        to[j * out.col_stride] =
+            Narrow<T>::from(to_float(to[j * out.col_stride]) + to_float(from[j * a.col_stride]));
       }
     }
   }
 
   // A tile of g is read once from memory and used twice in cache, where it and what it is
   // multiplied with fit there.
-  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u,
-                          bool add) {
+  static void shrink_grad(const TensorView& k, const TensorView& Q, const TensorView& g,
+                          const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes,
                   tile_m = tile_rows<K>(g, F.cols);

@@ -64,13 +64,13 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
 // room for the units of these columns. The last block prefetches the next tile, because the blocks
 // before it load more themselves.
 template <typename K>
-inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0,
-                          int64_t rows, int64_t c, const typename K::Unit* k, int64_t ldk,
-                          int64_t r, typename K::Unit* made, Ahead& ahead) {
+inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const TensorView& x,
+                          int64_t i0, int64_t rows, int64_t c, const typename K::Unit* k,
+                          int64_t ldk, int64_t r, typename K::Unit* made, Ahead& ahead) {
   [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
-  const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
+  const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.row_stride + c;
   const int64_t units = (rows + 1) / 2;
-  const uint16_t* last = rows % 2 ? kZeros : low + (rows - 1) * x.rs;
+  const uint16_t* last = rows % 2 ? kZeros : low + (rows - 1) * x.row_stride;
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
@@ -78,7 +78,7 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat
     const auto block =
         again ? (last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
               : (last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
-    block(at, lds, fresh, low, last, 2 * x.rs, made, k + j, ldk, units, ahead);
+    block(at, lds, fresh, low, last, 2 * x.row_stride, made, k + j, ldk, units, ahead);
   });
 }
 

@@ -29,12 +29,12 @@ constexpr int64_t kTileBytes =
 // and sums are used again for each tile: where they alone exceed L2, the taller tiles of two passes
 // read them less often.
 template <typename K>
-inline int64_t tile_rows(const Mat& x, int64_t r) {
+inline int64_t tile_rows(const TensorView& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
   const int64_t row = x.cols *
-                      (x.dtype == Dtype::f64   ? 8
-                       : x.dtype == Dtype::f32 ? 4
-                                               : 2) *
+                      (x.dtype == DType::float64   ? 8
+                       : x.dtype == DType::float32 ? 4
+                                                   : 2) *
                       K::kPair;
   // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost less.
   if (in_tiles<K> && 2 * row * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
@@ -54,17 +54,17 @@ struct PackedFactor {
   const typename K::Unit* data;
   int64_t ld;
 
-  static bool in_place(const Mat& A) {
+  static bool in_place(const TensorView& A) {
     return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0;
   }
-  static size_t packed_bytes(const Mat& A) {
+  static size_t packed_bytes(const TensorView& A) {
     return size_t(packed_units<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) *
            sizeof(typename K::Unit);
   }
-  explicit PackedFactor(const Mat& A)
+  explicit PackedFactor(const TensorView& A)
       : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
     if (in_place(A)) {
-      data = static_cast<const typename K::Unit*>(A.data), ld = A.rs;
+      data = static_cast<const typename K::Unit*>(A.data), ld = A.row_stride;
       return;
     }
     ld = vectors_of<K>(A.cols) * K::kLanes;
@@ -88,17 +88,17 @@ LOTR_INLINE void write_part(T* out, const T* c, T scale, bool add) {
 
 // out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
 template <typename K>
-inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c,
+inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const typename K::Acc* c,
                        int64_t ldc, double scale, bool add) {
   using Acc = typename K::Acc;
   by_dtype(out.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
     const Acc s = Acc(scale);
     for (int64_t i = 0; i < rows; ++i, c += ldc) {
-      T* row = static_cast<T*>(out.data) + (i0 + i) * out.rs;
+      T* row = static_cast<T*>(out.data) + (i0 + i) * out.row_stride;
       int64_t j = 0;
       if constexpr (same<Acc, double> == same<T, double>) {
-        for (; out.cs == 1 && j + K::kLanes <= out.cols; j += K::kLanes) {
+        for (; out.col_stride == 1 && j + K::kLanes <= out.cols; j += K::kLanes) {
           const auto sum = s * load(c + j);
           store(row + j, add ? load(row + j) + sum : sum);
         }
@@ -106,11 +106,13 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
       // The end of a rank that fills no vector, in parts of one: a masked store would make the next
       // row's load wait.
       if constexpr (same<Acc, T>) {
-        for (; out.cs == 1 && j + 8 <= out.cols; j += 8) write_part<8>(row + j, c + j, s, add);
-        for (; out.cs == 1 && j + 4 <= out.cols; j += 4) write_part<4>(row + j, c + j, s, add);
+        for (; out.col_stride == 1 && j + 8 <= out.cols; j += 8)
+          write_part<8>(row + j, c + j, s, add);
+        for (; out.col_stride == 1 && j + 4 <= out.cols; j += 4)
+          write_part<4>(row + j, c + j, s, add);
       }
       for (; j < out.cols; ++j) {
-        T* at = row + j * out.cs;
+        T* at = row + j * out.col_stride;
         *at = Narrow<T>::from((add ? to_float(*at) : 0) + s * c[j]);
       }
     }
@@ -120,7 +122,7 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
 // Rows of a factor_grad tile, which is read once: of an x that is read where it lies as many as
 // keep their part of k in L1. (Pairs take no more: the units made of x are kept in L1 too.)
 template <typename K, typename T>
-inline int64_t tile_rows_once(const Mat& x, const Drop& drop, int64_t r) {
+inline int64_t tile_rows_once(const TensorView& x, const Drop& drop, int64_t r) {
   const int64_t k_bytes =
       kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
   const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * k_bytes <= kTileBytes;
@@ -143,9 +145,9 @@ inline size_t tile_space(int64_t r) {
 // Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh,
 // unscaled. cold: these rows were not prefetched. below: whether to prefetch the rows below.
 template <typename K, typename T>
-inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& x, const Drop& drop,
-                        const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0,
-                        int64_t rows, bool cold, bool below, char* space) {
+inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const TensorView& x,
+                        const Drop& drop, const typename K::Unit* b, int64_t ldb, int64_t vectors,
+                        int64_t i0, int64_t rows, bool cold, bool below, char* space) {
   using Unit = typename K::Unit;
   const int64_t group = smaller(vectors, kMaxVectors);
   // Units summed at a time, so that their part of b stays in L1.
@@ -171,9 +173,10 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
     // A last half pair is copied: the other half lies beyond the row.
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
-      const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.rs + c0;
+      const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.row_stride + c0;
       sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a),
-                        x.rs * int64_t(sizeof(*a)), rows, b + t * ldb, ldb, vectors, whole, ahead);
+                        x.row_stride * int64_t(sizeof(*a)), rows, b + t * ldb, ldb, vectors, whole,
+                        ahead);
     }
     if (whole < n) {
       const int64_t from = c0 + whole * K::kPair, left = n - whole;
@@ -207,7 +210,7 @@ struct OuterSums {
   }
   // Of columns that are pairs where they lie.
   template <typename T>
-  static int64_t whole_columns(const Mat& x, const Drop& drop) {
+  static int64_t whole_columns(const TensorView& x, const Drop& drop) {
     return pairs<K> && native<K, T>(x) && !drop.on ? x.cols / kPairColumns<K> * kPairColumns<K> : 0;
   }
 };
@@ -215,9 +218,9 @@ struct OuterSums {
 // sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless
 // fresh. tile_m: rows to sum at a time; warm: whether these rows of x are in cache already.
 template <typename K, typename T>
-inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop,
-                       const Mat& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t tile_m,
-                       bool warm, char* space) {
+inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x, const Drop& drop,
+                       const TensorView& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1,
+                       int64_t tile_m, bool warm, char* space) {
   using Unit = typename K::Unit;
   const int64_t vectors = vectors_of<K>(k.cols);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
@@ -232,7 +235,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     const Unit* b = k_tile;
     int64_t ldb = vectors * K::kLanes;
     if (k_in_place) {
-      b = static_cast<const Unit*>(k.data) + i * k.rs, ldb = k.rs;
+      b = static_cast<const Unit*>(k.data) + i * k.row_stride, ldb = k.row_stride;
     } else {
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
     }
@@ -267,8 +270,8 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {
-        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.rs + c),
-        step = x.rs * int64_t(sizeof(Unit));
+        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.row_stride + c),
+        step = x.row_stride * int64_t(sizeof(Unit));
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
       }
@@ -291,47 +294,57 @@ constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 // All of a panel's columns are there, side by side, and none is masked. `y` is at the first of
 // `rows` rows.
 template <typename K, typename T, Form form>
-inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
-                              const typename K::Unit* panel, int64_t units,
-                              const typename K::Acc* bias) {
+inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
+                              const char* u, int64_t u_step, const typename K::Unit* panel,
+                              int64_t units, const typename K::Acc* bias) {
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
-    const T* later = y + (to < rows ? to * ldy : (to - rows) * ldy + kPanel<K>);
-    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, u + i * u_step, u_step, panel,
-                                                    units, later, bias);
+    const T* later = from + (to < rows ? to * ldfrom : (to - rows) * ldfrom + kPanel<K>);
+    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
+                                                    u + i * u_step, u_step, panel, units, later,
+                                                    bias);
   });
 }
 
 template <typename K, typename T>
-inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step, int64_t units,
-                         const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
-                         const Start& start, uint32_t* mask) {
+inline void expand_panel(const TensorView& y, int64_t n0, const char* u, int64_t u_step,
+                         int64_t units, const typename K::Unit* panel, int64_t i0, int64_t i1,
+                         const Drop& drop, const Start& start, uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
   // The bias, widened once a panel.
   typename K::Acc bias[kPanel<K>];
   const T* given = static_cast<const T*>(start.bias.data);
-  if (given && start.bias.cs == 1 && cols == kPanel<K>) {
+  if (given && start.bias.col_stride == 1 && cols == kPanel<K>) {
     for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given + n0 + j));
-  } else if (given || start.fresh) {
+  } else if (given || !start.matrix.data) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
-      bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
+      bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.col_stride])
+                                  : typename K::Acc(0);
   }
-  const bool add_bias = given || start.fresh;
-  T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
-  if (y.cs == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
+  const bool add_bias = given || !start.matrix.data;
+  // Without a matrix `from` is only prefetched.
+  const TensorView& origin = start.matrix.data ? start.matrix : y;
+  const T* const from =
+      static_cast<const T*>(origin.data) + i0 * origin.row_stride + n0 * origin.col_stride;
+  T* const top = static_cast<T*>(y.data) + i0 * y.row_stride + n0 * y.col_stride;
+  if (y.col_stride == 1 && origin.col_stride == 1 && cols == kPanel<K> && !drop.on &&
+      drop.scale == 1.0) {
     const auto run = [&](auto form) {
       constexpr Form kForm = Form(decltype(form)::value);
       if constexpr (in_tiles<K>)
-        expand_in_tiles<K, T, kForm>(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+        expand_in_tiles<K, T, kForm>(top, y.row_stride, from, origin.row_stride, i1 - i0, u, u_step,
+                                     panel, units, bias);
       else
-        expand_whole_rows<K, T, kForm>(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+        expand_whole_rows<K, T, kForm>(top, y.row_stride, from, origin.row_stride, i1 - i0, u,
+                                       u_step, panel, units, bias);
     };
-    if (!add_bias) return run(Int<int(Form::onto)>{});
-    return start.fresh ? run(Int<int(Form::fresh)>{}) : run(Int<int(Form::onto_biased)>{});
+    if (!start.matrix.data) return run(Int<int(Form::bias)>{});
+    if (!add_bias) return run(Int<int(Form::matrix)>{});
+    return run(Int<int(Form::matrix_and_bias)>{});
   }
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
@@ -346,8 +359,10 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       keep = mask;
     }
     expand_ragged_block<K, T, MR, kMaxVectors>(
-        top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step, panel, units, keep,
-        typename K::Acc(drop.scale), !start.fresh, add_bias ? bias : nullptr);
+        top + i * y.row_stride, y.row_stride, y.col_stride,
+        start.matrix.data ? from + i * origin.row_stride : nullptr, origin.row_stride,
+        origin.col_stride, cols, u + i * u_step, u_step, panel, units, keep,
+        typename K::Acc(drop.scale), add_bias ? bias : nullptr);
   });
 }
 

@@ -20,21 +20,21 @@ constexpr int64_t kShortGroup = 4;  // up to here a product's preparations cost 
 // Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
 template <typename T>
 struct Gathered {
-  Mat mat;
+  TensorView mat;
   Scratch memory;
 
-  Gathered(const Mat& a, const int64_t* row, const int64_t* token, int64_t n)
+  Gathered(const TensorView& a, const int64_t* row, const int64_t* token, int64_t n)
       : mat(a), memory(follow(row, token, n) ? 0 : size_t(n * a.cols) * sizeof(T)) {
     mat.rows = n;
     if (follow(row, token, n)) {
-      mat.data = static_cast<T*>(a.data) + at(row, token, 0) * a.rs;
+      mat.data = static_cast<T*>(a.data) + at(row, token, 0) * a.row_stride;
       return;
     }
     T* to = memory.template get<T>();
-    mat.data = to, mat.rs = a.cols, mat.cs = 1;
+    mat.data = to, mat.row_stride = a.cols, mat.col_stride = 1;
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
-      const T* from = static_cast<const T*>(a.data) + at(row, token, i) * a.rs;
-      for (int64_t j = 0; j < a.cols; ++j) to[j] = from[j * a.cs];
+      const T* from = static_cast<const T*>(a.data) + at(row, token, i) * a.row_stride;
+      for (int64_t j = 0; j < a.cols; ++j) to[j] = from[j * a.col_stride];
     }
   }
   static int64_t at(const int64_t* row, const int64_t* token, int64_t i) {
@@ -54,10 +54,11 @@ struct RowProducts {
   using Acc = typename K::Acc;
 
   // Rows of `a`, packed and widened.
-  static void widen(Acc* to, const Mat& a, const int64_t* row, const int64_t* token, int64_t n) {
+  static void widen(Acc* to, const TensorView& a, const int64_t* row, const int64_t* token,
+                    int64_t n) {
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
-      const T* from = static_cast<const T*>(a.data) + Gathered<T>::at(row, token, i) * a.rs;
-      parts<typename KindOf<Acc>::type, T>(to, from, a.cs, a.cols, nullptr);
+      const T* from = static_cast<const T*>(a.data) + Gathered<T>::at(row, token, i) * a.row_stride;
+      parts<typename KindOf<Acc>::type, T>(to, from, a.col_stride, a.cols, nullptr);
     }
   }
   using Plain = typename KindOf<Acc>::type;
@@ -73,22 +74,23 @@ struct RowProducts {
   }
   // out[b] = scaling * sum over a of in[a] core(a, b), for cores whose rows, or columns, lie side
   // by side.
-  static void times_core(Acc* out, const Acc* in, const Mat& core, Acc scaling) {
+  static void times_core(Acc* out, const Acc* in, const TensorView& core, Acc scaling) {
     by_dtype(core.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
       const S* data = static_cast<const S*>(core.data);
       const int64_t from = core.rows, to = core.cols;
-      if (core.cs == 1) {
+      if (core.col_stride == 1) {
         int64_t b = 0;
         for (; b + kLanes <= to; b += kLanes) {
           typename Plain::Vec sum{};
           for (int64_t a = 0; a < from; ++a)
-            sum = Plain::madd(sum, vector_of(data + a * core.rs + b), in[a]);
+            sum = Plain::madd(sum, vector_of(data + a * core.row_stride + b), in[a]);
           store(out + b, sum * scaling);
         }
         for (; b < to; ++b) {
           Acc sum = 0;
-          for (int64_t a = 0; a < from; ++a) sum += in[a] * part<Plain, T>(data[a * core.rs + b]);
+          for (int64_t a = 0; a < from; ++a)
+            sum += in[a] * part<Plain, T>(data[a * core.row_stride + b]);
           out[b] = sum * scaling;
         }
         return;
@@ -99,21 +101,21 @@ struct RowProducts {
         const int64_t cols = smaller(kLanes, to - b0);
         for (int64_t b = 0; b < cols; ++b)
           for (int64_t a = 0; a < whole; a += kLanes)
-            square[b] += load(in + a) * vector_of(data + (b0 + b) * core.cs + a);
+            square[b] += load(in + a) * vector_of(data + (b0 + b) * core.col_stride + a);
         transpose<kLanes>(square);
         for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
         Acc sums[kLanes];
         store(sums, sum);
         for (int64_t b = 0; b < cols; ++b) {
           for (int64_t a = whole; a < from; ++a)
-            sums[b] += in[a] * part<Plain, T>(data[(b0 + b) * core.cs + a]);
+            sums[b] += in[a] * part<Plain, T>(data[(b0 + b) * core.col_stride + a]);
           out[b0 + b] = sums[b] * scaling;
         }
       }
     });
   }
   // out [r_in, r_out] = scaling * the sum over n rows of left^T right, both packed.
-  static void outer_of_few(const Mat& out, const Acc* left, const Acc* right, int64_t n,
+  static void outer_of_few(const TensorView& out, const Acc* left, const Acc* right, int64_t n,
                            Acc scaling) {
     Acc* to = static_cast<Acc*>(out.data);
     for (int64_t a = 0; a < out.rows; ++a, to += out.cols) {
@@ -126,11 +128,12 @@ struct RowProducts {
   }
 
   // h has contiguous rows, of T or wider.
-  static void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores,
-                       int64_t cores_ls, const Groups& by_core, double scaling) {
+  static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
+                       const TensorView& cores, int64_t cores_ls, const Groups& by_core,
+                       double scaling) {
     Drop scaled;
     scaled.scale = scaling;
-    const bool core_in_lines = cores.rs == 1 || cores.cs == 1;
+    const bool core_in_lines = cores.row_stride == 1 || cores.col_stride == 1;
     const int64_t total = by_core.first[by_core.count], row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
       int64_t group = 0;
@@ -148,7 +151,7 @@ struct RowProducts {
         while (by_core.first[group + 1] <= i) ++group;
         const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
-        const Mat core = layer_of(cores, cores_ls, by_core.key[group]);
+        const TensorView core = layer_of(cores, cores_ls, by_core.key[group]);
         // By the whole group, not its last piece.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
@@ -157,8 +160,8 @@ struct RowProducts {
           for (int64_t j = 0; core_in_lines && j < n; ++j)
             times_core(sums + j * core.cols, wide + j * core.rows, core, Acc(scaling));
           if (!core_in_lines)
-            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs,
-                                 Acc(scaling));
+            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.row_stride,
+                                 core.col_stride, Acc(scaling));
           for (int64_t j = 0; j < n; ++j)
             write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
           i += n;
@@ -167,7 +170,7 @@ struct RowProducts {
         const Gathered<T> in(u, row, token, n);
         const bool follow = Gathered<T>::follow(row, nullptr, n);
         Scratch memory(follow ? 0 : size_t(n * row_bytes));
-        Mat out = h;
+        TensorView out = h;
         out.rows = n;
         out.data = follow ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
         Ops::shrink(out, in.mat, core, scaled);
@@ -180,12 +183,13 @@ struct RowProducts {
   }
 
   // dG_c = scaling * the sum over the rows of c of u_t(i)^T g_i, for the cores that have rows.
-  static void row_core_grad(const Mat& dcores, int64_t dcores_ls, const Mat& g, const Mat& u,
-                            const int64_t* token, const Groups& by_core, double scaling) {
+  static void row_core_grad(const TensorView& dcores, int64_t dcores_ls, const TensorView& g,
+                            const TensorView& u, const int64_t* token, const Groups& by_core,
+                            double scaling) {
     auto groups = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = by_core.first[group], n = by_core.first[group + 1] - first;
-        const Mat out = layer_of(dcores, dcores_ls, by_core.key[group]);
+        const TensorView out = layer_of(dcores, dcores_ls, by_core.key[group]);
         if (n <= kShortGroup) {
           Scratch memory(size_t(n * (u.cols + g.cols)) * sizeof(Acc));
           Acc *wide_u = memory.get<Acc>(), *wide_g = wide_u + n * u.cols;
@@ -205,7 +209,7 @@ struct RowProducts {
   }
 
   // du_t = the sum of a token's rows of k, in their order, rounded once.
-  static void sum_rows(const Mat& du, const Mat& k, const Groups& by_token) {
+  static void sum_rows(const TensorView& du, const TensorView& k, const Groups& by_token) {
     const int64_t r = k.cols;
     run_tasks(by_token.count, by_token.first[by_token.count] * r, [&](int64_t begin, int64_t end) {
       Scratch memory(size_t(r) * sizeof(Acc));

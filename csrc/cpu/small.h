@@ -8,7 +8,8 @@ namespace lotr::cpu::LOTR_ISA {
 // F = scaling B G^T, a shrink of B. T is the operands' dtype where they have one in common with F,
 // else the type of sums: factors are widened, never rounded.
 template <typename T>
-inline void fold_as(const Mat& F, const Mat& B, const Mat& core, double scaling) {
+inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& core,
+                    double scaling) {
   Drop scaled;
   scaled.scale = scaling;
   Operators<T>::shrink(F, B, transposed(core), scaled);
@@ -17,8 +18,8 @@ inline void fold_as(const Mat& F, const Mat& B, const Mat& core, double scaling)
 // dG = scaling Q^T B; dB (+)= scaling Q G. Products of the core are summed from unrounded operands,
 // so factors of any dtype are widened to Acc, float or double.
 template <typename Acc>
-void fold_grad(const Mat& dB, const Mat& dcore, const Mat& Q, const Mat& B, const Mat& core,
-               double scaling, bool add) {
+void fold_grad(const TensorView& dB, const TensorView& dcore, const TensorView& Q,
+               const TensorView& B, const TensorView& core, double scaling, bool add) {
   Drop scaled;
   scaled.scale = scaling;
   if (dcore.data) Operators<Acc>::outer(dcore, Q, B, Drop{}, scaling, false);
@@ -42,7 +43,7 @@ struct Small {
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
 
-  static Mat dense(void* data, int64_t rows, int64_t cols, Dtype t) {
+  static TensorView dense(void* data, int64_t rows, int64_t cols, DType t) {
     return {data, rows, cols, cols, 1, t};
   }
 
@@ -55,7 +56,7 @@ struct Small {
   // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is
   // rounded to T.
   static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to,
-                         const Mat& core, int64_t sa, int64_t sb, Acc scale) {
+                         const TensorView& core, int64_t sa, int64_t sb, Acc scale) {
     for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
     by_dtype(core.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
@@ -70,12 +71,13 @@ struct Small {
     });
   }
 
-  static void widen(Acc* out, const Mat& a) {
+  static void widen(Acc* out, const TensorView& a) {
     by_dtype(a.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
       for (int64_t i = 0; i < a.rows; ++i)
         for (int64_t j = 0; j < a.cols; ++j)
-          out[i * a.cols + j] = Acc(to_float(static_cast<const S*>(a.data)[i * a.rs + j * a.cs]));
+          out[i * a.cols + j] =
+              Acc(to_float(static_cast<const S*>(a.data)[i * a.row_stride + j * a.col_stride]));
     });
   }
   static void narrow(T* out, const Acc* in, int64_t n) {
@@ -84,16 +86,16 @@ struct Small {
 
   // scaling u core, rounded to T. Where that leaves float16's range, u core, and the scaling in
   // what is returned: it then comes last, as in s ((x A) G) B^T.
-  static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const Mat& core,
+  static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const TensorView& core,
                           double scaling) {
     Drop last;
-    times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
+    times_core(h, u, m, core.rows, core.cols, core, core.row_stride, core.col_stride, Acc(scaling));
     if constexpr (std::is_same_v<T, f16>) {
       bool inside = true;
       for (int64_t i = 0; i < m * core.cols; ++i)
         inside = inside && h[i] < Acc(65504) && h[i] > Acc(-65504);
       if (!inside) {
-        times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(1));
+        times_core(h, u, m, core.rows, core.cols, core, core.row_stride, core.col_stride, Acc(1));
         last.scale = scaling;
       }
     }
@@ -101,8 +103,9 @@ struct Small {
     return last;
   }
 
-  static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core,
-                      const Mat& B, double scaling, const Start& start) {
+  static void forward(const TensorView& u, const TensorView& y, const TensorView& x,
+                      const TensorView& A, const TensorView& core, const TensorView& B,
+                      double scaling, const Start& start) {
     const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
     Ops::shrink(u, x, A, Drop{});
     Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
@@ -111,12 +114,12 @@ struct Small {
     T* h_t = reinterpret_cast<T*>(h + m * r_out);
     widen(wide, u);
     const Drop last = scaled_core(h_t, h, wide, m, core, scaling);
-    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, last, start);
+    Ops::expand(y, dense(h_t, m, r_out, x.dtype), B, last, start);
   }
 
   static void backward(const SmallBackward& s) {
     const int64_t m = s.g.rows, r_in = s.core.rows, r_out = s.core.cols;
-    const Dtype t = s.g.dtype, acc = t == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+    const DType t = s.g.dtype, acc = t == DType::float64 ? DType::float64 : DType::float32;
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));
     Acc* h = memory.get<Acc>();  // scaling g B, never rounded
@@ -131,10 +134,10 @@ struct Small {
       Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled);
     }
     if (s.dx.data || s.dA.data) {
-      times_core(k, h, m, r_out, r_in, s.core, s.core.cs, s.core.rs, Acc(1));
+      times_core(k, h, m, r_out, r_in, s.core, s.core.col_stride, s.core.row_stride, Acc(1));
       narrow(k_t, k, m * r_in);
-      const Mat k_mat = dense(k_t, m, r_in, t);
-      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx, {}});
+      const TensorView k_mat = dense(k_t, m, r_in, t);
+      if (s.dx.data) Ops::expand(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx ? TensorView{} : s.dx, {}});
       if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{}, !s.fresh_dA);
     }
     if (s.dB.data || s.dcore.data) widen(u, s.u);

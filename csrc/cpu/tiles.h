@@ -15,15 +15,15 @@ namespace lotr::cpu::LOTR_ISA {
 
 // Calls f with a null pointer to the storage type of a runtime dtype.
 template <typename F>
-LOTR_INLINE void by_dtype(Dtype t, F&& f) {
+LOTR_INLINE void by_dtype(DType t, F&& f) {
   switch (t) {
-    case Dtype::f32:
+    case DType::float32:
       return f(static_cast<float*>(nullptr));
-    case Dtype::f64:
+    case DType::float64:
       return f(static_cast<double*>(nullptr));
-    case Dtype::bf16:
+    case DType::bfloat16:
       return f(static_cast<bf16*>(nullptr));
-    case Dtype::f16:
+    case DType::float16:
       return f(static_cast<f16*>(nullptr));
   }
 }
@@ -113,19 +113,19 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
 // Rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; what is
 // beyond is zeroed. `mask` is a buffer of cols + kMaskSlack, used with dropout.
 template <typename K, typename T>
-inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0,
+inline void tile_along_row(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
                            int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
                            uint32_t* mask) {
   by_dtype(a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
     for (int64_t i = 0; i < rows; ++i) {
-      const S* src = static_cast<const S*>(a.data) + (i0 + i) * a.rs + c0 * a.cs;
+      const S* src = static_cast<const S*>(a.data) + (i0 + i) * a.row_stride + c0 * a.col_stride;
       const uint32_t* keep =
           drop.on ? keep_mask(mask, uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0), cols,
                               drop.seed, drop.threshold)
                   : nullptr;
       Part<K>* dst = reinterpret_cast<Part<K>*>(tile + i * ld);
-      parts<K, T>(dst, src, a.cs, cols, keep);
+      parts<K, T>(dst, src, a.col_stride, cols, keep);
       for (int64_t j = cols; j < ld * K::kPair; ++j) dst[j] = Part<K>(0);
     }
   });
@@ -134,7 +134,7 @@ inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int
 // The same piece with units down the columns: ceil(rows / pair) tile rows of `ld` units. `row` is a
 // buffer for two rows of cols parts, used for pairs.
 template <typename K, typename T>
-inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0,
+inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
                               int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
                               uint32_t* mask, uint16_t* row) {
   by_dtype(a.dtype, [&](auto* tag) {
@@ -143,19 +143,20 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
     if constexpr (pairs<K>)
       if constexpr (same<S, bf16>) {  // apart: else clang++ looks for pair_up in every K
         // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
-        const bool whole = a.cs == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
-        const auto* src =
-            reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
+        const bool whole = a.col_stride == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
+        const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
+                                                            i0 * a.row_stride + c0);
         for (; whole && i + 2 <= rows; i += 2, tile += ld) {
           for (int64_t j = 0; j < cols; j += K::kLanes)
-            store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
+            store(tile + j,
+                  K::pair_up(src + i * a.row_stride + j, src + (i + 1) * a.row_stride + j));
         }
       }
     if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
       // A row of a rank that fills no vector: its elements and the zeros behind them at once.
-      const bool whole = a.cs == 1 && !drop.on && ld % K::kLanes == 0;
-      const float* src = static_cast<const float*>(a.data) + i0 * a.rs + c0;
-      for (; whole && i < rows; ++i, src += a.rs, tile += ld) {
+      const bool whole = a.col_stride == 1 && !drop.on && ld % K::kLanes == 0;
+      const float* src = static_cast<const float*>(a.data) + i0 * a.row_stride + c0;
+      for (; whole && i < rows; ++i, src += a.row_stride, tile += ld) {
         for (int64_t j = 0; j < ld; j += K::kLanes)
           store(tile + j, load_first(src + j, larger(0, cols - j)));
       }
@@ -165,16 +166,17 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
       const uint16_t* half[2] = {row, row + cols};
       for (int p = 0; p < K::kPair; ++p) {
         const bool inside = i + p < rows;
-        const S* src = static_cast<const S*>(a.data) + (i0 + i + p) * a.rs + c0 * a.cs;
+        const S* src =
+            static_cast<const S*>(a.data) + (i0 + i + p) * a.row_stride + c0 * a.col_stride;
         if constexpr (!pairs<K>) {
           const uint64_t e = uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0);
-          parts<K, T>(dst, src, a.cs, cols,
+          parts<K, T>(dst, src, a.col_stride, cols,
                       drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
-        } else if (same<S, bf16> && inside && a.cs == 1 && !drop.on) {
+        } else if (same<S, bf16> && inside && a.col_stride == 1 && !drop.on) {
           half[p] = reinterpret_cast<const uint16_t*>(src);
         } else if (inside) {
           const uint64_t e = uint64_t(i0 + i + p) * uint64_t(a.cols) + uint64_t(c0);
-          parts<K, T>(row + p * cols, src, a.cs, cols,
+          parts<K, T>(row + p * cols, src, a.col_stride, cols,
                       drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
         } else {
           for (int64_t j = 0; j < cols; ++j) row[p * cols + j] = 0;
@@ -199,35 +201,36 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
 
 // Whether the tensor's own memory already is the tile.
 template <typename K, typename T>
-inline bool native(const Mat& a) {
-  if (a.cs != 1) return false;
-  if constexpr (pairs<K>) return a.dtype == Dtype::bf16;
-  if constexpr (same<K, F64>) return a.dtype == Dtype::f64;
-  return same<T, float> && a.dtype == Dtype::f32;
+inline bool native(const TensorView& a) {
+  if (a.col_stride != 1) return false;
+  if constexpr (pairs<K>) return a.dtype == DType::bfloat16;
+  if constexpr (same<K, F64>) return a.dtype == DType::float64;
+  return same<T, float> && a.dtype == DType::float32;
 }
 
 // Rows [n0, n0 + width) of F [N, r], transposed: panel[packed unit of r][width], zero beyond.
 // `width` is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes
 // units.
 template <typename K, typename T>
-inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int64_t n0,
+inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView& F, int64_t n0,
                        typename K::Unit* buffer) {
   using Unit = typename K::Unit;
   constexpr int kLanes = K::kLanes;
   const int64_t units = units_of<K>(F.cols), padded = round_up(units, kLanes);
   const bool in_place = native<K, T>(F) && F.cols % K::kPair == 0;
-  const int64_t end = (F.rows - 1) * F.rs + F.cols;
+  const int64_t end = (F.rows - 1) * F.row_stride + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
     // Whole vectors are loaded, so that a short row is read on into the next ones, as far as there
     // are some.
-    const bool direct =
-        in_place && rows == kLanes && (n0 + j + kLanes - 1) * F.rs + padded * K::kPair <= end;
+    const bool direct = in_place && rows == kLanes &&
+                        (n0 + j + kLanes - 1) * F.row_stride + padded * K::kPair <= end;
     const char* src = reinterpret_cast<const char*>(buffer);
     int64_t step = padded * int64_t(sizeof(Unit));
     if (direct) {
-      src = reinterpret_cast<const char*>(static_cast<const Part<K>*>(F.data) + (n0 + j) * F.rs);
-      step = F.rs * int64_t(sizeof(Part<K>));
+      src = reinterpret_cast<const char*>(static_cast<const Part<K>*>(F.data) +
+                                          (n0 + j) * F.row_stride);
+      step = F.row_stride * int64_t(sizeof(Part<K>));
     } else {
       tile_along_row<K, T>(buffer, padded, F, n0 + j, rows, 0, F.cols, Drop{}, nullptr);
       for (int64_t i = rows * padded; i < kLanes * padded; ++i) buffer[i] = 0;
@@ -244,9 +247,9 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int
   for (int64_t i = units * width; i < packed_units<K>(F.cols) * width; ++i) panel[i] = 0;
 }
 
-inline Mat transposed(const Mat& a) {
-  Mat t = a;
-  t.rows = a.cols, t.cols = a.rows, t.rs = a.cs, t.cs = a.rs;
+inline TensorView transposed(const TensorView& a) {
+  TensorView t = a;
+  t.rows = a.cols, t.cols = a.rows, t.row_stride = a.col_stride, t.col_stride = a.row_stride;
   return t;
 }
 

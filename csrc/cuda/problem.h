@@ -5,11 +5,9 @@
 #pragma once
 #include <cstdint>
 
-namespace lotr {
+#include "../tensor_view.h"
 
-// Element types of the kernels.  Products of float32 are exact, whatever the precision of torch's
-// matmul is.
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+namespace lotr {
 
 // Bytes.
 constexpr int element_size(DType type) {

@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "tensor_view.h"
+
 namespace lotr {
 
 using torch::headeronly::ScalarType;
@@ -76,17 +78,24 @@ inline bool is_half(ScalarType t) {
 inline bool is_supported(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
 }
+inline DType kernel_dtype(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Double:
+      return DType::float64;
+    default:
+      fail("lotr: expected a dtype that kernels exist for, got ", torch::headeronly::toString(t));
+  }
+}
 // The dtype of sums: float32, or float64 for float64.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-// A tensor [.., cols] as a matrix [rows, cols].
-struct Flat {
-  int64_t rows = 1, cols = 0, row_stride = 0, col_stride = 1;
-  int64_t split =
-      -1;  // a leading dimension that does not continue the one behind it: no row_stride then
-};
 
 // One argument of an operator, read once: each read is a call into libtorch.
 struct Arg {
@@ -99,7 +108,9 @@ struct Arg {
   const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
   int32_t device_type = 0;
   int32_t device_index = 0;
-  Flat flat;
+  TensorView matrix;   // [.., cols] as [rows, cols]; without data and dtype, see view_of
+  int64_t split = -1;  // the leading dimension that does not continue the one after it: then the
+                       // matrix has no row stride
 
   explicit Arg(const char* name) : name(name) {}
   Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
@@ -118,7 +129,9 @@ struct Arg {
 
  private:
   void look_at(const Tensor& t) {
-    tensor = &t, handle = t.get(), dtype = dtype_info(handle).type;
+    tensor = &t;
+    handle = t.get();
+    dtype = dtype_info(handle).type;
     if (dtype == ScalarType::Undefined) return;
     dim = t.dim();
     int64_t* borrowed = nullptr;
@@ -131,18 +144,20 @@ struct Arg {
     if (dim) flatten();
   }
   void flatten() {
-    flat.cols = size[dim - 1], flat.col_stride = stride[dim - 1];
-    for (int64_t i = 0; i < dim - 1; ++i) flat.rows *= size[i];
-    int64_t next = -1;  // the stride that a further dimension has to have, once one is there
-    for (int64_t i = dim - 2; i >= 0 && flat.rows; --i) {
+    matrix.cols = size[dim - 1];
+    matrix.col_stride = stride[dim - 1];
+    matrix.rows = 1;
+    for (int64_t i = 0; i < dim - 1; ++i) matrix.rows *= size[i];
+    int64_t expected = -1;  // stride of the next dimension, once a dimension has more than one row
+    for (int64_t i = dim - 2; i >= 0 && matrix.rows; --i) {
       if (size[i] == 1) continue;
-      if (next < 0)
-        flat.row_stride = stride[i];
-      else if (stride[i] != next && flat.split < 0)
-        flat.split = i;
-      next = stride[i] * size[i];
+      if (expected < 0)
+        matrix.row_stride = stride[i];
+      else if (stride[i] != expected && split < 0)
+        split = i;
+      expected = stride[i] * size[i];
     }
-    if (flat.row_stride == 0 && flat.rows <= 1) flat.row_stride = flat.cols;
+    if (matrix.row_stride == 0 && matrix.rows <= 1) matrix.row_stride = matrix.cols;
   }
 };
 
@@ -185,10 +200,10 @@ struct Check {
   }
   // Leading dimensions that lie in memory as one.
   void one_matrix(const Arg& a) const {
-    if (const int64_t i = a.flat.split; i >= 0)
-      fail(op, ": ", a.name,
-           ": expected leading dimensions that lie as one (call contiguous()), got stride ",
-           a.stride[i], " in dimension ", i, " of shape ", a.shape());
+    if (a.split < 0) return;
+    fail(op, ": ", a.name,
+         ": expected leading dimensions that form one dimension (call contiguous()), got stride ",
+         a.stride[a.split], " in dimension ", a.split, " of shape ", a.shape());
   }
   // A tensor that is given, and on the device of the first argument.
   void device(const Arg& a, const Arg& first) const {

@@ -60,10 +60,10 @@ class Sizes {
   // written has no element twice, and shares none with another argument.
   static void check_memory(const Check& c, std::initializer_list<Rule> rules) {
     const Arg* first = nullptr;
-    for (const auto& [arg, as, shape, written] : rules) {
-      if (!arg) continue;
-      if (!first) first = &arg;
-      c.device(arg, *first);
+    for (const Rule& rule : rules) {
+      if (!rule.arg) continue;
+      if (!first) first = &rule.arg;
+      c.device(rule.arg, *first);
     }
     std::array<Check::Bytes, 16> bytes;  // no operator has more tensors
     size_t i = 0;
@@ -114,10 +114,10 @@ class Sizes {
         fail(c.op, ": ", a.name, ": expected a tensor ", text(rule), ", got shape ", a.shape());
       c.one_matrix(a);
       Size& tokens = sizes_[M];
-      if (tokens.of && a.flat.rows != tokens.size)
+      if (tokens.of && a.matrix.rows != tokens.size)
         fail(c.op, ": ", a.name, ": expected ", tokens.size, " tokens, as in ", tokens.of,
              ", got shape ", a.shape());
-      tokens = {a.flat.rows, tokens.of ? tokens.of : a.name};
+      tokens = {a.matrix.rows, tokens.of ? tokens.of : a.name};
       return check_size(c, a, a.dim - 1, rule.shape[1]);
     }
     const int64_t dims = rule.shape[2] ? 3 : rule.shape[1] ? 2 : 1;
@@ -142,7 +142,7 @@ class Sizes {
            "), got shape ", a.shape());
     if (c.max_rank && size > c.max_rank && (d == R || d == R_IN || d == R_OUT))
       fail(c.op, ": ", a.name, ": expected a rank of at most ", c.max_rank, " in dimension ", axis,
-           ", got shape ", a.shape(), "; the composite path takes it");
+           ", got shape ", a.shape(), "; the PyTorch fallback supports it");
   }
 
   std::array<Size, LEADING + 1> sizes_{};
@@ -173,16 +173,16 @@ struct RowArgs {
   }
 };
 
-// ---- a direction of a layer ----
+// ---- layers ----
 
-// The order of the products in a layer's operators: the base product first, the adapter's first, or
-// both in one launch. UNFOLDED is added to the first two: the core is multiplied with the tokens.
-constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2, UNFOLDED = 4;
+// When the adapter's product is computed; see layer.h.
+enum class Strategy : int64_t { two_pass = 0, beta = 1, fused = 2 };
 
+// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected.
 struct ForwardArgs {
-  Arg x, weight, bias, A, B, core, u, F, seed;
+  Arg x, weight, bias, A, u, B, core, seed;
 
-  Sizes check(const Check& c, double scaling, double p, bool unfolded) const {
+  Sizes check(const Check& c, double scaling, double p) const {
     const Sizes s(c, x,
                   {{B, As::factor, {N, R_OUT}},
                    {core, As::factor, {R_IN, R_OUT}},
@@ -191,25 +191,18 @@ struct ForwardArgs {
                    {bias, As::same, {N}},
                    {A, As::factor, {K, R_IN}},
                    {u, As::same, {M, R_IN}},
-                   {F, As::factor, {N, R_IN}},
                    {seed}});
-    if (bool(A) == bool(u))
-      fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
     c.finite("scaling", scaling);
     c.dropout(p, seed);
-    if (unfolded) {
-      c.absent(u, "unfolded"), c.absent(F, "unfolded");
-      if (p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
-    }
     return s;
   }
 };
 
+// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_.
 struct BackwardArgs {
-  Arg g, weight, x, u, A, F, B, core, k, dx, Q, dA, dB, seed;
+  Arg g, weight, x, u, A, F, B, core, du, dx, dA, dB, seed;
 
-  // need_u: whether a gradient that depends on u is needed.
-  Sizes check(const Check& c, double scaling, double p, bool unfolded, bool need_u) const {
+  Sizes check(const Check& c, double scaling, double p, bool need_B) const {
     const Sizes s(c, g,
                   {{B, As::factor, {N, R_OUT}},
                    {core, As::factor, {R_IN, R_OUT}},
@@ -219,35 +212,57 @@ struct BackwardArgs {
                    {x, As::same, {LEADING, K}},
                    {dx, As::same, {LEADING, K}, WRITTEN},
                    {u, As::same, {M, R_IN}},
-                   {k, As::same, {M, R_IN}},
+                   {du, As::same, {M, R_IN}},
                    {F, As::factor, {N, R_IN}},
-                   {Q, As::sums, {N, R_IN}, WRITTEN},
                    {dA, As::sums, {K, R_IN}, WRITTEN},
                    {dB, As::sums, {N, R_OUT}, WRITTEN},
                    {seed}});
     c.finite("scaling", scaling);
     c.dropout(p, seed);
-    if (unfolded) {
-      c.present(A, "unfolded");
-      for (const Arg* a : {&F, &k, &dx, &Q}) c.absent(*a, "unfolded");
-      if (p != 0.0) fail(c.op, ": p: expected 0 unfolded, got ", p);
-      if (need_u) c.present(u, "because need_B or need_core is set");
-    } else if (!A || !F) {
-      c.absent(x, "without A and F");
-    }
     if (dx) c.present(weight, "because dx is given");
+    if (du) c.present(F, "because du is given");
     if (dA) c.present(x, "because dA is given");
-    if (Q || dB) c.present(u, "because Q or dB is given");
+    if (!need_B) c.absent(dB, "without need_B");
+    return s;
+  }
+};
+
+struct RowsForwardArgs {
+  Arg x, weight, bias, h, B;
+
+  Sizes check(const Check& c) const {
+    return Sizes(c, x,
+                 {{B, As::factor, {N, R}},
+                  {x, As::same, {LEADING, K}},
+                  {weight, As::same, {N, K}},
+                  {bias, As::same, {N}},
+                  {h, As::same, {M, R}}});
+  }
+};
+
+struct RowsBackwardArgs {
+  Arg g, weight, h, B, dx, dB;
+
+  Sizes check(const Check& c, bool need_B) const {
+    const Sizes s(c, g,
+                  {{B, As::factor, {N, R}},
+                   {g, As::same, {LEADING, N}},
+                   {weight, As::same, {N, K}},
+                   {h, As::same, {M, R}},
+                   {dx, As::same, {LEADING, K}, WRITTEN},
+                   {dB, As::sums, {N, R}, WRITTEN}});
+    if (dx) c.present(weight, "because dx is given");
+    if (!need_B) c.absent(dB, "without need_B");
     return s;
   }
 };
 
 struct ShrinkBackwardArgs {
-  Arg k, dx, x, A, dA, seed;
+  Arg du, dx, x, A, dA, seed;
 
   Sizes check(const Check& c, double p) const {
-    const Sizes s(c, k,
-                  {{k, As::same, {M, R}},
+    const Sizes s(c, du,
+                  {{du, As::same, {M, R}},
                    {dx, As::same, {LEADING, K}, WRITTEN},
                    {A, As::factor, {K, R}},
                    {x, As::same, {LEADING, K}},

@@ -16,10 +16,12 @@ std::vector<int64_t> values(const char* op, const Arg& a, const char* what, int6
                             int64_t bound) {
   const auto* data = static_cast<const int64_t*>(read_data(a));
   std::vector<int64_t> out(size_t(a.size[0]));
-  for (size_t i = 0; i < out.size(); ++i)
-    if (out[i] = data[int64_t(i) * a.stride[0]]; out[i] < least || out[i] >= bound)
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = data[int64_t(i) * a.stride[0]];
+    if (out[i] < least || out[i] >= bound)
       fail(op, ": ", a.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i],
            " in row ", i);
+  }
   return out;
 }
 
@@ -60,7 +62,10 @@ class Grouping {
   bool all_keys() const { return int64_t(key_.size()) == bound_; }
 
  private:
-  void add(int64_t key, int64_t first) { key_.push_back(key), first_.push_back(first); }
+  void add(int64_t key, int64_t first) {
+    key_.push_back(key);
+    first_.push_back(first);
+  }
   void sort(const std::vector<int64_t>& key) {
     constexpr int kBits = 11;
     std::vector<int64_t> other(row_.size());
@@ -101,13 +106,14 @@ Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dt
   return t;
 }
 // The matrix, or the first of [cores, rows, cols].
-cpu::Mat mat_of_last(const Arg& a, void* data) {
-  const int64_t *size = a.size + a.dim - 2, *stride = a.stride + a.dim - 2;
-  return {data, size[0], size[1], stride[0], stride[1], cpu_dtype(a.dtype)};
+TensorView last_matrix(const Arg& a, void* data) {
+  const int64_t* size = a.size + a.dim - 2;
+  const int64_t* stride = a.stride + a.dim - 2;
+  return {data, size[0], size[1], stride[0], stride[1], kernel_dtype(a.dtype)};
 }
-cpu::Mat written(const Tensor& t) {
+TensorView written(const Tensor& t) {
   const Arg a("", t);
-  return mat_of_last(a, written_data(a));
+  return last_matrix(a, written_data(a));
 }
 
 }  // namespace
@@ -118,7 +124,7 @@ Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) c
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const Tensor h = made<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
   cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr,
-                mat_of_last(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(),
+                last_matrix(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(),
                 scaling);
   return h;
 }
@@ -130,11 +136,12 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true),
-         dcores = made<3>(like_, {0, 0, 0}, sums, true);
+  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true);
+  Tensor dcores = made<3>(like_, {0, 0, 0}, sums, true);
   if (need_u) {
-    cpu::Mat transposed = mat_of_last(a.cores, read_data(a.cores));
-    std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
+    TensorView transposed = last_matrix(a.cores, read_data(a.cores));
+    std::swap(transposed.rows, transposed.cols);
+    std::swap(transposed.row_stride, transposed.col_stride);
     const auto product = [&](const Tensor& out) {
       cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0],
                     groups.groups(), scaling);

@@ -34,6 +34,35 @@ std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t 
   return cuda::plan_text(call, op, M, N, int32_t(r), int32_t(r));
 }
 
+// Why gemm_lotr cannot compute a layer [K] -> [N] whose tensors are contiguous, or "".
+#ifdef LOTR_SM90A
+std::string gemm_lotr_refusal(int64_t K, int64_t N, int64_t r, ScalarType dtype, int64_t device) {
+  constexpr const char* name = "lotr::gemm_lotr_refusal";
+  const torch::stable::accelerator::DeviceGuard guard{int32_t(device)};
+  cuda::Call call{};
+  call.type = cuda_dtype(name, "dtype", dtype);
+  call.card = device_of(name, int32_t(device)).card;
+  void* const aligned = reinterpret_cast<void*>(uintptr_t(256));  // is not read
+  const int64_t chunk = cuda::row_elements(call.type);
+  const int64_t rank_row = (r + chunk - 1) / chunk * chunk;
+  cuda::GemmLotr q{};
+  q.y = {aligned, N, 1, Access::vector};
+  q.x = {aligned, K, 1, Access::vector};
+  q.W = {aligned, K, 1, Access::vector};
+  q.u = {aligned, rank_row, 1, Access::vector};
+  q.F = {aligned, rank_row, 1, Access::vector};
+  q.M = 2;
+  q.N = N;
+  q.K = K;
+  q.r = int32_t(r);
+  return cuda::gemm_lotr_refusal(call, q);
+}
+#else
+std::string gemm_lotr_refusal(int64_t, int64_t, int64_t, ScalarType, int64_t) {
+  return "the build has no kernels for sm_90a";
+}
+#endif
+
 }  // namespace
 }  // namespace lotr
 
@@ -47,4 +76,5 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
 {
   m.impl("cuda_versions", TORCH_BOX(&lotr::cuda_versions));
   m.impl("cuda_plans", TORCH_BOX(&lotr::cuda_plans));
+  m.impl("gemm_lotr_refusal", TORCH_BOX(&lotr::gemm_lotr_refusal));
 }

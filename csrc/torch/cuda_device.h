@@ -96,7 +96,7 @@ inline DType cuda_dtype(const char* op, const char* name, ScalarType dtype) {
     default:
       fail(op, ": ", name,
            ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
-           dtype_info(dtype).name, "; torch's own products take it");
+           dtype_info(dtype).name, "; the PyTorch fallback supports it");
   }
 }
 

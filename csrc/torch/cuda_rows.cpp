@@ -38,19 +38,19 @@ void check_sizes(const char* op, const Sizes& s) {
 }
 
 // h = s a G, of `a` [tokens, r_in]; transposed: by G^T.
-void product(const CudaProducts& products, const CudaProducts::Value& h,
-             const CudaProducts::Value& a, const RowIndex& index, const Arg& cores, bool transposed,
-             double scaling, float missing) {
-  const CudaProducts::Value G = products.read(cores);  // its row is a core's
+void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
+             const RowIndex& index, const Arg& cores, bool transposed, double scaling,
+             float missing) {
+  const TensorView G = read(cores);  // its row is a core's
   RowCoreProblem q{};
   q.index = index;
   q.a = products.matrix(a);
   q.cores = products.matrix(G);
   q.core_stride = cores.stride[0];
   q.h = products.matrix(h);
-  q.a_type = a.type;
-  q.core_type = G.type;
-  q.h_type = h.type;
+  q.a_type = a.dtype;
+  q.core_type = G.dtype;
+  q.h_type = h.dtype;
   q.r_in = int32_t(cores.size[1]);
   q.r_out = int32_t(cores.size[2]);
   if (transposed) {
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   const Rows rows(a);
   const RowIndex index = rows.of(s);
   OptionalTensor du;
-  const Value du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
+  const TensorView du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
   if (need_u) {
     RowIndex by_core = index;
     by_core.token = nullptr;
@@ -122,13 +122,13 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
     } else {
       const Sorted by_token(*this, like_, *rows.tokens, s[M]);
       OptionalTensor k;  // float32: not rounded before it is summed
-      const Value k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
+      const TensorView k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
       product(*this, k_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
       SumRowsProblem q{};
       q.of_token = by_token.segments();
       q.k = static_cast<const float*>(k_out.data);
       q.du = matrix(du_out);
-      q.du_type = du_out.type;
+      q.du_type = du_out.dtype;
       q.tokens = s[M];
       q.r = int32_t(s[R_IN]);
       run(q);
@@ -140,13 +140,13 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   if (need_cores) {
     std::optional<Sorted> by_core;
     if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
-    const Value u = read(a.u);
+    const TensorView u = read(a.u);
     RowCoreGradProblem q{};
     q.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
     q.token = index.token;
     q.u = matrix(u);
     q.g = matrix(read(a.g));
-    q.type = u.type;
+    q.type = u.dtype;
     q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
     q.rows = index.rows;
     q.tokens = s[M];

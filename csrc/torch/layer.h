@@ -1,25 +1,32 @@
-// A direction of a layer, written once over the products that it is made of:
+// The forward and the backward of a layer as one operator each, written once over the products that
+// they consist of:
 //
 //   CpuProducts   products_cpu.h   the library's base product, the kernels of cpu/
 //   CudaProducts  products_cuda.h  the same with the launchers of cuda/
 //
-//   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
-//   layer_backward_  k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T
-//   k,
-//                                                   dB += s Q G,  dG = s Q^T B
-//   unfolded, for few tokens: h = s u G,  y = x W^T + bias + h B^T;   h = s g B,  k = h G^T,
-//                             dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),  dG = u^T h
+//   folded        u = drop(x) A,  F = s B G^T,  y = x W^T + bias + u F^T
+//                 du = g F,  dx = g W + drop(du A^T),  dA += drop(x)^T du
+//                 Q = g^T u,  dB += s Q G,  dG = s Q^T B
+//   few tokens    u = x A,  h = s u G,  y = x W^T + bias + h B^T
+//                 h' = s g B,  du = h' G^T,  dx = g W + du A^T,  dA += x^T du
+//                 dB += s g^T (u G),  dG = u^T h'
+//
+// Three operators per direction are folded, and differ in where they start: layer_* at x,
+// layer_*_projected at u = x A, layer_*_rows at h = s u G (then F is B).
 //
 // A direction is one operator, because a base product of a few milliseconds evicts the code and
 // data of Python, the dispatcher and autograd from the caches: each further operator costs tens of
 // microseconds instead of two.
 //
-// BETA: the adapter's part is written first, and the base product accumulates onto it (its beta is
-// 1). torch's own linear starts in this way from a copy of the bias, so the expand's pass over y
-// replaces that copy, and nothing runs with cold caches after the product. TWO_PASS: the product
-// first, then the adapter's part is added to it. On a CPU that pass adds the bias too, at no cost,
-// where the library's bfloat16 product with a bias takes up to 7 % longer than without. FUSED: both
-// in one launch, on Hopper GPUs.
+// Strategies:
+//
+//   two_pass  the base product, then the adapter's product is added to it. On a CPU that pass adds
+//             the bias as well, at no cost, where the library's bfloat16 product with a bias takes
+//             up to 7 % longer than without.
+//   beta      the adapter's product, then the base product accumulates onto it (its beta is 1).
+//             torch's own linear starts in this way from a copy of the bias, so the expand's pass
+//             over y replaces that copy, and nothing runs with cold caches after the product.
+//   fused     both in one launch, on Hopper GPUs. Operands that gemm_lotr refuses take beta.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -32,170 +39,277 @@
 
 namespace lotr {
 
-using Forward =
-    std::tuple<Tensor, OptionalTensor, OptionalTensor>;  // y, and u and F where they are new
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
-
-// y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias.
-template <class Value>
+// y or dx, as a tensor, as a matrix for the library, and as kernels see it.
 struct Output {
-  Tensor tensor, matrix;
-  Value value, bias;
+  Tensor tensor;
+  Tensor matrix;
+  TensorView view;
+  bool fresh = false;  // the next product is written to it, later ones are added
+  const Arg* bias = nullptr;
 };
 
-// A sum over tokens: a given one, which is added to, or a new one, which is written. Without data
-// it is not wanted.
-template <class Value>
+// A sum over tokens. A given one is added to, a new one is written. Without data it is not needed.
 struct Sum {
-  Value value;
+  TensorView view;
   bool add = false;
-  explicit operator bool() const { return value.data; }
+  explicit operator bool() const { return view.data; }
 };
 
-// What a backward writes: dx where the weight is given, and the wanted gradients.
-template <class Value>
-struct BackwardOutputs {
-  Output<Value> dx;
-  Sum<Value> dA, dB, dcore;
-};
-
-// t in `dtype`, or an undefined tensor.
+// t in `dtype`, or an undefined tensor, which is None in Python.
 inline Tensor defined(const OptionalTensor& t, ScalarType dtype) {
   if (!t) return Tensor();
   return t->scalar_type() == dtype ? *t : torch::stable::to(*t, dtype);
 }
 
-// The base product x weight and the adapter's part, which add(fresh) computes, into `out` (fresh:
-// =, else
-// +=).
-template <class Products, class Out, class Add>
-void base_and_adapter(const Products& products, Out& out, const Arg& x, const Tensor& weight,
-                      bool fresh, bool adapter_first, Add add) {
-  if (adapter_first) add(fresh);
-  products.base(out, x, weight, fresh && !adapter_first);
-  if (!adapter_first) add(false);
+// Adds the base product x weight and the adapter's product, which add() computes, to `out`.
+template <class Products, class Add>
+void base_and_adapter(const Products& products, Output& out, const Arg& x, const Tensor& weight,
+                      bool adapter_first, Add add) {
+  if (adapter_first) add();
+  products.base(out, x, weight);
+  if (!adapter_first) add();
+}
+
+// ---- forward ----
+
+// y = x W^T + bias + u F^T.
+template <class Products>
+Tensor add_to_base(const Products& products, const Arg& x, const Arg& weight, const Arg& bias,
+                   const TensorView& u, const TensorView& F, Strategy strategy) {
+  Output y = products.output(x, F.rows);
+  if (bias) y.bias = &bias;
+  if (strategy == Strategy::fused && products.fused(y, x, weight, u, F, false)) return y.tensor;
+  base_and_adapter(products, y, x, transposed_view(weight), strategy != Strategy::two_pass,
+                   [&] { products.expand(y, u, F, false); });
+  return y.tensor;
 }
 
 template <class Products>
-Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
-                      int64_t strategy, const OptionalTensor& u, const OptionalTensor& F, double p,
-                      const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& A,
+                                                 const Tensor& B, const Tensor& core,
+                                                 double scaling, int64_t strategy, double p,
+                                                 const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward", Products::max_rank};
-  const int64_t order = Products::order_of(c, strategy);
-  const bool unfolded = strategy & UNFOLDED;
-  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
-                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
-  const Sizes s = a.check(c, scaling, p, unfolded);
+  const Strategy order = Products::strategy_of(c, strategy);
+  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"A", A},
+                      Arg("u"), {"B", B},           {"core", core}, {"seed", seed}};
+  a.check(c, scaling, p);
   const Products products(c, a.x, p, a.seed);
-  const Tensor weight_t = transposed_view(a.weight);
-  OptionalTensor new_u, new_F;
-  auto y = products.output(a.x, s[N], a.bias);
-  if (unfolded) {
-    base_and_adapter(products, y, a.x, weight_t, true, order == BETA && Products::unfolded_first,
-                     [&](bool fresh) { products.small_forward(new_u, y, a, s, scaling, fresh); });
-    return {y.tensor, new_u, new_F};
-  }
-  const auto u_in =
-      a.u ? products.read(a.u) : products.shrink(new_u, products.read(a.x), a.A, true);
-  const auto F_in =
-      a.F ? products.read(a.F) : products.fold(new_F, a.B, a.core, scaling, a.x.dtype);
-  if (order != FUSED) {
-    base_and_adapter(products, y, a.x, weight_t, true, order == BETA,
-                     [&](bool fresh) { products.expand(y, u_in, F_in, fresh, false); });
-  } else if (const std::string refusal = products.fused(y, a.x, a.weight, u_in, F_in, false);
-             !refusal.empty()) {
-    fail(c.op, ": ", refusal, ". Strategies 0 (two_pass) and 1 (beta) take every layout.");
-  }
-  return {y.tensor, new_u, new_F};
+  OptionalTensor u;
+  OptionalTensor F;
+  const TensorView u_view = products.shrink(u, read(a.x), a.A, true);
+  const TensorView F_view = products.fold(F, a.B, a.core, scaling, a.x.dtype);
+  const Tensor y = add_to_base(products, a.x, a.weight, a.bias, u_view, F_view, order);
+  return {y, *u, *F};
 }
 
-template <class Products, class Outputs>
-void folded_backward(const Products& products, OptionalTensor& new_k, Outputs& out,
-                     const BackwardArgs& a, const Sizes& s, double scaling, int64_t order,
-                     bool drops) {
-  // k = g F and Q (+)= g^T u, from one read of g
+template <class Products>
+std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& A,
+                                                    const Tensor& B, const Tensor& core,
+                                                    double scaling, int64_t strategy) {
+  const Check c{"lotr::layer_forward_few_tokens", Products::max_rank};
+  const Strategy order = Products::strategy_of(c, strategy);
+  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"A", A},
+                      Arg("u"), {"B", B},           {"core", core}, Arg("seed")};
+  const Sizes s = a.check(c, scaling, 0.0);
+  const Products products(c, a.x);
+  OptionalTensor u;
+  Output y = products.output(a.x, s[N]);
+  if (a.bias) y.bias = &a.bias;
+  base_and_adapter(products, y, a.x, transposed_view(a.weight),
+                   Products::few_tokens_first && order != Strategy::two_pass,
+                   [&] { products.small_forward(u, y, a, scaling); });
+  return {y.tensor, *u};
+}
+
+template <class Products>
+std::tuple<Tensor, Tensor> layer_forward_projected(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& u,
+                                                   const Tensor& B, const Tensor& core,
+                                                   double scaling, int64_t strategy) {
+  const Check c{"lotr::layer_forward_projected", Products::max_rank};
+  const Strategy order = Products::strategy_of(c, strategy);
+  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, Arg("A"),
+                      {"u", u}, {"B", B},           {"core", core}, Arg("seed")};
+  a.check(c, scaling, 0.0);
+  const Products products(c, a.x);
+  OptionalTensor F;
+  const TensorView F_view = products.fold(F, a.B, a.core, scaling, a.x.dtype);
+  const Tensor y = add_to_base(products, a.x, a.weight, a.bias, read(a.u), F_view, order);
+  return {y, *F};
+}
+
+template <class Products>
+Tensor layer_forward_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          const Tensor& h, const Tensor& B, int64_t strategy) {
+  const Check c{"lotr::layer_forward_rows", Products::max_rank};
+  const Strategy order = Products::strategy_of(c, strategy);
+  const RowsForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"h", h}, {"B", B}};
+  a.check(c);
+  const Products products(c, a.x);
+  return add_to_base(products, a.x, a.weight, a.bias, read(a.h), read(a.B), order);
+}
+
+// ---- backward ----
+
+// What a layer's backward writes: dx if the weight is given, and the sums that are needed.
+struct LayerGradients {
+  Output dx;
+  Sum dA, dB, dcore;
+  OptionalTensor new_dA, new_dB, new_dcore;
+  ScalarType dtype;  // of new sums: the factors' dtype if they share one, else the dtype of sums
+
+  template <class Products>
+  LayerGradients(const Products& products, const BackwardArgs& a, const Sizes& s, bool need_B,
+                 bool need_core) {
+    const bool share = a.B.dtype == a.core.dtype && (!a.A || a.A.dtype == a.B.dtype);
+    dtype = share ? a.B.dtype : acc_dtype(a.g.dtype);
+    if (a.weight) dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K]);
+    if (a.x) dA = products.sum(a.dA, new_dA, s[K], s[R_IN], dtype);
+    if (need_B) dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], dtype);
+    if (need_core) dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], dtype);
+  }
+  // dx, dA, dB, dcore: undefined if they are not needed, or were added to an argument.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results(const BackwardArgs& a) const {
+    return {a.dx ? Tensor() : dx.tensor, defined(new_dA, dtype), defined(new_dB, dtype),
+            defined(new_dcore, dtype)};
+  }
+};
+
+// du = g F if F is given, and Q (+)= g^T u if Q is needed, both from one read of g.
+template <class Products>
+TensorView du_and_Q(const Products& products, OptionalTensor& du, const Sum& Q, const Arg& g,
+                    const Arg& F, const Arg& u) {
+  if (F && Q) return products.shrink_grad(du, Q, read(g), F, u);
+  if (F) return products.shrink(du, read(g), F, false);
+  if (Q) products.outer(Q, read(g), read(u), false);
+  return {};
+}
+
+// du, and the gradients of B and the core from Q.
+template <class Products>
+TensorView folded_gradients(const Products& products, OptionalTensor& du, const LayerGradients& out,
+                            const BackwardArgs& a, const Sizes& s, double scaling) {
+  const bool need_Q = out.dB || out.dcore;
   OptionalTensor new_Q;
-  Sum<typename Products::Value> Q;
-  if (a.Q || out.dB || out.dcore) Q = products.sum(a.Q, new_Q, s[N], s[R_IN], acc_dtype(a.g.dtype));
-  const auto g = products.read(a.g);
-  typename Products::Value k{};
-  if (a.F && Q)
-    k = products.shrink_grad(new_k, Q, g, a.F, a.u);
-  else if (a.F)
-    k = products.shrink(new_k, g, a.F, false);
-  else if (Q)
-    products.outer(Q, g, products.read(a.u), false);
-  if (a.F && a.k) products.add(new_k, k, a.k);
-  if (out.dB || out.dcore) products.fold_grad(out.dB, out.dcore, Q.value, a.B, a.core, scaling);
-  if (out.dA) products.outer(out.dA, products.read(a.x), k, true);
-  if (!a.weight) return;
-  const bool expands = a.A && a.F;
-  if (order == FUSED && expands && !a.dx && !drops &&
-      products.fused(out.dx, a.g, a.weight, k, products.read(a.A), true).empty())
-    return;
-  base_and_adapter(products, out.dx, a.g, *a.weight.tensor, !a.dx, expands && order != TWO_PASS,
-                   [&](bool fresh) {
-                     if (expands) products.expand(out.dx, k, products.read(a.A), fresh, true);
-                   });
+  Sum Q;
+  if (need_Q) Q = products.sum(Arg("Q"), new_Q, s[N], s[R_IN], acc_dtype(a.g.dtype));
+  const TensorView du_view = du_and_Q(products, du, Q, a.g, a.F, a.u);
+  if (need_Q) products.fold_grad(out.dB, out.dcore, Q.view, a.B, a.core, scaling);
+  return du_view;
 }
 
 template <class Products>
-Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
-                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
-                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
-                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
-                         bool need_core, double p, const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
+    const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const Tensor& u,
+    const Tensor& A, const Tensor& F, const Tensor& B, const Tensor& core, double scaling,
+    int64_t strategy, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+    bool need_core, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_", Products::max_rank};
-  const int64_t order = Products::order_of(c, strategy);
-  const bool unfolded = strategy & UNFOLDED;
-  const BackwardArgs a{{"g", g}, {"weight", weight}, {"x", x},       {"u", u},      {"A", A},
-                       {"F", F}, {"B", B},           {"core", core}, {"k", k},      {"dx", dx},
-                       {"Q", Q}, {"dA", dA},         {"dB", dB},     {"seed", seed}};
-  const Sizes s = a.check(c, scaling, p, unfolded, need_B || need_core);
+  const Strategy order = Products::strategy_of(c, strategy);
+  const BackwardArgs a{{"g", g},   {"weight", weight}, {"x", x},       {"u", u},  {"A", A},
+                       {"F", F},   {"B", B},           {"core", core}, Arg("du"), Arg("dx"),
+                       {"dA", dA}, {"dB", dB},         {"seed", seed}};
+  const Sizes s = a.check(c, scaling, p, need_B);
   const Products products(c, a.g, p, a.seed);
-  // New gradients of the factors have the factors' dtype where they share one, else that of sums.
-  const bool alike = a.B.dtype == a.core.dtype && (!a.A || a.A.dtype == a.B.dtype);
-  const ScalarType narrow = alike ? a.B.dtype : acc_dtype(a.g.dtype);
-  const bool folds = a.u && !a.Q;  // whether the gradients of B and the core are made here
-  OptionalTensor new_k, new_dA, new_dB, new_dcore;
-  BackwardOutputs<typename Products::Value> out;
-  if (a.weight) out.dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K], Arg("bias"));
-  if (a.x) out.dA = products.sum(a.dA, new_dA, s[K], s[R_IN], narrow);
-  if (folds && (need_B || a.dB)) out.dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], narrow);
-  if (folds && need_core)
-    out.dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], narrow);
-  const auto small = [&](bool fresh) { products.small_backward(out, a, s, scaling, fresh); };
-  if (!unfolded)
-    folded_backward(products, new_k, out, a, s, scaling, order, p != 0.0);
-  else if (a.weight)
-    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, true,
-                     order == BETA && Products::unfolded_first, small);
-  else
-    small(false);
-  if (a.A) new_k.reset();  // was used here
-  return {a.dx ? Tensor() : out.dx.tensor, defined(new_k, a.g.dtype), defined(new_dA, narrow),
-          defined(new_dB, narrow), defined(new_dcore, narrow)};
+  LayerGradients out(products, a, s, need_B, need_core);
+  OptionalTensor du;
+  const TensorView du_view = folded_gradients(products, du, out, a, s, scaling);
+  if (out.dA) products.outer(out.dA, read(a.x), du_view, true);
+  if (!a.weight) return out.results(a);
+  const TensorView A_view = read(a.A);
+  const bool fused = order == Strategy::fused && p == 0.0 &&
+                     products.fused(out.dx, a.g, a.weight, du_view, A_view, true);
+  if (!fused)
+    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, order != Strategy::two_pass,
+                     [&] { products.expand(out.dx, du_view, A_view, true); });
+  return out.results(a);
 }
 
-// dx += drop(k A^T); dA += drop(x)^T k, returned where it is new.
 template <class Products>
-Tensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_few_tokens(
+    const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const Tensor& u,
+    const Tensor& A, const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
+    const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core) {
+  const Check c{"lotr::layer_backward_few_tokens_", Products::max_rank};
+  const Strategy order = Products::strategy_of(c, strategy);
+  const BackwardArgs a{{"g", g},   {"weight", weight}, {"x", x},       {"u", u},  {"A", A},
+                       Arg("F"),   {"B", B},           {"core", core}, Arg("du"), Arg("dx"),
+                       {"dA", dA}, {"dB", dB},         Arg("seed")};
+  const Sizes s = a.check(c, scaling, 0.0, need_B);
+  const Products products(c, a.g);
+  LayerGradients out(products, a, s, need_B, need_core);
+  const auto add = [&] { products.small_backward(out, a, scaling); };
+  if (a.weight)
+    base_and_adapter(products, out.dx, a.g, *a.weight.tensor,
+                     Products::few_tokens_first && order != Strategy::two_pass, add);
+  else
+    add();
+  return out.results(a);
+}
+
+template <class Products>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_projected(
+    const Tensor& g, const OptionalTensor& weight, const Tensor& u, const OptionalTensor& F,
+    const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& du,
+    const OptionalTensor& dx, const OptionalTensor& dB, bool need_B, bool need_core) {
+  const Check c{"lotr::layer_backward_projected_", Products::max_rank};
+  const BackwardArgs a{{"g", g},  {"weight", weight}, Arg("x"),       {"u", u},   Arg("A"),
+                       {"F", F},  {"B", B},           {"core", core}, {"du", du}, {"dx", dx},
+                       Arg("dA"), {"dB", dB},         Arg("seed")};
+  const Sizes s = a.check(c, scaling, 0.0, need_B);
+  const Products products(c, a.g);
+  LayerGradients out(products, a, s, need_B, need_core);
+  OptionalTensor new_du;
+  folded_gradients(products, new_du, out, a, s, scaling);
+  if (a.du) products.add(new_du, a.du);
+  if (a.weight) products.base(out.dx, a.g, *a.weight.tensor);
+  const auto [new_dx, new_dA, new_dB, new_dcore] = out.results(a);
+  return {new_dx, defined(new_du, a.g.dtype), new_dB, new_dcore};
+}
+
+template <class Products>
+std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
+    const Tensor& g, const OptionalTensor& weight, const Tensor& h, const Tensor& B,
+    const OptionalTensor& dx, const OptionalTensor& dB, bool need_h, bool need_B) {
+  const Check c{"lotr::layer_backward_rows_", Products::max_rank};
+  const RowsBackwardArgs a{{"g", g}, {"weight", weight}, {"h", h},
+                           {"B", B}, {"dx", dx},         {"dB", dB}};
+  const Sizes s = a.check(c, need_B);
+  const Products products(c, a.g);
+  const ScalarType sums = acc_dtype(a.g.dtype);
+  OptionalTensor new_dh;
+  OptionalTensor new_dB;
+  Sum dB_sum;
+  if (need_B) dB_sum = products.sum(a.dB, new_dB, s[N], s[R], sums);
+  du_and_Q(products, new_dh, dB_sum, a.g, need_h ? a.B : Arg("B"), a.h);
+  Output dx_out;
+  if (a.weight) {
+    dx_out = a.dx ? products.onto(a.dx) : products.output(a.g, s[K]);
+    products.base(dx_out, a.g, *a.weight.tensor);
+  }
+  return {a.dx ? Tensor() : dx_out.tensor, defined(new_dh, a.g.dtype), defined(new_dB, sums)};
+}
+
+// dx += drop(du A^T); dA += drop(x)^T du, returned if it is new.
+template <class Products>
+Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const OptionalTensor& x,
                        const OptionalTensor& A, const OptionalTensor& dA, double p,
                        const OptionalTensor& seed) {
   const Check c{"lotr::shrink_backward_", Products::max_rank};
-  const ShrinkBackwardArgs a{{"k", k}, {"dx", dx}, {"x", x}, {"A", A}, {"dA", dA}, {"seed", seed}};
+  const ShrinkBackwardArgs a{{"du", du}, {"dx", dx}, {"x", x},
+                             {"A", A},   {"dA", dA}, {"seed", seed}};
   const Sizes s = a.check(c, p);
-  const Products products(c, a.k, p, a.seed);
-  const ScalarType sums = acc_dtype(a.k.dtype);
+  const Products products(c, a.du, p, a.seed);
+  const ScalarType sums = acc_dtype(a.du.dtype);
   OptionalTensor new_dA;
-  const auto k_in = products.read(a.k);
-  if (a.x)
-    products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), products.read(a.x), k_in, true);
+  const TensorView du_view = read(a.du);
+  if (a.x) products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), read(a.x), du_view, true);
   if (a.dx) {
-    auto dx_out = products.onto(a.dx);
-    products.expand(dx_out, k_in, products.read(a.A), false, true);
+    Output dx_out = products.onto(a.dx);
+    products.expand(dx_out, du_view, read(a.A), true);
   }
   return defined(new_dA, sums);
 }

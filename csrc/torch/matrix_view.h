@@ -34,34 +34,50 @@ inline Tensor view(AtenTensorHandle of, int64_t dim, const int64_t* size, const 
 }
 inline Tensor matrix_view(const Arg& a) {
   if (a.dim == 2) return *a.tensor;
-  const int64_t size[] = {a.flat.rows, a.flat.cols},
-                stride[] = {a.flat.row_stride, a.flat.col_stride};
+  const int64_t size[] = {a.matrix.rows, a.matrix.cols};
+  const int64_t stride[] = {a.matrix.row_stride, a.matrix.col_stride};
   return view(a.handle, 2, size, stride);
 }
 inline Tensor transposed_view(const Arg& a) {
-  const int64_t size[] = {a.size[1], a.size[0]}, stride[] = {a.stride[1], a.stride[0]};
+  const int64_t size[] = {a.size[1], a.size[0]};
+  const int64_t stride[] = {a.stride[1], a.stride[0]};
   return view(a.handle, 2, size, stride);
 }
 // A new contiguous matrix [rows, cols] with `like`'s leading dimensions. Autograd does not see a
 // view, which users could not write into.
 inline Tensor with_leading(const Tensor& matrix, const Arg& like, int64_t cols) {
   if (like.dim == 2) return matrix;
-  std::vector<int64_t> size(like.size, like.size + like.dim), stride(size_t(like.dim), 1);
+  std::vector<int64_t> size(like.size, like.size + like.dim);
+  std::vector<int64_t> stride(size_t(like.dim), 1);
   size.back() = cols;
   for (size_t i = size.size() - 1; i-- > 0;) stride[i] = stride[i + 1] * size[i + 1];
   return view(matrix.get(), like.dim, size.data(), stride.data());
 }
 
+// The address of an argument's first element. Kernels do not write what they only read.
 inline void* read_data(const Arg& a) {
   const void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
-  return const_cast<void*>(
-      data);  // for the matrices of kernels: those that only read do not write it
+  return const_cast<void*>(data);
 }
 inline void* written_data(const Arg& a) {
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(a.handle, &data));
   return data;
+}
+
+// A checked argument [.., cols] as kernels see it.
+inline TensorView view_of(const Arg& a, void* data) {
+  TensorView view = a.matrix;
+  view.data = data;
+  view.dtype = kernel_dtype(a.dtype);
+  return view;
+}
+inline TensorView read(const Arg& a) {
+  return view_of(a, read_data(a));
+}
+inline TensorView written(const Arg& a) {
+  return view_of(a, written_data(a));
 }
 
 }  // namespace lotr

@@ -19,7 +19,7 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
   c.dropout(p, aseed);
   const Products products(c, ax, p, aseed);
   OptionalTensor u;
-  products.shrink(u, products.read(ax), aA, true);
+  products.shrink(u, read(ax), aA, true);
   return *u;
 }
 
@@ -33,12 +33,12 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
       {{ay, As::same, {M, N}, WRITTEN}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}, {aseed}});
   c.dropout(p, aseed);
   const Products products(c, ay, p, aseed);
-  auto out = products.onto(ay);
-  products.expand(out, products.read(au), products.read(aF), false, true);
+  Output out = products.onto(ay);
+  products.expand(out, read(au), read(aF), true);
 }
 
-// expand_add_ onto a copy of y: the operator that made y may have saved it for its backward, and
-// users may write into a result.
+// y + u F^T as a new tensor: the operator that made y may have saved it for its backward, and users
+// may write into a result.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check c{"lotr::expand", Products::max_rank};
@@ -46,10 +46,9 @@ Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Sizes s(c, ay,
                 {{ay, As::same, {LEADING, N}}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}});
   const Products products(c, ay);
-  auto copy = products.output(ay, s[N], Arg("bias"));
-  torch::stable::copy_(copy.tensor, y);
-  products.expand(copy, products.read(au), products.read(aF), false, false);
-  return copy.tensor;
+  const Output sum = products.output(ay, s[N]);
+  products.expand_from(sum, read(ay), read(au), read(aF));
+  return sum.tensor;
 }
 
 template <class Products>
@@ -95,7 +94,13 @@ void implement_operators(Library& m) {
   m.impl("expand", TORCH_BOX(&expand<Products>));
   m.impl("fold", TORCH_BOX(&fold<Products>));
   m.impl("layer_forward", TORCH_BOX(&layer_forward<Products>));
+  m.impl("layer_forward_few_tokens", TORCH_BOX(&layer_forward_few_tokens<Products>));
+  m.impl("layer_forward_projected", TORCH_BOX(&layer_forward_projected<Products>));
+  m.impl("layer_forward_rows", TORCH_BOX(&layer_forward_rows<Products>));
   m.impl("layer_backward_", TORCH_BOX(&layer_backward<Products>));
+  m.impl("layer_backward_few_tokens_", TORCH_BOX(&layer_backward_few_tokens<Products>));
+  m.impl("layer_backward_projected_", TORCH_BOX(&layer_backward_projected<Products>));
+  m.impl("layer_backward_rows_", TORCH_BOX(&layer_backward_rows<Products>));
   m.impl("shrink_backward_", TORCH_BOX(&shrink_backward<Products>));
   m.impl("row_core", TORCH_BOX(&row_core<Products>));
   m.impl("row_core_backward", TORCH_BOX(&row_core_backward<Products>));

@@ -4,7 +4,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <string>
 #include <tuple>
 
 #include "cpu/kernels.h"
@@ -12,30 +11,9 @@
 
 namespace lotr {
 
-inline cpu::Dtype cpu_dtype(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return cpu::Dtype::f32;
-    case ScalarType::Double:
-      return cpu::Dtype::f64;
-    case ScalarType::BFloat16:
-      return cpu::Dtype::bf16;
-    case ScalarType::Half:
-      return cpu::Dtype::f16;
-    default:
-      fail("lotr: dtype ", dtype_info(t).name, " has no CPU kernel");
-  }
-}
-
-// A checked argument [.., cols] as a matrix [rows, cols].
-inline cpu::Mat mat_of(const Arg& a, void* data) {
-  return {data, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride, cpu_dtype(a.dtype)};
-}
-
 class CpuProducts {
  public:
-  using Value = cpu::Mat;
-  static constexpr bool unfolded_first = true;
+  static constexpr bool few_tokens_first = true;  // so that their product may precede the base's
   static constexpr int64_t max_rank = 0;
 
   CpuProducts(const Check& c, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
@@ -46,107 +24,127 @@ class CpuProducts {
     drop_.scale = 1.0 / (1.0 - p);
     drop_.seed = uint64_t(*static_cast<const int64_t*>(read_data(seed)));
   }
-  static int64_t order_of(const Check& c, int64_t strategy) {
-    const int64_t order = strategy & ~UNFOLDED;
-    if (order != TWO_PASS && order != BETA)
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy,
-           strategy == FUSED ? " (fused)" : "");
+  static Strategy strategy_of(const Check& c, int64_t strategy) {
+    const auto order = Strategy(strategy);
+    if (order != Strategy::two_pass && order != Strategy::beta)
+      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy);
     return order;
   }
 
-  Value read(const Arg& a) const { return mat_of(a, read_data(a)); }
-
   // y or dx, new, with like's leading dimensions.
-  Output<Value> output(const Arg& like, int64_t cols, const Arg& bias) const {
+  Output output(const Arg& like, int64_t cols) const {
     OptionalTensor matrix;
-    const Value value = make(matrix, like.flat.rows, cols, like_.dtype);
-    Output<Value> y{with_leading(*matrix, like, cols), *matrix, value, {}};
-    if (bias) y.bias = {read_data(bias), 1, bias.size[0], 0, bias.stride[0], cpu_dtype(bias.dtype)};
-    return y;
+    const TensorView view = make(matrix, like.matrix.rows, cols, like_.dtype);
+    return {with_leading(*matrix, like, cols), *matrix, view, true};
   }
-  Output<Value> onto(const Arg& given) const {
-    return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}};
+  Output onto(const Arg& given) const {
+    return {*given.tensor, matrix_view(given), written(given)};
   }
-  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
-                 ScalarType dtype) const {
-    if (given) return {mat_of(given, written_data(given)), true};
+  Sum sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
+          ScalarType dtype) const {
+    if (given) return {written(given), true};
     return {make(made, rows, cols, dtype), false};
   }
 
-  // out (fresh: =, else +=) x weight, by the library that torch's own linear layers use. y's bias
-  // comes with the adapter's part.
-  void base(const Output<Value>& out, const Arg& x, const Tensor& weight, bool fresh) const {
+  // Adds x weight to `out`, by the library that torch's own linear layers use. The adapter's
+  // product adds the bias.
+  void base(Output& out, const Arg& x, const Tensor& weight) const {
     const Tensor a = matrix_view(x);
     const AtenTensorHandle y = out.matrix.get();
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        fresh ? aoti_torch_cpu_mm_out(y, a.get(), weight.get())
-              : aoti_torch_cpu_addmm_out(y, y, a.get(), weight.get(), 1.0, 1.0));
+    const int32_t error = out.fresh
+                              ? aoti_torch_cpu_mm_out(y, a.get(), weight.get())
+                              : aoti_torch_cpu_addmm_out(y, y, a.get(), weight.get(), 1.0, 1.0);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    out.fresh = false;
   }
-  // There is no such product on a CPU: order_of refuses it.
+  // A CPU has no such kernel, and strategy_of refuses the strategy.
   template <class... Any>
-  static std::string fused(const Any&...) {
-    return {};
+  static bool fused(const Any&...) {
+    return false;
   }
 
-  Value shrink(OptionalTensor& made, const Value& x, const Arg& A, bool dropped) const {
-    const Value u = make(made, x.rows, A.size[1], like_.dtype);
+  TensorView shrink(OptionalTensor& made, const TensorView& x, const Arg& A, bool dropped) const {
+    const TensorView u = make(made, x.rows, A.size[1], like_.dtype);
     cpu::shrink(u, x, read(A), drop(dropped));
     return u;
   }
-  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
-             ScalarType dtype) const {
-    const Value F = make(made, B.size[0], core.size[0], dtype);
+  TensorView fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+                  ScalarType dtype) const {
+    const TensorView F = make(made, B.size[0], core.size[0], dtype);
     cpu::fold(F, read(B), read(core), scaling);
     return F;
   }
-  // fresh: y starts with this and its bias, whatever it holds.
-  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh,
-              bool dropped) const {
-    cpu::expand_add(y.value, u, F, drop(dropped), {fresh, y.bias});
+  // Adds drop(u F^T) and the bias to `out`.
+  void expand(Output& out, const TensorView& u, const TensorView& F, bool dropped) const {
+    cpu::expand(out.view, u, F, drop(dropped), start_of(out));
   }
-  Value shrink_grad(OptionalTensor& made, const Sum<Value>& Q, const Value& g, const Arg& F,
-                    const Arg& u) const {
-    const Value k = make(made, g.rows, F.size[1], like_.dtype);
-    cpu::shrink_grad(k, Q.value, g, read(F), read(u), Q.add);
-    return k;
+  // out = from + u F^T.
+  void expand_from(const Output& out, const TensorView& from, const TensorView& u,
+                   const TensorView& F) const {
+    cpu::expand(out.view, u, F, {}, {from, {}});
   }
-  void add(OptionalTensor&, const Value& k, const Arg& given) const { cpu::add(k, read(given)); }
-  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B,
-                 const Arg& core, double scaling) const {
-    cpu::fold_grad(dB.value, dcore.value, Q, read(B), read(core), scaling, dB.add);
+  TensorView shrink_grad(OptionalTensor& made, const Sum& Q, const TensorView& g, const Arg& F,
+                         const Arg& u) const {
+    const TensorView du = make(made, g.rows, F.size[1], like_.dtype);
+    cpu::shrink_grad(du, Q.view, g, read(F), read(u), Q.add);
+    return du;
+  }
+  // sum += given, in the dtype of both.
+  static void add(OptionalTensor& sum, const Arg& given) {
+    cpu::add(written(Arg("du", *sum)), read(given));
+  }
+  static void fold_grad(const Sum& dB, const Sum& dcore, const TensorView& Q, const Arg& B,
+                        const Arg& core, double scaling) {
+    cpu::fold_grad(dB.view, dcore.view, Q, read(B), read(core), scaling, dB.add);
   }
   // D (+)= drop(x)^T v.
-  void outer(const Sum<Value>& D, const Value& x, const Value& v, bool dropped) const {
-    cpu::factor_grad(D.value, x, v, drop(dropped), D.add);
+  void outer(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
+    cpu::factor_grad(D.view, x, v, drop(dropped), D.add);
   }
 
-  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a,
-                     const Sizes& s, double scaling, bool fresh) const {
-    const Value u = make(made, s[M], s[R_IN], like_.dtype);
-    cpu::small_forward(u, y.value, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
-                       {fresh, y.bias});
+  void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, double scaling) const {
+    const TensorView u = make(made, a.x.matrix.rows, a.core.size[0], like_.dtype);
+    cpu::small_forward(u, y.view, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
+                       start_of(y));
   }
-  void small_backward(const BackwardOutputs<Value>& out, const BackwardArgs& a, const Sizes&,
-                      double scaling, bool fresh) const {
+  static void small_backward(LayerGradients& out, const BackwardArgs& a, double scaling) {
     cpu::SmallBackward b;
-    b.g = read(a.g), b.A = read(a.A), b.core = read(a.core), b.B = read(a.B), b.scaling = scaling;
-    if (a.u) b.u = read(a.u);
+    b.g = read(a.g);
+    b.u = read(a.u);
+    b.A = read(a.A);
+    b.core = read(a.core);
+    b.B = read(a.B);
+    b.scaling = scaling;
     if (a.x) b.x = read(a.x);
-    b.dx = out.dx.value, b.fresh_dx = fresh, b.dA = out.dA.value, b.fresh_dA = !out.dA.add;
-    b.dB = out.dB.value, b.fresh_dB = !out.dB.add, b.dcore = out.dcore.value;
+    b.dx = out.dx.view;
+    b.fresh_dx = out.dx.fresh;
+    out.dx.fresh = false;
+    b.dA = out.dA.view;
+    b.fresh_dA = !out.dA.add;
+    b.dB = out.dB.view;
+    b.fresh_dB = !out.dB.add;
+    b.dcore = out.dcore.view;
     cpu::small_backward(b);
   }
 
-  // ---- a core a row: cpu_rows.cpp ----
+  // ---- per-row cores: cpu_rows.cpp ----
   Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
   std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
                                                bool need_u, bool need_cores) const;
 
  private:
   // A new contiguous matrix, to be written.
-  Value make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype) const {
+  TensorView make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype) const {
     made = empty<2>(like_, {rows, cols}, dtype_info(dtype).code);
-    return {made->mutable_data_ptr(), rows, cols, cols, 1, cpu_dtype(dtype)};
+    return {made->mutable_data_ptr(), rows, cols, cols, 1, kernel_dtype(dtype)};
+  }
+  // What the adapter's product is added to, after which `out` is not fresh.
+  static cpu::Start start_of(Output& out) {
+    cpu::Start start;
+    if (!out.fresh) start.matrix = out.view;
+    if (out.bias) start.bias = read(*out.bias);
+    out.fresh = false;
+    return start;
   }
   cpu::Drop drop(bool dropped) const { return dropped ? drop_ : cpu::Drop{}; }
 

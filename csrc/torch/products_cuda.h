@@ -17,13 +17,8 @@ namespace lotr {
 
 class CudaProducts {
  public:
-  struct Value {
-    void* data = nullptr;
-    int64_t rows = 0, cols = 0, row = 0, col = 0;
-    DType type = DType::float32;
-    AtenTensorHandle handle = nullptr;  // of an argument
-  };
-  static constexpr bool unfolded_first = false;
+  // The launches for few tokens add to y and dx, so the base product comes first.
+  static constexpr bool few_tokens_first = false;
   static constexpr int64_t max_rank = cuda::MAX_RANK;
 #ifdef LOTR_SM90A
   static constexpr bool has_fused = true;
@@ -40,34 +35,33 @@ class CudaProducts {
     STABLE_TORCH_ERROR_CODE_CHECK(
         TorchCuda::functions().current_stream(like.device_index, &stream));
     call_ = {type, device.card, stream, device.early};
-    if (p != 0.0)
-      dropout_ = {static_cast<const int64_t*>(read_data(seed)), uint32_t(p * 4294967296.0),
-                  float(1.0 / (1.0 - p))};
+    if (p == 0.0) return;
+    dropout_.seed = static_cast<const int64_t*>(read_data(seed));
+    dropout_.threshold = uint32_t(p * 4294967296.0);
+    dropout_.scale = float(1.0 / (1.0 - p));
   }
-  static int64_t order_of(const Check& c, int64_t strategy) {
-    const int64_t order = strategy & ~UNFOLDED;
-    if (order != TWO_PASS && order != BETA && !(has_fused && strategy == FUSED))
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
-           has_fused ? "" : " in a build without sm_90a", ", got ", strategy,
-           strategy == FUSED ? " (fused)" : "");
-    return order;
+  static Strategy strategy_of(const Check& c, int64_t strategy) {
+    const auto order = Strategy(strategy);
+    if (order == Strategy::two_pass || order == Strategy::beta) return order;
+    if (order == Strategy::fused && has_fused) return order;
+    fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
+         has_fused ? " or 2 (fused)" : " in a build without sm_90a", ", got ", strategy);
   }
 
-  Value read(const Arg& a) const { return value_of(a, read_data(a)); }
-  Matrix matrix(const Value& v) const {
-    return {v.data, v.row, v.col,
-            cuda::access_of(v.data, v.row, v.col, v.rows, v.type, call_.type)};
+  Matrix matrix(const TensorView& v) const {
+    return {v.data, v.row_stride, v.col_stride,
+            cuda::access_of(v.data, v.row_stride, v.col_stride, v.rows, v.dtype, call_.type)};
   }
-  static FloatSum float_sum(const Sum<Value>& sum) {
-    return {static_cast<float*>(sum.value.data), sum.value.row, sum.value.col, sum.add};
+  static FloatSum float_sum(const Sum& sum) {
+    return {static_cast<float*>(sum.view.data), sum.view.row_stride, sum.view.col_stride, sum.add};
   }
-  // A new matrix, not initialised. ranks: its rows start at multiples of 16 bytes, so that kernels
-  // copy them whole whatever the rank is.
-  Value make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype, bool ranks) const {
+  // A new matrix, not initialised. padded: its rows start at multiples of 16 bytes, so that kernels
+  // copy 16 bytes at a time whatever the rank is.
+  TensorView make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype,
+                  bool padded) const {
     const DtypeInfo info = dtype_info(dtype);
-    made = empty<2>(like_, {rows, cols}, info.code, ranks ? 16 / info.bytes : 1);
-    return {made->mutable_data_ptr(), rows, cols,
-            made->stride(0),          1,    cuda_dtype(op_, "dtype", dtype)};
+    made = empty<2>(like_, {rows, cols}, info.code, padded ? 16 / info.bytes : 1);
+    return {made->mutable_data_ptr(), rows, cols, made->stride(0), 1, kernel_dtype(dtype)};
   }
   // Runs an operator of cuda/launch.h.
   template <class Problem>
@@ -79,72 +73,68 @@ class CudaProducts {
   }
 
   // y or dx, new, with like's leading dimensions.
-  Output<Value> output(const Arg& like, int64_t cols, const Arg& bias) const {
-    OptionalTensor matrix;
-    const Value value = make(matrix, like.flat.rows, cols, like_.dtype, false);
-    Output<Value> y{with_leading(*matrix, like, cols), *matrix, value, {}};
-    if (bias) y.bias = {read_data(bias), 1, cols, 0, bias.stride[0], call_.type, bias.handle};
-    return y;
+  Output output(const Arg& like, int64_t cols) const {
+    OptionalTensor made;
+    const TensorView view = make(made, like.matrix.rows, cols, like_.dtype, false);
+    return {with_leading(*made, like, cols), *made, view, true};
   }
-  Output<Value> onto(const Arg& given) const {
-    return {*given.tensor, matrix_view(given), value_of(given, written_data(given)), {}};
+  Output onto(const Arg& given) const {
+    return {*given.tensor, matrix_view(given), written(given)};
   }
   // float32; a new one is rounded to its dtype when all launches are queued.
-  Sum<Value> sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
-                 ScalarType) const {
-    if (given) return {value_of(given, written_data(given)), true};
+  Sum sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols, ScalarType) const {
+    if (given) return {written(given), true};
     return {make(made, rows, cols, ScalarType::Float, false), false};
   }
 
-  // out (fresh: = with its bias, else +=) x weight.
-  void base(const Output<Value>& out, const Arg& x, const Tensor& weight, bool fresh) const {
+  // Adds x weight to `out`, which starts from its bias if it is fresh.
+  void base(Output& out, const Arg& x, const Tensor& weight) const {
     const TorchCuda& torch = TorchCuda::functions();
     const Tensor a = matrix_view(x);
-    const AtenTensorHandle y = out.matrix.get(), start = fresh ? out.bias.handle : y;
+    const AtenTensorHandle y = out.matrix.get();
+    AtenTensorHandle start = y;
+    if (out.fresh) start = out.bias ? out.bias->handle : nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(start ? torch.addmm_out(y, start, a.get(), weight.get(), 1.0, 1.0)
                                         : torch.mm_out(y, a.get(), weight.get()));
+    out.fresh = false;
   }
 #ifdef LOTR_SM90A
-  // y = x W^T + bias + u F^T in one launch; backward: dx = g W + k A^T. Returns why the kernel
-  // takes none of these, or "" if it ran.
-  std::string fused(const Output<Value>& y, const Arg& x, const Arg& weight, const Value& u,
-                    const Value& F, bool backward) const {
-    // rows in the call's type that start at multiples of 16 bytes, as tensor maps need them
-    const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
-      const bool fits = v.type == call_.type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
-                        reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-      if (fits || call_.type == DType::float32) return matrix(v);
-      const Value rows = make(copy, v.rows, v.cols, like_.dtype, true);
-      run(PackProblem{matrix(v), matrix(rows), v.rows, v.cols});
-      return matrix(rows);
-    };
-    OptionalTensor u_copy, F_copy;
+  // y = x W^T + bias + u F^T in one launch; backward: dx = g W + du A^T. Returns whether the kernel
+  // ran; it refuses some dtypes, ranks and layouts.
+  bool fused(Output& y, const Arg& x, const Arg& weight, const TensorView& u, const TensorView& F,
+             bool backward) const {
+    OptionalTensor u_copy;
+    OptionalTensor F_copy;
     cuda::GemmLotr q{};
     q.backward = backward;
     q.x = matrix(read(x));
     q.W = matrix(read(weight));
     q.u = in_rows(u, u_copy);
     q.F = in_rows(F, F_copy);
-    q.y = matrix(y.value);
-    q.bias = y.bias.data;
-    q.bias_stride = y.bias.col;
-    q.M = y.value.rows;
-    q.N = y.value.cols;
-    q.K = x.flat.cols;
+    q.y = matrix(y.view);
+    if (y.bias) {
+      const TensorView bias = read(*y.bias);
+      q.bias = bias.data;
+      q.bias_stride = bias.col_stride;
+    }
+    q.M = y.view.rows;
+    q.N = y.view.cols;
+    q.K = x.matrix.cols;
     q.r = int32_t(u.cols);
-    std::string refusal = cuda::gemm_lotr_refusal(call_, q);
-    if (refusal.empty()) cuda::gemm_lotr(call_, q);
-    return refusal;
+    if (!cuda::gemm_lotr_refusal(call_, q).empty()) return false;
+    cuda::gemm_lotr(call_, q);
+    y.fresh = false;
+    return true;
   }
 #else
   template <class... Any>
-  static std::string fused(const Any&...) {
-    return {};  // order_of has refused it
+  static bool fused(const Any&...) {
+    return false;  // strategy_of has refused it
   }
 #endif
 
-  Value shrink(OptionalTensor& made, const Value& x, const Arg& A, bool dropped) const {
-    const Value u = make(made, x.rows, A.size[1], like_.dtype, true);
+  TensorView shrink(OptionalTensor& made, const TensorView& x, const Arg& A, bool dropped) const {
+    const TensorView u = make(made, x.rows, A.size[1], like_.dtype, true);
     ShrinkProblem q{};
     q.x = matrix(x);
     q.A = matrix(read(A));
@@ -157,16 +147,18 @@ class CudaProducts {
     run(q);
     return u;
   }
-  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
-             ScalarType dtype) const {
-    const Value factor = read(B), G = read(core), F = make(made, factor.rows, G.rows, dtype, true);
+  TensorView fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+                  ScalarType dtype) const {
+    const TensorView factor = read(B);
+    const TensorView G = read(core);
+    const TensorView F = make(made, factor.rows, G.rows, dtype, true);
     FoldProblem q{};
     q.B = matrix(factor);
     q.core = matrix(G);
     q.F = matrix(F);
-    q.B_type = factor.type;
-    q.core_type = G.type;
-    q.F_type = F.type;
+    q.B_type = factor.dtype;
+    q.core_type = G.dtype;
+    q.F_type = F.dtype;
     q.N = factor.rows;
     q.r_in = int32_t(G.rows);
     q.r_out = int32_t(G.cols);
@@ -174,57 +166,59 @@ class CudaProducts {
     run(q);
     return F;
   }
-  // fresh: y starts with this and its bias, whatever it holds.
-  void expand(const Output<Value>& y, const Value& u, const Value& F, bool fresh,
-              bool dropped) const {
-    ExpandProblem q{};
-    q.y = matrix(y.value);
-    if (fresh) {
-      q.bias = y.bias.data;
-      q.bias_stride = y.bias.col;
-    } else {
-      q.start = q.y;
-    }
-    q.u = matrix(u);
-    q.F = matrix(F);
-    q.M = y.value.rows;
-    q.N = y.value.cols;
-    q.r = int32_t(u.cols);
+  // Adds drop(u F^T) to `out`, which starts from its bias if it is fresh.
+  void expand(Output& out, const TensorView& u, const TensorView& F, bool dropped) const {
+    ExpandProblem q = expand_problem(out, u, F);
     q.dropout = mask(dropped);
+    if (!out.fresh) {
+      q.start = q.y;
+    } else if (out.bias) {
+      const TensorView bias = read(*out.bias);
+      q.bias = bias.data;
+      q.bias_stride = bias.col_stride;
+    }
+    run(q);
+    out.fresh = false;
+  }
+  // out = from + u F^T.
+  void expand_from(const Output& out, const TensorView& from, const TensorView& u,
+                   const TensorView& F) const {
+    ExpandProblem q = expand_problem(out, u, F);
+    q.start = matrix(from);
     run(q);
   }
-  Value shrink_grad(OptionalTensor& made, const Sum<Value>& Q, const Value& g, const Arg& F,
-                    const Arg& u) const {
-    const Value k = make(made, g.rows, F.size[1], like_.dtype, true);
+  TensorView shrink_grad(OptionalTensor& made, const Sum& Q, const TensorView& g, const Arg& F,
+                         const Arg& u) const {
+    const TensorView du = make(made, g.rows, F.size[1], like_.dtype, true);
     ShrinkGradProblem q{};
     q.g = matrix(g);
     q.F = matrix(read(F));
     q.u = matrix(read(u));
-    q.k = matrix(k);
+    q.k = matrix(du);
     q.Q = float_sum(Q);
     q.M = g.rows;
     q.N = g.cols;
-    q.r = int32_t(k.cols);
+    q.r = int32_t(du.cols);
     q.r_u = q.r;
     run(q);
-    return k;
+    return du;
   }
-  void add(OptionalTensor& made, Value& k, const Arg& given) const {
-    made = torch::stable::subtract(*made, *given.tensor,
-                                   -1.0);  // the stable interface has no sum of tensors
-    k = read(Arg("k", *made));
+  // sum += given, as a tensor with dense rows: the stable interface has no addition in place.
+  static void add(OptionalTensor& sum, const Arg& given) {
+    sum = torch::stable::subtract(*sum, *given.tensor, -1.0);
   }
-  void fold_grad(const Sum<Value>& dB, const Sum<Value>& dcore, const Value& Q, const Arg& B,
+  void fold_grad(const Sum& dB, const Sum& dcore, const TensorView& Q, const Arg& B,
                  const Arg& core, double scaling) const {
-    const Value factor = read(B), G = read(core);
+    const TensorView factor = read(B);
+    const TensorView G = read(core);
     FoldGradProblem q{};
     q.Q = matrix(Q);
     q.B = matrix(factor);
     q.core = matrix(G);
-    q.B_type = factor.type;
-    q.core_type = G.type;
+    q.B_type = factor.dtype;
+    q.core_type = G.dtype;
     q.dB = float_sum(dB);
-    q.dcore = static_cast<float*>(dcore.value.data);
+    q.dcore = static_cast<float*>(dcore.view.data);
     q.N = factor.rows;
     q.r_in = int32_t(G.rows);
     q.r_out = int32_t(G.cols);
@@ -232,7 +226,7 @@ class CudaProducts {
     run(q);
   }
   // D (+)= drop(x)^T v.
-  void outer(const Sum<Value>& D, const Value& x, const Value& v, bool dropped) const {
+  void outer(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
     FactorGradProblem q{};
     q.x = matrix(x);
     q.v = matrix(v);
@@ -244,55 +238,76 @@ class CudaProducts {
     run(q);
   }
 
-  void small_forward(OptionalTensor& made, const Output<Value>& y, const ForwardArgs& a,
-                     const Sizes& s, double scaling, bool) const {
+  void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, double scaling) const {
+    const TensorView x = read(a.x);
+    const TensorView G = read(a.core);
     SmallForwardProblem q{};
-    q.y = matrix(y.value);
-    q.x = matrix(read(a.x));
+    q.y = matrix(y.view);
+    q.x = matrix(x);
     q.A = matrix(read(a.A));
-    q.core = matrix(read(a.core));
+    q.core = matrix(G);
     q.B = matrix(read(a.B));
-    q.u = matrix(make(made, s[M], s[R_IN], like_.dtype, true));
-    q.M = s[M];
-    q.K = s[K];
-    q.N = s[N];
-    q.r_in = int32_t(s[R_IN]);
-    q.r_out = int32_t(s[R_OUT]);
+    q.u = matrix(make(made, x.rows, G.rows, like_.dtype, true));
+    q.M = x.rows;
+    q.K = x.cols;
+    q.N = y.view.cols;
+    q.r_in = int32_t(G.rows);
+    q.r_out = int32_t(G.cols);
     q.scale = float(scaling);
     run(q);
   }
-  void small_backward(const BackwardOutputs<Value>& outputs, const BackwardArgs& a, const Sizes& s,
-                      double scaling, bool) const {
-    const auto& [dx, dA, dB, dcore] = outputs;
+  void small_backward(LayerGradients& out, const BackwardArgs& a, double scaling) const {
+    const TensorView g = read(a.g);
+    const TensorView A = read(a.A);
+    const TensorView G = read(a.core);
     SmallBackwardProblem q{};
-    q.dx = matrix(dx.value);
-    q.g = matrix(read(a.g));
-    q.A = matrix(read(a.A));
-    q.core = matrix(read(a.core));
-    q.B = matrix(read(a.B));
-    if (a.u) q.u = matrix(read(a.u));
+    q.dx = matrix(out.dx.view);
+    q.g = matrix(g);
     if (a.x) q.x = matrix(read(a.x));
-    q.dA = float_sum(dA);
-    q.dB = float_sum(dB);
-    q.dcore = static_cast<float*>(dcore.value.data);
-    q.M = s[M];
-    q.K = s[K];
-    q.N = s[N];
-    q.r_in = int32_t(s[R_IN]);
-    q.r_out = int32_t(s[R_OUT]);
+    q.u = matrix(read(a.u));
+    q.A = matrix(A);
+    q.core = matrix(G);
+    q.B = matrix(read(a.B));
+    q.dA = float_sum(out.dA);
+    q.dB = float_sum(out.dB);
+    q.dcore = static_cast<float*>(out.dcore.view.data);
+    q.M = g.rows;
+    q.K = A.rows;
+    q.N = g.cols;
+    q.r_in = int32_t(G.rows);
+    q.r_out = int32_t(G.cols);
     q.scale = float(scaling);
     run(q);
   }
 
-  // ---- a core a row: cuda_rows.cpp ----
+  // ---- per-row cores: cuda_rows.cpp ----
   Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
   std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
                                                bool need_u, bool need_cores) const;
 
  private:
-  Value value_of(const Arg& a, void* data) const {
-    const DType type = cuda_dtype(op_, a.name, a.dtype);
-    return {data, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride, type, a.handle};
+#ifdef LOTR_SM90A
+  // v in the call's type, with rows that start at multiples of 16 bytes, as tensor maps need them.
+  Matrix in_rows(const TensorView& v, OptionalTensor& copy) const {
+    const bool aligned = reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+    const bool fits = v.dtype == call_.type && v.col_stride == 1 && v.row_stride % 8 == 0 &&
+                      v.row_stride >= v.cols && aligned;
+    if (fits || call_.type == DType::float32) return matrix(v);
+    const TensorView rows = make(copy, v.rows, v.cols, like_.dtype, true);
+    run(PackProblem{matrix(v), matrix(rows), v.rows, v.cols});
+    return matrix(rows);
+  }
+#endif
+  ExpandProblem expand_problem(const Output& out, const TensorView& u, const TensorView& F) const {
+    ExpandProblem q{};
+    q.y = matrix(out.view);
+    q.u = matrix(u);
+    q.F = matrix(F);
+    q.M = out.view.rows;
+    q.N = out.view.cols;
+    q.r = int32_t(u.cols);
+    q.dropout = mask(false);
+    return q;
   }
   Dropout mask(bool dropped) const { return dropped ? dropout_ : Dropout{nullptr, 0, 1.f}; }
 

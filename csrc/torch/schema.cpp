@@ -4,16 +4,40 @@
 // For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64
 // for float64):
 //   shrink        u = drop(x) A
-//   expand_add_   y += drop(u F^T)                         expand: u F^T onto a copy of y
-//   fold          F = scaling B G^T
-//   layer_*, shrink_backward_                              a direction of a layer, see layer.h
-//   row_core            h_i = scaling u_t(i) G_c(i)
-//   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
-//                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
+//   expand        y + u F^T                                expand_add_: y += drop(u F^T)
+//   fold          F = s B G^T
+//   row_core            h_i = s u_t(i) G_c(i)
+//   row_core_backward   du_t = s sum over the rows of t of g_i G_c(i)^T
+//                       dG_c = s sum over the rows of c of u_t(i)^T g_i, in acc(T)
 //
 // row_core: index [rows] is c(i), or -1 for a row without a core; or offs [c]: where the rows of
-// each core end, and the rows behind the last have none. tokens [rows]: t(i), else i. h is zero for
-// a row without a core, which has no gradient.
+// each core end; rows past the last end have no core. tokens [rows]: t(i), else i. h is zero for a
+// row without a core, which has no gradient.
+//
+// A layer in one direction is one operator (layer.h), y = x W^T + bias + u F^T:
+//   layer_forward                starts at x:  u = drop(x) A,  F = s B G^T
+//   layer_forward_few_tokens     starts at x:  u = x A, and h B^T with h = s u G in place of u F^T
+//   layer_forward_projected      starts at u:  F = s B G^T
+//   layer_forward_rows           starts at h:  h B^T in place of u F^T
+//
+// Their backwards return a gradient or add to it:
+//
+//   operator                     given       gradient                added to    else returned as
+//   layer_backward_,             weight      dx = g W + drop(du A^T)             dx
+//   layer_backward_few_tokens_   x           dA = drop(x)^T du       dA          dA
+//                                need_B      dB = s Q G, Q = g^T u   dB          dB
+//                                need_core   dG = s Q^T B                        dcore
+//   layer_backward_projected_    weight      dx = g W                dx          dx
+//                                F           du = g F (+ du)                     du
+//                                need_B, need_core: as above
+//   layer_backward_rows_         weight      dx = g W                dx          dx
+//                                need_h      dh = g B                            dh
+//                                need_B      dB = g^T h              dB          dB, in acc(T)
+//   shrink_backward_             dx, A       dx += drop(du A^T)      dx
+//                                x           dA = drop(x)^T du       dA          dA, in acc(T)
+//
+// New dA, dB and dcore have the dtype of the factors if these share one, else acc(T). What is given
+// to be added to has acc(T), and dx and du have T.
 //
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake
 // kernels and version counters are registered in Python (lotr_ext/core/operators.py), where that
@@ -68,41 +92,55 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
 STABLE_TORCH_LIBRARY(lotr, m)
 {
   m.def("info() -> str");
-  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor");
+  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor u");
   m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
-  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
-  m.def("fold(Tensor B, Tensor core, float scaling, ScalarType dtype) -> Tensor");
+  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor sum");
+  m.def("fold(Tensor B, Tensor core, float scaling, ScalarType dtype) -> Tensor F");
   m.def(
-      "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float "
-      "scaling) -> "
-      "Tensor");
+      "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
+      "float scaling) -> Tensor h");
   m.def(
-      "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? "
-      "tokens, "
-      "float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
+      "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, "
+      "Tensor? tokens, float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
 
-  // The forward and backward of a layer. A gradient that was not requested is an undefined tensor,
-  // as in ATen's own backward operators, and None in Python: torch.compile has no support for
-  // operators that write and return "Tensor?".
   m.def(
-      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, "
-      "float scaling, "
-      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
-      "-> (Tensor y, Tensor? u, Tensor? F)");
+      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, "
+      "float scaling, int strategy, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor y, Tensor u, Tensor F)");
   m.def(
-      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, "
-      "Tensor B, "
-      "Tensor "
-      "core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? "
-      "dA, "
-      "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
-      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");
+      "layer_forward_few_tokens(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, "
+      "Tensor core, float scaling, int strategy) -> (Tensor y, Tensor u)");
   m.def(
-      "shrink_backward_(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float "
-      "p=0.0, Tensor? "
-      "seed=None) -> Tensor dA");
+      "layer_forward_projected(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor B, "
+      "Tensor core, float scaling, int strategy) -> (Tensor y, Tensor F)");
+  m.def(
+      "layer_forward_rows(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B, "
+      "int strategy) -> Tensor y");
+
+  // A gradient that is not returned is an undefined tensor, as in ATen's own backward operators,
+  // and None in Python: torch.compile does not support operators that write and return "Tensor?".
+  m.def(
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor u, Tensor A, Tensor F, "
+      "Tensor B, Tensor core, float scaling, int strategy, Tensor(a!)? dA, Tensor(b!)? dB, "
+      "bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
+  m.def(
+      "layer_backward_few_tokens_(Tensor g, Tensor? weight, Tensor? x, Tensor u, Tensor A, "
+      "Tensor B, Tensor core, float scaling, int strategy, Tensor(a!)? dA, Tensor(b!)? dB, "
+      "bool need_B, bool need_core) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
+  m.def(
+      "layer_backward_projected_(Tensor g, Tensor? weight, Tensor u, Tensor? F, Tensor B, "
+      "Tensor core, float scaling, Tensor? du, Tensor(a!)? dx, Tensor(b!)? dB, bool need_B, "
+      "bool need_core) -> (Tensor dx, Tensor du, Tensor dB, Tensor dcore)");
+  m.def(
+      "layer_backward_rows_(Tensor g, Tensor? weight, Tensor h, Tensor B, Tensor(a!)? dx, "
+      "Tensor(b!)? dB, bool need_h, bool need_B) -> (Tensor dx, Tensor dh, Tensor dB)");
+  m.def(
+      "shrink_backward_(Tensor du, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, "
+      "float p=0.0, Tensor? seed=None) -> Tensor dA");
 #ifdef LOTR_WITH_CUDA
   m.def("cuda_versions() -> (int runtime, int driver)");
   m.def("cuda_plans(str op, int M, int N, int r, int device) -> str");
+  m.def("gemm_lotr_refusal(int K, int N, int r, ScalarType dtype, int device) -> str");
 #endif
 }

@@ -286,7 +286,11 @@ def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[
 
 
 def put_folder(
-    directory: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    directory: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes both files of an adapter.
 
@@ -294,5 +298,5 @@ def put_folder(
     """
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)
-    put_tensors(directory, name, tensors, {"format": "pt"})
+    put_tensors(directory, name, tensors, dict(metadata or {"format": "pt"}))
     put_file(directory, CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -175,15 +175,33 @@ def tucker2_of_loras(
     Returns:
         A [K, r_in] and B [N, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
     """
-    halves = [lora.A.mT @ torch.linalg.qr(lora.B, mode="r").R.mT for lora in loras]
+    input_basis, inputs = _in_basis([lora.A.mT for lora in loras], ranks[0])
+    output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
+    pairs = list(zip(inputs, outputs, strict=True))
+    halves = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
     def right(A: Tensor) -> list[Tensor]:
-        return [lora.B @ (lora.A @ A) for lora in loras]
+        return [U @ (V.mT @ A) for V, U in pairs]
 
     def left(B: Tensor) -> list[Tensor]:
-        return [lora.A.mT @ (lora.B.mT @ B) for lora in loras]
+        return [V @ (U.mT @ B) for V, U in pairs]
 
-    return tucker2_of(halves, right, left, loras[0].sizes[1], ranks)
+    A, B, cores = tucker2_of(halves, right, left, len(outputs[0]), ranks)
+    return input_basis @ A, output_basis @ B, cores
+
+
+def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
+    """Returns an orthonormal basis [d, c] of all columns, and the blocks [d, c_l] in it.
+
+    With few columns, the factorization then has c dimensions instead of d. The basis is the
+    identity if there are too few columns for the rank, or no fewer than d.
+    """
+    columns = torch.cat(list(blocks), 1)
+    if not rank <= columns.shape[1] < len(columns):
+        identity = torch.eye(len(columns), dtype=columns.dtype, device=columns.device)
+        return identity, list(blocks)
+    basis, coordinates = torch.linalg.qr(columns)
+    return basis, list(coordinates.split([block.shape[1] for block in blocks], 1))
 
 
 def lost(captured: float, norm: float) -> float:

@@ -28,10 +28,11 @@ from . import fallback, grouped, nodes
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
 from .nodes import BaseProduct, RowChoice
-from .operators import BETA, TWO_PASS, UNFOLDED, lotr
+from .operators import lotr
+from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
-VERSION = "lotr 5"
+VERSION = "lotr 6"
 
 # Below this many multiplications in one pass over x, a layer computes u itself. Reading an element
 # of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). One node then costs less
@@ -41,10 +42,6 @@ LITTLE_WORK = 2**23
 
 # Below this many tokens, multiplying them with the core costs less than folding the core into B.
 FEW_TOKENS = 129
-
-# On CUDA, from this many tokens on, BETA is faster: it does not read y again, which outweighs its
-# slower start. Derived from bytes moved.
-BETA_TOKENS = 1024
 
 _PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -92,7 +89,8 @@ def linear(
     if dtype is not None:
         weight = _cast(weight, dtype)
         bias = _cast(bias, dtype)
-        base_output = _cast(base_output, dtype)
+        if base_output is not None:
+            dtype = base_output.dtype  # the adapter must not round what its base did not
         if caches is None or torch.compiler.is_compiling():
             x = x.to(dtype)
         else:
@@ -272,7 +270,7 @@ class Plan(enum.Enum):
     """The autograd nodes that compute a call."""
 
     ONE_NODE = enum.auto()  # the layer's node computes u; the core is folded into B
-    ONE_NODE_UNFOLDED = enum.auto()  # the layer's node computes u and multiplies it with the core
+    ONE_NODE_FEW_TOKENS = enum.auto()  # the layer's node computes u and multiplies it with the core
     PROJECTION = enum.auto()  # u comes from a node of its own, which all layers on this x share
 
 
@@ -291,10 +289,10 @@ def choose_plan(
     """
     if needs_projection:
         return Plan.PROJECTION
-    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
-        return Plan.PROJECTION if p else Plan.ONE_NODE_UNFOLDED
     if x.requires_grad and not A.requires_grad:
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
+    if x.dtype == torch.float16:  # F could overflow where the layer's output does not
+        return Plan.PROJECTION if p else Plan.ONE_NODE_FEW_TOKENS
     if p:
         return Plan.ONE_NODE
     is_known = isinstance(tokens, int)
@@ -302,21 +300,7 @@ def choose_plan(
         r_in = A.shape[1]
         if not is_known or x.numel() * (r_in + 16) >= LITTLE_WORK:
             return Plan.PROJECTION
-    return Plan.ONE_NODE_UNFOLDED if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
-
-
-def product_order(tokens: int | torch.SymInt, x: Tensor) -> int:
-    """Returns BETA if the adapter is written before the base product, TWO_PASS if after it.
-
-    On a CPU, BETA is faster for float32 and float64, whose product starts from a copy of the bias
-    anyway. Half types would be rounded once more, and their product is slower with a bias than
-    without, so our expand kernel adds the bias.
-    """
-    if x.is_cpu:
-        return BETA if x.dtype in (torch.float32, torch.float64) else TWO_PASS
-    if not isinstance(tokens, int):
-        return BETA
-    return BETA if tokens >= BETA_TOKENS else TWO_PASS
+    return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
 
 
 def run_nodes(
@@ -345,24 +329,23 @@ def run_nodes(
     if base_output is None and _is_trained(weight, bias):
         base_output = nnf.linear(x, weight, bias)  # autograd then computes the gradient of W
     tokens = x.numel() // x.shape[-1] if x.numel() else 0
-    order = product_order(tokens, x)
+    strategy = choose_strategy(tokens, x)
 
     needs_projection = choice is not None or base_output is not None
     plan = choose_plan(x, A, tokens, caches.A.layers, p, needs_projection)
     if plan is not Plan.PROJECTION:
-        if plan is Plan.ONE_NODE_UNFOLDED:
-            order += UNFOLDED
-        return nodes.layer_on_input(x, A, B, core, weight, bias, scaling, order, p)
+        few_tokens = plan is Plan.ONE_NODE_FEW_TOKENS
+        return nodes.layer_on_input(x, A, B, core, weight, bias, scaling, strategy, few_tokens, p)
 
     product = BaseProduct(x, weight, bias) if base_output is None else None
     projection = nodes.project_input(x, A, p) if p else caches.A.projection(x, A, layer)
     if choice is not None:
         h = nodes.row_core(projection.u, core, scaling, choice)
-        return nodes.layer_on_rows(projection, base_output, h, B, product, order)
+        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
     if x.dtype == torch.float16:
         h = (projection.u @ core.to(x.dtype)) * scaling  # not folded, as in fallback.expand
-        return nodes.layer_on_rows(projection, base_output, h, B, product, order)
-    return nodes.layer_on_projection(projection, base_output, B, core, product, scaling, order)
+        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
+    return nodes.layer_on_projection(projection, base_output, B, core, product, scaling, strategy)
 
 
 def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from . import _torch_private as private
 from . import fallback
 from .operators import fake_kernel
 
@@ -137,9 +138,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor) -> Tens
     Args:
         bias: [e, n]. The other arguments are as for `grouped_mm`.
     """
-    y = grouped_mm(x.contiguous(), weight, offs)
+    if private.functorch_is_active() or private.forward_ad_is_active():
+        y = _differentiable_product(x, weight, offs)
+    else:
+        y = grouped_mm(x.contiguous(), weight, offs)
     if bias is None:
         return y
     expert = fallback.cores_of_groups(offs, len(y), len(bias))
     has_expert = (expert >= 0).unsqueeze(1)
     return y + torch.where(has_expert, bias[expert.clamp(min=0)], 0)
+
+
+def _differentiable_product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """`grouped_mm` in PyTorch operations, for torch.func, which custom operators do not support."""
+    ends = _checked_ends(offs, len(x))
+    products = [
+        x[start:end] @ weight[expert].T for expert, (start, end) in enumerate(pairwise([0, *ends]))
+    ]
+    past_end = x.new_zeros(len(x) - ends[-1], weight.shape[1])
+    return torch.cat([*products, past_end])

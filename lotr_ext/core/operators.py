@@ -39,14 +39,12 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# The order of the products, an argument of `layer_forward` and `layer_backward_`.
-TWO_PASS = 0  # the base product, then the adapter is added to it
-BETA = 1  # the adapter, then the base product accumulates onto it
-UNFOLDED = 4  # added to either: multiply the tokens with the core, do not fold the core into B
+# When the adapter's product is computed: the `strategy` of the layers' operators.
+TWO_PASS = 0  # the base product, then the adapter's product is added to it
+BETA = 1  # the adapter's product, then the base product accumulates onto it
+FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BETA
 
 _PLAIN_TYPES = {Tensor, nn.Parameter}
-
-LayerGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _load_library() -> None:
@@ -73,122 +71,101 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- calls from the autograd nodes ---------------------------------------------------------------
+# Equations and arguments: csrc/torch/schema.cpp. These functions accept positional arguments only.
 
-_call_layer_forward = private.direct_call(lotr.layer_forward.default)
-_call_layer_backward = private.direct_call(lotr.layer_backward_.default)
 project = private.direct_call(lotr.shrink.default)
 project_backward = private.direct_call(lotr.shrink_backward_.default)
+layer_backward = private.direct_call(lotr.layer_backward_.default)
+layer_backward_few_tokens = private.direct_call(lotr.layer_backward_few_tokens_.default)
+layer_backward_projected = private.direct_call(lotr.layer_backward_projected_.default)
+layer_backward_rows = private.direct_call(lotr.layer_backward_rows_.default)
+
+_layer_forward = private.direct_call(lotr.layer_forward.default)
+_layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
+_layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
+_layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """Returns x [.., k] as [rows, k]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _mode_is_active(x: Tensor) -> bool:
+    """Whether a dispatch mode must see the base product as an operator of PyTorch.
+
+    Selective checkpointing chooses by name which results it keeps, and a FLOP counter knows only
+    PyTorch's operators. The functions below then compute the same results in steps, so that a
+    recomputation without the mode has the same saved tensors.
+    """
+    return private.dispatch_mode_count() and type(x) in _PLAIN_TYPES
 
 
 def layer_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    A: Tensor,
     B: Tensor,
     core: Tensor,
     scaling: float,
-    order: int,
-    *,
-    A: Tensor | None = None,
-    u: Tensor | None = None,
-    F: Tensor | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Computes y = x W^T + bias + u F^T.
-
-    Args:
-        A: Given if the operator computes u = drop(x) A. Otherwise `u` is given.
-        F: The folded factor s B G^T. The operator computes it from B and core if it is None.
-        p: The probability of dropping an element, with the seed of the mask. 0 in the order
-            UNFOLDED.
-
-    Returns:
-        (y, u, F). u and F are None if they were given; F is None in the order UNFOLDED as well.
-    """
-    if private.dispatch_mode_count() and type(x) in _PLAIN_TYPES:
-        return _layer_forward_in_steps(
-            x, weight, bias, B, core, scaling, order, A=A, u=u, F=F, p=p, seed=seed
-        )
-    return _call_layer_forward(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
+    strategy: int,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T."""
+    if not _mode_is_active(x):
+        return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
+    base_output = nnf.linear(x, weight, bias)
+    u = lotr.shrink.default(as_matrix(x), A, p, seed)
+    F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(base_output, u, F), u, F
 
 
-def _layer_forward_in_steps(
+def layer_forward_few_tokens(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    A: Tensor,
     B: Tensor,
     core: Tensor,
     scaling: float,
-    order: int,
-    *,
-    A: Tensor | None,
-    u: Tensor | None,
-    F: Tensor | None,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`layer_forward` with PyTorch's base product, for dispatch modes.
-
-    Selective checkpointing chooses by name which results it keeps, and a FLOP counter knows only
-    PyTorch's operators. The results are as those of `layer_forward`, so that a recomputation
-    without the mode has the same saved tensors.
-    """
-    y = nnf.linear(x, weight, bias)
-    new_u = None
-    new_F = None
-    if u is None:
-        u = new_u = lotr.shrink.default(x.reshape(-1, x.shape[-1]), A, p, seed)
-    if F is None and order >= UNFOLDED:
-        u = (u @ core.to(u.dtype)) * scaling
-        F = B.to(u.dtype)
-    elif F is None:
-        F = new_F = lotr.fold.default(B, core, scaling, x.dtype)
-    return lotr.expand.default(y, u, F), new_u, new_F
+    strategy: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
+    if not _mode_is_active(x):
+        return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
+    base_output = nnf.linear(x, weight, bias)
+    u = lotr.shrink.default(as_matrix(x), A)
+    h = (u @ core.to(u.dtype)) * scaling
+    return lotr.expand.default(base_output, h, B.to(u.dtype)), u
 
 
-def layer_backward(
-    g: Tensor,
+def layer_forward_projected(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
     B: Tensor,
     core: Tensor,
     scaling: float,
-    order: int,
-    *,
-    weight: Tensor | None = None,
-    x: Tensor | None = None,
-    u: Tensor | None = None,
-    A: Tensor | None = None,
-    F: Tensor | None = None,
-    du: Tensor | None = None,
-    dx: Tensor | None = None,
-    Q: Tensor | None = None,
-    dA: Tensor | None = None,
-    dB: Tensor | None = None,
-    need_B: bool = False,
-    need_core: bool = False,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> LayerGradients:
-    """Computes the gradients of `layer_forward` for the gradient g of y.
+    strategy: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
+    if not _mode_is_active(x):
+        return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
+    base_output = nnf.linear(x, weight, bias)
+    F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(base_output, u, F), F
 
-    An argument that is None switches a gradient off:
 
-        given       result
-        weight      dx = g W, plus drop(du A^T) if A is given: added to `dx` if given, else new
-        F           du = g F plus the given `du`: new, None if A is given
-        x           dA = drop(x)^T du: added to `dA` if given, else new
-        Q           Q += g^T u, and neither dB nor dcore
-        need_B      dB = s Q G with Q = g^T u: added to `dB` if given, else new
-        need_core   dcore = s Q^T B: new
-
-    Returns:
-        (dx, du, dA, dB, dcore). A gradient that was not requested, or that was added to an
-        argument, is None.
-    """
-    return _call_layer_backward(
-        g, weight, x, u, A, F, B, core, scaling, order, du, dx, Q, dA, dB, need_B, need_core,
-        p, seed,
-    )  # fmt: skip
+def layer_forward_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
+) -> Tensor:
+    """Returns y = x W^T + bias + h B^T."""
+    if not _mode_is_active(x):
+        return _layer_forward_rows(x, weight, bias, h, B, strategy)
+    return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -198,7 +175,7 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     """Registers the decorated function as the fake kernel of an operator.
 
     The dispatcher calls the fake kernel if any argument is a meta tensor. A call that mixes meta
-    tensors and real ones would silently do nothing, so it is rejected here.
+    tensors and real ones would return memory that was never written, so it is rejected here.
     """
 
     def register(function: Callable) -> Callable:
@@ -224,23 +201,33 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _empty_with_rank(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An output with a rank as its last dimension.
-
-    It is contiguous, except that on CUDA each row starts at a multiple of 16 bytes.
-    """
+def _empty_rows(like: Tensor, rows: int, rank: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A new [rows, rank]. On CUDA each row starts at a multiple of 16 bytes."""
     dtype = dtype or like.dtype
-    if like.device.type != "cuda":
-        return like.new_empty(size, dtype=dtype)
-    rank = size[-1]
-    elements_per_chunk = 16 // dtype.itemsize
-    chunks = -(-rank // elements_per_chunk)
-    padded = like.new_empty((*size[:-1], chunks * elements_per_chunk), dtype=dtype)
-    return padded[..., :rank]
+    row_stride = rank
+    if like.device.type == "cuda":
+        elements_per_chunk = 16 // dtype.itemsize
+        row_stride = -(-rank // elements_per_chunk) * elements_per_chunk
+    # Not a slice of a wider tensor: a fake CUDA tensor can be sliced only by a CUDA build of torch.
+    return like.new_empty_strided((rows, rank), (row_stride, 1), dtype=dtype)
 
 
 def _token_count(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
+
+
+def _new_factor_dtype(*factors: Tensor) -> torch.dtype:
+    """The dtype of new gradients of factors: theirs if they share one, else the dtype of sums."""
+    dtypes = {factor.dtype for factor in factors}
+    return dtypes.pop() if len(dtypes) == 1 else accumulate_dtype(factors[0].dtype)
+
+
+def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
+    torch._check(
+        x.shape[-1] == weight.shape[1],
+        lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}",
+    )
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @fake_kernel("shrink")
@@ -249,7 +236,7 @@ def _(x, A, p=0.0, seed=None):
         x.shape[1] == A.shape[0],
         lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}",
     )
-    return _empty_with_rank(x, x.shape[0], A.shape[1])
+    return _empty_rows(x, x.shape[0], A.shape[1])
 
 
 @fake_kernel("expand_add_")
@@ -268,70 +255,99 @@ def _(B, core, scaling, dtype):
         B.shape[1] == core.shape[1],
         lambda: f"fold: core: expected r_out {B.shape[1]}, got {core.shape[1]}",
     )
-    return _empty_with_rank(B, B.shape[0], core.shape[0], dtype=dtype)
+    return _empty_rows(B, B.shape[0], core.shape[0], dtype)
 
 
 @fake_kernel("layer_forward")
-def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None):
-    torch._check(
-        x.shape[-1] == weight.shape[1],
-        lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}",
-    )
-    n = B.shape[0]
-    r_in = core.shape[0]
-    y = x.new_empty(*x.shape[:-1], n)
-    new_u = None
-    new_F = None
-    if u is None:
-        new_u = _empty_with_rank(x, _token_count(x), r_in)
-    if F is None and strategy < UNFOLDED:
-        new_F = _empty_with_rank(x, n, r_in)
-    return y, new_u, new_F
+def _(x, weight, bias, A, B, core, scaling, strategy, p=0.0, seed=None):
+    y = _empty_output(x, weight)
+    u = _empty_rows(x, _token_count(x), A.shape[1])
+    return y, u, _empty_rows(x, B.shape[0], core.shape[0])
+
+
+@fake_kernel("layer_forward_few_tokens")
+def _(x, weight, bias, A, B, core, scaling, strategy):
+    return _empty_output(x, weight), _empty_rows(x, _token_count(x), A.shape[1])
+
+
+@fake_kernel("layer_forward_projected")
+def _(x, weight, bias, u, B, core, scaling, strategy):
+    return _empty_output(x, weight), _empty_rows(x, B.shape[0], core.shape[0])
+
+
+@fake_kernel("layer_forward_rows")
+def _(x, weight, bias, h, B, strategy):
+    return _empty_output(x, weight)
 
 
 @fake_kernel("layer_backward_")
 def _(
-    g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core,
-    p=0.0, seed=None,
-):  # fmt: skip
-    r_in = core.shape[0]
-    factors_share_dtype = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
-    dtype = B.dtype if factors_share_dtype else accumulate_dtype(B.dtype)
-    computes_Q = u is not None and Q is None
-    new_dx = None
-    new_du = None
+    g, weight, x, u, A, F, B, core, scaling, strategy, dA, dB, need_B, need_core, p=0.0, seed=None
+):
+    return _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core)
+
+
+@fake_kernel("layer_backward_few_tokens_")
+def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core):
+    return _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core)
+
+
+def _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core):
+    """(dx, dA, dB, dcore) of a backward that starts at x."""
+    dtype = _new_factor_dtype(B, core, A)
+    new_dx = None if weight is None else g.new_empty(*g.shape[:-1], weight.shape[1])
     new_dA = None
-    new_dB = None
-    dcore = None
+    if x is not None and dA is None:
+        new_dA = g.new_empty(A.shape, dtype=dtype)
+    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
+    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
+    return new_dx, new_dA, new_dB, dcore
+
+
+@fake_kernel("layer_backward_projected_")
+def _(g, weight, u, F, B, core, scaling, du, dx, dB, need_B, need_core):
+    dtype = _new_factor_dtype(B, core)
+    new_dx = None
     if weight is not None and dx is None:
         new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
-    if F is not None and A is None:
-        new_du = _empty_with_rank(g, _token_count(g), r_in)
-    if x is not None and dA is None:
-        new_dA = g.new_empty(x.shape[-1], r_in, dtype=dtype)
-    if computes_Q and need_B and dB is None:
-        new_dB = g.new_empty(B.shape, dtype=dtype)
-    if computes_Q and need_core:
-        dcore = g.new_empty(core.shape, dtype=dtype)
-    return new_dx, new_du, new_dA, new_dB, dcore
+    new_du = None
+    if F is not None and du is None:
+        new_du = _empty_rows(g, u.shape[0], u.shape[1])
+    elif F is not None:
+        new_du = g.new_empty(u.shape)  # torch adds the given du, and makes dense rows
+    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
+    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
+    return new_dx, new_du, new_dB, dcore
+
+
+@fake_kernel("layer_backward_rows_")
+def _(g, weight, h, B, dx, dB, need_h, need_B):
+    new_dx = None
+    if weight is not None and dx is None:
+        new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
+    dh = _empty_rows(g, h.shape[0], h.shape[1]) if need_h else None
+    new_dB = None
+    if need_B and dB is None:
+        new_dB = g.new_empty(B.shape, dtype=accumulate_dtype(g.dtype))
+    return new_dx, dh, new_dB
 
 
 @fake_kernel("shrink_backward_")
-def _(k, dx, x, A, dA, p=0.0, seed=None):
+def _(du, dx, x, A, dA, p=0.0, seed=None):
     if x is None or dA is not None:
         return None
-    return k.new_empty(x.shape[-1], k.shape[1], dtype=accumulate_dtype(k.dtype))
+    return du.new_empty(x.shape[-1], du.shape[1], dtype=accumulate_dtype(du.dtype))
 
 
 @fake_kernel("row_core")
 def _(u, cores, index, offs, tokens, scaling):
     rows = u.shape[0] if tokens is None else tokens.shape[0]
-    return _empty_with_rank(u, rows, cores.shape[2])
+    return _empty_rows(u, rows, cores.shape[2])
 
 
 @fake_kernel("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
-    du = _empty_with_rank(u, *u.shape) if need_u else u.new_empty(0, 0)
+    du = _empty_rows(u, *u.shape) if need_u else u.new_empty(0, 0)
     shape = cores.shape if need_cores else (0, 0, 0)
     return du, u.new_empty(shape, dtype=accumulate_dtype(u.dtype))
 

@@ -1,18 +1,22 @@
-"""vLLM's linear layers with cores in the slots of adapters: y_i += ((x_i A) G_slot(i)) B^T.
+"""The linear layers of vLLM with cores in the slots of adapters: y_i += ((x_i A) G_slot(i)) B^T.
 
-Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], which include the scaling. x A is
-computed once for modules that share A and that vLLM has packed into one layer. Under tensor parallelism each process has the
-rows of A or B that belong to its part of the weight, cut by vLLM's own rules for LoRA. The sum over processes that the base
-layer needs serves the adapter too. All shapes are fixed and no value of the index is read on the host, so a CUDA graph may
-capture the forward.
+Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], which
+include the scaling. x A is computed once for modules that share A and that vLLM has packed into one
+layer.
 
-This file imports private names of vLLM. python_tests/serving uses each of them, and names one that a version moves or drops.
+With tensor parallelism each process has the rows of A or B that belong to its part of the weight,
+cut by vLLM's rules for LoRA. The sum over processes that the base layer needs then includes the
+adapter. All shapes are fixed and no value of the index is read on the host, so that a CUDA graph
+may capture the forward.
+
+This file imports private names of vLLM. python_tests/serving uses each of them, and fails if a
+version moves or drops one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +47,10 @@ from . import Factors, read_task
 
 __all__ = ["install"]
 
-TESTED = "0.32."
+TESTED_VERSION = "0.32."
 lotr = torch.ops.lotr
 
-# vLLM's wrappers of linear layers: one LoRA for the layer, or one for each module that vLLM packs into it
+# vLLM's wrappers of linear layers: one LoRA for the layer, or one for each module packed into it.
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     MergedQKVParallelLinearWithLoRA,
     QKVParallelLinearWithLoRA,
@@ -60,19 +64,19 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
 def install(factors: Factors) -> None:
     """Makes vLLM load tasks over these factors into layers with cores.
 
-    Raises RuntimeError for a version of vLLM that is not tested, unless LOTR_VLLM_ANY=1.
+    Raises:
+        RuntimeError: If this version of vLLM is not tested, unless LOTR_VLLM_ANY=1.
     """
-    if not vllm.__version__.startswith(TESTED) and os.environ.get("LOTR_VLLM_ANY") != "1":
+    allows_any = os.environ.get("LOTR_VLLM_ANY") == "1"
+    if not vllm.__version__.startswith(TESTED_VERSION) and not allows_any:
         raise RuntimeError(
-            f"vllm: expected version {TESTED}*, with which lotr_ext is tested, got {vllm.__version__}. Set LOTR_VLLM_ANY=1 to "
-            f"try another version."
+            f"vllm: expected version {TESTED_VERSION}*, with which lotr_ext is tested, got "
+            f"{vllm.__version__}. Set LOTR_VLLM_ANY=1 to try another version."
         )
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
     shared: dict[tuple[Any, ...], Tensor] = {}
-    utils._all_lora_classes = (
-        *(_native(base, factors, shared) for base in LINEAR_LAYERS),
-        *utils._all_lora_classes,
-    )
+    native_classes = [_with_cores(base, factors, shared) for base in LINEAR_LAYERS]
+    utils._all_lora_classes = (*native_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
         cores = read_task(get_adapter_absolute_path(request.lora_path), factors)
@@ -83,71 +87,82 @@ def install(factors: Factors) -> None:
 
 
 def _adapt_only(names: Collection[str]) -> None:
-    """Restricts vLLM to linear layers of these names. Otherwise it has slots for embeddings, the head and experts too, and
-    computes with them."""
-    every = manager.get_supported_lora_modules
+    """Restricts vLLM to linear layers of these names.
+
+    Otherwise it has slots for embeddings, the head and experts as well, and computes with them.
+    """
+    supported_modules = manager.get_supported_lora_modules
 
     def supported(model: nn.Module) -> list[str]:
         packed = get_packed_modules_mapping(model)
-        found = [
-            name for name in every(model) if not {name, *packed.get(name, ())}.isdisjoint(names)
-        ]
-        if not found:
+        selected = []
+        for name in supported_modules(model):
+            if not {name, *packed.get(name, ())}.isdisjoint(names):
+                selected.append(name)
+        if not selected:
             raise ValueError(
-                f"LOTR_FACTORS: expected layers of the engine's model, got {sorted(names)} of another base model"
+                f"LOTR_FACTORS: expected layers of the engine's model, got {sorted(names)} of "
+                f"another base model. Export the factors from an adapter of this model."
             )
-        return found
+        return selected
 
     manager.get_supported_lora_modules = supported
-    begin = FusedMoEConfig.__post_init__
+    initialize = FusedMoEConfig.__post_init__
 
-    def begin_plain(self: FusedMoEConfig) -> None:
-        self.is_lora_enabled = False  # if True, vLLM selects kernels for experts with LoRA, which do not exist on a CPU
-        begin(self)
+    def initialize_without_lora(self: FusedMoEConfig) -> None:
+        # If True, vLLM selects kernels for experts with LoRA, which do not exist on a CPU.
+        self.is_lora_enabled = False
+        initialize(self)
 
-    FusedMoEConfig.__post_init__ = begin_plain
+    FusedMoEConfig.__post_init__ = initialize_without_lora
 
 
-# ---- tasks as adapters -----------------------------------------------------------------------------------------------
+# ---- tasks as adapters of vLLM -------------------------------------------------------------------
 
 
 def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRAModel:
-    """An adapter of that number that passes the vector of all cores as lora_A to each layer with cores."""
+    """Returns an adapter that passes the vector of all cores as lora_A to each layer with cores."""
     cores = cores.to(adapters.lora_config.lora_dtype)
-    same = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
-    own = [
-        name
-        for name, module in adapters._adapter_manager.modules.items()
-        if hasattr(module, "lotr_parts")
-    ]
-    return LoRAModel(number, 1, dict.fromkeys(own, same))
+    weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
+    modules = adapters._adapter_manager.modules
+    names = [name for name, module in modules.items() if isinstance(module, _LayerWithCores)]
+    return LoRAModel(number, 1, dict.fromkeys(names, weights))
 
 
 def _check_layers(adapters: WorkerLoRAManager, factors: Factors) -> None:
-    """Raises ValueError unless the engine adapts all layers of factors; `create_lora_weights` has checked their sizes."""
-    modules = adapters._adapter_manager.modules.values()
-    own = {
-        name
-        for module in modules
-        if isinstance(module, _Native)
-        for name in module.base_layer.lotr_names
-    }
-    missing = [name for name in factors.layers if name not in own]
-    if (
-        missing and get_pp_group().world_size == 1
-    ):  # with pipeline parallelism: a layer of another process
+    """Checks that the engine adapts all layers of factors. Their sizes are checked already.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if get_pp_group().world_size > 1:
+        return  # with pipeline parallelism, other processes have the other layers
+    adapted: set[str] = set()
+    for module in adapters._adapter_manager.modules.values():
+        if isinstance(module, _LayerWithCores):
+            adapted.update(module.base_layer.lotr_names)
+    missing = [name for name in factors.layers if name not in adapted]
+    if missing:
         raise ValueError(
-            f"factors: expected layers of the engine's model that take adapters, got {missing[0]!r}. They belong to another "
-            f"base model, or the engine's lora_target_modules exclude it."
+            f"factors: expected layers of the engine's model that accept adapters, got "
+            f"{missing[0]!r}. They belong to another base model, or the engine's "
+            f"lora_target_modules exclude it."
         )
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """One module of a packed layer: its factors A [k, r_in] and B [n, r_out], cores [slots, r_in, r_out], the slice of its core
-    in a task's vector, and its columns of the layer's output."""
+    """One module of a packed layer.
+
+    Attributes:
+        span: The slice of its core in the vector of a task.
+        A: [k, r_in].
+        B: [n, r_out].
+        cores: [slots, r_in, r_out].
+        columns: Its columns of the layer's output.
+    """
 
     span: slice
     A: Tensor
@@ -156,11 +171,12 @@ class Part(NamedTuple):
     columns: slice
 
 
-class _Native:
-    """Replaces the adapter code of one of vLLM's wrappers. `_native` sets the class's two attributes.
+class _LayerWithCores:
+    """Replaces the adapter code of one of vLLM's wrappers. `_with_cores` sets the attributes.
 
-    lotr_shared: A and B by name, dtype, device and part of the weight. lotr_kernels: whether kernels for the ranks exist;
-    otherwise torch's products are used.
+    Attributes:
+        lotr_factors: The factors of all layers.
+        lotr_shared: A and B on the device, by name, dtype, device and part of the weight.
     """
 
     lotr_factors: Factors
@@ -169,69 +185,89 @@ class _Native:
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
+        """Makes the slots. vLLM calls it once."""
         if lora_config.fully_sharded_loras:
             raise ValueError(
-                "fully_sharded_loras: expected False with LOTR_FACTORS, got True: each process holds A and B"
+                "fully_sharded_loras: expected False with LOTR_FACTORS, because each process holds "
+                "A and B, got True. Start the engine without it."
             )
         self.lora_config = lora_config
-        factors, dtype = self.lotr_factors, lora_config.lora_dtype
         names = self.base_layer.lotr_names
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
         self.lotr_parts: list[Part | None] = []
-        at = 0
+        start = 0
         for name, size in zip(names, sizes, strict=True):
-            part = None
-            if name in factors.layers:
-                A, B = (
-                    self._factor(key, side, len(self.lotr_parts), dtype)
-                    for key, side in zip(factors.layers[name], "AB")
-                )
-                if (len(A), len(B)) != (self.input_size, size):
-                    raise ValueError(
-                        f"LOTR_FACTORS: expected {(self.input_size, size)} features at {name}, got {(len(A), len(B))} of "
-                        f"another base model"
-                    )
-                cores = torch.zeros(
-                    max_loras, *factors.core_shape(name), dtype=dtype, device=self.device
-                )
-                part = Part(factors.spans[name], A, B, cores, slice(at, at + size))
-            self.lotr_parts.append(part)
-            at += size
+            columns = slice(start, start + size)
+            self.lotr_parts.append(self._part(name, columns, max_loras))
+            start += size
         self.output_slices = sizes
-        widest = max(
-            (max(part.cores.shape[1:]) for part in self.lotr_parts if part is not None), default=1
-        )
-        self.lotr_kernels = kernel_obstacle(widest, dtype, torch.device(self.device)) is None
-        # vLLM reads only the shapes of these stacks, so they have one element's memory
-        like, rank = torch.zeros(1, dtype=dtype, device=self.device), lora_config.max_lora_rank
-        ranks = [factors.core_shape(name)[0] if name in factors.layers else 1 for name in names]
-        self.lora_a_stacked = tuple(like.expand(max_loras, 1, rank, r_in) for r_in in ranks)
-        self.lora_b_stacked = tuple(like.expand(max_loras, 1, 1, rank) for _ in ranks)
+        ranks = [1]
+        for part in self.lotr_parts:
+            if part is not None:
+                ranks += part.cores.shape[1:]
+        obstacle = kernel_obstacle(max(ranks), lora_config.lora_dtype, torch.device(self.device))
+        self.lotr_has_kernels = obstacle is None
+        self._stack_shapes(max_loras)
 
-    def _factor(self, key: str, side: str, place: int, dtype: torch.dtype) -> Tensor:
-        """A [k, r_in] or B [n, r_out] for this process's part of the weight. place: index of the packed module."""
-        whole = self.lotr_factors.tensors[key]
-        own = whole if self.tp_size == 1 else self._own_rows(whole, side, place)
-        cut = (
-            None
-            if own.shape == whole.shape
-            else (type(self).__name__, place, self.input_size, self.output_size)
-        )
-        of = (key, dtype, str(self.device), cut)
-        if of not in self.lotr_shared:
-            self.lotr_shared[of] = own.to(self.device, dtype).contiguous()
-        return self.lotr_shared[of]
+    def _part(self, name: str, columns: slice, slots: int) -> Part | None:
+        """Returns the part of a packed module, None if the module is not adapted."""
+        factors = self.lotr_factors
+        if name not in factors.layers:
+            return None
+        place = len(self.lotr_parts)
+        A_key, B_key = factors.layers[name]
+        A = self._factor(A_key, "A", place)
+        B = self._factor(B_key, "B", place)
+        expected = (self.input_size, columns.stop - columns.start)
+        if (len(A), len(B)) != expected:
+            raise ValueError(
+                f"LOTR_FACTORS: expected {expected} features at {name}, got {(len(A), len(B))} of "
+                f"another base model. Export the factors from an adapter of this model."
+            )
+        shape = factors.core_shape(name)
+        dtype = self.lora_config.lora_dtype
+        cores = torch.zeros(slots, *shape, dtype=dtype, device=self.device)
+        return Part(factors.spans[name], A, B, cores, columns)
 
-    def _own_rows(self, whole: Tensor, side: str, place: int) -> Tensor:
-        """This process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
-        given, cut = (whole.T, self.slice_lora_a) if side == "A" else (whole, self.slice_lora_b)
-        if self.n_slices > 1:
-            packed: list[Tensor | None] = [None] * self.n_slices
-            packed[place] = given
-            found = cut(packed)[place]
-        else:
-            found = cut(given)
-        return found.T if side == "A" else found
+    def _stack_shapes(self, max_loras: int) -> None:
+        """Makes vLLM's stacks of LoRAs. It reads only their shapes, so they have one element."""
+        rank = self.lora_config.max_lora_rank
+        element = torch.zeros(1, dtype=self.lora_config.lora_dtype, device=self.device)
+        ranks = [1 if part is None else part.cores.shape[1] for part in self.lotr_parts]
+        self.lora_a_stacked = tuple(element.expand(max_loras, 1, rank, r_in) for r_in in ranks)
+        self.lora_b_stacked = tuple(element.expand(max_loras, 1, 1, rank) for _ in ranks)
+
+    def _factor(self, key: str, side: str, place: int) -> Tensor:
+        """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
+
+        Args:
+            key: The name of the factor.
+            side: "A" or "B".
+            place: The index of the packed module.
+        """
+        dtype = self.lora_config.lora_dtype
+        full = self.lotr_factors.tensors[key]
+        rows = full if self.tp_size == 1 else self._rows_of_process(full, side, place)
+        cut = None
+        if rows.shape != full.shape:
+            cut = (type(self).__name__, place, self.input_size, self.output_size)
+        shared_key = (key, dtype, str(self.device), cut)
+        if shared_key not in self.lotr_shared:
+            self.lotr_shared[shared_key] = rows.to(self.device, dtype).contiguous()
+        return self.lotr_shared[shared_key]
+
+    def _rows_of_process(self, full: Tensor, side: str, place: int) -> Tensor:
+        """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
+        if side == "A":
+            return self._cut(self.slice_lora_a, full.T, place).T
+        return self._cut(self.slice_lora_b, full, place)
+
+    def _cut(self, slice_lora: Any, matrix: Tensor, place: int) -> Tensor:
+        if self.n_slices == 1:
+            return slice_lora(matrix)
+        packed: list[Tensor | None] = [None] * self.n_slices
+        packed[place] = matrix
+        return slice_lora(packed)[place]
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:
@@ -239,9 +275,17 @@ class _Native:
                 part.cores[index] = 0
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """lora_a: the vector of a task's cores, from `_as_adapter`; vLLM's dummy adapters, which are zero, pass matrices."""
+        """Writes a task into a slot.
+
+        Args:
+            index: The slot.
+            lora_a: The vector of `_as_adapter`. vLLM's dummy adapters, which are zero, are
+                matrices.
+            lora_b: Not read.
+        """
         if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:
-            return self.reset_lora(index)
+            self.reset_lora(index)
+            return
         for part in self.lotr_parts:
             if part is not None:
                 part.cores[index].copy_(lora_a[part.span].view(part.cores.shape[1:]))
@@ -249,48 +293,60 @@ class _Native:
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         if self.punica_wrapper.no_lora or not any(self.lotr_parts):
             return output
-        slots = self.punica_wrapper.token_lora_indices  # [tokens], -1 for none
-        tokens, y = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
-        shrunk: dict[int, Tensor] = {}
+        x_rows = x.reshape(-1, x.shape[-1])
+        y = output.view(-1, output.shape[-1])
+        slots = self.punica_wrapper.token_lora_indices[: len(x_rows)]  # -1 for none
+        projections: dict[int, Tensor] = {}
         for part in self.lotr_parts:
             if part is None:
                 continue
-            if (u := shrunk.get(id(part.A))) is None:
-                u = shrunk[id(part.A)] = (
-                    lotr.shrink(tokens, part.A) if self.lotr_kernels else tokens @ part.A
-                )
-            index = slots[: len(tokens)]
-            if self.lotr_kernels:
-                h = lotr.row_core(u, part.cores, index, None, None, 1.0)
-                lotr.expand_add_(y[:, part.columns], h, part.B)
-            else:
-                y[:, part.columns].addmm_(fallback.row_core(u, part.cores, 1.0, index), part.B.T)
+            u = projections.get(id(part.A))
+            if u is None:
+                u = self._project(x_rows, part.A)
+                projections[id(part.A)] = u
+            self._add(y[:, part.columns], u, part, slots)
         return y.view(output.shape)
 
+    def _project(self, x: Tensor, A: Tensor) -> Tensor:
+        return lotr.shrink(x, A) if self.lotr_has_kernels else x @ A
 
-def _native(
+    def _add(self, y: Tensor, u: Tensor, part: Part, slots: Tensor) -> None:
+        """Adds (u G_slot) B^T to y, a view of the output."""
+        if self.lotr_has_kernels:
+            h = lotr.row_core(u, part.cores, slots, None, None, 1.0)
+            lotr.expand_add_(y, h, part.B)
+        else:
+            y.addmm_(fallback.row_core(u, part.cores, 1.0, slots), part.B.T)
+
+
+def _with_cores(
     base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...], Tensor]
 ) -> type[nn.Module]:
-    """The class of layers with cores for one of vLLM's wrappers."""
+    """Returns the class of layers with cores for one of vLLM's wrappers."""
 
     def can_replace_layer(
-        cls: type, source_layer: nn.Module, lora_config: Any, packed_modules_list: list, **rest: Any
+        cls: type,
+        source_layer: nn.Module,
+        lora_config: Any,
+        packed_modules_list: list[str],
+        **options: Any,
     ) -> bool:
-        asked: Mapping[str, Any] = {
-            "lora_config": lora_config,
-            "packed_modules_list": packed_modules_list,
-            **rest,
-        }
-        if not base.can_replace_layer(source_layer=source_layer, **asked):
+        if not base.can_replace_layer(
+            source_layer=source_layer,
+            lora_config=lora_config,
+            packed_modules_list=packed_modules_list,
+            **options,
+        ):
             return False
-        host, _, own = source_layer.prefix.rpartition(".")
-        names = packed_modules_list if len(packed_modules_list) > 1 else [own]
-        source_layer.lotr_names = tuple(f"{host}.{name}" if host else name for name in names)
+        parent, _, name = source_layer.prefix.rpartition(".")
+        names = packed_modules_list if len(packed_modules_list) > 1 else [name]
+        source_layer.lotr_names = tuple(f"{parent}.{n}" if parent else n for n in names)
         return True
 
-    body = {
+    attributes = {
         "can_replace_layer": classmethod(can_replace_layer),
         "lotr_factors": factors,
         "lotr_shared": shared,
     }
-    return type(base.__name__, (_Native, base), body)  # vLLM compares the names of some classes
+    # The same name, because vLLM compares the names of some classes.
+    return type(base.__name__, (_LayerWithCores, base), attributes)

@@ -56,11 +56,12 @@ def step(
     pause()
     lotr.expand_add_(y, u, t["F"], p, seed)
     pause()
-    operands = (t["g"], None, None, u, None, t["F"], t["B"], t["core"], 2.0**-10, 0)
-    _, k, _, _, dcore = lotr.layer_backward_(*operands, None, None, None, None, dB, True, True)
+    _, du, _, dcore = lotr.layer_backward_projected_(
+        t["g"], None, u, t["F"], t["B"], t["core"], 2.0**-10, None, None, dB, True, True
+    )
     pause()
-    lotr.shrink_backward_(k, dx, t["x"], t["A"], dA, p, seed)
-    return [u, y, k, dB, dcore, dx, dA]
+    lotr.shrink_backward_(du, dx, t["x"], t["A"], dA, p, seed)
+    return [u, y, du, dB, dcore, dx, dA]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import test_operators
 import torch
-from helpers import LAYOUTS
+from helpers import LAYOUTS, SCHEMAS
 from test_operators import BETA, DROPS, KINDS, SHAPES, TABLE, Case
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -21,6 +21,12 @@ from lotr_ext.core.kernel_support import build_info
 
 FUSED = 2  # csrc/torch/check.h
 ON_GPU = [kind for kind in KINDS if torch.float64 not in kind]
+FUSED_OPERATORS = (
+    "layer_forward",
+    "layer_forward_projected",
+    "layer_forward_rows",
+    "layer_backward_",
+)
 FUSED_SHAPES = [
     (1, 72, 64, 16),
     (300, 200, 328, 11),
@@ -55,9 +61,11 @@ class OnDevice:
             return moved[id(storage)][1].as_strided(t.shape, t.stride(), t.storage_offset())
 
         operands = tree_map_only(Tensor, on_device, arguments)
-        strategy = {"layer_forward": 7, "layer_backward_": 9}.get(name)
-        if self.fused and strategy and operands[strategy] == BETA:
-            operands = (*operands[:strategy], FUSED, *operands[strategy + 1 :])
+        names = [argument.name for argument in SCHEMAS[name].arguments]
+        if self.fused and "strategy" in names:
+            strategy = names.index("strategy")
+            if operands[strategy] == BETA:
+                operands = (*operands[:strategy], FUSED, *operands[strategy + 1 :])
         result = getattr(torch.ops.lotr, name)(*operands)
         for original, copy in moved.values():
             original.copy_(copy)
@@ -102,7 +110,7 @@ def hopper() -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["layer_forward", "layer_backward_"])
+@pytest.mark.parametrize("name", FUSED_OPERATORS)
 def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
     for shape in FUSED_SHAPES:

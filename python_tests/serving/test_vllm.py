@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -198,12 +199,14 @@ def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
 def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 1)
     export_lora(model, tmp_path / "lora", base_model="base")
-    banked("llama", tmp_path / "other", 1, rank=4)
+    banked("llama", tmp_path / "other-rank", 1, rank=4)
+    banked("llama", tmp_path / "other-factors", 1, init="normal")
     spoiled = {name: spoil(tmp_path, name) for name in ("nan", "shape", "missing", "cut")}
     wrong = [
         tmp_path / "lora",
         tmp_path / "factors",
-        tmp_path / "other" / "task-0",
+        tmp_path / "other-rank" / "task-0",
+        tmp_path / "other-factors" / "task-0",
         *spoiled.values(),
         tmp_path / "nowhere",
     ]
@@ -211,13 +214,15 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     found = run(
         tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2
     )
+    core = "model.layers.0.mlp.down_proj.core"
     messages = [
         "expected a task by export_task, got an adapter of LORA",
         "expected a JSON file",
-        "expected a task over the engine's factors",
-        "expected finite values in model.layers.0.mlp.down_proj.core, got values that are not finite",
-        "expected floating values (3, 5)",
-        "missing model.layers.0.mlp.down_proj.core; not in the model none",
+        f"{core}: expected the ranks of the adapter",
+        "made for other A and B",
+        f"expected finite values, got others in {core}",
+        f"{core}: expected the ranks of the adapter",
+        f"missing {core}; not in the model none",
         "expected a safetensors file",
         "expected a JSON file",
     ]
@@ -237,11 +242,13 @@ def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
 
 
 def spoil(folder: Path, how: str) -> Path:
-    """A copy of task-0 with something wrong in its tensors."""
+    """Returns a copy of task-0 with something wrong in its tensors."""
     target = folder / how
     shutil.copytree(folder / "task-0", target)
-    file = target / "lotr_task.safetensors"
-    tensors = load_file(file)
+    path = target / "lotr_task.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
     key = min(tensors)
     if how == "nan":
         tensors[key][0, 0] = float("nan")
@@ -249,7 +256,7 @@ def spoil(folder: Path, how: str) -> Path:
         tensors[key] = tensors[key][:-1].clone()
     elif how == "missing":
         del tensors[key]
-    save_file(tensors, file)
+    save_file(tensors, path, metadata)
     if how == "cut":
-        file.write_bytes(file.read_bytes()[:-100])
+        path.write_bytes(path.read_bytes()[:-100])
     return target

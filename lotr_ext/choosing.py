@@ -1,0 +1,106 @@
+"""rank_for: the recipe of docs/choosing.md for one model.
+
+    numbers of the adapter        form                                      as in the recipe
+    below LoRA of rank 0.1        dense cores, a pair for each shape        "very small"
+    below LoRA of rank 2          diagonal cores, a pair for each shape     "as LoRA of rank 1"
+    from there on                 dense cores, a pair for each shape and    "as LoRA of rank 4"
+                                  block
+
+The rank is the largest one with at most so many numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .config import LoTRConfig
+from .functional import check_dimension
+from .targets import Selection, select
+
+__all__ = ["rank_for"]
+
+# Where the recipe changes its form, in ranks of a LoRA: between the sizes that were measured
+# (docs/choosing.md), 1 and 4 at their geometric mean.
+_DIAGONAL_FROM = 0.1
+_BLOCKS_FROM = 2.0
+
+
+def rank_for(
+    model: nn.Module, *, like: str | None = None, numbers: int | None = None, **settings: Any
+) -> LoTRConfig:
+    """Returns the configuration that docs/choosing.md recommends for a size of the adapter.
+
+    `apply_lotr(model, rank_for(model, like="lora:1"))` adapts the model with at most as many
+    numbers as a LoRA of rank 1 has. The adapter's rank, form and groups depend on the model's
+    layers. From LoRA of rank 16 on, the recipe is LoRA itself: no form of LoTR was better.
+
+    Args:
+        model: A plain model. It is not changed.
+        like: "lora:<rank>": as many numbers as a LoRA of this rank over the same layers.
+        numbers: The number of trained parameters of the adapter, instead of like.
+        settings: Other fields of `LoTRConfig`, such as target_modules or dropout.
+
+    Raises:
+        TypeError: If neither or both of like and numbers are given; if one has a wrong type; or if
+            a setting is one that this function chooses.
+        ValueError: If like is not "lora:<rank>"; or if numbers are too few for rank 1.
+        TypeError, ValueError, RuntimeError: As for `LoTRConfig` and `apply_lotr`.
+    """
+    for name in ("rank", "core", "group_by", "target_parameters"):
+        if name in settings:
+            raise TypeError(
+                f"{name}: expected a setting that rank_for does not choose, got "
+                f"{settings[name]!r}. Make a LoTRConfig for it."
+            )
+    if (like is None) == (numbers is None):
+        raise TypeError(f"like: expected either like or numbers, got {like!r} and {numbers!r}")
+    selection = select(model, LoTRConfig(**settings))
+    lora_rank_1 = sum(sum(target.sizes) for target in selection.targets)
+    if numbers is None:
+        budget = _rank_of_lora(like) * lora_rank_1
+    else:
+        budget = check_dimension("numbers", numbers)
+    if budget < _DIAGONAL_FROM * lora_rank_1:
+        form = {"group_by": "shape", "core": "dense"}
+    elif budget < _BLOCKS_FROM * lora_rank_1:
+        form = {"group_by": "shape", "core": "diagonal"}
+    else:
+        form = {"group_by": "block", "core": "dense"}
+    form_selection = select(model, LoTRConfig(**settings, **form))
+    is_diagonal = form["core"] == "diagonal"
+
+    def size(rank: int) -> int:
+        return _size(form_selection, rank, is_diagonal=is_diagonal)
+
+    rank = _largest(size, budget)
+    if rank == 0:
+        raise ValueError(
+            f"numbers: expected at least {size(1):,} for rank 1 in {len(selection.targets)} "
+            f"layers, got {budget:,}. Adapt fewer layers."
+        )
+    return LoTRConfig(rank=rank, **settings, **form)
+
+
+def _rank_of_lora(like: object) -> int:
+    kind, _, rank = like.partition(":") if isinstance(like, str) else ("", "", "")
+    if kind != "lora" or not rank.isdecimal() or int(rank) < 1:
+        raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
+    return int(rank)
+
+
+def _size(selection: Selection, rank: int, *, is_diagonal: bool) -> int:
+    """Returns the number of trained parameters of an adapter of this rank."""
+    core = rank if is_diagonal else rank * rank
+    factors = sum(sum(targets[0].sizes) for targets in selection.groups.values())
+    return rank * factors + core * len(selection.targets)
+
+
+def _largest(size: Callable[[int], int], budget: int) -> int:
+    """Returns the largest rank whose size is at most budget, 0 if there is none."""
+    rank = 0
+    while size(rank + 1) <= budget:
+        rank += 1
+    return rank

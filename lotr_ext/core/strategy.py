@@ -1,0 +1,95 @@
+"""In which order, and in how many kernels, a layer computes its two products.
+
+    two_pass   the base product, then the adapter's product is added to it
+    beta       the adapter's product, then the base product accumulates onto it (its beta is 1)
+    fused      both in one kernel, gemm_lotr, on Hopper GPUs
+
+On CUDA, LOTR_STRATEGY chooses one of them for all layers. It is read once. Layers that gemm_lotr
+refuses run as beta, and `explain` says so.
+
+Not here: the strategies themselves (csrc/torch/layer.h).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from .kernel_support import build_info
+from .operators import BETA, FUSED, TWO_PASS, lotr
+
+STRATEGIES = {"two_pass": TWO_PASS, "beta": BETA, "fused": FUSED}
+
+# On CUDA, from this many tokens on, BETA is faster: it does not read y again, which outweighs its
+# slower start. Derived from bytes moved.
+BETA_TOKENS = 1024
+
+
+@functools.cache
+def strategy_from_environment() -> str | None:
+    """Returns the strategy that LOTR_STRATEGY names, None if it is not set.
+
+    Raises:
+        ValueError: If there is no strategy of this name.
+    """
+    name = os.environ.get("LOTR_STRATEGY") or None
+    if name is not None and name not in STRATEGIES:
+        raise ValueError(
+            f"LOTR_STRATEGY: expected one of {', '.join(STRATEGIES)}, got {name}. "
+            f"Unset it for the default."
+        )
+    return name
+
+
+def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
+    """Returns the strategy of a layer's call.
+
+    On a CPU, BETA is faster for float32 and float64, whose product starts from a copy of the bias
+    anyway. Half types would be rounded once more, and their product is slower with a bias than
+    without, so our expand kernel adds the bias.
+    """
+    if x.is_cpu:
+        return BETA if x.dtype in (torch.float32, torch.float64) else TWO_PASS
+    name = strategy_from_environment()
+    if name == "fused" and not _has_fused():
+        return BETA
+    if name is not None:
+        return STRATEGIES[name]
+    if not isinstance(tokens, int):
+        return BETA
+    return BETA if tokens >= BETA_TOKENS else TWO_PASS
+
+
+@functools.cache
+def _has_fused() -> bool:
+    return any(arch.startswith("90a") for arch in build_info()["cuda"]["archs"])
+
+
+@functools.cache
+def fused_obstacle(
+    k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why gemm_lotr cannot compute a layer [k] -> [n], None if it can.
+
+    It also refuses tensors whose address or strides are not multiples of 16 bytes.
+    """
+    if device.type != "cuda":
+        return "it runs on CUDA"
+    if not _has_fused():
+        return "the build has no kernels for compute capability 9.0 (LOTR_ARCHS=90a-real)"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return lotr.gemm_lotr_refusal(k, n, rank, dtype, index) or None
+
+
+def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Returns what LOTR_STRATEGY makes of a layer [k] -> [n], for `explain`: "" if nothing."""
+    name = strategy_from_environment()
+    if name is None or device.type != "cuda":
+        return ""
+    obstacle = fused_obstacle(k, n, rank, dtype, device) if name == "fused" else None
+    if obstacle is None:
+        return f"strategy {name}"
+    return f"strategy beta, because gemm_lotr cannot run: {obstacle}"

@@ -1,0 +1,84 @@
+"""Checkpoints of transformers' Trainer that contain only the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from models import started
+from torch import Tensor, nn
+
+from lotr_ext import load_adapter
+from lotr_ext.adapted import adapted_layers
+from lotr_ext.trainer import AdapterCheckpoints
+
+transformers = pytest.importorskip("transformers")
+
+
+class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):
+    pass
+
+
+def trainer(folder: Path, **settings: object) -> AdapterTrainer:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 20, (32, 6), generator=generator)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    options = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = transformers.TrainingArguments(str(folder), **{**options, **settings})
+    model = started("llama", modules_to_save=["lm_head"])
+    return AdapterTrainer(model, arguments, train_dataset=data, eval_dataset=data)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "one")
+    start = trained(whole.model)
+    whole.train()
+    expected = trained(whole.model)
+    assert not equal(start, expected)
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"lotr_adapter.safetensors", "optimizer.pt"} <= files
+    assert "model.safetensors" not in files
+
+    resumed = trainer(tmp_path / "two")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 4
+    assert equal(trained(resumed.model), expected)
+
+    loaded = load_adapter(zoo.net("llama"), tmp_path / "two" / "checkpoint-4")
+    assert equal(trained(loaded), expected)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        greater_is_better=True,  # the loss falls, so the first checkpoint is the best one
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    loaded = load_adapter(zoo.net("llama"), best)
+    assert equal(trained(run.model), trained(loaded))
+    run.save_model(str(tmp_path / "end"))
+    assert adapted_layers(load_adapter(zoo.net("llama"), tmp_path / "end"))
