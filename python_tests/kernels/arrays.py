@@ -57,6 +57,11 @@ PACKED = Layout()
 ROWS_OF_16_BYTES = Layout(multiple=8)
 
 
+# A NaN for each size of an element. The executor's shared memory starts as another NaN, all bits
+# set, so that a copy of it outside an output is noticed.
+POISON = {2: np.uint16(0xFFFE), 4: np.uint32(0xFFFFFFFE)}
+
+
 def poisoned(
     shape: tuple[int, int], dtype: np.dtype, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -67,9 +72,8 @@ def poisoned(
     raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
     buffer = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-    buffer.view(np.uint16 if buffer.itemsize == 2 else np.uint32)[...] = (
-        0xFFFF if buffer.itemsize == 2 else 0xFFFFFFFF
-    )
+    poison = POISON[buffer.itemsize]
+    buffer.view(poison.dtype)[...] = poison
     view = buffer[layout.offset : layout.offset + rows * stride].reshape(rows, stride)[:, :cols]
     return buffer, view.T if layout.transposed else view
 
@@ -95,21 +99,20 @@ class Output:
         if len(shape) > 2:
             layout = PACKED
         self.buffer, matrix = poisoned(matrix_shape, dtype, layout)
-        word = np.uint16 if self.buffer.itemsize == 2 else np.uint32
         inside = np.zeros(self.buffer.shape, bool)
         row_stride, col_stride = (stride // self.buffer.itemsize for stride in matrix.strides)
         rows, cols = np.indices(matrix_shape)
         inside[layout.offset + rows * row_stride + cols * col_stride] = True
         self._outside = ~inside
-        self._words = self.buffer.view(word)
+        self._poison = POISON[self.buffer.itemsize]
+        self._words = self.buffer.view(self._poison.dtype)
         self.view = matrix.reshape(shape)
         if values is not None:
             self.view[...] = values
 
     def check_outside(self) -> None:
         """Asserts that nothing around the matrix was written."""
-        words = self._words[self._outside]
-        assert (words == words.dtype.type(~words.dtype.type(0))).all(), "wrote outside the output"
+        assert (self._words[self._outside] == self._poison).all(), "wrote outside the output"
 
 
 def check_close(
