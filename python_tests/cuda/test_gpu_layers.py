@@ -43,17 +43,18 @@ def test_experts(dtype: torch.dtype, device: str) -> None:
     x = torch.randn(tokens, 64).to(dtype)
     of_row = torch.randint(0, tokens, (600,))
     g = torch.randn(ends[-1], 48).to(dtype)
-    found = []
-    for own, place in ((layer, device), (copy.deepcopy(layer).to("cpu", torch.float64), "cpu")):
-        wide = own.weight.dtype
-        x_here = x.to(place, wide, copy=True).requires_grad_()
-        y = own(x_here, torch.tensor(ends, dtype=torch.int32, device=place), of_row.to(place))[
-            : ends[-1]
-        ]
-        y.backward(g.to(place, wide))
-        trained = (own.core, own.factors.A.value, own.factors.B.value)
-        found.append([t.detach().cpu() for t in (y, x_here.grad, *(p.grad for p in trained))])
-    assert worst(*found) < 3 * CLOSE[dtype]
+    reference = copy.deepcopy(layer).to("cpu", torch.float64)
+    results = []
+    for experts, place in ((layer, device), (reference, "cpu")):
+        dtype_of_layer = experts.weight.dtype
+        moved_x = x.to(place, dtype_of_layer, copy=True).requires_grad_()
+        offs = torch.tensor(ends, dtype=torch.int32, device=place)
+        y = experts(moved_x, offs, of_row.to(place))[: ends[-1]]
+        y.backward(g.to(place, dtype_of_layer))
+        trained = (experts.core, experts.factors.A.value, experts.factors.B.value)
+        gradients_of_layer = [parameter.grad for parameter in trained]
+        results.append([t.detach().cpu() for t in (y, moved_x.grad, *gradients_of_layer)])
+    assert worst(*results) < 3 * CLOSE[dtype]
 
 
 def test_tasks(device: str) -> None:
@@ -75,7 +76,7 @@ def test_tasks(device: str) -> None:
             assert relative(y, truth(x.double().cpu())) < 1e-5
 
 
-# ---- whole models ----
+# ---- models ----
 
 
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -88,14 +89,14 @@ def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradients by the formula in float64."""
     model = copy.deepcopy(model).to("cpu", torch.float64)
     plain = zoo.net("mlp").double()
-    own = models.own_parameters(model)
+    parameters = models.own_parameters(model)
     y = torch.func.functional_call(plain, models.written_out(model, plain), (x.double().cpu(),))
-    return list(torch.autograd.grad(y.square().mean(), own))
+    return list(torch.autograd.grad(y.square().mean(), parameters))
 
 
 @pytest.mark.parametrize(
     "mode", ["default", "reduce-overhead"]
-)  # the latter: CUDA graphs of torch's own making
+)  # the latter uses torch's CUDA graphs
 @pytest.mark.parametrize("tokens", [40, 2100])
 def test_compiled_model(mode: str, tokens: int, device: str) -> None:
     torch.compiler.reset()
@@ -121,7 +122,7 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
 
 
 class Trained:
-    """A model, its optimizer and where its batches lie; `step` is all that a graph captures."""
+    """A model, its optimizer and its batch buffers. A graph captures `step`."""
 
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).cuda()

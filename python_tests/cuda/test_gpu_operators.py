@@ -119,11 +119,11 @@ def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("hopper")
 def test_fused_in_a_graph() -> None:
-    """A captured launch, replayed beside launches in another stream."""
+    """A captured launch, replayed while another stream launches."""
     sizes = ((700, 512), (768, 512), (512, 16), (768, 16), (16, 16))
     x, weight, A, B, core = (torch.randn(*size, device="cuda").bfloat16() for size in sizes)
     run = partial(torch.ops.lotr.layer_forward, x, weight, None, A, B, core, 0.1, FUSED)
-    want = run()[0]
+    expected = run()[0]
     graph = torch.cuda.CUDAGraph()
     other = torch.cuda.Stream()
     with torch.cuda.graph(graph):
@@ -132,6 +132,6 @@ def test_fused_in_a_graph() -> None:
     for _ in range(50):
         graph.replay()
         with torch.cuda.stream(other):
-            beside = run()[0]
+            y_of_other = run()[0]
     torch.cuda.synchronize()
-    assert torch.equal(y, want) and torch.equal(beside, want)
+    assert torch.equal(y, expected) and torch.equal(y_of_other, expected)

@@ -125,7 +125,7 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 
 @pytest.mark.full
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
-    """65,535 tiles of 64 columns that lie apart: x is packed first, tile by tile."""
+    """65,535 tiles of 64 strided columns: x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
     x = lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3]
     A = lib.sparse_array([cols, 8], np.dtype(np.uint16))

@@ -100,7 +100,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
             sum(a[f"read_{what}"] + a[f"written_{what}"] for a in arrays)
             for what in ("bytes", "sectors")
         )
-        assert bytes_ >= 0.95 * 32 * sectors, "whole sectors"
+        assert bytes_ >= 0.95 * 32 * sectors, "complete sectors"
         assert counters["shared_wavefronts"] <= 1.05 * counters["shared_phases"], "bank conflicts"
         products = m // 64 * n // 256 * (k // 16 + 1) if kernel in FUSED else 0
         assert counters["wgmma"] == products, "the rank costs one product of 16"

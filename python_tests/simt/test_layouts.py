@@ -52,7 +52,7 @@ def d_wgmma(thread: int, i: int) -> tuple[int, int]:
 def gather(
     values: list[float], place: Callable[[int, int], tuple[int, int]], shape: tuple[int, int]
 ) -> np.ndarray:
-    """The matrix whose elements the threads hold, thread after thread."""
+    """Returns the matrix of the elements that the threads hold, thread after thread."""
     per_thread = np.asarray(values).reshape(128 if place is d_wgmma else 32, -1)
     matrix = np.full(shape, np.nan)
     for (thread, i), value in np.ndenumerate(per_thread):
@@ -133,7 +133,7 @@ def test_wgmma(printed: dict, major: str) -> None:
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
     at_first = gather([float(i) for _ in range(128) for i in range(N // 2)], d_wgmma, (64, N))
-    whole = gather(out[:, : N // 2], d_wgmma, (64, N))
+    result = gather(out[:, : N // 2], d_wgmma, (64, N))
     part = gather(out[:, N // 2 : N], d_wgmma, (64, N))
-    assert np.abs(whole - (at_first + a @ b.T)).max() < 1e-3
+    assert np.abs(result - (at_first + a @ b.T)).max() < 1e-3
     assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3

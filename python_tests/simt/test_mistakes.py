@@ -93,7 +93,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "too_little_shared_memory": {"plain": "shared struct has 9216 bytes, the launch gave 4608"},
     "empty_tensor_map": {"plain": "tensor map: expected at least one row and column"},
 }
-UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine that has no switch of its own
+UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine without a switch in assembly
 
 
 def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[list[str], str]:
@@ -117,7 +117,7 @@ def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[lis
     ],
 )
 def test_noticed(mistake: str, mode: str) -> None:
-    """And where the process goes on, a failed launch leaves nothing behind."""
+    """If the process continues, a failed launch has no effect on the next one."""
     printed, errors = run(mistake, mode)
     if mode == "asan":
         assert re.search(MISTAKES[mistake][mode], errors), errors
