@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from .checks import check_dimension
 from .config import LoTRConfig
-from .functional import check_dimension
 from .targets import Selection, select
 
 __all__ = ["rank_for"]

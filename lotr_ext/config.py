@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import check_probability, check_rank
 from .core.operators import DTYPES
 from .cores import FORMS
 from .factors import Scaling, scaling_of
-from .functional import check_probability, check_rank
 from .init import CORE_INITS, FACTOR_INITS
 
 __all__ = ["GroupBy", "LoTRConfig", "place_of"]

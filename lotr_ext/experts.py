@@ -17,19 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .core import dispatch, fallback, grouped
-from .core.nodes import RowChoice
-from .core.request import ADAPTER_OFF, state_of
-from .factors import LoTRFactors, Scaling, factors_for, scaling_of
-from .functional import (
-    check_beside,
+from .checks import (
     check_dimension,
     check_dtype,
+    check_dtypes_and_devices,
     check_index,
     check_number,
     check_probability,
     check_tensor,
 )
+from .core import dispatch, fallback, grouped
+from .core.nodes import RowChoice
+from .core.request import ADAPTER_OFF, state_of
+from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
 
 __all__ = ["LoTRExperts", "Routing", "lotr_grouped_linear"]
@@ -151,7 +151,7 @@ def lotr_grouped_linear(
     check_tensor("cores", cores, *lead, e, A.shape[1], B.shape[1])
     if bias is not None:
         check_tensor("bias", bias, e, n)
-    check_beside(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
+    check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
     if core_index is not None:
         check_index("core_index", core_index, len(cores))
@@ -267,7 +267,7 @@ class LoTRExperts(LoTRLayer):
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         routing = Routing(offs, reads=tokens, tokens=tokens)
         x_read = routing.without_unread_rows(x)
-        return self.routed(x_read, self.matrix(), self.bias, routing, request_input=x)
+        return self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
 
     def routed(
         self,
@@ -314,7 +314,7 @@ class LoTRExperts(LoTRLayer):
 
         return factors.read(compute)
 
-    def matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor:
         """Returns W [e, n, k]."""
         return self.weight
 

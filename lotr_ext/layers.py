@@ -5,7 +5,7 @@
 A layer holds its base, its core G and a reference to the factors A and B of its group.
 
 Not here: a layer for any other base (wrapped.py) and for experts (experts.py), the factors
-(factors.py), and how a call runs (dispatch.py).
+(factors.py), and how a call runs (core/dispatch.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from .checks import check_dtype, check_input, check_probability
 from .core import dispatch, fallback
 from .core.operators import accumulate_dtype
 from .core.request import ADAPTER_OFF, state_of
-from .factors import LoTRFactor, LoTRFactors, Scaling, factors_for, scaling_of
-from .functional import check_dtype, check_input, check_probability
+from .factors import (
+    LoTRFactor,
+    LoTRFactors,
+    Scaling,
+    factors_for,
+    scaling_of,
+    set_unregistered,
+)
 from .sharded_tensors import is_in_fsdp1, is_sharded
 
 __all__ = ["LoTRConv1D", "LoTRLayer", "LoTRLinear"]
@@ -46,7 +53,7 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses define `base`, `matrix` and `to_base`.
+    Subclasses define `base`, `weight_matrix` and `to_base`.
 
     Attributes:
         factors: The pair of A and B.
@@ -119,8 +126,7 @@ class LoTRLayer(nn.Module):
         """Takes over weight and bias. Keeps linear for `to_base`."""
         self.weight = linear.weight
         self.bias = linear.bias
-        # Through __dict__, so that it is not registered as a child and not saved twice.
-        self.__dict__["adapted"] = linear
+        set_unregistered(self, "adapted", linear)
 
     def _add_adapter(
         self,
@@ -162,7 +168,7 @@ class LoTRLayer(nn.Module):
         factors.A.cache.layers += 1
         factors.B.cache.layers += 1
         self.factors = factors  # registered, so that a model built by hand owns A and B
-        self.__dict__["factors"] = factors  # read without nn.Module.__getattr__
+        set_unregistered(self, "factors", factors)  # as well, because each call reads them
 
     def leave_factors_to_owner(self) -> None:
         """Keeps only a plain reference to the factors, which another module registers.
@@ -200,7 +206,7 @@ class LoTRLayer(nn.Module):
             core: [r_in, r_out], or [c, r_in, r_out] with an index.
             index: Which core each row of x uses.
         """
-        return self._run(x, core, index, weight=self.matrix(), bias=self.bias)
+        return self._run(x, core, index, weight=self.weight_matrix(), bias=self.bias)
 
     def _run(
         self,
@@ -246,15 +252,15 @@ class LoTRLayer(nn.Module):
 
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
-        return nnf.linear(x, self.matrix(), self.bias)
+        return nnf.linear(x, self.weight_matrix(), self.bias)
 
     def called_module(self) -> nn.Module:
         """Returns the module whose forward computes this layer."""
         return self
 
-    def matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor:
         """Returns W [out_features, in_features], a view of the weight."""
-        raise TypeError(f"{type(self).__name__} must define matrix")
+        raise TypeError(f"{type(self).__name__} must define weight_matrix")
 
     def to_base(self) -> nn.Module:
         """Returns the plain layer with the current weight, which contains a merged adapter."""
@@ -353,7 +359,7 @@ class LoTRLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Returns W + s B G^T A^T as a new tensor, W itself if it is merged already."""
-        weight = self.matrix().detach()
+        weight = self.weight_matrix().detach()
         return weight.clone() if self.merged else plus(weight, self.delta_weight())
 
     @torch.no_grad()
@@ -372,17 +378,18 @@ class LoTRLayer(nn.Module):
                 parallelism).
             ValueError: If the result is not finite and safe is set.
         """
-        if self.merged:
-            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
+        self._check_unmerged()
         weight = self._weight_to_write("merge")
         merged_weight = self.merged_weight()
-        if safe and not bool(merged_weight.isfinite().all()):
-            raise ValueError(
-                "merge: expected a finite merged weight (safe=True), got NaN or infinite elements"
-            )
+        if safe:
+            check_finite(merged_weight)
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -402,13 +409,13 @@ class LoTRLayer(nn.Module):
         self.merged = False
 
     def _weight_to_write(self, caller: str) -> Tensor:
-        """Returns `matrix()`.
+        """Returns `weight_matrix()`.
 
         Raises:
             TypeError: If a write to it would be lost.
         """
         check_plain(self, caller)
-        return self.matrix()
+        return self.weight_matrix()
 
     def to_linear(self) -> nn.Linear:
         """Returns a plain nn.Linear that computes the same as this layer in eval mode.
@@ -519,7 +526,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
             bias = self.bias
         return self._run(x, core, index, weight=weight, bias=bias)
 
-    def matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor:
         return self.weight
 
     def to_base(self) -> nn.Linear:
@@ -539,7 +546,7 @@ class LoTRConv1D(LoTRLayer):
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
         return features(linear) if is_conv1d(linear) else None
 
-    def matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor:
         return self.weight.t()
 
     def to_base(self) -> nn.Module:
@@ -562,6 +569,14 @@ def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return linear.train(training)
+
+
+def check_finite(merged_weight: Tensor) -> None:
+    """Checks a merged weight, for safe=True."""
+    if not bool(merged_weight.isfinite().all()):
+        raise ValueError(
+            "merge: expected a finite merged weight (safe=True), got NaN or infinite elements"
+        )
 
 
 def check_plain(module: nn.Module, caller: str) -> None:

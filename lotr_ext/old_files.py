@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .functional import check_rank
+from .checks import check_rank
 from .storage import json_in, tensors_in
 
 __all__ = ["JSON_NAME", "config_of_version_1", "read", "remove", "start_key"]

@@ -1,17 +1,19 @@
-"""The specification of LoTR in plain torch: every equation once, readable, meant to be run in float64.
+"""The specification of LoTR in plain torch: every equation once, to be run in float64.
 
     forward     u = drop(x) A
                 F = s B G^T
                 y = x W^T + bias + u F^T
-    backward    k = g F
-                dx = g W + drop(k A^T)
+    backward    du = g F
+                dx = g W + drop(du A^T)
                 Q = g^T u
-                dA = drop(x)^T k
+                dA = drop(x)^T du
                 dB = s Q G
                 dG = s Q^T B
 
-x [m, k] tokens, W [n, k], A [k, r_in], B [n, r_out], G [r_in, r_out], g = dL/dy [m, n]. LoTR: arXiv 2402.01376.
-Tests compare the kernels of every device with these functions; nothing at run time calls them.
+    x [m, k] tokens, W [n, k], A [k, r_in], B [n, r_out], G [r_in, r_out], g = dL/dy [m, n]
+
+LoTR: arXiv 2402.01376. Tests compare the kernels of every device with these functions. Nothing
+calls them at run time.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from torch import Tensor
 
 
 class Gradients(NamedTuple):
-    """What `backward` returns, each of its input's shape; dA and dB are one layer's part of the group's sum."""
+    """The gradients of `forward`, each in the shape of its input.
+
+    dA and dB are what one layer adds to the sums of its group.
+    """
 
     dx: Tensor
     dA: Tensor
@@ -35,7 +40,7 @@ class Gradients(NamedTuple):
 
 
 def fold(B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """F = s B G^T: [n, r_out] and [..., r_in, r_out] -> [..., n, r_in]."""
+    """Computes F = s B G^T [.., n, r_in] for B [n, r_out] and G [.., r_in, r_out]."""
     return scaling * (B @ core.mT)
 
 
@@ -49,8 +54,13 @@ def forward(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + s ((drop(x) A) G) B^T: [m, k] -> [m, n]. mask [m, k] holds 0 or 1 / (1 - p)."""
-    u = (x if mask is None else x * mask) @ A
+    """Computes y = x W^T + bias + s ((drop(x) A) G) B^T [m, n].
+
+    Args:
+        mask: 0 or 1 / (1 - p) for each element of x [m, k]. None without dropout.
+    """
+    dropped = x if mask is None else x * mask
+    u = dropped @ A
     y = x @ weight.mT + u @ fold(B, core, scaling).mT
     return y if bias is None else y + bias
 
@@ -65,14 +75,18 @@ def backward(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Gradients:
-    """All gradients of `forward` for g = dL/dy [m, n], derived by hand."""
+    """Computes all gradients of `forward` for g = dL/dy [m, n], derived by hand."""
     dropped = x if mask is None else x * mask
-    u, F = dropped @ A, fold(B, core, scaling)
-    k, Q = g @ F, g.mT @ u
-    dropped_dx = k @ A.mT
+    u = dropped @ A
+    F = fold(B, core, scaling)
+    du = g @ F
+    Q = g.mT @ u
+    dropped_dx = du @ A.mT
+    if mask is not None:
+        dropped_dx = dropped_dx * mask
     return Gradients(
-        dx=g @ weight + (dropped_dx if mask is None else dropped_dx * mask),
-        dA=dropped.mT @ k,
+        dx=g @ weight + dropped_dx,
+        dA=dropped.mT @ du,
         dB=scaling * (Q @ core),
         dcore=scaling * (Q.mT @ B),
         dweight=g.mT @ x,
@@ -81,30 +95,49 @@ def backward(
 
 
 def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:
-    """Four 32-bit words for each 64-bit counter: [q] int64 -> [q, 4] int64 in [0, 2^32). Salmon et al., SC 2011."""
-    word = 0xFFFFFFFF
-    key = [seed & word, (seed >> 32) & word]
-    zero = torch.zeros_like(counter_low)
-    c = [counter_low & word, (counter_low >> 32) & word, zero, zero]
+    """Returns four 32-bit words for each 64-bit counter (Salmon et al., SC 2011).
+
+    Args:
+        counter_low: The lower 64 bits of the counters [q] (int64). The upper ones are zero.
+
+    Returns:
+        [q, 4] int64 in [0, 2^32).
+    """
+    mask = 0xFFFFFFFF
+    key_0 = seed & mask
+    key_1 = (seed >> 32) & mask
+    word_0 = counter_low & mask
+    word_1 = (counter_low >> 32) & mask
+    word_2 = torch.zeros_like(counter_low)
+    word_3 = torch.zeros_like(counter_low)
     for _ in range(10):
-        high0, low0 = _multiply(c[0], 0xD2511F53)
-        high1, low1 = _multiply(c[2], 0xCD9E8D57)
-        c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
-    return torch.stack(c, dim=-1)
+        high_0, low_0 = _multiply(word_0, 0xD2511F53)
+        high_2, low_2 = _multiply(word_2, 0xCD9E8D57)
+        word_0 = high_2 ^ word_1 ^ key_0
+        word_1 = low_2
+        word_2 = high_0 ^ word_3 ^ key_1
+        word_3 = low_0
+        key_0 = (key_0 + 0x9E3779B9) & mask
+        key_1 = (key_1 + 0xBB67AE85) & mask
+    return torch.stack([word_0, word_1, word_2, word_3], dim=-1)
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product, in int64 without overflow: the constant goes in 16-bit halves."""
-    low, high = a * (constant & 0xFFFF), a * (constant >> 16)
+    """Returns the high and the low word of a 32 x 32 bit product.
+
+    The constant is split into halves of 16 bits, so that int64 does not overflow.
+    """
+    low = a * (constant & 0xFFFF)
+    high = a * (constant >> 16)
     middle = (low >> 16) + high
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
-    """The mask [rows, cols] in float64 that every kernel draws for (p, seed): 0, or 1 / (1 - p) where kept.
+    """Returns the mask [rows, cols] in float64 that every kernel draws for (p, seed).
 
-    Element e = i cols + j is kept iff word e % 4 of Philox block e / 4 is at least floor(p 2^32).
+    It is 0 where x is dropped, 1 / (1 - p) elsewhere. Element e = i cols + j is kept if word e % 4
+    of Philox block e / 4 is at least floor(p 2^32).
     """
     if p == 0.0:
         return torch.ones(rows, cols, dtype=torch.float64, device="cpu")

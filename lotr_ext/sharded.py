@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import files
+from .adapter_state import AdapterState
 from .factors import LoTRFactor
-from .files import AdapterState, Strictness
+from .files import Strictness
 from .sharded_tensors import copy_full, full_tensor, imported_class
 from .storage import checked_path
 
@@ -67,7 +68,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     inner = unwrapped(model)
     path = checked_path(directory, "directory")
     _reshard(inner)
-    state = AdapterState.from_model(inner, full_tensor)
+    state = files.state_of(inner, full_tensor)
     files.warn_of_unsaved(inner)
 
     def write() -> None:
@@ -103,7 +104,7 @@ def load_adapter(
     inner = unwrapped(model)
     state = _in_agreement("load_adapter", lambda: AdapterState.read(files.local_folder(directory)))
     _reshard(inner)
-    state.load_into(inner, cast=cast, strict=strict, gather=full_tensor, copy=_copy)
+    files.load_state(inner, state, cast=cast, strict=strict, gather=full_tensor, copy=_copy)
     return model
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "checked_path",
     "checksum",
     "expect_names",
+    "expect_type",
     "json_in",
     "json_object",
     "put_file",
@@ -66,6 +67,16 @@ def expect_names(what: str, expected: Collection[str], actual: Collection[str]) 
             f"{', '.join(missing[:5]) or 'none'}; not in the model "
             f"{', '.join(foreign[:5]) or 'none'}"
         )
+
+
+def expect_type(name: str, value: object, kind: type) -> None:
+    """Checks the type of a value in a JSON document.
+
+    Raises:
+        TypeError: If it has another one. A bool is not an int.
+    """
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapted import Attachment, adapted_layers, attach, expect_unmerged, layers_in
+from .checks import check_dimension, check_index
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import Step, watch
-from .functional import check_dimension, check_index
 from .layers import LoTRLayer
 from .storage import checked_path
 from .task_files import TaskFormat, factors_in_order

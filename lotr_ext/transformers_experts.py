@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .core import dispatch, grouped
 from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
-from .factors import LoTRFactors
+from .factors import LoTRFactors, set_unregistered
 from .sharded_tensors import is_sharded
 
 __all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_sizes", "why_not"]
@@ -136,8 +136,7 @@ class LoTRHostedExperts(LoTRExperts):
         dropout: float = 0.0,
     ):
         nn.Module.__init__(self)
-        # Through __dict__, because the host has this module as its child.
-        self.__dict__["host"] = host
+        set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.transposed = host.is_transposed
         self.bias_name = f"{parameter}_bias" if host.has_bias else None
@@ -152,14 +151,14 @@ class LoTRHostedExperts(LoTRExperts):
     def called_module(self) -> nn.Module:
         return self.host
 
-    def matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor:
         weight = getattr(self.host, self.parameter)
         return weight.mT if self.transposed else weight
 
     @property
     def weight(self) -> Tensor:
         """W [e, n, k], a transposed view if the host stores [e, k, n]."""
-        return self.matrix()
+        return self.weight_matrix()
 
     @property
     def bias(self) -> Tensor | None:
@@ -173,7 +172,7 @@ class LoTRHostedExperts(LoTRExperts):
                 f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
                 f"{type(weight).__name__}"
             )
-        return self.matrix()
+        return self.weight_matrix()
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""

@@ -23,7 +23,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRConfig, apply_lotr, sharded
+from lotr_ext import (
+    LoTRConfig,
+    apply_lotr,
+    load_adapter,
+    merge,
+    save_adapter,
+    sharded,
+    unload,
+)
 from lotr_ext.core import dispatch
 from lotr_ext.cores import FORMS
 
@@ -166,18 +174,74 @@ def fsdp2_collectives() -> list[int]:
     return list(counts.values())
 
 
-def saved_and_loaded(wrap: Callable[[Net], nn.Module], **settings: Any) -> float:
-    """Trains, saves in both processes, loads into another wrapped model: the same whole tensors."""
+def shared_folder() -> str:
+    """A new folder, the same one in both processes."""
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def saved_and_loaded(wrap: Callable[[Net], nn.Module], **settings: Any) -> float:
+    """Trains, saves in both processes, loads into another wrapped model: the same full tensors.
+
+    A forward without a backward comes before the save and the load. FSDP2 has gathered the
+    parameters then.
+    """
+    folder = shared_folder()
     one, two = wrap(build(**settings)), wrap(build(**settings))
     train(sharded.unwrapped(one), [dist.get_rank()], one)
-    sharded.save_adapter(one, folder[0])
-    sharded.load_adapter(two, folder[0])
+    x = batch(0, 0, settings.get("dtype", torch.float64))
+    with torch.no_grad():
+        y = one(x)
+        two(x)
+    sharded.save_adapter(one, folder)
+    sharded.load_adapter(two, folder)
     plain = build(**settings)
-    sharded.load_adapter(plain, folder[0])
-    want = trained(one)
-    return max(error(trained(two), want), error(trained(plain), want))
+    sharded.load_adapter(plain, folder)
+    expected = trained(one)
+    with torch.no_grad():
+        outputs = worst([two(x), plain(x)], [y, y])
+    return max(error(trained(two), expected), error(trained(plain), expected), outputs)
+
+
+def saved_by_process_0() -> float:
+    """`lotr_ext.save_adapter` of a DDP model: returns the number of wrong folders."""
+    folder = Path(shared_folder(), str(dist.get_rank()))
+    save_adapter(DistributedDataParallel(build()), folder)
+    return float(folder.exists() != (dist.get_rank() == 0))
+
+
+def unsharded_functions_are_refused() -> float:
+    """What needs full tensors, of a sharded model. Returns how many calls do not raise."""
+    model, folder = shard(build()), shared_folder()
+    accepted = 0.0
+    for call in (
+        lambda: save_adapter(model, folder),
+        lambda: load_adapter(model, folder),
+        lambda: merge(model),
+        lambda: unload(model, merge=True),
+    ):
+        if dist.get_rank() == 0 and not os.listdir(folder):
+            save_adapter(build(), folder)
+        dist.barrier()
+        try:
+            call()
+            accepted += 1
+        except TypeError as error:
+            accepted += "shard" not in str(error)
+    return accepted
+
+
+def a_tied_head() -> float:
+    """A sharded model whose head is tied to a frozen layer, saved and loaded."""
+
+    def tied() -> Net:
+        net = build()
+        net.extra = nn.Linear(WIDTH, 5, bias=False, dtype=torch.float64)
+        net.extra.weight = net.head.weight
+        return net
+
+    return saved_and_loaded(lambda net: shard(tied()))
 
 
 def failure_reaches_all() -> float:
@@ -210,6 +274,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "fsdp2 without shard_factors, saved and loaded": lambda: saved_and_loaded(
         fully_shard, core="tucker"
     ),
+    "ddp, saved by process 0": saved_by_process_0,
+    "fsdp2, a tied head": a_tied_head,
+    "fsdp2, functions for full tensors": unsharded_functions_are_refused,
     "a failed save": failure_reaches_all,
     "collectives": fsdp2_collectives,
 }
@@ -258,14 +325,13 @@ def zero_steps(engine: Any, first: int, count: int) -> None:
 
 def zero(stage: int, again: str | None = None, **settings: Any) -> float:
     """Trains two steps, saves, loads into another engine, and takes the third step with that one."""
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
+    folder = shared_folder()
     settings["dtype"] = torch.float32
     before, want = trained(build(**settings)), train(build(**settings), [0, 1])
     one, two = (zero_engine(stage, build(again, **settings)) for _ in range(2))
     zero_steps(one, 0, STEPS - 1)
-    sharded.save_adapter(one, folder[0])
-    sharded.load_adapter(two, folder[0])
+    sharded.save_adapter(one, folder)
+    sharded.load_adapter(two, folder)
     zero_steps(two, STEPS - 1, 1)
     return error(
         {name: tensor - before[name] for name, tensor in trained(two.module).items()}, want

@@ -25,6 +25,7 @@ from lotr_ext import (
     vllm,
 )
 from lotr_ext.adapted import layers_in
+from lotr_ext.adapter_state import AdapterState
 from lotr_ext.convert import (
     export_lora,
     lora_to_lotr,
@@ -36,7 +37,6 @@ from lotr_ext.convert import (
 from lotr_ext.convert.__main__ import main as convert_main
 from lotr_ext.convert.hosts import EXPERT_FORMS
 from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
-from lotr_ext.files import AdapterState
 from lotr_ext.peft import LoTRPeftConfig
 
 DATA = Path(__file__).parent / "data" / "bd4494a"

@@ -1,4 +1,7 @@
-"""Experts: lotr_grouped_linear and LoTRExperts against one product an expert in float64. MODELS has an adapted mixture."""
+"""Experts: lotr_grouped_linear, LoTRExperts and transformers' classes against loops in float64.
+
+The tables of whole models (models.py) have an adapted mixture.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,13 @@ from lotr_ext import (
 from lotr_ext.adapted import adapted_layers
 from lotr_ext.core.request import ADAPTER_OFF, open_request
 
-E, K, N, R, M, ROWS, S = 5, 16, 20, (3, 4), 30, 50, 0.7
+E = 5  # experts
+K = 16
+N = 20
+R = (3, 4)
+M = 30  # tokens
+ROWS = 50
+S = 0.7
 OFFS = [7, 7, 21, 40, 44]  # an expert without rows, and six rows without an expert
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -54,16 +63,18 @@ def truth(
     cores: Tensor,
     tasks: Tensor | None = None,
 ) -> Tensor:
-    """The definition, one row at a time in its expert's turn."""
-    rows, parts, start = x if tokens is None else x[tokens], [], 0
+    """The definition, one expert after another."""
+    rows = x if tokens is None else x[tokens]
+    parts = []
+    start = 0
     for c, end in enumerate(OFFS):
         part = rows[start:end]
         y = part @ weight[c].T + (0 if bias is None else bias[c])
         if tasks is None:
             y = y + S * part @ A @ cores[c] @ B.T
         else:
-            own = (tasks if tokens is None else tasks[tokens])[start:end]
-            G = cores[own.clamp(min=0), c] * (own >= 0)[:, None, None]
+            task = (tasks if tokens is None else tasks[tokens])[start:end]
+            G = cores[task.clamp(min=0), c] * (task >= 0)[:, None, None]
             y = y + S * ((part @ A).unsqueeze(1) @ G).squeeze(1) @ B.T
         parts.append(y)
         start = end
@@ -76,30 +87,31 @@ def make(
     """Keyword arguments, tokens, and the leaves x, A, B, cores."""
     x = torch.randn(M if by_token else ROWS, K, dtype=dtype)
     tokens = torch.randint(0, M, (ROWS,)) if by_token else None
-    A, B = torch.randn(K, R[0], dtype=dtype) / 4, torch.randn(N, R[1], dtype=dtype) / 4
+    A = torch.randn(K, R[0], dtype=dtype) / 4
+    B = torch.randn(N, R[1], dtype=dtype) / 4
     cores = torch.randn(*((3,) if tasks else ()), E, *R, dtype=dtype) / 2
-    given = {
+    arguments = {
         "weight": torch.randn(E, N, K, dtype=dtype) / 4,
         "bias": torch.randn(E, N, dtype=dtype) if bias else None,
     }
     if tasks:
-        given["core_index"] = torch.randint(-1, 3, (len(x),))
-    return given, tokens, [t.requires_grad_() for t in (x, A, B, cores)]
+        arguments["core_index"] = torch.randint(-1, 3, (len(x),))
+    return arguments, tokens, [t.requires_grad_() for t in (x, A, B, cores)]
 
 
-def ours(given: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
+def ours(arguments: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
     x, A, B, cores = leaves
-    weight, further = (
-        given["weight"],
-        {key: value for key, value in given.items() if key != "weight"},
-    )
+    weight = arguments["weight"]
+    further = {key: value for key, value in arguments.items() if key != "weight"}
     offs = torch.tensor(OFFS, dtype=torch.int32)
     return lotr_grouped_linear(x, weight, offs, A, B, cores, S, tokens=tokens, **further)
 
 
-def definition(given: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
+def definition(arguments: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
     x, A, B, cores = leaves
-    return truth(x, given["weight"], given["bias"], tokens, A, B, cores, given.get("core_index"))
+    return truth(
+        x, arguments["weight"], arguments["bias"], tokens, A, B, cores, arguments.get("core_index")
+    )
 
 
 def with_gradients(call: Callable[[], Tensor], leaves: list[Tensor], g: Tensor) -> list[Tensor]:
@@ -111,14 +123,14 @@ def with_gradients(call: Callable[[], Tensor], leaves: list[Tensor], g: Tensor) 
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) -> None:
-    given, tokens, leaves = make(by_token, tasks, bias=True, dtype=dtype)
-    wide = {key: t.double() if t.is_floating_point() else t for key, t in given.items()}
+    arguments, tokens, leaves = make(by_token, tasks, bias=True, dtype=dtype)
+    wide = {key: t.double() if t.is_floating_point() else t for key, t in arguments.items()}
     exact = [t.detach().double().requires_grad_() for t in leaves]
     g = torch.randn(ROWS, N, dtype=dtype)
-    got = with_gradients(lambda: ours(given, tokens, leaves), leaves, g)
-    want = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
-    assert worst(got, want) < BOUNDS[dtype]
-    assert got[0].dtype == dtype and not got[0][OFFS[-1] :].any()
+    actual = with_gradients(lambda: ours(arguments, tokens, leaves), leaves, g)
+    expected = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
+    assert worst(actual, expected) < BOUNDS[dtype]
+    assert actual[0].dtype == dtype and not actual[0][OFFS[-1] :].any()
 
 
 def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float) -> None:
@@ -138,21 +150,21 @@ def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float)
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, context: str) -> None:
     """They may hold NaN, as the end of a buffer does that is longer than its rows."""
-    given, tokens, leaves = make(by_token, tasks, bias=True)
+    arguments, tokens, leaves = make(by_token, tasks, bias=True)
     without_an_expert(leaves, tokens, torch.nan)
     g = torch.randn(ROWS, N, dtype=torch.float64)
 
     def call() -> Tensor:
-        return ours(given, tokens, leaves)
+        return ours(arguments, tokens, leaves)
 
     def module() -> Tensor:
         x, A, B, cores = leaves
         experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S)
-        tensors = {"weight": given["weight"], "bias": given["bias"]}
+        tensors = {"weight": arguments["weight"], "bias": arguments["bias"]}
         tensors |= {"factors.A.value": A, "factors.B.value": B}
         state = {}
         if tasks:
-            state = {experts: Tasks(cores, given["core_index"])}
+            state = {experts: Tasks(cores, arguments["core_index"])}
         else:
             tensors["core"] = cores
         offs = torch.tensor(OFFS, dtype=torch.int32)
@@ -162,9 +174,9 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
     calls = {"plain": call, "module": module}
     if context in CONTEXTS:
         calls[context] = lambda: CONTEXTS[context](call)
-    got = with_gradients(calls[context], leaves, g)
-    want = with_gradients(lambda: definition(given, tokens, leaves), leaves, g)
-    assert worst(got, want) < 1e-12
+    actual = with_gradients(calls[context], leaves, g)
+    expected = with_gradients(lambda: definition(arguments, tokens, leaves), leaves, g)
+    assert worst(actual, expected) < 1e-12
 
 
 CONTEXTS: dict[str, Callable[[Callable[[], Tensor]], Tensor]] = {
@@ -176,36 +188,41 @@ CONTEXTS: dict[str, Callable[[Callable[[], Tensor]], Tensor]] = {
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 def test_in_a_context(context: str, tasks: bool) -> None:
-    given, tokens, leaves = make(True, tasks, bias=True)
+    arguments, tokens, leaves = make(True, tasks, bias=True)
     g = torch.randn(ROWS, N, dtype=torch.float64)
-    got = with_gradients(lambda: CONTEXTS[context](lambda: ours(given, tokens, leaves)), leaves, g)
-    assert worst(got, with_gradients(lambda: definition(given, tokens, leaves), leaves, g)) < 1e-12
+    actual = with_gradients(
+        lambda: CONTEXTS[context](lambda: ours(arguments, tokens, leaves)), leaves, g
+    )
+    assert (
+        worst(actual, with_gradients(lambda: definition(arguments, tokens, leaves), leaves, g))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_a_float32_adapter_with_half_precision(half: torch.dtype) -> None:
-    given, tokens, leaves = make(True, False, bias=True, dtype=half)
+    arguments, tokens, leaves = make(True, False, bias=True, dtype=half)
     leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in leaves[1:]]
-    wide = {key: tensor.double() for key, tensor in given.items()}
+    wide = {key: tensor.double() for key, tensor in arguments.items()}
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     g = torch.randn(ROWS, N, dtype=half)
-    got = with_gradients(lambda: ours(given, tokens, leaves), leaves, g)
-    want = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
-    assert worst(got, want) < BOUNDS[half]
-    assert [gradient.dtype for gradient in got[2:]] == [torch.float32] * 3
+    actual = with_gradients(lambda: ours(arguments, tokens, leaves), leaves, g)
+    expected = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
+    assert worst(actual, expected) < BOUNDS[half]
+    assert [gradient.dtype for gradient in actual[2:]] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_double_backward(by_token: bool) -> None:
     """Also of a trained base, whose weight is a transposed view."""
-    given, tokens, leaves = make(by_token, False, bias=True)
+    arguments, tokens, leaves = make(by_token, False, bias=True)
     without_an_expert(leaves, tokens, torch.nan)
-    given["weight"] = given["weight"].mT.contiguous().mT.requires_grad_()
-    given["bias"].requires_grad_()
-    every = [*leaves, given["weight"], given["bias"]]
+    arguments["weight"] = arguments["weight"].mT.contiguous().mT.requires_grad_()
+    arguments["bias"].requires_grad_()
+    every = [*leaves, arguments["weight"], arguments["bias"]]
     found = []
     for call in (ours, definition):
-        y = call(given, tokens, leaves)
+        y = call(arguments, tokens, leaves)
         first = torch.autograd.grad(y.square().sum(), every, create_graph=True)
         second = torch.autograd.grad(sum(t.square().sum() for t in first), every)
         found.append([*first, *second])
@@ -215,14 +232,14 @@ def test_double_backward(by_token: bool) -> None:
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
-    given, tokens, leaves = make(True, tasks, bias=True)
+    arguments, tokens, leaves = make(True, tasks, bias=True)
     values = tuple(leaf.detach() for leaf in leaves)
     tangents = tuple(torch.randn_like(value) for value in values)
     found = []
     for call in (ours, definition):
 
         def of_values(*values: Tensor, call: Callable = call) -> Tensor:
-            return call(given, tokens, [*values])
+            return call(arguments, tokens, [*values])
 
         if transform == "grad":
             gradient = torch.func.grad(lambda v, f=of_values: f(*v).sin().sum())
@@ -237,15 +254,15 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
 
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_no_rows(by_token: bool) -> None:
-    given, tokens, leaves = make(by_token, False, bias=True)
+    arguments, tokens, leaves = make(by_token, False, bias=True)
     if by_token:
         tokens = tokens[:0]
     else:
         leaves[0] = leaves[0].detach()[:0].requires_grad_()
     offs = torch.zeros(E, dtype=torch.int32)
     x, A, B, cores = leaves
-    bias = given["bias"]
-    y = lotr_grouped_linear(x, given["weight"], offs, A, B, cores, S, tokens=tokens, bias=bias)
+    bias = arguments["bias"]
+    y = lotr_grouped_linear(x, arguments["weight"], offs, A, B, cores, S, tokens=tokens, bias=bias)
     assert y.shape == (0, N)
     gradients = torch.autograd.grad(y.sum(), leaves)
     assert not any(bool(gradient.any()) for gradient in gradients)
@@ -260,18 +277,18 @@ def test_the_grouped_operators_are_well_formed(name: str) -> None:
 
 
 def test_autocast_computes_in_its_dtype() -> None:
-    given, tokens, leaves = make(True, False, bias=True, dtype=torch.float32)
-    want = definition(given, tokens, leaves)
+    arguments, tokens, leaves = make(True, False, bias=True, dtype=torch.float32)
+    expected = definition(arguments, tokens, leaves)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours(given, tokens, leaves)
-    assert y.dtype == torch.bfloat16 and worst([y], [want]) < 3e-2
+        y = ours(arguments, tokens, leaves)
+    assert y.dtype == torch.bfloat16 and worst([y], [expected]) < 3e-2
 
 
 def test_autocast_leaves_float64_as_it_is() -> None:
-    given, tokens, leaves = make(True, False, bias=True)
+    arguments, tokens, leaves = make(True, False, bias=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours(given, tokens, leaves)
-    assert y.dtype == torch.float64 and worst([y], [definition(given, tokens, leaves)]) < 1e-12
+        y = ours(arguments, tokens, leaves)
+    assert y.dtype == torch.float64 and worst([y], [definition(arguments, tokens, leaves)]) < 1e-12
 
 
 def test_module_shares_factors_with_a_linear_layer() -> None:
@@ -279,7 +296,8 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
     factors = LoTRFactors(K, N, R, dtype=torch.float64)
     experts = LoTRExperts(E, K, N, factors=factors, bias=True, dtype=torch.float64, scaling=S)
     linear = LoTRLinear(K, N, factors=factors, dtype=torch.float64, scaling=S)
-    offs, x = torch.tensor(OFFS, dtype=torch.int32), torch.randn(ROWS, K, dtype=torch.float64)
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    x = torch.randn(ROWS, K, dtype=torch.float64)
     assert torch.equal(
         experts(x, offs),
         truth(
@@ -288,9 +306,10 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
     )
     for core in (experts.core, linear.core):
         nn.init.normal_(core)
-    A, B = factors.A.value, factors.B.value
+    A = factors.A.value
+    B = factors.B.value
     leaves = [A, B, experts.core, linear.core]
-    got = torch.autograd.grad(experts(x, offs).sin().sum() + linear(x).sin().sum(), leaves)
+    actual = torch.autograd.grad(experts(x, offs).sin().sum() + linear(x).sin().sum(), leaves)
     plain = truth(x, experts.weight, experts.bias, None, A, B, experts.core)
     plain = (
         plain.sin().sum()
@@ -298,19 +317,19 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
         .sin()
         .sum()
     )
-    assert worst(got, torch.autograd.grad(plain, leaves)) < 1e-12
+    assert worst(actual, torch.autograd.grad(plain, leaves)) < 1e-12
 
 
 def test_module_off_and_with_tasks_of_a_request() -> None:
     experts = LoTRExperts(E, K, N, R, dtype=torch.float64, scaling=S)
     nn.init.normal_(experts.core)
-    offs, x, tokens = (
-        torch.tensor(OFFS, dtype=torch.int32),
-        torch.randn(M, K, dtype=torch.float64),
-        torch.randint(0, M, (ROWS,)),
-    )
-    cores, tasks = torch.randn(3, E, *R, dtype=torch.float64), torch.randint(-1, 3, (M,))
-    A, B = experts.factors.A.value, experts.factors.B.value
+    offs = torch.tensor(OFFS, dtype=torch.int32)
+    x = torch.randn(M, K, dtype=torch.float64)
+    tokens = torch.randint(0, M, (ROWS,))
+    cores = torch.randn(3, E, *R, dtype=torch.float64)
+    tasks = torch.randint(-1, 3, (M,))
+    A = experts.factors.A.value
+    B = experts.factors.B.value
     with open_request({experts: ADAPTER_OFF}):
         assert (
             worst(
@@ -345,12 +364,13 @@ def test_the_module_does_not_read_rows_without_an_expert(state: str) -> None:
     x[OFFS[-1] :] = torch.nan
     if state == "merged":
         experts.merge()
-    A, B = experts.factors.A.value, experts.factors.B.value
+    A = experts.factors.A.value
+    B = experts.factors.B.value
     cores = 0 * experts.core if state in ("off", "merged") else experts.core
-    want = truth(x, experts.weight, experts.bias, None, A, B, cores)
+    expected = truth(x, experts.weight, experts.bias, None, A, B, cores)
     with open_request({experts: ADAPTER_OFF} if state == "off" else {}):
         y = experts(x, offs)
-    assert worst([y], [want]) < 1e-12
+    assert worst([y], [expected]) < 1e-12
 
 
 def test_the_module_is_merged_and_unmerged() -> None:
@@ -376,7 +396,8 @@ def test_dropout_is_drawn_once_per_token() -> None:
     assert torch.equal(first[:M], first[M:])
     assert not torch.allclose(first, experts(x, offs, tokens))
     y = experts.eval()(x, offs, tokens)
-    A, B = experts.factors.A.value, experts.factors.B.value
+    A = experts.factors.A.value
+    B = experts.factors.B.value
     base = x @ experts.weight[0].T + experts.bias[0]
     assert worst([y[:M]], [base + S * x @ A @ experts.core[0] @ B.T]) < 1e-12
 
@@ -445,7 +466,9 @@ def test_bad_input_is_refused_by_name(name: str, change: dict, error: type[Excep
 
 # ---- experts classes of transformers -------------------------------------------------------------
 
-HIDDEN, INNER, TOP_K = 8, 6, 2
+HIDDEN = 8
+INNER = 6
+TOP_K = 2
 LAYOUTS: dict[str, dict[str, bool]] = {
     "gated": {"has_gate": True},
     "ungated": {"has_gate": False},
@@ -556,12 +579,12 @@ def test_experts_of_transformers_equal_their_loop(layout: str, ending: str) -> N
         weights[key] = weights[key].detach() + (delta.mT if is_transposed else delta)
     y = model["experts"](*inputs)
     call = torch.func.functional_call
-    want = call(
+    expected = call(
         plain["experts"], {k.removeprefix("experts."): w for k, w in weights.items()}, inputs
     )
     g = torch.randn_like(y)
-    assert relative(y, want) < 1e-12
-    expected = torch.autograd.grad(want, leaves, g)
+    assert relative(y, expected) < 1e-12
+    expected = torch.autograd.grad(expected, leaves, g)
     assert worst(torch.autograd.grad(y, leaves, g), expected) < 1e-12
 
 
@@ -569,10 +592,10 @@ def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:
     """They are cast to the weights' dtype, and the result has their dtype."""
     model = adapted(experts_of("gated"))
     hidden, index, weights = routed()
-    want = model["experts"](hidden, index, weights)
+    expected = model["experts"](hidden, index, weights)
     y = model["experts"](hidden.float(), index, weights.float())
     assert y.dtype == torch.float32
-    assert relative(y, want) < 1e-6
+    assert relative(y, expected) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -602,7 +625,9 @@ def test_a_pickled_mixture_is_adapted_in_a_new_process(tmp_path: Path) -> None:
 
 def test_mixed_meta_tensors_are_refused() -> None:
     """The fake kernels would return memory that was never written."""
-    x, weight, offs = torch.ones(3, K), torch.ones(E, N, K), torch.zeros(E, dtype=torch.int32)
+    x = torch.ones(3, K)
+    weight = torch.ones(E, N, K)
+    offs = torch.zeros(E, dtype=torch.int32)
     for arguments in ((x, weight.to("meta"), offs), (x.to("meta"), weight, offs)):
         with pytest.raises(RuntimeError, match="expected the device of the first tensor"):
             torch.ops.lotr.grouped_mm(*arguments)

@@ -12,6 +12,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from lotr_ext import (
     unload,
     use_tasks,
 )
+from lotr_ext.adapter_state import FILE_NAME
 from lotr_ext.cores import DiagonalCores
-from lotr_ext.files import FILE_NAME
 from lotr_ext.model import adapted_layers
 from lotr_ext.old_files import JSON_NAME, config_of_version_1
 from lotr_ext.storage import checksum
@@ -210,6 +211,19 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
         )
 
 
+def test_layers_may_share_one_core(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = started("mlp")
+        layers = list(adapted_layers(model).values())
+        layers[2].core = layers[0].core
+        return model
+
+    model, x = moved(make()), zoo.inputs("mlp")
+    save_adapter(model, tmp_path)
+    for other in (make(), started("mlp"), zoo.net("mlp")):
+        assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
+
+
 def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:
     class Halved(nn.Module):
         def forward(self, core: Tensor) -> Tensor:
@@ -240,6 +254,31 @@ def test_warns_of_what_the_file_lacks(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"such as lotr_tasks\.cores\.0\..*tasks with") as caught:
         save_adapter(model, tmp_path)
     assert len(caught) == 1
+
+
+def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
+    save_adapter(trained("mlp", "diagonal"), tmp_path)
+    document = document_of(tmp_path)
+    document["layers"] = dict(reversed(document["layers"].items()))
+    sealed(tmp_path, document, tensors_in(tmp_path))
+    with pytest.raises(ValueError, match="layers: expected the model's order"):
+        load_adapter(started("mlp", "diagonal"), tmp_path)
+
+
+def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = zoo.fill(nn.ModuleDict({n: nn.Linear(4, 4) for n in "abc"}))
+        memory = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        model["b"].weight, model["c"].weight = nn.Parameter(memory[:4]), nn.Parameter(memory[2:6])
+        return model
+
+    settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["b", "c"])
+    model = apply_lotr(make(), settings)
+    with torch.no_grad():
+        model["b"].weight.add_(1)
+    save_adapter(model, tmp_path)
+    other = load_adapter(zoo.fill(make(), 0), tmp_path)
+    assert all(torch.equal(other[n].weight, model[n].weight) for n in "bc")
 
 
 # ---- files of bd4494a -------------------------------------------------------------------------------------------------
@@ -395,7 +434,7 @@ def of_huge_rank(folder: Path) -> None:
 
 
 def of_huge_cores(folder: Path) -> None:
-    """As above, with factors and cores of the right sizes and no slices."""
+    """As above, with factors and cores of the right sizes, and slices that are too few."""
     document = document_of(folder)
     document["config"] |= {"rank": 700, "core": "tucker"}
     old = tensors_in(folder)
@@ -404,6 +443,8 @@ def of_huge_cores(folder: Path) -> None:
         for key in (entry["A"], entry["B"]):
             tensors[key] = torch.zeros(len(old[key]), 700)
         tensors[f"{name}.core"] = torch.zeros(700, 700)
+    tensors["lotr_cores.weights"] = torch.zeros(len(document["layers"]), 700)
+    tensors["lotr_cores.slices"] = torch.zeros(1, 700, 700)
     sealed(folder, document, tensors)
 
 
@@ -565,7 +606,7 @@ def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(
         return tensor
 
     monkeypatch.setattr(torch, "zeros", small)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"lotr_cores.slices: expected \[700, 700, 700\]"):
         load_adapter(zoo.net("mlp"), folder)
 
 
@@ -710,7 +751,10 @@ def test_the_configuration_follows_what_is_loaded(tmp_path: Path) -> None:
     for start, folder in (("scaling", "alpha"), ("alpha", "scaling")):
         model = started("mlp", **({"alpha": 2.0} if start == "alpha" else {"scaling": 2.0}))
         load_adapter(model, tmp_path / folder)
-        assert {layer.scaling for layer in adapted_layers(model).values()} == {model.lotr_config.s}
+        layers = adapted_layers(model).values()
+        assert {layer.scaling for layer in layers} == {model.lotr_config.s}
+        assert {layer.dropout for layer in layers} == {model.lotr_config.dropout}
+        assert model.lotr_config.dropout == (0.25 if folder == "alpha" else 0.0)
         save_adapter(model, tmp_path / "again")
         again = load_adapter(zoo.net("mlp"), tmp_path / "again")
         assert torch.equal(again(zoo.inputs("mlp")), model(zoo.inputs("mlp")))
@@ -812,6 +856,41 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
         next(changes) == (6 if two_files else 4) and found == sorted(found) and set(found) == {0, 1}
     )
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+
+
+def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, x = trained("mlp", seed=1), zoo.inputs("mlp")
+    save_adapter(old, tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(trained("mlp", seed=2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), old(x))
+
+
+def test_saves_at_once_leave_one_of_the_adapters(tmp_path: Path) -> None:
+    models, x = [trained("mlp", seed=seed) for seed in range(4)], zoo.inputs("mlp")
+    outputs = [zoo.output(model, x) for model in models]
+    save_adapter(models[0], tmp_path)
+
+    def work(i: int) -> list[int]:
+        loaded = []
+        for _ in range(5):
+            save_adapter(models[i], tmp_path)
+            y = zoo.output(load_adapter(zoo.net("mlp"), tmp_path), x)
+            loaded.append([torch.equal(y, output) for output in outputs].index(True))
+        return loaded
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len([i for loaded in pool.map(work, range(4)) for i in loaded]) == 20
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:

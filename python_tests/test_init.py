@@ -155,7 +155,11 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
     moved_part = left = 0.0
     for at, layer in adapted_layers(model).items():
         before = plain.get_submodule(at).weight.detach()
-        delta = layer.delta_weight() if layer.matrix() is layer.weight else layer.delta_weight().T
+        delta = (
+            layer.delta_weight()
+            if layer.weight_matrix() is layer.weight
+            else layer.delta_weight().T
+        )
         assert relative(layer.weight + delta, before) < 1e-6  # the function is unchanged
         moved_part, left = (
             moved_part + float(delta.square().sum()),
@@ -215,7 +219,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
     sides: dict[nn.Module, list[Tensor]] = {}
     for at, layer in adapted_layers(model).items():
         g = plain.get_submodule(at).weight.grad.double()
-        g = g if layer.matrix() is layer.weight else g.T  # [n, k]
+        g = g if layer.weight_matrix() is layer.weight else g.T  # [n, k]
         sides.setdefault(layer.factors.A, []).append(g.T)
         sides.setdefault(layer.factors.B, []).append(g)
     check_captured(model, plain, captured)

@@ -43,7 +43,7 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     net = Net(kind, dtype)
     layer, x = net.layers[0], inputs(6, dtype=dtype)
     A, B, G, W = map(
-        copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.matrix())
+        copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.weight_matrix())
     )
     delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
     assert relative(layer.delta_weight(), delta) < 1e-6
@@ -51,12 +51,14 @@ def test_merge(kind: str, dtype: torch.dtype) -> None:
     layer.merge()
     ulp = torch.finfo(dtype).eps * (W + delta).abs()
     slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
-    assert bool(((layer.matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all())
+    assert bool(
+        ((layer.weight_matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all()
+    )
     assert (
         torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
     )
     assert (
-        torch.equal(plain.weight, layer.matrix())
+        torch.equal(plain.weight, layer.weight_matrix())
         and relative(plain(x), layer(x).double()) < CLOSE[dtype]
     )
     with pytest.raises(RuntimeError, match="unmerge"):

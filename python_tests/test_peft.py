@@ -6,6 +6,7 @@ PEFT's own tests of its methods run against LoTR by `python python_tests/peft_su
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 import zoo
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from lotr_ext import LoTRConfig
 from lotr_ext.init import START
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
+from lotr_ext.peft import config as peft_config
 
 DATA = Path(__file__).parent / "data" / "bd4494a"
 SMALL = {"rank": 3, "scaling": 2.0}
@@ -102,7 +105,7 @@ class Plain(nn.Module):
             y = (
                 y
                 + core.scaling
-                * ((x @ core.factors.A.value) @ core.matrix())
+                * ((x @ core.factors.A.value) @ core.core_matrix())
                 @ core.factors.B.value.mT
             )
         return y
@@ -331,6 +334,72 @@ def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
     assert torch.equal(output(fresh, x), output(model, x)) and fresh.active_adapter == "default"
 
 
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_second_adapter_leaves_what_the_first_one_trains() -> None:
+    model, _ = tuned("siblings")
+    before = trained_names(model)
+    model.add_adapter("other", config("attention"))
+    assert trained_names(model) == before
+    model.set_adapter("other", inference_mode=True)
+    assert not trained_names(model) and model.active_adapter == "other"
+    model.set_adapter("default")
+    assert trained_names(model) == before
+
+
+def test_a_second_adapter_that_is_refused_leaves_the_first_one() -> None:
+    model, x = tuned("siblings")
+    y, keys = output(model, x), set(model.state_dict())
+    for settings in (
+        {"target_modules": ["embed"]},
+        {"target_modules": ["q", "head"], "group_by": {n: "g" for n, _ in model.named_modules()}},
+    ):
+        with pytest.raises((TypeError, ValueError), match="expected"):
+            model.add_adapter("other", config("attention", **settings))
+        assert torch.equal(output(model, x), y) and set(model.state_dict()) == keys
+        assert set(model.peft_config) == {"default"}
+    model.add_adapter("other", config("attention"))
+    assert torch.equal(output(model, x), y)
+
+
+def test_the_status_of_a_model() -> None:
+    model, _ = two()
+    status = model.get_model_status()
+    assert status.enabled is True and status.active_adapters == ["default"]
+    assert status.num_adapter_layers == len(layers(model)) and status.merged_adapters == []
+    assert status.requires_grad == {"default": True, "other": False}
+
+
+def test_pefts_own_conversion_to_lora() -> None:
+    model, x = tuned("siblings")
+    config_of_lora, tensors = peft.convert_to_lora(model, rank=3)
+    lora = peft.get_peft_model(zoo.net("attention"), config_of_lora).eval()
+    peft.set_peft_model_state_dict(lora, tensors)
+    assert close(output(lora, x), output(model, x), 1e-4)
+
+
+def test_without_target_modules_the_layers_are_those_of_the_model_type() -> None:
+    model = peft.get_peft_model(zoo.net("llama"), LoTRPeftConfig(rank=2))
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if m in layers(model)}
+    assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("core", ["diagonal", "cp", "tucker", "train", "few"])
+def test_computed_cores_load_onto_a_model_in_another_order(core: str, tmp_path: Path) -> None:
+    x = zoo.inputs("attention")
+    model = peft.get_peft_model(zoo.net("attention"), config("attention", core=core)).eval()
+    fill(model)
+    model.save_pretrained(tmp_path)
+    other = zoo.net("attention")
+    other.blocks = nn.ModuleList(
+        nn.ModuleDict(dict(reversed(list(block.items())))) for block in other.blocks
+    )
+    loaded_model = peft.PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(output(loaded_model, x), output(model, x))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_safe_merge_refuses_values_that_are_not_finite(value: float) -> None:
     model, _ = tuned("siblings")
@@ -368,6 +437,42 @@ def test_adapter_names_choose_an_adapter_a_row() -> None:
         one, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2)
     )
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_adapter_names_of_an_encoder_and_a_decoder(beams: int) -> None:
+    """A beam search repeats the decoder's rows and not the encoder's."""
+    shape = transformers.BartConfig(
+        vocab_size=20,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=16,
+    )
+    net = zoo.fill(transformers.BartForConditionalGeneration(shape).eval())
+    settings = {"target_modules": ["q_proj", "v_proj"], "rank": 2}
+    model = peft.get_peft_model(net, LoTRPeftConfig(**settings)).eval()
+    model.add_adapter("other", LoTRPeftConfig(**settings))
+    for seed, name in enumerate(("default", "other")):
+        fill(model, name, seed)
+    x = torch.arange(15).view(3, 5)
+    names = ["other", "default", "other"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    mixed = model.generate(input_ids=x, adapter_names=names, **options)
+    for i, name in enumerate(names):
+        model.set_adapter(name)
+        single = model.generate(input_ids=x[i : i + 1], **options)[0]
+        assert torch.equal(mixed[i][: len(single)], single)
+
+
+def test_an_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(ImportError, match=r"expected PEFT 0.21 or later, got 0.20.1"):
+        importlib.reload(peft_config)
 
 
 def test_biases_are_trained_and_saved(tmp_path: Path) -> None:

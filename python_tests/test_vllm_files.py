@@ -16,7 +16,7 @@ from torch import nn
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, vllm
 from lotr_ext.adapted import adapted_layers
 from lotr_ext.convert import export_lora
-from lotr_ext.files import AdapterState
+from lotr_ext.files import state_of
 from lotr_ext.vllm import export_factors, export_task
 
 KEY = "model.layers.0.self_attn.k_proj.core"
@@ -59,7 +59,7 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     export_task(model, tmp_path / "own")
     export_task(model, tmp_path / "task", task=task, base_model="base")
     factors = vllm.read_factors(tmp_path / "factors")
-    from_model = vllm.factors_of(AdapterState.from_model(model), "test")
+    from_model = vllm.factors_of(state_of(model), "test")
     assert factors.task_format.metadata() == from_model.task_format.metadata()
     assert len(factors.tensors) == factor_count
     for folder, cores in (
@@ -68,8 +68,8 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     ):
         vector = vllm.read_task(tmp_path / folder, factors)
         for name, span in factors.spans.items():
-            want = (cores or bank.cores_of(task))[f"{name}.core"]
-            assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * want)
+            expected = (cores or bank.cores_of(task))[f"{name}.core"]
+            assert torch.equal(vector[span].view(factors.core_shape(name)), 2.0 * expected)
     config = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == (
         "LORA",
@@ -92,7 +92,7 @@ def test_the_engine_and_a_bank_read_the_same_file(scaling: object, tmp_path: Pat
     for name, core in bank.cores_of(copy).items():
         assert torch.equal(core, bank.cores_of(task)[name])
     bank.save(task, tmp_path / "other" / "lotr_task.safetensors")
-    factors = vllm.factors_of(AdapterState.from_model(model), "test")
+    factors = vllm.factors_of(state_of(model), "test")
     vector = vllm.read_task(tmp_path / "other", factors)
     assert torch.equal(vector, vllm.read_task(tmp_path / "task", factors))
     for name, layer in adapted_layers(model).items():
@@ -111,13 +111,13 @@ def test_what_is_no_task_is_refused(change: Change, message: str, tmp_path: Path
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     with pytest.raises((TypeError, ValueError), match=message):
-        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(state_of(model), "test"))
 
 
 def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     """Such as that of a LoRA, or one whose configuration is truncated as well."""
     model = adapted()
-    factors = vllm.factors_of(AdapterState.from_model(model), "test")
+    factors = vllm.factors_of(state_of(model), "test")
     export_lora(model, tmp_path)
     with pytest.raises(ValueError, match="expected a task by export_task, got an adapter of LORA"):
         vllm.read_task(tmp_path, factors)
@@ -133,7 +133,7 @@ def test_a_truncated_task_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lotr_task.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="adapter: expected a safetensors file"):
-        vllm.read_task(tmp_path, vllm.factors_of(AdapterState.from_model(model), "test"))
+        vllm.read_task(tmp_path, vllm.factors_of(state_of(model), "test"))
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype, check_rank
 from ..config import LoTRConfig
-from ..functional import check_dtype, check_rank
 from ..init import START
 from ..storage import checked_path, put_tensors
 from ..task_files import task_metadata

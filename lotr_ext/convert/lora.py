@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import check_number
+from ..checks import check_number
 from ..storage import checked_path, json_in, put_file, put_tensors
 from ..targets import name_ends_with
 

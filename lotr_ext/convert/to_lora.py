@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..adapted import layers_in
+from ..adapter_state import AdapterState, LayerEntry
+from ..base_model import BaseModel
 from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
-from ..files import AdapterState, BaseModel, LayerEntry, unwrapped, warn_of_unsaved
+from ..files import state_of, unwrapped, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
 from ..storage import checked_path
@@ -70,7 +72,7 @@ def export_lora(
     """
     path = checked_path(directory, "directory")
     inner, writes = unwrapped(model)
-    adapter = AdapterState.from_model(inner)
+    adapter = state_of(inner)
     if task is None:
         warn_of_unsaved(inner)
     else:

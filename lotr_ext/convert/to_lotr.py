@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapter_state import AdapterState, LayerEntry
+from ..base_model import BaseModel
+from ..checks import check_dtype, check_number, check_rank
 from ..config import LoTRConfig
-from ..files import AdapterState, BaseModel, LayerEntry
-from ..functional import check_dtype, check_number, check_rank
 from ..init import START, tucker2_of
 from ..storage import checked_path
 from ..targets import group_of

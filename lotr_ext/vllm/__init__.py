@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_state import AdapterState
 from ..convert.lora import CONFIG_NAME, put_folder
 from ..convert.to_lora import bank_of
-from ..files import AdapterState, save_adapter
+from ..files import save_adapter, state_of
 from ..old_files import start_key
 from ..storage import checked_path, json_in
 from ..task_files import TaskFormat, factors_in_order
@@ -142,7 +143,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
         RuntimeError: If the model has no adapter.
         ValueError: If it has experts, init "svd" or modules_to_save, which the engine cannot hold.
     """
-    factors_of(AdapterState.from_model(model), "export_factors")
+    factors_of(state_of(model), "export_factors")
     save_adapter(model, directory)
 
 
@@ -170,7 +171,7 @@ def export_task(
             is a file.
     """
     directory = checked_path(directory, "directory")
-    adapter = AdapterState.from_model(model)
+    adapter = state_of(model)
     factors = factors_of(adapter, "export_task")
     cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
     task_format = factors.task_format

@@ -166,7 +166,8 @@ def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) ->
 
 
 def test_two_processes_share_the_layers(tmp_path: Path) -> None:
-    model, mix = banked("llama", tmp_path, 3), [1, None, 3, 2, 1]
+    model = banked("llama", tmp_path, 3)
+    mix = [1, None, 3, 2, 1]
     steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
     found = run(tmp_path, [*steps, batch(mix)], max_loras=4, tensor_parallel_size=2)
     assert found[-1] == greedy(model, [-1 if number is None else number - 1 for number in mix])

@@ -1,0 +1,153 @@
+"""Whether a model is the base on which an adapter was trained: a few values of frozen parameters.
+
+A checksum would differ after a cast. The values of one base agree up to the rounding to bfloat16,
+the coarsest dtype of base weights. Quantized parameters are skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .adapted import layers_in
+from .checks import check_number
+from .layers import LoTRLayer
+from .sharded_tensors import full_shape, is_sharded
+from .storage import expect_type
+from .targets import saved_modules
+
+__all__ = ["BaseModel", "refuse_or_warn"]
+
+Gather = Callable[[Tensor], Tensor]  # returns the full tensor of one that may be sharded
+PARAMETERS = 8  # how many frozen parameters are sampled
+VALUES = 4  # of each
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What identifies the base model: its name if known, and a few values of frozen parameters."""
+
+    name: str | None = None
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(value: object) -> BaseModel:
+        """Returns what a JSON object has.
+
+        Raises:
+            TypeError, ValueError: If a field is unknown, or of a wrong type or value.
+        """
+        expect_type("base", value, dict)
+        if not value.keys() <= {"name", "values"}:
+            raise ValueError(f"base: expected name and values, got {sorted(value)!r:.200}")
+        base = BaseModel(**value)
+        if base.name is not None:
+            expect_type("base.name", base.name, str)
+        expect_type("base.values", base.values, dict)
+        for name, numbers in base.values.items():
+            expect_type(f"base.values, {name:.80}", numbers, list)
+            for number in numbers:
+                check_number(f"base.values, {name:.80}", number)
+        return base
+
+    @staticmethod
+    def of(model: nn.Module, layers: Mapping[str, LoTRLayer], gather: Gather) -> BaseModel:
+        """Returns the base of an adapted model."""
+        return BaseModel(_name_of(model), _values_of(model, layers, gather))
+
+    def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
+        """Refuses a model with another base, or warns of it.
+
+        Values may differ by the rounding to bfloat16. Parameters that the model lacks, or has in a
+        quantised format, are skipped.
+        """
+        moved = _moved_parameters(layers_in(model))
+        parameters = dict(model.named_parameters())
+        for name, expected in self.values.items():
+            parameter = parameters.get(name)
+            if parameter is None or id(parameter) in moved or not _is_sampled(parameter):
+                continue
+            actual = _sample(gather(parameter))
+            if actual is None or not _all_close(actual, expected):
+                message = (
+                    f"base: expected the model that the adapter was trained on "
+                    f"({self.name or 'its name is not known'}), got "
+                    f"{_name_of(model) or type(model).__name__}, in which {name} is "
+                    f"{actual} instead of {expected}. Load the adapter into its base model."
+                )
+                refuse_or_warn(message, refuse)
+                return
+
+
+def refuse_or_warn(message: str, refuse: bool) -> None:
+    if refuse:
+        raise ValueError(message)
+    warnings.warn(f"lotr_ext: {message}", stacklevel=5)
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """Returns where a transformers model was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _sample(tensor: Tensor) -> list[float] | None:
+    """Returns values at fixed places of a full tensor, None if they are not finite."""
+    last = tensor.numel() - 1
+    places = sorted({last * i // (VALUES - 1) for i in range(VALUES)})
+    values = tensor.detach().reshape(-1)[places].double().tolist()
+    return values if all(map(math.isfinite, values)) else None
+
+
+def _all_close(actual: list[float], expected: list[float]) -> bool:
+    """Whether two samples are equal up to the rounding to bfloat16."""
+    if len(actual) != len(expected):
+        return False
+    return all(math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(actual, expected))
+
+
+def _moved_parameters(layers: Mapping[str, LoTRLayer]) -> set[int]:
+    """Returns the ids of base parameters that a merge or init "svd" has changed."""
+    moved: set[int] = set()
+    for layer in layers.values():
+        if layer.merged or layer.start_core is not None:
+            moved.update(id(p) for p in layer.parameters())
+            moved.update(id(p) for p in getattr(layer, "host", layer).parameters())
+    return moved
+
+
+def _is_sampled(parameter: Tensor) -> bool:
+    is_plain = type(parameter) is nn.Parameter or is_sharded(parameter)
+    is_float = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+    return is_plain and is_float and not parameter.is_meta and math.prod(full_shape(parameter)) > 0
+
+
+def _values_of(
+    model: nn.Module, layers: Mapping[str, LoTRLayer], gather: Gather
+) -> dict[str, list[float]]:
+    """Returns a few values of frozen parameters of the base model, by the parameter's name."""
+    changed = _moved_parameters(layers)
+    for layer in layers.values():
+        changed.update(id(p) for p in layer.adapter_parameters())
+    config = getattr(model, "lotr_config", None)
+    if config is not None:
+        for module in saved_modules(model, config).values():
+            changed.update(id(p) for p in module.parameters())
+    frozen = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in changed and not parameter.requires_grad and _is_sampled(parameter)
+    ]
+    matrices = [item for item in frozen if len(full_shape(item[1])) > 1]
+    candidates = matrices or frozen
+    step = max(1, math.ceil(len(candidates) / PARAMETERS))
+    values = {}
+    for name, parameter in candidates[::step]:
+        numbers = _sample(gather(parameter))
+        if numbers is not None:
+            values[name] = numbers
+    return values

@@ -1,0 +1,134 @@
+"""Checks of arguments. Each raises TypeError or ValueError: `<argument>: expected .., got ..`.
+
+Not here: checks that need a model (targets.py) or a layer (layers.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .core.operators import DTYPES
+
+_LARGEST_DIMENSION = 2**31 - 1
+
+
+def check_input(x: object, in_features: int) -> None:
+    """Checks that x is a floating tensor [.., in_features]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x: expected a torch.Tensor, got {type(x).__name__}. Convert it, for example with "
+            f"torch.from_numpy."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x: expected a last dimension of in_features = {in_features}, got shape "
+            f"{tuple(x.shape)}"
+        )
+
+
+def check_dimension(name: str, value: object) -> int:
+    """Returns value if it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if not 1 <= value <= _LARGEST_DIMENSION:
+        raise ValueError(f"{name}: expected an int from 1 to {_LARGEST_DIMENSION}, got {value}")
+    return value
+
+
+def check_rank(rank: object) -> tuple[int, int]:
+    """Returns (r_in, r_out) of a rank, which is an int or a pair."""
+    pair = rank if isinstance(rank, (tuple, list)) else (rank, rank)
+    if len(pair) != 2:
+        raise ValueError(f"rank: expected an int or a pair (r_in, r_out), got {rank!r}")
+    return check_dimension("rank", pair[0]), check_dimension("rank", pair[1])
+
+
+def check_dtype(dtype: object, name: str = "dtype") -> None:
+    """Checks that dtype is None or one in which layers compute."""
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Checks that value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if torch.compiler.is_compiling():
+        return  # Dynamo cannot trace isfinite of a symbol
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
+
+
+def check_probability(name: str, value: object) -> None:
+    """Checks that value is a number in [0, 1)."""
+    check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+
+
+def check_index(name: str, index: object, count: int, x: Tensor | None = None) -> None:
+    """Checks an index of cores: int64, with values in [-1, count). -1 means none.
+
+    The values are checked only on the CPU, because reading them from a GPU would wait for it.
+
+    Args:
+        x: If given, the input [b, .., k] of the rows that the index [b] or [b, tokens] is for.
+    """
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        actual = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {actual}")
+    if x is not None and (not 1 <= index.dim() < x.dim() or index.shape != x.shape[: index.dim()]):
+        raise ValueError(
+            f"{name}: expected one index per row or per token of x {tuple(x.shape)}, got shape "
+            f"{tuple(index.shape)}"
+        )
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    least = int(index.min())
+    most = int(index.max())
+    if least < -1 or most >= count:
+        raise ValueError(f"{name}: expected indices in [-1, {count}), got {least} to {most}")
+
+
+def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
+    """Checks that tensor is floating and has this shape. A string in it stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    actual = tuple(tensor.shape)
+    fits = len(actual) == len(shape) and all(
+        isinstance(expected, str) or expected == size for expected, size in zip(shape, actual)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {actual}")
+
+
+def check_dtypes_and_devices(
+    x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[str, Tensor]
+) -> None:
+    """Checks that tensors can be computed with x.
+
+    Args:
+        base: On x's device and of its dtype, unless autocast casts them.
+        adapter: May be on another device, but with values if x has values.
+    """
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    for name, tensor in base.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype and not is_cast:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    for name, tensor in adapter.items():
+        if tensor.is_meta != x.is_meta:
+            raise ValueError(
+                f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}"
+            )

@@ -1,0 +1,275 @@
+"""A linear layer with LoTR adapters by name, as PEFT's layers have them.
+
+    y = base(x) + the sum over active adapters of s ((drop(x) A) G) B^T
+
+The first active adapter runs with the product of a plain base. The others are added to its output.
+
+Not here: the factors A and B, which the tuner owns (model.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..adapted import compute_device
+from ..core import dispatch, fallback
+from ..core.operators import DTYPES, accumulate_dtype
+from ..factors import LoTRFactors
+from ..init import fill_core_
+from ..layers import features, is_conv1d
+from ..wrapped import LoTRWrapped, layer_class, mergeable
+from .config import LoTRPeftConfig
+
+__all__ = ["LoTRPeftCore", "LoTRPeftLinear"]
+
+
+class LoTRPeftCore(nn.Module):
+    """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
+
+    Args:
+        factors: The pair of the group, which the tuner registers.
+        config: The adapter's configuration.
+        form: The module that computes the core [r_in, r_out]. None if it is a parameter.
+    """
+
+    def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig, form: nn.Module | None = None):
+        super().__init__()
+        if form is None:
+            A = factors.A.value
+            core = torch.empty(factors.r_in, factors.r_out, device=A.device, dtype=A.dtype)
+            self.core = nn.Parameter(core)
+            fill_core_(self.core, config.core_init)
+        self.scaling = config.to_lotr().s
+        self.dropout = config.dropout
+        self.trained = tuple(config.train)
+        # Through __dict__: the tuner registers them, once.
+        self.__dict__["factors"] = factors
+        self.__dict__["form"] = form
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, base_output: Tensor | None
+    ) -> Tensor:
+        """Returns x W^T + bias + s ((drop(x) A) G) B^T. A base_output replaces x W^T + bias.
+
+        ZeRO-3 gathers the core around this call.
+        """
+        core = self.core_matrix()
+        dropout = self.dropout if self.training else 0.0
+
+        def compute(A: Tensor, B: Tensor) -> Tensor:
+            return dispatch.linear(
+                x,
+                weight,
+                bias,
+                A,
+                B,
+                core,
+                self.scaling,
+                dropout,
+                base_output=base_output,
+                caches=self.factors.caches,
+                layer=self,
+            )
+
+        return self.factors.read(compute)
+
+    def core_matrix(self) -> Tensor:
+        """Returns G [r_in, r_out]."""
+        return self.core if self.form is None else self.form()
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Returns s B G^T A^T [n, k] in float32, or float64 for float64 factors."""
+        core = self.core_matrix()
+        return self.factors.read(lambda A, B: fallback.delta_weight(A, B, core, self.scaling))
+
+    def modules_of_parts(self) -> dict[str, nn.Module]:
+        """Returns the modules whose parameters are the parts "A", "B" and "core"."""
+        core = self if self.form is None else self.form.cores
+        return {"A": self.factors.A, "B": self.factors.B, "core": core}
+
+    def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the parameters of "A", "B" and "core", each with the name of its part."""
+        for part, module in self.modules_of_parts().items():
+            for parameter in module.parameters():
+                yield part, parameter
+
+    def extra_repr(self) -> str:
+        text = f"rank={self.factors.rank}, scaling={self.scaling:g}"
+        return f"{text}, dropout={self.dropout}" if self.dropout else text
+
+
+class LoTRPeftLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with LoTR adapters by name.
+
+    x [..., in_features] -> [..., out_features]. state_dict: the base's keys under `base_layer.`,
+    `lotr_adapter.<name>.core`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
+    # The weight before the first merge. Not in state_dict.
+    weight_backup: Tensor | None
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = features(base_layer)
+        self.lotr_adapter = nn.ModuleDict()
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self.register_buffer("weight_backup", None, persistent=False)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Returns the device on which the base computes, and its dtype if layers compute in it."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        if dtype not in DTYPES.values():
+            dtype = torch.float32
+        return compute_device(self.base_layer), dtype
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Moves an adapter to the base. PEFT calls it after loading into tensors without memory.
+
+        As BaseTunerLayer's, without the cast to the dtype of the base.
+        """
+        if adapter_name not in self.lotr_adapter:
+            return
+        core = self.lotr_adapter[adapter_name]
+        if any(parameter.is_meta for _, parameter in core.parts()):
+            return
+        device = self.place()[0] if device is None else device
+        for module in core.modules_of_parts().values():
+            module.to(device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if names is not None and not self.disable_adapters:
+            return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
+        active = [] if self.disable_adapters or self.merged else self.active_adapters
+        cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        is_plain = layer_class(self.base_layer) is not LoTRWrapped
+        if cores and is_plain and not args and not kwargs:
+            y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for core in cores:
+            y = core(x, None, None, y)
+        return y
+
+    def _per_row(self, x: Tensor, names: Sequence[str], y: Tensor) -> Tensor:
+        """Returns y, the output of the base, plus for row i of x the adapter names[i]."""
+        if len(names) != len(x):
+            raise ValueError(
+                f"adapter_names: expected one name for each of the {len(x)} rows, got {len(names)}"
+            )
+        if self.merged:
+            raise ValueError(
+                "adapter_names: expected unmerged adapters, got merged ones. Call unmerge_adapter "
+                "first."
+            )
+        for name in dict.fromkeys(names):
+            if name in self.lotr_adapter:
+                places = [i for i, row_name in enumerate(names) if row_name == name]
+                rows = torch.tensor(places, device=x.device)
+                y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], None, None, y[rows]))
+        return y
+
+    # ---- which adapters are active and trained ---------------------------------------------------
+
+    def _train_only(self, names: Sequence[str]) -> None:
+        for core in self.lotr_adapter.values():
+            for _, parameter in core.parts():
+                parameter.requires_grad_(False)
+        self.set_requires_grad(names)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._train_only([] if inference_mode else names)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+        self._train_only(self.active_adapters if enabled else [])
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.lotr_adapter:
+                core = self.lotr_adapter[name]
+                for part, parameter in core.parts():
+                    parameter.requires_grad_(requires_grad and part in core.trained)
+
+    # ---- merging ---------------------------------------------------------------------------------
+
+    def weight_matrix(self) -> Tensor:
+        """Returns W [n, k], a view of the base's weight."""
+        weight = self.base_layer.weight
+        return weight.t() if is_conv1d(self.base_layer) else weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the weight that the layer had before its first merge.
+
+        The sum is computed in float32 and cast once, whatever the number of adapters.
+
+        Args:
+            safe_merge: Whether to check that the sum is finite before the weight is changed.
+            adapter_names: The active ones if None.
+
+        Raises:
+            TypeError: If the base has no plain weight.
+            ValueError: If the sum is not finite and safe_merge is set.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.lotr_adapter]
+        if not names:
+            return
+        weight = mergeable(self.base_layer).detach()
+        original = weight if self.weight_backup is None else self.weight_backup
+        merged = original.to(accumulate_dtype(original.dtype))
+        for name in (*self.merged_adapters, *names):
+            merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
+            if safe_merge and not bool(merged.isfinite().all()):
+                raise ValueError(  # in PEFT's words
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+        if self.weight_backup is None:
+            self.weight_backup = weight.clone()
+        weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the weight as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        mergeable(self.base_layer).detach().copy_(self.weight_backup)
+        self.weight_backup = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Returns s B G^T A^T in the layout and dtype of the base's weight.
+
+        [n, k], or [k, n] for a Conv1D.
+        """
+        delta = self.lotr_adapter[adapter_name].delta_weight().to(self.weight.dtype)
+        return delta.mT.contiguous() if is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "lotr." + super().__repr__()

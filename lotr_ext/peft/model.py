@@ -1,0 +1,376 @@
+"""PEFT's tuner for LoTR: finds the layers, owns the factors and writes the files.
+
+    base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
+                                                            A_<width>, B_<width>
+    base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
+    base_model.lotr_cores.<adapter>.<parameter>             instead of those, with computed cores
+
+The files leave out the adapter's name, as PEFT does. A layer's core refers to its pair of factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..bypasses import block_bypasses, restore_bypasses
+from ..config import place_of
+from ..cores import CoreAt
+from ..factors import LoTRFactors
+from ..layers import features
+from ..model import cores_of, pair_of
+from ..sharded_tensors import is_sharded
+from ..storage import expect_names
+from ..targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
+from ..wrapped import mergeable
+from .config import LoTRPeftConfig
+from .layer import LoTRPeftCore, LoTRPeftLinear
+
+__all__ = ["LoTRPeftModel"]
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _keys_of(adapter_name: str) -> re.Pattern[str]:
+    """Matches the names of an adapter's tensors in the model's state_dict, and no others."""
+    name = re.escape(adapter_name)
+    return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
+
+
+class LoTRPeftModel(BaseTuner):
+    """PEFT's tuner for LoTR.
+
+    Attributes:
+        lotr_factors: The factors of each adapter, by part and group.
+        lotr_cores: The parameters of each adapter whose cores are computed.
+    """
+
+    uses_shared_state: bool = True
+    prefix: str = "lotr_"
+    tuner_layer_cls = LoTRPeftLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    lotr_factors: nn.ModuleDict
+    lotr_cores: nn.ModuleDict
+
+    def _layers(self) -> dict[str, LoTRPeftLinear]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
+
+    def _owned(self, adapter_name: str) -> Iterator[nn.Module]:
+        """Yields the modules that the tuner owns for an adapter."""
+        for modules in (self.lotr_factors, self.lotr_cores):
+            if adapter_name in modules:
+                yield modules[adapter_name]
+
+    # ---- adding an adapter -----------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.lotr_factors = nn.ModuleDict()
+        self.lotr_cores = nn.ModuleDict()
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
+        before = [
+            (parameter, parameter.requires_grad)
+            for modules in (self.lotr_factors, self.lotr_cores)
+            for parameter in modules.parameters()
+        ]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        block_bypasses(self.model, adapted=LoTRPeftLinear)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Finds the layers and their groups before PEFT changes the model.
+
+        Raises:
+            TypeError, ValueError: If a layer cannot be adapted.
+        """
+        if not isinstance(peft_config, LoTRPeftConfig):
+            raise TypeError(
+                f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}"
+            )
+        targets = self._targets(peft_config, model)
+        if not targets:
+            return  # PEFT raises a detailed error
+        check_targets(targets, peft_config.to_lotr())
+        self._groups = {target.name: target.group for target in targets}
+        layers = []
+        for target in targets:
+            is_by_width = peft_config.group_by == "width"
+            groups = target.sizes if is_by_width else (target.group, target.group)
+            names = [f"lotr_factors.A_{groups[0]}", f"lotr_factors.B_{groups[1]}"]
+            layers.append({"name": target.name, "factors": names})
+        order = {str(entry.get("name")): i for i, entry in enumerate(peft_config.layers or ())}
+        if order.keys() == self._groups.keys():
+            # A loaded adapter: the places of computed cores are in its order.
+            layers.sort(key=lambda entry: order[entry["name"]])
+        peft_config.layers = layers
+        self._check_adapter_names()
+
+    def _targets(self, peft_config: LoTRPeftConfig, model: nn.Module) -> list[Target]:
+        """Returns the layers that a configuration selects."""
+        tied = tied_names(model)
+        is_everything = str(peft_config.target_modules).lower() == "all-linear"
+        config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
+        targets = []
+        for name, module in self._matching(config, model).items():
+            base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
+            sizes = features(base)
+            reason = why_not_adapted(model, base, [name], tied)
+            if is_everything and reason is not None:
+                config.target_modules.discard(name)
+                continue
+            check_layer(name, base, sizes, reason)
+            group = group_of(name, base, sizes, config.group_by)
+            targets.append(Target((name,), base, sizes, group))
+        return targets
+
+    def _matching(self, config: LoTRPeftConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """Returns the modules that a configuration targets, by name."""
+        modules = dict(model.named_modules())
+        inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
+        matching = {
+            name: module
+            for name, module in modules.items()
+            if name
+            and not name.startswith(inside)
+            and self._check_target_module_exists(config, name)
+        }
+        places: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            places.setdefault(id(module), []).append(name)
+        for name, module in matching.items():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
+                raise TypeError(
+                    f"target_modules: expected layers without adapters of other methods, got "
+                    f"{name!r} ({type(module).__name__})"
+                )
+            names = places[id(module)]
+            if len(names) > 1:
+                raise ValueError(
+                    f"target_modules: expected layers in one place each, got one at "
+                    f"{', '.join(names)}"
+                )
+        return matching
+
+    def _check_adapter_names(self) -> None:
+        """Checks the adapters' names.
+
+        PEFT leaves out of an adapter's file each tensor whose name contains the name of another
+        adapter as a part.
+
+        Raises:
+            ValueError: If a name has a dot, or is that of a module or group.
+        """
+        parts = set(self._groups.values())
+        for name in (*self._groups, *self._layers()):
+            parts.update(name.split("."))
+        for groups in self.lotr_factors.values():
+            parts.update(groups)
+        has_others = len(self.peft_config) > 1
+        for name in self.peft_config:
+            if "." in name or hasattr(nn.ModuleDict, name) or (has_others and name in parts):
+                raise ValueError(
+                    f"adapter_name: expected a name without dots that no adapted module, group or "
+                    f"method of nn.ModuleDict has, got {name!r}"
+                )
+
+    def _create_and_replace(
+        self,
+        peft_config: LoTRPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        is_adapted = isinstance(target, LoTRPeftLinear)
+        layer = target if is_adapted else LoTRPeftLinear(target).train(target.training)
+        factors = self._factors_of(layer, current_key, adapter_name, peft_config)
+        form = self._form_of(factors, current_key, adapter_name, peft_config)
+        core = LoTRPeftCore(factors, peft_config, form)
+        layer.lotr_adapter[adapter_name] = core.train(layer.training)
+        if not is_adapted:
+            # PEFT's _replace_module would move the core to the device of an offloaded weight.
+            setattr(parent, target_name, layer)
+
+    def _factors_of(
+        self, layer: LoTRPeftLinear, name: str, adapter_name: str, peft_config: LoTRPeftConfig
+    ) -> LoTRFactors:
+        """Returns the pair of factors of a layer's group, which may be new."""
+        if adapter_name not in self.lotr_factors:
+            self.lotr_factors[adapter_name] = nn.ModuleDict()
+        sizes = (layer.in_features, layer.out_features)
+        device, dtype = layer.place()
+        return pair_of(
+            self.lotr_factors[adapter_name],
+            self._groups[name],
+            sizes,
+            peft_config.to_lotr(),
+            device=device,
+            dtype=dtype,
+        )
+
+    def _form_of(
+        self, factors: LoTRFactors, name: str, adapter_name: str, peft_config: LoTRPeftConfig
+    ) -> CoreAt | None:
+        """Returns the module that computes a layer's core, None if the core is a parameter."""
+        if peft_config.core == "dense":
+            return None
+        if adapter_name not in self.lotr_cores:
+            A = factors.A.value
+            names = [entry["name"] for entry in peft_config.layers]
+            cores = cores_of(peft_config.to_lotr(), names, device=A.device, dtype=A.dtype)
+            self.lotr_cores[adapter_name] = cores
+        return self.lotr_cores[adapter_name].at(place_of(name), owned=False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Makes an adapter float32 if it has half precision, as PEFT does with its own."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        for owned in self._owned(adapter_name):
+            for module in owned.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.dtype in HALVES:
+                        wide = parameter.detach().float()
+                        setattr(module, name, nn.Parameter(wide, parameter.requires_grad))
+
+    # ---- removing one ----------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for modules in (self.lotr_factors, self.lotr_cores):
+            if adapter_name in modules:
+                del modules[adapter_name]
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in self._layers().items():
+            try:
+                mergeable(layer.base_layer)
+            except TypeError as error:
+                raise TypeError(f"{error} ({name})") from None
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        restore_bypasses(model)
+        return model
+
+    # ---- one adapter per row ---------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Inside, row i of a batch has the adapter adapter_names[i], as in PEFT's LoRA.
+
+        "__base__" is for a row without an adapter.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "adapter_names: expected a model in eval mode, got one in training mode. Call "
+                "model.eval() first."
+            )
+        unknown = sorted(set(names) - {BASE, *self.lotr_factors})
+        if unknown:
+            raise ValueError(
+                f"adapter_names: expected some of {', '.join(self.lotr_factors)}, {BASE}, got "
+                f"{', '.join(unknown)}"
+            )
+        beams = kwargs.get("num_beams")
+        beams = beams if isinstance(beams, int) else 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self._encoder_modules()
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, (LoTRPeftLinear, AuxiliaryTrainingWrapper)):
+                    hook = _with_names(list(names) if module in encoder else repeated)
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        """Returns the modules of an encoder. A beam search does not repeat its rows."""
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        return set() if encoder in (None, self.model) else set(encoder.modules())
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Returns the tensors of an adapter's file, as BaseTuner does.
+
+        Raises:
+            RuntimeError: If a tensor is sharded, of which PEFT would save a shard.
+        """
+        candidates = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        keys = _keys_of(adapter_name)
+        tensors = {}
+        for key, tensor in candidates.items():
+            if not keys.search(key) and not key.endswith(".bias"):
+                continue
+            if 0 in tensor.shape or is_sharded(tensor):
+                raise RuntimeError(
+                    f"save_pretrained: expected full tensors, got {key} of shape "
+                    f"{list(tensor.shape)}, sharded. Gather a sharded model first, as accelerate's "
+                    f"get_state_dict does, and pass the result as state_dict."
+                )
+            tensors[key] = tensor
+        return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if not _keys_of(adapter_name).search(key):
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        pattern = rf"(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\."
+        return re.sub(pattern, r"\1.", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns the tensors of a file by the model's names, as BaseTuner does.
+
+        Raises:
+            ValueError: If the adapter has other layers, of which PEFT would only warn.
+        """
+        tensors = {}
+        for key, tensor in state_dict.items():
+            # the first version named them <group>.A and <group>.B
+            new_key = re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key)
+            tensors[new_key] = tensor
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        any_key = re.compile(r"\.lotr_adapter\.|lotr_(factors|cores)\.")
+        expected = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
+        expect_names("adapter", expected, {key for key in tensors if any_key.search(key)})
+        return tensors
+
+
+def _with_names(names: list[str]) -> Callable[..., tuple[tuple, dict[str, Any]]]:
+    """Returns a forward pre-hook that adds adapter_names to the arguments."""
+    return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names})
