@@ -37,7 +37,7 @@ struct RowCoreTraits {
 };
 constexpr int NONE = -1, MISSING = -2;
 
-// The first place of `sorted` whose value is above `value`.
+// The first place of `sorted` with a value above `value`.
 template <class T>
 LOTR_DEVICE int64_t place_above(const T* sorted, int64_t count, int64_t value) {
   int64_t low = 0;

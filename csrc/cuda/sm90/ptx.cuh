@@ -186,7 +186,7 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 // One thread starts them.  Their bytes, always those of complete boxes, count at the mbarrier.  A
 // tile starts at a multiple of 1024 bytes.
 
-// The box whose first element is (col, row).
+// The box with the first element (col, row).
 LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int row,
                              uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__
