@@ -85,10 +85,12 @@ def merge_layers(
                 layer.merge(safe, dequantize=dequantize)
             else:
                 layer.merge(safe)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except BaseException as error:  # also an interrupt
             for other in merged:
                 other.unmerge()
-            raise type(error)(f"{error} (in {name!r})") from None
+            if isinstance(error, (TypeError, ValueError, RuntimeError)):
+                raise type(error)(f"{error} (in {name!r})") from None
+            raise
         merged.append(layer)
 
 

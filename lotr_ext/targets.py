@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
@@ -431,6 +432,12 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model: expected the plain model, before it is wrapped or compiled, got "
             f"{type(model).__name__}"
+        )
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"model: expected parameters with values, got the lazy {lazy[0]!r}. Call the model once "
+            f"before apply_lotr."
         )
     for name, module in model.named_modules():
         class_name = type(module).__name__

@@ -130,6 +130,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     # apply_lotr, with configurations and models of other kinds
     ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), _lora_config())),
     ("apply to convolutions", "model", lambda: apply_lotr(nn.Sequential(nn.Conv2d(3, 3, 1)), LoTRConfig())),
+    ("apply to a lazy layer", "model", lambda: apply_lotr(nn.Sequential(nn.LazyLinear(4)), LoTRConfig())),
     ("apply where all is tied", "target_modules", lambda: apply_lotr(_tied(), LoTRConfig())),
     ("apply twice", "model", lambda: apply_lotr(started("mlp"), LoTRConfig(rank=2))),
     ("apply to a compiled model", "model", lambda: apply_lotr(torch.compile(zoo.net("mlp")), LoTRConfig(rank=2))),

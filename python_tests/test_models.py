@@ -19,6 +19,7 @@ import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
 from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -401,6 +402,30 @@ def test_selects_layers_of_special_models(
     assert (model.lotr_config.modules_to_save or ()) == saved
 
 
+LEFT_OUT = [
+    # A head of a model inside of another is left out, and a name takes it.
+    ({}, {"inner.classifier"}, 13),
+    ({"target_modules": ["classifier", "query"]}, set(), 3),
+    ({"target_modules": r".*\.(query|classifier)", "exclude_modules": ["1.attention.self.query"]},
+     {"inner.bert.encoder.layer.1.attention.self.query"}, 2),
+    ({"target_modules": ["query"], "modules_to_save": ["layer.0"]},
+     {"inner.bert.encoder.layer.0.attention.self.query"}, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "left", "count"), LEFT_OUT)
+def test_the_summary_says_what_was_named_and_left_out(
+    settings: dict, left: set[str], count: int
+) -> None:
+    model = nn.ModuleDict({"inner": zoo.net("bert")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the head stays frozen
+        apply_lotr(model, LoTRConfig(rank=2, **settings))
+    summary = trainable_summary(model)
+    assert {name for names in summary.left_out.values() for name in names} == left
+    assert summary.layers == count
+
+
 class Reads(nn.Module):
     """Layers that "all-linear" leaves out for what they are."""
 
@@ -621,6 +646,65 @@ def test_merge_and_unload_change_all_layers_or_none() -> None:
     assert zoo.output(model, x).shape == before.shape
 
 
+class NamesOfALayer(nn.Module):
+    """Uses names of an adapted layer for its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.Linear(4, 4)
+        self.factors = nn.Linear(4, 4)
+        self.lotr = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lotr(self.factors(self.core(x))) * self.weight
+
+
+def test_a_model_may_use_the_names_of_adapted_layers() -> None:
+    model = NamesOfALayer()
+    x = torch.randn(2, 4)
+    y = model(x)
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
+    assert len(adapted_layers(model)) == 3 and relative(model(x), y) > 1e-3
+    unload(model)
+    assert torch.equal(model(x), y)
+
+
+def test_attributes_that_others_put_on_a_layer_are_there_after_unload() -> None:
+    model = zoo.net("mlp")
+    up = model.blocks[0]["up"]
+    up.tag = "kept"
+    unload(apply_lotr(model, LoTRConfig(rank=2)))
+    assert model.blocks[0]["up"] is up and up.tag == "kept"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_from_the_meta_device_is_filled_from_a_state_dict(assign: bool) -> None:
+    model = trained("mlp")
+    with torch.device("meta"):
+        empty = apply_lotr(zoo.Mlp(), model.lotr_config)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    x = zoo.inputs("mlp")
+    assert torch.equal(empty(x), model(x))
+    assert len(list(lotr_parameters(empty))) == 4 + 4  # the factors are still shared
+
+
+def test_a_checkpoint_of_transformers_has_the_factors_once(tmp_path: Path) -> None:
+    model = trained("gpt2")
+    x = zoo.inputs("gpt2")
+    y = zoo.output(model, x)
+    model.tie_weights()
+    assert torch.equal(zoo.output(model, x), y)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum("lotr_factors" in key for key in saved) == len(model.lotr_factors)
+    other = started("gpt2")
+    other.load_state_dict(saved, strict=False)  # without the tied head
+    assert torch.equal(zoo.output(other, x), y)
+
+
 class Quantized(nn.Module):
     """A linear layer that is read by dequantize()."""
 
@@ -649,6 +733,20 @@ def test_unmerge_changes_all_layers_or_none() -> None:
     y = model(zoo.inputs("mlp"))
     unload(model, merge=True)
     assert torch.equal(model(zoo.inputs("mlp")), y)
+
+
+def test_an_interrupted_merge_merges_nothing() -> None:
+    model = trained("mlp")
+    before = state(model)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    model.blocks[1]["down"].merge = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        merge(model)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+    assert same(state(model), before)
 
 
 def test_a_weight_that_was_tied_later_is_not_merged() -> None:
@@ -902,6 +1000,12 @@ def merged_with_head(change: Callable[[nn.Module], object]) -> tuple[nn.Module, 
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
+def without_gradients(model: nn.Module) -> nn.Module:
+    for parameter in lotr_parameters(model):
+        parameter.requires_grad_(False)
+    return model
+
+
 def head_only(merged: bool = False) -> tuple[nn.Module, list[nn.Parameter]]:
     model = trained("mlp", modules_to_save=["head"])
     if merged:
@@ -932,6 +1036,10 @@ FIRST_STEPS = {
     "all parameters": (lambda: merged_with_head(lambda m: None), None),
     "a head": (head_only, None),
     "a head of a merged model": (lambda: head_only(merged=True), None),
+    "merged, with a frozen adapter": (
+        lambda: merged_with_head(lambda m: merge(without_gradients(m))),
+        None,
+    ),
     "another model": (another_model, None),
     "some parts": (cores_only, None),
 }

@@ -114,6 +114,8 @@ def hopper() -> None:
 def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
     for shape in FUSED_SHAPES:
+        _, k, n, r = shape
+        assert torch.ops.lotr.gemm_lotr_refusal(k, n, r, dtype, torch.cuda.current_device()) == ""
         check(name, partial(Case, shape, dtype, dtype), str(shape))
 
 

@@ -1,0 +1,117 @@
+"""bench.transfer: what its pairs, forms, search and tables compute."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers import relative
+from torch import Tensor, nn
+
+from bench import donors, transfer
+from bench.donors import Form
+
+
+def projection(columns: Tensor) -> Tensor:
+    return columns @ columns.mT
+
+
+@pytest.mark.parametrize(("group_by", "groups"), [("layer", 4), ("block", 2), ("shape", 1)])
+def test_a_pair_spans_the_leading_directions_of_its_group(group_by: str, groups: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    decay = 0.5 ** torch.arange(12.0)
+    names = [f"layers.{i}.{kind}_proj" for i in (0, 1) for kind in "qk"]
+    matrices = [
+        {
+            name: torch.randn(20, 12, generator=g) * decay @ torch.randn(12, 12, generator=g)
+            for name in names
+        }
+        for _ in range(3)
+    ]
+    pairs = donors.pairs_of(matrices, group_by, 4)
+    assert len({id(A) for A, _ in pairs.values()}) == groups
+    members = {"layer": names[:1], "block": names[:2], "shape": names}[group_by]
+    stack = [by_name[name].double() for name in members for by_name in matrices]
+    for side, columns in ((0, torch.cat(stack).mT), (1, torch.cat(stack, 1))):
+        factor = pairs[names[0]][side].double()
+        kept = float((projection(factor) @ columns).square().sum())
+        best = float(torch.linalg.svdvals(columns)[:4].square().sum())
+        assert kept == pytest.approx(best, rel=1e-3)
+        assert relative(factor.mT @ factor, torch.eye(4).double()) < 1e-5
+
+
+def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
+    shapes = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
+    by_shape = Form.of("random/shape/10/diagonal/b:o,down")
+    first = donors.random_pairs(shapes, by_shape, 0)
+    A, B = first["layers.0.q_proj"]
+    assert A.shape == (6, 10) and B.shape == (8, 10) and first["layers.1.q_proj"][0] is A
+    assert not A[:, 6:].any()  # only six directions exist
+    assert torch.equal(donors.random_pairs(shapes, by_shape, 0)["layers.0.q_proj"][0], A)
+    assert not torch.equal(donors.random_pairs(shapes, by_shape, 1)["layers.0.q_proj"][0], A)
+    by_layer = donors.random_pairs(shapes, by_shape._replace(group="layer"), 0)
+    assert not torch.equal(by_layer["layers.0.q_proj"][0], by_layer["layers.1.q_proj"][0])
+
+
+@pytest.mark.parametrize("core", ["dense", "diagonal"])
+@pytest.mark.parametrize("with_b", [True, False])
+def test_a_layer_with_vectors_computes_its_equation(core: str, with_b: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 8).double()
+    A, B = torch.randn(6, 4).double(), torch.randn(8, 4).double()
+    layer = transfer.Vectors(base, A, B, core, with_b).double()
+    x = torch.randn(3, 6).double()
+    assert torch.equal(layer(x), base(x))  # the model's function starts unchanged
+    assert any(grad.any() for grad in torch.autograd.grad(layer(x).sum(), layer.G_and_b()))
+    for parameter in layer.G_and_b():
+        nn.init.normal_(parameter)
+    G = layer.G if core == "dense" else torch.diag(layer.G)
+    b = layer.b if with_b else torch.ones(8).double()
+    scale = 2 * (8 / 4) ** 0.5
+    assert relative(layer(x), base(x) + scale * (x @ A @ G @ B.mT) * b) < 1e-12
+    free = transfer.Free(base, A)
+    nn.init.normal_(free.G.data)
+    free = free.double()
+    assert relative(free(x), base(x) + 2 / 6**0.5 * (x @ A) @ free.G) < 1e-12
+
+
+def options_with(tmp_path: Path, **changes: object) -> argparse.Namespace:
+    words = ["--targets", "smollm2-kjv", "--forms", "random/layer/16/dense"]
+    options = transfer.parser().parse_args([*words, "--results", str(tmp_path / "r.jsonl")])
+    for name, value in changes.items():
+        setattr(options, name, value)
+    return options
+
+
+def test_the_search_continues_from_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_with(tmp_path, rates=[1e-3, 2e-3, 4e-3], seeds=3)
+    made = []
+    while runs := transfer.next_runs(transfer.runs_in(options.results), options):
+        run = runs[0]
+        made.append((run.lr, run.seed))
+        row = run._asdict()
+        if run.lr != 4e-3:  # this one diverges
+            row |= {"validation": abs(run.lr - 2e-3), "numbers": 7}
+        transfer.record(options.results, [row])
+    assert made == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1), (2e-3, 2)]
+
+
+def test_the_recorded_runs_make_tables_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = pd.read_json(transfer.RESULTS / "transfer.jsonl", lines=True)
+    path = tmp_path / "transfer.jsonl"
+    transfer.write(path, recorded)
+    assert transfer.main(["--targets", "none", "--results", str(path), "--markdown"]) == 0
+    output = capsys.readouterr().out
+    assert "| lora, r 4 | 1,221,120 | 4,770 |" in output and "100% (100% to 100%)" in output
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000
+    for form in recorded[recorded["items"].notna()]["form"].unique():
+        assert f"| {form} |" in output
+    with pytest.raises(SystemExit):
+        transfer.main(["--targets", "kjv"])
