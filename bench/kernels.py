@@ -18,7 +18,6 @@ cold L2.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lotr_ext.core.operators import FUSED
+from lotr_ext.core.strategy import fused_obstacle
+
 from .checks import check_error, error_of
 from .common import Case, chosen, dtype_of, listed, sizes
 from .program import Program
-from .strategies import STRATEGIES, fused_obstacle
 from .timing import Group, Step, copy_gb_per_s
 
 SCALING = 0.5
@@ -42,8 +43,6 @@ SHAPES = {
 
 
 def library() -> object:
-    """torch.ops.lotr, loaded."""
-    importlib.import_module("lotr_ext.core.operators")
     return torch.ops.lotr
 
 
@@ -215,7 +214,7 @@ def gemm_lotr(inputs: Inputs) -> Operator:
     F = inputs.normal(n, r, scale=r**-0.5)
 
     def ours() -> Results:
-        return (library().layer_forward_rows(x, W, None, u, F, STRATEGIES["fused"]),)
+        return (library().layer_forward_rows(x, W, None, u, F, FUSED),)
 
     return Operator(
         ours=ours,
@@ -239,9 +238,8 @@ def obstacle(case: Case, device: str) -> str | None:
     """Why a kernel cannot run, None if it can."""
     if case["kernel"] != "gemm_lotr":
         return None
-    if case["n"] % 8:
-        return f"gemm_lotr needs a width in multiples of 8, got {case['n']}"
-    return fused_obstacle(dtype_of(case), device, case["r"])
+    _, n, r = (case[name] for name in KEY)
+    return fused_obstacle(n, n, r, dtype_of(case), torch.device(device))
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

@@ -40,7 +40,7 @@ from unittest import mock
 
 import torch
 
-from .strategies import fused_obstacle
+from lotr_ext.core.strategy import fused_obstacle
 
 ROOT = Path(__file__).resolve().parents[1]
 # The dtype of x, and of factors if they have another one.
@@ -88,7 +88,7 @@ def obstacle(form: str, dtype: str, device: str) -> str | None:
         return None
     if "+" in dtype:
         return "the fused strategy needs x and factors of one dtype"
-    return fused_obstacle(DTYPES[dtype][0], device)
+    return fused_obstacle(64, 64, 16, DTYPES[dtype][0], torch.device(device))
 
 
 def error_line(text: str) -> str:

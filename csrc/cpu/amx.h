@@ -198,12 +198,17 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
     }
     // Down this panel, then from the top of the next one.
-    const T* later = from + (i + n < rows ? (i + n) * ldfrom : kWidth);
+    const bool below = i + n < rows;
+    const T* from_ahead = from + (below ? (i + n) * ldfrom : kWidth);
+    const T* y_ahead = y + (below ? (i + n) * ldy : kWidth);
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
       const T* const start = from + (i + j) * ldfrom;
-      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(later + j * ldfrom) + c, 1, 2);
+      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
+        if (y != from)
+          __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + j * ldy) + c, 1, 2);
+      }
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* product = sums + j * kWidth + v;

@@ -158,7 +158,8 @@ LOTR_INLINE auto start_of(const T* from, const A* bias) {
 template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ldfrom, const char* u,
                                     int64_t u_step, const typename K::Unit* f, int64_t n,
-                                    const T* ahead, const typename K::Acc* bias) {
+                                    const T* from_ahead, const T* y_ahead,
+                                    const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
   // at the end.
@@ -166,11 +167,13 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ld
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // `from` of a later block: the rows of this one are too short for the hardware's prefetcher.
-    if (ahead) {
-      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldfrom) + v, 1, 2);
-      }
+    // A later block of `from`, and of y if that is another matrix: the rows of a block are too
+    // short for the hardware's prefetcher.
+    for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + i * ldfrom) + v, 1, 2);
+    if (y_ahead) {
+      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + i * ldy) + v, 1, 2);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {

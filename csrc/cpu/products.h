@@ -305,10 +305,12 @@ inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, 
     constexpr int MR = decltype(mr)::value;
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
-    const T* later = from + (to < rows ? to * ldfrom : (to - rows) * ldfrom + kPanel<K>);
+    const int64_t row = to < rows ? to : to - rows;
+    const int64_t column = to < rows ? 0 : kPanel<K>;
+    const T* y_ahead = y == from ? nullptr : y + row * ldy + column;
     expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
-                                                    u + i * u_step, u_step, panel, units, later,
-                                                    bias);
+                                                    u + i * u_step, u_step, panel, units,
+                                                    from + row * ldfrom + column, y_ahead, bias);
   });
 }
 
