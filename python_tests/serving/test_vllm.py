@@ -219,7 +219,7 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     messages = [
         "expected a task by export_task, got an adapter of LORA",
         "expected a JSON file",
-        f"{core}: expected the ranks of the adapter",
+        "expected the ranks of the adapter",
         "made for other A and B",
         f"expected finite values, got others in {core}",
         f"{core}: expected the ranks of the adapter",
