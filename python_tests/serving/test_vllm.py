@@ -1,4 +1,4 @@
-"""Tasks in a real vLLM on the CPU: the tokens of the package's own model, any mix in a batch, refusals that leave it running.
+"""Tasks in vLLM on the CPU: the same tokens as in PyTorch, mixed batches, and refused requests.
 
 Needs a Python with vLLM: `make serve-test` installs one, LOTR_VLLM_PYTHON names another.
 """
