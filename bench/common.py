@@ -138,7 +138,8 @@ def keep_memory() -> None:
     allocation has a page fault every 4 KiB. That is a tenth of a layer's time, for some rivals and
     not for others, depending on the order in which they free memory.
     """
-    m_mmap_max, m_trim_threshold = -4, -1  # glibc's malloc.h
+    m_mmap_max = -4  # glibc's malloc.h
+    m_trim_threshold = -1
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_mmap_max, 0)

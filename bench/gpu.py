@@ -109,9 +109,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         command = ("compute-sanitizer", *words, *smoke)
         return Part(tool, 1.5, command, ("compute-sanitizer",), (), environment)
 
-    smoke_words = ("--results", results, *device)
-    if options.quick:
-        smoke_words += ("--dtypes", "bf16", "--shapes", "1")
+    few = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
+    smoke_words = ("--results", results, *few, *device)
     if options.wheel is None:
         build = Part(
             "build",
@@ -139,7 +138,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     return [
         build,
         Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
-        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words)),
+        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words), ("pytest",)),
         bench("kernels", 4.0, *bf16),
         bench("layer", 5.0, *bf16, uses=("peft",)),
         tests("gpu_operators"),

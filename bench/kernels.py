@@ -18,7 +18,6 @@ cold L2.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lotr_ext.core.operators import FUSED
+from lotr_ext.core.strategy import fused_obstacle
+
 from .checks import check_error, error_of
 from .common import Case, chosen, dtype_of, listed, sizes
 from .program import Program
-from .strategies import STRATEGIES, fused_obstacle
 from .timing import Group, Step, copy_gb_per_s
 
 SCALING = 0.5
@@ -42,8 +43,6 @@ SHAPES = {
 
 
 def library() -> object:
-    """torch.ops.lotr, loaded."""
-    importlib.import_module("lotr_ext.core.operators")
     return torch.ops.lotr
 
 
@@ -73,12 +72,12 @@ class Operator:
 
 
 class Inputs:
-    """Random tensors for a case: m, n and r are its sizes."""
+    """Random tensors for a case. sizes: its (m, n, r)."""
 
     def __init__(self, case: Case, device: str):
         self.dtype = dtype_of(case)
         self.device = device
-        self.m, self.n, self.r = (case[name] for name in KEY)
+        self.sizes = tuple(case[name] for name in KEY)
         self.generator = torch.Generator().manual_seed(3)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -87,7 +86,7 @@ class Inputs:
 
     def zeros(self) -> Tensor:
         """A float32 sum [n, r]."""
-        return torch.zeros(self.n, self.r, device=self.device)
+        return torch.zeros(self.sizes[1:], device=self.device)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -96,7 +95,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 def shrink(inputs: Inputs) -> Operator:
     """u = x A"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     A = inputs.normal(n, r, scale=n**-0.5)
     return Operator(
@@ -109,7 +108,7 @@ def shrink(inputs: Inputs) -> Operator:
 
 def expand_add(inputs: Inputs) -> Operator:
     """y += u F^T"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     start = inputs.normal(m, n)
     u = inputs.normal(m, r)
     F = inputs.normal(n, r, scale=r**-0.5)
@@ -131,7 +130,7 @@ def expand_add(inputs: Inputs) -> Operator:
 
 def factor_grad(inputs: Inputs) -> Operator:
     """D += x^T k"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     k = inputs.normal(m, r, scale=m**-0.5)
     D = inputs.zeros()
@@ -152,7 +151,7 @@ def factor_grad(inputs: Inputs) -> Operator:
 
 def shrink_grad(inputs: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     g = inputs.normal(m, n)
     F = inputs.normal(n, r, scale=n**-0.5)
     u = inputs.normal(m, r, scale=m**-0.5)
@@ -174,8 +173,9 @@ def shrink_grad(inputs: Inputs) -> Operator:
 
 def fold(inputs: Inputs) -> Operator:
     """F = s B G^T"""
-    B = inputs.normal(inputs.n, inputs.r, scale=inputs.r**-0.5)
-    core = inputs.normal(inputs.r, inputs.r)
+    _, n, r = inputs.sizes
+    B = inputs.normal(n, r, scale=r**-0.5)
+    core = inputs.normal(r, r)
     return Operator(
         ours=lambda: (library().fold(B, core, SCALING, inputs.dtype),),
         library=lambda: ((B * SCALING) @ core.T,),
@@ -186,7 +186,7 @@ def fold(inputs: Inputs) -> Operator:
 
 def row_core(inputs: Inputs) -> Operator:
     """h_i = s u_i G_c(i)"""
-    m, count, r = inputs.m, inputs.n, inputs.r
+    m, count, r = inputs.sizes
     u = inputs.normal(m, r)
     cores = inputs.normal(count, r, r, scale=r**-0.5)
     index = torch.randint(count, (m,), generator=inputs.generator).to(inputs.device)
@@ -207,14 +207,14 @@ def gemm_lotr(inputs: Inputs) -> Operator:
 
     The library's base product is timed as well, and "beta": u F^T first, then the product onto it.
     """
-    m, n, r = inputs.m, inputs.n, inputs.r
+    m, n, r = inputs.sizes
     x = inputs.normal(m, n)
     W = inputs.normal(n, n, scale=n**-0.5)
     u = inputs.normal(m, r)
     F = inputs.normal(n, r, scale=r**-0.5)
 
     def ours() -> Results:
-        return (library().layer_forward_rows(x, W, None, u, F, STRATEGIES["fused"]),)
+        return (library().layer_forward_rows(x, W, None, u, F, FUSED),)
 
     return Operator(
         ours=ours,
@@ -238,9 +238,8 @@ def obstacle(case: Case, device: str) -> str | None:
     """Why a kernel cannot run, None if it can."""
     if case["kernel"] != "gemm_lotr":
         return None
-    if case["n"] % 8:
-        return f"gemm_lotr needs a width in multiples of 8, got {case['n']}"
-    return fused_obstacle(dtype_of(case), device, case["r"])
+    _, n, r = (case[name] for name in KEY)
+    return fused_obstacle(n, n, r, dtype_of(case), torch.device(device))
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

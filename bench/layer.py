@@ -62,7 +62,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).to(options.device, dtype).requires_grad_()
     g = torch.randn(m, n, generator=generator).to(options.device, dtype)
-    names = chosen(options.rivals, usual_layers(dtype, options.device, r), LAYERS)
+    names = chosen(options.rivals, usual_layers(tensors), LAYERS)
     # Each rival has a copy of x, and the copies are shuffled each round: on a CPU the address of x
     # changes a layer's time by up to 2 %.
     copies = [x.detach().clone().requires_grad_() for _ in names]

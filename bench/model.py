@@ -148,7 +148,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         facts["peak_bytes"] = peak_bytes(step.run, options.device)
         return step
 
-    usual = usual_methods(dtype_of(case), options.device, case["r"])
+    usual = usual_methods(base, case["r"])
     group = Group()
     for name in chosen(options.rivals, usual, METHODS):
         rank = rank_of(name, case)

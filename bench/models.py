@@ -1,4 +1,4 @@
-"""The rivals for a whole transformer: one frozen model, adapted by each method."""
+"""The rivals for a transformer: one frozen model, adapted by each method."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import strategies
 from .common import Case
 from .rivals import compiled, copied
-from .strategies import STRATEGIES, fused_obstacle, with_strategy
+from .strategies import STRATEGY_NAMES, with_strategy
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,16 @@ METHODS = (
 ON_REQUEST = ("lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fused", "lotr_ext-compiled")
 
 
-def usual_methods(dtype: torch.dtype, device: str, rank: int) -> list[str]:
+def fused_reason(base: nn.Module, rank: int) -> str | None:
+    """Why the fused strategy cannot run in a model, None if it can."""
+    width = base.config.hidden_size
+    return strategies.fused_reason(width, width, rank, base.dtype, base.device)
+
+
+def usual_methods(base: nn.Module, rank: int) -> list[str]:
     """The methods that are measured by default."""
     usual = [method for method in METHODS if method not in ON_REQUEST]
-    if fused_obstacle(dtype, device, rank) is None:
+    if fused_reason(base, rank) is None:
         usual.append("lotr_ext-fused")
     return usual
 
@@ -209,14 +216,14 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
         return _eager_lotr(model, targets, rank)
     if variant == "core":
         return _our_lotr(model, targets, rank, train=("core",))
+    reason = fused_reason(base, rank) if variant == "fused" else None
+    if reason is not None:
+        raise ValueError(f"fused: {reason}")
     model = _our_lotr(model, targets, rank)
     if variant == "compiled":
         return compiled(model)
-    if variant in STRATEGIES:
-        weight = next(model.parameters())
-        model.forward = with_strategy(
-            variant, model.forward, weight.dtype, weight.device.type, rank
-        )
+    if variant in STRATEGY_NAMES:
+        model.forward = with_strategy(variant, model.forward)
     return model
 
 

@@ -8,7 +8,7 @@ LoRA from library products has four forms:
                beta is 1). On a GPU this is the fastest LoRA that cuBLAS gives
     compiled   eager, in torch.compile
 
-LoTR in three lines is README's formula in plain torch. Not here: whole models (models.py).
+LoTR in three lines is README's formula in plain torch. Not here: transformers (models.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from . import strategies
 from .checks import check_error, error_of
-from .strategies import fused_obstacle, with_strategy
+from .strategies import with_strategy
 
 SCALING = 2.0
 # The relative error of a layer's y, dx and gradients against float64.
@@ -271,10 +272,17 @@ def our_layer_with(strategy: str, t: Tensors) -> Rival:
     Raises:
         ValueError: if it cannot run here.
     """
+    reason = fused_reason(t) if strategy == "fused" else None
+    if reason is not None:
+        raise ValueError(f"fused: {reason}")
     rival = our_layer(t)
-    r = t.A.shape[1]
-    call = with_strategy(strategy, rival.call, t.A.dtype, t.A.device.type, r)
-    return Rival(call, rival.trained)
+    return Rival(with_strategy(strategy, rival.call), rival.trained)
+
+
+def fused_reason(t: Tensors) -> str | None:
+    """Why the fused strategy cannot run on these tensors, None if it can."""
+    n, k = t.weight.shape
+    return strategies.fused_reason(k, n, t.A.shape[1], t.weight.dtype, t.weight.device)
 
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
@@ -295,15 +303,15 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 }
 
 
-def usual_layers(dtype: torch.dtype, device: str, rank: int) -> list[str]:
+def usual_layers(t: Tensors) -> list[str]:
     """The rivals of one layer that are measured by default."""
     usual = ["frozen", "lora-eager", "lora-in-place", "lora-beta", "lora-peft", "vera-peft"]
     usual += ["lotr-eager", "lotr_ext"]
-    if dtype != torch.float32:
+    if t.weight.dtype != torch.float32:
         usual.append("lotr_ext-fp32")
-    if device == "cuda":  # on a CPU compiling takes longer than the rest of a case
+    if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case
         usual += ["lora-compiled", "lotr_ext-two_pass", "lotr_ext-beta"]
-    if fused_obstacle(dtype, device, rank) is None:
+    if fused_reason(t) is None:
         usual.append("lotr_ext-fused")
     return usual
 

@@ -6,7 +6,7 @@
 
 The forms are the entries of the tests' table of operators (python_tests/test_operators.py): each
 runs all strategies, fresh and given sums, and memory with NaN around every operand. "dropout" runs
-an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in its own
+an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in a
 process: bf16 first, then the other dtypes, also with float32 factors. An outcome is printed as soon
 as it is known:
 
@@ -40,7 +40,7 @@ from unittest import mock
 
 import torch
 
-from .strategies import fused_obstacle
+from lotr_ext.core.strategy import fused_obstacle
 
 ROOT = Path(__file__).resolve().parents[1]
 # The dtype of x, and of factors if they have another one.
@@ -58,6 +58,8 @@ DROPPED = 0.4
 
 def table() -> ModuleType:
     """The tests of operators on a GPU, which import the table."""
+    # The tests fill new memory with NaN, in a mode of torch in which cuBLAS needs this setting.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for folder in ("python_tests", "python_tests/cuda"):
         sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module("test_gpu_operators")
@@ -86,7 +88,7 @@ def obstacle(form: str, dtype: str, device: str) -> str | None:
         return None
     if "+" in dtype:
         return "the fused strategy needs x and factors of one dtype"
-    return fused_obstacle(DTYPES[dtype][0], device)
+    return fused_obstacle(64, 64, 16, DTYPES[dtype][0], torch.device(device))
 
 
 def error_line(text: str) -> str:
@@ -153,7 +155,7 @@ class Process:
     def __init__(self, command: Sequence[str]):
         environment = os.environ | {
             "CUDA_LAUNCH_BLOCKING": "1",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for the mode that fills new memory with NaN
+            "OMP_NUM_THREADS": "1",  # many processes compute in float64 at once
             "PYTHONFAULTHANDLER": "1",
         }
         self.process = subprocess.Popen(

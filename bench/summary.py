@@ -37,6 +37,7 @@ MODEL_RIVALS = {
     "lora-peft": "LoRA PEFT",
     "vera-peft": "VeRA PEFT",
 }
+QUICK_ROUNDS = 3
 FUSED_GOAL = 0.94  # of cuBLAS: below it the fused kernel is slower than beta
 
 
@@ -172,7 +173,8 @@ def _layers(frames: dict[str, pd.DataFrame]) -> str:
     title = frame[columns].apply(lambda row: "{} x {} x {}, r {}, {}".format(*row), axis=1)
     table = _over_table(frame, title, LAYER_RIVALS)
     head = "## One layer: time over the frozen layer, forward and backward"
-    note = "Medians with 95 % intervals. two_pass, beta and fused are strategies of lotr_ext."
+    note = f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals. two_pass, beta and "
+    note += "fused are strategies of lotr_ext."
     return f"{head}\n\n{note}\n\n{table}"
 
 
@@ -242,9 +244,9 @@ def _next_steps(results: Path, outcomes: Outcomes, frames: dict[str, pd.DataFram
         words = ",".join(unfinished)
         steps.append(f"Run the rest: `python -m bench.gpu --parts {words}`, with more --budget.")
     steps += _strategy_steps(frames)
-    measured = [frame for frame in frames.values() if len(frame)]
-    if measured:
-        folder = slug(measured[0].iloc[-1]["machine"])
+    full = [frame for frame in frames.values() if frame["rounds"].min() > QUICK_ROUNDS]
+    if full:
+        folder = slug(full[0].iloc[-1]["machine"])
         steps.append(f"Copy the result files into `bench/results/{folder}` and run `bench.plot`.")
     if not steps:
         return ""

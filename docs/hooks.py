@@ -1,4 +1,4 @@
-"""Pictures of the results, which lie outside of docs/, as files of the site (a hook in mkdocs.yml)."""
+"""A hook of mkdocs.yml: adds the pictures of bench/results, outside of docs/, to the site."""
 
 from __future__ import annotations
 

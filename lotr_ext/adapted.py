@@ -104,6 +104,11 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
     A container must not get another child: nn.Sequential would call it, and sentence-transformers
     would save it as a step of its pipeline. The module around its first adapted layer registers the
     module instead, or that layer if there is no other, and `model.<name>` is a plain reference.
+
+    Args:
+        model: An adapted model.
+        name: One of the attributes above.
+        module: The module.
     """
     owner = _owner(model)
     if owner is not model:

@@ -238,13 +238,14 @@ class AdapterState:
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
         text = json.dumps(self.document, allow_nan=False)
+        tensors = {key: tensor.detach().cpu() for key, tensor in sorted(self.tensors.items())}
         metadata = {
             "format": "lotr",
             "format_version": VERSION,
             "adapter": text,
-            "sha256": checksum(sorted(self.tensors.items()), text.encode()),
+            "sha256": checksum(tensors.items(), text.encode()),
         }
-        put_tensors(directory, FILE_NAME, self.tensors, metadata)
+        put_tensors(directory, FILE_NAME, tensors, metadata)
         old_files.remove(directory)
 
 

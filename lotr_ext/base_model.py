@@ -56,14 +56,28 @@ class BaseModel:
 
     @staticmethod
     def of(model: nn.Module, layers: Mapping[str, LoTRLayer], gather: Gather) -> BaseModel:
-        """Returns the base of an adapted model."""
+        """Returns the base of an adapted model.
+
+        Args:
+            model: The model.
+            layers: Its adapted layers.
+            gather: Returns the full tensor of one that may be sharded.
+        """
         return BaseModel(_name_of(model), _values_of(model, layers, gather))
 
     def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
         """Refuses a model with another base, or warns of it.
 
         Values may differ by the rounding to bfloat16. Parameters that the model lacks, or has in a
-        quantised format, are skipped.
+        quantized format, are skipped.
+
+        Args:
+            model: An adapted model.
+            gather: Returns the full tensor of one that may be sharded.
+            refuse: Whether to raise.
+
+        Raises:
+            ValueError: If the base is another one and refuse is set.
         """
         moved = _moved_parameters(layers_in(model))
         parameters = dict(model.named_parameters())

@@ -66,9 +66,9 @@ def check_names(names: Iterable[str], config_class: type) -> None:
     Raises:
         TypeError: If one is. The message says what to use.
     """
-    known = {field.name for field in fields(config_class)}
+    field_names = {field.name for field in fields(config_class)}
     for name in names:
-        if name in known:
+        if name in field_names:
             continue
         if name in NAMES_HERE:
             raise TypeError(

@@ -280,7 +280,8 @@ class FewCores(Cores):
     def make(self, index: int) -> Tensor:
         is_tied = len(self.numbers) == 1
         numbers = self.numbers[0 if is_tied else index]
-        return (numbers @ self.random.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
+        random = self.random.to(numbers.dtype)  # FSDP2 casts parameters, not buffers
+        return (numbers @ random.flatten(1)).unflatten(-1, (self.r_in, self.r_out))
 
 
 FORMS: dict[str, Callable[..., Cores]] = {

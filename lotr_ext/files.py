@@ -554,5 +554,5 @@ def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
     if target.is_meta:
         raise RuntimeError(
             f"load_adapter: expected a model with values, got {key} on the meta device. "
-            f"Materialise it first."
+            f"Materialize it first."
         )

@@ -73,7 +73,14 @@ def merge_layers(
     safe: bool = False,
     dequantize: bool | torch.dtype = False,
 ) -> None:
-    """Merges layers of a model, all or none, and keeps a backup of each. Errors as for `merge`."""
+    """Merges layers of a model, all or none, and keeps a backup of each. Errors as for `merge`.
+
+    Args:
+        model: The model.
+        layers: Unmerged layers by name.
+        safe: As for `merge`.
+        dequantize: As for `merge`.
+    """
     is_dtype = isinstance(dequantize, torch.dtype) and dequantize.is_floating_point
     if not isinstance(dequantize, bool) and not is_dtype:
         raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
@@ -85,10 +92,12 @@ def merge_layers(
                 layer.merge(safe, dequantize=dequantize)
             else:
                 layer.merge(safe)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except BaseException as error:  # also an interrupt
             for other in merged:
                 other.unmerge()
-            raise type(error)(f"{error} (in {name!r})") from None
+            if isinstance(error, (TypeError, ValueError, RuntimeError)):
+                raise type(error)(f"{error} (in {name!r})") from None
+            raise
         merged.append(layer)
 
 

@@ -121,7 +121,13 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
-    """Adapts the layers of a selection."""
+    """Adapts the layers of a selection.
+
+    Args:
+        model: A plain model.
+        config: How they are adapted.
+        selection: From `select`, for this model and configuration.
+    """
     starts = {}
     if config.init == "svd":  # first, because it reads the plain weights and may raise
         starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()}
@@ -237,6 +243,12 @@ def cores_of(
     config: LoTRConfig, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
 ) -> Cores | None:
     """Returns the Cores of the layers of these names, None if each layer has a dense core.
+
+    Args:
+        config: The configuration.
+        names: The names of the layers, in the model's order.
+        device: The device of the cores. On "meta", nothing is allocated.
+        dtype: The dtype of the cores.
 
     Raises:
         TypeError, ValueError: If the form is not one of `lotr_ext.cores`, or cannot have the ranks

@@ -63,11 +63,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def remove(directory: Path) -> None:
     """Removes an adapter of an older version, after a new one was written."""
-    if (directory / JSON_NAME).is_file():
-        (directory / JSON_NAME).unlink()
-    for path in directory.glob("lotr_adapter.*.safetensors"):
-        if _TENSORS.fullmatch(path.name):
-            path.unlink()
+    paths = [path for path in directory.iterdir() if _TENSORS.fullmatch(path.name)]
+    for path in (directory / JSON_NAME, *paths):
+        if path.is_file():
+            path.unlink(missing_ok=True)  # another process may save at the same time
 
 
 def start_key(key: str) -> str:
@@ -116,12 +115,12 @@ def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"layers, {name!r:.200}: expected an object, got {entry!r:.80}")
         factors = entry.get("factors")
         if isinstance(factors, str):  # a pair in one module
-            A, B = f"{factors}.A", f"{factors}.B"
+            names = [f"{factors}.A", f"{factors}.B"]
         elif isinstance(factors, list) and len(factors) == 2:
-            A, B = (f"{module}.value" for module in factors)
+            names = [f"{module}.value" for module in factors]
         else:
             raise TypeError(f"layers, {name!r:.200}: expected factors, got {factors!r:.80}")
-        entries[name] = {"A": A, "B": B, "experts": entry.get("experts", 0)}
+        entries[name] = {"A": names[0], "B": names[1], "experts": entry.get("experts", 0)}
         for key in ("scaling", "dropout"):
             entries[name][key] = entry.get(key)
     return {

@@ -138,17 +138,16 @@ def _update_master(parameter: Tensor) -> None:
     if fragments is None:
         return
     if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:
-        # the shard of this process: nothing is sent
-        get, put = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param
-        value = parameter.ds_tensor
+        # The shard of this process: nothing is sent.
+        master = fragments.safe_get_local_fp32_param(parameter)
+        if master is not None:
+            shard = parameter.ds_tensor.detach().float().view_as(master)
+            fragments.safe_set_local_fp32_param(parameter, shard)
     elif hasattr(parameter, "_hp_mapping"):
-        get, put = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param
-        value = parameter
-    else:
-        return
-    master = get(parameter)
-    if master is not None:
-        put(parameter, value.detach().float().view_as(master))
+        master = fragments.safe_get_full_fp32_param(parameter)
+        if master is not None:
+            value = parameter.detach().float().view_as(master)
+            fragments.safe_set_full_fp32_param(parameter, value)
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ def expect_names(what: str, expected: Collection[str], actual: Collection[str]) 
 def expect_type(name: str, value: object, kind: type) -> None:
     """Checks the type of a value in a JSON document.
 
+    Args:
+        name: Of the field, for the error.
+        value: Of the field.
+        kind: The expected type.
+
     Raises:
         TypeError: If it has another one. A bool is not an int.
     """
@@ -83,7 +88,13 @@ def expect_type(name: str, value: object, kind: type) -> None:
 
 
 def put_file(directory: Path, name: str, data: bytes) -> None:
-    """Writes data into directory/name, atomically."""
+    """Writes a file, atomically.
+
+    Args:
+        directory: Exists already.
+        name: Of the file.
+        data: All of it.
+    """
     temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
@@ -310,14 +311,14 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
 def heads(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the known heads of the transformers models in a model, by name."""
     modules = dict(model.named_modules())
-    found = {}
+    known_heads = {}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
         has_parameters = next(module.parameters(), None) is not None
         if child in _HEADS and is_in_transformers_model and has_parameters:
-            found[name] = module
-    return found
+            known_heads[name] = module
+    return known_heads
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
@@ -350,14 +351,14 @@ def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
     if not has_head or not isinstance(model, nn.Module):
         return config
     saved = config.modules_to_save or ()
-    found = heads(model)
-    if not found and not saved:
+    known_heads = heads(model)
+    if not known_heads and not saved:
         raise ValueError(
             f"task_type: expected a model with a head for {config.task_type!r}, got "
             f"{type(model).__name__} without one of the known names ({', '.join(_HEADS)}). Name "
             f"its head in modules_to_save."
         )
-    new = [name for name in found if not _matches(name, saved)]
+    new = [name for name in known_heads if not _matches(name, saved)]
     return replace(config, modules_to_save=(*saved, *new)) if new else config
 
 
@@ -431,6 +432,12 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model: expected the plain model, before it is wrapped or compiled, got "
             f"{type(model).__name__}"
+        )
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"model: expected parameters with values, got the lazy {lazy[0]!r}. Call the model "
+            f"once before apply_lotr."
         )
     for name, module in model.named_modules():
         class_name = type(module).__name__

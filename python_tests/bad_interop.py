@@ -1,4 +1,4 @@
-"""Rows of the table of bad input for PEFT, conversions and vLLM: (id, the argument that the message names, the call)."""
+"""Rows of BAD (test_bad_input.py) for PEFT, conversions and vLLM."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def _folder() -> Path:
 
 
 def _saved() -> Path:
-    save_adapter(_model(), folder := _folder())
+    folder = _folder()
+    save_adapter(_model(), folder)
     return folder
 
 
@@ -82,13 +83,19 @@ def _lora(**settings: object) -> Path:
     model = peft.get_peft_model(
         zoo.net("attention"), peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings)
     )
-    model.save_pretrained(folder := _folder())
+    folder = _folder()
+    model.save_pretrained(folder)
     return folder
 
 
 def _checkpoint(**tensors: torch.Tensor) -> Path:
-    torch.save(tensors or {"a.lotr.rhs": torch.ones(4, 2), "a.lotr.mid": torch.ones(2, 2), "a.lotr.lhs": torch.ones(2, 4)},
-               path := _folder() / "model.pt")  # fmt: skip
+    good = {
+        "a.lotr.rhs": torch.ones(4, 2),
+        "a.lotr.mid": torch.ones(2, 2),
+        "a.lotr.lhs": torch.ones(2, 4),
+    }
+    path = _folder() / "model.pt"
+    torch.save(tensors or good, path)
     return path
 
 

@@ -1,7 +1,9 @@
-"""Training in two processes, compared with one process: the checks of test_distributed.py and test_frameworks.py.
+"""Training in two processes, compared with one process.
 
-Run by torch.distributed.run: `python -m torch.distributed.run --nproc-per-node 2 distributed.py RESULTS CHECK ..`. Each check
-returns the largest relative error of the parameters' changes, or of the tensors that it names, or a count.
+The checks of test_distributed.py and test_frameworks.py. torch.distributed.run starts them:
+`python -m torch.distributed.run --nproc-per-node 2 distributed.py RESULTS CHECK ..`. Each check
+returns the largest relative error of the parameters' changes, or of tensors that it names, or a
+count.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 import torch.distributed as dist
+import zoo
 from helpers import worst
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,18 +39,29 @@ from lotr_ext import (
 from lotr_ext.core import dispatch
 from lotr_ext.cores import FORMS
 
-RATE, STEPS, WIDTH = 0.05, 3, 24
+RATE = 0.05
+STEPS = 3
+WIDTH = 24
 CONFIG = LoTRConfig(
     rank=4, scaling=0.5, target_modules=["q", "k", "v", "o"], modules_to_save=["head"]
 )
 
+Changes = dict[str, Tensor]  # how training changes each trained parameter
+
 
 class Block(nn.Module):
-    """A gated mix of q, k and v, which read one x, and o. again: recomputed in backward, by which kind of checkpointing."""
+    """A gated mix of q, k and v, which read one x, and o.
+
+    Args:
+        again: "reentrant" or "non-reentrant" if a checkpoint recomputes the block in backward.
+    """
 
     def __init__(self, again: str | None):
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.k = nn.Linear(WIDTH, WIDTH)
+        self.v = nn.Linear(WIDTH, WIDTH)
+        self.o = nn.Linear(WIDTH, WIDTH)
         self.again = again
 
     def mix(self, x: Tensor) -> Tensor:
@@ -59,7 +74,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a head that is trained whole: x [b, tokens, 24] -> [b, tokens, 5]."""
+    """Two blocks and a fully trained head: x [b, tokens, 24] -> [b, tokens, 5]."""
 
     def __init__(self, again: str | None = None):
         super().__init__()
@@ -74,11 +89,10 @@ class Net(nn.Module):
 
 
 def build(again: str | None = None, dtype: torch.dtype = torch.float64, **settings: Any) -> Net:
-    """An adapted Net, with the same values in all processes."""
+    """Returns an adapted Net, with the same values in all processes."""
     torch.manual_seed(0)
-    net = apply_lotr(
-        Net(again).to(dtype), LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings})
-    )
+    config = LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings})
+    net = apply_lotr(Net(again).to(dtype), config)
     for name, parameter in net.named_parameters():
         if name.endswith(".core"):
             nn.init.normal_(parameter, std=0.3)
@@ -91,31 +105,41 @@ def batch(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 
 
 def trained(net: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, whole."""
-    found = {
-        name: sharded.full_tensor(p).detach().clone()
-        for name, p in net.named_parameters()
-        if p.requires_grad
-    }
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    """Returns the trained parameters as full tensors."""
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            full = sharded.full_tensor(parameter)
+            tensors[name.removeprefix("module.")] = full.detach().clone()
+    return tensors
 
 
-def train(net: nn.Module, ranks: list[int], call: Callable | None = None) -> dict[str, Tensor]:
-    """How SGD on the mean loss of these ranks' batches changes each trained parameter. call: the wrapped model."""
-    call, before = call or net, trained(net)
+def trained_parameters(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def train(net: nn.Module, ranks: list[int], call: Callable | None = None) -> Changes:
+    """Takes steps of SGD on the mean loss of the batches of these ranks.
+
+    Args:
+        call: The wrapped model, if it is not net.
+    """
+    call = net if call is None else call
+    before = trained(net)
     dtype = next(net.parameters()).dtype
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.SGD(trained_parameters(net), lr=RATE)
     for step in range(STEPS):
         optimizer.zero_grad()
-        (sum(call(batch(r, step, dtype)).square().mean() for r in ranks) / len(ranks)).backward()
+        losses = [call(batch(rank, step, dtype)).square().mean() for rank in ranks]
+        (sum(losses) / len(losses)).backward()
         optimizer.step()
     return {name: after - before[name] for name, after in trained(net).items()}
 
 
-def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    return (
-        worst(got.values(), [want[name] for name in got]) if set(got) == set(want) else float("inf")
-    )
+def error(actual: Changes, expected: Changes) -> float:
+    if actual.keys() != expected.keys():
+        return float("inf")
+    return worst(actual.values(), [expected[name] for name in actual])
 
 
 def shard(net: Net, reshard: bool = False, **options: Any) -> Net:
@@ -125,15 +149,13 @@ def shard(net: Net, reshard: bool = False, **options: Any) -> Net:
     return fully_shard(net, **options)
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def ddp(again: str | None, settings: dict[str, Any] | None = None, **options: Any) -> float:
-    net = build(again, **(settings or {}))
-    return error(
-        train(net, [dist.get_rank()], DistributedDataParallel(net, **options)),
-        train(build(**(settings or {})), [0, 1]),
-    )
+def ddp(again: str | None = None, core: str = "dense", **options: Any) -> float:
+    net = build(again, core=core)
+    changes = train(net, [dist.get_rank()], DistributedDataParallel(net, **options))
+    return error(changes, train(build(core=core), [0, 1]))
 
 
 def fsdp2(again: str | None = None, reshard: bool = False, **settings: Any) -> float:
@@ -142,20 +164,49 @@ def fsdp2(again: str | None = None, reshard: bool = False, **settings: Any) -> f
 
 
 def fsdp2_in_bfloat16(core: str) -> float:
-    """FSDP2 that computes in bfloat16 against one process in float32. Returns 0 within 10 %."""
-    settings = {"core": core, "dtype": torch.float32}
+    """FSDP2 that computes in bfloat16, against one process in float32. Returns 0 within 10 %."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    net = shard(build(**settings), mp_policy=policy)
+    net = shard(build(core=core, dtype=torch.float32), mp_policy=policy)
     changes = train(net, [dist.get_rank()])
-    relative = error(changes, train(build(**settings), [0, 1]))
-    return 0.0 if relative < 0.1 else relative
+    expected = train(build(core=core, dtype=torch.float32), [0, 1])
+    relative_error = error(changes, expected)
+    return 0.0 if relative_error < 0.1 else relative_error
+
+
+def experts(wrap: Callable[[nn.Module], nn.Module]) -> float:
+    """The experts of a transformers mixture: the gradients of one step."""
+
+    def make() -> nn.Module:
+        config = models.config("mixture", adapter_dtype="float64")
+        return models.moved(apply_lotr(zoo.net("mixture", torch.float64), config))
+
+    def gradients(net: nn.Module, x: Tensor) -> Changes:
+        zoo.output(net, x).square().mean().backward()
+        found = {}
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad:
+                full = sharded.full_tensor(parameter.grad)
+                found[name.removeprefix("module.")] = full
+        return found
+
+    x = zoo.inputs("mixture", rows=4)
+    half = x.chunk(2)[dist.get_rank()]
+    return error(gradients(wrap(make()), half), gradients(make(), x))
+
+
+def shard_mixture(net: nn.Module) -> nn.Module:
+    sharded.shard_factors(net)
+    for layer in net.model.layers:
+        fully_shard(layer)
+    return fully_shard(net)
 
 
 def fsdp2_collectives() -> list[int]:
-    """The reductions of a step (two blocks, the root, A and B), and the gathers of the second of two steps."""
+    """The reductions of a step (two blocks, the root, A and B), and the gathers of the next one."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
-    net, counts = shard(build()), {"foreach_reduce": 0, "foreach_all_gather": 0}
+    net = shard(build())
+    counts = {"foreach_reduce": 0, "foreach_all_gather": 0}
 
     def counted(name: str, real: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -174,46 +225,60 @@ def fsdp2_collectives() -> list[int]:
     return list(counts.values())
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+
 def shared_folder() -> str:
-    """A new folder, the same one in both processes."""
+    """Returns a new folder, the same one in both processes."""
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     return folder[0]
 
 
 def saved_and_loaded(wrap: Callable[[Net], nn.Module], **settings: Any) -> float:
-    """Trains, saves in both processes, loads into another wrapped model: the same full tensors.
+    """Trains, saves in both processes, and loads into another wrapped model.
 
-    A forward without a backward comes before the save and the load. FSDP2 has gathered the
-    parameters then.
+    A forward without a backward comes before the last step of the optimizer and before the load.
+    FSDP2 has gathered full parameters then, which are not those of the optimizer.
     """
     folder = shared_folder()
-    one, two = wrap(build(**settings)), wrap(build(**settings))
-    train(sharded.unwrapped(one), [dist.get_rank()], one)
-    x = batch(0, 0, settings.get("dtype", torch.float64))
-    with torch.no_grad():
-        y = one(x)
-        two(x)
-    sharded.save_adapter(one, folder)
-    sharded.load_adapter(two, folder)
+    source = wrap(build(**settings))
+    target = wrap(build(**settings))
     plain = build(**settings)
-    sharded.load_adapter(plain, folder)
-    expected = trained(one)
+    train(sharded.unwrapped(source), [dist.get_rank()], source)
+    optimizer = torch.optim.SGD(trained_parameters(source), lr=RATE)
+    x = batch(0, 0, torch.float64)
+    source(x).square().mean().backward()
     with torch.no_grad():
-        outputs = worst([two(x), plain(x)], [y, y])
-    return max(error(trained(two), expected), error(trained(plain), expected), outputs)
+        source(x)
+        target(x)
+    optimizer.step()
+    sharded.save_adapter(source, folder)
+    sharded.load_adapter(target, folder)
+    sharded.load_adapter(plain, folder)
+    for model in (source, target):  # a backward frees what FSDP2 has gathered
+        model(x).sum().backward()
+    expected = trained(source)
+    with torch.no_grad():
+        y = source(x)
+        output_error = worst([target(x), plain(x)], [y, y])
+    return max(error(trained(target), expected), error(trained(plain), expected), output_error)
 
 
 def saved_by_process_0() -> float:
-    """`lotr_ext.save_adapter` of a DDP model: returns the number of wrong folders."""
+    """`lotr_ext.save_adapter` of a DDP model. Returns the number of wrong folders."""
     folder = Path(shared_folder(), str(dist.get_rank()))
     save_adapter(DistributedDataParallel(build()), folder)
     return float(folder.exists() != (dist.get_rank() == 0))
 
 
-def unsharded_functions_are_refused() -> float:
-    """What needs full tensors, of a sharded model. Returns how many calls do not raise."""
-    model, folder = shard(build()), shared_folder()
+def functions_for_full_tensors() -> float:
+    """What needs full tensors, called with a sharded model. Returns how many calls do not raise."""
+    model = shard(build())
+    folder = shared_folder()
+    if dist.get_rank() == 0:
+        save_adapter(build(), folder)
+    dist.barrier()
     accepted = 0.0
     for call in (
         lambda: save_adapter(model, folder),
@@ -221,31 +286,27 @@ def unsharded_functions_are_refused() -> float:
         lambda: merge(model),
         lambda: unload(model, merge=True),
     ):
-        if dist.get_rank() == 0 and not os.listdir(folder):
-            save_adapter(build(), folder)
-        dist.barrier()
         try:
             call()
             accepted += 1
-        except TypeError as error:
-            accepted += "shard" not in str(error)
+        except TypeError as refusal:
+            accepted += "shard" not in str(refusal)
     return accepted
 
 
 def a_tied_head() -> float:
-    """A sharded model whose head is tied to a frozen layer, saved and loaded."""
+    """A sharded model whose head is tied to another layer, saved and loaded."""
 
-    def tied() -> Net:
-        net = build()
+    def wrap(net: Net) -> nn.Module:
         net.extra = nn.Linear(WIDTH, 5, bias=False, dtype=torch.float64)
         net.extra.weight = net.head.weight
-        return net
+        return shard(net)
 
-    return saved_and_loaded(lambda net: shard(tied()))
+    return saved_and_loaded(wrap)
 
 
 def failure_reaches_all() -> float:
-    """A save that fails in process 0 fails in process 1, too. Returns the number of processes without an error."""
+    """A save that fails in process 0. Returns the number of processes without an error."""
     try:
         sharded.save_adapter(shard(build()), "/dev/null/adapter")
         failed = 0.0
@@ -256,57 +317,57 @@ def failure_reaches_all() -> float:
     return 2.0 - count.item()
 
 
+# ---- the table -----------------------------------------------------------------------------------
+
 CHECKS: dict[str, Callable[[], Any]] = {
-    "ddp": lambda: ddp(None),
-    "ddp, a bucket view, static graph": lambda: ddp(
-        None, static_graph=True, gradient_as_bucket_view=True
+    "ddp": ddp,
+    "ddp, a bucket view, static graph": partial(
+        ddp, static_graph=True, gradient_as_bucket_view=True
     ),
-    "ddp, find_unused_parameters": lambda: ddp(None, find_unused_parameters=True),
-    "ddp, checkpoints": lambda: ddp("non-reentrant"),
-    "ddp, reentrant checkpoints": lambda: ddp("reentrant", static_graph=True),
-    "fsdp2": lambda: fsdp2(),
-    "fsdp2, resharded": lambda: fsdp2(reshard=True),
-    "fsdp2, checkpoints": lambda: fsdp2("non-reentrant", reshard=True),
-    "fsdp2, a factor a width": lambda: fsdp2(group_by="width"),
-    "ddp, saved and loaded": lambda: saved_and_loaded(DistributedDataParallel),
-    "fsdp2, saved and loaded": lambda: saved_and_loaded(shard),
-    "fsdp2, saved and loaded, resharded": lambda: saved_and_loaded(partial(shard, reshard=True)),
-    "fsdp2 without shard_factors, saved and loaded": lambda: saved_and_loaded(
-        fully_shard, core="tucker"
-    ),
+    "ddp, find_unused_parameters": partial(ddp, find_unused_parameters=True),
+    "ddp, checkpoints": partial(ddp, "non-reentrant"),
+    "ddp, reentrant checkpoints": partial(ddp, "reentrant", static_graph=True),
+    "ddp, experts": partial(experts, partial(DistributedDataParallel, find_unused_parameters=True)),
+    "ddp, saved and loaded": partial(saved_and_loaded, DistributedDataParallel),
     "ddp, saved by process 0": saved_by_process_0,
+    "fsdp2": fsdp2,
+    "fsdp2, resharded": partial(fsdp2, reshard=True),
+    "fsdp2, checkpoints": partial(fsdp2, "non-reentrant", reshard=True),
+    "fsdp2, one factor per width": partial(fsdp2, group_by="width"),
+    "fsdp2, experts": partial(experts, shard_mixture),
+    "fsdp2, saved and loaded": partial(saved_and_loaded, shard),
+    "fsdp2, saved and loaded, resharded": partial(saved_and_loaded, partial(shard, reshard=True)),
+    "fsdp2 without shard_factors, saved and loaded": partial(
+        saved_and_loaded, fully_shard, core="tucker"
+    ),
     "fsdp2, a tied head": a_tied_head,
-    "fsdp2, functions for full tensors": unsharded_functions_are_refused,
+    "fsdp2, functions for full tensors": functions_for_full_tensors,
     "a failed save": failure_reaches_all,
     "collectives": fsdp2_collectives,
 }
 
-
 for form in FORMS:
     CHECKS |= {
-        f"ddp, {form}": partial(ddp, None, {"core": form}),
-        f"ddp, {form}, saved and loaded": partial(
-            saved_and_loaded, DistributedDataParallel, core=form
-        ),
+        f"ddp, {form}": partial(ddp, core=form),
+        f"ddp, {form}, saved": partial(saved_and_loaded, DistributedDataParallel, core=form),
         f"fsdp2, {form}": partial(fsdp2, core=form),
-        f"fsdp2, {form}, checkpoints": partial(fsdp2, "non-reentrant", True, core=form),
-        f"fsdp2, {form}, saved and loaded": partial(saved_and_loaded, shard, core=form),
+        f"fsdp2, {form}, checkpoints": partial(fsdp2, "non-reentrant", reshard=True, core=form),
+        f"fsdp2, {form}, saved": partial(saved_and_loaded, shard, core=form),
         f"fsdp2, {form}, bfloat16": partial(fsdp2_in_bfloat16, form),
     }
 
 
-# ---- DeepSpeed -------------------------------------------------------------------------------------------------------
+# ---- DeepSpeed -----------------------------------------------------------------------------------
 
 
 def zero_engine(stage: int, net: Net) -> Any:
-    """DeepSpeed's engine around net, with SGD; even small tensors are held in parts."""
+    """Returns DeepSpeed's engine around net, with SGD. Even small tensors are sharded."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: (
-        None
-    )  # an extension for speed, which takes minutes to compile
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=RATE)
+    # An extension for speed, which takes minutes to compile.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    optimizer = torch.optim.SGD(trained_parameters(net), lr=RATE)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -323,42 +384,44 @@ def zero_steps(engine: Any, first: int, count: int) -> None:
         engine.step()
 
 
-def zero(stage: int, again: str | None = None, **settings: Any) -> float:
-    """Trains two steps, saves, loads into another engine, and takes the third step with that one."""
+def zero(stage: int, again: str | None = None, core: str = "dense") -> float:
+    """Trains two steps, saves, loads into another engine, and takes the third step with it."""
     folder = shared_folder()
-    settings["dtype"] = torch.float32
-    before, want = trained(build(**settings)), train(build(**settings), [0, 1])
-    one, two = (zero_engine(stage, build(again, **settings)) for _ in range(2))
-    zero_steps(one, 0, STEPS - 1)
-    sharded.save_adapter(one, folder)
-    sharded.load_adapter(two, folder)
-    zero_steps(two, STEPS - 1, 1)
-    return error(
-        {name: tensor - before[name] for name, tensor in trained(two.module).items()}, want
-    )
+    settings = {"dtype": torch.float32, "core": core}
+    before = trained(build(**settings))
+    expected = train(build(**settings), [0, 1])
+    source = zero_engine(stage, build(again, **settings))
+    target = zero_engine(stage, build(again, **settings))
+    zero_steps(source, 0, STEPS - 1)
+    sharded.save_adapter(source, folder)
+    sharded.load_adapter(target, folder)
+    zero_steps(target, STEPS - 1, 1)
+    changes = {name: after - before[name] for name, after in trained(target.module).items()}
+    return error(changes, expected)
 
 
 CHECKS |= {
-    "zero 2": lambda: zero(2),
-    "zero 3": lambda: zero(3),
-    "zero 3, checkpoints": lambda: zero(3, "non-reentrant"),
+    "zero 2": partial(zero, 2),
+    "zero 3": partial(zero, 3),
+    "zero 3, checkpoints": partial(zero, 3, "non-reentrant"),
 }
-CHECKS |= {f"zero 3, {form}": partial(zero, 3, core=form) for form in FORMS}
+for form in FORMS:
+    CHECKS[f"zero 3, {form}"] = partial(zero, 3, core=form)
 
 
-def main(results: str, names: list[str]) -> None:
+def main(path: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dispatch.LITTLE_WORK = 0  # siblings share u = x A, as with large inputs
     dist.init_process_group("gloo")
-    found = {}
+    results = {}
     for name in names:
         try:
-            found[name] = CHECKS[name]()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            results[name] = CHECKS[name]()
+        except Exception as failure:
+            results[name] = f"{type(failure).__name__}: {failure}"
         dist.barrier()
     if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(found))
+        Path(path).write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

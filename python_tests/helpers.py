@@ -1,4 +1,4 @@
-"""What the tables of tests share: comparisons with bounds, tensors with NaN around them, good arguments of operators."""
+"""Shared by the tests: comparisons, tensors surrounded by NaN, good arguments of operators."""
 
 from __future__ import annotations
 
@@ -14,105 +14,123 @@ from lotr_ext import reference
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
-BETA = 1  # a strategy of the layers' operators; the other one on a CPU is 0
-# the unit roundoff of a result, and the bound on a long sum in the dtype of sums, both relative to the sum of absolute products
+BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
+
+# The unit roundoff of a result.
 ROUNDOFF = {
     torch.float32: 2.0**-24,
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
     torch.float64: 2.0**-53,
 }
-# the relative error of a whole step in each dtype
+# The relative error of all operations of a layer together.
 CLOSE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+# The error of a long sum in this dtype, relative to the sum of absolute products.
 OF_SUMS = {torch.float32: 1e-6, torch.float64: 2e-15}
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tokens and layers."""
+    """Returns the dtype of sums over tokens and layers."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- comparisons -----------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 
-def relative(got: Tensor | None, want: Tensor | None) -> float:
-    """|got - want| / |want|; infinite for a NaN, another shape, and a missing tensor unless want is zero or missing too."""
-    if got is None or want is None:
-        other = want if got is None else got
-        return 0.0 if other is None or not bool(other.any()) else float("inf")
-    if got.shape != want.shape:
-        return float("inf")
-    got, want = got.detach().double(), want.detach().double()
-    error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
-    return error if error == error else float("inf")  # max() over errors would hide a NaN
+def relative(actual: Tensor | None, expected: Tensor | None) -> float:
+    """Returns |actual - expected| / |expected|.
 
-
-def worst(got: Iterable[Tensor | None], want: Iterable[Tensor | None]) -> float:
-    """The largest relative error of pairs of tensors."""
-    return max((relative(a, b) for a, b in zip(list(got), list(want), strict=True)), default=0.0)
-
-
-def within(got: Tensor, truth: Tensor, size: Tensor, rounded: float = 1.0) -> str | None:
-    """None if got is truth up to rounding, else the error. All bounds are for each element alone.
-
-    truth: in float64. size: the sum of the absolute products of each element, in float64. rounded: how many operands of these
-    products, with the result, were rounded to got's dtype.
+    A missing tensor stands for zero. The result is infinite for a NaN and for another shape.
     """
-    if got.shape != truth.shape:
-        return f"shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    allowed = rounded * ROUNDOFF[got.dtype] * (truth.abs() if rounded == 1.0 else size)
-    allowed = 1.001 * allowed + OF_SUMS[sums_dtype(got.dtype)] * size + 1e-300
-    if got.dtype == torch.float16:
+    if actual is None or expected is None:
+        present = expected if actual is None else actual
+        is_zero = present is None or not bool(present.any())
+        return 0.0 if is_zero else float("inf")
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference = actual.detach().double() - expected.detach().double()
+    error = (difference.norm() / expected.detach().double().norm().clamp_min(1e-30)).item()
+    is_nan = error != error
+    return float("inf") if is_nan else error  # max() over errors would hide a NaN
+
+
+def worst(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
+    """Returns the largest relative error of pairs of tensors."""
+    pairs = zip(list(actual), list(expected), strict=True)
+    return max((relative(a, b) for a, b in pairs), default=0.0)
+
+
+def within(actual: Tensor, truth: Tensor, size: Tensor, rounded: float = 1.0) -> str | None:
+    """Compares each element with the truth, up to rounding.
+
+    Args:
+        actual: The result.
+        truth: In float64.
+        size: The sum of the absolute products of each element, in float64.
+        rounded: How many operands of these products, and the result, were rounded to the dtype of
+            the result.
+
+    Returns:
+        What is wrong, None if nothing is.
+    """
+    if actual.shape != truth.shape:
+        return f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    scale = truth.abs() if rounded == 1.0 else size
+    allowed = 1.001 * rounded * ROUNDOFF[actual.dtype] * scale
+    allowed = allowed + OF_SUMS[sums_dtype(actual.dtype)] * size + 1e-300
+    if actual.dtype == torch.float16:
         allowed = allowed + 2.0**-25  # below the smallest normal number
-    wrong = ~((got.double() - truth).abs() <= allowed)  # also NaN
-    if not bool(wrong.any()):
+    is_wrong = ~((actual.double() - truth).abs() <= allowed)  # also if it is NaN
+    if not bool(is_wrong.any()):
         return None
-    at = tuple(wrong.nonzero()[0].tolist())
-    return f"{int(wrong.sum())} of {wrong.numel()} elements, first {at}: {got[at].item()!r}, expected {truth[at].item()!r}"
+    first = tuple(is_wrong.nonzero()[0].tolist())
+    return (
+        f"{int(is_wrong.sum())} of {is_wrong.numel()} elements, first {first}: "
+        f"{actual[first].item()!r}, expected {truth[first].item()!r}"
+    )
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 LAYOUTS = ("contiguous", "rows apart", "columns apart", "transposed")
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values as a view with other strides, NaN in each element of the storage that is not its own."""
-    *lead, rows, cols = t.shape
+    """Returns the values of t as a view with other strides. The storage around it is NaN."""
     if layout == "contiguous":
         return t.clone()
+    *lead, rows, cols = t.shape
+
+    def storage(*size: int) -> Tensor:
+        return torch.full((*lead, *size), float("nan"), dtype=t.dtype)
+
     if layout == "rows apart":
-        view = torch.full((*lead, rows + 2, cols + 5), float("nan"), dtype=t.dtype)[
-            ..., 1 : rows + 1, 3 : cols + 3
-        ]
+        view = storage(rows + 2, cols + 5)[..., 1 : rows + 1, 3 : cols + 3]
     elif layout == "columns apart":
-        view = torch.full((*lead, rows, 3 * cols + 1), float("nan"), dtype=t.dtype)[
-            ..., 1 : 3 * cols + 1 : 3
-        ]
+        view = storage(rows, 3 * cols + 1)[..., 1 : 3 * cols + 1 : 3]
     else:
-        view = torch.full((*lead, cols, rows + 3), float("nan"), dtype=t.dtype)[
-            ..., 1 : rows + 1
-        ].transpose(-1, -2)
+        view = storage(cols, rows + 3)[..., 1 : rows + 1].transpose(-1, -2)
     return view.copy_(t)
 
 
 def untouched(view: Tensor) -> bool:
-    """Whether the storage beside a view of `laid_out` still is NaN."""
+    """Whether the storage around a view of `laid_out` is still NaN."""
     if view._base is None:
         return True
-    beside = view._base.clone()
-    beside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
-    return bool(beside.isnan().all())
+    surroundings = view._base.clone()
+    copy_of_view = surroundings.as_strided(view.shape, view.stride(), view.storage_offset())
+    copy_of_view.fill_(float("nan"))
+    return bool(surroundings.isnan().all())
 
 
 def copy64(t: Tensor) -> Tensor:
-    """A copy in float64."""
+    """Returns a copy in float64."""
     return t.detach().to(torch.float64, copy=True)
 
 
 @contextmanager
 def new_memory_is_nan() -> Iterator[None]:
-    """Context in which a new tensor that is not written comes out as NaN."""
+    """Fills new tensors with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
@@ -122,17 +140,21 @@ def new_memory_is_nan() -> Iterator[None]:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [m, k] in float64 after the dropout that every kernel draws for (p, seed)."""
+    """Returns x [m, k] in float64 after the dropout that every kernel draws for (p, seed)."""
     return x.double() * reference.dropout_mask(*x.shape, p, seed)
 
 
-# ---- operators -------------------------------------------------------------------------------------------------------
+# ---- operators -----------------------------------------------------------------------------------
 
-M, K, N, R, Q = 6, 5, 4, 3, 2  # tokens, in, out, r_in, r_out
+M = 6  # tokens
+K = 5  # in_features
+N = 4  # out_features
+R = 3  # r_in
+Q = 2  # r_out
 SCHEMAS = {
-    s.name.removeprefix("lotr::"): s
-    for s in torch._C._jit_get_all_schemas()
-    if s.name.startswith("lotr::")
+    schema.name.removeprefix("lotr::"): schema
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("lotr::")
 }
 ON_CUDA_ALONE = {"cuda_versions", "cuda_plans", "gemm_lotr_refusal"}
 NO_NUMBERS = {"info", *ON_CUDA_ALONE}
@@ -153,8 +175,10 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
         R: r_in.
         Q: r_out.
     """
-    seed, offs = torch.tensor([7]), torch.tensor([2, M], dtype=torch.int32)
-    index, tokens = torch.tensor([0, 1, -1, 1, 0, 1]), torch.tensor([5, 4, 3, 2, 1, 0])
+    seed = torch.tensor([7])
+    offs = torch.tensor([2, M], dtype=torch.int32)
+    index = torch.tensor([0, 1, -1, 1, 0, 1])
+    tokens = torch.tensor([5, 4, 3, 2, 1, 0])
 
     def t(*size: int) -> Tensor:
         return torch.randn(*size).to(dtype)
@@ -162,10 +186,17 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
     def acc(*size: int) -> Tensor:
         return torch.randn(*size).to(sums_dtype(dtype))
 
-    x, weight, bias, A, F = t(M, K), t(N, K), t(N), t(K, R), t(N, R)
+    x = t(M, K)
+    weight = t(N, K)
+    bias = t(N)
+    A = t(K, R)
+    F = t(N, R)
+    g = t(M, N)
     x_of_two = t(3, 2, K)  # leading dimensions
-    g, g_of_two = t(M, N), t(3, 2, N)
-    u, du, dx = t(M, R), t(M, R), t(M, K)
+    g_of_two = t(3, 2, N)
+    u = t(M, R)
+    du = t(M, R)
+    dx = t(M, K)
     core_part = t(N, Q), t(R, Q), 0.7  # B, core, scaling
     return {
         "shrink": [(t(M, K), t(K, R), 0.5, seed), (t(0, K), t(K, R), 0.0, None)],
@@ -223,7 +254,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
     }[name]
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 ERRORS = (TypeError, ValueError, RuntimeError)
 
@@ -232,7 +263,7 @@ ERRORS = (TypeError, ValueError, RuntimeError)
 def refused(
     name: str, kinds: type[Exception] | tuple[type[Exception], ...] = ERRORS
 ) -> Iterator[None]:
-    """Expects an error of a plain type whose message names the argument, what was expected and what was found."""
+    """Expects an error that names the argument, what was expected, and what it got instead."""
     with pytest.raises(kinds) as raised:
         yield
     message = str(raised.value)

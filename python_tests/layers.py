@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from helpers import sums_dtype
@@ -29,6 +30,16 @@ Found = list[Tensor | None]
 Call = Callable[[int, Tensor], Tensor]
 INDEX = torch.tensor([2, -1, 0, 2, 1, 0])  # of tasks, by row
 SCALING = 0.7
+
+
+class RowTasks(NamedTuple):
+    """The state of a layer in a request (`lotr_ext.core.request.TaskState`)."""
+
+    net: Net
+    cores: Tensor
+
+    def index_of(self, x: Tensor) -> Tensor:
+        return self.net.index(x)
 
 
 class Conv1D(nn.Module):
@@ -163,10 +174,7 @@ class Net(nn.Module):
         if self.cores is None or self.kind == "rows":
             yield
             return
-        states = {
-            layer: (lambda x, i=i: (self.cores[i], self.index(x)))
-            for i, layer in enumerate(self.layers)
-        }
+        states = {layer: RowTasks(self, self.cores[i]) for i, layer in enumerate(self.layers)}
         with open_request(states):
             yield
 

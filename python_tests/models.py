@@ -1,4 +1,7 @@
-"""The table of whole models that tests share: networks of `zoo`, ways to adapt them, and the same function in plain PyTorch."""
+"""The table of whole models that tests share.
+
+Networks of `zoo`, ways to adapt them, and the same function in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,15 @@ LINEAR = [(name, way) for name, way in CASES if way != "bfloat16"]
 
 
 def config(name: str, way: str = "shape", **settings: object) -> LoTRConfig:
-    """The configuration that adapts the layers of zoo.TARGETS. Its scaling keeps outputs near those of the plain network."""
+    """Returns the configuration that adapts the layers of zoo.TARGETS.
+
+    Its scaling keeps outputs near those of the plain network.
+    """
     field = "target_parameters" if name == "mixture" else "target_modules"
-    given = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
-    if "alpha" not in given:
-        given = {"scaling": 1.5, **given}
-    return LoTRConfig.from_dict(given)
+    values = {"rank": 3, field: zoo.TARGETS[name], **WAYS[way], **settings}
+    if "alpha" not in values:
+        values.setdefault("scaling", 1.5)
+    return LoTRConfig.from_dict(values)
 
 
 def started(name: str, way: str = "shape", **settings: object) -> nn.Module:
@@ -50,35 +56,36 @@ def trained(name: str, way: str = "shape", seed: int = 7, **settings: object) ->
 
 
 def moved(model: nn.Module, seed: int = 7) -> nn.Module:
-    """The adapter's parameters of a model, at random values."""
-    own = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
-    names = {name for name, p in model.named_parameters() if id(p) in own}
+    """Gives the adapter's parameters of a model random values."""
+    adapter = {p for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
+    names = {name for name, p in model.named_parameters() if p in adapter}
     return zoo.fill(model, seed, 0.4, lambda name: name in names)
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of the model, then the cores or what they are computed from, each once."""
+    """Returns A, B and then the cores of a model (or what they are computed from), each once."""
     layers = adapted_layers(model).values()
-    found = [
-        p
-        for part in ("A", "B")
-        for layer in layers
-        for p in getattr(layer.factors, part).parameters()
-    ]
-    found += [p for layer in layers for p in layer.core_parameters()]
-    return list({id(p): p for p in found}.values())
+    parameters: dict[nn.Parameter, None] = {}
+    for part in ("A", "B"):
+        for layer in layers:
+            parameters.update(dict.fromkeys(getattr(layer.factors, part).parameters()))
+    for layer in layers:
+        parameters.update(dict.fromkeys(layer.core_parameters()))
+    return list(parameters)
 
 
 def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """The weights of a plain float64 copy with the model's adapter, W + s B G^T A^T, differentiable in A, B and the cores."""
+    """Returns the weights of a plain float64 copy with the model's adapter, W + s B G^T A^T.
+
+    Differentiable in A, B and the cores.
+    """
     weights = dict(plain.named_parameters())
     for name, layer in adapted_layers(model).items():
-        A, B, core = (
-            t.double() for t in (layer.factors.A.value, layer.factors.B.value, layer.core)
-        )
-        delta = layer.scaling * B @ core.mT @ A.mT  # [.., n, k]
+        A = layer.factors.A.value.double()
+        B = layer.factors.B.value.double()
+        delta = layer.scaling * B @ layer.core.double().mT @ A.mT  # [.., n, k]
         key = f"{name}.weight" if f"{name}.weight" in weights else name.replace(".lotr.", ".")
-        weights[key] = weights[key].detach() + (
-            delta if delta.shape == weights[key].shape else delta.mT
-        )
+        if delta.shape != weights[key].shape:
+            delta = delta.mT
+        weights[key] = weights[key].detach() + delta
     return weights

@@ -6,8 +6,8 @@
     python python_tests/mutants.py --list            only checks that each text occurs once
 
 The faults are data: python_tests/data/mutants/*.yaml, items with `file`, `fault`, `old` (a text
-that occurs once in the file) and `new`. Each is written into a copy of the repository, and the tests of
-its file run until one fails. A fault that survives is a missing test, or a line that is not needed.
+that occurs once in the file) and `new`. Each is written into a copy of the repository, and the
+tests of its file run until one fails. A fault that survives is a missing test, or a line that is not needed.
 `python_tests/kernels/test_planted.py` does the same for the sources of the kernels.
 
 Exit code 1: a fault survived, or its text is stale.
@@ -63,6 +63,10 @@ TESTS = {
     "lotr_ext/model.py": ("models", "init", "files", "bad_input", "merging"),
     "lotr_ext/merging.py": ("models", "merging", "bad_input"),
     "lotr_ext/reports.py": ("models", "bad_input"),
+    "lotr_ext/adapted.py": ("models", "tasks"),
+    "lotr_ext/bypasses.py": ("models", "peft"),
+    "lotr_ext/choosing.py": ("models",),
+    "lotr_ext/first_step.py": ("models", "tasks"),
     "lotr_ext/task_files.py": ("tasks", "vllm_files", "files"),
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
     "lotr_ext/experts.py": ("experts", "models", "convert"),

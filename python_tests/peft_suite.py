@@ -2,8 +2,9 @@
 
     python python_tests/peft_suite.py [pytest's arguments]
 
-The tests are those of the installed version, from its source distribution on PyPI, in build/peft-<version>. This file
-is also the pytest plugin that gives each of PEFT's tables of cases our cases instead.
+The tests are those of the installed version, from its source distribution on PyPI, in
+build/peft-<version>. This file is also the pytest plugin that gives each of PEFT's tables of cases
+our cases instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before PEFT reads it: tests of t
 import peft
 
 from lotr_ext import peft as ours
+from lotr_ext.peft.layer import LoTRPeftCore
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / f"peft-{peft.__version__}"
 FILES = ("test_custom_models.py", "test_config.py")
@@ -73,8 +75,8 @@ TABLES = {
 }
 # PEFT's tests that are left out, with the reason.
 LEFT_OUT = {
-    "test_mixed_adapter_batches_unsupported_layer_raises": "LoRA's refusal of layers that LoTR does not have",
-    "test_mixed_adapter_batches_mha_raises": "LoRA's refusal of layers that LoTR does not have",
+    "test_mixed_adapter_batches_unsupported_layer_raises": "refuses layers that LoTR does not have",
+    "test_mixed_adapter_batches_mha_raises": "refuses layers that LoTR does not have",
     "test_mixed_adapter_batches_length_mismatch_raises": "another wording; bad_interop.py has it",
     "test_mixed_adapter_batches_training_mode_raises": "another wording; bad_interop.py has it",
     "test_mixed_adapter_batches_merged_raises": "another wording; bad_interop.py has it",
@@ -103,31 +105,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    if isinstance(collector, pytest.Module) and hasattr(
-        module := collector.obj, "set_init_weights_false"
-    ):
+    if not isinstance(collector, pytest.Module):
+        return
+    module = collector.obj
+    if hasattr(module, "set_init_weights_false"):
         module.set_init_weights_false = lambda config_cls, settings: {**settings, **STARTED}
 
 
 def pytest_configure() -> None:
-    init = ours.LoTRPeftCore.__init__
+    init = LoTRPeftCore.__init__
 
     def started(
-        self: ours.LoTRPeftCore,
+        self: LoTRPeftCore,
         factors: Any,
         config: ours.LoTRPeftConfig,
         form: torch.nn.Module | None = None,
     ) -> None:
         init(self, factors, config, form)
-        for part, parameter in self.parts() if config.revision == STARTED["revision"] else ():
+        if config.revision != STARTED["revision"]:
+            return
+        for part, parameter in self.parts():
             if part == "core" and not parameter.is_meta:
                 torch.nn.init.normal_(parameter, std=0.3)
 
-    ours.LoTRPeftCore.__init__ = started
+    LoTRPeftCore.__init__ = started
 
 
 def tests() -> Path:
-    """The folder of PEFT's tests."""
+    """Returns the folder of PEFT's tests, which are downloaded once."""
     folder = FOLDER / "tests"
     if not (folder / "__init__.py").exists():
         FOLDER.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """BAD: argument x bad value, in every entry point that has the argument.
 
-Each row is (id, the argument that the message names, a call that must be refused): by an error of a plain type that says what
-was expected and what was found, before anything changes. Files bad_*.py beside this one have the rows of other files.
-The operators' arguments need no rows: a walk over their schemas makes them.
+A row is (id, the argument that the message names, a call that must be refused before anything
+changes). The files bad_*.py have more rows. The arguments of operators need no rows: a walk over
+the schemas makes their tests.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ from lotr_ext import (
 from lotr_ext.init import fill_core_, fill_factor_
 
 Row = tuple[str, str, Callable[[], object]]
-NAN, HUGE = math.nan, 10**400
+NAN = math.nan
+HUGE = 10**400
 
 
 def call(**changed: object) -> Callable[[], object]:
-    """lotr_linear with some arguments replaced."""
-    given = {
+    """Returns a call of lotr_linear with some arguments replaced."""
+    good = {
         "x": torch.randn(5, 6),
         "weight": torch.randn(4, 6),
         "bias": torch.randn(4),
         "A": torch.randn(6, 2),
+        "B": torch.randn(4, 2),
+        "core": torch.randn(2, 2),
+        "scaling": 1.0,
     }
-    given |= {"B": torch.randn(4, 2), "core": torch.randn(2, 2), "scaling": 1.0, **changed}
-    return lambda: lotr_linear(**given)
+    return lambda: lotr_linear(**{**good, **changed})
 
 
 def rows_call(index: object) -> Callable[[], object]:
@@ -53,8 +56,8 @@ def layer(**settings: object) -> Callable[[], object]:
     return lambda: LoTRLinear(6, 4, **{"rank": 2, **settings})
 
 
-def of(x: object, **settings: object) -> Callable[[], object]:
-    """A call of a float32 layer."""
+def call_layer(x: object, **settings: object) -> Callable[[], object]:
+    """Returns a call of a float32 layer."""
     return lambda: LoTRLinear(6, 4, 2, **settings)(x)
 
 
@@ -184,17 +187,21 @@ CORE: list[Row] = [
     ("x a list", "x", call(x=[1.0] * 6)),
     ("x of integers", "x", call(x=torch.ones(5, 6, dtype=torch.int64))),
     ("x a number", "x", call(x=torch.tensor(1.0))),
-    ("x too narrow, layer", "x", of(torch.randn(5, 5))),
-    ("x a list, layer", "x", of([1.0] * 6)),
-    ("x a number, layer", "x", of(torch.tensor(1.0))),
-    ("x of integers, layer", "x", of(torch.ones(5, 6, dtype=torch.int64))),
-    ("x of bools, layer", "x", of(torch.ones(5, 6, dtype=torch.bool))),
-    ("x in float64, layer", "x", of(torch.ones(5, 6, dtype=torch.float64))),
-    ("x in float64, dropout", "x", of(torch.ones(5, 6, dtype=torch.float64), dropout=0.5)),
-    ("x of integers, autocast", "x", under_autocast(of(torch.ones(5, 6, dtype=torch.int64)))),
-    ("x on meta, layer", "x", of(torch.ones(3, 6, device="meta"))),
-    ("x on meta, dropout", "x", of(torch.ones(200, 6, device="meta"), dropout=0.5)),
-    ("x with values, layer on meta", "x", of(torch.ones(3, 6), device="meta")),
+    ("x too narrow, layer", "x", call_layer(torch.randn(5, 5))),
+    ("x a list, layer", "x", call_layer([1.0] * 6)),
+    ("x a number, layer", "x", call_layer(torch.tensor(1.0))),
+    ("x of integers, layer", "x", call_layer(torch.ones(5, 6, dtype=torch.int64))),
+    ("x of bools, layer", "x", call_layer(torch.ones(5, 6, dtype=torch.bool))),
+    ("x in float64, layer", "x", call_layer(torch.ones(5, 6, dtype=torch.float64))),
+    ("x in float64, dropout", "x", call_layer(torch.ones(5, 6, dtype=torch.float64), dropout=0.5)),
+    (
+        "x of integers, autocast",
+        "x",
+        under_autocast(call_layer(torch.ones(5, 6, dtype=torch.int64))),
+    ),
+    ("x on meta, layer", "x", call_layer(torch.ones(3, 6, device="meta"))),
+    ("x on meta, dropout", "x", call_layer(torch.ones(200, 6, device="meta"), dropout=0.5)),
+    ("x with values, layer on meta", "x", call_layer(torch.ones(3, 6), device="meta")),
     ("weight a vector", "weight", call(weight=torch.randn(6))),
     ("weight in float64", "weight", call(weight=torch.randn(4, 6).double())),
     ("weight None", "weight", call(weight=None)),
@@ -253,132 +260,140 @@ def test_bad_argument(name: str, action: Callable[[], object]) -> None:
         action()
 
 
-def test_a_refused_layer_goes_on_being_trained() -> None:
-    """Adapting freezes the base. A layer that is refused must keep what it trains."""
+def test_a_refused_layer_keeps_its_trained_parameters() -> None:
+    """Adapting a layer freezes it. A layer that is refused must stay as it was."""
     for make in (lambda: LoTRLinear(6, 4, 2), Nested):
         module = make()
         before = [p.requires_grad for p in module.parameters()]
         for again in (adapt, LoTRWrapped.from_linear):
             with refused("linear"):
                 again(module, LoTRFactors(6, 4, 2))
-        assert [p.requires_grad for p in module.parameters()] == before and any(before)
+        assert [p.requires_grad for p in module.parameters()] == before
+        assert any(before)
 
 
-# ---- operators: a walk over the schemas ------------------------------------------------------------------------------
+# ---- operators: a walk over the schemas ----------------------------------------------------------
 
-FORMULAS = {
-    "linear",
-    "dropout_mask",
-    "grouped_mm",
-    "grouped_outer",
-}  # in Python, and not called by users
-KERNELS = [name for name in OPERATORS if name not in FORMULAS]
+# Written in Python. Users do not call them.
+PYTHON_OPERATORS = {"linear", "dropout_mask", "grouped_mm", "grouped_outer"}
+KERNELS = [name for name in OPERATORS if name not in PYTHON_OPERATORS]
 
 
 def places(written: bool = False) -> list[object]:
-    """(operator, which of its good arguments, place) of each tensor argument."""
+    """Returns (operator, which of its good arguments, place) of each tensor argument.
+
+    Args:
+        written: Only arguments that the operator writes.
+    """
     torch.manual_seed(0)
-    found = []
+    params = []
     for name in KERNELS:
-        for sample, given in enumerate(arguments(name)):
-            for i, a in enumerate(SCHEMAS[name].arguments[: len(given)]):
-                if isinstance(given[i], Tensor) and (
-                    not written or (a.alias_info is not None and a.alias_info.is_write)
-                ):
-                    found.append(pytest.param(name, sample, i, id=f"{name}-{sample}-{a.name}"))
-    return found
+        for sample, values in enumerate(arguments(name)):
+            for i, (argument, value) in enumerate(zip(SCHEMAS[name].arguments, values)):
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if isinstance(value, Tensor) and (is_written or not written):
+                    test_id = f"{name}-{sample}-{argument.name}"
+                    params.append(pytest.param(name, sample, i, id=test_id))
+    return params
 
 
 EACH = pytest.mark.parametrize("name, sample, i", places())
 WRITTEN = pytest.mark.parametrize("name, sample, i", places(written=True))
 
 
-def whole(a: Tensor) -> bool:
-    reach = a.storage_offset() + sum((n - 1) * s for n, s in zip(a.shape, a.stride())) + 1
-    return not a.is_meta and a.untyped_storage().nbytes() >= reach * a.element_size()
+def has_its_memory(t: Tensor) -> bool:
+    """Whether the storage of a tensor reaches to its last element."""
+    offsets = [(n - 1) * stride for n, stride in zip(t.shape, t.stride())]
+    elements = t.storage_offset() + sum(offsets) + 1
+    return not t.is_meta and t.untyped_storage().nbytes() >= elements * t.element_size()
 
 
-def refused_operator(name: str, given: list, words: str) -> None:
-    """The operator raises, and changes nothing."""
-    before = [a.clone() if isinstance(a, Tensor) and whole(a) else None for a in given]
+def bits_of(t: Tensor) -> Tensor:
+    return t.resolve_neg().contiguous().view(torch.uint8)
+
+
+def refused_operator(name: str, values: list, words: str) -> None:
+    """Expects that an operator raises an error with these words, and changes nothing."""
+    before = [
+        value.clone() if isinstance(value, Tensor) and has_its_memory(value) else None
+        for value in values
+    ]
     with pytest.raises((RuntimeError, TypeError)) as raised:
-        operator(name)(*given)
+        operator(name)(*values)
     assert re.search(words, str(raised.value)), raised.value
-    for a, b in zip(given, before):
-        assert b is None or torch.equal(
-            *(t.resolve_neg().contiguous().view(torch.uint8) for t in (a, b))
-        )
+    for value, copy in zip(values, before):
+        assert copy is None or torch.equal(bits_of(value), bits_of(copy))
 
 
-def named(name: str, i: int) -> str:
+def start_of_message(name: str, i: int) -> str:
     return rf"lotr::\w+: {SCHEMAS[name].arguments[i].name}: expected"
 
 
 @EACH
 def test_operator_refuses_freed_and_short_memory(name: str, sample: int, i: int) -> None:
-    for left in (0, 1):
-        given = list(arguments(name)[sample])
-        if given[i].numel() == 0:
+    for elements_are_freed in (True, False):
+        values = list(arguments(name)[sample])
+        if values[i].numel() == 0:
             return
-        given[i] = given[i].clone()
-        storage = given[i].untyped_storage()
-        storage.resize_(left * (storage.nbytes() - given[i].element_size()))
-        refused_operator(name, given, named(name, i))
+        values[i] = values[i].clone()
+        storage = values[i].untyped_storage()
+        one_too_few = storage.nbytes() - values[i].element_size()
+        storage.resize_(0 if elements_are_freed else one_too_few)
+        refused_operator(name, values, start_of_message(name, i))
 
 
 @EACH
 def test_operator_refuses_other_dtypes(name: str, sample: int, i: int) -> None:
-    """Integers and exotic floats never pass; another of the four may, where an operator widens or rounds its factors."""
-    every = sorted({t for t in vars(torch).values() if isinstance(t, torch.dtype)}, key=str)
-    for dtype in every:
-        given = list(arguments(name)[sample])
-        if dtype == given[i].dtype:
+    """Only another of the four dtypes may pass, where an operator converts its factors."""
+    all_dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    for dtype in sorted(all_dtypes, key=str):
+        values = list(arguments(name)[sample])
+        if dtype == values[i].dtype:
             continue
         try:
-            given[i] = torch.zeros_like(given[i]).to(dtype)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # quantised ones, and those without a conversion
+            values[i] = torch.zeros_like(values[i]).to(dtype)
+        except (RuntimeError, NotImplementedError):  # quantized, or without a conversion
             continue
-        if dtype in DTYPES:
-            try:
-                operator(name)(*given)
-            except RuntimeError as error:
-                assert re.search(r"lotr::\w+: \w+: expected", str(error)), error
-        else:
-            refused_operator(name, given, r"lotr::\w+: \w+: expected .*dtype")
+        if dtype not in DTYPES:
+            refused_operator(name, values, r"lotr::\w+: \w+: expected .*dtype")
+            continue
+        try:
+            operator(name)(*values)
+        except RuntimeError as error:
+            assert re.search(r"lotr::\w+: \w+: expected", str(error)), error
 
 
 @EACH
 def test_operator_refuses_none_and_another_device(name: str, sample: int, i: int) -> None:
-    given = list(arguments(name)[sample])
-    if (
-        sum(isinstance(a, Tensor) for a in given) < 2
-    ):  # without another tensor, the dispatcher finds no device
+    values = list(arguments(name)[sample])
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) < 2:  # without another tensor, the dispatcher finds no device
         return
-    good, optional = given[i], str(SCHEMAS[name].arguments[i].type) != "Tensor"
-    given[i] = good.to("meta")
-    refused_operator(name, given, r"lotr::\w+: \w+: expected the device of .*, got (meta|cpu)")
-    if not optional:
-        given[i] = None
-        refused_operator(name, given, named(name, i) + " a tensor, got None")
+    values[i] = values[i].to("meta")
+    refused_operator(name, values, r"lotr::\w+: \w+: expected the device of .*, got (meta|cpu)")
+    is_optional = str(SCHEMAS[name].arguments[i].type) != "Tensor"
+    if not is_optional:
+        values[i] = None
+        refused_operator(name, values, start_of_message(name, i) + " a tensor, got None")
 
 
 @WRITTEN
 def test_operator_refuses_outputs_that_it_cannot_write(name: str, sample: int, i: int) -> None:
-    """Repeated elements, memory shared with another argument, a view that only negates."""
+    """Refuses repeated elements, and memory that another argument shares."""
     good = list(arguments(name)[sample])
-    given = [*good[:i], good[i][:1].expand_as(good[i]), *good[i + 1 :]]
-    refused_operator(name, given, named(name, i) + " a tensor without repeated elements")
+    repeated = good[i][:1].expand_as(good[i])
+    values = [*good[:i], repeated, *good[i + 1 :]]
+    expected = start_of_message(name, i) + " a tensor without repeated elements"
+    refused_operator(name, values, expected)
     for j, other in enumerate(good):
         if j == i or not isinstance(other, Tensor):
             continue
-        given, memory = list(good), torch.empty(4096, dtype=torch.uint8).untyped_storage()
-        given[j] = torch.empty(0, dtype=other.dtype).set_(memory, 0, other.shape).copy_(other)
-        given[i] = torch.empty(0).set_(memory, 0, good[i].shape)
+        memory = torch.empty(4096, dtype=torch.uint8).untyped_storage()
+        values = list(good)
+        values[j] = torch.empty(0, dtype=other.dtype).set_(memory, 0, other.shape).copy_(other)
+        values[i] = torch.empty(0).set_(memory, 0, good[i].shape)
         either = rf"({SCHEMAS[name].arguments[i].name}|{SCHEMAS[name].arguments[j].name})"
-        refused_operator(name, given, rf"lotr::\w+: {either}: expected memory of its own")
+        refused_operator(name, values, rf"lotr::\w+: {either}: expected memory of its own")
 
 
 BAD_ROWS = {
@@ -392,9 +407,11 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("given, name", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_row_core_refuses_bad_rows(given: dict[str, list[int]], name: str) -> None:
-    kinds = {"index": torch.int64, "offs": torch.int32, "tokens": torch.int64}
-    which = [torch.tensor(given[n], dtype=t) if n in given else None for n, t in kinds.items()]
+@pytest.mark.parametrize("maps, name", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_row_core_refuses_bad_rows(maps: dict[str, list[int]], name: str) -> None:
+    dtypes = {"index": torch.int64, "offs": torch.int32, "tokens": torch.int64}
+    choice = []
+    for part, dtype in dtypes.items():
+        choice.append(torch.tensor(maps[part], dtype=dtype) if part in maps else None)
     with pytest.raises(RuntimeError, match=rf"lotr::row_core: {name}: expected"):
-        torch.ops.lotr.row_core(torch.ones(4, 3), torch.ones(2, 3, 5), *which, 1.0)
+        torch.ops.lotr.row_core(torch.ones(4, 3), torch.ones(2, 3, 5), *choice, 1.0)

@@ -1,4 +1,7 @@
-"""Saved adapters: round trips, files of bd4494a, damaged and foreign files, and saves that are killed."""
+"""Saved adapters: round trips, old files, damaged and foreign files, and saves that are killed.
+
+The old files are those of commit bd4494a, lotr_ext 0.1.0.
+"""
 
 from __future__ import annotations
 
@@ -77,12 +80,13 @@ def document_of(folder: Path) -> dict[str, Any]:
     return json.loads(metadata_of(folder)["adapter"])
 
 
-# ---- round trips ------------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path: Path) -> None:
-    model, x = trained(name, way, dropout=0.25), zoo.inputs(name)
+    model = trained(name, way, dropout=0.25)
+    x = zoo.inputs(name)
     y = zoo.output(model, x)
     save_adapter(model, tmp_path / "new" / "folder")
     plain = load_adapter(zoo.net(name), tmp_path / "new" / "folder")
@@ -110,7 +114,8 @@ def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path:
 def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
     change: Callable, tmp_path: Path
 ) -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     y = model(x)
     save_adapter(change(model), tmp_path)
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), y)
@@ -121,10 +126,8 @@ def test_modules_to_save_and_buffers_come_along(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
 
-    model, x = (
-        apply_lotr(make(), LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"])),
-        torch.randn(8, 4),
-    )
+    model = apply_lotr(make(), LoTRConfig(rank=2, target_modules=["0"], modules_to_save=["1", "2"]))
+    x = torch.randn(8, 4)
     moved(model)
     model.train()(x)
     zoo.fill(model, 5, 0.2, lambda name: name[0] in "12")
@@ -146,20 +149,21 @@ def test_hand_built_models_are_filled(tmp_path: Path) -> None:
             model[n].use_core(cores.at(n))
         return model
 
-    model, other, x = moved(make()), make(), torch.randn(3, 4)
+    model = moved(make())
+    other = make()
+    x = torch.randn(3, 4)
     save_adapter(model, tmp_path)
     assert document_of(tmp_path)["config"] is None
     for n in "abcd":
-        (
-            other[n].weight.data.copy_(model[n].weight.data),
-            other[n].bias.data.copy_(model[n].bias.data),
-        )
+        other[n].weight.data.copy_(model[n].weight.data)
+        other[n].bias.data.copy_(model[n].bias.data)
     load_adapter(other, tmp_path)
     assert all(torch.equal(other[n](x), model[n](x)) for n in "abcd")
 
 
 def test_dtypes_are_checked_and_cast(tmp_path: Path) -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     save_adapter(model, tmp_path)
     other = started("mlp", adapter_dtype="float64")
     with pytest.raises(ValueError, match="cast=True"):
@@ -176,7 +180,9 @@ def test_dtypes_are_checked_and_cast(tmp_path: Path) -> None:
 
 
 def test_scaling_is_loaded_with_the_values(tmp_path: Path) -> None:
-    model, other, x = trained("mlp", scaling=0.3), started("mlp", scaling=2.0), zoo.inputs("mlp")
+    model = trained("mlp", scaling=0.3)
+    other = started("mlp", scaling=2.0)
+    x = zoo.inputs("mlp")
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
 
@@ -218,7 +224,8 @@ def test_layers_may_share_one_core(tmp_path: Path) -> None:
         layers[2].core = layers[0].core
         return model
 
-    model, x = moved(make()), zoo.inputs("mlp")
+    model = moved(make())
+    x = zoo.inputs("mlp")
     save_adapter(model, tmp_path)
     for other in (make(), started("mlp"), zoo.net("mlp")):
         assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
@@ -229,7 +236,8 @@ def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:
         def forward(self, core: Tensor) -> Tensor:
             return core / 2
 
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     parametrize.register_parametrization(model.blocks[0]["up"], "core", Halved())
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), model(x))
@@ -250,10 +258,22 @@ def test_warns_of_what_the_file_lacks(tmp_path: Path) -> None:
     assert len(caught) == 1
     model.head.weight.requires_grad_(False)
     bank = TaskBank(model, 3).requires_grad_()
-    bank.add(), bank.add()
+    bank.add()
+    bank.add()
     with pytest.warns(UserWarning, match=r"such as lotr_tasks\.cores\.0\..*tasks with") as caught:
         save_adapter(model, tmp_path)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model"), [("shape", "name"), ("name", "shape"), ("block", "layer")]
+)
+def test_factors_shared_in_another_way_are_refused(
+    in_file: str, in_model: str, tmp_path: Path
+) -> None:
+    save_adapter(trained("attention", group_by=in_file), tmp_path)
+    with pytest.raises(ValueError, match=r"layers.*: expected .*factors"):
+        load_adapter(started("attention", group_by=in_model), tmp_path)
 
 
 def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
@@ -269,7 +289,8 @@ def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = zoo.fill(nn.ModuleDict({n: nn.Linear(4, 4) for n in "abc"}))
         memory = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
-        model["b"].weight, model["c"].weight = nn.Parameter(memory[:4]), nn.Parameter(memory[2:6])
+        model["b"].weight = nn.Parameter(memory[:4])
+        model["c"].weight = nn.Parameter(memory[2:6])
         return model
 
     settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["b", "c"])
@@ -281,12 +302,13 @@ def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
     assert all(torch.equal(other[n].weight, model[n].weight) for n in "bc")
 
 
-# ---- files of bd4494a -------------------------------------------------------------------------------------------------
+# ---- files of bd4494a ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", OLD_NETS)
 def test_loads_what_older_code_saved(folder: str, tmp_path: Path) -> None:
-    name, expected = OLD_NETS[folder], load_file(OLD / folder / "expected.safetensors")
+    name = OLD_NETS[folder]
+    expected = load_file(OLD / folder / "expected.safetensors")
     model = load_adapter(zoo.net(name), OLD / folder)
     assert relative(zoo.output(model, expected["x"]), expected["y"]) < 1e-6
     assert {layer.scaling for layer in adapted_layers(model).values()} == {model.lotr_config.s}
@@ -321,7 +343,8 @@ def test_the_scaling_of_a_configuration_of_version_1(
 
 
 def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
-    model, expected = zoo.net("attention"), load_file(OLD / "tasks" / "expected.safetensors")
+    model = zoo.net("attention")
+    expected = load_file(OLD / "tasks" / "expected.safetensors")
     load_adapter(model, OLD / "tasks")
     bank = TaskBank(model, 4)
     for i in range(3):
@@ -338,7 +361,7 @@ def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
     )
 
 
-# ---- damaged and foreign files ----------------------------------------------------------------------------------------
+# ---- damaged and foreign files -------------------------------------------------------------------
 
 Change = Callable[[Path], object]
 
@@ -575,10 +598,13 @@ def test_damaged_files_are_one_clear_error(
     """An error that says what was expected, and a model that is as it was."""
     folder = copied(saved, tmp_path, old)
     damage(folder)
-    model, x = zoo.net("mlp"), zoo.inputs("mlp")
+    model = zoo.net("mlp")
+    x = zoo.inputs("mlp")
     if adapted:
         model = started("mlp", modules_to_save=["head"])
-    before, y, flags = state(model), model(x), [p.requires_grad for p in model.parameters()]
+    before = state(model)
+    y = model(x)
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises((ValueError, TypeError, RuntimeError), match="expected") as raised:
         load_adapter(model, folder)
     assert type(raised.value) in (ValueError, TypeError, RuntimeError)
@@ -659,11 +685,13 @@ def loads(folder: Path, x: Tensor) -> Tensor | None:
 def test_a_random_change_of_a_document_is_refused_or_computes(
     old: bool, saved: Path, tmp_path: Path
 ) -> None:
-    generator, x = random.Random(0), zoo.inputs("mlp")
+    generator = random.Random(0)
+    x = zoo.inputs("mlp")
     folder = copied(saved, tmp_path, old)
     path = folder / (JSON_NAME if old else FILE_NAME)
     document = json.loads(path.read_text()) if old else document_of(folder)
-    tensors, refused = tensors_in(saved), 0
+    tensors = tensors_in(saved)
+    refused = 0
     for _ in range(300):
         damaged = damaged_document(document, generator)
         if old:
@@ -677,26 +705,28 @@ def test_a_random_change_of_a_document_is_refused_or_computes(
 
 
 def test_no_random_damage_loads_as_another_function(saved: Path, tmp_path: Path) -> None:
-    generator, x = random.Random(1), zoo.inputs("mlp")
+    generator = random.Random(1)
+    x = zoo.inputs("mlp")
     folder = copied(saved, tmp_path)
-    want = load_adapter(zoo.net("mlp"), folder)(x)
-    path, data = folder / FILE_NAME, (folder / FILE_NAME).read_bytes()
+    expected = load_adapter(zoo.net("mlp"), folder)(x)
+    path = folder / FILE_NAME
+    data = (folder / FILE_NAME).read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     for i in range(400):
-        at = generator.randrange(header if i % 2 else len(data))
+        place = generator.randrange(header if i % 2 else len(data))
         damage = [
-            data[:at] + bytes([data[at] ^ 1 << generator.randrange(8)]) + data[at + 1 :],
-            data[:at],
-            data[:at] + generator.randbytes(3) + data[at:],
-            data[:at] + data[at + 2 :],
-            data[:at] + generator.choice([b"0", b"9", b"-", b'"', b"}"]) + data[at + 1 :],
+            data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :],
+            data[:place],
+            data[:place] + generator.randbytes(3) + data[place:],
+            data[:place] + data[place + 2 :],
+            data[:place] + generator.choice([b"0", b"9", b"-", b'"', b"}"]) + data[place + 1 :],
         ][generator.randrange(5)]
         path.write_bytes(damage)
         y = loads(folder, x)
-        assert y is None or torch.equal(y, want), (i, at)
+        assert y is None or torch.equal(y, expected), (i, place)
 
 
-# ---- other bases ------------------------------------------------------------------------------------------------------
+# ---- other bases ---------------------------------------------------------------------------------
 
 
 def deeper(blocks: int) -> nn.Module:
@@ -769,7 +799,7 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
     assert other.lotr_config.s == 0.3
 
 
-# ---- other places -----------------------------------------------------------------------------------------------------
+# ---- other places --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -809,7 +839,8 @@ def test_pushes_to_a_hub_and_loads_from_it(tmp_path: Path, monkeypatch: pytest.M
     )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     assert push_to_hub(model, "user/name", private=True) == "user/name@abc"
     assert calls == [(("user/name",), {"exist_ok": True, "private": True})]
     assert torch.equal(load_adapter(zoo.net("mlp"), "user/name")(x), model(x))
@@ -817,15 +848,18 @@ def test_pushes_to_a_hub_and_loads_from_it(tmp_path: Path, monkeypatch: pytest.M
         load_adapter(zoo.net("mlp"), "user/other")
 
 
-# ---- crashes ----------------------------------------------------------------------------------------------------------
+# ---- crashes -------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing after it runs, so the test also turns off what cleans up."""
+    """Stands for the end of the process.
+
+    Nothing runs after it, so the test also turns off what cleans up.
+    """
 
 
 def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
-    """The real change of the disk, or the end of the process if it is the step-th or a later one."""
+    """Returns the real change of the disk, which ends the process from the step-th change on."""
 
     def call(*args: object, **kwargs: object) -> object:
         if next(changes) >= step:
@@ -839,10 +873,14 @@ def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
 def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
     two_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, x = trained("mlp", seed=1), trained("mlp", seed=2), zoo.inputs("mlp")
-    wanted, found = [zoo.output(model, x) for model in (old, new)], []
+    old = trained("mlp", seed=1)
+    new = trained("mlp", seed=2)
+    x = zoo.inputs("mlp")
+    outputs = [zoo.output(model, x) for model in (old, new)]
+    loaded = []
     for step in range(10):
-        save_adapter(old, folder := tmp_path / str(step))
+        folder = tmp_path / str(step)
+        save_adapter(old, folder)
         if two_files:
             as_version_2(folder)
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
@@ -851,17 +889,17 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
                 patch.setattr(owner, name, killed_at(step, changes, getattr(owner, name)))
             save_adapter(new, folder)
         y = zoo.output(load_adapter(zoo.net("mlp"), folder), x)
-        found.append([torch.equal(y, want) for want in wanted].index(True))
-    assert (
-        next(changes) == (6 if two_files else 4) and found == sorted(found) and set(found) == {0, 1}
-    )
+        loaded.append([torch.equal(y, output) for output in outputs].index(True))
+    assert next(changes) == (6 if two_files else 4)
+    assert loaded == sorted(loaded) and set(loaded) == {0, 1}
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
 
 def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, x = trained("mlp", seed=1), zoo.inputs("mlp")
+    old = trained("mlp", seed=1)
+    x = zoo.inputs("mlp")
     save_adapter(old, tmp_path)
 
     def full(*args: object) -> None:
@@ -876,7 +914,8 @@ def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
 
 
 def test_saves_at_once_leave_one_of_the_adapters(tmp_path: Path) -> None:
-    models, x = [trained("mlp", seed=seed) for seed in range(4)], zoo.inputs("mlp")
+    models = [trained("mlp", seed=seed) for seed in range(4)]
+    x = zoo.inputs("mlp")
     outputs = [zoo.output(model, x) for model in models]
     save_adapter(models[0], tmp_path)
 

@@ -1,4 +1,7 @@
-"""DeepSpeed's ZeRO in two processes, and TRL's SFTTrainer. `make frameworks` installs both, beside the packages of .venv."""
+"""DeepSpeed's ZeRO in two processes, and TRL's SFTTrainer.
+
+`make frameworks` installs both, next to the packages of .venv.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ def _frameworks_last_on_the_path() -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_in_two_processes(ZERO, tmp_path_factory.mktemp("zero") / "results.json")
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_zero_equals_one_process(found: dict[str, Any], name: str) -> None:
-    assert isinstance(found[name], float), found[name]
-    assert found[name] < 1e-4  # float32
+def test_zero_equals_one_process(results: dict[str, Any], name: str) -> None:
+    assert isinstance(results[name], float), results[name]
+    assert results[name] < 1e-4  # float32
 
 
 TRL = """
@@ -53,22 +56,26 @@ from lotr_ext.peft import LoTRPeftConfig
 
 words = "a b c d e f g h i j k l".split()
 special = ["<pad>", "<s>", "</s>", "<unk>"]
-own = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<unk>"))
-own.pre_tokenizer = pre_tokenizers.Whitespace()
+ids = {word: i for i, word in enumerate([*special, *words])}
+word_level = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+word_level.pre_tokenizer = pre_tokenizers.Whitespace()
 names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special))
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, **names)
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level, **names)
 text = [" ".join(words[(i + j) % len(words)] for j in range(8)) for i in range(24)]
 settings = SFTConfig(
-    output_dir=sys.argv[1], max_steps=20, per_device_train_batch_size=4, learning_rate=0.01, logging_steps=1, report_to=[],
-    use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no",
+    output_dir=sys.argv[1], max_steps=20, per_device_train_batch_size=4, learning_rate=0.01,
+    logging_steps=1, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no",
 )
-targets, model, further = ["q_proj", "v_proj", "down_proj"], net("llama").float(), {}
-torch.manual_seed(0)  # of the factors; the net has a generator of its own
+targets = ["q_proj", "v_proj", "down_proj"]
+model = net("llama").float()
+options = {}
+torch.manual_seed(0)  # for the factors; the net does not use it
 if sys.argv[2] == "peft":
-    further["peft_config"] = LoTRPeftConfig(rank=4, target_modules=targets)
+    options["peft_config"] = LoTRPeftConfig(rank=4, target_modules=targets)
 else:
     lotr_ext.apply_lotr(model, lotr_ext.LoTRConfig(rank=4, target_modules=targets))
-trainer = SFTTrainer(model, settings, train_dataset=Dataset.from_dict({"text": text}), processing_class=tokenizer, **further)
+data = Dataset.from_dict({"text": text})
+trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, **options)
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 assert losses[-1] < 0.8 * losses[0], losses
@@ -79,10 +86,10 @@ assert trained and all("lotr" in name or "core" in name for name in trained), tr
 
 @pytest.mark.parametrize("entry", ["peft", "apply_lotr"])
 def test_trl_trains_the_adapter(entry: str, tmp_path: Path) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", TRL, str(tmp_path), entry],
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]

@@ -164,6 +164,20 @@ def backward_of(s: Side, y: Tensor) -> Found:
     return found
 
 
+def save_all(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+def save_nothing(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective(policy: Callable[..., CheckpointPolicy]) -> Callable[[Side], Found]:
+    """A checkpoint that keeps the results that a policy names."""
+    context = partial(create_selective_checkpoint_contexts, policy)
+    return partial(checkpointed, use_reentrant=False, context_fn=context)
+
+
 def save_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     names = ("mm", "addmm", "bmm", "lotr::", "linear")
     return (
@@ -312,6 +326,33 @@ def fused_steps(s: Side) -> Found:
     return found
 
 
+def outputs_written_and_backwards_of_some(s: Side) -> Found:
+    """Users write into outputs, keep gradients in hooks, and call backward of some layers."""
+    if s.net.kind in ("rows", "function"):  # the layers by themselves are other functions
+        return once(s)
+    kept = []
+    h = 2 * s.x
+    if h.requires_grad:
+        h.register_hook(lambda g: kept.append(g))
+    a = s.net.wire(lambda i, x: s.layer(i, x).mul_(2), h)
+    b = s.layer(0, h)
+    found = [*s.grad(loss(a), retain_graph=True), *s.grad(loss(b))]
+    return [*found, *kept]
+
+
+def recomputed_with_new_values(s: Side) -> Found:
+    """A step of an optimizer before the recomputation, which then has the new values."""
+    before = {name: leaf.detach().clone() for name, leaf in s.leaves.items()}
+    y = checkpoint(s, torch.tanh(s.x), use_reentrant=False)
+    with torch.no_grad():
+        for leaf in s.leaves.values():
+            leaf.mul_(0.9)
+    found = s.grad(loss(y))
+    for name, leaf in s.leaves.items():
+        leaf.data = before[name]
+    return found
+
+
 CONTEXTS: dict[str, Callable[[Side], Found]] = {
     f.__name__: f
     for f in (
@@ -335,15 +376,14 @@ CONTEXTS: dict[str, Callable[[Side], Found]] = {
             functional_gradients,
         ),
         *(dual_numbers, gradient_with_a_tangent, in_threads, changed_between, fused_steps),
+        *(outputs_written_and_backwards_of_some, recomputed_with_new_values),
     )
 } | {
     "checkpoint": partial(checkpointed, use_reentrant=False),
     "reentrant checkpoint": partial(checkpointed, use_reentrant=True),
-    "selective checkpoint": partial(
-        checkpointed,
-        use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, save_products),
-    ),
+    "selective checkpoint": selective(save_products),
+    "selective checkpoint of all": selective(save_all),
+    "selective checkpoint of nothing": selective(save_nothing),
     "checkpoint in a selective one": nested_checkpoints,
     "save_on_cpu": partial(hooked, context=save_on_cpu),
     "saved-tensor hooks": partial(
@@ -511,6 +551,16 @@ def test_autocast_leaves_the_output_of_another_base() -> None:
         assert torch.equal(layer(x), want)
 
 
+def test_autocast_casts_a_changed_x_again(form: str) -> None:
+    net, other = Net("siblings", torch.float32), Net("siblings", torch.float32)
+    x = inputs(6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net.layers[0](x)
+        x.mul_(2)
+        assert torch.equal(net.layers[1](x), other.layers[1](x))
+    assert y.requires_grad  # its graph keeps the first cast alive
+
+
 def test_autocast_of_another_device_casts_nothing(form: str) -> None:
     net = Net("siblings", torch.float32)
     x = inputs(6, dtype=torch.float32)
@@ -522,17 +572,19 @@ def test_autocast_of_another_device_casts_nothing(form: str) -> None:
         torch.set_autocast_enabled("cuda", False)
 
 
-def test_float16_fallback_scales_before_B() -> None:
-    """(u G) B^T is beyond float16, its product with the scaling is not. Kernels as the fallback."""
+@pytest.mark.parametrize("core, B, scaling", [(1000, 50, 1e-3), (1000, 1e-2, 1000)])
+def test_the_scaling_of_float16_does_not_overflow(core: float, B: float, scaling: float) -> None:
+    """(u G) B^T is beyond float16 and its product with s is not; or s u G is, and y is not."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, K, generator=generator).half()
-    A, B = (torch.randn(K, R, generator=generator).half() for _ in range(2))
-    core = 1000 * torch.eye(R).half()
+    x = 0.1 * torch.randn(5, K, generator=generator).half()
+    A = torch.randn(K, R, generator=generator).half()
+    B = B * torch.randn(K, R, generator=generator).half()
+    core = core * torch.eye(R).half()
     W = torch.zeros(K, K).half()
-    truth = (1e-3 * x.double() @ A.double() @ core.double() @ (50 * B.double()).T).float()
+    truth = scaling * x.double() @ A.double() @ core.double() @ B.double().T
 
     def call(x: Tensor) -> Tensor:
-        return lotr_linear(x, W, None, A, 50 * B, core, 1e-3)
+        return lotr_linear(x, W, None, A, B, core, scaling)
 
     assert relative(call(x), truth) < 6e-3
     assert relative(torch.vmap(call)(x.unsqueeze(1)).squeeze(1), truth) < 6e-3
@@ -638,6 +690,8 @@ DROPOUT_CONTEXTS: dict[str, Callable[[Side], Found]] = {
     for name in (
         *("once", "into_grad", "interleaved", "twice_on_one_x", "double", "double_of_some"),
         *("without_graph", "no_grad_first", "checkpoint", "reentrant checkpoint", "save_on_cpu"),
+        *("selective checkpoint", "selective checkpoint of all", "checkpoint in a selective one"),
+        *("outputs_written_and_backwards_of_some", "recomputed_with_new_values"),
     )
 } | {
     "each in a checkpoint": each_in_a_checkpoint,
@@ -701,16 +755,15 @@ def test_no_activation_outlives_its_graph(form: str) -> None:
 
 def test_a_frozen_A_keeps_no_x(form: str) -> None:
     """dA is the only gradient that needs x; large inputs are most of a step's memory."""
-    for dtype in (torch.float64, torch.float16):
-        net = Net("siblings", dtype)
-        net.layers[0].factors.A.value.requires_grad_(False)
-        h = torch.tanh(inputs(6, dtype=dtype).requires_grad_()) * 1
-        alive = weakref.ref(h)
-        y = net.layers[0](h) + net.layers[1](h)
-        del h
-        gc.collect()
-        assert alive() is None
-        y.sum().backward()
+    net = Net("siblings")
+    net.layers[0].factors.A.value.requires_grad_(False)
+    h = torch.tanh(inputs(6).requires_grad_()) * 1
+    alive = weakref.ref(h)
+    y = net.layers[0](h) + net.layers[1](h)
+    del h
+    gc.collect()
+    assert alive() is None
+    y.sum().backward()
 
 
 def test_partial_backwards_leave_nothing(form: str) -> None:
@@ -816,6 +869,53 @@ def test_siblings_around_a_change(changed: str, graph: bool, shared: None) -> No
     assert worst(*map(run, sides(net, inputs(6), trains_x=False))) < 1e-10
 
 
+@pytest.mark.parametrize("change", ["core", "A", "B", "scaling", "core of one call"])
+def test_new_values_between_siblings(change: str, form: str) -> None:
+    """A model's forward may replace parameters, or the scaling, of a layer."""
+    net = Net("siblings")
+    layer = net.layers[1]
+    x = inputs(6).requires_grad_()
+
+    def formula(i: int, core: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        base = net.layers[i]
+        return nnf.linear(x, base.weight, base.bias) + scaling * x @ A @ core @ B.T
+
+    A, B = layer.factors.A.value, layer.factors.B.value
+    values = {"core": layer.core, "A": A, "B": B, "scaling": SCALING}
+    a = net.layers[0](x)
+    want_a = formula(0, net.layers[0].core, A, B, SCALING)
+    if change == "scaling":
+        layer.scaling = values["scaling"] = 2.0
+    elif change in ("A", "B"):
+        factor = getattr(layer.factors, change)
+        factor.value = values[change] = nn.Parameter(2 * factor.value.detach())
+    else:
+        values["core"] = nn.Parameter(2 * layer.core.detach())
+    if change == "core of one call":
+        b = torch.func.functional_call(layer, {"core": values["core"]}, (x,))
+    else:
+        if change == "core":
+            layer.core = values["core"]
+        b = layer(x)
+    want_b = formula(1, **values)
+    of = [x, A, B, *(value for value in values.values() if isinstance(value, Tensor))]
+    ours = torch.autograd.grad(loss(a * b), of)
+    assert worst(ours, torch.autograd.grad(loss(want_a * want_b), of)) < 1e-10
+
+
+def test_many_small_gradients_of_half_precision_factors(shared: None) -> None:
+    """A sum of equal bfloat16 numbers would stop growing at 256 of them."""
+    net = Net("siblings", torch.bfloat16)
+    A = net.layers[0].factors.A.value
+    x = inputs(6, dtype=torch.bfloat16)
+
+    def gradient(calls: int) -> Tensor:
+        outputs = [net.layers[0](x * 1).double().sum() for _ in range(calls)]
+        return torch.autograd.grad(torch.stack(outputs).sum(), A)[0].double()
+
+    assert relative(gradient(1000), 1000 * gradient(1)) < 1e-2
+
+
 def test_a_computed_factor_changes_in_place_between_siblings(shared: None) -> None:
     """Its next layers have another graph behind A."""
 
@@ -917,6 +1017,15 @@ def test_two_threads_with_a_model_each() -> None:
         assert all(a.grad is b.grad is None or torch.equal(a.grad, b.grad) for a, b in grads)
 
 
+def test_the_output_for_one_dimension_may_be_written(form: str) -> None:
+    def run(s: Side) -> Found:
+        y = s.layer(0, s.x[0])
+        y.mul_(0.5)
+        return [y, *s.grad(loss(y))]
+
+    assert worst(*map(run, sides(Net("siblings"), inputs(6)))) < 1e-10
+
+
 def test_same_bits_again(form: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         runs = []
@@ -933,7 +1042,7 @@ def test_parameters_can_be_swapped(trained_x: bool, form: str, swap_parameters: 
     net, x = Net("siblings"), inputs(6)
     if trained_x:
         x = net.x = nn.Parameter(x)
-    loss(net(x)).backward()
+    loss(net.layers[0](x) * net.layers[1](x)).backward()
     net.zero_grad()
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     net.to(torch.float32)
@@ -995,16 +1104,20 @@ def test_marked_sparse_nested_and_subclassed_tensors(form: str) -> None:
                 return func(args[0], 2 * args[1].as_subclass(Tensor), *args[2:])
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    class Marked(Tensor):
-        pass
+    class DoublesSums(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            return 2 * result if func.__name__ in ("add", "__add__") else result
 
-    class MarkedBase(nn.Linear):
+    class Base(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).as_subclass(Marked)
+            return super().forward(x).as_subclass(DoublesSums)
 
-    wrapped = LoTRWrapped.from_linear(MarkedBase(K, K), LoTRFactors(K, K, R))
-    assert type(wrapped(dense)) is Marked
-    assert torch.equal(wrapped(dense), wrapped.base_layer(dense))
+    wrapped = LoTRWrapped.from_linear(Base(K, K), LoTRFactors(K, K, R))
+    y = wrapped(dense)  # the base's output decides what a sum is
+    assert type(y) is DoublesSums
+    assert relative(y.as_subclass(Tensor), 2 * wrapped.base_layer(dense).as_subclass(Tensor)) == 0
 
     want = formula(dense) + nnf.linear(dense, layer.weight)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)

@@ -1,4 +1,7 @@
-"""MODELS: network x way of adapting x operation, against the same network in float64 with its weights written out."""
+"""MODELS: network x way of adapting x operation.
+
+Each against the same network in float64 with its weights written out.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
 from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -54,71 +58,81 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The model's output for x in float64, as a function of its own parameters."""
+    """Returns the model's output for x in float64, as a function of the model's parameters."""
     plain = zoo.net(name, torch.float64)
     with torch.no_grad():  # init "svd" has changed the weights
         for layer_name, layer in adapted_layers(model).items():
             if layer.start_core is not None:
                 plain.get_submodule(layer_name).weight.copy_(layer.weight)
     weights = written_out(model, plain)
-    settings = (
-        {"use_cache": False}
-        if hasattr(plain, "config") and plain.config.model_type != "bert"
-        else {}
-    )
-    found = torch.func.functional_call(
-        plain, weights, (x.double() if x.is_floating_point() else x,), settings
-    )
-    return found if isinstance(found, Tensor) else found.logits
+    settings = {}
+    if hasattr(plain, "config") and plain.config.model_type != "bert":
+        settings["use_cache"] = False
+    x = x.double() if x.is_floating_point() else x
+    y = torch.func.functional_call(plain, weights, (x,), settings)
+    return y if isinstance(y, Tensor) else y.logits
 
 
-# ---- network x way ---------------------------------------------------------------------------------------------------
+def bound_of(way: str) -> float:
+    return 2e-2 if way == "bfloat16" else 2e-5
+
+
+# ---- network x way -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_starts_as_the_plain_model(name: str, way: str) -> None:
     x = zoo.inputs(name)
-    before, model = zoo.output(zoo.net(name), x), started(name, way)
-    after = zoo.output(model, x)
-    assert torch.equal(after, before) if way != "svd" else relative(after, before) < 1e-5
+    before = zoo.output(zoo.net(name), x)
+    after = zoo.output(started(name, way), x)
+    if way == "svd":
+        assert relative(after, before) < 1e-5
+    else:
+        assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_output_and_gradients_are_those_of_the_weights_written_out(name: str, way: str) -> None:
-    model, x = trained(name, way), zoo.inputs(name)
+    model = trained(name, way)
+    x = zoo.inputs(name)
     parameters = own_parameters(model)
-    got = zoo.output(model, x)
-    want = truth(model, name, x)
-    direction = torch.randn(want.shape, dtype=torch.float64)
-    found = torch.autograd.grad((got.double() * direction).sum(), parameters)
-    expected = torch.autograd.grad((want * direction).sum(), parameters)
-    bound = 2e-2 if way == "bfloat16" else 2e-5
-    assert relative(got, want) < bound
-    assert worst(found, expected) < bound
+    y = zoo.output(model, x)
+    y64 = truth(model, name, x)
+    dy = torch.randn(y64.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((y.double() * dy).sum(), parameters)
+    gradients64 = torch.autograd.grad((y64 * dy).sum(), parameters)
+    assert relative(y, y64) < bound_of(way)
+    assert worst(gradients, gradients64) < bound_of(way)
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_merge_is_exact_to_undo(name: str, way: str) -> None:
-    model, x = trained(name, way), zoo.inputs(name)
-    before, adapted = state(model), zoo.output(model, x)
+    model = trained(name, way)
+    x = zoo.inputs(name)
+    before = state(model)
+    adapted = zoo.output(model, x)
     merge(model)
-    assert relative(zoo.output(model, x), adapted) < (2e-2 if way == "bfloat16" else 2e-5)
+    assert relative(zoo.output(model, x), adapted) < bound_of(way)
     unmerge(model)
     assert same(state(model), before)
     merge(model, keep_backup=False, safe=True)
     unmerge(model)
-    assert relative(zoo.output(model, x), adapted) < (2e-2 if way == "bfloat16" else 2e-5)
+    assert relative(zoo.output(model, x), adapted) < bound_of(way)
 
 
 @pytest.mark.parametrize(("name", "way"), LINEAR)
 def test_unload_gives_the_plain_model_back(name: str, way: str) -> None:
-    plain, model, x = zoo.net(name), trained(name, way), zoo.inputs(name)
-    kinds = {at: type(m) for at, m in plain.named_modules()}
+    plain = zoo.net(name)
+    model = trained(name, way)
+    x = zoo.inputs(name)
+    classes = {module_name: type(m) for module_name, m in plain.named_modules()}
     merge(model)
     assert unload(model) is model
-    found, want = state(model), state(plain)
-    assert {at: type(m) for at, m in model.named_modules()} == kinds
-    assert same(found, want) if way != "svd" else worst(found.values(), want.values()) < 1e-6
+    assert {module_name: type(m) for module_name, m in model.named_modules()} == classes
+    if way == "svd":
+        assert worst(state(model).values(), state(plain).values()) < 1e-6
+    else:
+        assert same(state(model), state(plain))
     assert not [key for key in vars(model) if key.startswith("lotr")]
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     apply_lotr(model, config(name))  # nothing that would refuse a new adapter is left
@@ -127,7 +141,8 @@ def test_unload_gives_the_plain_model_back(name: str, way: str) -> None:
 
 @pytest.mark.parametrize(("name", "way"), LINEAR)
 def test_unload_merges_where_told(name: str, way: str) -> None:
-    model, x = trained(name, way), zoo.inputs(name)
+    model = trained(name, way)
+    x = zoo.inputs(name)
     adapted = zoo.output(model, x)
     unload(model, merge=True)
     assert not any("lotr" in key or key.endswith("core") for key in model.state_dict())
@@ -136,12 +151,15 @@ def test_unload_merges_where_told(name: str, way: str) -> None:
 
 @pytest.mark.parametrize(("name", "way"), LINEAR)
 def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
-    model, x = trained(name, way), zoo.inputs(name)
-    want, adapted = zoo.output(zoo.net(name), x), zoo.output(model, x)
+    model = trained(name, way)
+    x = zoo.inputs(name)
+    plain = zoo.output(zoo.net(name), x)
+    adapted = zoo.output(model, x)
     with disabled(model):
-        found = zoo.output(model, x)
-        found.sum().backward() if found.requires_grad else None
-    assert relative(found, want) < (1e-5 if way == "svd" else 1e-7)
+        y = zoo.output(model, x)
+        if y.requires_grad:
+            y.sum().backward()
+    assert relative(y, plain) < (1e-5 if way == "svd" else 1e-7)
     assert torch.equal(zoo.output(model, x), adapted)
     assert all(p.grad is None for p in own_parameters(model))
 
@@ -155,12 +173,12 @@ def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     ids=["deepcopy", "pickle"],
 )
 def test_a_copy_is_a_model_of_its_own(name: str, way: str, copied) -> None:
-    model, x = trained(name, way), zoo.inputs(name)
-    other, y = copied(model), zoo.output(model, x)
-    assert (
-        torch.equal(zoo.output(other, x), y)
-        and other.state_dict().keys() == model.state_dict().keys()
-    )
+    model = trained(name, way)
+    x = zoo.inputs(name)
+    other = copied(model)
+    y = zoo.output(model, x)
+    assert torch.equal(zoo.output(other, x), y)
+    assert other.state_dict().keys() == model.state_dict().keys()
     moved(other, 8)
     assert torch.equal(zoo.output(model, x), y) and not torch.equal(zoo.output(other, x), y)
     unload(other)
@@ -211,7 +229,7 @@ def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
     assert all(p.grad is None for p in own_parameters(model))
 
 
-# ---- which layers, which groups ---------------------------------------------------------------------------------------
+# ---- which layers, which groups ------------------------------------------------------------------
 
 GROUPS = [
     ("mlp", "shape", 4, 2),
@@ -399,6 +417,30 @@ def test_selects_layers_of_special_models(
         model = apply_lotr(net(), LoTRConfig(rank=2, **settings))
     assert list(adapted_layers(model)) == wanted
     assert (model.lotr_config.modules_to_save or ()) == saved
+
+
+LEFT_OUT = [
+    # A head of a model inside of another is left out, and a name takes it.
+    ({}, {"inner.classifier"}, 13),
+    ({"target_modules": ["classifier", "query"]}, set(), 3),
+    ({"target_modules": r".*\.(query|classifier)", "exclude_modules": ["1.attention.self.query"]},
+     {"inner.bert.encoder.layer.1.attention.self.query"}, 2),
+    ({"target_modules": ["query"], "modules_to_save": ["layer.0"]},
+     {"inner.bert.encoder.layer.0.attention.self.query"}, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "left", "count"), LEFT_OUT)
+def test_the_summary_says_what_was_named_and_left_out(
+    settings: dict, left: set[str], count: int
+) -> None:
+    model = nn.ModuleDict({"inner": zoo.net("bert")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the head stays frozen
+        apply_lotr(model, LoTRConfig(rank=2, **settings))
+    summary = trainable_summary(model)
+    assert {name for names in summary.left_out.values() for name in names} == left
+    assert summary.layers == count
 
 
 class Reads(nn.Module):
@@ -621,6 +663,65 @@ def test_merge_and_unload_change_all_layers_or_none() -> None:
     assert zoo.output(model, x).shape == before.shape
 
 
+class NamesOfALayer(nn.Module):
+    """Uses names of an adapted layer for its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.Linear(4, 4)
+        self.factors = nn.Linear(4, 4)
+        self.lotr = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lotr(self.factors(self.core(x))) * self.weight
+
+
+def test_a_model_may_use_the_names_of_adapted_layers() -> None:
+    model = NamesOfALayer()
+    x = torch.randn(2, 4)
+    y = model(x)
+    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
+    assert len(adapted_layers(model)) == 3 and relative(model(x), y) > 1e-3
+    unload(model)
+    assert torch.equal(model(x), y)
+
+
+def test_attributes_that_others_put_on_a_layer_are_there_after_unload() -> None:
+    model = zoo.net("mlp")
+    up = model.blocks[0]["up"]
+    up.tag = "kept"
+    unload(apply_lotr(model, LoTRConfig(rank=2)))
+    assert model.blocks[0]["up"] is up and up.tag == "kept"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_from_the_meta_device_is_filled_from_a_state_dict(assign: bool) -> None:
+    model = trained("mlp")
+    with torch.device("meta"):
+        empty = apply_lotr(zoo.Mlp(), model.lotr_config)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    x = zoo.inputs("mlp")
+    assert torch.equal(empty(x), model(x))
+    assert len(list(lotr_parameters(empty))) == 4 + 4  # the factors are still shared
+
+
+def test_a_checkpoint_of_transformers_has_the_factors_once(tmp_path: Path) -> None:
+    model = trained("gpt2")
+    x = zoo.inputs("gpt2")
+    y = zoo.output(model, x)
+    model.tie_weights()
+    assert torch.equal(zoo.output(model, x), y)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum("lotr_factors" in key for key in saved) == len(model.lotr_factors)
+    other = started("gpt2")
+    other.load_state_dict(saved, strict=False)  # without the tied head
+    assert torch.equal(zoo.output(other, x), y)
+
+
 class Quantized(nn.Module):
     """A linear layer that is read by dequantize()."""
 
@@ -649,6 +750,20 @@ def test_unmerge_changes_all_layers_or_none() -> None:
     y = model(zoo.inputs("mlp"))
     unload(model, merge=True)
     assert torch.equal(model(zoo.inputs("mlp")), y)
+
+
+def test_an_interrupted_merge_merges_nothing() -> None:
+    model = trained("mlp")
+    before = state(model)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    model.blocks[1]["down"].merge = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        merge(model)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+    assert same(state(model), before)
 
 
 def test_a_weight_that_was_tied_later_is_not_merged() -> None:
@@ -684,7 +799,7 @@ def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
     assert type(plain) is nn.Linear and torch.equal(plain.weight, weight)
 
 
-# ---- what trains ------------------------------------------------------------------------------------------------------
+# ---- what trains ---------------------------------------------------------------------------------
 
 
 def test_summary_groups_and_parameters_count_the_same() -> None:
@@ -902,6 +1017,12 @@ def merged_with_head(change: Callable[[nn.Module], object]) -> tuple[nn.Module, 
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
+def without_gradients(model: nn.Module) -> nn.Module:
+    for parameter in lotr_parameters(model):
+        parameter.requires_grad_(False)
+    return model
+
+
 def head_only(merged: bool = False) -> tuple[nn.Module, list[nn.Parameter]]:
     model = trained("mlp", modules_to_save=["head"])
     if merged:
@@ -932,6 +1053,10 @@ FIRST_STEPS = {
     "all parameters": (lambda: merged_with_head(lambda m: None), None),
     "a head": (head_only, None),
     "a head of a merged model": (lambda: head_only(merged=True), None),
+    "merged, with a frozen adapter": (
+        lambda: merged_with_head(lambda m: merge(without_gradients(m))),
+        None,
+    ),
     "another model": (another_model, None),
     "some parts": (cores_only, None),
 }
@@ -1056,7 +1181,7 @@ def test_explain_says_what_runs_and_why() -> None:
     assert explain(trained("mixture"), zoo.inputs("mixture")).count("LoTRHostedExperts") == 2
 
 
-# ---- LoTRConfig -------------------------------------------------------------------------------------------------------
+# ---- LoTRConfig ----------------------------------------------------------------------------------
 
 
 def test_config_survives_json() -> None:
@@ -1081,7 +1206,7 @@ def test_config_survives_json() -> None:
     assert LoTRConfig(core=lambda places, rank: None).to_dict()["core"] == "custom"
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

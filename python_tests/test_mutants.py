@@ -1,4 +1,4 @@
-"""The faults of python_tests/data/mutants fit the sources. `mutants.py` shows that tests catch them."""
+"""The faults of python_tests/data/mutants fit the sources. mutants.py runs them."""
 
 from __future__ import annotations
 

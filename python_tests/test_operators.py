@@ -1,7 +1,8 @@
-"""OPERATORS: every operator with numbers x dtype x shape x layout against float64, NaN beside each operand.
+"""OPERATORS: every operator with numbers x dtype x shape x layout against float64.
 
-A check is (what, result, truth, size, rounded) as `helpers.within` takes them. Each entry of OPERATORS makes the checks of one
-operator for one Case. LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
+Each operand has NaN around it in memory. A check is (what, result, truth, size, rounded), as
+`helpers.within` accepts it. Each entry of TABLE makes the checks of one operator for one Case.
+LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from lotr_ext import reference
+from lotr_ext.core import kernel_support
 from lotr_ext.core.kernel_support import failed_call
 
 ops = torch.ops.lotr
 Check = tuple[str, Tensor, Tensor, Tensor, float]
 S = 0.37
 SEED = -(2**61) + 12345678901
-# M, K, N, r_in: whole blocks of each kernel, their remainders, panels cut short; r_out is r_in + 1, up to 256
+# M, K, N, r_in: full blocks of each kernel, their remainders, panels that are cut short. r_out is
+# r_in + 1, up to 256.
 SHAPES = [
     *(
         (0, 5, 3, 2),
@@ -71,7 +74,7 @@ of_kinds = pytest.mark.parametrize(
 
 
 class Case:
-    """Operands of one shape, dtype and layout, near 1 in size; w: the same in float64, factors rounded to x's dtype."""
+    """Operands of one shape, dtype and layout, of about 1 in size."""
 
     def __init__(
         self,
@@ -82,22 +85,21 @@ class Case:
         p: float = 0.0,
     ):
         self.m, self.k, self.n, self.r = shape
-        self.r_out, self.dtype, self.factors, self.layout, self.acc = (
-            self.r + 1,
-            dtype,
-            factors,
-            layout,
-            sums_dtype(dtype),
-        )
-        self.p, self.seed = p, torch.tensor([SEED]) if p else None
+        self.r_out = self.r + 1
+        self.dtype = dtype
+        self.factors = factors
+        self.layout = layout
+        self.acc = sums_dtype(dtype)
+        self.p = p
+        self.seed = torch.tensor([SEED]) if p else None
         self.generator = torch.Generator().manual_seed(sum(shape))
-        self.x, self.g, self.u = (
-            self.make(self.m, self.k),
-            self.make(self.m, self.n),
-            self.make(self.m, self.r),
-        )
-        self.A, self.F = self.factor(self.k, self.r), self.factor(self.n, self.r)
-        self.B, self.cores = self.factor(self.n, self.r_out), self.factor(2, self.r, self.r_out)
+        self.x = self.make(self.m, self.k)
+        self.g = self.make(self.m, self.n)
+        self.u = self.make(self.m, self.r)
+        self.A = self.factor(self.k, self.r)
+        self.F = self.factor(self.n, self.r)
+        self.B = self.factor(self.n, self.r_out)
+        self.cores = self.factor(2, self.r, self.r_out)
 
     def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         values = (
@@ -120,11 +122,14 @@ class Case:
         return reference.dropout_mask(self.m, columns, self.p, SEED)
 
     def dense_if_bfloat16(self, *tensors: Tensor) -> list[Tensor]:
-        """For the library's product: on a CPU with AMX torch 2.13 takes what lies between bfloat16 rows into it."""
+        """Operands of the library's product.
+
+        On a CPU with AMX, torch 2.13 multiplies what is between bfloat16 rows as well.
+        """
         return [t.contiguous() if self.dtype == torch.bfloat16 else t for t in tensors]
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def shrink(c: Case) -> Iterator[Check]:
@@ -134,7 +139,9 @@ def shrink(c: Case) -> Iterator[Check]:
 
 
 def expand_add_(c: Case) -> Iterator[Check]:
-    y, before, (u, F) = laid_out(c.g, c.layout), copy64(c.g), c.w(c.u, c.F)
+    y = laid_out(c.g, c.layout)
+    before = copy64(c.g)
+    u, F = c.w(c.u, c.F)
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert untouched(y)
     mask = c.mask(c.n)
@@ -152,9 +159,10 @@ def fold(c: Case) -> Iterator[Check]:
 
 
 def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
-    """(index, offs, tokens), and what they mean: each row's core and token."""
+    """Yields (index, offs, tokens) and what they mean: the core and the token of each row."""
     rows = torch.arange(c.m)
-    index, tokens = (rows * 5 + 1) % 4 % 3 - 1, (rows * 7 + 3) % max(c.m, 1) // 2
+    index = (rows * 5 + 1) % 4 % 3 - 1
+    tokens = (rows * 7 + 3) % max(c.m, 1) // 2
     yield (index, None, tokens), index, tokens
     yield (index, None, None), index, rows
     offs = torch.tensor([c.m // 3, c.m - c.m // 4], dtype=torch.int32)
@@ -164,35 +172,35 @@ def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
 
 def row_core(c: Case) -> Iterator[Check]:
     u, cores = c.w(c.u, c.cores)
-    for which, index, tokens in rows_of(c):
-        h = ops.row_core(c.u, c.cores, *which, S)
-        own, chosen = (index >= 0).double()[:, None, None], cores[index.clamp(min=0)]
-        rows = u[tokens].unsqueeze(1)
-        yield (
-            "h",
-            h,
-            (S * rows @ chosen * own).squeeze(1),
-            (S * rows.abs() @ chosen.abs() * own).squeeze(1),
-            1,
-        )
+    for choice, index, tokens in rows_of(c):
+        h = ops.row_core(c.u, c.cores, *choice, S)
+        has_core = (index >= 0).double()[:, None, None]
+        core_rows = cores[index.clamp(min=0)] * has_core
+        u_rows = u[tokens].unsqueeze(1)
+        truth = (S * u_rows @ core_rows).squeeze(1)
+        yield "h", h, truth, (S * u_rows.abs() @ core_rows.abs()).squeeze(1), 1
 
 
 def row_core_backward(c: Case) -> Iterator[Check]:
     dh = c.make(c.m, c.r_out)
     u, cores, g = c.w(c.u, c.cores, dh)
-    for which, index, tokens in rows_of(c):
-        du, dcores = ops.row_core_backward(dh, c.u, c.cores, *which, S, True, True)
-        sums = [torch.zeros(t.shape, dtype=torch.float64) for t in (u, u, cores, cores)]
-        for core in range(2):
-            own = (index == core).nonzero().squeeze(1)
-            rows, at = g[own], tokens[own]
-            for i, (a, b, d) in enumerate(
-                ((u[at], cores[core], rows), (u[at].abs(), cores[core].abs(), rows.abs()))
-            ):
-                sums[i].index_add_(0, at, S * d @ b.T)
-                sums[2 + i][core] = S * a.T @ d
-        yield "du", du, sums[0], sums[1], 1
-        yield "dG", dcores, sums[2], sums[3], 1
+    for choice, index, tokens in rows_of(c):
+        du, dcores = ops.row_core_backward(dh, c.u, c.cores, *choice, S, True, True)
+        du_truth, dcores_truth = row_gradients(u, cores, g, index, tokens)
+        du_size, dcores_size = row_gradients(u.abs(), cores.abs(), g.abs(), index, tokens)
+        yield "du", du, du_truth, du_size, 1
+        yield "dG", dcores, dcores_truth, dcores_size, 1
+
+
+def row_gradients(u: Tensor, cores: Tensor, g: Tensor, index: Tensor, tokens: Tensor):
+    """(du, dcores) of h_i = S u_t(i) G_c(i)."""
+    du = torch.zeros_like(u)
+    dcores = torch.zeros_like(cores)
+    for core in range(2):
+        rows = (index == core).nonzero().squeeze(1)
+        du.index_add_(0, tokens[rows], S * g[rows] @ cores[core].T)
+        dcores[core] = S * u[tokens[rows]].T @ g[rows]
+    return du, dcores
 
 
 class Layer:
@@ -398,27 +406,31 @@ def backward_sums(c: Case) -> Iterator[Check]:
         yield from rounded(c, "dG", dG, S * sums.T @ B, S * sizes.T @ B.abs())
 
 
-def rounded(c: Case, what: str, got: Tensor, truth: Tensor, size: Tensor) -> Iterator[Check]:
-    """A sum in got's dtype of operands that were rounded to x's dtype up to four times."""
-    assert got.dtype in (c.acc, c.factors)
-    exact = got.double()
+def rounded(c: Case, what: str, result: Tensor, truth: Tensor, size: Tensor) -> Iterator[Check]:
+    """A sum of operands that were rounded to x's dtype up to four times."""
+    assert result.dtype in (c.acc, c.factors)
+    exact = result.double()
     yield what, exact.to(c.dtype), truth, size, 5
-    if got.dtype == torch.float32 and c.dtype in HALVES and got.numel() > 64 and bool(truth.any()):
+    is_wide = result.dtype == torch.float32 and c.dtype in HALVES
+    if is_wide and result.numel() > 64 and bool(truth.any()):
         assert relative(exact.to(c.dtype), exact) > 0, f"{what} was rounded to {c.dtype}"
 
 
 def shrink_backward_(c: Case) -> Iterator[Check]:
-    k, dx, dA = c.u, c.make(c.m, c.k), c.sums(c.k, c.r)
-    before_dx, before_dA, mask = copy64(dx), copy64(dA), c.mask(c.k)
-    wide_k, x, A = c.w(k, c.x, c.A)
-    fresh = ops.shrink_backward_(k, None, c.x, None, None, c.p, c.seed)
-    ops.shrink_backward_(k, dx, c.x, c.A, dA, c.p, c.seed)
-    assert untouched(dx) and untouched(dA)
-    part, size = mask * (wide_k @ A.T), mask * (wide_k.abs() @ A.abs().T)
-    yield "dx", dx, before_dx + part, before_dx.abs() + size, 1
+    dx = c.make(c.m, c.k)
+    dA = c.sums(c.k, c.r)
+    dx_before, dA_before = copy64(dx), copy64(dA)
+    mask = c.mask(c.k)
+    du, x, A = c.w(c.u, c.x, c.A)
+    new = ops.shrink_backward_(c.u, None, c.x, None, None, c.p, c.seed)
+    ops.shrink_backward_(c.u, dx, c.x, c.A, dA, c.p, c.seed)
+    assert untouched(dx)
+    assert untouched(dA)
+    product, size = mask * (du @ A.T), mask * (du.abs() @ A.abs().T)
+    yield "dx", dx, dx_before + product, dx_before.abs() + size, 1
     kept = x * mask
-    for got, start in ((dA, before_dA), (fresh, torch.zeros_like(before_dA))):
-        yield "dA", got, start + kept.T @ wide_k, start.abs() + kept.abs().T @ wide_k.abs(), 1
+    for result, start in ((dA, dA_before), (new, torch.zeros_like(dA_before))):
+        yield "dA", result, start + kept.T @ du, start.abs() + kept.abs().T @ du.abs(), 1
 
 
 def dropout_mask(c: Case) -> Iterator[Check]:
@@ -436,12 +448,8 @@ TABLE: dict[str, Callable[[Case], Iterator[Check]]] = {
     )
 }
 DROPS = ("shrink", "expand_add_", "layer_forward", "layer_backward_", "shrink_backward_")
-FORMULAS = {
-    "grouped_mm",
-    "grouped_outer",
-    "linear",
-    "dropout_mask",
-}  # Python formulas: test_layers.py has their numbers
+# Python formulas. test_layers.py and test_experts.py have their numbers.
+FORMULAS = {"grouped_mm", "grouped_outer", "linear", "dropout_mask"}
 
 
 def test_every_operator_is_in_the_table() -> None:
@@ -450,8 +458,8 @@ def test_every_operator_is_in_the_table() -> None:
 
 def check(name: str, case: Case, where: str) -> None:
     with new_memory_is_nan():
-        for what, got, truth, size, roundings in TABLE[name](case):
-            error = within(got, truth, size, roundings)
+        for what, result, truth, size, roundings in TABLE[name](case):
+            error = within(result, truth, size, roundings)
             assert error is None, f"{name}, {where}: {what}: {error}"
 
 
@@ -472,17 +480,20 @@ def test_numbers_with_dropout(name: str, dtype: torch.dtype) -> None:
             check(name, Case(shape, dtype, dtype, LAYOUTS[i], p), f"{shape} p = {p}")
 
 
-# ---- bits, NaN, dropout ----------------------------------------------------------------------------------------------
+# ---- bits, NaN, dropout --------------------------------------------------------------------------
 
 
 def results(name: str, case: Case) -> list[Tensor]:
-    return [got for _, got, *_ in TABLE[name](case)]
+    return [result for _, result, *_ in TABLE[name](case)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.startswith("layer_")])
 def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    """Also odd numbers of tokens: their last pair has one row. The layer's operators contain the library's product."""
+    """Also for odd numbers of tokens, whose last pair has one row.
+
+    The layers' operators contain the library's product, which promises no bits.
+    """
     before = torch.get_num_threads()
     for shape in ((1100, 300, 200, 16), (301, 130, 65, 40), (17000, 40, 65, 4)):
         runs = []
@@ -493,14 +504,14 @@ def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> No
                 runs.append(results(name, Case(shape, dtype, dtype, p=p)))
             finally:
                 torch.set_num_threads(before)
-        assert all(
-            torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True)
-        ), shape
+        for run in runs[1:]:
+            for result, expected in zip(run, runs[0], strict=True):
+                assert torch.equal(result, expected), shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_that_no_cache_holds(dtype: torch.dtype) -> None:
-    """Few rows fit into a CPU's L2; a factor and its sums that are too much for it, so that g is read twice."""
+    """At rank 3 few rows fit into a CPU's L2. At rank 127 g is read twice: the sums do not fit."""
     for rank in (3, 127):
         check("backward_sums", Case((150, 3, 6000, rank), dtype, dtype), str(rank))
 
@@ -512,11 +523,11 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
     x = c.x.masked_fill(~mask, 0)
     c.x.masked_fill_(~mask, float("nan"))
     sums = [torch.zeros(c.k, c.r, dtype=c.acc) for _ in range(2)]
-    for acc, own in zip(sums, (c.x, x)):
-        ops.shrink_backward_(c.u, None, own, None, acc, c.p, c.seed)
-    assert torch.equal(*sums) and torch.equal(
-        ops.shrink(c.x, c.A, c.p, c.seed), ops.shrink(x, c.A, c.p, c.seed)
-    )
+    for dA, operand in zip(sums, (c.x, x)):
+        ops.shrink_backward_(c.u, None, operand, None, dA, c.p, c.seed)
+    assert torch.equal(*sums)
+    u = ops.shrink(c.x, c.A, c.p, c.seed)
+    assert torch.equal(u, ops.shrink(x, c.A, c.p, c.seed))
     y = c.g.clone()
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert torch.equal(y[c.mask(c.n) == 0], c.g[c.mask(c.n) == 0])  # not even rounded again
@@ -525,19 +536,23 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_in_its_row_and_column(bad: float, dtype: torch.dtype) -> None:
-    """Row 37 lies in a tile that is cut short, column 65 behind the whole steps."""
+    """Row 37 is in a tile that is cut short, column 65 past the full steps."""
     c = Case((41, 67, 130, 18), dtype, dtype)
-    c.x[37, 65], c.u[37, 17], c.g[37, 129] = bad, bad, bad
-    y, dA, Q = (
-        torch.ones_like(c.g),
-        torch.zeros(c.k, c.r, dtype=c.acc),
-        torch.zeros(c.n, c.r, dtype=c.acc),
-    )
-    ops.expand_add_(y, c.u, c.F), ops.shrink_backward_(torch.ones_like(c.u), None, c.x, None, dA)
-    du = du_and_Q(c, torch.ones_like(c.u), Q, c.F)
-    for result, at in ((ops.shrink(c.x, c.A), 37), (y, 37), (du, 37), (dA, 65), (Q, 129)):
-        finite = result.isfinite()
-        assert not finite[at].any() and finite[:at].all() and finite[at + 1 :].all()
+    c.x[37, 65] = bad
+    c.u[37, 17] = bad
+    c.g[37, 129] = bad
+    ones = torch.ones_like(c.u)
+    y = torch.ones_like(c.g)
+    dA = torch.zeros(c.k, c.r, dtype=c.acc)
+    Q = torch.zeros(c.n, c.r, dtype=c.acc)
+    ops.expand_add_(y, c.u, c.F)
+    ops.shrink_backward_(ones, None, c.x, None, dA)
+    du = du_and_Q(c, ones, Q, c.F)
+    for result, row in ((ops.shrink(c.x, c.A), 37), (y, 37), (du, 37), (dA, 65), (Q, 129)):
+        is_finite = result.isfinite()
+        assert not is_finite[row].any()
+        assert is_finite[:row].all()
+        assert is_finite[row + 1 :].all()
 
 
 def test_a_number_equal_to_the_threshold_is_kept() -> None:
@@ -550,7 +565,9 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     """x [.., k] and g [.., n] as many rows: 3-D, a view of a larger tensor, empty."""
     m = lead[0] * lead[1]
     c = Case((m, 24, 18, 4), torch.float32, torch.float32)
-    weight, core, bias = c.make(c.n, c.k), c.cores[0], c.make(1, c.n)[0]
+    weight = c.make(c.n, c.k)
+    core = c.cores[0]
+    bias = c.make(1, c.n)[0]
     views = [
         torch.full((*lead, 3, t.shape[1]), float("nan"))[:, :, 1].copy_(t.view(*lead, t.shape[1]))
         for t in (c.x, c.g)
@@ -601,20 +618,86 @@ def test_more_cores_and_tokens_than_int32_counts() -> None:
     assert torch.allclose(ops.row_core(few, cores, zeros, None, tokens, S), S * u[:1] @ cores[0])
 
 
-# ---- as torch sees them ----------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 
 
-def layouts(found: object) -> list[object]:
-    return [
-        None if t is None else (t.shape, t.dtype, t.stride())
-        for t in (found if isinstance(found, tuple) else (found,))
-    ]
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_few_tokens_past_the_range_of_float16(sign: int) -> None:
+    """s u G exceeds 65504, but y and the gradients do not. The scaling is then applied last."""
+    m, k, n, r = 5, 7, 9, 3
+    scaling = 5000.0
+
+    def filled(*size: int, value: float) -> Tensor:
+        return torch.full(size, value, dtype=torch.float16)
+
+    x, A = filled(m, k, value=1.0), filled(k, r, value=1 / k)
+    core, B = filled(r, r, value=8.0 * sign), filled(n, r, value=0.001)
+    weight, g = filled(n, k, value=0.5), filled(m, n, value=0.001)
+    y, u = ops.layer_forward_few_tokens(x, weight, None, A, B, core, scaling, BETA)
+    gradients = ops.layer_backward_few_tokens_(
+        g, weight, x, u, A, B, core, scaling, BETA, None, None, True, True
+    )
+    wide = [t.double() for t in (x, weight, A, B, core)]
+    truth = reference.forward(wide[0], wide[1], None, *wide[2:], scaling)
+    expected = reference.backward(g.double(), *wide, scaling)
+    assert relative(y, truth) < 5e-3
+    assert worst(gradients, (expected.dx, expected.dA, expected.dB, expected.dcore)) < 5e-3
+
+
+def test_permuted_tokens_of_one_core() -> None:
+    """The first and the last row are in their places, the others are not."""
+    u, cores = torch.randn(9, 3), torch.randn(1, 3, 4)
+    index = torch.zeros(9, dtype=torch.int64)
+    tokens = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3, 8])
+    h = ops.row_core(u, cores, index, None, tokens, S)
+    assert relative(h, S * u[tokens].double() @ cores[0].double()) < 1e-6
+    dh = torch.randn(9, 4)
+    du, dcores = ops.row_core_backward(dh, u, cores, index, None, tokens, S, True, True)
+    du_rows = S * dh.double() @ cores[0].double().T
+    assert relative(du, torch.zeros(9, 3).double().index_add_(0, tokens, du_rows)) < 1e-6
+    assert relative(dcores[0], S * u[tokens].double().T @ dh.double()) < 1e-6
+
+
+def test_a_view_past_the_end_of_its_storage_is_refused() -> None:
+    """The storage has as many bytes as the view, but the view does not start at its beginning."""
+    x = torch.randn(20)[10:].view(2, 5)
+    x.untyped_storage().resize_(15 * x.element_size())
+    with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
+        ops.shrink(x, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("wide", ["A", "B", "core"])
+def test_new_gradients_of_factors_with_two_dtypes(wide: str) -> None:
+    """They have the dtype of sums: a factor in float32 gets a gradient that was not rounded."""
+    c = Case((40, 24, 17, 4), torch.bfloat16, torch.bfloat16)
+    factors = {"A": c.A, "B": c.B, "core": c.cores[0]}
+    factors[wide] = factors[wide].float()
+    t = Layer(c)
+    tail = (*factors.values(), S, 0, None, None, True, True)
+    few = ops.layer_backward_few_tokens_(t.g, t.weight, t.x, c.u, *tail)
+    tail = (factors["A"], c.F, factors["B"], factors["core"], S, 0, None, None, True, True)
+    folded = ops.layer_backward_(t.g, t.weight, t.x, c.u, *tail)
+    for gradients in (few, folded):
+        assert [gradient.dtype for gradient in gradients[1:]] == [torch.float32] * 3
+        for gradient in gradients[1:]:
+            assert relative(gradient.bfloat16(), gradient) > 0
+    with FakeTensorMode() as mode:
+        fakes = tree_map_only(Tensor, mode.from_tensor, (t.g, t.weight, t.x, c.u, *tail))
+        assert layouts(ops.layer_backward_(*fakes)) == layouts(folded)
+
+
+# ---- as torch sees them --------------------------------------------------------------------------
+
+
+def layouts(results: object) -> list[object]:
+    results = results if isinstance(results, tuple) else (results,)
+    return [None if t is None else (t.shape, t.dtype, t.stride()) for t in results]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_shapes_without_values(name: str, dtype: torch.dtype) -> None:
-    """The fake kernels, with which torch.compile works, give shapes, dtypes and strides of the real ones."""
+    """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides."""
     for given in arguments(name, dtype):
         real = operator(name)(*given)
         with FakeTensorMode() as mode:
@@ -654,15 +737,12 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "name", [n for n in OPERATORS if n != "linear"]
-)  # which compilers take apart
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "linear"])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    loose = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    )  # decompositions round in several steps
+    """Not of `linear`, which compilers take apart. Decompositions round in several steps."""
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for given in arguments(name, dtype):
-        opcheck(operator(name), given, **loose)
+        opcheck(operator(name), given, **tolerance)
 
 
 def test_expand_add_bumps_the_version_counter() -> None:
@@ -675,12 +755,25 @@ def test_expand_add_bumps_the_version_counter() -> None:
 
 def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
-        assert failed_call(torch.device("cpu")) is None and "meta" in failed_call(
-            torch.device("meta")
-        )
+        assert failed_call(torch.device("cpu")) is None
+        assert "meta" in failed_call(torch.device("meta"))
 
 
-# ---- the specification -----------------------------------------------------------------------------------------------
+def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers then run the PyTorch fallback. That must not happen in silence."""
+    build = {"cuda": {"built": True, "archs": ["90a"]}}
+    monkeypatch.setattr(kernel_support, "build_info", lambda: build)
+    monkeypatch.setattr(kernel_support, "driver_obstacle", lambda: None)
+    monkeypatch.setattr(kernel_support, "failed_call", lambda device: "got 135.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check_device = kernel_support.cuda_obstacle.__wrapped__  # without its cache
+    with pytest.warns(UserWarning, match=r"fallback.*got 135\.0"):
+        assert "got 135.0" in check_device(0)
+
+
+# ---- the specification ---------------------------------------------------------------------------
 
 
 def test_reference_by_autograd() -> None:
@@ -692,9 +785,10 @@ def test_reference_by_autograd() -> None:
     mask = reference.dropout_mask(4, 6, 0.5, 77)
     y = reference.forward(x, W, bias, A, B, core, 0.7, mask)
     g = torch.randn_like(y)
-    want = torch.autograd.grad(y, (x, A, B, core, W, bias), g)
-    for got, truth in zip(reference.backward(g, x, W, A, B, core, 0.7, mask), want, strict=True):
-        assert torch.allclose(got, truth, atol=1e-12)
+    expected = torch.autograd.grad(y, (x, A, B, core, W, bias), g)
+    gradients = reference.backward(g, x, W, A, B, core, 0.7, mask)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, truth, atol=1e-12)
 
 
 def test_philox_known_answers() -> None:
@@ -708,7 +802,7 @@ def test_philox_known_answers() -> None:
     ]
 
 
-# ---- instruction sets ------------------------------------------------------------------------------------------------
+# ---- instruction sets ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
@@ -716,23 +810,10 @@ def test_lower_instruction_sets(isa: str) -> None:
     """The numbers with each instruction set that this CPU has below its best."""
     if json.loads(ops.info())["cpu"]["isa"] == isa or "LOTR_CPU_ISA" in os.environ:
         return
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "numbers",
-        __file__,
-    ]
-    run = subprocess.run(
-        command, env={**os.environ, "LOTR_CPU_ISA": isa}, capture_output=True, text=True
-    )
+    options = "-q -x -n 0 -p no:cacheprovider -k numbers"
+    command = [sys.executable, "-m", "pytest", *options.split(), __file__]
+    environment = {**os.environ, "LOTR_CPU_ISA": isa}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "(what this CPU runs), got " in run.stdout + run.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert run.returncode == 0, run.stdout[-3000:]

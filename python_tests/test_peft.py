@@ -1,4 +1,4 @@
-"""LoTR as a PEFT method: the real PEFT on our operators against plain PyTorch in float64, over the zoo's nets.
+"""LoTR as a PEFT method, on our operators, against plain PyTorch in float64, over the zoo's nets.
 
 PEFT's own tests of its methods run against LoTR by `python python_tests/peft_suite.py`.
 """
@@ -76,7 +76,10 @@ def tuned(case: str, filled: bool = True) -> tuple[peft.PeftModel, Tensor]:
 
 
 def two() -> tuple[peft.PeftModel, Tensor]:
-    """Adapters "default" on q, k, v and o, active, and "other" of another rank on q, o and the head."""
+    """Returns a model with two adapters, and an input.
+
+    "default", which is active, is on q, k, v and o, and "other", of another rank, on q, o and head.
+    """
     model, x = tuned("siblings")
     model.add_adapter(
         "other", LoTRPeftConfig(rank=2, target_modules=["q", "o", "head"], scaling=1.5)
@@ -123,9 +126,9 @@ def truth(model: peft.PeftModel, *names: str) -> nn.Module:
 
 def output(model: nn.Module, x: Tensor, **more: object) -> Tensor:
     """The model's output: `zoo.output` of a PEFT model."""
-    own = next(model.parameters()).dtype
-    found = model(x.to(own) if x.is_floating_point() else x, **more)
-    return found if isinstance(found, Tensor) else found.logits
+    dtype = next(model.parameters()).dtype
+    y = model(x.to(dtype) if x.is_floating_point() else x, **more)
+    return y if isinstance(y, Tensor) else y.logits
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -134,30 +137,34 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> bool:
-    got, want = got.detach().double(), want.detach().double()
-    return bool((got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max())))
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    actual = actual.detach().double()
+    expected = expected.detach().double()
+    return bool(
+        (actual - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+    )
 
 
 def loaded(folder: Path, net: str, **settings: object) -> peft.PeftModel:
-    """A saved adapter on a fresh base model. PEFT's warnings, such as of missing keys, are errors."""
+    """Returns a fresh base model with a saved adapter. Warnings, as of missing keys, are errors."""
     torch.manual_seed(99)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(zoo.net(net), folder, **settings)
 
 
-# ---- the numbers -----------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 @each_case
 def test_outputs_and_gradients_are_those_of_plain_torch(case: str, form: str) -> None:
     model, x = tuned(case)
-    want = truth(model, "default")
-    assert close(output(model, x), output(want, x)) and not close(
+    expected = truth(model, "default")
+    assert close(output(model, x), output(expected, x)) and not close(
         output(model, x), output(zoo.net(CASES[case][0]), x), 1e-3
     )
-    ours, theirs = gradients(model, x), gradients(want, x)
+    ours = gradients(model, x)
+    theirs = gradients(expected, x)
     assert (
         ours.keys()
         == theirs.keys()
@@ -179,15 +186,17 @@ def test_half_precision_bases_have_float32_adapters(net: str, dtype: torch.dtype
         {k: v for k, v in model.state_dict().items() if "lotr_" in k or "modules_to_save" in k},
         strict=False,
     )
-    y, want = output(cast, x), output(model, x)
+    y = output(cast, x)
+    expected = output(model, x)
     assert (
         y.dtype == dtype
-        and (y.double() - want).abs().mean() < 8 * torch.finfo(dtype).eps * want.abs().max() + 1e-6
+        and (y.double() - expected).abs().mean()
+        < 8 * torch.finfo(dtype).eps * expected.abs().max() + 1e-6
     )
     gradients(cast, x)
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype):
-            assert (output(model, x).double() - want).abs().mean() < 0.05 * want.abs().max()
+            assert (output(model, x).double() - expected).abs().mean() < 0.05 * expected.abs().max()
 
 
 def test_several_active_adapters_add_up() -> None:
@@ -203,27 +212,30 @@ def test_dropout_and_checkpointing_train_alike() -> None:
     net = "llama"
     model = peft.get_peft_model(zoo.net(net), config(net, dropout=0.4)).train()
     fill(model)
-    x, found = zoo.inputs(net), []
+    x = zoo.inputs(net)
+    results = []
     for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         if options is not None:
             model.base_model.model.gradient_checkpointing_enable(options)
             model.enable_input_require_grads()
         torch.manual_seed(3)
-        found.append(gradients(model, x))
-    for other in found[1:]:
-        assert all(close(other[name], gradient, 1e-5) for name, gradient in found[0].items())
+        results.append(gradients(model, x))
+    for other in results[1:]:
+        assert all(close(other[name], gradient, 1e-5) for name, gradient in results[0].items())
     assert not close(output(model, x), output(model.eval(), x), 1e-3)
 
 
 def test_a_compiled_model_computes_the_same() -> None:
     model, x = tuned("siblings")
-    want = gradients(model, x)
+    expected = gradients(model, x)
     compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
     assert close(compiled(x), output(model, x), 1e-6)
     model.zero_grad()
     compiled(x).square().sum().backward()
     assert all(
-        close(p.grad, want[name], 1e-5) for name, p in model.named_parameters() if p.requires_grad
+        close(p.grad, expected[name], 1e-5)
+        for name, p in model.named_parameters()
+        if p.requires_grad
     )
 
 
@@ -240,15 +252,15 @@ def test_an_adapter_in_a_transformer_layer_with_a_fast_path_has_effect() -> None
     assert close(net(x), before)
 
 
-# ---- the life of an adapter ------------------------------------------------------------------------------------------
+# ---- the life of an adapter ----------------------------------------------------------------------
 
 
 @each_case
 def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     net, settings = CASES[case]
     model, x = tuned(case, filled=False)
-    want = output(zoo.net(net), x)
-    assert close(output(model, x), want, 1e-6)  # it starts as the base model
+    expected = output(zoo.net(net), x)
+    assert close(output(model, x), expected, 1e-6)  # it starts as the base model
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(3):
@@ -261,7 +273,7 @@ def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     fill(model)
     y = output(model, x)
     with model.disable_adapter():
-        assert close(output(model, x), want, 1e-6) and not any(
+        assert close(output(model, x), expected, 1e-6) and not any(
             p.requires_grad for p in model.parameters()
         )
     model.save_pretrained(tmp_path)
@@ -276,7 +288,7 @@ def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     model.merge_adapter()
     assert close(output(model, x), y) and all(layer.merged for layer in layers(model))
     with model.disable_adapter():
-        assert close(output(model, x), want, 1e-6)
+        assert close(output(model, x), expected, 1e-6)
     model.unmerge_adapter()
     assert all(
         torch.equal(layer.weight, weight)
@@ -285,11 +297,11 @@ def test_life_of_an_adapter(case: str, tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(model))
     for copied, result in (
         (again.merge_and_unload(safe_merge=True), y),
-        (copy.deepcopy(model).unload(), want),
+        (copy.deepcopy(model).unload(), expected),
     ):
         assert copied.state_dict().keys() == zoo.net(net).state_dict().keys() and not layers(copied)
         assert close(zoo.output(copied, x), result) or (
-            result is want and "modules_to_save" in settings
+            result is expected and "modules_to_save" in settings
         )
 
 
@@ -313,9 +325,9 @@ def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
         p.requires_grad for name, p in model.named_parameters() if ".default." in name
     )
     assert close(output(model, x), outputs["other",])
-    for names, want in outputs.items():
+    for names, expected in outputs.items():
         assert close(
-            zoo.output(copy.deepcopy(model).merge_and_unload(adapter_names=[*names]), x), want
+            zoo.output(copy.deepcopy(model).merge_and_unload(adapter_names=[*names]), x), expected
         )
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging"):
@@ -351,7 +363,8 @@ def test_a_second_adapter_leaves_what_the_first_one_trains() -> None:
 
 def test_a_second_adapter_that_is_refused_leaves_the_first_one() -> None:
     model, x = tuned("siblings")
-    y, keys = output(model, x), set(model.state_dict())
+    y = output(model, x)
+    keys = set(model.state_dict())
     for settings in (
         {"target_modules": ["embed"]},
         {"target_modules": ["q", "head"], "group_by": {n: "g" for n, _ in model.named_modules()}},
@@ -420,21 +433,22 @@ def test_adapter_names_choose_an_adapter_a_row() -> None:
         "other", LoTRPeftConfig(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     )
     fill(model, "other", 8)
-    x, want = zoo.inputs("llama", rows=5), {"__base__": None}
+    x = zoo.inputs("llama", rows=5)
+    expected = {"__base__": None}
     for name in ("default", "other"):
         model.set_adapter(name)
-        want[name] = output(model, x)
+        expected[name] = output(model, x)
     with model.disable_adapter():
-        want["__base__"] = output(model, x)
+        expected["__base__"] = output(model, x)
     names = ["other", "__base__", "default", "default", "other"]
-    got = output(model, x, adapter_names=names)
-    assert all(close(got[i], want[name][i]) for i, name in enumerate(names))
-    one = model.generate(
+    mixed = output(model, x, adapter_names=names)
+    assert all(close(mixed[i], expected[name][i]) for i, name in enumerate(names))
+    generated = model.generate(
         input_ids=x, adapter_names=["other"] * 5, max_new_tokens=3, do_sample=False, num_beams=2
     )
     model.set_adapter("other")
     assert torch.equal(
-        one, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2)
+        generated, model.generate(input_ids=x, max_new_tokens=3, do_sample=False, num_beams=2)
     )
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -487,7 +501,7 @@ def test_biases_are_trained_and_saved(tmp_path: Path) -> None:
     assert torch.equal(output(loaded(tmp_path, "attention"), x), output(model.eval(), x))
 
 
-# ---- files and configuration -----------------------------------------------------------------------------------------
+# ---- files and configuration ---------------------------------------------------------------------
 
 
 def test_the_first_versions_files_load(tmp_path: Path) -> None:
@@ -499,14 +513,14 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
         assert peft.PeftConfig.from_pretrained(str(DATA / "peft")).scaling == 1.0
     content = json.loads((DATA / "peft" / "adapter_config.json").read_text())
     # "auto" was 4 (8 / r)^1.5, with an exponent of 0.5 only for the form "diagonal"
-    for settings, want in (
+    for settings, scaling in (
         ({"scaling": "auto"}, 32.0),
         ({"scaling": 0.5}, 0.5),
         ({"scaling": "auto", "rank": 4, "r": 4, "core": "cp"}, 4 * 2**1.5),
         ({"scaling": "auto", "rank": 4, "r": 4, "core": "diagonal"}, 4 * 2**0.5),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(content | settings))
-        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(want)
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).scaling == pytest.approx(scaling)
     for other in (
         {"magnitude": True, "use_dora": True},
         {"target_parameters": ["experts.down_proj"]},
@@ -543,15 +557,15 @@ def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
 
 
 def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:
-    for settings, want in (
+    for settings, scaling in (
         ({}, 4 * (8 / 16) ** 1.5 / START**3),
         ({"alpha": 8, "r": 4}, 2.0),
         ({"rslora": True, "r": 4}, 2.0),
     ):
         LoTRPeftConfig(target_modules=["q"], **settings).save_pretrained(str(tmp_path))
         content = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert content["scaling"] == pytest.approx(want) and content["alpha"] is None
-        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).to_lotr().s == pytest.approx(want)
+        assert content["scaling"] == pytest.approx(scaling) and content["alpha"] is None
+        assert LoTRPeftConfig.from_pretrained(str(tmp_path)).to_lotr().s == pytest.approx(scaling)
 
 
 def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
@@ -577,7 +591,8 @@ def test_only_a_plain_product_is_merged_into(kind: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).clamp(-1, 1)
 
-    net, x = zoo.net("attention"), zoo.inputs("attention")
+    net = zoo.net("attention")
+    x = zoo.inputs("attention")
     q = net.blocks[0]["q"]
     if kind == "own forward":
         net.blocks[0]["q"] = Odd(16, 16)

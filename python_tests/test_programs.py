@@ -11,6 +11,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import LoTRFactor, LoTRFactors, LoTRLinear, lotr_linear
+from lotr_ext import LoTRFactor, LoTRFactors, LoTRLinear, lotr_linear, reference
 from lotr_ext.core import dispatch
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -45,7 +46,7 @@ FORWARDS = (
     "norm",
 )
 BACKWARDS = ("create_graph", "create_graph", "some", "into .grad", "batched", "all")
-CHANGES = ("step", "freeze", "merge", "threads", "state_dict", "deepcopy", "pickle")
+CHANGES = ("step", "freeze", "merge", "threads", "dropout", "state_dict", "deepcopy", "pickle")
 step_of_a_forward = st.tuples(
     st.sampled_from(FORWARDS),
     number,
@@ -115,7 +116,20 @@ class Program(RuleBasedStateMachine):
         W, bias, A, B, core = self.own(i)
         if i in self.weights:  # merged
             return nnf.linear(x, self.weights[i], bias)
-        return nnf.linear(x, W, bias) + S * (x @ A @ core @ B.T)
+        p = self.net.layers[i].dropout
+        dropped = x
+        if p:  # by the mask of the next seed that torch's generator draws
+            seed = int(torch.randint(-(2**63), 2**63 - 1, (1,)))
+            dropped = x * reference.dropout_mask(*x.shape, p, seed)
+        return nnf.linear(x, W, bias) + S * (dropped @ A @ core @ B.T)
+
+    def both(self, ours: Callable[[], Tensor], twin: Callable[[], Tensor]) -> Pair:
+        """Computes a pair from one state of torch's generator."""
+        self.seed += 1
+        torch.manual_seed(self.seed)
+        a = ours()
+        torch.manual_seed(self.seed)
+        return a, twin()
 
     def plain_rows(self, i: int, x: Tensor, index: Tensor) -> Tensor:
         W, bias, A, B, _ = self.own(i)
@@ -211,6 +225,8 @@ class Program(RuleBasedStateMachine):
             self.merge(i)
         elif how == "threads":
             self.threads(i)
+        elif how == "dropout":
+            self.net.layers[i % LAYERS].dropout = 0.3 * on
         elif not self.weights:  # a merged layer has no state_dict
             self.copy(how)
 
@@ -218,17 +234,20 @@ class Program(RuleBasedStateMachine):
 
     def call(self, i: int, v: int) -> None:
         x, w = self.value(v)
-        self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
+        i %= LAYERS
+        self.add(*self.both(lambda: self.net.layers[i](x), lambda: self.plain(i, w)))
 
     def call_siblings(self, v: int, siblings: list[int]) -> None:
         x, w = self.value(v)
         for i in siblings:
-            self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
+            i %= LAYERS
+            self.add(*self.both(partial(self.net.layers[i], x), partial(self.plain, i, w)))
 
     def call_without_a_graph(self, i: int, v: int) -> None:
         x, w = self.value(v)
+        i %= LAYERS
         with torch.no_grad():
-            self.add(self.net.layers[i % LAYERS](x), self.plain(i % LAYERS, w))
+            self.add(*self.both(lambda: self.net.layers[i](x), lambda: self.plain(i, w)))
 
     def call_rows(self, i: int, v: int, index: list[int]) -> None:
         (x, w), which = self.value(v), torch.tensor(index)
@@ -242,16 +261,22 @@ class Program(RuleBasedStateMachine):
         def run(x: Tensor) -> Tensor:
             return torch.tanh(self.net.layers[i](x)) * self.net.layers[j](x)
 
-        want = torch.tanh(self.plain(i, w)) * self.plain(j, w)
+        def plain(w: Tensor) -> Tensor:
+            return torch.tanh(self.plain(i, w)) * self.plain(j, w)
+
         if not reentrant:
-            self.add(checkpoint(run, x, use_reentrant=False), want)
+            ours = partial(checkpoint, run, x, use_reentrant=False)
+            self.add(*self.both(ours, partial(plain, w)))
             return
         for ours, twin in self.pairs_of_leaves():
             ours.grad = twin.grad = None
-        checkpoint(run, x.detach().requires_grad_(), use_reentrant=True).sin().sum().backward()
-        twin = (torch.tanh(self.plain(i, w.detach())) * self.plain(j, w.detach())).sin().sum()
+        ours, twin = self.both(
+            partial(checkpoint, run, x.detach().requires_grad_(), use_reentrant=True),
+            partial(plain, w.detach()),
+        )
+        ours.sin().sum().backward()
         if twin.requires_grad:
-            twin.backward()
+            twin.sin().sum().backward()
         self.same_gradients()
 
     def join(self, a: int, b: int, how: str) -> None:
@@ -369,6 +394,8 @@ class Program(RuleBasedStateMachine):
             torch.save(self.net.state_dict(), file)
             other = Net()
             other.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+            for a, b in zip(other.layers, self.net.layers, strict=True):
+                a.dropout = b.dropout
             for a, b in zip(other.parameters(), self.net.parameters(), strict=True):
                 a.requires_grad_(b.requires_grad)
         else:
@@ -387,6 +414,7 @@ class Program(RuleBasedStateMachine):
         if (
             not any(t.requires_grad for i in range(LAYERS) for t in self.own(i))
             or len(self.weights) == LAYERS
+            or any(layer.dropout for layer in self.net.layers)  # threads share a generator
         ):
             return
         barrier = threading.Barrier(2)
@@ -415,4 +443,18 @@ class TestPrograms(Program.TestCase):
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.slow
+class TestManyPrograms(Program.TestCase):
+    """Other programs in each run, and longer ones. About ten minutes."""
+
+    settings = settings(
+        max_examples=1000,
+        stateful_step_count=20,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
     )

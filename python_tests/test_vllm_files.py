@@ -1,4 +1,4 @@
-"""The files of factors and tasks that the vLLM plugin reads. python_tests/serving runs them in an engine."""
+"""The files that the vLLM plugin reads. python_tests/serving loads them into an engine."""
 
 from __future__ import annotations
 

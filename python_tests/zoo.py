@@ -1,5 +1,8 @@
-"""Six small networks for the tests of whole models. `net(name)` has the same weights on every machine and with every version of
-transformers: they come from a generator of their own, parameter by parameter."""
+"""Six small networks for the tests of whole models.
+
+`net(name)` has the same weights on every machine and with every version of transformers: they are
+drawn parameter by parameter, from one generator.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WIDTH, VOCABULARY = 16, 29
+WIDTH = 16
+VOCABULARY = 29
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -41,7 +45,10 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Two attention blocks: q, k and v read the same x, o another. Token ids [b, tokens] -> [b, tokens, 29]."""
+    """Two attention blocks: q, k and v read the same x, o another.
+
+    Token ids [b, tokens] -> [b, tokens, 29].
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +157,10 @@ def fill(
     scale: float = 0.3,
     only: Callable[[str], bool] = lambda name: True,
 ) -> nn.Module:
-    """Gives the named parameters random values, in the order of their names. Vectors (norms) are moved by a third of that."""
+    """Gives the named parameters random values, in the order of their names.
+
+    Vectors (norms) are moved by a third of that.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         if only(name):
@@ -160,7 +170,10 @@ def fill(
 
 
 def net(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One of NETS in eval mode. Vectors start at what PyTorch or transformers gives norms and at zero for biases."""
+    """Returns one of NETS in eval mode.
+
+    Norms start at the values of PyTorch or transformers, biases at zero.
+    """
     model = _NETS[name]().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -178,11 +191,9 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output as one tensor: the logits of a transformers model."""
-    settings = (
-        {"use_cache": False}
-        if hasattr(model, "config") and model.config.model_type != "bert"
-        else {}
-    )
-    found = model(x, **settings)
-    return found if isinstance(found, Tensor) else found.logits
+    """Returns the model's output as one tensor: the logits of a transformers model."""
+    settings = {}
+    if hasattr(model, "config") and model.config.model_type != "bert":
+        settings["use_cache"] = False
+    y = model(x, **settings)
+    return y if isinstance(y, Tensor) else y.logits

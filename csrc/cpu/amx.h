@@ -61,8 +61,8 @@ LOTR_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
 }
 
-// Where the tiles of A or B lie, in bytes: from row to row, to the second of two tiles, and to the
-// next step.
+// The tiles of A or B in memory. Distances in bytes: to the next row, to the second of two tiles,
+// to the next step.
 struct Side {
   const char* at;
   int64_t row, second, step;
@@ -70,7 +70,8 @@ struct Side {
 // Rows of a tensor that are multiplied later. Each step prefetches a line of each row.
 struct Below {
   const char* at = nullptr;
-  int64_t row = 0, rows = 0;
+  int64_t row = 0;
+  int64_t rows = 0;
 };
 
 // The sums of RA x RB tiles (1 or 2 each).
@@ -84,7 +85,9 @@ LOTR_INLINE void zero_tiles() {
 template <int RA, int RB>
 LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps,
                                 const Below& below = {}) {
-  const char *at_a = a.at, *at_b = b.at, *prefetched = below.at;
+  const char* at_a = a.at;
+  const char* at_b = b.at;
+  const char* prefetched = below.at;
   for (int64_t t = 0; t < steps; ++t, at_a += a.step, at_b += b.step, prefetched += a.step) {
     tile_load<4>(at_a, a.row);
     tile_load<6>(at_b, b.row);
@@ -118,7 +121,10 @@ LOTR_INLINE void tile_rows_of(int64_t rows, int64_t units, F&& f) {
   if (rows >= kSide) {
     const Tiles whole(kSide, units);
     for (; i + 2 * kSide <= rows; i += 2 * kSide) f(Int<2>{}, i, 2 * kSide);
-    if (i + kSide <= rows) f(Int<1>{}, i, kSide), i += kSide;
+    if (i + kSide <= rows) {
+      f(Int<1>{}, i, kSide);
+      i += kSide;
+    }
   }
   if (i < rows) {
     const Tiles cut(rows - i, units);
@@ -133,7 +139,7 @@ LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
   if (v < vectors) f(Int<1>{}, v);
 }
 
-// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies.
+// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x as pairs in place.
 // below: whether to prefetch the rows below. edge: room for two tiles of what a row has beyond
 // whole steps.
 template <typename K, typename T>
@@ -141,8 +147,10 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const ty
                             int64_t ldb, int64_t vectors, int64_t i0, int64_t rows, bool below,
                             typename K::Unit* edge) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
-  const int64_t units = units_of_step(units_of<K>(x.cols)), steps = x.cols / (K::kPair * units),
-                first_left = steps * units * K::kPair, row = x.row_stride * int64_t(sizeof(T));
+  const int64_t units = units_of_step(units_of<K>(x.cols));
+  const int64_t steps = x.cols / (K::kPair * units);
+  const int64_t first_left = steps * units * K::kPair;
+  const int64_t row = x.row_stride * int64_t(sizeof(T));
   const auto* data = static_cast<const T*>(x.data);
   tile_rows_of(rows, units, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
@@ -152,8 +160,8 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const ty
     if (first_left < x.cols)
       tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{},
                            nullptr);
-    const int64_t next = i0 + i + n,
-                  prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
+    const int64_t next = i0 + i + n;
+    const int64_t prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
     tile_columns_of(vectors, [&](auto rb, int64_t v) {
       constexpr int RB = decltype(rb)::value;
       Side packed{reinterpret_cast<const char*>(b + v * kSide), ldb * kUnit, kSide * kUnit,
@@ -176,7 +184,8 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
                             const char* u, int64_t u_step, const typename K::Unit* panel,
                             int64_t units, const float* bias) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kWidth = kMaxVectors * K::kLanes;
-  const int64_t of_step = units_of_step(units), steps = units / of_step;
+  const int64_t of_step = units_of_step(units);
+  const int64_t steps = units / of_step;
   alignas(64) float sums[2 * kSide * kWidth];
   tile_rows_of(rows, of_step, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
@@ -189,12 +198,17 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
       store_tiles<RA, 2>(sums + v * kSide, kWidth);
     }
     // Down this panel, then from the top of the next one.
-    const T* later = from + (i + n < rows ? (i + n) * ldfrom : kWidth);
+    const bool below = i + n < rows;
+    const T* from_ahead = from + (below ? (i + n) * ldfrom : kWidth);
+    const T* y_ahead = y + (below ? (i + n) * ldy : kWidth);
     for (int64_t j = 0; j < n; ++j) {
       T* const to = y + (i + j) * ldy;
       const T* const start = from + (i + j) * ldfrom;
-      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(later + j * ldfrom) + c, 1, 2);
+      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + j * ldfrom) + c, 1, 2);
+        if (y != from)
+          __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + j * ldy) + c, 1, 2);
+      }
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* product = sums + j * kWidth + v;
@@ -242,13 +256,16 @@ inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const TensorView& 
     const uint16_t* low = columns + 2 * kSide * t * x.row_stride;
     const int64_t left = smaller(2 * kSide, rows - 2 * kSide * t);
     for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * x.row_stride, to += kSide) {
-      auto a = decltype(load(low)){}, b = a;
+      auto a = decltype(load(low)){};
+      auto b = a;
       if (i < left) a = load(low);
       if (i + 1 < left) b = load(low + x.row_stride);
-      if (prefetch)
-        __builtin_prefetch(low + 2 * kSide, 0, 2),
-            __builtin_prefetch(low + x.row_stride + 2 * kSide, 0, 2);
-      store(to, pairs_of<0>(a, b)), store(to + kTile, pairs_of<1>(a, b));
+      if (prefetch) {
+        __builtin_prefetch(low + 2 * kSide, 0, 2);
+        __builtin_prefetch(low + x.row_stride + 2 * kSide, 0, 2);
+      }
+      store(to, pairs_of<0>(a, b));
+      store(to + kTile, pairs_of<1>(a, b));
     }
   };
   alignas(64) float sums[4 * kTile];

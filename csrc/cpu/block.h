@@ -13,7 +13,7 @@
 // multiple of 4 KiB stay within the ways of L1.
 #pragma once
 
-#include "cpu/tiles.h"
+#include "cpu/prefetch.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
@@ -42,42 +42,6 @@ LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
 template <typename U>
 struct Loose {
   typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
-};
-
-// A piece of a tensor that is multiplied soon. It is prefetched line by line while another piece is
-// multiplied: its rows are too short and too far apart for the hardware's prefetcher, and a burst
-// of prefetches would stall the loads of the multiplication.
-struct Piece {
-  const char* row = nullptr;
-  int64_t step = 0;             // bytes between rows
-  int64_t rows = 0, bytes = 0;  // what is left, and a row's length
-  int64_t at = 0;
-
-  Piece() = default;
-  // Of `a`, cut at its end.
-  Piece(const TensorView& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
-    if (a.col_stride != 1 || i0 >= a.rows || c0 >= a.cols) return;
-    const int64_t size = a.dtype == DType::float64 ? 8 : a.dtype == DType::float32 ? 4 : 2;
-    row = static_cast<const char*>(a.data) + (i0 * a.row_stride + c0) * size;
-    step = a.row_stride * size, bytes = smaller(cols, a.cols - c0) * size,
-    rows = smaller(wanted_rows, a.rows - i0);
-  }
-  LOTR_INLINE void next() {
-    if (rows <= 0) return;
-    __builtin_prefetch(row + at, 0, 2);
-    at += 64;
-    if (at >= bytes) at = 0, row += step, --rows;
-  }
-};
-// Two pieces, one after the other.
-struct Ahead {
-  Piece now, later;
-
-  // The current one, in registers.
-  LOTR_INLINE Piece take() {
-    if (now.rows <= 0) now = later, later.rows = 0;
-    return now;
-  }
 };
 
 // acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units
@@ -134,12 +98,21 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   int64_t i = 0;
   for (; i + kMost <= rows; i += kMost) f(Int<kMost>{}, i);
   if constexpr (kMost > 8) {
-    if (i + 8 <= rows) f(Int<8>{}, i), i += 8;
+    if (i + 8 <= rows) {
+      f(Int<8>{}, i);
+      i += 8;
+    }
   }
   if constexpr (kMost > 4) {
-    if (i + 4 <= rows) f(Int<4>{}, i), i += 4;
+    if (i + 4 <= rows) {
+      f(Int<4>{}, i);
+      i += 4;
+    }
   }
-  if (i + 2 <= rows) f(Int<2>{}, i), i += 2;
+  if (i + 2 <= rows) {
+    f(Int<2>{}, i);
+    i += 2;
+  }
   if (i < rows) f(Int<1>{}, i);
 }
 
@@ -152,8 +125,9 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
                      int64_t n, Ahead& ahead) {
   for (int64_t v = 0; v < vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
-    const int64_t left = vectors - v, groups = (left + kMaxVectors - 1) / kMaxVectors,
-                  group = (left + groups - 1) / groups;
+    const int64_t left = vectors - v;
+    const int64_t groups = (left + kMaxVectors - 1) / kMaxVectors;
+    const int64_t group = (left + groups - 1) / groups;
     by_vectors(group, [&](auto rv) {
       constexpr int RV = decltype(rv)::value;
       constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
@@ -184,7 +158,8 @@ LOTR_INLINE auto start_of(const T* from, const A* bias) {
 template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ldfrom, const char* u,
                                     int64_t u_step, const typename K::Unit* f, int64_t n,
-                                    const T* ahead, const typename K::Acc* bias) {
+                                    const T* from_ahead, const T* y_ahead,
+                                    const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
   // at the end.
@@ -192,11 +167,13 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ld
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // `from` of a later block: the rows of this one are too short for the hardware's prefetcher.
-    if (ahead) {
-      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldfrom) + v, 1, 2);
-      }
+    // A later block of `from`, and of y if that is another matrix: the rows of a block are too
+    // short for the hardware's prefetcher.
+    for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from_ahead + i * ldfrom) + v, 1, 2);
+    if (y_ahead) {
+      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(y_ahead + i * ldy) + v, 1, 2);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {

@@ -44,9 +44,6 @@ struct Chunks {
   }
 };
 
-inline int64_t element_size(DType t) {
-  return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2;
-}
 inline TensorView layer_of(const TensorView& a, int64_t layer_stride, int64_t l) {
   TensorView b = a;
   b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
@@ -67,9 +64,10 @@ struct Operators {
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
   static void product(const TensorView& out, const TensorView& x, const TensorView& A,
                       const Drop& drop, bool add) {
-    const int64_t vectors = vectors_of<K>(A.cols), ldc = vectors * K::kLanes;
+    const int64_t vectors = vectors_of<K>(A.cols);
+    const int64_t ldc = vectors * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
-      const PackedFactor<K, T> b(A);  // each thread its own: lines come slowly from another core
+      const PackedFactor<K, T> b(A);  // one per thread: lines come slowly from another core
       const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
       Scratch memory(sums + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
@@ -84,8 +82,9 @@ struct Operators {
   static void expand(const TensorView& y, const TensorView& u, const TensorView& F,
                      const Drop& drop, const Start& start) {
     constexpr int64_t kLine = kPanel<K>;
-    const int64_t units = packed_units<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
-                  line_units = units * kLine;
+    const int64_t units = packed_units<K>(u.cols);
+    const int64_t panels = (y.cols + kLine - 1) / kLine;
+    const int64_t line_units = units * kLine;
     const int64_t work = y.rows * y.cols * u.cols;
     const size_t row_bytes = size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit);
     const size_t mask_bytes = size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t);
@@ -136,7 +135,7 @@ struct Operators {
     });
   }
 
-  // Rows of u as units: where they lie, or copied.
+  // Rows of u as units, in place or copied.
   struct Rows {
     const char* data;
     int64_t step;  // bytes
@@ -256,8 +255,9 @@ struct Operators {
   static void outer(const TensorView& out, const TensorView& x, const TensorView& k,
                     const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t work = x.rows * x.cols * k.cols, tile_m = tile_rows_once<K, T>(x, drop, k.cols);
-    // One chunk may go to the output where it lies: few tokens then touch it once.
+    const int64_t work = x.rows * x.cols * k.cols;
+    const int64_t tile_m = tile_rows_once<K, T>(x, drop, k.cols);
+    // The sums of one chunk may be computed in the output: few tokens then read and write it once.
     const bool wide = out.dtype == (same<Acc, double> ? DType::float64 : DType::float32);
     const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && whole > 0 && x.rows >= kSide;
@@ -266,7 +266,8 @@ struct Operators {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
-        const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
+        const int64_t c0 = begin * kTileColumns;
+        const int64_t c1 = smaller(end * kTileColumns, x.cols);
         outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.row_stride), !add, x, drop,
                          k, 0, x.rows, c0, c1, tile_m, false, memory.get<char>());
       });
@@ -289,7 +290,9 @@ struct Operators {
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
+        const int64_t chunk = task / across;
+        const int64_t c0 = task % across * width;
+        const int64_t i0 = chunk * chunks.rows;
         const OuterSums<K> sums(blocks.of(chunk), whole, k.cols);
         outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0,
                          smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols), tile_m,
@@ -321,8 +324,9 @@ struct Operators {
   static void shrink_grad(const TensorView& k, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
-    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes,
-                  tile_m = tile_rows<K>(g, F.cols);
+    const int64_t vectors = vectors_of<K>(F.cols);
+    const int64_t ld = vectors * K::kLanes;
+    const int64_t tile_m = tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
       shrink(k, g, F, {});
       factor_grad(Q, g, u, {}, add);
@@ -336,7 +340,8 @@ struct Operators {
       Scratch memory(sums + tile_space<K>(F.cols));
       char* space = memory.get<char>() + sums;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * chunks.rows, last = smaller(first + chunks.rows, g.rows);
+        const int64_t first = chunk * chunks.rows;
+        const int64_t last = smaller(first + chunks.rows, g.rows);
         const OuterSums<K> sums_of_chunk(blocks.of(chunk), whole, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);

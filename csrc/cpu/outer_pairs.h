@@ -1,4 +1,4 @@
-// factor_grad for pairs, x read where it lies: its columns are the vectors here and k is broadcast,
+// factor_grad for pairs, with x read in place: its columns are the vectors here and k is broadcast,
 // so that two rows of x become pairs in registers. The general form (products.h) broadcasts x, and
 // has to copy each tile into pairs first, which takes a quarter of its time.
 //
@@ -36,11 +36,15 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
     typename K::Unit* units = made + t * kPairColumns<K>;
     vi left, right;
     if constexpr (kAgain) {
-      left = load(units), right = load(units + K::kLanes);
+      left = load(units);
+      right = load(units + K::kLanes);
     } else {
-      const auto a = load(low + t * step), b = load(t + 1 < n ? low + t * step + step / 2 : last);
-      left = pairs_of<0>(a, b), right = pairs_of<1>(a, b);
-      store(units, left), store(units + K::kLanes, right);
+      const auto a = load(low + t * step);
+      const auto b = load(t + 1 < n ? low + t * step + step / 2 : last);
+      left = pairs_of<0>(a, b);
+      right = pairs_of<1>(a, b);
+      store(units, left);
+      store(units + K::kLanes, right);
     }
     if constexpr (kPrefetch) piece.next(), piece.next();
 #pragma GCC unroll 8
@@ -74,7 +78,8 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Ten
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
-    const bool again = j > 0, last_block = j + MR == r;
+    const bool again = j > 0;
+    const bool last_block = j + MR == r;
     const auto block =
         again ? (last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
               : (last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);

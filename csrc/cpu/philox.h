@@ -46,16 +46,23 @@ inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_
   for (int64_t q = 0; q < counters; q += kCounters) {
     const vq counter = lane + (q0 + uint64_t(q));
     // Lanes are 64 bits wide and only their low halves count.
-    vq c0 = counter, c1 = counter >> 32, c2 = vq{}, c3 = vq{};
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    vq c0 = counter;
+    vq c1 = counter >> 32;
+    vq c2 = vq{};
+    vq c3 = vq{};
+    uint32_t k0 = uint32_t(seed);
+    uint32_t k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-      const vq p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
+      const vq p0 = multiply_low(c0, 0xD2511F53u);
+      const vq p1 = multiply_low(c2, 0xCD9E8D57u);
       c0 = (p1 >> 32) ^ c1 ^ uint64_t(k0);
       c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
-      c1 = p1, c3 = p0;
+      c1 = p1;
+      c3 = p0;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    const vq first = (c0 & 0xffffffffull) | (c1 << 32), second = (c2 & 0xffffffffull) | (c3 << 32);
+    const vq first = (c0 & 0xffffffffull) | (c1 << 32);
+    const vq second = (c2 & 0xffffffffull) | (c3 << 32);
     const vq even = every_other<0>(first, second, std::make_integer_sequence<int, kCounters>{});
     const vq odd = every_other<1>(first, second, std::make_integer_sequence<int, kCounters>{});
     store(keep + 4 * q, reinterpret_cast<vi>(reinterpret_cast<vi>(even) >= threshold));

@@ -1,13 +1,12 @@
 // The two shapes of product, for a range of rows of one thread:
 //
-//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b          b packed: [units of K][vectors of
+//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b           b packed: [units of K][vectors of
 //   r] outer_rows    P[c0 .. c1, r]    += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
 //
-// Both walk x in tiles that stay in cache and read it where it lies when its layout allows
-// (native), else through a copy of the tile that converts, masks, pairs and pads. Every sum runs
-// over its dimension in ascending order in one accumulator, and threads get rows in multiples of
-// run_rows' blocks (operators.h), so a result does not depend on how rows are shared out to
-// threads.
+// Both walk x in tiles that stay in cache. They read x in place if its layout allows (native), else
+// from a copy of the tile that is converted, masked, paired and padded. Every sum runs over its
+// dimension in ascending order in one accumulator, and threads get rows in multiples of run_rows'
+// blocks (operators.h), so a result does not depend on how rows are divided among threads.
 #pragma once
 
 #include "cpu/outer_pairs.h"
@@ -19,7 +18,7 @@ constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of ev
 constexpr int64_t kBlockRows = 8;     // of a block of it, at most
 constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
 constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
-constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read where it lies
+constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read in place
 constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
 constexpr int64_t kTileBytes =
     16384;  // of the packed factor that a shrink tile multiplies: half of L1
@@ -31,11 +30,7 @@ constexpr int64_t kTileBytes =
 template <typename K>
 inline int64_t tile_rows(const TensorView& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
-  const int64_t row = x.cols *
-                      (x.dtype == DType::float64   ? 8
-                       : x.dtype == DType::float32 ? 4
-                                                   : 2) *
-                      K::kPair;
+  const int64_t row = x.cols * element_size(x.dtype) * K::kPair;
   // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost less.
   if (in_tiles<K> && 2 * row * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
   return (2 * row * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
@@ -64,7 +59,8 @@ struct PackedFactor {
   explicit PackedFactor(const TensorView& A)
       : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
     if (in_place(A)) {
-      data = static_cast<const typename K::Unit*>(A.data), ld = A.row_stride;
+      data = static_cast<const typename K::Unit*>(A.data);
+      ld = A.row_stride;
       return;
     }
     ld = vectors_of<K>(A.cols) * K::kLanes;
@@ -119,8 +115,9 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
   });
 }
 
-// Rows of a factor_grad tile, which is read once: of an x that is read where it lies as many as
-// keep their part of k in L1. (Pairs take no more: the units made of x are kept in L1 too.)
+// Rows of a factor_grad tile if x is read once. If x is read in place, as many as keep the matching
+// rows of k in L1. Pairs use the default height, because the units made from x must fit in L1 as
+// well.
 template <typename K, typename T>
 inline int64_t tile_rows_once(const TensorView& x, const Drop& drop, int64_t r) {
   const int64_t k_bytes =
@@ -136,8 +133,8 @@ constexpr int64_t k_copies = in_tiles<K> ? 2 : 1;
 // Bytes a thread needs for its copies of tiles, at rank r.
 template <typename K>
 inline size_t tile_space(int64_t r) {
-  const int64_t shrink = kTileRows * kTileStep,
-                outer = kDeepUnits * (kTileColumns + k_copies<K> * vectors_of<K>(r) * K::kLanes);
+  const int64_t shrink = kTileRows * kTileStep;
+  const int64_t outer = kDeepUnits * (kTileColumns + k_copies<K> * vectors_of<K>(r) * K::kLanes);
   return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
@@ -162,15 +159,17 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Tenso
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
   for (int64_t t = 0; t < units; t += step) {
-    const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
-    // First what is cold itself, then further along these rows, then the start of the rows below.
+    const int64_t n = smaller(step, units - t);
+    const int64_t c0 = t * K::kPair;
+    // Prefetch order: this tile if it is cold, the next tile of these rows, the first of the rows
+    // below.
     const bool last = t + step >= units;
     Piece next;
     if (!last && (cold || below)) next = {x, i0, rows, c0 + step * K::kPair, step * K::kPair};
     if (last && below) next = {x, i0 + rows, kTileRows, 0, step * K::kPair};
     Ahead ahead{next, {}};
     if (cold && t == 0) ahead = {{x, i0 + kBlockRows, rows - kBlockRows, c0, n * K::kPair}, next};
-    // A last half pair is copied: the other half lies beyond the row.
+    // A last half pair is copied: its other half is past the end of the row.
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.row_stride + c0;
@@ -179,7 +178,8 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Tenso
                         ahead);
     }
     if (whole < n) {
-      const int64_t from = c0 + whole * K::kPair, left = n - whole;
+      const int64_t from = c0 + whole * K::kPair;
+      const int64_t left = n - whole;
       tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair),
                            drop, mask);
       sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
@@ -202,13 +202,13 @@ struct OuterSums {
   // In a block of size(..) numbers.
   OuterSums(Acc* block, int64_t whole, int64_t r)
       : S(block), whole(whole), P(block + r * whole), ld(vectors_of<K>(r) * K::kLanes) {}
-  // In [cols, r] as it lies.
+  // In an output [cols, r].
   OuterSums(Acc* out, int64_t ld) : S(nullptr), whole(0), P(out), ld(ld) {}
 
   static int64_t size(int64_t cols, int64_t whole, int64_t r) {
     return r * whole + (cols - whole) * vectors_of<K>(r) * K::kLanes;
   }
-  // Of columns that are pairs where they lie.
+  // How many columns are pairs in place.
   template <typename T>
   static int64_t whole_columns(const TensorView& x, const Drop& drop) {
     return pairs<K> && native<K, T>(x) && !drop.on ? x.cols / kPairColumns<K> * kPairColumns<K> : 0;
@@ -231,11 +231,13 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
   auto* mask = reinterpret_cast<uint32_t*>(k_tile + k_copies<K> * kDeepUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
   for (int64_t i = i0; i < i1; i += tile_m) {
-    const int64_t rows = smaller(tile_m, i1 - i), units = units_of<K>(rows);
+    const int64_t rows = smaller(tile_m, i1 - i);
+    const int64_t units = units_of<K>(rows);
     const Unit* b = k_tile;
     int64_t ldb = vectors * K::kLanes;
     if (k_in_place) {
-      b = static_cast<const Unit*>(k.data) + i * k.row_stride, ldb = k.row_stride;
+      b = static_cast<const Unit*>(k.data) + i * k.row_stride;
+      ldb = k.row_stride;
     } else {
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
     }
@@ -270,7 +272,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {
-        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.row_stride + c),
+        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.row_stride + c);
         step = x.row_stride * int64_t(sizeof(Unit));
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
@@ -287,7 +289,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // Few rows where there are registers to spare: out-of-order execution then sees the next block's
-// loads and this one's stores beside the multiplications, and rows a power of two apart do not push
+// loads and this one's stores during the multiplications, and rows a power of two apart do not push
 // each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
@@ -303,10 +305,12 @@ inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, 
     constexpr int MR = decltype(mr)::value;
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
-    const T* later = from + (to < rows ? to * ldfrom : (to - rows) * ldfrom + kPanel<K>);
+    const int64_t row = to < rows ? to : to - rows;
+    const int64_t column = to < rows ? 0 : kPanel<K>;
+    const T* y_ahead = y == from ? nullptr : y + row * ldy + column;
     expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
-                                                    u + i * u_step, u_step, panel, units, later,
-                                                    bias);
+                                                    u + i * u_step, u_step, panel, units,
+                                                    from + row * ldfrom + column, y_ahead, bias);
   });
 }
 

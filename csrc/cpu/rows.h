@@ -1,12 +1,12 @@
-// One core per row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
+// Per-row cores: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
 // core, or the same token.
 //
-// A group is a small dense product of the kinds in operators.h, on its rows where they follow one
-// another, as those of an expert do, else on a copy of them. A group of a few rows, as each of many
-// tasks has, is multiplied with the core where it lies. A long group is cut every kRowsOfGroup rows
-// from its first one, and each sum is formed in the order of its rows: the threads change no bit.
-// (Where a product's rows are cut can change bits: compilers fuse multiplication and addition in
-// some sizes of block and not in others.)
+// A group is a small dense product of the kinds in operators.h: on its rows if they are
+// consecutive, as those of an expert are, else on a copy of them. A group of a few rows, as each of
+// many tasks has, is multiplied with the core in place. A long group is divided every kRowsOfGroup
+// rows from its first one, and each sum runs in the order of its rows, so the number of threads
+// changes no bit. (Where rows are divided can change bits: compilers fuse multiplication and
+// addition for some block sizes and not for others.)
 #pragma once
 
 #include "cpu/small.h"
@@ -31,7 +31,9 @@ struct Gathered {
       return;
     }
     T* to = memory.template get<T>();
-    mat.data = to, mat.row_stride = a.cols, mat.col_stride = 1;
+    mat.data = to;
+    mat.row_stride = a.cols;
+    mat.col_stride = 1;
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
       const T* from = static_cast<const T*>(a.data) + at(row, token, i) * a.row_stride;
       for (int64_t j = 0; j < a.cols; ++j) to[j] = from[j * a.col_stride];
@@ -64,7 +66,7 @@ struct RowProducts {
   using Plain = typename KindOf<Acc>::type;
   static constexpr int64_t kLanes = Plain::kLanes;
 
-  // Elements of a core that lie side by side, rounded to T.
+  // Neighboring elements of a core, rounded to T.
   template <typename S>
   static LOTR_INLINE typename Plain::Vec vector_of(const S* core) {
     if constexpr (same<S, T>) return load(core);
@@ -72,13 +74,13 @@ struct RowProducts {
     for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain, T>(core[i]);
     return load(values);
   }
-  // out[b] = scaling * sum over a of in[a] core(a, b), for cores whose rows, or columns, lie side
-  // by side.
+  // out[b] = scaling * sum over a of in[a] core(a, b), for cores with contiguous rows or columns.
   static void times_core(Acc* out, const Acc* in, const TensorView& core, Acc scaling) {
     by_dtype(core.dtype, [&](auto* tag) {
       using S = typename Pointee<decltype(tag)>::type;
       const S* data = static_cast<const S*>(core.data);
-      const int64_t from = core.rows, to = core.cols;
+      const int64_t from = core.rows;
+      const int64_t to = core.cols;
       if (core.col_stride == 1) {
         int64_t b = 0;
         for (; b + kLanes <= to; b += kLanes) {
@@ -134,7 +136,8 @@ struct RowProducts {
     Drop scaled;
     scaled.scale = scaling;
     const bool core_in_lines = cores.row_stride == 1 || cores.col_stride == 1;
-    const int64_t total = by_core.first[by_core.count], row_bytes = h.cols * element_size(h.dtype);
+    const int64_t total = by_core.first[by_core.count];
+    const int64_t row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
       int64_t group = 0;
       for (int64_t low = 0, high = by_core.count; low < high;) {  // the group of the first row
@@ -144,7 +147,7 @@ struct RowProducts {
         else
           high = middle;
       }
-      // The cuts are the group's own: a thread takes the pieces that begin in its rows, whole.
+      // A group is divided from its first row: a thread computes the parts that start in its rows.
       const int64_t first = by_core.first[group];
       int64_t i = smaller(first + round_up(begin - first, kRowsOfGroup), by_core.first[group + 1]);
       while (i < end) {
@@ -152,10 +155,11 @@ struct RowProducts {
         const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
         const TensorView core = layer_of(cores, cores_ls, by_core.key[group]);
-        // By the whole group, not its last piece.
+        // By the size of the group, not of its last part.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
-          Acc *wide = memory.get<Acc>(), *sums = wide + n * core.rows;
+          Acc* wide = memory.get<Acc>();
+          Acc* sums = wide + n * core.rows;
           widen(wide, u, row, token, n);
           for (int64_t j = 0; core_in_lines && j < n; ++j)
             times_core(sums + j * core.cols, wide + j * core.rows, core, Acc(scaling));
@@ -188,11 +192,13 @@ struct RowProducts {
                             double scaling) {
     auto groups = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        const int64_t first = by_core.first[group], n = by_core.first[group + 1] - first;
+        const int64_t first = by_core.first[group];
+        const int64_t n = by_core.first[group + 1] - first;
         const TensorView out = layer_of(dcores, dcores_ls, by_core.key[group]);
         if (n <= kShortGroup) {
           Scratch memory(size_t(n * (u.cols + g.cols)) * sizeof(Acc));
-          Acc *wide_u = memory.get<Acc>(), *wide_g = wide_u + n * u.cols;
+          Acc* wide_u = memory.get<Acc>();
+          Acc* wide_g = wide_u + n * u.cols;
           widen(wide_u, u, by_core.row + first, token, n);
           widen(wide_g, g, by_core.row + first, nullptr, n);
           outer_of_few(out, wide_u, wide_g, n, Acc(scaling));

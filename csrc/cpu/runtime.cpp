@@ -32,7 +32,8 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(bytes) {
     if (b.data && b.bytes >= bytes && (!best || b.bytes < best->bytes)) best = &b;
   }
   if (best) {
-    data_ = best->data, bytes_ = best->bytes;
+    data_ = best->data;
+    bytes_ = best->bytes;
     *best = {};
   } else {
     data_ = ::operator new(bytes, std::align_val_t(64));
@@ -42,7 +43,7 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(bytes) {
 Scratch::~Scratch() {
   if (!data_) return;
   if (bytes_ <= kKeep) {
-    Cache::Block(&all)[4] = cache.blocks;  // once: each look at a thread's own is a call
+    Cache::Block(&all)[4] = cache.blocks;  // once: each access to a thread-local is a call
     Cache::Block* smallest = &all[0];
     for (Cache::Block& b : all) {
       if (b.bytes < smallest->bytes) smallest = &b;

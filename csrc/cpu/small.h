@@ -47,8 +47,7 @@ struct Small {
     return {data, rows, cols, cols, 1, t};
   }
 
-  // out[n] += v row[n]. The two are apart, which the compiler would else find out anew for each
-  // row.
+  // out[n] += v row[n]. __restrict: else the compiler checks for overlap in each row.
   static void add_scaled(Acc* __restrict out, Acc v, const Acc* __restrict row, int64_t n) {
     for (int64_t b = 0; b < n; ++b) out[b] += v * row[b];
   }
@@ -106,7 +105,9 @@ struct Small {
   static void forward(const TensorView& u, const TensorView& y, const TensorView& x,
                       const TensorView& A, const TensorView& core, const TensorView& B,
                       double scaling, const Start& start) {
-    const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
+    const int64_t m = x.rows;
+    const int64_t r_in = core.rows;
+    const int64_t r_out = core.cols;
     Ops::shrink(u, x, A, Drop{});
     Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
     Acc* wide = memory.get<Acc>();
@@ -118,7 +119,9 @@ struct Small {
   }
 
   static void backward(const SmallBackward& s) {
-    const int64_t m = s.g.rows, r_in = s.core.rows, r_out = s.core.cols;
+    const int64_t m = s.g.rows;
+    const int64_t r_in = s.core.rows;
+    const int64_t r_out = s.core.cols;
     const DType t = s.g.dtype, acc = t == DType::float64 ? DType::float64 : DType::float32;
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));

@@ -1,10 +1,32 @@
-// Copies of matrix pieces as units (see vec.h), zero padded: what the block kernel reads when it
-// cannot read the tensor.
+// Copies of parts of a matrix as tiles: what the inner loop (block.h) reads if it cannot read the
+// tensor in place.
 //
-// Two layouts, for a summed dimension that runs along a row of the matrix or down its columns:
-//   along_row     tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of
-//   expand_add down_columns  tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of
-//   factor_grad, the factors
+// Words of this folder, by the example of u = x A, which sums over k:
+//
+//                k -->                         rank -->
+//          +------+------+--           k   +--------------+
+//    rows  | tile | next |             |   |  packed      |     unit    what one lane multiplies at
+//    of x  |  of  | tile |             v   |  factor A    |             once: an element, or
+//          |  x   |      |                 |              |     pair    two bfloat16 neighbors
+//          along
+//          +------+------+--               +--------------+             the summed dimension
+//
+//   tile            the part of x that is multiplied at a time. It stays in L1 or L2, in place or
+//                   copied. In AMX (amx.h): a tile register of 16 rows of 16 units
+//   packed factor   A, or B or F, as units, padded with zeros to full vectors
+//   panel           F^T for one group of columns of y: [units of the rank][columns]
+//   block           rows x vectors of sums that stay in registers (block.h)
+//   piece           a rectangle of a tensor that is prefetched while another one is multiplied
+//                   (prefetch.h). cold: a tile that was not prefetched; warm: one in cache already
+//   fresh           sums that start at zero, instead of being added to
+//   in place, native   read from the tensor's memory, without a copy
+//   turned          a tile transposed for AMX
+//   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
+//
+// A tile has its units along the summed dimension, which is a row of the matrix or a column:
+//   along_row      tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of expand
+//   down_columns   tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of factor_grad,
+//                                                                          the factors
 #pragma once
 
 #include "cpu/kernels.h"
@@ -12,6 +34,19 @@
 #include "cpu/vec.h"
 
 namespace lotr::cpu::LOTR_ISA {
+
+constexpr int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return 8;
+    case DType::float32:
+      return 4;
+    case DType::bfloat16:
+    case DType::float16:
+      break;
+  }
+  return 2;
+}
 
 // Calls f with a null pointer to the storage type of a runtime dtype.
 template <typename F>
@@ -142,7 +177,7 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
     int64_t i = 0;
     if constexpr (pairs<K>)
       if constexpr (same<S, bf16>) {  // apart: else clang++ looks for pair_up in every K
-        // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
+        // Full vectors of neighboring pairs, as in a factor of rank 16.
         const bool whole = a.col_stride == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
         const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
                                                             i0 * a.row_stride + c0);
@@ -153,7 +188,8 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
         }
       }
     if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
-      // A row of a rank that fills no vector: its elements and the zeros behind them at once.
+      // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
+      // once.
       const bool whole = a.col_stride == 1 && !drop.on && ld % K::kLanes == 0;
       const float* src = static_cast<const float*>(a.data) + i0 * a.row_stride + c0;
       for (; whole && i < rows; ++i, src += a.row_stride, tile += ld) {
@@ -186,7 +222,8 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
         constexpr int kHalves = LOTR_VB / 2;
         int64_t j = 0;
         for (; j + kHalves <= cols; j += kHalves) {
-          const auto a = load(half[0] + j), b = load(half[1] + j);
+          const auto a = load(half[0] + j);
+          const auto b = load(half[1] + j);
           store(dst + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
           store(dst + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
         }
@@ -199,7 +236,7 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
   });
 }
 
-// Whether the tensor's own memory already is the tile.
+// Whether the tensor's memory can serve as the tile.
 template <typename K, typename T>
 inline bool native(const TensorView& a) {
   if (a.col_stride != 1) return false;
@@ -216,7 +253,8 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
                        typename K::Unit* buffer) {
   using Unit = typename K::Unit;
   constexpr int kLanes = K::kLanes;
-  const int64_t units = units_of<K>(F.cols), padded = round_up(units, kLanes);
+  const int64_t units = units_of<K>(F.cols);
+  const int64_t padded = round_up(units, kLanes);
   const bool in_place = native<K, T>(F) && F.cols % K::kPair == 0;
   const int64_t end = (F.rows - 1) * F.row_stride + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
@@ -249,7 +287,10 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
 
 inline TensorView transposed(const TensorView& a) {
   TensorView t = a;
-  t.rows = a.cols, t.cols = a.rows, t.row_stride = a.col_stride, t.col_stride = a.row_stride;
+  t.rows = a.cols;
+  t.cols = a.rows;
+  t.row_stride = a.col_stride;
+  t.col_stride = a.row_stride;
   return t;
 }
 

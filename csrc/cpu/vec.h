@@ -47,7 +47,8 @@ LOTR_INLINE float to_float(f16 h) {
 #ifdef __F16C__
   return _cvtsh_ss(h.bits);
 #else
-  const uint32_t exponent = h.bits >> 10 & 31u, fraction = h.bits & 0x3ffu;
+  const uint32_t exponent = h.bits >> 10 & 31u;
+  const uint32_t fraction = h.bits & 0x3ffu;
   uint32_t b = (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13;
   const float subnormal = float(fraction) * 0x1p-24f;
   if (exponent == 0) std::memcpy(&b, &subnormal, 4);
@@ -193,7 +194,8 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
     return;
   }
 #endif
-  store(p, a), store(p + LOTR_VB / 4, b);
+  store(p, a);
+  store(p + LOTR_VB / 4, b);
 }
 
 // Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16

@@ -2,7 +2,7 @@
 //
 // Blocks that share an output tile store partial sums ("parts"): one float32 matrix per block,
 // which the kernel sum_parts adds in order.  So no block waits for another, and no memory outlives
-// a launch.  A part has `parts_row` columns, all of them written: whole 32-byte sectors.
+// a launch.  A part has `parts_row` columns, all of them written: complete 32-byte sectors.
 #pragma once
 #include "problem.h"
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../tensor_view.h"
+#include "tensor_view.h"
 
 namespace lotr {
 
@@ -210,8 +210,8 @@ struct SumRowsProblem {
   int32_t r;
 };
 
-// to = from in the kernels' type.  The rows of `to` start at multiples of 16 bytes; what lies
-// between them is not written.
+// to = from in the kernels' type.  The rows of `to` start at multiples of 16 bytes; their padding
+// is not written.
 struct PackProblem {
   Matrix from, to;  // [rows, cols]
   int64_t rows, cols;

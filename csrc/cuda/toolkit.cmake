@@ -1,8 +1,8 @@
-# What to compile for, and whether nvcc's CUDA goes with torch's. Functions only; CMakeLists.txt includes them.
+# The architectures to compile for, and whether nvcc's CUDA fits torch's. Only functions, for CMakeLists.txt.
 
-# LOTR_ARCHS: CMake's list; or all, for a wheel; or AUTO: the cards of this machine that the kernels and nvcc serve, else 80 and
-# 90a. A card's code runs on later minor versions too (100's on 103), and the PTX of the entry without "-real" serves what comes
-# after. 90a, not 90: wgmma is 90a's alone.
+# LOTR_ARCHS: CMake's list; or all, for a wheel; or AUTO: the cards of this machine that the kernels and nvcc
+# support, else 80 and 90a. The code of a card also runs on later minor versions (100 on 103), and the PTX of
+# the entry without "-real" runs on later cards. 90a, not 90: only 90a has wgmma.
 function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
@@ -15,14 +15,14 @@ function(lotr_archs result wanted nvcc_version)
     lotr_cards(wanted "${nvcc_version}")
     if(NOT wanted)
       set(wanted 80 90a-real)
-      message(STATUS "no GPU here: compiling for 80 (and newer cards, by its PTX) and 90a. LOTR_ARCHS=90a-real compiles for an "
-                     "H100 alone, LOTR_ARCHS=all for all cards, LOTR_CUDA=OFF builds the CPU kernels alone.")
+      message(STATUS "no GPU here: compiling for 80 (and newer cards, by its PTX) and 90a. LOTR_ARCHS=90a-real compiles only "
+                     "for an H100, LOTR_ARCHS=all for all cards, LOTR_CUDA=OFF builds only the CPU kernels.")
     endif()
   endif()
   set(${result} "${wanted}" PARENT_SCOPE)
 endfunction()
 
-# The architectures of this machine's cards; none if nvcc does not know one of them.
+# The architectures of this machine's cards. Empty if nvcc does not support one of them.
 function(lotr_cards result nvcc_version)
   set(archs)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
@@ -48,9 +48,9 @@ function(lotr_cards result nvcc_version)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# Splits a list into architectures of their own and nvcc's options for those that are made from another's PTX: "-real" entries with
-# a lower one of the same kind, since the kernels' sources tell apart only what is before and after 9.0. The PTX is two thirds of
-# the work, and one for 80, 86 and 89.
+# Splits a list into architectures that are compiled, and nvcc's options for those that are assembled from
+# another one's PTX: "-real" entries with a lower one of the same kind. The kernels' sources distinguish only
+# before and after 9.0. The PTX is two thirds of the work, and 80, 86 and 89 share one.
 function(lotr_share_ptx own_result options_result archs)
   set(own)
   set(options)
@@ -89,8 +89,8 @@ function(lotr_torch_cuda result torch_folder)
   set(${result} "${version}" PARENT_SCOPE)
 endfunction()
 
-# Says what it means where the major versions differ. The module has its own CUDA runtime inside, so a difference breaks
-# nothing by itself: only the driver must serve both.
+# Explains a difference of the major versions. The module contains a CUDA runtime, so a difference is not an
+# error: only the driver must support both.
 function(lotr_compare_cuda nvcc_version torch_version)
   string(REGEX MATCH "^[0-9]+" nvcc_major "${nvcc_version}")
   string(REGEX MATCH "^[0-9]+" torch_major "${torch_version}")

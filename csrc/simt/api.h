@@ -1,21 +1,21 @@
-// The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that they can
-// be tested without a GPU.  Test builds only.  Host programs (the tests, the Python module) include
-// this header.
+// The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that tests need
+// no GPU.  Test builds only.  Host programs (the tests, the Python module) include this header.
 //
-//   site.h device.h hopper.h  what csrc/cuda/ptx calls: each wrapper of an instruction is one
-//   function here grid.cpp scheduler.cpp    clusters of blocks one after another; one fiber a GPU
-//   thread, switched where
-//                             threads wait
-//   fiber.cpp                 stacks and the switch itself
-//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp tma.cpp wgmma.cpp     the instructions
+//   site.h device.h hopper.h  the functions that csrc/cuda/ptx calls, one per instruction's wrapper
+//   grid.cpp scheduler.cpp    clusters of blocks one after another; one fiber per GPU thread,
+//                             switched where threads wait
+//   fiber.cpp                 stacks and the switch
+//   barrier.cpp memory.cpp    the instructions
+//   matrix.cpp mbarrier.cpp
+//   tma.cpp wgmma.cpp
 //   counters.cpp              bytes, sectors, bank conflicts, by array
-//   race.cpp race_hooks.cpp   the race detector (a build of its own)
+//   race.cpp race_hooks.cpp   the race detector, which is a separate build
 //   early.cpp                 programmatic dependent launches
 //   sites.cpp                 skips one barrier, for mutation tests
 //
-// It cannot test the PTX inside the wrappers, speed, or what the hardware's memory model allows
-// beyond the race detector's model.  mma sums in float32 in a fixed order, so results differ from a
-// GPU's in the last bits. Not thread-safe: one thread launches.
+// It cannot test the PTX inside the wrappers, speed, or what the hardware's memory model allows but
+// the race detector's model does not.  mma sums in float32 in a fixed order, so results differ from
+// a GPU's in the last bits.  Not thread-safe: one thread launches.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,22 +26,22 @@
 
 namespace lotr::simt {
 
-// Which ready thread runs next, and which block after the last.
+// The order in which ready threads run, and blocks.
 enum class Order { forward, reverse, random };
-Order order_of(const std::string& argument,
-               const std::string& name);  // throws std::invalid_argument
+// Throws std::invalid_argument, with the argument's name, for an unknown order.
+Order order_of(const std::string& argument, const std::string& name);
 
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
-  unsigned preempt = 0;       // random order: chance in 256 to switch away at a memory access
+  unsigned preempt = 0;       // random order: chance in 256 of a switch at a memory access
   bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
-  size_t shared_limit =
-      232448;  // bytes that a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
+  // Bytes of shared memory that a block may request: 101376 on sm_86 and 89, 166912 on sm_80.
+  size_t shared_limit = 232448;
 };
-// Mutation without a compiler: barriers, warp synchronisation, commits, waits and fences at this
-// line do nothing, as if the line were deleted.  file: the end of its path, as "tile/reduce.cuh";
-// empty: no line.
+// Mutation without a compiler: barriers, warp synchronization, commits, waits and fences at this
+// line do nothing, as if the line were deleted.  file: the end of its path, as "tile/reduce.cuh".
+// An empty file is no line.
 struct Skip {
   std::string file;
   int line = 0;
@@ -58,11 +58,12 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// `options`, changed by LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT.
+// The same options, but for LOTR_SIMT_ORDER, LOTR_SIMT_SEED and LOTR_SIMT_PREEMPT of the
+// environment.
 Options options_from_environment(Options options = {});
 
-// Traffic between a block and one registered array.  Lanes that execute a call site together are
-// one instruction; a byte that several of its lanes touch counts once.
+// Traffic of one registered array.  Lanes that execute a call site together count as one
+// instruction, and a byte that several of its lanes access counts once.
 struct Traffic {
   std::string name;
   uint64_t size = 0;  // bytes of the array
@@ -76,7 +77,7 @@ struct LaunchRecord {
   std::string name;
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
-  bool early;  // a programmatic dependent launch: may begin before the launch before it has ended
+  bool early;  // a programmatic dependent launch: may start before the previous launch has ended
   uint64_t let_next = 0;  // blocks that called griddepcontrol.launch_dependents
 };
 
@@ -89,9 +90,9 @@ struct Counters {
   uint64_t async_copies = 0;                 // cp.async, per lane
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
-  // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve
-  // without conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory:
-  // ldmatrix only.
+  // Shared memory, with ldmatrix and the writes of cp.async.  A phase is the work of one cycle
+  // without conflicts; wavefronts / phases is the degree of bank conflicts.  Without count_memory:
+  // only ldmatrix.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
   uint64_t shared_unwrapped = 0;  // race build: bytes
   std::vector<LaunchRecord> launches;

@@ -1,6 +1,5 @@
 // Block barriers, named barriers, the cluster's barrier, and the warp collectives that exchange
-// only register values: shuffle and
-// __syncwarp.
+// only register values: shuffle and __syncwarp.
 #include <cstring>
 
 #include "state.h"
@@ -43,7 +42,7 @@ void meet(int id, uint32_t threads, const char* op, Site site) {
   Thread& t = enter(op, site);
   Block& block = *t.block;
   Barrier& b = block.barriers[id];
-  // a barrier is for whole warps: no lane may wait in a collective
+  // A barrier is for full warps: no lane may wait in a collective.
   if (t.warp->arrived) fail_diverged(t, t.warp->thread[__builtin_ctz(t.warp->arrived)]);
   expect(b, id, threads, op, site);
   if (id == 0 && !same(b.site, site))
@@ -70,18 +69,19 @@ void check_named(int id, int threads, const char* op, Site site) {
 
 struct Exchange {
   uint64_t in, out;
-  int source;  // lane, or negative: keep the own value
+  int source;  // a lane, or negative: the lane keeps its value
 };
 
 void exchange(Warp& warp, uint32_t mask, void* op) {
   for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
-    auto& own = *static_cast<Exchange*>(warp.thread[__builtin_ctz(lanes)].operand);
-    own.out = own.in;
-    if (own.source < 0) continue;
-    if (!(mask >> own.source & 1))
+    const int lane = __builtin_ctz(lanes);
+    auto& value = *static_cast<Exchange*>(warp.thread[lane].operand);
+    value.out = value.in;
+    if (value.source < 0) continue;
+    if (!(mask >> value.source & 1))
       fail("%s: lane %d reads lane %d, which is not in mask %08x", static_cast<const char*>(op),
-           __builtin_ctz(lanes), own.source, mask);
-    own.out = static_cast<Exchange*>(warp.thread[own.source].operand)->in;
+           lane, value.source, mask);
+    value.out = static_cast<Exchange*>(warp.thread[value.source].operand)->in;
   }
 }
 
@@ -96,8 +96,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
   const uint32_t me = 1u << t.lane;
   mask &= warp.present;
   if (!(mask & me))
-    fail("%s at %s:%d: lane %u is not in its own mask %08x", op, site.file, site.line, t.lane,
-         mask);
+    fail("%s at %s:%d: lane %u is not in its mask %08x", op, site.file, site.line, t.lane, mask);
   if (mask & ~warp.alive)
     fail("%s at %s:%d: mask %08x names lanes that have exited: %08x", op, site.file, site.line,
          mask, mask & ~warp.alive);
@@ -182,7 +181,8 @@ uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site si
   if (width < 1 || width > 32 || (width & (width - 1)))
     fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line,
          width);
-  const int lane = int(self().lane), last = lane / width * width + width - 1;
+  const int lane = int(self().lane);
+  const int last = lane / width * width + width - 1;
   const int source = (lane ^ lanes) > last ? -1 : lane ^ lanes;
   Exchange e{bits, bits, source};
   warp_collective(op, mask, site, &e, exchange, const_cast<char*>(op), false);

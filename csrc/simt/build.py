@@ -1,12 +1,13 @@
-"""Builds what runs under the SIMT executor: the kernels' Python module and small test programs, in four modes.
+"""Builds the kernels' Python module and small test programs for the SIMT executor, in four modes.
 
 plain      the numbers and the counters
-asan       AddressSanitizer and UBSan: a module must be loaded in a process of its own, see `environment`
+asan       AddressSanitizer and UBSan: a module needs a separate process, see `environment`
 race       the executor's race detector: kernels with -fsanitize=thread, linked without it
 coverage   line counts of the kernels (gcov)
 
-Objects go to build-simt/<mode> and are compiled again only if a file they include, or the command, has changed; two
-compilers run at a time. From the command line: python csrc/simt/build.py [mode ...] builds the module.
+Objects go to build-simt/<mode>. They are compiled again only if an included file, or the command,
+has changed. Two compilers run at a time. On the command line, `python csrc/simt/build.py [mode ..]`
+builds the module.
 """
 
 from __future__ import annotations
@@ -76,25 +77,35 @@ def compiler() -> str:
 
 
 def _toolkit(name: str) -> list[Path]:
-    """The folders of this name (bin, include) of CUDA toolkits, and of the wheels of their parts."""
-    found = [
+    """Returns the folders of this name (bin, include) of CUDA toolkits, and of NVIDIA's wheels."""
+    folders = [
         Path(os.environ[root]) / name for root in ("CUDA_HOME", "CUDA_PATH") if root in os.environ
     ]
-    found.append(Path("/usr/local/cuda") / name)
+    folders.append(Path("/usr/local/cuda") / name)
     for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
-        found += sorted(Path(base).glob(f"nvidia/cu*/{name}"), reverse=True) if base else []
-    return found
+        if base:
+            folders += sorted(Path(base).glob(f"nvidia/cu*/{name}"), reverse=True)
+    return folders
 
 
 def tool(name: str) -> Path | None:
-    """The path of one of the toolkit's programs: in CUDA_HOME/bin or /usr/local/cuda/bin, in a wheel (nvidia-cuda-nvdisasm), or
-    in PATH."""
-    found = next((folder / name for folder in _toolkit("bin") if (folder / name).is_file()), None)
-    return found or (Path(path) if (path := shutil.which(name)) else None)
+    """Returns the path of one of the toolkit's programs.
+
+    It is in CUDA_HOME/bin or /usr/local/cuda/bin, in a wheel (nvidia-cuda-nvdisasm), or in PATH.
+    """
+    for folder in _toolkit("bin"):
+        if (folder / name).is_file():
+            return folder / name
+    path = shutil.which(name)
+    return Path(path) if path else None
 
 
 def cuda_include() -> Path:
-    """The folder of cuda_bf16.h: a CUDA toolkit's, or that of the wheels nvidia-cuda-runtime, -crt and -cccl."""
+    """Returns the folder of cuda_bf16.h, in a CUDA toolkit or in NVIDIA's wheels.
+
+    Raises:
+        BuildError: If there is none.
+    """
     for include in _toolkit("include"):
         if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
             return include
@@ -109,8 +120,8 @@ def _run(command: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:  # of the compiler: there is none
         raise BuildError(
-            f"no C++ compiler: expected g++, or another that CXX names, got {command[0]!r}: {error.strerror}; install one, on "
-            "Debian by apt-get install g++"
+            f"no C++ compiler: expected g++, or another that CXX names, got {command[0]!r}: "
+            f"{error.strerror}. Install one, on Debian by apt-get install g++"
         ) from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -120,20 +131,24 @@ def _run(command: list[str]) -> None:
 
 def _stale(output: Path, command: list[str]) -> bool:
     """Whether the command changed, or a file that it read is newer than its output."""
-    note, depends = output.with_suffix(".cmd"), output.with_suffix(".d")
+    note = output.with_suffix(".cmd")
+    depends = output.with_suffix(".d")
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
-    made = output.stat().st_mtime
+    built = output.stat().st_mtime
     words = (
         depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
         if depends.exists()
         else []
     )
-    return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
+    return any(not Path(name).exists() or Path(name).stat().st_mtime > built for name in words)
 
 
 def make(output: Path, command: list[str]) -> bool:
-    """Runs the command, which writes `output`, if it or a file that it read has changed. Whether it ran."""
+    """Runs the command, which writes `output`, if it or a file that it reads has changed.
+
+    Returns whether it ran.
+    """
     if not _stale(output, command):
         return False
     output.with_suffix(".cmd").unlink(missing_ok=True)
@@ -166,7 +181,7 @@ def locked(mode: str) -> Iterator[None]:
 
 
 def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
-    """The objects, made with the largest source first."""
+    """Runs the compile commands, the largest source first, and returns the objects."""
     with ThreadPoolExecutor(JOBS) as pool:
         list(
             pool.map(
@@ -183,9 +198,12 @@ def _build(
     output: Path,
     link: list[str],
     defines: list[str],
-    made: tuple[str, ...] = (),
+    other_objects: tuple[str, ...] = (),
 ) -> Path:
-    """made: objects that are linked last, so that of an inline function which they have too, the mode's own code runs."""
+    """Compiles the sources and links them with the executor.
+
+    other_objects: Linked last, so that inline functions come from the mode's objects.
+    """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
     executor = sorted(EXECUTOR.glob("*.cpp"))
@@ -195,7 +213,7 @@ def _build(
     with locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
         steps += [_compile(mode, source, True, [], defines) for source in sources]
-        objects = [*_make_all(steps), *made]
+        objects = [*_make_all(steps), *other_objects]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
         make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
     return output
@@ -208,28 +226,37 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 
 
 def module(mode: str = "plain", kind: str | None = None) -> Path:
-    """The Python module: csrc/simt/module and the launchers of csrc/cuda. kind: the only element type that will run ("bf16"):
-    csrc/cuda/kernels_*.cu of the others are then not compiled for the mode, but taken from the plain build."""
+    """Builds the Python module: csrc/simt/module and the launchers of csrc/cuda.
+
+    kind: The only element type that will run ("bf16"). The kernels of the other types are then from
+    the plain build, which saves compiling them.
+    """
     import pybind11
 
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     with locked("bindings"):
         sources = sorted((EXECUTOR / "module").glob("*.cpp"))
-        made = _make_all([_compile("bindings", source, True, includes, []) for source in sources])
-    sources, name = sorted((CSRC / "cuda").rglob("*.cu")), MODULE
+        other_objects = _make_all(
+            [_compile("bindings", source, True, includes, []) for source in sources]
+        )
+    sources = sorted((CSRC / "cuda").rglob("*.cu"))
+    name = MODULE
     if kind is not None and mode != "plain":
         others = [
             s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"
         ]
-        sources, name = [s for s in sources if s not in others], f"{MODULE}-{kind}"
+        sources = [s for s in sources if s not in others]
+        name = f"{MODULE}-{kind}"
         with locked("plain"):
-            made += _make_all([_compile("plain", source, True, [], []) for source in others])
+            other_objects += _make_all(
+                [_compile("plain", source, True, [], []) for source in others]
+            )
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return _build(mode, sources, output, ["-shared"], [], tuple(made))
+    return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
 
 def changed_module(mode: str, source: Path, folder: Path) -> Path:
-    """The module with one of its sources replaced by `source`, a changed copy of the same name, built in `folder`."""
+    """Builds the module in `folder`, with a source replaced by `source`, a changed copy."""
     objects = module(mode).with_suffix(".d").read_text().split()[1:]
     output, command = _compile(mode, source, True, [], [])
     command[-1] = str(folder / output.name)
@@ -241,8 +268,10 @@ def changed_module(mode: str, source: Path, folder: Path) -> Path:
 
 
 def planted_module(mode: str, unit: str, file: str, text: str, instead: str, folder: Path) -> Path:
-    """The module with a bug in `unit`, a .cu of csrc/cuda: in `file`, which it includes, `instead` stands for `text`, which is
-    there once. Built in `folder`, of a copy."""
+    """Builds the module in `folder`, with a bug: in a copy of `file`, `instead` replaces `text`.
+
+    unit: The .cu of csrc/cuda that includes the file.
+    """
     copy = folder / "cuda"
     shutil.copytree(CSRC / "cuda", copy)
     source = (copy / file).read_text()
@@ -254,8 +283,15 @@ def planted_module(mode: str, unit: str, file: str, text: str, instead: str, fol
 def load(
     mode: str = "plain", path: Path | None = None, announce: Callable[[], None] | None = None
 ) -> ModuleType:
-    """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
-    `environment("asan")`. announce: called first if there is no module yet."""
+    """Builds and imports the module, or imports the one at `path`.
+
+    One mode per process; asan only in a process that was started with `environment("asan")`.
+
+    Args:
+        mode: One of MODES.
+        path: A module that is built already.
+        announce: Called first if there is no module yet.
+    """
     if announce and not path and not list((BUILD / mode).glob(f"{MODULE}*.so")):
         announce()
     path = path or module(mode)
@@ -263,7 +299,8 @@ def load(
     if loaded is not None:
         if Path(loaded.__file__) != path:
             raise RuntimeError(
-                f"{MODULE} is already loaded from {loaded.__file__}, expected {path}: use another process"
+                f"{MODULE} is already loaded from {loaded.__file__}, expected {path}. "
+                f"Use another process."
             )
         return loaded
     spec = importlib.util.spec_from_file_location(MODULE, path)
@@ -274,7 +311,7 @@ def load(
 
 
 def environment(mode: str) -> dict[str, str]:
-    """Variables for a process that runs a program of this mode, or imports its module into Python."""
+    """Returns the variables for a process that runs a program of this mode."""
     env = dict(os.environ)
     if mode == "asan":
         env["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
@@ -300,7 +337,10 @@ def python_environment(mode: str) -> dict[str, str]:
 
 
 def coverage(under: Path = CSRC / "cuda" / "kernels") -> dict[str, tuple[int, int, list[int]]]:
-    """Per file below `under`: lines run, lines in all, and the lines not run, over all programs run in coverage mode."""
+    """Returns, per file in `under`: lines that ran, all lines, and the lines that did not run.
+
+    Counts all programs that ran in coverage mode.
+    """
     counts: dict[Path, dict[int, int]] = {}
     for data in (BUILD / "coverage").glob("*.gcda"):
         done = subprocess.run(

@@ -1,5 +1,5 @@
-// Counts the traffic of a launch.  Each lane logs its accesses. When the warp converges, the log is
-// cut into instructions: the lanes' n-th accesses at one call site are one instruction.
+// Counts the traffic of a launch.  Each lane logs its accesses.  When the warp converges, the log
+// is split into instructions: the lanes' n-th accesses at one call site are one instruction.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -60,7 +60,8 @@ void add(Traffic& traffic, Space space, uint64_t bytes, uint64_t sectors) {
   }
 }
 
-// Bytes and sectors of one instruction; an aligned access of at most 16 bytes lies in one sector.
+// Bytes and sectors of one instruction.  An aligned access of at most 16 bytes is inside one
+// sector.
 void count_global_instruction(const Access* const* lanes, size_t count) {
   struct Touched {
     uintptr_t sector;
@@ -83,9 +84,9 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
         lanes[0]->space, __builtin_popcount(touched[i].bytes), 1);
 }
 
-// 32 banks of 4 bytes.  A cycle serves 128 bytes: a whole warp of 4-byte accesses, half a warp of
-// 8, a quarter of 16. Lanes that touch the same word share it; different words in one bank take
-// turns.
+// 32 banks of 4 bytes.  A cycle transfers 128 bytes: a warp of 4-byte accesses, half a warp of
+// 8-byte accesses, a quarter of 16-byte accesses.  Lanes that access one word share it; different
+// words in one bank need several cycles.
 void count_shared_instruction(const Access* const* lanes, const int* lane_numbers, size_t count) {
   const uint32_t bytes = lanes[0]->bytes;
   const int lanes_a_phase = bytes <= 4 ? 32 : 128 / int(bytes);
@@ -143,7 +144,7 @@ bool flush_in_step(Warp& warp) {
 void flush_diverged(Warp& warp) {
   struct Entry {
     const Access* access;
-    size_t time;  // how often the lane had been here before
+    size_t time;  // of the lane's accesses at this call site: 0, 1, ..
     int lane;
   };
   std::vector<Entry> entries;
@@ -155,7 +156,8 @@ void flush_diverged(Warp& warp) {
     return std::make_tuple(a.file, a.line, int(a.space), a.space == Space::shared ? a.bytes : 0);
   };
   std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
-    const auto ka = key(*a.access), kb = key(*b.access);
+    const auto ka = key(*a.access);
+    const auto kb = key(*b.access);
     return ka != kb ? ka < kb : a.lane < b.lane;
   });
   for (size_t i = 1; i < entries.size(); ++i)
@@ -163,7 +165,8 @@ void flush_diverged(Warp& warp) {
         entries[i - 1].lane == entries[i].lane)
       entries[i].time = entries[i - 1].time + 1;
   std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
-    const auto ka = key(*a.access), kb = key(*b.access);
+    const auto ka = key(*a.access);
+    const auto kb = key(*b.access);
     return ka != kb ? ka < kb : a.time < b.time;
   });
   for (size_t i = 0; i < entries.size();) {

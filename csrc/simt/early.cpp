@@ -1,6 +1,6 @@
-// Programmatic dependent launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here. An
-// error shows what would go wrong if they overlapped: before griddepcontrol.wait, a thread may not
-// touch global memory, exit, or let the next launch begin.
+// Programmatic dependent launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here.
+// Errors show what would go wrong if they overlapped: before griddepcontrol.wait, a thread must not
+// access global memory, exit, or let the next launch start.
 #include "state.h"
 
 namespace lotr::simt {
@@ -8,9 +8,8 @@ namespace lotr::simt {
 void check_early(const char* op, Site site) {
   if (!self().may_touch_global)
     fail(
-        "%s at %s:%d: global memory in an early launch before griddepcontrol.wait: the kernel "
-        "ahead may not "
-        "have ended",
+        "%s at %s:%d: global memory in an early launch before griddepcontrol.wait: the previous "
+        "kernel may not have ended",
         op, site.file, site.line);
 }
 
@@ -18,9 +17,7 @@ void check_early_end(const Thread& t) {
   if (!t.may_touch_global)
     fail(
         "thread exits from an early launch without griddepcontrol.wait (latest: %s at %s:%d): the "
-        "next "
-        "launch "
-        "would not wait for the one before",
+        "next launch would not wait for the previous one",
         t.op, t.site.file, t.site.line);
 }
 
@@ -36,8 +33,8 @@ void griddepcontrol_launch_dependents(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("griddepcontrol.launch_dependents", site);
   if (!t.may_touch_global)
-    fail("%s at %s:%d: before griddepcontrol.wait: three kernels would be under way", t.op,
-         site.file, site.line);
+    fail("%s at %s:%d: before griddepcontrol.wait: three kernels would run", t.op, site.file,
+         site.line);
   if (!t.block->let_next) ++totals.launches.back().let_next;
   t.block->let_next = true;
 }

@@ -10,8 +10,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
-// A fiber's frames must lie on its own stack.  (A module loaded into Python gets this from
-// ASAN_OPTIONS instead.)
+// A fiber's frames must be on its stack.  (A module that is loaded into Python gets this from
+// ASAN_OPTIONS.)
 extern "C" const char* __asan_default_options() {
   return "detect_stack_use_after_return=0:detect_leaks=0";
 }
@@ -24,7 +24,7 @@ constexpr size_t PAGE = 4096;
 
 #if LOTR_SIMT_ASAN
 Fiber* previous = nullptr;  // the fiber before the latest switch
-// The bounds of the process's own stack, known after the first switch.
+// The bounds of the process's stack, set at the first switch.
 const void* process_stack = nullptr;
 size_t process_stack_bytes = 0;
 
@@ -38,7 +38,10 @@ void arrived(Fiber* self) {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(self ? self->fake_stack : nullptr, &bottom, &bytes);
-  if (previous && !previous->stack) process_stack = bottom, process_stack_bytes = bytes;
+  if (previous && !previous->stack) {
+    process_stack = bottom;
+    process_stack_bytes = bytes;
+  }
 }
 #else
 void announce(Fiber&, Fiber&, bool) {}
@@ -79,8 +82,8 @@ void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   fiber.stack_bytes = bytes;
   fiber.fake_stack = nullptr;
 #if LOTR_SIMT_ASAN
-  // the outermost functions of this stack's last thread never returned: their frames are still
-  // poisoned
+  // The outermost functions of this stack's last thread never returned, so their frames are still
+  // poisoned.
   const size_t outer = bytes < 4 * PAGE ? bytes : 4 * PAGE;
   __asan_unpoison_memory_region(stack + bytes - outer, outer);
 #endif
@@ -91,8 +94,7 @@ void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #else
-  // six saved registers, the address to return to, and one word so that the stack is aligned as
-  // after a call
+  // Six saved registers, the return address, and one word that aligns the stack as after a call.
   void** top = reinterpret_cast<void**>(stack + bytes);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);

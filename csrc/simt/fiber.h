@@ -31,7 +31,7 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// `entry` runs when the fiber is first switched to; it must call fiber_entered() first and never
+// `entry` runs at the first switch to the fiber.  It must call fiber_entered() first and never
 // return.
 void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 void fiber_entered();
@@ -40,8 +40,7 @@ void fiber_switch(Fiber& from, Fiber& to);
 // Resumes `to`; `from` will not run again.
 [[noreturn]] void fiber_leave(Fiber& from, Fiber& to);
 
-// Stacks for `count` fibers of the same size, each above an unmapped page; reused from block to
-// block.
+// Stacks for `count` fibers of the same size, each above an unmapped page.  Blocks reuse them.
 class FiberStacks {
  public:
   ~FiberStacks();

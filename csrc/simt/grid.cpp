@@ -40,7 +40,8 @@ void check_launch(const Launch& launch) {
                 ": a GPU would refuse this launch: grid is no multiple of the cluster");
 }
 
-// Every block starts with shared memory full of NaN, so that a read before the first write shows.
+// Every block starts with shared memory full of NaN, so that a read before the first write is
+// visible.
 void give_shared_memory(Block& block, size_t i) {
   const size_t bytes = machine.launch.smem;
   if (bytes != machine.shared_pool_bytes) {
@@ -63,7 +64,8 @@ void give_shared_memory(Block& block, size_t i) {
 
 void start_block(Block& block, uint32_t number, uint3 index) {
   const dim3 shape = machine.launch.block;
-  const uint32_t threads = shape.x * shape.y * shape.z, warps = (threads + LANES - 1) / LANES;
+  const uint32_t threads = shape.x * shape.y * shape.z;
+  const uint32_t warps = (threads + LANES - 1) / LANES;
   if (block.thread_count != threads) {
     block.threads = std::vector<Thread>(threads);
     block.warps = std::vector<Warp>(warps);
@@ -123,9 +125,7 @@ void run_cluster(uint3 corner) {
   machine.warps.clear();
   machine.ready_warps.assign((warps + 63) / 64, 0);
   const Order order = machine.options.order;
-  machine.current_warp = order == Order::reverse  ? warps - 1
-                         : order == Order::random ? next_random() % warps
-                                                  : 0;
+  machine.current_warp = choose(order, warps);
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
   machine.engine.clear();
@@ -184,8 +184,11 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   totals.launches.push_back(record);
 
   race::begin_launch();
-  const dim3 g = launch.grid, c = launch.cluster;
-  const uint64_t nx = g.x / c.x, ny = g.y / c.y, nz = g.z / c.z;
+  const dim3 g = launch.grid;
+  const dim3 c = launch.cluster;
+  const uint64_t nx = g.x / c.x;
+  const uint64_t ny = g.y / c.y;
+  const uint64_t nz = g.z / c.z;
   const ClusterOrder order(nx * ny * nz);
   for (uint64_t i = 0; i < order.count && machine.error.empty(); ++i) {
     const uint64_t k = order[i];

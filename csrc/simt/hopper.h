@@ -17,11 +17,11 @@ void fence_mbarrier_init(Site site);
 void mbarrier_arrive(void* barrier, uint32_t bytes,
                      Site site);  // bytes: added to what the phase waits for
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
-// At the same mbarrier of block `rank`.  It orders this thread's reads before the waiting thread,
-// and makes none of its stores visible there.
+// Arrives at the same mbarrier of block `rank`.  It orders this thread's reads before the waiting
+// thread, but makes none of its stores visible there.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 
-// blocks: the mask of those of the cluster that receive the box, at the same offset of their shared
+// blocks: mask of the cluster's blocks that receive the box, at the same offset of their shared
 // memory, and count its bytes at the same mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier,
                  uint32_t blocks, Site site);
@@ -34,7 +34,7 @@ void bulk_wait(int keep, Site site);
 void fence_proxy_async(Site site);
 
 void wgmma_fence(Site site);
-// d [64, n] of a warpgroup; a, b: descriptors.  mn_major: b lies so.
+// d [64, n] of a warpgroup.  a, b: descriptors.  mn_major: the order of b.
 void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16,
            Site site);
 void wgmma_commit(Site site);

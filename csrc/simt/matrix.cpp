@@ -42,7 +42,8 @@ void load_tiles(Warp& warp, uint32_t, void* context) {
     count_shared_phase(wavefronts(of_tile));
     for (int lane = 0; lane < 32; ++lane) {
       uint32_t& out = rows[lane]->out[tile];
-      const int i = lane / 4, j = 2 * (lane % 4);
+      const int i = lane / 4;
+      const int j = 2 * (lane % 4);
       if (!load.trans) {
         memcpy(&out, of_tile[i]->row + 2 * j, 4);
       } else {
@@ -77,7 +78,7 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// Sums in float along k; the hardware's own order and truncation are not specified.
+// Sums in float along k.  The hardware's order and truncation are not specified.
 template <float (*Convert)(uint32_t)>
 void multiply(Warp& warp, uint32_t, void*) {
   float A[16][16], B[16][8], D[16][8];
@@ -87,7 +88,8 @@ void multiply(Warp& warp, uint32_t, void*) {
   };
   for (int lane = 0; lane < 32; ++lane) {
     f[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
-    const int g = lane / 4, q = 2 * (lane % 4);
+    const int g = lane / 4;
+    const int q = 2 * (lane % 4);
     for (int h = 0; h < 2; ++h) {  // the low half is the lower k
       const auto half = [&](uint32_t word) { return Convert(word >> 16 * h & 0xffffu); };
       A[g][q + h] = half(f[lane]->a[0]);

@@ -24,15 +24,15 @@ void arrive(MemoryBarrier& b, Site site) {
 
 MemoryBarrier& memory_barrier(const void* barrier, Site site) {
   const Thread& t = self();
-  const auto found = machine.memory_barriers.find(barrier);
+  const auto entry = machine.memory_barriers.find(barrier);
   const std::ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - t.block->shared;
-  if (found == machine.memory_barriers.end())
-    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialised", t.op, site.file,
+  if (entry == machine.memory_barriers.end())
+    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialized", t.op, site.file,
          site.line, offset);
   if (memcmp(barrier, MARK, 8))
     fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file,
          site.line, offset);
-  return found->second;
+  return entry->second;
 }
 
 void complete_if_done(MemoryBarrier& b) {

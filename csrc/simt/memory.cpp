@@ -135,8 +135,8 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   move(p, value, bytes);
 }
 
-// At issue the destination becomes NaN (poisoned under AddressSanitizer). The data is written at
-// the wait.
+// At issue the destination becomes NaN (with AddressSanitizer it is poisoned).  The data is written
+// at the wait.
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async", site);

@@ -20,7 +20,7 @@ bool kernel_code = false;
 namespace {
 
 constexpr int MOST_REPORTS = 4, READERS = 4;
-constexpr uintptr_t GRANULE = 2;  // bytes: the smallest element a kernel touches
+constexpr uintptr_t GRANULE = 2;  // bytes: the smallest element of a kernel
 constexpr uintptr_t PAGE = 4096;
 
 // A place in the kernel: a wrapper's op and site, or the address of an instruction.
@@ -76,14 +76,16 @@ uint32_t place_number(void* pc) {
   static uint64_t latest_key = 0;
   static uint32_t latest = 0;
   if (key == latest_key && !detector.places.empty()) return latest;
-  const auto [found, fresh] = detector.place_numbers.emplace(key, uint32_t(detector.places.size()));
-  if (fresh) detector.places.push_back(place);
+  const auto [entry, is_new] =
+      detector.place_numbers.emplace(key, uint32_t(detector.places.size()));
+  if (is_new) detector.places.push_back(place);
   latest_key = key;
-  return latest = found->second;
+  latest = entry->second;
+  return latest;
 }
 
-// Base name of the innermost source line at pc that is not the executor's, the wrappers' or CUDA's
-// own.
+// Base name and line of the innermost source at pc that is not the executor's, the wrappers' or
+// CUDA's.
 std::string line_of(void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info)) return "?";
@@ -118,8 +120,9 @@ std::string describe(uint32_t place) {
 // The offset in the shared memory of the cluster's blocks, or -1.
 std::ptrdiff_t shared_place(uintptr_t address) {
   for (const Block& block : machine.blocks) {
-    const uintptr_t at = address - reinterpret_cast<uintptr_t>(block.shared);
-    if (at < block.shared_bytes) return std::ptrdiff_t(block.rank * block.shared_bytes + at);
+    const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block.shared);
+    if (offset < block.shared_bytes)
+      return std::ptrdiff_t(block.rank * block.shared_bytes + offset);
   }
   return -1;
 }
@@ -221,7 +224,7 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   }
 }
 
-// A thread's own variables lie on its fiber's stack; its parameters are copied from the launching
+// A thread's variables are on its fiber's stack.  Its parameters are copied from the launching
 // stack.
 bool on_process_stack(uintptr_t p) {
   static uintptr_t base = 0;
@@ -238,7 +241,7 @@ bool on_process_stack(uintptr_t p) {
   return p - base < bytes;
 }
 
-// threadIdx and the like are globals here, registers on a GPU.
+// threadIdx and the others are globals here, registers on a GPU.
 bool is_builtin(uintptr_t p) {
   const auto within = [p](const auto& object) {
     return p - reinterpret_cast<uintptr_t>(&object) < sizeof object;

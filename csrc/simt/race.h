@@ -1,17 +1,16 @@
-// The race detector: vector clocks over the kernel's own loads and stores, judged by CUDA's rules.
+// The race detector: vector clocks over the kernel's loads and stores, by CUDA's rules.
 //
 // The kernel's file is compiled with -fsanitize=thread and linked without it, so that the compiler
-// calls a
-// __tsan_* hook for every load and store; race_hooks.cpp supplies the hooks.  The executor's files
-// are compiled without the flag and report the wrappers' accesses themselves.  In other builds all
-// of this is empty.
+// calls a __tsan_* hook for every load and store; race_hooks.cpp has the hooks.  The executor's
+// files are compiled without the flag and report the wrappers' accesses themselves.  In other
+// builds all of this is empty.
 //
-// What orders two accesses:
+// Two accesses are ordered by:
+//
 //   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp;
-//   mbarriers, at which
-//                             also bulk copies into the block are ordered.
+//                             mbarriers, which also order bulk copies into the block.
 //                             Not: shuffles, ldmatrix, mma.
-//   between clusters          nothing: no kernel here hands data from one to another
+//   between clusters          nothing: no kernel here passes data from one to another
 //   launches                  one after the other
 #pragma once
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Chooses the thread that runs next, and switches: where the running thread waits, or at random
-// memory accesses.
+// Chooses the thread that runs next, and switches to it where the running thread waits, or at
+// random memory accesses.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -56,14 +56,10 @@ std::string whereabouts() {
   return text;
 }
 
-// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A GPU
-// does not order them either.
+// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order.  A
+// GPU does not order them either.
 void run_engine() {
-  const size_t count = machine.engine.size();
-  const Order order = machine.options.order;
-  const size_t i = order == Order::random    ? next_random() % count
-                   : order == Order::reverse ? count - 1
-                                             : 0;
+  const size_t i = choose(machine.options.order, machine.engine.size());
   const auto work = std::move(machine.engine[i]);
   machine.engine.erase(machine.engine.begin() + std::ptrdiff_t(i));
   work();
@@ -71,22 +67,19 @@ void run_engine() {
 }
 
 Warp* choose_warp() {
-  Warp* now = machine.warps[machine.current_warp];
-  if (now->ready) return now;  // a warp runs until all its lanes wait
-  size_t count = 0;            // ready warps
+  Warp* current = machine.warps[machine.current_warp];
+  if (current->ready) return current;  // a warp runs until all its lanes wait
+  size_t count = 0;                    // ready warps
   for (const uint64_t bits : machine.ready_warps) count += __builtin_popcountll(bits);
   if (!count) return nullptr;
-  const Order order = machine.options.order;
-  size_t k = order == Order::forward   ? 0
-             : order == Order::reverse ? count - 1
-                                       : next_random() % count;
+  size_t k = choose(machine.options.order, count);
   for (size_t i = 0;; ++i) {
-    const size_t here = __builtin_popcountll(machine.ready_warps[i]);
-    if (k < here) {
+    const size_t ready = __builtin_popcountll(machine.ready_warps[i]);
+    if (k < ready) {
       machine.current_warp = i * 64 + nth(machine.ready_warps[i], k);
       return machine.warps[machine.current_warp];
     }
-    k -= here;
+    k -= ready;
   }
 }
 
@@ -197,6 +190,17 @@ uint64_t next_random() {
   x ^= x >> 7;
   x ^= x << 17;
   return machine.random = x;
+}
+
+size_t choose(Order order, size_t count) {
+  switch (order) {
+    case Order::forward:
+      return 0;
+    case Order::reverse:
+      return count - 1;
+    default:
+      return next_random() % count;
+  }
 }
 
 void set_ready(Warp& warp, uint32_t lanes) {

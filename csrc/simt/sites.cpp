@@ -1,4 +1,4 @@
-// Counts the calls at each place where threads synchronise, and skips one of them.
+// Counts the calls at each place where threads synchronize, and skips one of the places.
 #include <cstring>
 #include <map>
 #include <utility>
@@ -13,8 +13,8 @@ struct Calls {
   const char* op;
   uint64_t count;
 };
-std::map<std::pair<const char*, int>, Calls>
-    sites;  // by address of the file's name: one file may have several
+// By address of the file's name.  One file may have several addresses.
+std::map<std::pair<const char*, int>, Calls> sites;
 
 bool ends_with(const char* text, const std::string& end) {
   const size_t length = strlen(text);
@@ -26,8 +26,8 @@ bool ends_with(const char* text, const std::string& end) {
 bool left_out(const char* op, Site site) {
   static Calls* latest = nullptr;
   static Site where{nullptr, 0};
-  if (where.line != site.line || where.file != site.file ||
-      sites.empty()) {  // another place than last time
+  const bool is_latest = where.line == site.line && where.file == site.file && !sites.empty();
+  if (!is_latest) {
     where = site;
     latest = &sites[{site.file, site.line}];
     latest->op = op;
@@ -40,8 +40,8 @@ void forget_sites() {
   sites.clear();
 }
 
-void skip_synchronisation(const Skip& at) {
-  skip = at;
+void skip_synchronisation(const Skip& line) {
+  skip = line;
 }
 
 std::vector<SynchronisationSite> synchronisation_sites() {

@@ -41,8 +41,8 @@ struct WarpgroupProduct {
   bool overwrite, is_bf16, b_mn_major;
   bool commit;      // the end of a group instead of a product
   uint64_t number;  // counts the thread's products: equal in all threads of the warpgroup
-  std::vector<float>
-      held;  // the accumulators before, unless an earlier product in flight owns them
+  // The accumulators before the product, unless an earlier product in flight has them.
+  std::vector<float> held;
 };
 
 enum class Space : uint8_t { global_read, global_write, shared };
@@ -62,7 +62,7 @@ struct Thread {
   uint32_t lane = 0, linear = 0;  // in the warp, in the block
   uint32_t id = 0;                // among all that run now
   State state = State::ready;
-  const char* op = "";  // the operation it waits in or did last, and its place
+  const char* op = "";  // the operation in which it waits, or its last one, and the place
   Site site{"", 0};
   uint32_t mask = 0;        // of the warp collective it is in
   int barrier = 0;          // the barrier it waits at
@@ -70,7 +70,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;
   std::vector<BulkStore> stores;
   std::vector<uint32_t>
-      unfenced;  // words of shared memory written since the last fence.proxy.async
+      unfenced;  // words of shared memory written since its last fence.proxy.async
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
@@ -103,7 +103,7 @@ struct MemoryBarrier {  // an mbarrier
   uint64_t phase = 0;
   race::Sync sync;
   const Thread* unfenced =
-      nullptr;                   // the thread that initialised it, until its fence.mbarrier_init
+      nullptr;                   // the thread that initialized it, until its fence.mbarrier_init
   std::vector<Thread*> waiting;  // threads to wake when the phase completes
 };
 
@@ -120,7 +120,7 @@ struct Block {
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
   unsigned char* shared = nullptr;
   std::vector<uint16_t>
-      unfenced;  // of each word of shared memory: 1 + the thread whose store is not fenced
+      unfenced;  // per word of shared memory: 1 + the thread with an unfenced store
   size_t shared_bytes = 0;
   Barrier barriers[16];
   bool let_next = false;  // has called griddepcontrol.launch_dependents
@@ -150,17 +150,18 @@ struct Machine {
   int idle_rounds = 0;  // rounds without progress in which only polling threads were left
   std::string error;
 
-  std::deque<std::function<void()>>
-      engine;  // bulk copies: done when no thread is ready, or at random
+  // Bulk copies, which are completed when no thread is ready, or at random.
+  std::deque<std::function<void()>> engine;
   std::unordered_map<const void*, MemoryBarrier> memory_barriers;
 };
 extern Machine machine;
 
 // ---- scheduler.cpp ----
-Thread* choose_thread();  // that runs next; null when all have exited, or after an error
+Thread* choose_thread();  // the next to run; null when all have exited, or after an error
 void make_current(Thread& thread);
 void run_thread();  // where a thread's fiber starts
 uint64_t next_random();
+size_t choose(Order order, size_t count);  // the first, the last or a random one of `count`
 void set_ready(Warp& warp, uint32_t lanes);
 void clear_ready(Warp& warp, uint32_t lanes);
 void wait_here(State state, const char* op, Site site);  // until set_ready
@@ -184,7 +185,7 @@ inline Thread& enter(const char* op, Site site) {
 }
 
 // ---- barrier.cpp ----
-// Every lane of the mask must call with the same op from the same place. The last one runs
+// Every lane of the mask must call with the same op from the same place.  The last lane runs
 // `leader`, which reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
@@ -199,7 +200,7 @@ void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
 
 // ---- early.cpp ----
-void check_early(const char* op, Site site);  // before the running thread touches global memory
+void check_early(const char* op, Site site);  // before the running thread accesses global memory
 void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
@@ -211,10 +212,10 @@ void forget_sites();
 void note_store(const void* p, uint32_t bytes);  // to shared memory, by st.shared
 
 // ---- mbarrier.cpp ----
-MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it was not initialised
+MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it is not initialized
 void complete_if_done(MemoryBarrier& b);
 void check_fenced(const MemoryBarrier& b, Site site);  // for bulk copies and other blocks
-Block& block_of_cluster(uint32_t rank, Site site);     // alive, and known to have begun
+Block& block_of_cluster(uint32_t rank, Site site);     // alive, and synchronized with its start
 
 // ---- matrix.cpp ----
 float half_to_float(uint32_t bits, bool is_bf16);

@@ -1,8 +1,9 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// A copy lands when no thread can go on, or at a random moment.  A tile that is being filled is NaN
-// until then. A tile that is being stored is read then, at the latest when the wait for its group
-// returns: so a tile that is written again too early shows in the matrix, which is NaN until then.
+// A copy lands when no thread can continue, or at a random time.  A tile that is being filled is
+// NaN until then.  A tile that is being stored is read then, or at the latest when the wait for its
+// group returns: so a tile that is overwritten too early is visible in the matrix, which is NaN
+// until then.
 #include <algorithm>
 #include <cstring>
 
@@ -24,7 +25,8 @@ size_t swizzled(size_t offset) {
 // the matrix.
 template <class F>
 void each_row(const TensorMap& map, int col, int row, F f) {
-  const int64_t first = std::max(col, 0), last = std::min<int64_t>(col + COLS, map.cols);
+  const int64_t first = std::max(col, 0);
+  const int64_t last = std::min<int64_t>(col + COLS, map.cols);
   for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t(row) + map.box_rows, map.rows);
        ++r)
     if (first < last)
@@ -62,7 +64,8 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
                  uint32_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
-  const size_t bytes = map.box_rows * ROW, offset = shared_offset(shared);
+  const size_t bytes = map.box_rows * ROW;
+  const size_t offset = shared_offset(shared);
   check_tile(shared, map, site);
   check_shared(barrier, 8, 8, t.op, site);
   if (!blocks || blocks >> machine.blocks.size())
@@ -88,7 +91,7 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
     // captured by value: the issuing thread may have exited when the copy lands
     machine.engine.push_back([&block, offset, bytes, map, col, row, barrier_offset] {
       unpoison(block.shared + offset, bytes);
-      memset(block.shared + offset, 0, bytes);  // what is outside the matrix
+      memset(block.shared + offset, 0, bytes);  // zeros outside the matrix
       each_row(map, col, row, [&](size_t at, const unsigned char* from, size_t part) {
         for (size_t i = 0; i < part; i += 2)
           memcpy(block.shared + swizzled(offset + at + i), from + i, 2);
@@ -124,7 +127,8 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   Block& block = *t.block;
-  const size_t bytes = map.box_rows * ROW, offset = shared_offset(shared);
+  const size_t bytes = map.box_rows * ROW;
+  const size_t offset = shared_offset(shared);
   check_tile(shared, map, site);
   for (size_t word = offset / 4; word < (offset + bytes) / 4 && !block.unfenced.empty(); ++word)
     if (block.unfenced[word])
@@ -135,7 +139,7 @@ void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Si
   if (block.let_next)
     fail(
         "%s at %s:%d: a store after griddepcontrol.launch_dependents: the next kernel may have "
-        "begun",
+        "started",
         t.op, site.file, site.line);
   touch_read(shared, bytes);
   each_row(map, col, row, [](size_t, unsigned char* to, size_t part) {

@@ -3,7 +3,7 @@
 // instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until
-// then the accumulators are NaN.  Each thread computes its own elements.
+// then the accumulators are NaN.  Each thread computes its elements.
 #include <algorithm>
 #include <cstring>
 
@@ -27,48 +27,52 @@ struct Operand {
         group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
         mn_major(mn_major) {}
 
-  // Of 8 elements: along k from (row, k) on if K-major, along the rows if MN-major.
+  // 8 elements from (row, k) on: along k if K-major, along the rows if MN-major.
   const unsigned char* chunk(int row, int k) const {
-    uint32_t at = start;
-    const uint32_t i = uint32_t(row), width = ROW / 2;
-    if (mn_major)  // `width` rows lie side by side, the next `width` are `leading` bytes further on
-      at += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride +
-            uint32_t(k % 8) * ROW;
+    uint32_t offset = start;
+    const uint32_t i = uint32_t(row);
+    const uint32_t width = ROW / 2;
+    if (mn_major)  // `width` rows are side by side, the next `width` are `leading` bytes further on
+      offset += i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride +
+                uint32_t(k % 8) * ROW;
     else
-      at += i / 8 * group_stride + i % 8 * ROW + uint32_t(k) * 2;
-    at ^= (at >> 7 & 7) << 4;
-    const unsigned char* p = self().block->shared + at;
+      offset += i / 8 * group_stride + i % 8 * ROW + uint32_t(k) * 2;
+    offset ^= (offset >> 7 & 7) << 4;
+    const unsigned char* p = self().block->shared + offset;
     check_shared(p, 16, 16, self().op, self().site);
     return p;
   }
   template <class F>
   void each_chunk(int rows, int first, int step, F f) const {
-    const int along_k = mn_major ? 1 : 8, along_rows = mn_major ? 8 : 1, per_row = K / along_k;
+    const int along_k = mn_major ? 1 : 8;  // elements of a chunk
+    const int along_rows = mn_major ? 8 : 1;
+    const int per_row = K / along_k;
     for (int i = first; i < rows / along_rows * per_row; i += step)
       f(i / per_row * along_rows, i % per_row * along_k);
   }
-  // [rows][16], unless the bytes are still those of `raw`.
+  // value = [rows][16], unless the bytes are still equal to `raw`.
   void decode(int first_row, int rows, bool is_bf16, std::vector<unsigned char>& raw,
               std::vector<float>& value) const {
-    bool known = !raw.empty();
-    size_t at = 0;
+    bool is_unchanged = !raw.empty();
+    size_t offset = 0;
     each_chunk(rows, 0, 1, [&](int row, int k) {
-      known = known && !memcmp(raw.data() + at, chunk(first_row + row, k), 16);
-      at += 16;
+      is_unchanged = is_unchanged && !memcmp(raw.data() + offset, chunk(first_row + row, k), 16);
+      offset += 16;
     });
-    if (known) return;
-    raw.resize(at);
+    if (is_unchanged) return;
+    raw.resize(offset);
     value.resize(size_t(rows) * K);
-    at = 0;
+    offset = 0;
     each_chunk(rows, 0, 1, [&](int row, int k) {
       const unsigned char* p = chunk(first_row + row, k);
-      memcpy(raw.data() + at, p, 16);
-      at += 16;
+      memcpy(raw.data() + offset, p, 16);
+      offset += 16;
       for (int e = 0; e < 8; ++e) {
         uint16_t bits;
         memcpy(&bits, p + 2 * e, 2);
-        value[size_t(mn_major ? row + e : row) * K + size_t(mn_major ? k : k + e)] =
-            half_to_float(bits, is_bf16);
+        const int element_row = row + (mn_major ? e : 0);
+        const int element_k = k + (mn_major ? 0 : e);
+        value[size_t(element_row) * K + size_t(element_k)] = half_to_float(bits, is_bf16);
       }
     });
   }
@@ -96,7 +100,8 @@ DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
+  const int row = int(t.lane) / 4;
+  const int col = int(t.lane) % 4 * 2;
   DecodedProduct& decoded = operands(t, w);
   const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
   for (int j = 0; j < w.n / 8; ++j)
@@ -139,7 +144,7 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
     if (descriptor >> 62 != SWIZZLE_OF_128_BYTES)
       fail("wgmma at %s:%d: descriptor %#zx, expected a swizzle of 128 bytes", site.file, site.line,
            size_t(descriptor));
-  if (mn_major && n % 64)  // the PTX manual's canonical layouts have whole rows of the swizzle
+  if (mn_major && n % 64)  // the PTX manual's canonical layouts have complete rows of the swizzle
     fail(
         "wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte "
         "swizzle",

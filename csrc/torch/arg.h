@@ -49,9 +49,8 @@ inline const std::array<DtypeInfo, 6>& dtypes() {
        {ScalarType::Int, "torch.int32", aoti_torch_dtype_int32(), 4}}};
   return all;
 }
-// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must
-// name one that no argument may have. Such a one has no name here but torch's: Short, Byte,
-// ComplexFloat.
+// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, because errors name
+// dtypes that no argument may have. These have torch's names: Short, Byte, ComplexFloat.
 inline DtypeInfo dtype_info(ScalarType type) {
   for (const DtypeInfo& one : dtypes())
     if (one.type == type) return one;
@@ -66,10 +65,10 @@ inline DtypeInfo dtype_info(AtenTensorHandle t) {
 }
 
 inline const char* device_name(int32_t type) {
-  return type == aoti_torch_device_type_cpu()    ? "cpu"
-         : type == aoti_torch_device_type_cuda() ? "cuda"
-         : type == aoti_torch_device_type_meta() ? "meta"
-                                                 : "another device";
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  if (type == aoti_torch_device_type_cuda()) return "cuda";
+  if (type == aoti_torch_device_type_meta()) return "meta";
+  return "another device";
 }
 
 inline bool is_half(ScalarType t) {
@@ -198,14 +197,14 @@ struct Check {
     for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];
     if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", seed.shape());
   }
-  // Leading dimensions that lie in memory as one.
+  // The leading dimensions form one dimension, with one stride.
   void one_matrix(const Arg& a) const {
     if (a.split < 0) return;
     fail(op, ": ", a.name,
          ": expected leading dimensions that form one dimension (call contiguous()), got stride ",
          a.stride[a.split], " in dimension ", a.split, " of shape ", a.shape());
   }
-  // A tensor that is given, and on the device of the first argument.
+  // Not None, and on the device of the first argument.
   void device(const Arg& a, const Arg& first) const {
     if (a.dtype == ScalarType::Undefined) fail(op, ": ", a.name, ": expected a tensor, got None");
     if (a.device_type != first.device_type || a.device_index != first.device_index)
@@ -217,10 +216,13 @@ struct Check {
   // elements. Its storage may have been freed, as sharded training does between two uses, or be too
   // short.
   struct Bytes {
-    uintptr_t first = 0, last = 0;
+    uintptr_t first = 0;
+    uintptr_t last = 0;
   };
   Bytes memory(const Arg& a) const {
-    int64_t reach = 1, offset = 0, bytes = 0;
+    int64_t reach = 1;
+    int64_t offset = 0;
+    int64_t bytes = 0;
     for (int64_t i = 0; i < a.dim; ++i) {
       if (a.size[i] == 0) return {};
       reach += (a.size[i] - 1) * a.stride[i];

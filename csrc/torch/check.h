@@ -1,5 +1,5 @@
-// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules an operator,
-// a dtype and a shape for each tensor. They run before anything is written.
+// The checks of each operator's arguments, the same on CPU and CUDA: a table of rules per operator,
+// with a dtype and a shape for each tensor. They run before anything is written.
 #pragma once
 
 #include <array>
@@ -12,17 +12,17 @@ namespace lotr {
 enum Dim : uint8_t { NO_DIM, M, K, N, R, R_IN, R_OUT, L, ROWS, LEADING };
 constexpr const char* DIM_NAMES[] = {"", "M", "K", "N", "r", "r_in", "r_out", "L", "rows", ".."};
 
-// A dtype against that of the activations.
+// The dtype of an argument, compared with the dtype of the activations.
 enum class As {
   any,  // checked elsewhere
   same,
-  factor,  // the same, or float32 beside bfloat16 and float16: it is rounded, as autocast would
-  sums,    // float32, or float64 beside float64
+  factor,  // the same, or float32 with bfloat16 and float16: it is rounded, as under autocast
+  sums,    // float32, or float64 with float64
   int64,
   int32
 };
 
-// One row of an operator's table. Of an argument that is not given nothing is checked.
+// One row of an operator's table. Optional arguments that are absent are skipped.
 struct Rule {
   const Arg& arg;
   As as = As::any;
@@ -31,8 +31,8 @@ struct Rule {
 };
 constexpr bool WRITTEN = true;
 
-// The sizes that an operator's arguments agree on. The first argument with a dimension says its
-// size, a later one must have the same. Only M and rows may be zero.
+// The sizes on which an operator's arguments agree. The first argument that has a dimension defines
+// its size; later arguments must match. Only M and rows may be zero.
 class Sizes {
  public:
   // like: the argument that has, or is, the dtype of the activations.
@@ -150,9 +150,9 @@ class Sizes {
 
 // ---- row_core ----
 
-// Rows get a core by index, or by the ends of each core's rows (offs); tokens: the row of u that
-// each reads. g: that of the backward.  The values of the indices are checked on a CPU alone, since
-// on a GPU that would synchronise.
+// A row's core is given by an index, or by the ends of each core's rows (offs); tokens: the row of
+// u that each row reads. g: only in the backward. The values of the indices are checked only on a
+// CPU, because on a GPU that would synchronise.
 struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 

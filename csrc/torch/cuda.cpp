@@ -12,7 +12,8 @@ namespace {
 // 1000 x major + 10 x minor of the CUDA that built this, and of the latest that the driver serves;
 // 0: there is no driver.
 std::tuple<int64_t, int64_t> cuda_versions() {
-  int runtime = 0, driver = 0;
+  int runtime = 0;
+  int driver = 0;
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver)) driver = 0;
   return {runtime, driver};

@@ -52,8 +52,8 @@ struct Device {
 
 // Makes the device current, and asks the driver about it once.
 //
-// This module has a CUDA runtime of its own beside torch's, and torch's device guard sets the
-// device of torch's.  The two agree where the thread has a current context, which both follow.
+// This module links another CUDA runtime than torch, and torch's device guard sets the device of
+// torch's.  The two agree where the thread has a current context, which both follow.
 inline const Device& device_of(const char* op, int32_t device) {
   constexpr int32_t MOST = 64;
   static std::array<Device, MOST> known;

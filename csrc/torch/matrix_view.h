@@ -26,7 +26,7 @@ Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtyp
   return Tensor(handle);
 }
 
-// The elements of `of` in other sizes, from its own offset.
+// The elements of `of` in other sizes and strides, from its offset on.
 inline Tensor view(AtenTensorHandle of, int64_t dim, const int64_t* size, const int64_t* stride) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of, dim, size, stride, 0, &handle));

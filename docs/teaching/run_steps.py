@@ -1,4 +1,4 @@
-"""Builds the five kernels of docs/teaching/shrink.md, runs them under the SIMT executor and prints their table."""
+"""Builds the five kernels of docs/teaching/shrink.md, runs them, and prints their table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from csrc.simt import build  # noqa: E402
 
 
 def table(mode: str = "plain") -> str:
-    """What the program prints. mode: of the executor, "plain", "race" or "asan". CalledProcessError where a step is wrong."""
+    """Returns the table that the program prints.
+
+    Args:
+        mode: The executor's build: "plain", "race" or "asan".
+
+    Raises:
+        CalledProcessError: If a step computes a wrong value.
+    """
     program = build.program(mode, HERE / "shrink_steps.cpp")
     return subprocess.run(
         [program], check=True, stdout=subprocess.PIPE, text=True, env=build.environment(mode)

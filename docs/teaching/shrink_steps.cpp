@@ -1,4 +1,4 @@
-// Runs the five steps under the SIMT executor, checks each against float64 under three schedules of
+// Runs the five steps in the SIMT executor, checks each against float64 in three orders of the
 // threads, and prints what each one moves and issues.
 #include "shrink_steps.cuh"
 
@@ -27,7 +27,7 @@ const Step STEPS[] = {
     {"5 ring of copies", steps::ring, steps::ROWS, steps::THREADS, sizeof(steps::RingSmem)},
 };
 
-// An array that begins where one of cudaMalloc would: at a multiple of 256 bytes.
+// An array at a multiple of 256 bytes, as cudaMalloc returns it.
 template <class T>
 struct Array {
   struct alignas(256) Line {
@@ -68,7 +68,8 @@ struct Problem {
         for (int k = 0; k < K; ++k) {
           const double term = double(__bfloat162float(x.data()[size_t(m) * K + k])) *
                               __bfloat162float(A.data()[size_t(k) * steps::R + j]);
-          sum += term, size += std::fabs(term);
+          sum += term;
+          size += std::fabs(term);
         }
         if (!(std::fabs(sum - u.data()[size_t(m) * steps::R + j]) <= 1e-6 * size + 1e-30))
           return false;
@@ -81,7 +82,8 @@ bool right_in_all_orders(const Step& step) {
   Problem ragged(77, 192);
   for (const Order order : {Order::forward, Order::reverse, Order::random}) {
     Options options;
-    options.order = order, options.preempt = order == Order::random ? 16 : 0;
+    options.order = order;
+    options.preempt = order == Order::random ? 16 : 0;
     lotr::simt::set_options(options);
     ragged.run(step);
     if (!ragged.right()) return false;
@@ -99,14 +101,17 @@ int main() {
   std::printf("%-16s %5s %5s %8s %6s %8s %6s\n", "", "x", "A", "multiply", "shared", "conflict",
               "flight");
   for (const Step& step : STEPS) {
-    if (!right_in_all_orders(step)) return std::printf("%s: wrong\n", step.name), 1;
+    if (!right_in_all_orders(step)) {
+      std::printf("%s: wrong\n", step.name);
+      return 1;
+    }
     Options options;
     options.count_memory = true;
     lotr::simt::set_options(options);
     lotr::simt::reset_counters();
     problem.run(step);
     const lotr::simt::Counters c = lotr::simt::counters();
-    // a warp's multiply-add makes 32 of the M K R products, unless tensor cores make them
+    // A warp's multiply-add computes 32 of the M K R products, unless tensor cores compute them.
     const uint64_t multiply = c.mma ? c.mma : uint64_t(problem.M) * problem.K * steps::R / 32;
     const double conflict =
         c.shared_phases ? double(c.shared_wavefronts) / double(c.shared_phases) : 0.;

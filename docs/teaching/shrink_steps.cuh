@@ -1,6 +1,6 @@
-// u [M, 16] = x [M, K] A [K, 16], x and A in bfloat16, sums in float32, five times: from the kernel
-// that one writes first to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md
-// explains the steps; shrink_steps.cpp runs them.
+// u [M, 16] = x [M, K] A [K, 16] five times, x and A in bfloat16, sums in float32: from a naive
+// kernel to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md explains the
+// steps, and shrink_steps.cpp runs them.
 #pragma once
 #include "cuda/tile/mma.cuh"
 #include "cuda/tile/shared.cuh"
@@ -20,7 +20,8 @@ struct Params {
 // ---- 1: a thread for each element of u ----
 
 __global__ void __launch_bounds__(256) naive(const Params p) {
-  const int m = int(blockIdx.x) * 16 + int(threadIdx.x) / R, j = int(threadIdx.x) % R;
+  const int m = int(blockIdx.x) * 16 + int(threadIdx.x) / R;
+  const int j = int(threadIdx.x) % R;
   if (m >= p.M) return;
   float sum = 0.f;
   for (int k = 0; k < p.K; ++k)
@@ -42,8 +43,9 @@ LOTR_DEVICE void unpack(float (&to)[8], const uint4& chunk) {
 }
 
 __global__ void __launch_bounds__(256) wide(const Params p) {
-  const int lane = int(threadIdx.x) % 32, m = int(blockIdx.x) * 8 + int(threadIdx.x) / 32;
-  if (m >= p.M) return;  // the whole warp
+  const int lane = int(threadIdx.x) % 32;
+  const int m = int(blockIdx.x) * 8 + int(threadIdx.x) / 32;
+  if (m >= p.M) return;  // all lanes of the warp
   float sum[R] = {};
   for (int k = 8 * lane; k < p.K; k += 256) {
     float x[8];
@@ -79,12 +81,15 @@ struct PlainSmem {
 
 __global__ void __launch_bounds__(256) tiled(const Params p) {
   PlainSmem& s = ptx::shared_storage<PlainSmem>();
-  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS;
-  const int row = t / 4, j = t % 4 * 4;  // a thread has four sums of one token
+  const int t = int(threadIdx.x);
+  const int m0 = int(blockIdx.x) * ROWS;
+  const int row = t / 4;
+  const int j = t % 4 * 4;  // a thread has four sums of one token
   float sum[4] = {};
   for (int k0 = 0; k0 < p.K; k0 += COLS) {
     for (int chunk = t; chunk < ROWS * COLS / 8; chunk += 256) {
-      const int m = chunk / 8, k = chunk % 8 * 8;
+      const int m = chunk / 8;
+      const int k = chunk % 8 * 8;
       const uint4 none{};
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
@@ -95,14 +100,14 @@ __global__ void __launch_bounds__(256) tiled(const Params p) {
     if (t < COLS * R / 8)
       ptx::store_shared(reinterpret_cast<uint4*>(&s.A[t / 2][t % 2 * 8]),
                         ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
-    __syncthreads();  // the tile is there
+    __syncthreads();  // the tile is complete
     for (int k = 0; k < COLS; ++k) {
       const float x = ptx::to_float(ptx::load_shared(&s.x[row][k]));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         sum[i] = fmaf(x, ptx::to_float(ptx::load_shared(&s.A[k][j + i])), sum[i]);
     }
-    __syncthreads();  // all have read it: the next one may take its place
+    __syncthreads();  // all threads have read it, so the next one may replace it
   }
   if (m0 + row < p.M)
     ptx::store(reinterpret_cast<float4*>(p.u + size_t(m0 + row) * R + j),
@@ -118,14 +123,15 @@ struct Stage {
 using Product = tile::Half<bf16>;
 constexpr int WARPS = ROWS / 16, THREADS = 32 * WARPS;  // a warp multiplies 16 tokens
 
-// Writes the sums of a warp, in the places where mma.sync leaves them.
+// Stores the sums of a warp, from the registers in which mma.sync leaves them.
 LOTR_DEVICE void store_sums(const Params& p, const float (&d)[1][2][4], int m0) {
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int nj = 0; nj < 2; ++nj)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = m0 + lane / 4 + 8 * half, j = 8 * nj + lane % 4 * 2;
+      const int m = m0 + lane / 4 + 8 * half;
+      const int j = 8 * nj + lane % 4 * 2;
       if (m < p.M)
         ptx::store(reinterpret_cast<float2*>(p.u + size_t(m) * R + j),
                    float2{d[0][nj][2 * half], d[0][nj][2 * half + 1]});
@@ -134,11 +140,13 @@ LOTR_DEVICE void store_sums(const Params& p, const float (&d)[1][2][4], int m0) 
 
 __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
   Stage& s = ptx::shared_storage<Stage>();
-  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS;
+  const int t = int(threadIdx.x);
+  const int m0 = int(blockIdx.x) * ROWS;
   float d[1][2][4] = {};
   for (int k0 = 0; k0 < p.K; k0 += COLS) {
     for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
-      const int m = chunk / 8, c = chunk % 8;
+      const int m = chunk / 8;
+      const int c = chunk % 8;
       const uint4 none{};
       const bool inside = m0 + m < p.M;
       ptx::store_shared(
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
   store_sums(p, d, m0 + t / 32 * 16);
 }
 
-// ---- 5: a ring of stages: three tiles are under way while the fourth is multiplied ----
+// ---- 5: a ring of stages: three tiles are in flight while the fourth is multiplied ----
 
 constexpr int STAGES = 4;
 struct RingSmem {
@@ -165,12 +173,15 @@ struct RingSmem {
 
 __global__ void __launch_bounds__(THREADS) ring(const Params p) {
   RingSmem& s = ptx::shared_storage<RingSmem>();
-  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS, count = p.K / COLS;
+  const int t = int(threadIdx.x);
+  const int m0 = int(blockIdx.x) * ROWS;
+  const int count = p.K / COLS;
   const auto fetch = [&](int step) {
     if (step < count) {
       Stage& stage = s.stage[step % STAGES];
       for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
-        const int m = chunk / 8, c = chunk % 8;
+        const int m = chunk / 8;
+        const int c = chunk % 8;
         const bool inside = m0 + m < p.M;
         ptx::cp_async16(stage.x.chunk(m, c),
                         p.x + (inside ? size_t(m0 + m) * p.K + step * COLS + c * 8 : 0),
@@ -184,7 +195,7 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < count; ++step) {
     ptx::cp_async_wait<STAGES - 2>();  // this thread's copies of the tile have landed
-    __syncthreads();           // those of all threads; and all have multiplied the tile before
+    __syncthreads();           // those of all threads; and all have multiplied the previous tile
     fetch(step + STAGES - 1);  // into the stage of that tile
     Stage& stage = s.stage[step % STAGES];
     tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(

@@ -289,10 +289,10 @@ def choose_plan(
     """
     if needs_projection:
         return Plan.PROJECTION
-    if x.requires_grad and not A.requires_grad:
-        return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
     if x.dtype == torch.float16:  # F could overflow where the layer's output does not
         return Plan.PROJECTION if p else Plan.ONE_NODE_FEW_TOKENS
+    if x.requires_grad and not A.requires_grad:
+        return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
     if p:
         return Plan.ONE_NODE
     is_known = isinstance(tokens, int)

@@ -55,9 +55,15 @@ class LoTRPeftCore(nn.Module):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, base_output: Tensor | None
     ) -> Tensor:
-        """Returns x W^T + bias + s ((drop(x) A) G) B^T. A base_output replaces x W^T + bias.
+        """Returns x W^T + bias + s ((drop(x) A) G) B^T [.., n].
 
         ZeRO-3 gathers the core around this call.
+
+        Args:
+            x: [.., k].
+            weight: W [n, k]. None with a base_output.
+            bias: [n].
+            base_output: The output of another base. It replaces x W^T + bias.
         """
         core = self.core_matrix()
         dropout = self.dropout if self.training else 0.0

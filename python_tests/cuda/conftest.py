@@ -1,5 +1,8 @@
-"""Tests on a real GPU: make test-gpu. They are skipped elsewhere with the reason. Those that also run on a CPU, as a proof that
-they can pass, have the parameter `device`, or a name that ends in _cpu."""
+"""Tests on a GPU: make test-gpu. Elsewhere they are skipped with the reason.
+
+Some tests also run on a CPU, which shows that they can pass: those with the parameter `device`, or
+with a name that ends in _cpu.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-# The tables fill new memory with NaN, which is a part of torch's deterministic mode. In that mode cuBLAS needs this setting.
+# The tables fill new memory with NaN, which is a part of torch's deterministic mode. In that mode
+# cuBLAS needs this setting.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HERE = Path(__file__).resolve().parent
 
 
 def obstacle() -> str | None:
-    """Why these tests cannot run here."""
+    """Returns why these tests cannot run on this machine, or None."""
     if not torch.cuda.is_available():
         return f"no GPU (torch {torch.__version__}, CUDA {torch.version.cuda})"
     from lotr_ext.core.kernel_support import cuda_obstacle
@@ -33,9 +37,9 @@ def on_gpu(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before the selection by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if on_gpu(item)]
-    reason = obstacle() if here else None
-    for item in here:
+    gpu_items = [item for item in items if on_gpu(item)]
+    reason = obstacle() if gpu_items else None
+    for item in gpu_items:
         item.add_marker(pytest.mark.cuda)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, several devices, tensors of more than 2^31 elements, the sanitizer's tools."""
+"""Tests that need a GPU: graphs, streams, devices, more than 2^31 elements, the sanitizer."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ def step(
     seed: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> list[torch.Tensor]:
-    """Forward and backward of the adapter alone, on fresh copies of what it adds to; `pause` between operators."""
-    y, dx = t["y"].clone(), t["dx"].clone()
-    dA, dB = torch.zeros(t["A"].shape, device=y.device), torch.zeros(t["B"].shape, device=y.device)
+    """Runs forward and backward of the adapter on copies, with `pause` between operators."""
+    y = t["y"].clone()
+    dx = t["dx"].clone()
+    dA = torch.zeros(t["A"].shape, device=y.device)
+    dB = torch.zeros(t["B"].shape, device=y.device)
     pause()
     u = lotr.shrink(t["x"], t["A"], p, seed)
     pause()
@@ -69,8 +71,11 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [1, 64, 4099])
 def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype) -> None:
-    """Kernels that begin early wait for what is ahead: steps one upon the other, and replays of a graph of ten, have the bits
-    of a step that pauses after every operator."""
+    """Kernels that start early wait for the previous ones.
+
+    Consecutive steps, and replays of a graph of ten, have the bits of a step that pauses after
+    every operator.
+    """
     t = layer(m, 1000, 1208, 24, dtype)
     expected = step(t, pause=torch.cuda.synchronize)
     assert all(torch.isfinite(a).all() for a in expected)
@@ -87,7 +92,8 @@ def test_same_bits_a_hundred_times(m: int, dtype: torch.dtype) -> None:
 
 
 def test_graph_replays_with_new_inputs_and_a_new_seed() -> None:
-    t, seed = layer(1000, 512, 768, 16), torch.zeros(1, dtype=torch.int64, device="cuda")
+    t = layer(1000, 512, 768, 16)
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
         step(t, 0.1, seed)
@@ -118,25 +124,24 @@ def test_many_streams_at_once() -> None:
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=TWO_GPUS)])
 def test_a_thread_that_has_used_no_gpu(index: int) -> None:
-    """Such a thread has no current context, and torch's device guard gives it none. A tensor map needs one."""
-    t, got = layer(4096, 1024, 1024, 16, device=f"cuda:{index}"), []
-    thread = threading.Thread(target=lambda: got.extend(step(t)))
+    """Such a thread has no current context, which a tensor map needs."""
+    t = layer(4096, 1024, 1024, 16, device=f"cuda:{index}")
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(step(t)))
     thread.start()
     thread.join()
-    assert same(got, step(t))
+    assert same(results, step(t))
 
 
 @pytest.mark.usefixtures("shared")
 def test_calls_on_two_streams() -> None:
-    """The first stream is held up, so a layer on the second one that read its u would read what nothing has written yet."""
+    """The first stream is delayed: a layer on the second that reused its u would read too early."""
     factors = LoTRFactors(512, 512, 16)
     q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
     torch.nn.init.normal_(k.core)
-    first, second, x = (
-        torch.cuda.Stream(),
-        torch.cuda.Stream(),
-        torch.randn(2000, 512, device="cuda"),
-    )
+    first = torch.cuda.Stream()
+    second = torch.cuda.Stream()
+    x = torch.randn(2000, 512, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(500_000_000)
@@ -144,19 +149,19 @@ def test_calls_on_two_streams() -> None:
     with torch.cuda.stream(second):
         y = k(x)
     torch.cuda.synchronize()
-    want = x @ k.weight.T + k.bias + k.scaling * x @ factors.A.value @ k.core @ factors.B.value.T
-    assert torch.allclose(y, want, rtol=1e-3, atol=1e-3) and torch.isfinite(kept).all()
+    expected = (
+        x @ k.weight.T + k.bias + k.scaling * x @ factors.A.value @ k.core @ factors.B.value.T
+    )
+    assert torch.allclose(y, expected, rtol=1e-3, atol=1e-3) and torch.isfinite(kept).all()
 
 
 def test_gradients_of_layers_on_two_streams() -> None:
-    """The first stream is held up in backward: a sum of both streams' layers would be read or written too early."""
+    """The first stream is delayed in backward: a shared sum would be accessed too early."""
     factors = LoTRFactors(512, 512, 16).cuda()
     layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
-    xs, streams, outputs = (
-        torch.randn(2, 2000, 512, device="cuda"),
-        [torch.cuda.Stream() for _ in layers],
-        [],
-    )
+    xs = torch.randn(2, 2000, 512, device="cuda")
+    streams = [torch.cuda.Stream() for _ in layers]
+    outputs = []
     for layer in layers:
         torch.nn.init.normal_(layer.core)
     torch.cuda.synchronize()
@@ -167,7 +172,9 @@ def test_gradients_of_layers_on_two_streams() -> None:
     torch.cuda.synchronize()
     (outputs[0].sum() + outputs[1].sum()).backward()
     torch.cuda.synchronize()
-    A, B, one = factors.A.value, factors.B.value, torch.ones(2000, 512, device="cuda")
+    A = factors.A.value
+    B = factors.B.value
+    one = torch.ones(2000, 512, device="cuda")
     with torch.no_grad():
         want_A = sum(
             x.T @ (one @ (layer.scaling * B @ layer.core.T))
@@ -205,14 +212,12 @@ def test_more_than_31_bits_of_elements() -> None:
     assert torch.allclose(
         x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2
     )
-    acc, only_last = (
-        torch.zeros(k, r, device="cuda"),
-        torch.zeros(m, r, device="cuda", dtype=torch.bfloat16),
-    )
+    acc = torch.zeros(k, r, device="cuda")
+    only_last = torch.zeros(m, r, device="cuda", dtype=torch.bfloat16)
     only_last[-1] = 1
     lotr.shrink_backward_(only_last, None, x, None, acc)
     assert torch.equal(acc[:, 0], x[-1].float())
-    # dropout's index passes 32 bits: seed and place alone decide, so a mask of ones must repeat in expand_add_
+    # The index of dropout exceeds 32 bits.
     seed = torch.tensor([5], device="cuda")
     y = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
     lotr.expand_add_(
@@ -227,7 +232,7 @@ def test_more_than_31_bits_of_elements() -> None:
 
 
 def test_first_calls_of_a_process_inside_of_a_capture() -> None:
-    """The driver is asked about the device, kernels are loaded, and counters are found while a stream is captured."""
+    """The driver is queried, and kernels are loaded, while a stream is captured."""
     program = """
 import torch, lotr_ext
 from test_device import layer, same, step
@@ -278,7 +283,8 @@ def test_second_device_alone_makes_no_context_on_the_first() -> None:
     """A context takes some hundred megabytes."""
     program = (
         "import torch, lotr_ext; layer = lotr_ext.LoTRLinear(64, 64, 8, device='cuda:1'); "
-        "layer(torch.ones(8, 64, device='cuda:1')).sum().backward(); assert not torch._C._cuda_hasPrimaryContext(0)"
+        "layer(torch.ones(8, 64, device='cuda:1')).sum().backward(); "
+        "assert not torch._C._cuda_hasPrimaryContext(0)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -286,19 +292,22 @@ def test_second_device_alone_makes_no_context_on_the_first() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer(tool: str) -> None:
-    """Ragged layers of every rank class; each tensor is an allocation of its own, because memcheck knows allocations."""
+    """Ragged layers of every rank class, one allocation per tensor, because memcheck needs that."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         pytest.skip("no compute-sanitizer")
     steps = """
 import torch
 from test_device import layer, step
+shapes = (
+    (333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200)
+)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for shape in ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200)):
+    for shape in shapes:
         step(layer(*shape, dtype), 0.2, torch.tensor([3], device="cuda"))
 torch.cuda.synchronize()
 """
-    # initcheck also reports what torch's allocator left in reused blocks: only our kernels are looked at
+    # initcheck also reports blocks that torch's allocator reuses, so only our kernels are checked.
     command = [
         program,
         "--tool",

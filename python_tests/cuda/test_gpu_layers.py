@@ -1,4 +1,4 @@
-"""Layers, experts, tasks and whole models on a GPU against float64; compiled, under autocast, as CUDA graphs."""
+"""Layers, experts, tasks and models on a GPU against float64; compiled, autocast, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,25 +36,29 @@ def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None
 @DTYPES
 def test_experts(dtype: torch.dtype, device: str) -> None:
     """Expert 1 has no rows, the last 40 rows no expert."""
-    tokens, ends = 300, [70, 70, 200, 310, 560]
+    tokens = 300
+    ends = [70, 70, 200, 310, 560]
     layer = LoTRExperts(len(ends), 64, 48, 8, bias=True, dtype=dtype).to(device)
     nn.init.normal_(layer.core, 0, 0.5)
-    x, of_row = torch.randn(tokens, 64).to(dtype), torch.randint(0, tokens, (600,))
-    g, found = torch.randn(ends[-1], 48).to(dtype), []
-    for own, place in ((layer, device), (copy.deepcopy(layer).to("cpu", torch.float64), "cpu")):
-        wide = own.weight.dtype
-        x_here = x.to(place, wide, copy=True).requires_grad_()
-        y = own(x_here, torch.tensor(ends, dtype=torch.int32, device=place), of_row.to(place))[
-            : ends[-1]
-        ]
-        y.backward(g.to(place, wide))
-        trained = (own.core, own.factors.A.value, own.factors.B.value)
-        found.append([t.detach().cpu() for t in (y, x_here.grad, *(p.grad for p in trained))])
-    assert worst(*found) < 3 * CLOSE[dtype]
+    x = torch.randn(tokens, 64).to(dtype)
+    of_row = torch.randint(0, tokens, (600,))
+    g = torch.randn(ends[-1], 48).to(dtype)
+    reference = copy.deepcopy(layer).to("cpu", torch.float64)
+    results = []
+    for experts, place in ((layer, device), (reference, "cpu")):
+        dtype_of_layer = experts.weight.dtype
+        moved_x = x.to(place, dtype_of_layer, copy=True).requires_grad_()
+        offs = torch.tensor(ends, dtype=torch.int32, device=place)
+        y = experts(moved_x, offs, of_row.to(place))[: ends[-1]]
+        y.backward(g.to(place, dtype_of_layer))
+        trained = (experts.core, experts.factors.A.value, experts.factors.B.value)
+        gradients_of_layer = [parameter.grad for parameter in trained]
+        results.append([t.detach().cpu() for t in (y, moved_x.grad, *gradients_of_layer)])
+    assert worst(*results) < 3 * CLOSE[dtype]
 
 
 def test_tasks(device: str) -> None:
-    """A batch of three rows with two tasks and none; a row of a task that does not exist is NaN, its neighbours are right."""
+    """Three rows with two tasks and none. Only the row of an unknown task is NaN."""
     model = models.trained("mlp").to(device)
     bank = TaskBank(model, 4)
     for _ in range(3):
@@ -62,7 +66,8 @@ def test_tasks(device: str) -> None:
         bank.replace(
             task, {name: torch.randn(core.shape) for name, core in bank.cores_of(task).items()}
         )
-    x, index = torch.randn(3, 7, zoo.WIDTH, device=device), torch.tensor([2, -1, 0], device=device)
+    x = torch.randn(3, 7, zoo.WIDTH, device=device)
+    index = torch.tensor([2, -1, 0], device=device)
     truth = copy.deepcopy(model).to("cpu", torch.float64)
     with torch.no_grad():
         with use_tasks(model, index):
@@ -71,7 +76,7 @@ def test_tasks(device: str) -> None:
             assert relative(y, truth(x.double().cpu())) < 1e-5
 
 
-# ---- whole models ----
+# ---- models ----
 
 
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -82,15 +87,16 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradients by the formula in float64."""
-    model, plain = copy.deepcopy(model).to("cpu", torch.float64), zoo.net("mlp").double()
-    own = models.own_parameters(model)
+    model = copy.deepcopy(model).to("cpu", torch.float64)
+    plain = zoo.net("mlp").double()
+    parameters = models.own_parameters(model)
     y = torch.func.functional_call(plain, models.written_out(model, plain), (x.double().cpu(),))
-    return list(torch.autograd.grad(y.square().mean(), own))
+    return list(torch.autograd.grad(y.square().mean(), parameters))
 
 
 @pytest.mark.parametrize(
     "mode", ["default", "reduce-overhead"]
-)  # the latter: CUDA graphs of torch's own making
+)  # the latter uses torch's CUDA graphs
 @pytest.mark.parametrize("tokens", [40, 2100])
 def test_compiled_model(mode: str, tokens: int, device: str) -> None:
     torch.compiler.reset()
@@ -105,7 +111,8 @@ def test_compiled_model(mode: str, tokens: int, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype, device: str) -> None:
-    model, x = models.trained("mlp").to(device), torch.randn(2, 600, zoo.WIDTH, device=device)
+    model = models.trained("mlp").to(device)
+    x = torch.randn(2, 600, zoo.WIDTH, device=device)
 
     def call(x: Tensor) -> Tensor:
         with torch.autocast(device, dtype):
@@ -115,17 +122,15 @@ def test_autocast(dtype: torch.dtype, device: str) -> None:
 
 
 class Trained:
-    """A model, its optimizer and where its batches lie; `step` is all that a graph captures."""
+    """A model, its optimizer and its batch buffers. A graph captures `step`."""
 
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).cuda()
         self.optimizer = torch.optim.AdamW(
             models.own_parameters(self.model), lr=1e-2, capturable=True
         )
-        self.x, self.loss = (
-            torch.zeros(2, 150, zoo.WIDTH, device="cuda"),
-            torch.zeros((), device="cuda"),
-        )
+        self.x = torch.zeros(2, 150, zoo.WIDTH, device="cuda")
+        self.loss = torch.zeros((), device="cuda")
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,7 +140,8 @@ class Trained:
         self.loss.copy_(loss.detach())
 
     def run(self, step: Callable[[], None]) -> list[float]:
-        generator, losses = torch.Generator().manual_seed(1), []
+        generator = torch.Generator().manual_seed(1)
+        losses = []
         for _ in range(4):
             self.x.copy_(torch.randn(self.x.shape, generator=generator))
             step()
@@ -144,9 +150,10 @@ class Trained:
 
 
 def test_a_whole_step_captured_and_replayed() -> None:
-    """Forward, the sums of the shared gradients, AdamW: replayed on new batches, against steps without a graph."""
+    """Forward, sums of the shared gradients, AdamW: replays on new batches against eager steps."""
     start = models.trained("mlp")
-    plain, graphed = Trained(start), Trained(start)
+    plain = Trained(start)
+    graphed = Trained(start)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
@@ -157,6 +164,7 @@ def test_a_whole_step_captured_and_replayed() -> None:
     graphed.optimizer.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):
         graphed.step()
-    losses, replayed = plain.run(plain.step), graphed.run(graph.replay)
+    losses = plain.run(plain.step)
+    replayed = graphed.run(graph.replay)
     assert replayed == pytest.approx(losses, rel=1e-4) and len(set(losses)) == 4
     assert worst(models.own_parameters(graphed.model), models.own_parameters(plain.model)) < 1e-4

@@ -1,5 +1,8 @@
-"""The table of operators (python_tests/test_operators.py) on a GPU, and on a Hopper GPU the strategy FUSED of the layer's
-operators, which runs gemm_lotr. Once on the CPU, which shows that the checks can pass."""
+"""The table of operators (python_tests/test_operators.py) on a GPU.
+
+On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gemm_lotr. The same
+tests run once on the CPU, which shows that the checks can pass.
+"""
 
 from __future__ import annotations
 
@@ -36,39 +39,44 @@ of_kinds = pytest.mark.parametrize(
 
 
 class OnDevice:
-    """torch.ops.lotr for operands on the CPU. Each moves with the whole storage it lies in, so the NaN beside it moves too;
-    results, and the storages of what was written, come back. fused: FUSED runs in place of BETA."""
+    """torch.ops.lotr for operands on the CPU.
+
+    Each operand is moved with its storage, so the NaN around it is moved as well. Results, and the
+    storages of written operands, are moved back. fused: FUSED replaces BETA.
+    """
 
     def __init__(self, device: str, fused: bool = False):
-        self.device, self.fused = device, fused
+        self.device = device
+        self.fused = fused
 
     def __getattr__(self, name: str) -> Callable:
         return partial(self.call, name)
 
-    def call(self, name: str, *given: object) -> object:
+    def call(self, name: str, *arguments: object) -> object:
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def there(t: Tensor) -> Tensor:
-            whole = t if t._base is None else t._base
-            moved.setdefault(id(whole), (whole, whole.clone().to(self.device)))
-            return moved[id(whole)][1].as_strided(t.shape, t.stride(), t.storage_offset())
+        def on_device(t: Tensor) -> Tensor:
+            storage = t if t._base is None else t._base
+            moved.setdefault(id(storage), (storage, storage.clone().to(self.device)))
+            return moved[id(storage)][1].as_strided(t.shape, t.stride(), t.storage_offset())
 
-        given = tree_map_only(Tensor, there, given)
+        operands = tree_map_only(Tensor, on_device, arguments)
         names = [argument.name for argument in SCHEMAS[name].arguments]
         if self.fused and "strategy" in names:
-            at = names.index("strategy")
-            if given[at] == BETA:
-                given = (*given[:at], FUSED, *given[at + 1 :])
-        found = getattr(torch.ops.lotr, name)(*given)
-        for here, away in moved.values():
-            here.copy_(away)
-        return tree_map_only(Tensor, Tensor.cpu, found)
+            strategy = names.index("strategy")
+            if operands[strategy] == BETA:
+                operands = (*operands[:strategy], FUSED, *operands[strategy + 1 :])
+        result = getattr(torch.ops.lotr, name)(*operands)
+        for original, copy in moved.values():
+            original.copy_(copy)
+        return tree_map_only(Tensor, Tensor.cpu, result)
 
 
 def check(name: str, make: Callable[[], Case], where: str) -> None:
     """The numbers, and the same bits a second time."""
     test_operators.check(name, make(), where)
-    first, second = test_operators.results(name, make()), test_operators.results(name, make())
+    first = test_operators.results(name, make())
+    second = test_operators.results(name, make())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), (
         f"{name}, {where}: other bits"
     )
@@ -106,23 +114,26 @@ def hopper() -> None:
 def test_fused(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_operators, "ops", OnDevice("cuda", fused=True))
     for shape in FUSED_SHAPES:
+        _, k, n, r = shape
+        assert torch.ops.lotr.gemm_lotr_refusal(k, n, r, dtype, torch.cuda.current_device()) == ""
         check(name, partial(Case, shape, dtype, dtype), str(shape))
 
 
 @pytest.mark.usefixtures("hopper")
 def test_fused_in_a_graph() -> None:
-    """A captured launch, replayed beside launches in another stream."""
+    """A captured launch, replayed while another stream launches."""
     sizes = ((700, 512), (768, 512), (512, 16), (768, 16), (16, 16))
     x, weight, A, B, core = (torch.randn(*size, device="cuda").bfloat16() for size in sizes)
     run = partial(torch.ops.lotr.layer_forward, x, weight, None, A, B, core, 0.1, FUSED)
-    want = run()[0]
-    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    expected = run()[0]
+    graph = torch.cuda.CUDAGraph()
+    other = torch.cuda.Stream()
     with torch.cuda.graph(graph):
         y = run()[0]
     other.wait_stream(torch.cuda.current_stream())
     for _ in range(50):
         graph.replay()
         with torch.cuda.stream(other):
-            beside = run()[0]
+            y_of_other = run()[0]
     torch.cuda.synchronize()
-    assert torch.equal(y, want) and torch.equal(beside, want)
+    assert torch.equal(y, expected) and torch.equal(y_of_other, expected)

@@ -1,7 +1,8 @@
 """Arrays for the kernel tests: element types, poisoned padding, the tolerance rule.
 
-bfloat16 is carried as uint16, as the executor's module takes it. Everything outside a matrix is NaN: the columns between its
-rows, the rows after the last, and the elements before the first. A kernel that reads any of it produces NaN.
+bfloat16 arrays have the dtype uint16, as in the executor's module. Everything outside a matrix is
+NaN: the columns between its rows, the rows after the last, and the elements before the first. A
+kernel that reads any of it produces NaN.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ def wide(a: np.ndarray) -> np.ndarray:
 
 
 def operand(a: np.ndarray, kind: str) -> np.ndarray:
-    """float64 values of a stored array as the product sees them: float32 beside half elements is rounded."""
+    """Returns the float64 values that a product uses: float32 factors of half types are rounded."""
     return wide(narrow(a, kind) if a.dtype == np.float32 else a)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix lies in its poisoned buffer: elements before it, between its rows, which start at multiples of `multiple`;
-    transposed: columns in memory."""
+    """Where a matrix is in its poisoned buffer: elements before it, and between its rows.
+
+    The rows start at multiples of `multiple` elements. A transposed matrix has its columns there.
+    """
 
     offset: int = 0
     pad: int = 0
@@ -54,19 +57,23 @@ PACKED = Layout()
 ROWS_OF_16_BYTES = Layout(multiple=8)
 
 
+# A NaN for each size of an element. The executor's shared memory starts as another NaN, all bits
+# set, so that a copy of it outside an output is noticed.
+POISON = {2: np.uint16(0xFFFE), 4: np.uint32(0xFFFFFFFE)}
+
+
 def poisoned(
     shape: tuple[int, int], dtype: np.dtype, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A NaN-filled buffer, and the view of `shape` inside it. The buffer starts at an address divisible by 64."""
+    """Returns a buffer of NaN at a multiple of 64 bytes, and the view of `shape` inside it."""
     rows, cols = shape[::-1] if layout.transposed else shape
     stride = -(-(cols + layout.pad) // layout.multiple) * layout.multiple
     size = layout.offset + rows * stride + 96
     raw = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
     buffer = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-    buffer.view(np.uint16 if buffer.itemsize == 2 else np.uint32)[...] = (
-        0xFFFF if buffer.itemsize == 2 else 0xFFFFFFFF
-    )
+    poison = POISON[buffer.itemsize]
+    buffer.view(poison.dtype)[...] = poison
     view = buffer[layout.offset : layout.offset + rows * stride].reshape(rows, stride)[:, :cols]
     return buffer, view.T if layout.transposed else view
 
@@ -79,7 +86,7 @@ def place(values: np.ndarray, dtype: np.dtype, layout: Layout = ALIGNED) -> np.n
 
 
 class Output:
-    """An output in poisoned memory; check_outside asserts that nothing around it was written. Three dimensions are packed."""
+    """An output in poisoned memory. Three dimensions are packed."""
 
     def __init__(
         self,
@@ -88,35 +95,34 @@ class Output:
         layout: Layout = ALIGNED,
         values: np.ndarray | None = None,
     ):
-        shape, whole, layout = (
-            (int(np.prod(shape[:-1])), shape[-1]),
-            shape,
-            PACKED if len(shape) > 2 else layout,
-        )
-        self.buffer, self.view = poisoned(shape, dtype, layout)
-        word = np.uint16 if self.buffer.itemsize == 2 else np.uint32
+        matrix_shape = (int(np.prod(shape[:-1])), shape[-1])
+        if len(shape) > 2:
+            layout = PACKED
+        self.buffer, matrix = poisoned(matrix_shape, dtype, layout)
         inside = np.zeros(self.buffer.shape, bool)
-        strides = tuple(s // self.buffer.itemsize for s in self.view.strides)
-        rows, cols = np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij")
-        inside[layout.offset + rows * strides[0] + cols * strides[1]] = True
-        self._outside, self._words = ~inside, self.buffer.view(word)
-        self.view = self.view.reshape(whole)
+        row_stride, col_stride = (stride // self.buffer.itemsize for stride in matrix.strides)
+        rows, cols = np.indices(matrix_shape)
+        inside[layout.offset + rows * row_stride + cols * col_stride] = True
+        self._outside = ~inside
+        self._poison = POISON[self.buffer.itemsize]
+        self._words = self.buffer.view(self._poison.dtype)
+        self.view = matrix.reshape(shape)
         if values is not None:
             self.view[...] = values
 
     def check_outside(self) -> None:
-        """Asserts that only the matrix itself was written."""
-        words = self._words[self._outside]
-        assert (words == words.dtype.type(~words.dtype.type(0))).all(), "wrote outside the output"
+        """Asserts that nothing around the matrix was written."""
+        assert (self._words[self._outside] == self._poison).all(), "wrote outside the output"
 
 
 def check_close(
     got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str
 ) -> None:
-    """The error against float64 may be at most twice that of the eager formula with the same operands, plus epsilon.
+    """Asserts that the error against float64 is at most twice the eager formula's, plus an epsilon.
 
-    The epsilon is a unit of the stored type at the result's magnitude (two rounded values may differ by one), and what
-    another order of summation in float32 may cost: a few units of the sum of absolute products, `scale`.
+    The epsilon is a unit of the stored type at the result's magnitude (two rounded values may
+    differ by one), and the effect of another order of summation in float32: a few units of the
+    sum of absolute products, `scale`.
     """
     got = wide(got)
     assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
@@ -134,23 +140,26 @@ def check_close(
     )
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), (
-        f"{what}: at {tuple(int(i) for i in worst)} got {got[worst]:.9g}, expected {truth[worst]:.9g} "
-        f"within {allowed[worst]:.3g}, {np.count_nonzero(error > allowed)} of {error.size} values are off"
+        f"{what}: at {tuple(int(i) for i in worst)} expected {truth[worst]:.9g} within "
+        f"{allowed[worst]:.3g}, got {got[worst]:.9g}; "
+        f"{np.count_nonzero(error > allowed)} of {error.size} values are off"
     )
 
 
 def philox_keep(seed: int, rows: int, cols: int, p: float) -> np.ndarray:
-    """The elements that dropout keeps: Philox 4x32-10 in numpy integers, written from its definition, not from the kernel."""
+    """Returns the elements that dropout keeps: Philox 4x32-10, written from its definition."""
     e = (
         np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(cols)
         + np.arange(cols, dtype=np.uint64)[None, :]
     )
-    q, low = e // np.uint64(4), np.uint64(0xFFFFFFFF)
+    q = e // np.uint64(4)
+    low = np.uint64(0xFFFFFFFF)
     c = [q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)]
     k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
     with np.errstate(over="ignore"):
         for _ in range(10):
-            a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+            a = np.uint64(0xD2511F53) * c[0]
+            b = np.uint64(0xCD9E8D57) * c[2]
             c = [
                 (b >> np.uint64(32)) ^ c[1] ^ k[0],
                 b & low,

@@ -1,7 +1,7 @@
-"""The table KERNELS: every kernel as a problem with inputs in poisoned memory and the float64 truth of its outputs.
+"""The table KERNELS: each kernel as a problem with inputs in poisoned memory and its float64 truth.
 
-A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels run the table of
-test_operators.py (python_tests/cuda).
+A problem runs in the executor's module (csrc/simt). On a GPU the operators that launch the kernels
+run the table of test_operators.py (python_tests/cuda).
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ Views = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Shape:
-    """m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same). The device has `sms`
-    multiprocessors. bare: without what the kernel can go without: a bias, sums that it adds to, dB, dx, a row's token."""
+    """The sizes of a problem.
+
+    m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same).
+    The device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are
+    added to, dB, dx, the tokens of rows.
+    """
 
     m: int
     k: int
@@ -64,7 +68,8 @@ class Shape:
         return f"{self.m}x{self.k}x{self.columns}-r{self.r}-{place}-sm{self.sms}{flags}"
 
 
-# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
+# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than
+# splits and more.
 QUICK = [
     Shape(0, 64, 16),
     Shape(1, 1, 1, ODD, 0.5),
@@ -102,8 +107,8 @@ SHAPES = [
     Shape(700, 512, 13, ODD, sms=16),
     Shape(2040, 40, 13, ODD, sms=16),
 ]
-# Of gemm_lotr: ragged in every extent; one tile and several for a pair of blocks; fewer k-steps than the ring has stages, and
-# more; both steps of the rank.
+# For gemm_lotr: ragged in every extent; one tile and several per pair of blocks; fewer k-steps than
+# the ring has stages, and more; both steps of the rank.
 FUSED_QUICK = [
     Shape(0, 16, 4, n=16),
     Shape(1, 1, 1, n=1, sms=1),
@@ -125,18 +130,23 @@ FUSED_SHAPES = [
 
 @dataclass
 class Problem:
-    """One call of a kernel: its inputs, how its outputs are made anew for each run, and the check of their values."""
+    """One call of a kernel: inputs, functions that create outputs, the check of their values."""
 
     name: str
     kernel: str
-    device: dict[str, int]  # that plans are made for
+    device: dict[str, int]  # for which plans are made
     inputs: Views
     numbers: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
     check: Callable[[Views], None] = lambda views: None
 
     def run(self, lib: ModuleType, **options: object) -> Views:
-        """The outputs by name, in fresh poisoned memory. Nothing beside them may be written. options: the executor's."""
+        """Returns the outputs by name, in new poisoned memory, and checks that around it.
+
+        Args:
+            lib: The executor's module.
+            options: For the executor.
+        """
         outputs = {name: make() for name, make in self.outputs.items()}
         lib.set_device(**self.device)
         lib.set_options(
@@ -152,22 +162,20 @@ class Problem:
         return {name: output.view for name, output in outputs.items()}
 
     def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
-        """Runs once and checks the values; the bits of the outputs."""
+        """Runs once, checks the values, and returns the bits of the outputs."""
         views = self.run(lib, **options)
         self.check(views)
         return {name: np.ascontiguousarray(view).tobytes() for name, view in views.items()}
 
 
 class Maker:
-    """Random operands of a shape and element type, in poisoned memory, and the comparison with the truth."""
+    """Random operands of a shape and element type, and the comparison of results."""
 
     def __init__(self, shape: Shape, kind: str, name: str):
-        self.shape, self.kind, self.name, self.dtype = (
-            shape,
-            kind,
-            f"{name} {kind} {shape}",
-            DTYPE[kind],
-        )
+        self.shape = shape
+        self.kind = kind
+        self.name = f"{name} {kind} {shape}"
+        self.dtype = DTYPE[kind]
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
     def values(self, *size: int) -> np.ndarray:
@@ -185,18 +193,19 @@ class Maker:
         return self.large(rows, cols)
 
     def op(self, a: np.ndarray) -> np.ndarray:
-        """An operand's values as the kernel's product sees them."""
+        """Returns the values of an operand that the kernel's product uses."""
         return operand(a, self.kind)
 
     def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
         return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
 
     def with_dropout(self, problem: Problem) -> np.ndarray | float:
-        """Adds the shape's dropout to a problem; what dropout multiplies the large matrix by."""
+        """Adds the shape's dropout to a problem. Returns the mask, scaled by 1 / (1 - p)."""
         shape = self.shape
         if not shape.p:
             return 1.0
-        problem.inputs["seed"], problem.numbers["p"] = np.array([SEED], np.int64), shape.p
+        problem.inputs["seed"] = np.array([SEED], np.int64)
+        problem.numbers["p"] = shape.p
         return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
 
     def out(
@@ -206,7 +215,7 @@ class Maker:
         dtype: type | None = None,
         packed: bool = False,
     ):
-        """A function that makes an output: of the kernel's type, NaN unless it has values at the start."""
+        """Returns a function that creates an output, by default of the kernel's type and of NaN."""
         layout = PACKED if packed else self.shape.layout
         return lambda: Output(size, dtype or self.dtype, layout, start)
 
@@ -221,7 +230,7 @@ class Maker:
         kind: str | None = None,
         scale: float = 1.0,
     ) -> None:
-        """got = add + mask scale (left right), compared with float64 and with float32 arithmetic."""
+        """Asserts got = add + mask scale (left right), by float64 and float32 arithmetic."""
         kind = kind or self.kind
         truth = add + mask * scale * (left @ right)
         eager = add + mask * scale * (left.astype("f4") @ right.astype("f4"))
@@ -231,7 +240,8 @@ class Maker:
 
 def shrink(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "shrink")
-    x, A = t.large(shape.m, shape.k), t.factor(shape.k, shape.r)
+    x = t.large(shape.m, shape.k)
+    A = t.factor(shape.k, shape.r)
     problem = t.problem("shrink", {"x": x, "A": A})
     mask = t.with_dropout(problem)
     problem.outputs = {"u": t.out(shape.m, shape.r)}
@@ -242,11 +252,9 @@ def shrink(shape: Shape, kind: str) -> Problem:
 def shrink_core(shape: Shape, kind: str) -> Problem:
     """shrink of few tokens: u and h = 3 u core from one launch."""
     t = Maker(shape, kind, "shrink_core")
-    x, A, core = (
-        t.large(shape.m, shape.k),
-        t.factor(shape.k, shape.r),
-        t.factor(shape.r, shape.other),
-    )
+    x = t.large(shape.m, shape.k)
+    A = t.factor(shape.k, shape.r)
+    core = t.factor(shape.r, shape.other)
     problem = t.problem("shrink", {"x": x, "A": A, "core": core}, scale=0.5, core_scale=3.0)
     problem.outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
 
@@ -260,11 +268,9 @@ def shrink_core(shape: Shape, kind: str) -> Problem:
 
 def expand_add(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "expand_add")
-    u, F, y0 = (
-        t.large(shape.m, shape.r),
-        t.factor(shape.k, shape.r),
-        narrow(t.values(shape.m, shape.k), kind),
-    )
+    u = t.large(shape.m, shape.r)
+    F = t.factor(shape.k, shape.r)
+    y0 = narrow(t.values(shape.m, shape.k), kind)
     problem = t.problem("expand_add", {"u": u, "F": F})
     mask = t.with_dropout(problem)
     problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
@@ -275,9 +281,11 @@ def expand_add(shape: Shape, kind: str) -> Problem:
 def expand_fresh(shape: Shape, kind: str) -> Problem:
     """y = bias + u F^T, whatever y holds (here NaN)."""
     t = Maker(shape, kind, "expand_fresh")
-    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    u = t.large(shape.m, shape.r)
+    F = t.factor(shape.k, shape.r)
     problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
-    mask, bias = t.with_dropout(problem), np.zeros(shape.k)
+    mask = t.with_dropout(problem)
+    bias = np.zeros(shape.k)
     if not shape.bare:
         problem.inputs["bias"] = t.large(1, shape.k)[0]
         bias = wide(problem.inputs["bias"])
@@ -319,7 +327,9 @@ def expand_from(shape: Shape, kind: str) -> Problem:
 def factor_grad(shape: Shape, kind: str) -> Problem:
     """D += x^T v; bare: D = x^T v, whatever D holds."""
     t = Maker(shape, kind, "factor_grad")
-    x, v, D0 = t.large(shape.m, shape.k), t.large(shape.m, shape.r), t.floats(shape.k, shape.r)
+    x = t.large(shape.m, shape.k)
+    v = t.large(shape.m, shape.r)
+    D0 = t.floats(shape.k, shape.r)
     problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=not shape.bare)
     left = (t.op(x) * t.with_dropout(problem)).T
     problem.outputs = {"D": t.out(shape.k, shape.r, start=None if shape.bare else D0, dtype=FLOAT)}
@@ -332,12 +342,10 @@ def factor_grad(shape: Shape, kind: str) -> Problem:
 def shrink_grad(shape: Shape, kind: str) -> Problem:
     """k = g F and Q += g^T u; bare: Q = g^T u, whatever Q holds."""
     t = Maker(shape, kind, "shrink_grad")
-    g, F, u, Q0 = (
-        t.large(shape.m, shape.k),
-        t.factor(shape.k, shape.r),
-        t.large(shape.m, shape.r),
-        t.floats(shape.k, shape.r),
-    )
+    g = t.large(shape.m, shape.k)
+    F = t.factor(shape.k, shape.r)
+    u = t.large(shape.m, shape.r)
+    Q0 = t.floats(shape.k, shape.r)
     problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=not shape.bare)
     Q = t.out(shape.k, shape.r, start=None if shape.bare else Q0, dtype=FLOAT, packed=shape.bare)
     problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
@@ -351,15 +359,16 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
 
 
 def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
-    """y = x W^T + bias + u F^T. Backward, in the forward pass's names: y = x W + u F^T with W [k, n]."""
-    m, k, n, r = shape.m, shape.k, shape.columns, shape.r
+    """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    r = shape.r
     t = Maker(shape, kind, "gemm_lotr_backward" if backward else "gemm_lotr")
-    x, W, u, F = (
-        t.large(m, k),
-        t.large(*((k, n) if backward else (n, k))),
-        t.large(m, r),
-        t.large(n, r),
-    )
+    x = t.large(m, k)
+    W = t.large(*((k, n) if backward else (n, k)))
+    u = t.large(m, r)
+    F = t.large(n, r)
     problem = t.problem("gemm_lotr", {"x": x, "W": W, "u": u, "F": F}, backward=backward)
     bias = np.zeros((1, n))
     if not shape.bare:
@@ -368,10 +377,8 @@ def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
     problem.outputs = {"y": t.out(m, n)}
 
     def check(out: Views) -> None:
-        left, right = (
-            np.hstack([wide(x), wide(u)]),
-            np.vstack([wide(W) if backward else wide(W).T, wide(F).T]),
-        )
+        left = np.hstack([wide(x), wide(u)])
+        right = np.vstack([wide(W) if backward else wide(W).T, wide(F).T])
         t.close(out["y"], left, right, "y", bias.repeat(m, 0))
 
     problem.check = check
@@ -397,7 +404,8 @@ def pack(shape: Shape, kind: str) -> Problem:
 
 def fold(shape: Shape, kind: str) -> Problem:
     t = Maker(shape, kind, "fold")
-    B, core = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other)
+    B = t.factor(shape.k, shape.other)
+    core = t.factor(shape.r, shape.other)
     problem = t.problem("fold", {"B": B, "core": core}, scale=0.25)
     problem.outputs = {"F": t.out(shape.k, shape.r)}
     problem.check = lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
@@ -405,13 +413,11 @@ def fold(shape: Shape, kind: str) -> Problem:
 
 
 def fold_grad(shape: Shape, kind: str) -> Problem:
-    """dcore = s Q^T B, and dB += s Q core: dcore alone where bare, dB alone where the shape has dropout."""
+    """dcore = s Q^T B, dB += s Q core. Only dcore if bare, only dB if the shape has dropout."""
     t = Maker(shape, kind, "fold_grad")
-    B, core, Q = (
-        t.factor(shape.k, shape.other),
-        t.factor(shape.r, shape.other),
-        t.floats(shape.k, shape.r),
-    )
+    B = t.factor(shape.k, shape.other)
+    core = t.factor(shape.r, shape.other)
+    Q = t.floats(shape.k, shape.r)
     dB0 = t.floats(shape.k, shape.other)
     problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
     if shape.bare or not shape.p:
@@ -429,20 +435,24 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
     return problem
 
 
-# ---- the unfolded form: products of products, of which the inner one may be stored rounded ----
+# ---- the few-token form: products of products, of which the inner one may be stored rounded ----
 
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
 
 
 class Rounded:
-    """A matrix and the root mean square of its rounding error, in units of the type: h and k may be stored rounded or not."""
+    """A matrix and the mean square of its rounding error in units of the type.
+
+    h and k may be stored rounded or not.
+    """
 
     def __init__(self, value: np.ndarray, square: np.ndarray):
-        self.value, self.square = value, square
+        self.value = value
+        self.square = square
 
     @classmethod
     def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> Rounded:
-        """The error of a product is that of its terms, which may cancel in its value."""
+        """Returns scale left right. Its error is the error of the terms, which may cancel."""
         value = scale * (left @ right)
         return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
 
@@ -456,12 +466,10 @@ def check_unfolded(
     kind: str,
     what: str,
 ) -> None:
-    """got = add + left right, whose error may be four of left's rounding errors."""
+    """Asserts got = add + left right, with an error of at most four rounding errors of `left`."""
     unit = ROUNDING[t.kind]
-    truth, size = (
-        wide(add) + left.value @ right,
-        np.abs(wide(add)) + np.abs(left.value) @ np.abs(right),
-    )
+    truth = wide(add) + left.value @ right
+    size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
     error = np.abs(wide(got) - truth)
     rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
     allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
@@ -473,13 +481,14 @@ def check_unfolded(
 def small_forward(shape: Shape, kind: str) -> Problem:
     """u = x A, y += s (u core) B^T."""
     t = Maker(shape, kind, "small_forward")
-    m, k, n, s = shape.m, shape.k, shape.columns, 0.125
-    x, A, core, B = (
-        t.large(m, k),
-        t.factor(k, shape.r),
-        t.factor(shape.r, shape.other),
-        t.factor(n, shape.other),
-    )
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    s = 0.125
+    x = t.large(m, k)
+    A = t.factor(k, shape.r)
+    core = t.factor(shape.r, shape.other)
+    B = t.factor(n, shape.other)
     y0 = narrow(t.values(m, n), kind)
     problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {"y": t.out(m, n, start=y0), "u": t.out(m, shape.r)}
@@ -495,12 +504,26 @@ def small_forward(shape: Shape, kind: str) -> Problem:
 
 
 def small_backward(shape: Shape, kind: str) -> Problem:
-    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h; bare: no dx, dA."""
+    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h.
+
+    bare: without dx and dA.
+    """
     t = Maker(shape, kind, "small_backward")
-    m, k, n, r, q, s = shape.m, shape.k, shape.columns, shape.r, shape.other, 0.125
-    x, g, u = t.large(m, k), t.large(m, n), t.large(m, r)
-    A, core, B = t.factor(k, r), t.factor(r, q), t.factor(n, q)
-    dx0, dA0, dB0 = narrow(t.values(m, k), kind), t.floats(k, r), t.floats(n, q)
+    m = shape.m
+    k = shape.k
+    n = shape.columns
+    r = shape.r
+    q = shape.other
+    s = 0.125
+    x = t.large(m, k)
+    g = t.large(m, n)
+    u = t.large(m, r)
+    A = t.factor(k, r)
+    core = t.factor(r, q)
+    B = t.factor(n, q)
+    dx0 = narrow(t.values(m, k), kind)
+    dA0 = t.floats(k, r)
+    dB0 = t.floats(n, q)
     problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
     problem.outputs = {
         "dB": t.out(n, q, start=dB0, dtype=FLOAT),
@@ -511,10 +534,12 @@ def small_backward(shape: Shape, kind: str) -> Problem:
         problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
 
     def check(out: Views) -> None:
-        wide_g, c = t.op(g), t.op(core)
-        h_u, h = Rounded.product(s, t.op(u), c), Rounded.product(s, wide_g, t.op(B))
+        wide_g = t.op(g)
+        c = t.op(core)
+        h_u = Rounded.product(s, t.op(u), c)
+        h = Rounded.product(s, wide_g, t.op(B))
         k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
-        turned = lambda one: Rounded(one.value.T, one.square.T)  # noqa: E731
+        turned = lambda matrix: Rounded(matrix.value.T, matrix.square.T)  # noqa: E731
         check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
         check_unfolded(
             t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore"
@@ -527,55 +552,59 @@ def small_backward(shape: Shape, kind: str) -> Problem:
     return problem
 
 
-# ---- a core a row ----
+# ---- per-row cores ----
 
 
 class Rows:
-    """Rows of tokens with cores: by index in any order, some without a core; bare: by ends, a row a token."""
+    """Rows of tokens with cores, by an index in any order, some without a core.
+
+    bare: by the ends of each core's rows, one row per token.
+    """
 
     def __init__(self, shape: Shape, kind: str, name: str):
         self.t = t = Maker(shape, kind, name)
-        m, self.count = shape.m, 1 + shape.k % 9
+        m = shape.m
+        self.count = 1 + shape.k % 9
         self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
-        self.g, self.u = t.large(m, shape.other), t.large(m if shape.bare else m // 3 + 1, shape.r)
-        self.index, self.tokens = (
-            t.rng.integers(-1, self.count, m),
-            t.rng.integers(0, len(self.u), m),
-        )
+        self.g = t.large(m, shape.other)
+        self.u = t.large(m if shape.bare else m // 3 + 1, shape.r)
+        self.index = t.rng.integers(-1, self.count, m)
+        self.tokens = t.rng.integers(0, len(self.u), m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
-        self.given: Views = {"index": self.index, "tokens": self.tokens}
+        self.inputs: Views = {"index": self.index, "tokens": self.tokens}
         if shape.bare:
-            self.tokens, index = np.arange(m), np.sort(self.index)
-            self.index = np.roll(
-                index, -np.count_nonzero(index < 0)
-            )  # those without a core behind the others
+            self.tokens = np.arange(m)
+            index = np.sort(self.index)
+            without_core = np.count_nonzero(index < 0)
+            self.index = np.roll(index, -without_core)  # they come last
             ends = [
                 np.count_nonzero((self.index >= 0) & (self.index <= core))
                 for core in range(self.count)
             ]
-            self.given = {"offs": np.array(ends, np.int32)}
-        self.given |= {"u": self.u, "cores": self.cores}
+            self.inputs = {"offs": np.array(ends, np.int32)}
+        self.inputs |= {"u": self.u, "cores": self.cores}
 
     def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """(core, its rows, their u, the core, their g) in float64."""
-        op, parts = self.t.op, []
+        """Returns (index of a core, its rows, their u, the core, their g) in float64."""
+        op = self.t.op
+        parts = []
         for core in range(self.count):
-            own = self.index == core
-            parts.append(
-                (core, own, op(self.u)[self.tokens[own]], op(self.cores[core]), op(self.g)[own])
-            )
+            rows = self.index == core
+            u = op(self.u)[self.tokens[rows]]
+            parts.append((core, rows, u, op(self.cores[core]), op(self.g)[rows]))
         return parts
 
 
 def row_core(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core")
-    t, s = rows.t, 0.5
-    problem = t.problem("row_core", rows.given, scale=s)
+    t = rows.t
+    s = 0.5
+    problem = t.problem("row_core", rows.inputs, scale=s)
     problem.outputs = {"h": t.out(shape.m, shape.other)}
 
     def check(out: Views) -> None:
-        for core, own, u, G, _ in rows.each():
-            t.close(out["h"][own], u, G, f"h of core {core}", scale=s)
+        for core, of_core, u, G, _ in rows.each():
+            t.close(out["h"][of_core], u, G, f"h of core {core}", scale=s)
         assert not wide(out["h"][rows.index < 0]).any(), "rows without a core are zero"
 
     problem.check = check
@@ -584,17 +613,19 @@ def row_core(shape: Shape, kind: str) -> Problem:
 
 def row_core_backward(shape: Shape, kind: str) -> Problem:
     rows = Rows(shape, kind, "row_core_backward")
-    t, s = rows.t, 0.5
-    problem = t.problem("row_core_backward", rows.given | {"g": rows.g}, scale=s)
+    t = rows.t
+    s = 0.5
+    problem = t.problem("row_core_backward", rows.inputs | {"g": rows.g}, scale=s)
     dcores = t.out(rows.count, shape.r, shape.other, dtype=FLOAT)
     problem.outputs = {"du": t.out(*rows.u.shape), "dcores": dcores}
 
     def check(out: Views) -> None:
-        du, size = np.zeros(rows.u.shape), np.zeros(rows.u.shape)
-        for core, own, u, G, g in rows.each():
+        du = np.zeros(rows.u.shape)
+        size = np.zeros(rows.u.shape)
+        for core, of_core, u, G, g in rows.each():
             t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
-            np.add.at(du, rows.tokens[own], s * g @ G.T)
-            np.add.at(size, rows.tokens[own], s * np.abs(g) @ np.abs(G).T)
+            np.add.at(du, rows.tokens[of_core], s * g @ G.T)
+            np.add.at(size, rows.tokens[of_core], s * np.abs(g) @ np.abs(G).T)
         check_close(out["du"], du, narrow(du, kind), size, kind, f"{t.name}: du")
 
     problem.check = check

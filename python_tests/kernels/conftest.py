@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 @pytest.fixture(scope="session")
 def executor(pytestconfig: pytest.Config) -> ModuleType:
-    """csrc/simt/module: the operators of csrc/cuda on numpy arrays. Says so where the first test has to wait for a compiler."""
+    """Returns csrc/simt/module, the operators of csrc/cuda on numpy arrays. May compile it."""
     from csrc.simt import build
 
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -27,7 +27,7 @@ def executor(pytestconfig: pytest.Config) -> ModuleType:
 
 @pytest.fixture
 def lib(executor: ModuleType) -> Iterator[ModuleType]:
-    """The module, as it was before after each test."""
+    """Yields the module, and resets its options after the test."""
     yield executor
     executor.set_options()
     executor.set_device()

@@ -1,4 +1,4 @@
-"""Runs kernels in one build of the executor, in a process of its own: for the sanitizers, the race detector and coverage.
+"""Runs kernels in one build of the executor: for the sanitizers, the race detector and coverage.
 
 python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forward,reverse,1,101
 Prints one line for each failure and exits with 1 if there was one.
@@ -18,8 +18,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from arrays import DTYPE, ODD, PACKED  # noqa: E402
 from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of  # noqa: E402
 
-# Two blocks or more in each dimension of every grid, and walks of more tiles than there are stages, so that every stage is
-# filled a second time; with and without dropout, aligned and not. On few multiprocessors a block owns several tiles.
+# At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
+# stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
+# few multiprocessors a block has several tiles.
 PIPELINE = [
     Shape(700, 560, 16, sms=2),
     Shape(700, 560, 16, sms=5),
@@ -42,14 +43,14 @@ FUSED_PIPELINE = [
 
 
 def shapes(which: str, kernel: str) -> list[Shape]:
-    """A kernel's shapes: pipeline, every other one of them (some), those of `make test` (quick), or all."""
+    """Returns shapes of a kernel: pipeline, some (half of it), quick (of `make test`) or all."""
     pipeline = FUSED_PIPELINE if KERNELS[kernel] in FUSED else PIPELINE
     sets = {"pipeline": pipeline, "some": pipeline[::2], "quick": shapes_of(kernel, quick=True)}
     return sets.get(which, shapes_of(kernel) + pipeline)
 
 
 def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterator[Problem]:
-    """One at a time: each has its arrays."""
+    """Yields one problem at a time, because each has its arrays."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
     return (
         KERNELS[kernel](shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
@@ -57,7 +58,10 @@ def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterat
 
 
 def schedule(name: str) -> dict[str, str | int]:
-    """forward, reverse, or the seed of a random order, above 100 with switches at memory accesses."""
+    """Returns options for forward, reverse, or the seed of a random order.
+
+    Seeds above 100 switch threads at memory accesses.
+    """
     if name in ("forward", "reverse"):
         return {"order": name}
     return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
@@ -66,8 +70,11 @@ def schedule(name: str) -> dict[str, str | int]:
 def failures(
     lib: ModuleType, cases: Iterable[Problem], schedules: Iterable[str], first: bool = False
 ) -> list[str]:
-    """What went wrong first in each case, a line each; first: only one line. The bits must not depend on the schedule."""
-    found: list[str] = []
+    """Returns one line for each case that fails, or only one line (`first`).
+
+    The bits must not depend on the schedule.
+    """
+    lines: list[str] = []
     for problem in cases:
         bits: list[dict[str, bytes]] = []
         for order in schedules:
@@ -75,11 +82,11 @@ def failures(
                 bits.append(problem.checked(lib, **schedule(order)))
                 assert bits[-1] == bits[0], "other bits than in another schedule"
             except (AssertionError, RuntimeError) as error:
-                found.append(f"{problem.name} {order}: {' '.join(str(error).split())}")
+                lines.append(f"{problem.name} {order}: {' '.join(str(error).split())}")
                 break
-        if found and first:
+        if lines and first:
             break
-    return found
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,11 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
         file, _, line = options.skip.partition(":")
         lib.skip_synchronisation(file, int(line))
     cases = problems(options.shapes, options.kinds.split(","), options.kernels.split(","))
-    found = failures(lib, cases, options.schedules.split(","))
-    print(*found, f"{len(found)} failures", sep="\n")
+    lines = failures(lib, cases, options.schedules.split(","))
+    print(*lines, f"{len(lines)} failures", sep="\n")
     if options.mode == "coverage":
         lib.write_coverage()
-    return bool(found)
+    return bool(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The kernels in the executor's other builds: race detector, sanitizers, coverage, and with one synchronisation left out."""
+"""The kernels in the executor's other builds, and with one synchronization skipped at a time.
+
+The builds: race detector, sanitizers, coverage.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
-    """kind: the only element type that runs, all by default."""
+    """Runs sweep.py in a build of the executor. kind: the only element type that runs, or all."""
     command = [
         sys.executable,
         str(HERE / "sweep.py"),
@@ -48,7 +51,7 @@ def wide_sweep(mode: str, *arguments: str) -> None:
 
 
 def test_no_race() -> None:
-    """Without small_forward and small_backward, which are made of the other kernels."""
+    """Without small_forward and small_backward, which consist of the other kernels."""
     kernels = ",".join(kernel for kernel in KERNELS if not kernel.startswith("small"))
     sweep("race", "--schedules", "forward", "--kernels", kernels, "--kinds", "bf16", kind="bf16")
 
@@ -60,7 +63,7 @@ def test_no_race_anywhere() -> None:
 
 @pytest.mark.full
 def test_no_bad_access_anywhere() -> None:
-    """AddressSanitizer and UBSan. In `make test` NaN around every array stands for them, and the executor's own checks."""
+    """AddressSanitizer and UBSan. `make test` relies on NaN around arrays and the executor."""
     wide_sweep("asan", "--schedules", "reverse,1")
 
 
@@ -78,15 +81,15 @@ def test_every_line_of_the_kernels_runs() -> None:
     ran, total = (sum(lines[i] for lines in kernels.values()) for i in (0, 1))
     print(
         *(
-            f"{name}: {n} of {of} lines, not run: {missed or 'none'}"
-            for name, (n, of, missed) in kernels.items()
+            f"{name}: {n} of {lines} lines, not run: {missed or 'none'}"
+            for name, (n, lines, missed) in kernels.items()
         ),
         sep="\n",
     )
     assert ran / total >= 0.98
 
 
-# ---- each barrier, commit and wait left out: the executor skips the operation at one line of the sources ----
+# ---- each barrier, commit and wait skipped: the executor skips calls at one source line ----
 
 Site = tuple[str, str, int]  # operation, file, line
 FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/", "csrc/cuda/sm90/")
@@ -100,15 +103,16 @@ def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
         assert not failures(lib, problems("pipeline", ["bf16"], [kernel]), ["forward"])
         for op, file, line, calls in lib.synchronisation_sites():
             path = Path(file).resolve().as_posix()
-            found = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
-            if found and calls:
-                sites.setdefault((op, found[0], line), []).append(kernel)
+            names = [path[path.index(folder) + 10 :] for folder in FOLDERS if folder in path]
+            if names and calls:
+                sites.setdefault((op, names[0], line), []).append(kernel)
     return sites
 
 
 def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
-    sites, unnoticed = synchronisation_sites(lib), []
+    sites = synchronisation_sites(lib)
+    unnoticed = []
     operations = {op for op, _, _ in sites}
     assert operations >= {
         "__syncthreads",
@@ -148,5 +152,5 @@ def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
                 f"{file}:{line}",
             )
             sweep("race", *some, kind="bf16")
-        print(f"{op} at {file}:{line}: the race detector alone")
-    print(f"{len(sites)} places left out")
+        print(f"{op} at {file}:{line}: only the race detector")
+    print(f"{len(sites)} places skipped")

@@ -1,4 +1,4 @@
-"""The compiled code: no spills, no stack, and the instructions that were meant."""
+"""The compiled code: no spills, no stack, and the intended instructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from csrc.simt import build
 
-NVCC, CUOBJDUMP = build.tool("nvcc"), build.tool("cuobjdump")
+NVCC = build.tool("nvcc")
+CUOBJDUMP = build.tool("cuobjdump")
 pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="no nvcc or no cuobjdump")
 
 FUSED = "gemm_lotr"
@@ -26,7 +27,7 @@ COMMON = ("sm_80", "sm_90a")
 
 
 def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]:
-    """What ptxas says of a source file, and the machine code of each kernel."""
+    """Returns the report of ptxas on a source file, and the machine code of each kernel."""
     cubin = folder / "code.cubin"
     code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
     command = [
@@ -53,7 +54,7 @@ def compiled(name: str, target: str, folder: Path) -> tuple[str, dict[str, str]]
 
 
 def check_fused(report: str, kernels: dict[str, str]) -> None:
-    """gemm_lotr: products that run while others are issued, for three warps a quarter of a multiprocessor."""
+    """gemm_lotr: products run while others are issued, and 3 warps fit on a quarter of an SM."""
     assert "erialized" not in report and "C75" not in report, report
     assert (
         len(kernels) == 4 and max(map(int, re.findall(r"Used (\d+) registers", report))) <= 168

@@ -1,5 +1,8 @@
-"""What the table of shapes does not reach: rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad
-arguments, plans from LOTR_CUDA_PLAN, launches that begin early."""
+"""Cases that the table of shapes does not reach.
+
+Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, bad arguments, plans
+from LOTR_CUDA_PLAN, early launches.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,19 @@ from arrays import narrow, wide
 from cases import FUSED, KERNELS, Shape, shapes_of
 
 HERE = Path(__file__).resolve().parent
-C, R, NAN = 4, 16, np.float32("nan")
+C = 4
+R = 16
+NAN = np.float32("nan")
 
 
-# ---- a core a row ----
+# ---- per-row cores ----
 
 
 def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(count)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    index, token = rng.integers(0, cores, count), rng.integers(0, tokens, count)
+    index = rng.integers(0, cores, count)
+    token = rng.integers(0, tokens, count)
     return {
         "u": draw(tokens, r),
         "cores": draw(cores, r, r),
@@ -41,13 +47,14 @@ def forward(lib: ModuleType, given: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def backward(lib: ModuleType, given: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    du, dcores = np.full(given["u"].shape, NAN), np.full(given["cores"].shape, NAN)
+    du = np.full(given["u"].shape, NAN)
+    dcores = np.full(given["cores"].shape, NAN)
     lib.run("row_core_backward", {**given, "du": du, "dcores": dcores})
     return du, dcores
 
 
 def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType) -> None:
-    """NaN and no gradient; the other rows have what they have without them."""
+    """Such rows are NaN and have no gradient. The other rows do not change."""
     for seed in (1, 2):
         lib.set_options(order="random", seed=seed)
         given = rows_of(50, 9)
@@ -73,7 +80,8 @@ def test_no_row_and_no_token(lib: ModuleType) -> None:
 
 def test_many_cores_of_which_few_have_rows(lib: ModuleType) -> None:
     given = rows_of(40, 10, 3000, 4)
-    h, (du, dcores) = forward(lib, given), backward(lib, given)
+    h = forward(lib, given)
+    (du, dcores) = backward(lib, given)
     for i, (core, token) in enumerate(zip(given["index"], given["tokens"], strict=True)):
         np.testing.assert_allclose(
             h[i], given["u"][token] @ given["cores"][core], rtol=1e-5, atol=1e-5
@@ -96,11 +104,16 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     x, A, u = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((M, K), (K, R), (M, R)))
     far = lambda cols: lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols]  # noqa: E731
     lib.set_device(multiprocessors=4)
-    big, narrow_A, narrow_u = far(K), narrow(A, "bf16"), narrow(u, "bf16")
+    big = far(K)
+    narrow_A = narrow(A, "bf16")
+    narrow_u = narrow(u, "bf16")
     big[...] = narrow(x, "bf16")
     product = wide(narrow(x @ A, "bf16"))
-    out, k, y = far(R), far(R), far(K)
-    D, Q = np.ones((K, R), np.float32), np.zeros((K, R), np.float32)
+    out = far(R)
+    k = far(R)
+    y = far(K)
+    D = np.ones((K, R), np.float32)
+    Q = np.zeros((K, R), np.float32)
     lib.run("shrink", {"x": big, "A": narrow_A, "u": out})
     lib.run("factor_grad", {"D": D, "x": big, "v": narrow_u})
     lib.run("shrink_grad", {"g": big, "F": narrow_A, "u": narrow_u, "k": k, "Q": Q})
@@ -112,15 +125,16 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
 
 @pytest.mark.full
 def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
-    """65,535 tiles of 64 columns that lie apart: x is packed first, tile by tile."""
+    """65,535 tiles of 64 strided columns: x is packed first, tile by tile."""
     cols = 65_536 * 64 + 3
-    x, A = (
-        lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3],
-        lib.sparse_array([cols, 8], np.dtype(np.uint16)),
-    )
-    ends, out = [0, 1, cols // 2, cols - 2, cols - 1], np.zeros((2, 8), np.uint16)
-    values, factors = np.arange(10.0).reshape(2, 5) - 4, np.arange(40.0).reshape(5, 8) % 7
-    x[:, ends], A[ends] = narrow(values, "bf16"), narrow(factors, "bf16")
+    x = lib.sparse_array([2, 3 * cols], np.dtype(np.uint16))[:, ::3]
+    A = lib.sparse_array([cols, 8], np.dtype(np.uint16))
+    ends = [0, 1, cols // 2, cols - 2, cols - 1]
+    out = np.zeros((2, 8), np.uint16)
+    values = np.arange(10.0).reshape(2, 5) - 4
+    factors = np.arange(40.0).reshape(5, 8) % 7
+    x[:, ends] = narrow(values, "bf16")
+    A[ends] = narrow(factors, "bf16")
     lib.run("shrink", {"x": x, "A": A, "u": out})
     assert (wide(out) == values @ factors).all()
 
@@ -129,7 +143,7 @@ def test_more_columns_than_a_grid_has_in_y(lib: ModuleType) -> None:
 
 
 def bf16(rows: int, cols: int, stride: int = 0, start: int = 0) -> np.ndarray:
-    """Zeros, `stride` elements from row to row, `start` elements behind an address divisible by 16."""
+    """Returns zeros with this row stride, `start` elements after a multiple of 16 bytes."""
     raw = np.zeros(rows * (stride or cols) + 64, np.uint16)
     first = -(raw.ctypes.data // 2) % 8 + start
     return raw[first : first + rows * (stride or cols)].reshape(rows, -1)[:, :cols]
@@ -247,7 +261,7 @@ from cases import KERNELS, Shape
 from csrc.simt import build
 lib = build.load("plain")
 
-def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that were launched, or the error
+def launch(plan, kernel, op, *sizes):  # prints the plan and the launched blocks, or the error
     os.environ["LOTR_CUDA_PLAN"] = plan
     lib.reset_counters()
     try:
@@ -261,7 +275,7 @@ def launch(plan, kernel, op, *sizes):  # prints the plan and the blocks that wer
 
 
 def printed(calls: list[tuple]) -> list[str]:
-    """What `launch` prints for each of the arguments, in one process."""
+    """Returns the lines that `launch` prints for each of the arguments, in one process."""
     command = [sys.executable, "-c", f"{PROGRAM}for call in {calls!r}: launch(*call)"]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=True
@@ -286,7 +300,7 @@ def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> N
 
 
 def test_bad_plan_is_refused(lib: ModuleType) -> None:
-    """Texts that are no plan, and a plan that no kernel can run."""
+    """Texts that are not plans, and plans that no kernel can run."""
     words = [
         "shrunk rows=64",
         "shrink rows",
@@ -323,7 +337,7 @@ def test_bad_plan_is_refused(lib: ModuleType) -> None:
 
 
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
-    """In every block, with parts to sum and without; on a card without early launches none is. The bits stay the same."""
+    """In every block, with parts and without. On a card without early launches none is early."""
     seen = set()
     for kernel, make in KERNELS.items():
         for shape in (shapes_of(kernel)[6], shapes_of(kernel)[-2]):
@@ -339,10 +353,8 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
                         launch["grid"]
                     ), (problem.name, launch)
             assert bits[0] == bits[1], problem.name
-    large, small = (
-        {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"},
-        {"fold", "fold_grad"},
-    )
+    large = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"}
+    small = {"fold", "fold_grad"}
     assert seen == large | small | {
         "row_core",
         "row_core_grad",

@@ -1,4 +1,4 @@
-"""Every kernel, element type and shape against float64, under several schedules of threads and blocks: the same bits in all."""
+"""Every kernel, element type and shape against float64, with the same bits in several schedules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 
 @EVERY_CASE
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
-    few = kernel.startswith(("small", "row"))  # made of the other kernels; many barriers
+    few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
     shapes = shapes_of(kernel, quick=True)[:: 2 if few else 1]
     assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes), ["reverse", "101"])
 
@@ -61,19 +61,23 @@ def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
 
 def test_a_scaling_comes_last_in_float16(lib: ModuleType) -> None:
     """s u G and s g B leave float16's range; y and the gradients do not."""
-    generator, half, s = np.random.default_rng(0), np.float16, 4000.0
+    generator = np.random.default_rng(0)
+    half = np.float16
+    s = 4000.0
     x, A, core, B = (
         generator.normal(scale=scale, size=size).astype(half)
         for size, scale in (((20, 24), 1.0), ((24, 4), 0.5), ((4, 3), 30.0), ((40, 3), 1e-4))
     )
     g = generator.normal(scale=0.01, size=(20, 40)).astype(half)
-    y, u = np.zeros((20, 40), half), np.zeros((20, 4), half)
-    dB, dcore = np.zeros((40, 3), np.float32), np.zeros((4, 3), np.float32)
+    y = np.zeros((20, 40), half)
+    u = np.zeros((20, 4), half)
+    dB = np.zeros((40, 3), np.float32)
+    dcore = np.zeros((4, 3), np.float32)
     factors = {"A": A, "core": core, "B": B, "u": u}
     lib.run("small_forward", factors | {"x": x, "y": y}, {"scale": s})
     lib.run("small_backward", factors | {"g": g, "dB": dB, "dcore": dcore}, {"scale": s})
     x, A, core, B, g = (t.astype(np.float64) for t in (x, A, core, B, g))
     h = x @ A @ core
     assert np.abs(s * h).max() > np.finfo(half).max
-    for got, want in ((y, s * h @ B.T), (dB, s * g.T @ h), (dcore, s * (x @ A).T @ (g @ B))):
-        assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()
+    for result, truth in ((y, s * h @ B.T), (dB, s * g.T @ h), (dcore, s * (x @ A).T @ (g @ B))):
+        assert np.abs(result - truth).max() <= 0.01 * np.abs(truth).max()

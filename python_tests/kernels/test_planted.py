@@ -1,6 +1,6 @@
-"""Bugs planted into copies of the kernels, one at a time: each is noticed by the means named here.
+"""Bugs planted into copies of the kernels, one at a time. The check that is named here finds each.
 
-test_builds.py leaves out barriers and waits; these are other mistakes.
+test_builds.py skips barriers and waits; these are other mistakes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ HERE = Path(__file__).resolve().parent
 
 
 class Bug(NamedTuple):
-    """`instead` stands for `text`. message: what a failure of one of `kernels` says, : NAME: for wrong values of an output."""
+    """A bug that replaces `text` by `instead`.
+
+    message: a pattern of the failure of one of `kernels`; ": NAME: " for wrong values of an output.
+    """
 
     text: str
     instead: str
@@ -30,20 +33,19 @@ class Bug(NamedTuple):
     mode: str = "plain"
 
 
-EARLY, LATE = r"before griddepcontrol\.wait", "after griddepcontrol.launch_dependents"
+EARLY = r"before griddepcontrol\.wait"
+LATE = "after griddepcontrol.launch_dependents"
 TWICE = "  ptx::griddepcontrol_launch_dependents();\n  ptx::griddepcontrol_wait();\n"
 BEYOND = "wrote outside|past its end|overlaps"
 BOTH = "gemm_lotr,gemm_lotr_backward"
-Y, RING = (
-    ": y: ",
-    ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight",
-)
+Y = ": y: "
+RING = ": y: |deadlock: no thread can go on|more arrivals than the mbarrier expects|in flight"
 
 
 def fused(
     text: str, instead: str, message: str = Y, kernels: str = BOTH, mode: str = "plain"
 ) -> Bug:
-    """In gemm_lotr, whose quick cases have both element types."""
+    """Returns a bug in gemm_lotr. Its quick cases have both element types."""
     return Bug(
         text, instead, message, kernels, "bf16,fp16" if mode == "plain" else "bf16", "quick", mode
     )
@@ -313,8 +315,8 @@ def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
     sweep += ["--kinds", bug.kinds, "--kernels", bug.kernels, "--schedules", "forward,reverse,103"]
     environment = build.python_environment(bug.mode)
     done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
-    died = done.returncode < 0  # far outside an array
-    said = done.stderr if bug.mode == "asan" else done.stdout
-    assert died or (done.returncode and re.search(bug.message, said)), (
+    crashed = done.returncode < 0  # far outside an array
+    output = done.stderr if bug.mode == "asan" else done.stdout
+    assert crashed or (done.returncode and re.search(bug.message, output)), (
         done.stdout[-3000:] + done.stderr[-3000:]
     )

@@ -1,6 +1,6 @@
-"""What the kernels move, counted: every large matrix exactly once, and no array more often than traffic.json says.
+"""Counted bytes: every large matrix moves exactly once, and no array more than in traffic.json.
 
-python python_tests/kernels/test_traffic.py     after kernels or plans became better: writes traffic.json anew
+python python_tests/kernels/test_traffic.py     writes traffic.json, after an improvement
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from arrays import DTYPE, PACKED  # noqa: E402
 from cases import KERNELS, Shape  # noqa: E402
 
 RECORD = HERE / "traffic.json"
-# kernel: its large matrix, which moves once. gemm_lotr reads x and W once for each tile of 256 columns or rows.
+# The large matrix of each kernel, which moves once. gemm_lotr reads x and W once for each tile of
+# 256 columns or rows.
 OF_ADAPTER = {
     "shrink": "x",
     "expand_add": "y",
@@ -54,7 +55,7 @@ Counts = dict[str, list[int]]  # bytes read and written of each array
 
 
 def count(lib: ModuleType, kernel: str, shape: str, kind: str) -> tuple[Counts, dict]:
-    """Of one call, and all counters."""
+    """Returns the bytes of one call by array, and all counters."""
     problem = KERNELS[kernel](SHAPES[shape], kind)
     lib.reset_counters()
     problem.check(problem.run(lib, count_memory=True))
@@ -75,20 +76,21 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
         name for name, bytes_ in moved.items() if np.greater(bytes_, kept.get(name, [0, 0])).any()
     ]
     assert not more, (
-        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes read and written, and what is recorded"
+        f"{[(name, moved[name], kept.get(name)) for name in more]}: bytes moved, and recorded"
     )
     if kernel in LARGE:
-        m, k, n = SHAPES[shape].m, SHAPES[shape].k, SHAPES[shape].columns
+        m = SHAPES[shape].m
+        k = SHAPES[shape].k
+        n = SHAPES[shape].columns
         size = m * (n if kernel in FUSED else k) * np.dtype(DTYPE[kind]).itemsize
-        reads, writes = LARGE[kernel] != "y" or kernel == "expand_add", LARGE[kernel] == "y"
+        reads = LARGE[kernel] != "y" or kernel == "expand_add"
+        writes = LARGE[kernel] == "y"
         assert moved[LARGE[kernel]] == [size * reads, size * writes], "the large matrix moves once"
         if kernel == "expand_from":
             assert moved["start"] == [size, 0]
-        summed = (
-            {"u", "k", "D", "Q"}
-            if "sum_parts" in [one["name"] for one in counters["launches"]]
-            else set()
-        )  # by elements
+        launches = {launch["name"] for launch in counters["launches"]}
+        # sum_parts stores these by elements.
+        summed = {"u", "k", "D", "Q"} if "sum_parts" in launches else set()
         arrays = [
             a
             for name, a in counters["arrays"].items()
@@ -98,7 +100,7 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
             sum(a[f"read_{what}"] + a[f"written_{what}"] for a in arrays)
             for what in ("bytes", "sectors")
         )
-        assert bytes_ >= 0.95 * 32 * sectors, "whole sectors"
+        assert bytes_ >= 0.95 * 32 * sectors, "complete sectors"
         assert counters["shared_wavefronts"] <= 1.05 * counters["shared_phases"], "bank conflicts"
         products = m // 64 * n // 256 * (k // 16 + 1) if kernel in FUSED else 0
         assert counters["wgmma"] == products, "the rank costs one product of 16"
@@ -106,17 +108,17 @@ def test_bytes(lib: ModuleType, kernel: str, shape: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kernel", LARGE)
 def test_launches(lib: ModuleType, kernel: str) -> None:
-    """One for each product, and one more where blocks share an output."""
+    """One launch for each product, and one more if blocks share an output."""
     others = {
         "expand_fresh": "expand_add",
         "expand_from": "expand_add",
         "gemm_lotr_backward": "gemm_lotr",
     }
-    name = others.get(kernel, kernel)
-    for shape in [one[1] for one in CASES if one[0] == kernel]:
+    launch_name = others.get(kernel, kernel)
+    for shape in [shape for name, shape, _ in CASES if name == kernel]:
         launches = [launch["name"] for launch in count(lib, kernel, shape, "bf16")[1]["launches"]]
-        assert launches in ([name], [name, "sum_parts"]), shape
-        assert LARGE[kernel] != "y" or launches == [name]
+        assert launches in ([launch_name], [launch_name, "sum_parts"]), shape
+        assert LARGE[kernel] != "y" or launches == [launch_name]
 
 
 @pytest.mark.parametrize("kernel", ["shrink", "factor_grad", "shrink_grad", "fold_grad"])
@@ -157,14 +159,14 @@ def test_a_step_of_few_tokens_has_no_more_launches_than_a_folded_one(
     assert counts["few tokens"][1] <= counts["folded"][1]
 
 
-def test_rows_read_no_more_than_their_own(lib: ModuleType) -> None:
-    """Sorted rows read u and write h once, an index once, and a core once for each block of 32 rows."""
-    rows, cores, r = 4096, 8, 16
+def test_sorted_rows_read_each_operand_once(lib: ModuleType) -> None:
+    """u and h move once, an index is read once, and a core once for each block of 32 rows."""
+    rows = 4096
+    cores = 8
+    r = 16
     rng = np.random.default_rng(0)
-    u, G = (
-        rng.standard_normal((rows, r)).astype(np.float32),
-        rng.standard_normal((cores, r, r)).astype(np.float32),
-    )
+    u = rng.standard_normal((rows, r)).astype(np.float32)
+    G = rng.standard_normal((cores, r, r)).astype(np.float32)
     lib.set_device(multiprocessors=16)
     lib.set_options(count_memory=True)
     lib.reset_counters()

@@ -1,9 +1,11 @@
-"""Run by vLLM's own Python: starts an engine over tasks and does what a list of steps in JSON says, one result a step.
+"""Run by the Python of vLLM: starts an engine with tasks and runs the steps of a list.
 
-    python engine.py SPEC        SPEC: {"model", "factors", "options", "steps"}; the last line printed is the results
+    python engine.py SPEC     SPEC: JSON of {"model", "factors", "options", "steps"}
 
-A step is {"load": [name, id, folder], "inplace": bool} or {"generate": [[token ids, id or null], ...], "tokens": n}. Its
-result is null, a list of token lists, or {"error": text}.
+The last line that is printed has the results, one per step. A step is one of
+    {"load": [name, id, folder], "inplace": bool}
+    {"generate": [[token ids, id or null], ...], "tokens": n}
+Its result is null, a list of token lists, or {"error": text}.
 """
 
 from __future__ import annotations
@@ -19,24 +21,25 @@ SETTINGS = {
     "max_model_len": 64,
     "max_num_seqs": 8,
     "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "enable_lora": True,
+    "max_lora_rank": 8,
 }
-SETTINGS |= {"enable_prefix_caching": False, "enable_lora": True, "max_lora_rank": 8}
 
 
 def environment(factors: str | None) -> None:
-    """One thread, one process, no network. Before vLLM is imported."""
+    """Sets one thread, one process and no network. Call it before vLLM is imported."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-    }
-    os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
     }
-    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if factors:
         os.environ["LOTR_FACTORS"] = factors
 

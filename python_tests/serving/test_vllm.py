@@ -1,4 +1,4 @@
-"""Tasks in a real vLLM on the CPU: the tokens of the package's own model, any mix in a batch, refusals that leave it running.
+"""Tasks in vLLM on the CPU: the same tokens as in PyTorch, mixed batches, and refused requests.
 
 Needs a Python with vLLM: `make serve-test` installs one, LOTR_VLLM_PYTHON names another.
 """
@@ -219,7 +219,7 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     messages = [
         "expected a task by export_task, got an adapter of LORA",
         "expected a JSON file",
-        f"{core}: expected the ranks of the adapter",
+        "expected the ranks of the adapter",
         "made for other A and B",
         f"expected finite values, got others in {core}",
         f"{core}: expected the ranks of the adapter",

@@ -1,4 +1,4 @@
-"""The executor's counters, on kernels whose traffic can be counted by hand (programs/counters.cpp)."""
+"""The executor's counters, for kernels with traffic that can be counted by hand (counters.cpp)."""
 
 from __future__ import annotations
 

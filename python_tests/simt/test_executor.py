@@ -1,4 +1,7 @@
-"""What the executor promises: schedules, late copies, sparse arrays, launches, coverage. Its errors: test_mistakes.py."""
+"""The executor's schedules, late copies, sparse arrays, launches, coverage.
+
+test_mistakes.py has its errors.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def test_launches_are_listed() -> None:
 
 
 def test_early_launches() -> None:
-    """Whether each launch was early, how many blocks let the next begin, and the sum that all have added to."""
+    """Whether each launch was early, how many blocks let the next start, and the sum of all."""
     assert run("early") == "1 2 0 2 6"
 
 
@@ -79,7 +82,8 @@ def test_bad_options() -> None:
 
 
 def test_leaving_out_a_barrier() -> None:
-    first, second = line_of("FIRST BARRIER"), line_of("SECOND BARRIER")
+    first = line_of("FIRST BARRIER")
+    second = line_of("SECOND BARRIER")
     verdict, *sites = run("skip", "0").splitlines()
     assert verdict == "right"
     assert sites[:2] == [f"__syncthreads {first} 256", f"__syncthreads {second} 256"]
@@ -89,7 +93,7 @@ def test_leaving_out_a_barrier() -> None:
 
 @pytest.mark.full
 def test_coverage() -> None:
-    """Lines are counted although threads leave functions in the middle and come back on another stack."""
+    """Lines are counted although threads leave functions and return on another stack."""
     build.reset_coverage()
     run("skip", "0", mode="coverage")
     ran, total, missed = build.coverage(PROGRAMS)["behaviour.cpp"]

@@ -1,5 +1,8 @@
-"""Matrix instructions and bulk copies of the executor against the layouts of the PTX manual, written down here a second time:
-which row and column a lane's register holds, where a swizzle puts an element."""
+"""Matrix instructions and bulk copies of the executor against the layouts of the PTX manual.
+
+The layouts are written here independently: the row and column of each lane's register, the place to
+which a swizzle moves an element.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ import pytest
 from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
-N, K = 256, 64
+N = 256
+K = 64
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def d_wgmma(thread: int, i: int) -> tuple[int, int]:
 def gather(
     values: list[float], place: Callable[[int, int], tuple[int, int]], shape: tuple[int, int]
 ) -> np.ndarray:
-    """The matrix whose elements the threads hold, thread after thread."""
+    """Returns the matrix of the elements that the threads hold, thread after thread."""
     per_thread = np.asarray(values).reshape(128 if place is d_wgmma else 32, -1)
     matrix = np.full(shape, np.nan)
     for (thread, i), value in np.ndenumerate(per_thread):
@@ -60,8 +64,10 @@ def gather(
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_mma(printed: dict, kind: str) -> None:
     registers = printed[kind]
-    a, b = gather(registers["a"], a_m16n8k16, (16, 16)), gather(registers["b"], b_m16n8k16, (16, 8))
-    c, d = gather(registers["c"], c_m16n8, (16, 8)), gather(registers["d"], c_m16n8, (16, 8))
+    a = gather(registers["a"], a_m16n8k16, (16, 16))
+    b = gather(registers["b"], b_m16n8k16, (16, 8))
+    c = gather(registers["c"], c_m16n8, (16, 8))
+    d = gather(registers["d"], c_m16n8, (16, 8))
     bound = 2.0**-22 * (np.abs(a) @ np.abs(b) + np.abs(c))
     assert (np.abs(d - (a @ b + c)) <= bound).all()
 
@@ -75,7 +81,8 @@ def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
     for lane in range(32):
         for tile in range(tiles):
             matrix = memory[tile].T if trans else memory[tile]
-            low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
+            low = matrix[lane // 4, 2 * (lane % 4)]
+            high = matrix[lane // 4, 2 * (lane % 4) + 1]
             assert registers[lane, tile] == low | high << 16
 
 
@@ -93,15 +100,16 @@ def swizzle(offset: np.ndarray) -> np.ndarray:
 
 
 def box_of(printed: dict) -> np.ndarray:
-    """The 64 x 64 of a from (3, 64) on: the map leaves out 4 of 136 columns, and what is outside reads as zero."""
+    """The 64 x 64 of a from (3, 64) on. The map omits 4 of 136 columns; they read as zero."""
     a = np.asarray(printed["a"]).reshape(70, 136)[:, :132]
     return np.pad(a, ((0, 0), (0, 64)))[3:67, 64:128]
 
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> None:
-    """CUTLASS's canonical layouts, in bytes. MN-major: panels of 64 n, in which 64 n of one k are a row."""
-    memory, b = np.asarray(printed[major]["shared"]), np.asarray(printed[major]["b"]).reshape(N, K)
+    """CUTLASS's canonical layouts in bytes. MN-major: panels of 64 n, one k per row."""
+    memory = np.asarray(printed[major]["shared"])
+    b = np.asarray(printed[major]["b"]).reshape(N, K)
     row, col = np.indices((64, 64))
     assert (memory[: 64 * K][swizzle(row * 128 + col * 2) // 2] == box_of(printed[major])).all()
     n, k = np.indices((N, K))
@@ -119,14 +127,13 @@ def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str)
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_wgmma(printed: dict, major: str) -> None:
-    """Two groups in flight: the first is read while the second runs, whose accumulators are NaN until they are waited for."""
-    a, b = box_of(printed[major]), np.asarray(printed[major]["b"]).reshape(N, K)
+    """Two groups in flight: the first is read while the second runs, with NaN as accumulators."""
+    a = box_of(printed[major])
+    b = np.asarray(printed[major]["b"]).reshape(N, K)
     out = np.asarray(printed[major]["out"]).reshape(128, N + 1)
     assert out[:, N].all()
     at_first = gather([float(i) for _ in range(128) for i in range(N // 2)], d_wgmma, (64, N))
-    whole, part = (
-        gather(out[:, : N // 2], d_wgmma, (64, N)),
-        gather(out[:, N // 2 : N], d_wgmma, (64, N)),
-    )
-    assert np.abs(whole - (at_first + a @ b.T)).max() < 1e-3
+    result = gather(out[:, : N // 2], d_wgmma, (64, N))
+    part = gather(out[:, N // 2 : N], d_wgmma, (64, N))
+    assert np.abs(result - (at_first + a @ b.T)).max() < 1e-3
     assert np.abs(part - a[:, :16] @ b[:, :16].T).max() < 1e-3

@@ -1,5 +1,8 @@
-"""Mistakes that people make in kernels, one a kernel of programs/mistakes.cpp: each is noticed by the means named here, and a
-kernel with all that they lack raises no alarm. Bugs in our own kernels: python_tests/kernels/test_planted.py."""
+"""Common mistakes in kernels, one per kernel of programs/mistakes.cpp.
+
+The check that is named here finds each of them, and a correct kernel raises no error. Bugs in our
+kernels are in python_tests/kernels/test_planted.py.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ import pytest
 from csrc.simt import build
 
 SOURCE = Path(__file__).parent / "programs" / "mistakes.cpp"
-AT, EARLIER = r"at \S*mistakes.cpp:\d+", "thread 0 of an earlier block"
+AT = r"at \S*mistakes.cpp:\d+"
+EARLIER = "thread 0 of an earlier block"
 REFUSED = "a GPU would refuse this launch: "
 
 # mistake: by mode, what must be reported
 MISTAKES: dict[str, dict[str, str]] = {
     "deadlock": {
-        "plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, .*64 threads from 64 on have exited"
+        "plain": r"deadlock: .*64 threads from 0 on are at __syncthreads, "
+        r".*64 threads from 64 on have exited"
     },
     "divergent_barrier": {"plain": rf"divergent barrier: thread 96 .* {AT} while others wait {AT}"},
     "named_barrier_alone": {
@@ -46,7 +51,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "plain_sum": {"race": "data race .*shared memory"},
     "one_output": {"race": rf"write after write\) on global memory y \+ 0: .*{EARLIER}"},
     "reads_its_neighbour": {"race": rf"read after write\) on global memory y \+ 0: .*{EARLIER}"},
-    "mbarrier_without_init": {"plain": "was never initialised"},
+    "mbarrier_without_init": {"plain": "was never initialized"},
     "no_init_fence": {"plain": rf"mbarrier.arrive.cluster {AT}: no fence.mbarrier_init"},
     "too_many_arrivals": {"plain": r"more arrivals than the mbarrier expects \(2\)"},
     "arrivals_beyond_20_bits": {"plain": r"1048576 arrivals, expected 1 to 2\^20 - 1"},
@@ -88,7 +93,7 @@ MISTAKES: dict[str, dict[str, str]] = {
     "too_little_shared_memory": {"plain": "shared struct has 9216 bytes, the launch gave 4608"},
     "empty_tensor_map": {"plain": "tensor map: expected at least one row and column"},
 }
-UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine that has no switch of its own
+UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine without a switch in assembly
 
 
 def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[list[str], str]:
@@ -112,7 +117,7 @@ def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[lis
     ],
 )
 def test_noticed(mistake: str, mode: str) -> None:
-    """And where the process goes on, a failed launch leaves nothing behind."""
+    """If the process continues, a failed launch has no effect on the next one."""
     printed, errors = run(mistake, mode)
     if mode == "asan":
         assert re.search(MISTAKES[mistake][mode], errors), errors

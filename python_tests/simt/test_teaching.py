@@ -1,4 +1,4 @@
-"""The five steps of docs/teaching: right in every schedule, free of races, and each gains what its page says."""
+"""The five steps of docs/teaching: right in every schedule, without races, each with its gain."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The wrappers of csrc/cuda by their two compilers: nvcc makes of each one the instruction meant, a host compiler refuses what
-would silently mean something else there. What ptxas makes of the instructions: python_tests/kernels/test_compiled.py."""
+"""The wrappers of csrc/cuda in their two compilers.
+
+nvcc compiles each wrapper to its instruction. A host compiler rejects code that would silently mean
+something else there. test_compiled.py (python_tests/kernels) checks the output of ptxas.
+"""
 
 from __future__ import annotations
 
@@ -83,26 +86,28 @@ def instructions(source: str, target: str, folder: Path) -> list[str]:
     ]
 
 
-def missing(expected: list[str], found: list[str]) -> list[str]:
-    """Those that are not there, alone or before operands."""
+def missing(expected: list[str], lines: list[str]) -> list[str]:
+    """Returns the instructions that no line starts with."""
     return [
-        op for op in expected if not any(line == op or line.startswith(f"{op} ") for line in found)
+        op for op in expected if not any(line == op or line.startswith(f"{op} ") for line in lines)
     ]
 
 
 @needs_nvcc
 @pytest.mark.slow
 def test_wrappers_are_their_instructions(tmp_path: Path) -> None:
-    found = instructions("kernels_fp16.cu", "sm_80", tmp_path)
-    assert missing(SM80, found) == []
-    assert not [line for line in found if "griddepcontrol" in line]  # a card without early launches
+    compiled = instructions("kernels_fp16.cu", "sm_80", tmp_path)
+    assert missing(SM80, compiled) == []
+    assert not [
+        line for line in compiled if "griddepcontrol" in line
+    ]  # a card without early launches
 
 
 @needs_nvcc
 def test_wrappers_of_hopper_are_their_instructions(tmp_path: Path) -> None:
-    found = instructions("sm90/gemm_lotr.cu", "sm_90a", tmp_path)
-    assert missing(SM90, found) == []
-    products = {line.split("}, ", 1)[1] for line in found if line.startswith("wgmma.mma_async")}
+    compiled = instructions("sm90/gemm_lotr.cu", "sm_90a", tmp_path)
+    assert missing(SM90, compiled) == []
+    products = {line.split("}, ", 1)[1] for line in compiled if line.startswith("wgmma.mma_async")}
     assert products == {
         "%rd, %rd, p, 1, 1, 0, 0",
         "%rd, %rd, p, 1, 1, 0, 1",
@@ -110,10 +115,11 @@ def test_wrappers_of_hopper_are_their_instructions(tmp_path: Path) -> None:
 
 
 def test_static_shared_memory_does_not_compile_on_the_host(tmp_path: Path) -> None:
-    """Each thread would silently have its own copy there."""
+    """Each thread would silently have a copy."""
     source = tmp_path / "kernel.cpp"
     source.write_text(
-        '#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
+        '#include "cuda/ptx/sm80.cuh"\n'
+        "__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n"
     )
     command = [
         build.compiler(),

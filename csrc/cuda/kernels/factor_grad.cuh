@@ -2,8 +2,7 @@
 //                                        used for dA += x^T k and Q = g^T u
 //
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.  A block walks
-// its
-//          rectangle of x row tile by row tile; its sums stay in registers.
+//          its rectangle of x row tile by row tile; its sums stay in registers.
 // Bytes    x once, in complete 128-byte lines; v once for each piece of K; D in and out.  With s
 //          pieces of M, 4 K r written s times as parts and read s times by sum_parts.  plan.h
 //          balances the pieces of K against s.

@@ -1,5 +1,4 @@
-// row_core:       h_i = s a_t(i) G_c(i)          a [tokens, r_in], G_c [r_in, r_out], h [rows,
-// r_out]
+// row_core:       h_i = s a_t(i) G_c(i)       a [tokens, r_in], G_c [r_in, r_out], h [rows, r_out]
 //                 and in the backward pass k_i = s g_i G_c(i)^T
 // row_ends:       the ends of the rows of each core, or token, among the sorted rows
 // row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c       dG [cores, r_in, r_out]
@@ -38,7 +37,7 @@ struct RowCoreTraits {
 };
 constexpr int NONE = -1, MISSING = -2;
 
-// The first place of `sorted` whose value is above `value`.
+// The first place of `sorted` with a value above `value`.
 template <class T>
 LOTR_DEVICE int64_t place_above(const T* sorted, int64_t count, int64_t value) {
   int64_t low = 0;

@@ -1,17 +1,17 @@
-// What a rank and an element type imply, for the kernels and for the planner.
+// Constants that follow from a rank and an element type, for the kernels and for the planner.
 #pragma once
 #include <cstddef>
 
 namespace lotr::kernels {
 
-// Shared memory of a block: what the smallest of the supported GPUs (sm_86, 89, 120) has, less 1 KB
-// that the system reserves; and what leaves room for a second block on an A100 and on all larger
-// ones.
+// Bytes of shared memory per block.  The smallest supported GPUs (sm_86, 89, 120) have 100 KB per
+// SM, of which the system reserves 1 KB.  With 80 KB a second block fits on an A100 (164 KB) and on
+// all larger GPUs.
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
-// Blocks that a multiprocessor is to hold, by registers and shared memory: two where the sums are
-// few, so that one computes while the other waits.  shrink and factor_grad keep one product, which
-// leaves room for more.
+// Resident blocks per SM, by registers and shared memory: two if the sums are few, so that one
+// block computes while the other waits.  shrink and factor_grad keep one product, which leaves room
+// for more.
 constexpr int blocks_together(int R) {
   return R <= 32 ? 2 : 1;
 }
@@ -27,9 +27,9 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
   return fit < at_most ? fit : at_most;
 }
 
-// How many of the eight warps of a block lie along the rank, the others along rows (shrink) or
-// columns (sums down the columns): one where the tile is long enough for all eight, so that each
-// part of x is read once from shared memory, and the rank is short.
+// How many of a block's eight warps divide the rank; the others divide rows (shrink) or columns
+// (sums down the columns).  One if the rank is short and the tile is long enough for all eight, so
+// that each part of x is read once from shared memory.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
 }
@@ -39,29 +39,36 @@ constexpr int rows_of_16_kb(size_t element, int cols) {
   return int(16384 / element) / cols;
 }
 
-// Row tiles of shrink: the tall one, of which a block may own several, so that A is read once for
-// all of them (32 accumulators a thread where two blocks are to fit, else 64).
+// ---- shrink ----
+
+// Tall row tiles, of which a block may have several, so that A is read once for all of them: 32
+// accumulators per thread if two blocks are to fit, else 64.
 constexpr int shrink_tall(int R) {
   return R <= 128 ? 128 : 64;
 }
 constexpr int shrink_subs(int R, int rows) {
-  return rows != shrink_tall(R) ? 1 : R == 16 ? 4 : R == 32 ? 2 : 1;
+  if (rows != shrink_tall(R)) return 1;
+  if (R == 16) return 4;
+  return R == 32 ? 2 : 1;
 }
 constexpr int SHRINK_LOW = 64;
-// Columns of x in a stage of shrink: 16 KB of x at most, and 16 KB of A at most.
+// Columns of x in a stage: at most 16 KB of x, and at most 16 KB of A.
 constexpr int shrink_cols(size_t element, int R, int rows) {
   const int longest = rows > R ? rows : R;
   const int cols = int(16384 / element) / longest;
   return cols > 128 ? 128 : cols;
 }
 
-// Output tiles of fold and fold_grad.
+// ---- fold, fold_grad, row_core: tiles of the output ----
+
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad, whose sums a block keeps in registers: whole 128-byte lines of x;
-// wide where two blocks are to fit, so that a warp owns the whole rank or reads each part of v for
-// more columns; at ranks 16 and 64 narrow ones, for matrices of few columns.  A block may own
-// several: 32 accumulators a thread where two blocks are to fit, else 64.
+// ---- factor_grad ----
+
+// Column tiles, with sums in registers.  They are complete 128-byte lines of x, and wide if two
+// blocks are to fit, so that a warp has the full rank or reads each part of v for more columns.  At
+// ranks 16 and 64 they may be narrow, for matrices of few columns.  A block may have several: 32
+// accumulators per thread if two blocks are to fit, else 64.
 constexpr int factor_grad_wide(int R) {
   return R == 32 || R == 64 ? 128 : 64;
 }
@@ -72,28 +79,38 @@ constexpr int factor_grad_subs(int R, int cols) {
   return (R <= 64 ? 64 : 128) * 128 / ((R < 32 ? 32 : R) * cols);
 }
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
-  return R == 256 ? 32 : R >= 64 && cols == 64 ? 64 : rows_of_16_kb(element, cols);
+  if (R == 256) return 32;
+  return R >= 64 && cols == 64 ? 64 : rows_of_16_kb(element, cols);
 }
+
+// ---- shrink_grad ----
+
 constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_ROW_BYTES = 256;  // of a tile
 constexpr int shrink_grad_cols(size_t element) {
   return SHRINK_GRAD_ROW_BYTES / int(element);
 }
-// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most; and their
-// sums, 64 a thread at most, in registers.
+// Column tiles of a block.  Their rows of F stay in shared memory, at most 32 KB, and their sums in
+// registers, at most 64 per thread.
 constexpr int shrink_grad_subs(size_t element, int R) {
-  const int fit = int(32768 / (shrink_grad_cols(element) * R * element)), subs = 128 / R;
+  const int fit = int(32768 / (shrink_grad_cols(element) * R * element));
+  const int subs = 128 / R;
   return fit < subs ? fit : subs;
 }
 
-// Threads of expand_add: a warp keeps its own 16 rows of u, so a large rank leaves room for fewer.
+// ---- expand_add ----
+
+// Threads.  Each warp keeps 16 rows of u, so a large rank leaves room for fewer warps.
 constexpr int expand_threads(size_t element, int R) {
   const size_t row = R * element;
-  return row <= 128 ? 256 : row <= 256 ? 128 : 64;
+  if (row <= 128) return 256;
+  return row <= 256 ? 128 : 64;
 }
-// Column tiles of 128 bytes whose rows of F stay in shared memory.
+// Column tiles of 128 bytes, whose rows of F stay in shared memory.
 constexpr int expand_subs(size_t element, int R) {
-  const size_t warps = size_t(expand_threads(element, R)) / 32, factor = size_t(128) * R,
-               stage = warps * (16 * 128 + 16 * R * element), stages = R == 16 ? 3 : 2;
+  const size_t warps = size_t(expand_threads(element, R)) / 32;
+  const size_t factor = size_t(128) * R;
+  const size_t stage = warps * (16 * 128 + 16 * R * element);
+  const size_t stages = R == 16 ? 3 : 2;
   const int fit = int((shared_budget(blocks_together(R)) - 1024 - stages * stage) / factor);
   return fit < 8 ? fit : 8;
 }

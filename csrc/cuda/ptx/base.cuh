@@ -1,5 +1,5 @@
-// Used by every wrapper: macros for a function that is PTX under nvcc and C++ under the SIMT
-// executor, the kernel's shared memory, and bit casts.
+// Used by every wrapper: macros for a function that is PTX under nvcc and C++ in the SIMT executor,
+// the kernel's shared memory, and bit casts.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,8 +11,8 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define LOTR_DEVICE __device__ __forceinline__
-// Under the executor the last argument of a wrapper is its caller's file and line, for reports; on
-// the device, nothing.
+// In the executor the last argument of a wrapper is its caller's file and line, for reports.  On
+// the device there is no such argument.
 #define LOTR_SITE
 #define LOTR_SITE_ONLY
 #define LOTR_PASS_SITE
@@ -21,10 +21,9 @@
 #define LOTR_DEVICE inline
 #define LOTR_SITE_ONLY ::lotr::simt::Site site = ::lotr::simt::Site::here()
 #define LOTR_SITE , LOTR_SITE_ONLY
-#define LOTR_PASS_SITE \
-  , site  // from a helper to the wrapper that it calls, so that reports name the helper's caller
-// To the host compiler __shared__ would mean nothing and every thread would own a copy: make it an
-// error.
+// From a helper to the wrapper that it calls, so that reports name the helper's caller.
+#define LOTR_PASS_SITE , site
+// The host compiler would ignore __shared__, and every thread would have a copy: make it an error.
 #undef __shared__
 #define __shared__ no_static_shared_memory_use_lotr_ptx_shared_storage
 #endif
@@ -90,32 +89,38 @@ LOTR_DEVICE T from_float(float x) {
     return __float2half_rn(x);
 }
 
-// Two neighbours, aligned as a word where they make one.
+// Two neighbors, aligned as a word if they form one.
 LOTR_DEVICE void to_floats(const float* from, float& a, float& b) {
-  a = from[0], b = from[1];
+  a = from[0];
+  b = from[1];
 }
 LOTR_DEVICE void to_floats(const __nv_bfloat16* from, float& a, float& b) {
   uint32_t word;
   memcpy(&word, from, 4);
-  a = as_float(word << 16), b = as_float(word & 0xffff0000u);
+  a = as_float(word << 16);
+  b = as_float(word & 0xffff0000u);
 }
 LOTR_DEVICE void to_floats(const __half* from, float& a, float& b) {
-  a = __half2float(from[0]), b = __half2float(from[1]);
+  a = __half2float(from[0]);
+  b = __half2float(from[1]);
 }
 // Rounded by one instruction.
 LOTR_DEVICE void from_floats(float* to, float a, float b) {
-  to[0] = a, to[1] = b;
+  to[0] = a;
+  to[1] = b;
 }
 LOTR_DEVICE void from_floats(__nv_bfloat16* to, float a, float b) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  to[0] = pair.x, to[1] = pair.y;
+  to[0] = pair.x;
+  to[1] = pair.y;
 }
 LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   const __half2 pair = __floats2half2_rn(a, b);
-  to[0] = pair.x, to[1] = pair.y;
+  to[0] = pair.x;
+  to[1] = pair.y;
 }
 
-// Returns the same value in a register: otherwise the compiler would compute it again in every
+// Keeps a value in a register.  Without it the compiler computes the value again in every
 // iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__

@@ -9,14 +9,12 @@
 //     The wait ends when all previous grids have completed and their stores are visible.  So no
 //     thread reads too early, and a kernel never ends before the previous ones: a wait for the last
 //     kernel is a wait for all.  The executor checks this rule.
-//   - The previous operation may be anything: a kernel without launch_dependents, a memset or an
-//   event
-//     is waited for as usual, and early kernels of a library wait for theirs in the same way.
-//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible to
-//   it.
-//     A next kernel, also one of a library, must call griddepcontrol_wait before it reads.  The
-//     call comes after a thread's last store, so that the next kernel's blocks do not take the
-//     place of blocks that still have work.
+//   - The previous operation may be anything.  A kernel without launch_dependents, a memset or an
+//     event is waited for as usual, and early kernels of a library wait for theirs in the same way.
+//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible.  A
+//     next kernel, also one of a library, must call griddepcontrol_wait before it reads.  The call
+//     comes after a thread's last store, so that the next kernel's blocks do not take the place of
+//     blocks that still have work.
 #pragma once
 #include "base.cuh"
 

@@ -1,13 +1,13 @@
-// Loads and stores of 2, 4, 8 or 16 bytes, one instruction each.  Under the executor they are
-// counted: bytes and 32-byte sectors for global memory, bank conflicts for shared memory.  The
-// address must be aligned to the size.
+// Loads and stores of 2, 4, 8 or 16 bytes, one instruction each.  The executor counts them: bytes
+// and 32-byte sectors of global memory, bank conflicts of shared memory.  The address must be
+// aligned to the size.
 #pragma once
 #include "base.cuh"
 
 namespace lotr::ptx {
 
 #ifdef __CUDACC__
-// INSTRUCTION is the opcode up to and without the type, as in "ld.global"
+// INSTRUCTION is the opcode without the type, as in "ld.global"
 #define LOTR_PTX_LOAD(T, p, INSTRUCTION)                                                   \
   if constexpr (sizeof(T) == 16) {                                                         \
     uint4 v;                                                                               \
@@ -53,7 +53,7 @@ namespace lotr::ptx {
   }
 #endif
 
-// CUDA's pair types are not trivially copyable by C++'s rules, only in fact.
+// By C++'s rules CUDA's pair types are not trivially copyable, so this checks the destructor.
 template <class T>
 constexpr bool is_word = std::is_trivially_destructible_v<T> &&
                          (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -62,7 +62,7 @@ constexpr bool is_word = std::is_trivially_destructible_v<T> &&
 
 #define LOTR_PTX_ADDRESS(p) "l"(p)
 
-// ld.global: sees what this thread, its block (after a barrier) or an earlier launch has stored.
+// ld.global: reads what this thread, its block (before a barrier) or an earlier launch has stored.
 template <class T>
 LOTR_DEVICE T load(const T* p LOTR_SITE) {
   static_assert(is_word<T>, "2, 4, 8 or 16 bytes");

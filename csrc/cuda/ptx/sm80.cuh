@@ -1,40 +1,40 @@
-// The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only
-// sm_90a has).
+// The device primitives for kernels, for sm_80 and later (../sm90: those that only sm_90a has).
 //
 // Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs
-// in the SIMT executor (csrc/simt, test builds only), one fiber for each GPU thread, and the
-// wrapper does what the PTX manual says.
+// in the SIMT executor (csrc/simt, test builds only), one fiber per GPU thread, and the wrapper
+// does what the PTX manual defines.
 //
 // Writing a kernel:
-//   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared
-//   memory
+//
+//   struct Smem { alignas(16) T tile[...]; ... };     // all of the block's shared memory
 //   __global__ void __launch_bounds__(128) kernel(Params p) {
-//     Smem& s = ptx::shared_storage<Smem>();                         // never __shared__
-//     ptx::griddepcontrol_wait();                                    // before global memory: see
-//     launch.cuh ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();
+//     Smem& s = ptx::shared_storage<Smem>();          // never __shared__
+//     ptx::griddepcontrol_wait();                     // before global memory: see launch.cuh
+//     ptx::cp_async16(&s.tile[i], p.x + i, bytes);
+//     ptx::cp_async_commit();
 //     ptx::cp_async_wait<0>();
-//     __syncthreads();                                               // threadIdx, __syncwarp: as
-//     in CUDA ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j,
-//     value);
+//     __syncthreads();                                // threadIdx, __syncwarp: as in CUDA
+//     ptx::ldmatrix_x4(a, row);
+//     ptx::mma_m16n8k16<T>(d, a, b);
+//     ptx::store(p.y + j, value);
 //   }
 //   ptx::launch<kernel>({grid, block, sizeof(Smem), stream, cluster, "name"}, params);
 //
-// Global and shared memory are best touched through the wrappers of memory.cuh and cp_async: only
-// these are counted.  A plain *p works and is checked by the sanitizers, but is missing from the
-// counts (the race build reports it as `unwrapped`).
+// Access global and shared memory through cp_async and the wrappers of memory.cuh: only these are
+// counted.  A plain *p works and is checked by the sanitizers, but it is missing from the counts
+// (the race build reports it as `unwrapped`).
 //
-// Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory
-// a name, simt::set_options turns counting on, simt::counters() then holds bytes and sectors read
-// and written for each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together
-// count as one instruction, so coalescing is seen as it is on the device.  What lies in no
-// registered array is listed as
-// "(unregistered)".
+// Counting, from the host: simt::register_array("x", pointer, bytes) names a range of global
+// memory, simt::set_options turns counting on, and simt::counters() returns the bytes and sectors
+// that were read and written for each name (csrc/simt/api.h).  Lanes of a warp that execute one
+// call site together count as one instruction, so coalescing is counted as on the device.  Accesses
+// to other memory are listed as "(unregistered)".
 //
-// The executor throws simt::Error, with file and line, on: a barrier or warp collective that not
+// The executor throws simt::Error, with file and line, for: a barrier or warp collective that not
 // all threads reach, or reach at different lines; lanes missing from a mask; misaligned or
 // out-of-range shared addresses; a thread that exits with a copy in flight; a launch that a GPU
-// would refuse.  cp.async data does not exist before the wait: until then the destination reads as
-// NaN.  Shared memory starts as NaN.
+// would refuse.  The data of cp.async does not exist before the wait: until then the destination
+// reads as NaN.  Shared memory starts as NaN.
 #pragma once
 #include "base.cuh"
 #include "launch.cuh"
@@ -44,7 +44,8 @@ namespace lotr::ptx {
 
 // ---- asynchronous copies, global to shared ----
 
-// 16 bytes, past L1; L2 fetches the whole 128-byte line.  Both addresses 16-byte aligned.
+// 16 bytes, bypassing L1; L2 fetches the full 128-byte line.  Both addresses are aligned to 16
+// bytes.
 LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)),
@@ -67,7 +68,7 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR
 #endif
 }
 
-// Closes a group of this thread's copies; an empty group counts too.
+// Closes a group of this thread's copies.  An empty group counts as well.
 LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -76,8 +77,8 @@ LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Until at most N of this thread's latest groups are in flight.  Other threads' copies need a
-// barrier after it.
+// Waits until at most N of this thread's latest groups are in flight.  The copies of other threads
+// need a barrier after it.
 template <int N>
 LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -89,9 +90,9 @@ LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
 
 // ---- matrices in registers ----
 
-// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i gives the address of row i of tile t (16
-// bytes, aligned); lane l receives elements 2 (l % 4) and + 1 of row l / 4 of each tile.  Trans: of
-// the transposed tiles.
+// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i passes the address of row i of tile t (16
+// bytes, aligned).  Lane l receives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each tile.
+// trans: of the transposed tiles.
 LOTR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -137,8 +138,8 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 }
 
 // d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators.  With g = lane / 4, q = 2 (lane % 4):
-//   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbours along k
-//   b: (q, g) (q + 8, g), each register two neighbours along k
+//   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbors along k
+//   b: (q, g) (q + 8, g), each register two neighbors along k
 //   d: (g, q) (g, q + 1) (g + 8, q) (g + 8, q + 1)
 template <class T>
 LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
@@ -164,7 +165,7 @@ LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Named barriers 1 to 15: `threads` (a multiple of 32) of the block meet.
+// Named barriers 1 to 15: waits for `threads` threads of the block, a multiple of 32.
 LOTR_DEVICE void barrier_sync(int id, int threads LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

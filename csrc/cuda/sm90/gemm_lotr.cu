@@ -1,4 +1,4 @@
-// Launches gemm_lotr.cuh: checks, tensor maps, grid.
+// Implements gemm_lotr.h: checks, tensor maps, grid.
 #include "gemm_lotr.h"
 
 #include <algorithm>
@@ -12,9 +12,10 @@
 namespace lotr::cuda {
 namespace {
 
+// Coordinates of a bulk copy are 32-bit, and those of the last tiles pass the extent.
 constexpr int64_t MOST = int64_t(1) << 30;  // rows and columns
 
-// f(the traits of the instance for the problem).
+// f(the traits of the problem's instance).
 template <class F>
 void with_traits(const Call& call, const GemmLotr& q, F f) {
   dispatch_half(call.type, [&](auto element) {
@@ -26,7 +27,7 @@ void with_traits(const Call& call, const GemmLotr& q, F f) {
   });
 }
 
-// Whether a tensor map can describe m [rows, cols].
+// Returns why a tensor map cannot describe m [rows, cols], or an empty string.
 std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols) {
   const std::string what = std::string(name) + ": expected ";
   if (m.col != 1) return what + "a column stride of 1, got " + std::to_string(m.col);
@@ -37,20 +38,25 @@ std::string refuse(const char* name, const Matrix& m, int64_t rows, int64_t cols
   return {};
 }
 
+std::string refuse_extent(const char* name, int64_t least, int64_t extent) {
+  if (extent >= least && extent <= MOST) return {};
+  return std::string(name) + ": expected " + std::to_string(least) + " to 2^30, got " +
+         std::to_string(extent);
+}
+
 std::string refuse_layout(const GemmLotr& q) {
-  const auto extent = [](const char* name, int64_t least, int64_t n) {
-    return n >= least && n <= MOST ? std::string()
-                                   : name + (": expected " + std::to_string(least)) +
-                                         " to 2^30, got " + std::to_string(n);
-  };
-  const int64_t W_rows = q.backward ? q.K : q.N, W_cols = q.backward ? q.N : q.K;
-  for (const auto& text :
-       {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K),
-        q.M * q.N <= int64_t(1) << 44
-            ? ""
-            : "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N),
-        refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols), refuse("u", q.u, q.M, q.r),
-        refuse("F", q.F, q.N, q.r), refuse("y", q.y, q.M, q.N)})
+  const std::string extents[] = {refuse_extent("M", 0, q.M), refuse_extent("N", 1, q.N),
+                                 refuse_extent("K", 1, q.K)};
+  for (const std::string& text : extents)
+    if (!text.empty()) return text;
+  if (q.M * q.N > int64_t(1) << 44)
+    return "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N);
+  const int64_t W_rows = q.backward ? q.K : q.N;
+  const int64_t W_cols = q.backward ? q.N : q.K;
+  const std::string matrices[] = {refuse("x", q.x, q.M, q.K), refuse("W", q.W, W_rows, W_cols),
+                                  refuse("u", q.u, q.M, q.r), refuse("F", q.F, q.N, q.r),
+                                  refuse("y", q.y, q.M, q.N)};
+  for (const std::string& text : matrices)
     if (!text.empty()) return text;
   return {};
 }
@@ -65,16 +71,17 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
   return args;
 }
 
-// Whether the current device runs the instance, which a MIG slice may have no room for.  The driver
-// is asked once for each device and thread.
+// Returns why the current device cannot run the instance, or an empty string.  A MIG slice may have
+// no room for it.  Queries the driver once per device and thread.
 template <class Traits>
 std::string refuse_device(const Call& call) {
-  thread_local std::array<bool, 64> runs{};
+  thread_local std::array<bool, 64> runs{};  // devices that run it
   const auto device = size_t(ptx::current_device());
   if (device < runs.size() && runs[device]) return {};
-  if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
-    return "device: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
-           std::to_string(got % 10);
+  const int capability = ptx::capability_of_device("gemm_lotr");
+  if (capability != 90)
+    return "device: expected compute capability 9.0, got " + std::to_string(capability / 10) + "." +
+           std::to_string(capability % 10);
   if (!ptx::resident_clusters(launch_args<Traits>(call, 1),
                               reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>)))
     return "device: expected room for a pair of blocks of " +
@@ -84,8 +91,8 @@ std::string refuse_device(const Call& call) {
 }
 
 // The tensor map of m [rows, cols] in boxes of box_rows, from this thread's cache, which needs no
-// lock. A map holds an address and sizes alone, so it stays right for other memory at the same
-// address. In training the addresses come again: weights keep theirs, and torch's allocator returns
+// lock. A map contains only an address and sizes, so it stays valid for other memory at the same
+// address.  In training the addresses repeat: weights keep theirs, and torch's allocator returns
 // the same blocks in each step.
 template <class T>
 ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
@@ -95,8 +102,8 @@ ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_r
     ptx::TensorMap map;
   };
   static thread_local std::vector<Entry> cache(1024);  // 10 bits of the hash
-  const int64_t row =
-      rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
+  // The stride of a single row may be anything.
+  const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;
   const Key key{reinterpret_cast<uintptr_t>(m.data), uint64_t(rows), uint64_t(cols), uint64_t(row),
                 uint64_t(box_rows)};
   uint64_t hash = 0;
@@ -112,7 +119,8 @@ template <class Traits>
 void run(const Call& call, const GemmLotr& q) {
   using T = typename Traits::T;
   constexpr int HEIGHT = Traits::PAIR * Traits::BM;
-  const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT, columns = (q.N + Traits::BN - 1) / Traits::BN;
+  const int64_t bands = (q.M + HEIGHT - 1) / HEIGHT;
+  const int64_t columns = (q.N + Traits::BN - 1) / Traits::BN;
   const kernels::GemmLotrParams p{q.bias,   q.bias_stride, int(q.N),
                                   int(q.K), q.r,           {int(bands), int(columns)}};
   const int64_t pairs =

@@ -14,8 +14,7 @@
 //          different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
-// u
-//          and F likewise; y is written once and never read.
+//          u and F likewise; y is written once and never read.
 //
 // Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile.  L:
 // copy in flight or landed.  P: product.  R: the product of the rank.  .: the product may still

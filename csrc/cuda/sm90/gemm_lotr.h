@@ -1,5 +1,5 @@
-// The base product with the adapter's product inside (gemm_lotr.cuh), without torch: raw pointers
-// and a stream.  For sm_90a.
+// The base product with the adapter's product in the same launch (gemm_lotr.cuh), without torch:
+// raw pointers and a stream.  For sm_90a.
 //
 //   forward   y = x W^T + bias + u F^T        backward   dx = g W + k A^T
 #pragma once
@@ -11,14 +11,14 @@ namespace lotr::cuda {
 
 constexpr int GEMM_LOTR_MAX_RANK = 128;
 
-// One direction; in the backward pass read x, W, u, F and y as g, W, k, A and dx.  N and K are the
-// extents of y's and x's rows, so in the backward pass N is in and K is out.
+// One direction.  In the backward pass x, W, u, F and y are g, W, k, A and dx.  N and K are the
+// columns of y and x, so in the backward pass N is in_features and K is out_features.
 struct GemmLotr {
   bool backward;
   Matrix y;          // [M, N]
   Matrix x;          // [M, K]
-  Matrix W;          // [N, K]; backward: [K, N], so the same matrix in memory
-  const void* bias;  // [N], or null
+  Matrix W;          // [N, K]; backward: [K, N]: the same matrix in memory
+  const void* bias;  // [N], or null for zeros
   int64_t bias_stride;
   Matrix u;  // [M, r]
   Matrix F;  // [N, r]
@@ -26,11 +26,11 @@ struct GemmLotr {
   int32_t r;
 };
 
-// Why the kernel or the current device cannot run it (name, expected, got), or nothing.  Reads no
-// memory.
+// Returns why the kernel or the current device cannot run the problem (name, expected, got), or an
+// empty string.  Reads no memory.
 std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q);
 
-// One launch.  Throws std::invalid_argument where gemm_lotr_refusal gives a reason.
+// One launch.  Throws std::invalid_argument if gemm_lotr_refusal returns a reason.
 void gemm_lotr(const Call& call, const GemmLotr& q);
 
 }  // namespace lotr::cuda

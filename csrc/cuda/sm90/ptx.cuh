@@ -1,9 +1,10 @@
 // Device primitives that only sm_90a has: tensor maps, mbarriers, tiled bulk copies (TMA) in both
-// directions, clusters.  The products are in wgmma.cuh.  See ../ptx/base.cuh for how wrappers work.
+// directions, clusters.  The products are in wgmma.cuh.  ../ptx/base.cuh explains how wrappers
+// work.
 //
-// Under the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and
-// a tile that a bulk copy stores is read at some time before the wait.  Copies land when no thread
-// can go on, or at random moments.
+// In the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and a
+// tile that a bulk copy stores is read at some time before the wait.  Copies land when no thread
+// can continue, or at random times.
 #pragma once
 #include "../ptx/memory.cuh"
 #include "../ptx/sm80.cuh"
@@ -17,8 +18,7 @@
 
 namespace lotr::ptx {
 
-// ---- tensor maps: made on the host, passed to the kernel as `const __grid_constant__ TensorMap`
-// ----
+// ---- tensor maps: made on the host, a kernel's parameter `const __grid_constant__ TensorMap` ----
 
 #ifdef __CUDACC__
 using TensorMap = CUtensorMap;
@@ -27,15 +27,15 @@ using TensorMap = CUtensorMap;
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                               12000, cudaEnableDefault, &found);
+                                                               12000, cudaEnableDefault, &result);
 #else  // 12.0 to 12.4 have no ByVersion; 13.0 has nothing else
     const cudaError_t error =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess)
       throw std::runtime_error(
           "tensor map: expected a driver for CUDA 12 or later, got one without "
           "cuTensorMapEncodeTiled");
@@ -47,9 +47,9 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 using TensorMap = simt::TensorMap;
 #endif
 
-// Of a row-major matrix of 2-byte elements, row_stride a multiple of 8 elements, base aligned to 16
-// bytes: boxes of 64 columns x box_rows (at most 256) with a swizzle of 128 bytes.  What lies
-// outside the matrix reads as zero and is not written.
+// Describes a row-major matrix of 2-byte elements, row_stride a multiple of 8 elements, base
+// aligned to 16 bytes, in boxes of 64 columns x box_rows (at most 256) with a swizzle of 128 bytes.
+// Elements outside the matrix read as zero and are not written.
 template <class T>
 TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
                         uint32_t box_rows) {
@@ -57,8 +57,10 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
                 "T is __nv_bfloat16 or __half");
 #ifdef __CUDACC__
   TensorMap map;
-  const cuuint64_t extent[2] = {cols, rows}, stride[1] = {cuuint64_t(row_stride) * sizeof(T)};
-  const cuuint32_t box[2] = {64, box_rows}, step[2] = {1, 1};
+  const cuuint64_t extent[2] = {cols, rows};
+  const cuuint64_t stride[1] = {cuuint64_t(row_stride) * sizeof(T)};
+  const cuuint32_t box[2] = {64, box_rows};
+  const cuuint32_t step[2] = {1, 1};
   const auto make = [&] {
     return tensor_map_encoder()(&map,
                                 std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -70,8 +72,8 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
   };
   CUresult result = make();
   // The driver needs a current context.  A thread gets one at its first call of the runtime, but
-  // not from torch's device guard (pytorch issue 195256), so a new thread, also one of autograd's,
-  // may have none.
+  // not from torch's device guard (pytorch issue 195256), so a new thread may have none, for
+  // example one of autograd's.
   int device = 0;
   if (result == CUDA_ERROR_INVALID_CONTEXT && !cudaGetDevice(&device) && !cudaSetDevice(device))
     result = make();
@@ -84,15 +86,15 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
 #endif
 }
 
-// One thread: starts to fetch the map itself.  The map is a parameter of the kernel, which no
-// earlier kernel writes, so this may come before griddepcontrol_wait.
+// Called by one thread.  Starts to fetch the map, which is a parameter of the kernel and is written
+// by no earlier kernel, so this may precede griddepcontrol_wait.
 LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #endif
 }
 
-// The current device's number; 0 where there is none.
+// The current device's number, 0 if there is none.
 inline int current_device() {
   int device = 0;
 #ifdef __CUDACC__
@@ -101,8 +103,7 @@ inline int current_device() {
   return device;
 }
 
-// ---- clusters: blocks 2 c and 2 c + 1 of the grid, so that a block's rank is its number modulo 2
-// ----
+// ---- clusters: blocks 2 c and 2 c + 1 of the grid, so a block's rank is its number modulo 2 ----
 
 // A barrier of all threads of the cluster: memory accesses before it, shared memory included, are
 // visible after it.
@@ -114,7 +115,7 @@ LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #endif
 }
 
-// ---- mbarriers: a phase completes when all arrivals and all announced bytes have come ----
+// ---- mbarriers: a phase completes when all arrivals and all announced bytes have arrived ----
 
 LOTR_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals LOTR_SITE) {
 #ifdef __CUDACC__
@@ -126,7 +127,8 @@ LOTR_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals LOTR_SITE) {
 #endif
 }
 
-// After the inits, before a cluster_sync: makes them visible to bulk copies and to the other block.
+// After the inits and before a cluster_sync.  Makes the inits visible to bulk copies and to the
+// other block.
 LOTR_DEVICE void fence_mbarrier_init(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -161,8 +163,8 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
 #endif
 }
 
-// Until the phase of this parity has completed (the first phase has parity 0; waiting for 1 on a
-// new barrier returns).
+// Waits until the phase of this parity has completed.  The first phase has parity 0; waiting for
+// parity 1 on a new barrier returns.
 LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -179,10 +181,12 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #endif
 }
 
-// ---- bulk copies from global memory, started by one thread; their bytes, always those of whole
-// boxes, count at the mbarrier.  A tile starts at a multiple of 1024 bytes ----
+// ---- bulk copies from global memory ----
+//
+// One thread starts them.  Their bytes, always those of complete boxes, count at the mbarrier.  A
+// tile starts at a multiple of 1024 bytes.
 
-// The box whose first element is (col, row).
+// The box with the first element (col, row).
 LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int row,
                              uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__
@@ -197,8 +201,8 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
 #endif
 }
 
-// The same to the same place in each block of the cluster whose bit is set in `blocks`; counts at
-// the same mbarrier of each.
+// The same, to the same place in each block of the cluster that has its bit set in `blocks`. Counts
+// at the same mbarrier of each.
 LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int col, int row,
                                        uint64_t* barrier, uint16_t blocks LOTR_SITE) {
 #ifdef __CUDACC__
@@ -213,10 +217,10 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
 #endif
 }
 
-// ---- bulk copies to global memory, started by one thread, which also waits for them ----
+// ---- bulk copies to global memory; one thread starts them and waits for them ----
 
-// Each thread, after its stores to a tile and before the barrier that precedes tma_store_2d: bulk
-// copies see the stores.
+// Called by each thread, after its stores to a tile and before the barrier that precedes
+// tma_store_2d. Makes the stores visible to bulk copies.
 LOTR_DEVICE void fence_proxy_async(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -237,7 +241,7 @@ LOTR_DEVICE void tma_store_2d(const TensorMap* map, int col, int row,
 #endif
 }
 
-// The stores so far are a group.
+// Closes a group of the stores so far.
 LOTR_DEVICE void bulk_commit(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -246,7 +250,7 @@ LOTR_DEVICE void bulk_commit(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Until of all but the latest N groups the tiles have been read, and may be written again.
+// Waits until the tiles of all but the latest N groups have been read, and may be overwritten.
 template <int N>
 LOTR_DEVICE void bulk_wait_read(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -256,7 +260,7 @@ LOTR_DEVICE void bulk_wait_read(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Until all stores are complete in global memory.
+// Waits until all stores are complete in global memory.
 LOTR_DEVICE void bulk_wait_all(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

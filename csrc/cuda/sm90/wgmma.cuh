@@ -1,9 +1,9 @@
 // wgmma of sm_90a: products of a warpgroup (128 threads), d [64 x 256] += a [64 x 16] b [256 x
 // 16]^T in float32, both operands in shared memory.
 //
-// A product runs while its threads go on: between its issue and a wgmma_wait that covers its group,
-// its accumulators and its tiles belong to it.  Under the executor the accumulators are NaN until
-// then, and the operands are read at the wait.
+// A product runs while its threads continue: between its issue and a wgmma_wait that covers its
+// group, threads must not access its accumulators or write its tiles.  In the executor the
+// accumulators are NaN until then, and the operands are read at the wait.
 #pragma once
 #include "../ptx/base.cuh"
 
@@ -24,15 +24,15 @@ LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
 }
 
 // MN-major: a row is 64 n of one k, 128 bytes; 8 rows are a pattern of 1024 bytes.  The next 64 n
-// are a panel of their own, panel_bytes further on.
+// are the next panel, panel_bytes further on.
 LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_bytes) {
   const uint64_t address = shared_address(tile);
   return (address & 0x3ffff) >> 4 | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
-// Added to a descriptor: what lies so many elements further on.  K-major: less than a row;
-// MN-major: whole rows, a multiple of 8.
+// Added to a descriptor, moves it by so many elements.  K-major: fewer than a row has.  MN-major:
+// complete rows, a multiple of 8.
 template <class T>
 LOTR_DEVICE constexpr uint64_t descriptor_step(int elements) {
   return uint64_t(elements) * sizeof(T) >> 4;
@@ -57,7 +57,7 @@ LOTR_DEVICE void wgmma_commit(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Until at most N groups are in flight.
+// Waits until at most N groups are in flight.
 template <int N>
 LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -67,8 +67,8 @@ LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// After the wait, which names no registers: no read of these sums may move above it.  Not an
-// instruction.
+// Comes after the wait, which names no registers, so that the compiler moves no read of these sums
+// above it.  Not an instruction.
 template <int COUNT>
 LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 #ifdef __CUDACC__
@@ -79,8 +79,7 @@ LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 
 // ---- the product ----
 
-// How b lies in shared memory: the elements of a row, along the sum, are neighbours (k), or those
-// of a column are (mn).
+// The order of b in shared memory: neighbors are along the sum (k), or along n (mn).
 enum class Major { k = 0, mn = 1 };
 
 #ifdef __CUDACC__

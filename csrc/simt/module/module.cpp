@@ -15,15 +15,15 @@ namespace {
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 void run(const std::string& name, const py::dict& arrays, const py::dict& numbers) {
-  std::string known;
+  std::string names;
   for (const Kernel& kernel : kernels()) {
     if (name == kernel.name) {
       clear_arrays();
       return kernel.run(Given(kernel, arrays, numbers));
     }
-    known += (known.empty() ? "" : ", ") + std::string(kernel.name);
+    names += (names.empty() ? "" : ", ") + std::string(kernel.name);
   }
-  throw py::value_error("run: name: expected one of " + known + ", got " + name);
+  throw py::value_error("run: name: expected one of " + names + ", got " + name);
 }
 
 py::dict counters_dict() {
@@ -54,7 +54,9 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
                     bool sm90) {
   Options o;
   o.order = order_of("order", order);
-  o.seed = seed, o.preempt = preempt, o.count_memory = count_memory;
+  o.seed = seed;
+  o.preempt = preempt;
+  o.count_memory = count_memory;
   o.shared_limit = sm90 ? SHARED_LIMIT_SM90 : SHARED_LIMIT;
   set_options(o);
 }
@@ -70,7 +72,7 @@ std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r,
   return cuda::plan_text({type, device.card, nullptr, device.early}, op, M, N, r, r_out);
 }
 
-// Where threads synchronise: test_builds.py leaves out each place.
+// The places where threads synchronize.  test_builds.py skips each of them.
 py::list synchronisation_sites_py() {
   py::list sites;
   for (const SynchronisationSite& s : synchronisation_sites())
@@ -88,8 +90,8 @@ py::array sparse_array(const std::vector<py::ssize_t>& shape, const py::dtype& d
   auto map = std::make_unique<Map>(Map{map_sparse(bytes), bytes});
   void* memory = map->memory;
   py::capsule owner(map.release(), [](void* p) {
-    const std::unique_ptr<Map> own(static_cast<Map*>(p));
-    unmap_sparse(own->memory, own->bytes);
+    const std::unique_ptr<Map> sparse(static_cast<Map*>(p));
+    unmap_sparse(sparse->memory, sparse->bytes);
   });
   return py::array(dtype, shape, memory, owner);
 }

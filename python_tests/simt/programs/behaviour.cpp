@@ -104,8 +104,8 @@ void launches() {
            l.shared_bytes);
 }
 
-// y[t] = x[t] + 1 in blocks that may begin before the launch ahead has ended; all but the first let the next
-// begin.
+// y[t] = x[t] + 1 in blocks that may start before the previous launch has ended.  All but the first
+// let the next one start.
 __global__ void early(float* x) {
   ptx::griddepcontrol_wait();
   if (blockIdx.x) ptx::griddepcontrol_launch_dependents();

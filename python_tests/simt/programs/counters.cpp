@@ -1,4 +1,4 @@
-// Small kernels whose traffic can be counted by hand; prints what the executor counted, one JSON line a
+// Small kernels with traffic that can be counted by hand.  Prints the executor's counts, one JSON line per
 // kernel.
 #include <cstdio>
 #include <string>

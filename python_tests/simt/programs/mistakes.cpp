@@ -329,7 +329,7 @@ int main(int, char** argv) {
     for (char& c : text) c = c == '\n' ? ';' : c;
     printf("%s\n", text.c_str());
   }
-  mistakes.at("right")(p);  // a failed launch leaves nothing behind
+  mistakes.at("right")(p);  // a failed launch has no effect on the next one
   bool is_right = true;
   for (int block = 0; block < 2; ++block)
     for (int t = 0; t < THREADS; ++t)
