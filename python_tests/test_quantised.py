@@ -173,7 +173,8 @@ def x_of(tokens: int = 6) -> Tensor:
 
 def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
     """The layer's output in plain PyTorch."""
-    A, B = layer.factors.A.value, layer.factors.B.value
+    A = layer.factors.A.value
+    B = layer.factors.B.value
     return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ B.T
 
 
