@@ -30,6 +30,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
+from scipy import stats
 from torch import Tensor, nn
 
 from . import accuracy
@@ -338,16 +340,27 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The loss of each text: base model, its LoRA, its task in a bank of each rank."""
+    """The loss of each text: base model, its LoRA, its task in a bank of each rank.
+
+    The last row has the mean share of the LoRAs' gain, with a 95 % t interval over the texts.
+    """
     table = []
+    shares: dict[str, list[float]] = {}
     for text, of_text in rows.groupby("text", sort=False):
         lora = of_text[of_text["what"] == "lora"].iloc[0]
         row = {"text": text, "base": f"{lora['before']:.3f}", "LoRA": f"{lora['loss']:.3f}"}
         for _, task in of_text[of_text["what"] == "bank"].sort_values("rank").iterrows():
             kept = (lora["before"] - task["loss"]) / (lora["before"] - lora["loss"])
-            row[f"bank, r {task['rank']}"] = f"{task['loss']:.3f} ({kept:.0%})"
+            column = f"bank, r {task['rank']}"
+            shares.setdefault(column, []).append(kept)
+            row[column] = f"{task['loss']:.3f} ({kept:.0%})"
         table.append(row)
-    return pd.DataFrame(table)
+    means = {"text": "mean", "base": "", "LoRA": ""}
+    for column, values in shares.items():
+        mean = statistics.fmean(values)
+        low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+        means[column] = f"{mean:.0%} ({low:.0%} to {high:.0%})"
+    return pd.DataFrame([*table, means])
 
 
 def picture(recorded: pd.DataFrame, path: Path) -> None:
