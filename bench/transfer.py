@@ -121,7 +121,7 @@ class Free(nn.Module):
 
 
 def build(form: Form, target: str, seed: int) -> nn.Module:
-    """A fresh model in which what the form trains requires grad."""
+    """Returns a fresh model in which what the form trains requires grad."""
     model = problem(target).model(seed)
     torch.manual_seed(seed)
     if form.pair == "peft":
@@ -146,7 +146,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
 
 
 def with_cores(model: nn.Module, form: Form, target: str, seed: int) -> nn.Module:
-    """The model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
+    """Returns the model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
     from lotr_ext import LoTRConfig, apply_lotr
 
     trained = form.pair == "trained"
@@ -211,7 +211,10 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
-    """All rates with the first seed, then the best one with the others; none: all are recorded."""
+    """Returns the runs that are not recorded yet.
+
+    They are all rates with the first seed, then the best rate with the other seeds.
+    """
     runs = []
     for target in options.targets:
         for form in options.forms:
@@ -229,7 +232,7 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
 
 
 def runs_in(path: Path) -> pd.DataFrame:
-    """The recorded runs, with all columns that are used here."""
+    """Returns the recorded runs, with all columns that are used here."""
     recorded = read(path)
     columns = [*recorded.columns, *Run._fields, "numbers", "validation", "loss", "items"]
     return recorded.reindex(columns=list(dict.fromkeys(columns)))
@@ -340,7 +343,7 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The loss of each text: base model, its LoRA, its task in a bank of each rank.
+    """Returns the loss of each text: base model, its LoRA, its task in a bank of each rank.
 
     The last row has the mean share of the LoRAs' gain, with a 95 % t interval over the texts.
     """
@@ -393,7 +396,7 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
 
 
 def family_of(name: str) -> str | None:
-    """The legend's name of a form or method; None for what the picture leaves out."""
+    """Returns the legend's name of a form or method, None if the picture leaves it out."""
     if "/" in name:
         form = Form.of(name)
         if form.pair == "trained":
@@ -463,7 +466,7 @@ def collect(path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m bench.transfer",
         description=__doc__,
@@ -484,7 +487,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program."""
+    """Runs the program."""
     options = parser().parse_args(argv)
     targets = [] if options.targets == ["none"] else options.targets
     if unknown := set(targets) - set(TARGETS):
