@@ -7,7 +7,7 @@ Two kinds:
 - Needed for correct results. torch has no public name for them. Without one, a feature has to go.
 - Faster than the public name, which replaces it if torch no longer has it.
 
-Not here: the dictionaries of nn.Module (`_parameters`, `_modules`), which other files read directly.
+Not here: the dictionaries of nn.Module (`_parameters`, `_modules`), which other files read as well.
 """
 
 from __future__ import annotations
