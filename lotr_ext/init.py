@@ -8,7 +8,8 @@
               identity      G = I. B starts at zero, so the model still starts unchanged, as in LoRA
     both      svd           the Tucker-2 factorization of the weights, subtracted from them
                             (`tucker2`)
-    factors   gradient      the leading directions of the weights' gradients (`start_from_gradients`)
+    factors   gradient      the leading directions of the weights' gradients
+                            (`start_from_gradients`)
 
 Not here: which layers of a model start how (model.py).
 """
@@ -38,9 +39,9 @@ __all__ = [
     "tucker2_of",
 ]
 
-# Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW, factors
-# and cores times a, the rate times a and s times a^-3 give exactly the same path. So this constant
-# moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
+# Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
+# factors and cores times a, the rate times a and s times a^-3 give exactly the same path. So this
+# constant moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
 START = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
 CORE_INITS = ("zero", "identity")
@@ -303,8 +304,8 @@ def start_from_gradients(
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
-            found = leading([block.double() for block in factor_blocks], previous.shape[1])
-            directions[factor] = found.to(previous)
+            improved = leading([block.double() for block in factor_blocks], previous.shape[1])
+            directions[factor] = improved.to(previous)
 
     directions = {factor: value[:, : factor.rank] for factor, value in directions.items()}
     captured = _captured(model, layers, directions, batches, loss)

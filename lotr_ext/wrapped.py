@@ -4,7 +4,7 @@
 
 Also `adapt`, which chooses the class of an adapted layer, and how W of a quantized module is read.
 
-Not here: layers that compute x W^T themselves (layers.py), and merging of whole models (merging.py).
+Not here: layers that compute x W^T themselves (layers.py), and merging of models (merging.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_cla
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: a floating tensor with values, not one-byte codes."""
+    """Whether products may read module.weight: floating-point values, not one-byte codes."""
     weight = getattr(module, "weight", None)
     if type(weight) not in (Tensor, nn.Parameter):
         return False

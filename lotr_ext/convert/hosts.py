@@ -76,8 +76,8 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
                 pairs |= {f"{renamed}.{name}": factors for name, factors in shared.items()}
             else:
                 for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
-                    own = _projections(parameter, factors, host.projections, host.interleaved)
-                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in own.items()}
+                    separate = _projections(parameter, factors, host.projections, host.interleaved)
+                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in separate.items()}
     return {
         f"{name}.lora_{part}.weight": tensor
         for name, factors in pairs.items()
