@@ -121,7 +121,7 @@ def unpacked(text: str) -> np.ndarray:
 
 
 def falling(losses: list[float]) -> float:
-    """The part of the training loss's fall that is in the last tenth of the run."""
+    """Returns the part of the training loss's fall that is in the last tenth of the run."""
     if len(losses) < 10:
         return 0.0
     tenths = [part.mean() for part in np.array_split(losses, 10)]
@@ -145,18 +145,18 @@ def rung(index: int, method: str) -> float:
 
 
 def index_of(lr: float, method: str) -> int:
-    """The rung that is nearest to a rate."""
+    """Returns the rung that is nearest to a rate."""
     return min(range(-24, 7), key=lambda index: abs(np.log(rung(index, method) / lr)))
 
 
 def first_rate(method: str, kind: str) -> float:
-    """The rate at which a search begins, 0 for a method that trains nothing."""
+    """Returns the rate at which a search begins, 0 for a method that trains nothing."""
     begin = METHODS[method].rates[KINDS.index(kind)] * family_rate(method)
     return rung(index_of(begin, method), method) if begin else 0.0
 
 
 def best_rate(tried: dict[float, float]) -> float:
-    """The rate with the lowest validation loss, the lower one of two."""
+    """Returns the rate with the lowest validation loss, the lower one of two."""
     return min(tried, key=lambda lr: (tried[lr], lr))
 
 
@@ -182,7 +182,7 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
 
 
 def tried_rates(recorded: pd.DataFrame) -> dict[float, float]:
-    """The first seed's validation loss by rate, infinite where a run with any seed diverged."""
+    """Returns the first seed's validation loss by rate, infinite if a run of any seed diverged."""
     diverged = set(recorded[recorded["validation"].isna()]["lr"])
     first = recorded[recorded["seed"] == 0]
     return {
@@ -298,7 +298,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 
 
 def point_of(method: str, rank: int, lr: float, runs: pd.DataFrame) -> Point:
-    """The point of runs with different seeds."""
+    """Returns the point of runs with different seeds."""
     return Point(
         method,
         rank,
@@ -325,7 +325,7 @@ class Interval(NamedTuple):
 
 
 def interval(value: Callable[..., np.ndarray], *points: Point) -> Interval:
-    """A function of mean losses, by the paired bootstrap over held-out items and over seeds.
+    """Returns a function of mean losses by the paired bootstrap over held-out items and seeds.
 
     A mean of few drawn seeds spreads too little. Its deviation is widened so that the interval is
     Student's where only the seeds matter.
@@ -377,7 +377,7 @@ def tables(recorded: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
 
 
 def losses_table(points: list[Point]) -> pd.DataFrame:
-    """A row for each point. The share of full fine-tuning's gain is left out where that is zero."""
+    """Returns a row per point. Shares of full fine-tuning's gain are left out if it is zero."""
     unadapted = next((point for point in points if point.method in ("base", "head")), None)
     full = next((point for point in points if point.method == "full"), None)
     gained = bool(unadapted and full and interval(np.subtract, unadapted, full).low > 0)
@@ -398,12 +398,12 @@ def losses_table(points: list[Point]) -> pd.DataFrame:
 
 
 def share_of_gain(unadapted: Point, point: Point, full: Point) -> Interval:
-    """The fall of the loss over that of another point."""
+    """Returns the fall of the loss, divided by the fall by full fine-tuning."""
     return interval(lambda b, m, f: (b - m) / (b - f), unadapted, point, full)
 
 
 def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
-    """A LoRA or VeRA against the LoTR of at most its size that validation prefers.
+    """Returns a LoRA or VeRA against the LoTR of at most its size that validation prefers.
 
     Returns None if there is nothing to compare.
     """
@@ -451,7 +451,7 @@ def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def runs_in(path: Path) -> pd.DataFrame:
-    """The recorded runs, with all columns that are used here."""
+    """Returns the recorded runs, with all columns that are used here."""
     recorded = read(path)
     measured = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
     columns = dict.fromkeys([*recorded.columns, *Run._fields, *measured])
@@ -482,7 +482,7 @@ def record(path: Path, row: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
         description=__doc__,
@@ -520,7 +520,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program."""
+    """Runs the program."""
     command = parser()
     options = command.parse_args(argv)
     options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")

@@ -71,7 +71,7 @@ def _bytes(t: Tensor) -> int:
 
 
 def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
-    """The bytes of a rival's layer, recorded on tensors without data."""
+    """Returns the bytes of a rival's layer, recorded on tensors without data."""
     layer = LAYERS[rival](Tensors.random(k, n, r, torch.bfloat16, "meta"))
     x = torch.empty(m, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with MovedBytes() as forward:
@@ -86,7 +86,7 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
 
 
 def executor() -> ModuleType:
-    """The module that runs the kernels on the CPU. It is built if its sources changed."""
+    """Returns the module that runs the kernels on the CPU. It is built if its sources changed."""
     from csrc.simt import build
 
     print("compiling the executor if its sources changed (about 90 s)", file=sys.stderr, flush=True)
@@ -117,7 +117,7 @@ TWICE = {"expand_add": "y", "factor_grad": "D", "fold_grad": "dB"}  # read and w
 
 
 def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
-    """The arrays that the executor's `run` takes."""
+    """Returns the arrays that the executor's `run` takes."""
     shapes = {  # uint16 stands for bfloat16
         "shrink": {"x": (m, n), "A": (n, r), "u": (m, r)},
         "expand_add": {"y": (m, n), "u": (m, r), "F": (n, r)},
@@ -176,7 +176,7 @@ def count(lib: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, An
 
 
 def kernels_of(m: int, k: int, n: int, r: int) -> dict[str, list[Kernel]]:
-    """The kernels of a layer in each direction, and the two that add onto base products."""
+    """Returns the kernels of a layer in each direction, and the two that add onto base products."""
     return {
         "forward": [("shrink", m, k, r), ("fold", 1, n, r)],
         "backward": [("shrink_grad", m, n, r), ("fold_grad", 1, n, r), ("factor_grad", m, k, r)],
@@ -187,7 +187,7 @@ def kernels_of(m: int, k: int, n: int, r: int) -> dict[str, list[Kernel]]:
 def layer_bytes(
     counts: dict[Kernel, dict[str, Any]], m: int, k: int, n: int, r: int
 ) -> dict[str, Directions]:
-    """The bytes of a layer beyond the frozen one, for each strategy, and the least possible.
+    """Returns the bytes that a layer adds to the frozen one, by strategy, and the least possible.
 
     two passes: u F^T is added to the base product's y. beta: u F^T is written first, and the base
     product adds onto it. fused: the base product reads u and F as one more k-step.

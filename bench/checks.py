@@ -19,7 +19,7 @@ def check_error(what: str, error: float, limit: float) -> float:
     """Returns the error.
 
     Raises:
-        ArithmeticError: if it is NaN or above the limit.
+        ArithmeticError: If it is NaN or above the limit.
     """
     if not error <= limit:
         raise ArithmeticError(f"{what}: relative error expected <= {limit:.2g}, got {error:.1e}")

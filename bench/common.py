@@ -239,9 +239,9 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
     """Returns the table of one case: the time of each stage, the last one over the floor, facts.
 
     Args:
-        frame: the rows of the case, which the columns `key` name.
-        floor: the rival to which the others are compared.
-        key: columns that are in the title.
+        frame: The rows of the case, which the columns `key` name.
+        floor: The rival to which the others are compared.
+        key: Columns that are in the title.
     """
     last = frame["stage"].iloc[-1]
     hidden = {*ABOUT, *TIMES, *key}
@@ -260,7 +260,7 @@ def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
     """Returns a row per case, by its title, and a column per rival: the last stage over the floor.
 
     Raises:
-        ValueError: if no rival but the floor was measured.
+        ValueError: If no rival but the floor was measured.
     """
     is_shown = (frame["stage"] == frame["stage"].iloc[-1]) & (frame["rival"] != floor)
     if not is_shown.any():
@@ -329,7 +329,7 @@ def chosen(names: list[str] | None, usual: Iterable[str], valid: Iterable[str]) 
     """Returns the names of an option, or the usual ones, in the order of the valid ones.
 
     Raises:
-        ValueError: if a name is not valid.
+        ValueError: If a name is not valid.
     """
     valid = list(valid)
     names = list(names or usual)

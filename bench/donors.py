@@ -66,7 +66,7 @@ class Form(NamedTuple):
 
 
 def files(folder: Path, pattern: str) -> str:
-    """The texts of all files below a folder, in the order of their names."""
+    """Returns the texts of all files below a folder, in the order of their names."""
     paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
 
@@ -77,7 +77,7 @@ def snippets(file: str) -> str:
 
 
 def messages(language: str) -> str:
-    """The translations of all message catalogs of the system."""
+    """Returns the translations of all message catalogs of the system."""
     texts: list[str] = []
     for path in sorted(Path("/usr/share/locale", language, "LC_MESSAGES").glob("*.mo")):
         with path.open("rb") as file:
@@ -87,7 +87,11 @@ def messages(language: str) -> str:
 
 
 def donor_text(name: str) -> str:
-    """A donor's text, from packages and from this system. Raises ValueError if it is missing."""
+    """Returns a donor's text, from packages and from this system.
+
+    Raises:
+        ValueError: If it is missing.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     headers = Path(torch.__file__).parent / "include" / "ATen" / "core"
     readers: dict[str, Callable[[], str]] = {
@@ -110,7 +114,7 @@ def donor_text(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def problem(name: str) -> Problem:
-    """The problem of a target or a donor."""
+    """Returns the problem of a target or a donor."""
     if name in TASKS:
         return problem_of(TASKS[name])
     path = CACHE / f"{name}.txt"
@@ -137,13 +141,13 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """The adapted layers by name."""
+    """Returns the adapted layers by name."""
     pattern = re.compile(TASKS[MODEL].layers)
     return {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
 
 
 def gradients(name: str) -> dict[str, Tensor]:
-    """The gradient of each adapted weight at the base model, mean over batches, in float16."""
+    """Returns the mean gradient of each adapted weight at the base model, in float16."""
 
     def make() -> dict[str, Tensor]:
         model = problem(name).model(0).requires_grad_(False)
@@ -164,7 +168,7 @@ def gradients(name: str) -> dict[str, Tensor]:
 
 
 def groups_of(shapes: dict[str, tuple[int, int]], group_by: str) -> list[list[str]]:
-    """The layers' names by group, for the groupings of LoTRConfig."""
+    """Returns the layers' names by group, for the groupings of LoTRConfig."""
     groups: dict[tuple, list[str]] = {}
     for name, shape in shapes.items():
         block = re.match(r".*?\.\d+", name)[0]
@@ -174,7 +178,7 @@ def groups_of(shapes: dict[str, tuple[int, int]], group_by: str) -> list[list[st
 
 
 def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
-    """The leading eigenvectors [d, rank] of a positive matrix, known by its products."""
+    """Returns the leading eigenvectors [d, rank] of a positive matrix, known by its products."""
     block = torch.randn(d, min(d, rank + 16), generator=torch.Generator().manual_seed(0))
     for _ in range(4):
         block = torch.linalg.qr(product(block)).Q
@@ -183,7 +187,7 @@ def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
 
 
 def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
-    """The leading directions of all matrices [n, k] of a group, next to each other."""
+    """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
     pairs: Pairs = {}
     for names in groups_of(shapes, group_by):
@@ -205,12 +209,12 @@ def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> P
 
 
 def at_rank(vectors: Tensor, rank: int) -> Tensor:
-    """The first columns, and zeros where there are fewer."""
+    """Returns the first columns, and zeros where there are fewer."""
     return nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
 
 
 def pairs_for(form: Form, target: str, seed: int) -> Pairs:
-    """The pair of each layer, at the form's rank. Only random ones depend on the seed."""
+    """Returns the pair of each layer, at the form's rank. Only random ones depend on the seed."""
     weights = {n: m.weight.detach() for n, m in layers_of(problem(target).base).items()}
     if form.pair == "random":
         return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
@@ -226,7 +230,7 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
 
 
 def captured(target: str) -> pd.DataFrame:
-    """The share of the squared norm of a target's gradient that pairs of the layers capture."""
+    """Returns the share of the squared norm of a target's gradient that the pairs capture."""
     rows = []
     for kind in ("random", "svd", "donors", "own"):
         for rank in (16, 32, 64):

@@ -118,7 +118,7 @@ class GroupedLoRA(nn.Module):
 
 
 def adapted(name: str, base: Mixture, rank: int) -> nn.Module:
-    """A rival on the weights of base. Each package initialises its adapter."""
+    """Returns a rival on the weights of base. Each package initializes its adapter."""
     if name == "frozen":
         return base
     weights = {id(p): p for p in base.experts.parameters()}
@@ -147,7 +147,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor, Tensor]) -> float:
-    """The largest error of the adapter's gradients against the same module's in float64."""
+    """Returns the largest error of the adapter's gradients against the same module's in float64."""
     index, weights = (part[:CHECKED_TOKENS] for part in routing)
     gradients = []
     for module, dtype in ((model, x.dtype), (copy.deepcopy(model).double(), torch.float64)):

@@ -51,11 +51,11 @@ class Part(NamedTuple):
     """One process of a run.
 
     Attributes:
-        weight: its share of the time that is left.
-        needs: programs and packages without which it cannot run.
-        uses: packages without which some rivals are left out.
-        environment: variables that it gets.
-        restarts: whether it has --from N, to continue after case N - 1 has crashed.
+        weight: Its share of the time that is left.
+        needs: Programs and packages without which it cannot run.
+        uses: Packages without which some rivals are left out.
+        environment: Variables that it gets.
+        restarts: Whether it has --from N, to continue after case N - 1 has crashed.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
-    """All parts in order of worth: first what others need, then numbers, then speed."""
+    """Returns all parts in order of worth: first what others need, then numbers, then speed."""
     device = ("--device", options.device)
     results = str(options.folder / "results")
     quick = ("--quick",) if options.quick else ()
@@ -213,7 +213,7 @@ def _crashed(cases: list[int]) -> str:
 
 
 def _last_case(log: Path) -> tuple[int, int] | None:
-    """The last "[3/42]" in a log."""
+    """Returns the last "[3/42]" in a log."""
     matches = re.findall(r"^\[(\d+)/(\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
     return (int(matches[-1][0]), int(matches[-1][1])) if matches else None
 

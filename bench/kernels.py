@@ -51,12 +51,12 @@ class Operator:
     """One kernel with its operands.
 
     Attributes:
-        ours: calls it. Returns all results, new ones or those written in place.
-        library: the same in torch's products.
-        truth: the same in float64.
-        bytes: every operand once.
-        written: tensors that the calls add to, with their values before.
-        more: other products of the library, by name.
+        ours: Calls it. Returns all results, new ones or those written in place.
+        library: The same in torch's products.
+        truth: The same in float64.
+        bytes: Every operand once.
+        written: Tensors that the calls add to, with their values before.
+        more: Other products of the library, by name.
     """
 
     ours: Callable[[], Results]
@@ -85,7 +85,7 @@ class Inputs:
         return values.to(self.device, self.dtype)
 
     def zeros(self) -> Tensor:
-        """A float32 sum [n, r]."""
+        """Returns a float32 sum [n, r]."""
         return torch.zeros(self.sizes[1:], device=self.device)
 
 
@@ -260,7 +260,7 @@ def check(operator: Operator, dtype: torch.dtype) -> float:
     """Returns the largest error of our results.
 
     Raises:
-        ArithmeticError: if it is above twice the library's, plus a rounding.
+        ArithmeticError: If it is above twice the library's, plus a rounding.
     """
     truth = operator.truth()
     operator.reset()

@@ -44,7 +44,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def step_of(rival: Rival, copies: list[Tensor], i: int, g: Tensor) -> Step:
-    """The step of a rival on copy i of x, which changes from round to round."""
+    """Returns the step of a rival on copy i of x, which changes from round to round."""
     leaves = list(rival.parameters())
 
     def drop_gradients() -> None:

@@ -100,7 +100,7 @@ class Training:
 
 
 def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
-    """The error of our cores' gradients against the three-line formula's.
+    """Returns the error of our cores' gradients against the three-line formula's.
 
     Both have the same factors and random cores.
     """

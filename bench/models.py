@@ -21,11 +21,11 @@ class Shape:
 
     Attributes:
         family: "encoder" or "causal-lm".
-        settings: the arguments of its configuration.
-        targets: the adapted layers.
-        batch: rows of a batch.
-        sequence: tokens of a row.
-        equal: the rank of a method at which it is nearest in size to LoTR ("-as-lotr") or LoRA
+        settings: The arguments of its configuration.
+        targets: The adapted layers.
+        batch: Rows of a batch.
+        sequence: Tokens of a row.
+        equal: The rank of a method at which it is nearest in size to LoTR ("-as-lotr") or LoRA
             ("-as-lora") of rank 16.
     """
 
@@ -101,7 +101,7 @@ def fused_reason(base: nn.Module, rank: int) -> str | None:
 
 
 def usual_methods(base: nn.Module, rank: int) -> list[str]:
-    """The methods that are measured by default."""
+    """Returns the methods that are measured by default."""
     usual = [method for method in METHODS if method not in ON_REQUEST]
     if fused_reason(base, rank) is None:
         usual.append("lotr_ext-fused")
@@ -109,7 +109,7 @@ def usual_methods(base: nn.Module, rank: int) -> list[str]:
 
 
 def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model of MODELS[name] with random weights, frozen.
+    """Returns the model of MODELS[name] with random weights, frozen.
 
     The output of its embeddings requires a gradient, so that every method, and the frozen model as
     well, goes backward through all layers.
@@ -132,7 +132,7 @@ def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """A copy of the modules of base that uses the same parameter and buffer objects."""
+    """Returns a copy of the modules of base that uses the same parameter and buffer objects."""
     return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
 
 
@@ -188,7 +188,7 @@ def _peft_model(model: nn.Module, targets: list[str], r: int, method: str) -> nn
 
 
 def rank_of(method: str, case: Case) -> int | None:
-    """The rank of a method in a case, None if it is unknown.
+    """Returns the rank of a method in a case, None if it is unknown.
 
     At equal size it is known for the model's usual targets.
     """
@@ -200,10 +200,10 @@ def rank_of(method: str, case: Case) -> int | None:
 
 
 def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: int) -> nn.Module:
-    """A twin of base, adapted.
+    """Returns a twin of base, adapted.
 
     Raises:
-        ValueError: if the strategy in the method's name cannot run here.
+        ValueError: If the strategy in the method's name cannot run here.
     """
     model = twin(base)
     targets = list(targets)
@@ -228,7 +228,7 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
 
 
 def our_layers_in(model: nn.Module) -> list[nn.Module]:
-    """The adapted layers, in order."""
+    """Returns the adapted layers, in order."""
     from lotr_ext.layers import LoTRLayer
 
     return [module for module in model.modules() if isinstance(module, LoTRLayer)]

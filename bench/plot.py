@@ -46,7 +46,7 @@ MOST_BARS = 6
 
 
 def color(rival: str) -> str:
-    """The color of the longest name in COLORS that a rival starts with."""
+    """Returns the color of the longest name in COLORS that a rival starts with."""
     names = [name for name in COLORS if rival.startswith(name)]
     return COLORS[max(names, key=len)] if names else "tab:purple"
 
@@ -97,7 +97,7 @@ def present(frame: pd.DataFrame, rivals: Sequence[str]) -> list[str]:
 
 
 def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """The time over the frozen layer by size."""
+    """Draws the time over the frozen layer by size."""
     frame = in_percent(one_thread(frame))
     is_shown = frame.apply(
         lambda row: row["k"] == row["n"] and (row["m"], row["k"], row["r"]) in LAYER_SIZES, axis=1
@@ -114,7 +114,7 @@ def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """The time of a training step and its peak memory, relative to PEFT's LoRA."""
+    """Draws the time of a training step and its peak memory, relative to PEFT's LoRA."""
     frame = labeled(one_thread(frame), lambda row: f"{row['model']}\n{row['dtype']}")
     lora = frame[frame["rival"] == "lora-peft"].set_index("label")
     frame = frame.assign(
@@ -134,7 +134,7 @@ def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _over_bars(frame: pd.DataFrame, floor: str, ylabel: str, path: Path) -> list[Path]:
-    """One axis: the time of each rival over the floor."""
+    """Draws one axis: the time of each rival over the floor."""
     frame = in_percent(frame)
     rivals = [name for name in frame["rival"].unique() if name != floor][:MOST_BARS]
     if not rivals:  # a quick run measures one case, which this picture may not show

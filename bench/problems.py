@@ -33,13 +33,13 @@ class Task(NamedTuple):
     Attributes:
         kind: "teacher", "classifier" or "language".
         source: a file in data/, or the shared part of a teacher's change.
-        layers: the adapted layers, a regular expression.
-        steps: of a run.
-        batch: items per step.
-        validation: how many items choose the rate.
-        held_out: how many items give the reported loss.
-        all_methods: whether every method runs on it.
-        norms: the norm layers, a regular expression.
+        layers: The adapted layers, a regular expression.
+        steps: Of a run.
+        batch: Items per step.
+        validation: How many items choose the rate.
+        held_out: How many items give the reported loss.
+        all_methods: Whether every method runs on it.
+        norms: The norm layers, a regular expression.
     """
 
     kind: str
@@ -98,8 +98,8 @@ class Problem:
     """Models, batches and losses of a task.
 
     Attributes:
-        parts: training, validation and held_out, as tensors or lists of items.
-        head: whether a model has a new head. Every method trains it, and its numbers are not
+        parts: Training, validation and held_out, as tensors or lists of items.
+        head: Whether a model has a new head. Every method trains it, and its numbers are not
             counted.
     """
 
@@ -141,7 +141,7 @@ class Problem:
         return in_order, torch.cat(is_right)[position]
 
     def order(self, part: str) -> Tensor:
-        """The order in which items are measured."""
+        """Returns the order in which items are measured."""
         return torch.arange(len(self.parts[part][0]))
 
 
@@ -206,7 +206,7 @@ class Net(nn.Sequential):
 
 @torch.no_grad()
 def changed(net: Net, shared: float, generator: torch.Generator) -> Net:
-    """A copy of net with a change of rank 4 in every weight. shared: see Teacher."""
+    """Returns a copy of net with a change of rank 4 in every weight. shared: see Teacher."""
     teacher = copy.deepcopy(net)
 
     def spaces(n: int, k: int) -> list[Tensor]:
@@ -356,7 +356,7 @@ class Written(Problem):
 
 
 def missing(task: Task) -> str:
-    """The files of a task's data that are not there, "" if all are."""
+    """Returns the files of a task's data that are not there, "" if all are."""
     folders = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}
     if task.kind not in folders:
         return ""
@@ -377,9 +377,9 @@ class Method(NamedTuple):
 
     Attributes:
         family: "lotr", "peft", or what is fully trained: "base", "head", "norm", "full".
-        ranks: by kind of task: teacher, classifier, language.
-        rates: the same; the rate at which the search begins, for LoTR before the factor 0.4.
-        settings: of the configuration.
+        ranks: By kind of task: teacher, classifier, language.
+        rates: The same; the rate at which the search begins, for LoTR before the factor 0.4.
+        settings: Of the configuration.
     """
 
     family: str
@@ -474,7 +474,7 @@ def _adapt_lotr(
 
 
 def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
-    """A function to call after each step.
+    """Returns a function to call after each step.
 
     Rates rise over the first 6 % of the steps, then fall to zero.
     """

@@ -59,18 +59,18 @@ class Program:
     """One measuring program.
 
     Attributes:
-        name: of its module in `bench`.
-        doc: what --help prints.
-        cases: the cases for some options, without dtype and threads.
-        build: the rivals of a case, only those of `options.rivals` if it is set.
-        form: the title of a case, as a format of its columns.
-        floor: the rival that the others are compared with.
-        rounds: how many, by default.
-        slice_s: about how many seconds one measurement of a rival takes.
-        dtypes: the default, the most important first.
-        compared: the rivals that --against compares.
-        is_pivoted: whether the program prints one table of all cases instead of one per case.
-        options: adds further options.
+        name: Of its module in `bench`.
+        doc: What --help prints.
+        cases: The cases for some options, without dtype and threads.
+        build: The rivals of a case, only those of `options.rivals` if it is set.
+        form: The title of a case, as a format of its columns.
+        floor: The rival that the others are compared with.
+        rounds: How many, by default.
+        slice_s: About how many seconds one measurement of a rival takes.
+        dtypes: The default, the most important first.
+        compared: The rivals that --against compares.
+        is_pivoted: Whether the program prints one table of all cases instead of one per case.
+        options: Adds further options.
     """
 
     name: str

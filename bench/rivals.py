@@ -76,7 +76,7 @@ class Tensors:
         return Tensors(**{name: None if t is None else t.double() for name, t in tensors})
 
     def adapter_in(self, dtype: torch.dtype) -> Tensors:
-        """The same with A, B and core in another dtype."""
+        """Returns the same with A, B and core in another dtype."""
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), core=self.core.to(dtype))
 
 
@@ -84,8 +84,8 @@ class Rival(nn.Module):
     """x [m, k] -> y [m, n] by a formula or a module.
 
     Args:
-        call: the formula or the module.
-        trained: the parameters by the formula's names, each with whether it is stored transposed,
+        call: The formula or the module.
+        trained: The parameters by the formula's names, each with whether it is stored transposed,
             as LoRA's modules store A and B.
     """
 
@@ -110,7 +110,7 @@ def copied(t: Tensor) -> nn.Parameter:
 
 
 def frozen_linear(t: Tensors) -> nn.Linear:
-    """The base layer as a module that uses these tensors, not copies."""
+    """Returns the base layer as a module that uses these tensors, not copies."""
     n, k = t.weight.shape
     linear = nn.Linear(k, n, bias=t.bias is not None, device="meta")
     linear.weight = nn.Parameter(t.weight, requires_grad=False)
@@ -172,7 +172,7 @@ def lora(t: Tensors, form: str) -> Rival:
 
 
 def compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()  # otherwise the compiler generalises over the cases before
+    torch._dynamo.reset()  # otherwise the compiler generalizes over the previous cases
     return torch.compile(function, dynamic=False)
 
 
@@ -224,7 +224,7 @@ def three_lines(t: Tensors, pair: tuple[nn.Parameter, nn.Parameter] | None = Non
 
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of an adapted layer."""
+    """Returns A and B of an adapted layer, by name."""
     parameters = layer.factors.named_parameters()
     return {name.partition(".")[0]: parameter for name, parameter in parameters}
 
@@ -257,7 +257,7 @@ def our_layer(t: Tensors) -> Rival:
 
 
 def our_layer_float32(t: Tensors) -> Rival:
-    """The default of `apply_lotr` for a half-precision base."""
+    """Returns our layer with a float32 adapter, which is the default of `apply_lotr`."""
     return our_layer(t.adapter_in(torch.float32))
 
 
@@ -270,7 +270,7 @@ def our_layer_with(strategy: str, t: Tensors) -> Rival:
     """Our layer with another strategy than the default.
 
     Raises:
-        ValueError: if it cannot run here.
+        ValueError: If it cannot run here.
     """
     reason = fused_reason(t) if strategy == "fused" else None
     if reason is not None:
@@ -304,7 +304,7 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 
 
 def usual_layers(t: Tensors) -> list[str]:
-    """The rivals of one layer that are measured by default."""
+    """Returns the rivals of one layer that are measured by default."""
     usual = ["frozen", "lora-eager", "lora-in-place", "lora-beta", "lora-peft", "vera-peft"]
     usual += ["lotr-eager", "lotr_ext"]
     if t.weight.dtype != torch.float32:
@@ -333,7 +333,7 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
     """Returns the largest error of y, dx and the parameters' gradients against float64.
 
     Raises:
-        ArithmeticError: if it is above the limit.
+        ArithmeticError: If it is above the limit.
     """
     values = {}
     for name, (parameter, is_transposed) in rival.trained.items():
@@ -388,7 +388,7 @@ STACKED = ("frozen", "lora-eager", "lora-peft", "lotr-eager", "lotr_ext", "lotr_
 
 
 def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str) -> list[Tensors]:
-    """The tensors of each layer [k, k], with one A and B.
+    """Returns the tensors of each layer [k, k], with one A and B.
 
     They are scaled so that values do not grow through many layers.
     """
@@ -399,7 +399,7 @@ def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str)
 
 
 def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
-    """The layers of a rival on one pair of factors; each LoRA layer has its A and B.
+    """Returns the layers of a rival on one pair of factors; each LoRA layer has its A and B.
 
     "lotr_ext-model" is adapted by `apply_lotr`.
     """
@@ -425,7 +425,7 @@ def check_stack(model: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) 
     """Returns the error of y and dx against the formula's in float64.
 
     Raises:
-        ArithmeticError: if it is above the limit.
+        ArithmeticError: If it is above the limit.
     """
     wide_x = x.detach().double().requires_grad_()
     expected = truth(wide_x)

@@ -57,7 +57,7 @@ DROPPED = 0.4
 
 
 def table() -> ModuleType:
-    """The tests of operators on a GPU, which import the table."""
+    """Returns the tests of operators on a GPU, which import the table."""
     # The tests fill new memory with NaN, in a mode of torch in which cuBLAS needs this setting.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for folder in ("python_tests", "python_tests/cuda"):
@@ -66,7 +66,7 @@ def table() -> ModuleType:
 
 
 def forms() -> list[str]:
-    """The entries of the table, each followed by its variants."""
+    """Returns the entries of the table, each followed by its variants."""
     tests = table()
     operators = tests.test_operators
     names = []
@@ -92,7 +92,7 @@ def obstacle(form: str, dtype: str, device: str) -> str | None:
 
 
 def error_line(text: str) -> str:
-    """The line of a message that says most: the first with "CUDA error", else the first."""
+    """Returns the line of a message that says most: the first with "CUDA error", else the first."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
     return next((line for line in lines if "CUDA error" in line), lines[0])[:300]
 
@@ -107,8 +107,8 @@ def outcome_of(
     """Runs a form in this process.
 
     Args:
-        shapes: how many of the table's shapes, None for all.
-        before: called with each shape before it runs.
+        shapes: How many of the table's shapes, None for all.
+        before: Called with each shape before it runs.
     """
     reason = obstacle(form, dtype, device)
     if reason is not None:
@@ -178,7 +178,7 @@ class Process:
         self._lines.put(None)
 
     def next_message(self, limit_s: float) -> str | None:
-        """The next @ready or @outcome, None if the process ended.
+        """Returns the next @ready or @outcome, None if the process ended.
 
         Raises:
             queue.Empty: if no line comes for limit_s seconds.
@@ -212,9 +212,9 @@ def run_form(
     """Runs the dtypes of one form in as many processes as it takes, and reports each outcome.
 
     Args:
-        command: the command of a process for some dtypes.
-        report: called with a dtype and its outcome.
-        watchdog_s: after so many seconds without a line a process is ended.
+        command: The command of a process for some dtypes.
+        report: Called with a dtype and its outcome.
+        watchdog_s: After so many seconds without a line a process is ended.
     """
     remaining = list(dtypes)
     while remaining:

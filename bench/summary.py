@@ -42,13 +42,13 @@ FUSED_GOAL = 0.94  # of cuBLAS: below it the fused kernel is slower than beta
 
 
 def outcomes_in(results: Path) -> Outcomes:
-    """The outcomes of parts that ran before, in this folder."""
+    """Returns the outcomes of parts that ran before, in this folder."""
     path = results / "summary.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def error_lines(text: str) -> list[str]:
-    """The lines of a log that say most: the first with "CUDA error", and the last ones."""
+    """Returns the lines of a log that say most: the first with "CUDA error", and the last ones."""
     lines = [line.rstrip()[:300] for line in text.splitlines() if line.strip()]
     first = [line for line in lines if "CUDA error" in line][:1]
     return [*first, *(line for line in lines[-5:] if line not in first)]
@@ -149,7 +149,7 @@ def _smoke(results: Path) -> str:
 
 
 def _over_table(frame: pd.DataFrame, title: pd.Series, rivals: dict[str, str]) -> str:
-    """A row per case, a column per rival: the time of a step over the frozen one."""
+    """Returns a row per case, a column per rival: the time of a step over the frozen one."""
     frame = frame.assign(title=title)
     steps = frame[frame["stage"] == "step"]
     rows = []

@@ -53,7 +53,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
-    """A causal language model with fixed random weights."""
+    """Returns a causal language model with fixed random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ class Batch:
         self.tasks = torch.tensor(drawn, device=self.device)
 
     def index(self, way: str) -> Tensor:
-        """The task of each row [rows], or of each token [rows, tokens], -1 for the base."""
+        """Returns the task of each row [rows], or of each token [rows, tokens], -1 for the base."""
         tokens = torch.arange(self.case["tokens"], device=self.device)
         if way == "lotr_ext-token":
             rows = torch.arange(self.case["rows"], device=self.device).unsqueeze(1)
@@ -159,7 +159,7 @@ def check_moved(way: str, cores: list[nn.Parameter], step: Step, batch: Batch) -
     """Runs a step.
 
     Raises:
-        ArithmeticError: unless exactly the tasks of the batch have a gradient.
+        ArithmeticError: Unless exactly the tasks of the batch have a gradient.
     """
     step.run()
     if way not in BANKED:

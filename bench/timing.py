@@ -46,10 +46,10 @@ class Step:
     """What is timed of a rival.
 
     Attributes:
-        stages: by name, timed one after the other. Each gets the result of the one before.
-        prepare: runs before the stages and is not timed.
+        stages: By name, timed one after the other. Each gets the result of the one before.
+        prepare: Runs before the stages and is not timed.
         layers: a time is divided by this.
-        facts: further columns of the rival's rows.
+        facts: Further columns of the rival's rows.
     """
 
     stages: dict[str, Callable[[Any], Any]]
@@ -68,9 +68,9 @@ class Group:
     """The rivals of one case.
 
     Attributes:
-        steps: the rivals that run, by name.
-        failures: why the others do not run, by name.
-        deal: called before each round, to draw what the steps use in it.
+        steps: The rivals that run, by name.
+        failures: Why the others do not run, by name.
+        deal: Called before each round, to draw what the steps use in it.
     """
 
     def __init__(self, deal: Callable[[random.Random], None] = lambda draw: None):
@@ -92,10 +92,10 @@ def training(
     """Returns a step of forward and backward, as inside a model.
 
     Args:
-        forward: computes the output.
-        g: the gradient of the output.
-        leaves: their gradients are dropped before each step.
-        further: other fields of the step.
+        forward: Computes the output.
+        g: The gradient of the output.
+        leaves: Their gradients are dropped before each step.
+        further: Other fields of the step.
     """
     leaves = list(leaves)
 
@@ -227,7 +227,7 @@ class Rounds:
     """Measures a group round by round. A rival that fails in the first one is left out.
 
     Args:
-        slice_s: about how many seconds one measurement of a rival takes.
+        slice_s: About how many seconds one measurement of a rival takes.
     """
 
     def __init__(self, group: Group, clock: Clock, slice_s: float):

@@ -30,6 +30,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
+from scipy import stats
 from torch import Tensor, nn
 
 from . import accuracy
@@ -119,7 +121,7 @@ class Free(nn.Module):
 
 
 def build(form: Form, target: str, seed: int) -> nn.Module:
-    """A fresh model in which what the form trains requires grad."""
+    """Returns a fresh model in which what the form trains requires grad."""
     model = problem(target).model(seed)
     torch.manual_seed(seed)
     if form.pair == "peft":
@@ -144,7 +146,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
 
 
 def with_cores(model: nn.Module, form: Form, target: str, seed: int) -> nn.Module:
-    """The model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
+    """Returns the model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
     from lotr_ext import LoTRConfig, apply_lotr
 
     trained = form.pair == "trained"
@@ -209,7 +211,10 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
-    """All rates with the first seed, then the best one with the others; none: all are recorded."""
+    """Returns the runs that are not recorded yet.
+
+    They are all rates with the first seed, then the best rate with the other seeds.
+    """
     runs = []
     for target in options.targets:
         for form in options.forms:
@@ -227,7 +232,7 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
 
 
 def runs_in(path: Path) -> pd.DataFrame:
-    """The recorded runs, with all columns that are used here."""
+    """Returns the recorded runs, with all columns that are used here."""
     recorded = read(path)
     columns = [*recorded.columns, *Run._fields, "numbers", "validation", "loss", "items"]
     return recorded.reindex(columns=list(dict.fromkeys(columns)))
@@ -338,16 +343,27 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The loss of each text: base model, its LoRA, its task in a bank of each rank."""
+    """Returns the loss of each text: base model, its LoRA, its task in a bank of each rank.
+
+    The last row has the mean share of the LoRAs' gain, with a 95 % t interval over the texts.
+    """
     table = []
+    shares: dict[str, list[float]] = {}
     for text, of_text in rows.groupby("text", sort=False):
         lora = of_text[of_text["what"] == "lora"].iloc[0]
         row = {"text": text, "base": f"{lora['before']:.3f}", "LoRA": f"{lora['loss']:.3f}"}
         for _, task in of_text[of_text["what"] == "bank"].sort_values("rank").iterrows():
             kept = (lora["before"] - task["loss"]) / (lora["before"] - lora["loss"])
-            row[f"bank, r {task['rank']}"] = f"{task['loss']:.3f} ({kept:.0%})"
+            column = f"bank, r {task['rank']}"
+            shares.setdefault(column, []).append(kept)
+            row[column] = f"{task['loss']:.3f} ({kept:.0%})"
         table.append(row)
-    return pd.DataFrame(table)
+    means = {"text": "mean", "base": "", "LoRA": ""}
+    for column, values in shares.items():
+        mean = statistics.fmean(values)
+        low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+        means[column] = f"{mean:.0%} ({low:.0%} to {high:.0%})"
+    return pd.DataFrame([*table, means])
 
 
 def picture(recorded: pd.DataFrame, path: Path) -> None:
@@ -380,7 +396,7 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
 
 
 def family_of(name: str) -> str | None:
-    """The legend's name of a form or method; None for what the picture leaves out."""
+    """Returns the legend's name of a form or method, None if the picture leaves it out."""
     if "/" in name:
         form = Form.of(name)
         if form.pair == "trained":
@@ -450,7 +466,7 @@ def collect(path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m bench.transfer",
         description=__doc__,
@@ -471,7 +487,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program."""
+    """Runs the program."""
     options = parser().parse_args(argv)
     targets = [] if options.targets == ["none"] else options.targets
     if unknown := set(targets) - set(TARGETS):

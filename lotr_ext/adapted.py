@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .factors import set_unregistered
 from .layers import LoTRLayer
 
 __all__ = [
@@ -112,12 +113,12 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
     """
     owner = _owner(model)
     if owner is not model:
-        model.__dict__[name] = module
+        set_unregistered(model, name, module)
     setattr(owner, name, module)
 
 
 def detach_all(model: nn.Module) -> None:
-    """Takes off what was attached to a model and to adapted models inside of it."""
+    """Takes off what was attached to a model and to adapted models inside it."""
     for module in list(model.modules()):
         for name in _ATTRIBUTES:
             attached = vars(module).get(name, module._modules.get(name))

@@ -36,7 +36,7 @@ from .targets import name_ends_with
 __all__ = ["FILE_NAME", "AdapterState", "LayerEntry"]
 
 FILE_NAME = "lotr_adapter.safetensors"
-VERSION = "3"  # 1 and 2 were a JSON file beside a safetensors file
+VERSION = "3"  # 1 and 2 were a JSON file next to a safetensors file
 
 
 @contextmanager
@@ -53,7 +53,8 @@ class LayerEntry:
     """One adapted layer.
 
     Attributes:
-        A: The name of its factor A among the tensors, as B is of its factor B.
+        A: The name of its factor A among the tensors.
+        B: The name of its factor B.
         scaling: s.
         dropout: In [0, 1).
         experts: The number of experts, 0 for a linear layer.

@@ -1,12 +1,12 @@
 """rank_for: the recipe of docs/choosing.md for one model.
 
-    numbers of the adapter        form                                      as in the recipe
-    below LoRA of rank 0.1        dense cores, a pair for each shape        "very small"
-    below LoRA of rank 2          diagonal cores, a pair for each shape     "as LoRA of rank 1"
-    from there on                 dense cores, a pair for each shape and    "as LoRA of rank 4"
+    parameters of the adapter     form                                      as in the recipe
+    below LoRA of rank 0.1        dense cores, one pair per shape           "very small"
+    below LoRA of rank 2          diagonal cores, one pair per shape        "as LoRA of rank 1"
+    more                          dense cores, one pair per shape and       "as LoRA of rank 4"
                                   block
 
-The rank is the largest one with at most so many numbers.
+The rank is the largest one with at most this number of parameters.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def rank_for(
     """Returns the configuration that docs/choosing.md recommends for a size of the adapter.
 
     `apply_lotr(model, rank_for(model, like="lora:1"))` adapts the model with at most as many
-    numbers as a LoRA of rank 1 has. The adapter's rank, form and groups depend on the model's
+    parameters as a LoRA of rank 1 has. The adapter's rank, form and groups depend on the model's
     layers. From LoRA of rank 16 on, the recipe is LoRA itself: no form of LoTR was better.
 
     Args:
         model: A plain model. It is not changed.
-        like: "lora:<rank>": as many numbers as a LoRA of this rank over the same layers.
+        like: "lora:<rank>": as many parameters as a LoRA of this rank over the same layers.
         numbers: The number of trained parameters of the adapter, instead of like.
         settings: Other fields of `LoTRConfig`, such as target_modules or dropout.
 

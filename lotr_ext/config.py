@@ -126,8 +126,8 @@ class LoTRConfig:
         core_init: "zero", or "identity" (B then starts at zero).
         target_parameters: Name endings of the 3-D parameters of a transformers mixture's experts,
             as PEFT matches them: ["experts.gate_up_proj", "experts.down_proj"].
-        core: "dense": each layer has its core. Or cores that are computed from fewer numbers, which
-            layers share (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train", "few", or a
+        core: "dense": each layer has a core. Or cores that are computed from fewer parameters,
+            which layers share (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train", "few", or a
             callable (places, rank) -> Cores. A place is a layer's (layer, kind), such as
             ("model.layers.3", "self_attn.q_proj"). The configuration of a saved adapter has
             "custom" for a callable.
@@ -214,8 +214,8 @@ class LoTRConfig:
         )
         if svd and excludes_svd:
             raise ValueError(
-                'init: expected another one with core_init, target_parameters or group_by="width", '
-                'got "svd"'
+                'init: expected another init than "svd" with core_init="identity", '
+                'target_parameters or group_by="width", got "svd"'
             )
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Cores that are computed from fewer numbers, which layers share.
+"""Cores that are computed from fewer parameters, which layers share.
 
     class           core of layer l, kind k      parameters (L layers, K kinds,   relatives
                     (place p)                    P places)
@@ -44,7 +44,7 @@ class CoreAt(nn.Module):
 
     Args:
         cores: The cores of all places.
-        index: Of the place.
+        index: The index of the place.
         owned: Whether this module registers `cores`. False if another module does, such as the
             model of `apply_lotr`.
     """
@@ -71,8 +71,8 @@ class Cores(nn.Module):
     """Base class: the cores of all places. A subclass has parameters, at G = 0, and `make`.
 
     Args:
-        places: Of the layers' cores, each once.
-        rank: Of the factors: r, or (r_in, r_out).
+        places: One per core, each once.
+        rank: The rank of the factors: r, or (r_in, r_out).
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or value.
@@ -151,7 +151,7 @@ class LayersAndKinds(Cores):
 
 
 class DiagonalCores(Cores):
-    """G_p = diag(d[p]): r numbers per layer. State: `diagonal` [places, r]."""
+    """G_p = diag(d[p]): r parameters per layer. State: `diagonal` [places, r]."""
 
     def __init__(self, places: Sequence[Hashable], rank: int):
         super().__init__(places, rank)
@@ -246,16 +246,16 @@ class TrainCores(LayersAndKinds):
 
 
 class FewCores(Cores):
-    """G_p = sum_j v[p, j] R[j] with fixed random R: few numbers per layer, or for all layers.
+    """G_p = sum_j v[p, j] R[j] with fixed random R: few parameters per layer, or for all layers.
 
     TinyLoRA (arXiv 2602.04118), with frozen factors from the SVD of each layer. State: `numbers`
     [places or 1, numbers], and the buffer `random` [numbers, r_in, r_out].
 
     Args:
         places: As for `Cores`, as is rank.
-        numbers: How many per place.
+        numbers: How many parameters a place has.
         tied: Whether all places share them.
-        seed: Of R ~ N(0, 1 / r_in).
+        seed: The seed from which R ~ N(0, 1 / r_in) is drawn.
     """
 
     random: Tensor

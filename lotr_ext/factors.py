@@ -44,7 +44,7 @@ def scaling_of(
     multiplied. Together they make the learning rate of a LoRA fit every rank (docs/choosing.md).
 
     Args:
-        rank: r, or (r_in, r_out), of which the larger counts.
+        rank: r, or (r_in, r_out), of which the larger one is r.
         alpha: If given, s is alpha / r, and "auto" does not apply.
         rslora: Whether s is alpha / sqrt(r) (arXiv 2312.03732). alpha is r if it is not given.
         scaling: s itself, or "auto".
@@ -77,7 +77,7 @@ def scaling_of(
 
 
 def set_unregistered(module: nn.Module, name: str, value: object) -> None:
-    """Sets an attribute that may hold modules or tensors without registering them.
+    """Sets `module.name` to a value that has modules or tensors, without registering them.
 
     `setattr` would make them children of the module: state_dict would contain them twice, and
     `.to()` and `train()` would reach modules that belong to others. An attribute in `__dict__` is
@@ -151,8 +151,8 @@ class LoTRFactors(nn.Module):
     state_dict: `A.value`, `B.value`.
 
     Args:
-        in_features: Of the layers.
-        out_features: Of the layers.
+        in_features: The in_features of the layers.
+        out_features: The out_features of the layers.
         rank: An int, or (r_in, r_out).
         init: As for `LoTRFactor`, as are device, dtype, errors and warnings.
 
@@ -206,7 +206,7 @@ class LoTRFactors(nn.Module):
     def _set_pair(self, A: LoTRFactor, B: LoTRFactor) -> None:
         self.A = A
         self.B = B
-        set_unregistered(self, "A", A)  # as well, because `read` runs in each call
+        set_unregistered(self, "A", A)  # also, because `read` runs in each call
         set_unregistered(self, "B", B)
         self.caches = Caches(A.cache, B.cache)
         self.in_features = A.features
@@ -250,8 +250,10 @@ def factors_for(
 
     Args:
         factors: Returned if given.
-        rank: Of new factors, 8 if None. If factors are given, it must be None or their rank.
-        dtype: Of the layer. New factors are float32, or float64 for float64.
+        rank: The rank of new factors, 8 if None. If factors are given, None or their rank.
+        sizes: (in_features, out_features).
+        device: The device of new factors.
+        dtype: The dtype of the layer. New factors are float32, or float64 for float64.
 
     Raises:
         TypeError: If factors are not LoTRFactors.

@@ -1,4 +1,4 @@
-"""Warnings at an optimizer step that trains an adapted model in a way that cannot be meant.
+"""Warnings at an optimizer step that trains an adapted model in a way that cannot be intended.
 
     watch(model, check)       check runs after each step of any optimizer, until it has an answer
 

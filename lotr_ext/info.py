@@ -106,10 +106,10 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
     The plans are those for bfloat16 on the first GPU, or on an H100 if there is none.
 
     Args:
-        m: tokens.
+        m: Tokens.
         k: in_features.
         n: out_features.
-        r: rank.
+        r: Rank.
 
     Raises:
         RuntimeError: If the build has no CUDA kernels, or a size is out of range.

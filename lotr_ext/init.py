@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Multiplies the initial factors, and divides s by its cube (factors.scaling_of). With AdamW,
-# factors and cores times a, the rate times a and s times a^-3 give exactly the same path. So this
+# factors and cores times a, the rate times a, and s times a^-3 give exactly the same path. So this
 # constant moves the best learning rate of LoTR onto LoRA's (docs/choosing.md).
 START = 0.4
 FACTOR_INITS = ("orthonormal", "normal", "kaiming")
@@ -232,8 +232,8 @@ class CapturedGradient(NamedTuple):
     A higher rank captures more. What a pair does not capture is estimated, to about 10 %.
 
     Attributes:
-        total: Of all adapted layers.
-        layers: Of each layer, by its name.
+        total: The share over all adapted layers.
+        layers: The share of each layer, by its name.
     """
 
     total: float
@@ -304,8 +304,8 @@ def start_from_gradients(
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
-            improved = leading([block.double() for block in factor_blocks], previous.shape[1])
-            directions[factor] = improved.to(previous)
+            vectors = leading([block.double() for block in factor_blocks], previous.shape[1])
+            directions[factor] = vectors.to(previous)
 
     directions = {factor: value[:, : factor.rank] for factor, value in directions.items()}
     captured = _captured(model, layers, directions, batches, loss)
@@ -327,7 +327,8 @@ def _check_gradients(blocks: list[Tensor]) -> None:
     is_finite = all(bool(block.isfinite().all()) for block in blocks)
     if not is_finite or not any(bool(block.any()) for block in blocks):
         raise ValueError(
-            "loss: expected finite gradients for each group of layers, not all zero, got others"
+            "loss: expected finite gradients for each group of layers, not all zero, got gradients "
+            "that are zero, NaN or infinite"
         )
 
 

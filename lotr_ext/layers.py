@@ -114,7 +114,7 @@ class LoTRLayer(nn.Module):
         layer.in_features, layer.out_features = sizes
         layer._take_base(linear)
         layer._add_adapter(factors, s, dropout, _device_of(linear))
-        layer.training = linear.training  # not of the modules inside of the base
+        layer.training = linear.training  # `train` would also change the modules inside the base
         return layer
 
     @staticmethod
@@ -168,7 +168,7 @@ class LoTRLayer(nn.Module):
         factors.A.cache.layers += 1
         factors.B.cache.layers += 1
         self.factors = factors  # registered, so that a model built by hand owns A and B
-        set_unregistered(self, "factors", factors)  # as well, because each call reads them
+        set_unregistered(self, "factors", factors)  # also, because each call reads them
 
     def leave_factors_to_owner(self) -> None:
         """Keeps only a plain reference to the factors, which another module registers.
@@ -476,12 +476,13 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     `factors.B.value` unless an owner registers the factors.
 
     Args:
-        in_features: As for nn.Linear, as for out_features, bias and device.
+        in_features: As for nn.Linear, as are out_features, bias and device.
         rank: The rank of new factors, 8 if None.
         factors: An existing pair. Its rank is then used.
         alpha: See `scaling_of`, as for rslora and scaling.
         dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
-        dtype: Of weight and bias: float32, float64, bfloat16 or float16, torch's default if None.
+        dtype: The dtype of weight and bias: float32, float64, bfloat16 or float16. If None, torch's
+            default.
             New factors and the core are float32, or float64 for float64.
 
     Raises:
@@ -563,7 +564,13 @@ def plus(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """Returns a frozen nn.Linear that holds these tensors."""
+    """Returns a frozen nn.Linear that holds these tensors.
+
+    Args:
+        weight: [out_features, in_features].
+        bias: [out_features].
+        training: Whether the layer is in training mode.
+    """
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)

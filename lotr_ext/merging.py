@@ -1,4 +1,4 @@
-"""merge and unmerge: the adapter of a whole model inside of its weights.
+"""merge and unmerge: the adapter of a model, added to its weights.
 
     W + s B G_l^T A^T      for every adapted layer l, or for none if one of them cannot be merged
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .adapted import adapted_layers, expect_unmerged
+from .factors import set_unregistered
 from .first_step import check_unmerged, watch
 from .layers import LoTRLayer
 from .targets import tied_names
@@ -61,7 +62,7 @@ def merge(
         for layer in layers.values():
             layer.weight_backup = None
             if isinstance(layer, LoTRWrapped):
-                layer.__dict__["quantized_base"] = None
+                set_unregistered(layer, "quantized_base", None)
     watch(model, check_unmerged)
     return model
 

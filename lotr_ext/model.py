@@ -107,7 +107,7 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Removes an adapter that an exception inside of the context has left incomplete."""
+    """Removes an adapter that an exception inside the context has left incomplete."""
     was_plain = not layers_in(model)
     trained_before = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -340,7 +340,7 @@ def clear_start(layers: Sequence[LoTRLayer]) -> None:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Computes without the adapter inside of the context. modules_to_save stay as they are now.
+    """Computes without the adapter inside the context. modules_to_save stay as they are now.
 
     The context is in force for the thread that opened it, and for the backwards that it starts.
 

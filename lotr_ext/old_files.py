@@ -29,7 +29,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads an adapter of version 1 or 2.
 
     Args:
-        path: Of the JSON file.
+        path: The JSON file.
 
     Returns:
         The document of the present version, unchecked, and the tensors, whose checksum is right.

@@ -3,7 +3,7 @@
 A write goes to a temporary name and is renamed, so a process that is killed leaves the old file or
 the new one. Nothing in a file is ever executed.
 
-Not here: what an adapter's file contains (files.py), nor a task's (tasks.py).
+Not here: what the file of an adapter (adapter_state.py) and of a task (task_files.py) contains.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def checked_path(path: object, name: str) -> Path:
 
     Args:
         path: The argument of a caller.
-        name: Of the argument, for the error.
+        name: The name of the argument, for the error.
 
     Raises:
         TypeError: If path is neither a string nor a path.
@@ -73,8 +73,8 @@ def expect_type(name: str, value: object, kind: type) -> None:
     """Checks the type of a value in a JSON document.
 
     Args:
-        name: Of the field, for the error.
-        value: Of the field.
+        name: The name of the field, for the error.
+        value: The value of the field.
         kind: The expected type.
 
     Raises:
@@ -91,9 +91,9 @@ def put_file(directory: Path, name: str, data: bytes) -> None:
     """Writes a file, atomically.
 
     Args:
-        directory: Exists already.
-        name: Of the file.
-        data: All of it.
+        directory: An existing directory.
+        name: The name of the file.
+        data: The content of the file.
     """
     temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
     try:
@@ -113,7 +113,7 @@ def put_tensors(
 
     Args:
         directory: Created if it does not exist.
-        name: Of the file.
+        name: The name of the file.
         tensors: On any device, of any strides.
         metadata: For the file's header.
 
@@ -154,8 +154,8 @@ def tensors_in(
     """Reads a safetensors file.
 
     Args:
-        path: Of the file.
-        name: Of the caller's argument, for the error.
+        path: The file.
+        name: The name of the caller's argument, for the error.
         sha256: The expected checksum of the file, if known.
 
     Returns:
@@ -194,7 +194,7 @@ def json_object(text: str | bytes, name: str, path: Path) -> dict[str, Any]:
 
     Args:
         text: The text.
-        name: Of the caller's argument, for the error.
+        name: The name of the caller's argument, for the error.
         path: The file that has the text.
 
     Raises:

@@ -122,7 +122,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
 
 
 def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Returns each module inside of the model once, with all its names."""
+    """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:

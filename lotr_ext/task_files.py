@@ -77,7 +77,7 @@ class TaskFormat:
         """Reads the cores of a task from a file.
 
         Args:
-            path: Of the file.
+            path: The file.
             where: The argument that names it, for the error.
 
         Raises:
@@ -142,7 +142,7 @@ def factors_in_order(
 
     Args:
         pairs: (A, B) of each layer. Layers that share a factor have the same tensor object.
-        group_by: Of the configuration, "shape" without one. Not a callable.
+        group_by: As in the configuration, or "shape" if there is none. Not a callable.
     """
     keyed: dict[int, tuple[tuple[str, str], str, Tensor]] = {}
     for name, (A, B) in pairs.items():

@@ -514,7 +514,7 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
 
 
 def _refuse_without_request(module: nn.Module, args: tuple) -> None:
-    """Refuses a checkpoint's recomputation outside of the context: it would compute without tasks.
+    """Refuses a checkpoint's recomputation outside the context: it would compute without tasks.
 
     A hook on the modules that compute adapted layers.
     """
@@ -522,7 +522,7 @@ def _refuse_without_request(module: nn.Module, args: tuple) -> None:
         return
     if current_request().keys().isdisjoint(layers_in(module).values()):
         raise RuntimeError(
-            "use_tasks: expected backward inside of the context, because a checkpoint recomputes a "
+            "use_tasks: expected backward inside the context, because a checkpoint recomputes a "
             "layer with its tasks, got one outside. To train the model's own adapter with "
             "checkpoints, remove the bank first: del model.lotr_tasks."
         )

@@ -20,9 +20,9 @@ class AdapterCheckpoints:
     """Mixin for transformers.Trainer and its subclasses, such as TRL's. Place it first.
 
     `save_model` and each checkpoint write the adapter and modules_to_save as `save_adapter` does,
-    beside the optimizer's state. Resuming and load_best_model_at_end load them. The model must be
+    next to the optimizer's state. Resuming and load_best_model_at_end load them. The model must be
     adapted before it is given to the trainer. With FSDP and DeepSpeed, accelerate writes all
-    weights beside the optimizer's state.
+    weights next to the optimizer's state.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

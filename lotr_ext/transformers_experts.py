@@ -77,7 +77,7 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
         return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
     if type(tensor) is not nn.Parameter or tensor.dtype not in DTYPES.values():
         return (
-            f"experts of {kind} that are quantised or sharded ({type(tensor).__name__}, "
+            f"experts of {kind} that are quantized or sharded ({type(tensor).__name__}, "
             f"{tensor.dtype}); load them dense"
         )
     if not _accepts_forward(module):

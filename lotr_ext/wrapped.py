@@ -36,7 +36,7 @@ __all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_cla
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: floating-point values, not one-byte codes."""
+    """Whether products may read module.weight: a floating tensor of values, not one-byte codes."""
     weight = getattr(module, "weight", None)
     if type(weight) not in (Tensor, nn.Parameter):
         return False

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import torch
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lotr_ext import (
     LoTRConfig,
     apply_lotr,
+    init_from_gradient,
     load_adapter,
     merge,
     save_adapter,
@@ -182,12 +184,12 @@ def experts(wrap: Callable[[nn.Module], nn.Module]) -> float:
 
     def gradients(net: nn.Module, x: Tensor) -> Changes:
         zoo.output(net, x).square().mean().backward()
-        found = {}
+        tensors = {}
         for name, parameter in net.named_parameters():
             if parameter.requires_grad:
                 full = sharded.full_tensor(parameter.grad)
-                found[name.removeprefix("module.")] = full
-        return found
+                tensors[name.removeprefix("module.")] = full
+        return tensors
 
     x = zoo.inputs("mixture", rows=4)
     half = x.chunk(2)[dist.get_rank()]
@@ -199,6 +201,26 @@ def shard_mixture(net: nn.Module) -> nn.Module:
     for layer in net.model.layers:
         fully_shard(layer)
     return fully_shard(net)
+
+
+def gradient_start() -> float:
+    """`init_from_gradient` with one batch per process: A, B and the captured shares."""
+
+    def start(ranks: list[int]) -> dict[str, Tensor]:
+        net = build()
+        for name, parameter in net.named_parameters():
+            if name.endswith(".core"):
+                nn.init.zeros_(parameter)
+        batches = [batch(rank, 0, torch.float64) for rank in ranks]
+        captured = init_from_gradient(net, batches, lambda model, x: model(x).square().mean())
+        return {**trained(net), "captured": torch.tensor(list(captured.layers.values()))}
+
+    actual = start([dist.get_rank()])
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        expected = start([0, 1])  # as one process
+    largest_error = torch.tensor(error(actual, expected))
+    dist.all_reduce(largest_error, dist.ReduceOp.MAX)
+    return largest_error.item()
 
 
 def fsdp2_collectives() -> list[int]:
@@ -343,6 +365,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "fsdp2, a tied head": a_tied_head,
     "fsdp2, functions for full tensors": functions_for_full_tensors,
     "a failed save": failure_reaches_all,
+    "a start from the gradients": gradient_start,
     "collectives": fsdp2_collectives,
 }
 

@@ -1,8 +1,9 @@
-"""Cores computed from fewer numbers: each form's equation, its numbers, and training through layers that share it."""
+"""Cores computed from fewer parameters: the equations of the forms, their sizes, and training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,29 +13,36 @@ from torch import Tensor, nn
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 from lotr_ext.cores import FORMS, Cores
 
-PLACES = [
-    ("0", "q"),
-    ("0", "v"),
-    ("1", "q"),
-    ("2", "v"),
-]  # three layers, two kinds, and not all of their pairs
-R, K = 4, 8
+# Three layers and two kinds, but not all of their pairs.
+PLACES = [("0", "q"), ("0", "v"), ("1", "q"), ("2", "v")]
+KINDS = ("q", "v")
+R = 4
+K = 8
 
 
-def _grid(layer: int, kind: int, combine: Callable) -> list[Tensor]:
-    return [combine(layer[int(l)], kind[("q", "v").index(k)]) for l, k in PLACES]
+def by_place(layer: Tensor, kind: Tensor, combine: Callable) -> list[Tensor]:
+    """Returns combine(layer[l], kind[k]) for each place (l, k)."""
+    return [combine(layer[int(l)], kind[KINDS.index(k)]) for l, k in PLACES]
 
 
-# form -> (how many numbers, the cores of PLACES from the form's parameters)
-EQUATIONS: dict[str, tuple[int, Callable[[Cores], list[Tensor]]]] = {
-    "diagonal": (4 * R, lambda c: [torch.diag(d) for d in c.diagonal]),
-    "cp": (5 * R, lambda c: _grid(c.layer, c.kind, lambda a, b: torch.diag(a * b))),
-    "tucker": (
-        4 * R + R**3,
-        lambda c: [sum(w * C for w, C in zip(row, c.slices)) for row in c.weights],
-    ),
-    "train": (5 * R * R, lambda c: _grid(c.layer, c.kind, torch.matmul)),
-    "few": (4 * 13, lambda c: [sum(v * C for v, C in zip(row, c.random)) for row in c.numbers]),
+def weighted_sums(weights: Tensor, matrices: Tensor) -> list[Tensor]:
+    """Returns for each row of weights the sum of weight times matrix."""
+    return list(torch.einsum("pi,irc->prc", weights, matrices))
+
+
+class Form(NamedTuple):
+    """What a form must be."""
+
+    numel: int  # of its parameters
+    equation: Callable[[Cores], list[Tensor]]  # returns the cores of PLACES
+
+
+EXPECTED = {
+    "diagonal": Form(4 * R, lambda form: [torch.diag(d) for d in form.diagonal]),
+    "cp": Form(5 * R, lambda form: by_place(form.layer, form.kind, lambda a, b: torch.diag(a * b))),
+    "tucker": Form(4 * R + R**3, lambda form: weighted_sums(form.weights, form.slices)),
+    "train": Form(5 * R * R, lambda form: by_place(form.layer, form.kind, torch.matmul)),
+    "few": Form(4 * 13, lambda form: weighted_sums(form.numbers, form.random)),
 }
 
 
@@ -47,18 +55,20 @@ def make(form: str) -> Cores:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_computes_its_equation(form: str) -> None:
-    cores, (numbers, equation) = make(form), EQUATIONS[form]
-    assert sum(p.numel() for p in cores.parameters()) == numbers
-    assert worst([cores.at(place)() for place in PLACES], equation(cores)) < 1e-12
+    cores = make(form)
+    assert sum(parameter.numel() for parameter in cores.parameters()) == EXPECTED[form].numel
+    expected = EXPECTED[form].equation(cores)
+    assert worst([cores.at(place)() for place in PLACES], expected) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_starts_at_zero_with_a_gradient(form: str) -> None:
     cores = FORMS[form](PLACES, R)
-    made = [cores.at(place)() for place in PLACES]
-    assert not any(core.any() for core in made)
-    sum(core.sum() for core in made).backward()
-    assert any(p.grad is not None and p.grad.any() for p in cores.parameters())
+    values = [cores.at(place)() for place in PLACES]
+    assert not any(core.any() for core in values)
+    sum(core.sum() for core in values).backward()
+    gradients = [parameter.grad for parameter in cores.parameters()]
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "few"])
@@ -70,32 +80,33 @@ def test_begins_as_identity(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("owned", [True, False])
-def test_layers_train_the_shared_numbers(form: str, owned: bool) -> None:
-    cores, factors = make(form), LoTRFactors(K, K, R, dtype=torch.float64)
+def test_layers_train_the_shared_parameters(form: str, owned: bool) -> None:
+    cores = make(form)
+    factors = LoTRFactors(K, K, R, dtype=torch.float64)
     layers = [LoTRLinear(K, K, factors=factors, scaling=0.5, dtype=torch.float64) for _ in PLACES]
     for layer, place in zip(layers, PLACES):
         layer.use_core(cores.at(place, owned))
-        assert any(name.startswith("core_form") for name, _ in layer.named_parameters()) is owned
-        assert {id(p) for p in cores.parameters()} <= {id(p) for p in layer.adapter_parameters()}
-    x, leaves = (
-        torch.randn(5, K, dtype=torch.float64),
-        [factors.A.value, factors.B.value, *cores.parameters()],
-    )
+        names = [name for name, _ in layer.named_parameters()]
+        assert any(name.startswith("core_form") for name in names) is owned
+        assert set(cores.parameters()) <= set(layer.adapter_parameters())
+    x = torch.randn(5, K, dtype=torch.float64)
+    A = factors.A.value
+    B = factors.B.value
+    leaves = [A, B, *cores.parameters()]
 
     def plain(layer: LoTRLinear, G: Tensor) -> Tensor:
-        return (
-            nn.functional.linear(x, layer.weight, layer.bias)
-            + 0.5 * x @ factors.A.value @ G @ factors.B.value.T
-        )
+        return nn.functional.linear(x, layer.weight, layer.bias) + 0.5 * x @ A @ G @ B.T
 
-    got = torch.autograd.grad(sum(layer(x).sin().sum() for layer in layers), leaves)
-    want = sum(plain(layer, G).sin().sum() for layer, G in zip(layers, EQUATIONS[form][1](cores)))
-    assert worst(got, torch.autograd.grad(want, leaves)) < 1e-12
+    loss = sum(layer(x).sin().sum() for layer in layers)
+    plain_cores = EXPECTED[form].equation(cores)
+    plain_loss = sum(plain(layer, G).sin().sum() for layer, G in zip(layers, plain_cores))
+    gradients = torch.autograd.grad(loss, leaves)
+    assert worst(gradients, torch.autograd.grad(plain_loss, leaves)) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_default_device_does_not_matter(form: str) -> None:
-    """A model with values gets cores with values under torch.device("meta"), as its factors."""
+    """Under torch.device("meta"), a model with values gets cores and factors with values."""
     config = LoTRConfig(rank=2, target_modules=["0", "1"], core=form)
     models = []
     for device in ("cpu", "meta"):
@@ -103,10 +114,11 @@ def test_the_default_device_does_not_matter(form: str) -> None:
         torch.manual_seed(0)
         with torch.device(device):
             models.append(apply_lotr(model, config))
-    ours, control = (dict(model.named_parameters()) for model in models)
-    for name in ours:
-        assert ours[name].device.type == control[name].device.type == "cpu"
-        assert "lotr" not in name or torch.equal(ours[name], control[name])
+    parameters_cpu, parameters_meta = (dict(model.named_parameters()) for model in models)
+    for name, parameter in parameters_cpu.items():
+        other = parameters_meta[name]
+        assert parameter.device.type == other.device.type == "cpu"
+        assert "lotr" not in name or torch.equal(parameter, other)
 
 
 def test_sizes_and_scales_of_rectangular_cores() -> None:
@@ -121,11 +133,13 @@ def test_sizes_and_scales_of_rectangular_cores() -> None:
     assert tuple(train.kind.shape) == (1, 5, 5)
 
 
-def test_few_numbers_can_be_tied() -> None:
+def test_the_numbers_of_few_can_be_tied() -> None:
     cores = FORMS["few"](PLACES, R, numbers=5, tied=True)
     nn.init.normal_(cores.numbers)
-    made = [cores.at(place)() for place in PLACES]
-    assert cores.numbers.shape == (1, 5) and torch.equal(made[0], made[1]) and made[0].any()
+    first = cores.at(PLACES[0])()
+    assert cores.numbers.shape == (1, 5)
+    assert first.any()
+    assert torch.equal(first, cores.at(PLACES[1])())
 
 
 BAD = [

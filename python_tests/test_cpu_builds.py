@@ -1,6 +1,6 @@
-"""Which instruction sets a build has, and which one a process uses.
+"""Which instruction sets a build contains, and which one a process uses.
 
-Their numbers are in test_operators.py.
+test_operators.py compares their results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SOURCES = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").is_file(), reason="ne
 ops = torch.ops.lotr
 
 
-def started(program: str, isa: str | None) -> subprocess.CompletedProcess[str]:
+def run_program(program: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program with LOTR_CPU_ISA set to isa, or not set."""
     environment = {name: value for name, value in os.environ.items() if name != "LOTR_CPU_ISA"}
     if isa is not None:
         environment["LOTR_CPU_ISA"] = isa
@@ -30,11 +31,17 @@ def started(program: str, isa: str | None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def isa_of(run: subprocess.CompletedProcess[str]) -> str:
-    return json.loads(run.stdout)["cpu"]["isa"]
+def isa_of(process: subprocess.CompletedProcess[str]) -> str:
+    return json.loads(process.stdout)["cpu"]["isa"]
 
 
-def test_subnormal_bfloat16_counts_as_zero_where_the_instructions_say_so() -> None:
+def check_refused(process: subprocess.CompletedProcess[str], isa: str) -> None:
+    message = rf"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got {isa}"
+    assert process.returncode != 0
+    assert re.search(message, process.stderr)
+
+
+def test_bfloat16_instructions_flush_subnormal_numbers() -> None:
     subnormal = torch.full((16, 32), 2.0**-133, dtype=torch.bfloat16)
     ones = torch.ones(32, 1, dtype=torch.bfloat16)
     is_flushed = json.loads(ops.info())["cpu"]["isa"] in ("avx512_bf16", "amx_bf16")
@@ -42,8 +49,8 @@ def test_subnormal_bfloat16_counts_as_zero_where_the_instructions_say_so() -> No
 
 
 def test_tiles_that_the_system_refuses_are_not_used() -> None:
-    """Linux gives no room for tiles to a process whose signal stack could not hold them."""
-    if isa_of(started(INFO, None)) != "amx_bf16":
+    """Linux refuses tiles to a process with a signal stack that is too small for them."""
+    if isa_of(run_program(INFO)) != "amx_bf16":
         pytest.skip("this CPU has no amx_bf16")
     program = """
 import ctypes
@@ -53,22 +60,17 @@ memory = ctypes.create_string_buffer(4096)
 stack = Stack(ctypes.addressof(memory), 0, 4096)
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
 """
-    assert isa_of(started(program + INFO, None)) == "avx512_bf16"
-    run = started(program + INFO, "amx_bf16")  # by name it is an error, as on a CPU without tiles
-    assert run.returncode and re.search(
-        r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got amx_bf16", run.stderr
-    )
+    assert isa_of(run_program(program + INFO)) == "avx512_bf16"
+    # If it is set by name, it is an error, as on a CPU without tiles.
+    check_refused(run_program(program + INFO, "amx_bf16"), "amx_bf16")
 
 
 def test_unknown_instruction_set_is_refused() -> None:
-    run = started(INFO, "mmx")
-    assert run.returncode and re.search(
-        r"LOTR_CPU_ISA: expected one of .+ \(what this CPU runs\), got mmx", run.stderr
-    )
+    check_refused(run_program(INFO, "mmx"), "mmx")
 
 
 def configured(folder: Path, isas: str) -> subprocess.CompletedProcess[str]:
-    """CMake's first step for a choice of instruction sets: it compiles only what it tries."""
+    """Configures a build with CMake, which compiles only small programs that test the compiler."""
     cmake = Path(sys.executable).parent / "cmake"
     if not cmake.is_file():
         cmake = shutil.which("cmake") or "cmake"
@@ -79,14 +81,14 @@ def configured(folder: Path, isas: str) -> subprocess.CompletedProcess[str]:
 
 @SOURCES
 @pytest.mark.slow
-def test_a_build_has_the_sets_that_were_asked_for(tmp_path: Path) -> None:
-    for isas, expected in (("native", isa_of(started(INFO, None))), ("generic", "generic")):
+def test_a_build_contains_the_requested_sets(tmp_path: Path) -> None:
+    for isas, expected in (("native", isa_of(run_program(INFO))), ("generic", "generic")):
         assert configured(tmp_path / isas, isas).returncode == 0
         sets = (tmp_path / isas / "cpu_sets.def").read_text()
         assert re.findall(r"LOTR_SET\((\w+)", sets) == [expected]
-    run = configured(tmp_path / "bad", "generic,mmx")
-    error = " ".join(run.stderr.split())
-    assert run.returncode
+    process = configured(tmp_path / "bad", "generic,mmx")
+    error = " ".join(process.stderr.split())
+    assert process.returncode != 0
     assert "LOTR_CPU_ISAS: expected AUTO, all, native, or names of generic" in error
     assert "got generic,mmx" in error
 
@@ -98,12 +100,12 @@ def test_a_build_has_the_sets_that_were_asked_for(tmp_path: Path) -> None:
     "source", ["supported.h", "table.cpp f32", "table.cpp bf16", "table.cpp f16"]
 )
 def test_clang_compiles_the_kernels(source: str) -> None:
-    """It refuses names that g++ takes."""
+    """clang++ rejects names that g++ accepts."""
     name, _, element = source.partition(" ")
     macros = ["-DLOTR_ISA=generic", "-DLOTR_VB=16", f"-DLOTR_TYPE={element}"] if element else []
     options = ["-x", "c++", "-std=c++17", "-fsyntax-only", "-Wno-pragma-once-outside-header"]
     options += ["-I", str(ROOT / "csrc"), *macros]
     command = ["clang++", *options, str(ROOT / "csrc" / "cpu" / name)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:3000]
-    assert not done.stderr, done.stderr[:3000]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[:3000]
+    assert not process.stderr, process.stderr[:3000]

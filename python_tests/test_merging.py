@@ -19,7 +19,7 @@ SCALINGS = [
     ({"rank": 4, "alpha": 8.0, "rslora": True}, 4.0),
     ({"rank": 4, "rslora": True}, 2.0),
     ({"rank": 4, "scaling": 0.3}, 0.3),
-    ({"rank": 8}, 4 / 0.4**3),  # factors begin at 0.4 times orthonormal ones
+    ({"rank": 8}, 4 / 0.4**3),  # the factors start as 0.4 times orthonormal ones
     ({"rank": (2, 1)}, 4 * 4**1.5 / 0.4**3),
 ]
 
@@ -33,44 +33,41 @@ def test_scaling_of_diagonal_cores() -> None:
     assert scaling_of(2, diagonal=True) == pytest.approx(4 * 4**0.5 / 0.4**3)
 
 
-# ---- merging ---------------------------------------------------------------------------------------------------------
+# ---- merging -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_merge(kind: str, dtype: torch.dtype) -> None:
-    """The weight is W + delta, rounded once; unmerge restores the bits; other forms of the layer compute the same."""
+    """The weight is W + delta, rounded once. unmerge restores the bits."""
     net = Net(kind, dtype)
-    layer, x = net.layers[0], inputs(6, dtype=dtype)
-    A, B, G, W = map(
-        copy64, (layer.factors.A.value, layer.factors.B.value, layer.core, layer.weight_matrix())
-    )
-    delta, before, y = SCALING * B @ G.T @ A.T, layer.weight.detach().clone(), layer(x)
+    layer = net.layers[0]
+    x = inputs(6, dtype=dtype)
+    A = copy64(layer.factors.A.value)
+    B = copy64(layer.factors.B.value)
+    W = copy64(layer.weight_matrix())
+    delta = SCALING * B @ copy64(layer.core).T @ A.T
+    before = layer.weight.detach().clone()
+    y = layer(x)
     assert relative(layer.delta_weight(), delta) < 1e-6
     plain = layer.to_linear()
     layer.merge()
     ulp = torch.finfo(dtype).eps * (W + delta).abs()
-    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # of delta itself
-    assert bool(
-        ((layer.weight_matrix().double() - (W + delta)).abs() <= 0.5001 * ulp + slack).all()
-    )
-    assert (
-        torch.equal(layer(x), layer.base(x)) and relative(layer(x), y.double()) < 2 * CLOSE[dtype]
-    )
-    assert (
-        torch.equal(plain.weight, layer.weight_matrix())
-        and relative(plain(x), layer(x).double()) < CLOSE[dtype]
-    )
+    slack = {torch.float64: 1e-14, torch.float32: 1e-7}.get(dtype, 0.0)  # the error of delta
+    difference = layer.weight_matrix().double() - (W + delta)
+    assert bool((difference.abs() <= 0.5001 * ulp + slack).all())
+    assert torch.equal(layer(x), layer.base(x))
+    assert relative(layer(x), y.double()) < 2 * CLOSE[dtype]
+    assert torch.equal(plain.weight, layer.weight_matrix())
+    assert relative(plain(x), layer(x).double()) < CLOSE[dtype]
     with pytest.raises(RuntimeError, match="unmerge"):
         layer.state_dict()
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
     layer.unmerge()
-    assert (
-        torch.equal(layer.weight, before)
-        and torch.equal(layer(x), y)
-        and layer.weight_backup is None
-    )
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(x), y)
+    assert layer.weight_backup is None
     layer.merge(keep_backup=False)
     assert layer.weight_backup is None
     layer.unmerge()
@@ -102,9 +99,9 @@ def test_plain_layers_share_no_tensor_and_keep_the_mode(kind: str, training: boo
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_sharded_training_may_gather_one_factor(side: str) -> None:
-    """Factors are gathered in a forward hook of the module."""
+    """A forward hook of the factor's module gathers its parameter."""
     net = Net("linear")
-    want = net(inputs(6))
+    expected = net(inputs(6))
     factor = getattr(net.layers[0].factors, side)
     value = factor.value.detach().clone()
     factor.value.data.zero_()
@@ -113,7 +110,7 @@ def test_sharded_training_may_gather_one_factor(side: str) -> None:
         factor.value.data.copy_(value)
 
     factor.register_forward_pre_hook(gather)
-    assert torch.equal(net(inputs(6)), want)
+    assert torch.equal(net(inputs(6)), expected)
 
 
 def test_merging_a_base_with_hooks_keeps_its_modes() -> None:
@@ -121,9 +118,11 @@ def test_merging_a_base_with_hooks_keeps_its_modes() -> None:
     base.inner = nn.Dropout().eval()
     base.register_forward_hook(lambda module, args, y: y)
     layer = LoTRWrapped.from_linear(base, LoTRFactors(K, K, 2))
-    assert base.training and not base.inner.training
+    assert base.training
+    assert not base.inner.training
     layer.merge()
-    assert base.training and not base.inner.training
+    assert base.training
+    assert not base.inner.training
 
 
 @pytest.mark.parametrize(
@@ -149,20 +148,27 @@ def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
         loss(y).backward()
 
 
-def test_merge_refuses_weights_that_it_cannot_write() -> None:
+def test_merge_refuses_a_weight_that_is_not_a_parameter() -> None:
     layer = Net("linear").layers[0]
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
     with pytest.raises(TypeError, match="merge: expected a weight that is a parameter"):
         layer.merge()
-    wrapped = Net("wrapped").layers[0]
+
+
+def test_merge_of_a_wrapped_layer_needs_a_linear_base() -> None:
+    layer = Net("wrapped").layers[0]
     with pytest.raises(TypeError, match="merge: expected"):
-        wrapped.merge()
-    plain = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
-    nn.init.normal_(plain.core)
-    want = plain(inputs(6).float())
-    plain.merge()
-    assert relative(plain(inputs(6).float()), want.double()) < 1e-5
-    plain.unmerge()
-    plain.base_layer.register_forward_hook(lambda m, a, y: 2 * y)
+        layer.merge()
+
+
+def test_merge_refuses_a_wrapped_base_that_a_hook_changes() -> None:
+    layer = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
+    nn.init.normal_(layer.core)
+    x = inputs(6).float()
+    expected = layer(x)
+    layer.merge()
+    assert relative(layer(x), expected.double()) < 1e-5
+    layer.unmerge()
+    layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
     with pytest.raises(TypeError, match="merge: expected a base that returns"):
-        plain.merge()
+        layer.merge()

@@ -1,7 +1,9 @@
-"""Random programs of training: layers and their twin in plain PyTorch do the same steps, in float64, and must agree after each.
+"""Random training programs: adapted layers and plain PyTorch take the same steps in float64.
 
-Each value of a program is a pair (ours, twin) in its own graph. A step calls layers, joins values, runs backwards of every kind
-and adds their gradients as values, changes parameters, merges, copies, or trains in threads.
+Each value of a program is a pair: the tensor that the layers compute, and its twin in plain
+PyTorch, each with its graph. A step calls layers, joins values, runs backwards of all kinds and
+adds their gradients as values, changes parameters, merges, copies, or trains in threads. The two
+must agree after each step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,10 +31,19 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule  # noqa: E402
 
-K, R, TOKENS, LAYERS, TASKS, S = 5, 2, 4, 3, 3, 0.8
-CLOSE, LARGE = 1e-7, 1e6
+K = 5
+R = 2
+TOKENS = 4
+LAYERS = 3
+TASKS = 3
+SCALING = 0.8
+TOLERANCE = 1e-7
+ABSOLUTE_TOLERANCE = 1e-9
+LARGE = 1e6  # tanh bounds values above it
+VALUES = 8  # the newest ones, which a program keeps
+
 Pair = tuple[Tensor, Tensor]
-number, some = st.integers(0, 7), st.lists(st.integers(0, 7), min_size=1, max_size=4)
+
 FORWARDS = (
     "layer",
     "siblings",
@@ -47,375 +59,426 @@ FORWARDS = (
 )
 BACKWARDS = ("create_graph", "create_graph", "some", "into .grad", "batched", "all")
 CHANGES = ("step", "freeze", "merge", "threads", "dropout", "state_dict", "deepcopy", "pickle")
-step_of_a_forward = st.tuples(
-    st.sampled_from(FORWARDS),
-    number,
-    number,
-    number,
-    st.lists(st.integers(-1, 2), min_size=4, max_size=4),
-)
+
+
+class Forward(NamedTuple):
+    """One step of a forward. What i, j and index mean depends on the kind."""
+
+    kind: str
+    i: int
+    j: int
+    value: int
+    index: list[int]
+
+
+number = st.integers(0, 7)
+numbers = st.lists(number, min_size=1, max_size=4)
+row_tasks = st.lists(st.integers(-1, TASKS - 1), min_size=TOKENS, max_size=TOKENS)
+forward = st.builds(Forward, st.sampled_from(FORWARDS), number, number, number, row_tasks)
 
 
 class Net(nn.Module):
-    """Layers over one A and two B, and cores of tasks."""
+    """Three layers that share one A and two B, and cores of tasks."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         pair = LoTRFactors(K, K, R, dtype=torch.float64)
-        pairs = (pair, pair, LoTRFactors.of(pair.A, LoTRFactor(K, R, dtype=torch.float64)))
-        linear = (nn.Linear(K, K, dtype=torch.float64) for _ in range(LAYERS))
-        self.layers = nn.ModuleList(
-            LoTRLinear.from_linear(m, p, scaling=S) for m, p in zip(linear, pairs)
-        )
+        other = LoTRFactors.of(pair.A, LoTRFactor(K, R, dtype=torch.float64))
+        self.layers = nn.ModuleList()
+        for factors in (pair, pair, other):
+            linear = nn.Linear(K, K, dtype=torch.float64)
+            self.layers.append(LoTRLinear.from_linear(linear, factors, scaling=SCALING))
         self.tasks = nn.Parameter(torch.randn(TASKS, R, R, dtype=torch.float64))
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.core.normal_()
-                layer.factors.A.value.normal_(), layer.factors.B.value.normal_()
+        for layer in self.layers:
+            nn.init.normal_(layer.core)
+            nn.init.normal_(layer.factors.A.value)
+            nn.init.normal_(layer.factors.B.value)
 
     def parts(self, i: int) -> tuple[Tensor, ...]:
+        """Returns W, bias, A, B and the core of a layer."""
         layer = self.layers[i]
         return layer.weight, layer.bias, layer.factors.A.value, layer.factors.B.value, layer.core
 
     def rows(self, i: int, x: Tensor, index: Tensor) -> Tensor:
+        """Calls a layer with one task per row."""
         W, bias, A, B, _ = self.parts(i)
-        return lotr_linear(x, W, bias, A, B, self.tasks, S, core_index=index)
+        return lotr_linear(x, W, bias, A, B, self.tasks, SCALING, core_index=index)
+
+
+def scalar(y: Tensor) -> Tensor:
+    """Returns a loss.
+
+    asinh and its derivatives amplify no relative error. The sine of a large value would amplify its
+    rounding error by the value.
+    """
+    return y.asinh().sum()
 
 
 class Program(RuleBasedStateMachine):
     @initialize(little=st.booleans(), few=st.booleans())
     def start(self, little: bool, few: bool) -> None:
-        """Chooses the form of the nodes, and makes the net, the twin's parameters and a first value."""
-        self.before = dispatch.LITTLE_WORK, dispatch.FEW_TOKENS
-        dispatch.LITTLE_WORK, dispatch.FEW_TOKENS = 2**62 * little, 2**62 * few
-        self.net, self.values, self.seed, self.weights = Net(), [], 0, {}
+        """Chooses the form of the nodes. Makes the net, the twin's parameters and a first value."""
+        self.limits = (dispatch.LITTLE_WORK, dispatch.FEW_TOKENS)
+        dispatch.LITTLE_WORK = 2**62 if little else 0
+        dispatch.FEW_TOKENS = 2**62 if few else 0
+        self.net = Net()
+        self.values: list[Pair] = []
+        self.seed = 0
+        self.merged_weights: dict[int, Tensor] = {}  # of the twin, by layer
         self.twin = {
-            n: p.detach().clone().requires_grad_(p.requires_grad)
-            for n, p in self.net.named_parameters()
+            name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+            for name, parameter in self.net.named_parameters()
         }
         self.new_input(True)
 
     def teardown(self) -> None:
-        if hasattr(self, "before"):
-            dispatch.LITTLE_WORK, dispatch.FEW_TOKENS = self.before
+        if hasattr(self, "limits"):
+            dispatch.LITTLE_WORK, dispatch.FEW_TOKENS = self.limits
 
-    # ---- the twin ----------------------------------------------------------------------------------------------------
+    # ---- the twin --------------------------------------------------------------------------------
 
-    def named(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         return dict(self.net.named_parameters())
 
-    def pairs_of_leaves(self) -> list[Pair]:
-        return [(p, self.twin[n]) for n, p in self.named().items() if p.requires_grad]
+    def leaves(self) -> list[Pair]:
+        """Returns the trained parameters, each with its twin."""
+        return [
+            (parameter, self.twin[name])
+            for name, parameter in self.parameters().items()
+            if parameter.requires_grad
+        ]
 
-    def own(self, i: int) -> list[Tensor]:
-        names = {id(p): n for n, p in self.named().items()}
-        return [self.twin[names[id(t)]] for t in self.net.parts(i)]
+    def twin_parts(self, i: int) -> list[Tensor]:
+        names = {parameter: name for name, parameter in self.parameters().items()}
+        return [self.twin[names[part]] for part in self.net.parts(i)]
 
     def plain(self, i: int, x: Tensor) -> Tensor:
-        W, bias, A, B, core = self.own(i)
-        if i in self.weights:  # merged
-            return nnf.linear(x, self.weights[i], bias)
+        """Computes a layer of the twin."""
+        W, bias, A, B, core = self.twin_parts(i)
+        if i in self.merged_weights:
+            return nnf.linear(x, self.merged_weights[i], bias)
         p = self.net.layers[i].dropout
         dropped = x
-        if p:  # by the mask of the next seed that torch's generator draws
+        if p:
+            # The layer draws the seed of its mask from torch's generator.
             seed = int(torch.randint(-(2**63), 2**63 - 1, (1,)))
             dropped = x * reference.dropout_mask(*x.shape, p, seed)
-        return nnf.linear(x, W, bias) + S * (dropped @ A @ core @ B.T)
-
-    def both(self, ours: Callable[[], Tensor], twin: Callable[[], Tensor]) -> Pair:
-        """Computes a pair from one state of torch's generator."""
-        self.seed += 1
-        torch.manual_seed(self.seed)
-        a = ours()
-        torch.manual_seed(self.seed)
-        return a, twin()
+        return nnf.linear(x, W, bias) + SCALING * (dropped @ A @ core @ B.T)
 
     def plain_rows(self, i: int, x: Tensor, index: Tensor) -> Tensor:
-        W, bias, A, B, _ = self.own(i)
-        W = self.weights.get(i, W)
-        index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim())).expand(x.shape[:-1])
-        cores = self.twin["tasks"][index.clamp(min=0)] * (index >= 0)[..., None, None]
-        return nnf.linear(x, W, bias) + S * ((x @ A).unsqueeze(-2) @ cores).squeeze(-2) @ B.T
+        """Computes a layer of the twin with one task per row."""
+        W, bias, A, B, _ = self.twin_parts(i)
+        W = self.merged_weights.get(i, W)
+        cores = self.twin["tasks"][index.clamp(min=0)] * (index >= 0)[:, None, None]
+        g = ((x @ A).unsqueeze(-2) @ cores).squeeze(-2)
+        return nnf.linear(x, W, bias) + SCALING * g @ B.T
 
-    # ---- values ------------------------------------------------------------------------------------------------------
+    def pair_of(self, layers: Callable[[], Tensor], twin: Callable[[], Tensor]) -> Pair:
+        """Computes a pair. Both sides start from the same state of torch's generator."""
+        self.seed += 1
+        torch.manual_seed(self.seed)
+        actual = layers()
+        torch.manual_seed(self.seed)
+        return actual, twin()
 
-    def add(self, ours: Tensor, twin: Tensor) -> None:
-        self.same(ours, twin)
-        if twin.dim() == 2 and tuple(twin.shape) == (TOKENS, K):
-            if float(twin.detach().abs().max()) > LARGE:
-                ours, twin = torch.tanh(ours), torch.tanh(twin)
-            self.values = [*self.values[-7:], (ours, twin)]
+    # ---- values ----------------------------------------------------------------------------------
+
+    def add(self, actual: Tensor, twin: Tensor) -> None:
+        """Compares a pair, and keeps it as a value if it has the shape of an input."""
+        self.compare(actual, twin)
+        if tuple(twin.shape) != (TOKENS, K):
+            return
+        if float(twin.detach().abs().max()) > LARGE:
+            actual = torch.tanh(actual)
+            twin = torch.tanh(twin)
+        self.values = [*self.values, (actual, twin)][-VALUES:]
 
     def value(self, i: int) -> Pair:
-        """0 is the newest: hypothesis likes small numbers, and so makes chains."""
+        """Returns a value, the newest for 0. hypothesis prefers small numbers, so chains arise."""
         return self.values[-1 - i % len(self.values)]
 
-    def same(self, ours: Tensor | None, twin: Tensor | None) -> None:
+    def compare(self, actual: Tensor | None, twin: Tensor | None) -> None:
         if twin is not None and not bool(twin.isfinite().all() and twin.abs().max() < LARGE**2):
             return
-        error = relative(ours, twin)
-        assert error < CLOSE or float((ours.detach() - twin.detach()).abs().max()) < 1e-9, (
-            f"{error:.1e}"
-        )
+        error = relative(actual, twin)
+        if error >= TOLERANCE:
+            assert actual is not None
+            assert twin is not None
+            difference = float((actual.detach() - twin.detach()).abs().max())
+            assert difference < ABSOLUTE_TOLERANCE, f"{error:.1e}"
 
-    def same_gradients(self) -> None:
-        for ours, twin in self.pairs_of_leaves():
-            self.same(ours.grad, twin.grad)
+    def compare_gradients(self) -> None:
+        for parameter, twin in self.leaves():
+            self.compare(parameter.grad, twin.grad)
+
+    def clear_gradients(self) -> None:
+        for pair in self.leaves():
+            for parameter in pair:
+                parameter.grad = None
 
     def forget_graphs(self) -> None:
-        """After a change of parameters, older graphs hold values that are no longer there."""
+        """Detaches all values. Older graphs saved parameters that have changed since."""
         self.values = [
-            (a.detach().requires_grad_(), b.detach().requires_grad_()) for a, b in self.values
+            (actual.detach().requires_grad_(), twin.detach().requires_grad_())
+            for actual, twin in self.values
         ]
-        for ours, twin in self.pairs_of_leaves():
-            ours.grad = twin.grad = None
+        self.clear_gradients()
 
     def new_input(self, requires_grad: bool) -> None:
         self.seed += 1
-        x = torch.randn(
-            TOKENS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed)
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(TOKENS, K, dtype=torch.float64, generator=generator)
         self.add(x.clone().requires_grad_(requires_grad), x.clone().requires_grad_(requires_grad))
 
-    # ---- rules -------------------------------------------------------------------------------------------------------
+    # ---- rules -----------------------------------------------------------------------------------
 
     @rule(
-        steps=st.lists(step_of_a_forward, min_size=1, max_size=4),
-        how=st.sampled_from(BACKWARDS),
+        steps=st.lists(forward, min_size=1, max_size=4),
+        backward=st.sampled_from(BACKWARDS),
         v=number,
-        chosen=some,
+        chosen=numbers,
     )
-    def train(
-        self, steps: list[tuple[str, int, int, int, list[int]]], how: str, v: int, chosen: list[int]
-    ) -> None:
-        """A piece of a forward, and a backward of one of the newest values."""
-        for what, i, j, value, index in steps:
-            if what == "layer":
-                self.call(i, value)
-            elif what == "siblings":
-                self.call_siblings(value, [i, j, i + 1])
-            elif what == "rows":
-                self.call_rows(i, value, index)
-            elif what == "checkpoint":
-                self.checkpointed(i, j, value, reentrant=bool(index[0] % 2))
-            elif what == "no graph":
-                self.call_without_a_graph(i, value)
-            elif what == "input":
-                self.new_input(bool(i % 2))
-            else:
-                self.join(i, value, what)
-        if how == "all":
+    def train(self, steps: list[Forward], backward: str, v: int, chosen: list[int]) -> None:
+        """Takes some steps of a forward, and runs a backward of one of the newest values."""
+        for step in steps:
+            self.take(step)
+        if backward == "all":
             self.backward_of_all()
-        elif how == "batched":
+        elif backward == "batched":
             self.batched_gradients(v // 4, 1 + v % 3)
-        elif how == "into .grad":
+        elif backward == "into .grad":
             self.backward(v // 4)
         else:
-            self.gradients(v // 4, chosen, create=how == "create_graph")
+            self.gradients(v // 4, chosen, create_graph=backward == "create_graph")
 
-    @rule(how=st.sampled_from(CHANGES), i=number, on=st.booleans())
-    def change(self, how: str, i: int, on: bool) -> None:
-        """Of parameters, or of the net itself."""
-        if how == "step":
-            self.step(on)
-        elif how == "freeze":
+    def take(self, step: Forward) -> None:
+        if step.kind == "layer":
+            self.call(step.i, step.value)
+        elif step.kind == "siblings":
+            self.call_siblings((step.i, step.j, step.i + 1), step.value)
+        elif step.kind == "rows":
+            self.call_rows(step.i, step.value, step.index)
+        elif step.kind == "checkpoint":
+            self.checkpointed(step.i, step.j, step.value, reentrant=bool(step.index[0] % 2))
+        elif step.kind == "no graph":
+            with torch.no_grad():
+                self.call(step.i, step.value)
+        elif step.kind == "input":
+            self.new_input(bool(step.i % 2))
+        else:
+            self.join(step.i, step.value, step.kind)
+
+    @rule(change=st.sampled_from(CHANGES), i=number, on=st.booleans())
+    def change(self, change: str, i: int, on: bool) -> None:
+        """Changes the parameters or the net."""
+        if change == "step":
+            self.step(by_data=on)
+        elif change == "freeze":
             self.freeze(i, on)
-        elif how == "merge":
+        elif change == "merge":
             self.merge(i)
-        elif how == "threads":
+        elif change == "threads":
             self.threads(i)
-        elif how == "dropout":
+        elif change == "dropout":
             self.net.layers[i % LAYERS].dropout = 0.3 * on
-        elif not self.weights:  # a merged layer has no state_dict
-            self.copy(how)
+        elif not self.merged_weights:  # a merged layer has no state_dict
+            self.copy(change)
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
 
     def call(self, i: int, v: int) -> None:
-        x, w = self.value(v)
+        self.call_siblings((i,), v)
+
+    def call_siblings(self, layers: tuple[int, ...], v: int) -> None:
+        """Calls layers on one x."""
+        x, x_twin = self.value(v)
+        for layer in layers:
+            i = layer % LAYERS
+            self.add(*self.pair_of(partial(self.net.layers[i], x), partial(self.plain, i, x_twin)))
+
+    def call_rows(self, i: int, v: int, tasks: list[int]) -> None:
+        x, x_twin = self.value(v)
+        index = torch.tensor(tasks)
         i %= LAYERS
-        self.add(*self.both(lambda: self.net.layers[i](x), lambda: self.plain(i, w)))
-
-    def call_siblings(self, v: int, siblings: list[int]) -> None:
-        x, w = self.value(v)
-        for i in siblings:
-            i %= LAYERS
-            self.add(*self.both(partial(self.net.layers[i], x), partial(self.plain, i, w)))
-
-    def call_without_a_graph(self, i: int, v: int) -> None:
-        x, w = self.value(v)
-        i %= LAYERS
-        with torch.no_grad():
-            self.add(*self.both(lambda: self.net.layers[i](x), lambda: self.plain(i, w)))
-
-    def call_rows(self, i: int, v: int, index: list[int]) -> None:
-        (x, w), which = self.value(v), torch.tensor(index)
-        self.add(self.net.rows(i % LAYERS, x, which), self.plain_rows(i % LAYERS, w, which))
+        self.add(self.net.rows(i, x, index), self.plain_rows(i, x_twin, index))
 
     def checkpointed(self, i: int, j: int, v: int, reentrant: bool) -> None:
-        x, w = self.value(v)
-        i, j = i % LAYERS, j % LAYERS
-        reentrant = reentrant and x.requires_grad
+        """Calls two layers on one x under a checkpoint."""
+        x, x_twin = self.value(v)
+        i %= LAYERS
+        j %= LAYERS
 
         def run(x: Tensor) -> Tensor:
             return torch.tanh(self.net.layers[i](x)) * self.net.layers[j](x)
 
-        def plain(w: Tensor) -> Tensor:
-            return torch.tanh(self.plain(i, w)) * self.plain(j, w)
+        def plain(x: Tensor) -> Tensor:
+            return torch.tanh(self.plain(i, x)) * self.plain(j, x)
 
-        if not reentrant:
-            ours = partial(checkpoint, run, x, use_reentrant=False)
-            self.add(*self.both(ours, partial(plain, w)))
+        if not (reentrant and x.requires_grad):
+            layers = partial(checkpoint, run, x, use_reentrant=False)
+            self.add(*self.pair_of(layers, partial(plain, x_twin)))
             return
-        for ours, twin in self.pairs_of_leaves():
-            ours.grad = twin.grad = None
-        ours, twin = self.both(
-            partial(checkpoint, run, x.detach().requires_grad_(), use_reentrant=True),
-            partial(plain, w.detach()),
-        )
-        ours.sin().sum().backward()
+        # A reentrant checkpoint supports only backward(), not torch.autograd.grad.
+        self.clear_gradients()
+        x = x.detach().requires_grad_()
+        layers = partial(checkpoint, run, x, use_reentrant=True)
+        actual, twin = self.pair_of(layers, partial(plain, x_twin.detach()))
+        scalar(actual).backward()
         if twin.requires_grad:
-            twin.sin().sum().backward()
-        self.same_gradients()
+            scalar(twin).backward()
+        self.compare_gradients()
 
-    def join(self, a: int, b: int, how: str) -> None:
-        form: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    def join(self, v1: int, v2: int, kind: str) -> None:
+        functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "product": lambda a, b: torch.tanh(a) * b,
             "sum": lambda a, b: a + torch.sigmoid(b),
             "tanh": lambda a, b: torch.tanh(a - b),
             "norm": lambda a, b: nnf.layer_norm(a, (K,), eps=0.1) + 0 * b,
         }
-        self.add(*(form[how](*pair) for pair in zip(self.value(a), self.value(b), strict=True)))
+        function = functions[kind]
+        a, a_twin = self.value(v1)
+        b, b_twin = self.value(v2)
+        self.add(function(a, b), function(a_twin, b_twin))
 
-    # ---- backward ----------------------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------
 
     def backward(self, v: int) -> None:
-        ours, twin = self.value(v)
-        if twin.requires_grad:
-            for t in (ours, twin):
-                t.sin().sum().backward(retain_graph=True)
-            self.same_gradients()
+        actual, twin = self.value(v)
+        if not twin.requires_grad:
+            return
+        scalar(actual).backward(retain_graph=True)
+        scalar(twin).backward(retain_graph=True)
+        self.compare_gradients()
 
     def backward_of_all(self) -> None:
-        """Without retain_graph: the graphs are gone after it."""
-        for ours, twin in self.pairs_of_leaves():
-            ours.grad = twin.grad = None
-        totals = [sum(pair[i].sin().sum() for pair in self.values) for i in range(2)]
-        if totals[1].requires_grad:
-            [t.backward() for t in totals]
-            self.same_gradients()
+        """Runs a backward without retain_graph, which frees the graphs."""
+        self.clear_gradients()
+        loss = sum(scalar(actual) for actual, _ in self.values)
+        twin_loss = sum(scalar(twin) for _, twin in self.values)
+        if twin_loss.requires_grad:
+            loss.backward()
+            twin_loss.backward()
+            self.compare_gradients()
         self.forget_graphs()
 
-    def gradients(self, v: int, chosen: list[int], create: bool) -> None:
-        """Of some leaves and values; with create, those of a value's shape become values with a graph of their own."""
-        ours, twin = self.value(v)
-        candidates = [*self.pairs_of_leaves(), *self.values]
-        wanted = (
-            candidates if 0 in chosen else [candidates[c * 3 % len(candidates)] for c in chosen]
-        )
-        wanted = [pair for pair in wanted if pair[1].requires_grad]
-        if not wanted or not twin.requires_grad:
-            return
-        found = [
-            torch.autograd.grad(
-                t.sin().sum(), own, create_graph=create, retain_graph=True, allow_unused=True
-            )
-            for t, own in zip((ours, twin), zip(*wanted, strict=True), strict=True)
-        ]
-        for a, b in zip(*found, strict=True):
-            self.same(a, b)
-            if create and a is not None and b is not None:
-                if b.requires_grad and a.requires_grad:
-                    self.penalty(a, b)
-                self.add(a, b)
+    def gradients(self, v: int, chosen: list[int], create_graph: bool) -> None:
+        """Compares the gradients of a value by some parameters and values.
 
-    def penalty(self, a: Tensor, b: Tensor) -> None:
+        With create_graph, they are differentiated once more, and kept as values that have a graph.
+        """
+        actual, twin = self.value(v)
+        candidates = [*self.leaves(), *self.values]
+        if 0 in chosen:
+            inputs = candidates
+        else:
+            inputs = [candidates[choice * 3 % len(candidates)] for choice in chosen]
+        inputs = [pair for pair in inputs if pair[1].requires_grad]
+        if not inputs or not twin.requires_grad:
+            return
+        settings = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
+        by, by_twin = zip(*inputs)
+        gradients = torch.autograd.grad(scalar(actual), by, **settings)
+        twin_gradients = torch.autograd.grad(scalar(twin), by_twin, **settings)
+        for gradient, twin_gradient in zip(gradients, twin_gradients, strict=True):
+            self.compare(gradient, twin_gradient)
+            if not create_graph or gradient is None or twin_gradient is None:
+                continue
+            if gradient.requires_grad and twin_gradient.requires_grad:
+                self.penalty(gradient, twin_gradient)
+            self.add(gradient, twin_gradient)
+
+    def penalty(self, gradient: Tensor, twin_gradient: Tensor) -> None:
         """Differentiates a gradient once more."""
-        leaves = self.pairs_of_leaves()
-        both = (
-            torch.autograd.grad(t.sin().sum(), own, retain_graph=True, allow_unused=True)
-            for t, own in zip((a, b), zip(*leaves, strict=True), strict=True)
-        )
-        for second, want in zip(*both, strict=True):
-            self.same(second, want)
+        parameters, twins = zip(*self.leaves(), strict=True)
+        settings = {"retain_graph": True, "allow_unused": True}
+        second = torch.autograd.grad(scalar(gradient), parameters, **settings)
+        twin_second = torch.autograd.grad(scalar(twin_gradient), twins, **settings)
+        for actual, expected in zip(second, twin_second, strict=True):
+            self.compare(actual, expected)
 
     def batched_gradients(self, v: int, vectors: int) -> None:
-        ours, twin = self.value(v)
-        if twin.requires_grad:
-            g = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64).view(
-                vectors, TOKENS, K
-            )
-            how = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
-            leaves = zip(*self.pairs_of_leaves(), strict=True)
-            for a, b in zip(
-                *(torch.autograd.grad(t, own, g, **how) for t, own in zip((ours, twin), leaves)),
-                strict=True,
-            ):
-                self.same(a, b)
+        actual, twin = self.value(v)
+        if not twin.requires_grad:
+            return
+        dy = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64)
+        dy = dy.view(vectors, TOKENS, K)
+        settings = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
+        parameters, twins = zip(*self.leaves(), strict=True)
+        gradients = torch.autograd.grad(actual, parameters, dy, **settings)
+        twin_gradients = torch.autograd.grad(twin, twins, dy, **settings)
+        for gradient, twin_gradient in zip(gradients, twin_gradients, strict=True):
+            self.compare(gradient, twin_gradient)
 
-    # ---- changes -----------------------------------------------------------------------------------------------------
+    # ---- changes ---------------------------------------------------------------------------------
 
-    def step(self, data: bool) -> None:
-        """An optimizer's, in place; or by `.data`, as some trainers do."""
-        for pair in self.pairs_of_leaves():
-            for t in pair:
-                if data:
-                    t.data = t.data * 0.9
+    def step(self, by_data: bool) -> None:
+        """Changes the parameters in place like an optimizer, or by `.data` like some trainers."""
+        for pair in self.leaves():
+            for parameter in pair:
+                if by_data:
+                    parameter.data = parameter.data * 0.9
                 else:
                     with torch.no_grad():
-                        t.mul_(0.9)
+                        parameter.mul_(0.9)
         self.forget_graphs()
 
-    def freeze(self, part: int, on: bool) -> None:
-        leaves = {n: p for n, p in self.named().items() if not n.endswith(("weight", "bias"))}
-        name = list(leaves)[part % len(leaves)]
-        leaves[name].requires_grad_(on), self.twin[name].requires_grad_(on)
-        if not self.pairs_of_leaves():
-            leaves[name].requires_grad_(True), self.twin[name].requires_grad_(True)
+    def freeze(self, part: int, trained: bool) -> None:
+        names = [name for name in self.parameters() if not name.endswith(("weight", "bias"))]
+        name = names[part % len(names)]
+        pair = (self.parameters()[name], self.twin[name])
+        for parameter in pair:
+            parameter.requires_grad_(trained)
+        if not self.leaves():
+            for parameter in pair:
+                parameter.requires_grad_(True)
         self.forget_graphs()
 
     def merge(self, i: int) -> None:
+        """Merges a layer, or unmerges it if it is merged."""
         i %= LAYERS
-        layer, (W, _, A, B, core) = self.net.layers[i], self.own(i)
+        layer = self.net.layers[i]
+        W, _, A, B, core = self.twin_parts(i)
         if layer.merged:
             layer.unmerge()
             assert torch.equal(layer.weight, W)
-            del self.weights[i]
+            del self.merged_weights[i]
         else:
             layer.merge()
-            self.weights[i] = (W + S * B @ core.T @ A.T).detach()
+            self.merged_weights[i] = (W + SCALING * B @ core.T @ A.T).detach()
         self.forget_graphs()
 
     def copy(self, how: str) -> None:
-        """The program goes on with a copy of the net."""
+        """Continues the program with a copy of the net."""
         if how == "state_dict":
-            file = io.BytesIO()
-            torch.save(self.net.state_dict(), file)
-            other = Net()
-            other.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
-            for a, b in zip(other.layers, self.net.layers, strict=True):
-                a.dropout = b.dropout
-            for a, b in zip(other.parameters(), self.net.parameters(), strict=True):
-                a.requires_grad_(b.requires_grad)
+            self.net = self.copied_by_state_dict()
+        elif how == "deepcopy":
+            self.net = copy.deepcopy(self.net)
         else:
-            other = (
-                copy.deepcopy(self.net)
-                if how == "deepcopy"
-                else pickle.loads(pickle.dumps(self.net))
-            )
-        self.net = other
+            self.net = pickle.loads(pickle.dumps(self.net))
         self.forget_graphs()
+
+    def copied_by_state_dict(self) -> Net:
+        file = io.BytesIO()
+        torch.save(self.net.state_dict(), file)
+        net = Net()
+        net.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+        for layer, source in zip(net.layers, self.net.layers, strict=True):
+            layer.dropout = source.dropout
+        for parameter, source in zip(net.parameters(), self.net.parameters(), strict=True):
+            parameter.requires_grad_(source.requires_grad)
+        return net
 
     def threads(self, v: int) -> None:
         """Two threads train the net at once."""
-        x, w = (t.detach() for t in self.value(v))
+        x, x_twin = (tensor.detach() for tensor in self.value(v))
         self.forget_graphs()
-        if (
-            not any(t.requires_grad for i in range(LAYERS) for t in self.own(i))
-            or len(self.weights) == LAYERS
-            or any(layer.dropout for layer in self.net.layers)  # threads share a generator
-        ):
+        parts = [part for i in range(LAYERS) for part in self.twin_parts(i)]
+        if not any(part.requires_grad for part in parts):
+            return
+        if len(self.merged_weights) == LAYERS:
+            return
+        if any(layer.dropout for layer in self.net.layers):  # threads share torch's generator
             return
         barrier = threading.Barrier(2)
 
@@ -424,15 +487,19 @@ class Program(RuleBasedStateMachine):
             for _ in range(3):
                 y = sum(layer(x * scale) for layer in self.net.layers)
                 if y.requires_grad:
-                    y.sin().sum().backward()
+                    scalar(y).backward()
 
-        running = [threading.Thread(target=train, args=(scale,)) for scale in (1.0, 0.5)]
-        [t.start() for t in running], [t.join() for t in running]
-        for scale in (1.0, 0.5):
-            y = sum(self.plain(i, w * scale) for i in range(LAYERS))
+        scales = (1.0, 0.5)
+        threads = [threading.Thread(target=train, args=(scale,)) for scale in scales]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for scale in scales:
+            y = sum(self.plain(i, x_twin * scale) for i in range(LAYERS))
             if y.requires_grad:
-                (3 * y.sin().sum()).backward()
-        self.same_gradients()
+                (3 * scalar(y)).backward()
+        self.compare_gradients()
 
 
 class TestPrograms(Program.TestCase):
@@ -448,10 +515,10 @@ class TestPrograms(Program.TestCase):
 
 @pytest.mark.slow
 class TestManyPrograms(Program.TestCase):
-    """Other programs in each run, and longer ones. About ten minutes."""
+    """Other and longer programs in each run."""
 
     settings = settings(
-        max_examples=1000,
+        max_examples=200,
         stateful_step_count=20,
         deadline=None,
         database=None,

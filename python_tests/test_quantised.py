@@ -1,7 +1,8 @@
-"""Adapters over quantised layers: the base's own forward runs, and merging happens on request only.
+"""Adapters on quantized layers: the base's forward runs, and merging needs `dequantize`.
 
-Stand-ins run everywhere. The libraries are in a folder of their own, because transformers imports torchao, loudly, wherever it
-finds it: `test_with_the_libraries` runs this file again with them.
+Stand-ins run everywhere. torchao and bitsandbytes are installed in a separate folder, because
+transformers imports torchao, with warnings, wherever it finds it. `test_with_the_libraries` runs
+this file again with that folder on the path.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from lotr_ext import (
 
 LIBRARIES = Path(sys.prefix) / "quantized"
 K = 64  # bitsandbytes' kernels need multiples of 32
+CONFIG = LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"])
 
 
 class Codes(nn.Module):
-    """A quantised layer as others build them: codes and a scale for each row; its weight must not be read."""
+    """A quantized layer with int8 codes and one scale per row. Its weight must not be read."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-        )
-        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("codes", (weight / self.scale).round().to(torch.int8))
 
     @property
     def weight(self) -> Tensor:
@@ -60,21 +61,22 @@ class Codes(nn.Module):
 
 
 class Dense(Codes):
-    """One that can be made dense."""
+    """A quantized layer that can be made dense."""
 
     def dequantize(self) -> Tensor:
         return self.codes.float() * self.scale
 
 
 class Packed(Tensor):
-    """A weight as torchao makes it: a tensor subclass that F.linear alone knows."""
+    """A weight like torchao's: a tensor subclass that supports only F.linear."""
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor) -> Packed:
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
 
     def __init__(self, codes: Tensor, scale: Tensor):
-        self.codes, self.scale = codes, scale
+        self.codes = codes
+        self.scale = scale
 
     def dequantize(self) -> Tensor:
         return self.codes.to(self.scale.dtype) * self.scale
@@ -89,7 +91,7 @@ class Packed(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
             return cls(args[0].codes.clone(), args[0].scale.clone())
-        raise NotImplementedError(f"{function} of a quantised weight")
+        raise NotImplementedError(f"{function} of a quantized weight")
 
 
 def packed(linear: nn.Linear) -> nn.Linear:
@@ -135,14 +137,14 @@ def bitsandbytes(kind: str, **settings: object) -> Callable[[nn.Linear], nn.Modu
     return convert
 
 
-QUANTISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "module": Dense,
     "tensor subclass": packed,
 }
 if importlib.util.find_spec("torchao"):
-    QUANTISED |= {"torchao int8": torchao(torchao_int8), "torchao int4": torchao(torchao_int4)}
+    QUANTIZED |= {"torchao int8": torchao(torchao_int8), "torchao int4": torchao(torchao_int4)}
 if importlib.util.find_spec("bitsandbytes"):
-    QUANTISED |= {
+    QUANTIZED |= {
         "bitsandbytes 4 bit": bitsandbytes(
             "Linear4bit", compute_dtype=torch.float32, quant_type="nf4"
         ),
@@ -151,7 +153,7 @@ if importlib.util.find_spec("bitsandbytes"):
 
 
 def wide_net(convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Two quantised blocks of two shapes."""
+    """Returns two blocks of quantized layers with two shapes."""
     net = zoo.Mlp()
     for block in net.blocks:
         for name, sizes in (("up", (K, 96)), ("down", (96, K))):
@@ -161,7 +163,7 @@ def wide_net(convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
 
 
 def adapted(net: nn.Module) -> nn.Module:
-    model = apply_lotr(net, LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"]))
+    model = apply_lotr(net, CONFIG)
     return zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
 
 
@@ -175,65 +177,68 @@ def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
     return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ B.T
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_trains_saves_and_merges_on_request(name: str, form: str, tmp_path: Path) -> None:
-    base = wide_net(QUANTISED[name])
-    start = base(x_of()).detach()
-    model = apply_lotr(
-        copy.deepcopy(base), LoTRConfig(rank=4, scaling=1.0, target_modules=["up", "down"])
-    )
-    assert {type(block[n]) for block in model.blocks for n in block} == {
-        LoTRWrapped
-    } and torch.equal(model(x_of()), start)
-    zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
+    base = wide_net(QUANTIZED[name])
+    before = base(x_of()).detach()
+    model = apply_lotr(copy.deepcopy(base), CONFIG)
     layers = [layer for block in model.blocks for layer in block.values()]
+    assert {type(layer) for layer in layers} == {LoTRWrapped}
+    assert torch.equal(model(x_of()), before)
+    zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
+
     for layer in layers:
-        x, own = torch.randn(6, layer.in_features), list(layer.adapter_parameters())
-        found = torch.autograd.grad(layer(x).square().sum(), own)
-        assert worst(found, torch.autograd.grad(updated(layer, x).square().sum(), own)) < 1e-4
+        x = torch.randn(6, layer.in_features)
+        parameters = list(layer.adapter_parameters())
+        gradients = torch.autograd.grad(layer(x).square().sum(), parameters)
+        expected = torch.autograd.grad(updated(layer, x).square().sum(), parameters)
+        assert worst(gradients, expected) < 1e-4
+
     save_adapter(model, tmp_path)
-    trained = model.eval()(x_of()).detach()
-    tolerance = (
-        0.03 if "bitsandbytes" in name else 2e-5
-    )  # its 8 bits round x too, its evaluation rounds scales for good
-    assert (
-        relative(load_adapter(copy.deepcopy(base), tmp_path).eval()(x_of()), trained) <= tolerance
-    )
+    y = model.eval()(x_of()).detach()
+    loaded = load_adapter(copy.deepcopy(base), tmp_path).eval()
+    # bitsandbytes with 8 bits also rounds x, and its evaluation rounds the scales permanently.
+    tolerance = 0.03 if "bitsandbytes" in name else 2e-5
+    assert relative(loaded(x_of()), y) <= tolerance
+
     with pytest.raises(TypeError, match=r"merge: expected .*dequantize=True"):
         merge(model)
     assert not any(layer.merged for layer in layers)
     merge(model, dequantize=True)
     assert {type(layer.base_layer) for layer in layers} == {nn.Linear}
-    assert relative(model(x_of()), trained) < tolerance
+    assert relative(model(x_of()), y) < tolerance
     unmerge(model)
-    assert relative(model(x_of()), trained) < tolerance
+    assert relative(model(x_of()), y) < tolerance
     unload(model, merge=True, dequantize=True)
-    assert type(model.blocks[0].up) is nn.Linear and relative(model(x_of()), trained) < tolerance
+    assert type(model.blocks[0].up) is nn.Linear
+    assert relative(model(x_of()), y) < tolerance
 
 
-def test_a_base_that_cannot_be_made_dense_is_never_merged() -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        merge,
+        lambda model: merge(model, dequantize=True),
+        lambda model: unload(model, merge=True, dequantize=True),
+    ],
+    ids=["merge", "merge with dequantize", "unload"],
+)
+def test_a_base_that_cannot_be_made_dense_is_never_merged(call: Callable) -> None:
     model = adapted(wide_net(Codes))
     before = model(x_of()).detach()
-    for run in (
-        merge,
-        lambda m: merge(m, dequantize=True),
-        lambda m: unload(m, merge=True, dequantize=True),
-    ):
-        with pytest.raises(TypeError, match="merge: expected"):
-            run(model)
-    assert torch.equal(model(x_of()), before) and not any(
-        getattr(m, "merged", False) for m in model.modules()
-    )
+    with pytest.raises(TypeError, match="merge: expected"):
+        call(model)
+    assert torch.equal(model(x_of()), before)
+    assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
-def test_the_dense_layer_has_the_dtype_that_was_asked_for() -> None:
+def test_dequantize_sets_the_dtype_of_the_dense_layer() -> None:
     model = adapted(wide_net(Dense))
     layer = model.blocks[0].up
-    want = (layer.base_layer.dequantize() + layer.delta_weight()).bfloat16()
+    expected = (layer.base_layer.dequantize() + layer.delta_weight()).bfloat16()
     merge(model, dequantize=torch.bfloat16)
-    assert (
-        torch.equal(layer.base_layer.weight, want) and layer.base_layer.bias.dtype == torch.bfloat16
-    )
+    assert torch.equal(layer.base_layer.weight, expected)
+    assert layer.base_layer.bias.dtype == torch.bfloat16
 
 
 def test_a_dense_layer_shares_no_bias_and_the_base_takes_the_mode() -> None:
@@ -250,36 +255,42 @@ def test_a_dense_layer_shares_no_bias_and_the_base_takes_the_mode() -> None:
     assert not base.training
 
 
-def test_without_a_backup_there_is_no_way_back() -> None:
+def test_unmerge_needs_the_backup() -> None:
     model = adapted(wide_net(Dense))
     merge(model, dequantize=True, keep_backup=False)
-    for run in (unmerge, unload):
+    for call in (unmerge, unload):
         with pytest.raises(RuntimeError, match="unmerge: expected the quantized base"):
-            run(model)
+            call(model)
     assert type(unload(model, merge=True).blocks[0].up) is nn.Linear
 
 
-def test_what_a_dequantiser_returns_is_checked() -> None:
-    for bad in (torch.zeros(3, K), "W"):
-        base = Dense(nn.Linear(K, K))
-        base.dequantize = lambda bad=bad: bad
-        layer = adapt(base, LoTRFactors(K, K, 2))
-        with pytest.raises(TypeError, match="merge: expected a dense"):
-            layer.merge(dequantize=True)
-        assert layer.base_layer is base and not layer.merged
+@pytest.mark.parametrize("bad", [torch.zeros(3, K), "W"], ids=["a shape", "not a tensor"])
+def test_the_result_of_dequantize_is_checked(bad: object) -> None:
+    base = Dense(nn.Linear(K, K))
+    base.dequantize = lambda: bad
+    layer = adapt(base, LoTRFactors(K, K, 2))
+    with pytest.raises(TypeError, match="merge: expected a dense"):
+        layer.merge(dequantize=True)
+    assert layer.base_layer is base
+    assert not layer.merged
 
 
-@pytest.mark.skipif("LOTR_QUANTISED" in os.environ, reason="runs this file")
+@pytest.mark.skipif("LOTR_QUANTIZED" in os.environ, reason="runs this file")
 def test_with_the_libraries() -> None:
-    """torchao and bitsandbytes, in a process of their own."""
+    """torchao and bitsandbytes, in a separate process."""
     if not LIBRARIES.is_dir():
         pytest.skip("torchao and bitsandbytes are missing: make quantized")
-    path = os.pathsep.join(filter(None, [str(LIBRARIES), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "PYTHONPATH": path, "LOTR_QUANTISED": "1"}
-    run = subprocess.run(
-        [*command, "-k", "torchao or bitsandbytes"], env=env, capture_output=True, text=True
+    path = str(LIBRARIES)
+    if os.environ.get("PYTHONPATH"):
+        path += os.pathsep + os.environ["PYTHONPATH"]
+    options = ["-v", "-n", "0", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env={**os.environ, "PYTHONPATH": path, "LOTR_QUANTIZED": "1"},
+        capture_output=True,
+        text=True,
     )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-1000:]
+    passed = [line for line in process.stdout.splitlines() if "PASSED" in line]
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit"):
-        assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
+        assert any(name in line for line in passed), name

@@ -9,7 +9,8 @@ namespace lotr::cpu::LOTR_ISA {
 // Multiplications per thread: below this, waking a thread takes longer.
 constexpr int64_t kThreadWork = 3 << 15;
 
-// Tokens up to which an outer product of a rank that fills no vector is made without copies.
+// Tokens up to which an outer product is computed without copies, if its rank is not a multiple of
+// the vector.
 constexpr int64_t kFewRows = 4;
 
 template <typename F>
@@ -33,8 +34,8 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
-// Chunks of rows whose sums are kept apart and added in order: a function of the size alone, never
-// of the threads.
+// Chunks of rows, each with a sum. These are added in order. The chunks depend only on the size,
+// never on the threads.
 struct Chunks {
   int64_t count, rows;
   explicit Chunks(int64_t m) {
@@ -112,7 +113,8 @@ struct Operators {
       for (int64_t p = begin; p < end; ++p)
         pack_panel<K, T>(to + p * line_units, kLine, F, p * kLine, buffer.get<Unit>());
     };
-    // Packing that is worth more than one thread is shared out; else each thread packs for itself.
+    // Threads share the packing if it is work enough for two of them. Otherwise each packs all of
+    // F.
     const int64_t pack_work = panels * line_units;
     const bool shared = pack_work >= 2 * kThreadWork;
     Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);
@@ -120,10 +122,11 @@ struct Operators {
       run_tasks(panels, pack_work,
                 [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
     run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
-      Scratch u_memory(u_bytes(u)), mask(mask_bytes),
-          own(shared ? 0 : size_t(pack_work) * sizeof(Unit));
-      if (!shared) pack(own.get<Unit>(), 0, panels);
-      const Unit* const ready = (shared ? packed : own).template get<Unit>();
+      Scratch u_memory(u_bytes(u));
+      Scratch mask(mask_bytes);
+      Scratch packed_here(shared ? 0 : size_t(pack_work) * sizeof(Unit));
+      if (!shared) pack(packed_here.get<Unit>(), 0, panels);
+      const Unit* const ready = (shared ? packed : packed_here).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
@@ -160,7 +163,8 @@ struct Operators {
   // transposed.
   static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t whole,
                            double scale, bool add) {
-    constexpr int kLanes = K::kLanes, kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
+    constexpr int kLanes = K::kLanes;
+    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
     const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
     const OuterSums<K> first(partials, whole, out.cols);
     run_rows<kRowsAtOnce>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
@@ -194,9 +198,10 @@ struct Operators {
     return sum;
   }
 
-  // Where chunks' sums are kept: a block each, added in order when all are there. One thread keeps
-  // two at most and adds each chunk onto the first as soon as it is summed, a chunk that is a
-  // single tile by summing it there. That is the same sum, and none of it leaves the cache.
+  // The memory of the chunks' sums: one block per chunk, added in order when all are computed. With
+  // one thread there are at most two blocks: each chunk is added to the first block as soon as it
+  // is summed, and a chunk of a single tile is summed there. The sum has the same bits, and it
+  // never leaves the cache.
   struct Blocks {
     int64_t size, count;
     bool at_once;
@@ -218,9 +223,10 @@ struct Operators {
     bool fresh(int64_t chunk) const { return chunk == 0 || count > 1; }
     void done(int64_t chunk) const {
       if (!at_once || chunk == 0 || count == 1) return;
-      Acc *first = of(0), *own = of(chunk);
+      Acc* const first = of(0);
+      const Acc* const sums = of(chunk);
       for (int64_t j = 0; j < size; j += K::kLanes)
-        store(first + j, load(first + j) + load(own + j));
+        store(first + j, load(first + j) + load(sums + j));
     }
     int64_t left() const { return at_once ? smaller(1, count) : count; }
   };
@@ -274,8 +280,8 @@ struct Operators {
       return;
     }
     if constexpr (same<T, Acc>) {
-      // Few tokens and a rank that fills no vector: to pad k and the sums would take longer than
-      // the sums.
+      // Few tokens, and a rank that is not a multiple of the vector: padding k and the sums would
+      // take longer than the sums.
       if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(k) &&
           !drop.on)
         return outer_parts(out, x, k, scale, add);
@@ -319,8 +325,8 @@ struct Operators {
     }
   }
 
-  // A tile of g is read once from memory and used twice in cache, where it and what it is
-  // multiplied with fit there.
+  // Reads a tile of g once from memory and uses it twice in cache, if the tile and its operands fit
+  // there.
   static void shrink_grad(const TensorView& k, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);

@@ -1,7 +1,7 @@
 // The two shapes of product, for a range of rows of one thread:
 //
-//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b           b packed: [units of K][vectors of
-//   r] outer_rows    P[c0 .. c1, r]    += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
+//   shrink_tile   c[i0 .. i1, r]  += x[i0 .. i1, K] b                       b: a packed factor
+//   outer_rows    P[c0 .. c1, r]  += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
 //
 // Both walk x in tiles that stay in cache. They read x in place if its layout allows (native), else
 // from a copy of the tile that is converted, masked, paired and padded. Every sum runs over its
@@ -15,17 +15,17 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of every block's rows
-constexpr int64_t kBlockRows = 8;     // of a block of it, at most
+constexpr int64_t kBlockRows = 8;     // rows of a block of a shrink tile, at most
 constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
 constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
-constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read in place
+constexpr int64_t kDeepUnits = 2 * kTileUnits;  // units of a factor_grad tile read in place
 constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
-constexpr int64_t kTileBytes =
-    16384;  // of the packed factor that a shrink tile multiplies: half of L1
+// Bytes of the packed factor that a shrink tile is multiplied with: half of L1.
+constexpr int64_t kTileBytes = 16384;
 
 // Rows of a tile of x [m, n] that shrink_grad reads twice, or 0 where two passes over x cost less.
 // The tile, the next tile, the factor [n, r] and the two sums of its size must stay in L2. Factor
-// and sums are used again for each tile: where they alone exceed L2, the taller tiles of two passes
+// and sums are used again for each tile: if these exceed L2, the taller tiles of two passes
 // read them less often.
 template <typename K>
 inline int64_t tile_rows(const TensorView& x, int64_t r) {
@@ -73,7 +73,7 @@ struct PackedFactor {
   }
 };
 
-// n neighbours: out (= or +=) scale * c.
+// n neighbors: out (= or +=) scale * c.
 template <int n, typename T>
 LOTR_INLINE void write_part(T* out, const T* c, T scale, bool add) {
   typedef T Part __attribute__((vector_size(n * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -99,8 +99,8 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
           store(row + j, add ? load(row + j) + sum : sum);
         }
       }
-      // The end of a rank that fills no vector, in parts of one: a masked store would make the next
-      // row's load wait.
+      // The rest of a rank that is not a multiple of the vector, in parts of a vector: a masked
+      // store would make the next row's load wait.
       if constexpr (same<Acc, T>) {
         for (; out.col_stride == 1 && j + 8 <= out.cols; j += 8)
           write_part<8>(row + j, c + j, s, add);
@@ -285,9 +285,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
   }
 }
 
-// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start`
-// says. `panels` holds F transposed, in panels of kPanel columns; u_units is u's rows as units,
-// u_step bytes apart. `mask` is a buffer for a block's rows.
+// Columns of a panel: those whose sums a block keeps in registers.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // Few rows where there are registers to spare: out-of-order execution then sees the next block's
@@ -295,8 +293,8 @@ constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // each other out of L1.
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
-// All of a panel's columns are there, side by side, and none is masked. `y` is at the first of
-// `rows` rows.
+// y = from + bias + u F^T in one panel of F, for `rows` rows from `y` on. All columns of the panel
+// exist, are contiguous, and none is masked.
 template <typename K, typename T, Form form>
 inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
                               const char* u, int64_t u_step, const typename K::Unit* panel,
@@ -316,22 +314,25 @@ inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, 
   });
 }
 
+// Rows [i0, i1) and columns [n0, n0 + kPanel) of y = start + scale * mask(u F^T), without dropout
+// start + scale * u F^T. `panel` is F transposed, for these columns; `u` has the rows as units,
+// u_step bytes apart. `mask` is a buffer for the rows of a block.
 template <typename K, typename T>
 inline void expand_panel(const TensorView& y, int64_t n0, const char* u, int64_t u_step,
                          int64_t units, const typename K::Unit* panel, int64_t i0, int64_t i1,
                          const Drop& drop, const Start& start, uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
-  // The bias, widened once a panel.
+  // The bias, widened once per panel.
   typename K::Acc bias[kPanel<K>];
-  const T* given = static_cast<const T*>(start.bias.data);
-  if (given && start.bias.col_stride == 1 && cols == kPanel<K>) {
-    for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given + n0 + j));
-  } else if (given || !start.matrix.data) {
+  const T* given_bias = static_cast<const T*>(start.bias.data);
+  if (given_bias && start.bias.col_stride == 1 && cols == kPanel<K>) {
+    for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given_bias + n0 + j));
+  } else if (given_bias || !start.matrix.data) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
-      bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.col_stride])
-                                  : typename K::Acc(0);
+      bias[j] = given_bias && j < cols ? to_float(given_bias[(n0 + j) * start.bias.col_stride])
+                                       : typename K::Acc(0);
   }
-  const bool add_bias = given || !start.matrix.data;
+  const bool add_bias = given_bias || !start.matrix.data;
   // Without a matrix `from` is only prefetched.
   const TensorView& origin = start.matrix.data ? start.matrix : y;
   const T* const from =

@@ -5,12 +5,13 @@
 //
 //                k -->                         rank -->
 //          +------+------+--           k   +--------------+
-//    rows  | tile | next |             |   |  packed      |     unit    what one lane multiplies at
-//    of x  |  of  | tile |             v   |  factor A    |             once: an element, or
-//          |  x   |      |                 |              |     pair    two bfloat16 neighbors
-//          along
-//          +------+------+--               +--------------+             the summed dimension
+//    rows  | tile | next |             |   |  packed      |
+//    of x  |  of  | tile |             v   |  factor A    |
+//          |  x   |      |                 |              |
+//          +------+------+--               +--------------+
 //
+//   unit            what one lane multiplies at once: an element, or a pair
+//   pair            two bfloat16 neighbors along the summed dimension
 //   tile            the part of x that is multiplied at a time. It stays in L1 or L2, in place or
 //                   copied. In AMX (amx.h): a tile register of 16 rows of 16 units
 //   packed factor   A, or B or F, as units, padded with zeros to full vectors
@@ -19,7 +20,7 @@
 //   piece           a rectangle of a tensor that is prefetched while another one is multiplied
 //                   (prefetch.h). cold: a tile that was not prefetched; warm: one in cache already
 //   fresh           sums that start at zero, instead of being added to
-//   in place, native   read from the tensor's memory, without a copy
+//   in place        read from the tensor's memory, without a copy. native: of such a layout
 //   turned          a tile transposed for AMX
 //   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
 //
@@ -48,7 +49,7 @@ constexpr int64_t element_size(DType dtype) {
   return 2;
 }
 
-// Calls f with a null pointer to the storage type of a runtime dtype.
+// Calls f with a null pointer whose type points to the storage type of a runtime dtype.
 template <typename F>
 LOTR_INLINE void by_dtype(DType t, F&& f) {
   switch (t) {
@@ -83,7 +84,8 @@ inline constexpr bool in_tiles<BF2> = true;
 #endif
 constexpr int64_t kSide = 16;
 
-// Units of n elements; and as a packed factor has them: for tiles in whole steps of units_of_step.
+// How many units n elements are. packed_units: as a packed factor has them, for AMX tiles rounded
+// up to full steps of units_of_step.
 template <typename K>
 constexpr int64_t units_of(int64_t n) {
   return (n + K::kPair - 1) / K::kPair;
@@ -145,8 +147,8 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
   }
 }
 
-// Rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; what is
-// beyond is zeroed. `mask` is a buffer of cols + kMaskSlack, used with dropout.
+// Copies rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; those
+// past the columns become zero. `mask` is a buffer of cols + kMaskSlack, used with dropout.
 template <typename K, typename T>
 inline void tile_along_row(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
                            int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
@@ -166,8 +168,8 @@ inline void tile_along_row(typename K::Unit* tile, int64_t ld, const TensorView&
   });
 }
 
-// The same piece with units down the columns: ceil(rows / pair) tile rows of `ld` units. `row` is a
-// buffer for two rows of cols parts, used for pairs.
+// Copies the same rectangle with units down the columns: ceil(rows / pair) tile rows of `ld` units.
+// `row` is a buffer for two rows of cols parts, used for pairs.
 template <typename K, typename T>
 inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
                               int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
@@ -176,12 +178,13 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
     using S = typename Pointee<decltype(tag)>::type;
     int64_t i = 0;
     if constexpr (pairs<K>)
-      if constexpr (same<S, bf16>) {  // apart: else clang++ looks for pair_up in every K
+      if constexpr (same<S, bf16>) {  // nested: otherwise clang++ looks for pair_up in every K
         // Full vectors of neighboring pairs, as in a factor of rank 16.
-        const bool whole = a.col_stride == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
+        const bool full_vectors =
+            a.col_stride == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
         const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
                                                             i0 * a.row_stride + c0);
-        for (; whole && i + 2 <= rows; i += 2, tile += ld) {
+        for (; full_vectors && i + 2 <= rows; i += 2, tile += ld) {
           for (int64_t j = 0; j < cols; j += K::kLanes)
             store(tile + j,
                   K::pair_up(src + i * a.row_stride + j, src + (i + 1) * a.row_stride + j));
@@ -190,9 +193,9 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorVi
     if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
       // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
       // once.
-      const bool whole = a.col_stride == 1 && !drop.on && ld % K::kLanes == 0;
+      const bool full_vectors = a.col_stride == 1 && !drop.on && ld % K::kLanes == 0;
       const float* src = static_cast<const float*>(a.data) + i0 * a.row_stride + c0;
-      for (; whole && i < rows; ++i, src += a.row_stride, tile += ld) {
+      for (; full_vectors && i < rows; ++i, src += a.row_stride, tile += ld) {
         for (int64_t j = 0; j < ld; j += K::kLanes)
           store(tile + j, load_first(src + j, larger(0, cols - j)));
       }
@@ -245,7 +248,7 @@ inline bool native(const TensorView& a) {
   return same<T, float> && a.dtype == DType::float32;
 }
 
-// Rows [n0, n0 + width) of F [N, r], transposed: panel[packed unit of r][width], zero beyond.
+// Transposes rows [n0, n0 + width) of F [N, r]: panel[packed unit of r][width], zero past the end.
 // `width` is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes
 // units.
 template <typename K, typename T>
@@ -259,8 +262,8 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
   const int64_t end = (F.rows - 1) * F.row_stride + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
-    // Whole vectors are loaded, so that a short row is read on into the next ones, as far as there
-    // are some.
+    // Full vectors are loaded, so a load of a short row reads on into the next rows. That is
+    // allowed as long as there are such rows.
     const bool direct = in_place && rows == kLanes &&
                         (n0 + j + kLanes - 1) * F.row_stride + padded * K::kPair <= end;
     const char* src = reinterpret_cast<const char*>(buffer);

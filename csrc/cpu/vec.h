@@ -199,7 +199,7 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
 }
 
 // Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16
-// neighbours along the summed dimension, whose two products one instruction adds.
+// neighbors along the summed dimension, whose two products one instruction adds.
 struct F32 {
   using Unit = float;
   using Acc = float;

@@ -32,12 +32,12 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// A dtype that arguments have; code: its number in libtorch's C functions.
+// A dtype of arguments. code: its number in libtorch's C functions.
 struct DtypeInfo {
   ScalarType type;
   const char* name;
   int32_t code;
-  int64_t bytes;  // of an element; 0: of a dtype that no argument may have
+  int64_t bytes;  // per element; 0 for a dtype that no argument may have
 };
 inline const std::array<DtypeInfo, 6>& dtypes() {
   static const std::array<DtypeInfo, 6> all{
@@ -101,15 +101,16 @@ struct Arg {
   const char* name;
   const Tensor* tensor = nullptr;  // null: an optional argument that is not given
   AtenTensorHandle handle = nullptr;
-  ScalarType dtype = ScalarType::Undefined;  // of None, which has nothing below
+  ScalarType dtype = ScalarType::Undefined;  // Undefined: None. The fields below are then unset
   int64_t dim = 0;
   const int64_t* size = nullptr;    // borrowed from the tensor
   const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
   int32_t device_type = 0;
   int32_t device_index = 0;
-  TensorView matrix;   // [.., cols] as [rows, cols]; without data and dtype, see view_of
-  int64_t split = -1;  // the leading dimension that does not continue the one after it: then the
-                       // matrix has no row stride
+  TensorView matrix;  // [.., cols] as [rows, cols]; without data and dtype, see view_of
+  // The leading dimension whose stride does not continue the next one. The matrix then has no row
+  // stride. -1 if there is none.
+  int64_t split = -1;
 
   explicit Arg(const char* name) : name(name) {}
   Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
@@ -257,9 +258,11 @@ struct Check {
       reach += (size - 1) * stride;
     }
   }
-  // Kernels read and write in no particular order.
-  void apart(const Arg& written, const Bytes& own, const Arg& other, const Bytes& bytes) const {
-    if (own.first < bytes.last && bytes.first < own.last)
+  // A tensor that is written shares no memory with another argument, because kernels read and write
+  // in no particular order.
+  void apart(const Arg& written, const Bytes& written_bytes, const Arg& other,
+             const Bytes& other_bytes) const {
+    if (written_bytes.first < other_bytes.last && other_bytes.first < written_bytes.last)
       fail(op, ": ", written.name,
            ": expected memory of its own (it is written), got memory that overlaps ", other.name,
            "; give a clone() of one of them");

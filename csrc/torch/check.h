@@ -47,7 +47,7 @@ class Sizes {
   }
   Sizes(const Check& c, const Arg& like, std::initializer_list<Rule> rules)
       : Sizes(c, like.name, like.dtype, rules) {}
-  // 0: no argument that is given has it
+  // The size of a dimension, 0 if no argument has it.
   int64_t operator[](Dim d) const { return sizes_[d].size; }
 
  private:
@@ -70,13 +70,13 @@ class Sizes {
     for (const Rule& rule : rules) bytes[i++] = rule.arg ? c.memory(rule.arg) : Check::Bytes{};
     i = 0;
     for (const Rule& rule : rules) {
-      const Check::Bytes own = bytes[i++];
+      const Check::Bytes written_bytes = bytes[i++];
       if (!rule.arg || !rule.written) continue;
       c.writable(rule.arg);
       size_t j = 0;
       for (const Rule& other : rules)
-        if (const Check::Bytes& its = bytes[j++]; &other != &rule)
-          c.apart(rule.arg, own, other.arg, its);
+        if (const Check::Bytes& other_bytes = bytes[j++]; &other != &rule)
+          c.apart(rule.arg, written_bytes, other.arg, other_bytes);
     }
   }
 
@@ -154,7 +154,7 @@ class Sizes {
 
 // A row's core is given by an index, or by the ends of each core's rows (offs); tokens: the row of
 // u that each row reads. g: only in the backward. The values of the indices are checked only on a
-// CPU, because on a GPU that would synchronise.
+// CPU, because on a GPU that would synchronize.
 struct RowArgs {
   Arg g, u, cores, index, offs, tokens;
 

@@ -94,10 +94,10 @@ std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
   return a.tokens ? values(op, a.tokens, "rows of u", 0, m) : std::vector<int64_t>();
 }
 
-// A new tensor, of zeros where some of it is not written.
+// A new tensor. It is zeroed if some of its elements are not written.
 template <size_t dim>
-Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype,
-            bool all_written) {
+Tensor new_tensor(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dtype,
+                  bool all_written) {
   const DtypeInfo info = dtype_info(dtype);
   Tensor t = empty<dim>(like, size, info.code);
   int64_t bytes = info.bytes;
@@ -105,7 +105,7 @@ Tensor made(const Arg& like, const std::array<int64_t, dim>& size, ScalarType dt
   if (!all_written && bytes) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
   return t;
 }
-// The matrix, or the first of [cores, rows, cols].
+// A matrix, or the first matrix of [cores, rows, cols].
 TensorView last_matrix(const Arg& a, void* data) {
   const int64_t* size = a.size + a.dim - 2;
   const int64_t* stride = a.stride + a.dim - 2;
@@ -122,7 +122,7 @@ Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) c
   const int64_t rows = s[a.tokens ? ROWS : M];
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
-  const Tensor h = made<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
+  const Tensor h = new_tensor<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
   cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr,
                 last_matrix(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(),
                 scaling);
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du = made<2>(like_, {0, 0}, like_.dtype, true);
-  Tensor dcores = made<3>(like_, {0, 0, 0}, sums, true);
+  Tensor du = new_tensor<2>(like_, {0, 0}, like_.dtype, true);
+  Tensor dcores = new_tensor<3>(like_, {0, 0, 0}, sums, true);
   if (need_u) {
     TensorView transposed = last_matrix(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols);
@@ -148,19 +148,19 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
     };
     const bool all_rows = groups.rows() == rows;
     if (!a.tokens) {
-      du = made<2>(like_, {s[M], s[R_IN]}, like_.dtype, all_rows);
+      du = new_tensor<2>(like_, {s[M], s[R_IN]}, like_.dtype, all_rows);
       product(du);
     } else {
       const Grouping by_token(token, s[M]);
-      const Tensor k =
-          made<2>(like_, {rows, s[R_IN]}, sums, all_rows);  // not rounded before it is summed
+      // Not rounded before it is summed.
+      const Tensor k = new_tensor<2>(like_, {rows, s[R_IN]}, sums, all_rows);
       product(k);
-      du = made<2>(like_, {s[M], s[R_IN]}, like_.dtype, by_token.all_keys());
+      du = new_tensor<2>(like_, {s[M], s[R_IN]}, like_.dtype, by_token.all_keys());
       cpu::sum_rows(written(du), written(k), by_token.groups());
     }
   }
   if (need_cores) {
-    dcores = made<3>(like_, {s[L], s[R_IN], s[R_OUT]}, sums, groups.all_keys());
+    dcores = new_tensor<3>(like_, {s[L], s[R_IN], s[R_OUT]}, sums, groups.all_keys());
     cpu::row_core_grad(written(dcores), s[R_IN] * s[R_OUT], read(a.g), read(a.u),
                        a.tokens ? token.data() : nullptr, groups.groups(), scaling);
   }

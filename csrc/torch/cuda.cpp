@@ -9,8 +9,8 @@
 namespace lotr {
 namespace {
 
-// 1000 x major + 10 x minor of the CUDA that built this, and of the latest that the driver serves;
-// 0: there is no driver.
+// 1000 x major + 10 x minor of the CUDA version that built this module, and of the latest version
+// that the driver supports, 0 without a driver.
 std::tuple<int64_t, int64_t> cuda_versions() {
   int runtime = 0;
   int driver = 0;
@@ -19,8 +19,8 @@ std::tuple<int64_t, int64_t> cuda_versions() {
   return {runtime, driver};
 }
 
-// One line for a kernel on a large matrix [M, N] at rank r in bfloat16 (cuda/plans.h); device < 0:
-// of an H100.
+// The plan of a kernel on a large matrix [M, N] at rank r in bfloat16, as one line (cuda/plans.h).
+// device < 0: for an H100.
 std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, int64_t device) {
   constexpr const char* name = "lotr::cuda_plans";
   if (M < 1 || N < 1) fail(name, ": M, N: expected at least 1, got ", M, " and ", N);
@@ -43,7 +43,7 @@ std::string gemm_lotr_refusal(int64_t K, int64_t N, int64_t r, ScalarType dtype,
   cuda::Call call{};
   call.type = cuda_dtype(name, "dtype", dtype);
   call.card = device_of(name, int32_t(device)).card;
-  void* const aligned = reinterpret_cast<void*>(uintptr_t(256));  // is not read
+  void* const aligned = reinterpret_cast<void*>(uintptr_t(256));  // never read
   const int64_t chunk = cuda::row_elements(call.type);
   const int64_t rank_row = (r + chunk - 1) / chunk * chunk;
   cuda::GemmLotr q{};

@@ -1,5 +1,5 @@
 // row_core and its backward (schema.cpp) on CUDA tensors: one launch for each of the kernels of
-// cuda/kernels/row_core.cuh.  Indices are sorted by torch, stably.  Nothing synchronises.
+// cuda/kernels/row_core.cuh.  Indices are sorted by torch, stably.  Nothing synchronizes.
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>

@@ -20,9 +20,9 @@
 //
 // Strategies:
 //
-//   two_pass  the base product, then the adapter's product is added to it. On a CPU that pass adds
-//             the bias as well, at no cost, where the library's bfloat16 product with a bias takes
-//             up to 7 % longer than without.
+//   two_pass  the base product, then the adapter's product is added to it. On a CPU this pass also
+//             adds the bias, at no cost. The library's bfloat16 product takes up to 7 % longer with
+//             a bias than without.
 //   beta      the adapter's product, then the base product accumulates onto it (its beta is 1).
 //             torch's own linear starts in this way from a copy of the bias, so the expand's pass
 //             over y replaces that copy, and nothing runs with cold caches after the product.
@@ -44,11 +44,11 @@ struct Output {
   Tensor tensor;
   Tensor matrix;
   TensorView view;
-  bool fresh = false;  // the next product is written to it, later ones are added
+  bool fresh = false;  // true: the next product is written, and later ones are added
   const Arg* bias = nullptr;
 };
 
-// A sum over tokens. A given one is added to, a new one is written. Without data it is not needed.
+// A sum over tokens. Kernels add to a given one and write a new one. Without data it is not needed.
 struct Sum {
   TensorView view;
   bool add = false;

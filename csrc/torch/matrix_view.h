@@ -8,7 +8,7 @@
 
 namespace lotr {
 
-// A tensor on `like`'s device, not initialised. Contiguous, except that rows start at multiples of
+// A tensor on `like`'s device, not initialized. Contiguous, except that rows start at multiples of
 // `pad` elements.
 template <size_t dim>
 Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtype_code,
@@ -26,10 +26,12 @@ Tensor empty(const Arg& like, const std::array<int64_t, dim>& size, int32_t dtyp
   return Tensor(handle);
 }
 
-// The elements of `of` in other sizes and strides, from its offset on.
-inline Tensor view(AtenTensorHandle of, int64_t dim, const int64_t* size, const int64_t* stride) {
+// A view of `tensor` with other sizes and strides, from its offset on.
+inline Tensor view(AtenTensorHandle tensor, int64_t dim, const int64_t* size,
+                   const int64_t* stride) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of, dim, size, stride, 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor, dim, size, stride, 0, &handle));
   return Tensor(handle);
 }
 inline Tensor matrix_view(const Arg& a) {

@@ -40,10 +40,10 @@ class CpuProducts {
   Output onto(const Arg& given) const {
     return {*given.tensor, matrix_view(given), written(given)};
   }
-  Sum sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
+  Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols,
           ScalarType dtype) const {
     if (given) return {written(given), true};
-    return {make(made, rows, cols, dtype), false};
+    return {make(owner, rows, cols, dtype), false};
   }
 
   // Adds x weight to `out`, by the library that torch's own linear layers use. The adapter's
@@ -63,14 +63,14 @@ class CpuProducts {
     return false;
   }
 
-  TensorView shrink(OptionalTensor& made, const TensorView& x, const Arg& A, bool dropped) const {
-    const TensorView u = make(made, x.rows, A.size[1], like_.dtype);
+  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, bool dropped) const {
+    const TensorView u = make(owner, x.rows, A.size[1], like_.dtype);
     cpu::shrink(u, x, read(A), drop(dropped));
     return u;
   }
-  TensorView fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+  TensorView fold(OptionalTensor& owner, const Arg& B, const Arg& core, double scaling,
                   ScalarType dtype) const {
-    const TensorView F = make(made, B.size[0], core.size[0], dtype);
+    const TensorView F = make(owner, B.size[0], core.size[0], dtype);
     cpu::fold(F, read(B), read(core), scaling);
     return F;
   }
@@ -83,9 +83,9 @@ class CpuProducts {
                    const TensorView& F) const {
     cpu::expand(out.view, u, F, {}, {from, {}});
   }
-  TensorView shrink_grad(OptionalTensor& made, const Sum& Q, const TensorView& g, const Arg& F,
+  TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {
-    const TensorView du = make(made, g.rows, F.size[1], like_.dtype);
+    const TensorView du = make(owner, g.rows, F.size[1], like_.dtype);
     cpu::shrink_grad(du, Q.view, g, read(F), read(u), Q.add);
     return du;
   }
@@ -102,8 +102,8 @@ class CpuProducts {
     cpu::factor_grad(D.view, x, v, drop(dropped), D.add);
   }
 
-  void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, double scaling) const {
-    const TensorView u = make(made, a.x.matrix.rows, a.core.size[0], like_.dtype);
+  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& a, double scaling) const {
+    const TensorView u = make(owner, a.x.matrix.rows, a.core.size[0], like_.dtype);
     cpu::small_forward(u, y.view, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
                        start_of(y));
   }
@@ -134,9 +134,9 @@ class CpuProducts {
 
  private:
   // A new contiguous matrix, to be written.
-  TensorView make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype) const {
-    made = empty<2>(like_, {rows, cols}, dtype_info(dtype).code);
-    return {made->mutable_data_ptr(), rows, cols, cols, 1, kernel_dtype(dtype)};
+  TensorView make(OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType dtype) const {
+    owner = empty<2>(like_, {rows, cols}, dtype_info(dtype).code);
+    return {owner->mutable_data_ptr(), rows, cols, cols, 1, kernel_dtype(dtype)};
   }
   // What the adapter's product is added to, after which `out` is not fresh.
   static cpu::Start start_of(Output& out) {

@@ -1,6 +1,6 @@
 // The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by
 // the launchers of cuda/. All run on the current stream of the operands' device. Nothing
-// synchronises, and all memory comes from torch's allocator on that stream, so a CUDA graph may
+// synchronizes, and all memory comes from torch's allocator on that stream, so a CUDA graph may
 // capture a call.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
@@ -55,13 +55,13 @@ class CudaProducts {
   static FloatSum float_sum(const Sum& sum) {
     return {static_cast<float*>(sum.view.data), sum.view.row_stride, sum.view.col_stride, sum.add};
   }
-  // A new matrix, not initialised. padded: its rows start at multiples of 16 bytes, so that kernels
+  // A new matrix, not initialized. padded: its rows start at multiples of 16 bytes, so that kernels
   // copy 16 bytes at a time whatever the rank is.
-  TensorView make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype,
+  TensorView make(OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType dtype,
                   bool padded) const {
     const DtypeInfo info = dtype_info(dtype);
-    made = empty<2>(like_, {rows, cols}, info.code, padded ? 16 / info.bytes : 1);
-    return {made->mutable_data_ptr(), rows, cols, made->stride(0), 1, kernel_dtype(dtype)};
+    owner = empty<2>(like_, {rows, cols}, info.code, padded ? 16 / info.bytes : 1);
+    return {owner->mutable_data_ptr(), rows, cols, owner->stride(0), 1, kernel_dtype(dtype)};
   }
   // Runs an operator of cuda/launch.h.
   template <class Problem>
@@ -74,17 +74,17 @@ class CudaProducts {
 
   // y or dx, new, with like's leading dimensions.
   Output output(const Arg& like, int64_t cols) const {
-    OptionalTensor made;
-    const TensorView view = make(made, like.matrix.rows, cols, like_.dtype, false);
-    return {with_leading(*made, like, cols), *made, view, true};
+    OptionalTensor owner;
+    const TensorView view = make(owner, like.matrix.rows, cols, like_.dtype, false);
+    return {with_leading(*owner, like, cols), *owner, view, true};
   }
   Output onto(const Arg& given) const {
     return {*given.tensor, matrix_view(given), written(given)};
   }
-  // float32; a new one is rounded to its dtype when all launches are queued.
-  Sum sum(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols, ScalarType) const {
+  // A sum in float32. A new one is cast to its dtype after all launches are queued.
+  Sum sum(const Arg& given, OptionalTensor& owner, int64_t rows, int64_t cols, ScalarType) const {
     if (given) return {written(given), true};
-    return {make(made, rows, cols, ScalarType::Float, false), false};
+    return {make(owner, rows, cols, ScalarType::Float, false), false};
   }
 
   // Adds x weight to `out`, which starts from its bias if it is fresh.
@@ -133,8 +133,8 @@ class CudaProducts {
   }
 #endif
 
-  TensorView shrink(OptionalTensor& made, const TensorView& x, const Arg& A, bool dropped) const {
-    const TensorView u = make(made, x.rows, A.size[1], like_.dtype, true);
+  TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, bool dropped) const {
+    const TensorView u = make(owner, x.rows, A.size[1], like_.dtype, true);
     ShrinkProblem q{};
     q.x = matrix(x);
     q.A = matrix(read(A));
@@ -147,11 +147,11 @@ class CudaProducts {
     run(q);
     return u;
   }
-  TensorView fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling,
+  TensorView fold(OptionalTensor& owner, const Arg& B, const Arg& core, double scaling,
                   ScalarType dtype) const {
     const TensorView factor = read(B);
     const TensorView G = read(core);
-    const TensorView F = make(made, factor.rows, G.rows, dtype, true);
+    const TensorView F = make(owner, factor.rows, G.rows, dtype, true);
     FoldProblem q{};
     q.B = matrix(factor);
     q.core = matrix(G);
@@ -187,9 +187,9 @@ class CudaProducts {
     q.start = matrix(from);
     run(q);
   }
-  TensorView shrink_grad(OptionalTensor& made, const Sum& Q, const TensorView& g, const Arg& F,
+  TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {
-    const TensorView du = make(made, g.rows, F.size[1], like_.dtype, true);
+    const TensorView du = make(owner, g.rows, F.size[1], like_.dtype, true);
     ShrinkGradProblem q{};
     q.g = matrix(g);
     q.F = matrix(read(F));
@@ -238,7 +238,7 @@ class CudaProducts {
     run(q);
   }
 
-  void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, double scaling) const {
+  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& a, double scaling) const {
     const TensorView x = read(a.x);
     const TensorView G = read(a.core);
     SmallForwardProblem q{};
@@ -247,7 +247,7 @@ class CudaProducts {
     q.A = matrix(read(a.A));
     q.core = matrix(G);
     q.B = matrix(read(a.B));
-    q.u = matrix(make(made, x.rows, G.rows, like_.dtype, true));
+    q.u = matrix(make(owner, x.rows, G.rows, like_.dtype, true));
     q.M = x.rows;
     q.K = x.cols;
     q.N = y.view.cols;

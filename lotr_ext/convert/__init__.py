@@ -5,7 +5,7 @@
     python -m lotr_ext.convert loras-to-bank SOURCE.. DESTINATION --rank auto=0.95
     python -m lotr_ext.convert original-to-lotr FILE DESTINATION
 
-Files here, each on the ones above it:
+Files here. Each imports only from those above it:
 
     lora.py       PEFT's files: a folder with a LoRA is read, checked, and written
     hosts.py      the names and forms that servers expect for a mixture's experts

@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back."
     )

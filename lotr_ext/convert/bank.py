@@ -1,12 +1,13 @@
-"""Many LoRAs of one base model become one adapter and a task for each: "Compress then Serve".
+"""Converts many LoRAs of one base model to one adapter with a task per LoRA.
 
-For each group of layers, one pair A, B for all LoRAs t (arXiv 2407.00066 has one per layer):
+Each group of layers has one pair A, B for all LoRAs t. "Compress then Serve" (arXiv 2407.00066) has
+one pair per layer:
 
     D_tl / |D_t| ~= B G_tl^T A^T        least squares over all t and l of the group at once
 
 D_tl is the change of layer l by LoRA t, a product of its two factors that is never formed. |D_t| is
-the norm over all layers, so that every LoRA weighs the same, and the squared relative errors of all
-LoRAs have the smallest sum.
+the norm over all layers. So every LoRA has the same weight, and the sum of the squared relative
+errors of all LoRAs is minimal.
 
 The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
 """
@@ -47,9 +48,9 @@ class BankConversion:
     """What `loras_to_bank` wrote.
 
     Attributes:
-        config: of the adapter in the destination.
-        files: the task file of each LoRA, by its folder's name.
-        errors: the relative error |D_t - approximation| / |D_t| of each LoRA, by the same name.
+        config: The configuration of the adapter in the destination.
+        files: The task file of each LoRA, by its folder's name.
+        errors: The relative error |D_t - approximation| / |D_t| of each LoRA, by the same name.
     """
 
     config: LoTRConfig
@@ -91,7 +92,10 @@ class Collection:
         self.norms = {name: math.sqrt(square) for name, square in squares.items()}
 
     def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
-        """The LoRAs of these layers by (name, layer), each divided by its norm over all layers."""
+        """Returns the LoRAs of these layers by (name, layer).
+
+        Each is divided by its norm over all layers.
+        """
         loras = {}
         for name, folder in self.folders.items():
             for layer in layers:
@@ -120,20 +124,20 @@ def loras_to_bank(
     without a task the model is the base model. New tasks can be trained as cores over these pairs.
 
     Args:
-        sources: folders with LoRAs that PEFT saved. A task is named after its folder.
-        directory: for the adapter, and a folder "tasks" in it.
-        rank: r, or (r_in, r_out), for all groups; or "auto=0.95" for the smallest rank that keeps
+        sources: Folders with LoRAs that PEFT saved. A task is named after its folder.
+        directory: The adapter is written here, and the tasks into its folder "tasks".
+        rank: r, or (r_in, r_out), for all groups. Or "auto=0.95" for the smallest rank that keeps
             this share of the LoRAs' squared norms, on average over the LoRAs.
         group_by: "layer", "shape", "block", "name" or a mapping, as in LoTRConfig.
-        dtype: of A, B and the cores.
+        dtype: The dtype of A, B and the cores.
 
     Returns:
         The errors of the LoRAs, and the files.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a source is refused (`read_lora`), has modules_to_save or layers of other
-            sizes, if two have one name, or for a wrong rank, grouping or dtype.
+        ValueError: If `read_lora` refuses a source; if a source has modules_to_save or layers of
+            other sizes; if two sources have one name; or if rank or group_by has a wrong value.
     """
     check_dtype(dtype)
     path = checked_path(directory, "directory")
@@ -154,7 +158,7 @@ def loras_to_bank(
 
 
 def _share_of(rank: object) -> float | None:
-    """0.95 of "auto=0.95"; None for a rank."""
+    """Returns the share 0.95 of "auto=0.95", None if rank is a number or a pair."""
     if not isinstance(rank, str):
         return None
     match = re.fullmatch(r"auto=(\d*\.?\d+)", rank)
@@ -168,7 +172,7 @@ def _share_of(rank: object) -> float | None:
 
 
 def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list[str]]) -> int:
-    """The smallest rank whose pairs keep this share of the LoRAs' squared norms.
+    """Returns the smallest rank whose pairs keep this share of the LoRAs' squared norms.
 
     The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
     """
@@ -188,7 +192,7 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
 
 
 def _lengthened(values: Tensor, length: int) -> Tensor:
-    """The last value again up to a length; zeros if there is none."""
+    """Repeats the last value up to a length. An empty tensor becomes zeros."""
     last = values[-1:] if len(values) else values.new_zeros(1)
     return torch.cat([values, last.expand(length - len(values))])
 
@@ -228,10 +232,15 @@ def _factorized(
     config: LoTRConfig,
     cores: Mapping[str, Tensor],
 ) -> tuple[Conversion, dict[str, float]]:
-    """The adapter with zero cores, and the share of each LoRA's squared norm that its cores keep.
+    """Returns the adapter with zero cores, and the share of each LoRA's norm that its cores keep.
+
+    The norms are squared.
 
     Args:
-        cores: of each layer, [loras, r_in, r_out], which are written.
+        collection: The LoRAs.
+        groups: The names of the layers by group.
+        config: The configuration of the adapter.
+        cores: The cores of each layer [loras, r_in, r_out]. They are written.
     """
     converted = {}
     captured = dict.fromkeys(collection.folders, 0.0)
@@ -250,7 +259,7 @@ def _factorized(
 
 
 def _factors(adapter: Conversion, groups: Iterable[str]) -> list[tuple[str, Tensor]]:
-    """("A" or "B", its value) of all groups, in the order of `task_metadata`."""
+    """Returns ("A" or "B", value) of each factor, in the order that `task_metadata` expects."""
     factors = []
     for group in sorted(groups):
         for part, key in zip("AB", factor_keys(group), strict=True):

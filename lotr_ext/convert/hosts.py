@@ -31,9 +31,9 @@ class Host(NamedTuple):
     """A server's names for the experts of a model type.
 
     Attributes:
-        rename: a part of the module's name, and its replacement.
-        projections: the names of gate, up and down of one expert.
-        interleaved: whether the rows of gate_up_proj alternate between gate and up.
+        rename: A part of the module's name, and its replacement.
+        projections: The names of gate, up and down of one expert.
+        interleaved: Whether the rows of gate_up_proj alternate between gate and up.
     """
 
     rename: tuple[str, str] | None = None
@@ -48,12 +48,12 @@ HOSTS = {  # by transformers' model_type
 
 
 def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+    """Returns the tensors of the experts, as a server expects them, by name.
 
     Args:
-        layers: by the parameter's full name, those of one module in the module's order.
-        form: one of EXPERT_FORMS.
-        host: the server's names.
+        layers: The LoRAs by the full name of their parameter, in the order of each module.
+        form: One of EXPERT_FORMS.
+        host: The server's names.
     """
     modules: dict[str, dict[str, LoRA]] = {}
     for name, layer in layers.items():
@@ -76,8 +76,8 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
                 pairs |= {f"{renamed}.{name}": factors for name, factors in shared.items()}
             else:
                 for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
-                    separate = _projections(parameter, factors, host.projections, host.interleaved)
-                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in separate.items()}
+                    split = _projections(parameter, factors, host.projections, host.interleaved)
+                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in split.items()}
     return {
         f"{name}.lora_{part}.weight": tensor
         for name, factors in pairs.items()
@@ -86,7 +86,7 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
 
 
 def _expanded(layer: LoRA) -> Factors:
-    """A [e, r, K] and B [e, N, r], also where all experts share one."""
+    """Returns A [e, r, k] and B [e, n, r], also if all experts share one of them."""
     return layer.A.expand(layer.experts, -1, -1), layer.B.expand(layer.experts, -1, -1)
 
 
@@ -98,7 +98,7 @@ def _in_peft(layer: LoRA) -> Factors:
 def _projections(
     parameter: str, factors: Factors, names: tuple[str, str, str], interleaved: bool
 ) -> dict[str, Factors]:
-    """gate, up and down of one parameter by the server's names. B is [.., N, r]."""
+    """Splits a parameter into gate, up and down, by the server's names. B is [.., n, r]."""
     gate, up, down = names
     A, B = factors
     if parameter == "down_proj":

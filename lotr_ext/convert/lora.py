@@ -1,6 +1,8 @@
 """PEFT's files: an adapter's folder with adapter_config.json and adapter_model.safetensors.
 
-Reads and checks a LoRA. Writes the two files of any adapter in PEFT's form. Not here: LoTR.
+Reads and checks a LoRA. Writes the two files of any adapter in PEFT's form.
+
+Not here: what LoTR writes into these files (to_lora.py, ../vllm).
 """
 
 from __future__ import annotations
@@ -50,12 +52,12 @@ INITS_THAT_MOVE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class LoRA:
-    """One layer's factors: B A is added to W [N, K].
+    """The factors of one layer. B A is added to W [n, k].
 
     Attributes:
-        A: [r, K]; [e, r, K] for a 3-D weight [e, N, K] of experts.
-        B: [N, r]; [e, N, r] for experts. One of A and B may have a single expert for all.
-        experts: e; 0 for a linear layer.
+        A: [r, k], or [e, r, k] for a 3-D weight [e, n, k] of experts.
+        B: [n, r], or [e, n, r] for experts. One of A and B may be [1, ..], shared by all experts.
+        experts: The number of experts, 0 for a linear layer.
     """
 
     A: Tensor
@@ -73,7 +75,7 @@ class LoRA:
 
     @property
     def norm(self) -> float:
-        """|B A|, from the factors' R of QR: the product is not formed."""
+        """|B A|, from the triangular factors of A and B. The product is not formed."""
         return float((_upper(self.B) @ _upper(self.A.mT).mT).norm())
 
 
@@ -118,7 +120,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 
 def tensors_of(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file of safetensors or torch.save. No code in it is executed."""
+    """Returns the tensors in a file of safetensors or torch.save. No code in it is executed."""
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     try:
@@ -135,23 +137,23 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
 
 
 def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
-    """The tensors in the file of an adapter that PEFT saved."""
+    """Returns the tensors in the file of an adapter that PEFT saved."""
     new = directory / TENSORS_NAME
     old = directory / OLD_TENSORS_NAME
     return tensors_of(old if old.is_file() and not new.is_file() else new)
 
 
 def base_name(key: str) -> str:
-    """A tensor's name in the base model: PEFT writes "base_model.model." before it."""
+    """Returns a tensor's name in the base model: PEFT writes "base_model.model." before it."""
     return key.removeprefix("base_model.").removeprefix("model.")
 
 
 def modules_of(names: Iterable[str], endings: Iterable[str] | None) -> list[str]:
-    """The modules that hold tensors of these names and match one of the endings.
+    """Returns the modules that hold tensors of these names and match one of the endings.
 
     Args:
-        names: of tensors, such as "model.score.weight".
-        endings: name endings, as in modules_to_save.
+        names: The names of tensors, such as "model.score.weight".
+        endings: Name endings, as in modules_to_save.
     """
     modules = set()
     for name in names:
@@ -165,7 +167,7 @@ def modules_of(names: Iterable[str], endings: Iterable[str] | None) -> list[str]
 
 
 def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
-    """PEFT's configuration in a folder.
+    """Returns PEFT's configuration in a folder.
 
     Raises:
         ValueError: If there is none, or one of another method.
@@ -179,7 +181,11 @@ def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
 
 
 def check_two_factors(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a LoRA that does more than add the product of two factors."""
+    """Checks that a LoRA only adds the product of two factors.
+
+    Raises:
+        ValueError: If it does more.
+    """
     for name in MORE_THAN_TWO_FACTORS:
         value = config.get(name)
         if value not in (None, False, "none", [], {}):
@@ -200,9 +206,9 @@ class LoRAFolder(Mapping[str, LoRA]):
     """The layers of a LoRA that PEFT saved, by name. A layer is read and checked on access.
 
     Attributes:
-        path: the folder.
-        config: the content of adapter_config.json.
-        saved: the tensors of modules_to_save by name.
+        path: The folder.
+        config: The content of adapter_config.json.
+        saved: The tensors of modules_to_save by name.
 
     Raises:
         ValueError: If there is no such adapter, if it is of another method, or if it has more
@@ -276,7 +282,7 @@ def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[
         modules_to_save by name; and the configuration.
 
     Raises:
-        ValueError: as `LoRAFolder`.
+        ValueError: As `LoRAFolder`.
     """
     folder = LoRAFolder(source)
     return dict(folder), folder.saved, folder.config
@@ -294,7 +300,14 @@ def put_folder(
 ) -> None:
     """Writes both files of an adapter.
 
-    A killed process leaves no configuration, never the old one with new tensors.
+    A process that is killed leaves no configuration, but never the old one with new tensors.
+
+    Args:
+        directory: Created if it does not exist.
+        name: The name of the tensors' file.
+        tensors: The tensors by name.
+        config: The content of adapter_config.json.
+        metadata: For the header of the tensors' file.
     """
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A LoTR adapter, or one task, becomes a LoRA for PEFT and servers, exactly.
+"""Converts a LoTR adapter, or one task, to an exact LoRA for PEFT and servers.
 
 A LoTR of rank r on a layer is a LoRA of rank r with lora_alpha = r, in the smaller of two forms:
 
@@ -57,18 +57,18 @@ def export_lora(
     for the base model that `apply_lotr` was given. modules_to_save are written, too.
 
     Args:
-        model: an adapted model, or whatever else `save_adapter` takes. With DistributedDataParallel
+        model: An adapted model, or whatever else `save_adapter` takes. With DistributedDataParallel
             all processes call this, and process 0 writes.
-        directory: created if it does not exist.
-        task: of the model's TaskBank, written instead of the adapter's cores.
-        options: as for `lotr_to_lora`. base_model, fan_in_fan_out and hosts default to the model's.
+        directory: Created if it does not exist.
+        task: A task of the model's TaskBank, which is written instead of the adapter's cores.
+        options: As for `lotr_to_lora`. base_model, fan_in_fan_out and hosts default to the model's.
 
     Returns:
-        The layers by name, as `lotr_to_lora`; none in a process that does not write.
+        The layers by name, as for `lotr_to_lora`. Empty in a process that does not write.
 
     Raises:
         RuntimeError: If a task is given and the model has no bank.
-        TypeError, ValueError: as `save_adapter` and `lotr_to_lora`.
+        TypeError, ValueError: As `save_adapter` and `lotr_to_lora`.
     """
     path = checked_path(directory, "directory")
     inner, writes = unwrapped(model)
@@ -88,7 +88,11 @@ def export_lora(
 
 
 def bank_of(model: nn.Module) -> TaskBank:
-    """The model's TaskBank. Raises RuntimeError without one."""
+    """Returns the model's TaskBank.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
     bank = getattr(model, "lotr_tasks", None)
     if bank is None:
         raise RuntimeError(
@@ -102,19 +106,19 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     """Writes a saved LoTR adapter as a PEFT LoRA. No model is needed.
 
     Args:
-        source: a folder with a LoTR adapter, by `save_adapter` or by PEFT.
-        directory: created if it does not exist.
-        task_type: PEFT's, such as "CAUSAL_LM"; None for a plain PeftModel.
-        experts: the form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
+        source: A folder with a LoTR adapter, by `save_adapter` or by PEFT.
+        directory: Created if it does not exist.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM". None for a plain PeftModel.
+        experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: a model type in `HOSTS`, such as "mixtral", whose servers have names of their own.
-        base_model: where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
+        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have names of their own.
+        base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
-        fan_in_fan_out: of the configuration; PEFT corrects a wrong one, with a warning.
+        fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.
 
     Returns:
-        The LoRA layers by name; of experts, by the name of the parameter.
+        The LoRA layers by name. Experts have the name of their parameter.
 
     Raises:
         TypeError: If an option is unknown, or a path is not a path.
@@ -134,7 +138,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
 
 
 def _read_lotr_of_peft(directory: Path) -> AdapterState:
-    """A LoTR adapter that PEFT saved (`lotr_ext.peft`)."""
+    """Returns a LoTR adapter that PEFT saved (`lotr_ext.peft`)."""
     content = read_config(directory, "LOTR")
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
@@ -170,11 +174,15 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
 def _as_lora(
     A: Tensor, B: Tensor, core: Tensor, scaling: float, side: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(lora_A [.., r, K], lora_B [.., N, r]) in float32 (float64).
+    """Returns (lora_A [.., r, k], lora_B [.., n, r]) in float32 (float64 for float64).
 
     Args:
-        side: "A" or "B", which the core is multiplied into; the other one has no dimension of
-            experts. None: the one that gives the smaller rank.
+        A: [k, r_in].
+        B: [n, r_out].
+        core: [r_in, r_out], or [e, r_in, r_out] for experts.
+        scaling: s.
+        side: "A" or "B", into which the core is multiplied. The other one has no dimension of
+            experts. If None, the one that gives the smaller rank.
     """
     wide = accumulate_dtype(core.dtype)
     A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
@@ -185,18 +193,17 @@ def _as_lora(
 
 
 def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
-    """The layers of a saved adapter by name; of experts by the parameter's name.
+    """Returns the layers of a saved adapter by name. Experts have the name of their parameter.
 
-    All have one rank, because some servers read no patterns of ranks.
+    All have one rank, because some servers do not read patterns of ranks.
     """
     layers = {}
     tensors = adapter.tensors
     for name, entry in adapter.layers.items():
         parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if entry.experts else name
         side = None
-        if (
-            entry.experts and form == "vllm-shared"
-        ):  # the side of the intermediate size has the experts
+        if entry.experts and form == "vllm-shared":
+            # The factor on the side of the intermediate size has the dimension of experts.
             side = "A" if parameter.endswith("down_proj") else "B"
         core = tensors[f"{name}.core"]
         factors = tensors[entry.A], tensors[entry.B]
@@ -216,7 +223,7 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
 
 
 def _with_rank(layer: LoRA, rank: int) -> LoRA:
-    """The same product with zeros up to a rank."""
+    """Pads the factors with zeros up to a rank. The product stays the same."""
     lacking = rank - layer.rank
     return replace(layer, A=pad(layer.A, (0, 0, 0, lacking)), B=pad(layer.B, (0, lacking)))
 
@@ -278,7 +285,7 @@ def _write_lora(
 def _target_modules(
     linear: Mapping[str, LoRA], stacked: Mapping[str, LoRA], experts: str
 ) -> list[str] | str:
-    """target_modules of PEFT's configuration: full names, or a regular expression.
+    """Returns target_modules of PEFT's configuration: full names, or a regular expression.
 
     PEFT matches a name in a list with the ends of all names, so a name without a dot would match
     other modules, too.
@@ -292,7 +299,7 @@ def _target_modules(
 
 
 def _outermost(modules: Iterable[str]) -> list[str]:
-    """The modules that are not inside of another one."""
+    """Returns the modules that are not inside another one."""
     return sorted(
         name for name in modules if not any(name.startswith(f"{other}.") for other in modules)
     )

@@ -1,4 +1,4 @@
-"""A LoRA, or a checkpoint of the original implementation, becomes a LoTR adapter."""
+"""Converts a LoRA, or a checkpoint of the original implementation, to a LoTR adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Conversion:
     """A LoTR adapter that was converted.
 
     Attributes:
-        adapter: apart from any model, as its file has it.
+        adapter: The adapter without a model, as in its file.
         errors: |D_l - s B G_l^T A^T| / |D_l| by layer, where D_l is the change of its weight.
     """
 
@@ -43,7 +43,7 @@ class Conversion:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in the file."""
+        """The tensors by their names in the file."""
         return self.adapter.tensors
 
     def save(self, directory: Source) -> None:
@@ -69,7 +69,14 @@ def conversion(
     saved: Mapping[str, Tensor],
     errors: dict[str, float],
 ) -> Conversion:
-    """The files' content of layers by name. Layers of one group have the same A and B."""
+    """Returns the adapter of converted layers.
+
+    Args:
+        config: The configuration of the adapter.
+        layers: By name. Layers of one group have the same A and B.
+        saved: The tensors of modules_to_save by name.
+        errors: The error of each layer.
+    """
     entries = {}
     tensors = {}
     for name, layer in layers.items():
@@ -83,7 +90,7 @@ def conversion(
 
 
 def factor_keys(group: str) -> tuple[str, str]:
-    """The names of a group's A and B in the file."""
+    """Returns the names of a group's A and B in the file."""
     return f"lotr_factors.{group}.A", f"lotr_factors.{group}.B"
 
 
@@ -103,18 +110,18 @@ def lora_to_lotr(
     The changes of a group's weights, stacked, are factorized by Tucker-2 in float64: HOSVD, then a
     few steps of HOOI. S LoRAs of rank r in a group are exact at rank S r (arXiv 2402.01376 calls
     LoTR a generalization of LoRA in this sense). A and B are START times orthonormal and s is
-    "auto", so training can continue at LoRA's rate. At a lower rank, read the result's errors: near
-    1, a layer has lost its adapter.
+    "auto", so training can continue at LoRA's rate. At a lower rank, read the errors of the result:
+    a layer with an error near 1 has lost its adapter.
 
     Args:
-        source: a folder. modules_to_save are copied.
+        source: A folder. modules_to_save are copied.
         rank: r, or (r_in, r_out), for all groups.
         group_by: "shape", "block", "name", "layer" or a mapping from layer names, as in LoTRConfig.
-        dtype: of the result.
+        dtype: The dtype of the result.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If `read_lora` refuses the source, or for a wrong rank, grouping or dtype.
+        ValueError: If `read_lora` refuses the source, or if rank or group_by has a wrong value.
     """
     check_dtype(dtype)
     ranks = check_rank(rank)
@@ -141,7 +148,7 @@ def lora_to_lotr(
 
 
 def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[str, list[str]]:
-    """The layers' names by group.
+    """Returns the layers' names by group.
 
     Args:
         sizes: (in_features, out_features) by layer.
@@ -171,7 +178,7 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
 def tucker2_of_loras(
     loras: Sequence[LoRA], ranks: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tucker2` of the products B_l A_l, which are not formed.
+    """Computes `tucker2` of the products B_l A_l, which are not formed.
 
     Returns:
         A [K, r_in] and B [N, r_out], orthonormal, and the cores [l, r_in, r_out], in float64.
@@ -206,7 +213,12 @@ def _in_basis(blocks: Sequence[Tensor], rank: int) -> tuple[Tensor, list[Tensor]
 
 
 def lost(captured: float, norm: float) -> float:
-    """The relative error of a projection whose norm is `captured`, of what has the norm `norm`."""
+    """Returns the relative error of a projection.
+
+    Args:
+        captured: The norm of the projection.
+        norm: The norm of what was projected.
+    """
     return math.sqrt(max(0.0, 1 - (captured / norm) ** 2)) if norm > 0 else 0.0
 
 
@@ -227,9 +239,9 @@ def original_to_lotr(
     with <layer>.lotr.rhs [in_features, r] = A, .mid [r, r] = G and .lhs [r, out_features] = B^T.
 
     Args:
-        source: a file of torch.save or safetensors.
-        scale: the argument of its LoTRLinear, which the checkpoint does not contain.
-        modules_to_save: name endings of fully trained modules (a head), which are copied.
+        source: A file of torch.save or safetensors.
+        scale: The argument of its LoTRLinear, which the checkpoint does not contain.
+        modules_to_save: Name endings of fully trained modules (a head), which are copied.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -276,7 +288,7 @@ def original_to_lotr(
 
 
 def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, ConvertedLayer]:
-    """The layers by name. Layers with equal factors share a group."""
+    """Returns the layers by name. Layers with equal factors share a group."""
     layers: dict[str, ConvertedLayer] = {}
     groups: dict[str, ConvertedLayer] = {}  # a layer of each
     for name, tensors in parts.items():

@@ -7,8 +7,7 @@ Two kinds:
 - Needed for correct results. torch has no public name for them. Without one, a feature has to go.
 - Faster than the public name, which replaces it if torch no longer has it.
 
-Not here: the dictionaries of nn.Module (`_parameters`, `_modules`), which factors.py and layers.py
-read with a comment at each place.
+Not here: the dictionaries of nn.Module (`_parameters`, `_modules`), which other files read as well.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from torch.autograd import Function, forward_ad
 
 # ---- needed for correct results ------------------------------------------------------------------
 
-# The id of the running backward, -1 outside of one. Gradient sums are stored under this id. Without
-# it, two threads that train one model would mix their gradients.
+# The id of the running backward, -1 if none is running. Gradient sums are stored under this id.
+# Without it, two threads that train one model would mix their gradients.
 current_backward = torch._C._current_graph_task_id
 
 # Whether the running backward will execute a node. Without it, `torch.autograd.grad` of some inputs
@@ -32,7 +31,7 @@ current_backward = torch._C._current_graph_task_id
 will_execute = torch._C._will_engine_execute_node
 
 # The innermost saved-tensor hooks, which identify a checkpointed region. Without them, a checkpoint
-# would reuse u = x A from outside of its region, and its recomputation would fail.
+# would reuse u = x A from outside its region, and its recomputation would fail.
 saved_tensor_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 # Whether vmap, grad or jvp of torch.func is active. Kernels cannot run on their wrapped tensors.

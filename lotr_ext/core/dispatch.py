@@ -146,7 +146,7 @@ def grouped_linear(
         scaling: s.
         p: The probability of dropping an element of the adapter's x.
         choice: The core G_i and the token t(i) of each row.
-        caches: See `linear`, as for layer.
+        caches: As for `linear`, as is layer.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -218,7 +218,10 @@ def fallback_reason(
     core: Tensor,
     base_output: Tensor | None = None,
 ) -> str | None:
-    """Returns why a call runs the PyTorch fallback, None if it runs our kernels."""
+    """Returns why a call runs the PyTorch fallback, None if it runs our kernels.
+
+    The arguments are as for `linear`. Either weight or base_output is given.
+    """
     if private.functorch_is_active() or private.forward_ad_is_active():
         return "a transform of torch.func or forward-mode AD is active"
     if torch.jit.is_tracing():
@@ -271,7 +274,7 @@ class Plan(enum.Enum):
 
     ONE_NODE = enum.auto()  # the layer's node computes u; the core is folded into B
     ONE_NODE_FEW_TOKENS = enum.auto()  # the layer's node computes u and multiplies it with the core
-    PROJECTION = enum.auto()  # u comes from a node of its own, which all layers on this x share
+    PROJECTION = enum.auto()  # another node computes u, once for all layers on this x
 
 
 def choose_plan(

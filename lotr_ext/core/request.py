@@ -1,9 +1,9 @@
-"""The state of a request: which cores the layers use inside of a context, or that they use none.
+"""The state of a request: which cores the layers use inside a context, or that they use none.
 
 `disabled` and `use_tasks` open a request. It is in force for the thread that opened it and for the
 backwards that this thread starts, because it is in a thread-local of torch that autograd carries
 into its backward threads. So a checkpoint recomputes in the same request, if backward is called
-inside of the context.
+inside the context.
 
 Not here: what a state means to a layer (layers.py, experts.py) and where it is set (model.py,
 tasks.py).
@@ -59,7 +59,7 @@ def open_request(states: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def current_request() -> Mapping[nn.Module, Any]:
-    """Returns the states of all modules in the current request, empty outside of a request."""
+    """Returns the states of all modules in the current request, empty outside a request."""
     if _open_requests and private.has_thread_local(_KEY):
         return private.get_thread_local(_KEY)
     return {}

@@ -45,7 +45,7 @@ def strategy_from_environment() -> str | None:
 
 
 def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
-    """Returns the strategy of a layer's call.
+    """Returns the strategy of a layer's call: TWO_PASS, BETA or FUSED.
 
     On a CPU, BETA is faster for float32 and float64, whose product starts from a copy of the bias
     anyway. Half types would be rounded once more, and their product is slower with a bias than
@@ -75,6 +75,13 @@ def fused_obstacle(
     """Why gemm_lotr cannot compute a layer [k] -> [n], None if it can.
 
     It also refuses tensors whose address or strides are not multiples of 16 bytes.
+
+    Args:
+        k: in_features.
+        n: out_features.
+        rank: The larger of (r_in, r_out).
+        dtype: The dtype of the activations.
+        device: Their device. Without an index, the current GPU.
     """
     if device.type != "cuda":
         return "it runs on CUDA"
@@ -85,7 +92,10 @@ def fused_obstacle(
 
 
 def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Returns what LOTR_STRATEGY makes of a layer [k] -> [n], for `explain`: "" if nothing."""
+    """Returns how LOTR_STRATEGY changes a layer [k] -> [n], for `explain`: "" if it does not.
+
+    The arguments are as for `fused_obstacle`.
+    """
     name = strategy_from_environment()
     if name is None or device.type != "cuda":
         return ""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapted import compute_device
 from ..core import dispatch, fallback
 from ..core.operators import DTYPES, accumulate_dtype
-from ..factors import LoTRFactors
+from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
 from ..layers import features, is_conv1d
 from ..wrapped import LoTRWrapped, layer_class, mergeable
@@ -48,9 +48,9 @@ class LoTRPeftCore(nn.Module):
         self.scaling = config.to_lotr().s
         self.dropout = config.dropout
         self.trained = tuple(config.train)
-        # Through __dict__: the tuner registers them, once.
-        self.__dict__["factors"] = factors
-        self.__dict__["form"] = form
+        # The tuner registers them, once.
+        set_unregistered(self, "factors", factors)
+        set_unregistered(self, "form", form)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, base_output: Tensor | None
@@ -144,7 +144,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Moves an adapter to the base. PEFT calls it after loading into tensors without memory.
 
-        As BaseTunerLayer's, without the cast to the dtype of the base.
+        Does what BaseTunerLayer's method does, without the cast to the dtype of the base.
         """
         if adapter_name not in self.lotr_adapter:
             return

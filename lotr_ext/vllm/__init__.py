@@ -228,7 +228,7 @@ def served() -> Factors:
 def register() -> None:
     """Makes vLLM serve tasks over the factors in the folder LOTR_FACTORS: vLLM's entry point.
 
-    Does not change vLLM if the variable is not set.
+    Does nothing if the variable is not set.
 
     Raises:
         RuntimeError: If this version of vLLM is not tested.
