@@ -64,7 +64,7 @@ def scaling_of(
         check_number("scaling", scaling)
         if alpha is not None or rslora:
             raise ValueError(
-                f"scaling: expected no alpha or rslora with a number, got scaling={scaling}, "
+                f"scaling: cannot be combined with alpha or rslora, got scaling={scaling}, "
                 f"alpha={alpha}, rslora={rslora}. Pass one of them."
             )
         return float(scaling)
