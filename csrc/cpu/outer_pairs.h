@@ -78,12 +78,11 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Ten
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
+    const bool again = j > 0;
     const bool last_block = j + MR == r;
-    const auto first =
-        last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>;
-    const auto later =
-        last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>;
-    const auto block = j > 0 ? later : first;
+    const auto block =
+        again ? (last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
+              : (last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
     block(at, lds, fresh, low, last, 2 * x.row_stride, made, k + j, ldk, units, ahead);
   });
 }

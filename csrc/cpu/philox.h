@@ -59,8 +59,7 @@ inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_
       c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
       c1 = p1;
       c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
     const vq first = (c0 & 0xffffffffull) | (c1 << 32);
     const vq second = (c2 & 0xffffffffull) | (c3 << 32);

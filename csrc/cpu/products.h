@@ -250,10 +250,8 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
     Ahead ahead{{x, i + tile_m, tile_m, c0, c1 - c0}, {}};
     const auto prefetch = [&](int64_t width) {
       if (warm) return;
-      if (c + width < c1)
-        ahead.now = {x, i, rows, c + width, width};
-      else
-        ahead.now = {x, i + tile_m, tile_m, c0, width};
+      const bool right = c + width < c1;
+      ahead.now = {x, right ? i : i + tile_m, right ? rows : tile_m, right ? c + width : c0, width};
     };
     if constexpr (pairs<K>) {
       for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {

@@ -120,9 +120,7 @@ class Sizes {
       tokens = {a.matrix.rows, tokens.of ? tokens.of : a.name};
       return check_size(c, a, a.dim - 1, rule.shape[1]);
     }
-    int64_t dims = 1;
-    if (rule.shape[1]) dims = 2;
-    if (rule.shape[2]) dims = 3;
+    const int64_t dims = rule.shape[2] ? 3 : rule.shape[1] ? 2 : 1;
     if (a.dim != dims)
       fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ",
            a.shape());
