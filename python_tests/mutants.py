@@ -7,8 +7,8 @@
 
 The faults are data: python_tests/data/mutants/*.yaml, items with `file`, `fault`, `old` (a text
 that occurs once in the file) and `new`. Each is written into a copy of the repository, and the
-tests of its file run until one fails. A fault that survives is a missing test, or a line that is not needed.
-`python_tests/kernels/test_planted.py` does the same for the sources of the kernels.
+tests of its file run until one fails. A fault that survives is a missing test, or a line that is
+not needed. `python_tests/kernels/test_planted.py` does the same for the sources of the kernels.
 
 Exit code 1: a fault survived, or its text is stale.
 """

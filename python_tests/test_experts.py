@@ -220,13 +220,13 @@ def test_double_backward(by_token: bool) -> None:
     arguments["weight"] = arguments["weight"].mT.contiguous().mT.requires_grad_()
     arguments["bias"].requires_grad_()
     every = [*leaves, arguments["weight"], arguments["bias"]]
-    found = []
+    results = []
     for call in (ours, definition):
         y = call(arguments, tokens, leaves)
         first = torch.autograd.grad(y.square().sum(), every, create_graph=True)
         second = torch.autograd.grad(sum(t.square().sum() for t in first), every)
-        found.append([*first, *second])
-    assert worst(*found) < 1e-10
+        results.append([*first, *second])
+    assert worst(*results) < 1e-10
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
@@ -235,7 +235,7 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
     arguments, tokens, leaves = make(True, tasks, bias=True)
     values = tuple(leaf.detach() for leaf in leaves)
     tangents = tuple(torch.randn_like(value) for value in values)
-    found = []
+    results = []
     for call in (ours, definition):
 
         def of_values(*values: Tensor, call: Callable = call) -> Tensor:
@@ -243,13 +243,13 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
 
         if transform == "grad":
             gradient = torch.func.grad(lambda v, f=of_values: f(*v).sin().sum())
-            found.append(gradient(values))
+            results.append(gradient(values))
         elif transform == "jvp":
-            found.append(torch.func.jvp(of_values, values, tangents))
+            results.append(torch.func.jvp(of_values, values, tangents))
         else:
-            both = [torch.stack(pair) for pair in zip(values, tangents)]
-            found.append([torch.func.vmap(of_values)(*both)])
-    assert worst(*found) < 1e-12
+            stacked = [torch.stack(pair) for pair in zip(values, tangents)]
+            results.append([torch.func.vmap(of_values)(*stacked)])
+    assert worst(*results) < 1e-12
 
 
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])

@@ -190,9 +190,9 @@ def test_half_precision_model_with_float32_adapter(name: str) -> None:
     x = zoo.inputs(name, dtype=torch.bfloat16)
     model = moved(apply_lotr(zoo.net(name, torch.bfloat16), config(name)))
     assert {p.dtype for p in lotr_parameters(model)} == {torch.float32}
-    want = zoo.output(trained(name), zoo.inputs(name))
+    expected = zoo.output(trained(name), zoo.inputs(name))
     bound = 0.5 if name == "mixture" else 0.1  # rounding routes some tokens to other experts
-    assert relative(zoo.output(model, x), want) < bound
+    assert relative(zoo.output(model, x), expected) < bound
     zoo.output(model, x).float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lotr_parameters(model))
 
@@ -200,15 +200,16 @@ def test_half_precision_model_with_float32_adapter(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixture"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> None:
-    model, x = trained(name).train(), zoo.inputs(name)
+    model = trained(name).train()
+    x = zoo.inputs(name)
     model.enable_input_require_grads()
     parameters = own_parameters(model)
     zoo.output(model, x).square().sum().backward()
-    want = [p.grad.clone() for p in parameters]
+    expected = [p.grad.clone() for p in parameters]
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     zoo.output(model, x).square().sum().backward()
-    assert worst([p.grad for p in parameters], want) < 1e-6
+    assert worst([p.grad for p in parameters], expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama"])
@@ -216,16 +217,19 @@ def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
     """A checkpoint recomputes in the state of its context; other threads do not see it."""
     import threading
 
-    model, x = trained(name), zoo.inputs(name)
-    plain, adapted, found = zoo.output(zoo.net(name), x), zoo.output(model, x), []
+    model = trained(name)
+    x = zoo.inputs(name)
+    plain = zoo.output(zoo.net(name), x)
+    adapted = zoo.output(model, x)
+    outputs = []
     with disabled(model):
-        thread = threading.Thread(target=lambda: found.append(zoo.output(model, x)))
+        thread = threading.Thread(target=lambda: outputs.append(zoo.output(model, x)))
         thread.start()
         thread.join()
         anchor = torch.zeros((), requires_grad=True)
         y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=False)
         y.sum().backward()
-    assert torch.equal(found[0], adapted) and relative(y, plain) < 1e-7
+    assert torch.equal(outputs[0], adapted) and relative(y, plain) < 1e-7
     assert all(p.grad is None for p in own_parameters(model))
 
 
@@ -310,14 +314,15 @@ SELECTED = [
 @pytest.mark.parametrize(("name", "settings", "wanted"), SELECTED)
 def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> None:
     model = apply_lotr(zoo.net(name), LoTRConfig(rank=2, **settings))
-    found = list(adapted_layers(model))
-    assert (
-        found == wanted
-        if wanted
-        else all(n.startswith("model.layers.1.") for n in found) and len(found) == 7
-    )
+    selected = list(adapted_layers(model))
+    if wanted:
+        assert selected == wanted
+    else:
+        assert len(selected) == 7
+        assert all(name.startswith("model.layers.1.") for name in selected)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    names, ends = [n for n, _ in model.named_parameters()], settings.get("modules_to_save", ())
+    names = [n for n, _ in model.named_parameters()]
+    ends = settings.get("modules_to_save", ())
     saved = {n for n in names if any(f".{end}." in f".{n}" for end in ends)}
     assert {n for n in trained if "lotr_" not in n and not n.endswith("core")} == saved
 
@@ -331,16 +336,15 @@ def test_selects_layers(name: str, settings: dict, wanted: list[str] | None) -> 
         ("mixture", {"lm_head", *(f"model.layers.{i}.mlp.experts" for i in (0, 1))}, "3-D|output"),
     ],
 )
-def test_all_linear_leaves_out_and_says_so(name: str, left: set[str], reason: str) -> None:
+def test_all_linear_reports_what_it_leaves_out(name: str, left: set[str], reason: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = apply_lotr(zoo.net(name), LoTRConfig(rank=2))
-    found = {
-        name: why for why, names in trainable_summary(model).left_out.items() for name in names
-    }
-    assert set(found) >= left and not set(found) & set(adapted_layers(model))
-    assert all(re.search(reason, found[n]) for n in left), found
-    assert str(trainable_summary(model)).count("left out:") == len(set(found.values()))
+    left_out = trainable_summary(model).left_out
+    reasons = {name: why for why, names in left_out.items() for name in names}
+    assert set(reasons) >= left and not set(reasons) & set(adapted_layers(model))
+    assert all(re.search(reason, reasons[n]) for n in left), reasons
+    assert str(trainable_summary(model)).count("left out:") == len(set(reasons.values()))
 
 
 PLACES = {
@@ -457,11 +461,9 @@ class Reads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.router, self.doubled, self.tied = (
-            self.Router(8, 8),
-            self.Doubled(8, 8),
-            nn.Linear(8, 8),
-        )
+        self.router = self.Router(8, 8)
+        self.doubled = self.Doubled(8, 8)
+        self.tied = nn.Linear(8, 8)
         self.embed = nn.Embedding(8, 8)
         self.embed.weight = self.tied.weight
 
@@ -490,12 +492,14 @@ def test_encoder_layers_run_their_adapters_also_without_gradients() -> None:
     """torch's fast path would read the linear layers' weights."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     plain = nn.TransformerEncoder(layer, 2).eval()
-    model, x, mask = copy.deepcopy(plain), torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)
+    model = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 8)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
     mask[0, 2] = True
     moved(apply_lotr(model, LoTRConfig(rank=2, target_modules=["linear1", "linear2"])))
-    want = model(x, src_key_padding_mask=mask)
+    expected = model(x, src_key_padding_mask=mask)
     with torch.inference_mode():
-        assert relative(model(x, src_key_padding_mask=mask), want) < 1e-6
+        assert relative(model(x, src_key_padding_mask=mask), expected) < 1e-6
         unload(model)
         assert torch.equal(model(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
 
@@ -621,31 +625,34 @@ def test_modules_to_save_are_not_the_factors_of_a_container() -> None:
 
 
 def test_wraps_hooked_and_parametrized_layers() -> None:
-    model, seen = zoo.net("mlp"), []
-    model.blocks[0]["down"].register_forward_hook(lambda *_: seen.append(1))
+    model = zoo.net("mlp")
+    hook_calls = []
+    model.blocks[0]["down"].register_forward_hook(lambda *_: hook_calls.append(1))
     parametrizations.weight_norm(model.blocks[1]["up"])
-    plain, x = copy.deepcopy(model), zoo.inputs("mlp")
-    before, want = plain(x), state(plain)
-    seen.clear()
+    plain = copy.deepcopy(model)
+    x = zoo.inputs("mlp")
+    before = plain(x)
+    state_before = state(plain)
+    hook_calls.clear()
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
     kinds = {name: type(m).__name__ for name, m in adapted_layers(model).items()}
     assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == [
         "blocks.0.down",
         "blocks.1.up",
     ]
-    assert not torch.equal(model(x), before) and seen
+    assert not torch.equal(model(x), before) and hook_calls
     unchanged = state(model)
     with pytest.raises(TypeError, match="blocks"):  # the weight norm: nothing is merged
         merge(model)
-    assert same(state(model), unchanged) and not any(
-        m.merged for m in adapted_layers(model).values()
-    )
+    assert same(state(model), unchanged)
+    assert not any(m.merged for m in adapted_layers(model).values())
     unload(model)
-    assert same(state(model), want) and torch.equal(model(x), before)
+    assert same(state(model), state_before) and torch.equal(model(x), before)
 
 
 def test_merge_and_unload_change_all_layers_or_none() -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     before = zoo.output(model, x)
     model.blocks[1]["down"].core.data[0, 0] = float("nan")
     kept = state(model)
@@ -804,14 +811,11 @@ def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
 
 def test_summary_groups_and_parameters_count_the_same() -> None:
     model = started("bert", modules_to_save=["classifier"])
-    summary, layers = trainable_summary(model), adapted_layers(model)
-    r, n = 3, len(layers)
-    assert summary.layers == n == 8
-    assert (
-        summary.adapter
-        == n * r * r + r * (16 + 16) + r * (24 + 16)
-        == sum(p.numel() for p in lotr_parameters(model))
-    )
+    summary = trainable_summary(model)
+    assert summary.layers == len(adapted_layers(model)) == 8
+    r = 3
+    assert summary.adapter == 8 * r * r + r * (16 + 16) + r * (24 + 16)
+    assert summary.adapter == sum(p.numel() for p in lotr_parameters(model))
     assert summary.trained == summary.adapter + 16 * 3 + 3
     assert summary.parts == ("A", "B", "core", "classifier")
     assert summary.total == sum(p.numel() for p in model.parameters())
@@ -831,16 +835,16 @@ def test_summary_groups_and_parameters_count_the_same() -> None:
 def test_a_bank_that_trains_is_among_the_parameters() -> None:
     model = started("mlp", modules_to_save=["head"])
     bank = lotr_ext.TaskBank(model, 2)
-    own = list(lotr_parameters(model))
-    assert len(own) == 4 + 4 and set(own).isdisjoint(bank.parameters())
+    of_adapter = list(lotr_parameters(model))
+    assert len(of_adapter) == 4 + 4 and set(of_adapter).isdisjoint(bank.parameters())
     bank.requires_grad_()
-    assert set(lotr_parameters(model)) == {*own, *bank.parameters()}
+    assert set(lotr_parameters(model)) == {*of_adapter, *bank.parameters()}
     cores, factors, other = parameter_groups(model)
     assert set(bank.parameters()) < set(cores["params"])
     assert len(factors["params"]) == 4 and set(other["params"]) == set(model.head.parameters())
 
 
-# The sizes that docs/choosing.md has measured: (net, size, rank, core, group_by).
+# The sizes that docs/choosing.md measures: (size, rank, core, group_by).
 SMOLLM2 = {
     "vocab_size": 64,
     "hidden_size": 576,
@@ -863,19 +867,20 @@ def test_the_recipe_for_a_language_model(size: dict, rank: int, core: str, group
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
-    found = rank_for(model, **size, dropout=0.1)
-    assert found == LoTRConfig(rank=rank, core=core, group_by=group_by, dropout=0.1)
+    recommended = rank_for(model, **size, dropout=0.1)
+    assert recommended == LoTRConfig(rank=rank, core=core, group_by=group_by, dropout=0.1)
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "bert", "gpt2", "llama"])
 @pytest.mark.parametrize("like", [1, 3])
 def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> None:
     model = zoo.net(name)
-    found = rank_for(model, like=f"lora:{like}", target_modules=zoo.TARGETS[name])
+    recommended = rank_for(model, like=f"lora:{like}", target_modules=zoo.TARGETS[name])
     targets = [m for n, m in model.named_modules() if any(n.endswith(t) for t in zoo.TARGETS[name])]
     size_of_lora = like * sum(sum(m.weight.shape) for m in targets)
     sizes = []
-    for settings in (found, dataclasses.replace(found, rank=found.rank + 1)):
+    one_rank_more = dataclasses.replace(recommended, rank=recommended.rank + 1)
+    for settings in (recommended, one_rank_more):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the rank exceeds a width, a head stays frozen
             adapted = apply_lotr(zoo.net(name), settings)
@@ -885,7 +890,8 @@ def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> N
 
 @pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])
 def test_only_the_named_parts_are_trained(train: tuple[str, ...]) -> None:
-    model, x = trained("mlp", train=train), zoo.inputs("mlp")
+    model = trained("mlp", train=train)
+    x = zoo.inputs("mlp")
     assert trainable_summary(model).parts == train
     zoo.output(model, x).sum().backward()
     for layer in adapted_layers(model).values():
@@ -935,7 +941,8 @@ def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) ->
 
 
 def test_another_default_device_changes_nothing() -> None:
-    model, x = zoo.net("mlp"), zoo.inputs("mlp")
+    model = zoo.net("mlp")
+    x = zoo.inputs("mlp")
     with torch.device("meta"):
         moved_model = apply_lotr(model, config("mlp"))
         lotr_ext.init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
@@ -949,31 +956,28 @@ def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path) -> N
     """accelerate keeps the weights on the meta device between two forwards."""
     from accelerate import cpu_offload
 
-    want, x = trained("llama"), zoo.inputs("llama")
+    in_memory = trained("llama")
+    x = zoo.inputs("llama")
     model = zoo.net("llama")
     cpu_offload(model, torch.device("cpu"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     moved(apply_lotr(model, config("llama")))
     assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
-    assert relative(zoo.output(model, x), zoo.output(want, x)) < 1e-6
+    y = zoo.output(in_memory, x)
+    assert relative(zoo.output(model, x), y) < 1e-6
     zoo.output(model, x).square().sum().backward()
-    zoo.output(want, x).square().sum().backward()
-    assert (
-        worst([p.grad for p in own_parameters(model)], [p.grad for p in own_parameters(want)])
-        < 1e-5
-    )
+    y.square().sum().backward()
+    gradients = [p.grad for p in own_parameters(model)]
+    assert worst(gradients, [p.grad for p in own_parameters(in_memory)]) < 1e-5
     with refused("merge", RuntimeError):
         merge(model)
     lotr_ext.save_adapter(model, tmp_path)
-    assert torch.equal(
-        zoo.output(lotr_ext.load_adapter(zoo.net("llama"), tmp_path), x), zoo.output(want, x)
-    )
+    loaded = lotr_ext.load_adapter(zoo.net("llama"), tmp_path)
+    assert torch.equal(zoo.output(loaded, x), y)
     offloaded = zoo.net("llama")
     cpu_offload(offloaded, torch.device("cpu"))
-    assert (
-        relative(zoo.output(lotr_ext.load_adapter(offloaded, tmp_path), x), zoo.output(want, x))
-        < 1e-6
-    )
+    loaded = lotr_ext.load_adapter(offloaded, tmp_path)
+    assert relative(zoo.output(loaded, x), y) < 1e-6
 
 
 class Idle(nn.Module):
@@ -981,18 +985,20 @@ class Idle(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called, self.read, self.also = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.called = nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+        self.also = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.also(nn.functional.linear(self.called(x), self.read.weight))
 
 
 def at_first_step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> list[str]:
-    """The warnings of three steps of an optimizer over these parameters, after a backward."""
+    """Returns the warnings of three steps of an optimizer over these parameters."""
     optimizer = torch.optim.SGD(parameters, 1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer.step()  # without gradients: says nothing yet
+        optimizer.step()  # without gradients: no warning yet
         for _ in range(3):
             model(x).sum().backward()
             optimizer.step()
@@ -1126,7 +1132,9 @@ class Attention(nn.Module):
         if self.fused_projections:
             q, k, v = self.to_qkv(x).chunk(3, -1)
         else:
-            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+            q = self.to_q(x)
+            k = self.to_k(x)
+            v = self.to_v(x)
         return torch.softmax(q @ k.mT, -1) @ v
 
 
@@ -1162,7 +1170,8 @@ def test_one_warning_for_a_rank_above_the_width() -> None:
 
 
 def test_explain_says_what_runs_and_why() -> None:
-    model, x = trained("mlp"), zoo.inputs("mlp")
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
     lines = explain(model, x).splitlines()
     assert lines == [
         f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)"
@@ -1195,13 +1204,12 @@ def test_config_survives_json() -> None:
         group_by={"x": "g"},
         train=["core", "A"],
     )
-    for one in (
-        LoTRConfig(),
-        every,
-        LoTRConfig(scaling=2, core="tucker", adapter_dtype=torch.float64, task_type="CAUSAL_LM"),
-    ):
-        again = LoTRConfig.from_dict(json.loads(json.dumps(one.to_dict())))
-        assert again == one
+    others = LoTRConfig(
+        scaling=2, core="tucker", adapter_dtype=torch.float64, task_type="CAUSAL_LM"
+    )
+    for settings in (LoTRConfig(), every, others):
+        again = LoTRConfig.from_dict(json.loads(json.dumps(settings.to_dict())))
+        assert again == settings
     assert every.target_modules == ("a", "b") and every.train == ("A", "core")
     assert LoTRConfig(core=lambda places, rank: None).to_dict()["core"] == "custom"
 
@@ -1229,15 +1237,16 @@ BAD_TARGETS = [
 
 @pytest.mark.parametrize("settings", BAD_TARGETS)
 def test_a_refused_model_is_unchanged(settings: dict) -> None:
-    model, x = zoo.net("mlp"), zoo.inputs("mlp")
-    before, y = state(model), model(x)
+    model = zoo.net("mlp")
+    x = zoo.inputs("mlp")
+    before = state(model)
+    y = model(x)
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises((TypeError, ValueError, RuntimeError), match="expected"):
         apply_lotr(model, LoTRConfig(rank=2, **settings))
     assert same(state(model), before) and torch.equal(model(x), y)
-    assert flags == [p.requires_grad for p in model.parameters()] and not hasattr(
-        model, "lotr_config"
-    )
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert not hasattr(model, "lotr_config")
 
 
 def test_messages_help_with_wrong_names() -> None:

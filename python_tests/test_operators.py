@@ -154,7 +154,8 @@ def expand(c: Case) -> Iterator[Check]:
 
 
 def fold(c: Case) -> Iterator[Check]:
-    B, core = c.B.double(), c.cores[0].double()  # multiplied before they are rounded
+    B = c.B.double()  # multiplied before they are rounded
+    core = c.cores[0].double()
     yield "F", ops.fold(c.B, c.cores[0], S, c.dtype), S * B @ core.T, S * B.abs() @ core.abs().T, 1
 
 
@@ -236,7 +237,8 @@ class Layer:
 
 def layer_forward(c: Case) -> Iterator[Check]:
     t = Layer(c)
-    u, u_size = t.kept @ t.A, t.kept.abs() @ t.A.abs()
+    u = t.kept @ t.A
+    u_size = t.kept.abs() @ t.A.abs()
     for strategy in (0, BETA):
         for bias in (t.bias, None):
             y, new_u, F = ops.layer_forward(
@@ -256,7 +258,8 @@ def layer_forward(c: Case) -> Iterator[Check]:
 
 def layer_forward_few_tokens(c: Case) -> Iterator[Check]:
     t = Layer(c)
-    u, u_size = t.kept @ t.A, t.kept.abs() @ t.A.abs()
+    u = t.kept @ t.A
+    u_size = t.kept.abs() @ t.A.abs()
     for strategy in (0, BETA):
         for bias in (t.bias, None):
             y, new_u = ops.layer_forward_few_tokens(
@@ -299,14 +302,19 @@ def layer_gradients(
     """The gradients of a backward that starts at x, new and added to sums."""
     t = Layer(c)
     mask = c.mask(c.k)
-    du, du_size = t.wide_g @ t.F, t.wide_g.abs() @ t.F_size
-    dA, dA_size = t.kept.T @ du, t.kept.abs().T @ du_size
-    dB, dB_size = S * t.Q @ t.G, S * t.Q_size @ t.G.abs()
+    du = t.wide_g @ t.F
+    du_size = t.wide_g.abs() @ t.F_size
+    dA = t.kept.T @ du
+    dA_size = t.kept.abs().T @ du_size
+    dB = S * t.Q @ t.G
+    dB_size = S * t.Q_size @ t.G.abs()
+    dG = S * t.Q.T @ t.B
+    dG_size = S * t.Q_size.T @ t.B.abs()
     zero = torch.zeros((), dtype=torch.float64)
     for strategy in (0, BETA):
         head = (t.g, t.weight, t.x, c.u, c.A, *folded, c.B, t.core, S, strategy)
         new = run(*head, None, None, True, True, *dropout)
-        sums = c.sums(c.k, c.r), c.sums(c.n, c.r_out)
+        sums = (c.sums(c.k, c.r), c.sums(c.n, c.r_out))
         before = [copy64(total) for total in sums]
         added = run(*head, *sums, True, True, *dropout)
         assert [gradient is None for gradient in added] == [False, True, True, False]
@@ -316,13 +324,9 @@ def layer_gradients(
         dx_size = dx_size + mask * (du_size @ t.A.abs().T)
         for result in (new, added):
             yield f"dx {strategy}", result[0], dx, dx_size, 6
-            yield from rounded(
-                c, f"dG {strategy}", result[3], S * t.Q.T @ t.B, S * t.Q_size.T @ t.B.abs()
-            )
-        for (dA_result, dB_result), (dA0, dB0) in (
-            (new[1:3], (zero, zero)),
-            (sums, before),
-        ):
+            yield from rounded(c, f"dG {strategy}", result[3], dG, dG_size)
+        for results, (dA0, dB0) in ((new[1:3], (zero, zero)), (sums, before)):
+            dA_result, dB_result = results
             yield from rounded(c, f"dA {strategy}", dA_result, dA0 + dA, dA0.abs() + dA_size)
             yield from rounded(c, f"dB {strategy}", dB_result, dB0 + dB, dB0.abs() + dB_size)
 
@@ -330,7 +334,8 @@ def layer_gradients(
 def layer_backward_projected_(c: Case) -> Iterator[Check]:
     t = Layer(c)
     (F,) = c.w(c.F)
-    dB, dB_size = S * t.Q @ t.G, S * t.Q_size @ t.G.abs()
+    dB = S * t.Q @ t.G
+    dB_size = S * t.Q_size @ t.G.abs()
     zero = torch.zeros((), dtype=torch.float64)
     new = ops.layer_backward_projected_(
         t.g, t.weight, c.u, c.F, c.B, t.core, S, None, None, None, True, True
@@ -338,7 +343,8 @@ def layer_backward_projected_(c: Case) -> Iterator[Check]:
     du_before = c.make(c.m, c.r)
     dx_total = c.dense_if_bfloat16(c.make(c.m, c.k))[0]
     dB_total = c.sums(c.n, c.r_out)
-    dx_before, dB_before = copy64(dx_total), copy64(dB_total)
+    dx_before = copy64(dx_total)
+    dB_before = copy64(dB_total)
     added = ops.layer_backward_projected_(
         t.g, t.weight, c.u, c.F, c.B, t.core, S, du_before, dx_total, dB_total, True, True
     )
@@ -362,7 +368,8 @@ def layer_backward_rows_(c: Case) -> Iterator[Check]:
     new = ops.layer_backward_rows_(t.g, t.weight, c.u, c.F, None, None, True, True)
     dx_total = c.dense_if_bfloat16(c.make(c.m, c.k))[0]
     dB_total = c.sums(c.n, c.r)
-    dx_before, dB_before = copy64(dx_total), copy64(dB_total)
+    dx_before = copy64(dx_total)
+    dB_before = copy64(dB_total)
     added = ops.layer_backward_rows_(t.g, t.weight, c.u, c.F, dx_total, dB_total, True, True)
     assert [gradient is None for gradient in added] == [True, False, True]
     assert untouched(dB_total)
@@ -383,11 +390,16 @@ def du_and_Q(c: Case, u: Tensor, Q: Tensor, F: Tensor, need_du: bool = True) -> 
 def backward_sums(c: Case) -> Iterator[Check]:
     """The backwards without the base product, with and without du."""
     g, u, F_wide = c.w(c.g, c.u, c.F)
-    B, G, core = c.B.double(), c.cores[0].double(), c.cores[0]
-    sums, sizes = g.T @ u, g.abs().T @ u.abs()
+    B = c.B.double()
+    core = c.cores[0]
+    G = core.double()
+    sums = g.T @ u
+    sizes = g.abs().T @ u.abs()
     for need_du in (True, False):
-        Q, dB = c.sums(c.n, c.r), c.sums(c.n, c.r_out)
-        before_Q, before_dB = copy64(Q), copy64(dB)
+        Q = c.sums(c.n, c.r)
+        dB = c.sums(c.n, c.r_out)
+        before_Q = copy64(Q)
+        before_dB = copy64(dB)
         du = du_and_Q(c, c.u, Q, c.F, need_du)
         F = c.F if need_du else None
         _, also_du, _, dG = ops.layer_backward_projected_(
@@ -419,14 +431,16 @@ def rounded(c: Case, what: str, result: Tensor, truth: Tensor, size: Tensor) -> 
 def shrink_backward_(c: Case) -> Iterator[Check]:
     dx = c.make(c.m, c.k)
     dA = c.sums(c.k, c.r)
-    dx_before, dA_before = copy64(dx), copy64(dA)
+    dx_before = copy64(dx)
+    dA_before = copy64(dA)
     mask = c.mask(c.k)
     du, x, A = c.w(c.u, c.x, c.A)
     new = ops.shrink_backward_(c.u, None, c.x, None, None, c.p, c.seed)
     ops.shrink_backward_(c.u, dx, c.x, c.A, dA, c.p, c.seed)
     assert untouched(dx)
     assert untouched(dA)
-    product, size = mask * (du @ A.T), mask * (du.abs() @ A.abs().T)
+    product = mask * (du @ A.T)
+    size = mask * (du.abs() @ A.abs().T)
     yield "dx", dx, dx_before + product, dx_before.abs() + size, 1
     kept = x * mask
     for result, start in ((dA, dA_before), (new, torch.zeros_like(dA_before))):
@@ -593,29 +607,32 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
 
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
     c = Case((7, 24, 17, 4), torch.float32, torch.float32)
-    weight, core = c.make(c.n, c.k), c.cores[0]
+    weight = c.make(c.n, c.k)
+    core = c.cores[0]
     for run, folded in ((ops.layer_backward_, (c.F,)), (ops.layer_backward_few_tokens_, ())):
         tail = (c.u, c.A, *folded, c.B, core, S, 0, None, None)
         full = run(c.g, weight, c.x, *tail, True, True)
         for need in itertools.product((False, True), repeat=4):
             need_x, need_A, need_B, need_core = need
-            given = (weight if need_x else None, c.x if need_A else None)
-            part = run(c.g, *given, *tail, need_B, need_core)
+            weight_or_none = weight if need_x else None
+            x_or_none = c.x if need_A else None
+            part = run(c.g, weight_or_none, x_or_none, *tail, need_B, need_core)
             assert tuple(gradient is not None for gradient in part) == need
             for gradient, expected in zip(part, full):
                 assert gradient is None or torch.equal(gradient, expected)
 
 
 def test_more_cores_and_tokens_than_int32_counts() -> None:
-    many, u, cores = 2**31 + 9, torch.randn(2, 3), torch.randn(1, 3, 5)
-    h = ops.row_core(u, cores.expand(many, 3, 5), torch.tensor([many - 1, 2**31]), None, None, S)
+    many = 2**31 + 9
+    u = torch.randn(2, 3)
+    cores = torch.randn(1, 3, 5)
+    last = torch.tensor([many - 1, 2**31])
+    h = ops.row_core(u, cores.expand(many, 3, 5), last, None, None, S)
     assert torch.allclose(h, S * u @ cores[0])
-    few, zeros, tokens = (
-        u[:1].expand(many, 3),
-        torch.zeros(2, dtype=torch.int64),
-        torch.tensor([many - 1, 2**31]),
-    )
-    assert torch.allclose(ops.row_core(few, cores, zeros, None, tokens, S), S * u[:1] @ cores[0])
+    many_tokens = u[:1].expand(many, 3)
+    index = torch.zeros(2, dtype=torch.int64)
+    h = ops.row_core(many_tokens, cores, index, None, last, S)
+    assert torch.allclose(h, S * u[:1] @ cores[0])
 
 
 # ---- edges ---------------------------------------------------------------------------------------
@@ -624,15 +641,21 @@ def test_more_cores_and_tokens_than_int32_counts() -> None:
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
 def test_few_tokens_past_the_range_of_float16(sign: int) -> None:
     """s u G exceeds 65504, but y and the gradients do not. The scaling is then applied last."""
-    m, k, n, r = 5, 7, 9, 3
+    m = 5
+    k = 7
+    n = 9
+    r = 3
     scaling = 5000.0
 
     def filled(*size: int, value: float) -> Tensor:
         return torch.full(size, value, dtype=torch.float16)
 
-    x, A = filled(m, k, value=1.0), filled(k, r, value=1 / k)
-    core, B = filled(r, r, value=8.0 * sign), filled(n, r, value=0.001)
-    weight, g = filled(n, k, value=0.5), filled(m, n, value=0.001)
+    x = filled(m, k, value=1.0)
+    A = filled(k, r, value=1 / k)
+    core = filled(r, r, value=8.0 * sign)
+    B = filled(n, r, value=0.001)
+    weight = filled(n, k, value=0.5)
+    g = filled(m, n, value=0.001)
     y, u = ops.layer_forward_few_tokens(x, weight, None, A, B, core, scaling, BETA)
     gradients = ops.layer_backward_few_tokens_(
         g, weight, x, u, A, B, core, scaling, BETA, None, None, True, True
@@ -646,7 +669,8 @@ def test_few_tokens_past_the_range_of_float16(sign: int) -> None:
 
 def test_permuted_tokens_of_one_core() -> None:
     """The first and the last row are in their places, the others are not."""
-    u, cores = torch.randn(9, 3), torch.randn(1, 3, 4)
+    u = torch.randn(9, 3)
+    cores = torch.randn(1, 3, 4)
     index = torch.zeros(9, dtype=torch.int64)
     tokens = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3, 8])
     h = ops.row_core(u, cores, index, None, tokens, S)
@@ -698,10 +722,10 @@ def layouts(results: object) -> list[object]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_shapes_without_values(name: str, dtype: torch.dtype) -> None:
     """The fake kernels, by which torch.compile works, have the results' shapes, dtypes, strides."""
-    for given in arguments(name, dtype):
-        real = operator(name)(*given)
+    for inputs in arguments(name, dtype):
+        real = operator(name)(*inputs)
         with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in given]
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in inputs]
             assert layouts(real) == layouts(operator(name)(*fakes))
 
 
@@ -719,17 +743,17 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
         return FakeTensor(mode, meta, torch.device("cuda:0"))
 
     for rank in range(1, 18):
-        for given in arguments(name, dtype, R=rank, Q=rank + 1):
+        for inputs in arguments(name, dtype, R=rank, Q=rank + 1):
             with FakeTensorMode() as mode:
-                fakes = tree_map_only(Tensor, on_cuda, given)
+                fakes = tree_map_only(Tensor, on_cuda, inputs)
                 results = operator(name)(*fakes)
             results = results if isinstance(results, tuple) else (results,)
-            has_du = name == "layer_backward_projected_" and given[7] is not None
+            has_du = name == "layer_backward_projected_" and inputs[7] is not None
             for declared, result in zip(SCHEMAS[name].returns, results):
                 if result is None:
                     continue
                 row_stride = result.shape[-1]
-                # torch adds a given du, and makes dense rows
+                # An argument du is added by torch, whose result has dense rows.
                 if declared.name in PADDED and not (has_du and declared.name == "du"):
                     row_stride = -(-row_stride * result.itemsize // 16) * 16 // result.itemsize
                 strides = (row_stride * result.shape[1], row_stride, 1)
@@ -741,8 +765,8 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """Not of `linear`, which compilers take apart. Decompositions round in several steps."""
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    for given in arguments(name, dtype):
-        opcheck(operator(name), given, **tolerance)
+    for inputs in arguments(name, dtype):
+        opcheck(operator(name), inputs, **tolerance)
 
 
 def test_expand_add_bumps_the_version_counter() -> None:

@@ -231,9 +231,9 @@ def _with_rank(layer: LoRA, rank: int) -> LoRA:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def _check_one_of(name: str, value: str | None, known: Iterable[str]) -> None:
-    if value is not None and value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+def _check_one_of(name: str, value: str | None, choices: Iterable[str]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _write_lora(

@@ -305,9 +305,9 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
             )
         B = lhs.mT.contiguous()
         group = f"{len(rhs)}x{len(B)}_{len(groups)}"
-        for known, layer in groups.items():
+        for existing, layer in groups.items():
             if torch.equal(layer.A, rhs) and torch.equal(layer.B, B):
-                group = known
+                group = existing
         layers[name] = ConvertedLayer(rhs, B, mid, group)
         groups.setdefault(group, layers[name])
     return layers

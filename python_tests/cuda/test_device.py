@@ -174,18 +174,18 @@ def test_gradients_of_layers_on_two_streams() -> None:
     torch.cuda.synchronize()
     A = factors.A.value
     B = factors.B.value
-    one = torch.ones(2000, 512, device="cuda")
+    g = torch.ones(2000, 512, device="cuda")  # the gradient of each output
     with torch.no_grad():
-        want_A = sum(
-            x.T @ (one @ (layer.scaling * B @ layer.core.T))
+        expected_dA = sum(
+            x.T @ (g @ (layer.scaling * B @ layer.core.T))
             for x, layer in zip(xs, layers, strict=True)
         )
-        want_B = sum(
-            layer.scaling * one.T @ (x @ A @ layer.core)
-            for x, layer in zip(xs, layers, strict=True)
+        expected_dB = sum(
+            layer.scaling * g.T @ (x @ A @ layer.core) for x, layer in zip(xs, layers, strict=True)
         )
-    for got, want in ((A.grad, want_A), (B.grad, want_B)):
-        assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    for gradient, expected in ((A.grad, expected_dA), (B.grad, expected_dB)):
+        atol = 1e-3 * expected.abs().max().item()
+        assert torch.allclose(gradient, expected, rtol=1e-3, atol=atol)
 
 
 def test_nothing_synchronises() -> None:
@@ -199,7 +199,9 @@ def test_nothing_synchronises() -> None:
 
 
 def test_more_than_31_bits_of_elements() -> None:
-    m, k, r = 40_000, 65_536, 16  # 2.6e9 elements
+    m = 40_000
+    k = 65_536  # x has 2.6e9 elements
+    r = 16
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GB of free GPU memory")
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)

@@ -20,17 +20,17 @@ DTYPES = pytest.mark.parametrize("dtype", CLOSE, ids=str)
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [3, 700])  # the unfolded form, and u for all siblings
+@pytest.mark.parametrize("tokens", [3, 700])  # the few-token form, and u for all siblings
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("rows")])
 def test_layers(kind: str, tokens: int, dtype: torch.dtype, device: str) -> None:
     """Output and all gradients of half-precision layers with float32 adapters."""
     net = Net(kind, dtype, torch.float32 if dtype != torch.float32 else None).to(device)
     ours, truth = sides(net, inputs(tokens, dtype=dtype).to(device))
-    found = []
+    results = []
     for side in (ours, truth):
         y = side()
-        found.append([y, *side.grad(y.double().square().sum() / 16)])
-    assert worst(*found) < CLOSE[dtype]
+        results.append([y, *side.grad(y.double().square().sum() / 16)])
+    assert worst(*results) < CLOSE[dtype]
 
 
 @DTYPES
@@ -149,16 +149,17 @@ class Trained:
         return losses
 
 
-def test_a_whole_step_captured_and_replayed() -> None:
+def test_a_training_step_is_captured_and_replayed() -> None:
     """Forward, sums of the shared gradients, AdamW: replays on new batches against eager steps."""
     start = models.trained("mlp")
     plain = Trained(start)
     graphed = Trained(start)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
+    with torch.cuda.stream(side):  # torch requires a warm-up off the default stream
         for _ in range(3):
-            graphed.step(), plain.step()
+            graphed.step()
+            plain.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     graphed.optimizer.zero_grad(set_to_none=True)

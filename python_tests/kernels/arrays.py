@@ -116,7 +116,12 @@ class Output:
 
 
 def check_close(
-    got: np.ndarray, truth: np.ndarray, eager: np.ndarray, scale: np.ndarray, kind: str, what: str
+    result: np.ndarray,
+    truth: np.ndarray,
+    eager: np.ndarray,
+    scale: np.ndarray,
+    kind: str,
+    what: str,
 ) -> None:
     """Asserts that the error against float64 is at most twice the eager formula's, plus an epsilon.
 
@@ -124,14 +129,14 @@ def check_close(
     differ by one), and the effect of another order of summation in float32: a few units of the
     sum of absolute products, `scale`.
     """
-    got = wide(got)
-    assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
+    result = wide(result)
+    assert result.shape == truth.shape, f"{what}: shape {result.shape}, expected {truth.shape}"
     if not truth.size:
         return
-    assert np.isfinite(got).all(), (
-        f"{what}: {np.count_nonzero(~np.isfinite(got))} of {got.size} values are not finite"
+    assert np.isfinite(result).all(), (
+        f"{what}: {np.count_nonzero(~np.isfinite(result))} of {result.size} values are not finite"
     )
-    error = np.abs(got - truth)
+    error = np.abs(result - truth)
     allowed = (
         2 * np.abs(wide(eager) - truth)
         + 2 * UNIT[kind] * np.abs(truth)
@@ -141,7 +146,7 @@ def check_close(
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     assert (error <= allowed).all(), (
         f"{what}: at {tuple(int(i) for i in worst)} expected {truth[worst]:.9g} within "
-        f"{allowed[worst]:.3g}, got {got[worst]:.9g}; "
+        f"{allowed[worst]:.3g}, got {result[worst]:.9g}; "
         f"{np.count_nonzero(error > allowed)} of {error.size} values are off"
     )
 

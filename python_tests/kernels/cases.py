@@ -221,7 +221,7 @@ class Maker:
 
     def close(
         self,
-        got,
+        result,
         left,
         right,
         what: str,
@@ -230,12 +230,12 @@ class Maker:
         kind: str | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Asserts got = add + mask scale (left right), by float64 and float32 arithmetic."""
+        """Asserts result = add + mask scale (left right), by float64 and float32 arithmetic."""
         kind = kind or self.kind
         truth = add + mask * scale * (left @ right)
         eager = add + mask * scale * (left.astype("f4") @ right.astype("f4"))
         size = np.abs(add) + np.abs(mask * scale) * (np.abs(left) @ np.abs(right))
-        check_close(got, truth, narrow(eager, kind), size, kind, f"{self.name}: {what}")
+        check_close(result, truth, narrow(eager, kind), size, kind, f"{self.name}: {what}")
 
 
 def shrink(shape: Shape, kind: str) -> Problem:
@@ -459,18 +459,18 @@ class Rounded:
 
 def check_unfolded(
     t: Maker,
-    got: np.ndarray,
+    result: np.ndarray,
     left: Rounded,
     right: np.ndarray,
     add: np.ndarray,
     kind: str,
     what: str,
 ) -> None:
-    """Asserts got = add + left right, with an error of at most four rounding errors of `left`."""
+    """Asserts result = add + left right, off by at most four rounding errors of `left`."""
     unit = ROUNDING[t.kind]
     truth = wide(add) + left.value @ right
     size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
-    error = np.abs(wide(got) - truth)
+    error = np.abs(wide(result) - truth)
     rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
     allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
     assert np.isfinite(error).all() and (error <= allowed).all(), (

@@ -40,16 +40,16 @@ def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np
     }
 
 
-def forward(lib: ModuleType, given: dict[str, np.ndarray]) -> np.ndarray:
-    h = np.full(given["g"].shape, NAN)
-    lib.run("row_core", {"h": h, **{name: a for name, a in given.items() if name != "g"}})
+def forward(lib: ModuleType, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    h = np.full(inputs["g"].shape, NAN)
+    lib.run("row_core", {"h": h, **{name: a for name, a in inputs.items() if name != "g"}})
     return h
 
 
-def backward(lib: ModuleType, given: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    du = np.full(given["u"].shape, NAN)
-    dcores = np.full(given["cores"].shape, NAN)
-    lib.run("row_core_backward", {**given, "du": du, "dcores": dcores})
+def backward(lib: ModuleType, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    du = np.full(inputs["u"].shape, NAN)
+    dcores = np.full(inputs["cores"].shape, NAN)
+    lib.run("row_core_backward", {**inputs, "du": du, "dcores": dcores})
     return du, dcores
 
 
@@ -57,45 +57,45 @@ def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType) -> None:
     """Such rows are NaN and have no gradient. The other rows do not change."""
     for seed in (1, 2):
         lib.set_options(order="random", seed=seed)
-        given = rows_of(50, 9)
-        given["index"][[3, 20, 30]] = -2, C, 2**40
-        given["tokens"][[7, 21, 40]] = -1, 9, -(2**40)
-        given["index"][11] = -1
+        inputs = rows_of(50, 9)
+        inputs["index"][[3, 20, 30]] = [-2, C, 2**40]
+        inputs["tokens"][[7, 21, 40]] = [-1, 9, -(2**40)]
+        inputs["index"][11] = -1
         bad = np.isin(np.arange(50), [3, 20, 30, 7, 21, 40])
-        h = forward(lib, given)
+        h = forward(lib, inputs)
         assert np.isnan(h[bad]).all() and not np.isnan(h[~bad]).any() and not h[11].any()
-        kept = given | {name: given[name][~bad] for name in ("g", "index", "tokens")}
+        kept = inputs | {name: inputs[name][~bad] for name in ("g", "index", "tokens")}
         np.testing.assert_array_equal(h[~bad], forward(lib, kept))
-        for got, want in zip(backward(lib, given), backward(lib, kept), strict=True):
-            np.testing.assert_array_equal(got, want)
+        for gradient, expected in zip(backward(lib, inputs), backward(lib, kept), strict=True):
+            np.testing.assert_array_equal(gradient, expected)
 
 
 def test_no_row_and_no_token(lib: ModuleType) -> None:
     for count, tokens in ((0, 3), (0, 0)):
-        given = rows_of(count, max(tokens, 1))
-        given["u"] = given["u"][:tokens]
-        assert forward(lib, given).shape == (count, R)
-        assert not any(a.any() for a in backward(lib, given))
+        inputs = rows_of(count, max(tokens, 1))
+        inputs["u"] = inputs["u"][:tokens]
+        assert forward(lib, inputs).shape == (count, R)
+        assert not any(a.any() for a in backward(lib, inputs))
 
 
 def test_many_cores_of_which_few_have_rows(lib: ModuleType) -> None:
-    given = rows_of(40, 10, 3000, 4)
-    h = forward(lib, given)
-    (du, dcores) = backward(lib, given)
-    for i, (core, token) in enumerate(zip(given["index"], given["tokens"], strict=True)):
+    inputs = rows_of(40, 10, 3000, 4)
+    h = forward(lib, inputs)
+    du, dcores = backward(lib, inputs)
+    for i, (core, token) in enumerate(zip(inputs["index"], inputs["tokens"], strict=True)):
         np.testing.assert_allclose(
-            h[i], given["u"][token] @ given["cores"][core], rtol=1e-5, atol=1e-5
+            h[i], inputs["u"][token] @ inputs["cores"][core], rtol=1e-5, atol=1e-5
         )
-    assert (
-        not np.delete(dcores, given["index"], 0).any() and dcores[given["index"]].any((1, 2)).all()
-    )
+    assert not np.delete(dcores, inputs["index"], 0).any()
+    assert dcores[inputs["index"]].any((1, 2)).all()
     assert np.isfinite(du).all()
 
 
 # ---- sizes: sparse arrays, of which only the touched pages take memory ----
 
 ROW = 1 << 27  # elements from row to row
-M, K = 20, 72  # the last row starts at 19 * 2^27 > 2^31
+M = 20  # the last row starts at 19 * 2^27 > 2^31
+K = 72
 
 
 def test_rows_beyond_31_bits(lib: ModuleType) -> None:
@@ -301,7 +301,7 @@ def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> N
 
 def test_bad_plan_is_refused(lib: ModuleType) -> None:
     """Texts that are not plans, and plans that no kernel can run."""
-    words = [
+    texts = [
         "shrunk rows=64",
         "shrink rows",
         "shrink splits=2",
@@ -309,22 +309,19 @@ def test_bad_plan_is_refused(lib: ModuleType) -> None:
         "rows=64",
         "shrink rows=99999999999999999999",
     ]
-    large = {
+    impossible = {
         "shrink": "m_blocks=99",
         "expand_add": "n_blocks=1",
         "factor_grad": "cols=77",
         "fold_grad": "splits=4000",
     }
-    plan = "; ".join(f"{op} {words}" for op, words in large.items())
+    plan = "; ".join(f"{op} {words}" for op, words in impossible.items())
     lines = printed(
-        [(text, "shrink", "shrink") for text in words] + [(plan, op, op) for op in large]
+        [(text, "shrink", "shrink") for text in texts] + [(plan, op, op) for op in impossible]
     )
-    for line, got in zip(
-        lines[:6],
-        ("shrunk", "rows", "splits=2", "rows=64", "rows=64", words[5].split()[1]),
-        strict=True,
-    ):
-        assert line.endswith(f", got {got}"), line
+    bad_words = ("shrunk", "rows", "splits=2", "rows=64", "rows=64", texts[5].split()[1])
+    for line, bad_word in zip(lines[:6], bad_words, strict=True):
+        assert line.endswith(f", got {bad_word}"), line
     assert lines[6:] == [
         "m_blocks from 1 to 6, got 99",
         "at least 2 n_blocks of expand_add, got 1",

@@ -1,8 +1,8 @@
-"""Run by the Python of vLLM: starts an engine with tasks and runs the steps of a list.
+"""Starts a vLLM engine with tasks and runs a list of steps, in the Python of vLLM.
 
     python engine.py SPEC     SPEC: JSON of {"model", "factors", "options", "steps"}
 
-The last line that is printed has the results, one per step. A step is one of
+The last printed line has the results, one per step. A step is one of
     {"load": [name, id, folder], "inplace": bool}
     {"generate": [[token ids, id or null], ...], "tokens": n}
 Its result is null, a list of token lists, or {"error": text}.
@@ -52,30 +52,30 @@ def main(spec: dict) -> None:
     llm = LLM(spec["model"], **{**SETTINGS, **spec["options"]})
     loaded: dict[int, LoRARequest] = {}
 
-    def step(one: dict) -> object:
-        if "load" in one:
-            name, number, folder = one["load"]
-            request = LoRARequest(name, number, folder, load_inplace=one.get("inplace", False))
+    def run_step(step: dict) -> object:
+        if "load" in step:
+            name, number, folder = step["load"]
+            request = LoRARequest(name, number, folder, load_inplace=step.get("inplace", False))
             llm.llm_engine.add_lora(request)
             loaded[number] = LoRARequest(name, number, folder)
             return None
-        count = one["tokens"]
+        count = step["tokens"]
         params = SamplingParams(
             temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False
         )
-        prompts = [{"prompt_token_ids": ids} for ids, _ in one["generate"]]
-        requests = [None if number is None else loaded[number] for _, number in one["generate"]]
-        found = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in found]
+        prompts = [{"prompt_token_ids": ids} for ids, _ in step["generate"]]
+        requests = [None if number is None else loaded[number] for _, number in step["generate"]]
+        outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     results = []
-    for one in spec["steps"]:
+    for step in spec["steps"]:
         try:
-            results.append(step(one))
+            results.append(run_step(step))
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
     print(json.dumps(results), flush=True)
-    os._exit(0)  # after an error inside of a step vLLM's own end can wait for ever
+    os._exit(0)  # after an error in a step, vLLM's shutdown can hang
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ NEW = 10
 
 
 def base(kind: str, folder: Path, **sizes) -> nn.Module:
-    """A tiny model with random weights, saved in folder/base."""
-    of, shape, more = MODELS[kind]
+    """Returns a tiny model with random weights, which it also saves in folder/base."""
+    model_class, config_class, more = MODELS[kind]
     torch.manual_seed(0)
-    model = of(shape(**{**SIZES, **more, **sizes})).eval()
+    model = model_class(config_class(**{**SIZES, **more, **sizes})).eval()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "base")
     return model
@@ -70,7 +70,7 @@ def base(kind: str, folder: Path, **sizes) -> nn.Module:
 def banked(
     kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = None, **settings
 ) -> nn.Module:
-    """The model with a bank of random tasks; its factors and tasks are exported."""
+    """Returns the model with a bank of random tasks, and exports its factors and tasks."""
     options = {
         "rank": (3, 5),
         "scaling": 7.5,
@@ -98,10 +98,10 @@ def banked(
 
 @torch.no_grad()
 def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
-    """The package's own tokens of row i with task tasks[i], -1 for the base model."""
+    """Returns the tokens from PyTorch, row i with task tasks[i] or -1 for the base model."""
     with use_tasks(model, torch.tensor(tasks)):
         rows = IDS[: len(tasks)]
-        found = model.generate(
+        tokens = model.generate(
             rows,
             attention_mask=torch.ones_like(rows),
             max_new_tokens=NEW,
@@ -109,7 +109,7 @@ def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
             do_sample=False,
             pad_token_id=0,
         )
-    return found[:, rows.shape[1] :].tolist()
+    return tokens[:, rows.shape[1] :].tolist()
 
 
 def run(folder: Path, steps: list[dict], *, factors: Path | bool = True, **options) -> list:
@@ -154,31 +154,31 @@ def batch(numbers: list[int | None]) -> dict:
     ],
     ids=["llama-width", "qwen3-shape", "llama-name", "phi3-fused", "qwen3-moe-attention"],
 )
-def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) -> None:
+def test_tokens_are_the_same_as_in_pytorch(tmp_path: Path, kind: str, settings: dict) -> None:
     model = banked(kind, tmp_path, 3, **settings)
     steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
     mixes = [[1, None, 3, 2, 1], [None] * 5, [2, 2, 2, 2, 2]]
-    found = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=4, max_cpu_loras=8)
-    assert found[:3] == [None] * 3
-    for mix, tokens in zip(mixes, found[3:], strict=True):
+    results = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=4, max_cpu_loras=8)
+    assert results[:3] == [None] * 3
+    for mix, tokens in zip(mixes, results[3:], strict=True):
         assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
-    assert len({str(tokens) for tokens in found[3:]}) == 3  # the tasks say different things
+    assert len({str(tokens) for tokens in results[3:]}) == 3  # the tasks differ
 
 
 def test_two_processes_share_the_layers(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 3)
     mix = [1, None, 3, 2, 1]
     steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
-    found = run(tmp_path, [*steps, batch(mix)], max_loras=4, tensor_parallel_size=2)
-    assert found[-1] == greedy(model, [-1 if number is None else number - 1 for number in mix])
+    results = run(tmp_path, [*steps, batch(mix)], max_loras=4, tensor_parallel_size=2)
+    assert results[-1] == greedy(model, [-1 if number is None else number - 1 for number in mix])
 
 
 def test_more_tasks_than_slots_come_and_go(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 6)
     steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(6)]
     mixes = [[1, 2, None, None, 1], [3, 4, 3, None, 4], [1, 6, 1, 6, None], [5, 5, 5, 5, 5]]
-    found = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=2, max_cpu_loras=8)
-    for mix, tokens in zip(mixes, found[6:], strict=True):
+    results = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=2, max_cpu_loras=8)
+    for mix, tokens in zip(mixes, results[6:], strict=True):
         assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
 
 
@@ -193,11 +193,11 @@ def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
         load(moved, 1, inplace=True),
         batch([1] * 5),
     ]
-    found = run(tmp_path, steps, max_loras=2)
-    assert found[1] == first and found[3] == greedy(model, [1] * 5) != first
+    results = run(tmp_path, steps, max_loras=2)
+    assert results[1] == first and results[3] == greedy(model, [1] * 5) != first
 
 
-def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> None:
+def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 1)
     export_lora(model, tmp_path / "lora", base_model="base")
     banked("llama", tmp_path / "other-rank", 1, rank=4)
@@ -212,7 +212,7 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
         tmp_path / "nowhere",
     ]
     steps = [load(folder, i + 2) for i, folder in enumerate(wrong)]
-    found = run(
+    results = run(
         tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2
     )
     core = "model.layers.0.mlp.down_proj.core"
@@ -227,9 +227,9 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
         "expected a safetensors file",
         "expected a JSON file",
     ]
-    for message, result in zip(messages, found[1:-1], strict=True):
+    for message, result in zip(messages, results[1:-1], strict=True):
         assert isinstance(result, dict) and message in result["error"], (message, result)
-    assert found[-1] == greedy(model, [0, -1, 0, -1, 0])
+    assert results[-1] == greedy(model, [0, -1, 0, -1, 0])
 
 
 def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:

@@ -47,15 +47,15 @@ def counted(mode: str, order: str) -> dict[str, dict]:
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 def test_known_answers(order: str) -> None:
-    got = counted("plain", order)
-    assert got.keys() == EXPECTED.keys()
+    counts = counted("plain", order)
+    assert counts.keys() == EXPECTED.keys()
     for kernel, values in EXPECTED.items():
-        assert {name: got[kernel][name] for name in values} == values, kernel
+        assert {name: counts[kernel][name] for name in values} == values, kernel
 
 
 def test_race_build_counts_the_same_and_sees_plain_accesses() -> None:
-    got = counted("race", "forward")
+    counts = counted("race", "forward")
     for kernel, values in EXPECTED.items():
-        assert {name: got[kernel][name] for name in values} == values, kernel
-    assert got["plain_access"]["unwrapped"] == 32 * 4  # of x
-    assert sum(line["unwrapped"] for line in got.values()) == 32 * 4
+        assert {name: counts[kernel][name] for name in values} == values, kernel
+    assert counts["plain_access"]["unwrapped"] == 32 * 4  # of x
+    assert sum(line["unwrapped"] for line in counts.values()) == 32 * 4

@@ -113,16 +113,19 @@ def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> No
     row, col = np.indices((64, 64))
     assert (memory[: 64 * K][swizzle(row * 128 + col * 2) // 2] == box_of(printed[major])).all()
     n, k = np.indices((N, K))
-    place = n * 128 + k * 2 if major == "k_major" else n // 64 * 64 * 128 + k * 128 + n % 64 * 2
+    if major == "k_major":
+        place = n * 128 + k * 2
+    else:
+        place = n // 64 * 64 * 128 + k * 128 + n % 64 * 2
     assert (memory[64 * K :][swizzle(place) // 2] == b).all()
 
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])
 def test_bulk_stores_undo_the_swizzle_and_stay_inside(printed: dict, major: str) -> None:
     """At (5, 16) of a matrix of 60 rows and 66 columns, 136 apart."""
-    want = np.zeros((70, 136))
-    want[5:60, 16:66] = box_of(printed[major])[: 60 - 5, : 66 - 16]
-    assert (np.asarray(printed[major]["c"]).reshape(70, 136) == want).all()
+    expected = np.zeros((70, 136))
+    expected[5:60, 16:66] = box_of(printed[major])[: 60 - 5, : 66 - 16]
+    assert (np.asarray(printed[major]["c"]).reshape(70, 136) == expected).all()
 
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])

@@ -61,7 +61,7 @@ SM90 = [
 
 
 def instructions(source: str, target: str, folder: Path) -> list[str]:
-    """Opcodes and operands of a source's PTX, registers without their numbers, one an entry."""
+    """Returns the PTX instructions of a source, with registers without their numbers."""
     ptx = folder / "kernel.ptx"
     command = [
         NVCC,
@@ -80,9 +80,9 @@ def instructions(source: str, target: str, folder: Path) -> list[str]:
         for line in ptx.read_text().splitlines()
     )
     return [
-        re.sub(r"\s+", " ", one.rstrip(";"))
-        for one in lines
-        if one and not one.startswith((".", "//", "{", "}", "$"))
+        re.sub(r"\s+", " ", line.rstrip(";"))
+        for line in lines
+        if line and not line.startswith((".", "//", "{", "}", "$"))
     ]
 
 
@@ -98,9 +98,8 @@ def missing(expected: list[str], lines: list[str]) -> list[str]:
 def test_wrappers_are_their_instructions(tmp_path: Path) -> None:
     compiled = instructions("kernels_fp16.cu", "sm_80", tmp_path)
     assert missing(SM80, compiled) == []
-    assert not [
-        line for line in compiled if "griddepcontrol" in line
-    ]  # a card without early launches
+    # A card before Hopper has no early launches.
+    assert not [line for line in compiled if "griddepcontrol" in line]
 
 
 @needs_nvcc
