@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> None:
     norms = sum(gradient.flatten(1).square().sum(1) for gradient in computed).sqrt()
     for i in norms.topk(min(3, len(examples))).indices.tolist():
         label = "positive" if examples[i].label else "negative"
-        print(f"gradient {norms[i]:.3f}, labelled {label}: {examples[i].text}")
+        print(f"gradient {norms[i]:.3f}, labeled {label}: {examples[i].text}")
 
 
 if __name__ == "__main__":
