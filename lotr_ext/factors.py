@@ -64,8 +64,8 @@ def scaling_of(
         check_number("scaling", scaling)
         if alpha is not None or rslora:
             raise ValueError(
-                f"scaling: cannot be combined with alpha or rslora, got scaling={scaling}, "
-                f"alpha={alpha}, rslora={rslora}. Pass one of them."
+                f"scaling: expected no alpha or rslora, which cannot be combined with it, got "
+                f"scaling={scaling}, alpha={alpha}, rslora={rslora}. Pass one of them."
             )
         return float(scaling)
     if alpha is None and not rslora:
