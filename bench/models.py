@@ -229,9 +229,9 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
 
 def our_layers_in(model: nn.Module) -> list[nn.Module]:
     """Returns the adapted layers, in order."""
-    from lotr_ext.layers import LoTRLayer
+    from lotr_ext import LoTRLinear
 
-    return [module for module in model.modules() if isinstance(module, LoTRLayer)]
+    return [module for module in model.modules() if isinstance(module, LoTRLinear)]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

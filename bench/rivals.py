@@ -311,8 +311,8 @@ def usual_layers(t: Tensors) -> list[str]:
         usual.append("lotr_ext-fp32")
     if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case
         usual += ["lora-compiled", "lotr_ext-two_pass", "lotr_ext-beta"]
-        if fused_reason(t) is None:
-            usual.append("lotr_ext-fused")
+    if fused_reason(t) is None:
+        usual.append("lotr_ext-fused")
     return usual
 
 

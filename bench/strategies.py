@@ -1,7 +1,7 @@
 """Runs layers with several strategies (LOTR_STRATEGY, docs/kernels.md) in turns in one process.
 
-lotr_ext.core is imported inside the functions: with --against, a worker measures an older lotr_ext
-that has no strategies.
+lotr_ext.core is imported inside the functions, and not at all on a CPU: with --against, a worker
+measures an older lotr_ext that has no strategies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ STRATEGY_NAMES = ("two_pass", "beta", "fused")
 
 def fused_reason(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused strategy cannot run a layer [k] -> [n], None if it can."""
+    if device.type != "cuda":
+        return "it needs a GPU"
     from lotr_ext.core.strategy import fused_obstacle
 
     return fused_obstacle(k, n, rank, dtype, device)
