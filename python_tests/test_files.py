@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
