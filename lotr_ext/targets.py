@@ -32,6 +32,7 @@ __all__ = [
     "group_of",
     "heads",
     "name_ends_with",
+    "saved_in",
     "saved_modules",
     "select",
     "tied_names",
@@ -384,6 +385,12 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
                 )
         saved[name] = module
     return saved
+
+
+def saved_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules_to_save of an adapted model, none for one that was built by hand."""
+    config = getattr(model, "lotr_config", None)
+    return {} if config is None else saved_modules(model, config)
 
 
 # ---- experts -------------------------------------------------------------------------------------
