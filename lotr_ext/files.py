@@ -30,7 +30,7 @@ from .model import clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
-from .targets import saved_in, select, tied_names
+from .targets import parameter_name, saved_in, select, tied_names
 
 __all__ = ["load_adapter", "load_state", "push_to_hub", "save_adapter", "state_of"]
 
@@ -372,11 +372,7 @@ def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) ->
 
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
-    experts = [
-        re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name)
-        for name, entry in state.layers.items()
-        if entry.experts
-    ]
+    experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
     group_by: str | dict[str, str] = "width"
     if state.config.group_by != "width":
         group_by = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}

@@ -32,6 +32,7 @@ __all__ = [
     "group_of",
     "heads",
     "name_ends_with",
+    "parameter_name",
     "saved_in",
     "saved_modules",
     "select",
@@ -421,6 +422,12 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets
+
+
+def parameter_name(layer_name: str) -> str:
+    """Returns the name of the parameter that a layer of experts adapts."""
+    module, _, parameter = layer_name.rpartition(".")
+    return f"{module.removesuffix(CHILD)}{parameter}"
 
 
 # ---- checks --------------------------------------------------------------------------------------
