@@ -31,6 +31,7 @@ __all__ = [
     "check_targets",
     "group_of",
     "heads",
+    "modules_with_names",
     "name_ends_with",
     "parameter_name",
     "saved_in",
@@ -110,7 +111,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             f"is for get_peft_model."
         )
     _check_model(model)
-    modules = _modules_with_names(model)
+    modules = modules_with_names(model)
     _check_patterns(model, config, [name for _, names in modules for name in names])
     saved = saved_modules(model, config)
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
@@ -123,7 +124,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(targets, saved, left_out)
 
 
-def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -170,7 +171,7 @@ def _linear_targets(
     Args:
         model: The model.
         config: The configuration.
-        modules: From `_modules_with_names`.
+        modules: From `modules_with_names`.
         inside_saved: The ids of modules in modules_to_save.
         left_out: Names by reason.
     """

@@ -395,6 +395,8 @@ def test_a_second_adapter_leaves_what_the_first_one_trains() -> None:
     before = trained_names(model)
     model.add_adapter("other", config("attention"))
     assert trained_names(model) == before
+    model.add_adapter("only used", config("attention", inference_mode=True))
+    assert trained_names(model) == before
     model.set_adapter("other", inference_mode=True)
     assert not trained_names(model) and model.active_adapter == "other"
     model.set_adapter("default")
