@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -1151,6 +1152,30 @@ def test_projections_are_fused_only_without_an_adapter() -> None:
     unload(model, merge=True)
     model["adapted"].fuse_projections()
     assert relative(model["adapted"](x), y) < 1e-5
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_an_adapted_output_layer_is_not_resized(by_peft: bool) -> None:
+    """transformers would put a new layer without an adapter in its place."""
+    model = zoo.net("llama")
+    if by_peft:
+        peft = pytest.importorskip("peft")
+        from lotr_ext.peft import LoTRPeftConfig
+
+        config = LoTRPeftConfig(rank=2, target_modules=["q_proj", "lm_head"])
+        unloaded = peft.get_peft_model(model, config).unload
+    else:
+        moved(apply_lotr(model, LoTRConfig(rank=2, target_modules=["q_proj", "lm_head"])))
+        unloaded = partial(unload, model, merge=True)
+    y = zoo.output(model, zoo.inputs("llama"))
+    for adapted in (model, pickle.loads(pickle.dumps(model))):
+        with refused("resize_token_embeddings", RuntimeError):
+            adapted.resize_token_embeddings(80)
+        assert torch.equal(zoo.output(adapted, zoo.inputs("llama")), y)
+    unloaded().resize_token_embeddings(80)
+    assert len(model.lm_head.weight) == 80
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["q_proj"])).resize_token_embeddings(90)
+    assert len(model.lm_head.weight) == 90
 
 
 def test_fused_projections_are_adapted_where_they_are_called() -> None:
