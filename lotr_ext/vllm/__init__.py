@@ -86,9 +86,9 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
     spans: dict[str, slice] = {}
     start = 0
     for name, keys in layers.items():
-        A, B = (adapter.tensors[key].detach() for key in keys)
-        tensors |= zip(keys, (A, B))
-        pairs[name] = (A, B)
+        A, B = (adapter.tensors[key] for key in keys)
+        tensors |= zip(keys, (A.detach(), B.detach()))
+        pairs[name] = (A, B)  # themselves: shared factors are recognized by identity
         shapes[f"{name}.core"] = (A.shape[1], B.shape[1])
         end = start + A.shape[1] * B.shape[1]
         spans[name] = slice(start, end)
