@@ -94,8 +94,8 @@ def load_adapter(
 
     Raises:
         TypeError, ValueError, RuntimeError: If there is no such adapter; if its file is damaged or
-            newer; if layers, shapes or dtypes do not fit the model; if the model is merged or has a
-            TaskBank. The model is then unchanged.
+            newer; if layers, shapes, dtypes or ties do not fit the model; if the model is merged or
+            has a TaskBank. The model is then unchanged.
 
     Warns:
         UserWarning: If strict allows a difference.
