@@ -43,7 +43,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import lotr_ext
 from lotr_ext import (
@@ -244,6 +251,28 @@ def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
     assert torch.equal(in_thread, adapted)
     assert relative(y, zoo.output(zoo.net(name), x)) < 1e-7
     assert all(p.grad is None for p in own_parameters(model))
+
+
+@pytest.mark.parametrize("closed_by", ["another thread", "the first one first"])
+def test_contexts_that_close_out_of_order_leave_the_adapter_on(closed_by: str) -> None:
+    import threading
+
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
+    adapted = model(x)
+    first = disabled(model)
+    first.__enter__()
+    assert not torch.equal(model(x), adapted)
+    if closed_by == "another thread":
+        thread = threading.Thread(target=first.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+    else:
+        second = disabled(model)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
 
 
 # ---- which layers, which groups ------------------------------------------------------------------
@@ -911,6 +940,25 @@ def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) ->
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_counts_of_a_large_mixture_without_memory() -> None:
+    """Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once."""
+    size = Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(size)
+    apply_lotr(model, LoTRConfig(rank=16, target_parameters=["gate_up_proj", "down_proj"]))
+    count = 2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048)
+    summary = trainable_summary(model)
+    assert summary.adapter == summary.trained == count
+
+
 def test_another_default_device_changes_nothing(x: Tensor) -> None:
     model = zoo.net("mlp")
     with torch.device("meta"):
@@ -1157,6 +1205,10 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
         assert "bfloat16" in explain(model, x)
     with disabled(model):
         assert explain(model, x).count("disabled") == 2
+    lotr_ext.TaskBank(model, 2).add()
+    with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0])):
+        assert explain(model, x).splitlines() == lines
+    del model.lotr_tasks
     merge(model)
     assert explain(model, x).count("merged") == 2
     layer = LoTRLinear(4, 4, rank=2)
