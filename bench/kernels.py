@@ -29,7 +29,7 @@ from lotr_ext.core.operators import FUSED
 from lotr_ext.core.strategy import fused_obstacle
 
 from .checks import check_error, error_of
-from .common import Case, chosen, dtype_of, listed, sizes
+from .common import Case, dtype_of, some_of
 from .program import Program
 from .timing import Group, Step, copy_gb_per_s
 
@@ -238,22 +238,16 @@ def obstacle(case: Case, device: str) -> str | None:
     """Why a kernel cannot run, None if it can."""
     if case["kernel"] != "gemm_lotr":
         return None
-    _, n, r = (case[name] for name in KEY)
-    return fused_obstacle(n, n, r, dtype_of(case), torch.device(device))
+    return fused_obstacle(case["n"], case["n"], case["r"], dtype_of(case), torch.device(device))
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = chosen(options.kernels, KERNELS, KERNELS)
-    shapes = options.shapes or sizes(*KEY)(SHAPES[options.device])
     every = []
-    for shape in shapes:
-        for name in names:
-            case = {"kernel": name, **shape}
-            if name == "fold":
-                case["m"] = 1
-            if obstacle({**case, "dtype": "bf16"}, options.device) is None:
-                every.append(case)
-    return every
+    for shape in options.shapes:
+        for name in options.kernels:
+            rows = {"m": 1} if name == "fold" else {}
+            every.append({"kernel": name, **shape, **rows})
+    return [case for case in every if obstacle({**case, "dtype": "bf16"}, options.device) is None]
 
 
 def check(operator: Operator, dtype: torch.dtype) -> float:
@@ -279,11 +273,12 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         "least_bytes": operator.bytes,
         "copy_gb_per_s": copy_gb_per_s(options.device),
     }
-    group = Group()
-    for name, call in {"library": operator.library, **operator.more}.items():
-        group.add(name, lambda call=call: Step({"step": lambda _: call()}))
-    group.add("lotr_ext", lambda: Step({"step": lambda _: operator.ours()}, facts=facts))
-    return group
+    calls = {"library": operator.library, **operator.more, "lotr_ext": operator.ours}
+
+    def step_of(name: str) -> Step:
+        return Step({"step": lambda _: calls[name]()}, facts=facts if name == "lotr_ext" else {})
+
+    return Group(options.rivals or calls, step_of)
 
 
 def run_once(options: argparse.Namespace) -> int:
@@ -297,8 +292,8 @@ def run_once(options: argparse.Namespace) -> int:
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernels", type=listed, help=f"some of {', '.join(KERNELS)}")
-    parser.add_argument("--shapes", type=sizes(*KEY), help="MxNxR, comma-separated")
+    kernels = ",".join(KERNELS)
+    parser.add_argument("--kernels", type=some_of(KERNELS), default=kernels, help=f"({kernels})")
     once = "call each kernel once, for a profiler, and measure nothing"
     parser.add_argument("--once", action="store_true", help=once)
 
@@ -306,9 +301,12 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 PROGRAM = Program(
     name="kernels",
     doc=__doc__,
-    cases=cases,
+    rivals=("library", "lotr_ext"),
     build=build,
     form="{kernel} {m} x {n}, r {r}",
+    key=KEY,
+    shapes=SHAPES,
+    cases=cases,
     floor="library",
     rounds=15,
     slice_s=0.01,

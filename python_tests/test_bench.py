@@ -103,9 +103,10 @@ def test_require_kernels_refuses_the_fallback(tmp_path, capsys, monkeypatch):
     ("name", "words", "message"),
     [
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
-        ("layer", "--dtypes int8", "dtypes: expected some of bf16"),
-        ("host", "--threads 0", "threads: expected numbers from 1"),
+        ("layer", "--dtypes int8", "--dtypes: expected some of bf16"),
+        ("host", "--threads 0", "--threads: expected numbers from 1"),
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
+        ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
     ],
 )
@@ -160,13 +161,12 @@ def faulty_program(fault: str, message: str) -> Program:
             raise_if("make")
             return Step({"step": faulty})
 
-        group = Group()
-        group.add("frozen", lambda: Step({"step": lambda _: time.sleep(1e-4)}))
-        group.add("faulty", faulty_step)
-        return group
+        frozen = Step({"step": lambda _: time.sleep(1e-4)})
+        steps = {"frozen": lambda: frozen, "faulty": faulty_step}
+        return Group(steps, lambda name: steps[name]())
 
-    ranks = [{"r": 1}, {"r": 2}, {"r": 3}]
-    return Program("faulty", "", lambda options: list(map(dict, ranks)), build, "r {r}")
+    shapes = {"cpu": "1,2,3"}
+    return Program("faulty", "", ["frozen", "faulty"], build, "r {r}", ("r",), shapes)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
