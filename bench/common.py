@@ -257,8 +257,9 @@ def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
     return wide.fillna("-").reset_index().rename_axis(columns=None)
 
 
-def markdown_table(table: pd.DataFrame) -> str:
-    rule = ["---"] + ["---:"] * (len(table.columns) - 1)
+def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
+    """Returns a table of which the first columns are texts, the others numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(table.columns) - texts)
     lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
