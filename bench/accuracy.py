@@ -102,7 +102,7 @@ def train(run: Run) -> dict[str, Any]:
         if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():
             row["validation"] = validation.mean().item()
             row["loss"] = held_out.mean().item()
-            row["accuracy"] = None if right is None else right.mean().item()
+            row["accuracy"] = right.mean().item()
             row["items"] = packed(held_out.numpy())
     row["seconds"] = time.perf_counter() - start
     row["machine"] = machine("cpu")
