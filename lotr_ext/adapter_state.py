@@ -30,7 +30,7 @@ from .base_model import BaseModel
 from .checks import check_number, check_probability
 from .config import LoTRConfig
 from .core.operators import DTYPES
-from .storage import checksum, expect_type, json_object, put_tensors, read_bytes, tensors_in
+from .storage import checksum, expect_type, json_in, json_object, put_tensors, tensors_in
 from .targets import name_ends_with
 
 __all__ = ["FILE_NAME", "AdapterState", "LayerEntry"]
@@ -225,7 +225,7 @@ class AdapterState:
             path = directory / old_files.JSON_NAME
             if not path.exists():
                 raise ValueError(
-                    f"directory: expected a folder with {FILE_NAME}, got {_kind(directory)}"
+                    f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
                 )
             document, tensors = old_files.read(path)
         with _named(str(path)):
@@ -270,16 +270,27 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json_object(text, "directory", path), tensors
 
 
-def _kind(directory: Path) -> str:
-    """Says what stands in place of an adapter's folder, and what reads it."""
+def _what_is_at(directory: Path) -> str:
+    """Says what stands in place of an adapter's folder, and what to do."""
     if directory.is_file():
         return f"the file {directory}. Pass the folder that save_adapter wrote."
-    config = directory / "adapter_config.json"
-    if not config.is_file():
-        return f"{str(directory)!r}"
+    if not directory.exists():
+        return f"{directory}, which does not exist. Pass the folder that save_adapter wrote."
+    if (directory / "adapter_config.json").is_file():
+        return _adapter_of_peft(directory)
+    if (directory / "config.json").is_file():
+        return (
+            f"{directory}, where save_pretrained or a Trainer wrote a model. They write no LoTR "
+            f"adapter: pass a folder that save_adapter wrote, and train with "
+            f"lotr_ext.trainer.AdapterCheckpoints to have adapters in checkpoints."
+        )
+    return f"{directory}, which has no adapter. Pass the folder that save_adapter wrote."
+
+
+def _adapter_of_peft(directory: Path) -> str:
     try:
-        method = json.loads(read_bytes(config)).get("peft_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        method = json_in(directory / "adapter_config.json", "directory").get("peft_type")
+    except ValueError:
         method = None
     if method == "LOTR":
         return (
