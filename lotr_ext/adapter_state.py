@@ -48,6 +48,13 @@ def _named(name: str) -> Iterator[None]:
         raise type(error)(f"{name}: {error}") from None
 
 
+def _names_from_json(field: str, value: object) -> tuple[str, ...]:
+    expect_type(field, value, list)
+    for name in value:
+        expect_type(field, name, str)
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class LayerEntry:
     """One adapted layer.
@@ -102,6 +109,7 @@ class AdapterState:
         modules_to_save: The names of fully trained modules.
         base: What identifies the base model.
         tensors: The full tensors by name.
+        tied: The parameters that share memory with one of modules_to_save. None if not known.
     """
 
     config: LoTRConfig | None
@@ -109,6 +117,7 @@ class AdapterState:
     modules_to_save: tuple[str, ...]
     base: BaseModel
     tensors: dict[str, Tensor]
+    tied: tuple[str, ...] | None = None
 
     # ---- JSON ------------------------------------------------------------------------------------
 
@@ -120,6 +129,7 @@ class AdapterState:
             "config": None if self.config is None else self.config.to_dict(),
             "layers": {name: asdict(entry) for name, entry in self.layers.items()},
             "modules_to_save": list(self.modules_to_save),
+            "tied": None if self.tied is None else list(self.tied),
             "base": asdict(self.base),
         }
 
@@ -128,7 +138,7 @@ class AdapterState:
         """Returns the adapter of a document and its tensors.
 
         Args:
-            document: As `document` returns it. base and lotr_ext_version may be absent.
+            document: As `document` returns it. base, tied and lotr_ext_version may be absent.
             tensors: By name.
 
         Raises:
@@ -137,7 +147,6 @@ class AdapterState:
                 field.
         """
         expect_type("layers", document.get("layers"), dict)
-        expect_type("modules_to_save", document.get("modules_to_save"), list)
         config = document.get("config")
         if config is not None:
             expect_type("config", config, dict)
@@ -147,11 +156,15 @@ class AdapterState:
         for name, value in document["layers"].items():
             with _named(f"layers, {name!r:.200}"):
                 layers[name] = LayerEntry.from_json(value)
-        modules = document["modules_to_save"]
-        for name in modules:
-            expect_type("modules_to_save", name, str)
-        base = BaseModel.from_json(document.get("base", {}))
-        state = AdapterState(config, layers, tuple(modules), base, dict(tensors))
+        tied = document.get("tied")
+        state = AdapterState(
+            config,
+            layers,
+            _names_from_json("modules_to_save", document.get("modules_to_save")),
+            BaseModel.from_json(document.get("base", {})),
+            dict(tensors),
+            None if tied is None else _names_from_json("tied", tied),
+        )
         state._check_sizes()
         state._check_config()
         return state
@@ -202,11 +215,6 @@ class AdapterState:
                 f"{key}: expected one of {', '.join(DTYPES)}, got {self.tensors[key].dtype}"
             )
         return self.tensors[key]
-
-    def sizes(self, layer: str) -> tuple[int, int]:
-        """Returns (in_features, out_features) of a layer."""
-        entry = self.layers[layer]
-        return self.tensors[entry.A].shape[0], self.tensors[entry.B].shape[0]
 
     # ---- files -----------------------------------------------------------------------------------
 

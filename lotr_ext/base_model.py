@@ -18,7 +18,7 @@ from .checks import check_number
 from .layers import LoTRLayer
 from .sharded_tensors import full_shape, is_sharded
 from .storage import expect_type
-from .targets import saved_modules
+from .targets import saved_in
 
 __all__ = ["BaseModel", "refuse_or_warn"]
 
@@ -149,10 +149,8 @@ def _values_of(
     changed = _moved_parameters(layers)
     for layer in layers.values():
         changed.update(id(p) for p in layer.adapter_parameters())
-    config = getattr(model, "lotr_config", None)
-    if config is not None:
-        for module in saved_modules(model, config).values():
-            changed.update(id(p) for p in module.parameters())
+    for module in saved_in(model).values():
+        changed.update(id(p) for p in module.parameters())
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()

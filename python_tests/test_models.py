@@ -233,6 +233,28 @@ def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
     assert all(p.grad is None for p in own_parameters(model))
 
 
+@pytest.mark.parametrize("closed_by", ["another thread", "the first one first"])
+def test_contexts_that_close_out_of_order_leave_the_adapter_on(closed_by: str) -> None:
+    import threading
+
+    model = trained("mlp")
+    x = zoo.inputs("mlp")
+    adapted = model(x)
+    first = disabled(model)
+    first.__enter__()
+    assert not torch.equal(model(x), adapted)
+    if closed_by == "another thread":
+        thread = threading.Thread(target=first.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+    else:
+        second = disabled(model)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+    assert torch.equal(model(x), adapted)
+
+
 # ---- which layers, which groups ------------------------------------------------------------------
 
 GROUPS = [
@@ -904,6 +926,27 @@ def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) ->
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_counts_of_a_large_mixture_without_memory() -> None:
+    """Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    size = Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(size)
+    apply_lotr(model, LoTRConfig(rank=16, target_parameters=["gate_up_proj", "down_proj"]))
+    count = 2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048)
+    summary = trainable_summary(model)
+    assert summary.adapter == summary.trained == count
+
+
 def test_another_default_device_changes_nothing() -> None:
     model = zoo.net("mlp")
     x = zoo.inputs("mlp")
@@ -1154,6 +1197,10 @@ def test_explain_says_what_runs_and_why() -> None:
         assert "bfloat16" in explain(model, x)
     with disabled(model):
         assert explain(model, x).count("disabled") == 2
+    lotr_ext.TaskBank(model, 2).add()
+    with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0])):
+        assert explain(model, x).splitlines() == lines
+    del model.lotr_tasks
     merge(model)
     assert explain(model, x).count("merged") == 2
     layer = LoTRLinear(4, 4, rank=2)
