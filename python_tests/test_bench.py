@@ -103,9 +103,10 @@ def test_require_kernels_refuses_the_fallback(tmp_path, capsys, monkeypatch):
     ("name", "words", "message"),
     [
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
-        ("layer", "--dtypes int8", "dtypes: expected some of bf16"),
-        ("host", "--threads 0", "threads: expected numbers from 1"),
+        ("layer", "--dtypes int8", "--dtypes: expected some of bf16"),
+        ("host", "--threads 0", "--threads: expected numbers from 1"),
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
+        ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
     ],
 )
@@ -160,13 +161,12 @@ def faulty_program(fault: str, message: str) -> Program:
             raise_if("make")
             return Step({"step": faulty})
 
-        group = Group()
-        group.add("frozen", lambda: Step({"step": lambda _: time.sleep(1e-4)}))
-        group.add("faulty", faulty_step)
-        return group
+        frozen = Step({"step": lambda _: time.sleep(1e-4)})
+        steps = {"frozen": lambda: frozen, "faulty": faulty_step}
+        return Group(steps, lambda name: steps[name]())
 
-    ranks = [{"r": 1}, {"r": 2}, {"r": 3}]
-    return Program("faulty", "", lambda options: list(map(dict, ranks)), build, "r {r}")
+    shapes = {"cpu": "1,2,3"}
+    return Program("faulty", "", ["frozen", "faulty"], build, "r {r}", ("r",), shapes)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -237,9 +237,11 @@ def test_wrong_form_is_noticed(error, monkeypatch):
     assert outcome.startswith("wrong: fold" if error else "passed")
 
 
-READY = "print('@ready', flush=True); "
-PROGRAMS = {  # what a process does for its first dtype
-    "hang": "print('@shape 3 x 4', flush=True); time.sleep(100)",
+PROGRAMS = {  # what a process does for the second of three forms
+    "hang": (
+        "print('@shape 3 x 4', flush=True); import faulthandler; "
+        "faulthandler.dump_traceback_later(0.1, exit=True); time.sleep(100)"
+    ),
     "crash": "print('noise\\n@shape 3 x 4', flush=True); os.kill(os.getpid(), 11)",
     "raise": "print('@outcome failed: CUDA error: misaligned address', flush=True); sys.exit(0)",
     "wrong": "print('@outcome wrong: 3 x 4: y', flush=True)",
@@ -253,21 +255,33 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("fault", PROGRAMS)
-def test_form_that_fails_keeps_the_other_dtypes(fault):
-    """bf16 passes, fp16 fails in some way, fp32 passes, perhaps in another process."""
+def test_form_that_fails_keeps_the_others(fault):
+    """The first form passes, the second fails, the third passes, perhaps in another process."""
+    jobs = [("shrink", "bf16"), ("fold", "bf16"), ("shrink", "fp16")]
 
-    def command(dtypes: list[str]) -> list[str]:
-        lines = ["import os, sys, time", READY]
-        for dtype in dtypes:
-            passed = "print('@outcome passed', flush=True)"
-            lines.append(PROGRAMS[fault] if dtype == "fp16" else passed)
+    def command(jobs: list[smoke.Job]) -> list[str]:
+        passed = "print('@outcome passed', flush=True)"
+        lines = ["import os, sys, time"]
+        lines += [PROGRAMS[fault] if form == "fold" else passed for form, _ in jobs]
         return [sys.executable, "-c", "\n".join(lines)]
 
-    outcomes: dict[str, str] = {}
-    smoke.run_form(command, ["bf16", "fp16", "fp32"], outcomes.__setitem__, watchdog_s=1.0)
-    assert list(outcomes) == ["bf16", "fp16", "fp32"]
-    assert outcomes.pop("fp16").startswith(OUTCOMES[fault])
+    outcomes: dict[smoke.Job, str] = {}
+    smoke.run_jobs(command, jobs, outcomes.__setitem__)
+    assert list(outcomes) == jobs
+    assert outcomes.pop(jobs[1]).startswith(OUTCOMES[fault])
     assert set(outcomes.values()) == {"passed"}
+
+
+def test_process_that_hangs_ends_itself():
+    program = (
+        "import time; from bench import smoke; smoke.WATCHDOG_S = 0.1; "
+        "smoke.outcome_of = lambda *words: (words[-1]('3 x 4'), time.sleep(100)); "
+        "smoke.child([('fold', 'bf16')], 'cpu', None)"
+    )
+    outcomes: dict[smoke.Job, str] = {}
+    command = [sys.executable, "-c", program]
+    smoke.run_jobs(lambda jobs: command, [("fold", "bf16")], outcomes.__setitem__)
+    assert outcomes["fold", "bf16"].startswith("hung: 3 x 4")
 
 
 def test_smoke_prints_and_keeps_outcomes_of_processes(tmp_path, capsys):
