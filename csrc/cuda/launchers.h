@@ -33,6 +33,35 @@ void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,
                int32_t splits);
 
+// u = x A, without dropout.
+inline ShrinkProblem shrink_of(const Matrix& x, const Matrix& A, const Matrix& u, int64_t M,
+                               int64_t K, int32_t r, float scale = 1.f) {
+  ShrinkProblem problem{};
+  problem.x = x;
+  problem.A = A;
+  problem.u = u;
+  problem.M = M;
+  problem.K = K;
+  problem.r = r;
+  problem.scale = scale;
+  problem.dropout.scale = 1.f;
+  return problem;
+}
+
+// D (+)= x^T v, without dropout.
+inline FactorGradProblem factor_grad_of(const FloatSum& D, const Matrix& x, const Matrix& v,
+                                        int64_t M, int64_t K, int32_t r) {
+  FactorGradProblem problem{};
+  problem.D = D;
+  problem.x = x;
+  problem.v = v;
+  problem.M = M;
+  problem.K = K;
+  problem.r = r;
+  problem.dropout.scale = 1.f;
+  return problem;
+}
+
 // A matrix of the call's type in the workspace, with rows at multiples of 16 bytes.
 Matrix take_matrix(const Call& call, Workspace& memory, int64_t rows, int64_t cols);
 

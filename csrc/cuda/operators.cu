@@ -89,16 +89,7 @@ SumPartsParams split_sum(FloatSum& sum, Workspace& memory, int64_t rows, int32_t
 // h = scale * u core as a separate product, for ranks of which no block has all of u.
 void run_core_product(const Call& call, const Matrix& u, int64_t M, int32_t r,
                       const CoreProduct& product, Workspace& memory) {
-  ShrinkProblem h{};
-  h.x = u;
-  h.A = product.core;
-  h.u = product.h;
-  h.M = M;
-  h.K = r;
-  h.r = product.r_core;
-  h.scale = product.scale;
-  h.dropout.scale = 1.f;
-  run(call, h, memory);
+  run(call, shrink_of(u, product.core, product.h, M, r, product.r_core, product.scale), memory);
 }
 
 }  // namespace
@@ -192,26 +183,10 @@ namespace {
 
 // k and Q from two reads of g, for ranks at which the parts would cost more than the second read.
 void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) {
-  ShrinkProblem k{};
-  k.x = p.g;
-  k.A = p.F;
-  k.u = p.k;
-  k.M = p.M;
-  k.K = p.N;
-  k.r = p.r;
-  k.scale = 1.f;
-  k.dropout.scale = 1.f;
+  ShrinkProblem k = shrink_of(p.g, p.F, p.k, p.M, p.N, p.r);
   k.core_product = p.core_product;
   run(call, k, memory);
-  FactorGradProblem Q{};
-  Q.x = p.g;
-  Q.v = p.u;
-  Q.D = p.Q;
-  Q.M = p.M;
-  Q.K = p.N;
-  Q.r = p.r_u;
-  Q.dropout.scale = 1.f;
-  run(call, Q, memory);
+  run(call, factor_grad_of(p.Q, p.g, p.u, p.M, p.N, p.r_u), memory);
 }
 
 }  // namespace

@@ -34,19 +34,6 @@ void expand(const Call& call, const Matrix& y, const Matrix& u, const Matrix& F,
   run(call, p, memory);
 }
 
-void factor_grad(const Call& call, const FloatSum& D, const Matrix& x, const Matrix& v, int64_t M,
-                 int64_t K, int32_t r, Workspace& memory) {
-  FactorGradProblem p{};
-  p.D = D;
-  p.x = x;
-  p.v = v;
-  p.M = M;
-  p.K = K;
-  p.r = r;
-  p.dropout.scale = 1.f;
-  run(call, p, memory);
-}
-
 // h = g B, k = scale h core^T, Q = g^T u; without `Q` (null) h and k.
 void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matrix& h,
                      const CoreProduct& core_product, const FloatSum& Q, Workspace& memory) {
@@ -64,15 +51,7 @@ void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matr
     q.core_product = core_product;
     run(call, q, memory);
   } else {
-    ShrinkProblem q{};
-    q.x = p.g;
-    q.A = p.B;
-    q.u = h;
-    q.M = p.M;
-    q.K = p.N;
-    q.r = p.r_out;
-    q.scale = 1.f;
-    q.dropout.scale = 1.f;
+    ShrinkProblem q = shrink_of(p.g, p.B, h, p.M, p.N, p.r_out);
     q.core_product = core_product;
     run(call, q, memory);
   }
@@ -83,15 +62,7 @@ void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matr
 void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
   const Matrix h = take_matrix(call, memory, p.M, p.r_out);
-  ShrinkProblem u{};
-  u.x = p.x;
-  u.A = p.A;
-  u.u = p.u;
-  u.M = p.M;
-  u.K = p.K;
-  u.r = p.r_in;
-  u.scale = 1.f;
-  u.dropout.scale = 1.f;
+  ShrinkProblem u = shrink_of(p.x, p.A, p.u, p.M, p.K, p.r_in);
   u.core_product = {p.core, h, p.r_out, 1.f};
   run(call, u, memory);
   expand(call, p.y, h, p.B, p.M, p.N, p.r_out, p.scale, memory);
@@ -109,7 +80,7 @@ void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   if (needs_k)
     shrink_gradient(call, p, h, {transposed(p.core), k, p.r_in, p.scale}, Q, memory);
   else if (needs_Q)
-    factor_grad(call, Q, p.g, p.u, p.M, p.N, p.r_in, memory);
+    run(call, factor_grad_of(Q, p.g, p.u, p.M, p.N, p.r_in), memory);
   if (needs_Q) {
     FoldGradProblem q{};
     q.Q = {Q.data, Q.row, Q.col, Access::element};
@@ -126,7 +97,7 @@ void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
     run(call, q, memory);
   }
   if (p.dx.data) expand(call, p.dx, k, p.A, p.M, p.K, p.r_in, 1.f, memory);
-  if (p.dA.data) factor_grad(call, p.dA, p.x, k, p.M, p.K, p.r_in, memory);
+  if (p.dA.data) run(call, factor_grad_of(p.dA, p.x, k, p.M, p.K, p.r_in), memory);
 }
 
 }  // namespace lotr::cuda

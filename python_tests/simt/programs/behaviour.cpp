@@ -16,7 +16,8 @@ struct Smem {
   uint32_t word;
 };
 
-// The order in which threads write down their number: one runs at a time, so a plain counter will do.
+// The order in which threads write down their numbers. A plain counter works, because one thread
+// runs at a time.
 struct Trace {
   int* next;
   int* threads;
@@ -98,7 +99,8 @@ void many_blocks() {
 
 void launches() {
   for (int i = 0; i < 2; ++i)
-    ptx::launch<nothing>({dim3(2, 3), dim3(32, 2), 64, nullptr, dim3(1, 1, 1), i ? "second" : "first"});
+    ptx::launch<nothing>(
+        {dim3(2, 3), dim3(32, 2), 64, nullptr, dim3(1, 1, 1), i ? "second" : "first"});
   for (const simt::LaunchRecord& l : simt::counters().launches)
     printf("%s %u %u %u %u %zu\n", l.name.c_str(), l.grid[0], l.grid[1], l.block[0], l.block[1],
            l.shared_bytes);
@@ -115,8 +117,10 @@ __global__ void early(float* x) {
 void early_launches() {
   std::vector<float> x(128);
   for (const bool is_early : {true, false})
-    ptx::launch<early>({dim3(3), dim3(128), 0, nullptr, dim3(1, 1, 1), "early", is_early}, x.data());
-  for (const simt::LaunchRecord& l : simt::counters().launches) printf("%d %lu ", l.early, l.let_next);
+    ptx::launch<early>({dim3(3), dim3(128), 0, nullptr, dim3(1, 1, 1), "early", is_early},
+                       x.data());
+  for (const simt::LaunchRecord& l : simt::counters().launches)
+    printf("%d %lu ", l.early, l.let_next);
   printf("%g\n", double(x[127]));
 }
 

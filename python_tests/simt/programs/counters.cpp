@@ -1,5 +1,5 @@
-// Small kernels with traffic that can be counted by hand.  Prints the executor's counts, one JSON line per
-// kernel.
+// Small kernels whose traffic can be counted by hand. Prints the executor's counts, one JSON
+// line per kernel.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -37,7 +37,8 @@ KERNEL(straddling) {
 }
 KERNEL(half_the_lanes) {  // two call sites in a loop that lanes leave at different times
   LANE;
-  for (int i = 0; i < 1 + lane / 16; ++i) ptx::store(p.y + 32 * i + lane, ptx::load(p.x + 32 * i + lane));
+  for (int i = 0; i < 1 + lane / 16; ++i)
+    ptx::store(p.y + 32 * i + lane, ptx::load(p.x + 32 * i + lane));
 }
 KERNEL(zero_fill) {
   Smem& s = ptx::shared_storage<Smem>();
@@ -63,8 +64,8 @@ KERNEL(shared_rows) {
 KERNEL(shared_columns) {
   Smem& s = ptx::shared_storage<Smem>();
   LANE;
-  ptx::store_shared(&s.f[32 * lane], 1.f);                                         // 1 phase, 32 wavefronts
-  ptx::store_shared(&s.f[2 * lane + 1], 1.f);                                      // 1, 2
+  ptx::store_shared(&s.f[32 * lane], 1.f);     // 1 phase, 32 wavefronts
+  ptx::store_shared(&s.f[2 * lane + 1], 1.f);  // 1, 2
   ptx::store_shared(reinterpret_cast<float4*>(&s.f[1024 + 32 * lane]), float4{});  // 4, 32
 }
 KERNEL(ldmatrix_rows) {
@@ -100,13 +101,14 @@ void run(const char* name, unsigned threads, unsigned blocks = 1) {
   const simt::Counters c = simt::counters();
   printf("{\"kernel\": \"%s\"", c.launches.at(0).name.c_str());
   for (const simt::Traffic& a : c.arrays)
-    printf(", \"%s\": [%lu, %lu, %lu, %lu]", a.name.c_str(), a.read_bytes, a.read_sectors, a.written_bytes,
-           a.written_sectors);
+    printf(", \"%s\": [%lu, %lu, %lu, %lu]", a.name.c_str(), a.read_bytes, a.read_sectors,
+           a.written_bytes, a.written_sectors);
   printf(
-      ", \"shared\": [%lu, %lu], \"barriers\": %lu, \"mma\": %lu, \"ldmatrix\": %lu, \"collectives\": %lu, "
-      "\"blocks\": %lu, \"threads\": %lu, \"async_copies\": %lu, \"launches\": %zu, \"unwrapped\": %lu}\n",
-      c.shared_phases, c.shared_wavefronts, c.barriers, c.mma, c.ldmatrix, c.warp_collectives, c.blocks,
-      c.threads, c.async_copies, c.launches.size(), c.arrays.at(0).unwrapped);
+      ", \"shared\": [%lu, %lu], \"barriers\": %lu, \"mma\": %lu, \"ldmatrix\": %lu, "
+      "\"collectives\": %lu, \"blocks\": %lu, \"threads\": %lu, \"async_copies\": %lu, "
+      "\"launches\": %zu, \"unwrapped\": %lu}\n",
+      c.shared_phases, c.shared_wavefronts, c.barriers, c.mma, c.ldmatrix, c.warp_collectives,
+      c.blocks, c.threads, c.async_copies, c.launches.size(), c.arrays.at(0).unwrapped);
 }
 
 }  // namespace

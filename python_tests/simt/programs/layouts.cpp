@@ -1,5 +1,5 @@
-// Runs each matrix instruction once on numbers that tell where they came from and prints registers and memory
-// as JSON; test_layouts.py knows from the PTX manual what they must be.
+// Runs each matrix instruction once, on numbers that tell where they came from. Prints registers
+// and memory as JSON; test_layouts.py has what the PTX manual says they must be.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -56,17 +56,19 @@ __global__ void ldmatrix_kernel(uint32_t* out) {  // [4 kinds][32 lanes][4]
   ptx::ldmatrix_x4(r[0], row);
   ptx::ldmatrix_x4_trans(r[1], row);
   ptx::ldmatrix_x2(pair, row);
-  r[2][0] = pair[0], r[2][1] = pair[1];
+  r[2][0] = pair[0];
+  r[2][1] = pair[1];
   ptx::ldmatrix_x2_trans(pair, row);
-  r[3][0] = pair[0], r[3][1] = pair[1];
+  r[3][0] = pair[0];
+  r[3][1] = pair[1];
   for (int kind = 0; kind < 4; ++kind)
     for (int i = 0; i < 4; ++i) out[(kind * 32 + lane) * 4 + i] = r[kind][i];
 }
 
 void ldmatrix() {
   std::vector<uint32_t> out(4 * 32 * 4);
-  ptx::launch<ldmatrix_kernel>({dim3(1), dim3(32), sizeof(Tiles), nullptr, dim3(1, 1, 1), "ldmatrix"},
-                               out.data());
+  ptx::launch<ldmatrix_kernel>(
+      {dim3(1), dim3(32), sizeof(Tiles), nullptr, dim3(1, 1, 1), "ldmatrix"}, out.data());
   printf("\"ldmatrix\": {\n");
   print("r", out, true);
   printf("}\n");
@@ -104,7 +106,8 @@ void mma(const char* name) {
     for (uint32_t& x : r.b) x = word(b);
     for (float& x : r.c) c.push_back(x = number());
   }
-  ptx::launch<mma_kernel<T>>({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "mma"}, in.data(), d.data());
+  ptx::launch<mma_kernel<T>>({dim3(1), dim3(32), 0, nullptr, dim3(1, 1, 1), "mma"}, in.data(),
+                             d.data());
   printf("\"%s\": {\n", name);
   print("a", a);
   print("b", b);
@@ -123,7 +126,8 @@ __global__ void convert_kernel(const uint16_t* in, float* out) {
 
 void convert() {
   // lane 4 g holds element (g, 0); the other lanes' elements are 0
-  const std::vector<uint16_t> halves = {0x0001, 0x03ff, 0x0400, 0x3c01, 0x7bff, 0x8001, 0xc000, 0x3555};
+  const std::vector<uint16_t> halves = {0x0001, 0x03ff, 0x0400, 0x3c01,
+                                        0x7bff, 0x8001, 0xc000, 0x3555};
   std::vector<uint16_t> in(32);
   std::vector<float> out(32), result;
   for (size_t g = 0; g < 8; ++g) in[4 * g] = halves[g];
@@ -147,12 +151,14 @@ struct alignas(1024) Operands {
   uint64_t full;
 };
 
-// d = [0, 1, ..] + a b^T over all k in the first group; e over the first 16 k in the second group, which is
-// still in flight when d is read.  out [thread]: d, e, whether e was NaN then.  a is stored to C as well.
+// d = [0, 1, ..] + a b^T over all k in the first group; e over the first 16 k in the second group,
+// which is still in flight when d is read.  out [thread]: d, e, whether e was NaN then.  a is
+// stored to C as well.
 template <class T, bool MN>
 __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
                              const __grid_constant__ ptx::TensorMap B,
-                             const __grid_constant__ ptx::TensorMap C, uint16_t* shared, float* out) {
+                             const __grid_constant__ ptx::TensorMap C, uint16_t* shared,
+                             float* out) {
   auto& s = ptx::shared_storage<Operands<T>>();
   const int t = threadIdx.x;
   if (t == 0) {
@@ -160,7 +166,8 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
     ptx::fence_mbarrier_init();
     ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.a + sizeof s.b);
     ptx::tma_load_2d(s.a, &A, 64, 3, &s.full);
-    for (int n = 0; n < N; n += 64) ptx::tma_load_2d(s.b + n * K, &B, MN ? n : 0, MN ? 0 : n, &s.full);
+    for (int n = 0; n < N; n += 64)
+      ptx::tma_load_2d(s.b + n * K, &B, MN ? n : 0, MN ? 0 : n, &s.full);
   }
   __syncthreads();
   ptx::mbarrier_wait(&s.full, 0);
@@ -171,7 +178,8 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
   const auto multiply = [&](float (&sums)[N / 2], int k) {
     const uint64_t a = ptx::swizzled_descriptor(&s.a[0][k]);
     if constexpr (MN)
-      ptx::wgmma<T, ptx::Major::mn>(sums, a, ptx::swizzled_descriptor_mn(s.b + k * 64, sizeof(T) * 64 * K));
+      ptx::wgmma<T, ptx::Major::mn>(sums, a,
+                                    ptx::swizzled_descriptor_mn(s.b + k * 64, sizeof(T) * 64 * K));
     else
       ptx::wgmma<T>(sums, a, ptx::swizzled_descriptor(s.b + k));
   };
@@ -194,7 +202,9 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
 
 template <class T, bool MN>
 void wgmma(const char* name) {
-  constexpr uint32_t ROWS = 70, COLS = 136;  // the box at (row 3, col 64) is inside, but for its last columns
+  // The box at (row 3, col 64) is inside, except for its last columns.
+  constexpr uint32_t ROWS = 70;
+  constexpr uint32_t COLS = 136;
   alignas(16) static T A[ROWS * COLS], B[N * K], C[ROWS * COLS];
   std::vector<float> a, b, c, in_shared, out(128 * (N + 1));
   std::vector<uint16_t> shared((64 + N) * K);
@@ -205,10 +215,10 @@ void wgmma(const char* name) {
     B[MN ? i % K * N + i / K : i] = ptx::from_float<T>(b.back());
   }
   const auto of_B = MN ? ptx::tensor_map_2d(B, K, N, N, K) : ptx::tensor_map_2d(B, N, K, K, 64);
-  ptx::launch<wgmma_kernel<T, MN>>({dim3(1), dim3(128), sizeof(Operands<T>), nullptr, dim3(1, 1, 1), "wgmma"},
-                                   ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), of_B,
-                                   ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(),
-                                   out.data());
+  ptx::launch<wgmma_kernel<T, MN>>(
+      {dim3(1), dim3(128), sizeof(Operands<T>), nullptr, dim3(1, 1, 1), "wgmma"},
+      ptx::tensor_map_2d(A, ROWS, COLS - 4, COLS, 64), of_B,
+      ptx::tensor_map_2d(C, ROWS - 10, COLS - 70, COLS, 64), shared.data(), out.data());
   for (const uint16_t bits : shared) in_shared.push_back(number_of<T>(bits));
   for (const T& x : C) c.push_back(ptx::to_float(x));
   printf("\"%s\": {\n", name);

@@ -1,7 +1,8 @@
-// Kernels with one mistake each, of the kind that people write. test_mistakes.py says how the executor
-// notices it.
-//   program NAME     prints what was caught, or "nothing"; then "right" if a kernel without a mistake is
-//   right
+// Kernels with one mistake each, of the kind that people write. test_mistakes.py says how the
+// executor notices it.
+//
+// `program NAME` prints what was caught, or "nothing"; then "right" if a kernel without a mistake
+// has the right results.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -52,8 +53,8 @@ struct Mistake {
 template <auto KERNEL>
 auto launch(Shape shape = {}) {
   return [shape](const Params& p) {
-    ptx::launch<KERNEL>({dim3(shape.blocks), dim3(shape.threads), shape.shared, nullptr, dim3(shape.cluster),
-                         "kernel", shape.early},
+    ptx::launch<KERNEL>({dim3(shape.blocks), dim3(shape.threads), shape.shared, nullptr,
+                         dim3(shape.cluster), "kernel", shape.early},
                         p);
   };
 }
@@ -75,8 +76,8 @@ LOTR_DEVICE void start(Smem& s, int arrivals) {
   ptx::cluster_sync();
 }
 
-// Each block's part of y is x backwards, by way of shared memory. It has each synchronisation that others
-// lack.
+// Each block's part of y is x backwards, by way of shared memory. It has each synchronisation that
+// others lack.
 MISTAKE(right, {2, THREADS, 2, sizeof(Smem), true}) {
   SHARED;
   start(s, 1);
@@ -303,7 +304,8 @@ MISTAKE(exits_early, EARLY) {
 const Mistake no_grid("no_grid", launch<right>({0}));
 const Mistake too_many_threads("too_many_threads", launch<right>({1, 1056}));
 const Mistake too_large_a_cluster("too_large_a_cluster", launch<right>({16, THREADS, 16}));
-const Mistake too_much_shared_memory("too_much_shared_memory", launch<right>({1, THREADS, 1, 300000}));
+const Mistake too_much_shared_memory("too_much_shared_memory",
+                                     launch<right>({1, THREADS, 1, 300000}));
 const Mistake too_little_shared_memory("too_little_shared_memory",
                                        launch<right>({1, THREADS, 1, sizeof(Smem) / 2}));
 const Mistake empty_tensor_map("empty_tensor_map", [](const Params&) {
@@ -317,7 +319,8 @@ int main(int, char** argv) {
   std::vector<float> x(2 * THREADS), y(2 * THREADS, NAN);
   std::vector<__half> matrix(64 * 64 + 8);
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(i);
-  auto* aligned = reinterpret_cast<__half*>((reinterpret_cast<uintptr_t>(matrix.data()) + 15) / 16 * 16);
+  auto* aligned =
+      reinterpret_cast<__half*>((reinterpret_cast<uintptr_t>(matrix.data()) + 15) / 16 * 16);
   const Params p{y.data(), x.data(), ptx::tensor_map_2d(aligned, 64, 64, 64, 64)};
   simt::set_options(simt::options_from_environment());
   simt::register_array("y", y.data(), y.size() * sizeof(float));
