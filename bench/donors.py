@@ -54,12 +54,21 @@ class Form(NamedTuple):
     group: str
     rank: int
     core: str
-    vectors: str = ""
+    words: dict[str, str]
 
     @staticmethod
     def of(text: str) -> Form:
-        pair, group, rank, core, *vectors = text.split("/")
-        return Form(pair, group, int(rank), core, *vectors)
+        pair, group, rank, core, *words = text.split("/")
+        return Form(pair, group, int(rank), core, dict(word.split(":") for word in words))
+
+    @property
+    def is_trained(self) -> bool:
+        return self.pair.startswith("trained")
+
+    @property
+    def source(self) -> str:
+        """What the pair is made from, "" for a random start."""
+        return self.pair.removeprefix("trained").removeprefix("-")
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -140,6 +149,12 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def layers_named(kinds: str) -> str:
+    """Returns the pattern of the adapted layers: of all, or of kinds as "o,down"."""
+    kinds = kinds.replace(",", "|") or r"\w+"
+    return rf".*\.layers\.\d+\..*\.({kinds})_proj"
+
+
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the adapted layers by name."""
     pattern = re.compile(TASKS[MODEL].layers)
@@ -167,12 +182,17 @@ def gradients(name: str) -> dict[str, Tensor]:
     return cached(f"gradient-{name}-{GRADIENT_BATCHES}", make)
 
 
-def groups_of(shapes: dict[str, tuple[int, int]], group_by: str) -> list[list[str]]:
-    """Returns the layers' names by group, for the groupings of LoTRConfig."""
+def groups_of(shapes: dict[str, tuple[int, int]], group_by: str, side: int) -> list[list[str]]:
+    """Returns the names of the layers [n, k] that share A (side 1) or B (side 0)."""
     groups: dict[tuple, list[str]] = {}
     for name, shape in shapes.items():
         block = re.match(r".*?\.\d+", name)[0]
-        key = {"layer": (name,), "block": (block, shape), "shape": (shape,)}[group_by]
+        key = {
+            "layer": (name,),
+            "block": (block, shape),
+            "shape": (shape,),
+            "width": (shape[side],),
+        }[group_by]
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
@@ -189,19 +209,23 @@ def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
 def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
     """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
-    pairs: Pairs = {}
-    for names in groups_of(shapes, group_by):
-        stack = [by_name[name].float() for name in names for by_name in matrices]
-        A = leading(lambda x, s=stack: sum(M.T @ (M @ x) for M in s), stack[0].shape[1], rank)
-        B = leading(lambda x, s=stack: sum(M @ (M.T @ x) for M in s), stack[0].shape[0], rank)
-        pairs |= dict.fromkeys(names, (A, B))
-    return pairs
+    sides: list[dict[str, Tensor]] = []
+    for side in (1, 0):
+        factors: dict[str, Tensor] = {}
+        for names in groups_of(shapes, group_by, side):
+            stack = [by_name[name].float() for name in names for by_name in matrices]
+            if side:
+                stack = [M.T for M in stack]
+            F = leading(lambda x, s=stack: sum(M @ (M.T @ x) for M in s), len(stack[0]), rank)
+            factors |= dict.fromkeys(names, F)
+        sides.append(factors)
+    return {name: (sides[0][name], sides[1][name]) for name in shapes}
 
 
 def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> Pairs:
     generator = torch.Generator().manual_seed(1000 + seed)
     pairs: Pairs = {}
-    for names in groups_of(shapes, form.group):
+    for names in groups_of(shapes, form.group, 0):
         n, k = shapes[names[0]]
         A, B = (torch.linalg.qr(torch.randn(d, form.rank, generator=generator)).Q for d in (k, n))
         pairs |= dict.fromkeys(names, (at_rank(A, form.rank), at_rank(B, form.rank)))
@@ -216,16 +240,16 @@ def at_rank(vectors: Tensor, rank: int) -> Tensor:
 def pairs_for(form: Form, target: str, seed: int) -> Pairs:
     """Returns the pair of each layer, at the form's rank. Only random ones depend on the seed."""
     weights = {n: m.weight.detach() for n, m in layers_of(problem(target).base).items()}
-    if form.pair == "random":
+    if form.source == "random":
         return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
     sources: dict[str, Callable[[], list[dict[str, Tensor]]]] = {
         "svd": lambda: [weights],
         "own": lambda: [gradients(target)],
         "donors": lambda: [gradients(donor) for donor in DONORS],
     }
-    most = next(rank for rank in (8, 64, 256) if form.rank <= rank)
-    name = f"pair-{form.pair}{f'-{target}' if form.pair == 'own' else ''}-{form.group}-{most}"
-    pairs = cached(name, lambda: pairs_of(sources[form.pair](), form.group, most))
+    most = next(rank for rank in (16, 64, 256) if form.rank <= rank)
+    name = f"pair-{form.source}{f'-{target}' if form.source == 'own' else ''}-{form.group}-{most}"
+    pairs = cached(name, lambda: pairs_of(sources[form.source](), form.group, most))
     return {n: (at_rank(A, form.rank), at_rank(B, form.rank)) for n, (A, B) in pairs.items()}
 
 
@@ -234,7 +258,7 @@ def captured(target: str) -> pd.DataFrame:
     rows = []
     for kind in ("random", "svd", "donors", "own"):
         for rank in (16, 32, 64):
-            pairs = pairs_for(Form(kind, "layer", rank, "dense"), target, 0)
+            pairs = pairs_for(Form(kind, "layer", rank, "dense", {}), target, 0)
             sums = np.zeros(3)
             for name, half in gradients(target).items():
                 A, B = pairs[name]

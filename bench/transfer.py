@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from . import accuracy
 from .common import RESULTS, commit, keep_memory, listed, read, show, write
-from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_of, pairs_for, problem
+from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, pairs_for, problem
 from .problems import TASKS, adapt, decay
 
 STEPS = TASKS[MODEL].steps
@@ -83,97 +83,86 @@ class Run(NamedTuple):
 
 
 class Vectors(nn.Module):
-    """y = base(x) + ((x A) G) B^T * b with A and B fixed, in plain torch."""
+    """y = base(x) + ((x A) * d) B^T * b with A and B fixed, in plain torch."""
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, core: str, with_b: bool):
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool):
         super().__init__()
         n, r = B.shape
         self.base = base
         self.register_buffer("A", A.to(base.weight.dtype))
         # About the size of VeRA's B: the norm of a row is 2.
         self.register_buffer("B", (2 * (n / r) ** 0.5 * B).to(base.weight.dtype))
-        start = 0.1 if with_b else 0.0  # a product of zeros would have no gradient
-        diagonal = torch.full((r,), start)
-        self.G = nn.Parameter(torch.diag(diagonal) if core == "dense" else diagonal)
+        # A product of zeros would have no gradient.
+        self.d = nn.Parameter(torch.full((r,), 0.1 if with_b else 0.0))
         self.b = nn.Parameter(torch.zeros(n)) if with_b else None
-
-    def G_and_b(self) -> list[nn.Parameter]:
-        return [self.G] if self.b is None else [self.G, self.b]
 
     def forward(self, x: Tensor) -> Tensor:
         u = x @ self.A
-        G = self.G.to(u.dtype)
-        y = (u @ G if G.dim() == 2 else u * G) @ self.B.T
+        y = (u * self.d.to(u.dtype)) @ self.B.T
         return self.base(x) + (y if self.b is None else y * self.b.to(y.dtype))
-
-
-class Free(nn.Module):
-    """y = base(x) + (x A) G with A [k, r] fixed and G [r, n] trained."""
-
-    def __init__(self, base: nn.Linear, A: Tensor):
-        super().__init__()
-        self.base = base
-        self.register_buffer("A", (2 / len(A) ** 0.5 * A).to(base.weight.dtype))
-        self.G = nn.Parameter(torch.zeros(A.shape[1], base.out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + (x @ self.A) @ self.G.to(x.dtype)
 
 
 def build(form: Form, target: str, seed: int) -> nn.Module:
     """Returns a fresh model in which what the form trains requires grad."""
-    model = problem(target).model(seed)
+    model = problem(target).model(seed).requires_grad_(False)
     torch.manual_seed(seed)
+    task = TASKS[MODEL]._replace(layers=layers_named(form.words.get("only", "")))
     if form.pair == "peft":
-        return adapt(model, TASKS[MODEL], form.core, form.rank)
-    if not form.vectors and form.core in ("dense", "diagonal"):
-        return with_cores(model, form, target, seed)
-    model.requires_grad_(False)
-    kinds = dict(re.findall(r"([a-z]+)(\d*)", form.vectors.removeprefix("b:")))
-    pairs = pairs_for(form, target, seed)
-    for name, module in layers_of(model).items():
-        parent, _, last = name.rpartition(".")
-        kind = last.removesuffix("_proj")
-        A, B = pairs[name]
-        if form.core != "free":
-            replacement = Vectors(module, A, B, form.core, kind in kinds)
-        elif kind in kinds:
-            replacement = Free(module, A[:, : int(kinds[kind])])
-        else:
-            continue
-        setattr(model.get_submodule(parent), last, replacement)
+        model = adapt(model, task, form.core, form.rank)
+    elif "b" in form.words:
+        kinds = form.words["b"].split(",")
+        for name, (A, B) in pairs_for(form, target, seed).items():
+            parent, _, last = name.rpartition(".")
+            module = model.get_submodule(name)
+            vectors = Vectors(module, A, B, last.removesuffix("_proj") in kinds)
+            setattr(model.get_submodule(parent), last, vectors)
+    else:
+        with_cores(model, form, target, seed, task.layers)
+    if "offset" in form.words:
+        for name, module in list(model.named_modules()):
+            if re.fullmatch(layers_named(form.words["offset"]), name):
+                add_offset(module)
     return model
 
 
-def with_cores(model: nn.Module, form: Form, target: str, seed: int) -> nn.Module:
-    """Returns the model with lotr_ext's layers: trained pairs, or only cores over fixed ones."""
+def add_offset(layer: nn.Module) -> None:
+    """Adds a trained vector to the layer's output."""
+    layer.offset = nn.Parameter(torch.zeros(layer.out_features))
+    layer.register_forward_hook(lambda layer, _, y: y + layer.offset.to(y.dtype))
+
+
+def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str) -> None:
+    """Adds lotr_ext's layers: trained pairs, or only cores over fixed ones."""
     from lotr_ext import LoTRConfig, apply_lotr
 
-    trained = form.pair == "trained"
     config = LoTRConfig(
         rank=form.rank,
         group_by=form.group,
         core=form.core,
-        train=("A", "B", "core") if trained else ("core",),
-        target_modules=TASKS[MODEL].layers,
+        train=("A", "B", "core") if form.is_trained else ("core",),
+        target_modules=layers,
     )
     apply_lotr(model, config)
-    if not trained:
-        layers = dict(model.named_modules())
+    if form.source:
+        adapted = dict(model.named_modules())
         with torch.no_grad():
             for name, (A, B) in pairs_for(form, target, seed).items():
-                layers[name].factors.A.value.copy_(START * A)
-                layers[name].factors.B.value.copy_(START * B)
-    return model
+                if hasattr(adapted[name], "factors"):
+                    adapted[name].factors.A.value.copy_(START * A)
+                    adapted[name].factors.B.value.copy_(START * B)
 
 
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def fit(model: nn.Module, name: str, run: Run) -> list[float]:
+def fit(model: nn.Module, name: str, run: Run, rates: dict[str, str]) -> list[float]:
     """Trains with AdamW. Returns the time of each step, fewer than the run's if it diverged."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=0.0)
+    groups = []
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            times = rates.get(key.rpartition(".")[2] + "_rate", 1)
+            groups.append({"params": [parameter], "lr": run.lr * float(times)})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = decay(optimizer, run.steps)
     batches = problem(name).batches(run.seed)
     times: list[float] = []
@@ -195,9 +184,10 @@ def train(run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     torch.set_num_threads(1)
     keep_memory()
-    model = build(Form.of(run.form), run.target, run.seed)
+    form = Form.of(run.form)
+    model = build(form, run.target, run.seed)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    times = fit(model, run.target, run)
+    times = fit(model, run.target, run, form.words)
     row: dict[str, Any] = {**run._asdict(), "numbers": numbers}
     row["step_seconds"] = float(np.median(times)) if times else None
     if len(times) == run.steps:
@@ -399,9 +389,9 @@ def family_of(name: str) -> str | None:
     """Returns the legend's name of a form or method, None if the picture leaves it out."""
     if "/" in name:
         form = Form.of(name)
-        if form.pair == "trained":
+        if form.is_trained:
             return "LoTR, its own pair"
-        return "cores and a vector b" if form.vectors else "cores on a fixed pair"
+        return "cores and a vector b" if "b" in form.words else "cores on a fixed pair"
     if name.startswith("lotr"):
         fixed = "core" in name or "few" in name
         return "cores on a fixed pair" if fixed else "LoTR, its own pair"
@@ -426,7 +416,7 @@ def train_lora(name: str) -> dict[str, Any]:
     before = held_out_loss(model, name)
     torch.manual_seed(0)
     model = adapt(model, TASKS[MODEL], "lora", LORA_RANK)
-    fit(model, name, run)
+    fit(model, name, run, {})
     model.save_pretrained(CACHE / "loras" / name)
     row = {"text": name, "what": "lora", "rank": LORA_RANK, "before": before}
     return row | {"loss": held_out_loss(model.eval(), name)}
