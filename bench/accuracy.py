@@ -45,9 +45,21 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from torch import nn
 
 from .common import QUICK, RESULTS, commit, listed, machine, read, show, write
-from .problems import KINDS, MAIN, METHODS, TASKS, Task, adapt, fit, missing, problem_of
+from .problems import (
+    KINDS,
+    MAIN,
+    METHODS,
+    TASKS,
+    Problem,
+    Task,
+    adapt,
+    fit,
+    missing,
+    problem_of,
+)
 
 LOTR_RATE = 0.4  # LoTR's rates over those of other methods
 MOST_RATES = 9  # of one search
@@ -93,19 +105,34 @@ def train(run: Run) -> dict[str, Any]:
     )
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
     losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
-    if not losses or np.isfinite(losses[-1]):
-        validation, _ = problem.measure(model.eval(), "validation")
-        held_out, right = problem.measure(model, "held_out")
-        if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():
-            row["validation"] = validation.mean().item()
-            row["loss"] = held_out.mean().item()
-            row["accuracy"] = None if right is None else right.mean().item()
-            row["items"] = packed(held_out.numpy())
-            row["falling"] = falling(losses)
+    row |= measured(model, losses, problem)
     row["seconds"] = time.perf_counter() - start
     row["machine"] = machine("cpu")
     row["commit"] = commit()
     return row
+
+
+def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
+    """Returns what a row has of a trained model, nothing if it diverged.
+
+    Args:
+        model: The trained model. It is set to eval.
+        losses: Of the training steps.
+        problem: What it was trained on.
+    """
+    if losses and not np.isfinite(losses[-1]):
+        return {}
+    validation, _ = problem.measure(model.eval(), "validation")
+    held_out, right = problem.measure(model, "held_out")
+    if not (torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all()):
+        return {}
+    return {
+        "validation": validation.mean().item(),
+        "loss": held_out.mean().item(),
+        "accuracy": None if right is None else right.mean().item(),
+        "items": packed(held_out.numpy()),
+        "falling": falling(losses),
+    }
 
 
 def packed(losses: np.ndarray) -> str:
