@@ -56,7 +56,7 @@ class Form(NamedTuple):
 
     pair: str
     group: str
-    rank: int
+    rank: tuple[int, int]  # of A and of B
     core: str
     only: str = ""
     b: str = ""
@@ -64,7 +64,9 @@ class Form(NamedTuple):
     @staticmethod
     def of(text: str) -> Form:
         pair, group, rank, core, *words = text.split("/")
-        return Form(pair, group, int(rank), core, **dict(word.split(":") for word in words))
+        r_in, _, r_out = rank.partition("x")
+        ranks = (int(r_in), int(r_out or r_in))
+        return Form(pair, group, ranks, core, **dict(word.split(":") for word in words))
 
     @property
     def is_trained(self) -> bool:
@@ -233,8 +235,9 @@ def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> P
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def make(names: list[str], side: int) -> Tensor:
-        columns = torch.randn(shapes[names[0]][side], form.rank, generator=generator)
-        return at_rank(torch.linalg.qr(columns).Q, form.rank)
+        rank = form.rank[1 - side]
+        columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
+        return at_rank(torch.linalg.qr(columns).Q, rank)
 
     return shared_factors(shapes, form.group, make)
 
@@ -258,25 +261,25 @@ def lora_of(name: str) -> Path:
     return folder
 
 
-def pairs_of_loras(form: Form) -> Pairs:
+def pairs_of_loras(group_by: str, rank: int) -> Pairs:
     """Returns the pairs that loras_to_bank makes of the donors' LoRAs."""
     from lotr_ext import load_adapter
     from lotr_ext.convert import loras_to_bank
 
-    folder = CACHE / f"donors-{form.group}-{form.rank}"
+    folder = CACHE / f"donors-{group_by}-{rank}"
     loras = [lora_of(name) for name in DONORS]
-    loras_to_bank(loras, folder, rank=form.rank, group_by=form.group)
+    loras_to_bank(loras, folder, rank=rank, group_by=group_by)
     return orthonormal_pairs(load_adapter(problem(DONORS[0]).model(0), folder))
 
 
-def mixed_pairs(form: Form) -> Pairs:
+def mixed_pairs(group_by: str, rank: int) -> Pairs:
     """Returns pairs that were trained on batches of all donors in turn, a task for each donor."""
     from lotr_ext import LoTRConfig, TaskBank, apply_lotr, lotr_parameters, use_tasks
 
     texts = {name: problem(name) for name in DONORS}
     model = texts[DONORS[0]].model(0)
     torch.manual_seed(0)
-    config = LoTRConfig(rank=form.rank, group_by=form.group, target_modules=layers_named(""))
+    config = LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named(""))
     apply_lotr(model, config)
     tasks = TaskBank(model, len(DONORS)).requires_grad_()
     slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
@@ -313,15 +316,17 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
         "svd": lambda rank: pairs_of([weights], form.group, rank),
         "own": lambda rank: pairs_of([gradients(target)], form.group, rank),
         "donors": lambda rank: pairs_of([gradients(d) for d in DONORS], form.group, rank),
-        "loras": lambda rank: pairs_of_loras(form._replace(rank=rank)),
-        "mixed": lambda rank: mixed_pairs(form._replace(rank=rank)),
+        "loras": lambda rank: pairs_of_loras(form.group, rank),
+        "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
-    exact = form.source in ("loras", "mixed")
-    most = form.rank if exact else next(rank for rank in (16, 64, 256) if form.rank <= rank)
+    most = max(form.rank)
+    if form.source not in ("loras", "mixed"):  # whose first columns are no pair of a lower rank
+        most = next(rank for rank in (16, 64, 256) if most <= rank)
     about = target if form.source == "own" else "all"
     name = f"pair-{form.source}-{about}-{form.group}-{most}"
     pairs = cached(name, lambda: makers[form.source](most))
-    return {n: (at_rank(A, form.rank), at_rank(B, form.rank)) for n, (A, B) in pairs.items()}
+    r_in, r_out = form.rank
+    return {n: (at_rank(A, r_in), at_rank(B, r_out)) for n, (A, B) in pairs.items()}
 
 
 def captured(pairs: Pairs, target: str) -> float:

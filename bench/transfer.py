@@ -16,6 +16,7 @@ A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
               trained, from a random start; trained-own and so on, from a fixed pair.
               peft/all/4/lora is LoRA
     GROUP     layer, block, shape, width: which layers share A, and B
+    RANK      of A and B; 4x18: of A, of B
     CORE      dense, diagonal
     only:v,o  only layers of these kinds
     b:o,down  a vector b per layer of these kinds, as VeRA: y += ((x A) * d) B^T * b
@@ -60,6 +61,7 @@ FORMS = {  # what is run without --forms: the rates of a form
     "own/layer/16/dense": (8e-3,),
     "random/layer/128/diagonal/b:o,down": (5e-2,),
 }
+TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
 MEASURED = ("numbers", "captured", "validation", "loss", "items")
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
@@ -111,7 +113,7 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     task = TASKS[MODEL]._replace(layers=layers_named(form.only))
     if form.pair == "peft":
-        return adapt(model, task, form.core, form.rank)
+        return adapt(model, task, form.core, form.rank[0])
     if not form.b:
         return with_cores(model, form, target, seed, task.layers)
     with_b = re.compile(layers_named(form.b))
@@ -212,17 +214,10 @@ def record(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Result(NamedTuple):
-    """A form or method on a target.
-
-    Attributes:
-        point: Its runs. The method is the name.
-        kept: The share of the gain of LoRA of rank 4.
-        captured: The share of the squared gradient that a fixed pair captures, else NaN.
-    """
+    """A form or method on a target: its name and runs, and the share of LoRA r 4's gain."""
 
     point: accuracy.Point
     kept: accuracy.Interval
-    captured: float
 
 
 def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
@@ -234,15 +229,14 @@ def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
     runs = pd.concat([forms, others])
     runs = runs[(runs["task"] == target) & (runs["steps"] == STEPS) & runs["items"].notna()]
     by_name = {name: at_best_rate(of_form) for name, of_form in runs.groupby("form")}
+    lora = by_name["lora, r 4"]
     results = []
     for name, of_form in by_name.items():
-        lora = by_name["lora, r 4"]
         seeds = sorted(set(of_form.index) & set(lora.index))
         base = by_name["base"].iloc[[0] * len(seeds)]
         three = [base, of_form.loc[seeds], lora.loc[seeds]]
         points = [accuracy.point_of(name, 0, part["lr"].iloc[0], part) for part in three]
-        kept = accuracy.share_of_gain(*points)
-        results.append(Result(points[1], kept, of_form["captured"].mean()))
+        results.append(Result(points[1], accuracy.share_of_gain(*points)))
     return sorted(results, key=lambda result: result.point.parameters)
 
 
@@ -265,11 +259,12 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
                 "seeds": len(point.seeds),
                 "held-out loss": accuracy.interval(lambda loss: loss, point).text("{:.3f}"),
                 "of LoRA r 4's gain": kept.text("{:.0%}"),
-                "captured": f"{captured:.0%}".replace("nan%", ""),
             }
-            for point, kept, captured in results_of(recorded, target)
+            for point, kept in results_of(recorded, target)
         ]
         show(target, pd.DataFrame(rows), markdown)
+    shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
+    show("shorter runs", shorter[TRIAL].fillna(""), markdown)
     collected = read(RESULTS / "transfer_collection.jsonl")
     show("ten LoRAs, and banks of them", collection_table(collected), markdown)
 
@@ -294,7 +289,7 @@ def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def picture(recorded: pd.DataFrame, path: Path) -> None:
     """Draws the gain that is kept against the size of a task, and against the captured share."""
-    figure, axes = plt.subplots(1, len(TARGETS) + 1, figsize=(15, 3.9), sharey=True)
+    figure, axes = plt.subplots(1, len(TARGETS) + 1, figsize=(16, 3.9))
     for ax, target in zip(axes, TARGETS, strict=False):
         results = results_of(recorded, target)
         for family, (names, mark, color) in FAMILIES.items():
@@ -303,13 +298,16 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
             kept = [result.kept.value for result in shown]
             ax.plot(kilobytes, kept, mark, color=color, label=family)
         ax.axvline(256, color="0.6", linestyle="--", linewidth=1)
+        ax.axhline(1, color="0.8", linewidth=1)
         ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
-        shares = [result.captured for result in results]
-        kept = [result.kept.value for result in results]
-        axes[-1].plot(shares, kept, "o", label=target.removeprefix("smollm2-"))
-    axes[-1].set(title="cores on a fixed pair", xlabel="share of the squared gradient captured")
-    axes[-1].legend(frameon=False)
     axes[0].set_ylabel("gain kept, of LoRA of rank 4")
+    fixed = recorded[recorded["captured"].notna()]
+    for target, runs in fixed.groupby("target"):
+        axes[-1].plot(runs["captured"], runs["validation"], "o", label=target)
+        for _, run in runs.iterrows():
+            axes[-1].annotate(run["form"], (run["captured"], run["validation"]), fontsize=6)
+    axes[-1].set(title="cores on a fixed pair", xlabel="share of the squared gradient captured")
+    axes[-1].set_ylabel("validation loss")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     figure.set_layout_engine("constrained")

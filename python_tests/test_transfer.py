@@ -55,9 +55,9 @@ def test_random_pairs_are_of_the_seed_and_shared_by_the_group() -> None:
     by_layer = donors.random_pairs(shapes, by_shape._replace(group="layer"), 0)
     assert not torch.equal(by_layer["layers.0.q_proj"][0], by_layer["layers.1.q_proj"][0])
     shapes["layers.0.v_proj"] = (4, 6)
-    by_width = donors.random_pairs(shapes, by_shape._replace(group="width"), 0)
+    by_width = donors.random_pairs(shapes, Form.of("random/width/2x5/dense"), 0)
     assert by_width["layers.0.v_proj"][0] is by_width["layers.0.q_proj"][0]
-    assert by_width["layers.0.v_proj"][1].shape == (4, 10)
+    assert [factor.shape for factor in by_width["layers.0.v_proj"]] == [(6, 2), (4, 5)]
 
 
 @pytest.mark.parametrize("with_b", [True, False])
