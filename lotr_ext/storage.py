@@ -141,10 +141,10 @@ def read_bytes(path: Path) -> bytes:
     """Returns the content of a regular file. Opening a FIFO would wait for a writer.
 
     Raises:
-        OSError: If it is another kind of file, or cannot be read.
+        OSError: If there is none, or it cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
+    if not path.is_file():
+        raise OSError("another kind of file" if path.exists() else "no such file")
     return path.read_bytes()
 
 

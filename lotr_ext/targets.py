@@ -31,7 +31,10 @@ __all__ = [
     "check_targets",
     "group_of",
     "heads",
+    "modules_with_names",
     "name_ends_with",
+    "parameter_name",
+    "saved_in",
     "saved_modules",
     "select",
     "tied_names",
@@ -108,7 +111,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             f"is for get_peft_model."
         )
     _check_model(model)
-    modules = _modules_with_names(model)
+    modules = modules_with_names(model)
     _check_patterns(model, config, [name for _, names in modules for name in names])
     saved = saved_modules(model, config)
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
@@ -121,7 +124,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(targets, saved, left_out)
 
 
-def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -168,7 +171,7 @@ def _linear_targets(
     Args:
         model: The model.
         config: The configuration.
-        modules: From `_modules_with_names`.
+        modules: From `modules_with_names`.
         inside_saved: The ids of modules in modules_to_save.
         left_out: Names by reason.
     """
@@ -386,6 +389,12 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     return saved
 
 
+def saved_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules_to_save of an adapted model, none for one that was built by hand."""
+    config = getattr(model, "lotr_config", None)
+    return {} if config is None else saved_modules(model, config)
+
+
 # ---- experts -------------------------------------------------------------------------------------
 
 
@@ -414,6 +423,12 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets
+
+
+def parameter_name(layer_name: str) -> str:
+    """Returns the name of the parameter that a layer of experts adapts."""
+    module, _, parameter = layer_name.rpartition(".")
+    return f"{module.removesuffix(CHILD)}{parameter}"
 
 
 # ---- checks --------------------------------------------------------------------------------------

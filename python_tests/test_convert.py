@@ -34,6 +34,7 @@ from lotr_ext.convert import (
     original_to_lotr,
     read_lora,
 )
+from lotr_ext.convert.__main__ import COMMANDS
 from lotr_ext.convert.__main__ import main as convert_main
 from lotr_ext.convert.hosts import EXPERT_FORMS
 from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
@@ -641,5 +642,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     back = lora_model("attention", tmp_path / "back")
     assert relative(output(back, "attention"), expected) < 0.2  # rank 15 of 16
     assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
-    assert convert_main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.startswith("error: directory: expected a folder with")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_the_command_says_what_is_missing(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = ["--rank", "4"] if command.startswith("lora") else []
+    words = [command, str(tmp_path / place), str(tmp_path / "out"), *rank]
+    assert convert_main(words) == 2
+    message = capsys.readouterr().err
+    assert re.match(r"error: \w+: expected a (folder|file) .*, got .*, which ", message), message
+    assert "Errno" not in message and not (tmp_path / "out").exists()

@@ -121,6 +121,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 def tensors_of(path: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in a file of safetensors or torch.save. No code in it is executed."""
+    if not path.is_file():
+        raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file.")
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     try:
@@ -173,6 +175,12 @@ def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
         ValueError: If there is none, or one of another method.
     """
     path = directory / CONFIG_NAME
+    if not path.exists():
+        problem = "which has none" if directory.is_dir() else "which is not a folder"
+        raise ValueError(
+            f"source: expected a folder with {CONFIG_NAME}, got {directory}, {problem}. Pass the "
+            f"folder that PEFT's save_pretrained wrote."
+        )
     config = json_in(path, "source")
     written = config.get("peft_type", "LORA")
     if str(written).rpartition(".")[2] != peft_type:

@@ -31,6 +31,7 @@ from ..files import state_of, unwrapped, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
 from ..storage import checked_path
+from ..targets import parameter_name
 from ..tasks import TaskBank
 from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
 from .lora import (
@@ -198,28 +199,36 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     All have one rank, because some servers do not read patterns of ranks.
     """
     layers = {}
-    tensors = adapter.tensors
     for name, entry in adapter.layers.items():
-        parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if entry.experts else name
+        if not entry.experts:
+            layers[name] = _layer_of(adapter, name)
+            continue
+        parameter = parameter_name(name)
         side = None
-        if entry.experts and form == "vllm-shared":
+        if form == "vllm-shared":
             # The factor on the side of the intermediate size has the dimension of experts.
             side = "A" if parameter.endswith("down_proj") else "B"
-        core = tensors[f"{name}.core"]
-        factors = tensors[entry.A], tensors[entry.B]
-        lora_A, lora_B = _as_lora(*factors, core, entry.scaling, side)
-        if start_key(entry.A) in tensors:
-            starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
-            start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
-            lora_A = torch.cat([lora_A, start_A])
-            lora_B = torch.cat([lora_B, -start_B], 1)
-        if entry.experts:
-            lora_A = lora_A if lora_A.dim() == 3 else lora_A.unsqueeze(0)
-            lora_B = lora_B if lora_B.dim() == 3 else lora_B.unsqueeze(0)
-        A = lora_A.to(core.dtype).contiguous()
-        layers[parameter] = LoRA(A, lora_B.to(core.dtype).contiguous(), entry.experts)
+        layers[parameter] = _layer_of(adapter, name, side)
     rank = max(layer.rank for layer in layers.values())
     return {name: _with_rank(layer, rank) for name, layer in layers.items()}
+
+
+def _layer_of(adapter: AdapterState, name: str, side: str | None = None) -> LoRA:
+    """Returns one layer of a saved adapter. side: as for `_as_lora`."""
+    entry = adapter.layers[name]
+    tensors = adapter.tensors
+    core = tensors[f"{name}.core"]
+    A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, side)
+    if start_key(entry.A) in tensors:
+        # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
+        starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
+        start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
+        A = torch.cat([A, start_A])
+        B = torch.cat([B, -start_B], 1)
+    if entry.experts:  # a factor that all experts share has one dimension less
+        A = A.reshape(-1, *A.shape[-2:])
+        B = B.reshape(-1, *B.shape[-2:])
+    return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
 
 
 def _with_rank(layer: LoRA, rank: int) -> LoRA:

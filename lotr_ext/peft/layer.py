@@ -29,6 +29,10 @@ from .config import LoTRPeftConfig
 __all__ = ["LoTRPeftCore", "LoTRPeftLinear"]
 
 
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 class LoTRPeftCore(nn.Module):
     """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
 
@@ -94,6 +98,11 @@ class LoTRPeftCore(nn.Module):
         """Returns s B G^T A^T [n, k] in float32, or float64 for float64 factors."""
         core = self.core_matrix()
         return self.factors.read(lambda A, B: fallback.delta_weight(A, B, core, self.scaling))
+
+    def set_trained(self, is_trained: bool) -> None:
+        """Trains the parts that the configuration names, or freezes all."""
+        for part, parameter in self.parts():
+            parameter.requires_grad_(is_trained and part in self.trained)
 
     def modules_of_parts(self) -> dict[str, nn.Module]:
         """Returns the modules whose parameters are the parts "A", "B" and "core"."""
@@ -192,30 +201,24 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     # ---- which adapters are active and trained ---------------------------------------------------
 
-    def _train_only(self, names: Sequence[str]) -> None:
-        for core in self.lotr_adapter.values():
-            for _, parameter in core.parts():
-                parameter.requires_grad_(False)
-        self.set_requires_grad(names)
+    # These do what BaseTunerLayer's methods do, which see only the parameters below this layer.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._train_only([] if inference_mode else names)
-        self._active_adapter = names
+        active = _as_list(adapter_names)
+        for name, core in self.lotr_adapter.items():
+            core.set_trained(name in active and not inference_mode)
+        self._active_adapter = active
 
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
-        self._train_only(self.active_adapters if enabled else [])
+        self.set_adapter(self.active_adapters, inference_mode=not enabled)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
+        for name in _as_list(adapter_names):
             if name in self.lotr_adapter:
-                core = self.lotr_adapter[name]
-                for part, parameter in core.parts():
-                    parameter.requires_grad_(requires_grad and part in core.trained)
+                self.lotr_adapter[name].set_trained(requires_grad)
 
     # ---- merging ---------------------------------------------------------------------------------
 
