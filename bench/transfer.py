@@ -30,16 +30,17 @@ text under its LoRA, or as a task of a bank. The time of a step: python -m bench
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
@@ -53,14 +54,14 @@ from .problems import TASKS, adapt, fit
 
 STEPS = TASKS[MODEL].steps
 TARGETS = ("smollm2-kjv", "smollm2-verilog", "smollm2-wycliffe")
-FORMS = {  # what is run without --forms: the rates of a form
-    "trained/shape/8/dense": (4e-3,),
-    "random/layer/16/dense": (8e-3,),
-    "svd/layer/16/dense": (8e-3,),
-    "donors/layer/16/dense": (8e-3,),
-    "own/layer/16/dense": (8e-3,),
-    "random/layer/128/diagonal/b:o,down": (5e-2,),
-}
+FORMS = (  # what is run without --forms
+    "trained/shape/8/dense",
+    "trained/width/10/dense",
+    "random/layer/16/dense",
+    "svd/layer/16/dense",
+    "donors/layer/16/dense",
+    "own/layer/16/dense",
+)
 TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
 MEASURED = ("numbers", "captured", "validation", "loss", "items")
 COLLECTION_RANKS = (16, 32, 64)
@@ -102,8 +103,7 @@ class Vectors(nn.Module):
         self.b = nn.Parameter(torch.zeros(n)) if with_b else None
 
     def forward(self, x: Tensor) -> Tensor:
-        u = x @ self.A
-        y = (u * self.d.to(u.dtype)) @ self.B.T
+        y = ((x @ self.A) * self.d.to(x.dtype)) @ self.B.T
         return self.base(x) + (y if self.b is None else y * self.b.to(y.dtype))
 
 
@@ -129,14 +129,9 @@ def with_cores(model: nn.Module, form: Form, target: str, seed: int, layers: str
     from lotr_ext import LoTRConfig, apply_lotr
     from lotr_ext.init import START
 
-    config = LoTRConfig(
-        rank=form.rank,
-        group_by=form.group,
-        core=form.core,
-        train=("A", "B", "core") if form.is_trained else ("core",),
-        target_modules=layers,
-    )
-    apply_lotr(model, config)
+    train = ("A", "B", "core") if form.is_trained else ("core",)
+    settings = {"rank": form.rank, "group_by": form.group, "core": form.core, "train": train}
+    apply_lotr(model, LoTRConfig(**settings, target_modules=layers))
     for name, (A, B) in pairs_for(form, target, seed).items():
         if re.fullmatch(layers, name):
             factors = model.get_submodule(name).factors
@@ -157,8 +152,8 @@ def train(run: Run) -> dict[str, Any]:
     text = problem(run.target)
     text.task = text.task._replace(steps=run.steps)
     model = build(form, run.target, run.seed)
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row: dict[str, Any] = {**run._asdict(), "numbers": numbers}
+    row: dict[str, Any] = run._asdict()
+    row["numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if form.source and not form.is_trained:
         row["captured"] = captured(pairs_for(form, run.target, run.seed), run.target)
     losses = fit(model, "lora", run.lr, run.seed, text)
@@ -172,18 +167,16 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
     They are all rates with the first seed, then the best rate with the other seeds.
     """
     runs = []
-    for target in options.targets:
-        for form in options.forms:
-            same = (recorded["target"] == target) & (recorded["form"] == form)
-            of_form = recorded[same & (recorded["steps"] == options.steps)]
-            rates = options.rates or FORMS.get(form, (4e-3, 8e-3))
-            first = of_form[of_form["seed"] == 0]
-            lacking = [(lr, 0) for lr in rates if lr not in set(first["lr"])]
-            if not lacking and first["validation"].notna().any():
-                best = first.loc[first["validation"].idxmin(), "lr"]
-                seeds = set(of_form[of_form["lr"] == best]["seed"])
-                lacking = [(best, seed) for seed in range(options.seeds) if seed not in seeds]
-            runs += [Run(target, form, lr, seed, options.steps) for lr, seed in lacking]
+    for target, form in itertools.product(options.targets, options.forms):
+        same = (recorded["target"] == target) & (recorded["form"] == form)
+        of_form = recorded[same & (recorded["steps"] == options.steps)]
+        first = of_form[of_form["seed"] == 0]
+        lacking = [(lr, 0) for lr in options.rates if lr not in set(first["lr"])]
+        if not lacking and first["validation"].notna().any():
+            best = first.loc[first["validation"].idxmin(), "lr"]
+            seeds = set(of_form[of_form["lr"] == best]["seed"])
+            lacking = [(best, seed) for seed in range(options.seeds) if seed not in seeds]
+        runs += [Run(target, form, lr, seed, options.steps) for lr, seed in lacking]
     return runs
 
 
@@ -200,28 +193,25 @@ def work(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         while runs := next_runs(runs_in(options.results), options):
             for future in as_completed([pool.submit(train, run) for run in runs]):
-                record(options.results, [future.result()])
+                record(options.results, future.result())
 
 
-def record(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a file, and prints them."""
-    write(path, pd.concat([read(path), pd.DataFrame(rows)], ignore_index=True))
-    for row in rows:
-        print({name: value for name, value in row.items() if name != "items"}, flush=True)
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file, and prints it."""
+    write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
+    print({name: value for name, value in row.items() if name != "items"}, flush=True)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """A form or method on a target: its name and runs, and the share of LoRA r 4's gain."""
+def results_of(
+    recorded: pd.DataFrame, target: str
+) -> list[tuple[accuracy.Point, accuracy.Interval]]:
+    """Returns (runs, share of LoRA r 4's gain) of each form and method, by size.
 
-    point: accuracy.Point
-    kept: accuracy.Interval
-
-
-def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
-    """Returns the forms, and the methods of bench.accuracy, by size."""
+    The point of the runs has the form as its method.
+    """
     others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
     others = others[(others["scaling"] == "") & others["method"].str.match("base|lo|vera|full")]
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
@@ -236,8 +226,8 @@ def results_of(recorded: pd.DataFrame, target: str) -> list[Result]:
         base = by_name["base"].iloc[[0] * len(seeds)]
         three = [base, of_form.loc[seeds], lora.loc[seeds]]
         points = [accuracy.point_of(name, 0, part["lr"].iloc[0], part) for part in three]
-        results.append(Result(points[1], accuracy.share_of_gain(*points)))
-    return sorted(results, key=lambda result: result.point.parameters)
+        results.append((points[1], accuracy.share_of_gain(*points)))
+    return sorted(results, key=lambda result: result[0].parameters)
 
 
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
@@ -293,10 +283,12 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
     for ax, target in zip(axes, TARGETS, strict=False):
         results = results_of(recorded, target)
         for family, (names, mark, color) in FAMILIES.items():
-            shown = [result for result in results if re.fullmatch(names, result.point.method)]
-            kilobytes = [result.point.parameters / 256 for result in shown]
-            kept = [result.kept.value for result in shown]
-            ax.plot(kilobytes, kept, mark, color=color, label=family)
+            shown = [
+                (point.parameters / 256, kept.value)
+                for point, kept in results
+                if re.fullmatch(names, point.method)
+            ]
+            ax.plot(*np.array(shown).reshape(-1, 2).T, mark, color=color, label=family)
         ax.axvline(256, color="0.6", linestyle="--", linewidth=1)
         ax.axhline(1, color="0.8", linewidth=1)
         ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
@@ -324,44 +316,36 @@ def held_out_loss(model: nn.Module, name: str) -> float:
     return torch.cat(losses).mean().item()
 
 
-def lora_row(name: str) -> dict[str, Any]:
-    """Returns the losses of a text without and with its LoRA."""
+def collect(path: Path) -> None:
+    """Measures each text without and with its LoRA, and as a task of each bank, all anew."""
     from peft import PeftModel
 
-    model = problem(name).model(0)
-    before = held_out_loss(model, name)
-    model = PeftModel.from_pretrained(model, lora_of(name))
-    row = {"text": name, "what": "lora", "before": before}
-    return row | {"loss": held_out_loss(model, name)}
-
-
-def bank_rows(rank: int) -> Iterator[dict[str, Any]]:
-    """Writes a bank of all LoRAs, and measures each task."""
     from lotr_ext import TaskBank, load_adapter, use_tasks
     from lotr_ext.convert import loras_to_bank
 
-    folder = CACHE / f"bank-{rank}"
-    bank = loras_to_bank([lora_of(name) for name in TEXTS], folder, rank=rank)
-    model = load_adapter(problem(TEXTS[0]).model(0), folder)
-    tasks = TaskBank(model, len(TEXTS))
-    for name in TEXTS:
-        slots = torch.full((8,), tasks.add(bank.files[name]))
-        with use_tasks(model, slots):
-            loss = held_out_loss(model, name)
-        row = {"text": name, "what": "bank", "rank": rank, "error": bank.errors[name]}
-        yield row | {"loss": loss}
-
-
-def collect(path: Path) -> None:
-    """Measures the LoRAs and the banks, all anew."""
     torch.set_num_threads(1)
     path.unlink(missing_ok=True)
-    record(path, [lora_row(name) for name in TEXTS])
+    for name in TEXTS:
+        model = problem(name).model(0)
+        row = {"text": name, "what": "lora", "before": held_out_loss(model, name)}
+        model = PeftModel.from_pretrained(model, lora_of(name))
+        record(path, row | {"loss": held_out_loss(model, name)})
     for rank in COLLECTION_RANKS:
-        record(path, list(bank_rows(rank)))
+        folder = CACHE / f"bank-{rank}"
+        bank = loras_to_bank([lora_of(name) for name in TEXTS], folder, rank=rank)
+        model = load_adapter(problem(TEXTS[0]).model(0), folder)
+        tasks = TaskBank(model, len(TEXTS))
+        for name in TEXTS:
+            row = {"text": name, "what": "bank", "rank": rank, "error": bank.errors[name]}
+            with use_tasks(model, torch.full((8,), tasks.add(bank.files[name]))):
+                record(path, row | {"loss": held_out_loss(model, name)})
 
 
 # ---- the program ---------------------------------------------------------------------------------
+
+
+def rates(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -374,7 +358,7 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument
     add("--targets", type=listed, default=list(TARGETS), help=f"some of {', '.join(TARGETS)}; none")
     add("--forms", type=str.split, default=list(FORMS), help="with blanks between them")
-    add("--rates", type=lambda text: [float(word) for word in text.split(",")], help="4e-3,8e-3")
+    add("--rates", type=rates, default=[4e-3, 8e-3], help="with commas between them (4e-3,8e-3)")
     add("--seeds", type=int, default=1, help="how many, from 0 on (1)")
     add("--steps", type=int, default=STEPS, help=f"of a run ({STEPS})")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (1)")
@@ -387,14 +371,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the program."""
     options = parser().parse_args(argv)
-    targets = [] if options.targets == ["none"] else options.targets
-    if unknown := set(targets) - set(TARGETS):
+    if unknown := set(options.targets) - {*TARGETS, "none"}:
         parser().error(f"targets: expected some of {', '.join(TARGETS)}, got {sorted(unknown)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
-    elif targets:
+    elif options.targets != ["none"]:
         work(options)
     recorded = runs_in(options.results)
     tables(recorded, options.markdown)

@@ -96,7 +96,7 @@ def test_the_search_continues_from_what_is_recorded(
         row = run._asdict()
         if run.lr != 4e-3:  # this one diverges
             row |= {"validation": abs(run.lr - 2e-3), "numbers": 7}
-        transfer.record(options.results, [row])
+        transfer.record(options.results, row)
     assert made == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1), (2e-3, 2)]
 
 
