@@ -69,8 +69,12 @@ COLLECTION_ROWS = 16  # held-out rows of each text
 FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, its own pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
-    "cores on a fixed pair": (r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*", "o", "tab:blue"),
-    "LoRA": (r"lora.*|peft/.*/lora", "D", "tab:red"),
+    "cores on a fixed pair": (
+        r"(?!trained|peft)[^:]+/[^:]+|lotr-(core|few).*|lora-xs.*",
+        "o",
+        "tab:blue",
+    ),
+    "LoRA": (r"lora, .*|peft/.*/lora", "D", "tab:red"),
     "VeRA": (r"vera.*|peft/.*/vera", "v", "tab:orange"),
 }
 
@@ -254,7 +258,7 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
         ]
         show(target, pd.DataFrame(rows), markdown)
     shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[TRIAL].fillna(""), markdown)
+    show("shorter runs", shorter[TRIAL].round(3).astype(str).replace("nan", ""), markdown)
     collected = read(RESULTS / "transfer_collection.jsonl")
     show("ten LoRAs, and banks of them", collection_table(collected), markdown)
 
