@@ -258,7 +258,7 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
         ]
         show(target, pd.DataFrame(rows), markdown)
     shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[TRIAL].round(3).astype(str).replace("nan", ""), markdown)
+    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""), markdown)
     collected = read(RESULTS / "transfer_collection.jsonl")
     show("ten LoRAs, and banks of them", collection_table(collected), markdown)
 
