@@ -4,7 +4,8 @@
                 `<layer>.core`, `lotr_cores.*`, the tensors of modules_to_save; with init "svd" also
                 `lotr_factors.<i>.start` and `<layer>.start_core`
     metadata    format "lotr", format_version, `adapter` (a JSON object: configuration, layers,
-                modules_to_save, base model) and `sha256`, a checksum of it and of the tensors
+                modules_to_save and what is tied to them, base model) and `sha256`, a checksum of
+                it and of the tensors
 
 The file is replaced by one rename, so a process that is killed leaves the old or the new adapter.
 Everything in it is checked for types, ranges and sizes before a model is touched.
@@ -94,6 +95,7 @@ class LayerEntry:
             raise ValueError(f"B: expected another tensor than A, got {entry.B!r:.80}")
         if entry.experts < 0:
             raise ValueError(f"experts: expected at least 0, got {entry.experts}")
+        # The kernels compute with it in float32.
         if abs(entry.scaling) > torch.finfo(torch.float32).max:
             raise ValueError(f"scaling: expected a float32 number, got {entry.scaling}")
         return replace(entry, scaling=float(entry.scaling), dropout=float(entry.dropout))
@@ -175,7 +177,7 @@ class AdapterState:
             raise ValueError("layers: expected at least one, got none")
         for name, entry in self.layers.items():
             A, B, core = (self._floating(key) for key in (entry.A, entry.B, f"{name}.core"))
-            lead = [entry.experts] if entry.experts else []
+            lead = [entry.experts] if entry.experts else []  # each expert has a core
             if A.dim() != 2 or B.dim() != 2 or core.shape != (*lead, A.shape[1], B.shape[1]):
                 raise ValueError(
                     f"layers, {name!r}: expected A [k, r_in], B [n, r_out] and a core "
@@ -246,7 +248,8 @@ class AdapterState:
             ValueError: If directory is a file.
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
-        text = json.dumps(self.document, allow_nan=False)
+        text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
+        # The order is that of the checksum, see `_document_of`.
         tensors = {key: tensor.detach().cpu() for key, tensor in sorted(self.tensors.items())}
         metadata = {
             "format": "lotr",
@@ -255,6 +258,7 @@ class AdapterState:
             "sha256": checksum(tensors.items(), text.encode()),
         }
         put_tensors(directory, FILE_NAME, tensors, metadata)
+        # Afterwards: `read` prefers the new file, so a killed process leaves one or the other.
         old_files.remove(directory)
 
 

@@ -156,8 +156,10 @@ def _values_of(
         for name, parameter in model.named_parameters()
         if id(parameter) not in changed and not parameter.requires_grad and _is_sampled(parameter)
     ]
+    # Biases and norms may be zeros and ones in every model. Matrices tell them apart.
     matrices = [item for item in frozen if len(full_shape(item[1])) > 1]
     candidates = matrices or frozen
+    # Spread over the depth: models often share their first layers, such as embeddings.
     step = max(1, math.ceil(len(candidates) / PARAMETERS))
     values = {}
     for name, parameter in candidates[::step]:

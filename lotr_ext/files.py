@@ -94,8 +94,8 @@ def load_adapter(
 
     Raises:
         TypeError, ValueError, RuntimeError: If there is no such adapter; if its file is damaged or
-            newer; if layers, shapes or dtypes do not fit the model; if the model is merged or has a
-            TaskBank. The model is then unchanged.
+            newer; if layers, shapes, dtypes or ties do not fit the model; if the model is merged or
+            has a TaskBank. The model is then unchanged.
 
     Warns:
         UserWarning: If strict allows a difference.
@@ -172,6 +172,7 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
         RuntimeError: If the model has no adapter, or one on the meta device.
     """
     layers = adapted_layers(model)
+    # All processes gather in the same order, which is the model's.
     tensors = {key: gather(tensor) for key, tensor in _tensors_of(model, layers).items()}
     for name, layer in layers.items():
         if f"{name}.core" not in tensors:
@@ -245,6 +246,7 @@ def _tensors_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
         tensors.update(_prefixed("lotr_cores", cores))
     for name, module in saved_in(model).items():
         tensors.update(_prefixed(name, module))
+    # A layer without a start has None, and a tied tensor has several names.
     distinct: dict[int, str] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -286,9 +288,12 @@ def unwrapped(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
     writes = True
     wrappers = (nn.parallel.DistributedDataParallel, *engines)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+            continue
         if isinstance(model, nn.parallel.DistributedDataParallel):
             writes = dist.get_rank(model.process_group) == 0
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        model = model.module
     return model, writes
 
 
@@ -373,6 +378,7 @@ def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) ->
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
     experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
+    # By width, A and B are shared by other layers each, which no mapping to groups can say.
     group_by: str | dict[str, str] = "width"
     if state.config.group_by != "width":
         group_by = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
@@ -382,12 +388,14 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
         target_parameters=experts or None,
         exclude_modules=None,
         group_by=group_by,
+        # Loaded values replace these. "svd" would factorize every weight first.
         init="kaiming" if state.config.init == "svd" else state.config.init,
     )
 
 
 def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
     """Refuses a plain model in which the configuration selects more layers, or warns of it."""
+    # The groups do not matter here, and a mapping to groups lacks the layers that are too many.
     selection = select(model, replace(state.config, group_by="shape"))
     extra = [target.name for target in selection.targets if target.name not in state.layers]
     if extra:
@@ -404,6 +412,7 @@ def _check_core_sizes(state: AdapterState) -> None:
     """Checks the parameters of computed cores before memory is allocated for them."""
     if state.config.core not in FORMS:
         return
+    # A few bytes of a damaged file may ask for gigabytes. On meta nothing is allocated.
     with torch.device("meta"):
         places = [place_of(name) for name in state.layers]
         cores = FORMS[state.config.core](places, state.config.rank)
@@ -471,12 +480,16 @@ def _check_structure(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
         )
+    if state.tied is None:
+        return
     tied = _tied_to(model, saved_in(model))
-    if state.tied is not None and state.tied != tied:
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved_tied = sorted(present.intersection(state.tied))
+    if saved_tied != list(tied):
         # Of two tied parameters only one is in the file. The other would keep the base's value.
         raise ValueError(
             f"modules_to_save: expected parameters tied as in the model, to "
-            f"{', '.join(tied) or 'no other'}, got {', '.join(state.tied) or 'no other'} in the "
+            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
             f"adapter. Load it into the base model that it was trained on."
         )
 
@@ -516,6 +529,7 @@ def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> di
                 raise ValueError(
                     f"{name}: expected a computed core, got one that starts by init 'svd'"
                 )
+            # Raises here, before anything changes, if the start cannot be subtracted from it.
             layer._weight_to_write("load_adapter")
             starts.update(like)
     return starts

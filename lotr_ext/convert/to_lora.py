@@ -113,7 +113,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
         experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have names of their own.
+        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have other names.
         base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
         fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.
@@ -128,6 +128,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     """
     path = checked_path(directory, "directory")
     folder = checked_path(source, "source")
+    # `save_adapter` may have written next to a file of PEFT. Its adapter is meant then.
     by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
     adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
     if by_peft and path.resolve() == folder.resolve():
@@ -185,7 +186,7 @@ def _as_lora(
         side: "A" or "B", into which the core is multiplied. The other one has no dimension of
             experts. If None, the one that gives the smaller rank.
     """
-    wide = accumulate_dtype(core.dtype)
+    wide = accumulate_dtype(core.dtype)  # so that the result is rounded once
     A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
     r_in, r_out = core.shape[-2:]
     if side == "A" or (side is None and r_out <= r_in):
@@ -262,16 +263,18 @@ def _write_lora(
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
-    rank = next(iter(layers.values())).rank
-    dropout = max(entry.dropout for entry in adapter.layers.values())
+    rank = next(iter(layers.values())).rank  # all have the same
+    dropout = 0.0
+    if not stacked:  # PEFT refuses dropout with target_parameters
+        dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "inference_mode": True,
         "base_model_name_or_path": base_model or None,
         "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0 if stacked else dropout,
+        "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
@@ -300,7 +303,9 @@ def _target_modules(
     other modules, too.
     """
     # Servers expect the experts' names of modules; PEFT reads them from target_parameters.
-    endings = {name.rpartition(".")[2] for name in stacked} if experts != "peft" else set()
+    endings = set()
+    if experts != "peft":
+        endings = {name.rpartition(".")[2] for name in stacked}
     if all("." in name for name in linear):
         return [*sorted(linear), *sorted(endings)]
     patterns = [re.escape(name) for name in sorted(linear)]

@@ -160,18 +160,22 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         core = self.lotr_adapter[adapter_name]
         if any(parameter.is_meta for _, parameter in core.parts()):
             return
-        device = self.place()[0] if device is None else device
+        if device is None:
+            device = self.place()[0]
         for module in core.modules_of_parts().values():
             module.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = kwargs.pop("adapter_names", None)
+        names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self.unmerge()  # as PEFT's layers do
         if names is not None and not self.disable_adapters:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
-        active = [] if self.disable_adapters or self.merged else self.active_adapters
-        cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        cores = []
+        if not self.disable_adapters and not self.merged:
+            active = self.active_adapters
+            cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        # More arguments than x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
         if cores and is_plain and not args and not kwargs:
             y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
@@ -246,16 +250,18 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight = mergeable(self.base_layer).detach()
-        original = weight if self.weight_backup is None else self.weight_backup
-        merged = original.to(accumulate_dtype(original.dtype))
+        backup = self.weight_backup
+        if backup is None:
+            backup = weight.clone()
+        # From the backup, so that a second merge does not round the first one's result again.
+        merged = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
             merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
             if safe_merge and not bool(merged.isfinite().all()):
                 raise ValueError(  # in PEFT's words
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-        if self.weight_backup is None:
-            self.weight_backup = weight.clone()
+        self.weight_backup = backup
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 

@@ -211,15 +211,15 @@ class LoTRPeftModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        is_adapted = isinstance(target, LoTRPeftLinear)
-        layer = target if is_adapted else LoTRPeftLinear(target).train(target.training)
+        layer = target
+        if not isinstance(target, LoTRPeftLinear):
+            layer = LoTRPeftLinear(target).train(target.training)
+            # PEFT's _replace_module would move the core to the device of an offloaded weight.
+            setattr(parent, target_name, layer)
         factors = self._factors_of(layer, current_key, adapter_name, peft_config)
         form = self._form_of(factors, current_key, adapter_name, peft_config)
         core = LoTRPeftCore(factors, peft_config, form)
         layer.lotr_adapter[adapter_name] = core.train(layer.training)
-        if not is_adapted:
-            # PEFT's _replace_module would move the core to the device of an offloaded weight.
-            setattr(parent, target_name, layer)
 
     def _factors_of(
         self, layer: LoTRPeftLinear, name: str, adapter_name: str, peft_config: LoTRPeftConfig
@@ -322,7 +322,10 @@ class LoTRPeftModel(BaseTuner):
 
     def _encoder_modules(self) -> set[nn.Module]:
         """Returns the modules of an encoder. A beam search does not repeat its rows."""
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        if not hasattr(self.model, "get_encoder"):
+            return set()
+        encoder = self.model.get_encoder()
+        # A decoder returns None or itself.
         return set() if encoder in (None, self.model) else set(encoder.modules())
 
     # ---- files -----------------------------------------------------------------------------------
