@@ -303,7 +303,7 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
         for _, run in runs.iterrows():
             axes[-1].annotate(run["form"], (run["captured"], run["validation"]), fontsize=6)
     axes[-1].set(title="cores on a fixed pair", xlabel="share of the squared gradient captured")
-    axes[-1].set_ylabel("validation loss")
+    axes[-1].set(ylabel="validation loss of short runs", xlim=(-0.1, 1.6))
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     figure.set_layout_engine("constrained")
