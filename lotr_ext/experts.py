@@ -79,20 +79,34 @@ class Routing:
     def without_unread_rows(self, x: Tensor) -> Tensor:
         """Returns x with zeros in the rows that no expert reads.
 
-        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN. The
-        result is x itself if all its rows are read. On a GPU and in a compiled graph this is not
-        known, so that the result is a copy.
+        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN.
         """
-        rows = len(x) if self.reads is None else len(self.reads)
-        is_unread = torch.arange(rows, device=x.device) >= self.offs[-1]
-        if self.reads is not None:
-            # A row past the last end marks one more row than x has.
-            marked = self.reads.masked_fill(is_unread, len(x))
-            is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
-            is_unread = is_unread.index_fill(0, marked, False)[: len(x)]
-        if _has_values(is_unread) and not bool(is_unread.any()):
-            return x
-        return x.masked_fill(is_unread.unsqueeze(1), 0)
+        if self.reads is None:
+            return _with_zeros(x, self._is_past_end(len(x)))
+        # A row past the last end marks one more row than x has.
+        marked = self.reads.masked_fill(self._is_past_end(len(self.reads)), len(x))
+        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
+        return _with_zeros(x, is_unread.index_fill(0, marked, False)[: len(x)])
+
+    def without_unread_gradient(self, y: Tensor) -> Tensor:
+        """Returns y, whose gradient becomes zero in rows past the last end, as y is.
+
+        The gradient may be NaN there, which dB = g^T h would spread.
+        """
+        return _with_zeros(y, self._is_past_end(len(y)))
+
+    def _is_past_end(self, rows: int) -> Tensor:
+        return torch.arange(rows, device=self.offs.device) >= self.offs[-1]
+
+
+def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
+    """Returns x with zeros in some rows, x itself if there are none.
+
+    On a GPU and in a compiled graph this is not known, so that the result is a copy.
+    """
+    if _has_values(is_zero) and not bool(is_zero.any()):
+        return x
+    return x.masked_fill(is_zero.unsqueeze(1), 0)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -164,7 +178,8 @@ def lotr_grouped_linear(
     routing = Routing(offs, reads=tokens, tokens=tokens)
     x = routing.without_unread_rows(x)
     choice, cores = routing.choice(cores, core_index)
-    return dispatch.grouped_linear(x, weight, bias, offs, A, B, cores, float(scaling), 0.0, choice)
+    y = dispatch.grouped_linear(x, weight, bias, offs, A, B, cores, float(scaling), 0.0, choice)
+    return routing.without_unread_gradient(y)
 
 
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
@@ -267,7 +282,8 @@ class LoTRExperts(LoTRLayer):
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         routing = Routing(offs, reads=tokens, tokens=tokens)
         x_read = routing.without_unread_rows(x)
-        return self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
+        y = self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
+        return routing.without_unread_gradient(y)
 
     def routed(
         self,
