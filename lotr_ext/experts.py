@@ -27,7 +27,7 @@ from .checks import (
     check_tensor,
 )
 from .core import dispatch, fallback, grouped
-from .core.nodes import RowChoice
+from .core.call import LayerCall, RowChoice
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
@@ -178,7 +178,8 @@ def lotr_grouped_linear(
     routing = Routing(offs, reads=tokens, tokens=tokens)
     x = routing.without_unread_rows(x)
     choice, cores = routing.choice(cores, core_index)
-    y = dispatch.grouped_linear(x, weight, bias, offs, A, B, cores, float(scaling), 0.0, choice)
+    call = LayerCall(x, weight, bias, A, B, cores, float(scaling), choice=choice)
+    y = dispatch.grouped_linear(call, offs)
     return routing.without_unread_gradient(y)
 
 
@@ -313,20 +314,8 @@ class LoTRExperts(LoTRLayer):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.grouped_linear(
-                x,
-                weight,
-                bias,
-                routing.offs,
-                A,
-                B,
-                cores,
-                self.scaling,
-                dropout,
-                choice,
-                caches=factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, cores, self.scaling, dropout, choice=choice)
+            return dispatch.grouped_linear(call, routing.offs, factors.caches, self)
 
         return factors.read(compute)
 

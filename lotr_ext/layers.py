@@ -20,6 +20,7 @@ from torch.nn import functional as nnf
 
 from .checks import check_dtype, check_input, check_probability
 from .core import dispatch, fallback
+from .core.call import LayerCall, RowChoice
 from .core.operators import accumulate_dtype
 from .core.request import ADAPTER_OFF, state_of
 from .factors import (
@@ -197,22 +198,23 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        return self._with_adapter(input, state.cores, state.index_of(input))
+        choice = RowChoice(fallback.rows_of(state.index_of(input), input))
+        return self._with_adapter(input, state.cores, choice)
 
-    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+    def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         """Computes the base and the adapter. Overridden if the base computes x W^T itself.
 
         Args:
-            core: [r_in, r_out], or [c, r_in, r_out] with an index.
-            index: Which core each row of x uses.
+            core: [r_in, r_out], or [c, r_in, r_out] with a choice.
+            choice: Which core each row of x uses.
         """
-        return self._run(x, core, index, weight=self.weight_matrix(), bias=self.bias)
+        return self._run(x, core, choice, weight=self.weight_matrix(), bias=self.bias)
 
     def _run(
         self,
         x: Tensor,
         core: Tensor,
-        index: Tensor | None,
+        choice: RowChoice | None,
         *,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
@@ -224,20 +226,8 @@ class LoTRLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                core,
-                scaling,
-                dropout,
-                base_output=base_output,
-                index=index,
-                caches=factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, core, scaling, dropout, base_output, choice)
+            return dispatch.linear(call, factors.caches, self)
 
         return factors.read(compute)
 
@@ -248,7 +238,8 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
-        return fallback.layer(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+        call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+        return fallback.layer(call)
 
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
@@ -517,7 +508,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
             return None
         return linear.in_features, linear.out_features
 
-    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+    def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         parameters = self._parameters  # faster than nn.Module.__getattr__, see LoTRFactors.read
         if "weight" in parameters and "bias" in parameters:
             weight = parameters["weight"]
@@ -525,7 +516,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         else:  # computed in each forward, as by torch.nn.utils.parametrize
             weight = self.weight
             bias = self.bias
-        return self._run(x, core, index, weight=weight, bias=bias)
+        return self._run(x, core, choice, weight=weight, bias=bias)
 
     def weight_matrix(self) -> Tensor:
         return self.weight
