@@ -23,7 +23,6 @@ from .checks import (
     check_dtypes_and_devices,
     check_index,
     check_number,
-    check_probability,
     check_tensor,
 )
 from .core import dispatch, fallback, grouped
@@ -168,12 +167,7 @@ def lotr_grouped_linear(
     check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
     if core_index is not None:
-        check_index("core_index", core_index, len(cores))
-        if core_index.shape != x.shape[:1]:
-            raise ValueError(
-                f"core_index: expected one index per row of x {tuple(x.shape)}, got "
-                f"{tuple(core_index.shape)}"
-            )
+        check_index("core_index", core_index, len(cores), x)
         core_index = core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
     x = routing.without_unread_rows(x)
@@ -254,7 +248,6 @@ class LoTRExperts(LoTRLayer):
     ):
         check_dtype(dtype)
         check_dimension("num_experts", num_experts)
-        check_probability("dropout", dropout)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         super().__init__()
@@ -304,8 +297,7 @@ class LoTRExperts(LoTRLayer):
         """
         state = state_of(self)
         if self.merged or state is ADAPTER_OFF:
-            x_rows = x if routing.reads is None else x[routing.reads]
-            return grouped.linear(x_rows, weight, bias, routing.offs)
+            return grouped.linear(x, weight, bias, routing.offs, routing.reads)
         if state is None:
             choice, cores = routing.choice(self.core, tasks=None)
         else:

@@ -272,10 +272,10 @@ class LoTRLayer(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
-        for parameter in self.factors.A.parameters():
-            yield "A", parameter
-        for parameter in self.factors.B.parameters():
-            yield "B", parameter
+        factors = self.factors
+        for part, module in (("A", factors.A), ("B", factors.B)):
+            for parameter in module.parameters():
+                yield part, parameter
         for parameter in self.core_parameters():
             yield "core", parameter
 
@@ -354,13 +354,16 @@ class LoTRLayer(nn.Module):
         return weight.clone() if self.merged else plus(weight, self.delta_weight())
 
     @torch.no_grad()
-    def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
+    def merge(
+        self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False
+    ) -> None:
         """Adds the adapter to the weight. The layer then runs as a plain linear layer.
 
         Args:
             safe: Whether to check that the result is finite before anything is changed.
             keep_backup: Whether to keep a copy of W, so that `unmerge` restores it bit for bit.
                 Without the copy, `unmerge` subtracts.
+            dequantize: What a `LoTRWrapped` does with a quantized base. Other layers have none.
 
         Raises:
             RuntimeError: If the layer is merged already.
@@ -377,6 +380,10 @@ class LoTRLayer(nn.Module):
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
+
+    def drop_backup(self) -> None:
+        """Frees what `merge` keeps for `unmerge`."""
+        self.weight_backup = None
 
     def _check_unmerged(self) -> None:
         if self.merged:
@@ -496,7 +503,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         check_dtype(dtype)
-        check_probability("dropout", dropout)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)

@@ -258,6 +258,11 @@ class LoTRWrapped(LoTRLayer):
         self.merged = True
         self.replaced = True
 
+    def drop_backup(self) -> None:
+        """Frees the copy of the weight, and the quantized base."""
+        super().drop_backup()
+        set_unregistered(self, "quantized_base", None)
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Removes the adapter from the weight, or restores the quantized base.

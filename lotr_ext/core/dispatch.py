@@ -96,9 +96,7 @@ def grouped_linear(
     dtype = autocast_dtype(call.x)
     if dtype is not None:
         call = _cast(call, dtype, caches)
-    tokens = call.choice.tokens
-    x_rows = call.x if tokens is None else call.x[tokens]
-    y = grouped.linear(x_rows, call.weight, call.bias, offs)
+    y = grouped.linear(call.x, call.weight, call.bias, offs, call.choice.tokens)
     return linear(call._replace(weight=None, bias=None, base_output=y), caches, layer)
 
 

@@ -300,41 +300,46 @@ def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core)
 def _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core):
     """(dx, dA, dB, dcore) of a backward that starts at x."""
     dtype = _new_factor_dtype(B, core, A)
-    new_dx = None if weight is None else g.new_empty(*g.shape[:-1], weight.shape[1])
-    new_dA = None
-    if x is not None and dA is None:
-        new_dA = g.new_empty(A.shape, dtype=dtype)
-    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
-    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
-    return new_dx, new_dA, new_dB, dcore
+    return (
+        _empty_dx(g, weight),
+        _empty_gradient(A, dtype, x is not None and dA is None),
+        _empty_gradient(B, dtype, need_B and dB is None),
+        _empty_gradient(core, dtype, need_core),
+    )
+
+
+def _empty_dx(g: Tensor, weight: Tensor | None, dx: Tensor | None = None) -> Tensor | None:
+    """A new dx. None without a weight, and if a dx is given, to which the operator adds."""
+    if weight is None or dx is not None:
+        return None
+    return g.new_empty(*g.shape[:-1], weight.shape[1])
+
+
+def _empty_gradient(factor: Tensor, dtype: torch.dtype, is_returned: bool) -> Tensor | None:
+    return factor.new_empty(factor.shape, dtype=dtype) if is_returned else None
 
 
 @fake_kernel("layer_backward_projected_")
 def _(g, weight, u, F, B, core, scaling, du, dx, dB, need_B, need_core):
     dtype = _new_factor_dtype(B, core)
-    new_dx = None
-    if weight is not None and dx is None:
-        new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
     new_du = None
     if F is not None and du is None:
         new_du = _empty_rows(g, u.shape[0], u.shape[1])
     elif F is not None:
         new_du = g.new_empty(u.shape)  # torch adds the given du, and makes dense rows
-    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
-    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
-    return new_dx, new_du, new_dB, dcore
+    return (
+        _empty_dx(g, weight, dx),
+        new_du,
+        _empty_gradient(B, dtype, need_B and dB is None),
+        _empty_gradient(core, dtype, need_core),
+    )
 
 
 @fake_kernel("layer_backward_rows_")
 def _(g, weight, h, B, dx, dB, need_h, need_B):
-    new_dx = None
-    if weight is not None and dx is None:
-        new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
     dh = _empty_rows(g, h.shape[0], h.shape[1]) if need_h else None
-    new_dB = None
-    if need_B and dB is None:
-        new_dB = g.new_empty(B.shape, dtype=accumulate_dtype(g.dtype))
-    return new_dx, dh, new_dB
+    dB_dtype = accumulate_dtype(g.dtype)
+    return _empty_dx(g, weight, dx), dh, _empty_gradient(B, dB_dtype, need_B and dB is None)
 
 
 @fake_kernel("shrink_backward_")
