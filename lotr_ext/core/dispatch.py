@@ -236,43 +236,35 @@ def choose_plan(
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     """Computes a call by our operators. `fallback_reason` must be None."""
-    call = _with_sums(call, caches)
     x = call.x
+    if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
+        return run_nodes(call._replace(x=x.contiguous()), caches, layer)
+    if call.base_output is None and _is_trained(call.weight, call.bias):
+        # Autograd then computes the gradient of W.
+        base_output = nnf.linear(x, call.weight, call.bias)
+        return run_nodes(call._replace(weight=None, base_output=base_output), caches, layer)
+    A = caches.A.summed(call.A)
+    B = caches.B.summed(call.B)
     tokens = x.numel() // x.shape[-1] if x.numel() else 0
     strategy = choose_strategy(tokens, x)
+
     needs_projection = call.choice is not None or call.base_output is not None
-    plan = choose_plan(x, call.A, tokens, caches.A.layers, call.p, needs_projection)
+    plan = choose_plan(x, A, tokens, caches.A.layers, call.p, needs_projection)
     if plan is not Plan.PROJECTION:
-        return nodes.layer_on_input(call, strategy, plan is Plan.ONE_NODE_FEW_TOKENS)
+        return nodes.layer_on_input(call, A, B, strategy, plan is Plan.ONE_NODE_FEW_TOKENS)
 
     if call.p:
-        projection = nodes.project_input(x, call.A, call.p)
+        projection = nodes.project_input(x, A, call.p)
     else:
-        projection = caches.A.projection(x, call.A, layer)
+        projection = caches.A.projection(x, A, layer)
     if call.choice is None and x.dtype != torch.float16:
-        return nodes.layer_on_projection(call, projection, strategy)
-    B, scaling = fallback.scaling_in_range(call.B, call.scaling, x.dtype)
+        return nodes.layer_on_projection(call, projection, B, strategy)
+    B_of_rows, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
     if call.choice is not None:
         h = nodes.row_core(projection.u, call.core, scaling, call.choice)
     else:
         h = (projection.u @ call.core.to(x.dtype)) * scaling  # not folded, as in fallback.expand
-    return nodes.layer_on_rows(call, projection, h, B, strategy)
-
-
-def _with_sums(call: LayerCall, caches: Caches) -> LayerCall:
-    """Returns the call as the nodes compute it: they sum the gradients of A and B.
-
-    A trained base becomes a base_output, so that autograd computes the gradient of W.
-    """
-    x, weight, bias, A, B, core, scaling, p, base_output, choice = call
-    if x.dim() > 2 and not x.is_contiguous():
-        x = x.contiguous()  # the operators flatten the leading dimensions
-    if base_output is None and _is_trained(weight, bias):
-        base_output = nnf.linear(x, weight, bias)
-        weight = None  # a node that kept it would refuse a backward after an optimizer's step
-    A = caches.A.summed(A)
-    B = caches.B.summed(B)
-    return LayerCall(x, weight, bias, A, B, core, scaling, p, base_output, choice)
+    return nodes.layer_on_rows(call, projection, h, B_of_rows, strategy)
 
 
 def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
