@@ -94,7 +94,7 @@ def compute_device(module: nn.Module) -> torch.device:
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     hook = getattr(module, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:
+    if device.type == "meta" and hook is not None:  # accelerate's
         return torch.device(hook.execution_device)
     return device
 
@@ -121,6 +121,7 @@ def detach_all(model: nn.Module) -> None:
     """Takes off what was attached to a model and to adapted models inside it."""
     for module in list(model.modules()):
         for name in _ATTRIBUTES:
+            # A module is in _modules; a configuration, or a container's reference, is not.
             attached = vars(module).get(name, module._modules.get(name))
             if attached is None:
                 continue
@@ -132,6 +133,7 @@ def detach_all(model: nn.Module) -> None:
 def _owner(model: nn.Module) -> nn.Module:
     if not isinstance(model, _CONTAINERS):
         return model
+    # The nearest module around the first adapted layer that is not such a container.
     name, layer = next(iter(adapted_layers(model).items()))
     while name:
         name = name.rpartition(".")[0]

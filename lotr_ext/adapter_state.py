@@ -30,7 +30,7 @@ from .base_model import BaseModel
 from .checks import check_number, check_probability
 from .config import LoTRConfig
 from .core.operators import DTYPES
-from .storage import checksum, expect_type, json_object, put_tensors, read_bytes, tensors_in
+from .storage import checksum, expect_type, json_in, json_object, put_tensors, tensors_in
 from .targets import name_ends_with
 
 __all__ = ["FILE_NAME", "AdapterState", "LayerEntry"]
@@ -46,6 +46,13 @@ def _named(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def _names_from_json(field: str, value: object) -> tuple[str, ...]:
+    expect_type(field, value, list)
+    for name in value:
+        expect_type(field, name, str)
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class LayerEntry:
             raise ValueError(f"B: expected another tensor than A, got {entry.B!r:.80}")
         if entry.experts < 0:
             raise ValueError(f"experts: expected at least 0, got {entry.experts}")
+        # The kernels compute with it in float32.
         if abs(entry.scaling) > torch.finfo(torch.float32).max:
             raise ValueError(f"scaling: expected a float32 number, got {entry.scaling}")
         return replace(entry, scaling=float(entry.scaling), dropout=float(entry.dropout))
@@ -102,6 +110,7 @@ class AdapterState:
         modules_to_save: The names of fully trained modules.
         base: What identifies the base model.
         tensors: The full tensors by name.
+        tied: The parameters that share memory with one of modules_to_save. None if not known.
     """
 
     config: LoTRConfig | None
@@ -109,6 +118,7 @@ class AdapterState:
     modules_to_save: tuple[str, ...]
     base: BaseModel
     tensors: dict[str, Tensor]
+    tied: tuple[str, ...] | None = None
 
     # ---- JSON ------------------------------------------------------------------------------------
 
@@ -120,6 +130,7 @@ class AdapterState:
             "config": None if self.config is None else self.config.to_dict(),
             "layers": {name: asdict(entry) for name, entry in self.layers.items()},
             "modules_to_save": list(self.modules_to_save),
+            "tied": None if self.tied is None else list(self.tied),
             "base": asdict(self.base),
         }
 
@@ -128,7 +139,7 @@ class AdapterState:
         """Returns the adapter of a document and its tensors.
 
         Args:
-            document: As `document` returns it. base and lotr_ext_version may be absent.
+            document: As `document` returns it. base, tied and lotr_ext_version may be absent.
             tensors: By name.
 
         Raises:
@@ -137,7 +148,6 @@ class AdapterState:
                 field.
         """
         expect_type("layers", document.get("layers"), dict)
-        expect_type("modules_to_save", document.get("modules_to_save"), list)
         config = document.get("config")
         if config is not None:
             expect_type("config", config, dict)
@@ -147,11 +157,15 @@ class AdapterState:
         for name, value in document["layers"].items():
             with _named(f"layers, {name!r:.200}"):
                 layers[name] = LayerEntry.from_json(value)
-        modules = document["modules_to_save"]
-        for name in modules:
-            expect_type("modules_to_save", name, str)
-        base = BaseModel.from_json(document.get("base", {}))
-        state = AdapterState(config, layers, tuple(modules), base, dict(tensors))
+        tied = document.get("tied")
+        state = AdapterState(
+            config,
+            layers,
+            _names_from_json("modules_to_save", document.get("modules_to_save")),
+            BaseModel.from_json(document.get("base", {})),
+            dict(tensors),
+            None if tied is None else _names_from_json("tied", tied),
+        )
         state._check_sizes()
         state._check_config()
         return state
@@ -162,7 +176,7 @@ class AdapterState:
             raise ValueError("layers: expected at least one, got none")
         for name, entry in self.layers.items():
             A, B, core = (self._floating(key) for key in (entry.A, entry.B, f"{name}.core"))
-            lead = [entry.experts] if entry.experts else []
+            lead = [entry.experts] if entry.experts else []  # each expert has a core
             if A.dim() != 2 or B.dim() != 2 or core.shape != (*lead, A.shape[1], B.shape[1]):
                 raise ValueError(
                     f"layers, {name!r}: expected A [k, r_in], B [n, r_out] and a core "
@@ -203,11 +217,6 @@ class AdapterState:
             )
         return self.tensors[key]
 
-    def sizes(self, layer: str) -> tuple[int, int]:
-        """Returns (in_features, out_features) of a layer."""
-        entry = self.layers[layer]
-        return self.tensors[entry.A].shape[0], self.tensors[entry.B].shape[0]
-
     # ---- files -----------------------------------------------------------------------------------
 
     @staticmethod
@@ -225,7 +234,7 @@ class AdapterState:
             path = directory / old_files.JSON_NAME
             if not path.exists():
                 raise ValueError(
-                    f"directory: expected a folder with {FILE_NAME}, got {_kind(directory)}"
+                    f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
                 )
             document, tensors = old_files.read(path)
         with _named(str(path)):
@@ -238,7 +247,8 @@ class AdapterState:
             ValueError: If directory is a file.
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
-        text = json.dumps(self.document, allow_nan=False)
+        text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
+        # The order is that of the checksum, see `_document_of`.
         tensors = {key: tensor.detach().cpu() for key, tensor in sorted(self.tensors.items())}
         metadata = {
             "format": "lotr",
@@ -247,6 +257,7 @@ class AdapterState:
             "sha256": checksum(tensors.items(), text.encode()),
         }
         put_tensors(directory, FILE_NAME, tensors, metadata)
+        # Afterwards: `read` prefers the new file, so a killed process leaves one or the other.
         old_files.remove(directory)
 
 
@@ -270,16 +281,27 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json_object(text, "directory", path), tensors
 
 
-def _kind(directory: Path) -> str:
-    """Says what stands in place of an adapter's folder, and what reads it."""
+def _what_is_at(directory: Path) -> str:
+    """Says what stands in place of an adapter's folder, and what to do."""
     if directory.is_file():
         return f"the file {directory}. Pass the folder that save_adapter wrote."
-    config = directory / "adapter_config.json"
-    if not config.is_file():
-        return f"{str(directory)!r}"
+    if not directory.exists():
+        return f"{directory}, which does not exist. Pass the folder that save_adapter wrote."
+    if (directory / "adapter_config.json").is_file():
+        return _adapter_of_peft(directory)
+    if (directory / "config.json").is_file():
+        return (
+            f"{directory}, where save_pretrained or a Trainer wrote a model. They write no LoTR "
+            f"adapter: pass a folder that save_adapter wrote, and train with "
+            f"lotr_ext.trainer.AdapterCheckpoints to have adapters in checkpoints."
+        )
+    return f"{directory}, which has no adapter. Pass the folder that save_adapter wrote."
+
+
+def _adapter_of_peft(directory: Path) -> str:
     try:
-        method = json.loads(read_bytes(config)).get("peft_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        method = json_in(directory / "adapter_config.json", "directory").get("peft_type")
+    except ValueError:
         method = None
     if method == "LOTR":
         return (

@@ -18,7 +18,7 @@ from .checks import check_number
 from .layers import LoTRLayer
 from .sharded_tensors import full_shape, is_sharded
 from .storage import expect_type
-from .targets import saved_modules
+from .targets import saved_in
 
 __all__ = ["BaseModel", "refuse_or_warn"]
 
@@ -85,13 +85,13 @@ class BaseModel:
             parameter = parameters.get(name)
             if parameter is None or id(parameter) in moved or not _is_sampled(parameter):
                 continue
-            actual = _sample(gather(parameter))
-            if actual is None or not _all_close(actual, expected):
+            difference = _difference(_sample(gather(parameter)), expected)
+            if difference is not None:
                 message = (
                     f"base: expected the model that the adapter was trained on "
                     f"({self.name or 'its name is not known'}), got "
-                    f"{_name_of(model) or type(model).__name__}, in which {name} is "
-                    f"{actual} instead of {expected}. Load the adapter into its base model."
+                    f"{_name_of(model) or type(model).__name__}, in which {name} has "
+                    f"{difference}. Load the adapter into its base model."
                 )
                 refuse_or_warn(message, refuse)
                 return
@@ -109,19 +109,21 @@ def _name_of(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _sample(tensor: Tensor) -> list[float] | None:
-    """Returns values at fixed places of a full tensor, None if they are not finite."""
+def _sample(tensor: Tensor) -> list[float]:
+    """Returns values at fixed places of a full tensor."""
     last = tensor.numel() - 1
     places = sorted({last * i // (VALUES - 1) for i in range(VALUES)})
-    values = tensor.detach().reshape(-1)[places].double().tolist()
-    return values if all(map(math.isfinite, values)) else None
+    return tensor.detach().reshape(-1)[places].double().tolist()
 
 
-def _all_close(actual: list[float], expected: list[float]) -> bool:
-    """Whether two samples are equal up to the rounding to bfloat16."""
+def _difference(actual: list[float], expected: list[float]) -> str | None:
+    """Describes where two samples differ by more than the rounding to bfloat16, None if nowhere."""
     if len(actual) != len(expected):
-        return False
-    return all(math.isclose(a, b, rel_tol=2.0**-7, abs_tol=1e-6) for a, b in zip(actual, expected))
+        return "another size"
+    for actual_value, value in zip(actual, expected):
+        if not math.isclose(actual_value, value, rel_tol=2.0**-7, abs_tol=1e-6):
+            return f"{actual_value:.4g} in place of {value:.4g}"
+    return None
 
 
 def _moved_parameters(layers: Mapping[str, LoTRLayer]) -> set[int]:
@@ -147,21 +149,21 @@ def _values_of(
     changed = _moved_parameters(layers)
     for layer in layers.values():
         changed.update(id(p) for p in layer.adapter_parameters())
-    config = getattr(model, "lotr_config", None)
-    if config is not None:
-        for module in saved_modules(model, config).values():
-            changed.update(id(p) for p in module.parameters())
+    for module in saved_in(model).values():
+        changed.update(id(p) for p in module.parameters())
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()
         if id(parameter) not in changed and not parameter.requires_grad and _is_sampled(parameter)
     ]
+    # Biases and norms may be zeros and ones in every model. Matrices tell them apart.
     matrices = [item for item in frozen if len(full_shape(item[1])) > 1]
     candidates = matrices or frozen
+    # Spread over the depth: models often share their first layers, such as embeddings.
     step = max(1, math.ceil(len(candidates) / PARAMETERS))
     values = {}
     for name, parameter in candidates[::step]:
         numbers = _sample(gather(parameter))
-        if numbers is not None:
+        if all(map(math.isfinite, numbers)):  # JSON has no others
             values[name] = numbers
     return values

@@ -5,6 +5,8 @@ nn.TransformerEncoderLayer         its fast path reads linear1 and linear2: turn
 nn.TransformerEncoder              makes nested tensors for that fast path: turned off
 attention of diffusers             fuse_projections copies the weights of to_q, to_k and to_v
                                    into a new layer: refused; later to_q is not called any more
+models of transformers             resize_token_embeddings copies the weight of the output layer
+                                   into a new layer: refused if the output layer is adapted
 """
 
 from __future__ import annotations
@@ -50,25 +52,30 @@ def block_bypasses(model: nn.Module, adapted: type[nn.Module] = LoTRLayer) -> No
     """
     for module in model.modules():
         attribute = _fast_path_attribute(module)
-        fuses = callable(getattr(module, "fuse_projections", None))
-        if attribute is None and not fuses:
-            continue
-        if not any(isinstance(child, adapted) for child in module.modules()):
-            continue
-        if fuses:
+        if attribute is not None and _has(module, adapted):
+            if "lotr_fast_path" not in vars(module):
+                module.lotr_fast_path = getattr(module, attribute)
+                setattr(module, attribute, False)
+        if callable(getattr(module, "fuse_projections", None)) and _has(module, adapted):
             module.fuse_projections = _refuse_to_fuse
-        elif "lotr_fast_path" not in vars(module):
-            module.lotr_fast_path = getattr(module, attribute)
-            setattr(module, attribute, False)
+        if callable(getattr(module, "resize_token_embeddings", None)):
+            output = module.get_output_embeddings()
+            if output is not None and _has(output, adapted):
+                module.resize_token_embeddings = _refuse_to_resize
 
 
 def restore_bypasses(model: nn.Module) -> None:
     """Undoes `block_bypasses`."""
     for module in model.modules():
-        if vars(module).get("fuse_projections") is _refuse_to_fuse:
-            del module.fuse_projections
+        for name, refusal in _REFUSALS.items():
+            if vars(module).get(name) is refusal:
+                delattr(module, name)
         if "lotr_fast_path" in vars(module):
             setattr(module, _fast_path_attribute(module), vars(module).pop("lotr_fast_path"))
+
+
+def _has(module: nn.Module, adapted: type[nn.Module]) -> bool:
+    return any(isinstance(child, adapted) for child in module.modules())
 
 
 def _fast_path_attribute(module: nn.Module) -> str | None:
@@ -84,3 +91,18 @@ def _refuse_to_fuse(*args: Any, **kwargs: Any) -> NoReturn:
         "fuse_projections: expected attention without an adapter, got an adapted one. The fused "
         "layer would not contain the adapter. Call unload(model, merge=True) first."
     )
+
+
+def _refuse_to_resize(*args: Any, **kwargs: Any) -> NoReturn:
+    """Takes the place of transformers' method in a model with an adapted output layer."""
+    raise RuntimeError(
+        "resize_token_embeddings: expected an output layer without an adapter, got an adapted one. "
+        "The new layer would not contain the adapter. Resize before the model is adapted, or call "
+        "unload(model, merge=True) first."
+    )
+
+
+_REFUSALS = {
+    "fuse_projections": _refuse_to_fuse,
+    "resize_token_embeddings": _refuse_to_resize,
+}

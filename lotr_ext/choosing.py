@@ -11,7 +11,6 @@ The rank is the largest one with at most this number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -69,16 +68,16 @@ def rank_for(
         form = {"group_by": "shape", "core": "diagonal"}
     else:
         form = {"group_by": "block", "core": "dense"}
-    form_selection = select(model, LoTRConfig(**settings, **form))
-    is_diagonal = form["core"] == "diagonal"
-
-    def size(rank: int) -> int:
-        return _size(form_selection, rank, is_diagonal=is_diagonal)
-
-    rank = _largest(size, budget)
+    # Another group_by may have other groups of the same layers.
+    config = LoTRConfig(**settings, **form)
+    form_selection = select(model, config)
+    rank = 0
+    while _size(form_selection, config, rank + 1) <= budget:
+        rank += 1
     if rank == 0:
+        least = _size(form_selection, config, 1)
         raise ValueError(
-            f"numbers: expected at least {size(1):,} for rank 1 in {len(selection.targets)} "
+            f"numbers: expected at least {least:,} for rank 1 in {len(selection.targets)} "
             f"layers, got {budget:,}. Adapt fewer layers."
         )
     return LoTRConfig(rank=rank, **settings, **form)
@@ -91,16 +90,8 @@ def _rank_of_lora(like: object) -> int:
     return int(rank)
 
 
-def _size(selection: Selection, rank: int, *, is_diagonal: bool) -> int:
+def _size(selection: Selection, config: LoTRConfig, rank: int) -> int:
     """Returns the number of trained parameters of an adapter of this rank."""
-    core = rank if is_diagonal else rank * rank
+    core = rank if config.core == "diagonal" else rank * rank
     factors = sum(sum(targets[0].sizes) for targets in selection.groups.values())
     return rank * factors + core * len(selection.targets)
-
-
-def _largest(size: Callable[[int], int], budget: int) -> int:
-    """Returns the largest rank whose size is at most budget, 0 if there is none."""
-    rank = 0
-    while size(rank + 1) <= budget:
-        rank += 1
-    return rank

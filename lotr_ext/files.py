@@ -30,7 +30,7 @@ from .model import clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
-from .targets import saved_modules, select
+from .targets import parameter_name, saved_in, select, tied_names
 
 __all__ = ["load_adapter", "load_state", "push_to_hub", "save_adapter", "state_of"]
 
@@ -172,41 +172,55 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
         RuntimeError: If the model has no adapter, or one on the meta device.
     """
     layers = adapted_layers(model)
-    config = getattr(model, "lotr_config", None)
-    tensors = {}
-    for key, tensor in _tensors_of(model, layers).items():
-        tensors[key] = gather(tensor)
+    # All processes gather in the same order, which is the model's.
+    tensors = {key: gather(tensor) for key, tensor in _tensors_of(model, layers).items()}
     for name, layer in layers.items():
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    if config is not None:  # model.to(dtype) does not change it
-        dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
-        if len(dtypes) == 1:
-            config = replace(config, adapter_dtype=dtypes.pop())
-    modules = () if config is None else tuple(saved_modules(model, config))
-    base = BaseModel.of(model, layers, gather)
-    return AdapterState(config, _entries_of(model, layers), modules, base, tensors)
-
-
-def _factors_of(layer: LoTRLayer) -> tuple[LoTRFactor, LoTRFactor]:
-    return layer.factors.A, layer.factors.B
+    config = getattr(model, "lotr_config", None)
+    dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
+    if config is not None and len(dtypes) == 1:
+        # model.to(dtype) has not changed the configuration.
+        config = replace(config, adapter_dtype=dtypes.pop())
+    saved = saved_in(model)
+    return AdapterState(
+        config,
+        _entries_of(model, layers),
+        tuple(saved),
+        BaseModel.of(model, layers, gather),
+        tensors,
+        _tied_to(model, saved),
+    )
 
 
 def _names_of_factors(model: nn.Module) -> dict[nn.Module, str]:
     return {m: f"{name}.value" for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
 
 
+def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Returns the names of parameters that share memory with one of modules_to_save."""
+    tied = tied_names(model)
+    names: set[str] = set()
+    for module in saved.values():
+        for child in module.modules():
+            names.update(tied.get(id(child), ()))
+    return tuple(sorted(names))
+
+
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
     names = _names_of_factors(model)
     entries = {}
     for name, layer in layers.items():
-        A, B = _factors_of(layer)
-        experts = layer.num_experts
-        scaling = float(layer.scaling)
-        entries[name] = LayerEntry(names[A], names[B], scaling, layer.dropout, experts)
+        entries[name] = LayerEntry(
+            A=names[layer.factors.A],
+            B=names[layer.factors.B],
+            scaling=float(layer.scaling),
+            dropout=layer.dropout,
+            experts=layer.num_experts,
+        )
     return entries
 
 
@@ -218,7 +232,7 @@ def _tensors_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
     names = _names_of_factors(model)
     tensors: dict[str, Tensor | None] = {}
     for name, layer in layers.items():
-        for factor in _factors_of(layer):
+        for factor in (layer.factors.A, layer.factors.B):
             tensors[names[factor]] = factor.value
             tensors[start_key(names[factor])] = factor.start
         if _core_source(layer) is None:
@@ -230,10 +244,9 @@ def _tensors_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
     cores = getattr(model, "lotr_cores", None)
     if cores is not None:
         tensors.update(_prefixed("lotr_cores", cores))
-    config = getattr(model, "lotr_config", None)
-    if config is not None:
-        for name, module in saved_modules(model, config).items():
-            tensors.update(_prefixed(name, module))
+    for name, module in saved_in(model).items():
+        tensors.update(_prefixed(name, module))
+    # A layer without a start has None, and a tied tensor has several names.
     distinct: dict[int, str] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, Tensor):
@@ -275,9 +288,12 @@ def unwrapped(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
     writes = True
     wrappers = (nn.parallel.DistributedDataParallel, *engines)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+            continue
         if isinstance(model, nn.parallel.DistributedDataParallel):
             writes = dist.get_rank(model.process_group) == 0
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        model = model.module
     return model, writes
 
 
@@ -286,10 +302,8 @@ def warn_of_unsaved(model: nn.Module) -> None:
     saved: set[int] = set()
     for layer in layers_in(model).values():
         saved.update(id(p) for p in layer.adapter_parameters())
-    config = getattr(model, "lotr_config", None)
-    if config is not None:
-        for module in saved_modules(model, config).values():
-            saved.update(id(p) for p in module.parameters())
+    for module in saved_in(model).values():
+        saved.update(id(p) for p in module.parameters())
     unsaved = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if unsaved:
         warnings.warn(
@@ -328,9 +342,9 @@ def load_state(
     with unchanged_on_error(model):
         if not layers_in(model):
             _adapt(model, state, refuse_other_targets=bool(strict))
-        targets = _check_fits(model, state, cast)
+        model_tensors = _check_fits(model, state, cast)
         state.base.check(model, gather, refuse=strict is True)
-    _copy_to(model, state, targets, copy)
+    _copy_to(model, state, model_tensors, copy)
 
 
 def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) -> None:
@@ -352,12 +366,6 @@ def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) ->
         )
     exact = _exact_config(state, linear)
     selection = select(model, exact)
-    for target in selection.targets:
-        if target.name in state.layers and target.sizes != state.sizes(target.name):
-            raise ValueError(
-                f"{target.name}: expected (in_features, out_features) = {target.sizes} as in "
-                f"the model, got {state.sizes(target.name)} in the adapter"
-            )
     _check_core_sizes(state)
     _check_targets(model, state, refuse_other_targets)
     install(model, exact, selection)
@@ -369,11 +377,8 @@ def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) ->
 
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
-    experts = [
-        re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name)
-        for name, entry in state.layers.items()
-        if entry.experts
-    ]
+    experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
+    # By width, A and B are shared by other layers each, which no mapping to groups can say.
     group_by: str | dict[str, str] = "width"
     if state.config.group_by != "width":
         group_by = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
@@ -383,12 +388,14 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
         target_parameters=experts or None,
         exclude_modules=None,
         group_by=group_by,
+        # Loaded values replace these. "svd" would factorize every weight first.
         init="kaiming" if state.config.init == "svd" else state.config.init,
     )
 
 
 def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
     """Refuses a plain model in which the configuration selects more layers, or warns of it."""
+    # The groups do not matter here, and a mapping to groups lacks the layers that are too many.
     selection = select(model, replace(state.config, group_by="shape"))
     extra = [target.name for target in selection.targets if target.name not in state.layers]
     if extra:
@@ -405,6 +412,7 @@ def _check_core_sizes(state: AdapterState) -> None:
     """Checks the parameters of computed cores before memory is allocated for them."""
     if state.config.core not in FORMS:
         return
+    # A few bytes of a damaged file may ask for gigabytes. On meta nothing is allocated.
     with torch.device("meta"):
         places = [place_of(name) for name in state.layers]
         cores = FORMS[state.config.core](places, state.config.rank)
@@ -426,7 +434,24 @@ def _check_fits(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, 
         The parameters and buffers of the model by the names of the adapter's tensors.
     """
     layers = adapted_layers(model)
-    config = getattr(model, "lotr_config", None)
+    _check_can_load(model, layers)
+    _check_structure(model, layers, state)
+    names = _names_in_file(state, _entries_of(model, layers))
+    model_tensors = {}
+    for key, tensor in _tensors_of(model, layers).items():
+        if not key.endswith((".start", ".start_core")):
+            model_tensors[names.get(key, key)] = tensor
+    expected = model_tensors | _expected_starts(state, layers)
+    # A file has the value of every core, also where the model computes it from parameters.
+    cores = {f"{name}.core" for name in layers}
+    expect_names("tensors", expected.keys() | cores, state.tensors)
+    for key, tensor in expected.items():
+        _check_tensor(key, tensor, state.tensors[key], cast)
+    return model_tensors
+
+
+def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
+    """Checks that the values of an adapted model may be replaced."""
     expect_unmerged(layers, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
@@ -434,6 +459,20 @@ def _check_fits(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, 
             "tasks would change with the factors. Load the adapter first, or del "
             "model.lotr_tasks."
         )
+    for name, layer in layers.items():
+        modules = (layer, layer.factors.A, layer.factors.B)
+        if any(hasattr(module, "parametrizations") for module in modules):
+            raise TypeError(
+                f"{name}: expected an adapter without parametrizations, got one. Remove them "
+                f"before loading."
+            )
+
+
+def _check_structure(
+    model: nn.Module, layers: Mapping[str, LoTRLayer], state: AdapterState
+) -> None:
+    """Checks that the model has the adapter's layers, and ties modules_to_save as it did."""
+    config = getattr(model, "lotr_config", None)
     expect_names("layers", layers, state.layers)
     is_computed = config is not None and config.core != "dense"
     if is_computed and list(state.layers) != list(layers):
@@ -441,25 +480,14 @@ def _check_fits(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, 
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
         )
-    names = _names_in_file(state, _entries_of(model, layers))
-    targets = {}
-    for key, tensor in _tensors_of(model, layers).items():
-        if not key.endswith((".start", ".start_core")):
-            targets[names.get(key, key)] = tensor
-    expected = {**targets, **_expected_starts(state, layers)}
-    computed = set()
-    for name, layer in layers.items():
-        if any(hasattr(m, "parametrizations") for m in (layer, *_factors_of(layer))):
-            raise TypeError(
-                f"{name}: expected an adapter without parametrizations, got one. Remove them "
-                f"before loading."
-            )
-        if f"{name}.core" not in targets:
-            computed.add(f"{name}.core")
-    expect_names("tensors", expected.keys() | computed, state.tensors)
-    for key, tensor in expected.items():
-        _check_tensor(key, tensor, state.tensors[key], cast)
-    return targets
+    tied = _tied_to(model, saved_in(model))
+    if state.tied is not None and state.tied != tied:
+        # Of two tied parameters only one is in the file. The other would keep the base's value.
+        raise ValueError(
+            f"modules_to_save: expected parameters tied as in the model, to "
+            f"{', '.join(tied) or 'no other'}, got {', '.join(state.tied) or 'no other'} in the "
+            f"adapter. Load it into the base model that it was trained on."
+        )
 
 
 def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> dict[str, str]:
@@ -468,19 +496,16 @@ def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> di
     Raises:
         ValueError: If layers share other factors in the file than in the model.
     """
-    names: dict[str, str] = {}
+    pairs: set[tuple[str, str]] = set()
     for layer, entry in entries.items():
         saved = state.layers[layer]
-        for in_model, in_file in ((entry.A, saved.A), (entry.B, saved.B)):
-            if names.setdefault(in_model, in_file) != in_file:
-                raise ValueError(
-                    f"layers, {layer!r}: expected factors shared as in the model, got "
-                    f"{in_file!r} and {names[in_model]!r} for one factor of the model"
-                )
-    if len(set(names.values())) != len(names):
+        pairs |= {(entry.A, saved.A), (entry.B, saved.B)}
+    names = dict(pairs)
+    files_names = set(names.values())
+    if not len(names) == len(files_names) == len(pairs):
         raise ValueError(
-            f"layers: expected {len(names)} factors as in the model, got "
-            f"{len(set(names.values()))} that more layers share"
+            f"layers: expected layers that share {len(names)} factors as in the model, got others "
+            f"that share {len(files_names)} in the adapter"
         )
     return names
 
@@ -500,6 +525,7 @@ def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> di
                 raise ValueError(
                     f"{name}: expected a computed core, got one that starts by init 'svd'"
                 )
+            # Raises here, before anything changes, if the start cannot be subtracted from it.
             layer._weight_to_write("load_adapter")
             starts.update(like)
     return starts
@@ -508,26 +534,26 @@ def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> di
 def _copy_to(
     model: nn.Module,
     state: AdapterState,
-    targets: Mapping[str, Tensor],
+    model_tensors: Mapping[str, Tensor],
     copy: Callable[[Tensor, Tensor], None],
 ) -> None:
     """Copies scalings, dropout, starts and values into an adapted model that fits."""
     layers = layers_in(model)
     groups: dict[tuple[str, str], list[str]] = {}
     for name, entry in state.layers.items():
-        layers[name].dropout = entry.dropout
         groups.setdefault((entry.A, entry.B), []).append(name)
     for (A, B), names in groups.items():
         group = [layers[name] for name in names]
         if group[0].start_core is not None:
-            clear_start(group)
+            clear_start(group)  # with the old scaling, which made it
         for name in names:
             layers[name].scaling = state.layers[name].scaling
+            layers[name].dropout = state.layers[name].dropout
         if start_key(A) in state.tensors:
             cores = torch.stack([state.tensors[f"{name}.start_core"] for name in names])
             set_start(group, (state.tensors[start_key(A)], state.tensors[start_key(B)], cores))
-    for key, target in targets.items():
-        copy(target, state.tensors[key])
+    for key, tensor in model_tensors.items():
+        copy(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)
     if config is not None:
         model.lotr_config = _config_after_loading(config, state)

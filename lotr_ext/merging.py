@@ -82,7 +82,7 @@ def merge_layers(
     if not isinstance(dequantize, bool) and not is_dtype:
         raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
     _check_weights(model, layers)
-    merged: list[LoTRLayer] = []
+    merged: list[LoTRLayer] = []  # to be undone if a later one fails
     for name, layer in layers.items():
         try:
             layer.merge(safe, dequantize=dequantize)
@@ -126,6 +126,7 @@ def unmerge(model: Model) -> Model:
     if not merged:
         raise RuntimeError("unmerge: expected merged layers, got none that is merged")
     for name, layer in merged.items():
+        # Dequantizing replaced the base; only the old module has its quantized values.
         if getattr(layer, "replaced", False) and layer.quantized_base is None:
             raise RuntimeError(
                 f"unmerge: expected the quantized base of {name!r}, got a layer merged with "

@@ -137,31 +137,22 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
         device=compute_device(selection.targets[0].module),
         dtype=config.adapter_dtype,
     )
+    # From here on the model changes. `unchanged_on_error` undoes it.
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    factors_by_name: dict[str, LoTRFactor] = {}
+    all_factors: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        device = compute_device(targets[0].module)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "lotr_ext: rank")  # one warning for the model, below
-            factors = pair_of(
-                factors_by_name,
-                group,
-                targets[0].sizes,
-                config,
-                device=device,
-                dtype=config.adapter_dtype,
-            )
-        layers = [_replace(model, target, factors, config) for target in targets]
+        layers = _adapt_group(model, group, targets, all_factors, config)
         if cores is not None:
             for target, layer in zip(targets, layers):
                 layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-    _warn_of_rank(config, factors_by_name)
-    attach(model, "lotr_factors", nn.ModuleList(factors_by_name.values()))
+    _warn_of_rank(config, all_factors)
+    # After the layers: the owner of what is attached may depend on where they are.
+    attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
         attach(model, "lotr_cores", cores.requires_grad_("core" in config.train))
     for layer in adapted_layers(model).values():
@@ -173,6 +164,27 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     block_bypasses(model)
     watch(model, check_optimizer)
     watch(model, check_layers_are_called)
+
+
+def _adapt_group(
+    model: nn.Module,
+    group: str,
+    targets: Sequence[Target],
+    all_factors: MutableMapping[str, LoTRFactor],
+    config: LoTRConfig,
+) -> list[LoTRLayer]:
+    """Adapts the layers of one group, whose factors may be new in all_factors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lotr_ext: rank")  # `_warn_of_rank` warns once instead
+        factors = pair_of(
+            all_factors,
+            group,
+            targets[0].sizes,
+            config,
+            device=compute_device(targets[0].module),
+            dtype=config.adapter_dtype,
+        )
+    return [_replace(model, target, factors, config) for target in targets]
 
 
 def _warn_of_rank(config: LoTRConfig, factors: Mapping[str, LoTRFactor]) -> None:
@@ -206,7 +218,9 @@ def pair_of(
         device: The device of new factors.
         dtype: The dtype of new factors.
     """
-    init = "kaiming" if config.init == "svd" else config.init  # "svd" overwrites it
+    init = config.init
+    if init == "svd":
+        init = "kaiming"  # the cheapest: `set_start` overwrites the values
     pair = []
     for part, features, rank in zip("AB", sizes, config.ranks):
         name = f"{part}_{features if config.group_by == 'width' else group}"
@@ -231,6 +245,7 @@ def _replace(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
     layer.leave_factors_to_owner()
+    # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
     device = compute_device(target.module)
     if layer.core.device != device:
         core = torch.empty(layer.core.shape, device=device, dtype=layer.core.dtype)
@@ -438,6 +453,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     """The part of `unload` that cannot fail."""
+    # By id, because one layer may have several names.
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
     if isinstance(model, LoTRLayer):  # there is no place to put the plain layer

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_rank
-from .storage import json_in, tensors_in
+from .storage import expect_type, json_in, tensors_in
 
 __all__ = ["JSON_NAME", "config_of_version_1", "read", "remove", "start_key"]
 
@@ -88,12 +88,12 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     if config.pop("magnitude", False):
         raise ValueError("magnitude: expected False, got True, which this version does not have")
     train = config.get("train", ["A", "B", "core"])
-    if not isinstance(train, (list, tuple)):
-        raise TypeError(f"train: expected a list, got {train!r:.80}")
+    expect_type("train", train, list)
     config["train"] = [part for part in train if part != "magnitude"]
     if config.get("init") == "gradient":
         config["init"] = "orthonormal"
     if config.get("scaling") is None:
+        # None meant alpha / r, which "auto" means today if alpha or rslora is given.
         is_one = config.get("alpha") is None and not config.get("rslora")
         config["scaling"] = 1.0 if is_one else "auto"
     elif config["scaling"] == "auto":
@@ -107,12 +107,10 @@ def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a document of version 1 as one of the present version. Other checks follow it."""
     config = document["config"]
     layers = document["layers"]
-    if not isinstance(layers, dict):
-        raise TypeError(f"layers: expected an object, got {layers!r:.80}")
+    expect_type("layers", layers, dict)
     entries = {}
     for name, entry in layers.items():
-        if not isinstance(entry, dict):
-            raise TypeError(f"layers, {name!r:.200}: expected an object, got {entry!r:.80}")
+        expect_type(f"layers, {name!r:.200}", entry, dict)
         factors = entry.get("factors")
         if isinstance(factors, str):  # a pair in one module
             names = [f"{factors}.A", f"{factors}.B"]

@@ -85,13 +85,15 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             members[_GROUPS[parts.get(parameter)]].append(parameter)
-    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
+    if other_lr is None:
+        other_lr = lr
+    rates = {"cores": lr, "factors": lr, "other": other_lr}
     groups = []
     for name, parameters in members.items():
         if not parameters:
             continue
         group: dict[str, Any] = {"params": parameters, "name": name}
-        if rates[name] is not None:
+        if rates[name] is not None:  # without "lr" the optimizer's own rate is used
             group["lr"] = rates[name]
         groups.append(group)
     return groups
@@ -205,6 +207,7 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
         dtype = x.dtype
     else:
         dtype = layer.weight.dtype
+    # The rule looks at dtypes and devices only, so that nothing has to be computed.
     empty = x.new_empty(0, dtype=dtype)  # stands for the layer's input and for its base's output
 
     def reason(A: Tensor, B: Tensor) -> str:

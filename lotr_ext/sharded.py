@@ -123,6 +123,7 @@ def _reshard(model: nn.Module) -> None:
 
     The parameters are then the shards that the optimizer updates.
     """
+    # Else a loaded value would be written into the gathered copy, which the next step discards.
     fsdp = imported_class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):
@@ -167,6 +168,7 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
         return work()
     result = None
     error = None
+    # A process that raises leaves the others waiting in the next collective operation.
     try:
         result = work()
     except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer

@@ -95,12 +95,13 @@ def put_file(directory: Path, name: str, data: bytes) -> None:
         name: The name of the file.
         data: The content of the file.
     """
+    # In the same directory, because a rename is atomic only within a file system.
     temporary = directory / f"lotr.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a crash after the rename may leave an empty file
         os.replace(temporary, directory / name)
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,11 +126,13 @@ def put_tensors(
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
+    # safetensors refuses tensors that share memory, so each is copied.
     contiguous = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
     data = save(contiguous, metadata)
+    # Only now, so that a failure above leaves no empty directory.
     directory.mkdir(parents=True, exist_ok=True)
     put_file(directory, name, data)
 
@@ -141,10 +144,10 @@ def read_bytes(path: Path) -> bytes:
     """Returns the content of a regular file. Opening a FIFO would wait for a writer.
 
     Raises:
-        OSError: If it is another kind of file, or cannot be read.
+        OSError: If there is none, or it cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
+    if not path.is_file():
+        raise OSError("another kind of file" if path.exists() else "no such file")
     return path.read_bytes()
 
 
@@ -172,7 +175,9 @@ def tensors_in(
         actual = hashlib.sha256(data).hexdigest()
         if sha256 is not None and actual != sha256:
             raise ValueError(f"sha256 {actual} instead of {sha256}: truncated, or another file")
-        tensors = load(data)  # checks the header, which is JSON after a length of eight bytes
+        tensors = load(data)
+        # `load` has checked the header, which is JSON after a length of eight bytes. It does not
+        # return the metadata.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{name}: expected a safetensors file {path}, got {error}") from None
@@ -185,6 +190,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
+        # As bytes, because NumPy has no bfloat16.
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

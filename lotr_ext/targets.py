@@ -31,7 +31,10 @@ __all__ = [
     "check_targets",
     "group_of",
     "heads",
+    "modules_with_names",
     "name_ends_with",
+    "parameter_name",
+    "saved_in",
     "saved_modules",
     "select",
     "tied_names",
@@ -108,7 +111,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             f"is for get_peft_model."
         )
     _check_model(model)
-    modules = _modules_with_names(model)
+    modules = modules_with_names(model)
     _check_patterns(model, config, [name for _, names in modules for name in names])
     saved = saved_modules(model, config)
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
@@ -121,7 +124,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(targets, saved, left_out)
 
 
-def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -168,7 +171,7 @@ def _linear_targets(
     Args:
         model: The model.
         config: The configuration.
-        modules: From `_modules_with_names`.
+        modules: From `modules_with_names`.
         inside_saved: The ids of modules in modules_to_save.
         left_out: Names by reason.
     """
@@ -177,6 +180,7 @@ def _linear_targets(
     targets = []
     for module, names in modules:
         name = names[0]
+        # "all-linear" means no parameter, but whoever adapts a mixture should learn of its experts.
         if config.everything and any(why_not(module, p) is None for p in module._parameters):
             reason = "3-D parameters of experts: name them in target_parameters"
             left_out.setdefault(reason, []).append(name)
@@ -234,6 +238,7 @@ def why_not_adapted(
             return reason
     if id(module) in tied:
         return f"its weight is tied to {tied[id(module)][0]}"
+    # Its output would be replaced by x W^T plus the adapter.
     has_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if has_forward and has_plain_weight(module) and not _returns_rows(module):
         return "its forward returns something else than x W^T"
@@ -246,7 +251,7 @@ def _returns_rows(module: nn.Linear) -> bool:
 
     Routers of mixtures return tuples (Llama 4).
     """
-    on_meta = copy.copy(module)
+    on_meta = copy.copy(module)  # shallow: the dictionaries below are then its own
     for kind in ("_parameters", "_buffers"):
         tensors = {}
         for name, tensor in vars(module)[kind].items():
@@ -290,12 +295,13 @@ def check_layer(
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
     """Returns, by id(module), which parameters of other modules share memory with one of its."""
     owners: dict[object, list[tuple[nn.Module, str]]] = {}
-    for module_name, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            has_memory = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
-            key = (p.device, p.data_ptr()) if has_memory else id(p)
-            full_name = f"{module_name}.{name}" if module_name else name
-            owners.setdefault(key, []).append((module, full_name))
+    for name, p in model.named_parameters(remove_duplicate=False):
+        key: object = id(p)
+        if type(p) is nn.Parameter and not p.is_meta and p.numel() > 0:
+            # Two parameters over one memory are tied as well. Without memory, the address is 0.
+            key = (p.device, p.data_ptr())
+        module = model.get_submodule(name.rpartition(".")[0])
+        owners.setdefault(key, []).append((module, name))
     tied: dict[int, list[str]] = {}
     for sharing in owners.values():
         for module, _ in sharing:
@@ -329,7 +335,7 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     reasons: dict[int, str] = {}
     for module in model.modules():
         for getter in ("get_output_embeddings", "get_classifier"):
-            output = getattr(module, getter)() if hasattr(module, getter) else None
+            output = getattr(module, getter, lambda: None)()
             if isinstance(output, nn.Module):
                 for child in output.modules():
                     reasons[id(child)] = "the output layer: name it to adapt it"
@@ -370,7 +376,8 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     """
     saved: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # An adapted model registers lotr_factors and the like, which have numbers as names.
+        # Also called for the file of an adapted model, which registers lotr_factors and the like:
+        # their children have numbers as names, which a name in modules_to_save may match.
         if any(part.startswith("lotr_") for part in name.split(".")):
             continue
         if not _matches(name, config.modules_to_save):
@@ -384,6 +391,12 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
                 )
         saved[name] = module
     return saved
+
+
+def saved_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules_to_save of an adapted model, none for one that was built by hand."""
+    config = getattr(model, "lotr_config", None)
+    return {} if config is None else saved_modules(model, config)
 
 
 # ---- experts -------------------------------------------------------------------------------------
@@ -414,6 +427,12 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets
+
+
+def parameter_name(layer_name: str) -> str:
+    """Returns the name of the parameter that a layer of experts adapts."""
+    module, _, parameter = layer_name.rpartition(".")
+    return f"{module.removesuffix(CHILD)}{parameter}"
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -473,14 +492,14 @@ def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]
         if field == "target_modules" and value == "all-linear":
             continue
         names = parameters if field == "target_parameters" else modules
-        if isinstance(value, str):
-            patterns = [value]
+        is_expression = isinstance(value, str)
+        if is_expression:
+            patterns = {value: value}
         else:
-            patterns = [(ending,) for ending in value or ()]
-        for pattern in patterns:
+            patterns = {ending: [ending] for ending in value or ()}
+        for text, pattern in patterns.items():
             if not any(_matches(name, pattern) for name in names):
-                text = pattern if isinstance(pattern, str) else pattern[0]
-                hint = _hint(model, text, names, is_expression=isinstance(pattern, str))
+                hint = _hint(model, text, names, is_expression=is_expression)
                 raise ValueError(
                     f"{field}: expected names in the model, got {text!r}, which matches none{hint}"
                 )
@@ -568,14 +587,15 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
     """
     shape = f"{sizes[0]}x{sizes[1]}"
     if isinstance(by, str):
+        # Groups are names of modules in PEFT's files, so that they have no dots.
+        block = place_of(name)[0].replace(".", "_")
         if by == "layer":
             return name.replace(".", "_")
-        prefix = ""
         if by == "name":
-            prefix = name.rpartition(".")[2]
-        elif by == "block":
-            prefix = place_of(name)[0].replace(".", "_")
-        return f"{prefix}_{shape}" if prefix else shape
+            return f"{name.rpartition('.')[2]}_{shape}"
+        if by == "block" and block:
+            return f"{block}_{shape}"
+        return shape
     if isinstance(by, dict):
         if name not in by:
             raise ValueError(

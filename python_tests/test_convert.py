@@ -34,6 +34,7 @@ from lotr_ext.convert import (
     original_to_lotr,
     read_lora,
 )
+from lotr_ext.convert.__main__ import COMMANDS
 from lotr_ext.convert.__main__ import main as convert_main
 from lotr_ext.convert.hosts import EXPERT_FORMS
 from lotr_ext.convert.lora import MORE_THAN_TWO_FACTORS
@@ -244,10 +245,13 @@ def lora(net: str, folder: Path, *, seed: int = 5, **settings: object) -> nn.Mod
             },
         ),
         ("gpt2", 2, "name", {"target_modules": ["c_attn"], "r": 1}),
+        # a mapping; a rank above the width of the factors; a head that the model does not have
+        ("mlp", 20, {f"blocks.{i}.{n}": n for i in (0, 1) for n in ("up", "down")}, {}),
+        ("attention", 16, "shape", {"modules_to_save": ["head", "score"]}),
     ],
 )
 def test_loras_are_exact_at_the_sum_of_their_ranks(
-    net: str, rank, group_by: str, settings: dict, tmp_path: Path
+    net: str, rank, group_by, settings: dict, tmp_path: Path
 ) -> None:
     expected = output(lora(net, tmp_path / "lora", **settings), net)
     converted = lora_to_lotr(tmp_path / "lora", rank=rank, group_by=group_by)
@@ -260,6 +264,27 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
     assert (A.norm(dim=0) - 0.4).abs().max() < 1e-5
     lotr_to_lora(tmp_path / "lotr", tmp_path / "back")
     assert relative(output(lora_model(net, tmp_path / "back"), net), expected) < 2e-5
+
+
+def test_a_lora_in_a_pickle_and_one_of_zeros(tmp_path: Path) -> None:
+    """Files of PEFT before it had safetensors; half precision; an adapter without effect."""
+    expected = output(lora("attention", tmp_path), "attention")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({key: t.bfloat16() for key, t in tensors.items()}, tmp_path / "adapter_model.bin")
+    lora_to_lotr(tmp_path, rank=16).save(tmp_path / "lotr")
+    model = load_adapter(zoo.net("attention"), tmp_path / "lotr")
+    assert 1e-5 < relative(output(model, "attention"), expected) < 0.05
+    torch.save({key: t.zero_() for key, t in tensors.items()}, tmp_path / "adapter_model.bin")
+    converted = lora_to_lotr(tmp_path, rank=4)
+    assert set(converted.errors.values()) == {0.0}
+    converted.save(tmp_path / "zeros")
+    model = load_adapter(zoo.net("attention"), tmp_path / "zeros")
+    assert torch.equal(output(model, "attention"), output(zoo.net("attention"), "attention"))
+    plain = zoo.net("mlp")
+    with pytest.raises(ValueError, match="model: expected the 8 layers"):
+        load_adapter(plain, tmp_path / "zeros")
+    assert plain.state_dict().keys() == zoo.net("mlp").state_dict().keys()
 
 
 def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
@@ -641,5 +666,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     back = lora_model("attention", tmp_path / "back")
     assert relative(output(back, "attention"), expected) < 0.2  # rank 15 of 16
     assert AdapterState.read(tmp_path / "original").config.scaling == 1.0
-    assert convert_main(["lotr-to-lora", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.startswith("error: directory: expected a folder with")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_the_command_says_what_is_missing(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = ["--rank", "4"] if command.startswith("lora") else []
+    words = [command, str(tmp_path / place), str(tmp_path / "out"), *rank]
+    assert convert_main(words) == 2
+    message = capsys.readouterr().err
+    assert re.match(r"error: \w+: expected a (folder|file) .*, got .*, which ", message), message
+    assert "Errno" not in message and not (tmp_path / "out").exists()

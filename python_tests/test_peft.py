@@ -346,6 +346,46 @@ def test_two_adapters_switch_merge_and_are_deleted(tmp_path: Path) -> None:
     assert torch.equal(output(fresh, x), output(model, x)) and fresh.active_adapter == "default"
 
 
+def test_a_merged_adapter_is_not_deleted() -> None:
+    model, x = two()
+    model.merge_adapter(["default"])
+    y = output(model, x)
+    with pytest.raises(ValueError, match=r"delete adapter\(s\) \['default'\] while"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(output(model, x), y) and set(model.peft_config) == {"default"}
+    assert set(model.base_model.lotr_factors) == {"default"}
+
+
+class Halved(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return value / 2
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value * 2
+
+
+def parametrized(filled: bool) -> tuple[peft.PeftModel, Tensor]:
+    model, x = tuned("siblings", filled)
+    for module, name in (
+        *((layer.lotr_adapter["default"], "core") for layer in layers(model)),
+        *((f, "value") for f in model.base_model.lotr_factors["default"].values()),
+    ):
+        nn.utils.parametrize.register_parametrization(module, name, Halved())
+    return model, x
+
+
+def test_parametrized_parts_are_saved_and_loaded_as_such(tmp_path: Path) -> None:
+    model, x = parametrized(filled=True)
+    y = output(model, x)
+    model.save_pretrained(tmp_path)
+    other, _ = parametrized(filled=False)
+    peft.set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(output(other, x), y)
+    with pytest.raises(ValueError, match=r"missing .*core"):
+        peft.PeftModel.from_pretrained(zoo.net("attention"), tmp_path)
+
+
 def trained_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -354,6 +394,8 @@ def test_a_second_adapter_leaves_what_the_first_one_trains() -> None:
     model, _ = tuned("siblings")
     before = trained_names(model)
     model.add_adapter("other", config("attention"))
+    assert trained_names(model) == before
+    model.add_adapter("only used", config("attention", inference_mode=True))
     assert trained_names(model) == before
     model.set_adapter("other", inference_mode=True)
     assert not trained_names(model) and model.active_adapter == "other"

@@ -213,6 +213,25 @@ def test_generate_with_one_task_per_row(name: str) -> None:
         assert torch.equal(batch.sequences[i], single.sequences[0][: batch.sequences.shape[1]])
 
 
+def test_generate_from_prompts_with_left_padding() -> None:
+    """The columns of an index are those of the prompt, with the padding."""
+    model = banked("llama")
+    x = zoo.inputs("llama", rows=3)
+    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), x], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    by_token = torch.tensor([0, 1, -1]).repeat(3, x.shape[1])[:, : x.shape[1]]
+    for index in (torch.tensor([0, 1, -1]), by_token):
+        padded_index = index
+        if index.dim() == 2:
+            padded_index = torch.cat([index[:, :1].expand(-1, 2), index], 1)
+        with use_tasks(model, index):
+            expected = model.generate(x, max_new_tokens=4, do_sample=False)
+        with use_tasks(model, padded_index):
+            y = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        assert torch.equal(y[:, 2:], expected)
+
+
 def test_beam_search_needs_an_index_of_its_beams() -> None:
     """The model runs num_beams rows per prompt."""
     model = banked("llama")

@@ -27,6 +27,15 @@ _SIZES = {
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
+class Children(nn.Module):
+    """A module with these children and parameters. A class on it adds what they compute."""
+
+    def __init__(self, **children: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
 class Mlp(nn.Module):
     """Two blocks of two shapes, and a head: x [.., 16] -> [.., 3]."""
 

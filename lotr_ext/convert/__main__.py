@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..core.operators import DTYPES
 from .bank import loras_to_bank
@@ -21,82 +22,82 @@ COMMANDS = {
 }
 
 
+_GROUP_BY = {
+    "choices": GROUPS_OF_ONE_SHAPE,
+    "help": "which layers share A and B (default %(default)s)",
+}
+_DTYPE = {"choices": DTYPES, "default": "float32", "help": "dtype of the new adapter"}
+
+# The options of each command, as for ArgumentParser.add_argument.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "lotr-to-lora": {
+        "--task-type": {"help": "PEFT's task type, such as SEQ_CLS or CAUSAL_LM"},
+        "--fan-in-fan-out": {"action": "store_true", "help": "for GPT-2's Conv1D layers"},
+        "--experts": {
+            "choices": EXPERT_FORMS,
+            "default": "peft",
+            "help": "the form of a mixture's experts (default peft)",
+        },
+        "--hosts": {
+            "choices": HOSTS,
+            "help": "the model type, if a server has its own names for its experts",
+        },
+        "--base-model": {"help": "the base model's path, for base_model_name_or_path"},
+    },
+    "lora-to-lotr": {
+        "--rank": {
+            "type": int,
+            "nargs": "+",
+            "required": True,
+            "metavar": "R",
+            "help": "the rank, or r_in and r_out",
+        },
+        "--group-by": {**_GROUP_BY, "default": "shape"},
+        "--dtype": _DTYPE,
+    },
+    "loras-to-bank": {
+        "--rank": {
+            "required": True,
+            "metavar": "R",
+            "help": "the rank, or auto=0.95: the smallest that keeps this share of the squared "
+            "norms",
+        },
+        "--group-by": {**_GROUP_BY, "default": "layer"},
+        "--dtype": _DTYPE,
+    },
+    "original-to-lotr": {
+        "--scale": {
+            "type": float,
+            "default": 1.0,
+            "help": "the scale that its layers were made with (default 1)",
+        },
+        "--modules-to-save": {
+            "nargs": "+",
+            "metavar": "NAME",
+            "help": "fully trained modules, such as classifier",
+        },
+    },
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back."
     )
     commands = top.add_subparsers(dest="command", required=True)
-    added = {
-        name: commands.add_parser(name, help=text, description=text)
-        for name, text in COMMANDS.items()
-    }
-    for name, command in added.items():
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        source = {}
         if name == "loras-to-bank":
-            command.add_argument(
-                "source", nargs="+", help="the LoRAs' folders; tasks are named after them"
-            )
-        else:
-            command.add_argument("source")
+            source = {"nargs": "+", "help": "the LoRAs' folders; tasks are named after them"}
+        command.add_argument("source", **source)
         command.add_argument(
             "destination", help="directory for the new adapter, created if missing"
         )
-    _add_lora_options(added["lotr-to-lora"])
-    for name, grouping in (("lora-to-lotr", "shape"), ("loras-to-bank", "layer")):
-        added[name].add_argument(
-            "--group-by",
-            choices=GROUPS_OF_ONE_SHAPE,
-            default=grouping,
-            help=f"which layers share A and B (default {grouping})",
-        )
-        added[name].add_argument(
-            "--dtype", choices=DTYPES, default="float32", help="dtype of the new adapter"
-        )
-    added["lora-to-lotr"].add_argument(
-        "--rank",
-        type=int,
-        nargs="+",
-        required=True,
-        metavar="R",
-        help="the rank, or r_in and r_out",
-    )
-    added["loras-to-bank"].add_argument(
-        "--rank",
-        required=True,
-        metavar="R",
-        help="the rank, or auto=0.95: the smallest that keeps this share of the squared norms",
-    )
-    original = added["original-to-lotr"]
-    original.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="the scale that its layers were made with (default 1)",
-    )
-    original.add_argument(
-        "--modules-to-save",
-        nargs="+",
-        metavar="NAME",
-        help="fully trained modules, such as classifier",
-    )
+        for flag, settings in OPTIONS[name].items():
+            command.add_argument(flag, **settings)
     return top
-
-
-def _add_lora_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--task-type", help="PEFT's task type, such as SEQ_CLS or CAUSAL_LM")
-    command.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
-    command.add_argument(
-        "--experts",
-        choices=EXPERT_FORMS,
-        default="peft",
-        help="the form of a mixture's experts (default peft)",
-    )
-    command.add_argument(
-        "--hosts",
-        choices=tuple(HOSTS),
-        help="the model type, if a server has its own names for its experts",
-    )
-    command.add_argument("--base-model", help="the base model's path, for base_model_name_or_path")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

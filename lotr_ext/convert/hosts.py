@@ -23,7 +23,6 @@ from .lora import LoRA
 
 __all__ = ["EXPERT_FORMS", "HOSTS", "Host", "expert_tensors"]
 
-EXPERT_FORMS = ("peft", "vllm-shared", "per-expert")
 Factors = tuple[Tensor, Tensor]  # lora_A, lora_B
 
 
@@ -58,48 +57,69 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
     modules: dict[str, dict[str, LoRA]] = {}
     for name, layer in layers.items():
         module, _, parameter = name.rpartition(".")
-        modules.setdefault(module, {})[parameter] = layer
-    pairs: dict[str, Factors] = {}
-    for module, parameters in modules.items():
         renamed = module.replace(*host.rename) if host.rename else module
-        for depth, (parameter, layer) in enumerate(reversed(parameters.items())):
-            if form == "peft":
-                pairs[".".join([renamed, *["base_layer"] * depth])] = _in_peft(layer)
-            elif form == "vllm-shared":
-                names = ("w1", "w3", "w2")
-                if parameter not in ("gate_up_proj", "down_proj"):
-                    raise ValueError(
-                        f"experts: expected 'per-expert' or 'peft' for experts that are not gated, "
-                        f"got {form!r} for {parameter}"
-                    )
-                shared = _projections(parameter, (layer.A, layer.B), names, host.interleaved)
-                pairs |= {f"{renamed}.{name}": factors for name, factors in shared.items()}
-            else:
-                for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
-                    split = _projections(parameter, factors, host.projections, host.interleaved)
-                    pairs |= {f"{renamed}.{index}.{name}": pair for name, pair in split.items()}
-    return {
-        f"{name}.lora_{part}.weight": tensor
-        for name, factors in pairs.items()
-        for part, tensor in zip("AB", factors, strict=True)
-    }
+        modules.setdefault(renamed, {})[parameter] = layer
+    tensors = {}
+    for module, parameters in modules.items():
+        for name, (A, B) in EXPERT_FORMS[form](parameters, host).items():
+            tensors[f"{module}{name}.lora_A.weight"] = A
+            tensors[f"{module}{name}.lora_B.weight"] = B
+    return tensors
 
 
-def _expanded(layer: LoRA) -> Factors:
+# ---- one function per form: the factors of one module by what follows the module's name ----------
+
+
+def _for_peft(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+    pairs = {}
+    name = ""
+    for layer in reversed(parameters.values()):
+        A, B = _for_each_expert(layer)
+        pairs[name] = (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
+        name += ".base_layer"
+    return pairs
+
+
+def _for_vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+    pairs = {}
+    for parameter, layer in parameters.items():
+        if parameter not in ("gate_up_proj", "down_proj"):
+            raise ValueError(
+                f"experts: expected 'per-expert' or 'peft' for experts that are not gated, got "
+                f"'vllm-shared' for {parameter}"
+            )
+        # vLLM's names in this form, for every model.
+        names = ("w1", "w3", "w2")
+        pairs |= _projections(parameter, (layer.A, layer.B), names, host.interleaved)
+    return pairs
+
+
+def _for_every_expert(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+    pairs = {}
+    for parameter, layer in parameters.items():
+        for index, factors in enumerate(zip(*_for_each_expert(layer), strict=True)):
+            split = _projections(parameter, factors, host.projections, host.interleaved)
+            pairs |= {f".{index}{name}": pair for name, pair in split.items()}
+    return pairs
+
+
+EXPERT_FORMS = {
+    "peft": _for_peft,
+    "vllm-shared": _for_vllm_shared,
+    "per-expert": _for_every_expert,
+}
+
+
+def _for_each_expert(layer: LoRA) -> Factors:
     """Returns A [e, r, k] and B [e, n, r], also if all experts share one of them."""
     return layer.A.expand(layer.experts, -1, -1), layer.B.expand(layer.experts, -1, -1)
-
-
-def _in_peft(layer: LoRA) -> Factors:
-    A, B = _expanded(layer)
-    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
 def _projections(
     parameter: str, factors: Factors, names: tuple[str, str, str], interleaved: bool
 ) -> dict[str, Factors]:
     """Splits a parameter into gate, up and down, by the server's names. B is [.., n, r]."""
-    gate, up, down = names
+    gate, up, down = (f".{name}" for name in names)
     A, B = factors
     if parameter == "down_proj":
         return {down: factors}

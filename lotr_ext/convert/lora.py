@@ -121,6 +121,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 def tensors_of(path: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in a file of safetensors or torch.save. No code in it is executed."""
+    if not path.is_file():
+        raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file.")
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     try:
@@ -138,9 +140,11 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
 
 def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in the file of an adapter that PEFT saved."""
-    new = directory / TENSORS_NAME
-    old = directory / OLD_TENSORS_NAME
-    return tensors_of(old if old.is_file() and not new.is_file() else new)
+    path = directory / TENSORS_NAME
+    old_path = directory / OLD_TENSORS_NAME
+    if old_path.is_file() and not path.is_file():
+        path = old_path
+    return tensors_of(path)
 
 
 def base_name(key: str) -> str:
@@ -173,6 +177,12 @@ def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
         ValueError: If there is none, or one of another method.
     """
     path = directory / CONFIG_NAME
+    if not path.exists():
+        problem = "which has none" if directory.is_dir() else "which is not a folder"
+        raise ValueError(
+            f"source: expected a folder with {CONFIG_NAME}, got {directory}, {problem}. Pass the "
+            f"folder that PEFT's save_pretrained wrote."
+        )
     config = json_in(path, "source")
     written = config.get("peft_type", "LORA")
     if str(written).rpartition(".")[2] != peft_type:
@@ -188,7 +198,7 @@ def check_two_factors(config: Mapping[str, Any]) -> None:
     """
     for name in MORE_THAN_TWO_FACTORS:
         value = config.get(name)
-        if value not in (None, False, "none", [], {}):
+        if value not in (None, False, "none", [], {}):  # the ways in which PEFT says "not used"
             raise ValueError(
                 f"{name}: expected a LoRA of two factors per layer, which LoTR can hold, "
                 f"got {value!r:.80}"
@@ -257,7 +267,8 @@ class LoRAFolder(Mapping[str, LoRA]):
                 )
         alpha = self._alpha(name)
         check_number("lora_alpha", alpha)
-        divisor = math.sqrt(len(A)) if self.config.get("use_rslora") else len(A)
+        rank = len(A)  # a rank_pattern may differ from the configuration's r
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return LoRA(A.double(), alpha / divisor * B.double())
 
     def __iter__(self) -> Iterator[str]:
@@ -268,7 +279,7 @@ class LoRAFolder(Mapping[str, LoRA]):
 
     def _alpha(self, name: str) -> object:
         patterns = self.config.get("alpha_pattern") or {}
-        for pattern, alpha in patterns.items():
+        for pattern, alpha in patterns.items():  # the first match, as in PEFT
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return alpha
         return self.config.get("lora_alpha")
@@ -309,6 +320,7 @@ def put_folder(
         config: The content of adapter_config.json.
         metadata: For the header of the tensors' file.
     """
+    # Readers look for the configuration first, so it goes first and comes back last.
     if directory.is_dir():
         (directory / CONFIG_NAME).unlink(missing_ok=True)
     put_tensors(directory, name, tensors, dict(metadata or {"format": "pt"}))

@@ -31,6 +31,7 @@ from ..files import state_of, unwrapped, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
 from ..storage import checked_path
+from ..targets import parameter_name
 from ..tasks import TaskBank
 from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
 from .lora import (
@@ -127,6 +128,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     """
     path = checked_path(directory, "directory")
     folder = checked_path(source, "source")
+    # `save_adapter` may have written next to a file of PEFT. Its adapter is meant then.
     by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
     adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
     if by_peft and path.resolve() == folder.resolve():
@@ -184,7 +186,7 @@ def _as_lora(
         side: "A" or "B", into which the core is multiplied. The other one has no dimension of
             experts. If None, the one that gives the smaller rank.
     """
-    wide = accumulate_dtype(core.dtype)
+    wide = accumulate_dtype(core.dtype)  # so that the result is rounded once
     A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
     r_in, r_out = core.shape[-2:]
     if side == "A" or (side is None and r_out <= r_in):
@@ -198,28 +200,36 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     All have one rank, because some servers do not read patterns of ranks.
     """
     layers = {}
-    tensors = adapter.tensors
     for name, entry in adapter.layers.items():
-        parameter = re.sub(r"(^|\.)lotr\.([^.]+)$", r"\1\2", name) if entry.experts else name
+        if not entry.experts:
+            layers[name] = _layer_of(adapter, name)
+            continue
+        parameter = parameter_name(name)
         side = None
-        if entry.experts and form == "vllm-shared":
+        if form == "vllm-shared":
             # The factor on the side of the intermediate size has the dimension of experts.
             side = "A" if parameter.endswith("down_proj") else "B"
-        core = tensors[f"{name}.core"]
-        factors = tensors[entry.A], tensors[entry.B]
-        lora_A, lora_B = _as_lora(*factors, core, entry.scaling, side)
-        if start_key(entry.A) in tensors:
-            starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
-            start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
-            lora_A = torch.cat([lora_A, start_A])
-            lora_B = torch.cat([lora_B, -start_B], 1)
-        if entry.experts:
-            lora_A = lora_A if lora_A.dim() == 3 else lora_A.unsqueeze(0)
-            lora_B = lora_B if lora_B.dim() == 3 else lora_B.unsqueeze(0)
-        A = lora_A.to(core.dtype).contiguous()
-        layers[parameter] = LoRA(A, lora_B.to(core.dtype).contiguous(), entry.experts)
+        layers[parameter] = _layer_of(adapter, name, side)
     rank = max(layer.rank for layer in layers.values())
     return {name: _with_rank(layer, rank) for name, layer in layers.items()}
+
+
+def _layer_of(adapter: AdapterState, name: str, side: str | None = None) -> LoRA:
+    """Returns one layer of a saved adapter. side: as for `_as_lora`."""
+    entry = adapter.layers[name]
+    tensors = adapter.tensors
+    core = tensors[f"{name}.core"]
+    A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, side)
+    if start_key(entry.A) in tensors:
+        # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
+        starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
+        start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
+        A = torch.cat([A, start_A])
+        B = torch.cat([B, -start_B], 1)
+    if entry.experts:  # a factor that all experts share has one dimension less
+        A = A.reshape(-1, *A.shape[-2:])
+        B = B.reshape(-1, *B.shape[-2:])
+    return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
 
 
 def _with_rank(layer: LoRA, rank: int) -> LoRA:
@@ -253,16 +263,18 @@ def _write_lora(
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
-    rank = next(iter(layers.values())).rank
-    dropout = max(entry.dropout for entry in adapter.layers.values())
+    rank = next(iter(layers.values())).rank  # all have the same
+    dropout = 0.0
+    if not stacked:  # PEFT refuses dropout with target_parameters
+        dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "inference_mode": True,
         "base_model_name_or_path": base_model or None,
         "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0 if stacked else dropout,
+        "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
@@ -291,7 +303,9 @@ def _target_modules(
     other modules, too.
     """
     # Servers expect the experts' names of modules; PEFT reads them from target_parameters.
-    endings = {name.rpartition(".")[2] for name in stacked} if experts != "peft" else set()
+    endings = set()
+    if experts != "peft":
+        endings = {name.rpartition(".")[2] for name in stacked}
     if all("." in name for name in linear):
         return [*sorted(linear), *sorted(endings)]
     patterns = [re.escape(name) for name in sorted(linear)]

@@ -126,6 +126,7 @@ def lora_to_lotr(
     check_dtype(dtype)
     ranks = check_rank(rank)
     layers, saved, peft_config = read_lora(source)
+    # PEFT names the usual heads, also those that the model does not have. LoTRConfig refuses these.
     endings = peft_config.get("modules_to_save") or ()
     config = LoTRConfig(
         rank=rank,
@@ -219,7 +220,9 @@ def lost(captured: float, norm: float) -> float:
         captured: The norm of the projection.
         norm: The norm of what was projected.
     """
-    return math.sqrt(max(0.0, 1 - (captured / norm) ** 2)) if norm > 0 else 0.0
+    if norm == 0:
+        return 0.0
+    return math.sqrt(max(0.0, 1 - (captured / norm) ** 2))  # rounding may give -1e-16
 
 
 # ---- the original implementation -----------------------------------------------------------------
@@ -304,6 +307,7 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
                 f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}"
             )
         B = lhs.mT.contiguous()
+        # The checkpoint has the factors in every layer. Equal ones were shared.
         group = f"{len(rhs)}x{len(B)}_{len(groups)}"
         for existing, layer in groups.items():
             if torch.equal(layer.A, rhs) and torch.equal(layer.B, B):

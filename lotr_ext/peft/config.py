@@ -146,7 +146,7 @@ class LoTRPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+                setattr(self, name, set(value))  # as PEFT's configurations have it
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform: expected None with a regular expression, got "
@@ -161,13 +161,13 @@ class LoTRPeftConfig(PeftConfig):
 
     def _unite_ranks(self) -> None:
         """Sets rank and r to the one that is given."""
-        ranks = set()
-        for rank in (self.rank, self.r):
-            if rank is not None:
-                ranks.add(tuple(rank) if isinstance(rank, list) else rank)
-        if len(ranks) > 1:
+        for name in ("rank", "r"):
+            if isinstance(getattr(self, name), list):  # from JSON
+                setattr(self, name, tuple(getattr(self, name)))
+        if self.rank is None:
+            self.rank = 16 if self.r is None else self.r
+        if self.r not in (None, self.rank):
             raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
-        self.rank = ranks.pop() if ranks else 16
         self.r = self.rank
 
     def to_lotr(self) -> LoTRConfig:
@@ -188,6 +188,7 @@ class LoTRPeftConfig(PeftConfig):
         Raises:
             TypeError: If the file has a setting that this version lacks.
         """
+        # A later version saves a number, see `to_dict`.
         if kwargs.get("scaling") in (None, "auto"):
             rank = kwargs.get("rank") or 16
             kwargs["scaling"] = config_of_version_1({**kwargs, "rank": rank})["scaling"]

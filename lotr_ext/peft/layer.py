@@ -30,6 +30,10 @@ from .config import LoTRPeftConfig
 __all__ = ["LoTRPeftCore", "LoTRPeftLinear"]
 
 
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 class LoTRPeftCore(nn.Module):
     """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
 
@@ -84,6 +88,11 @@ class LoTRPeftCore(nn.Module):
         """Returns s B G^T A^T [n, k] in float32, or float64 for float64 factors."""
         core = self.core_matrix()
         return self.factors.read(lambda A, B: fallback.delta_weight(A, B, core, self.scaling))
+
+    def set_trained(self, is_trained: bool) -> None:
+        """Trains the parts that the configuration names, or freezes all."""
+        for part, parameter in self.parts():
+            parameter.requires_grad_(is_trained and part in self.trained)
 
     def modules_of_parts(self) -> dict[str, nn.Module]:
         """Returns the modules whose parameters are the parts "A", "B" and "core"."""
@@ -141,18 +150,22 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         core = self.lotr_adapter[adapter_name]
         if any(parameter.is_meta for _, parameter in core.parts()):
             return
-        device = self.place()[0] if device is None else device
+        if device is None:
+            device = self.place()[0]
         for module in core.modules_of_parts().values():
             module.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = kwargs.pop("adapter_names", None)
+        names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self.unmerge()  # as PEFT's layers do
         if names is not None and not self.disable_adapters:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
-        active = [] if self.disable_adapters or self.merged else self.active_adapters
-        cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        cores = []
+        if not self.disable_adapters and not self.merged:
+            active = self.active_adapters
+            cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+        # Arguments beside x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
         if cores and is_plain and not args and not kwargs:
             y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
@@ -182,30 +195,24 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     # ---- which adapters are active and trained ---------------------------------------------------
 
-    def _train_only(self, names: Sequence[str]) -> None:
-        for core in self.lotr_adapter.values():
-            for _, parameter in core.parts():
-                parameter.requires_grad_(False)
-        self.set_requires_grad(names)
+    # These do what BaseTunerLayer's methods do, which see only the parameters below this layer.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._train_only([] if inference_mode else names)
-        self._active_adapter = names
+        active = _as_list(adapter_names)
+        for name, core in self.lotr_adapter.items():
+            core.set_trained(name in active and not inference_mode)
+        self._active_adapter = active
 
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
-        self._train_only(self.active_adapters if enabled else [])
+        self.set_adapter(self.active_adapters, inference_mode=not enabled)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
+        for name in _as_list(adapter_names):
             if name in self.lotr_adapter:
-                core = self.lotr_adapter[name]
-                for part, parameter in core.parts():
-                    parameter.requires_grad_(requires_grad and part in core.trained)
+                self.lotr_adapter[name].set_trained(requires_grad)
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -233,16 +240,18 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight = mergeable(self.base_layer).detach()
-        original = weight if self.weight_backup is None else self.weight_backup
-        merged = original.to(accumulate_dtype(original.dtype))
+        backup = self.weight_backup
+        if backup is None:
+            backup = weight.clone()
+        # From the backup, so that a second merge does not round the first one's result again.
+        merged = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
             merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
             if safe_merge and not bool(merged.isfinite().all()):
                 raise ValueError(  # in PEFT's words
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-        if self.weight_backup is None:
-            self.weight_backup = weight.clone()
+        self.weight_backup = backup
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 

@@ -1,5 +1,19 @@
 """PEFT's tuner for LoTR: finds the layers, owns the factors and writes the files.
 
+PEFT's BaseTuner adds, switches, merges and removes adapters. It calls these hooks:
+
+    _prepare_model                  finds layers and groups before anything changes
+    _create_and_replace             adapts one layer: its pair of factors, its core
+    _cast_adapter_dtype             makes half precision float32
+    delete_adapter                  also removes the factors
+    _enable_peft_forward_hooks      adapter_names: one adapter per row
+    _get_adapter_state_dict         what a file contains
+    _remove_adapter_name_from_key   the names in a file
+    _remap_adapter_state_dict_for_load
+
+BaseTuner sees only parameters below adapted layers. The factors are the tuner's, so that each is
+registered once:
+
     base_model.lotr_factors.<adapter>.A_<group>.value       A of a group, and B_<group>; by width
                                                             A_<width>, B_<width>
     base_model.model.<layer>.lotr_adapter.<adapter>.core    the core of a layer
@@ -11,7 +25,7 @@ The files leave out the adapter's name, as PEFT does. A layer's core refers to i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +44,15 @@ from ..layers import features
 from ..model import cores_of, pair_of
 from ..sharded_tensors import is_sharded
 from ..storage import expect_names
-from ..targets import Target, check_layer, check_targets, group_of, tied_names, why_not_adapted
+from ..targets import (
+    Target,
+    check_layer,
+    check_targets,
+    group_of,
+    modules_with_names,
+    tied_names,
+    why_not_adapted,
+)
 from ..wrapped import mergeable
 from .config import LoTRPeftConfig
 from .layer import LoTRPeftCore, LoTRPeftLinear
@@ -39,6 +61,19 @@ __all__ = ["LoTRPeftModel"]
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 HALVES = (torch.bfloat16, torch.float16)
+
+
+def _check_place(module: nn.Module, names: Sequence[str]) -> None:
+    """Checks that PEFT can replace a module: it replaces only the first of several names."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
+        raise TypeError(
+            f"target_modules: expected layers without adapters of other methods, got {names[0]!r} "
+            f"({type(module).__name__})"
+        )
+    if len(names) > 1:
+        raise ValueError(
+            f"target_modules: expected layers in one place each, got one at {', '.join(names)}"
+        )
 
 
 def _keys_of(adapter_name: str) -> re.Pattern[str]:
@@ -65,11 +100,9 @@ class LoTRPeftModel(BaseTuner):
     def _layers(self) -> dict[str, LoTRPeftLinear]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
 
-    def _owned(self, adapter_name: str) -> Iterator[nn.Module]:
-        """Yields the modules that the tuner owns for an adapter."""
-        for modules in (self.lotr_factors, self.lotr_cores):
-            if adapter_name in modules:
-                yield modules[adapter_name]
+    def _owners(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+        """Returns the modules that own parameters outside of the adapted layers, by adapter."""
+        return self.lotr_factors, self.lotr_cores
 
     # ---- adding an adapter -----------------------------------------------------------------------
 
@@ -81,12 +114,11 @@ class LoTRPeftModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
-        before = [
-            (parameter, parameter.requires_grad)
-            for modules in (self.lotr_factors, self.lotr_cores)
-            for parameter in modules.parameters()
-        ]
+        before = []
+        for owner in self._owners():
+            before += [(parameter, parameter.requires_grad) for parameter in owner.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT restores what it finds in the model. The factors are not in it.
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         block_bypasses(self.model, adapted=LoTRPeftLinear)
@@ -108,8 +140,9 @@ class LoTRPeftModel(BaseTuner):
         self._groups = {target.name: target.group for target in targets}
         layers = []
         for target in targets:
-            is_by_width = peft_config.group_by == "width"
-            groups = target.sizes if is_by_width else (target.group, target.group)
+            groups = (target.group, target.group)
+            if peft_config.group_by == "width":
+                groups = target.sizes
             names = [f"lotr_factors.A_{groups[0]}", f"lotr_factors.B_{groups[1]}"]
             layers.append({"name": target.name, "factors": names})
         order = {str(entry.get("name")): i for i, entry in enumerate(peft_config.layers or ())}
@@ -124,8 +157,17 @@ class LoTRPeftModel(BaseTuner):
         tied = tied_names(model)
         is_everything = str(peft_config.target_modules).lower() == "all-linear"
         config = _maybe_include_all_linear_layers(peft_config, model)  # writes the names into it
+        adapted = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        # PEFT does not look into layers that have an adapter already.
+        inside_adapted = tuple(f"{name}." for name in adapted)
         targets = []
-        for name, module in self._matching(config, model).items():
+        for module, names in modules_with_names(model):
+            name = names[0]
+            if name.startswith(inside_adapted):
+                continue
+            if not self._check_target_module_exists(config, name):
+                continue
+            _check_place(module, names)
             base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
             sizes = features(base)
             reason = why_not_adapted(model, base, [name], tied)
@@ -136,34 +178,6 @@ class LoTRPeftModel(BaseTuner):
             group = group_of(name, base, sizes, config.group_by)
             targets.append(Target((name,), base, sizes, group))
         return targets
-
-    def _matching(self, config: LoTRPeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """Returns the modules that a configuration targets, by name."""
-        modules = dict(model.named_modules())
-        inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
-        matching = {
-            name: module
-            for name, module in modules.items()
-            if name
-            and not name.startswith(inside)
-            and self._check_target_module_exists(config, name)
-        }
-        places: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            places.setdefault(id(module), []).append(name)
-        for name, module in matching.items():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
-                raise TypeError(
-                    f"target_modules: expected layers without adapters of other methods, got "
-                    f"{name!r} ({type(module).__name__})"
-                )
-            names = places[id(module)]
-            if len(names) > 1:
-                raise ValueError(
-                    f"target_modules: expected layers in one place each, got one at "
-                    f"{', '.join(names)}"
-                )
-        return matching
 
     def _check_adapter_names(self) -> None:
         """Checks the adapters' names.
@@ -197,15 +211,15 @@ class LoTRPeftModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        is_adapted = isinstance(target, LoTRPeftLinear)
-        layer = target if is_adapted else LoTRPeftLinear(target).train(target.training)
+        layer = target
+        if not isinstance(target, LoTRPeftLinear):
+            layer = LoTRPeftLinear(target).train(target.training)
+            # PEFT's _replace_module would move the core to the device of an offloaded weight.
+            setattr(parent, target_name, layer)
         factors = self._factors_of(layer, current_key, adapter_name, peft_config)
         form = self._form_of(factors, current_key, adapter_name, peft_config)
         core = LoTRPeftCore(factors, peft_config, form)
         layer.lotr_adapter[adapter_name] = core.train(layer.training)
-        if not is_adapted:
-            # PEFT's _replace_module would move the core to the device of an offloaded weight.
-            setattr(parent, target_name, layer)
 
     def _factors_of(
         self, layer: LoTRPeftLinear, name: str, adapter_name: str, peft_config: LoTRPeftConfig
@@ -242,8 +256,10 @@ class LoTRPeftModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             return
-        for owned in self._owned(adapter_name):
-            for module in owned.modules():
+        for owner in self._owners():
+            if adapter_name not in owner:
+                continue
+            for module in owner[adapter_name].modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     if parameter.dtype in HALVES:
                         wide = parameter.detach().float()
@@ -253,9 +269,9 @@ class LoTRPeftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for modules in (self.lotr_factors, self.lotr_cores):
-            if adapter_name in modules:
-                del modules[adapter_name]
+        for owner in self._owners():
+            if adapter_name in owner:
+                del owner[adapter_name]
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -293,8 +309,7 @@ class LoTRPeftModel(BaseTuner):
                 f"adapter_names: expected some of {', '.join(self.lotr_factors)}, {BASE}, got "
                 f"{', '.join(unknown)}"
             )
-        beams = kwargs.get("num_beams")
-        beams = beams if isinstance(beams, int) else 1
+        beams = kwargs.get("num_beams") or 1  # generate repeats each row for its beams
         repeated = [name for name in names for _ in range(beams)]
         encoder = self._encoder_modules()
         with ExitStack() as stack:
@@ -307,7 +322,10 @@ class LoTRPeftModel(BaseTuner):
 
     def _encoder_modules(self) -> set[nn.Module]:
         """Returns the modules of an encoder. A beam search does not repeat its rows."""
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        if not hasattr(self.model, "get_encoder"):
+            return set()
+        encoder = self.model.get_encoder()
+        # A decoder returns None or itself.
         return set() if encoder in (None, self.model) else set(encoder.modules())
 
     # ---- files -----------------------------------------------------------------------------------

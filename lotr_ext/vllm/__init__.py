@@ -78,25 +78,22 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
         ValueError: If the engine cannot split it into factors and cores.
     """
     _check_servable(adapter, where)
+    layers = {name: (entry.A, entry.B) for name, entry in adapter.layers.items()}
+    scalings = {name: entry.scaling for name, entry in adapter.layers.items()}
     tensors: dict[str, Tensor] = {}
-    layers: dict[str, tuple[str, str]] = {}
-    spans: dict[str, slice] = {}
-    scalings: dict[str, float] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    spans: dict[str, slice] = {}
     start = 0
-    for name, entry in adapter.layers.items():
-        A = adapter.tensors[entry.A]
-        B = adapter.tensors[entry.B]
-        tensors[entry.A] = A.detach()
-        tensors[entry.B] = B.detach()
-        layers[name] = (entry.A, entry.B)
-        scalings[name] = entry.scaling
-        pairs[name] = (A, B)
+    for name, keys in layers.items():
+        A, B = (adapter.tensors[key] for key in keys)
+        tensors |= zip(keys, (A.detach(), B.detach()))
+        pairs[name] = (A, B)  # themselves: shared factors are recognized by identity
         shapes[f"{name}.core"] = (A.shape[1], B.shape[1])
         end = start + A.shape[1] * B.shape[1]
         spans[name] = slice(start, end)
         start = end
+    # A task's file has the checksum of the factors in an order that depends on the groups.
     group_by = "shape" if adapter.config is None else adapter.config.group_by
     ordered = factors_in_order(pairs, group_by)
     task_format = TaskFormat(shapes, tuple(scalings.values()), ordered)
@@ -178,6 +175,7 @@ def export_task(
     rank = max(max(shape) for shape in task_format.shapes.values())
     if base_model is None:
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -200,7 +198,7 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
         TypeError, ValueError: If it is not a complete task over these factors with finite values.
     """
     path = Path(directory) / TENSORS_NAME
-    if not path.exists():
+    if not path.exists():  # another adapter: say which kind
         config = json_in(Path(directory) / CONFIG_NAME, "adapter")
         raise ValueError(
             f"adapter: expected a task by export_task, got an adapter of "
@@ -214,6 +212,7 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
                 f"adapter: expected finite values, got others in {name} in {directory}. Train the "
                 f"task again."
             )
+    # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
     scaled = [s * tensors[f"{layer}.core"] for layer, s in factors.scalings.items()]
     return torch.cat([core.flatten() for core in scaled])
 

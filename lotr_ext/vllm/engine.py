@@ -74,9 +74,12 @@ def install(factors: Factors) -> None:
             f"vllm: expected version {TESTED_VERSION}*, with which lotr_ext is tested, got "
             f"{vllm.__version__}. Set LOTR_VLLM_ANY=1 to try another version."
         )
+    # vLLM has no interface for other kinds of adapters: the classes of its layers and the method
+    # that loads an adapter are replaced.
     _adapt_only({name.rpartition(".")[2] for name in factors.layers})
     shared: dict[tuple[Any, ...], Tensor] = {}
     native_classes = [_with_cores(base, factors, shared) for base in LINEAR_LAYERS]
+    # First, because vLLM takes the first class that can replace a layer.
     utils._all_lora_classes = (*native_classes, *utils._all_lora_classes)
 
     def load(self: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
@@ -124,6 +127,7 @@ def _adapt_only(names: Collection[str]) -> None:
 def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRAModel:
     """Returns an adapter that passes the vector of all cores as lora_A to each layer with cores."""
     cores = cores.to(adapters.lora_config.lora_dtype)
+    # One rank-1 "LoRA" whose lora_A is the vector. vLLM hands it to `set_lora` of each layer.
     weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
     modules = adapters._adapter_manager.modules
     names = [name for name, module in modules.items() if isinstance(module, _LayerWithCores)]
@@ -249,6 +253,7 @@ class _LayerWithCores:
         dtype = self.lora_config.lora_dtype
         full = self.lotr_factors.tensors[key]
         rows = full if self.tp_size == 1 else self._rows_of_process(full, side, place)
+        # Layers may cut one factor in different ways. Each cut is kept once.
         cut = None
         if rows.shape != full.shape:
             cut = (type(self).__name__, place, self.input_size, self.output_size)
@@ -296,7 +301,8 @@ class _LayerWithCores:
             return output
         x_rows = x.reshape(-1, x.shape[-1])
         y = output.view(-1, output.shape[-1])
-        slots = self.punica_wrapper.token_lora_indices[: len(x_rows)]  # -1 for none
+        # The slot of each row, -1 for none.
+        slots = self.punica_wrapper.token_lora_indices[: len(x_rows)]
         projections: dict[int, Tensor] = {}
         for part in self.lotr_parts:
             if part is None:
