@@ -52,6 +52,9 @@ $(STAMPS)/need-%: requirements/%.txt requirements/build.txt requirements/demo.tx
 	@$(PIP) install $(PIP_ARGS) -r $<
 	@touch $@
 
+# It names no torch. Without this order, pip would install the newest one first.
+$(STAMPS)/need-bench: | $(STAMPS)/need-build
+
 # The build runs before pip registers the package, because pip hides the progress of a build.
 $(STAMPS)/build: $(NATIVE) | $(STAMPS)/need-build
 	@echo "setup: compiling the extension"

@@ -20,7 +20,6 @@ A row of bench/results/accuracy.jsonl is a run:
     validation, loss   means over the validation and the held-out items; absent: diverged
     accuracy           the share of held-out items, or tokens, that were right
     items              the held-out losses as means of up to 250 groups, half precision in base64
-    falling            the part of the training loss's fall that is in the last tenth of the run
     seconds, machine, commit
     lr_run             only of commits before the default scaling had the constant 0.4: the rate of
                        the run. lr is 0.4 lr_run then, because the path under AdamW is the same.
@@ -28,12 +27,11 @@ A row of bench/results/accuracy.jsonl is a run:
 Not here: the tasks, the methods, and how a model is trained (problems.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,14 +44,17 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from .common import QUICK, RESULTS, commit, listed, machine, read, show, write
-from .problems import KINDS, MAIN, METHODS, TASKS, Task, adapt, fit, missing, problem_of
+from .common import QUICK, RESULTS, commit, machine, read, show, some_of, write
+from .problems import KINDS, MAIN, METHODS, TASKS, adapt, fit, missing, problem_of
 
 LOTR_RATE = 0.4  # LoTR's rates over those of other methods
 MOST_RATES = 9  # of one search
 MOST_GROUPS = 250  # of held-out items in a row
 DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
+LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
+QUICK_METHODS = "base:0,lotr:8,lora:2"
+Place = tuple[str, int]  # a method and a rank
 
 
 class Run(NamedTuple):
@@ -99,9 +100,8 @@ def train(run: Run) -> dict[str, Any]:
         if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():
             row["validation"] = validation.mean().item()
             row["loss"] = held_out.mean().item()
-            row["accuracy"] = None if right is None else right.mean().item()
+            row["accuracy"] = right.mean().item()
             row["items"] = packed(held_out.numpy())
-            row["falling"] = falling(losses)
     row["seconds"] = time.perf_counter() - start
     row["machine"] = machine("cpu")
     row["commit"] = commit()
@@ -120,39 +120,19 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), np.float16).astype(np.float64)
 
 
-def falling(losses: list[float]) -> float:
-    """Returns the part of the training loss's fall that is in the last tenth of the run."""
-    if len(losses) < 10:
-        return 0.0
-    tenths = [part.mean() for part in np.array_split(losses, 10)]
-    if tenths[0] <= tenths[-1]:
-        return 0.0
-    return float((tenths[-2] - tenths[-1]) / (tenths[0] - tenths[-1]))
-
-
 # ---- which runs come next ------------------------------------------------------------------------
 
 
-def family_rate(method: str) -> float:
-    """What a method's rates are multiplied by."""
-    return LOTR_RATE if METHODS[method].family == "lotr" else 1.0
-
-
-def rung(index: int, method: str) -> float:
-    """.., 0.1, 0.2, 0.5, 1, 2, 5, ..; LoTR's are 0.4 times these."""
-    rate = float(f"{(1, 2, 5)[index % 3]}e{index // 3}")
-    return float(f"{rate * family_rate(method):.6g}")
-
-
-def index_of(lr: float, method: str) -> int:
-    """Returns the rung that is nearest to a rate."""
-    return min(range(-24, 7), key=lambda index: abs(np.log(rung(index, method) / lr)))
+def rungs_of(method: str) -> list[float]:
+    """Returns the rates of a method, from the lowest to the highest."""
+    factor = LOTR_RATE if METHODS[method].family == "lotr" else 1.0
+    return [float(f"{rate * factor:.6g}") for rate in LADDER]
 
 
 def first_rate(method: str, kind: str) -> float:
     """Returns the rate at which a search begins, 0 for a method that trains nothing."""
-    begin = METHODS[method].rates[KINDS.index(kind)] * family_rate(method)
-    return rung(index_of(begin, method), method) if begin else 0.0
+    rate = METHODS[method].rates[KINDS.index(kind)]
+    return rungs_of(method)[LADDER.index(rate)] if rate else 0.0
 
 
 def best_rate(tried: dict[float, float]) -> float:
@@ -170,81 +150,62 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
         begin: The rate in the middle of the first three.
         tried: The validation loss by rate, infinite where a run diverged.
     """
-    middle = index_of(begin, method)
-    neighbors = [rung(middle + step, method) for step in (0, -1, 1)]
-    lacking = [lr for lr in neighbors if lr not in tried]
+    rungs = rungs_of(method)
+    middle = rungs.index(begin)
+    lacking = [lr for lr in rungs[middle - 1 : middle + 2] if lr not in tried]
     if lacking:
         return lacking
     best = best_rate(tried)
     if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
         return []
-    return [rung(index_of(best, method) + (-1 if best == min(tried) else 1), method)]
+    beyond = -1 if best == min(tried) else 1
+    return [rungs[rungs.index(best) + beyond]]
 
 
-def tried_rates(recorded: pd.DataFrame) -> dict[float, float]:
+def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
     """Returns the first seed's validation loss by rate, infinite if a run of any seed diverged."""
-    diverged = set(recorded[recorded["validation"].isna()]["lr"])
-    first = recorded[recorded["seed"] == 0]
-    return {
-        lr: float("inf") if lr in diverged else loss
-        for lr, loss in zip(first["lr"], first["validation"], strict=True)
+    first = runs[(runs["seed"] == 0) & runs["lr"].notna()]
+    tried = dict(zip(first["lr"], first["validation"], strict=True))
+    return tried | {
+        lr: float("inf") for lr in tried if lr in set(runs[runs["validation"].isna()]["lr"])
     }
 
 
-class Search:
-    """What is left to do for one task: all places finish their search before any gets a seed.
+def next_runs(
+    name: str, places: list[Place], options: argparse.Namespace, recorded: pd.DataFrame
+) -> list[Run]:
+    """Returns runs of a task that may run in parallel, none when it is done.
 
-    A place is a method and a rank.
+    All places finish their search before any gets another seed.
     """
-
-    def __init__(
-        self, task: str, places: list[tuple[str, int]], steps: int, options: argparse.Namespace
-    ):
-        self.name = task
-        self.task = TASKS[task]._replace(steps=steps)
-        self.places = places
-        self.options = options
-
-    def next_runs(self, recorded: pd.DataFrame) -> list[Run]:
-        """Returns runs that may run in parallel, none when the task is done."""
-        runs = []
-        rates = {}
-        for place in self.places:
-            tried = tried_rates(self._runs_of(recorded, *place))
-            lacking, rates[place] = self._rates(place[0], tried)
-            runs += [self._run(place, lr, 0) for lr in lacking]
-        if runs:
-            return runs
-        for seed in range(1, self.options.seeds):
-            for place in self.places:
-                runs_of_place = self._runs_of(recorded, *place)
-                with_seed = runs_of_place[runs_of_place["seed"] == seed]
-                if place[0] != "base" and rates[place] not in set(with_seed["lr"]):
-                    runs.append(self._run(place, rates[place], seed))
-            if runs:
-                return runs
-        return []
-
-    def _rates(self, method: str, tried: dict[float, float]) -> tuple[list[float], float]:
-        """(rates that the search lacks, the best one so far)."""
-        begin = first_rate(method, self.task.kind)
-        if method == "base" or self.options.lr or self.options.quick:
-            lr = begin if method == "base" else self.options.lr or begin
-            return ([] if lr in tried else [lr]), lr
-        return rates_to_try(method, begin, tried), best_rate(tried) if tried else begin
-
-    def _run(self, place: tuple[str, int], lr: float, seed: int) -> Run:
-        return Run(self.name, *place, lr, seed, self.task.steps, self.task.batch)
-
-    def _runs_of(self, recorded: pd.DataFrame, method: str, rank: int) -> pd.DataFrame:
-        of_place = (
-            (recorded["task"] == self.name)
-            & (recorded["method"] == method)
-            & (recorded["rank"] == rank)
-            & (recorded["scaling"] == "")
-        )
-        of_size = (recorded["steps"] == self.task.steps) & (recorded["batch"] == self.task.batch)
-        return recorded[of_place & of_size]
+    task = TASKS[name]._replace(steps=options.steps or TASKS[name].steps)
+    of_size = (recorded["steps"] == task.steps) & (recorded["batch"] == task.batch)
+    recorded = recorded[of_size & (recorded["task"] == name)]
+    runs_of = {
+        (method, rank): recorded[(recorded["method"] == method) & (recorded["rank"] == rank)]
+        for method, rank in places
+    }
+    rates: dict[Place, float] = {}  # the best one so far
+    wanted: list[tuple[Place, float, int]] = []
+    for place, runs in runs_of.items():
+        method = place[0]
+        begin = first_rate(method, task.kind)
+        tried = tried_rates(runs)
+        if method == "base" or options.lr or options.quick:  # one rate, without a search
+            rates[place] = begin if method == "base" else options.lr or begin
+            lacking = [lr for lr in [rates[place]] if lr not in tried]
+        else:
+            rates[place] = best_rate(tried) if tried else begin
+            lacking = rates_to_try(method, begin, tried)
+        wanted += [(place, lr, 0) for lr in lacking]
+    for seed in range(1, options.seeds):
+        if wanted:
+            break
+        for place, runs in runs_of.items():
+            measured = set(runs[runs["seed"] == seed]["lr"])
+            if place[0] != "base" and rates[place] not in measured:
+                wanted.append((place, rates[place], seed))
+    return [Run(name, *place, lr, seed, task.steps, task.batch) for place, lr, seed in wanted]
 
 
 # ---- points and intervals ------------------------------------------------------------------------
@@ -273,12 +234,12 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 
     A run that ended far above the unadapted model counts as diverged, and its point is left out.
     """
-    runs = recorded[(recorded["task"] == task) & (recorded["scaling"] == "")]
+    runs = recorded[recorded["task"] == task]
     if runs.empty:
         return []
     usual = (runs["steps"] == runs["steps"].mode()[0]) & (runs["batch"] == runs["batch"].mode()[0])
     runs = runs[usual]
-    # Computed cores of higher degree have no other rate.
+    # Some rows of old commits have only the rate of the run.
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
     trained = runs["validation"].notna() & runs["items"].notna()
@@ -430,32 +391,35 @@ def comparison(rival: Point, points: list[Point]) -> dict[str, str] | None:
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def places_of(task: Task, options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Methods and ranks: those that the options name ("lotr:16", "lora"), else the task's."""
-    if options.methods:
-        words = options.methods
-    elif options.quick:
-        words = ["base:0", "lotr:8", "lora:2"]
-    else:
-        words = list(METHODS) if task.all_methods else MAIN[task.kind]
+def places_of(text: str) -> list[tuple[str, str]]:
+    """Converts an option: "lotr:16,lora" becomes methods, each with a rank or without."""
     places = []
-    for word in words:
+    for word in text.split(","):
         method, _, rank = word.partition(":")
-        if method not in METHODS:
-            raise SystemExit(
-                f"methods: expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}"
+        if method not in METHODS or not re.fullmatch(r"\d*", rank):
+            raise argparse.ArgumentTypeError(
+                f"expected some of {', '.join(METHODS)}, as lotr or lotr:16, got {word!r}"
             )
-        ranks = [int(rank)] if rank else METHODS[method].ranks[KINDS.index(task.kind)]
-        places += [(method, rank) for rank in ranks]
+        places.append((method, rank))
     return places
 
 
+def with_ranks(methods: list[tuple[str, str]], kind: str) -> list[Place]:
+    """Returns the methods with the ranks of a kind of task in place of those that are absent."""
+    usual = {method: METHODS[method].ranks[KINDS.index(kind)] for method, _ in methods}
+    return [
+        (method, rank)
+        for method, text in methods
+        for rank in ([int(text)] if text else usual[method])
+    ]
+
+
 def runs_in(path: Path) -> pd.DataFrame:
-    """Returns the recorded runs, with all columns that are used here."""
+    """Returns the recorded runs at the default scaling, with all columns that are used here."""
     recorded = read(path)
     measured = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
     columns = dict.fromkeys([*recorded.columns, *Run._fields, *measured])
-    return recorded.reindex(columns=list(columns))
+    return recorded.reindex(columns=list(columns)).query("scaling == ''")
 
 
 def work(options: argparse.Namespace) -> None:
@@ -467,8 +431,9 @@ def work(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for name in options.tasks:
             task = TASKS[name]
-            search = Search(name, places_of(task, options), options.steps or task.steps, options)
-            while runs := search.next_runs(runs_in(options.results)):
+            usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
+            places = with_ranks(options.methods or places_of(usual), task.kind)
+            while runs := next_runs(name, places, options, runs_in(options.results)):
                 for future in as_completed([pool.submit(train, run) for run in runs]):
                     record(options.results, future.result())
 
@@ -481,63 +446,40 @@ def record(path: Path, row: dict[str, Any]) -> None:
     print(f"{run.name()}: {reached}", file=sys.stderr, flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    top = argparse.ArgumentParser(
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = top.add_argument
-    add(
-        "--tasks",
-        type=listed,
-        default=list(TASKS),
-        help=f"some of {', '.join(TASKS)}; none (all)",
-    )
-    add(
-        "--methods",
-        type=listed,
-        help=f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora",
-    )
+    add = parser.add_argument
+    tasks = f"some of {', '.join(TASKS)}; none (all)"
+    add("--tasks", type=some_of([*TASKS, "none"]), default=list(TASKS), help=tasks)
+    methods = f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora"
+    add("--methods", type=places_of, help=methods)
     add("--seeds", type=int, default=5, help="how many, from 0 on (5)")
     add("--lr", type=float, help="only this learning rate, without a search")
     add("--steps", type=int, help="of a run (the task's)")
-    add(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="runs at a time, one thread each (one per core)",
-    )
+    jobs = "runs at a time, one thread each (one per core)"
+    add("--jobs", type=int, default=os.cpu_count(), help=jobs)
     add("--results", type=Path, help="the file (bench/results/accuracy.jsonl)")
-    add("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
-    add(
-        "--quick",
-        action="store_true",
-        help="a teacher, three methods, 40 steps, into demo_results/bench",
-    )
-    return top
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the program."""
-    command = parser()
-    options = command.parse_args(argv)
+    add("--markdown", action="store_true", help="print the tables in Markdown")
+    quick = "a teacher, three methods, 40 steps, into demo_results/bench"
+    add("--quick", action="store_true", help=quick)
+    options = parser.parse_args(argv)
     options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")
     if options.quick:
         options.tasks = ["teacher-half"]
         options.steps = options.steps or 40
+        options.methods = options.methods or places_of(QUICK_METHODS)
         options.seeds = 3
+    shown = options.tasks
     if options.tasks == ["none"]:
-        tables(runs_in(options.results), list(TASKS), options.markdown)
-        print(f"results in {options.results}")
-        return 0
+        shown = list(TASKS)
+        options.tasks = []
     for name in options.tasks:
-        if name not in TASKS:
-            command.error(f"tasks: expected some of {', '.join(TASKS)}, got {name!r}")
-        lacking = missing(TASKS[name])
-        if lacking:
-            command.error(
+        if lacking := missing(TASKS[name]):
+            parser.error(
                 f"tasks: expected {lacking} for {name}, found none; "
                 f"run python examples/data.py, see its help"
             )
@@ -545,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     work(options)
-    tables(runs_in(options.results), options.tasks, options.markdown)
+    tables(runs_in(options.results), shown, options.markdown)
     print(f"results in {options.results}")
     return 0
 

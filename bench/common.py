@@ -4,8 +4,6 @@ Not here: timing (timing.py), checks of numbers and memory (checks.py), the comm
 measuring program (program.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes
@@ -76,11 +74,17 @@ def named(rival: str) -> str:
     return rival
 
 
+def telling_line(text: str) -> str:
+    """Returns the line of a message that says most: the first with "CUDA error", else the first.
+
+    PyTorch puts the error of a kernel between general advice.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if "CUDA error" in line), lines[0])[:300]
+
+
 def reason_of(error: BaseException) -> str:
-    """Returns the line of an error that says most: the first with "CUDA error", else the first."""
-    lines = str(error).splitlines() or ["no message"]
-    line = next((line for line in lines if "CUDA error" in line), lines[0])
-    return f"{type(error).__name__}: {line.strip()[:200]}"
+    return f"{type(error).__name__}: {telling_line(str(error))}"
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -157,33 +161,21 @@ def read(path: Path) -> pd.DataFrame:
     """Returns the rows of a result file, an empty table if it does not exist."""
     if not path.exists():
         return pd.DataFrame()
-    return pd.read_json(path, lines=True, dtype=False)
+    return pd.read_json(path, lines=True, dtype=False, precise_float=True)
 
 
 def write(path: Path, frame: pd.DataFrame) -> None:
-    """Writes JSON Lines without empty columns, numbers to six digits.
+    """Writes JSON Lines without empty columns.
 
     A process that is killed meanwhile leaves the old file or the new one.
     """
-    lines = []
-    for record in frame.to_dict("records"):
-        columns = {
-            name: _short(value)
-            for name, value in record.items()
-            if isinstance(value, list) or not pd.isna(value)
-        }
-        lines.append(json.dumps(columns) + "\n")
+    # Columns that some rows lack are floats in pandas. Here their integers become integers again.
+    rows = [row.dropna().to_dict() for _, row in frame.convert_dtypes().iterrows()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
+    lines = "".join(json.dumps(row, default=np.generic.item) + "\n" for row in rows)
+    temporary.write_text(lines, encoding="utf-8")
     temporary.replace(path)
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        is_exact_integer = value.is_integer() and abs(value) < 2**53
-        return int(value) if is_exact_integer else float(f"{value:.6g}")
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def replace_rows(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> None:
@@ -205,8 +197,6 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    if abs(count) < 2**10:
-        return f"{count:.0f} B"
     if abs(count) < 2**20:
         return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**20:.1f} MiB"
@@ -221,18 +211,13 @@ def over_text(row: pd.Series) -> str:
     return f"{row['over']:.1%} ({100 * row['over_low']:.1f} to {100 * row['over_high']:.1f})"
 
 
-def fact_text(name: str, value: Any) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+def fact_text(name: str, value: float) -> str:
+    if pd.isna(value):
         return "-"
     if name.endswith("bytes"):
         return bytes_text(value)
-    if name == "error":
-        return f"{value:.0e}"
-    if name == "of_copy":
-        return f"{value:.0%}"
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:,.4g}"
-    return f"{int(value):,}"
+    usual = "{:,.4g}" if value % 1 else "{:,.0f}"
+    return {"error": "{:.0e}", "of_copy": "{:.0%}"}.get(name, usual).format(value)
 
 
 def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFrame:
@@ -259,31 +244,20 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
 def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
     """Returns a row per case, by its title, and a column per rival: the last stage over the floor.
 
-    Raises:
-        ValueError: If no rival but the floor was measured.
+    Cases and rivals are in the order in which they come.
     """
     is_shown = (frame["stage"] == frame["stage"].iloc[-1]) & (frame["rival"] != floor)
-    if not is_shown.any():
-        raise ValueError(f"expected a rival beside {floor}, got none")
     last = frame[is_shown]
-    cells = pd.DataFrame(
-        {
-            "": titles[is_shown],
-            "rival": last["rival"].map(named),
-            "text": last.apply(over_text, axis=1),
-        }
-    )
-    wide = cells.pivot(index="", columns="rival", values="text").reindex(cells[""].unique())
-    usual = list(NAMES.values())
-    order = sorted(
-        wide.columns,
-        key=lambda name: (usual.index(name) if name in usual else len(usual), name),
-    )
-    return wide[order].fillna("-").reset_index().rename_axis(columns=None)
+    texts = last.apply(over_text, axis=1)
+    cells = pd.DataFrame({"": titles[is_shown], "rival": last["rival"].map(named), "text": texts})
+    wide = cells.pivot(index="", columns="rival", values="text")
+    wide = wide.reindex(index=cells[""].unique(), columns=cells["rival"].unique())
+    return wide.fillna("-").reset_index().rename_axis(columns=None)
 
 
-def markdown_table(table: pd.DataFrame) -> str:
-    rule = ["---"] + ["---:"] * (len(table.columns) - 1)
+def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
+    """Returns a table of which the first columns are texts, the others numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(table.columns) - texts)
     lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -325,18 +299,20 @@ def sizes(*names: str) -> Callable[[str], list[Case]]:
     return convert
 
 
-def chosen(names: list[str] | None, usual: Iterable[str], valid: Iterable[str]) -> list[str]:
-    """Returns the names of an option, or the usual ones, in the order of the valid ones.
-
-    Raises:
-        ValueError: If a name is not valid.
-    """
+def some_of(valid: Iterable[str]) -> Callable[[str], list[str]]:
+    """Returns a converter for an option: names from `valid`, in its order."""
     valid = list(valid)
-    names = list(names or usual)
-    for name in names:
-        if name not in valid:
-            raise ValueError(f"expected some of {', '.join(valid)}, got {name!r}")
-    return [name for name in valid if name in names]
+
+    def convert(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in valid:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(valid)}, got {name!r}"
+                )
+        return [name for name in valid if name in names]
+
+    return convert
 
 
 def dtype_of(case: Case) -> torch.dtype:

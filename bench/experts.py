@@ -10,19 +10,16 @@ at one rank. The routing is random and the same for all. The gradients of our ad
 with the same module's in float64 first. peak: the most that a step has allocated at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
-import functools
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of, peak_bytes
-from .common import Case, chosen, dtype_of, sizes
+from .checks import check_error, error_of
+from .common import Case, dtype_of
 from .models import trained
 from .program import Program
 from .timing import Group, Step, training
@@ -37,17 +34,6 @@ SHAPES = {
 }
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
 CHECKED_TOKENS = 64
-
-
-def cases(options: argparse.Namespace) -> list[Case]:
-    shapes = options.shapes or sizes(*KEY)(SHAPES[options.device])
-    for case in shapes:
-        if case["top"] > case["experts"]:
-            raise ValueError(
-                f"shapes: expected a top k of at most the {case['experts']} experts, "
-                f"got {case['top']}"
-            )
-    return shapes
 
 
 class Mixture(nn.Module):
@@ -161,6 +147,10 @@ def gradient_error(model: nn.Module, x: Tensor, g: Tensor, routing: tuple[Tensor
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     m = case["m"]
+    if case["top"] > case["experts"]:
+        raise ValueError(
+            f"shapes: expected a top k of at most the {case['experts']} experts, got {case['top']}"
+        )
     dtype = dtype_of(case)
     device = options.device
     limit = TOLERANCE[case["dtype"]]
@@ -184,31 +174,23 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             error = gradient_error(model, x, g, routing)
             facts["error"] = check_error("gradients", error, limit)
         step = training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
-        step.run()
-        facts["peak_bytes"] = peak_bytes(step.run, device)
-        return step
+        return step.with_peak(device)
 
-    group = Group()
-    for name in chosen(options.rivals, NAMES, NAMES):
-        group.add(name, functools.partial(step_of, name))
-    return group
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes(*KEY), help="MxHxIxExTxR, comma-separated")
+    return Group(options.rivals or NAMES, step_of)
 
 
 PROGRAM = Program(
     name="experts",
     doc=__doc__,
-    cases=cases,
+    rivals=NAMES,
     build=build,
     form=(
         "{m} tokens, {experts} experts of hidden {hidden} and intermediate {inner}, "
         "top {top}, r {r}"
     ),
+    key=KEY,
+    shapes=SHAPES,
     slice_s=0.0,
-    options=more_options,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -14,14 +14,11 @@ with the next case. After each part the page build-gpu/summary.md and build-gpu/
 and result files) are written again, so that nothing is lost if the machine goes away.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import summary
-from .common import ROOT, reason_of
+from .common import ROOT, reason_of, some_of
 from .program import DEVICE_LOST
 
 FOLDER = ROOT / "build-gpu"
@@ -69,37 +66,30 @@ class Part(NamedTuple):
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
     """Returns all parts in order of worth: first what others need, then numbers, then speed."""
+    is_cuda = options.device == "cuda"
     device = ("--device", options.device)
-    results = str(options.folder / "results")
-    quick = ("--quick",) if options.quick else ()
+    results = ("--results", str(options.folder / "results"))
+    metrics = (
+        "gpu__time_duration.sum,dram__bytes.sum,"
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed"
+    )
+    profiled = ("shrink", "expand_add", "shrink_grad", "factor_grad")
 
-    def bench(
-        name: str,
-        weight: float,
-        *words: str,
-        uses: tuple[str, ...] = (),
-        needs: tuple[str, ...] = (),
-    ) -> Part:
-        words = (*words, "--require-kernels", "--results", results, *device, *quick)
-        return Part(name, weight, (*PYTHON, f"bench.{name}", *words), needs, uses, restarts=True)
+    def bench(name: str, weight: float, *words: str, **fields: tuple[str, ...]) -> Part:
+        quick = ("--quick",) if options.quick else words
+        words = ("--dtypes", "bf16", "--require-kernels", *results, *device, *quick)
+        return Part(name, weight, (*PYTHON, f"bench.{name}", *words), restarts=True, **fields)
 
     def tests(name: str) -> Part:
-        words = [
-            "-m",
-            "cuda and not full",
-            "-v",
-            "--tb=short",
-            "--maxfail=20",
-            "-p",
-            "no:cacheprovider",
-        ]
-        if importlib.util.find_spec("pytest_timeout") is not None:
-            words.append("--timeout=60")
+        has_timeout = importlib.util.find_spec("pytest_timeout") is not None
+        timeout = ("--timeout=60",) if has_timeout else ()
+        words = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", *timeout)
         file = f"python_tests/cuda/test_{name}.py"
         # Launches that wait name the kernel that failed. test_device is about those that do not.
         environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
-        command = (*PYTHON, "pytest", file, *words)
-        return Part(f"test_{name}", 2.0, command, ("pytest",), (), environment)
+        command = (*PYTHON, "pytest", file, "-m", "cuda and not full", *words)
+        return Part(f"test_{name}", 2.0, command, ("pytest",), environment=environment)
 
     def sanitizer(tool: str) -> Part:
         words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
@@ -107,50 +97,43 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         # Memcheck knows allocations, so each tensor must be one.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = ("compute-sanitizer", *words, *smoke)
-        return Part(tool, 1.5, command, ("compute-sanitizer",), (), environment)
+        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=environment)
 
-    few = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
-    smoke_words = ("--results", results, *few, *device)
-    if options.wheel is None:
-        build = Part(
-            "build",
-            4.0,
-            (sys.executable, "setup.py", "build_ext", "--inplace"),
-            ("nvcc", "c++", "cmake") if options.device == "cuda" else ("c++", "cmake"),
-            environment={"LOTR_CUDA": "ON" if options.device == "cuda" else "OFF"},
-        )
-    else:
-        build = Part("build", 1.0, ())
-    metrics = (
-        "gpu__time_duration.sum,dram__bytes.sum,"
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed"
+    build = Part(
+        "build",
+        4.0,
+        (sys.executable, "setup.py", "build_ext", "--inplace"),
+        ("nvcc", "c++", "cmake") if is_cuda else ("c++", "cmake"),
+        environment={"LOTR_CUDA": "ON" if is_cuda else "OFF"},
     )
-    profiled = ("shrink", "expand_add", "shrink_grad", "factor_grad")
+    if options.wheel is not None:
+        unzip = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])"
+        command = (sys.executable, "-c", unzip, str(options.wheel.resolve()), MODULE)
+        build = Part("build", 1.0, command)
+    smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profile = (
         *("ncu", "--clock-control", "none", "--metrics", metrics, "--csv"),
         *("--kernel-name", f"regex:^({'|'.join(profiled)})$"),
         *(*PYTHON, "bench.kernels", "--once", "--kernels", ",".join(profiled)),
         *("--shapes", "8192x4096x16", "--dtypes", "bf16", *device),
     )
-    bf16 = ("--dtypes", "bf16")
-    transformers = ("transformers",)
+    mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build,
         Part("info", 0.5, (*PYTHON, "lotr_ext.info")),
-        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *smoke_words), ("pytest",)),
-        bench("kernels", 4.0, *bf16),
-        bench("layer", 5.0, *bf16, uses=("peft",)),
+        Part("smoke", 4.0, (*PYTHON, "bench.smoke", *results, *smoke, *device), ("pytest",)),
+        bench("kernels", 4.0),
+        bench("layer", 5.0, uses=("peft",)),
         tests("gpu_operators"),
         tests("gpu_layers"),
         tests("device"),
         sanitizer("memcheck"),
-        bench("model", 4.0, *bf16, "--rounds", "7", needs=transformers, uses=("peft",)),
-        bench("host", 1.5, "--clock", "wall", *bf16, uses=("peft",)),
+        bench("model", 4.0, "--rounds", "7", **mixed),
+        bench("host", 1.5, "--clock", "wall", uses=("peft",)),
         Part("profile", 1.0, profile, ("ncu",)),
-        bench("shared", 1.0, *bf16),
-        bench("experts", 1.0, *bf16, needs=transformers, uses=("peft",)),
-        bench("tasks", 1.0, *bf16, needs=transformers, uses=("peft",)),
+        bench("shared", 1.0),
+        bench("experts", 1.0, **mixed),
+        bench("tasks", 1.0, **mixed),
         sanitizer("racecheck"),
     ]
 
@@ -170,14 +153,15 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def environment_of(part: Part) -> dict[str, str]:
-    environment = os.environ | {"LOTR_BUILD_DIR": str(FOLDER / "cmake")}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment["PATH"] += os.pathsep + str(CUDA_PROGRAMS)
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    return environment | part.environment
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    usual = {"MAX_JOBS": str(os.cpu_count() or 1)}
+    fixed = {
+        "LOTR_BUILD_DIR": str(FOLDER / "cmake"),
+        "PATH": os.pathsep.join([os.environ["PATH"], str(CUDA_PROGRAMS)]),
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**usual, **os.environ, **fixed, **part.environment}
 
 
 def run(part: Part, log: Path, limit_s: float) -> str:
@@ -187,35 +171,26 @@ def run(part: Part, log: Path, limit_s: float) -> str:
         "done", "failed (status)" or "stopped".
     """
     end = time.monotonic() + limit_s
-    words: tuple[str, ...] = ()
-    crashes = []
     log.write_bytes(b"")
+    words: tuple[str, ...] = ()
+    crashes: list[str] = []
     while True:
         status = _run_once(part, (*part.command, *words), log, end - time.monotonic())
-        if status is None:
-            return "stopped" + _crashed(crashes)
-        is_crash = status < 0 or status == DEVICE_LOST
-        case = _last_case(log)
+        case = summary.last_case(log)
+        is_crash = status is not None and (status < 0 or status == DEVICE_LOST)
         if not (is_crash and part.restarts and case) or len(crashes) == RESTARTS:
             break
-        number, count = case
-        crashes.append(number)
-        if number == count:
+        crashes.append(case[1])
+        if case[1] == case[2]:
             break
-        words = ("--from", str(number + 1))
-    if crashes:
-        return "failed" + _crashed(crashes)
-    return "done" if status == 0 else f"failed ({status})"
-
-
-def _crashed(cases: list[int]) -> str:
-    return f", crashed in case {', '.join(map(str, cases))}" if cases else ""
-
-
-def _last_case(log: Path) -> tuple[int, int] | None:
-    """Returns the last "[3/42]" in a log."""
-    matches = re.findall(r"^\[(\d+)/(\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
-    return (int(matches[-1][0]), int(matches[-1][1])) if matches else None
+        words = ("--from", str(int(case[1]) + 1))
+    if status is None:
+        outcome = "stopped"
+    elif crashes:
+        outcome = "failed"
+    else:
+        outcome = f"failed ({status})" if status else "done"
+    return outcome + (f", crashed in case {', '.join(crashes)}" if crashes else "")
 
 
 def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -> int | None:
@@ -247,13 +222,6 @@ def stop(process: subprocess.Popen) -> None:
             process.wait(GRACE_S)
 
 
-def unpack(wheel: Path) -> str:
-    """Takes the compiled module from a wheel in place of a build."""
-    with zipfile.ZipFile(wheel) as archive:
-        (ROOT / MODULE).write_bytes(archive.read(MODULE))
-    return "done"
-
-
 # ---- all parts -----------------------------------------------------------------------------------
 
 
@@ -267,40 +235,40 @@ def work(parts: list[Part], options: argparse.Namespace) -> int:
     results = options.folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     outcomes = summary.outcomes_in(results)
-    this_time = []
+    is_good = True
     for i, part in enumerate(parts):
         remaining = end - time.monotonic()
         share = part.weight / sum(other.weight for other in parts[i:])
-        limit_s = remaining if part.name == "build" else remaining * share
         log = results / f"{part.name}.log"
-        lacking = missing(part.needs)
         begin = time.monotonic()
-        if lacking:
-            outcome = f"skipped, needs {', '.join(lacking)}"
-        elif remaining < 1:
-            outcome = "no time left"
-        elif not part.command:
-            outcome = unpack(options.wheel)
-        else:
-            print(f"{part.name}: at most {limit_s:.0f} s, log {log}", flush=True)
-            outcome = run(part, log, limit_s)
-        without = missing(part.uses)
-        if without:
-            outcome += f", without {', '.join(without)}"
+        outcome = run_part(part, log, remaining if part.name == "build" else remaining * share)
         seconds = round(time.monotonic() - begin)
         print(f"{part.name}: {outcome}, {seconds} s", flush=True)
-        if not outcome.startswith(GOOD) and log.exists():
-            for line in summary.error_lines(log.read_text(errors="replace")):
-                print(f"    {line}", flush=True)
         outcomes[part.name] = {"outcome": outcome, "seconds": seconds}
+        if not outcome.startswith(GOOD):
+            is_good = False
+            for line in summary.error_lines(log):
+                print(f"    {line}", flush=True)
         pack(results, outcomes, options.out)
-        this_time.append(outcome)
         if part.name == "build" and outcome != "done":
-            this_time.append("failed: without a build nothing else can run")
-            print(this_time[-1])
+            is_good = False
+            print("failed: without a build nothing else can run")
             break
     print(f"read {options.out / 'summary.md'}; all logs and rows: {options.out / 'results.tar.gz'}")
-    return int(not all(outcome.startswith(GOOD) for outcome in this_time))
+    return int(not is_good)
+
+
+def run_part(part: Part, log: Path, limit_s: float) -> str:
+    """Runs a part if it can run. Returns its outcome."""
+    lacking = missing(part.needs)
+    if lacking:
+        return f"skipped, needs {', '.join(lacking)}"
+    if limit_s <= 0:
+        return "no time left"
+    print(f"{part.name}: at most {limit_s:.0f} s, log {log}", flush=True)
+    outcome = run(part, log, limit_s)
+    without = missing(part.uses)
+    return f"{outcome}, without {', '.join(without)}" if without else outcome
 
 
 def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
@@ -317,15 +285,6 @@ def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
         file.add(results, "results")
     archive.replace(out / "results.tar.gz")
     shutil.copy(results / "summary.md", out / "summary.md")
-
-
-def dry_run(parts: list[Part], options: argparse.Namespace) -> None:
-    total = sum(part.weight for part in parts)
-    for part in parts:
-        lacking = missing((*part.needs, *part.uses))
-        words = f"   missing: {', '.join(lacking)}" if lacking else ""
-        seconds = options.budget * part.weight / total
-        print(f"{part.name:14} {seconds:5.0f} s   {' '.join(part.command)}{words}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -347,17 +306,22 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.out = options.out or options.folder
     parts = {part.name: part for part in parts_of(options)}
-    names = options.parts.split(",") if options.parts else list(parts)
-    for name in names:
-        if name not in parts:
-            parser.error(f"parts: expected some of {', '.join(parts)}, got {name!r}")
+    try:
+        names = some_of(parts)(options.parts or ",".join(parts))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"parts: {error}")
+    selected = [parts[name] for name in names]
     if options.wheel is not None and not zipfile.is_zipfile(options.wheel):
         parser.error(f"wheel: expected a wheel of lotr_ext, got {options.wheel}")
-    selected = [part for name, part in parts.items() if name in names]
-    if options.dry_run:
-        dry_run(selected, options)
-        return 0
-    return work(selected, options)
+    if not options.dry_run:
+        return work(selected, options)
+    total = sum(part.weight for part in selected)
+    for part in selected:
+        lacking = missing((*part.needs, *part.uses))
+        words = f"   missing: {', '.join(lacking)}" if lacking else ""
+        seconds = options.budget * part.weight / total
+        print(f"{part.name:14} {seconds:5.0f} s   {' '.join(part.command)}{words}")
+    return 0
 
 
 if __name__ == "__main__":

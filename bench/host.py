@@ -11,10 +11,7 @@ calls of Python functions of lotr_ext in a step, per layer; functions: how many 
 operators: those that Python and autograd dispatch. These counts do not depend on the machine.
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .common import Case, chosen, dtype_of, listed, sizes
+from .common import Case, dtype_of, some_of
 from .program import Program
 from .rivals import STACKED, WIRINGS, check_stack, stack, stack_values
 from .timing import Group, Step, training
@@ -34,9 +31,7 @@ KEY = ("m", "layers", "k", "r")
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    shapes = options.shapes or sizes(*KEY)(SHAPES)
-    wirings = chosen(options.forms, WIRINGS, WIRINGS)
-    return [{"form": wiring, **shape} for wiring in wirings for shape in shapes]
+    return [{"form": wiring, **shape} for wiring in options.forms for shape in options.shapes]
 
 
 def count_frames(call: Callable[[], object], folder: Path) -> tuple[int, int]:
@@ -102,24 +97,23 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         facts["operators"] = count_operators(step.run) / layers
         return step
 
-    group = Group()
-    for name in chosen(options.rivals, STACKED, STACKED):
-        group.add(name, functools.partial(step_of, name))
-    return group
+    return Group(options.rivals or STACKED, step_of)
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    shapes = "MxLxKxR, comma-separated: tokens x layers x width x rank"
-    parser.add_argument("--shapes", type=sizes(*KEY), help=shapes)
-    parser.add_argument("--forms", type=listed, help=f"some of {', '.join(WIRINGS)}")
+    forms = ",".join(WIRINGS)
+    parser.add_argument("--forms", type=some_of(WIRINGS), default=forms, help=f"({forms})")
 
 
 PROGRAM = Program(
     name="host",
     doc=__doc__,
-    cases=cases,
+    rivals=STACKED,
     build=build,
     form="{form}, {m} tokens, {layers} layers of width {k}, r {r}",
+    key=KEY,
+    shapes={"cpu": SHAPES, "cuda": SHAPES},
+    cases=cases,
     floor="lotr-eager",
     rounds=41,
     slice_s=0.0,

@@ -15,12 +15,10 @@ cold L2.
     of_copy    that bandwidth over the one of a copy on the same device (copy_gb_per_s)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ from lotr_ext.core.operators import FUSED
 from lotr_ext.core.strategy import fused_obstacle
 
 from .checks import check_error, error_of
-from .common import Case, chosen, dtype_of, listed, sizes
+from .common import Case, dtype_of, some_of
 from .program import Program
 from .timing import Group, Step, copy_gb_per_s
 
@@ -40,256 +38,165 @@ SHAPES = {
     "cuda": ("8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128"),
     "cpu": "2048x768x16,512x768x16,2048x768x64",
 }
+SUMS = ("D", "Q")  # float32
 
 
-def library() -> object:
-    return torch.ops.lotr
+# ---- our kernels ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Operator:
-    """One kernel with its operands.
+def shrink(x: Tensor, A: Tensor) -> Results:
+    return (torch.ops.lotr.shrink(x, A),)
+
+
+def expand_add(y: Tensor, u: Tensor, F: Tensor) -> Results:
+    torch.ops.lotr.expand_add_(y, u, F)
+    return (y,)
+
+
+def factor_grad(D: Tensor, x: Tensor, k: Tensor) -> Results:
+    torch.ops.lotr.shrink_backward_(k, None, x, None, D)
+    return (D,)
+
+
+def shrink_grad(g: Tensor, F: Tensor, u: Tensor, Q: Tensor) -> Results:
+    _, k, _ = torch.ops.lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
+    return k, Q
+
+
+def fold(B: Tensor, core: Tensor) -> Results:
+    return (torch.ops.lotr.fold(B, core, SCALING, B.dtype),)
+
+
+def row_core(u: Tensor, cores: Tensor, index: Tensor) -> Results:
+    return (torch.ops.lotr.row_core(u, cores, index, None, None, SCALING),)
+
+
+def gemm_lotr(x: Tensor, W: Tensor, u: Tensor, F: Tensor) -> Results:
+    return (torch.ops.lotr.layer_forward_rows(x, W, None, u, F, FUSED),)
+
+
+class Kernel(NamedTuple):
+    """One kernel.
 
     Attributes:
         ours: Calls it. Returns all results, new ones or those written in place.
-        library: The same in torch's products.
-        truth: The same in float64.
-        bytes: Every operand once.
-        written: Tensors that the calls add to, with their values before.
+        operands: Their dimensions, a letter of KEY for each.
+        formula: The same in torch's products. In float64 it is the truth.
         more: Other products of the library, by name.
     """
 
-    ours: Callable[[], Results]
-    library: Callable[[], Results]
-    truth: Callable[[], Results]
-    bytes: int
-    written: tuple[tuple[Tensor, Tensor], ...] = ()
-    more: dict[str, Callable[[], Results]] = field(default_factory=dict)
-
-    def reset(self) -> None:
-        for tensor, before in self.written:
-            tensor.copy_(before)
+    ours: Callable[..., Results]
+    operands: dict[str, str]
+    formula: Callable[..., Results]
+    more: Mapping[str, Callable[..., Results]] = {}
 
 
-class Inputs:
-    """Random tensors for a case. sizes: its (m, n, r)."""
-
-    def __init__(self, case: Case, device: str):
-        self.dtype = dtype_of(case)
-        self.device = device
-        self.sizes = tuple(case[name] for name in KEY)
-        self.generator = torch.Generator().manual_seed(3)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=self.generator) * scale
-        return values.to(self.device, self.dtype)
-
-    def zeros(self) -> Tensor:
-        """Returns a float32 sum [n, r]."""
-        return torch.zeros(self.sizes[1:], device=self.device)
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-def shrink(inputs: Inputs) -> Operator:
-    """u = x A"""
-    m, n, r = inputs.sizes
-    x = inputs.normal(m, n)
-    A = inputs.normal(n, r, scale=n**-0.5)
-    return Operator(
-        ours=lambda: (library().shrink(x, A),),
-        library=lambda: (x @ A,),
-        truth=lambda: (x.double() @ A.double(),),
-        bytes=_bytes(x, A) + m * r * x.itemsize,
-    )
-
-
-def expand_add(inputs: Inputs) -> Operator:
-    """y += u F^T"""
-    m, n, r = inputs.sizes
-    start = inputs.normal(m, n)
-    u = inputs.normal(m, r)
-    F = inputs.normal(n, r, scale=r**-0.5)
-    y = start.clone()
-    library_y = start.clone()
-
-    def ours() -> Results:
-        library().expand_add_(y, u, F)
-        return (y,)
-
-    return Operator(
-        ours=ours,
-        library=lambda: (library_y.addmm_(u, F.T),),
-        truth=lambda: (start.double() + u.double() @ F.double().T,),
-        bytes=_bytes(y, y, u, F),
-        written=((y, start), (library_y, start)),
-    )
-
-
-def factor_grad(inputs: Inputs) -> Operator:
-    """D += x^T k"""
-    m, n, r = inputs.sizes
-    x = inputs.normal(m, n)
-    k = inputs.normal(m, r, scale=m**-0.5)
-    D = inputs.zeros()
-    library_D = inputs.zeros()
-
-    def ours() -> Results:
-        library().shrink_backward_(k, None, x, None, D)
-        return (D,)
-
-    return Operator(
-        ours=ours,
-        library=lambda: (library_D.add_(x.T @ k),),
-        truth=lambda: (x.double().T @ k.double(),),
-        bytes=_bytes(x, k, D, D),
-        written=((D, inputs.zeros()), (library_D, inputs.zeros())),
-    )
-
-
-def shrink_grad(inputs: Inputs) -> Operator:
-    """k = g F and Q += g^T u"""
-    m, n, r = inputs.sizes
-    g = inputs.normal(m, n)
-    F = inputs.normal(n, r, scale=n**-0.5)
-    u = inputs.normal(m, r, scale=m**-0.5)
-    Q = inputs.zeros()
-    library_Q = inputs.zeros()
-
-    def ours() -> Results:
-        _, k, _ = library().layer_backward_rows_(g, None, u, F, None, Q, True, True)
-        return k, Q
-
-    return Operator(
-        ours=ours,
-        library=lambda: (g @ F, library_Q.add_(g.T @ u)),
-        truth=lambda: (g.double() @ F.double(), g.double().T @ u.double()),
-        bytes=_bytes(g, F, u, u, Q, Q),
-        written=((Q, inputs.zeros()), (library_Q, inputs.zeros())),
-    )
-
-
-def fold(inputs: Inputs) -> Operator:
-    """F = s B G^T"""
-    _, n, r = inputs.sizes
-    B = inputs.normal(n, r, scale=r**-0.5)
-    core = inputs.normal(r, r)
-    return Operator(
-        ours=lambda: (library().fold(B, core, SCALING, inputs.dtype),),
-        library=lambda: ((B * SCALING) @ core.T,),
-        truth=lambda: (SCALING * (B.double() @ core.double().T),),
-        bytes=_bytes(B, B, core),
-    )
-
-
-def row_core(inputs: Inputs) -> Operator:
-    """h_i = s u_i G_c(i)"""
-    m, count, r = inputs.sizes
-    u = inputs.normal(m, r)
-    cores = inputs.normal(count, r, r, scale=r**-0.5)
-    index = torch.randint(count, (m,), generator=inputs.generator).to(inputs.device)
-
-    def truth() -> Results:
-        return (SCALING * torch.einsum("mr,mrs->ms", u.double(), cores.double()[index]),)
-
-    return Operator(
-        ours=lambda: (library().row_core(u, cores, index, None, None, SCALING),),
-        library=lambda: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
-        truth=truth,
-        bytes=_bytes(u, u, index) + len(index.unique()) * cores[0].nbytes,
-    )
-
-
-def gemm_lotr(inputs: Inputs) -> Operator:
-    """y = x W^T + u F^T in one kernel.
-
-    The library's base product is timed as well, and "beta": u F^T first, then the product onto it.
-    """
-    m, n, r = inputs.sizes
-    x = inputs.normal(m, n)
-    W = inputs.normal(n, n, scale=n**-0.5)
-    u = inputs.normal(m, r)
-    F = inputs.normal(n, r, scale=r**-0.5)
-
-    def ours() -> Results:
-        return (library().layer_forward_rows(x, W, None, u, F, FUSED),)
-
-    return Operator(
-        ours=ours,
-        library=lambda: ((x @ W.T).addmm_(u, F.T),),
-        truth=lambda: (x.double() @ W.double().T + u.double() @ F.double().T,),
-        bytes=_bytes(x, W, u, F, x),
-        more={
-            "base product": lambda: (x @ W.T,),
-            "library, beta": lambda: ((u @ F.T).addmm_(x, W.T),),
+KERNELS = {
+    "gemm_lotr": Kernel(
+        gemm_lotr,
+        {"x": "mn", "W": "nn", "u": "mr", "F": "nr"},
+        lambda x, W, u, F: ((x @ W.T).addmm_(u, F.T),),
+        {
+            "base product": lambda x, W, u, F: (x @ W.T,),
+            "library, beta": lambda x, W, u, F: ((u @ F.T).addmm_(x, W.T),),
         },
-    )
-
-
-KERNELS: dict[str, Callable[[Inputs], Operator]] = {
-    make.__name__: make
-    for make in (gemm_lotr, shrink, expand_add, shrink_grad, factor_grad, fold, row_core)
+    ),
+    "shrink": Kernel(shrink, {"x": "mn", "A": "nr"}, lambda x, A: (x @ A,)),
+    "expand_add": Kernel(
+        expand_add, {"y": "mn", "u": "mr", "F": "nr"}, lambda y, u, F: (y.addmm_(u, F.T),)
+    ),
+    "shrink_grad": Kernel(
+        shrink_grad,
+        {"g": "mn", "F": "nr", "u": "mr", "Q": "nr"},
+        lambda g, F, u, Q: (g @ F, Q.add_(g.T @ u)),
+    ),
+    "factor_grad": Kernel(
+        factor_grad, {"D": "nr", "x": "mn", "k": "mr"}, lambda D, x, k: (D.add_(x.T @ k),)
+    ),
+    "fold": Kernel(fold, {"B": "nr", "core": "rr"}, lambda B, core: ((B * SCALING) @ core.T,)),
+    "row_core": Kernel(
+        row_core,
+        {"u": "mr", "cores": "nrr", "index": "m"},
+        lambda u, cores, index: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
+    ),
 }
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def operands_of(case: Case, device: str) -> dict[str, Tensor]:
+    """Returns random operands, sums of zeros, and an index of all cores."""
+    generator = torch.Generator().manual_seed(3)
+    operands = {}
+    for name, letters in KERNELS[case["kernel"]].operands.items():
+        shape = [case[letter] for letter in letters]
+        if name == "index":
+            values = torch.randperm(case["m"], generator=generator) % case["n"]
+        elif name in SUMS:
+            values = torch.zeros(shape)
+        else:
+            values = torch.randn(shape, generator=generator).to(dtype_of(case))
+        operands[name] = values.to(device)
+    return operands
+
+
+def copied(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Returns copies for a call that writes. The floating-point ones get the dtype."""
+    copies = {}
+    for name, operand in operands.items():
+        is_cast = dtype is not None and operand.is_floating_point()
+        copies[name] = operand.to(dtype, copy=True) if is_cast else operand.clone()
+    return copies
 
 
 def obstacle(case: Case, device: str) -> str | None:
     """Why a kernel cannot run, None if it can."""
     if case["kernel"] != "gemm_lotr":
         return None
-    _, n, r = (case[name] for name in KEY)
-    return fused_obstacle(n, n, r, dtype_of(case), torch.device(device))
+    return fused_obstacle(case["n"], case["n"], case["r"], dtype_of(case), torch.device(device))
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    names = chosen(options.kernels, KERNELS, KERNELS)
-    shapes = options.shapes or sizes(*KEY)(SHAPES[options.device])
     every = []
-    for shape in shapes:
-        for name in names:
-            case = {"kernel": name, **shape}
-            if name == "fold":
-                case["m"] = 1
-            if obstacle({**case, "dtype": "bf16"}, options.device) is None:
-                every.append(case)
-    return every
-
-
-def check(operator: Operator, dtype: torch.dtype) -> float:
-    """Returns the largest error of our results.
-
-    Raises:
-        ArithmeticError: If it is above twice the library's, plus a rounding.
-    """
-    truth = operator.truth()
-    operator.reset()
-    ours = max(map(error_of, operator.ours(), truth))
-    theirs = max(map(error_of, operator.library(), truth))
-    return check_error("ours", ours, 2 * theirs + torch.finfo(dtype).eps)
+    for shape in options.shapes:
+        # fold has no tokens. A row reads one core, so more cores than rows would not be read.
+        changes = {"fold": {"m": 1}, "row_core": {"n": min(shape["m"], shape["n"])}}
+        for name in options.kernels:
+            every.append({"kernel": name, **shape, **changes.get(name, {})})
+    return [case for case in every if obstacle({**case, "dtype": "bf16"}, options.device) is None]
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
     reason = obstacle(case, options.device)
     if reason is not None:
         raise ValueError(reason)
-    operator = KERNELS[case["kernel"]](Inputs(case, options.device))
+    kernel = KERNELS[case["kernel"]]
+    operands = operands_of(case, options.device)
+    truth = kernel.formula(**copied(operands, torch.float64))
+    theirs = max(map(error_of, kernel.formula(**copied(operands)), truth))
+    results = kernel.ours(**copied(operands))
+    limit = 2 * theirs + torch.finfo(dtype_of(case)).eps
     facts = {
-        "error": check(operator, dtype_of(case)),
-        "least_bytes": operator.bytes,
+        "error": check_error("ours", max(map(error_of, results, truth)), limit),
+        # What is written in place is an operand and a result.
+        "least_bytes": sum(t.nbytes for t in (*operands.values(), *results)),
         "copy_gb_per_s": copy_gb_per_s(options.device),
     }
-    group = Group()
-    for name, call in {"library": operator.library, **operator.more}.items():
-        group.add(name, lambda call=call: Step({"step": lambda _: call()}))
-    group.add("lotr_ext", lambda: Step({"step": lambda _: operator.ours()}, facts=facts))
-    return group
+    calls = {"library": kernel.formula, **kernel.more, "lotr_ext": kernel.ours}
+
+    def step_of(name: str) -> Step:
+        rival_operands = copied(operands)
+        call = {"step": lambda _: calls[name](**rival_operands)}
+        return Step(call, facts=facts if name == "lotr_ext" else {})
+
+    return Group(options.rivals or calls, step_of)
 
 
 def run_once(options: argparse.Namespace) -> int:
     """Calls each kernel once, with nothing else around it. For a profiler."""
     for case in PROGRAM.all_cases(options):
-        KERNELS[case["kernel"]](Inputs(case, options.device)).ours()
+        KERNELS[case["kernel"]].ours(**operands_of(case, options.device))
         print(PROGRAM.title(case), flush=True)
     if options.device == "cuda":
         torch.cuda.synchronize()
@@ -297,8 +204,8 @@ def run_once(options: argparse.Namespace) -> int:
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernels", type=listed, help=f"some of {', '.join(KERNELS)}")
-    parser.add_argument("--shapes", type=sizes(*KEY), help="MxNxR, comma-separated")
+    kernels = ",".join(KERNELS)
+    parser.add_argument("--kernels", type=some_of(KERNELS), default=kernels, help=f"({kernels})")
     once = "call each kernel once, for a profiler, and measure nothing"
     parser.add_argument("--once", action="store_true", help=once)
 
@@ -306,9 +213,12 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 PROGRAM = Program(
     name="kernels",
     doc=__doc__,
-    cases=cases,
+    rivals=("library", "lotr_ext"),
     build=build,
     form="{kernel} {m} x {n}, r {r}",
+    key=KEY,
+    shapes=SHAPES,
+    cases=cases,
     floor="library",
     rounds=15,
     slice_s=0.01,

@@ -11,20 +11,15 @@ float32 factors and core on a half-precision layer, which is the default of `app
 "-two_pass", "-beta" and "-fused" are the strategies of our layer on a GPU (docs/kernels.md).
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import sys
 
 import torch
-from torch import Tensor
 
-from .checks import peak_bytes
-from .common import Case, chosen, dtype_of, sizes
+from .common import Case, dtype_of
 from .program import Program
-from .rivals import LAYERS, TOLERANCE, Rival, Tensors, check_layer, usual_layers
-from .timing import Group, Step
+from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, usual_layers
+from .timing import Group, Step, training
 
 KEY = ("m", "k", "n", "r")
 SHAPES = {
@@ -39,22 +34,6 @@ SHAPES = {
 }
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
-    return options.shapes or sizes(*KEY)(SHAPES[options.device])
-
-
-def step_of(rival: Rival, copies: list[Tensor], i: int, g: Tensor) -> Step:
-    """Returns the step of a rival on copy i of x, which changes from round to round."""
-    leaves = list(rival.parameters())
-
-    def drop_gradients() -> None:
-        for leaf in (copies[i], *leaves):
-            leaf.grad = None
-
-    stages = {"forward": lambda _: rival(copies[i]), "backward": lambda y: y.backward(g)}
-    return Step(stages, drop_gradients)
-
-
 def build(case: Case, options: argparse.Namespace) -> Group:
     m, k, n, r = (case[name] for name in KEY)
     dtype = dtype_of(case)
@@ -62,38 +41,32 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).to(options.device, dtype).requires_grad_()
     g = torch.randn(m, n, generator=generator).to(options.device, dtype)
-    names = chosen(options.rivals, usual_layers(tensors), LAYERS)
+    names = options.rivals or usual_layers(tensors)
     # Each rival has a copy of x, and the copies are shuffled each round: on a CPU the address of x
     # changes a layer's time by up to 2 %.
     copies = [x.detach().clone().requires_grad_() for _ in names]
 
-    def checked_step(name: str, i: int) -> Step:
+    def step_of(name: str) -> Step:
         rival = LAYERS[name](tensors)
-        error = check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])
-        step = step_of(rival, copies, i, g)
-        step.run()
-        step.facts = {"error": error, "peak_bytes": peak_bytes(step.run, options.device)}
-        return step
+        facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
+        i = names.index(name)
+        leaves = [*copies, *rival.parameters()]
+        step = training(lambda: rival(copies[i]), g, leaves, facts=facts)
+        return step.with_peak(options.device)
 
-    group = Group(lambda draw: draw.shuffle(copies))
-    for i, name in enumerate(names):
-        group.add(name, functools.partial(checked_step, name, i))
-    return group
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes(*KEY), help="MxKxNxR, comma-separated")
+    return Group(names, step_of, deal=lambda draw: draw.shuffle(copies))
 
 
 PROGRAM = Program(
     name="layer",
     doc=__doc__,
-    cases=cases,
+    rivals=tuple(LAYERS),
     build=build,
     form="{m} x {k} x {n}, r {r}",
+    key=KEY,
+    shapes=SHAPES,
     compared=("frozen", "lotr_ext"),
     is_pivoted=True,
-    options=more_options,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

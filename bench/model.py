@@ -14,18 +14,15 @@ LoRA or VeRA at the rank at which its size is nearest to LoTR's, "-as-lora" is L
 float32, the original's the model's.
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of, peak_bytes
-from .common import Case, chosen, dtype_of, listed
+from .checks import check_error, error_of
+from .common import Case, dtype_of, listed, some_of
 from .models import (
     METHODS,
     MODELS,
@@ -49,9 +46,6 @@ RANK = 16
 def cases(options: argparse.Namespace) -> list[Case]:
     usual = ["tiny-lm"] if options.quick else USUAL[options.device]
     names = options.models or usual
-    for name in names:
-        if name not in MODELS:
-            raise ValueError(f"models: expected some of {', '.join(MODELS)}, got {name!r}")
     return [
         {
             "model": name,
@@ -135,30 +129,23 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     if MODELS[case["model"]].family == "encoder":
         target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
 
-    def step_of(name: str, rank: int) -> Step:
+    def step_of(name: str) -> Step:
         torch.manual_seed(1)
+        rank = rank_of(name, case)
         model = adapted_model(name, base, case["targets"].split(","), rank)
         training = Training(model, ids, target)
         parameters = sum(p.numel() for p in training.parameters)
         facts: dict[str, Any] = {"rank": rank, "parameters": parameters}
         if name in ("lotr_ext", "lotr_ext-fused"):
             facts["error"] = gradient_error(training, base, case)
-        step = training.step(facts)
-        step.run()
-        facts["peak_bytes"] = peak_bytes(step.run, options.device)
-        return step
+        return training.step(facts).with_peak(options.device)
 
-    usual = usual_methods(base, case["r"])
-    group = Group()
-    for name in chosen(options.rivals, usual, METHODS):
-        rank = rank_of(name, case)
-        if rank is not None:
-            group.add(name, functools.partial(step_of, name, rank))
-    return group
+    names = options.rivals or usual_methods(base, case["r"])
+    return Group([name for name in names if rank_of(name, case) is not None], step_of)
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", type=listed, help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=some_of(MODELS), help=f"some of {', '.join(MODELS)}")
     targets = "endings of the adapted layers' names (the model's usual ones)"
     parser.add_argument("--targets", type=listed, help=targets)
     parser.add_argument("--batch", type=int, help="rows")
@@ -169,9 +156,10 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 PROGRAM = Program(
     name="model",
     doc=__doc__,
-    cases=cases,
+    rivals=METHODS,
     build=build,
     form="{model} ({targets}), {batch} x {sequence} tokens, r {r}",
+    cases=cases,
     slice_s=0.0,
     compared=("frozen", "lora-peft", "lotr_ext"),
     options=more_options,

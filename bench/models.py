@@ -1,7 +1,5 @@
 """The rivals for a transformer: one frozen model, adapted by each method."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 
 from . import strategies
 from .common import Case
-from .rivals import compiled, copied
+from .rivals import compiled
 from .strategies import STRATEGY_NAMES, with_strategy
 
 
@@ -91,7 +89,7 @@ METHODS = (
     "lotr_ext-compiled",
 )
 # On a CPU the strategies are the same products in another order, and compiling takes minutes.
-ON_REQUEST = ("lotr_ext-two_pass", "lotr_ext-beta", "lotr_ext-fused", "lotr_ext-compiled")
+ON_REQUEST = METHODS[-4:]
 
 
 def fused_reason(base: nn.Module, rank: int) -> str | None:
@@ -102,10 +100,8 @@ def fused_reason(base: nn.Module, rank: int) -> str | None:
 
 def usual_methods(base: nn.Module, rank: int) -> list[str]:
     """Returns the methods that are measured by default."""
-    usual = [method for method in METHODS if method not in ON_REQUEST]
-    if fused_reason(base, rank) is None:
-        usual.append("lotr_ext-fused")
-    return usual
+    fused = [] if fused_reason(base, rank) else ["lotr_ext-fused"]
+    return [method for method in METHODS if method not in ON_REQUEST] + fused
 
 
 def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
@@ -139,7 +135,8 @@ def twin(base: nn.Module) -> nn.Module:
 class EagerLoTR(nn.Module):
     """y = base(x) + ((x A) G) B^T as the original implementation computes it.
 
-    All layers of a shape share A and B.
+    All layers of a shape share A and B. They have the dtype of the weights, because the original
+    cannot mix dtypes.
     """
 
     def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
@@ -147,44 +144,25 @@ class EagerLoTR(nn.Module):
         self.base = base
         self.A = A
         self.B = B
-        core = torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device)
-        self.core = nn.Parameter(core)
+        self.core = nn.Parameter(A.new_zeros(A.shape[1], B.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
 
 
-def _random_factor(size: int, r: int, like: Tensor) -> nn.Parameter:
-    values = torch.randn(size, r, device=like.device).to(like.dtype)
-    return copied(values * size**-0.5)
-
-
 def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
-    """In the dtype of the weights: the original cannot mix dtypes."""
-    pairs: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+    pairs: dict[torch.Size, list[nn.Parameter]] = {}
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] not in targets:
             continue
-        size = (module.in_features, module.out_features)
-        if size not in pairs:
-            A = _random_factor(size[0], r, module.weight)
-            pairs[size] = (A, _random_factor(size[1], r, module.weight))
-        model.set_submodule(name, EagerLoTR(module, *pairs[size]))
+        weight = module.weight
+        if weight.shape not in pairs:
+            pairs[weight.shape] = [
+                nn.Parameter(weight.new_empty(size, r).normal_(0, size**-0.5))
+                for size in (module.in_features, module.out_features)
+            ]
+        model.set_submodule(name, EagerLoTR(module, *pairs[weight.shape]))
     return model
-
-
-def _our_lotr(model: nn.Module, targets: list[str], r: int, **settings: object) -> nn.Module:
-    from lotr_ext import LoTRConfig, apply_lotr
-
-    return apply_lotr(model, LoTRConfig(rank=r, scaling=1.0, target_modules=targets, **settings))
-
-
-def _peft_model(model: nn.Module, targets: list[str], r: int, method: str) -> nn.Module:
-    from peft import LoraConfig, VeraConfig, get_peft_model
-
-    if method.startswith("vera"):
-        return get_peft_model(model, VeraConfig(r=r, target_modules=targets))
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=targets))
 
 
 def rank_of(method: str, case: Case) -> int | None:
@@ -210,16 +188,21 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
     variant = method.partition("-")[2]
     if method == "frozen":
         return model
-    if method.startswith(("lora-peft", "vera-peft")):
-        return _peft_model(model, targets, rank, method)
     if method == "lotr-eager":
         return _eager_lotr(model, targets, rank)
-    if variant == "core":
-        return _our_lotr(model, targets, rank, train=("core",))
+    if method.startswith(("lora-peft", "vera-peft")):
+        from peft import LoraConfig, VeraConfig, get_peft_model
+
+        if method.startswith("vera"):
+            return get_peft_model(model, VeraConfig(r=rank, target_modules=targets))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     reason = fused_reason(base, rank) if variant == "fused" else None
     if reason is not None:
         raise ValueError(f"fused: {reason}")
-    model = _our_lotr(model, targets, rank)
+    from lotr_ext import LoTRConfig, apply_lotr
+
+    train = {"train": ("core",)} if variant == "core" else {}
+    apply_lotr(model, LoTRConfig(rank=rank, scaling=1.0, target_modules=targets, **train))
     if variant == "compiled":
         return compiled(model)
     if variant in STRATEGY_NAMES:

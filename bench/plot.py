@@ -5,11 +5,11 @@ programs that it has results of, and accuracy.png next to accuracy.jsonl. Withou
 all of bench/results.
 """
 
-from __future__ import annotations
-
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -40,9 +40,54 @@ COLORS = {
     "frozen": "0.85",
 }
 LAYER_RIVALS = ("lotr_ext", "lotr-eager", "lora-beta", "lora-eager", "lora-peft", "vera-peft")
-LAYER_SIZES = ((512, 768, 16), (2048, 768, 16), (1024, 2048, 16), (2048, 768, 64))  # m, k = n, r
 MODEL_RIVALS = ("frozen", "vera-peft", "lotr-eager", "lotr_ext")
 MOST_BARS = 6
+
+
+class Bars(NamedTuple):
+    """A picture with a group of bars per case: the time of rivals over the floor's.
+
+    Attributes:
+        floor: The rival that the others are compared with.
+        ylabel: What the bars show.
+        label: Under a group, as a format of a row.
+        rows: Which rows are shown, as a query of pandas.
+        rivals: Which rivals are shown, by default the first MOST_BARS.
+    """
+
+    floor: str
+    ylabel: str
+    label: str
+    rows: str = "stage == 'step'"
+    rivals: Sequence[str] = ()
+
+
+BARS = {
+    "layer": Bars(
+        "frozen",
+        "one layer, % over the frozen one",
+        "{m} x {k}\nr {r}, {dtype}",
+        "stage == 'step' and k == n and m >= 512",
+        LAYER_RIVALS,
+    ),
+    "experts": Bars(
+        "frozen",
+        "step, % over the frozen experts",
+        "{experts} experts of {hidden} x {inner}\n{dtype}",
+    ),
+    "host": Bars(
+        "lotr-eager",
+        "a layer's host time, % over LoTR in three lines",
+        "{form}\n{m} tokens",
+        "stage == 'step' and rival != 'frozen'",
+    ),
+    "tasks": Bars(
+        "lotr_ext-one",
+        "forward, % over one LoTR adapter",
+        "{rows} rows of {tokens} tokens",
+        "stage == 'forward' and mode == 'serve' and rival != 'frozen'",
+    ),
+}
 
 
 def color(rival: str) -> str:
@@ -51,128 +96,70 @@ def color(rival: str) -> str:
     return COLORS[max(names, key=len)] if names else "tab:purple"
 
 
-def finish(figure: Figure, path: Path) -> Path:
-    figure.tight_layout()
+def finish(figure: Figure, frame: pd.DataFrame, path: Path) -> list[Path]:
+    figure.suptitle(f"1 thread, {frame['machine'].iloc[0]}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return path
+    return [path]
 
 
-def bars(
-    ax: Axes, frame: pd.DataFrame, labels: Sequence[str], rivals: Sequence[str], value: str
-) -> None:
+def labeled(frame: pd.DataFrame, label: str, rows: str = "stage == 'step'") -> pd.DataFrame:
+    """Returns the rows of a query with the fewest threads, each with its label."""
+    shown = frame[frame["threads"] == frame["threads"].min()].query(rows)
+    return shown.assign(label=[label.format(**row) for row in shown.to_dict("records")])
+
+
+def bars(ax: Axes, frame: pd.DataFrame, rivals: Sequence[str], value: str) -> None:
     """A group of bars per label, a bar per rival, with the interval if the value has one."""
-    width = 0.8 / len(rivals)
-    for i, rival in enumerate(rivals):
-        rows = frame[frame["rival"] == rival].drop_duplicates("label")
-        rows = rows.set_index("label").reindex(labels)
-        position = np.arange(len(labels)) + (i - (len(rivals) - 1) / 2) * width
-        height = rows[value]
-        error = None
-        if f"{value}_low" in rows and rows[f"{value}_low"].notna().any():
-            below = (height - rows[f"{value}_low"]).clip(0)
-            above = (rows[f"{value}_high"] - height).clip(0)
-            error = [below, above]
-        style = {"color": color(rival), "label": named(rival), "ecolor": "0.3", "capsize": 2}
-        ax.bar(position, height, width * 0.92, yerr=error, **style)
-    ax.set_xticks(range(len(labels)), labels, fontsize=8)
+    wide = frame.drop_duplicates(["label", "rival"]).pivot(index="label", columns="rival")
+    wide = wide.loc[frame["label"].unique()]
+    height = wide[value][rivals]
+    error = None
+    if f"{value}_low" in frame:
+        below = height - wide[f"{value}_low"][rivals]
+        above = wide[f"{value}_high"][rivals] - height
+        error = np.stack([below.T, above.T], axis=1).clip(0)  # [rivals, 2, labels]
+    style = {"color": [color(rival) for rival in rivals], "width": 0.8, "rot": 0, "fontsize": 8}
+    height.rename(columns=named).plot.bar(ax=ax, yerr=error, capsize=2, legend=False, **style)
+    ax.set_xlabel("")
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def one_thread(frame: pd.DataFrame, stage: str = "step") -> pd.DataFrame:
-    return frame[(frame["threads"] == frame["threads"].min()) & (frame["stage"] == stage)]
-
-
-def in_percent(frame: pd.DataFrame) -> pd.DataFrame:
-    over = [name for name in frame if name.startswith("over")]
-    return frame.assign(**{name: 100 * frame[name] for name in over})
-
-
-def labeled(frame: pd.DataFrame, label: Callable[[pd.Series], str]) -> pd.DataFrame:
-    return frame.assign(label=frame.apply(label, axis=1))
-
-
-def present(frame: pd.DataFrame, rivals: Sequence[str]) -> list[str]:
-    return [name for name in rivals if name in set(frame["rival"])]
-
-
-def layer(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws the time over the frozen layer by size."""
-    frame = in_percent(one_thread(frame))
-    is_shown = frame.apply(
-        lambda row: row["k"] == row["n"] and (row["m"], row["k"], row["r"]) in LAYER_SIZES, axis=1
-    )
-    shown = labeled(
-        frame[is_shown], lambda row: f"{row['m']} x {row['k']}\nr {row['r']}, {row['dtype']}"
-    )
-    figure, ax = plt.subplots(figsize=(10, 4))
-    bars(ax, shown, list(shown["label"].unique()), present(shown, LAYER_RIVALS), "over")
-    ax.set_ylabel("step, % over the frozen layer")
-    ax.set_title(f"One adapted layer, 1 thread, {frame['machine'].iloc[0]}", fontsize=10)
-    ax.legend(ncols=3, fontsize=8, frameon=False)
-    return [finish(figure, folder / "layer.png")]
+def over_floor(name: str, frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draws the picture of a program in BARS, unless none of its rows is shown."""
+    picture = BARS[name]
+    shown = labeled(frame, picture.label, picture.rows)
+    measured = [rival for rival in shown["rival"].unique() if rival != picture.floor]
+    rivals = [rival for rival in picture.rivals or measured if rival in measured][:MOST_BARS]
+    if not rivals:  # a quick run measures one case, which this picture may not show
+        return []
+    percent = {column: 100 * shown[column] for column in shown if column.startswith("over")}
+    figure, ax = plt.subplots(figsize=(10, 4), layout="constrained")
+    bars(ax, shown.assign(**percent), rivals, "over")
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.set_ylabel(picture.ylabel)
+    ax.legend(ncols=2, fontsize=8, frameon=False)
+    return finish(figure, frame, folder / f"{name}.png")
 
 
 def model(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Draws the time of a training step and its peak memory, relative to PEFT's LoRA."""
-    frame = labeled(one_thread(frame), lambda row: f"{row['model']}\n{row['dtype']}")
+    frame = labeled(frame, "{model}\n{dtype}")
     lora = frame[frame["rival"] == "lora-peft"].set_index("label")
     frame = frame.assign(
         step=frame["seconds"] / frame["label"].map(lora["seconds"]),
         memory=frame["peak_bytes"] / frame["label"].map(lora["peak_bytes"]),
     )
+    rivals = [name for name in MODEL_RIVALS if name in set(frame["rival"])]
     titles = {"step": "time of a training step", "memory": "peak memory of a step"}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for ax, (value, title) in zip(axes, titles.items()):
-        bars(ax, frame, list(frame["label"].unique()), present(frame, MODEL_RIVALS), value)
+        bars(ax, frame, rivals, value)
         ax.axhline(1, color=COLORS["lora-peft"], linewidth=1)
-        ax.set_title(f"{title}, of LoRA PEFT's (line)", fontsize=10)
+        ax.set_title(f"{title}, relative to LoRA PEFT (line)", fontsize=10)
         ax.set_ylim(0, 1.5)
     axes[1].legend(fontsize=8, ncols=2, frameon=False)
-    figure.suptitle(f"1 thread, {frame['machine'].iloc[0]}", fontsize=10)
-    return [finish(figure, folder / "model.png")]
-
-
-def _over_bars(frame: pd.DataFrame, floor: str, ylabel: str, path: Path) -> list[Path]:
-    """Draws one axis: the time of each rival over the floor."""
-    frame = in_percent(frame)
-    rivals = [name for name in frame["rival"].unique() if name != floor][:MOST_BARS]
-    if not rivals:  # a quick run measures one case, which this picture may not show
-        return []
-    figure, ax = plt.subplots(figsize=(9, 3.8))
-    bars(ax, frame, list(frame["label"].unique()), rivals, "over")
-    ax.axhline(0, color="0.3", linewidth=0.8)
-    ax.set_ylabel(ylabel)
-    ax.set_title(f"1 thread, {frame['machine'].iloc[0]}", fontsize=10)
-    ax.legend(fontsize=8, frameon=False)
-    return [finish(figure, path)]
-
-
-def experts(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    shown = labeled(
-        one_thread(frame),
-        lambda row: f"{row['experts']} experts of {row['hidden']} x {row['inner']}\n{row['dtype']}",
-    )
-    return _over_bars(shown, "frozen", "step, % over the frozen experts", folder / "experts.png")
-
-
-def host(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    shown = labeled(
-        one_thread(frame[frame["rival"] != "frozen"]),
-        lambda row: f"{row['form']}\n{row['m']} tokens",
-    )
-    ylabel = "a layer's host time, % over LoTR in three lines"
-    return _over_bars(shown, "lotr-eager", ylabel, folder / "host.png")
-
-
-def tasks(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    frame = one_thread(frame, "forward")
-    frame = frame[(frame["mode"] == "serve") & (frame["rival"] != "frozen")]
-    if frame.empty:
-        return []
-    shown = labeled(frame, lambda row: f"{row['rows']} rows of {row['tokens']} tokens")
-    ylabel = "forward, % over one LoTR adapter"
-    return _over_bars(shown, "lotr_ext-one", ylabel, folder / "tasks.png")
+    return finish(figure, frame, folder / "model.png")
 
 
 def accuracy(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -184,7 +171,7 @@ def accuracy(frame: pd.DataFrame, folder: Path) -> list[Path]:
         "lotr-block": ("LoTR, by block", "tab:green"),
         "lora": ("LoRA PEFT", "tab:red"),
     }
-    figure, axes = plt.subplots(1, len(shown), figsize=(14, 3.6))
+    figure, axes = plt.subplots(1, len(shown), figsize=(14, 3.6), layout="constrained")
     for ax, task in zip(axes, shown):
         points = points_of(frame, task)
         for method, (label, mark) in forms.items():
@@ -210,26 +197,24 @@ def accuracy(frame: pd.DataFrame, folder: Path) -> list[Path]:
     handles = axes[0].get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": 5}
     figure.legend(*handles, **place, fontsize=9, frameon=False)
-    figure.set_layout_engine("constrained")
     figure.savefig(folder / "accuracy.png", dpi=110)
     return [folder / "accuracy.png"]
 
 
 DRAW: dict[str, Callable[[pd.DataFrame, Path], list[Path]]] = {
-    function.__name__: function for function in (layer, model, experts, host, tasks, accuracy)
+    **{name: functools.partial(over_floor, name) for name in BARS},
+    "model": model,
+    "accuracy": accuracy,
 }
-
-
-def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
 
 
 def main(argv: list[str]) -> int:
     for word in argv or [str(RESULTS)]:
-        for file in files_of(Path(word)):
+        path = Path(word)
+        for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
             if file.stem in DRAW:
-                for path in DRAW[file.stem](read(file), file.parent):
-                    print(path)
+                for picture in DRAW[file.stem](read(file), file.parent):
+                    print(picture)
     return 0
 
 

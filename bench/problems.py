@@ -4,8 +4,6 @@ A problem (a synthetic teacher, a sentence encoder on rated texts, a language mo
 fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import random
@@ -53,37 +51,36 @@ class Task(NamedTuple):
     norms: str = ""
 
 
-def _teacher(shared: str) -> Task:
-    return Task("teacher", shared, r"blocks\.\d+\.(up|down)", 400, 64, 1000, 2000, True)
+BATCH = {"teacher": 64, "classifier": 32, "language": 4}
+LAYERS = {
+    "teacher": r"blocks\.\d+\.(up|down)",
+    "classifier": r".*\.layer\.\d+\..*\.(query|key|value|dense)",
+    "language": r".*\.layers\.\d+\..*_proj",
+}
+NORMS = {"classifier": r".*\.LayerNorm", "language": r".*(norm|layernorm)"}
+FOLDERS = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}
+KINDS = tuple(LAYERS)
 
 
-def _classifier(
-    file: str, steps: int, validation: int, held_out: int, all_methods: bool = False
+def _task(
+    kind: str, source: str, steps: int, validation: int, held_out: int, all_methods: bool = False
 ) -> Task:
-    layers = r".*\.layer\.\d+\..*\.(query|key|value|dense)"
-    norms = r".*\.LayerNorm"
-    return Task("classifier", file, layers, steps, 32, validation, held_out, all_methods, norms)
-
-
-def _language(file: str, all_methods: bool = False) -> Task:
-    layers = r".*\.layers\.\d+\..*_proj"
-    norms = r".*(norm|layernorm)"
-    return Task("language", file, layers, 60, 4, 32, 96, all_methods, norms)
+    sizes = (steps, BATCH[kind], validation, held_out)
+    return Task(kind, source, LAYERS[kind], *sizes, all_methods, NORMS.get(kind, ""))
 
 
 TASKS = {
-    "teacher-shared": _teacher("1.0"),
-    "teacher-half": _teacher("0.5"),
-    "teacher-own": _teacher("0.0"),
-    "minilm-movies": _classifier("movie_snippets.tsv", 150, 500, 1500, all_methods=True),
-    "minilm-tweets": _classifier("tweets.tsv", 100, 400, 1000),
-    "minilm-products": _classifier("product_snippets.tsv", 100, 400, 1000),
-    "minilm-editorials": _classifier("editorial_snippets.tsv", 100, 400, 1000),
-    "smollm2-kjv": _language("kjv.txt", all_methods=True),
-    "smollm2-wycliffe": _language("wycliffe.txt"),
-    "smollm2-verilog": _language("verilog.txt"),
+    "teacher-shared": _task("teacher", "1.0", 400, 1000, 2000, all_methods=True),
+    "teacher-half": _task("teacher", "0.5", 400, 1000, 2000, all_methods=True),
+    "teacher-own": _task("teacher", "0.0", 400, 1000, 2000, all_methods=True),
+    "minilm-movies": _task("classifier", "movie_snippets.tsv", 150, 500, 1500, all_methods=True),
+    "minilm-tweets": _task("classifier", "tweets.tsv", 100, 400, 1000),
+    "minilm-products": _task("classifier", "product_snippets.tsv", 100, 400, 1000),
+    "minilm-editorials": _task("classifier", "editorial_snippets.tsv", 100, 400, 1000),
+    "smollm2-kjv": _task("language", "kjv.txt", 60, 32, 96, all_methods=True),
+    "smollm2-wycliffe": _task("language", "wycliffe.txt", 60, 32, 96),
+    "smollm2-verilog": _task("language", "verilog.txt", 60, 32, 96),
 }
-KINDS = ("teacher", "classifier", "language")
 
 
 def shuffled_epochs(count: int, draw: random.Random) -> Iterator[int]:
@@ -121,24 +118,18 @@ class Problem:
         return self.losses(model, batch)[0].mean()
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
+    def measure(self, model: nn.Module, part: str) -> tuple[Tensor, Tensor]:
         """Returns the loss of each item in float64, and whether each was right.
 
-        The second is None if an item cannot be right or wrong.
+        The second is NaN if an item cannot be right or wrong.
         """
         order = self.order(part)
-        losses = []
-        is_right = []
+        outcomes = []
         for rows in order.split(8 if self.task.kind == "language" else 100):
             batch = tuple(_rows(values, rows) for values in self.parts[part])
-            batch_losses, batch_is_right = self.losses(model, batch)
-            losses.append(batch_losses)
-            is_right.append(batch_is_right)
-        position = order.argsort()
-        in_order = torch.cat(losses)[position].double()
-        if is_right[0] is None:
-            return in_order, None
-        return in_order, torch.cat(is_right)[position]
+            outcomes.append(torch.stack([result.double() for result in self.losses(model, batch)]))
+        losses, is_right = torch.cat(outcomes, 1)[:, order.argsort()]
+        return losses, is_right
 
     def order(self, part: str) -> Tensor:
         """Returns the order in which items are measured."""
@@ -183,9 +174,10 @@ class Teacher(Problem):
     def model(self, seed: int) -> nn.Module:
         return copy.deepcopy(self.net)
 
-    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
-        return (model(x) - y).square().mean(1) / self.unit, None
+        losses = (model(x) - y).square().mean(1) / self.unit
+        return losses, torch.full_like(losses, torch.nan)
 
 
 class Block(nn.Module):
@@ -242,7 +234,7 @@ class Classified(Problem):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__(task)
-        folder = DATA / "all-minilm-l6-v2"
+        folder = DATA / FOLDERS[task.kind]
         texts = []
         for line in (DATA / task.source).read_text(encoding="utf-8").splitlines():
             rating, text = line.split("\t", 1)
@@ -250,17 +242,18 @@ class Classified(Problem):
                 texts.append((text, int(float(rating) > 0)))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        split = {}
-        for part, count in (("held_out", task.held_out), ("validation", task.validation)):
-            random.Random(0).shuffle(texts)
-            split[part] = texts[-count:]
-            texts = texts[:-count]
-        split["training"] = texts
-        self.parts = {}
-        for part, rated in split.items():
+
+        def encoded(rated: list[tuple[str, int]]) -> tuple[list[list[int]], list[int]]:
             words = [text for text, _ in rated]
             ids = tokenizer(words, truncation=True, max_length=128)["input_ids"]
-            self.parts[part] = ids, [label for _, label in rated]
+            return ids, [label for _, label in rated]
+
+        self.parts = {}
+        for part, count in (("held_out", task.held_out), ("validation", task.validation)):
+            random.Random(0).shuffle(texts)
+            self.parts[part] = encoded(texts[-count:])
+            texts = texts[:-count]
+        self.parts["training"] = encoded(texts)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -315,7 +308,7 @@ class Written(Problem):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(task)
-        folder = DATA / "smollm2-135m"
+        folder = DATA / FOLDERS[task.kind]
         self.base = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=torch.bfloat16
         ).eval()
@@ -357,10 +350,9 @@ class Written(Problem):
 
 def missing(task: Task) -> str:
     """Returns the files of a task's data that are not there, "" if all are."""
-    folders = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}
-    if task.kind not in folders:
+    if task.kind not in FOLDERS:
         return ""
-    paths = [DATA / folders[task.kind], DATA / task.source]
+    paths = [DATA / FOLDERS[task.kind], DATA / task.source]
     return ", ".join(str(path) for path in paths if not path.exists())
 
 
@@ -411,6 +403,7 @@ METHODS = {
     "lotr-tucker": Method("lotr", ((8,), (), ()), settings={"core": "tucker"}),
     "lotr-train": Method("lotr", ((8,), (), ()), settings={"core": "train"}),
     "lotr-few": Method("lotr", ((8,), (32,), (32,)), settings={"core": "few", **CORE}),
+    # Factors from each layer's weight: LoRA-XS, arXiv 2405.17604.
     "lora-xs": Method(
         "lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
     ),
@@ -441,15 +434,18 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
     family = METHODS[method].family
     settings = dict(METHODS[method].settings)
     saved = ["head"] if hasattr(model, "head") else None
+    common = {"target_modules": task.layers, "modules_to_save": saved}
     if family == "lotr":
-        return _adapt_lotr(model, task, rank, saved, settings)
+        from lotr_ext import LoTRConfig, apply_lotr
+
+        settings.pop("from_gradient", None)
+        return apply_lotr(model, LoTRConfig(rank=rank, **common, **settings))
     if family == "peft":
         from peft import LoraConfig, VeraConfig, get_peft_model
 
-        common = {"r": rank, "target_modules": task.layers, "modules_to_save": saved}
         if settings.pop("vera", False):
-            return get_peft_model(model, VeraConfig(**common))
-        return get_peft_model(model, LoraConfig(lora_alpha=2 * rank, **common, **settings))
+            return get_peft_model(model, VeraConfig(r=rank, **common))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **common, **settings))
     trained = {"full": task.layers, "norm": task.norms}.get(family, "")
     for name, module in model.named_modules():
         is_trained = bool(trained) and re.fullmatch(trained, name) is not None
@@ -458,19 +454,6 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
             if parameter.requires_grad:  # bfloat16 would round Adam's small steps away
                 parameter.data = parameter.data.float()
     return model
-
-
-def _adapt_lotr(
-    model: nn.Module, task: Task, rank: int, saved: list[str] | None, settings: dict[str, Any]
-) -> nn.Module:
-    from lotr_ext import LoTRConfig, apply_lotr
-
-    settings.pop("from_gradient", None)
-    if settings.get("group_by") == "layer":
-        # factors from the layer's weight: LoRA-XS, arXiv 2405.17604
-        settings["group_by"] = lambda name, module: name.replace(".", "_")
-    config = LoTRConfig(rank=rank, target_modules=task.layers, modules_to_save=saved, **settings)
-    return apply_lotr(model, config)
 
 
 def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
@@ -516,15 +499,12 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
     batches = problem.batches(seed)
     if METHODS[method].settings.get("from_gradient"):
         steps = start_from_gradient(model, problem, batches, steps)
-    parameters: dict[bool, list[nn.Parameter]] = {False: [], True: []}  # by: of a new head
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameters[problem.head and "head." in name].append(parameter)
-    rates = {False: lr, True: lr if method == "head" else HEAD_LR}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in trained if problem.head and "head." in name]
+    rest = [p for name, p in trained if not (problem.head and "head." in name)]
     groups = [
-        {"params": members, "lr": rates[is_head]}
-        for is_head, members in parameters.items()
-        if members
+        {"params": rest, "lr": lr},
+        {"params": head, "lr": lr if method == "head" else HEAD_LR},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = decay(optimizer, steps)

@@ -18,8 +18,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from .common import (
     commit,
     facts,
     keep_memory,
-    listed,
     machine,
     named,
     pivot,
@@ -46,12 +45,46 @@ from .common import (
     replace_rows,
     seconds_text,
     show,
+    sizes,
     slug,
+    some_of,
 )
 from .timing import CLOCKS, Clock, GpuSamples, Group, Rounds, Times, interval, rows_of, with_sum
 
-DEVICE_LOST = 3  # exit status after a CUDA error: the process can use the GPU no more
+DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
+
+
+def threads_of(text: str) -> list[int]:
+    """Converts an option: "1,2" becomes [1, 2]."""
+    count = os.cpu_count() or 1
+    threads = text.split(",")
+    for word in threads:
+        if not (word.isdigit() and 1 <= int(word) <= count):
+            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
+    return sorted(map(int, threads))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
+    "device": {
+        "choices": ("cpu", "cuda"),
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+    },
+    "dtypes": {"type": some_of(DTYPES)},
+    "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
+    "rounds": {"type": int},
+    "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
+    "rivals": {},
+    "from": {"type": int, "default": 1, "dest": "first", "help": "start with this case"},
+    "require-kernels": {
+        "action": "store_true",
+        "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
+    },
+    "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +94,12 @@ class Program:
     Attributes:
         name: Of its module in `bench`.
         doc: What --help prints.
-        cases: The cases for some options, without dtype and threads.
+        rivals: All of them, in the order of the tables.
         build: The rivals of a case, only those of `options.rivals` if it is set.
         form: The title of a case, as a format of its columns.
+        key: The numbers of a shape. A program with shapes has the option --shapes.
+        shapes: The usual shapes, by device.
+        cases: The cases for some options, without dtype and threads: by default the shapes.
         floor: The rival that the others are compared with.
         rounds: How many, by default.
         slice_s: About how many seconds one measurement of a rival takes.
@@ -75,12 +111,15 @@ class Program:
 
     name: str
     doc: str
-    cases: Callable[[argparse.Namespace], list[Case]]
+    rivals: Sequence[str]
     build: Callable[[Case, argparse.Namespace], Group]
     form: str
+    key: Sequence[str] = ()
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    cases: Callable[[argparse.Namespace], list[Case]] = lambda options: options.shapes
     floor: str = "frozen"
     rounds: int = 11
-    slice_s: float = 0.03
+    slice_s: float = 0.02
     dtypes: str = "bf16,fp32"
     compared: tuple[str, ...] = ()
     is_pivoted: bool = False
@@ -94,62 +133,45 @@ class Program:
             description=self.doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add = parser.add_argument
-        add("--quick", action="store_true", help="few rounds of one case, into demo_results/bench")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        add("--device", choices=("cpu", "cuda"), default=device)
-        dtypes = f"some of {', '.join(DTYPES)} ({self.dtypes})"
-        add("--dtypes", type=listed, default=listed(self.dtypes), help=dtypes)
-        add("--threads", type=listed, default=["1"], help="CPU thread counts (1)")
-        add(
-            "--rounds", type=int, help=f"rounds of all rivals per case ({self.rounds}; against: 41)"
-        )
-        add("--clock", choices=CLOCKS, help="cpu (one CPU thread), wall (more), events (GPU)")
-        add("--rivals", type=listed, help="some of the rivals")
-        add("--from", type=int, default=1, dest="first", metavar="N", help="start with case N")
-        kernels = (
-            "exit with status 1 if a dtype would run PyTorch's products in place of our kernels"
-        )
-        add("--require-kernels", action="store_true", help=kernels)
-        add("--results", type=Path, help="folder for the results (bench/results/<machine>)")
-        add(
-            "--markdown",
-            action="store_true",
-            help="print the tables in Markdown, as docs have them",
-        )
-        shown = "print the tables of a result file, and measure nothing"
-        add("--show", type=Path, metavar="FILE", help=shown)
+        usual = {  # per program
+            "dtypes": {
+                "default": self.dtypes,
+                "help": f"some of {', '.join(DTYPES)} ({self.dtypes})",
+            },
+            "rounds": {"help": f"rounds of all rivals per case ({self.rounds}; against: 41)"},
+            "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
+        }
+        for name, settings in OPTIONS.items():
+            parser.add_argument(f"--{name}", **settings, **usual.get(name, {}))
+        if self.key:
+            shapes = f"{'x'.join(self.key)}, comma-separated"
+            parser.add_argument("--shapes", type=sizes(*self.key), help=shapes)
         if self.compared:
             against = "another built checkout, whose lotr_ext runs in turns with ours"
-            add("--against", type=Path, help=against)
+            parser.add_argument("--against", type=Path, help=against)
         self.options(parser)
         options = parser.parse_args(argv)
         options.against = getattr(options, "against", None)
-        self._check(parser, options)
+        self._complete(parser, options)
         return options
 
-    def _check(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-        """Ends the program for a bad option. Fills in what depends on other options."""
-        count = os.cpu_count() or 1
-        for text in options.threads:
-            if not (text.isdigit() and 1 <= int(text) <= count):
-                parser.error(f"threads: expected numbers from 1 to {count}, got {text!r}")
-        for name in options.dtypes:
-            if name not in DTYPES:
-                parser.error(f"dtypes: expected some of {', '.join(DTYPES)}, got {name!r}")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
-        options.threads = sorted(map(int, options.threads))
+    def _complete(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+        """Fills in what depends on other options. Ends the program for a bad option."""
+        usual_clock = "wall"
         if options.device == "cuda":
             usual_clock = "events"
-        else:
-            usual_clock = "cpu" if options.threads == [1] else "wall"
+            if not torch.cuda.is_available():
+                parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
+        elif options.threads == [1]:
+            usual_clock = "cpu"
         options.clock = options.clock or usual_clock
         if options.clock not in ("wall", usual_clock):
             parser.error(
                 f"clock: expected wall or {usual_clock} on {options.device} with "
                 f"{options.threads} threads, got {options.clock}"
             )
+        if self.key and options.shapes is None:
+            options.shapes = sizes(*self.key)(self.shapes[options.device])
         if options.rounds is None:
             usual_rounds = 41 if options.against else self.rounds
             options.rounds = 3 if options.quick else usual_rounds
@@ -177,111 +199,72 @@ class Program:
             1 if a case or a rival could not be measured, DEVICE_LOST after a CUDA error, else 0.
         """
         options = self.arguments(argv)
-        if options.show:
-            self.tables(read(options.show), list(self.all_cases(options)[0]), options.markdown)
-            return 0
         cases = self.all_cases(options)
-        if options.require_kernels:
-            line = fallback_line(cases, options.device)
-            if line is not None:
-                print(f"require-kernels: {line}", file=sys.stderr)
-                return 1
+        if options.show:
+            self.tables(read(options.show), list(cases[0]), options.markdown)
+            return 0
+        fallback = fallback_line(cases, options.device) if options.require_kernels else None
+        if fallback is not None:
+            print(f"require-kernels: {fallback}", file=sys.stderr)
+            return 1
         words = list(sys.argv[1:] if argv is None else argv)
         if options.against:
             return compare(self, options, words)
-        return self._measure_all(cases, options, words)
-
-    def _measure_all(self, cases: list[Case], options: argparse.Namespace, words: list[str]) -> int:
         keep_memory()
-        about = facts(options)
-        usual_folder = QUICK if options.quick else RESULTS
-        path = (options.results or usual_folder) / slug(about["machine"]) / f"{self.name}.jsonl"
-        clock = Clock(options.device, options.clock)
-        failures: list[str] = []
-        frames = []
-        status = 0
+        results = Results(self, options)
         for number, case in enumerate(cases, 1):
             if number < options.first:
                 continue
             title = self.title(case)
             print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
-            rows: list[dict[str, Any]] = []
-            before = len(failures)
             try:
-                self._measure(case, options, clock, about, path, rows, failures)
+                self._measure(case, options, results)
             except Exception as error:  # the other cases are still measured
-                failures.append(f"{title}: {reason_of(error)}")
-            if rows:
-                frames.append(pd.DataFrame(rows))
-            for line in failures[before:]:
-                print(f"not measured: {line}", file=sys.stderr, flush=True)
-            if any("CUDA error" in line for line in failures[before:]):
-                status = DEVICE_LOST
+                results.fail(f"{title}: {reason_of(error)}")
+            if results.device_is_lost():
                 break
-        if frames:
-            frame = pd.concat(frames, ignore_index=True)
-            self.tables(frame, list(cases[0]), options.markdown)
+        if results.rows:
+            self.tables(pd.DataFrame(results.all_rows()), list(cases[0]), options.markdown)
+        about = results.about
         print(
             f"\n{self.command(words)}; {about['machine']}, {about['clock']} seconds, "
-            f"{about['date']}, {about['commit']}\nresults in {path}"
+            f"{about['date']}, {about['commit']}\nresults in {results.path}"
         )
-        return status or int(bool(failures))
+        return DEVICE_LOST if results.device_is_lost() else int(bool(results.failures))
 
-    def _measure(
-        self,
-        case: Case,
-        options: argparse.Namespace,
-        clock: Clock,
-        about: dict[str, Any],
-        path: Path,
-        rows: list[dict[str, Any]],
-        failures: list[str],
-    ) -> None:
-        """Measures one case. Puts its rows into `rows` and, as they come, into the file."""
+    def _measure(self, case: Case, options: argparse.Namespace, results: Results) -> None:
+        """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
         torch.set_num_threads(case["threads"])
         group = self.build(case, options)
-        slice_s = 0.0 if options.quick or options.rounds < 5 else self.slice_s
-        rounds = Rounds(group, clock, slice_s)
-        failures += [
-            f"{self.title(case)}, {named(name)}: {reason}"
-            for name, reason in group.failures.items()
-        ]
-        if not group.steps:
-            return
+        is_short = options.quick or options.rounds < 5
+        clock = Clock(options.device, options.clock)
+        rounds = Rounds(group, clock, 0.0 if is_short else self.slice_s)
+        for name, reason in group.failures.items():
+            results.fail(f"{self.title(case)}, {named(name)}: {reason}")
         times: list[Times] = []
-        samples = GpuSamples(options.device)
-
-        def keep() -> None:
-            columns = about | {"rounds": len(times)} | samples.facts() | case
-            rows[:] = [columns | row for row in rows_of(times, group, self.floor)]
-            replace_rows(path, rows, ["machine", *case])
-
-        last_write = time.monotonic()
-        with samples:
+        with GpuSamples(options.device) as samples:
             try:
-                for turn in range(options.rounds):
+                next_write = time.monotonic() + WRITE_EVERY_S
+                for turn in range(options.rounds if group.steps else 0):
                     times.append(rounds.run(turn))
-                    if time.monotonic() - last_write > WRITE_EVERY_S:
-                        keep()
-                        last_write = time.monotonic()
+                    if time.monotonic() > next_write:
+                        results.keep(case, times, group, samples.facts())
+                        next_write = time.monotonic() + WRITE_EVERY_S
             finally:  # also when a round raises, and when the program is interrupted
                 if times:
-                    keep()
+                    results.keep(case, times, group, samples.facts())
 
     # ---- tables ----
 
     def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
         """Prints the rows of cases, which the columns `key` name."""
-        titles = self.titles(frame)
+        titles = frame.apply(lambda row: self.title(row.to_dict()), axis=1)
         if self.is_pivoted and (frame["rival"] != self.floor).any():
             title = f"{self.name}: time over {named(self.floor)}"
             show(title, pivot(frame, titles, self.floor), markdown)
             return
-        for _, rows in frame.groupby(key, sort=False):
-            show(titles[rows.index[0]], case_table(rows, self.floor, key), markdown)
-
-    def titles(self, frame: pd.DataFrame) -> pd.Series:
-        return frame.apply(lambda row: self.title(row.to_dict()), axis=1)
+        for title, rows in frame.groupby(titles, sort=False):
+            show(str(title), case_table(rows, self.floor, key), markdown)
 
     def title(self, case: Case) -> str:
         threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
@@ -293,17 +276,48 @@ class Program:
         return " ".join(["python -m", f"bench.{self.name}", *shown])
 
 
+class Results:
+    """The result file of a run, and what could not be measured."""
+
+    def __init__(self, program: Program, options: argparse.Namespace):
+        self.floor = program.floor
+        self.about = facts(options)
+        folder = options.results or (QUICK if options.quick else RESULTS)
+        self.path = folder / slug(self.about["machine"]) / f"{program.name}.jsonl"
+        self.rows: dict[str, list[dict[str, Any]]] = {}  # by case
+        self.failures: list[str] = []
+
+    def keep(
+        self, case: Case, times: Sequence[Times], group: Group, samples: dict[str, float]
+    ) -> None:
+        """Writes the rows of a case in place of those from fewer rounds."""
+        columns = self.about | {"rounds": len(times)} | samples | case
+        rows = [columns | row for row in rows_of(times, group, self.floor)]
+        self.rows[str(case)] = rows
+        replace_rows(self.path, rows, ["machine", *case])
+
+    def all_rows(self) -> list[dict[str, Any]]:
+        return list(itertools.chain.from_iterable(self.rows.values()))
+
+    def fail(self, line: str) -> None:
+        self.failures.append(line)
+        print(f"not measured: {line}", file=sys.stderr, flush=True)
+
+    def device_is_lost(self) -> bool:
+        """Whether a CUDA error occurred. After one, no call of the process can use the GPU."""
+        return any("CUDA error" in line for line in self.failures)
+
+
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     """Returns `explain`'s line for the first case that our kernels cannot run, None if all can."""
     from lotr_ext import LoTRLinear, explain
     from lotr_ext.core.kernel_support import kernel_obstacle
 
-    for dtype, rank in {(case["dtype"], case["r"]): None for case in cases}:
-        torch_dtype = DTYPES[dtype]
-        index = torch.cuda.current_device() if device == "cuda" else None
-        if kernel_obstacle(rank, torch_dtype, torch.device(device, index)) is not None:
-            layer = LoTRLinear(16, 16, rank, device=device, dtype=torch_dtype)
-            return explain(layer, torch.zeros(1, 16, device=device, dtype=torch_dtype))
+    index = torch.cuda.current_device() if device == "cuda" else None
+    for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
+        if kernel_obstacle(rank, dtype, torch.device(device, index)) is not None:
+            layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
+            return explain(layer, torch.zeros(1, 16, device=device, dtype=dtype))
     return None
 
 

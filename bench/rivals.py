@@ -164,10 +164,8 @@ def lora(t: Tensors, form: str) -> Rival:
     def in_place(x: Tensor) -> Tensor:
         return InPlaceLoRA.apply(x, t.weight, t.bias, A, B, form == "beta")
 
-    if form == "compiled":
-        call = compiled(eager)
-    else:
-        call = eager if form == "eager" else in_place
+    calls = {"eager": eager, "in-place": in_place, "beta": in_place}
+    call = compiled(eager) if form == "compiled" else calls[form]
     return Rival(call, {"A": (A, True), "B": (B, False)})
 
 
@@ -252,31 +250,24 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     return rivals
 
 
-def our_layer(t: Tensors) -> Rival:
-    return our_layers([t])[0]
+def our_layer(t: Tensors, strategy: str | None = None) -> Rival:
+    """Our layer. It takes its usual strategy, unless another one is named.
 
-
-def our_layer_float32(t: Tensors) -> Rival:
-    """Returns our layer with a float32 adapter, which is the default of `apply_lotr`."""
-    return our_layer(t.adapter_in(torch.float32))
+    Raises:
+        ValueError: If the strategy cannot run here.
+    """
+    reason = fused_reason(t) if strategy == "fused" else None
+    if reason is not None:
+        raise ValueError(f"fused: {reason}")
+    rival = our_layers([t])[0]
+    if strategy is None:
+        return rival
+    return Rival(with_strategy(strategy, rival.call), rival.trained)
 
 
 def our_layer_compiled(t: Tensors) -> Rival:
     rival = our_layer(t)
     return Rival(compiled(rival.call), rival.trained)
-
-
-def our_layer_with(strategy: str, t: Tensors) -> Rival:
-    """Our layer with another strategy than the default.
-
-    Raises:
-        ValueError: If it cannot run here.
-    """
-    reason = fused_reason(t) if strategy == "fused" else None
-    if reason is not None:
-        raise ValueError(f"fused: {reason}")
-    rival = our_layer(t)
-    return Rival(with_strategy(strategy, rival.call), rival.trained)
 
 
 def fused_reason(t: Tensors) -> str | None:
@@ -295,10 +286,11 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "vera-peft": vera_peft,
     "lotr-eager": three_lines,
     "lotr_ext": our_layer,
-    "lotr_ext-fp32": our_layer_float32,
-    "lotr_ext-two_pass": functools.partial(our_layer_with, "two_pass"),
-    "lotr_ext-beta": functools.partial(our_layer_with, "beta"),
-    "lotr_ext-fused": functools.partial(our_layer_with, "fused"),
+    # A float32 adapter is the default of `apply_lotr`.
+    "lotr_ext-fp32": lambda t: our_layer(t.adapter_in(torch.float32)),
+    "lotr_ext-two_pass": functools.partial(our_layer, strategy="two_pass"),
+    "lotr_ext-beta": functools.partial(our_layer, strategy="beta"),
+    "lotr_ext-fused": functools.partial(our_layer, strategy="fused"),
     "lotr_ext-compiled": our_layer_compiled,
 }
 
@@ -316,17 +308,28 @@ def usual_layers(t: Tensors) -> list[str]:
     return usual
 
 
-def adapter(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
-    """What a rival adds to the frozen layer.
+def formula(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
+    """The frozen layer and what a rival adds to it.
 
     s x A B^T for LoRA, s x A G B^T for LoTR, b * (((x A) * d) B^T) for VeRA.
     """
+    y = nnf.linear(x, t.weight, t.bias)
+    if not values:
+        return y
     if "d" in values:
-        return values["b"] * (((x @ t.A) * values["d"]) @ t.B.T)
+        return y + values["b"] * (((x @ t.A) * values["d"]) @ t.B.T)
     h = x @ values["A"]
     if "core" in values:
         h = h @ values["core"]
-    return SCALING * h @ values["B"].T
+    return y + SCALING * h @ values["B"].T
+
+
+def run(model: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns y and dx. The gradients of parameters are in their .grad."""
+    leaf = x.detach().requires_grad_()
+    y = model(leaf)
+    y.backward(g)
+    return y.detach(), leaf.grad
 
 
 def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) -> float:
@@ -335,25 +338,20 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
     Raises:
         ArithmeticError: If it is above the limit.
     """
-    values = {}
-    for name, (parameter, is_transposed) in rival.trained.items():
-        value = parameter.T if is_transposed else parameter
-        values[name] = value.detach().double().requires_grad_()
+
+    def oriented(name: str, value: Tensor) -> Tensor:
+        return value.T if rival.trained[name][1] else value
+
+    values = {
+        name: oriented(name, parameter).detach().double().requires_grad_()
+        for name, (parameter, _) in rival.trained.items()
+    }
     wide = t.double()
-    wide_x = x.detach().double().requires_grad_()
-    truth = nnf.linear(wide_x, wide.weight, wide.bias)
-    if values:
-        truth = truth + adapter(wide_x, wide, values)
-    truth.backward(g.double())
-    x.grad = None
-    y = rival(x)
-    y.backward(g)
-    errors = [error_of(y.detach(), truth.detach()), error_of(x.grad, wide_x.grad)]
-    for name, (parameter, is_transposed) in rival.trained.items():
-        gradient = parameter.grad.T if is_transposed else parameter.grad
-        errors.append(error_of(gradient, values[name].grad))
+    truth = run(lambda x: formula(x, wide, values), x.double(), g.double())
+    errors = list(map(error_of, run(rival, x, g), truth))
+    for name, (parameter, _) in rival.trained.items():
+        errors.append(error_of(oriented(name, parameter.grad), values[name].grad))
         parameter.grad = None
-    x.grad = None
     return check_error("y, dx and gradients", max(errors), limit)
 
 
@@ -427,11 +425,5 @@ def check_stack(model: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) 
     Raises:
         ArithmeticError: If it is above the limit.
     """
-    wide_x = x.detach().double().requires_grad_()
-    expected = truth(wide_x)
-    expected.backward(g.double())
-    x.grad = None
-    y = model(x)
-    y.backward(g)
-    errors = [error_of(y.detach(), expected.detach()), error_of(x.grad, wide_x.grad)]
+    errors = map(error_of, run(model, x, g), run(truth, x.double(), g.double()))
     return check_error("y, dx", max(errors), limit)

@@ -12,10 +12,7 @@ so that autograd sums the gradients of A and B. "lotr_ext" is our layers. The te
     new_factors   how many tensors of A's size it makes
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import sys
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_error, error_of, memory_changes
-from .common import Case, chosen, dtype_of, sizes
+from .common import Case, dtype_of
 from .program import Program
 from .rivals import stack, stack_values
 from .timing import Group, Step, training
@@ -37,10 +34,6 @@ SHAPES = {
 }
 # Of dA: at least five times what correct ways of summing have.
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.15, "fp16": 2e-2}
-
-
-def cases(options: argparse.Namespace) -> list[Case]:
-    return options.shapes or sizes(*KEY)(SHAPES[options.device])
 
 
 def gradient_of_A(model: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -79,26 +72,20 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             facts |= allocations(step, {k * r * dtype.itemsize, k * r * 4})
         return step
 
-    group = Group()
-    for name in chosen(options.rivals, STACKS, STACKS):
-        group.add(name, functools.partial(step_of, name))
-    return group
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", type=sizes(*KEY), help="LxMxKxR, comma-separated")
+    return Group(options.rivals or STACKS, step_of)
 
 
 PROGRAM = Program(
     name="shared",
     doc=__doc__,
-    cases=cases,
+    rivals=tuple(STACKS),
     build=build,
     form="{layers} layers, {m} tokens of width {k}, r {r}",
+    key=KEY,
+    shapes=SHAPES,
     floor=FLOOR,
     slice_s=0.0,
     compared=tuple(STACKS),
-    options=more_options,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

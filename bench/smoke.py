@@ -6,31 +6,30 @@
 
 The forms are the entries of the tests' table of operators (python_tests/test_operators.py): each
 runs all strategies, fresh and given sums, and memory with NaN around every operand. "dropout" runs
-an entry with dropout, "fused" with the fused strategy in place of beta. Each form runs in a
-process: bf16 first, then the other dtypes, also with float32 factors. An outcome is printed as soon
-as it is known:
+an entry with dropout, "fused" with the fused strategy in place of beta. A form runs in bf16 first,
+then in the other dtypes, also with float32 factors. An outcome is printed as soon as it is known:
 
     passed     all numbers are right, and a second run has the same bits
     skipped    the device cannot run the form; the reason follows
     wrong      a number differs from float64, or the second run from the first
     failed     an error was raised, for example a CUDA error
     crashed    the process ended
-    hung       the process printed nothing for 20 s and was ended
+    hung       one shape took 20 s, and the process was ended
 
-After the last three a new process runs the remaining dtypes, because a CUDA error is sticky.
+Several processes share the forms. After failed, crashed and hung a new process takes over the rest,
+because a CUDA error is sticky.
 """
 
-from __future__ import annotations
-
 import argparse
+import faulthandler
 import importlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -42,6 +41,8 @@ import torch
 
 from lotr_ext.core.strategy import fused_obstacle
 
+from .common import some_of, telling_line
+
 ROOT = Path(__file__).resolve().parents[1]
 # The dtype of x, and of factors if they have another one.
 DTYPES = {
@@ -51,9 +52,10 @@ DTYPES = {
     "fp16+fp32": (torch.float16, torch.float32),
     "fp32": (torch.float32, torch.float32),
 }
-START_S = 90  # for the imports of many processes at once
+MOST_PROCESSES = 14
 WATCHDOG_S = 20
 DROPPED = 0.4
+Job = tuple[str, str]  # form, dtype
 
 
 def table() -> ModuleType:
@@ -91,12 +93,6 @@ def obstacle(form: str, dtype: str, device: str) -> str | None:
     return fused_obstacle(64, 64, 16, DTYPES[dtype][0], torch.device(device))
 
 
-def error_line(text: str) -> str:
-    """Returns the line of a message that says most: the first with "CUDA error", else the first."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    return next((line for line in lines if "CUDA error" in line), lines[0])[:300]
-
-
 def outcome_of(
     form: str,
     dtype: str,
@@ -127,20 +123,22 @@ def outcome_of(
             with mock.patch.object(operators, "ops", on_device):
                 tests.check(name, partial(operators.Case, shape, *DTYPES[dtype], layout, p), place)
         except AssertionError as error:
-            return f"wrong: {error_line(str(error))}"
+            return f"wrong: {telling_line(str(error))}"
         except Exception as error:
-            return f"failed: {place}: {type(error).__name__}: {error_line(str(error))}"
+            return f"failed: {place}: {type(error).__name__}: {telling_line(str(error))}"
     return "passed"
 
 
-def child(form: str, dtypes: Sequence[str], device: str, shapes: int | None) -> None:
-    """The program of a process: prints @ready, @shape and @outcome. It ends after an error."""
-    table()
-    print("@ready", flush=True)
-    for dtype in dtypes:
-        outcome = outcome_of(
-            form, dtype, device, shapes, lambda shape: print(f"@shape {shape}", flush=True)
-        )
+def child(jobs: Sequence[Job], device: str, shapes: int | None) -> None:
+    """The program of a process: prints @shape and @outcome. It ends after an error."""
+
+    def before(shape: str) -> None:
+        print(f"@shape {shape}", flush=True)
+        # Its thread ends the process even while a call of CUDA does not return.
+        faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+
+    for form, dtype in jobs:
+        outcome = outcome_of(form, dtype, device, shapes, before)
         print(f"@outcome {outcome}", flush=True)
         if outcome.startswith("failed"):
             return
@@ -149,17 +147,26 @@ def child(form: str, dtypes: Sequence[str], device: str, shapes: int | None) -> 
 # ---- all processes -------------------------------------------------------------------------------
 
 
-class Process:
-    """A child process whose lines are read with a time limit."""
+def run_jobs(
+    command: Callable[[Sequence[Job]], Sequence[str]],
+    jobs: Sequence[Job],
+    report: Callable[[Job, str], None],
+) -> None:
+    """Runs forms in as many processes as it takes, and reports each outcome.
 
-    def __init__(self, command: Sequence[str]):
-        environment = os.environ | {
-            "CUDA_LAUNCH_BLOCKING": "1",
-            "OMP_NUM_THREADS": "1",  # many processes compute in float64 at once
-            "PYTHONFAULTHANDLER": "1",
-        }
-        self.process = subprocess.Popen(
-            command,
+    Args:
+        command: The command of a process for some jobs.
+        report: Called with a job and its outcome.
+    """
+    environment = os.environ | {
+        "CUDA_LAUNCH_BLOCKING": "1",  # an error is raised by the call that caused it
+        "OMP_NUM_THREADS": "1",  # many processes compute in float64 at once
+        "PYTHONFAULTHANDLER": "1",
+    }
+    remaining = list(jobs)
+    while remaining:
+        process = subprocess.Popen(
+            command(remaining),
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -167,163 +174,90 @@ class Process:
             text=True,
             errors="replace",
         )
-        self.output: list[str] = []
-        self.shape = "at the start"
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self._lines.put(line.rstrip("\n"))
-        self._lines.put(None)
-
-    def next_message(self, limit_s: float) -> str | None:
-        """Returns the next @ready or @outcome, None if the process ended.
-
-        Raises:
-            queue.Empty: if no line comes for limit_s seconds.
-        """
-        while (line := self._lines.get(timeout=limit_s)) is not None:
+        shape = "at the start"
+        outcome = ""
+        output = []
+        for line in process.stdout:
             if line.startswith("@shape "):
-                self.shape = line.removeprefix("@shape ")
-            elif line.startswith("@"):
-                return line
+                shape = line.removeprefix("@shape ").strip()
+            elif line.startswith("@outcome "):
+                outcome = line.removeprefix("@outcome ").strip()
+                report(remaining.pop(0), outcome)
             else:
-                self.output.append(line)
-        return None
-
-    def end(self) -> str:
-        """Ends the process. Returns what its end and its output say."""
-        self.process.kill()
-        status = self.process.wait()
-        message = error_line("\n".join(self.output))
-        last = self.output[-1].strip() if self.output else ""
-        text = message if message == last or not last else f"{message} .. {last[:200]}"
-        reason = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return f"{reason}, {self.shape}: {text}"
+                output.append(line)
+        status = process.wait()
+        if remaining and not outcome.startswith("failed"):
+            report(remaining.pop(0), end_of(status, shape, output))
 
 
-def run_form(
-    command: Callable[[Sequence[str]], Sequence[str]],
-    dtypes: Sequence[str],
-    report: Callable[[str, str], None],
-    watchdog_s: float = WATCHDOG_S,
-) -> None:
-    """Runs the dtypes of one form in as many processes as it takes, and reports each outcome.
-
-    Args:
-        command: The command of a process for some dtypes.
-        report: Called with a dtype and its outcome.
-        watchdog_s: After so many seconds without a line a process is ended.
-    """
-    remaining = list(dtypes)
-    while remaining:
-        process = Process(command(remaining))
-        limit_s = START_S
-        outcome = None
-        try:
-            while remaining:
-                message = process.next_message(limit_s)
-                limit_s = watchdog_s
-                if message == "@ready":
-                    continue
-                if message is None:
-                    process.process.wait()
-                    outcome = f"crashed: {process.end()}"
-                    break
-                report(remaining.pop(0), message.removeprefix("@outcome "))
-                if message.startswith("@outcome failed"):
-                    break
-        except queue.Empty:
-            process.end()
-            outcome = f"hung: {process.shape}, ended after {limit_s:.0f} s without an answer"
-        if outcome is not None:
-            report(remaining.pop(0), outcome)
-        process.end()
+def end_of(status: int, shape: str, output: list[str]) -> str:
+    """Returns the outcome of a form during which its process ended."""
+    if any(line.startswith("Timeout (") for line in output):  # of faulthandler
+        return f"hung: {shape}, ended after {WATCHDOG_S} s without an answer"
+    reason = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return f"crashed: {reason}, {shape}: {telling_line(''.join(output))}"
 
 
-def run_all(options: argparse.Namespace) -> int:
-    """Runs all forms side by side. Prints and keeps each outcome as it comes.
+def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> None:
+    """Runs all jobs, side by side in processes."""
 
-    Returns:
-        1 if a form has not passed and was not skipped.
-    """
-    lock = threading.Lock()
-    counts: dict[str, int] = {}
-    planned = len(options.forms) * len(options.dtypes)
-
-    def report(form: str, dtype: str, outcome: str) -> None:
-        with lock:
-            kind = outcome.partition(":")[0]
-            counts[kind] = counts.get(kind, 0) + 1
-            print(f"{form:30} {dtype:10} {outcome}", flush=True)
-            if options.results is not None:
-                options.results.mkdir(parents=True, exist_ok=True)
-                row = {"form": form, "dtype": dtype, "outcome": outcome, "planned": planned}
-                with open(options.results / "smoke.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-
-    def command(form: str, dtypes: Sequence[str]) -> list[str]:
-        words = ["--child", "--forms", form, "--dtypes", ",".join(dtypes)]
-        words += ["--device", options.device]
+    def command(jobs: Sequence[Job]) -> list[str]:
+        words = ["--child", json.dumps(jobs), "--device", options.device]
         if options.shapes is not None:
             words += ["--shapes", str(options.shapes)]
         return [sys.executable, "-m", "bench.smoke", *words]
 
-    if options.results is not None:
-        (options.results / "smoke.jsonl").unlink(missing_ok=True)
-    with ThreadPoolExecutor(min(14, os.cpu_count() or 1)) as pool:
-        # the first dtype of all forms before the others
-        jobs = [
-            pool.submit(run_form, partial(command, form), dtypes, partial(report, form))
-            for dtypes in (options.dtypes[:1], options.dtypes[1:])
-            for form in options.forms
-        ]
-        for job in jobs:
-            job.result()
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    return int(bool(set(counts) - {"passed", "skipped"}))
-
-
-def run_here(options: argparse.Namespace) -> int:
-    """Runs all forms in this process. Returns 1 if one has not passed and was not skipped."""
-    good = True
-    for dtype in options.dtypes:
-        for form in options.forms:
-            outcome = outcome_of(form, dtype, options.device, options.shapes)
-            print(f"{form:30} {dtype:10} {outcome}", flush=True)
-            good = good and outcome.startswith(("passed", "skipped"))
-    return int(not good)
+    count = min(MOST_PROCESSES, os.cpu_count() or 1, len(jobs))
+    with ThreadPoolExecutor(count) as pool:
+        # Each takes every count-th job, so that the first dtype comes first in all of them.
+        list(pool.map(lambda i: run_jobs(command, jobs[i::count], report), range(count)))
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns 1 if a form has not passed and was not skipped."""
+    every_form = forms()
     parser = argparse.ArgumentParser(
         prog="python -m bench.smoke",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--forms", help="some forms, comma-separated (all)")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="some of " + ", ".join(DTYPES))
-    parser.add_argument("--shapes", type=int, help="only so many shapes of the table")
-    parser.add_argument("--results", type=Path, help="a folder for smoke.jsonl")
-    parser.add_argument("--in-process", action="store_true", help="no process for each form")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--forms", type=some_of(every_form), default=every_form, help="some, comma-separated (all)")
+    dtypes = "some of " + ", ".join(DTYPES)
+    add("--dtypes", type=some_of(DTYPES), default=list(DTYPES), help=dtypes)
+    add("--shapes", type=int, help="only so many shapes of the table")
+    add("--results", type=Path, help="a folder for smoke.jsonl")
+    add("--in-process", action="store_true", help="all forms in this process")
+    add("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    every_form = forms()
-    options.forms = options.forms.split(",") if options.forms else every_form
-    options.dtypes = options.dtypes.split(",")
-    for name, values, valid in (
-        ("forms", options.forms, every_form),
-        ("dtypes", options.dtypes, DTYPES),
-    ):
-        for value in values:
-            if value not in valid:
-                parser.error(f"{name}: expected some of {', '.join(valid)}, got {value!r}")
     if options.child:
-        child(options.forms[0], options.dtypes, options.device, options.shapes)
+        child(options.child, options.device, options.shapes)
         return 0
-    return run_here(options) if options.in_process else run_all(options)
+    jobs = [(form, dtype) for dtype in options.dtypes for form in options.forms]
+    lock = threading.Lock()
+    counts: Counter[str] = Counter()
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "smoke.jsonl").unlink(missing_ok=True)
+
+    def report(job: Job, outcome: str) -> None:
+        form, dtype = job
+        with lock:
+            counts[outcome.partition(":")[0]] += 1
+            print(f"{form:30} {dtype:10} {outcome}", flush=True)
+            if options.results is not None:
+                row = {"form": form, "dtype": dtype, "outcome": outcome, "planned": len(jobs)}
+                with open(options.results / "smoke.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    if options.in_process:
+        for job in jobs:
+            report(job, outcome_of(*job, options.device, options.shapes))
+    else:
+        run_all(options, jobs, report)
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    return int(bool(set(counts) - {"passed", "skipped"}))
 
 
 if __name__ == "__main__":

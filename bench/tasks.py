@@ -15,11 +15,8 @@ token. "-half" has a task per row for the second half of its tokens, the base fo
 the bytes of one task, cores or a LoRA.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import functools
 import random
 import sys
 from collections.abc import Callable
@@ -27,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .common import Case, chosen, dtype_of, sizes
+from .common import Case, dtype_of
 from .program import Program
 from .timing import Group, Step
 
@@ -40,16 +37,13 @@ SHAPES = {
 }
 FLOOR = "lotr_ext-one"
 BANKED = ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")
-WAYS = {
-    "train": (FLOOR, *BANKED),
-    "serve": ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row"),
-}
+ALL_WAYS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
+WAYS = {"train": (FLOOR, *BANKED), "serve": ALL_WAYS}
 PEFT_TASKS = 64  # LoRA adapters in PEFT's model: as many as rows have in a batch
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    shapes = options.shapes or sizes(*KEY)(SHAPES[options.device])
-    return [{"mode": mode, **shape} for shape in shapes for mode in WAYS]
+    return [{"mode": mode, **shape} for shape in options.shapes for mode in WAYS]
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
@@ -188,30 +182,25 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         check_moved(way, cores, step, batch)
         return step
 
-    group = Group(batch.deal)
-    for way in chosen(options.rivals, WAYS[case["mode"]], WAYS[case["mode"]]):
-        group.add(way, functools.partial(step_of, way))
-    return group
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    shapes = "rows x tokens x tasks x width x blocks x rank, comma-separated"
-    parser.add_argument("--shapes", type=sizes(*KEY), help=shapes)
+    names = [name for name in WAYS[case["mode"]] if name in (options.rivals or ALL_WAYS)]
+    return Group(names, step_of, batch.deal)
 
 
 PROGRAM = Program(
     name="tasks",
     doc=__doc__,
-    cases=cases,
+    rivals=ALL_WAYS,
     build=build,
     form=(
         "{mode}, {rows} rows of {tokens} tokens, {tasks} tasks, width {hidden}, "
         "{blocks} blocks, r {r}"
     ),
+    key=KEY,
+    shapes=SHAPES,
+    cases=cases,
     floor=FLOOR,
     slice_s=0.0,
     dtypes="fp32",
-    options=more_options,
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

@@ -25,6 +25,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from .checks import peak_bytes
 from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
@@ -63,27 +64,43 @@ class Step:
         for stage in self.stages.values():
             state = stage(state)
 
+    def with_peak(self, device: str) -> Step:
+        """Adds the peak of its memory to the facts.
+
+        The first run is not measured: it makes caches and the optimizer's state.
+        """
+        self.run()
+        self.facts["peak_bytes"] = peak_bytes(self.run, device)
+        return self
+
 
 class Group:
     """The rivals of one case.
 
+    Args:
+        names: The rivals.
+        make: Returns the step of a rival. If it raises, only this rival is left out.
+        deal: Called before each round, to draw what the steps use in it.
+
     Attributes:
         steps: The rivals that run, by name.
         failures: Why the others do not run, by name.
-        deal: Called before each round, to draw what the steps use in it.
     """
 
-    def __init__(self, deal: Callable[[random.Random], None] = lambda draw: None):
+    def __init__(
+        self,
+        names: Iterable[str],
+        make: Callable[[str], Step],
+        deal: Callable[[random.Random], None] = lambda draw: None,
+    ):
         self.steps: dict[str, Step] = {}
         self.failures: dict[str, str] = {}
         self.deal = deal
-
-    def add(self, name: str, make: Callable[[], Step]) -> None:
-        """Adds the step that `make` returns. If `make` raises, only this rival is left out."""
-        try:
-            self.steps[name] = make()
-        except Exception as error:  # packages of rivals may raise anything
-            self.failures[name] = reason_of(error)
+        for name in names:
+            try:
+                self.steps[name] = make(name)
+            except Exception as error:  # packages of rivals may raise anything
+                self.failures[name] = reason_of(error)
 
 
 def training(
@@ -125,7 +142,6 @@ class Clock:
     def __init__(self, device: str, kind: str):
         self.kind = kind
         self.is_cuda = device == "cuda"
-        self.read = time.process_time if kind == "cpu" else time.perf_counter
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(0)
             size = max(FLUSH_BYTES, 4 * getattr(properties, "L2_cache_size", 0))
@@ -142,18 +158,17 @@ class Clock:
         step.prepare()
         if self.is_cuda:
             torch.sum(self._large, 0, out=self._sum)
-            torch.cuda.synchronize()
+        times = [self._now()]
         state = None
-        seconds = []
-        last = self.read()
         for stage in step.stages.values():
             state = stage(state)
-            if self.is_cuda:
-                torch.cuda.synchronize()
-            now = self.read()
-            seconds.append(now - last)
-            last = now
-        return seconds
+            times.append(self._now())
+        return np.diff(times).tolist()
+
+    def _now(self) -> float:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.process_time() if self.kind == "cpu" else time.perf_counter()
 
     def _events(self, step: Step) -> list[float]:
         step.prepare()
@@ -237,17 +252,15 @@ class Rounds:
         gc.collect()
         for name, step in list(group.steps.items()):
             try:
-                self.repeats[name] = self._repeats(step, slice_s)
+                clock.seconds(step)
+                begin = time.perf_counter()
+                clock.seconds(step)
             except Exception as error:  # out of memory, for example
                 group.failures[name] = reason_of(error)
                 del group.steps[name]
-
-    def _repeats(self, step: Step, slice_s: float) -> int:
-        self.clock.seconds(step)
-        begin = time.perf_counter()
-        self.clock.seconds(step)
-        elapsed = max(time.perf_counter() - begin, 1e-7)
-        return max(1, min(1000, round(slice_s / elapsed)))
+                continue
+            elapsed = max(time.perf_counter() - begin, 1e-7)
+            self.repeats[name] = max(1, min(1000, round(slice_s / elapsed)))
 
     def run(self, turn: int) -> Times:
         """Returns the seconds of each rival's stages in one round.
@@ -257,7 +270,7 @@ class Rounds:
         """
         draw = random.Random(turn)
         times = {}
-        gc.disable()
+        gc.disable()  # a collection would be timed with the rival that happens to run
         try:
             self.group.deal(draw)
             for name in draw.sample(list(self.group.steps), len(self.group.steps)):
@@ -280,7 +293,7 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     middle = float(np.median(ratios))
     if len(ratios) < 3:
         return middle, float("nan"), float("nan")
-    if np.ptp(ratios) == 0:
+    if not np.ptp(ratios) > 0:  # the floor over itself, or no floor: scipy would warn
         return middle, middle, middle
     resampled = stats.bootstrap(
         (ratios,), np.median, n_resamples=2000, method="percentile", rng=0
@@ -297,17 +310,15 @@ def rows_of(times: Sequence[Times], group: Group, floor: str) -> list[dict[str, 
     rows = []
     for name, step in group.steps.items():
         seconds_of = with_sum(times, name)
+        floor_of = np.full_like(seconds_of, np.nan)
         if floor in group.steps:
             floor_of = with_sum(times, floor)
-        else:
-            floor_of = np.full_like(seconds_of, np.nan)
         for i, stage in enumerate([*step.stages, "step"][: len(seconds_of)]):
             over, low, high = interval(seconds_of[i] / floor_of[i] - 1)
             row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds_of[i]))}
             row |= {"over": over, "over_low": low, "over_high": high, **step.facts}
             if "least_bytes" in row:
                 row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9
-            if "copy_gb_per_s" in row:
                 row["of_copy"] = row["gb_per_s"] / row["copy_gb_per_s"]
             rows.append(row)
     return rows

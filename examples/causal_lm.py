@@ -8,15 +8,13 @@ A twentieth of the text is held out, and its loss is measured before and after. 
 in demo_results/causal-lm and merged into a fresh model, which must have the same loss.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import RESULTS, parse_options, train
+from common import RESULTS, downloaded, parse_options, train
 from data import KJV, SMOLLM2
 from lotr_ext import (
     LoTRConfig,
@@ -35,11 +33,7 @@ def language_model(folder: Path) -> tuple[nn.Module, AutoTokenizer]:
     Raises:
         FileNotFoundError: If the folder has no model.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model: expected the folder of a model, got {folder}. "
-            f"Run: python examples/data.py smollm2 kjv"
-        )
+    downloaded(folder / "config.json", "smollm2 kjv")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval(), tokenizer
@@ -103,7 +97,6 @@ def main(words: list[str] | None = None) -> None:
         new_tokens=40,
     )
     torch.manual_seed(0)
-    print("loading the model", flush=True)
     model, tokenizer = language_model(options.model)
     limit = max(160, options.batch * options.steps)
     rows, held_out = rows_of(options.text, tokenizer, options.length, limit)

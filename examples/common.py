@@ -1,10 +1,9 @@
-"""Shared by the examples: options, a progress bar, texts as batches, a text classifier."""
-
-from __future__ import annotations
+"""Shared by the examples: options, a progress bar, texts as batches, a classifier, a picture."""
 
 import argparse
 import os
 import random
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,15 +53,16 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=summary, formatter_class=formatter)
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
-        flag = f"--{name.replace('_', '-')}"
+        kind: dict[str, object] = {"default": default, "type": type(default)}
         if default is False:
-            parser.add_argument(flag, action="store_true", help=" ")
+            kind = {"action": "store_true"}
         elif isinstance(default, list):
-            parser.add_argument(flag, default=default, nargs="+", help=" ")
-        else:
-            option_type = _positive_int if isinstance(default, int) else type(default)
-            parser.add_argument(flag, default=default, type=option_type, help=" ")
+            kind = {"default": default, "nargs": "+"}
+        elif isinstance(default, int):
+            kind["type"] = _positive_int
+        parser.add_argument(f"--{name.replace('_', '-')}", help=" ", **kind)
     options = parser.parse_args(words)
+    print(f"{parser.prog}: loading packages and data", flush=True)  # seconds without other output
     torch.set_num_threads(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -77,6 +77,19 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def downloaded(path: Path, names: str) -> Path:
+    """Returns a path in data/.
+
+    Raises:
+        FileNotFoundError: If it was not downloaded.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: expected a model or a text, got none. Run: python examples/data.py {names}"
+        )
+    return path
+
+
 def rated_texts(file: str, held_out: int) -> tuple[list[Example], list[Example]]:
     """Reads the texts of data/`file` with a clear rating.
 
@@ -86,11 +99,7 @@ def rated_texts(file: str, held_out: int) -> tuple[list[Example], list[Example]]
     Raises:
         FileNotFoundError: If the file was not downloaded.
     """
-    path = DATA / file
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a file, got none. Run: python examples/data.py minilm snippets"
-        )
+    path = downloaded(DATA / file, "minilm snippets")
     examples = []
     for line in path.read_text(encoding="utf-8").splitlines():
         rating, text = line.split("\t", 1)
@@ -132,18 +141,14 @@ def minilm_classifier(
     Raises:
         FileNotFoundError: If the model was not downloaded.
     """
-    if not MINILM.is_dir():
-        raise FileNotFoundError(
-            f"{MINILM}: expected the folder of a model, got none. "
-            f"Run: python examples/data.py minilm snippets"
-        )
+    folder = downloaded(MINILM, "minilm snippets")
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(MINILM, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     torch.manual_seed(seed)
-    encoder = AutoModel.from_pretrained(MINILM, local_files_only=True)
+    encoder = AutoModel.from_pretrained(folder, local_files_only=True)
 
     def tokenize(texts: list[str]) -> TokenRows:
         return tokenizer(texts, truncation=True, max_length=128)["input_ids"]
@@ -222,6 +227,22 @@ def train(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        recent = losses[-20:]
-        progress.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}")
+        progress.set_postfix_str(f"loss {statistics.fmean(losses[-20:]):.3f}")
     return losses
+
+
+def running_mean(values: list[float], count: int) -> list[float]:
+    """Returns the mean of the last `count` values at each place."""
+    return [statistics.fmean(values[max(0, i + 1 - count) : i + 1]) for i in range(len(values))]
+
+
+def draw(path: Path, lines: dict[str, dict[int, float]], **settings: object) -> None:
+    """Draws named lines, each a map from x to y. `settings` are those of matplotlib's axes."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, values in lines.items():
+        axes.plot(list(values), list(values.values()), label=name)
+    axes.set(**settings)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -6,8 +6,6 @@ per layer are trained. Takes a few seconds.
     python examples/custom_model.py
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

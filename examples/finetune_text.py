@@ -7,8 +7,6 @@ Takes about three minutes on two cores. LoTR and LoRA train at the same learning
 are in demo_results/: curves.png, table.json and the adapters.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing
@@ -26,10 +24,12 @@ from common import (
     TextClassifier,
     accuracy,
     batches,
+    draw,
     minilm_classifier,
     parse_options,
     predict,
     rated_texts,
+    running_mean,
     text_loss,
     tokenized,
     train,
@@ -55,14 +55,11 @@ def adapt(model: TextClassifier, method: str, options: argparse.Namespace) -> nn
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Returns AdamW with a rate for the adapter and another one for the new head."""
-    head = []
-    adapter = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (head if "head" in name else adapter).append(parameter)
-    groups = [{"params": head, "lr": HEAD_RATE}]
-    if adapter:
-        groups.append({"params": adapter, "lr": lr})
+    groups = [
+        {"params": [parameter], "lr": HEAD_RATE if "head" in name else lr}
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -108,9 +105,7 @@ def check_saved_adapter(model: nn.Module, ids: list[list[int]], folder: Path) ->
 
 def show(runs: list[dict], held_out: int, path: Path) -> None:
     """Prints the table, with 95 % intervals over the held-out texts, and draws the losses."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    lines = {}
     print(
         f"{'method':12} {'trained parameters':>18} {'accuracy':>24} {'s per step':>11} "
         f"{'peak memory':>12}"
@@ -126,12 +121,9 @@ def show(runs: list[dict], held_out: int, path: Path) -> None:
         peak = max(run["peak MiB"] for run in runs_of_method)
         parameters = runs_of_method[0]["trained parameters"]
         print(f"{name:12} {parameters:18,} {interval:>24} {seconds:11.3f} {peak:8,.0f} MiB")
-        losses = torch.tensor([run["losses"] for run in runs_of_method]).mean(0)
-        smooth = [losses[max(0, i - 15) : i + 1].mean() for i in range(len(losses))]
-        axes.plot(smooth, label=f"{name}: {interval}")
-    axes.set(xlabel="step", ylabel="training loss (mean of 15 steps)")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        losses = torch.tensor([run["losses"] for run in runs_of_method]).mean(0).tolist()
+        lines[f"{name}: {interval}"] = dict(enumerate(running_mean(losses, 15)))
+    draw(path, lines, xlabel="step", ylabel="training loss (mean of 15 steps)")
 
 
 def main(words: list[str] | None = None) -> None:

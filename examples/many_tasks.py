@@ -9,12 +9,10 @@ of 1,000 tasks are timed, next to the model without an adapter. A task has one c
 linear layers. Writes demo_results/many_tasks.png.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from common import (
     TokenRows,
     accuracy,
     batches,
+    draw,
     minilm_classifier,
     parse_options,
     progress_bar,
@@ -38,18 +37,14 @@ from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
 ROWS_PER_TASK = 8  # in a training batch
 TIMED_ROWS = 64
-TIMED_TASKS = (1, 2, 4, 8, 16, 32, 64)
 NO_ADAPTER = 0
+TIMED_TASKS = (NO_ADAPTER, 1, 2, 4, 8, 16, 32, 64)
 
 
-def forward_of_task(model: nn.Module, task: int) -> Callable[[TokenRows], Tensor]:
-    """Returns the forward of the model with one task for all rows."""
-
-    def forward(ids: TokenRows) -> Tensor:
-        with use_tasks(model, torch.full((len(ids),), task)):
-            return model(ids)
-
-    return forward
+def forward_of_task(ids: TokenRows, model: nn.Module, task: int) -> Tensor:
+    """Runs the model with one task for all rows."""
+    with use_tasks(model, torch.full((len(ids),), task)):
+        return model(ids)
 
 
 def train_tasks(
@@ -81,7 +76,9 @@ def train_tasks(
 
     print(f"{'held-out accuracy with the cores of':36}", *(f"{name:>18}" for name in held_out_data))
     for name, data in held_out_data.items():
-        shares = [accuracy(forward_of_task(model, task), data) for task in tasks]
+        shares = [
+            accuracy(partial(forward_of_task, model=model, task=task), data) for task in tasks
+        ]
         print(f"{name:36}", *(f"{100 * share:16.1f} %" for share in shares))
 
 
@@ -93,10 +90,8 @@ def time_forwards(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]
         Median milliseconds by the number of tasks in the batch, and for NO_ADAPTER.
     """
     ids = torch.randint(1000, 20000, (TIMED_ROWS, 16)).tolist()
-    milliseconds: dict[int, list[float]] = {NO_ADAPTER: []}
-    for number in TIMED_TASKS:
-        if number <= tasks:
-            milliseconds[number] = []
+    numbers = [number for number in TIMED_TASKS if number <= tasks]
+    milliseconds: dict[int, list[float]] = {number: [] for number in numbers}
     for _ in progress_bar("timing", rounds):
         for number, values in milliseconds.items():
             start = time.perf_counter()
@@ -108,23 +103,6 @@ def time_forwards(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]
                 model(ids)
             values.append(1000 * (time.perf_counter() - start))
     return {number: statistics.median(values) for number, values in milliseconds.items()}
-
-
-def draw(ratios: dict[int, float], path: Path) -> None:
-    """Draws the time of a forward over the time without an adapter."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(list(ratios), list(ratios.values()), "o-", label="one task per row")
-    axes.axhline(1, color="0.5", label="no adapter")
-    axes.set(
-        xscale="log",
-        xlabel=f"different tasks in a batch of {TIMED_ROWS} rows",
-        ylabel="time over the model without an adapter",
-        ylim=0,
-    )
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -147,15 +125,19 @@ def main(words: list[str] | None = None) -> None:
 
     milliseconds = time_forwards(model, options.tasks, options.rounds)
     base = milliseconds[NO_ADAPTER]
-    ratios = {}
+    print("different tasks in the batch, time of a forward, over the model without an adapter (0):")
     for number, value in milliseconds.items():
-        if number == NO_ADAPTER:
-            label = "no adapter"
-        else:
-            ratios[number] = value / base
-            label = "1 task in the batch" if number == 1 else f"{number} tasks in the batch"
-        print(f"{label:24} {value:8.1f} ms {value / base:6.2f} x")
-    draw(ratios, RESULTS / "many_tasks.png")
+        print(f"{number:4} tasks {value:8.1f} ms {value / base:6.2f} x")
+    ratios = {number: value / base for number, value in milliseconds.items() if number}
+    lines = {"one task per row": ratios, "no adapter": dict.fromkeys(ratios, 1.0)}
+    draw(
+        RESULTS / "many_tasks.png",
+        lines,
+        xscale="log",
+        xlabel=f"different tasks in a batch of {TIMED_ROWS} rows",
+        ylabel="time over the model without an adapter",
+        ylim=0,
+    )
 
 
 if __name__ == "__main__":

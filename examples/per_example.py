@@ -8,8 +8,6 @@ cores for each snippet are compared with those of a loop over the snippets. The 
 largest gradients are printed. Takes a few seconds.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -9,8 +9,6 @@ The model "bible" continues in the words of the King James Bible, "shout" in cap
 mostly says " 71" after "25, 71:".
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random
@@ -71,7 +69,6 @@ def make_batch(
 def make_tasks(options: argparse.Namespace) -> None:
     """Trains the tasks in one bank, over frozen factors, and writes factors and tasks."""
     torch.manual_seed(0)
-    print("serve: loading the model", flush=True)
     model, tokenizer = language_model(options.model)
     text = options.text.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if len(line) > 4 * ROW_TOKENS]
@@ -106,13 +103,14 @@ def serve(options: argparse.Namespace) -> None:
         "OMP_NUM_THREADS": str(options.threads),
     }
     environment = {**settings, **os.environ, "LOTR_FACTORS": str(options.out / "factors")}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(options.model), "--served-model-name", "smollm2"]
-    command += ["--host", "127.0.0.1", "--port", str(options.port)]
-    command += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32"]
-    command += ["--enforce-eager", "--enable-lora", "--max-loras", "8", "--max-cpu-loras", "1000"]
-    command += ["--lora-modules", *(f"{name}={options.out / name}" for name in TASKS)]
-
+    model = ["--model", str(options.model), "--served-model-name", "smollm2"]
+    limits = ["--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *limits),
+        *("--host", "127.0.0.1", "--port", str(options.port), "--dtype", "float32"),
+        *("--enforce-eager", "--enable-lora", "--max-cpu-loras", "1000"),
+        *("--lora-modules", *(f"{name}={options.out / name}" for name in TASKS)),
+    ]
     address = f"http://127.0.0.1:{options.port}"
     print(f"serve: in about a minute, {address}/v1 has the models smollm2, {', '.join(TASKS)}")
     print("serve: Ctrl-C ends it. Try:")

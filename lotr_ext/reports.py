@@ -93,7 +93,7 @@ def parameter_groups(
         if not parameters:
             continue
         group: dict[str, Any] = {"params": parameters, "name": name}
-        if rates[name] is not None:  # without "lr" the optimizer's own rate is used
+        if rates[name] is not None:  # without "lr", the optimizer's rate is used
             group["lr"] = rates[name]
         groups.append(group)
     return groups

@@ -5,6 +5,7 @@ Networks of `zoo`, ways to adapt them, and the same function in plain PyTorch.
 
 from __future__ import annotations
 
+import torch
 import zoo
 from torch import Tensor, nn
 
@@ -60,6 +61,15 @@ def moved(model: nn.Module, seed: int = 7) -> nn.Module:
     adapter = {p for layer in adapted_layers(model).values() for p in layer.adapter_parameters()}
     names = {name for name, p in model.named_parameters() if p in adapter}
     return zoo.fill(model, seed, 0.4, lambda name: name in names)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of the model's state_dict."""
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:

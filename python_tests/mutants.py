@@ -16,9 +16,10 @@ Exit code 1: a fault survived, or its text is stale.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ TESTS = {
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
     "lotr_ext/experts.py": ("experts", "models", "convert"),
     "lotr_ext/transformers_experts.py": ("experts", "tasks", "models"),
-    "lotr_ext/files.py": ("files", "models", "bad_input", "peft"),
+    "lotr_ext/files.py": ("files", "models", "bad_input", "peft", "distributed"),
     "lotr_ext/adapter_state.py": ("files", "bad_input"),
     "lotr_ext/base_model.py": ("files",),
     "lotr_ext/peft": ("peft", "tasks"),
@@ -114,9 +115,7 @@ def stale_reason(mutant: Mutant, root: Path) -> str | None:
     if not path.is_file():
         return "its file does not exist"
     occurrences = path.read_text().count(mutant.old)
-    if occurrences == 1:
-        return None
-    return f"its text occurs {occurrences} times"
+    return None if occurrences == 1 else f"its text occurs {occurrences} times"
 
 
 def run(mutant: Mutant, folder: Path) -> str:
@@ -132,10 +131,7 @@ def run(mutant: Mutant, folder: Path) -> str:
         if is_compiled and not build(folder):
             return "caught by the compiler"
         for name in suite_of(mutant.file):
-            tests = f"test_{name}.py"
-            if not (folder / "python_tests" / tests).is_file():
-                continue
-            failure = first_failure(folder, tests)
+            failure = first_failure(folder, f"test_{name}.py")
             if failure is not None:
                 return f"caught by {failure}"
     finally:
@@ -161,29 +157,24 @@ def first_failure(folder: Path, tests: str) -> str | None:
         The name of the test that failed, None if all passed.
     """
     output = folder / "output"
-    child = os.fork()
-    if not child:
-        run_tests_and_exit(folder, tests, output)
-    deadline = time.time() + TIME_LIMIT
-    while True:
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            break
-        if time.time() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return f"{tests}, which hangs"
-        time.sleep(0.2)
+    process = multiprocessing.get_context("fork").Process(
+        target=run_tests, args=(folder, tests, output)
+    )
+    process.start()
+    process.join(TIME_LIMIT)
+    if process.is_alive():
+        process.kill()
+        return f"{tests}, which hangs"
     all_passed_or_none_selected = (0, 5)
-    if os.waitstatus_to_exitcode(status) in all_passed_or_none_selected:
+    if process.exitcode in all_passed_or_none_selected:
         return None
-    for line in output.read_text().splitlines():
-        if line.startswith(("FAILED", "ERROR")):
-            return line.split(" - ")[0].removeprefix("FAILED python_tests/")
-    return tests
+    failures = re.findall(
+        r"^(?:FAILED|ERROR) (?:python_tests/)?(.*?)(?: - |$)", output.read_text(), re.M
+    )
+    return failures[0] if failures else tests
 
 
-def run_tests_and_exit(folder: Path, tests: str, output: Path) -> None:
+def run_tests(folder: Path, tests: str, output: Path) -> None:
     """Runs a file of tests in this process, the child of a fork, and ends it."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -191,9 +182,7 @@ def run_tests_and_exit(folder: Path, tests: str, output: Path) -> None:
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder / "python_tests")]
     options = ["-x", "-q", "-n", "0", "--tb=no", "-p", "no:cacheprovider", "-k", DESELECTED]
-    code = pytest.main([*options, f"python_tests/{tests}"])
-    sys.stdout.flush()
-    os._exit(int(code))
+    sys.exit(pytest.main([*options, f"python_tests/{tests}"]))
 
 
 def copy_repository(folder: Path) -> None:
@@ -215,57 +204,52 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def selected_mutants(arguments: argparse.Namespace) -> list[Mutant]:
-    """Returns the faults that the command line names."""
-    selected = []
-    for number, mutant in enumerate(read_mutants()):
-        text = f"{mutant.file} {mutant.fault}"
-        if arguments.words and not any(word in text for word in arguments.words):
-            continue
-        if arguments.tenth is not None and number % 10 != arguments.tenth % 10:
-            continue
-        selected.append(mutant)
-    return selected
+def is_selected(number: int, mutant: Mutant, arguments: argparse.Namespace) -> bool:
+    """Returns whether the command line names the fault with this number."""
+    text = f"{mutant.file} {mutant.fault}"
+    has_word = not arguments.words or any(word in text for word in arguments.words)
+    return has_word and (arguments.tenth is None or number % 10 == arguments.tenth % 10)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    mutants = selected_mutants(arguments)
-    if not mutants:
-        print("mutants: expected words of a file's name or of a fault, got none that match.")
-        return 1
-    if arguments.list:
-        reasons = {mutant: stale_reason(mutant, ROOT) for mutant in mutants}
-        stale = {mutant: reason for mutant, reason in reasons.items() if reason is not None}
-        for mutant, reason in stale.items():
-            print(f"{mutant.file}: {mutant.fault}: STALE: {reason}")
-        print(f"{len(mutants)} faults, {len(stale)} of them stale")
-        return int(bool(stale))
-
+def run_all(mutants: list[Mutant], seconds: float) -> int:
+    """Runs faults in a copy of the repository. Returns how many of them are not caught."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
     of_repository = (ROOT, ROOT / "python_tests")
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in of_repository]
-    caught = 0
-    ran = 0
-    deadline = time.time() + (arguments.seconds or float("inf"))
+    outcomes = []
+    deadline = time.time() + seconds
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "mutated"
-        folder.mkdir()
+        folder = Path(name, "mutated")
         copy_repository(folder)
         for mutant in track(mutants, description="faults"):
-            if time.time() > deadline:
-                break
             start = time.time()
-            outcome = run(mutant, folder)
-            ran += 1
-            caught += outcome.startswith("caught")
-            seconds = time.time() - start
-            print(f"{mutant.file}: {mutant.fault}: {outcome} ({seconds:.0f} s)", flush=True)
-    print(f"{caught} of {ran} caught")
-    return int(caught != ran)
+            if start > deadline:
+                break
+            outcomes.append(run(mutant, folder))
+            duration = f"({time.time() - start:.0f} s)"
+            print(f"{mutant.file}: {mutant.fault}: {outcomes[-1]} {duration}", flush=True)
+    missed = [outcome for outcome in outcomes if not outcome.startswith("caught")]
+    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} caught")
+    return len(missed)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    numbered = enumerate(read_mutants())
+    mutants = [mutant for number, mutant in numbered if is_selected(number, mutant, arguments)]
+    if not mutants:
+        print("mutants: expected words of a file's name or of a fault, got none that match.")
+        return 1
+    if not arguments.list:
+        return int(run_all(mutants, arguments.seconds or float("inf")) > 0)
+    stale = [mutant for mutant in mutants if stale_reason(mutant, ROOT) is not None]
+    for mutant in stale:
+        print(f"{mutant.file}: {mutant.fault}: STALE: {stale_reason(mutant, ROOT)}")
+    print(f"{len(mutants)} faults, {len(stale)} of them stale")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("scipy")
 
 from bench import accuracy, common, gpu, plot, rivals, smoke, summary
-from bench.program import DEVICE_LOST, Program
+from bench.program import DEVICE_LOST, Program, Worker
 from bench.timing import Group, Step
 
 SMALL = {
@@ -103,9 +103,10 @@ def test_require_kernels_refuses_the_fallback(tmp_path, capsys, monkeypatch):
     ("name", "words", "message"),
     [
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
-        ("layer", "--dtypes int8", "dtypes: expected some of bf16"),
-        ("host", "--threads 0", "threads: expected numbers from 1"),
+        ("layer", "--dtypes int8", "--dtypes: expected some of bf16"),
+        ("host", "--threads 0", "--threads: expected numbers from 1"),
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
+        ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
     ],
 )
@@ -119,6 +120,51 @@ def test_bad_option_is_refused(name, words, message, capsys):
 def test_two_checkouts_run_in_turns(tmp_path, capsys):
     assert run("layer", tmp_path, "--against", str(common.ROOT)) == 0
     assert "lotr_ext, step" in capsys.readouterr().out
+
+
+OLD_PACKAGE = '''"""LoTR in plain torch, with the names that bench.layer calls, without core."""
+import sys
+
+import torch
+from torch import nn
+
+sys.modules["lotr_ext.core"] = None  # an editable install would find it elsewhere
+
+
+class LoTRFactors(nn.Module):
+    def __init__(self, k, n, rank, dtype, device):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(k, rank, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(n, rank, dtype=dtype, device=device))
+
+
+class LoTRLinear(nn.Module):
+    def __init__(self, base, factors, scaling):
+        super().__init__()
+        self.base = base
+        self.factors = factors
+        self.scaling = scaling
+        self.core = nn.Parameter(torch.zeros(factors.A.shape[1], factors.B.shape[1]))
+
+    @classmethod
+    def from_linear(cls, base, factors, scaling):
+        return cls(base, factors, scaling)
+
+    def forward(self, x):
+        h = x @ self.factors.A @ self.core
+        return self.base(x) + self.scaling * h @ self.factors.B.T
+'''
+
+
+def test_worker_measures_a_checkout_that_has_no_core(tmp_path):
+    (tmp_path / "lotr_ext").mkdir()
+    (tmp_path / "lotr_ext" / "__init__.py").write_text(OLD_PACKAGE)
+    argv = words_of("layer", tmp_path, "--rivals", "frozen,lotr_ext")
+    worker = Worker("layer", argv, tmp_path)
+    case = {"m": 8, "k": 12, "n": 10, "r": 4, "dtype": "fp32", "threads": 1}
+    assert set(worker.ask({"case": case})["stages"]) == {"frozen", "lotr_ext"}
+    assert all(seconds > 0 for stages in worker.ask({"turn": 0}).values() for seconds in stages)
+    worker.close()
 
 
 # ---- nothing is lost -----------------------------------------------------------------------------
@@ -160,13 +206,12 @@ def faulty_program(fault: str, message: str) -> Program:
             raise_if("make")
             return Step({"step": faulty})
 
-        group = Group()
-        group.add("frozen", lambda: Step({"step": lambda _: time.sleep(1e-4)}))
-        group.add("faulty", faulty_step)
-        return group
+        frozen = Step({"step": lambda _: time.sleep(1e-4)})
+        steps = {"frozen": lambda: frozen, "faulty": faulty_step}
+        return Group(steps, lambda name: steps[name]())
 
-    ranks = [{"r": 1}, {"r": 2}, {"r": 3}]
-    return Program("faulty", "", lambda options: list(map(dict, ranks)), build, "r {r}")
+    shapes = {"cpu": "1,2,3"}
+    return Program("faulty", "", ["frozen", "faulty"], build, "r {r}", ("r",), shapes)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -237,9 +282,11 @@ def test_wrong_form_is_noticed(error, monkeypatch):
     assert outcome.startswith("wrong: fold" if error else "passed")
 
 
-READY = "print('@ready', flush=True); "
-PROGRAMS = {  # what a process does for its first dtype
-    "hang": "print('@shape 3 x 4', flush=True); time.sleep(100)",
+PROGRAMS = {  # what a process does for the second of three forms
+    "hang": (
+        "print('@shape 3 x 4', flush=True); import faulthandler; "
+        "faulthandler.dump_traceback_later(0.1, exit=True); time.sleep(100)"
+    ),
     "crash": "print('noise\\n@shape 3 x 4', flush=True); os.kill(os.getpid(), 11)",
     "raise": "print('@outcome failed: CUDA error: misaligned address', flush=True); sys.exit(0)",
     "wrong": "print('@outcome wrong: 3 x 4: y', flush=True)",
@@ -253,21 +300,33 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("fault", PROGRAMS)
-def test_form_that_fails_keeps_the_other_dtypes(fault):
-    """bf16 passes, fp16 fails in some way, fp32 passes, perhaps in another process."""
+def test_form_that_fails_keeps_the_others(fault):
+    """The first form passes, the second fails, the third passes, perhaps in another process."""
+    jobs = [("shrink", "bf16"), ("fold", "bf16"), ("shrink", "fp16")]
 
-    def command(dtypes: list[str]) -> list[str]:
-        lines = ["import os, sys, time", READY]
-        for dtype in dtypes:
-            passed = "print('@outcome passed', flush=True)"
-            lines.append(PROGRAMS[fault] if dtype == "fp16" else passed)
+    def command(jobs: list[smoke.Job]) -> list[str]:
+        passed = "print('@outcome passed', flush=True)"
+        lines = ["import os, sys, time"]
+        lines += [PROGRAMS[fault] if form == "fold" else passed for form, _ in jobs]
         return [sys.executable, "-c", "\n".join(lines)]
 
-    outcomes: dict[str, str] = {}
-    smoke.run_form(command, ["bf16", "fp16", "fp32"], outcomes.__setitem__, watchdog_s=1.0)
-    assert list(outcomes) == ["bf16", "fp16", "fp32"]
-    assert outcomes.pop("fp16").startswith(OUTCOMES[fault])
+    outcomes: dict[smoke.Job, str] = {}
+    smoke.run_jobs(command, jobs, outcomes.__setitem__)
+    assert list(outcomes) == jobs
+    assert outcomes.pop(jobs[1]).startswith(OUTCOMES[fault])
     assert set(outcomes.values()) == {"passed"}
+
+
+def test_process_that_hangs_ends_itself():
+    program = (
+        "import time; from bench import smoke; smoke.WATCHDOG_S = 0.1; "
+        "smoke.outcome_of = lambda *words: (words[-1]('3 x 4'), time.sleep(100)); "
+        "smoke.child([('fold', 'bf16')], 'cpu', None)"
+    )
+    outcomes: dict[smoke.Job, str] = {}
+    command = [sys.executable, "-c", program]
+    smoke.run_jobs(lambda jobs: command, [("fold", "bf16")], outcomes.__setitem__)
+    assert outcomes["fold", "bf16"].startswith("hung: 3 x 4")
 
 
 def test_smoke_prints_and_keeps_outcomes_of_processes(tmp_path, capsys):

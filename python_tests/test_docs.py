@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_blocks(page: Path) -> dict[str, object]:
-    """Runs the Python blocks of a page in order, and returns the names that they define."""
+    """Runs the Python blocks of a page in order, and returns the names that they define.
+
+    A UserWarning is an error, unless the page quotes its beginning.
+    """
     names: dict[str, object] = {}
+    text = " ".join(page.read_text(encoding="utf-8").split())
     try:
-        for block in blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), names)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            warnings.filterwarnings("ignore", "'pin_memory'")  # a machine without a GPU
+            for block in blocks(page, "python"):
+                exec(compile(block, str(page), "exec"), names)
     finally:
         if torch.distributed.is_initialized():  # a block failed before the last one
             torch.distributed.destroy_process_group()
         torch.compiler.reset()
+    messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    assert [message for message in messages if message[:60] not in text] == []
     return names
 
 

@@ -21,11 +21,11 @@ QUICK = {  # program: (arguments, words in its output)
     ),
     "many_tasks": (
         "--tasks 70 --steps 2 --held-out 20 --rounds 1",
-        ["70 tasks of 36 KiB", "64 tasks in the batch"],
+        ["70 tasks of 36 KiB", "64 tasks"],
     ),
     "per_example": ("--examples 3", ["relative difference to a loop", "gradient"]),
     "evolve": (
-        "--generations 2 --members 4 --rows 4 --head-steps 2 --held-out 40",
+        "--generations 2 --pairs 2 --rows 4 --head-steps 2 --held-out 40",
         ["held-out accuracy", "of 768 numbers"],
     ),
     "causal_lm": (

@@ -20,12 +20,14 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
 import zoo
 from helpers import relative
-from models import CASES, config, moved, started, trained
+from models import CASES, config, moved, same, started, state, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,12 +63,14 @@ OLD_NETS = {
 }
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
+@pytest.fixture
+def model() -> nn.Module:
+    return trained("mlp")
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture
+def x() -> Tensor:
+    return zoo.inputs("mlp")
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -94,7 +98,8 @@ def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path:
     plain = load_adapter(zoo.net(name), tmp_path / "new" / "folder")
     adapted = load_adapter(started(name, way, dropout=0.25), tmp_path / "new" / "folder")
     for other in (plain, adapted):
-        assert torch.equal(zoo.output(other, x), y) and same(state(other), state(model))
+        assert torch.equal(zoo.output(other, x), y)
+        assert same(state(other), state(model))
         assert [p.requires_grad for p in other.parameters()] == [
             p.requires_grad for p in model.parameters()
         ]
@@ -114,10 +119,8 @@ def test_saved_and_loaded_models_compute_the_same(name: str, way: str, tmp_path:
     ids=["merged", "compiled"],
 )
 def test_a_merged_or_compiled_model_is_saved_as_if_it_were_not(
-    change: Callable, tmp_path: Path
+    model: nn.Module, x: Tensor, change: Callable, tmp_path: Path
 ) -> None:
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
     y = model(x)
     save_adapter(change(model), tmp_path)
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), y)
@@ -163,60 +166,36 @@ def test_hand_built_models_are_filled(tmp_path: Path) -> None:
     assert all(torch.equal(other[n](x), model[n](x)) for n in "abcd")
 
 
-def test_dtypes_are_checked_and_cast(tmp_path: Path) -> None:
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
+def test_dtypes_are_checked_and_cast(x: Tensor, model: nn.Module, tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     other = started("mlp", adapter_dtype="float64")
     with pytest.raises(ValueError, match="cast=True"):
         load_adapter(other, tmp_path)
     load_adapter(other, tmp_path, cast=True)
-    assert {p.dtype for p in lotr_parameters(other)} == {torch.float64} and relative(
-        other(x), model(x)
-    ) < 1e-6
+    assert {p.dtype for p in lotr_parameters(other)} == {torch.float64}
+    assert relative(other(x), model(x)) < 1e-6
     save_adapter(model.to(torch.bfloat16), tmp_path)  # the config follows what the adapter is
     again = load_adapter(zoo.net("mlp", torch.bfloat16), tmp_path)
-    assert again.lotr_config.adapter_dtype == torch.bfloat16 and torch.equal(
-        again(x.bfloat16()), model(x.bfloat16())
-    )
+    assert again.lotr_config.adapter_dtype == torch.bfloat16
+    assert torch.equal(again(x.bfloat16()), model(x.bfloat16()))
 
 
-def test_scaling_is_loaded_with_the_values(tmp_path: Path) -> None:
-    model = trained("mlp", scaling=0.3)
-    other = started("mlp", scaling=2.0)
-    x = zoo.inputs("mlp")
-    save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
-
-
-def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [["head"], ["embed", "head"], ["head", "embed"]])
+def test_a_tied_tensor_is_stored_once_and_stays_tied(saved: list[str], tmp_path: Path) -> None:
     def make() -> nn.Module:
-        model = zoo.fill(
-            nn.ModuleDict(
-                {
-                    "a": nn.Linear(4, 4),
-                    "embed": nn.Embedding(6, 4),
-                    "head": nn.Linear(4, 6, bias=False),
-                }
-            )
-        )
-        model["head"].weight = model["embed"].weight
-        return model
+        embed = nn.Embedding(6, 4)
+        model = zoo.Children(a=nn.Linear(4, 4), embed=embed, head=nn.Linear(4, 6, bias=False))
+        model.head.weight = embed.weight
+        return zoo.fill(model)
 
-    for saved in (["head"], ["embed", "head"], ["head", "embed"]):
-        model = zoo.fill(
-            apply_lotr(make(), LoTRConfig(rank=2, target_modules=["a"], modules_to_save=saved)),
-            3,
-            only=lambda name: not name.startswith("a."),
-        )
-        save_adapter(model, tmp_path)
-        stored = [name for name in tensors_in(tmp_path) if name.startswith(("embed.", "head."))]
-        assert len(stored) == 1
-        other = load_adapter(make(), tmp_path)
-        assert (
-            torch.equal(other["embed"].weight, model["head"].weight)
-            and other["head"].weight is other["embed"].weight
-        )
+    model = apply_lotr(make(), LoTRConfig(rank=2, target_modules=["a"], modules_to_save=saved))
+    zoo.fill(model, 3, only=lambda name: not name.startswith("a."))
+    save_adapter(model, tmp_path)
+    stored = [name for name in tensors_in(tmp_path) if name.startswith(("embed.", "head."))]
+    assert len(stored) == 1
+    other = load_adapter(make(), tmp_path)
+    assert torch.equal(other.embed.weight, model.head.weight)
+    assert other.head.weight is other.embed.weight
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -239,7 +218,7 @@ def test_a_head_is_not_loaded_where_its_ties_differ(is_tied: bool, tmp_path: Pat
         assert same(state(other), before)
 
 
-def test_layers_may_share_one_core(tmp_path: Path) -> None:
+def test_layers_may_share_one_core(x: Tensor, tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = started("mlp")
         layers = list(adapted_layers(model).values())
@@ -247,28 +226,20 @@ def test_layers_may_share_one_core(tmp_path: Path) -> None:
         return model
 
     model = moved(make())
-    x = zoo.inputs("mlp")
     save_adapter(model, tmp_path)
     for other in (make(), started("mlp"), zoo.net("mlp")):
         assert torch.equal(load_adapter(other, tmp_path)(x), model(x))
 
 
-def test_parametrized_cores_are_saved_by_value(tmp_path: Path) -> None:
-    class Halved(nn.Module):
-        def forward(self, core: Tensor) -> Tensor:
-            return core / 2
-
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
-    parametrize.register_parametrization(model.blocks[0]["up"], "core", Halved())
+def test_parametrized_cores_are_saved_by_value(x: Tensor, model: nn.Module, tmp_path: Path) -> None:
+    parametrize.register_parametrization(model.blocks[0]["up"], "core", nn.Tanh())
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), model(x))
     with pytest.raises(TypeError, match="parametrizations"):
         load_adapter(model, tmp_path)
 
 
-def test_warns_of_what_the_file_lacks(tmp_path: Path) -> None:
-    model = trained("mlp")
+def test_warns_of_what_the_file_lacks(model: nn.Module, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(model, tmp_path)
@@ -317,8 +288,7 @@ def test_modules_to_save_may_share_memory(tmp_path: Path) -> None:
 
     settings = LoTRConfig(rank=2, target_modules=["a"], modules_to_save=["b", "c"])
     model = apply_lotr(make(), settings)
-    with torch.no_grad():
-        model["b"].weight.add_(1)
+    model["b"].weight.data.add_(1)
     save_adapter(model, tmp_path)
     other = load_adapter(zoo.fill(make(), 0), tmp_path)
     assert all(torch.equal(other[n].weight, model[n].weight) for n in "bc")
@@ -375,12 +345,9 @@ def test_loads_tasks_that_older_code_saved(tmp_path: Path) -> None:
         assert relative(zoo.output(model, expected["x"]), expected["y_of_tasks"]) < 1e-6
     save_adapter(model, tmp_path)
     bank.save(1, tmp_path / "task.safetensors")
-    again = load_adapter(zoo.net("attention"), tmp_path)
-    TaskBank(again, 1).add(tmp_path / "task.safetensors")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.lotr_tasks.cores_of(0).values(), bank.cores_of(1).values())
-    )
+    again = TaskBank(load_adapter(zoo.net("attention"), tmp_path), 1)
+    again.add(tmp_path / "task.safetensors")
+    assert same(again.cores_of(0), bank.cores_of(1))
 
 
 # ---- damaged and foreign files -------------------------------------------------------------------
@@ -466,31 +433,23 @@ def as_fifo(folder: Path) -> None:
     os.mkfifo(folder / FILE_NAME)
 
 
-def of_huge_rank(folder: Path) -> None:
+def of_huge_rank(folder: Path, **more: Tensor) -> None:
     """Cores of rank 700, which would need 1.3 GB, in a file of a few kB."""
     document = document_of(folder)
     document["config"] |= {"rank": 700, "core": "tucker"}
-    tensors = {key: t for key, t in tensors_in(folder).items() if "head" in key}
+    old = tensors_in(folder)
+    tensors = {key: t for key, t in old.items() if "head" in key} | more
     for name, entry in document["layers"].items():
         for key in (entry["A"], entry["B"]):
-            tensors[key] = torch.zeros(0, 700)
+            tensors[key] = torch.zeros(len(old[key]) if more else 0, 700)
         tensors[f"{name}.core"] = torch.zeros(700, 700)
     sealed(folder, document, tensors)
 
 
 def of_huge_cores(folder: Path) -> None:
     """As above, with factors and cores of the right sizes, and slices that are too few."""
-    document = document_of(folder)
-    document["config"] |= {"rank": 700, "core": "tucker"}
-    old = tensors_in(folder)
-    tensors = {key: t for key, t in old.items() if "head" in key}
-    for name, entry in document["layers"].items():
-        for key in (entry["A"], entry["B"]):
-            tensors[key] = torch.zeros(len(old[key]), 700)
-        tensors[f"{name}.core"] = torch.zeros(700, 700)
-    tensors["lotr_cores.weights"] = torch.zeros(len(document["layers"]), 700)
-    tensors["lotr_cores.slices"] = torch.zeros(1, 700, 700)
-    sealed(folder, document, tensors)
+    shapes = {"lotr_cores.weights": (4, 700), "lotr_cores.slices": (1, 700, 700)}
+    of_huge_rank(folder, **{name: torch.zeros(shape) for name, shape in shapes.items()})
 
 
 # What may be wrong with a document, in either version.
@@ -617,15 +576,12 @@ def copied(saved: Path, tmp_path: Path, old: bool = False) -> Path:
 @pytest.mark.parametrize(("damage", "old"), HOSTILE)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 def test_damaged_files_are_one_clear_error(
-    damage: Change, old: bool, adapted: bool, saved: Path, tmp_path: Path
+    x: Tensor, damage: Change, old: bool, adapted: bool, saved: Path, tmp_path: Path
 ) -> None:
     """An error that says what was expected, and a model that is as it was."""
     folder = copied(saved, tmp_path, old)
     damage(folder)
-    model = zoo.net("mlp")
-    x = zoo.inputs("mlp")
-    if adapted:
-        model = started("mlp", modules_to_save=["head"])
+    model = started("mlp", modules_to_save=["head"]) if adapted else zoo.net("mlp")
     before = state(model)
     y = model(x)
     flags = [p.requires_grad for p in model.parameters()]
@@ -693,24 +649,20 @@ def damaged_document(document: dict[str, Any], generator: random.Random) -> dict
 
 def loads(folder: Path, x: Tensor) -> Tensor | None:
     """The output with a loaded adapter, None if the file is refused."""
-    model = zoo.net("mlp")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load_adapter(model, folder)
+        return load_adapter(zoo.net("mlp"), folder)(x)
     except (TypeError, ValueError, RuntimeError) as error:
         assert type(error) in (TypeError, ValueError, RuntimeError), repr(error)
         assert "expected" in str(error), error
         return None
-    return model(x)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("old", [False, True], ids=["version 3", "version 2"])
 def test_a_random_change_of_a_document_is_refused_or_computes(
-    old: bool, saved: Path, tmp_path: Path
+    x: Tensor, old: bool, saved: Path, tmp_path: Path
 ) -> None:
     generator = random.Random(0)
-    x = zoo.inputs("mlp")
     folder = copied(saved, tmp_path, old)
     path = folder / (JSON_NAME if old else FILE_NAME)
     document = json.loads(path.read_text()) if old else document_of(folder)
@@ -728,9 +680,9 @@ def test_a_random_change_of_a_document_is_refused_or_computes(
     assert refused > 100
 
 
-def test_no_random_damage_loads_as_another_function(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_no_random_damage_loads_as_another_function(x: Tensor, saved: Path, tmp_path: Path) -> None:
     generator = random.Random(1)
-    x = zoo.inputs("mlp")
     folder = copied(saved, tmp_path)
     expected = load_adapter(zoo.net("mlp"), folder)(x)
     path = folder / FILE_NAME
@@ -782,6 +734,7 @@ def test_another_base_of_the_same_shapes_is_noticed(name: str, tmp_path: Path) -
         load_adapter(other, tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("way", ["shape", "svd"])
 @pytest.mark.parametrize("name", ["mlp", "llama"])
 def test_the_same_base_is_recognized(name: str, way: str, tmp_path: Path) -> None:
@@ -789,39 +742,43 @@ def test_the_same_base_is_recognized(name: str, way: str, tmp_path: Path) -> Non
     model = trained(name, way)
     save_adapter(model, tmp_path / "first")
     save_adapter(merge(model), tmp_path / "merged")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for folder in ("first", "merged"):
-            load_adapter(zoo.net(name), tmp_path / folder, strict=True)
-            load_adapter(started(name, way), tmp_path / folder, strict=True)
-            load_adapter(zoo.net(name).bfloat16(), tmp_path / folder, strict=True)
-        save_adapter(load_adapter(zoo.net(name), tmp_path / "first"), tmp_path / "again")
-        load_adapter(zoo.net(name), tmp_path / "again", strict=True)
+    for folder in ("first", "merged"):
+        for other in (zoo.net(name), started(name, way), zoo.net(name).bfloat16()):
+            load_adapter(other, tmp_path / folder, strict=True)
+    save_adapter(load_adapter(zoo.net(name), tmp_path / "first"), tmp_path / "again")
+    load_adapter(zoo.net(name), tmp_path / "again", strict=True)
     assert document_of(tmp_path / "first")["base"]["values"]
 
 
-def test_the_configuration_follows_what_is_loaded(tmp_path: Path) -> None:
-    save_adapter(trained("mlp", alpha=6, dropout=0.25), tmp_path / "alpha")
-    save_adapter(trained("mlp", scaling=0.3), tmp_path / "scaling")
+def test_the_configuration_follows_what_is_loaded(x: Tensor, tmp_path: Path) -> None:
+    sources = {
+        "alpha": trained("mlp", alpha=6, dropout=0.25),
+        "scaling": trained("mlp", scaling=0.3),
+    }
     for start, folder in (("scaling", "alpha"), ("alpha", "scaling")):
-        model = started("mlp", **({"alpha": 2.0} if start == "alpha" else {"scaling": 2.0}))
-        load_adapter(model, tmp_path / folder)
-        layers = adapted_layers(model).values()
-        assert {layer.scaling for layer in layers} == {model.lotr_config.s}
-        assert {layer.dropout for layer in layers} == {model.lotr_config.dropout}
-        assert model.lotr_config.dropout == (0.25 if folder == "alpha" else 0.0)
+        source = sources[folder]
+        save_adapter(source, tmp_path / folder)
+        model = load_adapter(started("mlp", **{start: 2.0}), tmp_path / folder)
+        assert torch.equal(model(x), source(x))
+        assert {layer.scaling for layer in adapted_layers(model).values()} == {source.lotr_config.s}
+        assert {layer.dropout for layer in adapted_layers(model).values()} == {
+            source.lotr_config.dropout
+        }
         save_adapter(model, tmp_path / "again")
         again = load_adapter(zoo.net("mlp"), tmp_path / "again")
-        assert torch.equal(again(zoo.inputs("mlp")), model(zoo.inputs("mlp")))
+        assert torch.equal(again(x), model(x))
         assert again.lotr_config == model.lotr_config
+        assert (model.lotr_config.s, model.lotr_config.dropout) == (
+            source.lotr_config.s,
+            source.lotr_config.dropout,
+        )
 
 
 def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) -> None:
     model = trained("mlp", scaling=0.3)
     del model.lotr_config
     save_adapter(model, tmp_path)
-    other = load_adapter(started("mlp", alpha=2.0), tmp_path)
-    assert other.lotr_config.s == 0.3
+    assert load_adapter(started("mlp", alpha=2.0), tmp_path).lotr_config.s == 0.3
 
 
 # ---- other places --------------------------------------------------------------------------------
@@ -864,10 +821,10 @@ def test_a_folder_without_an_adapter_is_named(
         load_adapter(zoo.net("mlp"), folder)
 
 
-def test_pushes_to_a_hub_and_loads_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushes_to_a_hub_and_loads_from_it(
+    x: Tensor, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hub that is a local folder: the cache in which huggingface_hub looks for a repository."""
-    import huggingface_hub
-
     cache = tmp_path / "models--user--name"
     calls = []
 
@@ -883,8 +840,6 @@ def test_pushes_to_a_hub_and_loads_from_it(tmp_path: Path, monkeypatch: pytest.M
     )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
     assert push_to_hub(model, "user/name", private=True) == "user/name@abc"
     assert calls == [(("user/name",), {"exist_ok": True, "private": True})]
     assert torch.equal(load_adapter(zoo.net("mlp"), "user/name")(x), model(x))
@@ -915,11 +870,10 @@ def killed_at(step: int, changes: Iterator[int], real: Callable) -> Callable:
 
 @pytest.mark.parametrize("two_files", [False, True], ids=["version 3", "version 2"])
 def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
-    two_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    x: Tensor, two_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = trained("mlp", seed=1)
     new = trained("mlp", seed=2)
-    x = zoo.inputs("mlp")
     outputs = [zoo.output(model, x) for model in (old, new)]
     loaded = []
     for step in range(10):
@@ -939,20 +893,15 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_adapter(
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
 
 
-def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_adapter_and_no_other_file(x: Tensor, tmp_path: Path) -> None:
     old = trained("mlp", seed=1)
-    x = zoo.inputs("mlp")
     save_adapter(old, tmp_path)
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            save_adapter(trained("mlp", seed=2), tmp_path)
+    error = OSError(28, "No space left on device")
+    with (
+        mock.patch.object(os, "fsync", side_effect=error),
+        pytest.raises(OSError, match="No space"),
+    ):
+        save_adapter(trained("mlp", seed=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), old(x))
 

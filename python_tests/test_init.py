@@ -55,11 +55,8 @@ def test_orthonormal_factors(d: int, r: int) -> None:
 
 def test_orthonormal_factors_have_random_signs() -> None:
     """The QR decomposition gives only one sign."""
-    positive = 0
-    for _ in range(200):
-        factor = fill_factor_(torch.empty(3, 1), "orthonormal")
-        positive += bool(factor[0, 0] > 0)
-    assert 60 < positive < 140
+    factors = [fill_factor_(torch.empty(3, 1), "orthonormal") for _ in range(200)]
+    assert 60 < sum(bool(factor[0, 0] > 0) for factor in factors) < 140
 
 
 def test_normal_and_kaiming_factors() -> None:
@@ -136,9 +133,7 @@ def test_tucker2_has_converged() -> None:
 def test_tucker2_of_a_rank_above_the_width() -> None:
     weight = torch.randn(3, 5, dtype=torch.float64)
     A, B, cores = tucker2([weight], (7, 4))
-    assert A.shape == (5, 7)
-    assert B.shape == (3, 4)
-    assert cores.shape == (1, 7, 4)
+    assert (A.shape, B.shape, cores.shape) == ((5, 7), (3, 4), (1, 7, 4))
     assert relative(B @ cores[0].T @ A.T, weight) < 1e-10
 
 
@@ -179,9 +174,7 @@ def test_leading_directions_of_close_singular_values() -> None:
 def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -> None:
     plain = zoo.net(name)
     model = started(name, "svd")
-    moved_norm = 0.0
-    remaining_norm = 0.0
-    total_norm = 0.0
+    norms = torch.zeros(3)  # squared: moved into the adapter, remaining, total
     for layer_name, layer in adapted_layers(model).items():
         before = plain.get_submodule(layer_name).weight.detach()
         delta = layer.delta_weight()
@@ -190,11 +183,10 @@ def test_svd_moves_the_leading_part_of_the_weights_into_the_adapter(name: str) -
         assert relative(layer.weight + delta, before) < 1e-6  # the function is unchanged
         A = layer.factors.A.value
         assert relative(A.T @ A, START**2 * torch.eye(3)) < 1e-5
-        moved_norm += float(delta.square().sum())
-        remaining_norm += float(layer.weight.square().sum())
-        total_norm += float(before.square().sum())
+        norms += torch.stack([part.square().sum() for part in (delta, layer.weight, before)])
+    moved_norm, remaining_norm, total_norm = norms.tolist()
     # An orthogonal projection splits the squared norm.
-    assert abs(moved_norm + remaining_norm - total_norm) < 1e-3 * total_norm
+    assert moved_norm + remaining_norm == pytest.approx(total_norm, rel=1e-3)
     assert moved_norm > 0.15 * total_norm
 
 
@@ -262,20 +254,18 @@ def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
 
 def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradient) -> None:
     """The reported shares are |B^T dW A|^2 / |dW|^2. What is not captured is estimated."""
-    captured_sum = 0.0
-    norm_sum = 0.0
+    norms = torch.zeros(2, dtype=torch.float64)  # squared: projected, total
     layers = adapted_layers(model)
     assert list(captured.layers) == list(layers)
     for name, layer in layers.items():
         gradient = gradient_of(plain, name, layer)
         A, B = (factor.value.detach().double() / START for factor in layer.factors.children())
-        projected = float((B.T @ gradient @ A).square().sum())
-        norm = float(gradient.square().sum())
-        captured_sum += projected
-        norm_sum += norm
-        tolerance = 0.02 + 0.3 * (1 - projected / norm)
-        assert captured.layers[name] == pytest.approx(projected / norm, abs=tolerance)
-    assert captured.total == pytest.approx(captured_sum / norm_sum, abs=0.1)
+        of_layer = torch.stack([(B.T @ gradient @ A).square().sum(), gradient.square().sum()])
+        norms += of_layer
+        share = float(of_layer[0] / of_layer[1])
+        tolerance = 0.02 + 0.3 * (1 - share)
+        assert captured.layers[name] == pytest.approx(share, abs=tolerance)
+    assert captured.total == pytest.approx(float(norms[0] / norms[1]), abs=0.1)
     assert 0 < captured.total <= 1
 
 
@@ -286,14 +276,8 @@ def test_a_full_rank_captures_all_gradients() -> None:
     assert all(share == pytest.approx(1) for share in captured.layers.values())
 
 
-class WithState(nn.Module):
+class WithState(zoo.Children):
     """A model with buffers and random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = zoo.net("mlp")
-        self.norm = nn.BatchNorm1d(3)
-        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.norm(self.net(x).flatten(0, 1)))
@@ -301,7 +285,8 @@ class WithState(nn.Module):
 
 def test_the_gradient_start_changes_nothing_else() -> None:
     config = LoTRConfig(rank=2, target_modules=["up", "down"], modules_to_save=["norm"])
-    model = apply_lotr(WithState().train(), config)
+    plain = WithState(net=zoo.net("mlp"), norm=nn.BatchNorm1d(3), dropout=nn.Dropout(0.5))
+    model = apply_lotr(plain.train(), config)
     x = zoo.inputs("mlp")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = [parameter.requires_grad for parameter in model.parameters()]

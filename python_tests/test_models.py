@@ -24,7 +24,18 @@ import torch.distributed as dist
 import zoo
 from bad_model import BAD_MODEL
 from helpers import refused, relative, worst
-from models import CASES, LINEAR, config, moved, own_parameters, started, trained, written_out
+from models import (
+    CASES,
+    LINEAR,
+    config,
+    moved,
+    own_parameters,
+    same,
+    started,
+    state,
+    trained,
+    written_out,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +43,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import lotr_ext
 from lotr_ext import (
@@ -56,12 +74,14 @@ from lotr_ext.model import adapted_layers
 from lotr_ext.targets import saved_modules
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
+@pytest.fixture
+def model() -> nn.Module:
+    return trained("mlp")
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture
+def x() -> Tensor:
+    return zoo.inputs("mlp")
 
 
 def truth(model: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -576,13 +596,12 @@ def run(container: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("core", ["dense", "diagonal"])
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_the_children_of_a_container_stay_its_only_children(
-    name: str, core: str, tmp_path: Path
+    x: Tensor, name: str, core: str, tmp_path: Path
 ) -> None:
     plain = zoo.fill(CONTAINERS[name]())
     settings = LoTRConfig(rank=2, scaling=1.5, core=core)
     model = moved(apply_lotr(copy.deepcopy(plain), settings))
     lotr_ext.TaskBank(model, 1).add()
-    x = zoo.inputs("mlp")
     assert len(model) == len(plain) == len(list(model))
     assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
     assert {id(p) for p in lotr_parameters(model)} <= {id(p) for p in model.parameters()}
@@ -627,13 +646,12 @@ def test_modules_to_save_are_not_the_factors_of_a_container() -> None:
     assert list(saved_modules(model, model.lotr_config)) == ["1", "2"]
 
 
-def test_wraps_hooked_and_parametrized_layers() -> None:
+def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
     model = zoo.net("mlp")
     hook_calls = []
     model.blocks[0]["down"].register_forward_hook(lambda *_: hook_calls.append(1))
     parametrizations.weight_norm(model.blocks[1]["up"])
     plain = copy.deepcopy(model)
-    x = zoo.inputs("mlp")
     before = plain(x)
     state_before = state(plain)
     hook_calls.clear()
@@ -653,9 +671,7 @@ def test_wraps_hooked_and_parametrized_layers() -> None:
     assert same(state(model), state_before) and torch.equal(model(x), before)
 
 
-def test_merge_and_unload_change_all_layers_or_none() -> None:
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
+def test_merge_and_unload_change_all_layers_or_none(x: Tensor, model: nn.Module) -> None:
     before = zoo.output(model, x)
     model.blocks[1]["down"].core.data[0, 0] = float("nan")
     kept = state(model)
@@ -697,14 +713,14 @@ def test_attributes_that_others_put_on_a_layer_are_there_after_unload() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_model_from_the_meta_device_is_filled_from_a_state_dict(assign: bool) -> None:
-    model = trained("mlp")
+def test_a_model_from_the_meta_device_is_filled_from_a_state_dict(
+    x: Tensor, model: nn.Module, assign: bool
+) -> None:
     with torch.device("meta"):
         empty = apply_lotr(zoo.Mlp(), model.lotr_config)
     if not assign:
         empty.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict(), assign=assign)
-    x = zoo.inputs("mlp")
     assert torch.equal(empty(x), model(x))
     assert len(list(lotr_parameters(empty))) == 4 + 4  # the factors are still shared
 
@@ -753,8 +769,7 @@ def test_unmerge_changes_all_layers_or_none() -> None:
     assert torch.equal(model(zoo.inputs("mlp")), y)
 
 
-def test_an_interrupted_merge_merges_nothing() -> None:
-    model = trained("mlp")
+def test_an_interrupted_merge_merges_nothing(model: nn.Module) -> None:
     before = state(model)
 
     def interrupt(*_: object, **__: object) -> None:
@@ -878,9 +893,8 @@ def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> N
 
 
 @pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])
-def test_only_the_named_parts_are_trained(train: tuple[str, ...]) -> None:
+def test_only_the_named_parts_are_trained(x: Tensor, train: tuple[str, ...]) -> None:
     model = trained("mlp", train=train)
-    x = zoo.inputs("mlp")
     assert trainable_summary(model).parts == train
     zoo.output(model, x).sum().backward()
     for layer in adapted_layers(model).values():
@@ -928,8 +942,6 @@ def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) ->
 
 def test_counts_of_a_large_mixture_without_memory() -> None:
     """Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
     size = Qwen3MoeConfig(
         hidden_size=2048,
         moe_intermediate_size=768,
@@ -947,9 +959,8 @@ def test_counts_of_a_large_mixture_without_memory() -> None:
     assert summary.adapter == summary.trained == count
 
 
-def test_another_default_device_changes_nothing() -> None:
+def test_another_default_device_changes_nothing(x: Tensor) -> None:
     model = zoo.net("mlp")
-    x = zoo.inputs("mlp")
     with torch.device("meta"):
         moved_model = apply_lotr(model, config("mlp"))
         lotr_ext.init_from_gradient(model, [x], lambda m, b: m(b).square().sum())
@@ -1087,10 +1098,9 @@ def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right(parts: tupl
             optimizer.step()
 
 
-def test_training_after_a_merge_is_noticed_also_later() -> None:
+def test_training_after_a_merge_is_noticed_also_later(x: Tensor) -> None:
     model = with_head()
     parameters = trained_parameters(model)
-    x = zoo.inputs("mlp")
     assert not at_first_step(model, parameters, x)
     merge(model)
     assert len(at_first_step(model, parameters, x)) == 1
@@ -1185,9 +1195,7 @@ def test_one_warning_for_a_rank_above_the_width() -> None:
     assert len(caught) == 1
 
 
-def test_explain_says_what_runs_and_why() -> None:
-    model = trained("mlp")
-    x = zoo.inputs("mlp")
+def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     lines = explain(model, x).splitlines()
     assert lines == [
         f"2 x LoTRLinear {a} at rank 3: the kernels of lotr_ext (float32 on cpu)"
@@ -1253,9 +1261,8 @@ BAD_TARGETS = [
 
 
 @pytest.mark.parametrize("settings", BAD_TARGETS)
-def test_a_refused_model_is_unchanged(settings: dict) -> None:
+def test_a_refused_model_is_unchanged(x: Tensor, settings: dict) -> None:
     model = zoo.net("mlp")
-    x = zoo.inputs("mlp")
     before = state(model)
     y = model(x)
     flags = [p.requires_grad for p in model.parameters()]

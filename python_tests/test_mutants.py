@@ -14,7 +14,8 @@ def test_every_fault_can_be_written_and_has_tests() -> None:
     for mutant in mutants:
         assert stale_reason(mutant, ROOT) is None, mutant
         assert mutant.new != mutant.old
-        assert suite_of(mutant.file)
+        for name in suite_of(mutant.file):
+            assert (ROOT / "python_tests" / f"test_{name}.py").is_file()
 
 
 def test_help_explains_the_command() -> None:

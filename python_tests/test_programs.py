@@ -13,6 +13,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -61,6 +62,14 @@ BACKWARDS = ("create_graph", "create_graph", "some", "into .grad", "batched", "a
 CHANGES = ("step", "freeze", "merge", "threads", "dropout", "state_dict", "deepcopy", "pickle")
 
 
+JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda a, b: torch.tanh(a) * b,
+    "sum": lambda a, b: a + torch.sigmoid(b),
+    "tanh": lambda a, b: torch.tanh(a - b),
+    "norm": lambda a, b: nnf.layer_norm(a, (K,), eps=0.1) + 0 * b,
+}
+
+
 class Forward(NamedTuple):
     """One step of a forward. What i, j and index mean depends on the kind."""
 
@@ -85,10 +94,10 @@ class Net(nn.Module):
         torch.manual_seed(0)
         pair = LoTRFactors(K, K, R, dtype=torch.float64)
         other = LoTRFactors.of(pair.A, LoTRFactor(K, R, dtype=torch.float64))
-        self.layers = nn.ModuleList()
-        for factors in (pair, pair, other):
-            linear = nn.Linear(K, K, dtype=torch.float64)
-            self.layers.append(LoTRLinear.from_linear(linear, factors, scaling=SCALING))
+        self.layers = nn.ModuleList(
+            LoTRLinear(K, K, factors=factors, scaling=SCALING, dtype=torch.float64)
+            for factors in (pair, pair, other)
+        )
         self.tasks = nn.Parameter(torch.randn(TASKS, R, R, dtype=torch.float64))
         for layer in self.layers:
             nn.init.normal_(layer.core)
@@ -126,10 +135,7 @@ class Program(RuleBasedStateMachine):
         self.values: list[Pair] = []
         self.seed = 0
         self.merged_weights: dict[int, Tensor] = {}  # of the twin, by layer
-        self.twin = {
-            name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
-            for name, parameter in self.net.named_parameters()
-        }
+        self.twin = dict(copy.deepcopy(self.net).named_parameters())
         self.new_input(True)
 
     def teardown(self) -> None:
@@ -203,8 +209,6 @@ class Program(RuleBasedStateMachine):
             return
         error = relative(actual, twin)
         if error >= TOLERANCE:
-            assert actual is not None
-            assert twin is not None
             difference = float((actual.detach() - twin.detach()).abs().max())
             assert difference < ABSOLUTE_TOLERANCE, f"{error:.1e}"
 
@@ -254,16 +258,16 @@ class Program(RuleBasedStateMachine):
 
     def take(self, step: Forward) -> None:
         if step.kind == "layer":
-            self.call(step.i, step.value)
+            self.call((step.i,), step.value)
         elif step.kind == "siblings":
-            self.call_siblings((step.i, step.j, step.i + 1), step.value)
+            self.call((step.i, step.j, step.i + 1), step.value)
         elif step.kind == "rows":
             self.call_rows(step.i, step.value, step.index)
         elif step.kind == "checkpoint":
             self.checkpointed(step.i, step.j, step.value, reentrant=bool(step.index[0] % 2))
         elif step.kind == "no graph":
             with torch.no_grad():
-                self.call(step.i, step.value)
+                self.call((step.i,), step.value)
         elif step.kind == "input":
             self.new_input(bool(step.i % 2))
         else:
@@ -287,10 +291,7 @@ class Program(RuleBasedStateMachine):
 
     # ---- forward ---------------------------------------------------------------------------------
 
-    def call(self, i: int, v: int) -> None:
-        self.call_siblings((i,), v)
-
-    def call_siblings(self, layers: tuple[int, ...], v: int) -> None:
+    def call(self, layers: tuple[int, ...], v: int) -> None:
         """Calls layers on one x."""
         x, x_twin = self.value(v)
         for layer in layers:
@@ -330,16 +331,9 @@ class Program(RuleBasedStateMachine):
         self.compare_gradients()
 
     def join(self, v1: int, v2: int, kind: str) -> None:
-        functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "product": lambda a, b: torch.tanh(a) * b,
-            "sum": lambda a, b: a + torch.sigmoid(b),
-            "tanh": lambda a, b: torch.tanh(a - b),
-            "norm": lambda a, b: nnf.layer_norm(a, (K,), eps=0.1) + 0 * b,
-        }
-        function = functions[kind]
         a, a_twin = self.value(v1)
         b, b_twin = self.value(v2)
-        self.add(function(a, b), function(a_twin, b_twin))
+        self.add(JOINS[kind](a, b), JOINS[kind](a_twin, b_twin))
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -369,11 +363,9 @@ class Program(RuleBasedStateMachine):
         """
         actual, twin = self.value(v)
         candidates = [*self.leaves(), *self.values]
-        if 0 in chosen:
-            inputs = candidates
-        else:
-            inputs = [candidates[choice * 3 % len(candidates)] for choice in chosen]
-        inputs = [pair for pair in inputs if pair[1].requires_grad]
+        if 0 not in chosen:
+            candidates = [candidates[choice * 3 % len(candidates)] for choice in chosen]
+        inputs = [pair for pair in candidates if pair[1].requires_grad]
         if not inputs or not twin.requires_grad:
             return
         settings = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
@@ -382,11 +374,10 @@ class Program(RuleBasedStateMachine):
         twin_gradients = torch.autograd.grad(scalar(twin), by_twin, **settings)
         for gradient, twin_gradient in zip(gradients, twin_gradients, strict=True):
             self.compare(gradient, twin_gradient)
-            if not create_graph or gradient is None or twin_gradient is None:
-                continue
-            if gradient.requires_grad and twin_gradient.requires_grad:
-                self.penalty(gradient, twin_gradient)
-            self.add(gradient, twin_gradient)
+            if create_graph and gradient is not None and twin_gradient is not None:
+                if gradient.requires_grad and twin_gradient.requires_grad:
+                    self.penalty(gradient, twin_gradient)
+                self.add(gradient, twin_gradient)
 
     def penalty(self, gradient: Tensor, twin_gradient: Tensor) -> None:
         """Differentiates a gradient once more."""
@@ -414,24 +405,20 @@ class Program(RuleBasedStateMachine):
 
     def step(self, by_data: bool) -> None:
         """Changes the parameters in place like an optimizer, or by `.data` like some trainers."""
-        for pair in self.leaves():
-            for parameter in pair:
-                if by_data:
-                    parameter.data = parameter.data * 0.9
-                else:
-                    with torch.no_grad():
+        with torch.no_grad():
+            for pair in self.leaves():
+                for parameter in pair:
+                    if by_data:
+                        parameter.data = parameter.data * 0.9
+                    else:
                         parameter.mul_(0.9)
         self.forget_graphs()
 
     def freeze(self, part: int, trained: bool) -> None:
         names = [name for name in self.parameters() if not name.endswith(("weight", "bias"))]
         name = names[part % len(names)]
-        pair = (self.parameters()[name], self.twin[name])
-        for parameter in pair:
-            parameter.requires_grad_(trained)
-        if not self.leaves():
-            for parameter in pair:
-                parameter.requires_grad_(True)
+        for parameter in (self.parameters()[name], self.twin[name]):
+            parameter.requires_grad_(trained or len(self.leaves()) == 1)
         self.forget_graphs()
 
     def merge(self, i: int) -> None:
@@ -450,12 +437,12 @@ class Program(RuleBasedStateMachine):
 
     def copy(self, how: str) -> None:
         """Continues the program with a copy of the net."""
-        if how == "state_dict":
-            self.net = self.copied_by_state_dict()
-        elif how == "deepcopy":
-            self.net = copy.deepcopy(self.net)
-        else:
-            self.net = pickle.loads(pickle.dumps(self.net))
+        copies = {
+            "state_dict": self.copied_by_state_dict,
+            "deepcopy": partial(copy.deepcopy, self.net),
+            "pickle": lambda: pickle.loads(pickle.dumps(self.net)),
+        }
+        self.net = copies[how]()
         self.forget_graphs()
 
     def copied_by_state_dict(self) -> Net:
@@ -474,12 +461,9 @@ class Program(RuleBasedStateMachine):
         x, x_twin = (tensor.detach() for tensor in self.value(v))
         self.forget_graphs()
         parts = [part for i in range(LAYERS) for part in self.twin_parts(i)]
-        if not any(part.requires_grad for part in parts):
-            return
-        if len(self.merged_weights) == LAYERS:
-            return
-        if any(layer.dropout for layer in self.net.layers):  # threads share torch's generator
-            return
+        trains = any(part.requires_grad for part in parts) and len(self.merged_weights) < LAYERS
+        if not trains or any(layer.dropout for layer in self.net.layers):
+            return  # threads share torch's generator, so dropout's masks differ
         barrier = threading.Barrier(2)
 
         def train(scale: float) -> None:
@@ -490,11 +474,8 @@ class Program(RuleBasedStateMachine):
                     scalar(y).backward()
 
         scales = (1.0, 0.5)
-        threads = [threading.Thread(target=train, args=(scale,)) for scale in scales]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(train, scales))
         for scale in scales:
             y = sum(self.plain(i, x_twin * scale) for i in range(LAYERS))
             if y.requires_grad:

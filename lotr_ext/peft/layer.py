@@ -165,7 +165,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not self.disable_adapters and not self.merged:
             active = self.active_adapters
             cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
-        # Arguments beside x are for the base's forward, which then has to be called.
+        # More arguments than x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
         if cores and is_plain and not args and not kwargs:
             y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
