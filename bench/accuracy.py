@@ -27,8 +27,6 @@ A row of bench/results/accuracy.jsonl is a run:
 Not here: the tasks, the methods, and how a model is trained (problems.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import multiprocessing

@@ -10,8 +10,6 @@ at one rank. The routing is random and the same for all. The gradients of our ad
 with the same module's in float64 first. peak: the most that a step has allocated at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys

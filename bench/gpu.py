@@ -14,8 +14,6 @@ with the next case. After each part the page build-gpu/summary.md and build-gpu/
 and result files) are written again, so that nothing is lost if the machine goes away.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

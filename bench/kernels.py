@@ -15,8 +15,6 @@ cold L2.
     of_copy    that bandwidth over the one of a copy on the same device (copy_gb_per_s)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Mapping

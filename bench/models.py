@@ -1,7 +1,5 @@
 """The rivals for a transformer: one frozen model, adapted by each method."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field

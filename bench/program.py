@@ -55,6 +55,38 @@ DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
 
 
+def threads_of(text: str) -> list[int]:
+    """Converts an option: "1,2" becomes [1, 2]."""
+    count = os.cpu_count() or 1
+    threads = text.split(",")
+    for word in threads:
+        if not (word.isdigit() and 1 <= int(word) <= count):
+            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
+    return sorted(map(int, threads))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
+    "device": {
+        "choices": ("cpu", "cuda"),
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+    },
+    "dtypes": {"type": some_of(DTYPES)},
+    "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
+    "rounds": {"type": int},
+    "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
+    "rivals": {},
+    "from": {"type": int, "default": 1, "dest": "first", "help": "start with this case"},
+    "require-kernels": {
+        "action": "store_true",
+        "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
+    },
+    "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
+}
+
+
 @dataclass(frozen=True)
 class Program:
     """One measuring program.
@@ -101,32 +133,22 @@ class Program:
             description=self.doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add = parser.add_argument
-        add("--quick", action="store_true", help="few rounds of one case, into demo_results/bench")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        add("--device", choices=("cpu", "cuda"), default=device)
-        dtypes = f"some of {', '.join(DTYPES)} ({self.dtypes})"
-        add("--dtypes", type=some_of(DTYPES), default=self.dtypes, help=dtypes)
+        usual = {  # per program
+            "dtypes": {
+                "default": self.dtypes,
+                "help": f"some of {', '.join(DTYPES)} ({self.dtypes})",
+            },
+            "rounds": {"help": f"rounds of all rivals per case ({self.rounds}; against: 41)"},
+            "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
+        }
+        for name, settings in OPTIONS.items():
+            parser.add_argument(f"--{name}", **settings, **usual.get(name, {}))
         if self.key:
             shapes = f"{'x'.join(self.key)}, comma-separated"
-            add("--shapes", type=sizes(*self.key), help=shapes)
-        add("--threads", type=threads_of, default="1", help="CPU thread counts (1)")
-        rounds = f"rounds of all rivals per case ({self.rounds}; against: 41)"
-        add("--rounds", type=int, help=rounds)
-        add("--clock", choices=CLOCKS, help="cpu (one CPU thread), wall (more), events (GPU)")
-        add("--rivals", type=some_of(self.rivals), help=f"some of {', '.join(self.rivals)}")
-        add("--from", type=int, default=1, dest="first", metavar="N", help="start with case N")
-        kernels = (
-            "exit with status 1 if a dtype would run PyTorch's products in place of our kernels"
-        )
-        add("--require-kernels", action="store_true", help=kernels)
-        add("--results", type=Path, help="folder for the results (bench/results/<machine>)")
-        add("--markdown", action="store_true", help="print the tables in Markdown")
-        shown = "print the tables of a result file, and measure nothing"
-        add("--show", type=Path, metavar="FILE", help=shown)
+            parser.add_argument("--shapes", type=sizes(*self.key), help=shapes)
         if self.compared:
             against = "another built checkout, whose lotr_ext runs in turns with ours"
-            add("--against", type=Path, help=against)
+            parser.add_argument("--against", type=Path, help=against)
         self.options(parser)
         options = parser.parse_args(argv)
         options.against = getattr(options, "against", None)
@@ -284,16 +306,6 @@ class Results:
     def device_is_lost(self) -> bool:
         """Whether a CUDA error occurred. After one, no call of the process can use the GPU."""
         return any("CUDA error" in line for line in self.failures)
-
-
-def threads_of(text: str) -> list[int]:
-    """Converts an option: "1,2" becomes [1, 2]."""
-    count = os.cpu_count() or 1
-    threads = text.split(",")
-    for word in threads:
-        if not (word.isdigit() and 1 <= int(word) <= count):
-            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
-    return sorted(map(int, threads))
 
 
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:

@@ -4,8 +4,6 @@ lotr_ext.core is imported inside the functions, and not at all on a CPU: with --
 measures an older lotr_ext that has no strategies.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

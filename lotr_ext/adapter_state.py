@@ -4,7 +4,8 @@
                 `<layer>.core`, `lotr_cores.*`, the tensors of modules_to_save; with init "svd" also
                 `lotr_factors.<i>.start` and `<layer>.start_core`
     metadata    format "lotr", format_version, `adapter` (a JSON object: configuration, layers,
-                modules_to_save, base model) and `sha256`, a checksum of it and of the tensors
+                modules_to_save and what is tied to them, base model) and `sha256`, a checksum of
+                it and of the tensors
 
 The file is replaced by one rename, so a process that is killed leaves the old or the new adapter.
 Everything in it is checked for types, ranges and sizes before a model is touched.

@@ -53,6 +53,7 @@ def block_bypasses(model: nn.Module, adapted: type[nn.Module] = LoTRLayer) -> No
     for module in model.modules():
         attribute = _fast_path_attribute(module)
         if attribute is not None and _has(module, adapted):
+            # A second adapter of PEFT finds it turned off already.
             if "lotr_fast_path" not in vars(module):
                 module.lotr_fast_path = getattr(module, attribute)
                 setattr(module, attribute, False)
@@ -102,6 +103,7 @@ def _refuse_to_resize(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
+# Functions of this module, so that an adapted model can be pickled.
 _REFUSALS = {
     "fuse_projections": _refuse_to_fuse,
     "resize_token_embeddings": _refuse_to_resize,

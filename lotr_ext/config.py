@@ -159,6 +159,7 @@ class LoTRConfig:
     task_type: str | None = None
 
     def __new__(cls, *_: Any, **settings: Any) -> LoTRConfig:
+        # Before __init__, in which Python would only call the argument unexpected.
         check_names(settings, cls)
         return super().__new__(cls)
 
@@ -184,6 +185,7 @@ class LoTRConfig:
         for name in ("modules_to_save", "target_parameters", "train"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         self._check_combinations()
+        # In one order, so that equal settings make equal configurations.
         object.__setattr__(self, "train", tuple(part for part in PARTS if part in self.train))
 
     def _check_combinations(self) -> None:
@@ -295,6 +297,7 @@ def _names(field: str, value: object) -> tuple[str, ...] | None:
     for name in value:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{field}: expected a list of names, got {name!r} in {value!r}")
+    # A set has another order in each process, and so would the file.
     return tuple(sorted(value)) if is_set else tuple(value)
 
 

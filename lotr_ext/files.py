@@ -94,8 +94,8 @@ def load_adapter(
 
     Raises:
         TypeError, ValueError, RuntimeError: If there is no such adapter; if its file is damaged or
-            newer; if layers, shapes or dtypes do not fit the model; if the model is merged or has a
-            TaskBank. The model is then unchanged.
+            newer; if layers, shapes, dtypes or ties do not fit the model; if the model is merged or
+            has a TaskBank. The model is then unchanged.
 
     Warns:
         UserWarning: If strict allows a difference.
@@ -480,12 +480,16 @@ def _check_structure(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
         )
+    if state.tied is None:
+        return
     tied = _tied_to(model, saved_in(model))
-    if state.tied is not None and state.tied != tied:
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved_tied = sorted(present.intersection(state.tied))
+    if saved_tied != list(tied):
         # Of two tied parameters only one is in the file. The other would keep the base's value.
         raise ValueError(
             f"modules_to_save: expected parameters tied as in the model, to "
-            f"{', '.join(tied) or 'no other'}, got {', '.join(state.tied) or 'no other'} in the "
+            f"{', '.join(tied) or 'no other'}, got {', '.join(saved_tied) or 'no other'} in the "
             f"adapter. Load it into the base model that it was trained on."
         )
 

@@ -62,6 +62,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not _checks:
         return
     step = Step(optimizer)
+    # Copies, because a check that has its answer is removed.
     for model, checks in list(_checks.items()):
         for check in list(checks):
             messages = check(model, step)
@@ -85,6 +86,7 @@ def check_optimizer(model: nn.Module, step: Step) -> list[str] | None:
     adapter = {p for layer in layers_in(model).values() for p in layer.adapter_parameters()}
     if step.held(adapter):
         return []
+    # It may be for another model, or for a head.
     if all(p.requires_grad for p in step.held(model.parameters())):
         return None
     return [
@@ -99,6 +101,7 @@ def check_layers_are_called(model: nn.Module, step: Step) -> list[str] | None:
     is_called: dict[str, bool] = {}
     for name, layer in layers_in(model).items():
         cores = step.held(p for p in layer.core_parameters() if p.requires_grad)
+        # A core has a gradient as soon as a forward and a backward have passed its layer.
         if cores:
             is_called[name] = any(p.grad is not None for p in cores)
     if not any(is_called.values()):

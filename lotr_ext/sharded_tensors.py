@@ -45,7 +45,7 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def _is_zero3(tensor: object) -> bool:
-    return hasattr(tensor, "ds_id")
+    return hasattr(tensor, "ds_id")  # DeepSpeed has no class for it
 
 
 def is_sharded(tensor: object) -> bool:
@@ -84,7 +84,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     if _is_zero3(tensor):
         with _gathered_by_zero3(tensor):
-            return tensor.detach().clone()
+            return tensor.detach().clone()  # the gathered values are freed afterwards
     if is_dtensor(tensor):
         return tensor.full_tensor()
     return tensor
@@ -108,6 +108,7 @@ def expect_full(tensor: Tensor) -> Tensor:
 def copy_full(target: Tensor, value: Tensor) -> None:
     """Copies a full value, which all processes have, into a tensor that may be sharded."""
     if _is_zero3(target):
+        # DeepSpeed takes the changed value from process 0. All processes have the same.
         with _gathered_by_zero3(target, modifier_rank=0):
             target.data.copy_(value)
     elif is_dtensor(target):
@@ -115,6 +116,7 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 
         mesh = target.device_mesh
         local = value.to(target.device, target.dtype)
+        # No source: each process cuts its shard from the full value, and nothing is sent.
         target.copy_(distribute_tensor(local, mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(value)

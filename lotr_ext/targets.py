@@ -251,7 +251,7 @@ def _returns_rows(module: nn.Linear) -> bool:
 
     Routers of mixtures return tuples (Llama 4).
     """
-    on_meta = copy.copy(module)  # shallow: the dictionaries below are then its own
+    on_meta = copy.copy(module)  # shallow: only its dictionaries are replaced
     for kind in ("_parameters", "_buffers"):
         tensors = {}
         for name, tensor in vars(module)[kind].items():
@@ -337,6 +337,7 @@ def output_layers(model: nn.Module) -> dict[int, str]:
         for getter in ("get_output_embeddings", "get_classifier"):
             output = getattr(module, getter, lambda: None)()
             if isinstance(output, nn.Module):
+                # A classifier may be a block of several layers.
                 for child in output.modules():
                     reasons[id(child)] = "the output layer: name it to adapt it"
     for head in heads(model).values():

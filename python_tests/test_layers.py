@@ -50,7 +50,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_grouped_linear, lotr_linear
 
 Context = Callable[[Side], Results]
 
@@ -595,8 +595,11 @@ def test_autocast_of_another_device_casts_nothing(form: str) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("kind", ["linear", "trained base", "rows", "experts"])
 @pytest.mark.parametrize("core, B, scaling", [(1000, 200, 1e-3), (1000, 1e-2, 1000)])
-def test_the_scaling_of_float16_does_not_overflow(core: float, B: float, scaling: float) -> None:
+def test_the_scaling_of_float16_does_not_overflow(
+    kind: str, core: float, B: float, scaling: float
+) -> None:
     """Scales where float16 holds y, but not each product on the way.
 
     In the first row (u G) B^T is beyond float16, and its product with s is not. In the second row
@@ -607,14 +610,31 @@ def test_the_scaling_of_float16_does_not_overflow(core: float, B: float, scaling
     A = torch.randn(K, R, generator=generator).half()
     large_B = B * torch.randn(K, R, generator=generator).half()
     G = core * torch.eye(R).half()
-    W = torch.zeros(K, K).half()
-    truth = scaling * x.double() @ A.double() @ G.double() @ large_B.double().T
+    W = torch.zeros(K, K).half().requires_grad_(kind == "trained base")
+    exact = [t.double().requires_grad_() for t in (x, A, G, large_B)]
+    truth = scaling * exact[0] @ exact[1] @ exact[2] @ exact[3].T
 
-    def call(x: Tensor) -> Tensor:
-        return lotr_linear(x, W, None, A, large_B, G, scaling)
+    def call(x: Tensor, A: Tensor, G: Tensor, B: Tensor) -> Tensor:
+        if kind == "rows":
+            index = torch.zeros(len(x), dtype=torch.int64)
+            return lotr_linear(x, W, None, A, B, G.unsqueeze(0), scaling, core_index=index)
+        if kind == "experts":
+            offs = torch.tensor([len(x)], dtype=torch.int32)
+            cores = G.unsqueeze(0)
+            return lotr_grouped_linear(x, W.unsqueeze(0), offs, A, B, cores, scaling)
+        return lotr_linear(x, W, None, A, B, G, scaling)
 
-    assert relative(call(x), truth) < 6e-3
-    assert relative(torch.vmap(call)(x.unsqueeze(1)).squeeze(1), truth) < 6e-3
+    leaves = [t.requires_grad_() for t in (x, A, G, large_B)]
+    y = call(*leaves)
+    assert relative(y, truth) < 6e-3
+    g = 1e-3 * torch.randn(y.shape, generator=generator).half()
+    gradients = torch.autograd.grad(y, leaves, g)
+    assert worst(gradients, torch.autograd.grad(truth, exact, g.double())) < 6e-3
+
+    def call_of_row(row: Tensor) -> Tensor:  # the PyTorch fallback
+        return call(row.unsqueeze(0), A, G, large_B)
+
+    assert relative(torch.vmap(call_of_row)(x).squeeze(1), truth) < 6e-3
 
 
 def test_float16_does_not_overflow_where_the_result_does_not() -> None:

@@ -2,12 +2,11 @@
 // pairs and adds the products to a third tile, of float32. That replaces 256 instructions of
 // block.h.
 //
-//   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]      A: 16 rows of units along the
-//   summed
-//                                                                 dimension; B: 16 units of 16
-//                                                                 columns
+//   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]
 //
-// The units and the packed factors are block.h's; a factor's units are rounded up to whole steps.
+//   a tile of A: 16 rows of units along the summed dimension; of B: 16 units of 16 columns
+//
+// The units and the packed factors are block.h's; a factor's units are rounded up to full steps.
 // Each sum runs in ascending order, whatever rows share its tile. Subnormal numbers count as zero,
 // as in the dot products of AVX-512.
 #pragma once
@@ -16,9 +15,9 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// The tile registers of this thread: 0 to 3 sums, 4 and 5 of A, 6 and 7 of B. They are given back
-// at the end, since a thread that holds tiles takes longer to switch to and keeps its core from
-// sleeping deeply.
+// The tile registers of this thread: 0 to 3 sums, 4 and 5 of A, 6 and 7 of B. They are released at
+// the end, because a thread with tiles takes longer to switch to and keeps its core out of deep
+// sleep.
 class Tiles {
  public:
   // rows of A and C, units of a step.
@@ -47,7 +46,7 @@ template <int tile>
 LOTR_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
-// `step` bytes between rows. The clobber orders a load behind stores to what it reads.
+// `step` bytes between rows. The clobber keeps a load after the stores to what it reads.
 template <int tile>
 LOTR_INLINE void tile_load(const void* from, int64_t step) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(step) : "memory");
@@ -119,7 +118,7 @@ template <typename F>
 LOTR_INLINE void tile_rows_of(int64_t rows, int64_t units, F&& f) {
   int64_t i = 0;
   if (rows >= kSide) {
-    const Tiles whole(kSide, units);
+    const Tiles full(kSide, units);
     for (; i + 2 * kSide <= rows; i += 2 * kSide) f(Int<2>{}, i, 2 * kSide);
     if (i + kSide <= rows) {
       f(Int<1>{}, i, kSide);
@@ -141,11 +140,10 @@ LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
 
 // c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x as pairs in place.
 // below: whether to prefetch the rows below. edge: room for two tiles of what a row has beyond
-// whole steps.
+// full steps.
 template <typename K, typename T>
-inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const typename K::Unit* b,
-                            int64_t ldb, int64_t vectors, int64_t i0, int64_t rows, bool below,
-                            typename K::Unit* edge) {
+inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const Factor<K>& b,
+                            int64_t i0, int64_t rows, bool below, typename K::Unit* edge) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   const int64_t units = units_of_step(units_of<K>(x.cols));
   const int64_t steps = x.cols / (K::kPair * units);
@@ -158,14 +156,13 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const ty
                  units * kUnit};
     const Side rest{reinterpret_cast<const char*>(edge), units * kUnit, kSide * units * kUnit, 0};
     if (first_left < x.cols)
-      tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{},
-                           nullptr);
+      tile_along_row<K, T>(edge, units, {x, i0 + i, n, first_left, x.cols - first_left});
     const int64_t next = i0 + i + n;
     const int64_t prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
-    tile_columns_of(vectors, [&](auto rb, int64_t v) {
+    tile_columns_of(b.vectors, [&](auto rb, int64_t v) {
       constexpr int RB = decltype(rb)::value;
-      Side packed{reinterpret_cast<const char*>(b + v * kSide), ldb * kUnit, kSide * kUnit,
-                  units * ldb * kUnit};
+      Side packed{reinterpret_cast<const char*>(b.data + v * kSide), b.ld * kUnit, kSide * kUnit,
+                  units * b.ld * kUnit};
       Below later;
       if (v == 0) later = {a.at + n * row, row, prefetched};
       zero_tiles<RA, RB>();
@@ -178,18 +175,19 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const TensorView& x, const ty
 }
 
 // Rows of y[rows][64] = start_of(from, bias) (block.h) + u f, in full vectors of neighbors, as
-// expand_whole_rows (products.h). `units` of u and f are whole steps.
+// expand_full_rows (products.h). `units` of u and f are full steps.
 template <typename K, typename T, Form form>
 inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
-                            const char* u, int64_t u_step, const typename K::Unit* panel,
-                            int64_t units, const float* bias) {
-  constexpr int64_t kUnit = sizeof(typename K::Unit), kWidth = kMaxVectors * K::kLanes;
+                            const Broadcast& u, const typename K::Unit* panel, int64_t units,
+                            const float* bias) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit);
+  constexpr int64_t kWidth = kMaxVectors * K::kLanes;
   const int64_t of_step = units_of_step(units);
   const int64_t steps = units / of_step;
   alignas(64) float sums[2 * kSide * kWidth];
   tile_rows_of(rows, of_step, [&](auto ra, int64_t i, int64_t n) {
     constexpr int RA = decltype(ra)::value;
-    const Side a{u + i * u_step, u_step, kSide * u_step, of_step * kUnit};
+    const Side a{u.data + i * u.step, u.step, kSide * u.step, of_step * kUnit};
     for (int64_t v = 0; v < kMaxVectors; v += 2) {
       const Side b{reinterpret_cast<const char*>(panel + v * kSide), kWidth * kUnit, kSide * kUnit,
                    of_step * kWidth * kUnit};
@@ -240,36 +238,37 @@ inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, i
   }
 }
 
-// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x, as outer_columns (outer_pairs.h). k:
-// turned; made: room for the units of these columns. prefetch: whether to prefetch the columns to
-// the right.
+// S[r][32] (+)= k^T x for 32 columns of a tile of x, as outer_columns (outer_pairs.h). k: turned;
+// made: room for the units of these columns. prefetch: whether to prefetch the columns to the
+// right.
 template <typename K>
-inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const TensorView& x, int64_t i0,
-                           int64_t rows, int64_t c, const typename K::Unit* k, int64_t r,
-                           typename K::Unit* made, bool prefetch) {
-  constexpr int64_t kUnit = sizeof(typename K::Unit), kTile = kSide * kSide;
-  const int64_t steps = (rows + K::kPair * kSide - 1) / (K::kPair * kSide);
-  const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.row_stride + c;
+inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename K::Unit* k,
+                           int64_t r, typename K::Unit* made, bool prefetch) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit);
+  constexpr int64_t kTile = kSide * kSide;
+  const int64_t row = x.a.row_stride;
+  const int64_t steps = (x.rows + K::kPair * kSide - 1) / (K::kPair * kSide);
+  const auto* columns = static_cast<const uint16_t*>(x.a.data) + x.i0 * row + x.c0;
   // The two tiles of a step, from 32 rows of 32 columns.
   const auto make = [&](int64_t t) {
     typename K::Unit* to = made + t * 2 * kTile;
-    const uint16_t* low = columns + 2 * kSide * t * x.row_stride;
-    const int64_t left = smaller(2 * kSide, rows - 2 * kSide * t);
-    for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * x.row_stride, to += kSide) {
+    const uint16_t* low = columns + 2 * kSide * t * row;
+    const int64_t left = smaller(2 * kSide, x.rows - 2 * kSide * t);
+    for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * row, to += kSide) {
       auto a = decltype(load(low)){};
       auto b = a;
       if (i < left) a = load(low);
-      if (i + 1 < left) b = load(low + x.row_stride);
+      if (i + 1 < left) b = load(low + row);
       if (prefetch) {
         __builtin_prefetch(low + 2 * kSide, 0, 2);
-        __builtin_prefetch(low + x.row_stride + 2 * kSide, 0, 2);
+        __builtin_prefetch(low + row + 2 * kSide, 0, 2);
       }
       store(to, pairs_of<0>(a, b));
       store(to + kTile, pairs_of<1>(a, b));
     }
   };
   alignas(64) float sums[4 * kTile];
-  const Tiles whole(kSide, kSide);
+  const Tiles full(kSide, kSide);
   tile_columns_of((r + kSide - 1) / kSide, [&](auto ra, int64_t v) {
     constexpr int RA = decltype(ra)::value;
     Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit,
@@ -290,10 +289,10 @@ inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const TensorView& 
     store_tiles<RA, 2>(sums, 2 * kSide);
     const int64_t n = smaller(RA * kSide, r - v * kSide);
     for (int64_t j = 0; j < n; ++j) {
-      float* at = S + (v * kSide + j) * lds + c;
+      float* at = S.data + (v * kSide + j) * S.ld;
       for (int64_t part = 0; part < 2 * kSide; part += K::kLanes) {
         const auto sum = load(sums + j * 2 * kSide + part);
-        store(at + part, fresh ? sum : load(at + part) + sum);
+        store(at + part, S.fresh ? sum : load(at + part) + sum);
       }
     }
   });

@@ -68,11 +68,34 @@ LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t
   }
 }
 
-// Into a tile of sums, which is started (fresh) or added to. The n products are summed by
-// themselves first: a long sum made of short ones rounds less.
+// c: sums, whose rows are `ld` apart. fresh: they start at zero, instead of being added to.
+template <typename K>
+struct Sums {
+  typename K::Acc* data;
+  int64_t ld;
+  bool fresh;
+};
+
+// a: its rows (kAlongRow) or its units are `step` bytes apart.
+struct Broadcast {
+  const char* data;
+  int64_t step;
+};
+
+// b: a packed factor, or a tile of k. Each unit has a row of `vectors` vectors; rows are `ld`
+// apart.
+template <typename K>
+struct Factor {
+  const typename K::Unit* data;
+  int64_t ld;
+  int64_t vectors;
+};
+
+// One block of sums. The n products are summed by themselves first: a long sum made of short ones
+// rounds less.
 template <typename K, int MR, int RV, bool kAlongRow>
-inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
-                      const typename K::Unit* b, int64_t ldb, int64_t n, Ahead& ahead) {
+inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Unit* b, int64_t ldb,
+                      int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -80,14 +103,14 @@ inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a
     for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
   }
   Piece piece = ahead.take();
-  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n, &piece);
+  multiply<K, MR, RV, kAlongRow>(acc, a.data, a.step, b, ldb, n, &piece);
   ahead.now = piece;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
-      typename K::Acc* at = c + i * ldc + v * K::kLanes;
-      store(at, fresh ? acc[i][v] : load(at) + acc[i][v]);
+      typename K::Acc* at = c.data + i * c.ld + v * K::kLanes;
+      store(at, c.fresh ? acc[i][v] : load(at) + acc[i][v]);
     }
   }
 }
@@ -116,16 +139,15 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   if (i < rows) f(Int<1>{}, i);
 }
 
-// c[rows][rank vectors] (+)= product, in groups of at most kMaxVectors vectors. `b` holds all
-// vectors of the rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units
-// after a.
+// c[rows][rank vectors] (+)= product over n units, in groups of at most kMaxVectors vectors.
 template <typename K, bool kAlongRow>
-inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
-                     int64_t rows, const typename K::Unit* b, int64_t ldb, int64_t vectors,
+inline void sum_rows(const Sums<K>& c, const Broadcast& a, int64_t rows, const Factor<K>& b,
                      int64_t n, Ahead& ahead) {
-  for (int64_t v = 0; v < vectors;) {
+  // Bytes from one row of a to the next.
+  const int64_t next_row = kAlongRow ? a.step : int64_t(sizeof(typename K::Unit));
+  for (int64_t v = 0; v < b.vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
-    const int64_t left = vectors - v;
+    const int64_t left = b.vectors - v;
     const int64_t groups = (left + kMaxVectors - 1) / kMaxVectors;
     const int64_t group = (left + groups - 1) / groups;
     by_vectors(group, [&](auto rv) {
@@ -133,10 +155,9 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
       constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
       row_blocks<kMost>(rows, [&](auto mr, int64_t i) {
         constexpr int MR = decltype(mr)::value;
-        sum_block<K, MR, RV, kAlongRow>(
-            c + i * ldc + v * K::kLanes, ldc, fresh,
-            a + i * (kAlongRow ? step : int64_t(sizeof(typename K::Unit))), step, b + v * K::kLanes,
-            ldb, n, ahead);
+        sum_block<K, MR, RV, kAlongRow>({c.data + i * c.ld + v * K::kLanes, c.ld, c.fresh},
+                                        {a.data + i * next_row, a.step}, b.data + v * K::kLanes,
+                                        b.ld, n, ahead);
       });
     });
     v += group;
@@ -156,11 +177,12 @@ LOTR_INLINE auto start_of(const T* from, const A* bias) {
 // y[MR][RV vectors] = start_of(from, bias) + u f, in full vectors of neighbors. Rows of y are `ldy`
 // apart, rows of `from` `ldfrom`; `from` is y, or does not overlap it.
 template <typename K, typename T, int MR, int RV, Form form>
-LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ldfrom, const char* u,
-                                    int64_t u_step, const typename K::Unit* f, int64_t n,
-                                    const T* from_ahead, const T* y_ahead,
-                                    const typename K::Acc* bias) {
-  constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
+LOTR_INLINE void expand_full_block(T* y, int64_t ldy, const T* from, int64_t ldfrom,
+                                   const Broadcast& u, const typename K::Unit* f, int64_t n,
+                                   const T* from_ahead, const T* y_ahead,
+                                   const typename K::Acc* bias) {
+  constexpr int kLanes = K::kLanes;
+  constexpr int kPanel = RV * kLanes;
   // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added
   // at the end.
   constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
@@ -184,7 +206,7 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ld
       }
     }
   }
-  multiply<K, MR, RV, true>(acc, u, u_step, f, kPanel, n);
+  multiply<K, MR, RV, true>(acc, u.data, u.step, f, kPanel, n);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -206,17 +228,18 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const T* from, int64_t ld
 // they are null; `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from, int64_t ldfrom,
-                                int64_t from_step, int64_t cols, const char* u, int64_t u_step,
+                                int64_t from_step, int64_t cols, const Broadcast& u,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,
                                 typename K::Acc scale, const typename K::Acc* bias) {
-  constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
+  constexpr int kLanes = K::kLanes;
+  constexpr int kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
   }
-  multiply<K, MR, RV, true>(acc, u, u_step, f, kPanel, n);
+  multiply<K, MR, RV, true>(acc, u.data, u.step, f, kPanel, n);
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < RV; ++v) store(sums + v * kLanes, acc[i][v]);

@@ -1,6 +1,6 @@
-// The CPU kernels' interface: plain pointers and sizes. It includes no torch header: an inline
-// function that table.cpp, compiled once for each instruction set, shared with other files could be
-// linked in its version for a newer CPU.
+// The interface of the CPU kernels: plain pointers and sizes, without torch headers. table.cpp is
+// compiled once per instruction set. If it shared an inline function with other files, the linker
+// could keep the copy for a newer CPU, which an older one cannot run.
 //
 // m tokens, k in, n out, r rank, l layer. Strides count elements. T is the activations' type; sums
 // are float (double for f64).
@@ -28,10 +28,12 @@ struct Start {
   TensorView bias;
 };
 
-// Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j +
-// 1] - 1], in ascending order.
+// Rows grouped by a key. Group j has the key key[j], and the rows row[first[j]] ..
+// row[first[j + 1] - 1], in ascending order.
 struct Groups {
-  const int64_t *row, *key, *first;
+  const int64_t* row;
+  const int64_t* key;
+  const int64_t* first;
   int64_t count;
 };
 

@@ -37,7 +37,8 @@ inline void run_rows(int64_t rows, int64_t work, F&& body) {
 // Chunks of rows, each with a sum. These are added in order. The chunks depend only on the size,
 // never on the threads.
 struct Chunks {
-  int64_t count, rows;
+  int64_t count;
+  int64_t rows;
   explicit Chunks(int64_t m) {
     const int64_t wanted = m <= 1024 ? (m + 127) / 128 : smaller(64, larger(8, m / 256));
     rows = round_up((m + larger(1, wanted) - 1) / larger(1, wanted), 2 * kTileUnits);
@@ -65,16 +66,16 @@ struct Operators {
   // out (+)= scale * drop(x) A: rows of x times a packed factor.
   static void product(const TensorView& out, const TensorView& x, const TensorView& A,
                       const Drop& drop, bool add) {
-    const int64_t vectors = vectors_of<K>(A.cols);
-    const int64_t ldc = vectors * K::kLanes;
+    const int64_t ldc = vectors_of<K>(A.cols) * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
-      const PackedFactor<K, T> b(A);  // one per thread: lines come slowly from another core
+      const PackedFactor<K, T> b(A);  // one per thread: other cores' caches are slow
       const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
       Scratch memory(sums + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows,
-                          i == i0, true, memory.get<char>() + sums);
+        const bool cold = i == i0;
+        shrink_tile<K, T>(memory.get<Acc>(), ldc, x, drop, b.units, {i, rows, cold, true},
+                          memory.get<char>() + sums);
         write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, add);
       }
     });
@@ -93,7 +94,7 @@ struct Operators {
       // Few tokens: each panel is packed where it is used, so that F passes through L1 and no
       // packed copy is written.
       Scratch u_memory(u_bytes(u));
-      const Rows a = u_rows(u, 0, y.rows, u_memory.get<Unit>());
+      const Broadcast rows_of_u = u_rows(u, 0, y.rows, u_memory.get<Unit>());
       run_tasks(panels, work, [&](int64_t begin, int64_t end) {
         Scratch memory(size_t(line_units) * sizeof(Unit) + row_bytes + mask_bytes);
         Unit* panel = memory.get<Unit>();
@@ -102,7 +103,7 @@ struct Operators {
                                                  size_t(line_units) * sizeof(Unit) + row_bytes);
         for (int64_t p = begin; p < end; ++p) {
           pack_panel<K, T>(panel, kLine, F, p * kLine, buffer);
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, start,
+          expand_panel<K, T>({y, 0, y.rows, p * kLine, kLine}, rows_of_u, units, panel, drop, start,
                              mask);
         }
       });
@@ -129,60 +130,56 @@ struct Operators {
       const Unit* const ready = (shared ? packed : packed_here).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
+        const Broadcast rows_of_u = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels; ++p) {
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, ready + p * line_units, i,
-                             i + rows, drop, start, mask.get<uint32_t>());
+          expand_panel<K, T>({y, i, rows, p * kLine, kLine}, rows_of_u, units,
+                             ready + p * line_units, drop, start, mask.get<uint32_t>());
         }
       }
     });
   }
 
   // Rows of u as units, in place or copied.
-  struct Rows {
-    const char* data;
-    int64_t step;  // bytes
-  };
   static bool u_in_place(const TensorView& u) {
     return native<K, T>(u) && u.cols == packed_units<K>(u.cols) * K::kPair;
   }
   static size_t u_bytes(const TensorView& u) {
     return u_in_place(u) ? 0 : size_t(kTileRows * packed_units<K>(u.cols)) * sizeof(Unit);
   }
-  static Rows u_rows(const TensorView& u, int64_t i, int64_t rows, Unit* memory) {
+  static Broadcast u_rows(const TensorView& u, int64_t i, int64_t rows, Unit* memory) {
     if (u_in_place(u)) {
       return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.row_stride),
               u.row_stride * int64_t(sizeof(Part<K>))};
     }
     const int64_t units = packed_units<K>(u.cols);
-    tile_along_row<K, T>(memory, units, u, i, rows, 0, u.cols, Drop{}, nullptr);
+    tile_along_row<K, T>(memory, units, {u, i, rows, 0, u.cols});
     return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
 
-  // out (+)= scale * the sum of `count` blocks of sums, in order; the first `whole` rows of out are
-  // transposed.
-  static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t whole,
+  // out (+)= scale * the sum of `count` blocks of sums, in order. The first `transposed` rows of
+  // out are transposed in a block.
+  static void add_partials(const TensorView& out, Acc* partials, int64_t count, int64_t transposed,
                            double scale, bool add) {
     constexpr int kLanes = K::kLanes;
-    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
-    const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
-    const OuterSums<K> first(partials, whole, out.cols);
+    constexpr int kRowsAtOnce = kPairColumns<K>;  // which divides `transposed`
+    const int64_t size = OuterSums<K>::size(out.rows, transposed, out.cols);
+    const auto first = OuterSums<K>::in_block(partials, transposed, out.cols);
     run_rows<kRowsAtOnce>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
       Scratch memory(size_t(kRowsAtOnce * first.ld) * sizeof(Acc));
       Acc* tile = memory.get<Acc>();
       for (int64_t i = i0; i < i1; i += kRowsAtOnce) {
         const int64_t rows = smaller(kRowsAtOnce, i1 - i);
         for (int64_t j = 0; j < out.cols; j += kLanes) {
-          if (i >= whole) {
+          if (i >= transposed) {
+            const Acc* P = first.P + (i - transposed) * first.ld + j;
             for (int64_t v = 0; v < rows; ++v)
-              store(tile + v * first.ld + j,
-                    sum_of(first.P + (i - whole + v) * first.ld + j, count, size));
+              store(tile + v * first.ld + j, sum_of(P + v * first.ld, count, size));
             continue;
           }
           for (int64_t part = 0; part < kRowsAtOnce; part += kLanes) {
             decltype(load(partials)) square[kLanes] = {};
             for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
-              square[v] = sum_of(first.S + (j + v) * whole + i + part, count, size);
+              square[v] = sum_of(first.S + (j + v) * transposed + i + part, count, size);
             transpose<kLanes>(square);
             for (int64_t v = 0; v < kLanes; ++v)
               store(tile + pair_at(part + v) * first.ld + j, square[v]);
@@ -203,7 +200,8 @@ struct Operators {
   // is summed, and a chunk of a single tile is summed there. The sum has the same bits, and it
   // never leaves the cache.
   struct Blocks {
-    int64_t size, count;
+    int64_t size;
+    int64_t count;
     bool at_once;
     Scratch memory;
 
@@ -265,8 +263,8 @@ struct Operators {
     const int64_t tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // The sums of one chunk may be computed in the output: few tokens then read and write it once.
     const bool wide = out.dtype == (same<Acc, double> ? DType::float64 : DType::float32);
-    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
-    const bool better_in_tiles = in_tiles<K> && whole > 0 && x.rows >= kSide;
+    const int64_t transposed = transposed_columns<K, T>(x, drop);
+    const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
     if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
         k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
@@ -274,8 +272,10 @@ struct Operators {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns;
         const int64_t c1 = smaller(end * kTileColumns, x.cols);
-        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.row_stride), !add, x, drop,
-                         k, 0, x.rows, c0, c1, tile_m, false, memory.get<char>());
+        const auto sums = OuterSums<K>::in_output(static_cast<Acc*>(out.data), out.row_stride);
+        OuterPart part{0, x.rows, c0, c1, tile_m};
+        part.fresh = !add;
+        outer_rows<K, T>(sums, x, drop, k, part, memory.get<char>());
       });
       return;
     }
@@ -286,7 +286,7 @@ struct Operators {
           !drop.on)
         return outer_parts(out, x, k, scale, add);
     }
-    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, whole, k.cols));
+    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
     const int64_t width =
@@ -299,14 +299,15 @@ struct Operators {
         const int64_t chunk = task / across;
         const int64_t c0 = task % across * width;
         const int64_t i0 = chunk * chunks.rows;
-        const OuterSums<K> sums(blocks.of(chunk), whole, k.cols);
-        outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0,
-                         smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols), tile_m,
-                         false, memory.get<char>());
+        const auto sums = OuterSums<K>::in_block(blocks.of(chunk), transposed, k.cols);
+        OuterPart part{i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
+                       tile_m};
+        part.fresh = blocks.fresh(chunk);
+        outer_rows<K, T>(sums, x, drop, k, part, memory.get<char>());
         blocks.done(chunk);
       }
     });
-    add_partials(out, blocks.of(0), blocks.left(), whole, scale, add);
+    add_partials(out, blocks.of(0), blocks.left(), transposed, scale, add);
   }
 
   static void factor_grad(const TensorView& acc, const TensorView& x, const TensorView& k,
@@ -330,16 +331,15 @@ struct Operators {
   static void shrink_grad(const TensorView& k, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
-    const int64_t vectors = vectors_of<K>(F.cols);
-    const int64_t ld = vectors * K::kLanes;
+    const int64_t ld = vectors_of<K>(F.cols) * K::kLanes;
     const int64_t tile_m = tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
       shrink(k, g, F, {});
       factor_grad(Q, g, u, {}, add);
       return;
     }
-    const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{});
-    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, whole, F.cols));
+    const int64_t transposed = transposed_columns<K, T>(g, Drop{});
+    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, transposed, F.cols));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const PackedFactor<K, T> b(F);
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
@@ -348,24 +348,28 @@ struct Operators {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows;
         const int64_t last = smaller(first + chunks.rows, g.rows);
-        const OuterSums<K> sums_of_chunk(blocks.of(chunk), whole, F.cols);
+        const auto sums_of_chunk = OuterSums<K>::in_block(blocks.of(chunk), transposed, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
             const int64_t n = smaller(kTileRows, rows - part);
+            const bool cold = chunk == begin && i == first;
             // outer_rows prefetches the tile below, of pairs in bursts, so half of it is prefetched
             // here.
-            shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors,
-                              i + part, n, chunk == begin && i == first, pairs<K>, space);
+            const bool below = pairs<K>;
+            shrink_tile<K, T>(memory.get<Acc>(), ld, g, Drop{}, b.units, {i + part, n, cold, below},
+                              space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(sums_of_chunk, blocks.fresh(chunk) && i == first, g, Drop{}, u, i,
-                           i + rows, 0, g.cols, tile_m, true, space);
+          OuterPart part{i, i + rows, 0, g.cols, tile_m};
+          part.fresh = blocks.fresh(chunk) && i == first;
+          part.warm = true;
+          outer_rows<K, T>(sums_of_chunk, g, Drop{}, u, part, space);
         }
         blocks.done(chunk);
       }
     });
-    add_partials(Q, blocks.of(0), blocks.left(), whole, 1.0, add);
+    add_partials(Q, blocks.of(0), blocks.left(), transposed, 1.0, add);
   }
 };
 

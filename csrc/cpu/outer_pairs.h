@@ -17,14 +17,19 @@ template <typename K>
 constexpr int kPairColumns = 2 * K::kLanes;
 constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay in registers
 
+// Pairs of rows of x, in place.
+struct RowPairs {
+  const uint16_t* low;   // the first row of the first pair
+  const uint16_t* last;  // the second row of the last pair: zeros if the number of rows is odd
+  int64_t step;          // elements between pairs
+};
+
 // S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h):
-// what is added at a time must not depend on where the sum is kept. low: the first row of the first
-// pair; `step` elements to the next pair's. last: the second row of the last pair, zeros where
-// there is none. Or (kAgain) the units that a first block has left in `made`: rows of x that are a
-// power of two apart fall into the same few places of L1 and would not stay there.
+// what is added at a time must not depend on where the sum is kept. The first block leaves its
+// units in `made`, and the others (kAgain) read these: rows of x that are a power of two apart fall
+// into the same few places of L1 and would not stay there.
 template <typename K, int MR, bool kAgain, bool kPrefetch>
-inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
-                        const uint16_t* last, int64_t step, typename K::Unit* made,
+inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* made,
                         const typename K::Unit* k, int64_t ldk, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
@@ -39,14 +44,18 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       left = load(units);
       right = load(units + K::kLanes);
     } else {
-      const auto a = load(low + t * step);
-      const auto b = load(t + 1 < n ? low + t * step + step / 2 : last);
+      const uint16_t* low = x.low + t * x.step;
+      const auto a = load(low);
+      const auto b = load(t + 1 < n ? low + x.step / 2 : x.last);
       left = pairs_of<0>(a, b);
       right = pairs_of<1>(a, b);
       store(units, left);
       store(units + K::kLanes, right);
     }
-    if constexpr (kPrefetch) piece.next(), piece.next();
+    if constexpr (kPrefetch) {
+      piece.next();
+      piece.next();
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < MR; ++j) {
       const typename K::Unit s = k[t * ldk + j];
@@ -58,32 +67,32 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) {
     for (int v = 0; v < 2; ++v) {
-      typename K::Acc* at = S + j * lds + v * K::kLanes;
-      store(at, fresh ? acc[j][v] : load(at) + acc[j][v]);
+      typename K::Acc* at = S.data + j * S.ld + v * K::kLanes;
+      store(at, S.fresh ? acc[j][v] : load(at) + acc[j][v]);
     }
   }
 }
 
-// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x. k: the tile's units, [units][ldk]; made:
-// room for the units of these columns. The last block prefetches the next tile, because the blocks
+// S[r][32] (+)= k^T x for 32 columns of a tile of x. k: the tile's units, [units][ldk]; made: room
+// for the units of these columns. The last block prefetches the next tile, because the blocks
 // before it load more themselves.
 template <typename K>
-inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const TensorView& x,
-                          int64_t i0, int64_t rows, int64_t c, const typename K::Unit* k,
+inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K::Unit* k,
                           int64_t ldk, int64_t r, typename K::Unit* made, Ahead& ahead) {
   [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
-  const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.row_stride + c;
-  const int64_t units = (rows + 1) / 2;
-  const uint16_t* last = rows % 2 ? kZeros : low + (rows - 1) * x.row_stride;
+  const int64_t row = x.a.row_stride;
+  const auto* low = static_cast<const uint16_t*>(x.a.data) + x.i0 * row + x.c0;
+  const RowPairs pairs_of_x{low, x.rows % 2 ? kZeros : low + (x.rows - 1) * row, 2 * row};
+  const int64_t units = (x.rows + 1) / 2;
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
-    typename K::Acc* at = S + j * lds + c;
-    const bool again = j > 0;
-    const bool last_block = j + MR == r;
-    const auto block =
-        again ? (last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
-              : (last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
-    block(at, lds, fresh, low, last, 2 * x.row_stride, made, k + j, ldk, units, ahead);
+    using Block = decltype(&outer_block<K, MR, false, false>);
+    static constexpr Block kBlocks[2][2] = {
+        // [again][prefetch]
+        {&outer_block<K, MR, false, false>, &outer_block<K, MR, false, true>},
+        {&outer_block<K, MR, true, false>, &outer_block<K, MR, true, true>}};
+    const Block block = kBlocks[j > 0][j + MR == r];
+    block({S.data + j * S.ld, S.ld, S.fresh}, pairs_of_x, made, k + j, ldk, units, ahead);
   });
 }
 

@@ -1,9 +1,8 @@
 // Dropout masks: philox4x32-10, a vector of counters at once. The same bits as on a GPU
 // (csrc/cuda/tile/philox.cuh).
 //
-//   element e = i * cols + j is kept iff philox(key = seed, counter = (e / 4 low, e / 4 high, 0,
-//   0))[e % 4]
-//   >= threshold
+//   element e = i * cols + j is kept iff
+//   philox(key = seed, counter = (low and high half of e / 4, 0, 0))[e % 4] >= threshold
 #pragma once
 
 #include "cpu/vec.h"
@@ -59,7 +58,8 @@ inline const uint32_t* keep_mask(uint32_t* keep, uint64_t e0, int64_t n, uint64_
       c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
       c1 = p1;
       c3 = p0;
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
     }
     const vq first = (c0 & 0xffffffffull) | (c1 << 32);
     const vq second = (c2 & 0xffffffffull) | (c3 << 32);

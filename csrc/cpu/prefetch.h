@@ -17,14 +17,15 @@ struct Piece {
   int64_t at = 0;     // bytes of the first row that are prefetched
 
   Piece() = default;
-  // The part of `a` that exists of a rectangle.
-  Piece(const TensorView& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
-    if (a.col_stride != 1 || i0 >= a.rows || c0 >= a.cols) return;
+  // A rectangle may extend past the tensor: only its part inside is prefetched.
+  Piece(const Rectangle& wanted) {
+    const TensorView& a = wanted.a;
+    if (a.col_stride != 1 || wanted.i0 >= a.rows || wanted.c0 >= a.cols) return;
     const int64_t size = element_size(a.dtype);
-    row = static_cast<const char*>(a.data) + (i0 * a.row_stride + c0) * size;
+    row = static_cast<const char*>(a.data) + (wanted.i0 * a.row_stride + wanted.c0) * size;
     step = a.row_stride * size;
-    bytes = smaller(cols, a.cols - c0) * size;
-    rows = smaller(wanted_rows, a.rows - i0);
+    bytes = smaller(wanted.cols, a.cols - wanted.c0) * size;
+    rows = smaller(wanted.rows, a.rows - wanted.i0);
   }
   LOTR_INLINE void next() {
     if (rows <= 0) return;

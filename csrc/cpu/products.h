@@ -46,8 +46,7 @@ constexpr int64_t vectors_of(int64_t r) {
 template <typename K, typename T>
 struct PackedFactor {
   Scratch memory;
-  const typename K::Unit* data;
-  int64_t ld;
+  Factor<K> units;
 
   static bool in_place(const TensorView& A) {
     return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0;
@@ -58,18 +57,17 @@ struct PackedFactor {
   }
   explicit PackedFactor(const TensorView& A)
       : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
+    const int64_t vectors = vectors_of<K>(A.cols);
     if (in_place(A)) {
-      data = static_cast<const typename K::Unit*>(A.data);
-      ld = A.row_stride;
+      units = {static_cast<const typename K::Unit*>(A.data), A.row_stride, vectors};
       return;
     }
-    ld = vectors_of<K>(A.cols) * K::kLanes;
-    auto* row = reinterpret_cast<uint16_t*>(memory.template get<char>() + packed_bytes(A));
-    tile_down_columns<K, T>(memory.template get<typename K::Unit>(), ld, A, 0, A.rows, 0, A.cols,
-                            Drop{}, nullptr, row);
+    const int64_t ld = vectors * K::kLanes;
     auto* packed = memory.template get<typename K::Unit>();
+    auto* row = reinterpret_cast<uint16_t*>(memory.template get<char>() + packed_bytes(A));
+    tile_down_columns<K, T>(packed, ld, {A, 0, A.rows, 0, A.cols}, row);
     for (int64_t i = units_of<K>(A.rows) * ld; i < packed_units<K>(A.rows) * ld; ++i) packed[i] = 0;
-    data = packed;
+    units = {packed, ld, vectors};
   }
 };
 
@@ -99,7 +97,7 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
           store(row + j, add ? load(row + j) + sum : sum);
         }
       }
-      // The rest of a rank that is not a multiple of the vector, in parts of a vector: a masked
+      // The rest of a rank that is not a multiple of the vector, by halves and quarters: a masked
       // store would make the next row's load wait.
       if constexpr (same<Acc, T>) {
         for (; out.col_stride == 1 && j + 8 <= out.cols; j += 8)
@@ -139,22 +137,27 @@ inline size_t tile_space(int64_t r) {
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
 
-// Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh,
-// unscaled. cold: these rows were not prefetched. below: whether to prefetch the rows below.
+// The rows of x that shrink_tile multiplies.
+struct ShrinkRows {
+  int64_t i0;
+  int64_t count;
+  bool cold;   // they were not prefetched
+  bool below;  // prefetch the rows below
+};
+
+// Sums of a tile of rows, unscaled: c[rows][ldc] = drop(x)[rows, :] b.
 template <typename K, typename T>
-inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const TensorView& x,
-                        const Drop& drop, const typename K::Unit* b, int64_t ldb, int64_t vectors,
-                        int64_t i0, int64_t rows, bool cold, bool below, char* space) {
+inline void shrink_tile(typename K::Acc* c, int64_t ldc, const TensorView& x, const Drop& drop,
+                        const Factor<K>& b, const ShrinkRows& rows, char* space) {
   using Unit = typename K::Unit;
-  const int64_t group = smaller(vectors, kMaxVectors);
+  const int64_t group = smaller(b.vectors, kMaxVectors);
   // Units summed at a time, so that their part of b stays in L1.
   const int64_t step =
       smaller(kTileStep, larger(64, kTileBytes / int64_t(sizeof(Unit)) / (group * K::kLanes)));
   const bool in_place = native<K, T>(x) && !drop.on;
   auto* tile = reinterpret_cast<Unit*>(space);
   if constexpr (in_tiles<K>) {
-    if (in_place && fresh)
-      return shrink_in_tiles<K, T>(c, ldc, x, b, ldb, vectors, i0, rows, below, tile);
+    if (in_place) return shrink_in_tiles<K, T>(c, ldc, x, b, rows.i0, rows.count, rows.below, tile);
   }
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
@@ -163,64 +166,81 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Tenso
     const int64_t c0 = t * K::kPair;
     // Prefetch order: this tile if it is cold, the next tile of these rows, the first of the rows
     // below.
+    const int64_t width = step * K::kPair;
     const bool last = t + step >= units;
     Piece next;
-    if (!last && (cold || below)) next = {x, i0, rows, c0 + step * K::kPair, step * K::kPair};
-    if (last && below) next = {x, i0 + rows, kTileRows, 0, step * K::kPair};
+    if (!last && (rows.cold || rows.below))
+      next = Rectangle{x, rows.i0, rows.count, c0 + width, width};
+    if (last && rows.below) next = Rectangle{x, rows.i0 + rows.count, kTileRows, 0, width};
     Ahead ahead{next, {}};
-    if (cold && t == 0) ahead = {{x, i0 + kBlockRows, rows - kBlockRows, c0, n * K::kPair}, next};
-    // A last half pair is copied: its other half is past the end of the row.
-    const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
-    if (whole > 0) {
-      const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.row_stride + c0;
-      sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a),
-                        x.row_stride * int64_t(sizeof(*a)), rows, b + t * ldb, ldb, vectors, whole,
-                        ahead);
+    if (rows.cold && t == 0) {
+      ahead.now = Rectangle{x, rows.i0 + kBlockRows, rows.count - kBlockRows, c0, n * K::kPair};
+      ahead.later = next;
     }
-    if (whole < n) {
-      const int64_t from = c0 + whole * K::kPair;
-      const int64_t left = n - whole;
-      tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair),
-                           drop, mask);
-      sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
-                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors,
-                        left, ahead);
+    // Units in place, then a copy of the others. The last half pair is copied as well, because its
+    // other half would be past the end of the row.
+    const int64_t ready = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
+    if (ready > 0) {
+      const auto* a = static_cast<const Part<K>*>(x.data) + rows.i0 * x.row_stride + c0;
+      sum_rows<K, true>({c, ldc, t == 0},
+                        {reinterpret_cast<const char*>(a), x.row_stride * int64_t(sizeof(*a))},
+                        rows.count, {b.data + t * b.ld, b.ld, b.vectors}, ready, ahead);
+    }
+    if (ready < n) {
+      const int64_t first = c0 + ready * K::kPair;
+      const int64_t left = n - ready;
+      const int64_t cols = smaller(x.cols - first, left * K::kPair);
+      tile_along_row<K, T>(tile, left, {x, rows.i0, rows.count, first, cols}, drop, mask);
+      sum_rows<K, true>({c, ldc, t + ready == 0},
+                        {reinterpret_cast<const char*>(tile), left * int64_t(sizeof(Unit))},
+                        rows.count, {b.data + (t + ready) * b.ld, b.ld, b.vectors}, left, ahead);
     }
   }
 }
 
-// Where outer_rows sums: the first `whole` columns of x transposed, S[r][whole] (outer_pairs.h),
-// the others in P, whose rows are `ld` apart and hold whole vectors.
+// How many columns of x are summed transposed (outer_pairs.h): those that are pairs in place.
+template <typename K, typename T>
+inline int64_t transposed_columns(const TensorView& x, const Drop& drop) {
+  if (!pairs<K> || !native<K, T>(x) || drop.on) return 0;
+  return x.cols / kPairColumns<K> * kPairColumns<K>;
+}
+
+// Where outer_rows sums: the first columns of x transposed, in S[r][transposed], the others in P,
+// whose rows are `ld` apart and have full vectors.
 template <typename K>
 struct OuterSums {
   using Acc = typename K::Acc;
   Acc* S;
-  int64_t whole;
+  int64_t transposed;
   Acc* P;
   int64_t ld;
 
   // In a block of size(..) numbers.
-  OuterSums(Acc* block, int64_t whole, int64_t r)
-      : S(block), whole(whole), P(block + r * whole), ld(vectors_of<K>(r) * K::kLanes) {}
+  static OuterSums in_block(Acc* block, int64_t transposed, int64_t r) {
+    return {block, transposed, block + r * transposed, vectors_of<K>(r) * K::kLanes};
+  }
+  static int64_t size(int64_t cols, int64_t transposed, int64_t r) {
+    return r * transposed + (cols - transposed) * vectors_of<K>(r) * K::kLanes;
+  }
   // In an output [cols, r].
-  OuterSums(Acc* out, int64_t ld) : S(nullptr), whole(0), P(out), ld(ld) {}
-
-  static int64_t size(int64_t cols, int64_t whole, int64_t r) {
-    return r * whole + (cols - whole) * vectors_of<K>(r) * K::kLanes;
-  }
-  // How many columns are pairs in place.
-  template <typename T>
-  static int64_t whole_columns(const TensorView& x, const Drop& drop) {
-    return pairs<K> && native<K, T>(x) && !drop.on ? x.cols / kPairColumns<K> * kPairColumns<K> : 0;
-  }
+  static OuterSums in_output(Acc* out, int64_t ld) { return {nullptr, 0, out, ld}; }
 };
 
-// sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless
-// fresh. tile_m: rows to sum at a time; warm: whether these rows of x are in cache already.
+// The part of x that outer_rows multiplies.
+struct OuterPart {
+  int64_t i0;  // rows [i0, i1)
+  int64_t i1;
+  int64_t c0;  // columns [c0, c1)
+  int64_t c1;
+  int64_t tile_rows;   // that are multiplied at a time
+  bool fresh = false;  // the sums start at zero, instead of being added to
+  bool warm = false;   // these rows are in cache already
+};
+
+// sums[c][j] (+)= sum over the part's rows i of drop(x)[i, c] k[i, j].
 template <typename K, typename T>
-inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x, const Drop& drop,
-                       const TensorView& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1,
-                       int64_t tile_m, bool warm, char* space) {
+inline void outer_rows(const OuterSums<K>& sums, const TensorView& x, const Drop& drop,
+                       const TensorView& k, const OuterPart& part, char* space) {
   using Unit = typename K::Unit;
   const int64_t vectors = vectors_of<K>(k.cols);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
@@ -230,55 +250,57 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const TensorView& x
   [[maybe_unused]] auto* turned = k_tile + kDeepUnits * vectors * K::kLanes;
   auto* mask = reinterpret_cast<uint32_t*>(k_tile + k_copies<K> * kDeepUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
-  for (int64_t i = i0; i < i1; i += tile_m) {
-    const int64_t rows = smaller(tile_m, i1 - i);
+  for (int64_t i = part.i0; i < part.i1; i += part.tile_rows) {
+    const int64_t rows = smaller(part.tile_rows, part.i1 - i);
     const int64_t units = units_of<K>(rows);
-    const Unit* b = k_tile;
-    int64_t ldb = vectors * K::kLanes;
+    const bool fresh = part.fresh && i == part.i0;
+    Factor<K> b{k_tile, vectors * K::kLanes, vectors};
     if (k_in_place) {
-      b = static_cast<const Unit*>(k.data) + i * k.row_stride;
-      ldb = k.row_stride;
+      b.data = static_cast<const Unit*>(k.data) + i * k.row_stride;
+      b.ld = k.row_stride;
     } else {
-      tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
+      tile_down_columns<K, T>(k_tile, b.ld, {k, i, rows, 0, k.cols}, row);
     }
     if constexpr (in_tiles<K>) {
-      if (c0 < sums.whole) turn_units<K>(turned, k_tile, ldb, units, vectors);
+      if (part.c0 < sums.transposed) turn_units<K>(turned, k_tile, b.ld, units, vectors);
     }
-    int64_t c = c0;
-    // Where this tile is in cache, the rows below; else the columns to the right, and the first
-    // ones of those rows.
-    Ahead ahead{{x, i + tile_m, tile_m, c0, c1 - c0}, {}};
+    int64_t c = part.c0;
+    // A tile in cache: prefetches the rows below. Else the columns to the right, and from the last
+    // columns the first ones of the rows below.
+    Ahead ahead{Rectangle{x, i + part.tile_rows, part.tile_rows, part.c0, part.c1 - part.c0}, {}};
     const auto prefetch = [&](int64_t width) {
-      if (warm) return;
-      const bool right = c + width < c1;
-      ahead.now = {x, right ? i : i + tile_m, right ? rows : tile_m, right ? c + width : c0, width};
+      if (part.warm) return;
+      if (c + width < part.c1) {
+        ahead.now = Rectangle{x, i, rows, c + width, width};
+      } else {
+        ahead.now = Rectangle{x, i + part.tile_rows, part.tile_rows, part.c0, width};
+      }
     };
     if constexpr (pairs<K>) {
-      for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {
+      for (; c < smaller(part.c1, sums.transposed); c += kPairColumns<K>) {
+        const Sums<K> S{sums.S + c, sums.transposed, fresh};
+        const Rectangle columns{x, i, rows, c, kPairColumns<K>};
         if constexpr (in_tiles<K>) {
-          const bool right = !warm && c + kPairColumns<K> < c1;
-          outer_in_tiles<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, turned, k.cols,
-                            x_tile, right);
+          const bool right = !part.warm && c + kPairColumns<K> < part.c1;
+          outer_in_tiles<K>(S, columns, turned, k.cols, x_tile, right);
         } else {
           prefetch(kPairColumns<K>);
-          outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols,
-                           x_tile, ahead);
+          outer_columns<K>(S, columns, b.data, b.ld, k.cols, x_tile, ahead);
         }
       }
     }
-    for (; c < c1; c += kTileColumns) {
-      const int64_t cols = smaller(kTileColumns, c1 - c);
+    for (; c < part.c1; c += kTileColumns) {
+      const int64_t cols = smaller(kTileColumns, part.c1 - c);
       prefetch(kTileColumns);
-      const char* a = reinterpret_cast<const char*>(x_tile);
-      int64_t step = kTileColumns * int64_t(sizeof(Unit));
+      Broadcast a{reinterpret_cast<const char*>(x_tile), kTileColumns * int64_t(sizeof(Unit))};
       if (x_in_place) {
-        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.row_stride + c);
-        step = x.row_stride * int64_t(sizeof(Unit));
+        const Unit* from = static_cast<const Unit*>(x.data) + i * x.row_stride + c;
+        a = {reinterpret_cast<const char*>(from), x.row_stride * int64_t(sizeof(Unit))};
       } else {
-        tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
+        tile_down_columns<K, T>(x_tile, kTileColumns, {x, i, rows, c, cols}, row, drop, mask);
       }
-      sum_rows<K, false>(sums.P + (c - sums.whole) * sums.ld, sums.ld, fresh && i == i0, a, step,
-                         cols, b, ldb, vectors, units, ahead);
+      sum_rows<K, false>({sums.P + (c - sums.transposed) * sums.ld, sums.ld, fresh}, a, cols, b,
+                         units, ahead);
     }
   }
 }
@@ -294,70 +316,78 @@ constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 // y = from + bias + u F^T in one panel of F, for `rows` rows from `y` on. All columns of the panel
 // exist, are contiguous, and none is masked.
 template <typename K, typename T, Form form>
-inline void expand_whole_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
-                              const char* u, int64_t u_step, const typename K::Unit* panel,
-                              int64_t units, const typename K::Acc* bias) {
+inline void expand_full_rows(T* y, int64_t ldy, const T* from, int64_t ldfrom, int64_t rows,
+                             const Broadcast& u, const typename K::Unit* panel, int64_t units,
+                             const typename K::Acc* bias) {
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
-    // Down this panel, then from the top of the next one.
-    const int64_t to = i + kExpandRows * blocks_ahead;
-    const int64_t row = to < rows ? to : to - rows;
-    const int64_t column = to < rows ? 0 : kPanel<K>;
+    // Prefetches down this panel, then from the top of the next one.
+    int64_t row = i + kExpandRows * blocks_ahead;
+    int64_t column = 0;
+    if (row >= rows) {
+      row -= rows;
+      column = kPanel<K>;
+    }
     const T* y_ahead = y == from ? nullptr : y + row * ldy + column;
-    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
-                                                    u + i * u_step, u_step, panel, units,
-                                                    from + row * ldfrom + column, y_ahead, bias);
+    expand_full_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, from + i * ldfrom, ldfrom,
+                                                   {u.data + i * u.step, u.step}, panel, units,
+                                                   from + row * ldfrom + column, y_ahead, bias);
   });
 }
 
-// Rows [i0, i1) and columns [n0, n0 + kPanel) of y = start + scale * mask(u F^T), without dropout
-// start + scale * u F^T. `panel` is F transposed, for these columns; `u` has the rows as units,
-// u_step bytes apart. `mask` is a buffer for the rows of a block.
+// The part of a bias for one panel, widened: zeros past the end of y, or if there is none.
 template <typename K, typename T>
-inline void expand_panel(const TensorView& y, int64_t n0, const char* u, int64_t u_step,
-                         int64_t units, const typename K::Unit* panel, int64_t i0, int64_t i1,
-                         const Drop& drop, const Start& start, uint32_t* mask) {
-  const int64_t cols = smaller(kPanel<K>, y.cols - n0);
-  // The bias, widened once per panel.
-  typename K::Acc bias[kPanel<K>];
-  const T* given_bias = static_cast<const T*>(start.bias.data);
-  if (given_bias && start.bias.col_stride == 1 && cols == kPanel<K>) {
-    for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given_bias + n0 + j));
-  } else if (given_bias || !start.matrix.data) {
-    for (int64_t j = 0; j < kPanel<K>; ++j)
-      bias[j] = given_bias && j < cols ? to_float(given_bias[(n0 + j) * start.bias.col_stride])
-                                       : typename K::Acc(0);
+inline void widen_bias(typename K::Acc* to, const TensorView& bias, int64_t n0, int64_t cols) {
+  const T* from = static_cast<const T*>(bias.data);
+  if (from && bias.col_stride == 1 && cols == kPanel<K>) {
+    for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(to + j, load(from + n0 + j));
+    return;
   }
-  const bool add_bias = given_bias || !start.matrix.data;
-  // Without a matrix `from` is only prefetched.
-  const TensorView& origin = start.matrix.data ? start.matrix : y;
-  const T* const from =
-      static_cast<const T*>(origin.data) + i0 * origin.row_stride + n0 * origin.col_stride;
-  T* const top = static_cast<T*>(y.data) + i0 * y.row_stride + n0 * y.col_stride;
+  for (int64_t j = 0; j < kPanel<K>; ++j) to[j] = 0;
+  if (!from) return;
+  for (int64_t j = 0; j < cols; ++j) to[j] = to_float(from[(n0 + j) * bias.col_stride]);
+}
+
+// y[rows, one panel's columns] = start + scale * mask(u F^T), without dropout start + scale * u
+// F^T. `panel` is F transposed, for these columns. `mask` is a buffer for the rows of a block.
+template <typename K, typename T>
+inline void expand_panel(const Rectangle& part, const Broadcast& u, int64_t units,
+                         const typename K::Unit* panel, const Drop& drop, const Start& start,
+                         uint32_t* mask) {
+  const TensorView& y = part.a;
+  const int64_t cols = smaller(kPanel<K>, y.cols - part.c0);
+  const bool has_matrix = start.matrix.data;
+  const bool add_bias = start.bias.data || !has_matrix;
+  typename K::Acc bias[kPanel<K>];
+  if (add_bias) widen_bias<K, T>(bias, start.bias, part.c0, cols);
+  const TensorView& origin = has_matrix ? start.matrix : y;  // without a matrix: only prefetched
+  const T* const from = static_cast<const T*>(origin.data) + part.i0 * origin.row_stride +
+                        part.c0 * origin.col_stride;
+  T* const top = static_cast<T*>(y.data) + part.i0 * y.row_stride + part.c0 * y.col_stride;
   if (y.col_stride == 1 && origin.col_stride == 1 && cols == kPanel<K> && !drop.on &&
       drop.scale == 1.0) {
     const auto run = [&](auto form) {
       constexpr Form kForm = Form(decltype(form)::value);
       if constexpr (in_tiles<K>)
-        expand_in_tiles<K, T, kForm>(top, y.row_stride, from, origin.row_stride, i1 - i0, u, u_step,
+        expand_in_tiles<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
                                      panel, units, bias);
       else
-        expand_whole_rows<K, T, kForm>(top, y.row_stride, from, origin.row_stride, i1 - i0, u,
-                                       u_step, panel, units, bias);
+        expand_full_rows<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
+                                      panel, units, bias);
     };
-    if (!start.matrix.data) return run(Int<int(Form::bias)>{});
+    if (!has_matrix) return run(Int<int(Form::bias)>{});
     if (!add_bias) return run(Int<int(Form::matrix)>{});
     return run(Int<int(Form::matrix_and_bias)>{});
   }
-  row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
+  row_blocks<kExpandRows>(part.rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
     const uint32_t* keep = nullptr;
     if (drop.on) {
       uint32_t* line = mask + kExpandRows * kPanel<K>;
       for (int64_t row = 0; row < MR; ++row) {
-        const uint64_t e = uint64_t(i0 + i + row) * uint64_t(y.cols) + uint64_t(n0);
+        const uint64_t e = uint64_t(part.i0 + i + row) * uint64_t(y.cols) + uint64_t(part.c0);
         const uint32_t* at = keep_mask(line, e, cols, drop.seed, drop.threshold);
         std::memcpy(mask + row * kPanel<K>, at, size_t(cols) * 4);
       }
@@ -365,9 +395,9 @@ inline void expand_panel(const TensorView& y, int64_t n0, const char* u, int64_t
     }
     expand_ragged_block<K, T, MR, kMaxVectors>(
         top + i * y.row_stride, y.row_stride, y.col_stride,
-        start.matrix.data ? from + i * origin.row_stride : nullptr, origin.row_stride,
-        origin.col_stride, cols, u + i * u_step, u_step, panel, units, keep,
-        typename K::Acc(drop.scale), add_bias ? bias : nullptr);
+        has_matrix ? from + i * origin.row_stride : nullptr, origin.row_stride, origin.col_stride,
+        cols, {u.data + i * u.step, u.step}, panel, units, keep, typename K::Acc(drop.scale),
+        add_bias ? bias : nullptr);
   });
 }
 

@@ -1,21 +1,22 @@
 // Per-row cores: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have the same
 // core, or the same token.
 //
-// A group is a small dense product of the kinds in operators.h: on its rows if they are
-// consecutive, as those of an expert are, else on a copy of them. A group of a few rows, as each of
-// many tasks has, is multiplied with the core in place. A long group is divided every kRowsOfGroup
-// rows from its first one, and each sum runs in the order of its rows, so the number of threads
-// changes no bit. (Where rows are divided can change bits: compilers fuse multiplication and
-// addition for some block sizes and not for others.)
+// A group is one of the dense products of operators.h. It reads the group's rows in place if they
+// are consecutive, as those of an expert are, and a copy otherwise. A group of a few rows, as with
+// many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup rows
+// from its first one, and each sum runs in the order of its rows, so the number of threads changes
+// no bit. (The places of these divisions may change bits, because compilers fuse multiplication and
+// addition for some block sizes only.)
 #pragma once
 
 #include "cpu/small.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kRowsOfGroup =
-    2 * kTileRows;                  // that are copied and multiplied at a time, by one thread
-constexpr int64_t kShortGroup = 4;  // up to here a product's preparations cost more than it does
+// Rows of a group that one thread copies and multiplies at a time.
+constexpr int64_t kRowsOfGroup = 2 * kTileRows;
+// Rows of a group for which a product's preparations cost more than the product.
+constexpr int64_t kShortGroup = 4;
 
 // Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
 template <typename T>
@@ -97,19 +98,20 @@ struct RowProducts {
         }
         return;
       }
-      const int64_t whole = from / kLanes * kLanes;
+      const int64_t in_vectors = from / kLanes * kLanes;
       for (int64_t b0 = 0; b0 < to; b0 += kLanes) {
-        typename Plain::Vec square[kLanes] = {}, sum{};
+        typename Plain::Vec square[kLanes] = {};
+        typename Plain::Vec sum{};
         const int64_t cols = smaller(kLanes, to - b0);
         for (int64_t b = 0; b < cols; ++b)
-          for (int64_t a = 0; a < whole; a += kLanes)
+          for (int64_t a = 0; a < in_vectors; a += kLanes)
             square[b] += load(in + a) * vector_of(data + (b0 + b) * core.col_stride + a);
         transpose<kLanes>(square);
         for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
         Acc sums[kLanes];
         store(sums, sum);
         for (int64_t b = 0; b < cols; ++b) {
-          for (int64_t a = whole; a < from; ++a)
+          for (int64_t a = in_vectors; a < from; ++a)
             sums[b] += in[a] * part<Plain, T>(data[(b0 + b) * core.col_stride + a]);
           out[b0 + b] = sums[b] * scaling;
         }
@@ -129,6 +131,20 @@ struct RowProducts {
     }
   }
 
+  // The group of one of the rows.
+  static int64_t group_of(const Groups& groups, int64_t row) {
+    int64_t low = 0;
+    int64_t high = groups.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (groups.first[middle + 1] <= row)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
   // h has contiguous rows, of T or wider.
   static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
                        const TensorView& cores, int64_t cores_ls, const Groups& by_core,
@@ -139,14 +155,7 @@ struct RowProducts {
     const int64_t total = by_core.first[by_core.count];
     const int64_t row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
-      int64_t group = 0;
-      for (int64_t low = 0, high = by_core.count; low < high;) {  // the group of the first row
-        const int64_t middle = (low + high) / 2;
-        if (by_core.first[middle + 1] <= begin)
-          low = group = middle + 1;
-        else
-          high = middle;
-      }
+      int64_t group = group_of(by_core, begin);
       // A group is divided from its first row: a thread computes the parts that start in its rows.
       const int64_t first = by_core.first[group];
       int64_t i = smaller(first + round_up(begin - first, kRowsOfGroup), by_core.first[group + 1]);
@@ -155,7 +164,7 @@ struct RowProducts {
         const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
         const TensorView core = layer_of(cores, cores_ls, by_core.key[group]);
-        // By the size of the group, not of its last part.
+        // Decided by the size of the group, not by that of its last part.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
           Acc* wide = memory.get<Acc>();
@@ -204,12 +213,13 @@ struct RowProducts {
           outer_of_few(out, wide_u, wide_g, n, Acc(scaling));
           continue;
         }
-        const Gathered<T> left(u, by_core.row + first, token, n),
-            right(g, by_core.row + first, nullptr, n);
+        const Gathered<T> left(u, by_core.row + first, token, n);
+        const Gathered<T> right(g, by_core.row + first, nullptr, n);
         Ops::outer(out, left.mat, right.mat, Drop{}, scaling, false);
       }
     };
-    // A few groups are shared out each by itself: inside a task the pool runs nested calls in line.
+    // With few groups each product is divided among the threads: inside a task, calls of the pool
+    // run in the calling thread.
     if (by_core.count < 2 * threads()) return groups(0, by_core.count);
     run_tasks(by_core.count, by_core.first[by_core.count] * u.cols * g.cols, groups);
   }

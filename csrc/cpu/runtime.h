@@ -7,20 +7,20 @@
 
 namespace lotr::cpu {
 
-// Runs body(begin, end, context) over [0, tasks) on torch's own threads, at least `grain` tasks on
-// each; in line when it is one thread or one task.
+// Runs body(begin, end, context) over [0, tasks) on torch's threads, at least `grain` tasks per
+// thread. With one task or one thread it runs in the calling thread.
 void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context);
 
 // Threads of that pool.
 int64_t threads();
 
-// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB where the system
-// does not say.
+// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB if the system
+// does not report it.
 int64_t l2_bytes();
 
 // 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws
-// std::bad_alloc (the thread pool hands an exception of a body on to the caller).
+// std::bad_alloc (the thread pool rethrows an exception of a body in the caller).
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

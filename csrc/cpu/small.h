@@ -1,12 +1,12 @@
-// The products around the core: fold, fold_grad, and the unfolded form for few tokens.
+// The products around the core: fold, fold_grad, and the few-token form.
 #pragma once
 
 #include "cpu/operators.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-// F = scaling B G^T, a shrink of B. T is the operands' dtype where they have one in common with F,
-// else the type of sums: factors are widened, never rounded.
+// F = scaling B G^T, a shrink of B. T is F's dtype if both operands have it, and otherwise the type
+// of sums: factors are widened, never rounded.
 template <typename T>
 inline void fold_as(const TensorView& F, const TensorView& B, const TensorView& core,
                     double scaling) {
@@ -34,9 +34,9 @@ inline constexpr decltype(Table::fold_grad) fold_grad_of<float> = &fold_grad<flo
 template <>
 inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &fold_grad<double>;
 
-// Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in
-// r_out multiplications would outweigh the layer's own. Between products a token's r numbers are
-// kept in Acc, and rounded to T where they are multiplied with T.
+// Few tokens: the core is multiplied with the tokens. Folding it into B would take N r_in r_out
+// multiplications, more than the rest of the layer. Between products a token's r numbers are kept
+// in Acc, and rounded to T before they are multiplied with T.
 template <typename T>
 struct Small {
   using Ops = Operators<T>;
@@ -47,7 +47,7 @@ struct Small {
     return {data, rows, cols, cols, 1, t};
   }
 
-  // out[n] += v row[n]. __restrict: else the compiler checks for overlap in each row.
+  // out[n] += v row[n]. Without __restrict the compiler checks for overlap in each row.
   static void add_scaled(Acc* __restrict out, Acc v, const Acc* __restrict row, int64_t n) {
     for (int64_t b = 0; b < n; ++b) out[b] += v * row[b];
   }
@@ -83,8 +83,8 @@ struct Small {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
   }
 
-  // scaling u core, rounded to T. Where that leaves float16's range, u core, and the scaling in
-  // what is returned: it then comes last, as in s ((x A) G) B^T.
+  // out = scaling u core, rounded to T. If that exceeds float16's range: out = u core, and the
+  // scaling is returned, to be applied last as in s ((x A) G) B^T.
   static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const TensorView& core,
                           double scaling) {
     Drop last;

@@ -22,6 +22,7 @@
 //   fresh           sums that start at zero, instead of being added to
 //   in place        read from the tensor's memory, without a copy. native: of such a layout
 //   turned          a tile transposed for AMX
+//   rectangle       rows and columns of a tensor that are copied or multiplied together
 //   chunk           the rows of x whose sums one task computes; sums of chunks are added in order
 //
 // A tile has its units along the summed dimension, which is a row of the matrix or a column:
@@ -147,94 +148,131 @@ inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint3
   }
 }
 
-// Copies rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; those
-// past the columns become zero. `mask` is a buffer of cols + kMaskSlack, used with dropout.
+// Rows [i0, i0 + rows) and columns [c0, c0 + cols) of a tensor.
+struct Rectangle {
+  const TensorView& a;
+  int64_t i0;
+  int64_t rows;
+  int64_t c0;
+  int64_t cols;
+};
+
+// Row i of a rectangle, as parts. Dropped elements become zero. `mask` is a buffer of
+// cols + kMaskSlack, used with dropout.
+template <typename K, typename T, typename S>
+inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop& drop,
+                      uint32_t* mask) {
+  const TensorView& a = from.a;
+  const int64_t row = from.i0 + i;
+  const S* src = static_cast<const S*>(a.data) + row * a.row_stride + from.c0 * a.col_stride;
+  const uint32_t* keep = nullptr;
+  if (drop.on) {
+    const uint64_t e = uint64_t(row) * uint64_t(a.cols) + uint64_t(from.c0);
+    keep = keep_mask(mask, e, from.cols, drop.seed, drop.threshold);
+  }
+  parts<K, T>(dst, src, a.col_stride, from.cols, keep);
+}
+
+// Copies a rectangle with units along its rows. A tile row has `ld` units; those past the columns
+// become zero.
 template <typename K, typename T>
-inline void tile_along_row(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
-                           int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
-                           uint32_t* mask) {
-  by_dtype(a.dtype, [&](auto* tag) {
+inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Rectangle& from,
+                           const Drop& drop = {}, uint32_t* mask = nullptr) {
+  by_dtype(from.a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
-    for (int64_t i = 0; i < rows; ++i) {
-      const S* src = static_cast<const S*>(a.data) + (i0 + i) * a.row_stride + c0 * a.col_stride;
-      const uint32_t* keep =
-          drop.on ? keep_mask(mask, uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0), cols,
-                              drop.seed, drop.threshold)
-                  : nullptr;
+    for (int64_t i = 0; i < from.rows; ++i) {
       Part<K>* dst = reinterpret_cast<Part<K>*>(tile + i * ld);
-      parts<K, T>(dst, src, a.col_stride, cols, keep);
-      for (int64_t j = cols; j < ld * K::kPair; ++j) dst[j] = Part<K>(0);
+      row_parts<K, T, S>(dst, from, i, drop, mask);
+      for (int64_t j = from.cols; j < ld * K::kPair; ++j) dst[j] = Part<K>(0);
     }
   });
 }
 
-// Copies the same rectangle with units down the columns: ceil(rows / pair) tile rows of `ld` units.
-// `row` is a buffer for two rows of cols parts, used for pairs.
-template <typename K, typename T>
-inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const TensorView& a, int64_t i0,
-                              int64_t rows, int64_t c0, int64_t cols, const Drop& drop,
-                              uint32_t* mask, uint16_t* row) {
-  by_dtype(a.dtype, [&](auto* tag) {
-    using S = typename Pointee<decltype(tag)>::type;
-    int64_t i = 0;
-    if constexpr (pairs<K>)
-      if constexpr (same<S, bf16>) {  // nested: otherwise clang++ looks for pair_up in every K
-        // Full vectors of neighboring pairs, as in a factor of rank 16.
-        const bool full_vectors =
-            a.col_stride == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
-        const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
-                                                            i0 * a.row_stride + c0);
-        for (; full_vectors && i + 2 <= rows; i += 2, tile += ld) {
-          for (int64_t j = 0; j < cols; j += K::kLanes)
-            store(tile + j,
-                  K::pair_up(src + i * a.row_stride + j, src + (i + 1) * a.row_stride + j));
-        }
-      }
-    if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
-      // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
-      // once.
-      const bool full_vectors = a.col_stride == 1 && !drop.on && ld % K::kLanes == 0;
-      const float* src = static_cast<const float*>(a.data) + i0 * a.row_stride + c0;
-      for (; full_vectors && i < rows; ++i, src += a.row_stride, tile += ld) {
+// tile_down_columns where a unit is an element: each row of the rectangle is a row of the tile.
+template <typename K, typename T, typename S>
+inline void elements_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
+                                  const Drop& drop, uint32_t* mask) {
+  if constexpr (same<S, float> && same<T, float>) {
+    // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
+    // once.
+    const TensorView& a = from.a;
+    if (a.col_stride == 1 && !drop.on && ld % K::kLanes == 0) {
+      const float* src = static_cast<const float*>(a.data) + from.i0 * a.row_stride + from.c0;
+      for (int64_t i = 0; i < from.rows; ++i, src += a.row_stride, tile += ld) {
         for (int64_t j = 0; j < ld; j += K::kLanes)
-          store(tile + j, load_first(src + j, larger(0, cols - j)));
+          store(tile + j, load_first(src + j, larger(0, from.cols - j)));
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < from.rows; ++i, tile += ld) {
+    row_parts<K, T, S>(tile, from, i, drop, mask);
+    for (int64_t j = from.cols; j < ld; ++j) tile[j] = 0;
+  }
+}
+
+// units[j] = low[j] | high[j] << 16.
+template <typename K>
+inline void pair_rows(typename K::Unit* units, const uint16_t* low, const uint16_t* high,
+                      int64_t n) {
+  constexpr int kHalves = LOTR_VB / 2;
+  int64_t j = 0;
+  for (; j + kHalves <= n; j += kHalves) {
+    const auto a = load(low + j);
+    const auto b = load(high + j);
+    store(units + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
+    store(units + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
+  }
+  for (; j + K::kLanes <= n; j += K::kLanes) store(units + j, K::pair_up(low + j, high + j));
+  for (; j < n; ++j) units[j] = uint32_t(low[j]) | uint32_t(high[j]) << 16;
+}
+
+// tile_down_columns where a unit is a pair: two rows of the rectangle make a row of the tile.
+// `buffer` has room for two rows of parts.
+template <typename K, typename T, typename S>
+inline void pairs_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
+                               uint16_t* buffer, const Drop& drop, uint32_t* mask) {
+  const TensorView& a = from.a;
+  const int64_t cols = from.cols;
+  const bool bits_in_place = same<S, bf16> && a.col_stride == 1 && !drop.on;
+  const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
+                                                      from.i0 * a.row_stride + from.c0);
+  int64_t i = 0;
+  if (bits_in_place && cols == ld && cols % K::kLanes == 0) {
+    // Full vectors of neighboring pairs, as in a factor of rank 16.
+    for (; i + 2 <= from.rows; i += 2, tile += ld) {
+      const uint16_t* low = src + i * a.row_stride;
+      for (int64_t j = 0; j < cols; j += K::kLanes)
+        store(tile + j, K::pair_up(low + j, low + a.row_stride + j));
+    }
+  }
+  for (; i < from.rows; i += 2, tile += ld) {
+    const uint16_t* row[2] = {buffer, buffer + cols};
+    for (int p = 0; p < 2; ++p) {
+      if (i + p >= from.rows) {
+        for (int64_t j = 0; j < cols; ++j) buffer[p * cols + j] = 0;
+      } else if (bits_in_place) {
+        row[p] = src + (i + p) * a.row_stride;
+      } else {
+        row_parts<K, T, S>(buffer + p * cols, from, i + p, drop, mask);
       }
     }
-    for (; i < rows; i += K::kPair, tile += ld) {
-      typename K::Unit* dst = tile;
-      const uint16_t* half[2] = {row, row + cols};
-      for (int p = 0; p < K::kPair; ++p) {
-        const bool inside = i + p < rows;
-        const S* src =
-            static_cast<const S*>(a.data) + (i0 + i + p) * a.row_stride + c0 * a.col_stride;
-        if constexpr (!pairs<K>) {
-          const uint64_t e = uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0);
-          parts<K, T>(dst, src, a.col_stride, cols,
-                      drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
-        } else if (same<S, bf16> && inside && a.col_stride == 1 && !drop.on) {
-          half[p] = reinterpret_cast<const uint16_t*>(src);
-        } else if (inside) {
-          const uint64_t e = uint64_t(i0 + i + p) * uint64_t(a.cols) + uint64_t(c0);
-          parts<K, T>(row + p * cols, src, a.col_stride, cols,
-                      drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
-        } else {
-          for (int64_t j = 0; j < cols; ++j) row[p * cols + j] = 0;
-        }
-      }
-      if constexpr (pairs<K>) {
-        constexpr int kHalves = LOTR_VB / 2;
-        int64_t j = 0;
-        for (; j + kHalves <= cols; j += kHalves) {
-          const auto a = load(half[0] + j);
-          const auto b = load(half[1] + j);
-          store(dst + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
-          store(dst + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
-        }
-        for (; j + K::kLanes <= cols; j += K::kLanes)
-          store(dst + j, K::pair_up(half[0] + j, half[1] + j));
-        for (; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
-      }
-      for (int64_t j = cols; j < ld; ++j) dst[j] = 0;
+    pair_rows<K>(tile, row[0], row[1], cols);
+    for (int64_t j = cols; j < ld; ++j) tile[j] = 0;
+  }
+}
+
+// Copies a rectangle with units down its columns: ceil(rows / pair) tile rows of `ld` units.
+template <typename K, typename T>
+inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
+                              [[maybe_unused]] uint16_t* buffer, const Drop& drop = {},
+                              uint32_t* mask = nullptr) {
+  by_dtype(from.a.dtype, [&](auto* tag) {
+    using S = typename Pointee<decltype(tag)>::type;
+    if constexpr (pairs<K>) {
+      pairs_down_columns<K, T, S>(tile, ld, from, buffer, drop, mask);
+    } else {
+      elements_down_columns<K, T, S>(tile, ld, from, drop, mask);
     }
   });
 }
@@ -273,7 +311,7 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
                                           (n0 + j) * F.row_stride);
       step = F.row_stride * int64_t(sizeof(Part<K>));
     } else {
-      tile_along_row<K, T>(buffer, padded, F, n0 + j, rows, 0, F.cols, Drop{}, nullptr);
+      tile_along_row<K, T>(buffer, padded, {F, n0 + j, rows, 0, F.cols});
       for (int64_t i = rows * padded; i < kLanes * padded; ++i) buffer[i] = 0;
     }
     for (int64_t t = 0; t < units; t += kLanes) {

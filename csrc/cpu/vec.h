@@ -1,6 +1,6 @@
-// Vectors of one instruction set. A file that includes this defines LOTR_ISA (the namespace
-// everything lands in, so that no inline function compiled for a newer CPU can be linked into an
-// older one's path) and LOTR_VB (vector bytes).
+// Vectors of one instruction set. A file that includes this defines LOTR_VB (bytes of a vector) and
+// LOTR_ISA, the namespace of all code, so that the linker cannot replace an inline function by its
+// copy for a newer CPU.
 #pragma once
 
 #include <cstdint>
@@ -116,7 +116,7 @@ LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) {
   return *reinterpret_cast<const VecOf<uint16_t>::memory*>(p);
 }
 LOTR_INLINE vf load(const bf16* p) {
-  // Intrinsics where there are some: GCC converts a vector in halves.
+  // Intrinsics if there are any, because GCC converts a vector in two halves.
 #if LOTR_VB == 64 && defined(__AVX512F__)
   const vi wide =
       (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -238,7 +238,7 @@ struct BF2 {
 };
 #endif
 
-// The kind an element type is computed in.
+// The kind of arithmetic for an element type.
 template <typename T>
 struct KindOf {
   using type = F32;

@@ -113,22 +113,14 @@ struct Arg {
   int64_t split = -1;
 
   explicit Arg(const char* name) : name(name) {}
-  Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
-  Arg(const char* name, const OptionalTensor& t) : name(name) {
-    if (t) look_at(*t);
-  }
+  Arg(const char* name, const Tensor& t) : name(name) { set(t); }
+  Arg(const char* name, const OptionalTensor& t) : name(name) { set(t); }
   explicit operator bool() const { return tensor; }
 
-  std::string shape() const {
-    std::ostringstream s;
-    s << "[";
-    for (int64_t i = 0; i < dim; ++i) s << (i ? ", " : "") << size[i];
-    s << "]";
-    return s.str();
+  void set(const OptionalTensor& t) {
+    if (t) set(*t);
   }
-
- private:
-  void look_at(const Tensor& t) {
+  void set(const Tensor& t) {
     tensor = &t;
     handle = t.get();
     dtype = dtype_info(handle).type;
@@ -143,6 +135,16 @@ struct Arg {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
     if (dim) flatten();
   }
+
+  std::string shape() const {
+    std::ostringstream s;
+    s << "[";
+    for (int64_t i = 0; i < dim; ++i) s << (i ? ", " : "") << size[i];
+    s << "]";
+    return s.str();
+  }
+
+ private:
   void flatten() {
     matrix.cols = size[dim - 1];
     matrix.col_stride = stride[dim - 1];

@@ -120,7 +120,8 @@ class Sizes {
       tokens = {a.matrix.rows, tokens.of ? tokens.of : a.name};
       return check_size(c, a, a.dim - 1, rule.shape[1]);
     }
-    const int64_t dims = rule.shape[2] ? 3 : rule.shape[1] ? 2 : 1;
+    int64_t dims = 0;
+    for (const Dim d : rule.shape) dims += d != NO_DIM;
     if (a.dim != dims)
       fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ",
            a.shape());
@@ -154,7 +155,7 @@ class Sizes {
 // u that each row reads. g: only in the backward. The values of the indices are checked only on a
 // CPU, because on a GPU that would synchronize.
 struct RowArgs {
-  Arg g, u, cores, index, offs, tokens;
+  Arg g{"g"}, u{"u"}, cores{"cores"}, index{"index"}, offs{"offs"}, tokens{"tokens"};
 
   Sizes check(const Check& c, double scaling) const {
     // without tokens there is a row for each token
@@ -178,9 +179,10 @@ struct RowArgs {
 // When the adapter's product is computed; see layer.h.
 enum class Strategy : int64_t { two_pass = 0, beta = 1, fused = 2 };
 
-// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected.
+// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. Those that
+// an operator does not set are absent.
 struct ForwardArgs {
-  Arg x, weight, bias, A, u, B, core, seed;
+  Arg x{"x"}, weight{"weight"}, bias{"bias"}, A{"A"}, u{"u"}, B{"B"}, core{"core"}, seed{"seed"};
 
   Sizes check(const Check& c, double scaling, double p) const {
     const Sizes s(c, x,
@@ -200,7 +202,8 @@ struct ForwardArgs {
 
 // The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_.
 struct BackwardArgs {
-  Arg g, weight, x, u, A, F, B, core, du, dx, dA, dB, seed;
+  Arg g{"g"}, weight{"weight"}, x{"x"}, u{"u"}, A{"A"}, F{"F"}, B{"B"}, core{"core"}, du{"du"},
+      dx{"dx"}, dA{"dA"}, dB{"dB"}, seed{"seed"};
 
   Sizes check(const Check& c, double scaling, double p, bool need_B) const {
     const Sizes s(c, g,
@@ -228,7 +231,7 @@ struct BackwardArgs {
 };
 
 struct RowsForwardArgs {
-  Arg x, weight, bias, h, B;
+  Arg x{"x"}, weight{"weight"}, bias{"bias"}, h{"h"}, B{"B"};
 
   Sizes check(const Check& c) const {
     return Sizes(c, x,
@@ -241,7 +244,7 @@ struct RowsForwardArgs {
 };
 
 struct RowsBackwardArgs {
-  Arg g, weight, h, B, dx, dB;
+  Arg g{"g"}, weight{"weight"}, h{"h"}, B{"B"}, dx{"dx"}, dB{"dB"};
 
   Sizes check(const Check& c, bool need_B) const {
     const Sizes s(c, g,
@@ -258,7 +261,7 @@ struct RowsBackwardArgs {
 };
 
 struct ShrinkBackwardArgs {
-  Arg du, dx, x, A, dA, seed;
+  Arg du{"du"}, dx{"dx"}, x{"x"}, A{"A"}, dA{"dA"}, seed{"seed"};
 
   Sizes check(const Check& c, double p) const {
     const Sizes s(c, du,

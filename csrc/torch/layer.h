@@ -92,8 +92,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"A", A},
-                      Arg("u"), {"B", B},           {"core", core}, {"seed", seed}};
+  ForwardArgs a;
+  a.x.set(x);
+  a.weight.set(weight);
+  a.bias.set(bias);
+  a.A.set(A);
+  a.B.set(B);
+  a.core.set(core);
+  a.seed.set(seed);
   a.check(c, scaling, p);
   const Products products(c, a.x, p, a.seed);
   OptionalTensor u;
@@ -111,8 +117,13 @@ std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tenso
                                                     double scaling, int64_t strategy) {
   const Check c{"lotr::layer_forward_few_tokens", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"A", A},
-                      Arg("u"), {"B", B},           {"core", core}, Arg("seed")};
+  ForwardArgs a;
+  a.x.set(x);
+  a.weight.set(weight);
+  a.bias.set(bias);
+  a.A.set(A);
+  a.B.set(B);
+  a.core.set(core);
   const Sizes s = a.check(c, scaling, 0.0);
   const Products products(c, a.x);
   OptionalTensor u;
@@ -131,8 +142,13 @@ std::tuple<Tensor, Tensor> layer_forward_projected(const Tensor& x, const Tensor
                                                    double scaling, int64_t strategy) {
   const Check c{"lotr::layer_forward_projected", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const ForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, Arg("A"),
-                      {"u", u}, {"B", B},           {"core", core}, Arg("seed")};
+  ForwardArgs a;
+  a.x.set(x);
+  a.weight.set(weight);
+  a.bias.set(bias);
+  a.u.set(u);
+  a.B.set(B);
+  a.core.set(core);
   a.check(c, scaling, 0.0);
   const Products products(c, a.x);
   OptionalTensor F;
@@ -146,7 +162,12 @@ Tensor layer_forward_rows(const Tensor& x, const Tensor& weight, const OptionalT
                           const Tensor& h, const Tensor& B, int64_t strategy) {
   const Check c{"lotr::layer_forward_rows", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const RowsForwardArgs a{{"x", x}, {"weight", weight}, {"bias", bias}, {"h", h}, {"B", B}};
+  RowsForwardArgs a;
+  a.x.set(x);
+  a.weight.set(weight);
+  a.bias.set(bias);
+  a.h.set(h);
+  a.B.set(B);
   a.check(c);
   const Products products(c, a.x);
   return add_to_base(products, a.x, a.weight, a.bias, read(a.h), read(a.B), order);
@@ -209,9 +230,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     bool need_core, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const BackwardArgs a{{"g", g},   {"weight", weight}, {"x", x},       {"u", u},  {"A", A},
-                       {"F", F},   {"B", B},           {"core", core}, Arg("du"), Arg("dx"),
-                       {"dA", dA}, {"dB", dB},         {"seed", seed}};
+  BackwardArgs a;
+  a.g.set(g);
+  a.weight.set(weight);
+  a.x.set(x);
+  a.u.set(u);
+  a.A.set(A);
+  a.F.set(F);
+  a.B.set(B);
+  a.core.set(core);
+  a.dA.set(dA);
+  a.dB.set(dB);
+  a.seed.set(seed);
   const Sizes s = a.check(c, scaling, p, need_B);
   const Products products(c, a.g, p, a.seed);
   LayerGradients out(products, a, s, need_B, need_core);
@@ -235,9 +265,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_few_tokens(
     const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core) {
   const Check c{"lotr::layer_backward_few_tokens_", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  const BackwardArgs a{{"g", g},   {"weight", weight}, {"x", x},       {"u", u},  {"A", A},
-                       Arg("F"),   {"B", B},           {"core", core}, Arg("du"), Arg("dx"),
-                       {"dA", dA}, {"dB", dB},         Arg("seed")};
+  BackwardArgs a;
+  a.g.set(g);
+  a.weight.set(weight);
+  a.x.set(x);
+  a.u.set(u);
+  a.A.set(A);
+  a.B.set(B);
+  a.core.set(core);
+  a.dA.set(dA);
+  a.dB.set(dB);
   const Sizes s = a.check(c, scaling, 0.0, need_B);
   const Products products(c, a.g);
   LayerGradients out(products, a, s, need_B, need_core);
@@ -256,9 +293,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_projected(
     const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& du,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_B, bool need_core) {
   const Check c{"lotr::layer_backward_projected_", Products::max_rank};
-  const BackwardArgs a{{"g", g},  {"weight", weight}, Arg("x"),       {"u", u},   Arg("A"),
-                       {"F", F},  {"B", B},           {"core", core}, {"du", du}, {"dx", dx},
-                       Arg("dA"), {"dB", dB},         Arg("seed")};
+  BackwardArgs a;
+  a.g.set(g);
+  a.weight.set(weight);
+  a.u.set(u);
+  a.F.set(F);
+  a.B.set(B);
+  a.core.set(core);
+  a.du.set(du);
+  a.dx.set(dx);
+  a.dB.set(dB);
   const Sizes s = a.check(c, scaling, 0.0, need_B);
   const Products products(c, a.g);
   LayerGradients out(products, a, s, need_B, need_core);
@@ -275,8 +319,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
     const Tensor& g, const OptionalTensor& weight, const Tensor& h, const Tensor& B,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_h, bool need_B) {
   const Check c{"lotr::layer_backward_rows_", Products::max_rank};
-  const RowsBackwardArgs a{{"g", g}, {"weight", weight}, {"h", h},
-                           {"B", B}, {"dx", dx},         {"dB", dB}};
+  RowsBackwardArgs a;
+  a.g.set(g);
+  a.weight.set(weight);
+  a.h.set(h);
+  a.B.set(B);
+  a.dx.set(dx);
+  a.dB.set(dB);
   const Sizes s = a.check(c, need_B);
   const Products products(c, a.g);
   const ScalarType sums = acc_dtype(a.g.dtype);
@@ -299,8 +348,13 @@ Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const Optiona
                        const OptionalTensor& A, const OptionalTensor& dA, double p,
                        const OptionalTensor& seed) {
   const Check c{"lotr::shrink_backward_", Products::max_rank};
-  const ShrinkBackwardArgs a{{"du", du}, {"dx", dx}, {"x", x},
-                             {"A", A},   {"dA", dA}, {"seed", seed}};
+  ShrinkBackwardArgs a;
+  a.du.set(du);
+  a.dx.set(dx);
+  a.x.set(x);
+  a.A.set(A);
+  a.dA.set(dA);
+  a.seed.set(seed);
   const Sizes s = a.check(c, p);
   const Products products(c, a.du, p, a.seed);
   const ScalarType sums = acc_dtype(a.du.dtype);

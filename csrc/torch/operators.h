@@ -14,7 +14,9 @@ namespace lotr {
 template <class Products>
 Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
   const Check c{"lotr::shrink", Products::max_rank};
-  const Arg ax("x", x), aA("A", A), aseed("seed", seed);
+  const Arg ax("x", x);
+  const Arg aA("A", A);
+  const Arg aseed("seed", seed);
   const Sizes s(c, ax, {{ax, As::same, {M, K}}, {aA, As::factor, {K, R}}, {aseed}});
   c.dropout(p, aseed);
   const Products products(c, ax, p, aseed);
@@ -27,7 +29,10 @@ template <class Products>
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
                  const OptionalTensor& seed) {
   const Check c{"lotr::expand_add_", Products::max_rank};
-  const Arg ay("y", y), au("u", u), aF("F", F), aseed("seed", seed);
+  const Arg ay("y", y);
+  const Arg au("u", u);
+  const Arg aF("F", F);
+  const Arg aseed("seed", seed);
   const Sizes s(
       c, ay,
       {{ay, As::same, {M, N}, WRITTEN}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}, {aseed}});
@@ -42,7 +47,9 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check c{"lotr::expand", Products::max_rank};
-  const Arg ay("y", y), au("u", u), aF("F", F);
+  const Arg ay("y", y);
+  const Arg au("u", u);
+  const Arg aF("F", F);
   const Sizes s(c, ay,
                 {{ay, As::same, {LEADING, N}}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}});
   const Products products(c, ay);
@@ -54,7 +61,8 @@ Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
 template <class Products>
 Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtype) {
   const Check c{"lotr::fold", Products::max_rank};
-  const Arg aB("B", B), acore("core", core);
+  const Arg aB("B", B);
+  const Arg acore("core", core);
   const Sizes s(c, "dtype", dtype,
                 {{aB, As::factor, {N, R_OUT}}, {acore, As::factor, {R_IN, R_OUT}}});
   c.finite("scaling", scaling);
@@ -67,8 +75,12 @@ template <class Products>
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index,
                 const OptionalTensor& offs, const OptionalTensor& tokens, double scaling) {
   const Check c{"lotr::row_core", Products::max_rank};
-  const RowArgs a{Arg("g"),         {"u", u},       {"cores", cores},
-                  {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  RowArgs a;
+  a.u.set(u);
+  a.cores.set(cores);
+  a.index.set(index);
+  a.offs.set(offs);
+  a.tokens.set(tokens);
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core(a, s, scaling);
 }
@@ -80,8 +92,13 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& tokens, double scaling,
                                              bool need_u, bool need_cores) {
   const Check c{"lotr::row_core_backward", Products::max_rank};
-  const RowArgs a{{"g", g},         {"u", u},       {"cores", cores},
-                  {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  RowArgs a;
+  a.g.set(g);
+  a.u.set(u);
+  a.cores.set(cores);
+  a.index.set(index);
+  a.offs.set(offs);
+  a.tokens.set(tokens);
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core_backward(a, s, scaling, need_u, need_cores);
 }

@@ -113,7 +113,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
         experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have names of their own.
+        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have other names.
         base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
         fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.

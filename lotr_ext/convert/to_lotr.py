@@ -187,6 +187,7 @@ def tucker2_of_loras(
     input_basis, inputs = _in_basis([lora.A.mT for lora in loras], ranks[0])
     output_basis, outputs = _in_basis([lora.B for lora in loras], ranks[1])
     pairs = list(zip(inputs, outputs, strict=True))
+    # D^T = V U^T. With U = Q R, V R^T has the same leading directions, and few columns.
     halves = [V @ torch.linalg.qr(U, mode="r").R.mT for V, U in pairs]
 
     def right(A: Tensor) -> list[Tensor]:

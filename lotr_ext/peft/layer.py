@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapted import compute_device
 from ..core import dispatch, fallback
+from ..core.call import LayerCall
 from ..core.operators import DTYPES, accumulate_dtype
 from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
@@ -73,19 +74,8 @@ class LoTRPeftCore(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                core,
-                self.scaling,
-                dropout,
-                base_output=base_output,
-                caches=self.factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, core, self.scaling, dropout, base_output)
+            return dispatch.linear(call, self.factors.caches, self)
 
         return self.factors.read(compute)
 
@@ -175,7 +165,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not self.disable_adapters and not self.merged:
             active = self.active_adapters
             cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
-        # Arguments beside x are for the base's forward, which then has to be called.
+        # More arguments than x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
         if cores and is_plain and not args and not kwargs:
             y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
