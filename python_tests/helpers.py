@@ -118,8 +118,7 @@ def untouched(view: Tensor) -> bool:
     if view._base is None:
         return True
     surroundings = view._base.clone()
-    copy_of_view = surroundings.as_strided(view.shape, view.stride(), view.storage_offset())
-    copy_of_view.fill_(float("nan"))
+    surroundings.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
     return bool(surroundings.isnan().all())
 
 

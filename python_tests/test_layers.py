@@ -173,8 +173,7 @@ def penalty_plus_loss(side: Side) -> Results:
 def batched(side: Side) -> Results:
     """Differentiates by a batch of three gradients of the output."""
     y = side()
-    generator = torch.Generator().manual_seed(5)
-    dy = torch.randn(3, *y.shape, generator=generator).to(y.dtype)
+    dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     return side.grad(y, grad_outputs=dy, is_grads_batched=True)
 
 
@@ -279,8 +278,7 @@ def dual_numbers(side: Side) -> Results:
     """Returns the tangent of the output for a tangent of x."""
     x = side.x.detach()
     with forward_ad.dual_level():
-        y = side(forward_ad.make_dual(x, torch.cos(x)))
-        return [forward_ad.unpack_dual(y).tangent]
+        return [forward_ad.unpack_dual(side(forward_ad.make_dual(x, torch.cos(x)))).tangent]
 
 
 def gradient_with_a_tangent(side: Side) -> Results:
@@ -696,8 +694,7 @@ def test_x_changes(kind: str, change: str, autocast: bool, form: str) -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_core_changed_under_hooks_that_do_not_copy(create_graph: bool, form: str) -> None:
     """Autograd checks no versions under hooks. The gradient belongs to the forward's values."""
-    net = Net("siblings")
-    ours, truth = sides(net, inputs(6))
+    ours, truth = sides(Net("siblings"), inputs(6))
     expected = truth.grad(loss(truth()), create_graph=create_graph)
     with save_on_cpu():
         y = ours()
@@ -1237,8 +1234,7 @@ def test_marked_sparse_nested_and_subclassed_tensors(form: str) -> None:
     wrapped = LoTRWrapped.from_linear(BaseThatDoublesSums(K, K), LoTRFactors(K, K, R))
     y = wrapped(dense)  # the type of the base's output decides what a sum is
     assert type(y) is DoublesSums
-    base_output = wrapped.base_layer(dense).as_subclass(Tensor)
-    assert relative(y.as_subclass(Tensor), 2 * base_output) == 0
+    assert relative(y.as_subclass(Tensor), 2 * wrapped.base_layer(dense).as_subclass(Tensor)) == 0
 
     # A product with the weight follows the weight's class.
     expected = formula(dense) + nnf.linear(dense, layer.weight)
