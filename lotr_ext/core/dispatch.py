@@ -263,7 +263,8 @@ def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
     if call.choice is not None:
         h = nodes.row_core(projection.u, call.core, scaling, call.choice)
     else:
-        h = (projection.u @ call.core.to(x.dtype)) * scaling  # not folded, as in fallback.expand
+        # Not folded, as in fallback.expand.
+        h = projection.u @ (call.core * scaling).to(x.dtype)
     return nodes.layer_on_rows(call, projection, h, B_of_rows, strategy)
 
 
