@@ -96,7 +96,7 @@ def train(run: Run) -> dict[str, Any]:
     task = TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
     torch.set_num_threads(1)
     problem = problem_of(task)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
     trained = sum(
         parameter.numel()
@@ -277,7 +277,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
         lr = seeds[method, rank].idxmax()
         at_rate = of_place[of_place["lr"] == lr]
         at_rate = at_rate.drop_duplicates("seed", keep="last").sort_values("seed")
-        if method == "base":  # the same for all seeds
+        if method == "base":  # without training, all seeds are the same
             at_rate = pd.concat([at_rate.iloc[:1]] * count)
         if len(at_rate) == count:
             points.append(point_of(method, int(rank), lr, at_rate))
@@ -453,6 +453,7 @@ def work(options: argparse.Namespace) -> None:
 
     Only this process writes the file, each run as soon as it is finished.
     """
+    # A forked process would inherit torch's thread pool without its threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for name in options.tasks:

@@ -202,7 +202,7 @@ def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -
             env=environment_of(part),
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # a process group, which `stop` ends with its children
         )
         try:
             return process.wait(max(limit_s, 0.1))

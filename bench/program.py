@@ -314,6 +314,7 @@ def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     from lotr_ext.core.kernel_support import kernel_obstacle
 
     index = torch.cuda.current_device() if device == "cuda" else None
+    # The kernels depend on dtype and rank, not on the other sizes.
     for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
         if kernel_obstacle(rank, dtype, torch.device(device, index)) is not None:
             layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
@@ -328,11 +329,13 @@ class Worker:
     """A process that measures with the lotr_ext of one checkout, one round per question."""
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
+        # lotr_ext comes from the checkout, bench from this tree, whatever is installed.
         code = (
             f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
             f"sys.path[0] = {str(ROOT)!r}; "
             f"from bench.program import work; work({name!r}, {argv!r})"
         )
+        # PYTHONPATH may name this tree, and so may the working folder.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -362,6 +365,7 @@ def work(name: str, argv: list[str]) -> None:
 
     What libraries print goes to standard error.
     """
+    # File descriptor 1 becomes standard error, also for libraries that print from C.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     program = importlib.import_module(f"bench.{name}").PROGRAM
@@ -402,6 +406,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
         answers = {side: worker.ask({"case": case}) for side, worker in workers.items()}
         times: dict[str, list[Times]] = {"new": [], "old": []}
         for turn in range(options.rounds):
+            # In random order, so that no side always runs second.
             for side in random.Random(turn).sample(list(workers), 2):
                 times[side].append(workers[side].ask({"turn": turn}))
         tables[title] = comparison(times, answers["new"]["stages"], program.floor)

@@ -28,6 +28,7 @@ def running(strategy: str) -> Iterator[None]:
     from lotr_ext.core import dispatch
     from lotr_ext.core.strategy import STRATEGIES
 
+    # LOTR_STRATEGY is read once per process, but the rivals of a case share a process.
     usual = dispatch.choose_strategy
     dispatch.choose_strategy = lambda tokens, x: STRATEGIES[strategy]
     try:
