@@ -27,8 +27,6 @@ A row of bench/results/accuracy.jsonl is a run:
 Not here: the tasks, the methods, and how a model is trained (problems.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import multiprocessing
@@ -45,9 +43,20 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from torch import nn
 
 from .common import QUICK, RESULTS, commit, machine, read, show, some_of, write
-from .problems import KINDS, MAIN, METHODS, TASKS, adapt, fit, missing, problem_of
+from .problems import (
+    KINDS,
+    MAIN,
+    METHODS,
+    TASKS,
+    Problem,
+    adapt,
+    fit,
+    missing,
+    problem_of,
+)
 
 LOTR_RATE = 0.4  # LoTR's rates over those of other methods
 MOST_RATES = 9  # of one search
@@ -87,7 +96,7 @@ def train(run: Run) -> dict[str, Any]:
     task = TASKS[run.task]._replace(steps=run.steps, batch=run.batch)
     torch.set_num_threads(1)
     problem = problem_of(task)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
     trained = sum(
         parameter.numel()
@@ -96,18 +105,33 @@ def train(run: Run) -> dict[str, Any]:
     )
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
     losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
-    if not losses or np.isfinite(losses[-1]):
-        validation, _ = problem.measure(model.eval(), "validation")
-        held_out, right = problem.measure(model, "held_out")
-        if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():
-            row["validation"] = validation.mean().item()
-            row["loss"] = held_out.mean().item()
-            row["accuracy"] = right.mean().item()
-            row["items"] = packed(held_out.numpy())
+    row |= measured(model, losses, problem)
     row["seconds"] = time.perf_counter() - start
     row["machine"] = machine("cpu")
     row["commit"] = commit()
     return row
+
+
+def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
+    """Returns what a row has of a trained model, nothing if it diverged.
+
+    Args:
+        model: The trained model. It is set to eval.
+        losses: Of the training steps.
+        problem: What it was trained on.
+    """
+    if losses and not np.isfinite(losses[-1]):
+        return {}
+    validation, _ = problem.measure(model.eval(), "validation")
+    held_out, right = problem.measure(model, "held_out")
+    if not (torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all()):
+        return {}
+    return {
+        "validation": validation.mean().item(),
+        "loss": held_out.mean().item(),
+        "accuracy": right.mean().item(),
+        "items": packed(held_out.numpy()),
+    }
 
 
 def packed(losses: np.ndarray) -> str:
@@ -253,7 +277,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
         lr = seeds[method, rank].idxmax()
         at_rate = of_place[of_place["lr"] == lr]
         at_rate = at_rate.drop_duplicates("seed", keep="last").sort_values("seed")
-        if method == "base":  # the same for all seeds
+        if method == "base":  # without training, all seeds are the same
             at_rate = pd.concat([at_rate.iloc[:1]] * count)
         if len(at_rate) == count:
             points.append(point_of(method, int(rank), lr, at_rate))
@@ -429,6 +453,7 @@ def work(options: argparse.Namespace) -> None:
 
     Only this process writes the file, each run as soon as it is finished.
     """
+    # A forked process would inherit torch's thread pool without its threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for name in options.tasks:

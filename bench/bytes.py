@@ -13,13 +13,11 @@ counted byte. Operators of torch are assumed to move every operand once, which i
 bytes of the frozen layer are subtracted. No GPU has run these kernels.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -105,32 +103,43 @@ def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
     return array[..., : shape[-1]]
 
 
-LARGE = {  # the large matrix of each kernel
-    "shrink": "x",
-    "expand_add": "y",
-    "factor_grad": "x",
-    "shrink_grad": "g",
-    "fold": "F",
-    "fold_grad": "Q",
+class Operands(NamedTuple):
+    """What a kernel reads and writes.
+
+    Attributes:
+        arrays: The dimensions of each, letters of (tokens m, width n, rank r).
+        large: The large one.
+        twice: The one that is read and written.
+    """
+
+    arrays: dict[str, str]
+    large: str
+    twice: str = ""
+
+
+OPERANDS = {
+    "shrink": Operands({"x": "mn", "A": "nr", "u": "mr"}, "x"),
+    "expand_add": Operands({"y": "mn", "u": "mr", "F": "nr"}, "y", "y"),
+    "factor_grad": Operands({"D": "nr", "x": "mn", "v": "mr"}, "x", "D"),
+    "shrink_grad": Operands({"g": "mn", "F": "nr", "u": "mr", "k": "mr", "Q": "nr"}, "g"),
+    "fold": Operands({"B": "nr", "core": "rr", "F": "nr"}, "F"),
+    "fold_grad": Operands(
+        {"Q": "nr", "B": "nr", "core": "rr", "dcore": "rr", "dB": "nr"}, "Q", "dB"
+    ),
 }
-TWICE = {"expand_add": "y", "factor_grad": "D", "fold_grad": "dB"}  # read and written
+SUMS = ("D", "Q", "dcore", "dB")  # float32
 
 
 def arrays_of(kernel: str, m: int, n: int, r: int) -> dict[str, np.ndarray]:
-    """Returns the arrays that the executor's `run` takes."""
-    shapes = {  # uint16 stands for bfloat16
-        "shrink": {"x": (m, n), "A": (n, r), "u": (m, r)},
-        "expand_add": {"y": (m, n), "u": (m, r), "F": (n, r)},
-        "factor_grad": {"D": (n, r), "x": (m, n), "v": (m, r)},
-        "shrink_grad": {"g": (m, n), "F": (n, r), "u": (m, r), "k": (m, r), "Q": (n, r)},
-        "fold": {"B": (n, r), "core": (r, r), "F": (n, r)},
-        "fold_grad": {"Q": (n, r), "B": (n, r), "core": (r, r), "dcore": (r, r), "dB": (n, r)},
+    """Returns the arrays that the executor's `run` takes. uint16 stands for bfloat16."""
+    sizes = {"m": m, "n": n, "r": r}
+    return {
+        array: aligned(
+            *(sizes[letter] for letter in letters),
+            dtype=np.float32 if array in SUMS else np.uint16,
+        )
+        for array, letters in OPERANDS[kernel].arrays.items()
     }
-    sums = ("D", "Q", "dcore", "dB")
-    arrays = {}
-    for name, shape in shapes[kernel].items():
-        arrays[name] = aligned(*shape, dtype=np.float32 if name in sums else np.uint16)
-    return arrays
 
 
 def count(lib: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, Any]:
@@ -143,33 +152,27 @@ def count(lib: ModuleType, kernel: Kernel, multiprocessors: int) -> dict[str, An
     """
     name = kernel[0]
     arrays = arrays_of(*kernel)
-    once = {}
-    for array, values in arrays.items():
-        passes = 2 if TWICE.get(name) == array else 1
-        once[array] = passes * values.size * values.itemsize
+    operands = OPERANDS[name]
+    once = {array: values.size * values.itemsize for array, values in arrays.items()}
+    if operands.twice:
+        once[operands.twice] *= 2
     lib.set_device(multiprocessors=multiprocessors)
     lib.set_options(count_memory=True)
     lib.reset_counters()
     lib.run(name, arrays)
     counters = lib.counters()
     lib.set_options()
-    moved = {
-        array: counted["read_bytes"] + counted["written_bytes"]
-        for array, counted in counters["arrays"].items()
-    }
-    sectors = sum(
-        counted["read_sectors"] + counted["written_sectors"]
-        for counted in counters["arrays"].values()
-    )
-    large = LARGE[name]
+    counted = pd.DataFrame(counters["arrays"]).T
+    moved = counted["read_bytes"] + counted["written_bytes"]
+    sectors = (counted["read_sectors"] + counted["written_sectors"]).sum()
     least = sum(once.values())
-    total = sum(moved.values())
+    large = moved[operands.large]
     return {
-        "bytes": total,
+        "bytes": moved.sum(),
         "least_bytes": least,
-        "large_times": moved[large] / once[large],
-        "dram_bytes": least + moved[large] - once[large],
-        "sectors_used": total / (32 * sectors),
+        "large_times": large / once[operands.large],
+        "dram_bytes": least + large - once[operands.large],
+        "sectors_used": moved.sum() / (32 * sectors),
         "bank_conflicts": counters["shared_wavefronts"] / max(1, counters["shared_phases"]),
         "launches": len(counters["launches"]),
     }

@@ -1,7 +1,5 @@
 """Checks of numbers, and counts of memory."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

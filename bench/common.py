@@ -4,8 +4,6 @@ Not here: timing (timing.py), checks of numbers and memory (checks.py), the comm
 measuring program (program.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes

@@ -17,13 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from .common import ROOT
-from .problems import DATA, TASKS, Problem, problem_of
+from .problems import DATA, TASKS, Problem, adapt, decay, fit, problem_of
 
 CACHE = ROOT / "demo_results" / "transfer"
 MODEL = "smollm2-kjv"  # the task whose model and layers all have
@@ -44,6 +42,12 @@ MOST_CHARACTERS = 600_000  # of a donor's text
 GRADIENT_BATCHES = 8
 GRADIENT_NORM = 1000.0  # of all weights' gradients: float16 has no room for small numbers
 
+LORA_STEPS = 12
+LORA_RANK = 8
+LORA_RATE = 5e-3
+MIXED_STEPS = 60
+MIXED_RATE = 4e-3
+
 Pairs = dict[str, tuple[Tensor, Tensor]]  # orthonormal A [k, r] and B [n, r] by layer
 
 
@@ -52,14 +56,26 @@ class Form(NamedTuple):
 
     pair: str
     group: str
-    rank: int
+    rank: tuple[int, int]  # of A and of B
     core: str
-    vectors: str = ""
+    only: str = ""
+    b: str = ""
 
     @staticmethod
     def of(text: str) -> Form:
-        pair, group, rank, core, *vectors = text.split("/")
-        return Form(pair, group, int(rank), core, *vectors)
+        pair, group, rank, core, *words = text.split("/")
+        r_in, _, r_out = rank.partition("x")
+        ranks = (int(r_in), int(r_out or r_in))
+        return Form(pair, group, ranks, core, **dict(word.split(":") for word in words))
+
+    @property
+    def is_trained(self) -> bool:
+        return self.pair.startswith("trained")
+
+    @property
+    def source(self) -> str:
+        """What the fixed pair, or the start of a trained one, is made from; "" for neither."""
+        return re.sub("^(trained|peft)-?", "", self.pair)
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -140,9 +156,14 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def layers_named(kinds: str) -> str:
+    """Returns the pattern of the adapted layers: of all, or of kinds as "o,down"."""
+    return rf".*\.layers\.\d+\..*\.({kinds.replace(',', '|') or '[a-z]+'})_proj"
+
+
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the adapted layers by name."""
-    pattern = re.compile(TASKS[MODEL].layers)
+    pattern = re.compile(layers_named(""))
     return {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
 
 
@@ -167,14 +188,26 @@ def gradients(name: str) -> dict[str, Tensor]:
     return cached(f"gradient-{name}-{GRADIENT_BATCHES}", make)
 
 
-def groups_of(shapes: dict[str, tuple[int, int]], group_by: str) -> list[list[str]]:
-    """Returns the layers' names by group, for the groupings of LoTRConfig."""
-    groups: dict[tuple, list[str]] = {}
-    for name, shape in shapes.items():
-        block = re.match(r".*?\.\d+", name)[0]
-        key = {"layer": (name,), "block": (block, shape), "shape": (shape,)}[group_by]
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
+def shared_factors(
+    shapes: dict[str, tuple[int, int]], group_by: str, make: Callable[[list[str], int], Tensor]
+) -> Pairs:
+    """Returns the pair of each layer.
+
+    Args:
+        shapes: [n, k] by layer.
+        group_by: One of the groupings of LoTRConfig.
+        make: (the layers that share a factor, its side) -> the factor. The side of A is 1, of B 0.
+    """
+    factors: dict[tuple[str, int], Tensor] = {}
+    for side in (1, 0):
+        groups: dict[tuple, list[str]] = {}
+        for name, shape in shapes.items():
+            block = re.match(r".*?\.\d+", name)[0]
+            keys = {"layer": name, "block": (block, shape), "shape": shape, "width": shape[side]}
+            groups.setdefault(keys[group_by], []).append(name)
+        for names in groups.values():
+            factors |= dict.fromkeys([(name, side) for name in names], make(names, side))
+    return {name: (factors[name, 1], factors[name, 0]) for name in shapes}
 
 
 def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
@@ -189,23 +222,24 @@ def leading(product: Callable[[Tensor], Tensor], d: int, rank: int) -> Tensor:
 def pairs_of(matrices: list[dict[str, Tensor]], group_by: str, rank: int) -> Pairs:
     """Returns the leading directions of all matrices [n, k] of a group, next to each other."""
     shapes = {name: tuple(matrix.shape) for name, matrix in matrices[0].items()}
-    pairs: Pairs = {}
-    for names in groups_of(shapes, group_by):
+
+    def make(names: list[str], side: int) -> Tensor:
         stack = [by_name[name].float() for name in names for by_name in matrices]
-        A = leading(lambda x, s=stack: sum(M.T @ (M @ x) for M in s), stack[0].shape[1], rank)
-        B = leading(lambda x, s=stack: sum(M @ (M.T @ x) for M in s), stack[0].shape[0], rank)
-        pairs |= dict.fromkeys(names, (A, B))
-    return pairs
+        columns = [matrix.T if side else matrix for matrix in stack]
+        return leading(lambda x: sum(M @ (M.T @ x) for M in columns), len(columns[0]), rank)
+
+    return shared_factors(shapes, group_by, make)
 
 
 def random_pairs(shapes: dict[str, tuple[int, int]], form: Form, seed: int) -> Pairs:
     generator = torch.Generator().manual_seed(1000 + seed)
-    pairs: Pairs = {}
-    for names in groups_of(shapes, form.group):
-        n, k = shapes[names[0]]
-        A, B = (torch.linalg.qr(torch.randn(d, form.rank, generator=generator)).Q for d in (k, n))
-        pairs |= dict.fromkeys(names, (at_rank(A, form.rank), at_rank(B, form.rank)))
-    return pairs
+
+    def make(names: list[str], side: int) -> Tensor:
+        rank = form.rank[1 - side]
+        columns = torch.randn(shapes[names[0]][side], rank, generator=generator)
+        return at_rank(torch.linalg.qr(columns).Q, rank)
+
+    return shared_factors(shapes, form.group, make)
 
 
 def at_rank(vectors: Tensor, rank: int) -> Tensor:
@@ -213,35 +247,90 @@ def at_rank(vectors: Tensor, rank: int) -> Tensor:
     return nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
 
 
+def lora_of(name: str) -> Path:
+    """Returns the folder of a text's LoRA, which is trained first if it does not exist."""
+    folder = CACHE / "loras" / name
+    if not folder.exists():
+        text = problem(name)
+        text.task = text.task._replace(steps=LORA_STEPS)
+        model = text.model(0)
+        torch.manual_seed(0)
+        model = adapt(model, TASKS[MODEL], "lora", LORA_RANK)
+        fit(model, "lora", LORA_RATE, 0, text)
+        model.save_pretrained(folder)
+    return folder
+
+
+def pairs_of_loras(group_by: str, rank: int) -> Pairs:
+    """Returns the pairs that loras_to_bank makes of the donors' LoRAs."""
+    from lotr_ext import load_adapter
+    from lotr_ext.convert import loras_to_bank
+
+    folder = CACHE / f"donors-{group_by}-{rank}"
+    loras = [lora_of(name) for name in DONORS]
+    loras_to_bank(loras, folder, rank=rank, group_by=group_by)
+    return orthonormal_pairs(load_adapter(problem(DONORS[0]).model(0), folder))
+
+
+def mixed_pairs(group_by: str, rank: int) -> Pairs:
+    """Returns pairs that were trained on batches of all donors in turn, a task for each donor."""
+    from lotr_ext import LoTRConfig, TaskBank, apply_lotr, lotr_parameters, use_tasks
+
+    texts = {name: problem(name) for name in DONORS}
+    model = texts[DONORS[0]].model(0)
+    torch.manual_seed(0)
+    config = LoTRConfig(rank=rank, group_by=group_by, target_modules=layers_named(""))
+    apply_lotr(model, config)
+    tasks = TaskBank(model, len(DONORS)).requires_grad_()
+    slots = {name: torch.full((4,), tasks.add()) for name in DONORS}
+    batches = {name: text.batches(0) for name, text in texts.items()}
+    optimizer = torch.optim.AdamW(lotr_parameters(model), lr=MIXED_RATE, weight_decay=0.0)
+    schedule = decay(optimizer, MIXED_STEPS)
+    for step in range(MIXED_STEPS):
+        name = DONORS[step % len(DONORS)]
+        with use_tasks(model, slots[name]):
+            texts[name].loss(model, next(batches[name])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule()
+    return orthonormal_pairs(model)
+
+
+def orthonormal_pairs(model: nn.Module) -> Pairs:
+    """Returns the pairs of an adapted model as orthonormal columns."""
+    pairs = {}
+    for name, layer in layers_of(model).items():
+        factors = (layer.factors.A.value.detach(), layer.factors.B.value.detach())
+        pairs[name] = tuple(torch.linalg.qr(factor.float()).Q for factor in factors)
+    return pairs
+
+
 def pairs_for(form: Form, target: str, seed: int) -> Pairs:
-    """Returns the pair of each layer, at the form's rank. Only random ones depend on the seed."""
+    """Returns the form's fixed pair of each layer. Only random ones depend on the seed."""
+    if not form.source:
+        return {}
     weights = {n: m.weight.detach() for n, m in layers_of(problem(target).base).items()}
-    if form.pair == "random":
+    if form.source == "random":
         return random_pairs({n: tuple(w.shape) for n, w in weights.items()}, form, seed)
-    sources: dict[str, Callable[[], list[dict[str, Tensor]]]] = {
-        "svd": lambda: [weights],
-        "own": lambda: [gradients(target)],
-        "donors": lambda: [gradients(donor) for donor in DONORS],
+    makers: dict[str, Callable[[int], Pairs]] = {
+        "svd": lambda rank: pairs_of([weights], form.group, rank),
+        "own": lambda rank: pairs_of([gradients(target)], form.group, rank),
+        "donors": lambda rank: pairs_of([gradients(d) for d in DONORS], form.group, rank),
+        "loras": lambda rank: pairs_of_loras(form.group, rank),
+        "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
-    most = next(rank for rank in (8, 64, 256) if form.rank <= rank)
-    name = f"pair-{form.pair}{f'-{target}' if form.pair == 'own' else ''}-{form.group}-{most}"
-    pairs = cached(name, lambda: pairs_of(sources[form.pair](), form.group, most))
-    return {n: (at_rank(A, form.rank), at_rank(B, form.rank)) for n, (A, B) in pairs.items()}
+    most = max(form.rank)
+    if form.source not in ("loras", "mixed"):  # whose first columns are no pair of a lower rank
+        most = next(rank for rank in (16, 64, 256) if most <= rank)
+    about = target if form.source == "own" else "all"
+    name = f"pair-{form.source}-{about}-{form.group}-{most}"
+    pairs = cached(name, lambda: makers[form.source](most))
+    r_in, r_out = form.rank
+    return {n: (at_rank(A, r_in), at_rank(B, r_out)) for n, (A, B) in pairs.items()}
 
 
-def captured(target: str) -> pd.DataFrame:
+def captured(pairs: Pairs, target: str) -> float:
     """Returns the share of the squared norm of a target's gradient that the pairs capture."""
-    rows = []
-    for kind in ("random", "svd", "donors", "own"):
-        for rank in (16, 32, 64):
-            pairs = pairs_for(Form(kind, "layer", rank, "dense"), target, 0)
-            sums = np.zeros(3)
-            for name, half in gradients(target).items():
-                A, B = pairs[name]
-                gradient = half.float()
-                parts = (gradient @ A, gradient.T @ B, B.T @ gradient @ A)
-                sums += [float(part.square().sum()) for part in parts]
-            shares = sums / GRADIENT_NORM**2
-            row = {"pair, per layer": f"{kind}, r {rank}"}
-            rows.append(row | dict(zip(("by A", "by B", "by both"), map("{:.0%}".format, shares))))
-    return pd.DataFrame(rows)
+    of_target = gradients(target)
+    parts = [B.T @ of_target[name].float() @ A for name, (A, B) in pairs.items()]
+    return sum(float(part.square().sum()) for part in parts) / GRADIENT_NORM**2

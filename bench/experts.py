@@ -10,8 +10,6 @@ at one rank. The routing is random and the same for all. The gradients of our ad
 with the same module's in float64 first. peak: the most that a step has allocated at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys
@@ -166,7 +164,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         model = adapted(name, base, case["r"])
-        with torch.no_grad():  # an adapter starts as no change
+        with torch.no_grad():  # at its start an adapter changes nothing
             error = error_of(model(x, *routing), base(x, *routing))
         check_error(f"{name} before training", error, limit)
         randomize(model)

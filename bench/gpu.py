@@ -14,8 +14,6 @@ with the next case. After each part the page build-gpu/summary.md and build-gpu/
 and result files) are written again, so that nothing is lost if the machine goes away.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -204,7 +202,7 @@ def _run_once(part: Part, command: tuple[str, ...], log: Path, limit_s: float) -
             env=environment_of(part),
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # a process group, which `stop` ends with its children
         )
         try:
             return process.wait(max(limit_s, 0.1))

@@ -11,8 +11,6 @@ calls of Python functions of lotr_ext in a step, per layer; functions: how many 
 operators: those that Python and autograd dispatch. These counts do not depend on the machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -15,8 +15,6 @@ cold L2.
     of_copy    that bandwidth over the one of a copy on the same device (copy_gb_per_s)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Mapping
@@ -175,6 +173,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         raise ValueError(reason)
     kernel = KERNELS[case["kernel"]]
     operands = operands_of(case, options.device)
+    # Each call gets copies, because some kernels add to an operand.
     truth = kernel.formula(**copied(operands, torch.float64))
     theirs = max(map(error_of, kernel.formula(**copied(operands)), truth))
     results = kernel.ours(**copied(operands))

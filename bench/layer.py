@@ -11,8 +11,6 @@ float32 factors and core on a half-precision layer, which is the default of `app
 "-two_pass", "-beta" and "-fused" are the strategies of our layer on a GPU (docs/kernels.md).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

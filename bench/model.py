@@ -14,8 +14,6 @@ LoRA or VeRA at the rank at which its size is nearest to LoTR's, "-as-lora" is L
 float32, the original's the model's.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

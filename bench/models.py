@@ -1,7 +1,5 @@
 """The rivals for a transformer: one frozen model, adapted by each method."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -122,6 +120,7 @@ def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
             model = transformers.BertModel(config, add_pooling_layer=False)
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.settings))
+    # In training mode, as its users train. No model here has dropout.
     model = model.to(dtype).requires_grad_(False).train()
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_()

@@ -5,8 +5,6 @@ programs that it has results of, and accuracy.png next to accuracy.jsonl. Withou
 all of bench/results.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Sequence

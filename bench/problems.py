@@ -4,8 +4,6 @@ A problem (a synthetic teacher, a sentence encoder on rated texts, a language mo
 fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import random

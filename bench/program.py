@@ -55,6 +55,38 @@ DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
 
 
+def threads_of(text: str) -> list[int]:
+    """Converts an option: "1,2" becomes [1, 2]."""
+    count = os.cpu_count() or 1
+    threads = text.split(",")
+    for word in threads:
+        if not (word.isdigit() and 1 <= int(word) <= count):
+            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
+    return sorted(map(int, threads))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
+    "device": {
+        "choices": ("cpu", "cuda"),
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+    },
+    "dtypes": {"type": some_of(DTYPES)},
+    "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
+    "rounds": {"type": int},
+    "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
+    "rivals": {},
+    "from": {"type": int, "default": 1, "dest": "first", "help": "start with this case"},
+    "require-kernels": {
+        "action": "store_true",
+        "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
+    },
+    "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
+}
+
+
 @dataclass(frozen=True)
 class Program:
     """One measuring program.
@@ -101,32 +133,22 @@ class Program:
             description=self.doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add = parser.add_argument
-        add("--quick", action="store_true", help="few rounds of one case, into demo_results/bench")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        add("--device", choices=("cpu", "cuda"), default=device)
-        dtypes = f"some of {', '.join(DTYPES)} ({self.dtypes})"
-        add("--dtypes", type=some_of(DTYPES), default=self.dtypes, help=dtypes)
+        usual = {  # per program
+            "dtypes": {
+                "default": self.dtypes,
+                "help": f"some of {', '.join(DTYPES)} ({self.dtypes})",
+            },
+            "rounds": {"help": f"rounds of all rivals per case ({self.rounds}; against: 41)"},
+            "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
+        }
+        for name, settings in OPTIONS.items():
+            parser.add_argument(f"--{name}", **settings, **usual.get(name, {}))
         if self.key:
             shapes = f"{'x'.join(self.key)}, comma-separated"
-            add("--shapes", type=sizes(*self.key), help=shapes)
-        add("--threads", type=threads_of, default="1", help="CPU thread counts (1)")
-        rounds = f"rounds of all rivals per case ({self.rounds}; against: 41)"
-        add("--rounds", type=int, help=rounds)
-        add("--clock", choices=CLOCKS, help="cpu (one CPU thread), wall (more), events (GPU)")
-        add("--rivals", type=some_of(self.rivals), help=f"some of {', '.join(self.rivals)}")
-        add("--from", type=int, default=1, dest="first", metavar="N", help="start with case N")
-        kernels = (
-            "exit with status 1 if a dtype would run PyTorch's products in place of our kernels"
-        )
-        add("--require-kernels", action="store_true", help=kernels)
-        add("--results", type=Path, help="folder for the results (bench/results/<machine>)")
-        add("--markdown", action="store_true", help="print the tables in Markdown")
-        shown = "print the tables of a result file, and measure nothing"
-        add("--show", type=Path, metavar="FILE", help=shown)
+            parser.add_argument("--shapes", type=sizes(*self.key), help=shapes)
         if self.compared:
             against = "another built checkout, whose lotr_ext runs in turns with ours"
-            add("--against", type=Path, help=against)
+            parser.add_argument("--against", type=Path, help=against)
         self.options(parser)
         options = parser.parse_args(argv)
         options.against = getattr(options, "against", None)
@@ -286,22 +308,13 @@ class Results:
         return any("CUDA error" in line for line in self.failures)
 
 
-def threads_of(text: str) -> list[int]:
-    """Converts an option: "1,2" becomes [1, 2]."""
-    count = os.cpu_count() or 1
-    threads = text.split(",")
-    for word in threads:
-        if not (word.isdigit() and 1 <= int(word) <= count):
-            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
-    return sorted(map(int, threads))
-
-
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     """Returns `explain`'s line for the first case that our kernels cannot run, None if all can."""
     from lotr_ext import LoTRLinear, explain
     from lotr_ext.core.kernel_support import kernel_obstacle
 
     index = torch.cuda.current_device() if device == "cuda" else None
+    # The kernels depend on dtype and rank, not on the other sizes.
     for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
         if kernel_obstacle(rank, dtype, torch.device(device, index)) is not None:
             layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
@@ -316,11 +329,13 @@ class Worker:
     """A process that measures with the lotr_ext of one checkout, one round per question."""
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
+        # lotr_ext comes from the checkout, bench from this tree, whatever is installed.
         code = (
             f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
             f"sys.path[0] = {str(ROOT)!r}; "
             f"from bench.program import work; work({name!r}, {argv!r})"
         )
+        # PYTHONPATH may name this tree, and so may the working folder.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -350,6 +365,7 @@ def work(name: str, argv: list[str]) -> None:
 
     What libraries print goes to standard error.
     """
+    # File descriptor 1 becomes standard error, also for libraries that print from C.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     program = importlib.import_module(f"bench.{name}").PROGRAM
@@ -390,6 +406,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
         answers = {side: worker.ask({"case": case}) for side, worker in workers.items()}
         times: dict[str, list[Times]] = {"new": [], "old": []}
         for turn in range(options.rounds):
+            # In random order, so that no side always runs second.
             for side in random.Random(turn).sample(list(workers), 2):
                 times[side].append(workers[side].ask({"turn": turn}))
         tables[title] = comparison(times, answers["new"]["stages"], program.floor)

@@ -12,8 +12,6 @@ so that autograd sums the gradients of A and B. "lotr_ext" is our layers. The te
     new_factors   how many tensors of A's size it makes
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -20,8 +20,6 @@ Several processes share the forms. After failed, crashed and hung a new process 
 because a CUDA error is sticky.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import importlib

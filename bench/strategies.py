@@ -4,8 +4,6 @@ lotr_ext.core is imported inside the functions, and not at all on a CPU: with --
 measures an older lotr_ext that has no strategies.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -30,6 +28,7 @@ def running(strategy: str) -> Iterator[None]:
     from lotr_ext.core import dispatch
     from lotr_ext.core.strategy import STRATEGIES
 
+    # LOTR_STRATEGY is read once per process, but the rivals of a case share a process.
     usual = dispatch.choose_strategy
     dispatch.choose_strategy = lambda tokens, x: STRATEGIES[strategy]
     try:

@@ -3,8 +3,6 @@
 python -m bench.summary build-gpu/results     prints it again
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -15,8 +15,6 @@ token. "-half" has a task per row for the second half of its tokens, the base fo
 the bytes of one task, cores or a LoRA.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import random

@@ -23,11 +23,10 @@ from .checks import (
     check_dtypes_and_devices,
     check_index,
     check_number,
-    check_probability,
     check_tensor,
 )
 from .core import dispatch, fallback, grouped
-from .core.nodes import RowChoice
+from .core.call import LayerCall, RowChoice
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
@@ -79,20 +78,34 @@ class Routing:
     def without_unread_rows(self, x: Tensor) -> Tensor:
         """Returns x with zeros in the rows that no expert reads.
 
-        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN. The
-        result is x itself if all its rows are read. On a GPU and in a compiled graph this is not
-        known, so that the result is a copy.
+        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN.
         """
-        rows = len(x) if self.reads is None else len(self.reads)
-        is_unread = torch.arange(rows, device=x.device) >= self.offs[-1]
-        if self.reads is not None:
-            # A row past the last end marks one more row than x has.
-            marked = self.reads.masked_fill(is_unread, len(x))
-            is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
-            is_unread = is_unread.index_fill(0, marked, False)[: len(x)]
-        if _has_values(is_unread) and not bool(is_unread.any()):
-            return x
-        return x.masked_fill(is_unread.unsqueeze(1), 0)
+        if self.reads is None:
+            return _with_zeros(x, self._is_past_end(len(x)))
+        # A row past the last end marks one more row than x has.
+        marked = self.reads.masked_fill(self._is_past_end(len(self.reads)), len(x))
+        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
+        return _with_zeros(x, is_unread.index_fill(0, marked, False)[: len(x)])
+
+    def without_unread_gradient(self, y: Tensor) -> Tensor:
+        """Returns y, whose gradient becomes zero in rows past the last end, as y is.
+
+        The gradient may be NaN there, which dB = g^T h would spread.
+        """
+        return _with_zeros(y, self._is_past_end(len(y)))
+
+    def _is_past_end(self, rows: int) -> Tensor:
+        return torch.arange(rows, device=self.offs.device) >= self.offs[-1]
+
+
+def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
+    """Returns x with zeros in some rows, x itself if there are none.
+
+    On a GPU and in a compiled graph this is not known, so that the result is a copy.
+    """
+    if _has_values(is_zero) and not bool(is_zero.any()):
+        return x
+    return x.masked_fill(is_zero.unsqueeze(1), 0)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -154,17 +167,14 @@ def lotr_grouped_linear(
     check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
     if core_index is not None:
-        check_index("core_index", core_index, len(cores))
-        if core_index.shape != x.shape[:1]:
-            raise ValueError(
-                f"core_index: expected one index per row of x {tuple(x.shape)}, got "
-                f"{tuple(core_index.shape)}"
-            )
+        check_index("core_index", core_index, len(cores), x)
         core_index = core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
     x = routing.without_unread_rows(x)
     choice, cores = routing.choice(cores, core_index)
-    return dispatch.grouped_linear(x, weight, bias, offs, A, B, cores, float(scaling), 0.0, choice)
+    call = LayerCall(x, weight, bias, A, B, cores, float(scaling), choice=choice)
+    y = dispatch.grouped_linear(call, offs)
+    return routing.without_unread_gradient(y)
 
 
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
@@ -238,7 +248,6 @@ class LoTRExperts(LoTRLayer):
     ):
         check_dtype(dtype)
         check_dimension("num_experts", num_experts)
-        check_probability("dropout", dropout)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         super().__init__()
@@ -267,7 +276,8 @@ class LoTRExperts(LoTRLayer):
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         routing = Routing(offs, reads=tokens, tokens=tokens)
         x_read = routing.without_unread_rows(x)
-        return self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
+        y = self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
+        return routing.without_unread_gradient(y)
 
     def routed(
         self,
@@ -287,8 +297,7 @@ class LoTRExperts(LoTRLayer):
         """
         state = state_of(self)
         if self.merged or state is ADAPTER_OFF:
-            x_rows = x if routing.reads is None else x[routing.reads]
-            return grouped.linear(x_rows, weight, bias, routing.offs)
+            return grouped.linear(x, weight, bias, routing.offs, routing.reads)
         if state is None:
             choice, cores = routing.choice(self.core, tasks=None)
         else:
@@ -297,20 +306,8 @@ class LoTRExperts(LoTRLayer):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.grouped_linear(
-                x,
-                weight,
-                bias,
-                routing.offs,
-                A,
-                B,
-                cores,
-                self.scaling,
-                dropout,
-                choice,
-                caches=factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, cores, self.scaling, dropout, choice=choice)
+            return dispatch.grouped_linear(call, routing.offs, factors.caches, self)
 
         return factors.read(compute)
 

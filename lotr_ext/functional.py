@@ -12,7 +12,8 @@ from .checks import (
     check_probability,
     check_tensor,
 )
-from .core import dispatch
+from .core import dispatch, fallback
+from .core.call import LayerCall, RowChoice
 
 __all__ = ["lotr_linear"]
 
@@ -64,11 +65,13 @@ def lotr_linear(
     check_tensor("B", B, n, "r_out")
     lead = () if core_index is None else ("t",)
     check_tensor("core", core, *lead, A.shape[1], B.shape[1])
+    choice = None
     if core_index is not None:
         check_index("core_index", core_index, len(core), x)
-        core_index = core_index.to(x.device)
+        choice = RowChoice(fallback.rows_of(core_index.to(x.device), x))
     check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "core": core})
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
-    return dispatch.linear(x, weight, bias, A, B, core, float(scaling), p, index=core_index)
+    call = LayerCall(x, weight, bias, A, B, core, float(scaling), p, choice=choice)
+    return dispatch.linear(call)

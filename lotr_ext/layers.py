@@ -20,6 +20,7 @@ from torch.nn import functional as nnf
 
 from .checks import check_dtype, check_input, check_probability
 from .core import dispatch, fallback
+from .core.call import LayerCall, RowChoice
 from .core.operators import accumulate_dtype
 from .core.request import ADAPTER_OFF, state_of
 from .factors import (
@@ -197,22 +198,23 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        return self._with_adapter(input, state.cores, state.index_of(input))
+        choice = RowChoice(fallback.rows_of(state.index_of(input), input))
+        return self._with_adapter(input, state.cores, choice)
 
-    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+    def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         """Computes the base and the adapter. Overridden if the base computes x W^T itself.
 
         Args:
-            core: [r_in, r_out], or [c, r_in, r_out] with an index.
-            index: Which core each row of x uses.
+            core: [r_in, r_out], or [c, r_in, r_out] with a choice.
+            choice: Which core each row of x uses.
         """
-        return self._run(x, core, index, weight=self.weight_matrix(), bias=self.bias)
+        return self._run(x, core, choice, weight=self.weight_matrix(), bias=self.bias)
 
     def _run(
         self,
         x: Tensor,
         core: Tensor,
-        index: Tensor | None,
+        choice: RowChoice | None,
         *,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
@@ -224,20 +226,8 @@ class LoTRLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                core,
-                scaling,
-                dropout,
-                base_output=base_output,
-                index=index,
-                caches=factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, core, scaling, dropout, base_output, choice)
+            return dispatch.linear(call, factors.caches, self)
 
         return factors.read(compute)
 
@@ -248,7 +238,8 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
-        return fallback.layer(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+        call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
+        return fallback.layer(call)
 
     def base(self, x: Tensor) -> Tensor:
         """Computes the layer without its adapter, with the current weight."""
@@ -281,10 +272,10 @@ class LoTRLayer(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
-        for parameter in self.factors.A.parameters():
-            yield "A", parameter
-        for parameter in self.factors.B.parameters():
-            yield "B", parameter
+        factors = self.factors
+        for part, module in (("A", factors.A), ("B", factors.B)):
+            for parameter in module.parameters():
+                yield part, parameter
         for parameter in self.core_parameters():
             yield "core", parameter
 
@@ -363,13 +354,16 @@ class LoTRLayer(nn.Module):
         return weight.clone() if self.merged else plus(weight, self.delta_weight())
 
     @torch.no_grad()
-    def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
+    def merge(
+        self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False
+    ) -> None:
         """Adds the adapter to the weight. The layer then runs as a plain linear layer.
 
         Args:
             safe: Whether to check that the result is finite before anything is changed.
             keep_backup: Whether to keep a copy of W, so that `unmerge` restores it bit for bit.
                 Without the copy, `unmerge` subtracts.
+            dequantize: What a `LoTRWrapped` does with a quantized base. Other layers have none.
 
         Raises:
             RuntimeError: If the layer is merged already.
@@ -386,6 +380,10 @@ class LoTRLayer(nn.Module):
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
+
+    def drop_backup(self) -> None:
+        """Frees what `merge` keeps for `unmerge`."""
+        self.weight_backup = None
 
     def _check_unmerged(self) -> None:
         if self.merged:
@@ -505,7 +503,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         check_dtype(dtype)
-        check_probability("dropout", dropout)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
@@ -517,7 +514,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
             return None
         return linear.in_features, linear.out_features
 
-    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
+    def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         parameters = self._parameters  # faster than nn.Module.__getattr__, see LoTRFactors.read
         if "weight" in parameters and "bias" in parameters:
             weight = parameters["weight"]
@@ -525,7 +522,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         else:  # computed in each forward, as by torch.nn.utils.parametrize
             weight = self.weight
             bias = self.bias
-        return self._run(x, core, index, weight=weight, bias=bias)
+        return self._run(x, core, choice, weight=weight, bias=bias)
 
     def weight_matrix(self) -> Tensor:
         return self.weight

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from .adapted import adapted_layers, expect_unmerged
-from .factors import set_unregistered
 from .first_step import check_unmerged, watch
 from .layers import LoTRLayer
 from .targets import tied_names
-from .wrapped import LoTRWrapped
 
 __all__ = ["merge", "merge_layers", "unmerge"]
 
@@ -60,9 +58,7 @@ def merge(
     merge_layers(model, layers, safe=safe, dequantize=dequantize)
     if not keep_backup:
         for layer in layers.values():
-            layer.weight_backup = None
-            if isinstance(layer, LoTRWrapped):
-                set_unregistered(layer, "quantized_base", None)
+            layer.drop_backup()
     watch(model, check_unmerged)
     return model
 
@@ -89,10 +85,7 @@ def merge_layers(
     merged: list[LoTRLayer] = []  # to be undone if a later one fails
     for name, layer in layers.items():
         try:
-            if isinstance(layer, LoTRWrapped):
-                layer.merge(safe, dequantize=dequantize)
-            else:
-                layer.merge(safe)
+            layer.merge(safe, dequantize=dequantize)
         except BaseException as error:  # also an interrupt
             for other in merged:
                 other.unmerge()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapted import Attachment, adapted_layers
 from .core import dispatch
+from .core.call import LayerCall
 from .core.request import ADAPTER_OFF, state_of
 from .core.strategy import strategy_note
 from .layers import LoTRLayer
@@ -210,7 +211,8 @@ def _line(layer: LoTRLayer, x: Tensor) -> str:
     empty = x.new_empty(0, dtype=dtype)  # stands for the layer's input and for its base's output
 
     def reason(A: Tensor, B: Tensor) -> str:
-        return dispatch.fallback_reason(empty, None, A, B, layer.core, empty) or ""
+        call = LayerCall(empty, None, None, A, B, layer.core, layer.scaling, base_output=empty)
+        return dispatch.fallback_reason(call) or ""
 
     fallback_reason = layer.factors.read(reason)
     if fallback_reason:

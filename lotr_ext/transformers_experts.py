@@ -111,10 +111,19 @@ def _has_gate(module: nn.Module) -> bool:
 
 def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     """Returns (experts, in_features, out_features) of a parameter that can be adapted."""
-    experts, rows, columns = getattr(module, parameter).shape
-    if module.is_transposed:
-        return experts, rows, columns
-    return experts, columns, rows
+    experts, out_features, in_features = _weight_of(module, parameter).shape
+    return experts, in_features, out_features
+
+
+def _weight_of(host: nn.Module, parameter: str) -> Tensor:
+    """Returns W [e, n, k], a transposed view if the host stores [e, k, n]."""
+    weight = getattr(host, parameter)
+    return weight.mT if host.is_transposed else weight
+
+
+def _bias_of(host: nn.Module, parameter: str) -> Tensor | None:
+    """Returns the bias [e, n] of a parameter, None if the host has none."""
+    return getattr(host, f"{parameter}_bias") if host.has_bias else None
 
 
 # ---- the adapter of one parameter ----------------------------------------------------------------
@@ -138,13 +147,11 @@ class LoTRHostedExperts(LoTRExperts):
         nn.Module.__init__(self)
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
-        self.transposed = host.is_transposed
-        self.bias_name = f"{parameter}_bias" if host.has_bias else None
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
         weight = getattr(host, parameter)
         weight.requires_grad_(False)
-        if self.bias_name is not None:
-            getattr(host, self.bias_name).requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
         self._add_adapter(factors, scaling, dropout, weight.device, lead=(self.num_experts,))
         self.train(host.training)
 
@@ -152,18 +159,17 @@ class LoTRHostedExperts(LoTRExperts):
         return self.host
 
     def weight_matrix(self) -> Tensor:
-        weight = getattr(self.host, self.parameter)
-        return weight.mT if self.transposed else weight
+        return _weight_of(self.host, self.parameter)
 
     @property
     def weight(self) -> Tensor:
-        """W [e, n, k], a transposed view if the host stores [e, k, n]."""
+        """The host's W [e, n, k]."""
         return self.weight_matrix()
 
     @property
     def bias(self) -> Tensor | None:
-        """[e, n], None if the host has no bias."""
-        return None if self.bias_name is None else getattr(self.host, self.bias_name)
+        """The host's bias [e, n], None if it has none."""
+        return _bias_of(self.host, self.parameter)
 
     def _weight_to_write(self, caller: str) -> Tensor:
         weight = self.host._parameters.get(self.parameter)
@@ -248,14 +254,11 @@ def _project(
     host: nn.Module, parameter: str, x: Tensor, routing: Routing, hidden_states: Tensor
 ) -> Tensor:
     """Computes one projection of the rows, with its adapter if it has one."""
-    weight = getattr(host, parameter)
-    if host.is_transposed:
-        weight = weight.mT
-    bias = getattr(host, f"{parameter}_bias") if host.has_bias else None
+    weight = _weight_of(host, parameter)
+    bias = _bias_of(host, parameter)
     if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(host, CHILD)._modules.get(parameter)
     if layer is None:
-        x_rows = x if routing.reads is None else x[routing.reads]
-        return grouped.linear(x_rows, weight, bias, routing.offs)
+        return grouped.linear(x, weight, bias, routing.offs, routing.reads)
     return layer.routed(x, weight, bias, routing, request_input=hidden_states)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from .core.call import RowChoice
 from .core.operators import accumulate_dtype
 from .factors import LoTRFactors, Scaling, set_unregistered
 from .layers import (
@@ -187,8 +188,8 @@ class LoTRWrapped(LoTRLayer):
     def base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
 
-    def _with_adapter(self, x: Tensor, core: Tensor, index: Tensor | None) -> Tensor:
-        return self._run(x, core, index, base_output=self.base_layer(x))
+    def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
+        return self._run(x, core, choice, base_output=self.base_layer(x))
 
     def weight_matrix(self) -> Tensor:
         return _matrix_of(self.base_layer)
@@ -256,6 +257,11 @@ class LoTRWrapped(LoTRLayer):
         self.base_layer = linear_of(merged, new_bias, self.training)
         self.merged = True
         self.replaced = True
+
+    def drop_backup(self) -> None:
+        """Frees the copy of the weight, and the quantized base."""
+        super().drop_backup()
+        set_unregistered(self, "quantized_base", None)
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -187,8 +187,7 @@ def experts(wrap: Callable[[nn.Module], nn.Module]) -> float:
         }
 
     x = zoo.inputs("mixture", rows=4)
-    half = x.chunk(2)[dist.get_rank()]
-    return error(gradients(wrap(make()), half), gradients(make(), x))
+    return error(gradients(wrap(make()), x.chunk(2)[dist.get_rank()]), gradients(make(), x))
 
 
 def shard_mixture(net: nn.Module) -> nn.Module:

@@ -118,8 +118,7 @@ def untouched(view: Tensor) -> bool:
     if view._base is None:
         return True
     surroundings = view._base.clone()
-    copy_of_view = surroundings.as_strided(view.shape, view.stride(), view.storage_offset())
-    copy_of_view.fill_(float("nan"))
+    surroundings.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
     return bool(surroundings.isnan().all())
 
 
@@ -250,7 +249,9 @@ def arguments(name: str, dtype: torch.dtype = torch.float32, R: int = R, Q: int 
         "grouped_mm": [(t(M, K), t(2, N, K), offs)],
         "grouped_outer": [(t(M, N), t(M, K), offs)],
         "dropout_mask": [(M, N, 0.5, seed, dtype)],
-        "linear": [(t(M, K), t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, 0.0, None, None, "1")],
+        "linear": [
+            (t(M, K), t(N, K), t(N), t(K, R), t(N, Q), t(R, Q), 0.7, 0.0, *(None,) * 4, "1")
+        ],
     }[name]
 
 

@@ -242,8 +242,7 @@ class Net(nn.Module):
             return base_output + SCALING * (u @ G @ B.T)
         index = self.index(x)
         index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
-        has_task = (index >= 0)[..., None, None]
-        row_cores = G[index.clamp(min=0)] * has_task
+        row_cores = G[index.clamp(min=0)] * (index >= 0)[..., None, None]
         return base_output + SCALING * (u.unsqueeze(-2) @ row_cores).squeeze(-2) @ B.T
 
     def plain_base(self, W: Tensor, bias: Tensor, x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ TESTS = {
     "lotr_ext/core/operators.py": ("operators", "layers", "compile", "bad_input"),
     "lotr_ext/core/kernel_support.py": ("operators", "info"),
     "lotr_ext/core/grouped.py": ("experts",),
-    "lotr_ext/core": ("layers", "programs", "tasks", "compile", "frames"),
+    "lotr_ext/core/": ("layers", "programs", "tasks", "compile", "frames"),
     "lotr_ext/functional.py": ("bad_input", "layers"),
     "lotr_ext/checks.py": ("bad_input", "layers"),
     "lotr_ext/factors.py": ("layers", "bad_input", "models", "merging"),

@@ -381,8 +381,7 @@ def test_operator_refuses_none_and_another_device(name: str, sample: int, i: int
 def test_operator_refuses_outputs_that_it_cannot_write(name: str, sample: int, i: int) -> None:
     """Refuses repeated elements, and memory that another argument shares."""
     good = list(arguments(name)[sample])
-    repeated = good[i][:1].expand_as(good[i])
-    values = [*good[:i], repeated, *good[i + 1 :]]
+    values = [*good[:i], good[i][:1].expand_as(good[i]), *good[i + 1 :]]
     expected = start_of_message(name, i) + " a tensor without repeated elements"
     refused_operator(name, values, expected)
     for j, other in enumerate(good):

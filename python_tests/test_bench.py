@@ -20,7 +20,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("scipy")
 
 from bench import accuracy, common, gpu, plot, rivals, smoke, summary
-from bench.program import DEVICE_LOST, Program
+from bench.program import DEVICE_LOST, Program, Worker
 from bench.timing import Group, Step
 
 SMALL = {
@@ -120,6 +120,51 @@ def test_bad_option_is_refused(name, words, message, capsys):
 def test_two_checkouts_run_in_turns(tmp_path, capsys):
     assert run("layer", tmp_path, "--against", str(common.ROOT)) == 0
     assert "lotr_ext, step" in capsys.readouterr().out
+
+
+OLD_PACKAGE = '''"""LoTR in plain torch, with the names that bench.layer calls, without core."""
+import sys
+
+import torch
+from torch import nn
+
+sys.modules["lotr_ext.core"] = None  # an editable install would find it elsewhere
+
+
+class LoTRFactors(nn.Module):
+    def __init__(self, k, n, rank, dtype, device):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(k, rank, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(n, rank, dtype=dtype, device=device))
+
+
+class LoTRLinear(nn.Module):
+    def __init__(self, base, factors, scaling):
+        super().__init__()
+        self.base = base
+        self.factors = factors
+        self.scaling = scaling
+        self.core = nn.Parameter(torch.zeros(factors.A.shape[1], factors.B.shape[1]))
+
+    @classmethod
+    def from_linear(cls, base, factors, scaling):
+        return cls(base, factors, scaling)
+
+    def forward(self, x):
+        h = x @ self.factors.A @ self.core
+        return self.base(x) + self.scaling * h @ self.factors.B.T
+'''
+
+
+def test_worker_measures_a_checkout_that_has_no_core(tmp_path):
+    (tmp_path / "lotr_ext").mkdir()
+    (tmp_path / "lotr_ext" / "__init__.py").write_text(OLD_PACKAGE)
+    argv = words_of("layer", tmp_path, "--rivals", "frozen,lotr_ext")
+    worker = Worker("layer", argv, tmp_path)
+    case = {"m": 8, "k": 12, "n": 10, "r": 4, "dtype": "fp32", "threads": 1}
+    assert set(worker.ask({"case": case})["stages"]) == {"frozen", "lotr_ext"}
+    assert all(seconds > 0 for stages in worker.ask({"turn": 0}).values() for seconds in stages)
+    worker.close()
 
 
 # ---- nothing is lost -----------------------------------------------------------------------------

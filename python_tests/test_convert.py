@@ -98,8 +98,7 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
     assert config["lora_dropout"] == settings.get("dropout", 0.0)
     assert config["base_model_name_or_path"] == "base"
     save_adapter(model, tmp_path / "lotr")
-    again = lotr_to_lora(tmp_path / "lotr", tmp_path / "again")
-    assert again.keys() == exported.keys()
+    assert lotr_to_lora(tmp_path / "lotr", tmp_path / "again").keys() == exported.keys()
     first, second = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again")
     )
@@ -334,8 +333,7 @@ def approximations(directory: Path, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
 def test_a_bank_has_each_lora_as_a_task(group_by: str, rank, tmp_path: Path) -> None:
-    sources = collection(tmp_path)
-    bank = loras_to_bank(sources, tmp_path / "bank", rank=rank, group_by=group_by)
+    bank = loras_to_bank(collection(tmp_path), tmp_path / "bank", rank=rank, group_by=group_by)
     exact = group_by == "layer"
     assert list(bank.errors) == list(COLLECTION) == list(bank.files)
     assert (max(bank.errors.values()) < 1e-6) == (rank != (16, 15))
@@ -362,8 +360,7 @@ def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Pat
     bank = loras_to_bank(sources, tmp_path / "bank", rank=2, group_by=group_by, dtype=torch.float64)
     lost, stacks = {}, {}
     for source in sources:
-        layers = read_lora(source)[0]
-        changes = {name: layer.B @ layer.A for name, layer in layers.items()}
+        changes = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
         norm = sum(float(change.square().sum()) for change in changes.values())
         kept = approximations(tmp_path / "bank", source.name)
         rest = [change - changes.get(name, 0) for name, change in kept.items()]
@@ -414,8 +411,7 @@ def test_a_bank_is_served_by_vllm(tmp_path: Path) -> None:
         vector = vllm.read_task(tmp_path / "task", factors)
         cores = load_file(file)
         for layer, span in factors.spans.items():
-            unscaled = vector[span].view(4, 4) / bank.config.s
-            assert relative(unscaled, cores[f"{layer}.core"]) < 1e-6
+            assert relative(vector[span].view(4, 4) / bank.config.s, cores[f"{layer}.core"]) < 1e-6
 
 
 def with_other_sizes(folder: Path) -> None:

@@ -183,8 +183,7 @@ def test_links_and_paths_exist(page):
     quoted = [word for part in re.findall(r"`([^`\n]+)`", text) for word in part.split()]
     rooms = re.compile(r"(?:lotr_ext|csrc|bench|python_tests|examples|docs|requirements)/")
     for path in filter(rooms.match, quoted):
-        pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
-        assert any(ROOT.glob(pattern)), path
+        assert any(ROOT.glob(re.sub(r"<\w+>", "*", path).rstrip("/"))), path
     assert not re.search(r"/(work|home|root|tmp)/", text)
 
 

@@ -151,10 +151,14 @@ def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float)
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, context: str) -> None:
-    """They may hold NaN, as the end of a buffer does that is longer than its rows."""
+    """They may hold NaN, as the end of a buffer does that is longer than its rows.
+
+    So may the gradient of the output there.
+    """
     arguments, tokens, leaves = make(by_token, tasks, bias=True)
     without_an_expert(leaves, tokens, torch.nan)
     g = torch.randn(ROWS, N, dtype=torch.float64)
+    g[OFFS[-1] :] = torch.nan
 
     def call() -> Tensor:
         return ours(arguments, tokens, leaves)
@@ -208,8 +212,7 @@ def test_double_backward(by_token: bool) -> None:
     for call in (ours, definition):
         y = call(arguments, tokens, leaves)
         first = torch.autograd.grad(y.square().sum(), every, create_graph=True)
-        second = torch.autograd.grad(sum(t.square().sum() for t in first), every)
-        results.append([*first, *second])
+        results.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), every)])
     assert worst(*results) < 1e-10
 
 

@@ -25,8 +25,7 @@ from lotr_ext.info import main
 def printed(*, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """`python -m lotr_ext.info` with some environment variables."""
     command = [sys.executable, "-m", "lotr_ext.info"]
-    environment = os.environ | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 
 
 def test_first_line_says_which_kernels_run_here(capsys: pytest.CaptureFixture[str]) -> None:

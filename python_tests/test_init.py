@@ -73,8 +73,7 @@ def test_a_generator_determines_the_factor(init: str) -> None:
     """Values are drawn in float32 and cast once."""
 
     def draw(dtype: torch.dtype) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        return fill_factor_(torch.empty(8, 2, dtype=dtype), init, generator)
+        return fill_factor_(torch.empty(8, 2, dtype=dtype), init, torch.Generator().manual_seed(3))
 
     factor = draw(torch.float32)
     assert torch.equal(factor, draw(torch.float32))
@@ -139,8 +138,7 @@ def test_tucker2_of_a_rank_above_the_width() -> None:
 
 def test_leading_directions_of_a_wide_stack() -> None:
     """The subspace iteration and the dense decomposition find the same space."""
-    left = torch.randn(800, 4, dtype=torch.float64)
-    matrix = left @ torch.randn(4, 900, dtype=torch.float64)
+    matrix = torch.randn(800, 4, dtype=torch.float64) @ torch.randn(4, 900, dtype=torch.float64)
     directions = leading([matrix], 4)
     expected = torch.linalg.svd(matrix, full_matrices=False)[0][:, :4]
     assert relative(directions @ (directions.T @ expected), expected) < 1e-8
@@ -161,8 +159,7 @@ def test_leading_directions_of_close_singular_values() -> None:
         return torch.linalg.qr(values)[0]
 
     left = orthonormal(900, 9)
-    right = orthonormal(800, 9)
-    matrix = left * torch.linspace(1.0, 0.8, 9, dtype=torch.float64) @ right.T
+    matrix = left * torch.linspace(1.0, 0.8, 9, dtype=torch.float64) @ orthonormal(800, 9).T
     directions = leading([matrix], 4)
     assert relative(directions @ (directions.T @ left[:, :4]), left[:, :4]) < 1e-8
 
@@ -196,8 +193,7 @@ def test_svd_start_survives_files_and_unload(tmp_path: Path) -> None:
     model = moved(started("mlp", "svd"))
     y = model(x)
     save_adapter(model, tmp_path)
-    fresh = load_adapter(zoo.net("mlp"), tmp_path)
-    assert torch.equal(fresh(x), y)
+    assert torch.equal(load_adapter(zoo.net("mlp"), tmp_path)(x), y)
     # Loading into a model that has another start undoes that start first.
     for other in (started("mlp"), moved(started("mlp", "svd", rank=3, scaling=0.7), 3)):
         load_adapter(other, tmp_path)
@@ -242,8 +238,7 @@ def test_factors_span_the_leading_directions_of_the_gradients(name: str, way: st
         assert relative(directions.T @ directions, torch.eye(factor.rank)) < 1e-5
         matrix = torch.cat(gradients, 1)
         norm = float((directions.T @ matrix).norm())
-        best = float(torch.linalg.svdvals(matrix)[: factor.rank].norm())
-        assert norm > 0.97 * best
+        assert norm > 0.97 * float(torch.linalg.svdvals(matrix)[: factor.rank].norm())
 
 
 def gradient_of(plain: nn.Module, name: str, layer: nn.Module) -> Tensor:
@@ -270,8 +265,7 @@ def check_captured(model: nn.Module, plain: nn.Module, captured: CapturedGradien
 
 
 def test_a_full_rank_captures_all_gradients() -> None:
-    model = started("mlp", rank=64)
-    captured = init_from_gradient(model, [zoo.inputs("mlp")], loss_of)
+    captured = init_from_gradient(started("mlp", rank=64), [zoo.inputs("mlp")], loss_of)
     assert captured.total == pytest.approx(1)
     assert all(share == pytest.approx(1) for share in captured.layers.values())
 
@@ -316,6 +310,5 @@ def test_a_failing_loss_leaves_the_factors(loss: Callable, error: type[Exception
     before = [parameter.detach().clone() for parameter in lotr_parameters(model)]
     with pytest.raises(error):
         init_from_gradient(model, [zoo.inputs("mlp")], loss)
-    after = lotr_parameters(model)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, lotr_parameters(model), strict=True))
     assert not any(module._forward_hooks for module in model.modules())

@@ -50,7 +50,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_grouped_linear, lotr_linear
 
 Context = Callable[[Side], Results]
 
@@ -173,8 +173,7 @@ def penalty_plus_loss(side: Side) -> Results:
 def batched(side: Side) -> Results:
     """Differentiates by a batch of three gradients of the output."""
     y = side()
-    generator = torch.Generator().manual_seed(5)
-    dy = torch.randn(3, *y.shape, generator=generator).to(y.dtype)
+    dy = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     return side.grad(y, grad_outputs=dy, is_grads_batched=True)
 
 
@@ -279,8 +278,7 @@ def dual_numbers(side: Side) -> Results:
     """Returns the tangent of the output for a tangent of x."""
     x = side.x.detach()
     with forward_ad.dual_level():
-        y = side(forward_ad.make_dual(x, torch.cos(x)))
-        return [forward_ad.unpack_dual(y).tangent]
+        return [forward_ad.unpack_dual(side(forward_ad.make_dual(x, torch.cos(x)))).tangent]
 
 
 def gradient_with_a_tangent(side: Side) -> Results:
@@ -597,26 +595,48 @@ def test_autocast_of_another_device_casts_nothing(form: str) -> None:
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("core, B, scaling", [(1000, 200, 1e-3), (1000, 1e-2, 1000)])
-def test_the_scaling_of_float16_does_not_overflow(core: float, B: float, scaling: float) -> None:
+@pytest.mark.parametrize("kind", ["linear", "trained base", "rows", "experts"])
+@pytest.mark.parametrize(
+    "core, B, scaling", [(1000, 200, 1e-3), (1000, 1e-3, 1000), (6e4, 1, 1e-3)]
+)
+def test_the_scaling_of_float16_does_not_overflow(
+    kind: str, core: float, B: float, scaling: float
+) -> None:
     """Scales where float16 holds y, but not each product on the way.
 
     In the first row (u G) B^T is beyond float16, and its product with s is not. In the second row
-    s u G is beyond float16, and y is not.
+    s u G is beyond float16, and in the third one u G.
     """
     generator = torch.Generator().manual_seed(0)
-    x = 0.1 * torch.randn(5, K, generator=generator).half()
+    x = torch.randn(5, K, generator=generator).half()
     A = torch.randn(K, R, generator=generator).half()
     large_B = B * torch.randn(K, R, generator=generator).half()
     G = core * torch.eye(R).half()
-    W = torch.zeros(K, K).half()
-    truth = scaling * x.double() @ A.double() @ G.double() @ large_B.double().T
+    W = torch.zeros(K, K).half().requires_grad_(kind == "trained base")
+    exact = [t.double().requires_grad_() for t in (x, A, G, large_B)]
+    truth = scaling * exact[0] @ exact[1] @ exact[2] @ exact[3].T
 
-    def call(x: Tensor) -> Tensor:
-        return lotr_linear(x, W, None, A, large_B, G, scaling)
+    def call(x: Tensor, A: Tensor, G: Tensor, B: Tensor) -> Tensor:
+        if kind == "rows":
+            index = torch.zeros(len(x), dtype=torch.int64)
+            return lotr_linear(x, W, None, A, B, G.unsqueeze(0), scaling, core_index=index)
+        if kind == "experts":
+            offs = torch.tensor([len(x)], dtype=torch.int32)
+            cores = G.unsqueeze(0)
+            return lotr_grouped_linear(x, W.unsqueeze(0), offs, A, B, cores, scaling)
+        return lotr_linear(x, W, None, A, B, G, scaling)
 
-    assert relative(call(x), truth) < 6e-3
-    assert relative(torch.vmap(call)(x.unsqueeze(1)).squeeze(1), truth) < 6e-3
+    leaves = [t.requires_grad_() for t in (x, A, G, large_B)]
+    y = call(*leaves)
+    assert relative(y, truth) < 6e-3
+    g = min(1, 1 / scaling) * torch.randn(y.shape, generator=generator).half()
+    gradients = torch.autograd.grad(y, leaves, g)
+    assert worst(gradients, torch.autograd.grad(truth, exact, g.double())) < 6e-3
+
+    def call_of_row(row: Tensor) -> Tensor:  # the PyTorch fallback
+        return call(row.unsqueeze(0), A, G, large_B)
+
+    assert relative(torch.vmap(call_of_row)(x).squeeze(1), truth) < 6e-3
 
 
 def test_float16_does_not_overflow_where_the_result_does_not() -> None:
@@ -674,8 +694,7 @@ def test_x_changes(kind: str, change: str, autocast: bool, form: str) -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_core_changed_under_hooks_that_do_not_copy(create_graph: bool, form: str) -> None:
     """Autograd checks no versions under hooks. The gradient belongs to the forward's values."""
-    net = Net("siblings")
-    ours, truth = sides(net, inputs(6))
+    ours, truth = sides(Net("siblings"), inputs(6))
     expected = truth.grad(loss(truth()), create_graph=create_graph)
     with save_on_cpu():
         y = ours()
@@ -1215,8 +1234,7 @@ def test_marked_sparse_nested_and_subclassed_tensors(form: str) -> None:
     wrapped = LoTRWrapped.from_linear(BaseThatDoublesSums(K, K), LoTRFactors(K, K, R))
     y = wrapped(dense)  # the type of the base's output decides what a sum is
     assert type(y) is DoublesSums
-    base_output = wrapped.base_layer(dense).as_subclass(Tensor)
-    assert relative(y.as_subclass(Tensor), 2 * base_output) == 0
+    assert relative(y.as_subclass(Tensor), 2 * wrapped.base_layer(dense).as_subclass(Tensor)) == 0
 
     # A product with the weight follows the weight's class.
     expected = formula(dense) + nnf.linear(dense, layer.weight)

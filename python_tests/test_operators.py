@@ -176,8 +176,7 @@ def row_core(c: Case) -> Iterator[Check]:
     u, cores = c.w(c.u, c.cores)
     for choice, index, tokens in rows_of(c):
         h = ops.row_core(c.u, c.cores, *choice, S)
-        has_core = (index >= 0).double()[:, None, None]
-        core_rows = cores[index.clamp(min=0)] * has_core
+        core_rows = cores[index.clamp(min=0)] * (index >= 0).double()[:, None, None]
         u_rows = u[tokens].unsqueeze(1)
         truth = (S * u_rows @ core_rows).squeeze(1)
         yield "h", h, truth, (S * u_rows.abs() @ core_rows.abs()).squeeze(1), 1
@@ -528,8 +527,7 @@ def test_what_is_dropped_may_be_nan(dtype: torch.dtype) -> None:
     for dA, operand in zip(sums, (c.x, x)):
         ops.shrink_backward_(c.u, None, operand, None, dA, c.p, c.seed)
     assert torch.equal(*sums)
-    u = ops.shrink(c.x, c.A, c.p, c.seed)
-    assert torch.equal(u, ops.shrink(x, c.A, c.p, c.seed))
+    assert torch.equal(ops.shrink(c.x, c.A, c.p, c.seed), ops.shrink(x, c.A, c.p, c.seed))
     y = c.g.clone()
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert torch.equal(y[c.mask(c.n) == 0], c.g[c.mask(c.n) == 0])  # not even rounded again
@@ -602,8 +600,7 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
         for need in itertools.product((False, True), repeat=4):
             need_x, need_A, need_B, need_core = need
             weight_or_none = weight if need_x else None
-            x_or_none = c.x if need_A else None
-            part = run(c.g, weight_or_none, x_or_none, *tail, need_B, need_core)
+            part = run(c.g, weight_or_none, c.x if need_A else None, *tail, need_B, need_core)
             assert tuple(gradient is not None for gradient in part) == need
             for gradient, expected in zip(part, full):
                 assert gradient is None or torch.equal(gradient, expected)
@@ -723,8 +720,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
     for rank in range(1, 18):
         for inputs in arguments(name, dtype, R=rank, Q=rank + 1):
             with FakeTensorMode() as mode:
-                fakes = tree_map_only(Tensor, on_cuda, inputs)
-                results = operator(name)(*fakes)
+                results = operator(name)(*tree_map_only(Tensor, on_cuda, inputs))
             results = results if isinstance(results, tuple) else (results,)
             has_du = name == "layer_backward_projected_" and inputs[7] is not None
             for declared, result in zip(SCHEMAS[name].returns, results):

@@ -163,8 +163,7 @@ def wide_net(convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
 
 
 def adapted(net: nn.Module) -> nn.Module:
-    model = apply_lotr(net, CONFIG)
-    return zoo.fill(model, 7, 0.2, lambda name: name.endswith(".core"))
+    return zoo.fill(apply_lotr(net, CONFIG), 7, 0.2, lambda name: name.endswith(".core"))
 
 
 def x_of(tokens: int = 6) -> Tensor:
@@ -174,8 +173,7 @@ def x_of(tokens: int = 6) -> Tensor:
 def updated(layer: LoTRWrapped, x: Tensor) -> Tensor:
     """The layer's output in plain PyTorch."""
     A = layer.factors.A.value
-    B = layer.factors.B.value
-    return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ B.T
+    return layer.base_layer(x) + layer.scaling * x @ A @ layer.core @ layer.factors.B.value.T
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

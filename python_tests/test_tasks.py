@@ -531,8 +531,7 @@ def test_an_optimizer_of_tasks_that_no_forward_used_is_noticed_once(model: nn.Mo
     """The model's adapter trains, and the bank idles."""
     x = zoo.inputs("mlp")
     model.lotr_tasks.requires_grad_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert not warnings_of(optimizer.step)  # without a backward
     zoo.output(model, x).square().mean().backward()
     assert len(warnings_of(optimizer.step)) == 1

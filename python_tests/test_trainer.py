@@ -22,8 +22,7 @@ class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):
 
 
 def trainer(folder: Path, **settings: object) -> AdapterTrainer:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 20, (32, 6), generator=generator)
+    rows = torch.randint(0, 20, (32, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in rows]
     options = {
         "max_steps": 4,
@@ -78,7 +77,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
-    loaded = load_adapter(zoo.net("llama"), best)
-    assert equal(trained(run.model), trained(loaded))
+    assert equal(trained(run.model), trained(load_adapter(zoo.net("llama"), best)))
     run.save_model(str(tmp_path / "end"))
     assert adapted_layers(load_adapter(zoo.net("llama"), tmp_path / "end"))

@@ -88,8 +88,7 @@ def test_the_engine_and_a_bank_read_the_same_file(scaling: object, tmp_path: Pat
     bank = TaskBank(model, 3)
     task = bank.add({name: torch.randn(c.shape) for name, c in bank.cores_of(bank.add()).items()})
     export_task(model, tmp_path / "task", task=task)
-    copy = bank.add(tmp_path / "task" / "lotr_task.safetensors")
-    for name, core in bank.cores_of(copy).items():
+    for name, core in bank.cores_of(bank.add(tmp_path / "task" / "lotr_task.safetensors")).items():
         assert torch.equal(core, bank.cores_of(task)[name])
     bank.save(task, tmp_path / "other" / "lotr_task.safetensors")
     factors = vllm.factors_of(state_of(model), "test")

@@ -24,17 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype, check_rank
+from ..checks import check_dtype
 from ..config import LoTRConfig
 from ..init import START
 from ..storage import checked_path, put_tensors
-from ..task_files import task_metadata
+from ..task_files import factors_in_order, task_metadata
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
     Conversion,
     ConvertedLayer,
     conversion,
-    factor_keys,
     groups_of,
     lost,
     tucker2_of_loras,
@@ -142,8 +141,6 @@ def loras_to_bank(
     check_dtype(dtype)
     path = checked_path(directory, "directory")
     share = _share_of(rank)
-    if share is None:
-        check_rank(rank)
     collection = Collection(sources)
     config = LoTRConfig(
         rank=rank if share is None else 1,
@@ -176,25 +173,18 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
 
     The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
     """
-    kept = torch.zeros(0, dtype=torch.float64)  # by rank, from 1 on
+    captured: list[Tensor] = []  # by each group: squared, by rank from 1 on
     for layers in groups:
         loras = list(collection.of_layers(layers).values())
-        if not loras:
-            continue
-        full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
-        _, _, cores = tucker2_of_loras(loras, (full, full))
-        of_group = cores.square().sum(0).cumsum(0).cumsum(1).diagonal()
-        longer = max(len(kept), full)
-        kept = _lengthened(kept, longer) + _lengthened(of_group, longer)
-    if not len(kept):
-        return 1
-    return int((kept < (share - 1e-9) * kept[-1]).sum()) + 1  # 1e-9: rounding of sums
-
-
-def _lengthened(values: Tensor, length: int) -> Tensor:
-    """Repeats the last value up to a length. An empty tensor becomes zeros."""
-    last = values[-1:] if len(values) else values.new_zeros(1)
-    return torch.cat([values, last.expand(length - len(values))])
+        if loras:
+            full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
+            _, _, cores = tucker2_of_loras(loras, (full, full))
+            captured.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
+    most = max(map(len, captured), default=1)
+    # A group of fewer ranks captures no more than with its largest.
+    kept = [sum(float(of_group[:rank][-1]) for of_group in captured) for rank in range(1, most + 1)]
+    least = (share - 1e-9) * kept[-1]  # 1e-9: rounding of sums
+    return next(rank for rank, square in enumerate(kept, 1) if square >= least)
 
 
 def _write(
@@ -213,7 +203,11 @@ def _write(
         ).view(shape)
         adapter, captured = _factorized(collection, groups, config, dict(zip(layers, cores)))
         adapter.save(directory)
-        metadata = task_metadata(_factors(adapter, groups), [config.s])
+        pairs = {
+            name: (adapter.tensors[layer.A], adapter.tensors[layer.B])
+            for name, layer in adapter.adapter.layers.items()
+        }
+        metadata = task_metadata(factors_in_order(pairs, config.group_by), [config.s])
         files = {}
         for index, name in enumerate(collection.folders):
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}
@@ -256,12 +250,3 @@ def _factorized(
             zero = torch.zeros(config.ranks)
             converted[layer] = ConvertedLayer(START * A, START * B, zero, group)
     return conversion(config, converted, {}, {}), captured
-
-
-def _factors(adapter: Conversion, groups: Iterable[str]) -> list[tuple[str, Tensor]]:
-    """Returns ("A" or "B", value) of each factor, in the order that `task_metadata` expects."""
-    factors = []
-    for group in sorted(groups):
-        for part, key in zip("AB", factor_keys(group), strict=True):
-            factors.append((part, adapter.tensors[key]))
-    return factors

@@ -8,6 +8,7 @@
     grouped          the frozen product of a mixture of experts
     fallback         the layer in PyTorch operations
     kernel_support   whether the kernels can run on a device
+    call             the arguments of a layer's call
     operators        loads the compiled library; output shapes for torch.compile
     _torch_private   every private name of torch that the core uses
 

@@ -25,14 +25,14 @@ from torch.nn import functional as nnf
 
 from . import _torch_private as private
 from . import fallback, grouped, nodes
+from .call import LayerCall, RowChoice
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
-from .nodes import BaseProduct, RowChoice
 from .operators import lotr
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
-VERSION = "lotr 6"
+VERSION = "lotr 7"
 
 # Below this many multiplications in one pass over x, a layer computes u itself. Reading an element
 # of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). One node then costs less
@@ -47,6 +47,9 @@ _PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
+_ONE_CORE = RowChoice(None)  # in an operator's schema
+
+
 class Caches(NamedTuple):
     """The caches of the two factors of a call."""
 
@@ -54,122 +57,60 @@ class Caches(NamedTuple):
     B: FactorCache
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    core: Tensor,
-    scaling: float,
-    p: float = 0.0,
-    *,
-    base_output: Tensor | None = None,
-    index: Tensor | None = None,
-    caches: Caches | None = None,
-    layer: object = None,
-) -> Tensor:
+def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) -> Tensor:
     """Computes x W^T + bias + s ((drop(x) A) G) B^T [.., n] without argument checks.
 
     Args:
-        x: [.., k].
-        weight: [n, k]. None with a base_output.
-        bias: [n].
-        A: [k, r_in].
-        B: [n, r_out].
-        core: [r_in, r_out], or [c, r_in, r_out] with an index.
-        scaling: s.
-        p: The probability of dropping an element of the adapter's x.
-        base_output: The output of another base layer [.., n]. It replaces x W^T + bias.
-        index: Which core a row of x uses (int64), -1 for none: [b], [b, tokens] or [rows].
+        call: The arguments.
         caches: Shared by all calls with this A, and by all with this B.
         layer: Identifies the calling layer. It gets each shared u once.
     """
-    dtype = autocast_dtype(x)
+    dtype = autocast_dtype(call.x)
     if dtype is not None:
-        weight = _cast(weight, dtype)
-        bias = _cast(bias, dtype)
-        if base_output is not None:
-            dtype = base_output.dtype  # the adapter must not round what its base did not
-        if caches is None or torch.compiler.is_compiling():
-            x = x.to(dtype)
-        else:
-            x = caches.A.cast(x, dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return linear(
-                x, weight, bias, A, B, core, scaling, p,
-                base_output=base_output, index=index, caches=caches, layer=layer,
-            )  # fmt: skip
+        with torch.autocast(call.x.device.type, enabled=False):
+            return linear(_cast(call, dtype, caches), caches, layer)
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
-            return fallback.layer(x, weight, bias, A, B, core, scaling, p, base_output, index)
-        return lotr.linear.default(
-            x, weight, bias, A, B, core, scaling, p, base_output, index, VERSION
-        )
-    if fallback_reason(x, weight, A, B, core, base_output) is not None:
-        if base_output is None and type(weight) in _PLAIN_TYPES:
-            _check_base_product(x, weight)
-        return fallback.layer(x, weight, bias, A, B, core, scaling, p, base_output, index)
-    if caches is None:
-        caches = Caches(FactorCache(), FactorCache())
-    choice = None if index is None else RowChoice(fallback.rows_of(index, x))
-    return run_nodes(x, weight, bias, A, B, core, scaling, p, base_output, choice, caches, layer)
+            return fallback.layer(call)
+        *tensors, choice = call
+        return lotr.linear.default(*tensors, *(choice or _ONE_CORE), VERSION)
+    if fallback_reason(call) is not None:
+        if call.base_output is None and type(call.weight) in _PLAIN_TYPES:
+            _check_base_product(call.x, call.weight)
+        return fallback.layer(call)
+    return run_nodes(call, caches or Caches(FactorCache(), FactorCache()), layer)
 
 
 def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    cores: Tensor,
-    scaling: float,
-    p: float,
-    choice: RowChoice,
-    *,
-    caches: Caches | None = None,
-    layer: object = None,
+    call: LayerCall, offs: Tensor, caches: Caches | None = None, layer: object = None
 ) -> Tensor:
     """Computes y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((drop(x)_t(i) A) G_i) B^T [rows, n].
 
     Rows past the last end are zero. There are no argument checks.
 
     Args:
-        x: [m, k].
-        weight: [e, n, k].
-        bias: [e, n].
+        call: With weight [e, n, k], bias [e, n], and the core G_i and the token t(i) of each row.
         offs: Where the rows of each expert end [e] (int32).
-        A: [k, r_in].
-        B: [n, r_out].
-        cores: [c, r_in, r_out].
-        scaling: s.
-        p: The probability of dropping an element of the adapter's x.
-        choice: The core G_i and the token t(i) of each row.
         caches: As for `linear`, as is layer.
     """
-    dtype = autocast_dtype(x)
+    dtype = autocast_dtype(call.x)
     if dtype is not None:
-        weight = weight.to(dtype)
-        bias = _cast(bias, dtype)
-        x = x.to(dtype) if caches is None else caches.A.cast(x, dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return grouped_linear(
-                x, weight, bias, offs, A, B, cores, scaling, p, choice, caches=caches, layer=layer
-            )
-    x_rows = x if choice.tokens is None else x[choice.tokens]
-    y = grouped.linear(x_rows, weight, bias, offs)
-    if (
-        torch.compiler.is_compiling()
-        or fallback_reason(x, None, A, B, cores, base_output=y) is not None
-    ):
-        index = choice.index
-        if index is None:
-            index = fallback.cores_of_groups(choice.offs, len(y), len(cores))
-        return fallback.grouped_layer(x, y, A, B, cores, scaling, p, index, choice.tokens)
-    if caches is None:
-        caches = Caches(FactorCache(), FactorCache())
-    return run_nodes(x, None, None, A, B, cores, scaling, p, y, choice, caches, layer)
+        call = _cast(call, dtype, caches)
+    y = grouped.linear(call.x, call.weight, call.bias, offs, call.choice.tokens)
+    return linear(call._replace(weight=None, bias=None, base_output=y), caches, layer)
+
+
+def _cast(call: LayerCall, dtype: torch.dtype, caches: Caches | None) -> LayerCall:
+    """Returns the call as autocast casts it. The operators round A, B and the core themselves."""
+    if call.base_output is not None:
+        dtype = call.base_output.dtype  # the adapter must not round what its base did not
+    if caches is None or torch.compiler.is_compiling():
+        x = call.x.to(dtype)
+    else:
+        x = caches.A.cast(call.x, dtype)
+    weight = call.weight if call.weight is None else call.weight.to(dtype)
+    bias = call.bias if call.bias is None else call.bias.to(dtype)
+    return call._replace(x=x, weight=weight, bias=bias)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -182,10 +123,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 def _check_base_product(x: Tensor, weight: Tensor) -> None:
@@ -210,22 +147,13 @@ def _check_base_product(x: Tensor, weight: Tensor) -> None:
 # ---- fallback or kernels -------------------------------------------------------------------------
 
 
-def fallback_reason(
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    core: Tensor,
-    base_output: Tensor | None = None,
-) -> str | None:
-    """Returns why a call runs the PyTorch fallback, None if it runs our kernels.
-
-    The arguments are as for `linear`. Either weight or base_output is given.
-    """
+def fallback_reason(call: LayerCall) -> str | None:
+    """Returns why a call runs the PyTorch fallback, None if it runs our kernels."""
     if private.functorch_is_active() or private.forward_ad_is_active():
         return "a transform of torch.func or forward-mode AD is active"
     if torch.jit.is_tracing():
         return "torch.jit.trace or torch.onnx records the call"
+    x, weight, _, A, B, core, _, _, base_output, _ = call
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
     types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
@@ -234,7 +162,7 @@ def fallback_reason(
     if not _share_device(x, A, B, core):
         return "the tensors are on several devices"
     base = weight
-    if base is None:
+    if base_output is not None:
         base = base_output
         if base.device != x.device:
             return "the tensors are on several devices"
@@ -254,7 +182,7 @@ def _dtype_obstacle(
     A_dtype: torch.dtype,
     B_dtype: torch.dtype,
     core_dtype: torch.dtype,
-    core_shape: torch.Size,
+    core_shape: tuple[int, ...],
     device: torch.device,
 ) -> str | None:
     for name, dtype in (("A", A_dtype), ("B", B_dtype), ("core", core_dtype)):
@@ -306,49 +234,38 @@ def choose_plan(
     return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
 
 
-def run_nodes(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    core: Tensor,
-    scaling: float,
-    p: float,
-    base_output: Tensor | None,
-    choice: RowChoice | None,
-    caches: Caches,
-    layer: object,
-) -> Tensor:
-    """Computes a call by our operators. `fallback_reason` must be None.
-
-    The arguments are as for `linear`, except for `choice`: which core of `core` each row of the
-    output uses, None if all rows use one core.
-    """
-    if x.dim() > 2 and not x.is_contiguous():
-        x = x.contiguous()  # the operators flatten the leading dimensions
-    A = caches.A.summed(A)
-    B = caches.B.summed(B)
-    if base_output is None and _is_trained(weight, bias):
-        base_output = nnf.linear(x, weight, bias)  # autograd then computes the gradient of W
+def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
+    """Computes a call by our operators. `fallback_reason` must be None."""
+    x = call.x
+    if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
+        return run_nodes(call._replace(x=x.contiguous()), caches, layer)
+    if call.base_output is None and _is_trained(call.weight, call.bias):
+        # Autograd then computes the gradient of W.
+        base_output = nnf.linear(x, call.weight, call.bias)
+        return run_nodes(call._replace(weight=None, base_output=base_output), caches, layer)
+    A = caches.A.summed(call.A)
+    B = caches.B.summed(call.B)
     tokens = x.numel() // x.shape[-1] if x.numel() else 0
     strategy = choose_strategy(tokens, x)
 
-    needs_projection = choice is not None or base_output is not None
-    plan = choose_plan(x, A, tokens, caches.A.layers, p, needs_projection)
+    needs_projection = call.choice is not None or call.base_output is not None
+    plan = choose_plan(x, A, tokens, caches.A.layers, call.p, needs_projection)
     if plan is not Plan.PROJECTION:
-        few_tokens = plan is Plan.ONE_NODE_FEW_TOKENS
-        return nodes.layer_on_input(x, A, B, core, weight, bias, scaling, strategy, few_tokens, p)
+        return nodes.layer_on_input(call, A, B, strategy, plan is Plan.ONE_NODE_FEW_TOKENS)
 
-    product = BaseProduct(x, weight, bias) if base_output is None else None
-    projection = nodes.project_input(x, A, p) if p else caches.A.projection(x, A, layer)
-    if choice is not None:
-        h = nodes.row_core(projection.u, core, scaling, choice)
-        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
-    if x.dtype == torch.float16:
-        h = (projection.u @ core.to(x.dtype)) * scaling  # not folded, as in fallback.expand
-        return nodes.layer_on_rows(projection, base_output, h, B, product, strategy)
-    return nodes.layer_on_projection(projection, base_output, B, core, product, scaling, strategy)
+    if call.p:
+        projection = nodes.project_input(x, A, call.p)
+    else:
+        projection = caches.A.projection(x, A, layer)
+    if call.choice is None and x.dtype != torch.float16:
+        return nodes.layer_on_projection(call, projection, B, strategy)
+    B_of_rows, scaling = fallback.scaling_in_range(B, call.scaling, x.dtype)
+    if call.choice is not None:
+        h = nodes.row_core(projection.u, call.core, scaling, call.choice)
+    else:
+        # Not folded, as in fallback.expand.
+        h = projection.u @ (call.core * scaling).to(x.dtype)
+    return nodes.layer_on_rows(call, projection, h, B_of_rows, strategy)
 
 
 def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
@@ -359,23 +276,25 @@ def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _linear_in_graph(
-    x, weight, bias, A, B, core, scaling, p, base_output, index, version
+    x, weight, bias, A, B, core, scaling, p, base_output, index, offs, tokens, version
 ) -> Tensor:
     """lotr::linear: opaque to Dynamo, but AOTAutograd traces this function.
 
     A compiled graph therefore has our operators, forward and backward. While AOTAutograd traces,
     the tensors have its own type. Plain tensors mean that something else runs the graph.
     """
+    choice = RowChoice(index, offs, tokens)
+    if index is None and offs is None:
+        choice = None
+    call = LayerCall(x, weight, bias, A, B, core, scaling, p, base_output, choice)
     base = base_output if weight is None else weight
     dtypes = x.dtype, base.dtype, A.dtype, B.dtype, core.dtype
+    ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash
     is_traced = type(x) not in _PLAIN_TYPES
-    if not is_traced or _dtype_obstacle(*dtypes, core.shape, x.device) is not None:
-        return fallback.layer(x, weight, bias, A, B, core, scaling, p, base_output, index)
+    if not is_traced or _dtype_obstacle(*dtypes, ranks, x.device) is not None:
+        return fallback.layer(call)
     caches = Caches(_cache_of_traced(A), _cache_of_traced(B))
-    choice = None if index is None else RowChoice(fallback.rows_of(index, x))
-    return run_nodes(
-        x, weight, bias, A, B, core, scaling, p, base_output, choice, caches, layer=core
-    )
+    return run_nodes(call, caches, layer=core)
 
 
 def _cache_of_traced(factor: Tensor) -> FactorCache:
@@ -388,6 +307,6 @@ def _cache_of_traced(factor: Tensor) -> FactorCache:
 _library = torch.library.Library("lotr", "FRAGMENT")
 _library.define(
     "linear(Tensor x, Tensor? W, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, "
-    "float p, Tensor? y, Tensor? index, str version) -> Tensor"
+    "float p, Tensor? y, Tensor? index, Tensor? offs, Tensor? tokens, str version) -> Tensor"
 )
 _library.impl("linear", _linear_in_graph, "CompositeImplicitAutograd")

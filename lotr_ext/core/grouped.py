@@ -132,16 +132,23 @@ grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_fac
 # ---- with a bias ---------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor) -> Tensor:
-    """Returns y_i = x_i W_c(i)^T + bias_c(i) [rows, n], zero in rows past the last end.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None = None
+) -> Tensor:
+    """Returns y_i = x_t(i) W_c(i)^T + bias_c(i) [rows, n], zero in rows past the last end.
 
     Args:
-        bias: [e, n]. The other arguments are as for `grouped_mm`.
+        x: [m, k].
+        weight: [e, n, k].
+        bias: [e, n].
+        offs: Where the rows of each expert end [e] (int32).
+        tokens: t(i) [rows]. None if row i reads x_i.
     """
+    rows = x if tokens is None else x[tokens]
     if private.functorch_is_active() or private.forward_ad_is_active():
-        y = _differentiable_product(x, weight, offs)
+        y = _differentiable_product(rows, weight, offs)
     else:
-        y = grouped_mm(x.contiguous(), weight, offs)
+        y = grouped_mm(rows.contiguous(), weight, offs)
     if bias is None:
         return y
     expert = fallback.cores_of_groups(offs, len(y), len(bias))

@@ -22,9 +22,11 @@ the kernels can run on a device (kernel_support.py).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,27 +82,35 @@ layer_backward_few_tokens = private.direct_call(lotr.layer_backward_few_tokens_.
 layer_backward_projected = private.direct_call(lotr.layer_backward_projected_.default)
 layer_backward_rows = private.direct_call(lotr.layer_backward_rows_.default)
 
-_layer_forward = private.direct_call(lotr.layer_forward.default)
-_layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
-_layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
-_layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
-
 
 def as_matrix(x: Tensor) -> Tensor:
     """Returns x [.., k] as [rows, k]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _mode_is_active(x: Tensor) -> bool:
-    """Whether a dispatch mode must see the base product as an operator of PyTorch.
+def _in_one_operator(overload: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Replaces the decorated function by an operator that returns the same, and is faster.
 
-    Selective checkpointing chooses by name which results it keeps, and a FLOP counter knows only
-    PyTorch's operators. The functions below then compute the same results in steps, so that a
-    recomputation without the mode has the same saved tensors.
+    Under a dispatch mode the function itself runs, because the mode must see the base product as an
+    operator of PyTorch: selective checkpointing chooses by name which results it keeps, and a FLOP
+    counter knows only PyTorch's operators. A recomputation without the mode has the same saved
+    tensors.
     """
-    return private.dispatch_mode_count() and type(x) in _PLAIN_TYPES
+    operator = private.direct_call(overload)
+
+    def replace(in_steps: Callable) -> Callable:
+        @functools.wraps(in_steps)
+        def run(x: Tensor, *arguments: object) -> Any:
+            if private.dispatch_mode_count() and type(x) in _PLAIN_TYPES:
+                return in_steps(x, *arguments)
+            return operator(x, *arguments)
+
+        return run
+
+    return replace
 
 
+@_in_one_operator(lotr.layer_forward.default)
 def layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -114,14 +124,13 @@ def layer_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T."""
-    if not _mode_is_active(x):
-        return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A, p, seed)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), u, F
 
 
+@_in_one_operator(lotr.layer_forward_few_tokens.default)
 def layer_forward_few_tokens(
     x: Tensor,
     weight: Tensor,
@@ -133,14 +142,13 @@ def layer_forward_few_tokens(
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
-    if not _mode_is_active(x):
-        return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
     return lotr.expand.default(base_output, h, B.to(u.dtype)), u
 
 
+@_in_one_operator(lotr.layer_forward_projected.default)
 def layer_forward_projected(
     x: Tensor,
     weight: Tensor,
@@ -152,19 +160,16 @@ def layer_forward_projected(
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
-    if not _mode_is_active(x):
-        return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), F
 
 
+@_in_one_operator(lotr.layer_forward_rows.default)
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
     """Returns y = x W^T + bias + h B^T."""
-    if not _mode_is_active(x):
-        return _layer_forward_rows(x, weight, bias, h, B, strategy)
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 
@@ -295,41 +300,46 @@ def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core)
 def _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core):
     """(dx, dA, dB, dcore) of a backward that starts at x."""
     dtype = _new_factor_dtype(B, core, A)
-    new_dx = None if weight is None else g.new_empty(*g.shape[:-1], weight.shape[1])
-    new_dA = None
-    if x is not None and dA is None:
-        new_dA = g.new_empty(A.shape, dtype=dtype)
-    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
-    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
-    return new_dx, new_dA, new_dB, dcore
+    return (
+        _empty_dx(g, weight),
+        _empty_gradient(A, dtype, x is not None and dA is None),
+        _empty_gradient(B, dtype, need_B and dB is None),
+        _empty_gradient(core, dtype, need_core),
+    )
+
+
+def _empty_dx(g: Tensor, weight: Tensor | None, dx: Tensor | None = None) -> Tensor | None:
+    """A new dx. None without a weight, and if a dx is given, to which the operator adds."""
+    if weight is None or dx is not None:
+        return None
+    return g.new_empty(*g.shape[:-1], weight.shape[1])
+
+
+def _empty_gradient(factor: Tensor, dtype: torch.dtype, is_returned: bool) -> Tensor | None:
+    return factor.new_empty(factor.shape, dtype=dtype) if is_returned else None
 
 
 @fake_kernel("layer_backward_projected_")
 def _(g, weight, u, F, B, core, scaling, du, dx, dB, need_B, need_core):
     dtype = _new_factor_dtype(B, core)
-    new_dx = None
-    if weight is not None and dx is None:
-        new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
     new_du = None
     if F is not None and du is None:
         new_du = _empty_rows(g, u.shape[0], u.shape[1])
     elif F is not None:
         new_du = g.new_empty(u.shape)  # torch adds the given du, and makes dense rows
-    new_dB = g.new_empty(B.shape, dtype=dtype) if need_B and dB is None else None
-    dcore = g.new_empty(core.shape, dtype=dtype) if need_core else None
-    return new_dx, new_du, new_dB, dcore
+    return (
+        _empty_dx(g, weight, dx),
+        new_du,
+        _empty_gradient(B, dtype, need_B and dB is None),
+        _empty_gradient(core, dtype, need_core),
+    )
 
 
 @fake_kernel("layer_backward_rows_")
 def _(g, weight, h, B, dx, dB, need_h, need_B):
-    new_dx = None
-    if weight is not None and dx is None:
-        new_dx = g.new_empty(*g.shape[:-1], weight.shape[1])
     dh = _empty_rows(g, h.shape[0], h.shape[1]) if need_h else None
-    new_dB = None
-    if need_B and dB is None:
-        new_dB = g.new_empty(B.shape, dtype=accumulate_dtype(g.dtype))
-    return new_dx, dh, new_dB
+    dB_dtype = accumulate_dtype(g.dtype)
+    return _empty_dx(g, weight, dx), dh, _empty_gradient(B, dB_dtype, need_B and dB is None)
 
 
 @fake_kernel("shrink_backward_")

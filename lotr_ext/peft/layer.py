@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapted import compute_device
 from ..core import dispatch, fallback
+from ..core.call import LayerCall
 from ..core.operators import DTYPES, accumulate_dtype
 from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
@@ -73,19 +74,8 @@ class LoTRPeftCore(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         def compute(A: Tensor, B: Tensor) -> Tensor:
-            return dispatch.linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                core,
-                self.scaling,
-                dropout,
-                base_output=base_output,
-                caches=self.factors.caches,
-                layer=self,
-            )
+            call = LayerCall(x, weight, bias, A, B, core, self.scaling, dropout, base_output)
+            return dispatch.linear(call, self.factors.caches, self)
 
         return self.factors.read(compute)
 

@@ -42,6 +42,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from ..core import fallback
+from ..core.call import RowChoice
 from ..core.kernel_support import kernel_obstacle
 from . import Factors, read_task
 
@@ -322,7 +323,7 @@ class _LayerWithCores:
             h = lotr.row_core(u, part.cores, slots, None, None, 1.0)
             lotr.expand_add_(y, h, part.B)
         else:
-            y.addmm_(fallback.row_core(u, part.cores, 1.0, slots), part.B.T)
+            y.addmm_(fallback.row_core(u, part.cores, 1.0, RowChoice(slots)), part.B.T)
 
 
 def _with_cores(

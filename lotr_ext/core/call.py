@@ -1,0 +1,53 @@
+"""The arguments of a layer's call, which dispatch.py, nodes.py and fallback.py pass on.
+
+y = x W^T + bias + s ((drop(x) A) G) B^T          one core for all rows
+y_i = base_i + s ((drop(x)_t(i) A) G_c(i)) B^T    with a RowChoice
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowChoice(NamedTuple):
+    """Which core each row uses: by `index`, or by `offs`. See csrc/torch/schema.cpp.
+
+    Attributes:
+        index: The core of each row [rows], -1 for none.
+        offs: Where the rows of each core end [c].
+        tokens: The row of x that each row reads [rows]. None if row i reads x_i.
+    """
+
+    index: Tensor | None
+    offs: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class LayerCall(NamedTuple):
+    """The arguments of one call of an adapted layer.
+
+    Attributes:
+        x: [.., k].
+        weight: W [n, k]. None with a base_output.
+        bias: [n].
+        A: [k, r_in].
+        B: [n, r_out].
+        core: G [r_in, r_out], or [c, r_in, r_out] with a choice.
+        scaling: s.
+        p: The probability of dropping an element of the adapter's x.
+        base_output: The output of another base layer [.., n]. It replaces x W^T + bias.
+        choice: Which core each row of the output uses. None if all rows use one core.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    core: Tensor
+    scaling: float
+    p: float = 0.0
+    base_output: Tensor | None = None
+    choice: RowChoice | None = None
