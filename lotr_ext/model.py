@@ -386,7 +386,7 @@ def init_from_gradient(
 
     Returns:
         The share of the gradients' squared norm that the new A and B capture, in all and per layer.
-        It tells which rank is enough.
+        Larger ranks capture more. It does not predict the loss after training (docs/choosing).
 
     Raises:
         TypeError: If experts are adapted.

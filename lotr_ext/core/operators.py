@@ -22,11 +22,9 @@ the kernels can run on a device (kernel_support.py).
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,29 +86,20 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _in_one_operator(overload: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Replaces the decorated function by an operator that returns the same, and is faster.
-
-    Under a dispatch mode the function itself runs, because the mode must see the base product as an
-    operator of PyTorch: selective checkpointing chooses by name which results it keeps, and a FLOP
-    counter knows only PyTorch's operators. A recomputation without the mode has the same saved
-    tensors.
-    """
-    operator = private.direct_call(overload)
-
-    def replace(in_steps: Callable) -> Callable:
-        @functools.wraps(in_steps)
-        def run(x: Tensor, *arguments: object) -> Any:
-            if private.dispatch_mode_count() and type(x) in _PLAIN_TYPES:
-                return in_steps(x, *arguments)
-            return operator(x, *arguments)
-
-        return run
-
-    return replace
+# Each of these four functions calls one operator. Under a dispatch mode it runs the steps of that
+# operator instead, because the mode must see the base product as an operator of PyTorch: selective
+# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
+# operators. A recomputation without the mode has the same saved tensors.
+_layer_forward = private.direct_call(lotr.layer_forward.default)
+_layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
+_layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
+_layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
 
 
-@_in_one_operator(lotr.layer_forward.default)
+def _mode_is_active(x: Tensor) -> bool:
+    return private.dispatch_mode_count() and type(x) in _PLAIN_TYPES
+
+
 def layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -124,13 +113,14 @@ def layer_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T."""
+    if not _mode_is_active(x):
+        return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A, p, seed)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), u, F
 
 
-@_in_one_operator(lotr.layer_forward_few_tokens.default)
 def layer_forward_few_tokens(
     x: Tensor,
     weight: Tensor,
@@ -142,13 +132,14 @@ def layer_forward_few_tokens(
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
+    if not _mode_is_active(x):
+        return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
     return lotr.expand.default(base_output, h, B.to(u.dtype)), u
 
 
-@_in_one_operator(lotr.layer_forward_projected.default)
 def layer_forward_projected(
     x: Tensor,
     weight: Tensor,
@@ -160,16 +151,19 @@ def layer_forward_projected(
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
+    if not _mode_is_active(x):
+        return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), F
 
 
-@_in_one_operator(lotr.layer_forward_rows.default)
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
     """Returns y = x W^T + bias + h B^T."""
+    if not _mode_is_active(x):
+        return _layer_forward_rows(x, weight, bias, h, B, strategy)
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 
