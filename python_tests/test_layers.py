@@ -585,6 +585,23 @@ def test_autocast_casts_a_changed_x_again(form: str) -> None:
     assert y.requires_grad  # its graph keeps the first cast alive
 
 
+def test_siblings_share_the_cast_of_x_under_autocast() -> None:
+    """Otherwise a graph would keep one copy of x per layer."""
+    net = Net("siblings", torch.float32)
+    x = inputs(6, dtype=torch.float32)
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(save, lambda tensor: tensor):
+        outputs = [layer(x) for layer in net.layers]
+    assert all(y.requires_grad for y in outputs)
+    casts = [t for t in saved if t.dtype == torch.bfloat16 and t.shape == x.shape]
+    assert len({cast.data_ptr() for cast in casts}) == 1
+
+
 def test_autocast_of_another_device_casts_nothing(form: str) -> None:
     net = Net("siblings", torch.float32)
     x = inputs(6, dtype=torch.float32)
