@@ -37,8 +37,8 @@ help:
 	@echo "make serve-test  the tests with vLLM (2 GB)"
 	@echo "make clean       removes what was built"
 	@echo "make frameworks, make quantized, make vllm"
-	@echo "                 install what the tests with DeepSpeed and TRL, with torchao and"
-	@echo "                 bitsandbytes, and with vLLM need"
+	@echo "                 install what the tests with other packages need: DeepSpeed, TRL,"
+	@echo "                 sentence-transformers; torchao, bitsandbytes; vLLM"
 
 # ---- set-up --------------------------------------------------------------------------------------
 

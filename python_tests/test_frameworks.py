@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO in two processes, and TRL's SFTTrainer.
+"""DeepSpeed's ZeRO in two processes, TRL's SFTTrainer, and sentence-transformers.
 
-`make frameworks` installs both, next to the packages of .venv.
+`make frameworks` installs them, next to the packages of .venv.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import pytest
 from distributed import CHECKS
 from test_distributed import run_in_two_processes
 
+ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = Path(sys.prefix) / "frameworks"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (FRAMEWORKS / "deepspeed").is_dir(), reason="needs DeepSpeed and TRL: make frameworks"
+        not (FRAMEWORKS / "deepspeed").is_dir(),
+        reason="needs DeepSpeed and others: make frameworks",
     ),
 ]
 ZERO = [name for name in CHECKS if name.startswith("zero")]
@@ -84,12 +86,70 @@ assert trained and all("lotr" in name or "core" in name for name in trained), tr
 """
 
 
-@pytest.mark.parametrize("entry", ["peft", "apply_lotr"])
-def test_trl_trains_the_adapter(entry: str, tmp_path: Path) -> None:
+SENTENCES = """
+import sys
+from pathlib import Path
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.losses import MultipleNegativesRankingLoss
+import numpy as np, torch
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, unload
+from lotr_ext.trainer import AdapterCheckpoints
+
+output, base = sys.argv[1:]
+words = "boring funny moving slow bright dull".split()
+texts = [f"a {word} film, number {i}" for i in range(6) for word in words]
+pairs = Dataset.from_dict({"anchor": texts[:18], "positive": texts[18:]})
+
+class Trainer(AdapterCheckpoints, SentenceTransformerTrainer):
+    pass
+
+def trained(name, checkpoint=None):
+    torch.manual_seed(0)
+    config = LoTRConfig(rank=4, exclude_modules=["pooler.dense"])
+    model = apply_lotr(SentenceTransformer(base, device="cpu"), config)
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=f"{output}/{name}", max_steps=4, save_steps=2, per_device_train_batch_size=6,
+        learning_rate=1e-3, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+    )
+    loss = MultipleNegativesRankingLoss(model)
+    trainer = Trainer(model=model, args=settings, train_dataset=pairs, loss=loss)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return model
+
+def close(model, expected):
+    np.testing.assert_allclose(model.encode(texts[:3]), expected, atol=1e-5)
+
+original = SentenceTransformer(base, device="cpu").encode(texts[:3])
+model = trained("straight")
+vectors = model.encode(texts[:3])
+assert abs(vectors - original).max() > 1e-3
+checkpoint = f"{output}/straight/checkpoint-2"
+sizes = [f.stat().st_size for f in Path(checkpoint).rglob("*.safetensors")]
+assert sum(sizes) < 2e6, sizes  # the base has 91 MB
+close(trained("resumed", checkpoint), vectors)
+save_adapter(model, f"{output}/adapter")
+loaded = load_adapter(SentenceTransformer(base, device="cpu"), f"{output}/adapter")
+close(loaded, vectors)
+close(unload(loaded, merge=True), vectors)
+"""
+
+
+def run_program(code: str, *arguments: str) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", TRL, str(tmp_path), entry],
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.parametrize("entry", ["peft", "apply_lotr"])
+def test_trl_trains_the_adapter(entry: str, tmp_path: Path) -> None:
+    run_program(TRL, str(tmp_path), entry)
+
+
+def test_sentence_transformers_train_resume_and_encode(tmp_path: Path) -> None:
+    base = ROOT / "data" / "all-minilm-l6-v2"
+    if not base.is_dir():
+        pytest.skip(f"{base} is missing: python examples/data.py minilm")
+    run_program(SENTENCES, str(tmp_path), str(base))
