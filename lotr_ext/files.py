@@ -231,7 +231,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
         for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
             tensors[key] = factor.value
             tensors[start_key(key)] = factor.start
-        if _core_source(layer) is None:
+        if layer.core_source() is None:
             tensors[f"{name}.core"] = layer.core
         tensors[f"{name}.start_core"] = layer.start_core
         form = layer._modules.get("core_form")
@@ -254,18 +254,9 @@ def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
     return module.state_dict(prefix=f"{name}.", keep_vars=True)
 
 
-def _core_source(layer: LoTRLayer) -> nn.Module | None:
-    """Returns the module that computes the core, None for a core that is a parameter."""
-    if layer._parameters.get("core") is not None:
-        return None
-    if "parametrizations" in layer._modules:
-        return layer.parametrizations["core"]
-    return layer.core_form
-
-
 def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
     """Returns the core, which a module computes from full parameters, or which layers share."""
-    source = _core_source(layer)
+    source = layer.core_source()
     if source is None:
         return gather(layer.core)
     if isinstance(source, CoreAt):
