@@ -126,7 +126,7 @@ def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=options.pop("token", None))
+    api = HfApi(token=options.pop("token", None))  # the upload needs it, too
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         api.create_repo(repo_id, exist_ok=True, **options)

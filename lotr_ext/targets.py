@@ -327,6 +327,7 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     known_heads = {}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
+        # Other models may use these names for other layers.
         is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
         has_parameters = next(module.parameters(), None) is not None
         if child in _HEADS and is_in_transformers_model and has_parameters:
@@ -390,12 +391,12 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
             continue
         if not _matches(name, config.modules_to_save):
             continue
-        for parameter_name, p in module.named_parameters():
+        for inner_name, p in module.named_parameters():
             is_plain = type(p) is nn.Parameter or is_dtensor(p)
             if not is_plain or p.dtype.itemsize < 2:
                 raise ValueError(
                     f"modules_to_save: expected parameters that can be trained, got "
-                    f"{name}.{parameter_name}, quantized"
+                    f"{name}.{inner_name}, quantized"
                 )
         saved[name] = module
     return saved
