@@ -351,11 +351,10 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
             f"{type(model).__name__} without {', '.join(missing[:5])}. Load it into the base "
             f"model that it was trained on."
         )
-    exact = _exact_config(state, linear)
-    selection = select(model, exact)
+    selection = select(model, _exact_config(state, linear))
     _check_core_sizes(state)
     _check_targets(model, state, refuse_other_targets)
-    install(model, exact, selection)
+    install(model, selection)
     model.lotr_config = config
     model.lotr_left_out = {}
 
