@@ -259,16 +259,21 @@ class LoTRLayer(nn.Module):
 
     # ---- parameters ------------------------------------------------------------------------------
 
+    def core_source(self) -> nn.Module | None:
+        """Returns the module that computes the core, None for a core that is a parameter."""
+        if self._parameters.get("core") is not None:
+            return None
+        if "core_form" in self._modules:
+            return self.core_form
+        return self.parametrizations.core  # torch.nn.utils.parametrize
+
     def core_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the core, or the parameters from which it is computed."""
-        core = self._parameters.get("core")
-        if core is not None:
-            yield core
-            return
-        form = self._modules.get("core_form")
-        if form is None:  # torch.nn.utils.parametrize
-            form = self.parametrizations.core
-        yield from form.parameters()
+        source = self.core_source()
+        if source is None:
+            yield self._parameters["core"]
+        else:
+            yield from source.parameters()
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
