@@ -114,7 +114,7 @@ class LoTRLayer(nn.Module):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = sizes
         layer._take_base(linear)
-        layer._add_adapter(factors, s, dropout, _device_of(linear))
+        layer._add_adapter(factors, s, dropout, device_of(linear))
         layer.training = linear.training  # `train` would also change the modules inside the base
         return layer
 
@@ -259,16 +259,21 @@ class LoTRLayer(nn.Module):
 
     # ---- parameters ------------------------------------------------------------------------------
 
+    def core_source(self) -> nn.Module | None:
+        """Returns the module that computes the core, None for a core that is a parameter."""
+        if self._parameters.get("core") is not None:
+            return None
+        if "core_form" in self._modules:
+            return self.core_form
+        return self.parametrizations.core  # torch.nn.utils.parametrize
+
     def core_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the core, or the parameters from which it is computed."""
-        core = self._parameters.get("core")
-        if core is not None:
-            yield core
-            return
-        form = self._modules.get("core_form")
-        if form is None:  # torch.nn.utils.parametrize
-            form = self.parametrizations.core
-        yield from form.parameters()
+        source = self.core_source()
+        if source is None:
+            yield self._parameters["core"]
+        else:
+            yield from source.parameters()
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
@@ -628,7 +633,8 @@ def _contains_adapter(module: nn.Module) -> bool:
     return any(isinstance(child, adapter_types) for child in module.modules())
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Returns the device of a module's tensors, the CPU if it has none."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

@@ -1,7 +1,5 @@
 """For all tests: a fixed seed, one thread, and the same package in child processes."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -14,6 +12,9 @@ if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # test the installed packa
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
 # For child processes. Their inputs are tiny, and waiting threads take time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import models  # noqa: E402
+import zoo  # noqa: E402
 
 import lotr_ext  # noqa: E402
 from lotr_ext.core import dispatch  # noqa: E402
@@ -35,15 +36,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["alone", "folded", "shared"])
+@pytest.fixture(params=["few tokens", "folded", "shared"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes layers of any size use one of the three plans for which they depend on the size.
+    """Makes layers of any size use one of the three plans that depend on the size.
 
-    "alone": one node, core not folded. "folded": one node. "shared": siblings share u = x A.
+    "few tokens": one node, core not folded. "folded": one node. "shared": siblings share u = x A.
     """
     monkeypatch.setattr(dispatch, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
-    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "alone" else 0)
+    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "few tokens" else 0)
     return request.param
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A small adapted network, `zoo.Mlp`, off its start."""
+    return models.trained("mlp")
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    """An input of `model`."""
+    return zoo.inputs("mlp")
 
 
 @pytest.fixture
