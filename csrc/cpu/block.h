@@ -1,8 +1,7 @@
 // The one inner loop of every product here: a register block c[rows][vectors] += sum over units of
 // a broadcast times b.
 //
-//   c[i][v] += sum_t a(i, t) * b[t * ldb + v]          a(i, t) broadcast to all lanes, b a vector
-//   along the rank or n
+//   c[i][v] += sum_t a(i, t) * b[t * ldb + v]     a broadcast to all lanes, b along the rank or n
 //
 //   shrink        a = x rows (units along the row)       b = packed A             sums over k
 //   expand        a = u rows                             b = packed F^T panel     sums over r

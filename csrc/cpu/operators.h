@@ -109,8 +109,7 @@ struct Operators {
       for (int64_t p = begin; p < end; ++p)
         pack_panel<K, T>(to + p * panels.size, kColumns, F, p * kColumns, buffer.get<Unit>());
     };
-    // Threads share the packing if it is work enough for two of them. Otherwise each packs all of
-    // F.
+    // Threads share the packing if it is enough work for two. Otherwise each packs all of F.
     const int64_t pack_work = panels.count * panels.size;
     const bool shared = pack_work >= 2 * kThreadWork;
     Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);

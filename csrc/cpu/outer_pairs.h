@@ -2,8 +2,7 @@
 // so that two rows of x become pairs in registers. The general form (products.h) broadcasts x, and
 // has to copy each tile into pairs first, which takes a quarter of its time.
 //
-//   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back when chunks are
-//   added up
+//   S[j][c] (+)= sum over i of k[i, j] x[i, c]     S = P^T, transposed when chunks are added
 //
 // The columns of S are in the order of pairs_of (vec.h) within each 32.
 #pragma once
