@@ -144,12 +144,12 @@ def factors_in_order(
         pairs: (A, B) of each layer. Layers that share a factor have the same tensor object.
         group_by: As in the configuration, or "shape" if there is none. Not a callable.
     """
-    keyed: dict[int, tuple[tuple[str, str], str, Tensor]] = {}
+    entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
     for name, (A, B) in pairs.items():
         sizes = (A.shape[0], B.shape[0])
         group = group_of(name, None, sizes, group_by)
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
-            keyed.setdefault(id(factor), ((owner, part), part, factor))
-    in_order = sorted(keyed.values(), key=lambda entry: entry[0])
+            entries.setdefault(id(factor), (owner, part, factor))
+    in_order = sorted(entries.values(), key=lambda entry: entry[:2])
     return [(part, factor) for _, part, factor in in_order]

@@ -1,5 +1,5 @@
 // row_core and its backward (schema.cpp) on CUDA tensors: one launch for each of the kernels of
-// cuda/kernels/row_core.cuh.  Indices are sorted by torch, stably.  Nothing synchronizes.
+// cuda/kernels/row_core.cuh. Indices are sorted by torch, stably. Nothing synchronizes.
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
@@ -16,7 +16,7 @@ struct Rows {
 
   explicit Rows(const RowArgs& a)
       : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
-  RowIndex of(const Sizes& s) const {
+  RowIndex index_in(const Sizes& s) const {
     RowIndex x{};
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
     if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
@@ -41,7 +41,7 @@ void check_sizes(const char* op, const Sizes& s) {
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
-  const TensorView G = read(cores);  // its row is a core's
+  const TensorView G = read(cores);  // with the rows of the cores
   RowCoreProblem q{};
   q.index = index;
   q.a = products.matrix(a);
@@ -101,7 +101,7 @@ Tensor CudaProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) 
   const Rows rows(a);
   OptionalTensor h;
   product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u),
-          rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
+          rows.index_in(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
   return *h;
 }
 
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
                                                            bool need_cores) const {
   check_sizes(op_, s);
   const Rows rows(a);
-  const RowIndex index = rows.of(s);
+  const RowIndex index = rows.index_in(s);
   OptionalTensor du;
   const TensorView du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
   if (need_u) {
