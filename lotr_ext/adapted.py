@@ -32,7 +32,7 @@ __all__ = [
     "layers_in",
 ]
 
-# Modules whose children are counted, iterated over, or called one after another.
+# Modules that count their children, iterate over them, or call them one after another.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_left_out")
 

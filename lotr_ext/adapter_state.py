@@ -249,7 +249,7 @@ class AdapterState:
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
         text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
-        # The order is that of the checksum, see `_document_of`.
+        # In the order of the checksum, see `_document_of`.
         tensors = {key: tensor.detach().cpu() for key, tensor in sorted(self.tensors.items())}
         metadata = {
             "format": "lotr",
@@ -263,7 +263,7 @@ class AdapterState:
 
 
 def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the JSON object and the tensors of a file, whose checksum is right."""
+    """Returns the JSON object and the tensors of a file, and checks its checksum."""
     tensors, metadata = tensors_in(path, "directory")
     kind = metadata.get("format")
     version = metadata.get("format_version")

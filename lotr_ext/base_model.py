@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from .adapted import layers_in
 from .checks import check_number
-from .layers import LoTRLayer
 from .sharded_tensors import full_shape, is_sharded
 from .storage import expect_type
 from .targets import saved_in
@@ -55,15 +54,34 @@ class BaseModel:
         return base
 
     @staticmethod
-    def of(model: nn.Module, layers: Mapping[str, LoTRLayer], gather: Gather) -> BaseModel:
+    def of(model: nn.Module, gather: Gather) -> BaseModel:
         """Returns the base of an adapted model.
 
         Args:
             model: The model.
-            layers: Its adapted layers.
             gather: Returns the full tensor of one that may be sharded.
         """
-        return BaseModel(_name_of(model), _values_of(model, layers, gather))
+        skipped = _moved_parameters(model)
+        for layer in layers_in(model).values():
+            skipped.update(id(p) for p in layer.adapter_parameters())
+        for module in saved_in(model).values():
+            skipped.update(id(p) for p in module.parameters())
+        frozen = [
+            (name, p)
+            for name, p in model.named_parameters()
+            if id(p) not in skipped and not p.requires_grad and _is_sampled(p)
+        ]
+        # Biases and norms may be zeros and ones in every model. Matrices tell models apart.
+        matrices = [(name, p) for name, p in frozen if len(full_shape(p)) > 1]
+        candidates = matrices or frozen
+        # Spread over the depth: models often share their first layers, such as embeddings.
+        step = max(1, math.ceil(len(candidates) / PARAMETERS))
+        values = {}
+        for name, parameter in candidates[::step]:
+            numbers = _sample(gather(parameter))
+            if all(map(math.isfinite, numbers)):  # JSON has no others
+                values[name] = numbers
+        return BaseModel(_name_of(model), values)
 
     def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
         """Refuses a model with another base, or warns of it.
@@ -79,7 +97,7 @@ class BaseModel:
         Raises:
             ValueError: If the base is another one and refuse is set.
         """
-        moved = _moved_parameters(layers_in(model))
+        moved = _moved_parameters(model)
         parameters = dict(model.named_parameters())
         for name, expected in self.values.items():
             parameter = parameters.get(name)
@@ -98,6 +116,7 @@ class BaseModel:
 
 
 def refuse_or_warn(message: str, refuse: bool) -> None:
+    """Raises a ValueError with the message, or warns."""
     if refuse:
         raise ValueError(message)
     warnings.warn(f"lotr_ext: {message}", stacklevel=5)
@@ -126,10 +145,10 @@ def _difference(actual: list[float], expected: list[float]) -> str | None:
     return None
 
 
-def _moved_parameters(layers: Mapping[str, LoTRLayer]) -> set[int]:
+def _moved_parameters(model: nn.Module) -> set[int]:
     """Returns the ids of base parameters that a merge or init "svd" has changed."""
     moved: set[int] = set()
-    for layer in layers.values():
+    for layer in layers_in(model).values():
         if layer.merged or layer.start_core is not None:
             moved.update(id(p) for p in layer.parameters())
             moved.update(id(p) for p in getattr(layer, "host", layer).parameters())
@@ -140,30 +159,3 @@ def _is_sampled(parameter: Tensor) -> bool:
     is_plain = type(parameter) is nn.Parameter or is_sharded(parameter)
     is_float = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
     return is_plain and is_float and not parameter.is_meta and math.prod(full_shape(parameter)) > 0
-
-
-def _values_of(
-    model: nn.Module, layers: Mapping[str, LoTRLayer], gather: Gather
-) -> dict[str, list[float]]:
-    """Returns a few values of frozen parameters of the base model, by the parameter's name."""
-    changed = _moved_parameters(layers)
-    for layer in layers.values():
-        changed.update(id(p) for p in layer.adapter_parameters())
-    for module in saved_in(model).values():
-        changed.update(id(p) for p in module.parameters())
-    frozen = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in changed and not parameter.requires_grad and _is_sampled(parameter)
-    ]
-    # Biases and norms may be zeros and ones in every model. Matrices tell them apart.
-    matrices = [item for item in frozen if len(full_shape(item[1])) > 1]
-    candidates = matrices or frozen
-    # Spread over the depth: models often share their first layers, such as embeddings.
-    step = max(1, math.ceil(len(candidates) / PARAMETERS))
-    values = {}
-    for name, parameter in candidates[::step]:
-        numbers = _sample(gather(parameter))
-        if all(map(math.isfinite, numbers)):  # JSON has no others
-            values[name] = numbers
-    return values

@@ -43,25 +43,25 @@ def why_not_called(parent: nn.Module, child: str) -> str | None:
     return None
 
 
-def block_bypasses(model: nn.Module, adapted: type[nn.Module] = LoTRLayer) -> None:
+def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) -> None:
     """Turns off, or refuses, what would read the weights of adapted layers.
 
     Args:
         model: An adapted model.
-        adapted: The class of its adapted layers.
+        layer_type: The class of its adapted layers.
     """
     for module in model.modules():
         attribute = _fast_path_attribute(module)
-        if attribute is not None and _has(module, adapted):
+        if attribute is not None and _contains(module, layer_type):
             # A second adapter of PEFT finds it turned off already.
             if "lotr_fast_path" not in vars(module):
                 module.lotr_fast_path = getattr(module, attribute)
                 setattr(module, attribute, False)
-        if callable(getattr(module, "fuse_projections", None)) and _has(module, adapted):
+        if callable(getattr(module, "fuse_projections", None)) and _contains(module, layer_type):
             module.fuse_projections = _refuse_to_fuse
         if callable(getattr(module, "resize_token_embeddings", None)):
             output = module.get_output_embeddings()
-            if output is not None and _has(output, adapted):
+            if output is not None and _contains(output, layer_type):
                 module.resize_token_embeddings = _refuse_to_resize
 
 
@@ -75,8 +75,8 @@ def restore_bypasses(model: nn.Module) -> None:
             setattr(module, _fast_path_attribute(module), vars(module).pop("lotr_fast_path"))
 
 
-def _has(module: nn.Module, adapted: type[nn.Module]) -> bool:
-    return any(isinstance(child, adapted) for child in module.modules())
+def _contains(module: nn.Module, layer_type: type[nn.Module]) -> bool:
+    return any(isinstance(child, layer_type) for child in module.modules())
 
 
 def _fast_path_attribute(module: nn.Module) -> str | None:

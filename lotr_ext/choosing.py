@@ -11,6 +11,7 @@ The rank is the largest one with at most this number of parameters.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -84,10 +85,10 @@ def rank_for(
 
 
 def _rank_of_lora(like: object) -> int:
-    kind, _, rank = like.partition(":") if isinstance(like, str) else ("", "", "")
-    if kind != "lora" or not rank.isdecimal() or int(rank) < 1:
+    match = re.fullmatch(r"lora:0*([1-9]\d*)", str(like))
+    if match is None:
         raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
-    return int(rank)
+    return int(match[1])
 
 
 def _size(selection: Selection, config: LoTRConfig, rank: int) -> int:

@@ -6,7 +6,7 @@ Not here: which layers of a model a configuration means (targets.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from .cores import FORMS
 from .factors import Scaling, scaling_of
 from .init import CORE_INITS, FACTOR_INITS
 
-__all__ = ["GroupBy", "LoTRConfig", "place_of"]
+__all__ = ["GroupBy", "LoTRConfig", "check_choice", "place_of"]
 
 DIAGONAL = ("diagonal", "cp")  # forms of cores with r numbers on the diagonal, see `scaling_of`
 GROUPS = ("shape", "block", "name", "layer", "width")
@@ -28,19 +28,16 @@ TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 
-# Settings of PEFT's LoRA that have another name here.
-NAMES_HERE = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "init_lora_weights": "init",
-}
-# Settings of PEFT's LoRA that LoTR lacks, and why, or what to do.
-NOT_HERE = {
+# Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
+LORA_SETTINGS = {
+    "r": "Here it is 'rank'.",
+    "lora_alpha": "Here it is 'alpha'.",
+    "lora_dropout": "Here it is 'dropout'.",
+    "use_rslora": "Here it is 'rslora'.",
+    "init_lora_weights": "Here it is 'init'.",
     "rank_pattern": "Layers that share factors have one rank.",
     "alpha_pattern": "All layers have one scaling.",
-    "bias": "To train biases, use lotr_ext.peft, whose configuration has this field.",
+    "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
     "lora_bias": "An adapter has no bias.",
     "use_dora": "LoTR has no magnitudes.",
     "magnitude": "LoTR has no magnitudes.",
@@ -68,17 +65,10 @@ def check_names(names: Iterable[str], config_class: type) -> None:
     """
     field_names = {field.name for field in fields(config_class)}
     for name in names:
-        if name in field_names:
-            continue
-        if name in NAMES_HERE:
+        if name in LORA_SETTINGS and name not in field_names:
             raise TypeError(
-                f"{name}: expected a field of {config_class.__name__}, got LoRA's name for it. "
-                f"Here it is {NAMES_HERE[name]!r}."
-            )
-        if name in NOT_HERE:
-            raise TypeError(
-                f"{name}: expected a field of {config_class.__name__}, got one of LoRA that it "
-                f"does not have. {NOT_HERE[name]}"
+                f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA. "
+                f"{LORA_SETTINGS[name]}"
             )
 
 
@@ -115,8 +105,8 @@ class LoTRConfig:
         modules_to_save: Name endings of modules that are fully trained, and saved with the adapter,
             such as a new head.
         group_by: Which layers share A and B. "shape": one pair per (K, N), as in the paper.
-            "block": one pair per shape and block, where layers whose names agree up to their first
-            number ("model.layers.3") are a block. "name": one pair per shape and last part of the
+            "block": one pair per shape and block. The layers of a block have one name up to the
+            first number ("model.layers.3"). "name": one pair per shape and last part of the
             name (q and v apart). "layer": one pair per layer. "width": one A per K and one B per
             N, over all adapted layers. Or a mapping from layer name to group, or a callable
             (name, module) -> group.
@@ -168,13 +158,13 @@ class LoTRConfig:
         scaling_of(self.rank, self.alpha, self.rslora, self.scaling)
         check_probability("dropout", self.dropout)
         if not callable(self.group_by) and not isinstance(self.group_by, Mapping):
-            _check_choice("group_by", self.group_by, GROUPS, ", a mapping or a callable")
+            check_choice("group_by", self.group_by, GROUPS, ", a mapping or a callable")
         if not callable(self.core):
-            _check_choice("core", self.core, ("dense", *FORMS, "custom"), ", or a callable")
-        _check_choice("init", self.init, (*FACTOR_INITS, "svd"))
-        _check_choice("core_init", self.core_init, CORE_INITS)
-        _check_choice("adapter_dtype", self.adapter_dtype, tuple(DTYPES.values()))
-        _check_choice("task_type", self.task_type, (*TASKS, None))
+            check_choice("core", self.core, ("dense", *FORMS, "custom"), ", or a callable")
+        check_choice("init", self.init, (*FACTOR_INITS, "svd"))
+        check_choice("core_init", self.core_init, CORE_INITS)
+        check_choice("adapter_dtype", self.adapter_dtype, DTYPES.values())
+        check_choice("task_type", self.task_type, (*TASKS, None))
         # The dataclass is frozen. These are one form of what was passed.
         if not isinstance(self.rank, int):
             object.__setattr__(self, "rank", ranks)
@@ -189,12 +179,12 @@ class LoTRConfig:
         object.__setattr__(self, "train", tuple(part for part in PARTS if part in self.train))
 
     def _check_combinations(self) -> None:
-        trained = set(self.train or ())
         svd = self.init == "svd"
+        trained = self.train or ()
         # At the start, one part has a gradient: with zero cores the core, with identity cores B.
         needed = "core" if self.core_init == "zero" else "B"
-        has_needed = needed in trained or svd
-        if not trained or not trained <= set(PARTS) or not has_needed:
+        has_needed = svd or needed in trained
+        if not trained or not has_needed or not set(PARTS).issuperset(trained):
             raise ValueError(
                 f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
                 f"at core_init {self.core_init!r} all other gradients are zero at the start, got "
@@ -276,7 +266,7 @@ class LoTRConfig:
         values = {**values}
         if "adapter_dtype" in values:
             name = values["adapter_dtype"]
-            values["adapter_dtype"] = DTYPES.get(str(name), name)
+            values["adapter_dtype"] = DTYPES.get(str(name), name)  # the constructor refuses others
         return cls(**values)
 
 
@@ -316,9 +306,20 @@ def _pattern(field: str, value: object) -> str | tuple[str, ...] | None:
     return value
 
 
-def _check_choice(
-    field: str, value: object, choices: Sequence[object], alternative: str = ""
+def check_choice(
+    field: str, value: object, choices: Collection[object], alternative: str = ""
 ) -> None:
+    """Checks that value is one of the choices.
+
+    Args:
+        field: The name of the argument or field.
+        value: Its value.
+        choices: The names of the choices.
+        alternative: What else the message says is allowed.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if value not in choices:
         names = ", ".join(map(str, choices))
         raise ValueError(f"{field}: expected one of {names}{alternative}, got {value!r}")

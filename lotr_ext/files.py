@@ -26,7 +26,7 @@ from .config import LoTRConfig, place_of
 from .cores import FORMS, CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
-from .model import clear_start, install, set_start, unchanged_on_error
+from .model import Start, clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
             of modules_to_save, and tasks.
     """
     path = checked_path(directory, "directory")
-    inner, writes = unwrapped(model)
+    inner, writes = unwrap(model)
     state = state_of(inner)
     warn_of_unsaved(inner)
     if writes:
@@ -172,8 +172,9 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
         RuntimeError: If the model has no adapter, or one on the meta device.
     """
     layers = adapted_layers(model)
+    entries = _entries_of(model, layers)
     # All processes gather in the same order, which is the model's.
-    tensors = {key: gather(tensor) for key, tensor in _tensors_of(model, layers).items()}
+    tensors = {key: gather(tensor) for key, tensor in _tensors_of(model, entries).items()}
     for name, layer in layers.items():
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
@@ -188,16 +189,12 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     saved = saved_in(model)
     return AdapterState(
         config,
-        _entries_of(model, layers),
+        entries,
         tuple(saved),
-        BaseModel.of(model, layers, gather),
+        BaseModel.of(model, gather),
         tensors,
         _tied_to(model, saved),
     )
-
-
-def _names_of_factors(model: nn.Module) -> dict[nn.Module, str]:
-    return {m: f"{name}.value" for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
 
 
 def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -211,12 +208,12 @@ def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...
 
 
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
-    names = _names_of_factors(model)
+    names = {m: name for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
     entries = {}
     for name, layer in layers.items():
         entries[name] = LayerEntry(
-            A=names[layer.factors.A],
-            B=names[layer.factors.B],
+            A=f"{names[layer.factors.A]}.value",
+            B=f"{names[layer.factors.B]}.value",
             scaling=float(layer.scaling),
             dropout=layer.dropout,
             experts=layer.num_experts,
@@ -224,17 +221,17 @@ def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
     return entries
 
 
-def _tensors_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
     """Returns the tensors of the adapter and of modules_to_save, which may be sharded, by name.
 
-    Tied ones occur once. A core that a module computes is absent.
+    A core that a module computes is absent.
     """
-    names = _names_of_factors(model)
     tensors: dict[str, Tensor | None] = {}
-    for name, layer in layers.items():
-        for factor in (layer.factors.A, layer.factors.B):
-            tensors[names[factor]] = factor.value
-            tensors[start_key(names[factor])] = factor.start
+    for name, layer in layers_in(model).items():
+        entry = entries[name]
+        for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
+            tensors[key] = factor.value
+            tensors[start_key(key)] = factor.start
         if _core_source(layer) is None:
             tensors[f"{name}.core"] = layer.core
         tensors[f"{name}.start_core"] = layer.start_core
@@ -246,12 +243,12 @@ def _tensors_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, 
         tensors.update(_prefixed("lotr_cores", cores))
     for name, module in saved_in(model).items():
         tensors.update(_prefixed(name, module))
-    # A layer without a start has None, and a tied tensor has several names.
-    distinct: dict[int, str] = {}
+    # A tied tensor has several names, of which the first one stays. A start may be None.
+    first_keys: dict[int, str] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, Tensor):
-            distinct.setdefault(id(tensor), key)
-    return {key: tensors[key] for key in distinct.values()}
+            first_keys.setdefault(id(tensor), key)
+    return {key: tensors[key] for key in first_keys.values()}
 
 
 def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -279,7 +276,7 @@ def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
         return source()
 
 
-def unwrapped(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
+def unwrap(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
     """Takes a model out of DistributedDataParallel, torch.compile and the classes `engines`.
 
     Returns:
@@ -341,13 +338,13 @@ def load_state(
         raise ValueError(f'strict: expected True, False or "targets", got {strict!r}')
     with unchanged_on_error(model):
         if not layers_in(model):
-            _adapt(model, state, refuse_other_targets=bool(strict))
-        model_tensors = _check_fits(model, state, cast)
+            _adapt_as_saved(model, state, refuse_other_targets=bool(strict))
+        model_tensors = _matching_tensors(model, state, cast)
         state.base.check(model, gather, refuse=strict is True)
     _copy_to(model, state, model_tensors, copy)
 
 
-def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) -> None:
+def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets: bool) -> None:
     """Adapts a plain model as the saved one was."""
     config = state.config
     if config is None:
@@ -371,19 +368,18 @@ def _adapt(model: nn.Module, state: AdapterState, refuse_other_targets: bool) ->
     install(model, exact, selection)
     model.lotr_config = config
     model.lotr_left_out = {}
-    for layer in layers_in(model).values():
-        layer.set_trained(config.train)
 
 
 def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
     experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
-    # By width, A and B are shared by other layers each, which no mapping to groups can say.
+    # With "width", other layers share a layer's A than share its B, which no mapping can express.
     group_by: str | dict[str, str] = "width"
     if state.config.group_by != "width":
         group_by = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
     return replace(
         state.config,
+        # An expression for full names. A list would also match other names that end with one.
         target_modules="|".join(map(re.escape, linear)) or None,
         target_parameters=experts or None,
         exclude_modules=None,
@@ -427,8 +423,8 @@ def _check_core_sizes(state: AdapterState) -> None:
             )
 
 
-def _check_fits(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, Tensor]:
-    """Checks that the adapter fits an adapted model.
+def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, Tensor]:
+    """Checks that the adapter fits an adapted model, and returns what it replaces.
 
     Returns:
         The parameters and buffers of the model by the names of the adapter's tensors.
@@ -436,9 +432,10 @@ def _check_fits(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, 
     layers = adapted_layers(model)
     _check_can_load(model, layers)
     _check_structure(model, layers, state)
-    names = _names_in_file(state, _entries_of(model, layers))
+    entries = _entries_of(model, layers)
+    names = _names_in_file(state, entries)
     model_tensors = {}
-    for key, tensor in _tensors_of(model, layers).items():
+    for key, tensor in _tensors_of(model, entries).items():
         if not key.endswith((".start", ".start_core")):
             model_tensors[names.get(key, key)] = tensor
     expected = model_tensors | _expected_starts(state, layers)
@@ -455,9 +452,8 @@ def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
     expect_unmerged(layers, "load_adapter")
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
-            "load_adapter: expected a model without a TaskBank, got one with a bank, whose "
-            "tasks would change with the factors. Load the adapter first, or del "
-            "model.lotr_tasks."
+            "load_adapter: expected a model without a TaskBank, got one with a bank. Its tasks "
+            "would change with the factors. Load the adapter first, or del model.lotr_tasks."
         )
     for name, layer in layers.items():
         modules = (layer, layer.factors.A, layer.factors.B)
@@ -474,8 +470,8 @@ def _check_structure(
     """Checks that the model has the adapter's layers, and ties modules_to_save as it did."""
     config = getattr(model, "lotr_config", None)
     expect_names("layers", layers, state.layers)
-    is_computed = config is not None and config.core != "dense"
-    if is_computed and list(state.layers) != list(layers):
+    has_computed_cores = config is not None and config.core != "dense"
+    if has_computed_cores and list(state.layers) != list(layers):
         raise ValueError(
             "layers: expected the model's order, on which computed cores depend, got another "
             "one in the adapter"
@@ -495,7 +491,7 @@ def _check_structure(
 
 
 def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> dict[str, str]:
-    """Returns the names in the file of the model's factors.
+    """Returns the names in the file of the model's factors, which may have other names there.
 
     Raises:
         ValueError: If layers share other factors in the file than in the model.
@@ -505,17 +501,18 @@ def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> di
         saved = state.layers[layer]
         pairs |= {(entry.A, saved.A), (entry.B, saved.B)}
     names = dict(pairs)
-    files_names = set(names.values())
-    if not len(names) == len(files_names) == len(pairs):
+    saved_names = set(names.values())
+    # A name of the model or of the file that is in several pairs stands for several factors.
+    if not len(names) == len(saved_names) == len(pairs):
         raise ValueError(
             f"layers: expected layers that share {len(names)} factors as in the model, got others "
-            f"that share {len(files_names)} in the adapter"
+            f"that share {len(saved_names)} in the adapter"
         )
     return names
 
 
 def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:
-    """Returns tensors of the model whose shapes and dtypes the starts of init "svd" have."""
+    """Returns for each start of init "svd" a tensor of the model with its shape and dtype."""
     starts: dict[str, Tensor] = {}
     for name, layer in layers.items():
         entry = state.layers[name]
@@ -555,7 +552,8 @@ def _copy_to(
             layers[name].dropout = state.layers[name].dropout
         if start_key(A) in state.tensors:
             cores = torch.stack([state.tensors[f"{name}.start_core"] for name in names])
-            set_start(group, (state.tensors[start_key(A)], state.tensors[start_key(B)], cores))
+            start = Start(state.tensors[start_key(A)], state.tensors[start_key(B)], cores)
+            set_start(group, start)
     for key, tensor in model_tensors.items():
         copy(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)

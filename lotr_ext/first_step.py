@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,22 +20,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapted import layers_in
 
-__all__ = ["Check", "Step", "check_layers_are_called", "check_optimizer", "check_unmerged", "watch"]
+__all__ = ["Check", "check_layers_are_called", "check_optimizer", "check_unmerged", "watch"]
 
 
-class Step:
-    """A step that an optimizer has made. The gradients that it used are still in place."""
-
-    def __init__(self, optimizer: Optimizer):
-        self._ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-    def held(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Returns those of the parameters that the optimizer has."""
-        return [p for p in parameters if id(p) in self._ids]
-
-
-# Returns the warnings of one step, or None if this step shows nothing yet.
-Check = Callable[[nn.Module, Step], list[str] | None]
+# Receives a model and the parameters of an optimizer that has made a step, with the gradients that
+# it used still in place. Returns the warnings, or None if this step shows nothing yet.
+Check = Callable[[nn.Module, set[nn.Parameter]], list[str] | None]
 
 _checks: weakref.WeakKeyDictionary[nn.Module, list[Check]] = weakref.WeakKeyDictionary()
 _hook_is_registered = False
@@ -46,7 +36,7 @@ def watch(model: nn.Module, check: Check) -> None:
 
     Args:
         model: An adapted model. The check ends with it.
-        check: Receives the model and a `Step`. It must not refer to the model.
+        check: It must not refer to the model.
     """
     global _hook_is_registered
     checks = _checks.setdefault(model, [])
@@ -61,11 +51,11 @@ def watch(model: nn.Module, check: Check) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not _checks:
         return
-    step = Step(optimizer)
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
     # Copies, because a check that has its answer is removed.
     for model, checks in list(_checks.items()):
         for check in list(checks):
-            messages = check(model, step)
+            messages = check(model, optimized)
             if messages is None:
                 continue
             checks.remove(check)
@@ -78,16 +68,16 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 # ---- checks of every adapted model ---------------------------------------------------------------
 
 
-def check_optimizer(model: nn.Module, step: Step) -> list[str] | None:
+def check_optimizer(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
     """Warns of an optimizer that was made before the adapter, so that it has only frozen weights.
 
     An optimizer of other trained parameters, such as a head, is right.
     """
     adapter = {p for layer in layers_in(model).values() for p in layer.adapter_parameters()}
-    if step.held(adapter):
+    if adapter & optimized:
         return []
     # It may be for another model, or for a head.
-    if all(p.requires_grad for p in step.held(model.parameters())):
+    if all(p.requires_grad for p in optimized.intersection(model.parameters())):
         return None
     return [
         "none of the adapter's parameters is in this optimizer, which has parameters that "
@@ -96,11 +86,11 @@ def check_optimizer(model: nn.Module, step: Step) -> list[str] | None:
     ]
 
 
-def check_layers_are_called(model: nn.Module, step: Step) -> list[str] | None:
+def check_layers_are_called(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
     """Warns of layers that no forward has called: their cores have no gradient, others have one."""
     is_called: dict[str, bool] = {}
     for name, layer in layers_in(model).items():
-        cores = step.held(p for p in layer.core_parameters() if p.requires_grad)
+        cores = [p for p in layer.core_parameters() if p.requires_grad and p in optimized]
         # A core has a gradient as soon as a forward and a backward have passed its layer.
         if cores:
             is_called[name] = any(p.grad is not None for p in cores)
@@ -116,14 +106,14 @@ def check_layers_are_called(model: nn.Module, step: Step) -> list[str] | None:
     ]
 
 
-def check_unmerged(model: nn.Module, step: Step) -> list[str] | None:
+def check_unmerged(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
     """Warns of training after `merge`: a merged layer runs without its adapter."""
     merged = {name: layer for name, layer in layers_in(model).items() if layer.merged}
     if not merged:
         return []
     for name, layer in merged.items():
-        trained = [p for p in layer.adapter_parameters() if p.requires_grad]
-        if step.held(trained):
+        trained = {p for p in layer.adapter_parameters() if p.requires_grad}
+        if trained & optimized:
             return [
                 f"the adapter is merged into the weights, so that it gets no gradient, such as in "
                 f"{name!r}. Call unmerge(model) before training."

@@ -40,7 +40,7 @@ def report() -> list[str]:
         f"lotr_ext   {__version__} (extension {build['version']}, "
         f"for torch >= {build['torch_target']})",
         f"python     {platform.python_version()} on {platform.platform()}",
-        f"torch      {torch.__version__}, CUDA {torch_cuda}, {torch.get_num_threads()} threads",
+        f"torch      {torch.__version__}, CUDA {torch_cuda}, threads: {torch.get_num_threads()}",
         f"libraries  {_library_versions()}",
         f"CPU        kernels for {build['cpu']['isa']}",
         *cuda_lines,
@@ -122,7 +122,7 @@ def plans(m: int, k: int, n: int, r: int) -> list[str]:
         "expand_add": (m, n),
         "shrink_grad": (m, n),
         "factor_grad": (m, k),
-        "fold_grad": (1, n),
+        "fold_grad": (1, n),  # it reads no tokens
     }
     return [
         torch.ops.lotr.cuda_plans(kernel, *sizes, r, device)

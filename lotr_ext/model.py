@@ -1,4 +1,4 @@
-"""Adapters in whole models: apply_lotr, disabled, init_from_gradient and unload.
+"""Adapts a model, and takes the adapter off: apply_lotr, disabled, init_from_gradient, unload.
 
 After `apply_lotr(model, config)`, every targeted layer is a `LoTRLayer` in its old place, with its
 old state_dict keys and `core`. The model registers each A and B once (adapted.py), the layers only
@@ -141,7 +141,7 @@ def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
     all_factors: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
         layers = _adapt_group(model, group, targets, all_factors, config)
@@ -173,7 +173,7 @@ def _adapt_group(
     all_factors: MutableMapping[str, LoTRFactor],
     config: LoTRConfig,
 ) -> list[LoTRLayer]:
-    """Adapts the layers of one group, whose factors may be new in all_factors."""
+    """Adapts the layers of one group. Adds its factors to all_factors if they are new."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lotr_ext: rank")  # `_warn_of_rank` warns once instead
         factors = pair_of(
@@ -184,7 +184,7 @@ def _adapt_group(
             device=compute_device(targets[0].module),
             dtype=config.adapter_dtype,
         )
-    return [_replace(model, target, factors, config) for target in targets]
+    return [_adapt_target(model, target, factors, config) for target in targets]
 
 
 def _warn_of_rank(config: LoTRConfig, factors: Mapping[str, LoTRFactor]) -> None:
@@ -223,7 +223,8 @@ def pair_of(
         init = "kaiming"  # the cheapest: `set_start` overwrites the values
     pair = []
     for part, features, rank in zip("AB", sizes, config.ranks):
-        name = f"{part}_{features if config.group_by == 'width' else group}"
+        owner = features if config.group_by == "width" else group
+        name = f"{part}_{owner}"
         if name not in factors:
             factors[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
             if part == "B" and config.core_init == "identity":
@@ -232,18 +233,17 @@ def pair_of(
     return LoTRFactors.of(*pair)
 
 
-def _replace(
+def _adapt_target(
     model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig
 ) -> LoTRLayer:
-    """Puts the adapted layer into all places of a target."""
+    """Puts an adapted layer, with its first core, into all places of a target."""
     settings = {"scaling": config.s, "dropout": config.dropout}
     if target.parameter is not None:
         layer = adapt_parameter(target.module, target.parameter, factors, **settings)
     else:
         layer = adapt(target.module, factors, **settings)
         for name in target.names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
     layer.leave_factors_to_owner()
     # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
     device = compute_device(target.module)
@@ -320,30 +320,28 @@ def _svd_start(targets: Sequence[Target], config: LoTRConfig) -> Start:
 
 
 @torch.no_grad()
-def set_start(layers: Sequence[LoTRLayer], start: tuple[Tensor, Tensor, Tensor]) -> None:
+def set_start(layers: Sequence[LoTRLayer], start: Start) -> None:
     """Starts the layers of a group at A, B and cores, which are subtracted from their weights.
 
     Args:
         layers: All layers of the group. They have no start, see `clear_start`.
-        start: As a `Start`.
+        start: Where they start.
     """
-    A_start, B_start, cores = start
-    for factor, value in ((layers[0].factors.A, A_start), (layers[0].factors.B, B_start)):
+    A = layers[0].factors.A
+    B = layers[0].factors.B
+    for factor, value in ((A, start.A), (B, start.B)):
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
-    for layer, core in zip(layers, cores):
+    for layer, core in zip(layers, start.cores):
         layer.start_core = core.to(layer.core)
         layer.core.copy_(layer.start_core)
         weight = layer._weight_to_write("init")
-        factors = layer.factors
-        start_delta = fallback.delta_weight(
-            factors.A.start, factors.B.start, layer.start_core, layer.scaling
-        )
-        weight.copy_(plus(weight, -start_delta))
+        delta = fallback.delta_weight(A.start, B.start, layer.start_core, layer.scaling)
+        weight.copy_(plus(weight, -delta))
 
 
 def clear_start(layers: Sequence[LoTRLayer]) -> None:
-    """Undoes `set_start`: the weights are those of the base again. A, B and cores keep values."""
+    """Undoes `set_start`: restores the base's weights. A, B and the cores keep their values."""
     for layer in layers:
         layer.give_start_back()
     layers[0].factors.A.start = None
@@ -425,8 +423,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
     Args:
         model: An adapted model.
-        merge: Whether to merge the adapter into the weights. Otherwise they are those of the base
-            (with init "svd" up to one rounding).
+        merge: Whether to merge the adapter into the weights. Otherwise the layers get the base's
+            weights (with init "svd" up to one rounding).
         dequantize: As for `merge`.
 
     Returns:
@@ -452,7 +450,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
 
 
 def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
-    """The part of `unload` that cannot fail."""
+    """Puts the plain layers back: the part of `unload` that cannot fail."""
     # By id, because one layer may have several names.
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
@@ -461,7 +459,6 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
         return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, bases[id(layer)])
+            model.set_submodule(name, bases[id(layer)])
     detach_all(model)
     return model

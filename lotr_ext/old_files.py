@@ -1,4 +1,4 @@
-"""Adapters that older versions saved: a JSON file beside a safetensors file.
+"""Adapters that older versions saved: a JSON file next to a safetensors file.
 
     lotr_adapter.json                   format, version, configuration, layers, and the name and
                                         checksum of the other file
@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path: The JSON file.
 
     Returns:
-        The document of the present version, unchecked, and the tensors, whose checksum is right.
+        The document of the present version, unchecked, and the tensors, with a right checksum.
 
     Raises:
         TypeError, ValueError: If the files are damaged. The message names the file.
@@ -70,7 +70,7 @@ def remove(directory: Path) -> None:
 
 
 def start_key(key: str) -> str:
-    """Returns the name of a factor's start. In version 1 one module had those of A and B."""
+    """Returns the name of a factor's start. In version 1 one module had the starts of A and B."""
     owner, _, name = key.rpartition(".")
     return f"{owner}.start" if name == "value" else f"{owner}.start_{name}"
 

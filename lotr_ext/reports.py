@@ -153,6 +153,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         RuntimeError: If the model has no adapter.
     """
     layers = adapted_layers(model).values()
+    # Without the tasks of a bank, which `parts` lists as a module.
     adapter = {parameter: part for layer in layers for part, parameter in layer.parts()}
     other_modules = []
     for name, parameter in model.named_parameters():

@@ -115,7 +115,7 @@ def _copy(target: Tensor, value: Tensor) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Takes a model out of DistributedDataParallel, torch.compile and DeepSpeed's engine."""
-    return files.unwrapped(model, imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
+    return files.unwrap(model, imported_class("deepspeed.runtime.engine", "DeepSpeedEngine"))[0]
 
 
 def _reshard(model: nn.Module) -> None:

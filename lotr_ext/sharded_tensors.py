@@ -4,7 +4,7 @@ A process holds only its shard of such a tensor. This file recognizes them, gath
 writes full values into them. It imports neither package: a class that was never imported has no
 instances.
 
-Not here: whole models in several processes (sharded.py).
+Not here: models in several processes (sharded.py).
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def copy_full(target: Tensor, value: Tensor) -> None:
 def full_tensors_in(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the sharded parameters of a module are replaced by full tensors.
 
-    The module's forward then computes full tensors. Outside a forward of the whole model nothing
-    else gathers them.
+    The module's forward then computes full tensors. Outside a forward of the model nothing else
+    gathers them.
 
     Args:
         gather: Returns the full tensor of a sharded one.

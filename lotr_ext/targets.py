@@ -27,10 +27,10 @@ from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 __all__ = [
     "Selection",
     "Target",
-    "check_layer",
     "check_targets",
     "group_of",
     "heads",
+    "linear_target",
     "modules_with_names",
     "name_ends_with",
     "parameter_name",
@@ -81,13 +81,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a configuration means in a model.
+    """What a configuration selects in a model.
 
     Attributes:
         targets: The layers to be adapted, in the model's order.
         saved: The modules that are fully trained, by name.
         left_out: The names of the layers that target_modules matches and that are not adapted, by
-            reason.
+            the reason.
     """
 
     targets: list[Target]
@@ -115,8 +115,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     _check_patterns(model, config, [name for _, names in modules for name in names])
     saved = saved_modules(model, config)
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
-    left_out: dict[str, list[str]] = {}
-    targets = _linear_targets(model, config, modules, inside_saved, left_out)
+    targets, left_out = _linear_targets(model, config, modules, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
     if not targets:
         raise _nothing_to_adapt(model, config, left_out)
@@ -164,47 +163,48 @@ def _linear_targets(
     config: LoTRConfig,
     modules: Sequence[tuple[nn.Module, list[str]]],
     inside_saved: set[int],
-    left_out: dict[str, list[str]],
-) -> list[Target]:
-    """Returns the linear layers that config adapts, and adds the others that it names to left_out.
+) -> tuple[list[Target], dict[str, list[str]]]:
+    """Returns the linear layers that config adapts, and those that it leaves out.
 
     Args:
         model: The model.
         config: The configuration.
         modules: From `modules_with_names`.
         inside_saved: The ids of modules in modules_to_save.
-        left_out: Names by reason.
+
+    Returns:
+        The targets, and as `Selection.left_out` the names of the others by the reason.
     """
     tied = tied_names(model)
     outputs = output_layers(model) if config.everything else {}
     targets = []
+    left_out: dict[str, list[str]] = {}
     for module, names in modules:
-        name = names[0]
-        # "all-linear" means no parameter, but whoever adapts a mixture should learn of its experts.
-        if config.everything and any(
-            expert_obstacle(module, p) is None for p in module._parameters
-        ):
-            reason = "3-D parameters of experts: name them in target_parameters"
-            left_out.setdefault(reason, []).append(name)
-        if not _is_wanted(module, names, config):
+        # "all-linear" selects no parameter, but whoever adapts a mixture should learn of its
+        # experts.
+        has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
+        if config.everything and has_experts:
+            experts = "3-D parameters of experts: name them in target_parameters"
+            left_out.setdefault(experts, []).append(names[0])
+        if not _is_selected(module, names, config):
             continue
-        reason = why_not_adapted(model, module, names, tied)
+        no_effect = why_not_adapted(model, module, names, tied)
+        reason = None
         if id(module) in inside_saved:
-            left_out.setdefault("fully trained: modules_to_save", []).append(name)
-        elif any(_matches(n, config.exclude_modules) for n in names):
-            left_out.setdefault("exclude_modules", []).append(name)
-        elif config.everything and (reason or id(module) in outputs):
-            left_out.setdefault(reason or outputs[id(module)], []).append(name)
+            reason = "fully trained: modules_to_save"
+        elif any(_matches(name, config.exclude_modules) for name in names):
+            reason = "exclude_modules"
+        elif config.everything:
+            reason = no_effect or outputs.get(id(module))
+        if reason is None:
+            targets.append(linear_target(names, module, no_effect, config.group_by))
         else:
-            sizes = features(module)
-            check_layer(name, module, sizes, reason)
-            group = group_of(name, module, sizes, config.group_by)
-            targets.append(Target(tuple(names), module, sizes, group))
-    return targets
+            left_out.setdefault(reason, []).append(names[0])
+    return targets, left_out
 
 
-def _is_wanted(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
-    """Whether target_modules means a module."""
+def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
+    """Whether target_modules selects a module."""
     if config.everything:
         return _is_linear(module)
     if isinstance(config.target_modules, str) and features(module) is None:
@@ -213,9 +213,9 @@ def _is_wanted(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> b
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means a module.
+    """Whether "all-linear" selects a module.
 
-    It also means a quantized layer that is not an nn.Linear, such as HQQ's.
+    It also selects a quantized layer that is not an nn.Linear, such as HQQ's.
     """
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
@@ -225,7 +225,7 @@ def _is_linear(module: nn.Module) -> bool:
 def why_not_adapted(
     model: nn.Module, module: nn.Module, names: Sequence[str], tied: Mapping[int, list[str]]
 ) -> str | None:
-    """Returns why an adapter in a layer would be wrong or have no effect, None if nothing is known.
+    """Returns why an adapter of a layer would be wrong or have no effect, None if it has one.
 
     Args:
         model: The model.
@@ -266,32 +266,38 @@ def _returns_rows(module: nn.Linear) -> bool:
     return isinstance(y, Tensor) and y.shape == (1, module.out_features)
 
 
-def check_layer(
-    name: str, module: nn.Module, sizes: tuple[int, int] | None, reason: str | None
-) -> None:
-    """Checks that a layer can be adapted.
+def linear_target(
+    names: Sequence[str], module: nn.Module, no_effect: str | None, group_by: GroupBy
+) -> Target:
+    """Returns the target for a linear layer.
 
     Args:
-        name: Its name, for the message.
+        names: All its names in the model.
         module: The layer.
-        sizes: (in_features, out_features), None for a module that has none.
-        reason: From `why_not_adapted`.
+        no_effect: From `why_not_adapted`.
+        group_by: As in the configuration.
+
+    Raises:
+        TypeError, ValueError: If the layer cannot be adapted.
     """
+    name = names[0]
+    sizes = features(module)
     if sizes is None:
         raise TypeError(
             f"target_modules: expected nn.Linear, Conv1D or a module with in_features and "
             f"out_features, got {name!r} ({type(module).__name__})"
         )
-    if reason is not None:
+    if no_effect is not None:
         raise ValueError(
             f"target_modules: expected layers in which an adapter has an effect, got {name!r}: "
-            f"{reason}"
+            f"{no_effect}"
         )
     if is_dtensor(getattr(module, "weight", None)):
         raise TypeError(
             f"target_modules: expected full (unsharded) weights, got a DTensor in {name!r}. Tensor "
             f"parallel layers are not supported: adapt the full model, or leave this layer out."
         )
+    return Target(tuple(names), module, sizes, group_of(name, module, sizes, group_by))
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
@@ -496,11 +502,9 @@ def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]
             continue
         names = parameters if field == "target_parameters" else modules
         is_expression = isinstance(value, str)
-        if is_expression:
-            patterns = {value: value}
-        else:
-            patterns = {ending: [ending] for ending in value or ()}
-        for text, pattern in patterns.items():
+        texts = (value,) if is_expression else value or ()
+        for text in texts:
+            pattern = text if is_expression else [text]
             if not any(_matches(name, pattern) for name in names):
                 hint = _hint(model, text, names, is_expression=is_expression)
                 raise ValueError(
@@ -576,7 +580,7 @@ def check_targets(targets: Sequence[Target], config: LoTRConfig) -> None:
 
 
 def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) -> str:
-    """Returns the group of a layer, whose layers share A and B.
+    """Returns the group of a layer. The layers of a group share A and B.
 
     Args:
         name: The layer's name.

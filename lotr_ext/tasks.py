@@ -30,7 +30,7 @@ from .adapted import Attachment, adapted_layers, attach, expect_unmerged, layers
 from .checks import check_dimension, check_index
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
-from .first_step import Step, watch
+from .first_step import watch
 from .layers import LoTRLayer
 from .storage import checked_path
 from .task_files import TaskFormat, factors_in_order
@@ -344,7 +344,7 @@ def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> boo
     )
 
 
-def _check_that_tasks_are_used(model: nn.Module, step: Step) -> list[str] | None:
+def _check_that_tasks_are_used(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
     """Warns if an optimizer has the tasks of a bank, but no forward has used them.
 
     A `first_step.Check`.
@@ -352,7 +352,7 @@ def _check_that_tasks_are_used(model: nn.Module, step: Step) -> list[str] | None
     bank = getattr(model, "lotr_tasks", None)
     if bank is None:
         return []
-    cores = step.held(cores for cores in bank.cores if cores.requires_grad)
+    cores = {cores for cores in bank.cores if cores.requires_grad} & optimized
     if any(parameter.grad is not None for parameter in cores):
         return []
     adapter = (p for layer in layers_in(model).values() for p in layer.adapter_parameters())

@@ -47,7 +47,7 @@ DESELECTED = "not instruction and not libraries"  # tests that start the suite a
 TESTS = {
     "lotr_ext/core/dispatch.py": ("layers", "programs", "tasks", "compile", "frames", "experts"),
     "lotr_ext/core/request.py": ("layers", "tasks", "experts"),
-    "lotr_ext/core/fallback.py": ("layers", "merging", "bad_input", "experts"),
+    "lotr_ext/core/fallback.py": ("operators", "layers", "merging", "bad_input", "experts"),
     "lotr_ext/core/operators.py": ("operators", "layers", "compile", "bad_input"),
     "lotr_ext/core/kernel_support.py": ("operators", "info"),
     "lotr_ext/core/grouped.py": ("experts",),

@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before PEFT reads it: tests of t
 import peft
 
 from lotr_ext import peft as ours
-from lotr_ext.peft.layer import LoTRPeftCore
+from lotr_ext.peft.layer import LoTRPeftAdapter
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / f"peft-{peft.__version__}"
 FILES = ("test_custom_models.py", "test_config.py")
@@ -113,10 +113,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 def pytest_configure() -> None:
-    init = LoTRPeftCore.__init__
+    init = LoTRPeftAdapter.__init__
 
     def started(
-        self: LoTRPeftCore,
+        self: LoTRPeftAdapter,
         factors: Any,
         config: ours.LoTRPeftConfig,
         form: torch.nn.Module | None = None,
@@ -128,7 +128,7 @@ def pytest_configure() -> None:
             if part == "core" and not parameter.is_meta:
                 torch.nn.init.normal_(parameter, std=0.3)
 
-    LoTRPeftCore.__init__ = started
+    LoTRPeftAdapter.__init__ = started
 
 
 def tests() -> Path:

@@ -41,7 +41,8 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from lotr_ext import reference
-from lotr_ext.core import kernel_support
+from lotr_ext.core import fallback, kernel_support
+from lotr_ext.core.call import RowChoice
 from lotr_ext.core.kernel_support import trial_obstacle
 
 ops = torch.ops.lotr
@@ -176,10 +177,13 @@ def row_core(c: Case) -> Iterator[Check]:
     u, cores = c.w(c.u, c.cores)
     for choice, index, tokens in rows_of(c):
         h = ops.row_core(c.u, c.cores, *choice, S)
+        h_of_fallback = fallback.row_core(c.u, c.cores, S, RowChoice(*choice))
         core_rows = cores[index.clamp(min=0)] * (index >= 0).double()[:, None, None]
         u_rows = u[tokens].unsqueeze(1)
         truth = (S * u_rows @ core_rows).squeeze(1)
-        yield "h", h, truth, (S * u_rows.abs() @ core_rows.abs()).squeeze(1), 1
+        size = (S * u_rows.abs() @ core_rows.abs()).squeeze(1)
+        yield "h", h, truth, size, 1
+        yield "h of the fallback", h_of_fallback, truth, size, 1
 
 
 def row_core_backward(c: Case) -> Iterator[Check]:

@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--hosts": {
             "choices": HOSTS,
-            "help": "the model type, if a server has its own names for its experts",
+            "help": "the model type, if a server has special names for its experts",
         },
         "--base-model": {"help": "the base model's path, for base_model_name_or_path"},
     },

@@ -33,7 +33,6 @@ from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
     Conversion,
     ConvertedLayer,
-    conversion,
     groups_of,
     lost,
     tucker2_of_loras,
@@ -169,22 +168,23 @@ def _share_of(rank: object) -> float | None:
 
 
 def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list[str]]) -> int:
-    """Returns the smallest rank whose pairs keep this share of the LoRAs' squared norms.
+    """Returns the smallest rank at which pairs keep this share of the LoRAs' squared norms.
 
     The pairs of rank r are the first r columns of the largest ones here, before HOOI improves them.
     """
-    captured: list[Tensor] = []  # by each group: squared, by rank from 1 on
+    squares: list[Tensor] = []  # of each group: the squared norm that its pair keeps, by rank
     for layers in groups:
         loras = list(collection.of_layers(layers).values())
         if loras:
             full = min(sum(lora.rank for lora in loras), max(loras[0].sizes))
             _, _, cores = tucker2_of_loras(loras, (full, full))
-            captured.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
-    most = max(map(len, captured), default=1)
-    # A group of fewer ranks captures no more than with its largest.
-    kept = [sum(float(of_group[:rank][-1]) for of_group in captured) for rank in range(1, most + 1)]
-    least = (share - 1e-9) * kept[-1]  # 1e-9: rounding of sums
-    return next(rank for rank, square in enumerate(kept, 1) if square >= least)
+            squares.append(cores.square().sum(0).cumsum(0).cumsum(1).diagonal())
+    kept = torch.zeros(max(map(len, squares), default=1), dtype=torch.float64)  # by all groups
+    for square in squares:
+        kept[: len(square)] += square
+        kept[len(square) :] += square[-1]  # past its largest rank, a group keeps no more
+    is_enough = kept >= (share - 1e-9) * kept[-1]  # 1e-9: rounding of sums
+    return int(is_enough.nonzero()[0]) + 1
 
 
 def _write(
@@ -238,15 +238,15 @@ def _factorized(
     """
     converted = {}
     captured = dict.fromkeys(collection.folders, 0.0)
-    order = list(collection.folders)
+    places = {name: place for place, name in enumerate(collection.folders)}
     for group, layers in groups.items():
         loras = collection.of_layers(layers)
         A, B, normalized = tucker2_of_loras(list(loras.values()), config.ranks)
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
             unscaled = collection.norms[name] / (START**2 * config.s) * core
-            cores[layer][order.index(name)] = unscaled.to(config.adapter_dtype)
+            cores[layer][places[name]] = unscaled.to(config.adapter_dtype)
         for layer in layers:
             zero = torch.zeros(config.ranks)
             converted[layer] = ConvertedLayer(START * A, START * B, zero, group)
-    return conversion(config, converted, {}, {}), captured
+    return Conversion.of(config, converted, {}, {}), captured

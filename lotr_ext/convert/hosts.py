@@ -70,17 +70,18 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
 # ---- one function per form: the factors of one module by what follows the module's name ----------
 
 
-def _for_peft(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _peft(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
     pairs = {}
     name = ""
+    # PEFT wraps the module once per parameter, so the last parameter is in the outermost wrapper.
     for layer in reversed(parameters.values()):
-        A, B = _for_each_expert(layer)
+        A, B = _expanded(layer)
         pairs[name] = (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
         name += ".base_layer"
     return pairs
 
 
-def _for_vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
     pairs = {}
     for parameter, layer in parameters.items():
         if parameter not in ("gate_up_proj", "down_proj"):
@@ -94,23 +95,23 @@ def _for_vllm_shared(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Fa
     return pairs
 
 
-def _for_every_expert(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
+def _per_expert(parameters: Mapping[str, LoRA], host: Host) -> dict[str, Factors]:
     pairs = {}
     for parameter, layer in parameters.items():
-        for index, factors in enumerate(zip(*_for_each_expert(layer), strict=True)):
+        for index, factors in enumerate(zip(*_expanded(layer), strict=True)):
             split = _projections(parameter, factors, host.projections, host.interleaved)
             pairs |= {f".{index}{name}": pair for name, pair in split.items()}
     return pairs
 
 
 EXPERT_FORMS = {
-    "peft": _for_peft,
-    "vllm-shared": _for_vllm_shared,
-    "per-expert": _for_every_expert,
+    "peft": _peft,
+    "vllm-shared": _vllm_shared,
+    "per-expert": _per_expert,
 }
 
 
-def _for_each_expert(layer: LoRA) -> Factors:
+def _expanded(layer: LoRA) -> Factors:
     """Returns A [e, r, k] and B [e, n, r], also if all experts share one of them."""
     return layer.A.expand(layer.experts, -1, -1), layer.B.expand(layer.experts, -1, -1)
 

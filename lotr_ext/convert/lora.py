@@ -80,6 +80,7 @@ class LoRA:
 
 
 def _upper(matrix: Tensor) -> Tensor:
+    """Returns R [c, c] of matrix = Q R. As Q is orthonormal, it has the norms of the matrix."""
     return torch.linalg.qr(matrix, mode="r").R
 
 

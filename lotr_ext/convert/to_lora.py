@@ -25,9 +25,9 @@ from torch.nn.functional import pad
 from ..adapted import layers_in
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
-from ..config import TASKS, LoTRConfig
+from ..config import TASKS, LoTRConfig, check_choice
 from ..core.operators import accumulate_dtype
-from ..files import state_of, unwrapped, warn_of_unsaved
+from ..files import state_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
 from ..storage import checked_path
@@ -72,16 +72,15 @@ def export_lora(
         TypeError, ValueError: As `save_adapter` and `lotr_to_lora`.
     """
     path = checked_path(directory, "directory")
-    inner, writes = unwrapped(model)
+    inner, writes = unwrap(model)
     adapter = state_of(inner)
     if task is None:
         warn_of_unsaved(inner)
     else:
         adapter = replace(adapter, tensors=adapter.tensors | bank_of(inner).cores_of(task))
-    model_config = getattr(inner, "config", None)
-    model_type = getattr(model_config, "model_type", None)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
     conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
-    options.setdefault("base_model", getattr(model_config, "_name_or_path", None))
+    options.setdefault("base_model", adapter.base.name)
     options.setdefault("fan_in_fan_out", conv1d)
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
         options.setdefault("hosts", model_type)
@@ -113,7 +112,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
         experts: The form of adapted experts: "peft", or for servers "vllm-shared" or "per-expert",
             which PEFT does not read. An exported adapter with experts has no dropout, because PEFT
             has none for them.
-        hosts: A model type in `HOSTS`, such as "mixtral", whose servers have other names.
+        hosts: A model type in `HOSTS`, such as "mixtral", for which servers have other names.
         base_model: Where the base model is, for base_model_name_or_path. PEFT's AutoPeftModel and
             vLLM's resolver of folders read it.
         fan_in_fan_out: For the configuration. PEFT corrects a wrong value, with a warning.
@@ -133,7 +132,7 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
     adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
     if by_peft and path.resolve() == folder.resolve():
         raise ValueError(
-            f"directory: expected another one than source, whose files have the same names, "
+            f"directory: expected another one than source, because the files have the same names, "
             f"got {path}"
         )
     return _write_lora(path, adapter, **options)
@@ -201,24 +200,21 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     """
     layers = {}
     for name, entry in adapter.layers.items():
-        if not entry.experts:
-            layers[name] = _layer_of(adapter, name)
-            continue
-        parameter = parameter_name(name)
-        side = None
-        if form == "vllm-shared":
-            # The factor on the side of the intermediate size has the dimension of experts.
-            side = "A" if parameter.endswith("down_proj") else "B"
-        layers[parameter] = _layer_of(adapter, name, side)
+        target = parameter_name(name) if entry.experts else name
+        layers[target] = _layer_of(adapter, name, form)
     rank = max(layer.rank for layer in layers.values())
     return {name: _with_rank(layer, rank) for name, layer in layers.items()}
 
 
-def _layer_of(adapter: AdapterState, name: str, side: str | None = None) -> LoRA:
-    """Returns one layer of a saved adapter. side: as for `_as_lora`."""
+def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
+    """Returns one layer of a saved adapter, in a form of experts for a layer of experts."""
     entry = adapter.layers[name]
     tensors = adapter.tensors
     core = tensors[f"{name}.core"]
+    side = None
+    if entry.experts and form == "vllm-shared":
+        # The factor on the side of the intermediate size has the dimension of experts.
+        side = "A" if name.endswith("down_proj") else "B"
     A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, side)
     if start_key(entry.A) in tensors:
         # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
@@ -241,11 +237,6 @@ def _with_rank(layer: LoRA, rank: int) -> LoRA:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def _check_one_of(name: str, value: str | None, choices: Iterable[str]) -> None:
-    if value is not None and value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def _write_lora(
     directory: Path,
     adapter: AdapterState,
@@ -256,9 +247,9 @@ def _write_lora(
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> dict[str, LoRA]:
-    _check_one_of("experts", experts, EXPERT_FORMS)
-    _check_one_of("task_type", task_type, TASKS)
-    _check_one_of("hosts", hosts, HOSTS)
+    check_choice("experts", experts, EXPERT_FORMS)
+    check_choice("task_type", task_type, (*TASKS, None))
+    check_choice("hosts", hosts, (*HOSTS, None))
     layers = _lora_of(adapter, experts)
     linear = {name: layer for name, layer in layers.items() if not layer.experts}
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
@@ -313,7 +304,7 @@ def _target_modules(
 
 
 def _outermost(modules: Iterable[str]) -> list[str]:
-    """Returns the modules that are not inside another one."""
+    """Returns the modules that are not inside another one, which saves them with it."""
     return sorted(
         name for name in modules if not any(name.startswith(f"{other}.") for other in modules)
     )

@@ -17,12 +17,21 @@ from ..checks import check_dtype, check_number, check_rank
 from ..config import LoTRConfig
 from ..init import START, tucker2_of
 from ..storage import checked_path
-from ..targets import group_of
+from ..targets import Target, check_targets, group_of
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
 __all__ = ["Conversion", "lora_to_lotr", "original_to_lotr"]
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
+
+
+class ConvertedLayer(NamedTuple):
+    """A layer with the factors of its group."""
+
+    A: Tensor  # [K, r_in]
+    B: Tensor  # [N, r_out]
+    core: Tensor  # [r_in, r_out]
+    group: str
 
 
 @dataclass(frozen=True)
@@ -55,43 +64,32 @@ class Conversion:
         """
         self.adapter.write(checked_path(directory, "directory"))
 
+    @staticmethod
+    def of(
+        config: LoTRConfig,
+        layers: Mapping[str, ConvertedLayer],
+        saved: Mapping[str, Tensor],
+        errors: dict[str, float],
+    ) -> Conversion:
+        """Returns the adapter of converted layers.
 
-class ConvertedLayer(NamedTuple):
-    A: Tensor  # [K, r_in]
-    B: Tensor  # [N, r_out]
-    core: Tensor  # [r_in, r_out]
-    group: str
-
-
-def conversion(
-    config: LoTRConfig,
-    layers: Mapping[str, ConvertedLayer],
-    saved: Mapping[str, Tensor],
-    errors: dict[str, float],
-) -> Conversion:
-    """Returns the adapter of converted layers.
-
-    Args:
-        config: The configuration of the adapter.
-        layers: By name. Layers of one group have the same A and B.
-        saved: The tensors of modules_to_save by name.
-        errors: The error of each layer.
-    """
-    entries = {}
-    tensors = {}
-    for name, layer in layers.items():
-        A, B = factor_keys(layer.group)
-        entries[name] = LayerEntry(A, B, config.s, config.dropout)
-        tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
-    cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
-    modules = tuple(modules_of(saved, config.modules_to_save))
-    adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
-    return Conversion(adapter, errors)
-
-
-def factor_keys(group: str) -> tuple[str, str]:
-    """Returns the names of a group's A and B in the file."""
-    return f"lotr_factors.{group}.A", f"lotr_factors.{group}.B"
+        Args:
+            config: The configuration of the adapter.
+            layers: By name. Layers of one group have the same A and B.
+            saved: The tensors of modules_to_save by name.
+            errors: The error of each layer.
+        """
+        entries = {}
+        tensors = {}
+        for name, layer in layers.items():
+            A = f"lotr_factors.{layer.group}.A"
+            B = f"lotr_factors.{layer.group}.B"
+            entries[name] = LayerEntry(A, B, config.s, config.dropout)
+            tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
+        cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
+        modules = tuple(modules_of(saved, config.modules_to_save))
+        adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
+        return Conversion(adapter, errors)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -145,7 +143,7 @@ def lora_to_lotr(
             errors[name] = lost(float(core.norm()), layers[name].norm)
             scaled = core / (START**2 * config.s)
             converted[name] = ConvertedLayer(START * A, START * B, scaled, group)
-    return conversion(config, converted, saved, errors)
+    return Conversion.of(config, converted, saved, errors)
 
 
 def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[str, list[str]]:
@@ -160,19 +158,17 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
     group_by = config.group_by
     if not isinstance(group_by, dict) and group_by not in GROUPS_OF_ONE_SHAPE:
         raise ValueError(
-            f"group_by: expected {', '.join(GROUPS_OF_ONE_SHAPE)} or a mapping, got {group_by!r}, "
-            f"whose pairs have several shapes"
+            f"group_by: expected {', '.join(GROUPS_OF_ONE_SHAPE)} or a mapping, with one shape per "
+            f"pair, got {group_by!r}"
         )
+    layer = nn.Identity()  # no model is needed, so there are no layers
+    targets = []
     groups: dict[str, list[str]] = {}
     for name, shape in sizes.items():
-        group = group_of(name, nn.Identity(), shape, group_by)
+        group = group_of(name, layer, shape, group_by)
+        targets.append(Target((name,), layer, shape, group))
         groups.setdefault(group, []).append(name)
-    for group, names in groups.items():
-        shapes = {sizes[name] for name in names}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"group_by: expected layers of one shape in group {group!r}, got {sorted(shapes)}"
-            )
+    check_targets(targets, config)
     return groups
 
 
@@ -288,13 +284,13 @@ def original_to_lotr(
         init="normal",
     )
     saved = {key: state[key] for key in state if modules_of([key], modules_to_save)}
-    return conversion(config, layers, saved, dict.fromkeys(layers, 0.0))
+    return Conversion.of(config, layers, saved, dict.fromkeys(layers, 0.0))
 
 
 def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, ConvertedLayer]:
     """Returns the layers by name. Layers with equal factors share a group."""
     layers: dict[str, ConvertedLayer] = {}
-    groups: dict[str, ConvertedLayer] = {}  # a layer of each
+    groups: dict[str, ConvertedLayer] = {}  # the first layer of each
     for name, tensors in parts.items():
         missing = [part for part in ORIGINAL_PARTS if part not in tensors]
         if missing:
@@ -302,7 +298,8 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
                 f"{name}: expected lotr.lhs, .mid and .rhs, got none of {', '.join(missing)}"
             )
         lhs, mid, rhs = (tensors[part] for part in ORIGINAL_PARTS)
-        if not _fits(lhs, mid, rhs):
+        are_matrices = all(tensors[part].dim() == 2 for part in ORIGINAL_PARTS)
+        if not are_matrices or not rhs.shape[1] == len(mid) == mid.shape[1] == len(lhs):
             shapes = ", ".join(f"{part} {tuple(tensors[part].shape)}" for part in ORIGINAL_PARTS)
             raise ValueError(
                 f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}"
@@ -316,9 +313,3 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
         layers[name] = ConvertedLayer(rhs, B, mid, group)
         groups.setdefault(group, layers[name])
     return layers
-
-
-def _fits(lhs: Tensor, mid: Tensor, rhs: Tensor) -> bool:
-    if any(tensor.dim() != 2 for tensor in (lhs, mid, rhs)):
-        return False
-    return rhs.shape[1] == len(mid) == mid.shape[1] == len(lhs)

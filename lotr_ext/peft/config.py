@@ -9,7 +9,7 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 
-from ..config import NOT_HERE, LoTRConfig, check_names
+from ..config import LORA_SETTINGS, LoTRConfig, check_choice, check_names
 from ..old_files import config_of_version_1
 
 __all__ = ["LOTR", "LoTRPeftConfig"]
@@ -140,9 +140,8 @@ class LoTRPeftConfig(PeftConfig):
                 'init: expected one that does not change the base weights, got "svd". Use '
                 "apply_lotr for it."
             )
-        if self.bias not in ("none", "all", "lotr_only"):
-            raise ValueError(f"bias: expected one of none, all, lotr_only, got {self.bias!r}")
-        self.train = list(self.to_lotr().train)
+        check_choice("bias", self.bias, ("none", "all", "lotr_only"))
+        self.train = list(self.to_lotr().train)  # to_lotr also checks the shared fields
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -197,6 +196,6 @@ class LoTRPeftConfig(PeftConfig):
             if value and name != "share_factors":
                 raise TypeError(
                     f"{name}: expected nothing, because this version does not have it, got "
-                    f"{value!r}. {NOT_HERE[name]}"
+                    f"{value!r}. {LORA_SETTINGS[name]}"
                 )
         return super().from_peft_type(**kwargs)

@@ -27,14 +27,14 @@ from ..layers import features, is_conv1d
 from ..wrapped import LoTRWrapped, check_mergeable, layer_class
 from .config import LoTRPeftConfig
 
-__all__ = ["LoTRPeftCore", "LoTRPeftLinear"]
+__all__ = ["LoTRPeftAdapter", "LoTRPeftLinear"]
 
 
 def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-class LoTRPeftCore(nn.Module):
+class LoTRPeftAdapter(nn.Module):
     """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
 
     Args:
@@ -58,7 +58,12 @@ class LoTRPeftCore(nn.Module):
         set_unregistered(self, "form", form)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, base_output: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        base_output: Tensor | None = None,
     ) -> Tensor:
         """Returns x W^T + bias + s ((drop(x) A) G) B^T [.., n].
 
@@ -66,9 +71,9 @@ class LoTRPeftCore(nn.Module):
 
         Args:
             x: [.., k].
-            weight: W [n, k]. None with a base_output.
+            weight: W [n, k].
             bias: [n].
-            base_output: The output of another base. It replaces x W^T + bias.
+            base_output: Takes the place of x W^T + bias. There is then no weight.
         """
         core = self.core_matrix()
         dropout = self.dropout if self.training else 0.0
@@ -95,7 +100,7 @@ class LoTRPeftCore(nn.Module):
             parameter.requires_grad_(is_trained and part in self.trained)
 
     def modules_of_parts(self) -> dict[str, nn.Module]:
-        """Returns the modules whose parameters are the parts "A", "B" and "core"."""
+        """Returns the modules that have the parameters of the parts "A", "B" and "core"."""
         core = self if self.form is None else self.form.cores
         return {"A": self.factors.A, "B": self.factors.B, "core": core}
 
@@ -106,8 +111,7 @@ class LoTRPeftCore(nn.Module):
                 yield part, parameter
 
     def extra_repr(self) -> str:
-        text = f"rank={self.factors.rank}, scaling={self.scaling:g}"
-        return f"{text}, dropout={self.dropout}" if self.dropout else text
+        return f"rank={self.factors.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
 class LoTRPeftLinear(nn.Module, BaseTunerLayer):
@@ -147,32 +151,34 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.lotr_adapter:
             return
-        core = self.lotr_adapter[adapter_name]
-        if any(parameter.is_meta for _, parameter in core.parts()):
+        adapter = self.lotr_adapter[adapter_name]
+        if any(parameter.is_meta for _, parameter in adapter.parts()):
             return
         if device is None:
             device = self.place()[0]
-        for module in core.modules_of_parts().values():
+        for module in adapter.modules_of_parts().values():
             module.to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
-        if self.disable_adapters and self.merged:
-            self.unmerge()  # as PEFT's layers do
-        if names is not None and not self.disable_adapters:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()  # as PEFT's layers do
+            return self.base_layer(x, *args, **kwargs)
+        if names is not None:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
-        cores = []
-        if not self.disable_adapters and not self.merged:
+        adapters = []
+        if not self.merged:
             active = self.active_adapters
-            cores = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
+            adapters = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
         # More arguments than x are for the base's forward, which then has to be called.
         is_plain = layer_class(self.base_layer) is not LoTRWrapped
-        if cores and is_plain and not args and not kwargs:
-            y = cores.pop(0)(x, self.weight_matrix(), self.base_layer.bias, None)
+        if adapters and is_plain and not args and not kwargs:
+            y = adapters.pop(0)(x, weight=self.weight_matrix(), bias=self.base_layer.bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        for core in cores:
-            y = core(x, None, None, y)
+        for adapter in adapters:
+            y = adapter(x, base_output=y)
         return y
 
     def _per_row(self, x: Tensor, names: Sequence[str], y: Tensor) -> Tensor:
@@ -190,7 +196,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             if name in self.lotr_adapter:
                 places = [i for i, row_name in enumerate(names) if row_name == name]
                 rows = torch.tensor(places, device=x.device)
-                y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], None, None, y[rows]))
+                y_rows = self.lotr_adapter[name](x[rows], base_output=y[rows])
+                y = y.index_copy(0, rows, y_rows)
         return y
 
     # ---- which adapters are active and trained ---------------------------------------------------
@@ -199,8 +206,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         active = _as_list(adapter_names)
-        for name, core in self.lotr_adapter.items():
-            core.set_trained(name in active and not inference_mode)
+        for name, adapter in self.lotr_adapter.items():
+            adapter.set_trained(name in active and not inference_mode)
         self._active_adapter = active
 
     def enable_adapters(self, enabled: bool) -> None:

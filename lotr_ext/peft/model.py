@@ -38,24 +38,20 @@ from torch import Tensor, nn
 
 from ..bypasses import block_bypasses, restore_bypasses
 from ..config import place_of
-from ..cores import CoreAt
-from ..factors import LoTRFactors
-from ..layers import features
 from ..model import cores_of, pair_of
 from ..sharded_tensors import is_sharded
 from ..storage import expect_names
 from ..targets import (
     Target,
-    check_layer,
     check_targets,
-    group_of,
+    linear_target,
     modules_with_names,
     tied_names,
     why_not_adapted,
 )
 from ..wrapped import check_mergeable
 from .config import LoTRPeftConfig
-from .layer import LoTRPeftCore, LoTRPeftLinear
+from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
 __all__ = ["LoTRPeftModel"]
 
@@ -87,7 +83,7 @@ class LoTRPeftModel(BaseTuner):
 
     Attributes:
         lotr_factors: The factors of each adapter, by part and group.
-        lotr_cores: The parameters of each adapter whose cores are computed.
+        lotr_cores: The parameters of each adapter with computed cores.
     """
 
     uses_shared_state: bool = True
@@ -121,7 +117,7 @@ class LoTRPeftModel(BaseTuner):
         # PEFT restores what it finds in the model. The factors are not in it.
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
-        block_bypasses(self.model, adapted=LoTRPeftLinear)
+        block_bypasses(self.model, LoTRPeftLinear)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the layers and their groups before PEFT changes the model.
@@ -138,16 +134,15 @@ class LoTRPeftModel(BaseTuner):
             return  # PEFT raises a detailed error
         check_targets(targets, peft_config.to_lotr())
         self._groups = {target.name: target.group for target in targets}
+        by_width = peft_config.group_by == "width"
         layers = []
         for target in targets:
-            groups = (target.group, target.group)
-            if peft_config.group_by == "width":
-                groups = target.sizes
-            names = [f"lotr_factors.A_{groups[0]}", f"lotr_factors.B_{groups[1]}"]
-            layers.append({"name": target.name, "factors": names})
+            A_name, B_name = target.sizes if by_width else (target.group, target.group)
+            factors = [f"lotr_factors.A_{A_name}", f"lotr_factors.B_{B_name}"]
+            layers.append({"name": target.name, "factors": factors})
+        # Computed cores depend on the order of the layers, which a loaded adapter determines.
         order = {str(entry.get("name")): i for i, entry in enumerate(peft_config.layers or ())}
         if order.keys() == self._groups.keys():
-            # A loaded adapter: the places of computed cores are in its order.
             layers.sort(key=lambda entry: order[entry["name"]])
         peft_config.layers = layers
         self._check_adapter_names()
@@ -169,24 +164,21 @@ class LoTRPeftModel(BaseTuner):
                 continue
             _check_place(module, names)
             base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
-            sizes = features(base)
-            reason = why_not_adapted(model, base, [name], tied)
-            if is_everything and reason is not None:
+            no_effect = why_not_adapted(model, base, names, tied)
+            if is_everything and no_effect is not None:
                 config.target_modules.discard(name)
-                continue
-            check_layer(name, base, sizes, reason)
-            group = group_of(name, base, sizes, config.group_by)
-            targets.append(Target((name,), base, sizes, group))
+            else:
+                targets.append(linear_target(names, base, no_effect, config.group_by))
         return targets
 
     def _check_adapter_names(self) -> None:
         """Checks the adapters' names.
 
-        PEFT leaves out of an adapter's file each tensor whose name contains the name of another
-        adapter as a part.
+        PEFT leaves a tensor out of an adapter's file if a part of the tensor's name is the name of
+        another adapter.
 
         Raises:
-            ValueError: If a name has a dot, or is that of a module or group.
+            ValueError: If a name has a dot, or is also the name of a module or group.
         """
         parts = set(self._groups.values())
         for name in (*self._groups, *self._layers()):
@@ -216,43 +208,32 @@ class LoTRPeftModel(BaseTuner):
             layer = LoTRPeftLinear(target).train(target.training)
             # PEFT's _replace_module would move the core to the device of an offloaded weight.
             setattr(parent, target_name, layer)
-        factors = self._factors_of(layer, current_key, adapter_name, peft_config)
-        form = self._form_of(factors, current_key, adapter_name, peft_config)
-        core = LoTRPeftCore(factors, peft_config, form)
-        layer.lotr_adapter[adapter_name] = core.train(layer.training)
-
-    def _factors_of(
-        self, layer: LoTRPeftLinear, name: str, adapter_name: str, peft_config: LoTRPeftConfig
-    ) -> LoTRFactors:
-        """Returns the pair of factors of a layer's group, which may be new."""
+        config = peft_config.to_lotr()
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = nn.ModuleDict()
-        sizes = (layer.in_features, layer.out_features)
         device, dtype = layer.place()
-        return pair_of(
+        factors = pair_of(
             self.lotr_factors[adapter_name],
-            self._groups[name],
-            sizes,
-            peft_config.to_lotr(),
+            self._groups[current_key],
+            (layer.in_features, layer.out_features),
+            config,
             device=device,
             dtype=dtype,
         )
-
-    def _form_of(
-        self, factors: LoTRFactors, name: str, adapter_name: str, peft_config: LoTRPeftConfig
-    ) -> CoreAt | None:
-        """Returns the module that computes a layer's core, None if the core is a parameter."""
-        if peft_config.core == "dense":
-            return None
-        if adapter_name not in self.lotr_cores:
+        # The first layer makes the parameters of all computed cores.
+        if config.core != "dense" and adapter_name not in self.lotr_cores:
             A = factors.A.value
             names = [entry["name"] for entry in peft_config.layers]
-            cores = cores_of(peft_config.to_lotr(), names, device=A.device, dtype=A.dtype)
+            cores = cores_of(config, names, device=A.device, dtype=A.dtype)
             self.lotr_cores[adapter_name] = cores
-        return self.lotr_cores[adapter_name].at(place_of(name), owned=False)
+        form = None
+        if adapter_name in self.lotr_cores:
+            form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
+        adapter = LoTRPeftAdapter(factors, peft_config, form)
+        layer.lotr_adapter[adapter_name] = adapter.train(layer.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Makes an adapter float32 if it has half precision, as PEFT does with its own."""
+        """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             return

@@ -105,12 +105,12 @@ def _check_servable(adapter: AdapterState, where: str) -> None:
         if entry.experts:
             raise ValueError(
                 f"{where}: expected adapted linear layers, got experts in {name!r}. "
-                f"lotr_ext.convert.export_lora writes them for vLLM's own LoRA."
+                f"lotr_ext.convert.export_lora writes them for vLLM's LoRA."
             )
         if start_key(entry.A) in adapter.tensors:
             raise ValueError(
                 f"{where}: expected an adapter that changes no base weight, got init 'svd' in "
-                f"{name!r}. lotr_ext.convert.export_lora writes it for vLLM's own LoRA, at twice "
+                f"{name!r}. lotr_ext.convert.export_lora writes it for vLLM's LoRA, at twice "
                 f"the rank."
             )
     if adapter.modules_to_save:
@@ -173,8 +173,6 @@ def export_task(
     cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
     task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
-    if base_model is None:
-        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -182,7 +180,7 @@ def export_task(
         "r": rank,
         "lora_alpha": rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base_model or adapter.base.name,
     }
     tensors = {name: cores[name] for name in task_format.shapes}
     put_folder(directory, TENSORS_NAME, tensors, config, task_format.metadata())

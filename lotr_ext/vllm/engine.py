@@ -127,7 +127,7 @@ def _adapt_only(names: Collection[str]) -> None:
 def _as_adapter(adapters: WorkerLoRAManager, number: int, cores: Tensor) -> LoRAModel:
     """Returns an adapter that passes the vector of all cores as lora_A to each layer with cores."""
     cores = cores.to(adapters.lora_config.lora_dtype)
-    # One rank-1 "LoRA" whose lora_A is the vector. vLLM hands it to `set_lora` of each layer.
+    # One "LoRA" of rank 1 with the vector as lora_A. vLLM hands it to `set_lora` of each layer.
     weights = LoRALayerWeights("all", 1, 1, cores, cores, scaling=1.0)
     modules = adapters._adapter_manager.modules
     names = [name for name, module in modules.items() if isinstance(module, _LayerWithCores)]
@@ -199,27 +199,34 @@ class _LayerWithCores:
         self.lora_config = lora_config
         names = self.base_layer.lotr_names
         sizes = tuple(self.output_slices if self.n_slices > 1 else (self.output_size,))
-        self.lotr_parts: list[Part | None] = []
+        self.lotr_parts: list[Part] = []
         start = 0
-        for name, size in zip(names, sizes, strict=True):
+        for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
             columns = slice(start, start + size)
-            self.lotr_parts.append(self._part(name, columns, max_loras))
             start += size
+            if name in self.lotr_factors.layers:
+                self.lotr_parts.append(self._part(name, place, columns, max_loras))
         self.output_slices = sizes
-        ranks = [1]
-        for part in self.lotr_parts:
-            if part is not None:
-                ranks += part.cores.shape[1:]
-        obstacle = kernel_obstacle(max(ranks), lora_config.lora_dtype, torch.device(self.device))
+        rank = max((max(part.cores.shape[1:]) for part in self.lotr_parts), default=1)
+        obstacle = kernel_obstacle(rank, lora_config.lora_dtype, torch.device(self.device))
         self.lotr_has_kernels = obstacle is None
-        self._stack_shapes(max_loras)
+        # vLLM's stacks of LoRAs, one per packed module. It reads only their shapes, so they have
+        # one element of memory.
+        element = torch.zeros(1, dtype=lora_config.lora_dtype, device=self.device)
+        max_rank = lora_config.max_lora_rank
+        self.lora_a_stacked = (element.expand(max_loras, 1, max_rank, 1),) * len(sizes)
+        self.lora_b_stacked = (element.expand(max_loras, 1, 1, max_rank),) * len(sizes)
 
-    def _part(self, name: str, columns: slice, slots: int) -> Part | None:
-        """Returns the part of a packed module, None if the module is not adapted."""
+    def _part(self, name: str, place: int, columns: slice, slots: int) -> Part:
+        """Returns the part of an adapted module.
+
+        Args:
+            name: Its name in the base model.
+            place: Its index among the modules of this layer.
+            columns: Its columns of the layer's output.
+            slots: The number of slots.
+        """
         factors = self.lotr_factors
-        if name not in factors.layers:
-            return None
-        place = len(self.lotr_parts)
         A_key, B_key = factors.layers[name]
         A = self._factor(A_key, "A", place)
         B = self._factor(B_key, "B", place)
@@ -233,14 +240,6 @@ class _LayerWithCores:
         dtype = self.lora_config.lora_dtype
         cores = torch.zeros(slots, *shape, dtype=dtype, device=self.device)
         return Part(factors.spans[name], A, B, cores, columns)
-
-    def _stack_shapes(self, max_loras: int) -> None:
-        """Makes vLLM's stacks of LoRAs. It reads only their shapes, so they have one element."""
-        rank = self.lora_config.max_lora_rank
-        element = torch.zeros(1, dtype=self.lora_config.lora_dtype, device=self.device)
-        ranks = [1 if part is None else part.cores.shape[1] for part in self.lotr_parts]
-        self.lora_a_stacked = tuple(element.expand(max_loras, 1, rank, r_in) for r_in in ranks)
-        self.lora_b_stacked = tuple(element.expand(max_loras, 1, 1, rank) for _ in ranks)
 
     def _factor(self, key: str, side: str, place: int) -> Tensor:
         """Returns A [k, r_in] or B [n, r_out] for this process's part of the weight.
@@ -277,8 +276,7 @@ class _LayerWithCores:
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:
-            if part is not None:
-                part.cores[index] = 0
+            part.cores[index] = 0
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Writes a task into a slot.
@@ -293,11 +291,10 @@ class _LayerWithCores:
             self.reset_lora(index)
             return
         for part in self.lotr_parts:
-            if part is not None:
-                part.cores[index].copy_(lora_a[part.span].view(part.cores.shape[1:]))
+            part.cores[index].copy_(lora_a[part.span].view(part.cores.shape[1:]))
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        if self.punica_wrapper.no_lora or not any(self.lotr_parts):
+        if self.punica_wrapper.no_lora or not self.lotr_parts:
             return output
         x_rows = x.reshape(-1, x.shape[-1])
         y = output.view(-1, output.shape[-1])
@@ -305,13 +302,9 @@ class _LayerWithCores:
         slots = self.punica_wrapper.token_lora_indices[: len(x_rows)]
         projections: dict[int, Tensor] = {}
         for part in self.lotr_parts:
-            if part is None:
-                continue
-            u = projections.get(id(part.A))
-            if u is None:
-                u = self._project(x_rows, part.A)
-                projections[id(part.A)] = u
-            self._add(y[:, part.columns], u, part, slots)
+            if id(part.A) not in projections:
+                projections[id(part.A)] = self._project(x_rows, part.A)
+            self._add(y[:, part.columns], projections[id(part.A)], part, slots)
         return y.view(output.shape)
 
     def _project(self, x: Tensor, A: Tensor) -> Tensor:
