@@ -26,8 +26,8 @@ from .checks import (
     check_number,
     check_tensor,
 )
-from .core import dispatch, fallback, grouped
-from .core.call import LayerCall, RowChoice
+from .core import dispatch, grouped
+from .core.call import LayerCall, RowChoice, cores_of_groups
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
@@ -71,7 +71,7 @@ class Routing:
             return RowChoice(None, self.offs, self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
-        expert = fallback.cores_of_groups(self.offs, len(task), experts)
+        expert = cores_of_groups(self.offs, len(task), experts)
         has_core = (task >= 0) & (expert >= 0)
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)

@@ -200,7 +200,7 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        choice = RowChoice(fallback.rows_of(state.index_of(input), input))
+        choice = RowChoice.of_index(state.index_of(input), input)
         return self._with_adapter(input, state.cores, choice)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:

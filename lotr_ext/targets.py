@@ -182,8 +182,9 @@ def _linear_targets(
     for module, names in modules:
         # "all-linear" selects no parameter, but whoever adapts a mixture should learn of its
         # experts.
-        has_experts = any(expert_obstacle(module, p) is None for p in module._parameters)
-        if config.everything and has_experts:
+        if config.everything and any(
+            expert_obstacle(module, p) is None for p in module._parameters
+        ):
             experts = "3-D parameters of experts: name them in target_parameters"
             left_out.setdefault(experts, []).append(names[0])
         if not _is_selected(module, names, config):

@@ -20,7 +20,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
@@ -28,7 +28,7 @@ from . import fallback, grouped, nodes
 from .call import LayerCall, RowChoice
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
-from .operators import lotr
+from .operators import PLAIN_TYPES, lotr
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
@@ -43,11 +43,7 @@ LITTLE_WORK = 2**23
 # Below this many tokens, multiplying them with the core costs less than folding the core into B.
 FEW_TOKENS = 129
 
-_PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-_ONE_CORE = RowChoice(None)  # in an operator's schema
 
 
 class Caches(NamedTuple):
@@ -72,10 +68,10 @@ def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) 
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return fallback.layer(call)
-        *tensors, choice = call
-        return lotr.linear.default(*tensors, *(choice or _ONE_CORE), VERSION)
+        choice = call.choice or RowChoice(None)
+        return lotr.linear.default(*call[:-1], *choice, VERSION)
     if fallback_reason(call) is not None:
-        if call.base_output is None and type(call.weight) in _PLAIN_TYPES:
+        if call.base_output is None and type(call.weight) in PLAIN_TYPES:
             _check_base_product(call.x, call.weight)
         return fallback.layer(call)
     return run_nodes(call, caches or Caches(FactorCache(), FactorCache()), layer)
@@ -157,7 +153,7 @@ def fallback_reason(call: LayerCall) -> str | None:
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
     types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
-    if not types <= _PLAIN_TYPES:
+    if not types <= PLAIN_TYPES:
         return "a tensor is of a subclass"
     if not _share_device(x, A, B, core):
         return "the tensors are on several devices"
@@ -290,7 +286,7 @@ def _linear_in_graph(
     base = base_output if weight is None else weight
     dtypes = x.dtype, base.dtype, A.dtype, B.dtype, core.dtype
     ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash
-    is_traced = type(x) not in _PLAIN_TYPES
+    is_traced = type(x) not in PLAIN_TYPES
     if not is_traced or _dtype_obstacle(*dtypes, ranks, x.device) is not None:
         return fallback.layer(call)
     caches = Caches(_cache_of_traced(A), _cache_of_traced(B))

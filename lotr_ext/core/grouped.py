@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
-from . import fallback
+from .call import cores_of_groups
 from .operators import fake_kernel
 
 
@@ -151,7 +151,7 @@ def linear(
         y = grouped_mm(rows.contiguous(), weight, offs)
     if bias is None:
         return y
-    expert = fallback.cores_of_groups(offs, len(y), len(bias))
+    expert = cores_of_groups(offs, len(y), len(bias))
     has_expert = (expert >= 0).unsqueeze(1)
     return y + torch.where(has_expert, bias[expert.clamp(min=0)], 0)
 

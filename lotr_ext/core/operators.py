@@ -44,7 +44,8 @@ TWO_PASS = 0  # the base product, then the adapter's product is added to it
 BETA = 1  # the adapter's product, then the base product accumulates onto it
 FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BETA
 
-_PLAIN_TYPES = {Tensor, nn.Parameter}
+# The types whose subclasses the kernels do not see. NoneType is that of an absent argument.
+PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
 def _load_library() -> None:
@@ -86,18 +87,20 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-# Each of these four functions calls one operator. Under a dispatch mode it runs the steps of that
-# operator instead, because the mode must see the base product as an operator of PyTorch: selective
-# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
-# operators. A recomputation without the mode has the same saved tensors.
 _layer_forward = private.direct_call(lotr.layer_forward.default)
 _layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
 _layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
 _layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
 
 
+# The next four functions call one operator each. Under a dispatch mode they run the steps of that
+# operator instead, because the mode must see the base product as an operator of PyTorch: selective
+# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
+# operators. A recomputation without the mode has the same saved tensors.
+
+
 def _mode_is_active(x: Tensor) -> bool:
-    return private.dispatch_mode_count() and type(x) in _PLAIN_TYPES
+    return private.dispatch_mode_count() > 0 and type(x) in PLAIN_TYPES
 
 
 def layer_forward(
@@ -224,7 +227,7 @@ def _new_factor_dtype(*factors: Tensor) -> torch.dtype:
 def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
     torch._check(
         x.shape[-1] == weight.shape[1],
-        lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}",
+        lambda: f"lotr: x: expected {weight.shape[1]} columns, as weight has, got {x.shape}",
     )
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
