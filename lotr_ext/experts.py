@@ -23,8 +23,11 @@ from .checks import (
     check_dtype,
     check_dtypes_and_devices,
     check_index,
+    check_integers,
     check_number,
+    check_range,
     check_tensor,
+    has_values,
 )
 from .core import dispatch, grouped
 from .core.call import LayerCall, RowChoice, cores_of_groups
@@ -102,14 +105,9 @@ def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
 
     On a GPU and in a compiled graph this is not known, so that the result is a copy.
     """
-    if _has_values(is_zero) and not bool(is_zero.any()):
+    if has_values(is_zero) and not bool(is_zero.any()):
         return x
     return x.masked_fill(is_zero.unsqueeze(1), 0)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether reading the tensor's values neither waits for a GPU nor breaks a graph."""
-    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 # ---- the function --------------------------------------------------------------------------------
@@ -145,8 +143,8 @@ def lotr_grouped_linear(
         cores: [e, r_in, r_out], or [t, e, r_in, r_out] with a core_index.
         scaling: s.
         bias: [e, n].
-        tokens: The row of x that each row reads [rows] (int64). x A is then computed once per
-            token.
+        tokens: The row of x that each row reads [rows] (int64), also for rows past the last end.
+            x A is then computed once per token.
         core_index: The task of each row of x (int64), -1 for none. A row uses the core of its task
             and its expert.
 
@@ -181,33 +179,24 @@ def lotr_grouped_linear(
 
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
-    _check_indices("offs", offs, torch.int32, x.device)
+    check_integers("offs", offs, torch.int32)
+    _check_device("offs", offs, x)
     if offs.shape != (experts,):
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
         )
     if tokens is None:
         return
-    _check_indices("tokens", tokens, torch.int64, x.device)
+    check_integers("tokens", tokens, torch.int64)
+    _check_device("tokens", tokens, x)
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
-    if not _has_values(tokens) or tokens.numel() == 0:
-        return
-    least = int(tokens.min())
-    most = int(tokens.max())
-    if least < 0 or most >= len(x):
-        raise ValueError(
-            f"tokens: expected rows of x in [0, {len(x)}), got {least} to {most}. Rows without an "
-            f"expert need a valid token as well."
-        )
+    check_range("tokens", tokens, 0, len(x))
 
 
-def _check_indices(name: str, tensor: object, dtype: torch.dtype, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        actual = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {actual}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
 
 
 # ---- the module ----------------------------------------------------------------------------------

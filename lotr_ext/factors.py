@@ -82,6 +82,11 @@ def set_unregistered(module: nn.Module, name: str, value: object) -> None:
     `setattr` would make them children of the module: state_dict would contain them twice, and
     `.to()` and `train()` would reach modules that belong to others. An attribute in `__dict__` is
     also read without nn.Module.__getattr__, which costs 0.6 us.
+
+    Args:
+        module: The module that gets the attribute.
+        name: The attribute.
+        value: Its value.
     """
     module.__dict__[name] = value
 

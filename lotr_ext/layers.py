@@ -263,14 +263,12 @@ class LoTRLayer(nn.Module):
 
     def core_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the core, or the parameters from which it is computed."""
-        core = self._parameters.get("core")
-        if core is not None:
-            yield core
-            return
-        form = self._modules.get("core_form")
-        if form is None:  # torch.nn.utils.parametrize
-            form = self.parametrizations.core
-        yield from form.parameters()
+        if "core" in self._parameters:
+            yield self.core
+        elif "core_form" in self._modules:
+            yield from self.core_form.parameters()
+        else:  # torch.nn.utils.parametrize
+            yield from self.parametrizations.core.parameters()
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""

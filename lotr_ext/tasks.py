@@ -492,10 +492,11 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
     """
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     arguments = {**bound, **bound.get("kwargs", {})}
-    caches = []
-    for name, value in arguments.items():
-        if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
-            caches.append(value)
+    caches = [
+        value
+        for name, value in arguments.items()
+        if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length"))
+    ]
     if not caches:
         return None
     tokens = arguments.get("inputs_embeds")

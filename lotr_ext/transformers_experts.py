@@ -93,11 +93,11 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    if not all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES):
-        return False
-    if not hasattr(type(module).forward, "__wrapped__"):
-        return False
-    return hasattr(module.config, "_experts_implementation")
+    return (
+        all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES)
+        and hasattr(type(module).forward, "__wrapped__")
+        and hasattr(module.config, "_experts_implementation")
+    )
 
 
 def _first_projection(module: nn.Module) -> str:

@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du = new_tensor<2>(like_, {0, 0}, like_.dtype, true);
-  Tensor dcores = new_tensor<3>(like_, {0, 0, 0}, sums, true);
+  Tensor du;
+  Tensor dcores;
   if (need_u) {
     TensorView transposed = last_matrix(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols);

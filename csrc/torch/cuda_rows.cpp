@@ -112,8 +112,9 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   const Rows rows(a);
   const RowIndex index = rows.index_in(s);
   OptionalTensor du;
-  const TensorView du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
+  Tensor dcores;
   if (need_u) {
+    const TensorView du_out = make(du, s[M], s[R_IN], like_.dtype, true);
     RowIndex by_core = index;
     by_core.token = nullptr;
     by_core.tokens = index.rows;  // g has a row for each
@@ -134,10 +135,8 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
       run(q);
     }
   }
-  using Size = std::array<int64_t, 3>;
-  Tensor dcores = empty<3>(like_, need_cores ? Size{s[L], s[R_IN], s[R_OUT]} : Size{0, 0, 0},
-                           aoti_torch_dtype_float32());
   if (need_cores) {
+    dcores = empty<3>(like_, {s[L], s[R_IN], s[R_OUT]}, aoti_torch_dtype_float32());
     std::optional<Sorted> by_core;
     if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
     const TensorView u = read(a.u);
@@ -156,7 +155,7 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
     q.scale = float(scaling);
     run(q);
   }
-  return {*du, dcores};
+  return {du.value_or(Tensor()), dcores};
 }
 
 }  // namespace lotr

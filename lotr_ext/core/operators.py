@@ -115,7 +115,11 @@ def layer_forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T."""
+    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T.
+
+    Args:
+        x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
+    """
     if not _mode_is_active(x):
         return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
     base_output = nnf.linear(x, weight, bias)
@@ -134,7 +138,11 @@ def layer_forward_few_tokens(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
@@ -153,7 +161,11 @@ def layer_forward_projected(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
@@ -164,7 +176,11 @@ def layer_forward_projected(
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
-    """Returns y = x W^T + bias + h B^T."""
+    """Returns y = x W^T + bias + h B^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_rows(x, weight, bias, h, B, strategy)
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
@@ -354,9 +370,8 @@ def _(u, cores, index, offs, tokens, scaling):
 
 @fake_kernel("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
-    du = _empty_rows(u, *u.shape) if need_u else u.new_empty(0, 0)
-    shape = cores.shape if need_cores else (0, 0, 0)
-    return du, u.new_empty(shape, dtype=accumulate_dtype(u.dtype))
+    du = _empty_rows(u, *u.shape) if need_u else None
+    return du, _empty_gradient(cores, accumulate_dtype(u.dtype), need_cores)
 
 
 # ---- dropout_mask --------------------------------------------------------------------------------
@@ -367,6 +382,13 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     """Returns the mask [rows, cols] that the operators' dropout draws from (p, seed).
 
     An element is 0 where x is dropped and 1 / (1 - p) where it is kept.
+
+    Args:
+        rows: The rows of x.
+        cols: The columns of x.
+        p: The probability of dropping an element.
+        seed: One int64.
+        dtype: The dtype of the mask, which is on the seed's device.
     """
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     ones = torch.ones(1, 1, dtype=dtype, device=seed.device)
