@@ -895,17 +895,29 @@ def test_autograd_sees_one_gradient_per_factor(kind: str, form: str) -> None:
     assert sum("factors" in name for name in calls) == 2
 
 
-def test_many_small_gradients_of_half_precision_factors(shared: None) -> None:
-    """A sum of equal bfloat16 numbers would stop growing at 256 of them."""
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpoint"])
+def test_many_small_gradients_of_half_precision_factors(
+    is_checkpointed: bool, shared: None
+) -> None:
+    """A sum of equal bfloat16 numbers would stop growing at 256 of them.
+
+    The tensors that a checkpoint recomputes have another graph, but there is still one sum.
+    """
     net = Net("siblings", torch.bfloat16)
-    A = net.layers[0].factors.A.value
+    factors = net.layers[0].factors
     x = inputs(6, dtype=torch.bfloat16)
 
-    def gradient(calls: int) -> Tensor:
-        outputs = [net.layers[0](x * 1).double().sum() for _ in range(calls)]
-        return torch.autograd.grad(torch.stack(outputs).sum(), A)[0].double()
+    def output() -> Tensor:
+        if is_checkpointed:
+            return checkpoint(net.layers[0], x * 1, use_reentrant=False)
+        return net.layers[0](x * 1)
 
-    assert relative(gradient(1000), 1000 * gradient(1)) < 1e-2
+    def gradients(calls: int) -> tuple[Tensor, ...]:
+        total = torch.stack([output().double().sum() for _ in range(calls)]).sum()
+        return torch.autograd.grad(total, [factors.A.value, factors.B.value])
+
+    for many, one in zip(gradients(1000), gradients(1), strict=True):
+        assert relative(many.double(), 1000 * one.double()) < 1e-2
 
 
 # ---- changes between forward and backward, and between siblings ----------------------------------
