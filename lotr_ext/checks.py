@@ -16,15 +16,20 @@ from .core.operators import DTYPES
 _LARGEST_DIMENSION = 2**31 - 1
 
 
+def check_floating(name: str, tensor: object) -> None:
+    """Checks that tensor is a tensor of a floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. Convert it, for "
+            f"example with torch.from_numpy."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
 def check_input(x: object, in_features: int) -> None:
     """Checks that x is a floating tensor [.., in_features]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x: expected a torch.Tensor, got {type(x).__name__}. Convert it, for example with "
-            f"torch.from_numpy."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(
             f"x: expected a last dimension of in_features = {in_features}, got shape "
@@ -90,14 +95,27 @@ def check_index(name: str, index: object, count: int, x: Tensor | None = None) -
 
 
 def check_integers(name: str, tensor: object, dtype: torch.dtype) -> None:
-    """Checks that tensor is a tensor of an integer dtype."""
+    """Checks that tensor is a tensor of an integer dtype.
+
+    Args:
+        name: The argument, for the error.
+        tensor: Its value.
+        dtype: torch.int64 or torch.int32.
+    """
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         actual = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected a tensor of {dtype}, got {actual}")
 
 
 def check_range(name: str, index: Tensor, start: int, end: int) -> None:
-    """Checks that the values of an index are in [start, end), if `has_values`."""
+    """Checks that the values of an index are in [start, end), if `has_values`.
+
+    Args:
+        name: The argument, for the error.
+        index: Of integers.
+        start: The least value that is allowed.
+        end: The value after the largest one.
+    """
     if not has_values(index) or not index.numel():
         return
     least = int(index.min())
@@ -113,10 +131,7 @@ def has_values(tensor: Tensor) -> bool:
 
 def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
     """Checks that tensor is floating and has this shape. A string in it stands for any size."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    check_floating(name, tensor)
     actual = tuple(tensor.shape)
     fits = len(actual) == len(shape) and all(
         isinstance(expected, str) or expected == size for expected, size in zip(shape, actual)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checks import check_floating
 from .config import GroupBy
 from .storage import checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
@@ -58,9 +59,7 @@ class TaskFormat:
         expect_names(where, self.shapes, tensors)
         for name, shape in self.shapes.items():
             core = tensors[name]
-            if not isinstance(core, Tensor) or not core.is_floating_point():
-                actual = core.dtype if isinstance(core, Tensor) else type(core).__name__
-                raise TypeError(f"{name}: expected a floating tensor, got {actual}")
+            check_floating(name, core)
             if core.layout is not torch.strided:
                 raise TypeError(
                     f"{name}: expected a dense tensor, got layout {core.layout}. Pass its "
