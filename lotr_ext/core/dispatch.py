@@ -155,20 +155,16 @@ def fallback_reason(call: LayerCall) -> str | None:
     types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
     if not types <= PLAIN_TYPES:
         return "a tensor is of a subclass"
-    if not _share_device(x, A, B, core):
+    base = weight if base_output is None else base_output
+    if not _share_device(x, base, A, B, core):
         return "the tensors are on several devices"
-    base = weight
-    if base_output is not None:
-        base = base_output
-        if base.device != x.device:
-            return "the tensors are on several devices"
     return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core.shape, x.device)
 
 
-def _share_device(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> bool:
+def _share_device(x: Tensor, base: Tensor, A: Tensor, B: Tensor, core: Tensor) -> bool:
     if x.is_cpu:  # faster than a comparison of devices
-        return A.is_cpu and B.is_cpu and core.is_cpu
-    return x.device == A.device == B.device == core.device
+        return base.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu
+    return x.device == base.device == A.device == B.device == core.device
 
 
 @functools.cache
