@@ -71,7 +71,7 @@ $(STAMPS)/frameworks: requirements/frameworks.txt .ci/make_frameworks | $(STAMPS
 	@sh .ci/make_frameworks $(PY) $(VENV)/frameworks $(PIP_ARGS)
 	@touch $@
 
-# In a folder of their own: transformers imports an installed torchao, with warnings.
+# In a separate folder, because transformers imports an installed torchao, with warnings.
 quantized: $(STAMPS)/quantized
 $(STAMPS)/quantized: requirements/quantized.txt | $(STAMPS)/need-test
 	@$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/quantized -r $<

@@ -45,13 +45,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from .common import QUICK, RESULTS, commit, machine, read, show, some_of, write
+from .common import QUICK, RESULTS, commit, machine, parser_of, read, show, some_of, write
 from .problems import (
-    KINDS,
     MAIN,
     METHODS,
     TASKS,
     Problem,
+    Task,
+    Trained,
     adapt,
     fit,
     missing,
@@ -98,11 +99,7 @@ def train(run: Run) -> dict[str, Any]:
     problem = problem_of(task)
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    trained = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not (problem.head and "head." in name)
-    )
+    trained = sum(p.numel() for p in Trained.of(model).method)
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
     losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
     row |= measured(model, losses, problem)
@@ -155,9 +152,9 @@ def rungs_of(method: str) -> list[float]:
     return [float(f"{rate * factor:.6g}") for rate in LADDER]
 
 
-def first_rate(method: str, kind: str) -> float:
+def first_rate(method: str, task: Task) -> float:
     """Returns the rate at which a search begins, 0 for a method that trains nothing."""
-    rate = METHODS[method].rates[KINDS.index(kind)]
+    rate = METHODS[method].rates.of(task)
     return rungs_of(method)[LADDER.index(rate)] if rate else 0.0
 
 
@@ -204,34 +201,30 @@ def next_runs(
 
     All places finish their search before any gets another seed.
     """
-    task = TASKS[name]._replace(steps=options.steps or TASKS[name].steps)
-    of_size = (recorded["steps"] == task.steps) & (recorded["batch"] == task.batch)
-    recorded = recorded[of_size & (recorded["task"] == name)]
-    runs_of = {
-        (method, rank): recorded[(recorded["method"] == method) & (recorded["rank"] == rank)]
-        for method, rank in places
-    }
-    rates: dict[Place, float] = {}  # the best one so far
-    wanted: list[tuple[Place, float, int]] = []
-    for place, runs in runs_of.items():
-        method = place[0]
-        begin = first_rate(method, task.kind)
+    task = TASKS[name]
+    steps = options.steps or task.steps
+    is_of_task = (recorded["task"] == name) & (recorded["steps"] == steps)
+    recorded = recorded[is_of_task & (recorded["batch"] == task.batch)]
+    searches: list[Run] = []  # with the first seed
+    repeats: list[Run] = []  # at the best rate, with the other seeds
+    for method, rank in places:
+        runs = recorded[(recorded["method"] == method) & (recorded["rank"] == rank)]
         tried = tried_rates(runs)
-        if method == "base" or options.lr or options.quick:  # one rate, without a search
-            rates[place] = begin if method == "base" else options.lr or begin
-            lacking = [lr for lr in [rates[place]] if lr not in tried]
-        else:
-            rates[place] = best_rate(tried) if tried else begin
-            lacking = rates_to_try(method, begin, tried)
-        wanted += [(place, lr, 0) for lr in lacking]
-    for seed in range(1, options.seeds):
-        if wanted:
-            break
-        for place, runs in runs_of.items():
-            measured = set(runs[runs["seed"] == seed]["lr"])
-            if place[0] != "base" and rates[place] not in measured:
-                wanted.append((place, rates[place], seed))
-    return [Run(name, *place, lr, seed, task.steps, task.batch) for place, lr, seed in wanted]
+        rate = first_rate(method, task)
+        seeds = range(1, options.seeds)
+        if method == "base":  # without training, all seeds are the same
+            seeds = range(0)
+        elif options.lr is not None:
+            rate = options.lr
+        rates = [rate]
+        if method != "base" and options.lr is None and not options.quick:
+            rates = rates_to_try(method, rate, tried)
+            rate = best_rate(tried) if tried else rate
+        run = Run(name, method, rank, rate, 0, steps, task.batch)
+        searches += [run._replace(lr=lr) for lr in rates if lr not in tried]
+        measured = set(runs[runs["lr"] == rate]["seed"])
+        repeats += [run._replace(seed=seed) for seed in seeds if seed not in measured]
+    return searches or sorted(repeats, key=lambda run: run.seed)
 
 
 # ---- points and intervals ------------------------------------------------------------------------
@@ -430,13 +423,39 @@ def places_of(text: str) -> list[tuple[str, str]]:
     return places
 
 
-def with_ranks(methods: list[tuple[str, str]], kind: str) -> list[Place]:
-    """Returns the methods with the ranks of a kind of task in place of those that are absent."""
-    usual = {method: METHODS[method].ranks[KINDS.index(kind)] for method, _ in methods}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tasks": {
+        "type": some_of([*TASKS, "none"]),
+        "default": list(TASKS),
+        "help": f"some of {', '.join(TASKS)}; none (all)",
+    },
+    "methods": {
+        "type": places_of,
+        "help": f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora",
+    },
+    "seeds": {"type": int, "default": 5, "help": "how many, from 0 on (5)"},
+    "lr": {"type": float, "help": "only this learning rate, without a search"},
+    "steps": {"type": int, "help": "of a run (the task's)"},
+    "jobs": {
+        "type": int,
+        "default": os.cpu_count(),
+        "help": "runs at a time, one thread each (one per core)",
+    },
+    "results": {"type": Path, "help": "the file (bench/results/accuracy.jsonl)"},
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "quick": {
+        "action": "store_true",
+        "help": "a teacher, three methods, 40 steps, into demo_results/bench",
+    },
+}
+
+
+def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Place]:
+    """Returns the methods with the ranks of a task in place of those that are absent."""
     return [
         (method, rank)
         for method, text in methods
-        for rank in ([int(text)] if text else usual[method])
+        for rank in ([int(text)] if text else METHODS[method].ranks.of(task))
     ]
 
 
@@ -459,7 +478,7 @@ def work(options: argparse.Namespace) -> None:
         for name in options.tasks:
             task = TASKS[name]
             usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
-            places = with_ranks(options.methods or places_of(usual), task.kind)
+            places = with_ranks(options.methods or places_of(usual), task)
             while runs := next_runs(name, places, options, runs_in(options.results)):
                 for future in as_completed([pool.submit(train, run) for run in runs]):
                     record(options.results, future.result())
@@ -474,25 +493,7 @@ def record(path: Path, row: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    tasks = f"some of {', '.join(TASKS)}; none (all)"
-    add("--tasks", type=some_of([*TASKS, "none"]), default=list(TASKS), help=tasks)
-    methods = f"some of {', '.join(METHODS)}, with a rank or without: lotr:16,lora"
-    add("--methods", type=places_of, help=methods)
-    add("--seeds", type=int, default=5, help="how many, from 0 on (5)")
-    add("--lr", type=float, help="only this learning rate, without a search")
-    add("--steps", type=int, help="of a run (the task's)")
-    jobs = "runs at a time, one thread each (one per core)"
-    add("--jobs", type=int, default=os.cpu_count(), help=jobs)
-    add("--results", type=Path, help="the file (bench/results/accuracy.jsonl)")
-    add("--markdown", action="store_true", help="print the tables in Markdown")
-    quick = "a teacher, three methods, 40 steps, into demo_results/bench"
-    add("--quick", action="store_true", help=quick)
+    parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
     options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")
     if options.quick:

@@ -13,7 +13,6 @@ counted byte. Operators of torch are assumed to move every operand once, which i
 bytes of the frozen layer are subtracted. No GPU has run these kernels.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,14 +24,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .common import NAMES, QUICK, RESULTS, commit, replace_rows, show, sizes
+from .common import NAMES, RESULTS, commit, parser_of, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
 FOLDER = RESULTS / "simt-executor"
 SHAPES = "8192x4096x4096x16"
 KEY = ("m", "k", "n", "r")
-QUICK_SHAPE = {"m": 256, "k": 256, "n": 128, "r": 16}
 MULTIPROCESSORS = 132  # of an H100; 108: A100, 128: RTX 4090, 148: B200
+OPTIONS: dict[str, dict[str, Any]] = {
+    "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
+    "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
+    "results": {"type": Path, "default": FOLDER, "help": "folder for the results"},
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+}
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
 Kernel = tuple[str, int, int, int]  # name, tokens, width, rank
@@ -285,22 +289,10 @@ def tables(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bytes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--shapes", type=sizes(*KEY), default=sizes(*KEY)(SHAPES), help=f"MxKxNxR ({SHAPES})")
-    add("--multiprocessors", type=int, default=MULTIPROCESSORS, help=f"({MULTIPROCESSORS})")
-    add("--quick", action="store_true", help="one small shape, into demo_results/bench")
-    add("--results", type=Path, help="folder for the results (bench/results/simt-executor)")
-    add("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
-    options = parser.parse_args(argv)
-    shapes = [QUICK_SHAPE] if options.quick else options.shapes
-    path = (options.results or (QUICK if options.quick else FOLDER)) / "bytes.jsonl"
+    options = parser_of("bytes", __doc__, OPTIONS).parse_args(argv)
+    path = options.results / "bytes.jsonl"
     lib = executor()
-    for shape in shapes:
+    for shape in options.shapes:
         rows = measure(shape, options.multiprocessors, lib)
         replace_rows(path, rows, [*shape, "multiprocessors"])
         tables(rows, shape, options.multiprocessors, options.markdown)

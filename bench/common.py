@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -241,18 +241,22 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(rows).fillna("-")
 
 
-def pivot(frame: pd.DataFrame, titles: pd.Series, floor: str) -> pd.DataFrame:
-    """Returns a row per case, by its title, and a column per rival: the last stage over the floor.
+def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
+    """Returns a row per case and a column per rival: the time of the floor, the others over it.
 
-    Cases and rivals are in the order in which they come.
+    The times are those of the last stage. Cases and rivals are in the order in which they come.
+
+    Args:
+        frame: The rows of all cases.
+        title: Of a case, as a format of its columns.
+        floor: The rival to which the others are compared.
     """
-    is_shown = (frame["stage"] == frame["stage"].iloc[-1]) & (frame["rival"] != floor)
-    last = frame[is_shown]
-    texts = last.apply(over_text, axis=1)
-    cells = pd.DataFrame({"": titles[is_shown], "rival": last["rival"].map(named), "text": texts})
-    wide = cells.pivot(index="", columns="rival", values="text")
-    wide = wide.reindex(index=cells[""].unique(), columns=cells["rival"].unique())
-    return wide.fillna("-").reset_index().rename_axis(columns=None)
+    cells: dict[str, dict[str, str]] = {}
+    for _, row in frame[frame["stage"] == frame["stage"].iloc[-1]].iterrows():
+        is_floor = row["rival"] == floor
+        text = seconds_text(row["seconds"]) if is_floor else over_text(row)
+        cells.setdefault(title.format(**row), {})[named(row["rival"])] = text
+    return pd.DataFrame(cells).T.fillna("-").rename_axis("").reset_index()
 
 
 def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
@@ -278,22 +282,20 @@ def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
 # ---- options -------------------------------------------------------------------------------------
 
 
-def listed(text: str) -> list[str]:
-    return text.split(",")
-
-
 def sizes(*names: str) -> Callable[[str], list[Case]]:
     """Returns a converter for an option: "512x768x768x16,.." becomes cases with these names."""
+
+    pattern = "x".join([r"([1-9]\d*)"] * len(names))
 
     def convert(text: str) -> list[Case]:
         cases = []
         for part in text.split(","):
-            is_valid = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", part)
-            if not is_valid or part.count("x") != len(names) - 1:
+            match = re.fullmatch(pattern, part)
+            if match is None:
                 raise argparse.ArgumentTypeError(
                     f"expected {'x'.join(names)}, numbers of at least 1, got {part!r}"
                 )
-            cases.append(dict(zip(names, map(int, part.split("x")))))
+            cases.append(dict(zip(names, map(int, match.groups()))))
         return cases
 
     return convert
@@ -313,6 +315,20 @@ def some_of(valid: Iterable[str]) -> Callable[[str], list[str]]:
         return [name for name in valid if name in names]
 
     return convert
+
+
+def parser_of(
+    name: str, doc: str, options: Mapping[str, Mapping[str, Any]]
+) -> argparse.ArgumentParser:
+    """Returns the parser of `python -m bench.<name>`: options by name, as argparse takes them."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for option, settings in options.items():
+        parser.add_argument(f"--{option}", **settings)
+    return parser
 
 
 def dtype_of(case: Case) -> torch.dtype:

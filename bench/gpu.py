@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import summary
-from .common import ROOT, reason_of, some_of
+from .common import ROOT, parser_of, reason_of, some_of
 from .program import DEVICE_LOST
 
 FOLDER = ROOT / "build-gpu"
@@ -42,6 +42,20 @@ GRACE_S = 10
 RESTARTS = 5
 PYTHON = (sys.executable, "-m")
 GOOD = ("done", "skipped")
+OPTIONS = {
+    "budget": {"type": float, "default": BUDGET_S, "help": f"seconds for all parts ({BUDGET_S})"},
+    "parts": {"help": "some parts, comma-separated (all)"},
+    "folder": {"type": Path, "default": FOLDER, "help": "for logs and results (build-gpu)"},
+    "out": {"type": Path, "help": "for summary.md and results.tar.gz (the folder)"},
+    "wheel": {"type": Path, "help": "take the kernels from this wheel instead of building them"},
+    "device": {
+        "choices": ("cuda", "cpu"),
+        "default": "cuda",
+        "help": "cpu tries these parts without a GPU",
+    },
+    "quick": {"action": "store_true", "help": "one case and few rounds of each program"},
+    "dry-run": {"action": "store_true", "help": "print the parts and what is missing"},
+}
 
 
 class Part(NamedTuple):
@@ -77,26 +91,26 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     profiled = ("shrink", "expand_add", "shrink_grad", "factor_grad")
 
     def bench(name: str, weight: float, *words: str, **fields: tuple[str, ...]) -> Part:
-        quick = ("--quick",) if options.quick else words
-        words = ("--dtypes", "bf16", "--require-kernels", *results, *device, *quick)
-        return Part(name, weight, (*PYTHON, f"bench.{name}", *words), restarts=True, **fields)
+        usual = ("--dtypes", "bf16", "--require-kernels", *results, *device)
+        amount = ("--quick",) if options.quick else words
+        command = (*PYTHON, f"bench.{name}", *usual, *amount)
+        return Part(name, weight, command, restarts=True, **fields)
 
     def tests(name: str) -> Part:
         has_timeout = importlib.util.find_spec("pytest_timeout") is not None
-        timeout = ("--timeout=60",) if has_timeout else ()
-        words = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", *timeout)
-        file = f"python_tests/cuda/test_{name}.py"
+        selected = (f"python_tests/cuda/test_{name}.py", "-m", "cuda and not full")
+        reports = ("-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
+        command = (*PYTHON, "pytest", *selected, *reports, *["--timeout=60"] * has_timeout)
         # Launches that wait name the kernel that failed. test_device is about those that do not.
         environment = {} if name == "device" else {"CUDA_LAUNCH_BLOCKING": "1"}
-        command = (*PYTHON, "pytest", file, "-m", "cuda and not full", *words)
         return Part(f"test_{name}", 2.0, command, ("pytest",), environment=environment)
 
     def sanitizer(tool: str) -> Part:
         words = ("--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lotr", *PYTHON)
         smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
-        # Memcheck knows allocations, so each tensor must be one.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = ("compute-sanitizer", *words, *smoke)
+        # Memcheck checks against allocations, so each tensor must be one.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, 1.5, command, ("compute-sanitizer",), environment=environment)
 
     build = Part(
@@ -288,21 +302,7 @@ def pack(results: Path, outcomes: summary.Outcomes, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--budget", type=float, default=BUDGET_S, help=f"seconds for all parts ({BUDGET_S})")
-    add("--parts", help="some parts, comma-separated (all)")
-    add("--folder", type=Path, default=FOLDER, help="for logs and results (build-gpu)")
-    add("--out", type=Path, help="for summary.md and results.tar.gz (the folder)")
-    add("--wheel", type=Path, help="take the kernels from this wheel instead of building them")
-    device = "cpu tries these parts without a GPU"
-    add("--device", default="cuda", choices=("cuda", "cpu"), help=device)
-    add("--quick", action="store_true", help="one case and few rounds of each program")
-    add("--dry-run", action="store_true", help="print the parts and what is missing")
+    parser = parser_of("gpu", __doc__, OPTIONS)
     options = parser.parse_args(argv)
     options.out = options.out or options.folder
     parts = {part.name: part for part in parts_of(options)}

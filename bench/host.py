@@ -22,7 +22,7 @@ import torch
 
 from .common import Case, dtype_of, some_of
 from .program import Program
-from .rivals import STACKED, WIRINGS, check_stack, stack, stack_values
+from .rivals import STACKED, WIRINGS, check_stack, random_tokens, stack, stack_values
 from .timing import Group, Step, training
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 5e-2}  # of y and dx, through all layers
@@ -77,9 +77,8 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     dtype = dtype_of(case)
     if case["form"] == "siblings" and layers % 3:
         raise ValueError(f"layers: expected a multiple of 3 for siblings, got {layers}")
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, k, generator=generator).to(options.device, dtype).requires_grad_()
-    g = torch.randn(m, k, generator=generator).to(options.device, dtype)
+    x, g = random_tokens(m, k, k, dtype, options.device)
+    x.requires_grad_()
     tensors = stack_values(layers, k, r, dtype, options.device)
     truth = stack("lotr-eager", [t.double() for t in tensors], case["form"])
 
@@ -100,11 +99,6 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     return Group(options.rivals or STACKED, step_of)
 
 
-def more_options(parser: argparse.ArgumentParser) -> None:
-    forms = ",".join(WIRINGS)
-    parser.add_argument("--forms", type=some_of(WIRINGS), default=forms, help=f"({forms})")
-
-
 PROGRAM = Program(
     name="host",
     doc=__doc__,
@@ -119,7 +113,7 @@ PROGRAM = Program(
     slice_s=0.0,
     dtypes="fp32",
     compared=("lotr-eager", "lotr_ext", "lotr_ext-model"),
-    options=more_options,
+    options={"forms": {"type": some_of(WIRINGS), "default": "chained,siblings"}},
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

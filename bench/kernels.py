@@ -204,13 +204,6 @@ def run_once(options: argparse.Namespace) -> int:
     return 0
 
 
-def more_options(parser: argparse.ArgumentParser) -> None:
-    kernels = ",".join(KERNELS)
-    parser.add_argument("--kernels", type=some_of(KERNELS), default=kernels, help=f"({kernels})")
-    once = "call each kernel once, for a profiler, and measure nothing"
-    parser.add_argument("--once", action="store_true", help=once)
-
-
 PROGRAM = Program(
     name="kernels",
     doc=__doc__,
@@ -224,7 +217,13 @@ PROGRAM = Program(
     rounds=15,
     slice_s=0.01,
     dtypes="bf16",
-    options=more_options,
+    options={
+        "kernels": {"type": some_of(KERNELS), "default": list(KERNELS), "help": ", ".join(KERNELS)},
+        "once": {
+            "action": "store_true",
+            "help": "call each kernel once, for a profiler, and measure nothing",
+        },
+    },
 )
 if __name__ == "__main__":
     arguments = PROGRAM.arguments(None)

@@ -14,11 +14,9 @@ float32 factors and core on a half-precision layer, which is the default of `app
 import argparse
 import sys
 
-import torch
-
 from .common import Case, dtype_of
 from .program import Program
-from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, usual_layers
+from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, random_tokens, usual_layers
 from .timing import Group, Step, training
 
 KEY = ("m", "k", "n", "r")
@@ -38,13 +36,11 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     m, k, n, r = (case[name] for name in KEY)
     dtype = dtype_of(case)
     tensors = Tensors.random(k, n, r, dtype, options.device)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, k, generator=generator).to(options.device, dtype).requires_grad_()
-    g = torch.randn(m, n, generator=generator).to(options.device, dtype)
+    x, g = random_tokens(m, k, n, dtype, options.device)
     names = options.rivals or usual_layers(tensors)
     # Each rival has a copy of x, and the copies are shuffled each round: on a CPU the address of x
     # changes a layer's time by up to 2 %.
-    copies = [x.detach().clone().requires_grad_() for _ in names]
+    copies = [x.clone().requires_grad_() for _ in names]
 
     def step_of(name: str) -> Step:
         rival = LAYERS[name](tensors)

@@ -16,13 +16,14 @@ float32, the original's the model's.
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_error, error_of
-from .common import Case, dtype_of, listed, some_of
+from .common import Case, dtype_of, some_of
 from .models import (
     METHODS,
     MODELS,
@@ -36,7 +37,7 @@ from .models import (
 )
 from .program import Program
 from .rivals import factors_of
-from .timing import Group, Step
+from .timing import Group, Step, training
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # of our cores' gradients, through all layers
 USUAL = {"cpu": ["smollm2-135m", "minilm"], "cuda": ["llama-8x4096", "smollm2-135m"]}
@@ -49,7 +50,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [
         {
             "model": name,
-            "targets": ",".join(options.targets or MODELS[name].targets),
+            "targets": options.targets or ",".join(MODELS[name].targets),
             "batch": options.batch or MODELS[name].batch,
             "sequence": options.sequence or MODELS[name].sequence,
             "r": options.rank,
@@ -58,65 +59,33 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-class Training:
-    """The model of one method, its optimizer, and its steps on one fixed batch."""
-
-    def __init__(self, model: nn.Module, ids: Tensor, target: Tensor | None):
-        self.model = model
-        self.parameters = trained(model)
-        self.ids = ids
-        self.target = target
-        self.optimizer = None
-        if self.parameters:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
-
-    def forward(self, _: object = None) -> Tensor:
-        if self.target is None:  # a language model has its own loss
-            return self.model(input_ids=self.ids, labels=self.ids).loss
-        hidden = self.model(input_ids=self.ids).last_hidden_state
-        return nn.functional.mse_loss(hidden.float(), self.target)
-
-    def update(self, _: object) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def drop_gradients(self) -> None:
-        for p in self.parameters:
-            p.grad = None
-
-    def step(self, facts: dict[str, Any]) -> Step:
-        stages = {
-            "forward": self.forward,
-            "backward": lambda loss: loss.backward(),
-            "optimizer": self.update,
-        }
-        return Step(stages, self.drop_gradients, facts=facts)
+def core_gradients(
+    model: nn.Module, layers: list[nn.Module], loss_of: Callable[[nn.Module], Tensor]
+) -> Tensor:
+    loss_of(model).backward()
+    return torch.cat([layer.core.grad.double().flatten() for layer in layers])
 
 
-def gradient_error(ours: Training, base: nn.Module, case: Case) -> float:
+def gradient_error(
+    model: nn.Module, base: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]
+) -> float:
     """Returns the error of our cores' gradients against the three-line formula's.
 
-    Both have the same factors and random cores.
+    Both models have the same factors and random cores.
     """
     torch.manual_seed(1)
-    targets = case["targets"].split(",")
-    eager = Training(adapted_model("lotr-eager", base, targets, case["r"]), ours.ids, ours.target)
-    eager_layers = [module for module in eager.model.modules() if isinstance(module, EagerLoTR)]
-    our_layers = our_layers_in(ours.model)
+    eager = adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
+    eager_layers = [module for module in eager.modules() if isinstance(module, EagerLoTR)]
+    layers = our_layers_in(model)
     with torch.no_grad():
-        for eager_layer, layer in zip(eager_layers, our_layers, strict=True):
+        for eager_layer, layer in zip(eager_layers, layers, strict=True):
             eager_layer.core.normal_(std=0.1)
             factors = factors_of(layer)
             factors["A"].copy_(eager_layer.A)
             factors["B"].copy_(eager_layer.B)
             layer.core.copy_(eager_layer.core)
-    for training in (ours, eager):
-        training.drop_gradients()
-        training.forward().backward()
-    expected = torch.cat([layer.core.grad.double().flatten() for layer in eager_layers])
-    gradient = torch.cat([layer.core.grad.double().flatten() for layer in our_layers])
-    ours.drop_gradients()
-    error = error_of(gradient, expected)
+    expected = core_gradients(eager, eager_layers, loss_of)
+    error = error_of(core_gradients(model, layers, loss_of), expected)
     return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
 
 
@@ -125,32 +94,28 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     rows = case["batch"], case["sequence"]
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, base.config.vocab_size, rows, generator=generator).to(options.device)
-    target = None
-    if MODELS[case["model"]].family == "encoder":
-        target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
+    target = torch.randn(*rows, base.config.hidden_size, generator=generator).to(options.device)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        if MODELS[case["model"]].family == "causal-lm":
+            return model(input_ids=ids, labels=ids).loss
+        return nn.functional.mse_loss(model(input_ids=ids).last_hidden_state.float(), target)
 
     def step_of(name: str) -> Step:
         torch.manual_seed(1)
         rank = rank_of(name, case)
         model = adapted_model(name, base, case["targets"].split(","), rank)
-        training = Training(model, ids, target)
-        parameters = sum(p.numel() for p in training.parameters)
-        facts: dict[str, Any] = {"rank": rank, "parameters": parameters}
+        parameters = trained(model)
+        facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in parameters)}
         if name in ("lotr_ext", "lotr_ext-fused"):
-            facts["error"] = gradient_error(training, base, case)
-        return training.step(facts).with_peak(options.device)
+            facts["error"] = gradient_error(model, base, case, loss_of)
+        # A group, because an optimizer refuses an empty list: the frozen model trains nothing.
+        optimizer = torch.optim.AdamW([{"params": parameters}], lr=1e-3)
+        step = training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
+        return step.with_peak(options.device)
 
     names = options.rivals or usual_methods(base, case["r"])
     return Group([name for name in names if rank_of(name, case) is not None], step_of)
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", type=some_of(MODELS), help=f"some of {', '.join(MODELS)}")
-    targets = "endings of the adapted layers' names (the model's usual ones)"
-    parser.add_argument("--targets", type=listed, help=targets)
-    parser.add_argument("--batch", type=int, help="rows")
-    parser.add_argument("--sequence", type=int, help="tokens per row")
-    parser.add_argument("--rank", type=int, default=RANK, help=f"of LoTR and LoRA ({RANK})")
 
 
 PROGRAM = Program(
@@ -162,7 +127,13 @@ PROGRAM = Program(
     cases=cases,
     slice_s=0.0,
     compared=("frozen", "lora-peft", "lotr_ext"),
-    options=more_options,
+    options={
+        "models": {"type": some_of(MODELS), "help": f"some of {', '.join(MODELS)}"},
+        "targets": {"help": "endings of the adapted layers' names (the model's usual ones)"},
+        "batch": {"type": int, "help": "rows"},
+        "sequence": {"type": int, "help": "tokens per row"},
+        "rank": {"type": int, "default": RANK, "help": f"of LoTR and LoRA ({RANK})"},
+    },
 )
 if __name__ == "__main__":
     sys.exit(PROGRAM.main())

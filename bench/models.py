@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import strategies
 from .common import Case
-from .rivals import compiled
-from .strategies import STRATEGY_NAMES, with_strategy
+from .rivals import STRATEGIES, compiled, fused_reason, with_strategy
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Shape:
     equal: dict[str, int] = field(default_factory=dict)
 
 
-def _llama(
-    hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int
+def llama(
+    hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int = 1
 ) -> dict:
     return {
         "hidden_size": hidden,
@@ -51,7 +49,7 @@ def _llama(
     }
 
 
-def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
+def bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -67,11 +65,11 @@ def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EQUAL = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
 MODELS = {
-    "smollm2-135m": Shape("causal-lm", _llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
-    "minilm": Shape("encoder", _bert(384, 6, 12, 30522), ("query", "value"), 16, 64, EQUAL),
-    "llama-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
-    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
-    "tiny-encoder": Shape("encoder", _bert(32, 2, 2, 100), ("query", "value"), 2, 8),
+    "smollm2-135m": Shape("causal-lm", llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
+    "minilm": Shape("encoder", bert(384, 6, 12, 30522), ("query", "value"), 16, 64, EQUAL),
+    "llama-8x4096": Shape("causal-lm", llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
+    "tiny-lm": Shape("causal-lm", llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
+    "tiny-encoder": Shape("encoder", bert(32, 2, 2, 100), ("query", "value"), 2, 8),
 }
 METHODS = (
     "frozen",
@@ -92,40 +90,45 @@ METHODS = (
 ON_REQUEST = METHODS[-4:]
 
 
-def fused_reason(base: nn.Module, rank: int) -> str | None:
-    """Why the fused strategy cannot run in a model, None if it can."""
-    width = base.config.hidden_size
-    return strategies.fused_reason(width, width, rank, base.dtype, base.device)
-
-
 def usual_methods(base: nn.Module, rank: int) -> list[str]:
     """Returns the methods that are measured by default."""
-    fused = [] if fused_reason(base, rank) else ["lotr_ext-fused"]
-    return [method for method in METHODS if method not in ON_REQUEST] + fused
+    methods = [method for method in METHODS if method not in ON_REQUEST]
+    if fused_reason(square_weight(base), rank) is None:
+        methods.append("lotr_ext-fused")
+    return methods
+
+
+def square_weight(base: nn.Module) -> Tensor:
+    """Returns the weight of a layer that keeps the width, as the first one of attention does."""
+    width = base.config.hidden_size
+    return next(p for p in base.parameters() if p.shape == (width, width))
+
+
+def random_model(family: str, settings: dict, dtype: torch.dtype, device: str) -> nn.Module:
+    """Returns a frozen model with fixed random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        if family == "encoder":
+            config = transformers.BertConfig(**settings)
+            model = transformers.BertModel(config, add_pooling_layer=False)
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    return model.to(dtype).requires_grad_(False)
 
 
 def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """Returns the model of MODELS[name] with random weights, frozen.
+    """Returns the model of MODELS[name].
 
     The output of its embeddings requires a gradient, so that every method, and the frozen model as
     well, goes backward through all layers.
     """
-    import transformers
-
-    shape = MODELS[name]
-    torch.manual_seed(0)
-    with torch.device(device):
-        if shape.family == "encoder":
-            config = transformers.BertConfig(**shape.settings)
-            model = transformers.BertModel(config, add_pooling_layer=False)
-        else:
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.settings))
-    # In training mode, as its users train. No model here has dropout.
-    model = model.to(dtype).requires_grad_(False).train()
+    model = random_model(MODELS[name].family, MODELS[name].settings, dtype, device)
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_()
     )
-    return model
+    return model.train()  # as its users train; no model here has dropout
 
 
 def twin(base: nn.Module) -> nn.Module:
@@ -197,17 +200,14 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
         if method.startswith("vera"):
             return get_peft_model(model, VeraConfig(r=rank, target_modules=targets))
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-    reason = fused_reason(base, rank) if variant == "fused" else None
-    if reason is not None:
-        raise ValueError(f"fused: {reason}")
     from lotr_ext import LoTRConfig, apply_lotr
 
     train = {"train": ("core",)} if variant == "core" else {}
     apply_lotr(model, LoTRConfig(rank=rank, scaling=1.0, target_modules=targets, **train))
     if variant == "compiled":
         return compiled(model)
-    if variant in STRATEGY_NAMES:
-        model.forward = with_strategy(variant, model.forward)
+    if variant in STRATEGIES:
+        model.forward = with_strategy(variant, model.forward, square_weight(base), rank)
     return model
 
 

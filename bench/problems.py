@@ -4,13 +4,15 @@ A problem (a synthetic teacher, a sentence encoder on rated texts, a language mo
 fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -30,57 +32,70 @@ class Task(NamedTuple):
 
     Attributes:
         kind: "teacher", "classifier" or "language".
-        source: a file in data/, or the shared part of a teacher's change.
-        layers: The adapted layers, a regular expression.
+        source: A file in data/, or the shared part of a teacher's change.
         steps: Of a run.
-        batch: Items per step.
         validation: How many items choose the rate.
         held_out: How many items give the reported loss.
-        all_methods: Whether every method runs on it.
+        batch: Items per step.
+        layers: The adapted layers, a regular expression.
         norms: The norm layers, a regular expression.
+        all_methods: Whether every method runs on it.
     """
 
     kind: str
     source: str
-    layers: str
     steps: int
-    batch: int
     validation: int
     held_out: int
-    all_methods: bool = False
+    batch: int
+    layers: str
     norms: str = ""
+    all_methods: bool = False
 
 
-BATCH = {"teacher": 64, "classifier": 32, "language": 4}
-LAYERS = {
-    "teacher": r"blocks\.\d+\.(up|down)",
-    "classifier": r".*\.layer\.\d+\..*\.(query|key|value|dense)",
-    "language": r".*\.layers\.\d+\..*_proj",
-}
-NORMS = {"classifier": r".*\.LayerNorm", "language": r".*(norm|layernorm)"}
-FOLDERS = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}
-KINDS = tuple(LAYERS)
-
-
-def _task(
-    kind: str, source: str, steps: int, validation: int, held_out: int, all_methods: bool = False
-) -> Task:
-    sizes = (steps, BATCH[kind], validation, held_out)
-    return Task(kind, source, LAYERS[kind], *sizes, all_methods, NORMS.get(kind, ""))
-
-
+_teacher = partial(
+    Task,
+    "teacher",
+    steps=400,
+    validation=1000,
+    held_out=2000,
+    batch=64,
+    layers=r"blocks\.\d+\.(up|down)",
+    all_methods=True,
+)
+_classifier = partial(
+    Task,
+    "classifier",
+    batch=32,
+    layers=r".*\.layer\.\d+\..*\.(query|key|value|dense)",
+    norms=r".*\.LayerNorm",
+)
+_language = partial(
+    Task,
+    "language",
+    steps=60,
+    validation=32,
+    held_out=96,
+    batch=4,
+    layers=r".*\.layers\.\d+\..*_proj",
+    norms=r".*(norm|layernorm)",
+)
+_ratings = partial(_classifier, steps=100, validation=400, held_out=1000)
 TASKS = {
-    "teacher-shared": _task("teacher", "1.0", 400, 1000, 2000, all_methods=True),
-    "teacher-half": _task("teacher", "0.5", 400, 1000, 2000, all_methods=True),
-    "teacher-own": _task("teacher", "0.0", 400, 1000, 2000, all_methods=True),
-    "minilm-movies": _task("classifier", "movie_snippets.tsv", 150, 500, 1500, all_methods=True),
-    "minilm-tweets": _task("classifier", "tweets.tsv", 100, 400, 1000),
-    "minilm-products": _task("classifier", "product_snippets.tsv", 100, 400, 1000),
-    "minilm-editorials": _task("classifier", "editorial_snippets.tsv", 100, 400, 1000),
-    "smollm2-kjv": _task("language", "kjv.txt", 60, 32, 96, all_methods=True),
-    "smollm2-wycliffe": _task("language", "wycliffe.txt", 60, 32, 96),
-    "smollm2-verilog": _task("language", "verilog.txt", 60, 32, 96),
+    "teacher-shared": _teacher("1.0"),
+    "teacher-half": _teacher("0.5"),
+    "teacher-own": _teacher("0.0"),
+    "minilm-movies": _classifier(
+        "movie_snippets.tsv", steps=150, validation=500, held_out=1500, all_methods=True
+    ),
+    "minilm-tweets": _ratings("tweets.tsv"),
+    "minilm-products": _ratings("product_snippets.tsv"),
+    "minilm-editorials": _ratings("editorial_snippets.tsv"),
+    "smollm2-kjv": _language("kjv.txt", all_methods=True),
+    "smollm2-wycliffe": _language("wycliffe.txt"),
+    "smollm2-verilog": _language("verilog.txt"),
 }
+FOLDERS = {"classifier": "all-minilm-l6-v2", "language": "smollm2-135m"}  # in data/
 
 
 def shuffled_epochs(count: int, draw: random.Random) -> Iterator[int]:
@@ -96,11 +111,10 @@ class Problem:
 
     Attributes:
         parts: Training, validation and held_out, as tensors or lists of items.
-        head: Whether a model has a new head. Every method trains it, and its numbers are not
-            counted.
+        measured_at_once: Items.
     """
 
-    head = False
+    measured_at_once = 100
     parts: dict[str, tuple]
 
     def __init__(self, task: Task):
@@ -125,7 +139,7 @@ class Problem:
         """
         order = self.order(part)
         outcomes = []
-        for rows in order.split(8 if self.task.kind == "language" else 100):
+        for rows in order.split(self.measured_at_once):
             batch = tuple(_rows(values, rows) for values in self.parts[part])
             outcomes.append(torch.stack([result.double() for result in self.losses(model, batch)]))
         losses, is_right = torch.cat(outcomes, 1)[:, order.argsort()]
@@ -228,8 +242,6 @@ class Classified(Problem):
     The texts are rated above or below 0. The loss is nats per text.
     """
 
-    head = True
-
     def __init__(self, task: Task):
         from transformers import AutoModel, AutoTokenizer
 
@@ -256,8 +268,11 @@ class Classified(Problem):
         self.parts["training"] = encoded(texts)
 
     def model(self, seed: int) -> nn.Module:
+        sys.path.append(str(ROOT / "examples"))
+        from common import TextClassifier
+
         torch.manual_seed(seed)
-        return TextClassifier(copy.deepcopy(self.encoder))
+        return TextClassifier(copy.deepcopy(self.encoder), 2)
 
     def batches(self, seed: int) -> Iterator[Texts]:
         """Twenty batches at a time are sorted by length, to reduce padding."""
@@ -283,26 +298,13 @@ class Classified(Problem):
         return nn.functional.cross_entropy(logits, labels, reduction="none"), is_right
 
 
-class TextClassifier(nn.Module):
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, 2)
-
-    def forward(self, ids: list[list[int]]) -> Tensor:
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-        weights = mask[..., None].to(hidden.dtype)
-        return self.head((hidden * weights).sum(1) / weights.sum(1))
-
-
 # ---- a text --------------------------------------------------------------------------------------
 
 
 class Written(Problem):
     """SmolLM2-135M in bfloat16 with trained parts in float32, on a text. Nats per token."""
+
+    measured_at_once = 8
 
     def __init__(self, task: Task):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -364,52 +366,65 @@ def problem_of(task: Task) -> Problem:
 # ---- methods -------------------------------------------------------------------------------------
 
 
+class ByKind(NamedTuple):
+    """A value for each kind of task."""
+
+    teacher: Any = ()
+    classifier: Any = ()
+    language: Any = ()
+
+    def of(self, task: Task) -> Any:
+        return getattr(self, task.kind)
+
+
 class Method(NamedTuple):
     """What is trained.
 
     Attributes:
         family: "lotr", "peft", or what is fully trained: "base", "head", "norm", "full".
-        ranks: By kind of task: teacher, classifier, language.
-        rates: The same; the rate at which the search begins, for LoTR before the factor 0.4.
+        ranks: Those that run.
+        rates: Where the search begins, for LoTR before the factor 0.4.
         settings: Of the configuration.
     """
 
     family: str
-    ranks: tuple[tuple[int, ...], ...]
-    rates: tuple[float, float, float] = (5e-2, 5e-3, 5e-3)
+    ranks: ByKind
+    rates: ByKind = ByKind(5e-2, 5e-3, 5e-3)
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
 CORE = {"train": ("core",)}
-PEFT_RATES = (2e-2, 2e-3, 2e-3)
-DIAGONAL_RATES = (5e-2, 2e-2, 2e-2)
+PEFT_RATES = ByKind(2e-2, 2e-3, 2e-3)
 METHODS = {
-    "base": Method("base", ((0,), (), (0,)), (0.0, 0.0, 0.0)),
-    "head": Method("head", ((), (0,), ()), (HEAD_LR,) * 3),
-    "full": Method("full", ((0,), (0,), (0,)), (1e-2, 1e-4, 1e-4)),
-    "norm": Method("norm", ((), (0,), (0,)), (5e-3,) * 3),
-    "lotr": Method("lotr", ((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
-    "lotr-width": Method("lotr", ((), (16,), (28,)), settings={"group_by": "width"}),
-    "lotr-block": Method("lotr", ((), (1, 5), (6,)), settings={"group_by": "block"}),
-    "lotr-core": Method("lotr", ((8, 16), (64,), (32,)), settings=CORE),
+    "base": Method("base", ByKind(teacher=(0,), language=(0,)), ByKind(0.0, 0.0, 0.0)),
+    "head": Method("head", ByKind(classifier=(0,)), ByKind(classifier=HEAD_LR)),
+    "full": Method("full", ByKind((0,), (0,), (0,)), ByKind(1e-2, 1e-4, 1e-4)),
+    "norm": Method("norm", ByKind((), (0,), (0,)), ByKind(5e-3, 5e-3, 5e-3)),
+    "lotr": Method("lotr", ByKind((1, 2, 4, 8, 16), (4, 8, 16, 28), (4, 24, 60))),
+    "lotr-width": Method("lotr", ByKind((), (16,), (28,)), settings={"group_by": "width"}),
+    "lotr-block": Method("lotr", ByKind((), (1, 5), (6,)), settings={"group_by": "block"}),
+    "lotr-core": Method("lotr", ByKind((8, 16), (64,), (32,)), settings=CORE),
     "lotr-diagonal": Method(
-        "lotr", ((5, 11, 16, 22, 45), (8,), (48,)), DIAGONAL_RATES, {"core": "diagonal"}
+        "lotr",
+        ByKind((5, 11, 16, 22, 45), (8,), (48,)),
+        ByKind(5e-2, 2e-2, 2e-2),
+        {"core": "diagonal"},
     ),
-    "lotr-gradient": Method("lotr", ((4, 8), (8, 16), ()), settings={"from_gradient": True}),
-    "lotr-name": Method("lotr", ((), (16,), ()), settings={"group_by": "name"}),
+    "lotr-gradient": Method("lotr", ByKind((4, 8), (8, 16)), settings={"from_gradient": True}),
+    "lotr-name": Method("lotr", ByKind(classifier=(16,)), settings={"group_by": "name"}),
     "lotr-core-gradient": Method(
-        "lotr", ((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}
+        "lotr", ByKind((8, 16), (64,), (32,)), settings={"from_gradient": True, **CORE}
     ),
-    "lotr-tucker": Method("lotr", ((8,), (), ()), settings={"core": "tucker"}),
-    "lotr-train": Method("lotr", ((8,), (), ()), settings={"core": "train"}),
-    "lotr-few": Method("lotr", ((8,), (32,), (32,)), settings={"core": "few", **CORE}),
+    "lotr-tucker": Method("lotr", ByKind(teacher=(8,)), settings={"core": "tucker"}),
+    "lotr-train": Method("lotr", ByKind(teacher=(8,)), settings={"core": "train"}),
+    "lotr-few": Method("lotr", ByKind((8,), (32,), (32,)), settings={"core": "few", **CORE}),
     # Factors from each layer's weight: LoRA-XS, arXiv 2405.17604.
     "lora-xs": Method(
-        "lotr", ((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
+        "lotr", ByKind((8,), (32,), (32,)), settings={"init": "svd", "group_by": "layer", **CORE}
     ),
-    "lora": Method("peft", ((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
-    "dora": Method("peft", ((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
-    "vera": Method("peft", ((64,), (256,), (256,)), (2e-2, 1e-2, 1e-2), {"vera": True}),
+    "lora": Method("peft", ByKind((1, 2, 4, 8), (1, 4, 8, 32), (1, 4, 16)), PEFT_RATES),
+    "dora": Method("peft", ByKind((1, 4), (1,), (1,)), PEFT_RATES, {"use_dora": True}),
+    "vera": Method("peft", ByKind((64,), (256,), (256,)), ByKind(2e-2, 1e-2, 1e-2), {"vera": True}),
 }
 MAIN = {  # the methods of tasks that do not have all
     "classifier": ("head:0", "full:0", "lotr:4", "lotr:16", "lora:1", "lora:4"),
@@ -469,6 +484,19 @@ def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor).step
 
 
+class Trained(NamedTuple):
+    """The trained parameters of a model. Those of a new head are not counted."""
+
+    method: list[nn.Parameter]
+    head: list[nn.Parameter]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trained:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        head = {n: p for n, p in parameters.items() if "head" in n.split(".")}
+        return cls([p for n, p in parameters.items() if n not in head], list(head.values()))
+
+
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
     """Sets A and B from the gradients of eight batches, after training a new head.
 
@@ -477,16 +505,17 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
     """
     from lotr_ext import init_from_gradient
 
-    used = steps // 10 if problem.head else 0
-    if used:
-        head = [p for name, p in model.named_parameters() if "head." in name]
+    head = Trained.of(model).head
+    if head:
+        head_steps = steps // 10
+        steps -= head_steps
         optimizer = torch.optim.AdamW(head, lr=HEAD_LR, weight_decay=0.0)
-        for _ in range(used):
+        for _ in range(head_steps):
             problem.loss(model, next(batches)).backward()
             optimizer.step()
             model.zero_grad()
     init_from_gradient(model, [next(batches) for _ in range(8)], problem.loss)
-    return steps - used
+    return steps
 
 
 def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -> list[float]:
@@ -499,12 +528,10 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
     batches = problem.batches(seed)
     if METHODS[method].settings.get("from_gradient"):
         steps = start_from_gradient(model, problem, batches, steps)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head = [p for name, p in trained if problem.head and "head." in name]
-    rest = [p for name, p in trained if not (problem.head and "head." in name)]
+    trained = Trained.of(model)
     groups = [
-        {"params": rest, "lr": lr},
-        {"params": head, "lr": lr if method == "head" else HEAD_LR},
+        {"params": trained.method, "lr": lr},
+        {"params": trained.head, "lr": lr if method == "head" else HEAD_LR},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = decay(optimizer, steps)

@@ -39,6 +39,7 @@ from .common import (
     keep_memory,
     machine,
     named,
+    parser_of,
     pivot,
     read,
     reason_of,
@@ -51,6 +52,7 @@ from .common import (
 )
 from .timing import CLOCKS, Clock, GpuSamples, Group, Rounds, Times, interval, rows_of, with_sum
 
+CASE_ENDING = ", {dtype}, threads: {threads}"  # of a title
 DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
 
@@ -65,17 +67,18 @@ def threads_of(text: str) -> list[int]:
     return sorted(map(int, threads))
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has the others
     "quick": {"action": "store_true", "help": "few rounds of one case, into demo_results/bench"},
     "device": {
         "choices": ("cpu", "cuda"),
         "default": "cuda" if torch.cuda.is_available() else "cpu",
     },
-    "dtypes": {"type": some_of(DTYPES)},
     "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
-    "rounds": {"type": int},
     "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
-    "rivals": {},
+    "against": {
+        "type": Path,
+        "help": "another built checkout, whose lotr_ext runs in turns with ours",
+    },
     "from": {"type": int, "default": 1, "dest": "first", "help": "start with this case"},
     "require-kernels": {
         "action": "store_true",
@@ -106,7 +109,7 @@ class Program:
         dtypes: The default, the most important first.
         compared: The rivals that --against compares.
         is_pivoted: Whether the program prints one table of all cases instead of one per case.
-        options: Adds further options.
+        options: Further ones.
     """
 
     name: str
@@ -123,40 +126,32 @@ class Program:
     dtypes: str = "bf16,fp32"
     compared: tuple[str, ...] = ()
     is_pivoted: bool = False
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     # ---- options ----
 
-    def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m bench.{self.name}",
-            description=self.doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        usual = {  # per program
+    def parser(self) -> argparse.ArgumentParser:
+        per_program: dict[str, dict[str, Any]] = {
             "dtypes": {
+                "type": some_of(DTYPES),
                 "default": self.dtypes,
                 "help": f"some of {', '.join(DTYPES)} ({self.dtypes})",
             },
-            "rounds": {"help": f"rounds of all rivals per case ({self.rounds}; against: 41)"},
+            "rounds": {
+                "type": int,
+                "help": f"rounds of all rivals per case ({self.rounds}; against: 41)",
+            },
             "rivals": {"type": some_of(self.rivals), "help": f"some of {', '.join(self.rivals)}"},
         }
-        for name, settings in OPTIONS.items():
-            parser.add_argument(f"--{name}", **settings, **usual.get(name, {}))
         if self.key:
-            shapes = f"{'x'.join(self.key)}, comma-separated"
-            parser.add_argument("--shapes", type=sizes(*self.key), help=shapes)
-        if self.compared:
-            against = "another built checkout, whose lotr_ext runs in turns with ours"
-            parser.add_argument("--against", type=Path, help=against)
-        self.options(parser)
-        options = parser.parse_args(argv)
-        options.against = getattr(options, "against", None)
-        self._complete(parser, options)
-        return options
+            shape = "x".join(self.key)
+            per_program["shapes"] = {"type": sizes(*self.key), "help": f"{shape}, comma-separated"}
+        return parser_of(self.name, self.doc, OPTIONS | per_program | dict(self.options))
 
-    def _complete(self, parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-        """Fills in what depends on other options. Ends the program for a bad option."""
+    def arguments(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Returns the options, complete. Ends the program for a bad one."""
+        parser = self.parser()
+        options = parser.parse_args(argv)
         usual_clock = "wall"
         if options.device == "cuda":
             usual_clock = "events"
@@ -180,6 +175,7 @@ class Program:
                 f"against: expected a checkout with a built lotr_ext, got {options.against}. "
                 f"Build it there first."
             )
+        return options
 
     def all_cases(self, options: argparse.Namespace) -> list[Case]:
         shapes = self.cases(options)
@@ -258,17 +254,16 @@ class Program:
 
     def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
         """Prints the rows of cases, which the columns `key` name."""
-        titles = frame.apply(lambda row: self.title(row.to_dict()), axis=1)
-        if self.is_pivoted and (frame["rival"] != self.floor).any():
+        if self.is_pivoted:
             title = f"{self.name}: time over {named(self.floor)}"
-            show(title, pivot(frame, titles, self.floor), markdown)
+            show(title, pivot(frame, self.form + CASE_ENDING, self.floor), markdown)
             return
+        titles = [self.title(row) for row in frame.to_dict("records")]
         for title, rows in frame.groupby(titles, sort=False):
             show(str(title), case_table(rows, self.floor, key), markdown)
 
     def title(self, case: Case) -> str:
-        threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
-        return ", ".join([self.form.format(**case), case["dtype"], threads])
+        return (self.form + CASE_ENDING).format(**case)
 
     def command(self, words: Sequence[str]) -> str:
         """Returns the command as a page shows it."""
@@ -280,7 +275,7 @@ class Results:
     """The result file of a run, and what could not be measured."""
 
     def __init__(self, program: Program, options: argparse.Namespace):
-        self.floor = program.floor
+        self.program = program
         self.about = facts(options)
         folder = options.results or (QUICK if options.quick else RESULTS)
         self.path = folder / slug(self.about["machine"]) / f"{program.name}.jsonl"
@@ -292,7 +287,7 @@ class Results:
     ) -> None:
         """Writes the rows of a case in place of those from fewer rounds."""
         columns = self.about | {"rounds": len(times)} | samples | case
-        rows = [columns | row for row in rows_of(times, group, self.floor)]
+        rows = [columns | row for row in rows_of(times, group, self.program.floor)]
         self.rows[str(case)] = rows
         replace_rows(self.path, rows, ["machine", *case])
 
@@ -391,7 +386,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
 
     Prints the ratio of their times.
     """
-    if not options.rivals:
+    if program.compared and not options.rivals:
         argv = [*argv, "--rivals", ",".join(program.compared)]
     workers = {
         "new": Worker(program.name, argv, ROOT),

@@ -9,6 +9,9 @@ LoRA from library products has four forms:
     compiled   eager, in torch.compile
 
 LoTR in three lines is README's formula in plain torch. Not here: transformers (models.py).
+
+lotr_ext.core is imported inside the functions, and not at all on a CPU: with --against, a worker
+measures an older lotr_ext that has no strategies.
 """
 
 from __future__ import annotations
@@ -21,11 +24,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from . import strategies
 from .checks import check_error, error_of
-from .strategies import with_strategy
 
 SCALING = 2.0
+STRATEGIES = ("two_pass", "beta", "fused")  # values of LOTR_STRATEGY (docs/kernels.md)
 # The relative error of a layer's y, dx and gradients against float64.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
@@ -36,7 +38,7 @@ class Tensors:
 
     Attributes:
         weight: [n, k].
-        bias: [n] or None.
+        bias: [n].
         A: [k, r].
         B: [n, r].
         core: [r, r].
@@ -45,7 +47,7 @@ class Tensors:
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     A: Tensor
     B: Tensor
     core: Tensor
@@ -72,8 +74,7 @@ class Tensors:
         )
 
     def double(self) -> Tensors:
-        tensors = vars(self).items()
-        return Tensors(**{name: None if t is None else t.double() for name, t in tensors})
+        return Tensors(**{name: t.double() for name, t in vars(self).items()})
 
     def adapter_in(self, dtype: torch.dtype) -> Tensors:
         """Returns the same with A, B and core in another dtype."""
@@ -105,6 +106,14 @@ class Rival(nn.Module):
         return self.call(x)
 
 
+def random_tokens(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Returns x [m, k] and the gradient g [m, n] of a layer's output."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(m, k, generator=generator).to(device, dtype)
+    g = torch.randn(m, n, generator=generator).to(device, dtype)
+    return x, g
+
+
 def copied(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t.clone().contiguous())
 
@@ -112,10 +121,9 @@ def copied(t: Tensor) -> nn.Parameter:
 def frozen_linear(t: Tensors) -> nn.Linear:
     """Returns the base layer as a module that uses these tensors, not copies."""
     n, k = t.weight.shape
-    linear = nn.Linear(k, n, bias=t.bias is not None, device="meta")
+    linear = nn.Linear(k, n, device="meta")
     linear.weight = nn.Parameter(t.weight, requires_grad=False)
-    if t.bias is not None:
-        linear.bias = nn.Parameter(t.bias, requires_grad=False)
+    linear.bias = nn.Parameter(t.bias, requires_grad=False)
     return linear
 
 
@@ -132,15 +140,10 @@ class InPlaceLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, beta):
         u = nnf.linear(x, A)
-        if not beta:
-            y = nnf.linear(x, weight, bias)
-            y.addmm_(u, B.T, alpha=SCALING)
+        if beta:
+            y = torch.addmm(bias, u, B.T, alpha=SCALING).addmm_(x, weight.T)
         else:
-            if bias is None:
-                y = (u * SCALING) @ B.T
-            else:
-                y = torch.addmm(bias, u, B.T, alpha=SCALING)
-            y.addmm_(x, weight.T)
+            y = nnf.linear(x, weight, bias).addmm_(u, B.T, alpha=SCALING)
         ctx.save_for_backward(x, weight, A, B, u)
         ctx.beta = beta
         return y
@@ -250,30 +253,57 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     return rivals
 
 
-def our_layer(t: Tensors, strategy: str | None = None) -> Rival:
-    """Our layer. It takes its usual strategy, unless another one is named.
+def fused_reason(weight: Tensor, rank: int) -> str | None:
+    """Why the fused strategy cannot run a layer of this weight [n, k], None if it can."""
+    if weight.device.type != "cuda":
+        return "it needs a GPU"
+    from lotr_ext.core.strategy import fused_obstacle
+
+    n, k = weight.shape
+    return fused_obstacle(k, n, rank, weight.dtype, weight.device)
+
+
+def with_strategy(
+    strategy: str, call: Callable[..., Tensor], weight: Tensor, rank: int
+) -> Callable[..., Tensor]:
+    """Returns a function that runs `call` with a strategy, also in its backward.
+
+    Args:
+        strategy: One of STRATEGIES.
+        call: A layer, or a model.
+        weight: [n, k] of a layer in it.
+        rank: Of the adapter.
 
     Raises:
         ValueError: If the strategy cannot run here.
     """
-    reason = fused_reason(t) if strategy == "fused" else None
+    reason = fused_reason(weight, rank) if strategy == "fused" else None
     if reason is not None:
         raise ValueError(f"fused: {reason}")
+    from lotr_ext.core import dispatch
+    from lotr_ext.core.strategy import STRATEGIES as NUMBERS
+
+    def run(*arguments: object, **keywords: object) -> Tensor:
+        # LOTR_STRATEGY is read once per process, but the rivals of a case share a process.
+        usual = dispatch.choose_strategy
+        dispatch.choose_strategy = lambda tokens, x: NUMBERS[strategy]
+        try:
+            return call(*arguments, **keywords)
+        finally:
+            dispatch.choose_strategy = usual
+
+    return run
+
+
+def our_layer(t: Tensors, variant: str = "") -> Rival:
+    """Our layer: with its usual strategy, with another one, or compiled."""
     rival = our_layers([t])[0]
-    if strategy is None:
-        return rival
-    return Rival(with_strategy(strategy, rival.call), rival.trained)
-
-
-def our_layer_compiled(t: Tensors) -> Rival:
-    rival = our_layer(t)
-    return Rival(compiled(rival.call), rival.trained)
-
-
-def fused_reason(t: Tensors) -> str | None:
-    """Why the fused strategy cannot run on these tensors, None if it can."""
-    n, k = t.weight.shape
-    return strategies.fused_reason(k, n, t.A.shape[1], t.weight.dtype, t.weight.device)
+    if variant == "compiled":
+        return Rival(compiled(rival.call), rival.trained)
+    if variant in STRATEGIES:
+        call = with_strategy(variant, rival.call, t.weight, t.A.shape[1])
+        return Rival(call, rival.trained)
+    return rival
 
 
 LAYERS: dict[str, Callable[[Tensors], Rival]] = {
@@ -288,10 +318,10 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
     "lotr_ext": our_layer,
     # A float32 adapter is the default of `apply_lotr`.
     "lotr_ext-fp32": lambda t: our_layer(t.adapter_in(torch.float32)),
-    "lotr_ext-two_pass": functools.partial(our_layer, strategy="two_pass"),
-    "lotr_ext-beta": functools.partial(our_layer, strategy="beta"),
-    "lotr_ext-fused": functools.partial(our_layer, strategy="fused"),
-    "lotr_ext-compiled": our_layer_compiled,
+    "lotr_ext-two_pass": functools.partial(our_layer, variant="two_pass"),
+    "lotr_ext-beta": functools.partial(our_layer, variant="beta"),
+    "lotr_ext-fused": functools.partial(our_layer, variant="fused"),
+    "lotr_ext-compiled": functools.partial(our_layer, variant="compiled"),
 }
 
 
@@ -303,7 +333,7 @@ def usual_layers(t: Tensors) -> list[str]:
         usual.append("lotr_ext-fp32")
     if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case
         usual += ["lora-compiled", "lotr_ext-two_pass", "lotr_ext-beta"]
-    if fused_reason(t) is None:
+    if fused_reason(t.weight, t.A.shape[1]) is None:
         usual.append("lotr_ext-fused")
     return usual
 

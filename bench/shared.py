@@ -16,13 +16,12 @@ import argparse
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checks import check_error, error_of, memory_changes
 from .common import Case, dtype_of
 from .program import Program
-from .rivals import stack, stack_values
+from .rivals import random_tokens, stack, stack_values
 from .timing import Group, Step, training
 
 FLOOR = "autograd"
@@ -56,9 +55,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     layers, m, k, r = (case[name] for name in KEY)
     dtype = dtype_of(case)
     tensors = stack_values(layers, k, r, dtype, options.device)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, k, generator=generator).to(options.device, dtype)
-    g = torch.randn(m, k, generator=generator).to(options.device, dtype)
+    x, g = random_tokens(m, k, k, dtype, options.device)
     wide = stack("lotr-eager", [t.double() for t in tensors], "chained")
     truth = gradient_of_A(wide, x.double(), g.double())
 

@@ -37,13 +37,13 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pandas as pd
 import torch
 
 from lotr_ext.core.strategy import fused_obstacle
 
-from .common import some_of, telling_line
+from .common import ROOT, parser_of, some_of, telling_line, write
 
-ROOT = Path(__file__).resolve().parents[1]
 # The dtype of x, and of factors if they have another one.
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -216,46 +216,46 @@ def run_all(options: argparse.Namespace, jobs: list[Job], report: Callable) -> N
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 if a form has not passed and was not skipped."""
     every_form = forms()
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.smoke",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    every_dtype = list(DTYPES)
+    parser = parser_of(
+        "smoke",
+        __doc__,
+        {
+            "device": {"choices": ("cuda", "cpu"), "default": "cuda"},
+            "forms": {"type": some_of(every_form), "default": every_form, "help": "some (all)"},
+            "dtypes": {
+                "type": some_of(every_dtype),
+                "default": every_dtype,
+                "help": f"some of {', '.join(every_dtype)}",
+            },
+            "shapes": {"type": int, "help": "only so many shapes of the table"},
+            "results": {"type": Path, "help": "a folder for smoke.jsonl"},
+            "in-process": {"action": "store_true", "help": "all forms in this process"},
+            "child": {"type": json.loads, "help": argparse.SUPPRESS},
+        },
     )
-    add = parser.add_argument
-    add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--forms", type=some_of(every_form), default=every_form, help="some, comma-separated (all)")
-    dtypes = "some of " + ", ".join(DTYPES)
-    add("--dtypes", type=some_of(DTYPES), default=list(DTYPES), help=dtypes)
-    add("--shapes", type=int, help="only so many shapes of the table")
-    add("--results", type=Path, help="a folder for smoke.jsonl")
-    add("--in-process", action="store_true", help="all forms in this process")
-    add("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
         child(options.child, options.device, options.shapes)
         return 0
     jobs = [(form, dtype) for dtype in options.dtypes for form in options.forms]
+    rows: list[dict] = []
     lock = threading.Lock()
-    counts: Counter[str] = Counter()
-    if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "smoke.jsonl").unlink(missing_ok=True)
 
     def report(job: Job, outcome: str) -> None:
         form, dtype = job
         with lock:
-            counts[outcome.partition(":")[0]] += 1
             print(f"{form:30} {dtype:10} {outcome}", flush=True)
+            rows.append({"form": form, "dtype": dtype, "outcome": outcome, "planned": len(jobs)})
             if options.results is not None:
-                row = {"form": form, "dtype": dtype, "outcome": outcome, "planned": len(jobs)}
-                with open(options.results / "smoke.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                write(options.results / "smoke.jsonl", pd.DataFrame(rows))
 
     if options.in_process:
         for job in jobs:
             report(job, outcome_of(*job, options.device, options.shapes))
     else:
         run_all(options, jobs, report)
+    counts = Counter(row["outcome"].partition(":")[0] for row in rows)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return int(bool(set(counts) - {"passed", "skipped"}))
 

@@ -12,30 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .common import markdown_table, over_text, read, seconds_text, slug
+from .common import markdown_table, pivot, read, seconds_text, slug
 
 Outcomes = dict[str, dict]  # part: {"outcome": .., "seconds": ..}
-# Columns of the table of layers, as far as they were measured.
-LAYER_RIVALS = {
-    "lotr_ext": "lotr_ext",
-    "lotr_ext-two_pass": "two_pass",
-    "lotr_ext-beta": "beta",
-    "lotr_ext-fused": "fused",
-    "lotr_ext-fp32": "float32 adapter",
-    "lora-eager": "LoRA eager",
-    "lora-in-place": "LoRA in place",
-    "lora-beta": "LoRA in place, beta",
-    "lora-compiled": "LoRA compiled",
-    "lora-peft": "LoRA PEFT",
-}
-MODEL_RIVALS = {
-    "lotr_ext": "lotr_ext",
-    "lotr_ext-fused": "fused",
-    "lotr_ext-core": "cores only",
-    "lotr-eager": "LoTR in three lines",
-    "lora-peft": "LoRA PEFT",
-    "vera-peft": "VeRA PEFT",
-}
 INFO_LINES = ("CPU kernels", "lotr_ext ", "torch ", "CUDA ", "           they", "cuda:0")
 QUICK_ROUNDS = 3
 FUSED_GOAL = 0.94  # of cuBLAS: below it the fused kernel is slower than beta
@@ -151,34 +130,18 @@ def _smoke(results: Path) -> str:
     return head + "\n".join(lines) if lines else ""
 
 
-def _over_table(frame: pd.DataFrame, title: str, rivals: dict[str, str]) -> str:
-    """Returns a row per case, a column per rival: the time of a step over the frozen one."""
-    steps = frame[frame["stage"] == "step"]
-    titles = [title.format(**row) for row in steps.to_dict("records")]
-    rows = []
-    for name, case in steps.groupby(titles, sort=False):
-        times = case.set_index("rival")
-        row = {"": name}
-        if "frozen" in times.index:
-            row["frozen"] = seconds_text(times.loc["frozen", "seconds"])
-        for rival in filter(times.index.__contains__, rivals):
-            row[rivals[rival]] = over_text(times.loc[rival])
-        rows.append(row)
-    return markdown_table(pd.DataFrame(rows).fillna("-"))
-
-
 def _layers(frame: pd.DataFrame) -> str:
-    table = _over_table(frame, "{m} x {k} x {n}, r {r}, {dtype}", LAYER_RIVALS)
+    table = pivot(frame, "{m} x {k} x {n}, r {r}, {dtype}", "frozen")
     return (
         f"## One layer: time over the frozen layer, forward and backward\n\n"
-        f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals. two_pass, beta and "
-        f"fused are strategies of lotr_ext.\n\n{table}"
+        f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals.\n\n"
+        f"{markdown_table(table)}"
     )
 
 
 def _model(frame: pd.DataFrame) -> str:
-    table = _over_table(frame, "{model}, {batch} x {sequence}, r {r}, {dtype}", MODEL_RIVALS)
-    return f"## A model: time of a training step over the frozen model's\n\n{table}"
+    table = pivot(frame, "{model}, {batch} x {sequence}, r {r}, {dtype}", "frozen")
+    return f"## A model: time of a training step over the frozen model's\n\n{markdown_table(table)}"
 
 
 def _kernel_rows(frame: pd.DataFrame) -> pd.DataFrame:

@@ -20,13 +20,15 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .common import Case, dtype_of
+from .models import llama, random_model, trained
 from .program import Program
-from .timing import Group, Step
+from .timing import Group, Step, training
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 VOCABULARY = 2048
@@ -47,20 +49,9 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def transformer(case: Case, dtype: torch.dtype, device: str) -> nn.Module:
-    """Returns a causal language model with fixed random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=case["hidden"],
-        intermediate_size=4 * case["hidden"],
-        num_hidden_layers=case["blocks"],
-        num_attention_heads=max(1, case["hidden"] // 64),
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    hidden = case["hidden"]
+    settings = llama(hidden, case["blocks"], max(1, hidden // 64), 4 * hidden, VOCABULARY)
+    return random_model("causal-lm", settings, dtype, device).eval()
 
 
 class Batch:
@@ -91,17 +82,27 @@ class Batch:
         return self.tasks
 
 
-def our_model(
-    way: str, case: Case, batch: Batch, dtype: torch.dtype
-) -> tuple[list[nn.Parameter], Callable[[], Tensor], int]:
-    """Returns the cores, a function that runs the batch, and the bytes of a task."""
+class Adapted(NamedTuple):
+    """A model of one way.
+
+    Attributes:
+        run: Computes the logits of the batch.
+        cores: What is trained.
+        task_bytes: Of one task.
+    """
+
+    run: Callable[[], Tensor]
+    cores: list[nn.Parameter]
+    task_bytes: int
+
+
+def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
     from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
 
-    config = LoTRConfig(rank=case["r"], target_modules=TARGETS)
+    config = LoTRConfig(rank=case["r"], target_modules=TARGETS, train=("core",))
     model = apply_lotr(transformer(case, dtype, batch.device), config)
-    model.requires_grad_(False)
-    cores = [p for name, p in model.named_parameters() if name.endswith("core")]
-    task_bytes = sum(core.nbytes for core in cores)
+    cores = trained(model)
+    task_bytes = 0 if way == "frozen" else sum(core.nbytes for core in cores)
     if way in BANKED:
         bank = TaskBank(model, case["tasks"])
         for _ in range(case["tasks"]):
@@ -110,60 +111,43 @@ def our_model(
     for core in cores:
         nn.init.normal_(core.requires_grad_())
 
-    def run() -> Tensor:
+    def context() -> contextlib.AbstractContextManager:
         if way in BANKED:
-            context = use_tasks(model, batch.index(way))
-        else:
-            context = disabled(model) if way == "frozen" else contextlib.nullcontext()
-        with context:
+            return use_tasks(model, batch.index(way))
+        return disabled(model) if way == "frozen" else contextlib.nullcontext()
+
+    def run() -> Tensor:
+        with context():
             return model(input_ids=batch.ids).logits
 
-    return cores, run, task_bytes
+    return Adapted(run, cores, task_bytes)
 
 
-def peft_model(
-    way: str, case: Case, batch: Batch, dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], int]:
-    """Returns a function that runs the batch, and the bytes of a task."""
+def peft_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=case["r"], target_modules=TARGETS, init_lora_weights=False)
     model = get_peft_model(transformer(case, dtype, batch.device), config, adapter_name="t0")
+    task_bytes = sum(p.nbytes for p in trained(model))
     arguments: dict[str, object] = {"input_ids": batch.ids}
     if way == "lora-peft-row":
         for i in range(1, PEFT_TASKS):
             model.add_adapter(f"t{i}", config)
         arguments["adapter_names"] = [f"t{i % PEFT_TASKS}" for i in range(case["rows"])]
-    task_bytes = sum(p.nbytes for name, p in model.named_parameters() if ".t0." in name)
     model.eval()
-    return lambda: model(**arguments).logits, task_bytes
+    return Adapted(lambda: model(**arguments).logits, [], task_bytes)
 
 
-def training_step(cores: list[nn.Parameter], run: Callable[[], Tensor], facts: dict) -> Step:
-    optimizer = torch.optim.AdamW(cores, lr=1e-3, weight_decay=0.0, fused=True)
-    stages = {
-        "forward": lambda _: run().float().square().mean(),
-        "backward": lambda loss: loss.backward(),
-        "optimizer": lambda _: optimizer.step(),
-    }
-    return Step(stages, optimizer.zero_grad, facts=facts)
-
-
-def check_moved(way: str, cores: list[nn.Parameter], step: Step, batch: Batch) -> None:
-    """Runs a step.
+def check_moved(cores: list[nn.Parameter], batch: Batch) -> None:
+    """Checks the gradients of a step.
 
     Raises:
-        ArithmeticError: Unless exactly the tasks of the batch have a gradient.
+        ArithmeticError: Unless exactly the tasks of the batch have one.
     """
-    step.run()
-    if way not in BANKED:
-        return
     has_gradient = torch.stack([core.grad.flatten(1).any(1) for core in cores]).any(0)
     moved = has_gradient.nonzero().flatten()
     if not torch.equal(moved, batch.tasks.unique()):
-        raise ArithmeticError(
-            f"{way}: expected gradients of {batch.case['rows']} tasks, got {len(moved)}"
-        )
+        raise ArithmeticError(f"expected gradients of {batch.case['rows']} tasks, got {len(moved)}")
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -171,15 +155,20 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     dtype = dtype_of(case)
 
     def step_of(way: str) -> Step:
-        if way.startswith("lora"):
-            run, task_bytes = peft_model(way, case, batch, dtype)
-        else:
-            cores, run, task_bytes = our_model(way, case, batch, dtype)
-        facts = {"task_bytes": 0 if way == "frozen" else task_bytes}
+        make = peft_model if way.startswith("lora") else our_model
+        adapted = make(way, case, batch, dtype)
+        facts = {"task_bytes": adapted.task_bytes}
         if case["mode"] == "serve":
-            return Step({"forward": torch.no_grad()(lambda _: run())}, facts=facts)
-        step = training_step(cores, run, facts)
-        check_moved(way, cores, step, batch)
+            return Step({"forward": torch.no_grad()(lambda _: adapted.run())}, facts=facts)
+
+        def loss() -> Tensor:
+            return adapted.run().float().square().mean()
+
+        optimizer = torch.optim.AdamW(adapted.cores, lr=1e-3, weight_decay=0.0, fused=True)
+        step = training(loss, None, adapted.cores, optimizer, facts=facts)
+        if way in BANKED:
+            step.run()
+            check_moved(adapted.cores, batch)
         return step
 
     names = [name for name in WAYS[case["mode"]] if name in (options.rivals or ALL_WAYS)]

@@ -104,14 +104,19 @@ class Group:
 
 
 def training(
-    forward: Callable[[], Tensor], g: Tensor | None, leaves: Iterable[Tensor], **further: Any
+    forward: Callable[[], Tensor],
+    g: Tensor | None,
+    leaves: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    **further: Any,
 ) -> Step:
-    """Returns a step of forward and backward, as inside a model.
+    """Returns a step of forward, backward and perhaps an optimizer.
 
     Args:
-        forward: Computes the output.
-        g: The gradient of the output.
+        forward: Computes the output, or the loss.
+        g: The gradient of the output, None for a loss.
         leaves: Their gradients are dropped before each step.
+        optimizer: Its step is the last stage.
         further: Other fields of the step.
     """
     leaves = list(leaves)
@@ -121,6 +126,8 @@ def training(
             leaf.grad = None
 
     stages = {"forward": lambda _: forward(), "backward": lambda y: y.backward(g)}
+    if optimizer is not None:
+        stages["optimizer"] = lambda _: optimizer.step()
     return Step(stages, drop_gradients, **further)
 
 

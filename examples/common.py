@@ -45,13 +45,13 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
 
     Args:
         doc: The docstring of the program. Its first line describes it.
-        words: The command line, None for that of the process.
+        words: The command line. None stands for sys.argv.
         defaults: A default per option, which also gives its type. Integers must be at least 1.
             A list makes an option with several words, False a flag.
     """
-    summary = doc.splitlines()[0]
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
         kind: dict[str, object] = {"default": default, "type": type(default)}
         if default is False:
@@ -237,7 +237,7 @@ def running_mean(values: list[float], count: int) -> list[float]:
 
 
 def draw(path: Path, lines: dict[str, dict[int, float]], **settings: object) -> None:
-    """Draws named lines, each a map from x to y. `settings` are those of matplotlib's axes."""
+    """Draws named lines, each a map from x to y. `settings` go to matplotlib's Axes.set."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""A model of your own with LoTR: its nn.Linear layers become LoTRLinear layers that share A and B.
+"""LoTR in a custom model: its nn.Linear layers become LoTRLinear layers that share A and B.
 
 A small network is trained on one task, frozen, and adapted to a second task. Only A, B and one core
 per layer are trained. Takes a few seconds.

@@ -40,16 +40,16 @@ SNIPPETS = {  # file in data/: its name in the package
     "editorial_snippets.tsv": "nytEditorialSnippets",
 }
 
-# Runs in a process of its own, because only it has the package gguf on its path.
+# Runs in a child process, because gguf is not installed: it is only on the path of the child.
 CONVERT_GGUF = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file, target = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
-read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float16)
-del read.config.quantization_config  # the new model is not marked as quantised
-model = AutoModelForCausalLM.from_config(read.config).half()
-model.load_state_dict(read.state_dict())
+converted = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float16)
+del converted.config.quantization_config  # the new model is not marked as quantized
+model = AutoModelForCausalLM.from_config(converted.config).half()
+model.load_state_dict(converted.state_dict())
 model.save_pretrained(target)
 """
 

@@ -100,7 +100,8 @@ def main(words: list[str] | None = None) -> None:
     bank = TaskBank(model, 2 * options.pairs)
     for _ in range(2 * options.pairs):
         bank.add()
-    center = [nn.Parameter(torch.zeros_like(cores[0])) for cores in bank.cores]
+    # The cores of the model are the center of each generation. They start at zero.
+    center = [p for name, p in model.named_parameters() if name.endswith(".core")]
     optimizer = torch.optim.Adam(center, lr=options.lr)
     before = 100 * accuracy(model, held_out)
     shares = []
@@ -110,10 +111,6 @@ def main(words: list[str] | None = None) -> None:
         optimizer.step()
         progress.set_postfix_str(f"right {100 * statistics.fmean(shares[-10:]):.1f} %")
 
-    cores_of_model = [p for name, p in model.named_parameters() if name.endswith(".core")]
-    with torch.no_grad():
-        for core, middle in zip(cores_of_model, center):
-            core.copy_(middle)
     after = 100 * accuracy(model, held_out)
     numbers = sum(core.numel() for core in center)
     result = (

@@ -92,14 +92,11 @@ def time_forwards(model: nn.Module, tasks: int, rounds: int) -> dict[int, float]
     ids = torch.randint(1000, 20000, (TIMED_ROWS, 16)).tolist()
     numbers = [number for number in TIMED_TASKS if number <= tasks]
     milliseconds: dict[int, list[float]] = {number: [] for number in numbers}
+    rows = torch.arange(TIMED_ROWS)
     for _ in progress_bar("timing", rounds):
         for number, values in milliseconds.items():
             start = time.perf_counter()
-            if number == NO_ADAPTER:
-                context = disabled(model)
-            else:
-                context = use_tasks(model, torch.arange(TIMED_ROWS) % number)
-            with context:
+            with use_tasks(model, rows % number) if number else disabled(model):
                 model(ids)
             values.append(1000 * (time.perf_counter() - start))
     return {number: statistics.median(values) for number, values in milliseconds.items()}
@@ -124,11 +121,11 @@ def main(words: list[str] | None = None) -> None:
     )
 
     milliseconds = time_forwards(model, options.tasks, options.rounds)
-    base = milliseconds[NO_ADAPTER]
+    ratios = {n: value / milliseconds[NO_ADAPTER] for n, value in milliseconds.items()}
     print("different tasks in the batch, time of a forward, over the model without an adapter (0):")
-    for number, value in milliseconds.items():
-        print(f"{number:4} tasks {value:8.1f} ms {value / base:6.2f} x")
-    ratios = {number: value / base for number, value in milliseconds.items() if number}
+    for number, ratio in ratios.items():
+        print(f"{number:4} tasks {milliseconds[number]:8.1f} ms {ratio:6.2f} x")
+    del ratios[NO_ADAPTER]
     lines = {"one task per row": ratios, "no adapter": dict.fromkeys(ratios, 1.0)}
     draw(
         RESULTS / "many_tasks.png",

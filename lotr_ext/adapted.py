@@ -13,14 +13,13 @@ Not here: making them (model.py, tasks.py) and what a layer computes (layers.py)
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from .factors import set_unregistered
-from .layers import LoTRLayer
+from .layers import LoTRLayer, device_of
 
 __all__ = [
     "Attachment",
@@ -40,7 +39,7 @@ _ATTRIBUTES = ("lotr_factors", "lotr_cores", "lotr_tasks", "lotr_config", "lotr_
 class Attachment(nn.Module):
     """A module of other cores for a model's adapter, such as a TaskBank.
 
-    Its parameters count as the adapter's. It learns when it is taken off its model.
+    Its parameters count as the adapter's. `on_detach` is called when it is taken off its model.
     """
 
     def on_detach(self) -> None:
@@ -91,8 +90,7 @@ def compute_device(module: nn.Module) -> torch.device:
     It is the device of its tensors. accelerate keeps those of an offloaded module on the meta
     device between two forwards, and moves them to the device of its hook for each.
     """
-    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
+    device = device_of(module)
     hook = getattr(module, "_hf_hook", None)
     if device.type == "meta" and hook is not None:  # accelerate's
         return torch.device(hook.execution_device)

@@ -17,8 +17,7 @@ and read (storage.py), formats of older versions (old_files.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,21 @@ from .base_model import BaseModel
 from .checks import check_number, check_probability
 from .config import LoTRConfig
 from .core.operators import DTYPES
-from .storage import checksum, expect_type, json_in, json_object, put_tensors, tensors_in
+from .storage import (
+    checksum,
+    errors_of,
+    expect_type,
+    json_in,
+    json_object,
+    put_tensors,
+    tensors_in,
+)
 from .targets import name_ends_with
 
 __all__ = ["FILE_NAME", "AdapterState", "LayerEntry"]
 
 FILE_NAME = "lotr_adapter.safetensors"
 VERSION = "3"  # 1 and 2 were a JSON file next to a safetensors file
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Puts a name before the message of an error from inside."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
 
 
 def _names_from_json(field: str, value: object) -> tuple[str, ...]:
@@ -152,11 +150,11 @@ class AdapterState:
         config = document.get("config")
         if config is not None:
             expect_type("config", config, dict)
-            with _named("config"):
+            with errors_of("config"):
                 config = LoTRConfig.from_dict(config)
         layers = {}
         for name, value in document["layers"].items():
-            with _named(f"layers, {name!r:.200}"):
+            with errors_of(f"layers, {name!r:.200}"):
                 layers[name] = LayerEntry.from_json(value)
         tied = document.get("tied")
         state = AdapterState(
@@ -238,7 +236,7 @@ class AdapterState:
                     f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
                 )
             document, tensors = old_files.read(path)
-        with _named(str(path)):
+        with errors_of(str(path)):
             return AdapterState.from_document(document, tensors)
 
     def write(self, directory: Path) -> None:

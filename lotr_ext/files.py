@@ -102,8 +102,7 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    path = local_folder(directory)
-    load_state(model, AdapterState.read(path), cast=cast, strict=strict)
+    load_state(model, AdapterState.read(local_folder(directory)), cast=cast, strict=strict)
     return model
 
 

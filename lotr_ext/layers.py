@@ -116,7 +116,7 @@ class LoTRLayer(nn.Module):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = sizes
         layer._take_base(linear)
-        layer._add_adapter(factors, s, dropout, _device_of(linear))
+        layer._add_adapter(factors, s, dropout, device_of(linear))
         layer.training = linear.training  # `train` would also change the modules inside the base
         return layer
 
@@ -627,7 +627,8 @@ def _contains_adapter(module: nn.Module) -> bool:
     return any(isinstance(m, (LoTRLayer, LoTRFactors, LoTRFactor)) for m in module.modules())
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Returns the device of a module's tensors, the CPU if it has none."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

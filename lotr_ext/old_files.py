@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_rank
-from .storage import expect_type, json_in, tensors_in
+from .storage import errors_of, expect_type, json_in, tensors_in
 
 __all__ = ["JSON_NAME", "config_of_version_1", "read", "remove", "start_key"]
 
@@ -53,11 +53,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"tensors_sha256, got {name!r:.80} and {sha256!r:.80}"
         )
     document = {key: content.get(key) for key in ("config", "layers", "modules_to_save")}
-    try:
-        if version == 1:
+    if version == 1:
+        with errors_of(str(path)):
             document = _document_of_version_1(document)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
     return document, tensors_in(path.parent / name, "directory", sha256)[0]
 
 

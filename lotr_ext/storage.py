@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 __all__ = [
     "checked_path",
     "checksum",
+    "errors_of",
     "expect_names",
     "expect_type",
     "json_in",
@@ -82,6 +84,15 @@ def expect_type(name: str, value: object, kind: type) -> None:
     """
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
+
+
+@contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Puts a name before the message of a TypeError or ValueError from inside."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 # ---- writing -------------------------------------------------------------------------------------

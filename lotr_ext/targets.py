@@ -421,19 +421,19 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
     for name, module in model.named_modules():
         if id(module) in inside_saved or _matches(name, config.exclude_modules):
             continue
-        prefix = f"{name}." if name else ""
-        for parameter in module._parameters:
-            if not _matches(f"{prefix}{parameter}", config.target_parameters):
+        for full_name, _ in module.named_parameters(name, recurse=False):
+            if not _matches(full_name, config.target_parameters):
                 continue
+            parameter = full_name.rpartition(".")[2]
             reason = expert_obstacle(module, parameter)
             if reason is not None:
                 raise TypeError(
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "
-                    f"{prefix + parameter!r}, {reason}"
+                    f"{full_name!r}, {reason}"
                 )
             _, in_features, out_features = expert_sizes(module, parameter)
             sizes = (in_features, out_features)
-            layer_name = f"{prefix}{CHILD}.{parameter}"
+            layer_name = f"{full_name.removesuffix(parameter)}{CHILD}.{parameter}"
             group = group_of(layer_name, module, sizes, config.group_by)
             targets.append(Target((layer_name,), module, sizes, group, parameter))
     return targets

@@ -1,7 +1,5 @@
 """Rows of BAD (test_bad_input.py) for PEFT, conversions and vLLM."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -80,11 +78,9 @@ def _saved() -> Path:
 
 
 def _lora(**settings: object) -> Path:
-    model = peft.get_peft_model(
-        zoo.net("attention"), peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings)
-    )
+    config = peft.LoraConfig(r=2, target_modules=["q", "v", "head"], **settings)
     folder = _folder()
-    model.save_pretrained(folder)
+    peft.get_peft_model(zoo.net("attention"), config).save_pretrained(folder)
     return folder
 
 

@@ -1,15 +1,14 @@
-"""Rows of the table of bad input for whole models.
+"""Rows of BAD (test_bad_input.py) for models, tasks and files.
 
 (id, the argument that the message names, a call that must be refused)
 """
-
-from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import zoo
 from models import started, trained
@@ -19,6 +18,7 @@ import lotr_ext
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, save_adapter, use_tasks
 
 FOLDER = Path(__file__).parent / "data" / "bd4494a"
+LORA = peft.LoraConfig(target_modules=["up"])
 
 
 def _config(**settings: object) -> Callable[[], object]:
@@ -29,12 +29,6 @@ def _mlp(**settings: object) -> Callable[[], object]:
     return lambda: apply_lotr(zoo.net("mlp"), LoTRConfig(rank=2, **settings))
 
 
-def _lora_config() -> object:
-    import peft
-
-    return peft.LoraConfig(target_modules=["up"])
-
-
 def _tied() -> nn.Module:
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "out": nn.Linear(4, 4)})
     model["out"].weight = model["embed"].weight
@@ -42,9 +36,7 @@ def _tied() -> nn.Module:
 
 
 def _with_peft() -> nn.Module:
-    import peft
-
-    return peft.get_peft_model(zoo.net("mlp"), peft.LoraConfig(target_modules=["up"]))
+    return peft.get_peft_model(zoo.net("mlp"), LORA)
 
 
 def _banked(name: str = "mlp", tasks: int = 3, **settings: object) -> nn.Module:
@@ -74,12 +66,6 @@ def _saved(model: nn.Module) -> str:
     folder = tempfile.mkdtemp()
     save_adapter(model, folder)
     return folder
-
-
-def _cache(tokens: int = 0) -> object:
-    from transformers import DynamicCache
-
-    return DynamicCache()
 
 
 _CONFIGS = [
@@ -114,7 +100,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         for name, values in _CONFIGS
         for value in values
     ),
-    ("config scaling beside alpha", "scaling", _config(scaling=1.0, alpha=2.0)),
+    ("config scaling and alpha", "scaling", _config(scaling=1.0, alpha=2.0)),
     ("config svd and width", "init", _config(init="svd", group_by="width")),
     ("config svd and identity", "init", _config(init="svd", core_init="identity")),
     ("config svd and computed cores", "core", _config(init="svd", core="diagonal")),
@@ -168,7 +154,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         lambda: lotr_ext.rank_for(started("mlp"), like="lora:1"),
     ),
     # apply_lotr, with configurations and models of other kinds
-    ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), _lora_config())),
+    ("apply PEFT's config", "config", lambda: apply_lotr(zoo.net("mlp"), LORA)),
     (
         "apply to convolutions",
         "model",
@@ -264,11 +250,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("a bank of no tasks", "tasks", lambda: TaskBank(trained("mlp"), 0)),
     ("a second bank", "TaskBank", lambda: TaskBank(_banked(), 2)),
     ("a bank over svd", "TaskBank", lambda: TaskBank(trained("mlp", "svd"), 2)),
-    (
-        "a task too many",
-        "add",
-        lambda: TaskBank(_tasks := trained("mlp"), 1).add() or _tasks.lotr_tasks.add(),
-    ),
+    ("a task too many", "add", lambda: _banked(tasks=2).lotr_tasks.add()),
     ("a task that is no int", "task", lambda: _banked().lotr_tasks.remove("0")),
     ("a free task", "task", lambda: _banked().lotr_tasks.cores_of(2)),
     (
@@ -298,6 +280,7 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ("an index of three dimensions", "index", _within(torch.zeros(3, 5, 1, dtype=torch.long))),
     ("an index of other rows", "x", _within(torch.zeros(4, dtype=torch.long))),
     ("an index of other tokens", "x", _within(torch.zeros(3, 4, dtype=torch.long))),
+    ("an index per token of other rows", "x", _within(torch.zeros(4, 5, dtype=torch.long))),
     (
         "an index per token of a flat x",
         "x",

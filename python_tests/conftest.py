@@ -1,7 +1,5 @@
 """For all tests: a fixed seed, one thread, and the same package in child processes."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -14,6 +12,9 @@ if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # test the installed packa
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
 # For child processes. Their inputs are tiny, and waiting threads take time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import models  # noqa: E402
+import zoo  # noqa: E402
 
 import lotr_ext  # noqa: E402
 from lotr_ext.core import dispatch  # noqa: E402
@@ -44,6 +45,18 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(dispatch, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
     monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "alone" else 0)
     return request.param
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A small adapted network, `zoo.Mlp`, off its start."""
+    return models.trained("mlp")
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    """An input of `model`."""
+    return zoo.inputs("mlp")
 
 
 @pytest.fixture

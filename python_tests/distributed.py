@@ -6,8 +6,6 @@ returns the largest relative error of the parameters' changes, or of tensors tha
 count.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -55,30 +53,30 @@ class Block(nn.Module):
     """A gated mix of q, k and v, which read one x, and o.
 
     Args:
-        again: "reentrant" or "non-reentrant" if a checkpoint recomputes the block in backward.
+        checkpoints: "reentrant" or "non-reentrant" if backward recomputes the block, else None.
     """
 
-    def __init__(self, again: str | None):
+    def __init__(self, checkpoints: str | None):
         super().__init__()
         for name in "qkvo":
             self.add_module(name, nn.Linear(WIDTH, WIDTH))
-        self.again = again
+        self.checkpoints = checkpoints
 
     def mix(self, x: Tensor) -> Tensor:
         return x + self.o(torch.tanh(self.q(x) * self.k(x) + self.v(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.again is None:
+        if self.checkpoints is None:
             return self.mix(x)
-        return checkpoint(self.mix, x, use_reentrant=self.again == "reentrant")
+        return checkpoint(self.mix, x, use_reentrant=self.checkpoints == "reentrant")
 
 
 class Net(nn.Module):
     """Two blocks and a fully trained head: x [b, tokens, 24] -> [b, tokens, 5]."""
 
-    def __init__(self, again: str | None = None):
+    def __init__(self, checkpoints: str | None = None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(again) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(checkpoints) for _ in range(2))
         self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,11 +86,13 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def build(again: str | None = None, dtype: torch.dtype = torch.float64, **settings: Any) -> Net:
+def build(
+    checkpoints: str | None = None, dtype: torch.dtype = torch.float64, **settings: Any
+) -> Net:
     """Returns an adapted Net, with the same values in all processes."""
     torch.manual_seed(0)
     config = LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings})
-    net = apply_lotr(Net(again).to(dtype), config)
+    net = apply_lotr(Net(checkpoints).to(dtype), config)
     for name, parameter in net.named_parameters():
         if name.endswith(".core"):
             nn.init.normal_(parameter, std=0.3)
@@ -117,19 +117,14 @@ def trained_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
-def train(net: nn.Module, ranks: list[int], call: Callable | None = None) -> Changes:
-    """Takes steps of SGD on the mean loss of the batches of these ranks.
-
-    Args:
-        call: The wrapped model, if it is not net.
-    """
-    call = net if call is None else call
+def train(net: nn.Module, ranks: list[int]) -> Changes:
+    """Takes steps of SGD on the mean loss of the batches of these ranks."""
     before = trained(net)
     dtype = next(net.parameters()).dtype
     optimizer = torch.optim.SGD(trained_parameters(net), lr=RATE)
     for step in range(STEPS):
         optimizer.zero_grad()
-        losses = [call(batch(rank, step, dtype)).square().mean() for rank in ranks]
+        losses = [net(batch(rank, step, dtype)).square().mean() for rank in ranks]
         (sum(losses) / len(losses)).backward()
         optimizer.step()
     return {name: after - before[name] for name, after in trained(net).items()}
@@ -151,14 +146,13 @@ def shard(net: Net, reshard: bool = False, **options: Any) -> Net:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def ddp(again: str | None = None, core: str = "dense", **options: Any) -> float:
-    net = build(again, core=core)
-    changes = train(net, [dist.get_rank()], DistributedDataParallel(net, **options))
-    return error(changes, train(build(core=core), [0, 1]))
+def ddp(checkpoints: str | None = None, core: str = "dense", **options: Any) -> float:
+    net = DistributedDataParallel(build(checkpoints, core=core), **options)
+    return error(train(net, [dist.get_rank()]), train(build(core=core), [0, 1]))
 
 
-def fsdp2(again: str | None = None, reshard: bool = False, **settings: Any) -> float:
-    net = shard(build(again, **settings), reshard)
+def fsdp2(checkpoints: str | None = None, reshard: bool = False, **settings: Any) -> float:
+    net = shard(build(checkpoints, **settings), reshard)
     return error(train(net, [dist.get_rank()]), train(build(**settings), [0, 1]))
 
 
@@ -168,15 +162,14 @@ def fsdp2_in_bfloat16(core: str) -> float:
     net = shard(build(core=core, dtype=torch.float32), mp_policy=policy)
     expected = train(build(core=core, dtype=torch.float32), [0, 1])
     relative_error = error(train(net, [dist.get_rank()]), expected)
-    return 0.0 if relative_error < 0.1 else relative_error
+    return relative_error * (relative_error >= 0.1)
 
 
 def experts(wrap: Callable[[nn.Module], nn.Module]) -> float:
     """The experts of a transformers mixture: the gradients of one step."""
 
     def make() -> nn.Module:
-        config = models.config("mixture", adapter_dtype="float64")
-        return models.moved(apply_lotr(zoo.net("mixture", torch.float64), config))
+        return models.trained("mixture", adapter_dtype="float64").double()
 
     def gradients(net: nn.Module, x: Tensor) -> Changes:
         zoo.output(net, x).square().mean().backward()
@@ -255,13 +248,13 @@ def saved_and_loaded(wrap: Callable[[Net], nn.Module], **settings: Any) -> float
     """Trains, saves in both processes, and loads into another wrapped model.
 
     A forward without a backward comes before the last step of the optimizer and before the load.
-    FSDP2 has gathered full parameters then, which are not those of the optimizer.
+    FSDP2 has gathered full parameters then, but the optimizer changes the sharded ones.
     """
     folder = shared_folder()
     source = wrap(build(**settings))
     target = wrap(build(**settings))
     plain = build(**settings)
-    train(sharded.unwrapped(source), [dist.get_rank()], source)
+    train(source, [dist.get_rank()])
     optimizer = torch.optim.SGD(trained_parameters(source), lr=RATE)
     x = batch(0, 0, torch.float64)
     source(x).square().mean().backward()
@@ -311,7 +304,7 @@ def functions_for_full_tensors() -> float:
 
 
 def a_tied_head() -> float:
-    """A sharded model whose head is tied to another layer, saved and loaded."""
+    """Saves and loads a sharded model with a head that is tied to another layer."""
 
     def wrap(net: Net) -> nn.Module:
         net.extra = nn.Linear(WIDTH, 5, bias=False, dtype=torch.float64)
@@ -401,14 +394,14 @@ def zero_steps(engine: Any, first: int, count: int) -> None:
         engine.step()
 
 
-def zero(stage: int, again: str | None = None, core: str = "dense") -> float:
+def zero(stage: int, checkpoints: str | None = None, core: str = "dense") -> float:
     """Trains two steps, saves, loads into another engine, and takes the third step with it."""
     folder = shared_folder()
     settings = {"dtype": torch.float32, "core": core}
     before = trained(build(**settings))
     expected = train(build(**settings), [0, 1])
-    source = zero_engine(stage, build(again, **settings))
-    target = zero_engine(stage, build(again, **settings))
+    source = zero_engine(stage, build(checkpoints, **settings))
+    target = zero_engine(stage, build(checkpoints, **settings))
     zero_steps(source, 0, STEPS - 1)
     sharded.save_adapter(source, folder)
     sharded.load_adapter(target, folder)

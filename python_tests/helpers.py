@@ -1,7 +1,5 @@
 """Shared by the tests: comparisons, tensors surrounded by NaN, good arguments of operators."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

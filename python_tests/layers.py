@@ -4,15 +4,13 @@
 a test compares: the net itself, or its truth over copies of its parameters.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from helpers import sums_dtype
+from helpers import copy64, sums_dtype
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -39,7 +37,7 @@ SCALING = 0.7
 class RowTasks:
     """The state of a layer in a request (`lotr_ext.core.request.TaskState`)."""
 
-    net: Net
+    net: "Net"
     layer: int
 
     @property
@@ -289,19 +287,14 @@ class Side:
         self.x = x.detach().to(dtype, copy=True).requires_grad_(trains_x)
         self.values: dict[str, Tensor] = {}
         for name, parameter in net.named_parameters():
-            value = parameter
-            if exact:
-                value = parameter.detach().to(torch.float64, copy=True)
-                value.requires_grad_(parameter.requires_grad)
-            self.values[name] = value
+            value = copy64(parameter).requires_grad_(parameter.requires_grad)
+            self.values[name] = value if exact else parameter
         self.leaves = {name: value for name, value in self.values.items() if value.requires_grad}
 
     @property
-    def wanted(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """The tensors that require a gradient: x first, then the leaves."""
-        if self.x.requires_grad:
-            return [self.x, *self.leaves.values()]
-        return list(self.leaves.values())
+        return [leaf for leaf in (self.x, *self.leaves.values()) if leaf.requires_grad]
 
     def __call__(self, x: Tensor | None = None, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """Computes the output, for another x or other leaves if they are present."""
@@ -321,11 +314,11 @@ class Side:
 
         Args:
             y: a loss, or an output with `grad_outputs` in the settings.
-            targets: the tensors that y is differentiated by; all of `wanted` if it is absent.
+            targets: the tensors that y is differentiated by; `self.targets` if it is absent.
             **settings: arguments of `torch.autograd.grad`.
         """
         if targets is None:
-            targets = self.wanted
+            targets = self.targets
         return list(torch.autograd.grad(y, targets, allow_unused=True, **settings))
 
 

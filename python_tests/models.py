@@ -1,9 +1,10 @@
-"""The table of whole models that tests share.
+"""The table of models that tests share.
 
 Networks of `zoo`, ways to adapt them, and the same function in plain PyTorch.
 """
 
-from __future__ import annotations
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import zoo
@@ -72,16 +73,27 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Checks that a block leaves the tensors, flags and attributes of a model as they are."""
+
+    def flags() -> list[bool]:
+        return [parameter.requires_grad for parameter in model.parameters()]
+
+    before = (state(model), flags(), set(vars(model)))
+    yield
+    assert same(state(model), before[0])
+    assert flags() == before[1]
+    assert set(vars(model)) == before[2]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns A, B and then the cores of a model (or what they are computed from), each once."""
     layers = adapted_layers(model).values()
-    parameters: dict[nn.Parameter, None] = {}
-    for part in ("A", "B"):
-        for layer in layers:
-            parameters.update(dict.fromkeys(getattr(layer.factors, part).parameters()))
-    for layer in layers:
-        parameters.update(dict.fromkeys(layer.core_parameters()))
-    return list(parameters)
+    every = [p for layer in layers for p in layer.factors.A.parameters()]
+    every += [p for layer in layers for p in layer.factors.B.parameters()]
+    every += [p for layer in layers for p in layer.core_parameters()]
+    return list(dict.fromkeys(every))
 
 
 def written_out(model: nn.Module, plain: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """One-line faults of the package, and a command that shows which test catches each of them.
 
     python python_tests/mutants.py                   all of them, one after another (hours)
-    python python_tests/mutants.py nodes.py dropout  those whose file or description has a word
+    python python_tests/mutants.py nodes.py dropout  those with a word in their file or description
     python python_tests/mutants.py --tenth 7         a tenth of them, by the last digit of a number
     python python_tests/mutants.py --list            only checks that each text occurs once
 
@@ -12,8 +12,6 @@ not needed. `python_tests/kernels/test_planted.py` does the same for the sources
 
 Exit code 1: a fault survived, or its text is stale.
 """
-
-from __future__ import annotations
 
 import argparse
 import multiprocessing
@@ -50,28 +48,28 @@ TESTS = {
     "lotr_ext/core/fallback.py": ("operators", "layers", "merging", "bad_input", "experts"),
     "lotr_ext/core/operators.py": ("operators", "layers", "compile", "bad_input"),
     "lotr_ext/core/kernel_support.py": ("operators", "info"),
-    "lotr_ext/core/grouped.py": ("experts",),
+    "lotr_ext/core/grouped.py": ("experts", "bad_input"),
     "lotr_ext/core/": ("layers", "programs", "tasks", "compile", "frames"),
     "lotr_ext/functional.py": ("bad_input", "layers"),
     "lotr_ext/checks.py": ("bad_input", "layers"),
     "lotr_ext/factors.py": ("layers", "bad_input", "models", "merging"),
     "lotr_ext/layers.py": ("merging", "layers", "bad_input", "models"),
-    "lotr_ext/wrapped.py": ("merging", "quantised", "models"),
-    "lotr_ext/init.py": ("init", "merging", "models", "distributed"),
-    "lotr_ext/cores.py": ("cores", "models", "files"),
+    "lotr_ext/wrapped.py": ("merging", "quantized", "models", "bad_input"),
+    "lotr_ext/init.py": ("init", "merging", "models", "bad_input", "distributed"),
+    "lotr_ext/cores.py": ("cores", "bad_input", "models", "files"),
     "lotr_ext/config.py": ("bad_input", "models"),
     "lotr_ext/targets.py": ("models", "bad_input"),
     "lotr_ext/model.py": ("models", "init", "files", "bad_input", "merging"),
     "lotr_ext/merging.py": ("models", "merging", "bad_input"),
     "lotr_ext/reports.py": ("models", "bad_input"),
-    "lotr_ext/adapted.py": ("models", "tasks"),
-    "lotr_ext/bypasses.py": ("models", "peft"),
-    "lotr_ext/choosing.py": ("models",),
+    "lotr_ext/adapted.py": ("models", "tasks", "bad_input"),
+    "lotr_ext/bypasses.py": ("models", "peft", "bad_input"),
+    "lotr_ext/choosing.py": ("models", "bad_input"),
     "lotr_ext/first_step.py": ("models", "tasks"),
-    "lotr_ext/task_files.py": ("tasks", "vllm_files", "files"),
+    "lotr_ext/task_files.py": ("tasks", "vllm_files", "files", "bad_input"),
     "lotr_ext/tasks.py": ("tasks", "models", "bad_input"),
-    "lotr_ext/experts.py": ("experts", "models", "convert"),
-    "lotr_ext/transformers_experts.py": ("experts", "tasks", "models"),
+    "lotr_ext/experts.py": ("experts", "bad_input", "models", "convert"),
+    "lotr_ext/transformers_experts.py": ("experts", "tasks", "models", "bad_input"),
     "lotr_ext/files.py": ("files", "models", "bad_input", "peft", "distributed"),
     "lotr_ext/adapter_state.py": ("files", "bad_input"),
     "lotr_ext/base_model.py": ("files",),
@@ -81,8 +79,8 @@ TESTS = {
     "lotr_ext/storage.py": ("files", "tasks", "convert"),
     "lotr_ext/old_files.py": ("files", "peft"),
     "lotr_ext/trainer.py": ("trainer",),
-    "lotr_ext/convert": ("convert",),
-    "lotr_ext/vllm": ("vllm_files",),
+    "lotr_ext/convert": ("convert", "bad_input"),
+    "lotr_ext/vllm": ("vllm_files", "bad_input"),
     "csrc": ("operators", "layers"),
 }
 

@@ -1,13 +1,11 @@
-"""Runs PEFT's own tests of custom models with LoTR in place of PEFT's methods.
+"""Runs PEFT's tests of custom models with LoTR in place of PEFT's methods.
 
     python python_tests/peft_suite.py [pytest's arguments]
 
-The tests are those of the installed version, from its source distribution on PyPI, in
+The tests come from the source distribution of the installed version, which is unpacked in
 build/peft-<version>. This file is also the pytest plugin that gives each of PEFT's tables of cases
 our cases instead.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import os
@@ -37,7 +35,7 @@ STARTED = {
     "revision": "started"
 }  # a field that LoTR does not use: cores of such a configuration start at random values
 CONFIG = ours.LoTRPeftConfig
-_SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and trains at its own rates
+_SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and sets the learning rates
 CASES = [
     ("names", "MLP", CONFIG, {"target_modules": ["lin0"], **_SMALL}),
     ("a regular expression", "MLP", CONFIG, {"target_modules": "lin0", "alpha": 2.0}),

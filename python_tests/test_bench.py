@@ -1,7 +1,5 @@
 """The benchmarks: a small run of each program writes rows. Nothing that was measured is lost."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -4,8 +4,6 @@ Graphs of torch.compile contain our operators. Those of torch.export and ONNX co
 fallback.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable
@@ -109,7 +107,7 @@ def test_compiled_autograd(kind: str, shared: None) -> None:
         y = ours()
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             loss(y).backward()
-    assert worst([leaf.grad for leaf in ours.wanted], once(truth)[1:]) < 1e-10
+    assert worst([leaf.grad for leaf in ours.targets], once(truth)[1:]) < 1e-10
 
 
 def test_compile_with_dropout() -> None:

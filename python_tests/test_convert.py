@@ -1,17 +1,18 @@
 """Conversions: LoTR to LoRA and back, many LoRAs to a bank, original checkpoints, the command."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import peft
 import pytest
 import torch
 import zoo
 from helpers import relative
+from models import same, trained, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,18 +58,13 @@ EXPORTS = {
 
 
 def adapted(net: str, **settings: object) -> nn.Module:
-    field = "target_parameters" if net == "mixture" else "target_modules"
-    config = LoTRConfig(**{field: zoo.TARGETS[net], "rank": 3, **settings})
-    saved = config.modules_to_save or ()
-    model = apply_lotr(zoo.net(net), config)
-    return zoo.fill(
-        model,
-        7,
-        0.3,
-        lambda name: (
-            ".core" in name or "lotr_cores" in name or name.startswith(tuple(saved) or ("-",))
-        ),
-    )
+    """Returns an adapted network. Its modules_to_save have changed as well."""
+    saved = tuple(settings.get("modules_to_save", ()))
+    return zoo.fill(trained(net, **settings), 7, 0.3, lambda name: name.startswith(saved))
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def lora_model(net: str, folder: Path) -> nn.Module:
@@ -92,18 +88,14 @@ def test_an_export_is_the_same_adapter_with_an_ordinary_alpha(case: str, tmp_pat
     bound = 0.05 if case == "half" else 2e-5
     assert relative(output(lora_model(net, tmp_path / "lora"), net), expected) < bound
     assert relative(output(zoo.net(net), net), expected) > bound
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    rank = settings["rank"] if isinstance(settings["rank"], int) else min(settings["rank"])
-    assert config["lora_alpha"] == config["r"] == rank * (2 if case == "svd" else 1)
-    assert config["lora_dropout"] == settings.get("dropout", 0.0)
-    assert config["base_model_name_or_path"] == "base"
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    rank = 6 if case == "svd" else np.min(settings["rank"])  # its LoRA also subtracts the start
+    assert written["lora_alpha"] == written["r"] == rank
+    assert written["lora_dropout"] == settings.get("dropout", 0.0)
+    assert written["base_model_name_or_path"] == "base"
     save_adapter(model, tmp_path / "lotr")
     assert lotr_to_lora(tmp_path / "lotr", tmp_path / "again").keys() == exported.keys()
-    first, second = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "again")
-    )
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert same(tensors_in(tmp_path / "lora"), tensors_in(tmp_path / "again"))
 
 
 def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
@@ -112,11 +104,10 @@ def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
     bank = TaskBank(model, 2)
     cores = bank.cores_of(bank.add())
     bank.add({key: 0.5 * torch.ones_like(core) for key, core in cores.items()})
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    export_lora(model, tmp_path / "task", task=1)
+    with unchanged(model):
+        export_lora(model, tmp_path / "task", task=1)
     with use_tasks(model, torch.tensor([1, 1, 1])):
         assert relative(output(lora_model(net, tmp_path / "task"), net), output(model, net)) < 2e-5
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     tuned = peft.get_peft_model(
         zoo.net(net), LoTRPeftConfig(rank=3, target_modules=["q", "v"], modules_to_save=["head"])
     )
@@ -126,9 +117,8 @@ def test_a_task_and_a_peft_folder_are_exported(tmp_path: Path) -> None:
     assert relative(output(lora_model(net, tmp_path / "lora"), net), output(tuned, net)) < 2e-5
     lotr_to_lora(DATA / "peft", tmp_path / "old")  # of the first version
     expected = load_file(DATA / "peft" / "expected.safetensors")
-    assert (
-        relative(lora_model("gpt2", tmp_path / "old")(expected["x"]).logits, expected["y"]) < 2e-5
-    )
+    y = lora_model("gpt2", tmp_path / "old")(expected["x"]).logits
+    assert relative(y, expected["y"]) < 2e-5
     with pytest.raises(ValueError, match=r"directory: expected another one than source"):
         lotr_to_lora(tmp_path / "peft", tmp_path / "peft")
 
@@ -149,7 +139,7 @@ def test_experts_in_the_forms_of_servers(form: str, host: str, tmp_path: Path) -
         lotr_to_lora(tmp_path / "lotr", tmp_path, experts=form, hosts=host)
     tensors = {
         key.removeprefix("base_model.model."): tensor
-        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+        for key, tensor in tensors_in(tmp_path).items()
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     if form == "peft":
@@ -177,7 +167,7 @@ def test_experts_in_the_forms_of_servers(form: str, host: str, tmp_path: Path) -
 
 
 class Nested(nn.Sequential):
-    """Layers whose names are ends of other names, and a head in a head."""
+    """Layers with names that are the ends of other names, and a head in a head."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -205,10 +195,7 @@ def test_a_killed_export_leaves_no_configuration(
 ) -> None:
     model = adapted("mlp")
     export_lora(model, tmp_path)
-
-    def killed(directory: Path, name: str, data: bytes) -> None:
-        raise KeyboardInterrupt
-
+    killed = mock.Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("lotr_ext.convert.lora.put_file", killed)
     with pytest.raises(KeyboardInterrupt):
         export_lora(model, tmp_path)
@@ -268,7 +255,7 @@ def test_loras_are_exact_at_the_sum_of_their_ranks(
 def test_a_lora_in_a_pickle_and_one_of_zeros(tmp_path: Path) -> None:
     """Files of PEFT before it had safetensors; half precision; an adapter without effect."""
     expected = output(lora("attention", tmp_path), "attention")
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = tensors_in(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({key: t.bfloat16() for key, t in tensors.items()}, tmp_path / "adapter_model.bin")
     lora_to_lotr(tmp_path, rank=16).save(tmp_path / "lotr")
@@ -290,17 +277,18 @@ def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
     lora("attention", tmp_path)
     layers = read_lora(tmp_path)[0]
     converted = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
-    total, lost = 0.0, 0.0
+    lost = 0.0
     for name, entry in converted.adapter.layers.items():
         A, B, core = (converted.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
         delta = layers[name].B @ layers[name].A
         rest = delta - entry.scaling * B @ core.mT @ A.mT
         assert float(rest.norm() / delta.norm()) == pytest.approx(converted.errors[name], abs=1e-6)
-        total, lost = total + float(delta.square().sum()), lost + float(rest.square().sum())
-    # no A of rank 3 captures more than the three largest singular values of all deltas side by side
-    wide = torch.cat([(layer.B @ layer.A).mT for layer in layers.values()], 1)
-    bound = 1 - float(torch.linalg.svdvals(wide)[:3].square().sum()) / total
-    assert bound <= lost / total < min(1.0, 3 * bound)
+        lost += float(rest.square().sum())
+    # No A of rank 3 loses less than all but the three largest singular values of the deltas.
+    deltas = torch.cat([(layer.B @ layer.A).mT for layer in layers.values()], 1)
+    squares = torch.linalg.svdvals(deltas).square()
+    least = float(squares[3:].sum())
+    assert least <= lost < min(float(squares.sum()), 3 * least)
 
 
 # ---- many LoRAs to a bank ------------------------------------------------------------------------
@@ -322,11 +310,10 @@ def collection(folder: Path) -> list[Path]:
 def approximations(directory: Path, name: str) -> dict[str, Tensor]:
     """The changes of all layers by a bank's task, in float64."""
     adapter = AdapterState.read(directory)
-    tensors = adapter.tensors
     cores = load_file(directory / "tasks" / f"{name}.safetensors")
     changes = {}
     for layer, entry in adapter.layers.items():
-        A, B = tensors[entry.A].double(), tensors[entry.B].double()
+        A, B = (adapter.tensors[key].double() for key in (entry.A, entry.B))
         changes[layer] = entry.scaling * B @ cores[f"{layer}.core"].double().mT @ A.mT
     return changes
 
@@ -334,9 +321,9 @@ def approximations(directory: Path, name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
 def test_a_bank_has_each_lora_as_a_task(group_by: str, rank, tmp_path: Path) -> None:
     bank = loras_to_bank(collection(tmp_path), tmp_path / "bank", rank=rank, group_by=group_by)
-    exact = group_by == "layer"
+    is_exact = rank != (16, 15)
     assert list(bank.errors) == list(COLLECTION) == list(bank.files)
-    assert (max(bank.errors.values()) < 1e-6) == (rank != (16, 15))
+    assert (max(bank.errors.values()) < 1e-6) == is_exact
     model = load_adapter(zoo.net("attention"), tmp_path / "bank")
     assert relative(output(model, "attention"), output(zoo.net("attention"), "attention")) < 1e-6
     tasks = TaskBank(model, 4)
@@ -345,7 +332,7 @@ def test_a_bank_has_each_lora_as_a_task(group_by: str, rank, tmp_path: Path) -> 
         mixed = output(model, "attention")
     for row, name in enumerate(COLLECTION):
         expected = output(lora_model("attention", tmp_path / name), "attention")[row]
-        assert relative(mixed[row], expected) < (1e-5 if exact or rank == 16 else 0.3)
+        assert relative(mixed[row], expected) < (1e-5 if is_exact else 0.3)
     with use_tasks(model, torch.full((3,), tasks.add())):  # a new task trains as cores
         tasks.requires_grad_()
         output(model, "attention").square().mean().backward()
@@ -358,7 +345,8 @@ def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Pat
     path = tmp_path / "legal" / "adapter_model.safetensors"
     save_file({key: 10.0 * tensor for key, tensor in load_file(path).items()}, path)
     bank = loras_to_bank(sources, tmp_path / "bank", rank=2, group_by=group_by, dtype=torch.float64)
-    lost, stacks = {}, {}
+    lost: dict[str, float] = {}
+    stacks: dict[str, list[Tensor]] = {}  # of each group, the changes by all LoRAs
     for source in sources:
         changes = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
         norm = sum(float(change.square().sum()) for change in changes.values())
@@ -371,11 +359,9 @@ def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Pat
     for name, square in lost.items():
         assert bank.errors[name] == pytest.approx(square**0.5, abs=1e-7)
     # No pair of rank 2 loses less than the singular values after the second, of all D or D^T.
-    for turn in (1, 0):
-        least = 0.0
-        for changes in stacks.values():
-            side = torch.cat([change.mT if turn else change for change in changes], 1)
-            least += float(torch.linalg.svdvals(side)[2:].square().sum())
+    for dimension in (0, 1):
+        sides = [torch.cat(changes, dimension) for changes in stacks.values()]
+        least = sum(float(torch.linalg.svdvals(side)[2:].square().sum()) for side in sides)
         assert least - 1e-9 <= sum(lost.values()) <= 2.5 * least
 
 
@@ -415,54 +401,75 @@ def test_a_bank_is_served_by_vllm(tmp_path: Path) -> None:
 
 
 def with_other_sizes(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = tensors_in(folder)
     key = next(key for key in tensors if "lora_B" in key)
-    save_file(tensors | {key: torch.cat([tensors[key]] * 2)}, path)
+    doubled = tensors | {key: torch.cat([tensors[key]] * 2)}
+    save_file(doubled, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("none", "sources: expected a list of folders"),
-        ("one name twice", "sources: expected folders of different names.* got 'legal' twice"),
-        ("a head", "sources: expected LoRAs without modules_to_save.* got head.bias"),
-        ("another base", "sources: expected LoRAs of one base model, got 'blocks.0"),
-        ("dora", "use_dora: expected a LoRA of two factors"),
-        ("no share", "rank: expected a number, a pair, or auto=SHARE"),
-        ("too large a share", "rank: expected a number, a pair, or auto=SHARE"),
-        ("width", "group_by: expected shape, block, name, layer or a mapping"),
-        ("a group of two shapes", "group_by: expected layers of one shape in group 'all'"),
-    ],
-)
-def test_a_collection_that_does_not_fit_is_refused(case: str, message: str, tmp_path: Path) -> None:
-    sources = collection(tmp_path)
-    options: dict[str, object] = {"rank": 2}
-    if case == "none":
-        sources = []
-    elif case == "one name twice":
-        lora("attention", tmp_path / "other" / "legal")
-        sources.append(tmp_path / "other" / "legal")
-    elif case == "a head":
-        lora("attention", tmp_path / "headed", modules_to_save=["head"])
-        sources.append(tmp_path / "headed")
-    elif case == "another base":
-        with_other_sizes(tmp_path / "legal")
-    elif case == "dora":
-        lora("attention", tmp_path / "dora", use_dora=True)
-        sources.append(tmp_path / "dora")
-    elif case == "no share":
-        options["rank"] = "auto"
-    elif case == "too large a share":
-        options["rank"] = "auto=1.5"
-    elif case == "width":
-        options["group_by"] = "width"
-    else:
-        lora("mlp", tmp_path / "mlp")
-        sources = [tmp_path / "mlp"]
-        options["group_by"] = dict.fromkeys(read_lora(tmp_path / "mlp")[0], "all")
+def another(name: str, net: str = "attention", **settings: object) -> Callable[[Path], object]:
+    """Returns a function that writes another LoRA into a collection."""
+    return lambda folder: lora(net, folder / name, **settings)
+
+
+def nothing(folder: Path) -> None:
+    """Leaves the collection as it is."""
+
+
+ALL_OF_MLP = {f"blocks.{i}.{name}": "all" for i in (0, 1) for name in ("up", "down")}
+SHARE = "rank: expected a number, a pair, or auto=SHARE"
+# A change of the collection, the names of the sources, options, and the message.
+UNFIT: dict[str, tuple[Callable[[Path], object], list[str], dict[str, object], str]] = {
+    "none": (nothing, [], {}, "sources: expected a list of folders"),
+    "one name twice": (
+        another("other/legal"),
+        ["legal", "other/legal"],
+        {},
+        "sources: expected folders of different names.* got 'legal' twice",
+    ),
+    "a head": (
+        another("headed", modules_to_save=["head"]),
+        ["legal", "headed"],
+        {},
+        "sources: expected LoRAs without modules_to_save.* got head.bias",
+    ),
+    "another base": (
+        lambda folder: with_other_sizes(folder / "legal"),
+        ["german", "french", "legal"],
+        {},
+        "sources: expected LoRAs of one base model, got 'blocks.0",
+    ),
+    "dora": (
+        another("dora", use_dora=True),
+        ["legal", "dora"],
+        {},
+        "use_dora: expected a LoRA of two factors",
+    ),
+    "no share": (nothing, ["legal"], {"rank": "auto"}, SHARE),
+    "too large a share": (nothing, ["legal"], {"rank": "auto=1.5"}, SHARE),
+    "width": (
+        nothing,
+        ["legal"],
+        {"group_by": "width"},
+        "group_by: expected shape, block, name, layer or a mapping",
+    ),
+    "a group of two shapes": (
+        another("mlp", "mlp"),
+        ["mlp"],
+        {"group_by": ALL_OF_MLP},
+        "group_by: expected layers of one shape in group 'all'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_collection_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    change, names, options, message = UNFIT[case]
+    collection(tmp_path)
+    change(tmp_path)
+    sources = [tmp_path / name for name in names]
     with pytest.raises(ValueError, match=message):
-        loras_to_bank(sources, tmp_path / "bank", **options)
+        loras_to_bank(sources, tmp_path / "bank", **{"rank": 2, **options})
     assert not (tmp_path / "bank").exists()
 
 
@@ -471,17 +478,18 @@ def test_a_collection_that_does_not_fit_is_refused(case: str, message: str, tmp_
 
 def original(folder: Path, suffix: str = "pt", **changes: Tensor) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint of the original implementation. q of block 1 has other factors."""
-    g, state = torch.Generator().manual_seed(3), dict(zoo.net("attention").state_dict())
-    shared, other = (
-        [torch.randn(16, 2, generator=g), torch.randn(2, 16, generator=g)] for _ in range(2)
-    )
+    generator = torch.Generator().manual_seed(3)
+    state = dict(zoo.net("attention").state_dict())
+    factors = [torch.randn(2, 16, generator=generator) for _ in range(4)]
     for name in ("blocks.0.q", "blocks.0.v", "blocks.1.q"):
-        rhs, lhs = other if name == "blocks.1.q" else shared
+        rhs, lhs = factors[2:] if name == "blocks.1.q" else factors[:2]
         state |= {
-            f"{name}.linear.{part}": state.pop(f"{name}.{part}") for part in ("weight", "bias")
+            f"{name}.linear.weight": state.pop(f"{name}.weight"),
+            f"{name}.linear.bias": state.pop(f"{name}.bias"),
+            f"{name}.lotr.rhs": rhs.T.contiguous(),
+            f"{name}.lotr.lhs": lhs.clone(),
+            f"{name}.lotr.mid": torch.randn(2, 2, generator=generator),
         }
-        state |= {f"{name}.lotr.rhs": rhs.clone(), f"{name}.lotr.lhs": lhs.clone()}
-        state[f"{name}.lotr.mid"] = torch.randn(2, 2, generator=g)
     state |= changes
     path = folder / f"model.{suffix}"
     torch.save(state, path) if suffix == "pt" else save_file(state, path)
@@ -568,21 +576,19 @@ HOSTILE: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_lora_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
-    lora("attention", tmp_path / "lora")
-    config_file, tensors_file = (
-        tmp_path / "lora" / n for n in ("adapter_config.json", "adapter_model.safetensors")
-    )
-    config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
+    folder = tmp_path / "lora"
+    lora("attention", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = tensors_in(folder)
     change, message = HOSTILE[case]
     change(config, tensors)
-    config_file.write_text(json.dumps(config))
-    save_file({key: t.contiguous() for key, t in tensors.items()}, tensors_file)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, folder / "adapter_model.safetensors")
     with pytest.raises((TypeError, ValueError), match=message):
-        lora_to_lotr(tmp_path / "lora", rank=8)
-    assert (
-        convert_main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "out"), "--rank", "8"])
-        == 2
-    )
+        lora_to_lotr(folder, rank=8)
+    words = ["lora-to-lotr", str(folder), str(tmp_path / "out"), "--rank", "8"]
+    assert convert_main(words) == 2
     assert not (tmp_path / "out").exists()
 
 

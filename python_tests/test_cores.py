@@ -1,7 +1,5 @@
 """Cores computed from fewer parameters: the equations of the forms, their sizes, and training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,35 +136,3 @@ def test_the_numbers_of_few_can_be_tied() -> None:
     assert cores.numbers.shape == (1, 5)
     assert first.any()
     assert torch.equal(first, cores.at(PLACES[1])())
-
-
-BAD = [
-    (lambda: FORMS["diagonal"](PLACES, (3, 4)), ValueError, "rank"),
-    (lambda: FORMS["cp"](["q"], 4), TypeError, "places"),
-    (lambda: FORMS["diagonal"]([], 4), ValueError, "places"),
-    (lambda: FORMS["diagonal"]([("0", "q")] * 2, 4), ValueError, "places"),
-    (lambda: FORMS["diagonal"](PLACES, 4).at(("3", "q")), ValueError, "place"),
-    (lambda: FORMS["train"](PLACES, 4).at(("0", "k")), ValueError, "place"),
-    (lambda: FORMS["tucker"](PLACES, 4, slices=0), ValueError, "slices"),
-    (lambda: FORMS["few"](PLACES, 4).begin_as_identity(), ValueError, "core_init"),
-    (lambda: LoTRLinear(K, K, R).use_core(torch.zeros(R, R)), TypeError, "core"),
-    (lambda: LoTRLinear(K, K, R).use_core(nn.Identity()), TypeError, ""),
-    (
-        lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R + 1).at(PLACES[0])),
-        ValueError,
-        "core",
-    ),
-    (
-        lambda: LoTRLinear(K, K, R).use_core(FORMS["diagonal"](PLACES, R).double().at(PLACES[0])),
-        ValueError,
-        "core",
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "name"), BAD)
-def test_bad_input_is_refused_by_name(
-    call: Callable[[], object], error: type[Exception], name: str
-) -> None:
-    with pytest.raises(error, match=f"^{name}: expected" if name else None):
-        call()

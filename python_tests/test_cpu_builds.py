@@ -3,8 +3,6 @@
 test_operators.py compares their results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

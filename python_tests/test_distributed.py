@@ -3,8 +3,6 @@
 Training, saving and loading, see distributed.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The code blocks of README and docs run, their commands exist, and their links lead somewhere."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

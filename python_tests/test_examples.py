@@ -1,7 +1,5 @@
 """A short run of each example."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,14 +1,13 @@
 """Experts: lotr_grouped_linear, LoTRExperts and transformers' classes against loops in float64.
 
-The tables of whole models (models.py) have an adapted mixture.
+The tables of models (models.py) have an adapted mixture.
 """
-
-from __future__ import annotations
 
 import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +84,9 @@ def truth(
 
 
 def make(
-    by_token: bool, tasks: bool, bias: bool, dtype: torch.dtype = torch.float64
+    by_token: bool, tasks: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[dict, Tensor | None, list[Tensor]]:
-    """Keyword arguments, tokens, and the leaves x, A, B, cores."""
+    """Returns keyword arguments, tokens, and the leaves x, A, B, cores."""
     x = torch.randn(M if by_token else ROWS, K, dtype=dtype)
     tokens = torch.randint(0, M, (ROWS,)) if by_token else None
     A = torch.randn(K, R[0], dtype=dtype) / 4
@@ -95,7 +94,7 @@ def make(
     cores = torch.randn(*((3,) if tasks else ()), E, *R, dtype=dtype) / 2
     arguments = {
         "weight": torch.randn(E, N, K, dtype=dtype) / 4,
-        "bias": torch.randn(E, N, dtype=dtype) if bias else None,
+        "bias": torch.randn(E, N, dtype=dtype),
     }
     if tasks:
         arguments["core_index"] = torch.randint(-1, 3, (len(x),))
@@ -121,18 +120,37 @@ def with_gradients(call: Callable[[], Tensor], leaves: list[Tensor], g: Tensor) 
     return [y, *torch.autograd.grad(y, leaves, g)]
 
 
+def check(
+    arguments: dict,
+    tokens: Tensor | None,
+    leaves: list[Tensor],
+    g: Tensor,
+    call: Callable[[], Tensor] | None = None,
+) -> list[Tensor]:
+    """Compares outputs and gradients with float64. Returns ours.
+
+    Args:
+        arguments: Of lotr_grouped_linear.
+        tokens: Its tokens.
+        leaves: x, A, B, cores.
+        g: The gradient of the output.
+        call: What computes the output, instead of lotr_grouped_linear.
+    """
+    exact_arguments = {k: t.double() if t.is_floating_point() else t for k, t in arguments.items()}
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    actual = with_gradients(call or partial(ours, arguments, tokens, leaves), leaves, g)
+    exact_call = partial(definition, exact_arguments, tokens, exact)
+    assert worst(actual, with_gradients(exact_call, exact, g.double())) < BOUNDS[g.dtype]
+    return actual
+
+
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) -> None:
-    arguments, tokens, leaves = make(by_token, tasks, bias=True, dtype=dtype)
-    wide = {key: t.double() if t.is_floating_point() else t for key, t in arguments.items()}
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    g = torch.randn(ROWS, N, dtype=dtype)
-    actual = with_gradients(lambda: ours(arguments, tokens, leaves), leaves, g)
-    expected = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
-    assert worst(actual, expected) < BOUNDS[dtype]
-    assert actual[0].dtype == dtype and not actual[0][ENDS[-1] :].any()
+    y, *_ = check(*make(by_token, tasks, dtype=dtype), torch.randn(ROWS, N, dtype=dtype))
+    assert y.dtype == dtype
+    assert not y[ENDS[-1] :].any()
 
 
 def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float) -> None:
@@ -155,15 +173,12 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
 
     So may the gradient of the output there.
     """
-    arguments, tokens, leaves = make(by_token, tasks, bias=True)
+    arguments, tokens, leaves = make(by_token, tasks)
     without_an_expert(leaves, tokens, torch.nan)
     g = torch.randn(ROWS, N, dtype=torch.float64)
     g[OFFS[-1] :] = torch.nan
 
-    def call() -> Tensor:
-        return ours(arguments, tokens, leaves)
-
-    def module() -> Tensor:
+    def of_module() -> Tensor:
         x, A, B, cores = leaves
         experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S)
         tensors = {"weight": arguments["weight"], "bias": arguments["bias"]}
@@ -176,34 +191,28 @@ def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, contex
         with open_request(state):
             return torch.func.functional_call(experts, tensors, (x, OFFS, tokens))
 
+    call = partial(ours, arguments, tokens, leaves)
     calls = {
         "plain": call,
-        "module": module,
+        "module": of_module,
         "checkpoint": lambda: checkpoint(call, use_reentrant=False),
         "compiled": lambda: torch.compile(call, backend="aot_eager", fullgraph=True)(),
     }
-    actual = with_gradients(calls[context], leaves, g)
-    expected = with_gradients(lambda: definition(arguments, tokens, leaves), leaves, g)
-    assert worst(actual, expected) < 1e-12
+    check(arguments, tokens, leaves, g, calls[context])
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_a_float32_adapter_with_half_precision(half: torch.dtype) -> None:
-    arguments, tokens, leaves = make(True, False, bias=True, dtype=half)
+    arguments, tokens, leaves = make(True, False, dtype=half)
     leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in leaves[1:]]
-    wide = {key: tensor.double() for key, tensor in arguments.items()}
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    g = torch.randn(ROWS, N, dtype=half)
-    actual = with_gradients(lambda: ours(arguments, tokens, leaves), leaves, g)
-    expected = with_gradients(lambda: definition(wide, tokens, exact), exact, g.double())
-    assert worst(actual, expected) < BOUNDS[half]
-    assert [gradient.dtype for gradient in actual[2:]] == [torch.float32] * 3
+    results = check(arguments, tokens, leaves, torch.randn(ROWS, N, dtype=half))
+    assert [gradient.dtype for gradient in results[2:]] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_double_backward(by_token: bool) -> None:
-    """Also of a trained base, whose weight is a transposed view."""
-    arguments, tokens, leaves = make(by_token, False, bias=True)
+    """Also of a trained base with a weight that is a transposed view."""
+    arguments, tokens, leaves = make(by_token, False)
     without_an_expert(leaves, tokens, torch.nan)
     arguments["weight"] = arguments["weight"].mT.contiguous().mT.requires_grad_()
     arguments["bias"].requires_grad_()
@@ -227,7 +236,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple, tuple], tuple]] = 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
 def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
-    arguments, tokens, leaves = make(True, tasks, bias=True)
+    arguments, tokens, leaves = make(True, tasks)
     values = tuple(leaf.detach() for leaf in leaves)
     tangents = tuple(torch.randn_like(value) for value in values)
 
@@ -239,7 +248,7 @@ def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
 
 @pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
 def test_no_rows(by_token: bool) -> None:
-    arguments, tokens, leaves = make(by_token, False, bias=True)
+    arguments, tokens, leaves = make(by_token, False)
     if by_token:
         tokens = tokens[:0]
     else:
@@ -264,11 +273,12 @@ def test_the_grouped_operators_are_well_formed(name: str) -> None:
 )
 def test_autocast_computes_in_its_dtype(dtype: torch.dtype, computed: torch.dtype) -> None:
     """It leaves float64 as it is."""
-    arguments, tokens, leaves = make(True, False, bias=True, dtype=dtype)
+    arguments, tokens, leaves = make(True, False, dtype=dtype)
     expected = definition(arguments, tokens, leaves)
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(arguments, tokens, leaves)
-    assert y.dtype == computed and worst([y], [expected]) < BOUNDS[computed]
+    assert y.dtype == computed
+    assert relative(y, expected) < BOUNDS[computed]
 
 
 def test_module_shares_factors_with_a_linear_layer() -> None:
@@ -296,22 +306,8 @@ def test_module_shares_factors_with_a_linear_layer() -> None:
     assert worst(actual, expected) < 1e-12
 
 
-def test_module_off_and_with_tasks_of_a_request() -> None:
-    experts = LoTRExperts(E, K, N, R, dtype=torch.float64, scaling=S)
-    nn.init.normal_(experts.core)
-    x = torch.randn(M, K, dtype=torch.float64)
-    tokens = torch.randint(0, M, (ROWS,))
-    cores = torch.randn(3, E, *R, dtype=torch.float64)
-    tasks = torch.randint(-1, 3, (M,))
-    operands = (x, experts.weight, None, tokens, experts.factors.A.value, experts.factors.B.value)
-    with open_request({experts: ADAPTER_OFF}):
-        assert relative(experts(x, OFFS, tokens), truth(*operands, 0 * experts.core)) < 1e-12
-    with open_request({experts: Tasks(cores, tasks)}):
-        assert relative(experts(x, OFFS, tokens), truth(*operands, cores, tasks)) < 1e-12
-
-
-def module(**settings: object) -> LoTRExperts:
-    """A module with random cores and biases."""
+def random_module(**settings: object) -> LoTRExperts:
+    """Returns a module with random cores and biases."""
     experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S, **settings)
     nn.init.normal_(experts.core)
     nn.init.normal_(experts.bias)
@@ -320,7 +316,7 @@ def module(**settings: object) -> LoTRExperts:
 
 @pytest.mark.parametrize("state", ["adapted", "off", "merged"])
 def test_the_module_does_not_read_rows_without_an_expert(state: str) -> None:
-    experts = module()
+    experts = random_module()
     x = torch.randn(ROWS, K, dtype=torch.float64)
     x[ENDS[-1] :] = torch.nan
     if state == "merged":
@@ -333,7 +329,7 @@ def test_the_module_does_not_read_rows_without_an_expert(state: str) -> None:
 
 
 def test_the_module_is_merged_and_unmerged() -> None:
-    experts = module()
+    experts = random_module()
     x = torch.randn(ROWS, K, dtype=torch.float64)
     before = experts.weight.detach().clone()
     y = experts(x, OFFS)
@@ -346,7 +342,7 @@ def test_the_module_is_merged_and_unmerged() -> None:
 
 def test_dropout_is_drawn_once_per_token() -> None:
     """Two rows of one token and expert are equal. In eval mode nothing is dropped."""
-    experts = module(dropout=0.5)
+    experts = random_module(dropout=0.5)
     x = torch.randn(M, K, dtype=torch.float64)
     offs = torch.tensor([2 * M] * E, dtype=torch.int32)
     tokens = torch.arange(M).repeat(2)
@@ -358,68 +354,6 @@ def test_dropout_is_drawn_once_per_token() -> None:
     B = experts.factors.B.value
     base = x @ experts.weight[0].T + experts.bias[0]
     assert worst([y[:M]], [base + S * x @ A @ experts.core[0] @ B.T]) < 1e-12
-
-
-BAD_MODULES: list[tuple[str, Callable[[], object]]] = [
-    ("num_experts", lambda: LoTRExperts(0, K, N)),
-    ("num_experts", lambda: LoTRExperts(2.0, K, N)),
-    ("factors", lambda: LoTRExperts(E, K, N, factors=LoTRFactors(N, K, 2))),
-    ("dropout", lambda: LoTRExperts(E, K, N, dropout=1.0)),
-    (
-        "tokens",
-        lambda: module()(torch.zeros(M, K).double(), torch.zeros(E).int(), torch.tensor([M])),
-    ),
-    ("offs", lambda: module()(torch.zeros(M, K).double(), torch.zeros(E + 1).int())),
-]
-
-
-@pytest.mark.parametrize(("name", "call"), BAD_MODULES)
-def test_bad_modules_are_refused_by_name(name: str, call: Callable[[], object]) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
-        call()
-
-
-BAD = [
-    ("x", {"x": torch.zeros(M, K + 1)}, ValueError),
-    ("offs", {"offs": torch.tensor(ENDS)}, TypeError),
-    ("offs", {"offs": OFFS[:-1]}, ValueError),
-    ("offs", {"offs": torch.tensor([7, 3, 21, 40, 44], dtype=torch.int32)}, ValueError),
-    ("tokens", {"tokens": torch.zeros(ROWS, dtype=torch.int32)}, TypeError),
-    ("tokens", {"tokens": torch.full((ROWS,), M)}, ValueError),
-    ("tokens", {"tokens": torch.full((ROWS,), -1)}, ValueError),
-    ("weight", {"weight": torch.zeros(E, N)}, ValueError),
-    ("weight", {"weight": torch.zeros(E, N, K, dtype=torch.float64)}, TypeError),
-    ("bias", {"bias": torch.zeros(E, N + 1)}, ValueError),
-    ("A", {"A": torch.zeros(K + 1, R[0])}, ValueError),
-    ("cores", {"cores": torch.zeros(E + 1, *R)}, ValueError),
-    ("core_index", {"core_index": torch.zeros(M)}, TypeError),
-    (
-        "core_index",
-        {"core_index": torch.zeros(M + 1, dtype=torch.int64), "cores": torch.zeros(2, E, *R)},
-        ValueError,
-    ),
-    ("scaling", {"scaling": float("nan")}, ValueError),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "error"), BAD, ids=[f"{row[0]}-{i}" for i, row in enumerate(BAD)]
-)
-def test_bad_input_is_refused_by_name(name: str, change: dict, error: type[Exception]) -> None:
-    good = {
-        "x": torch.zeros(M, K),
-        "weight": torch.zeros(E, N, K),
-        "offs": OFFS,
-        "A": torch.zeros(K, R[0]),
-        "B": torch.zeros(N, R[1]),
-        "cores": torch.zeros(E, *R),
-        "scaling": S,
-        "tokens": torch.zeros(ROWS, dtype=torch.int64),
-    }
-    with pytest.raises(error, match=f"^{name}: expected .*, got "):
-        if name == "core_index" and "cores" not in change:
-            good["cores"] = torch.zeros(2, E, *R)
-        lotr_grouped_linear(**{**good, **change})
 
 
 # ---- experts classes of transformers -------------------------------------------------------------
@@ -485,7 +419,7 @@ class ExpertsLoop(nn.Module):
 
 
 def experts_of(layout: str) -> nn.Module:
-    """A model whose class of experts transformers has decorated, as its own models' classes."""
+    """Returns a model with experts that transformers has decorated, as in its models."""
     options = LAYOUTS[layout]
 
     @use_experts_implementation(**options)
@@ -520,7 +454,7 @@ def adapted(model: nn.Module, ending: str = "_proj") -> nn.Module:
 @pytest.mark.parametrize("ending", ["_proj", "up_proj", "down_proj"], ids=["both", "up", "down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_of_transformers_equal_their_loop(layout: str, ending: str) -> None:
-    """The adapted forward and its gradients are those of the class with s B G^T A^T added."""
+    """The class with s B G^T A^T added to its weights has the same output and gradients."""
     plain = experts_of(layout)
     model = adapted(copy.deepcopy(plain), ending)
     inputs = routed()
@@ -539,8 +473,8 @@ def test_experts_of_transformers_equal_their_loop(layout: str, ending: str) -> N
     )
     g = torch.randn_like(y)
     assert relative(y, expected) < 1e-12
-    expected = torch.autograd.grad(expected, leaves, g)
-    assert worst(torch.autograd.grad(y, leaves, g), expected) < 1e-12
+    gradients = torch.autograd.grad(y, leaves, g)
+    assert worst(gradients, torch.autograd.grad(expected, leaves, g)) < 1e-12
 
 
 def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:

@@ -3,8 +3,6 @@
 Host time is most of a step on few tokens.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import FrameType

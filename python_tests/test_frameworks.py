@@ -3,8 +3,6 @@
 `make frameworks` installs them, next to the packages of .venv.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

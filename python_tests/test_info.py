@@ -1,7 +1,5 @@
 """`python -m lotr_ext.info` as a person reads it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -20,6 +18,12 @@ from lotr_ext.core.strategy import (
     strategy_note,
 )
 from lotr_ext.info import main
+
+
+def on_cuda() -> FakeTensor:
+    """Returns a tensor [4, 8] that claims to be on a GPU."""
+    meta = torch.empty(4, 8, device="meta")
+    return FakeTensor(FakeTensorMode(), meta, torch.device("cuda", 0))
 
 
 def printed(*, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -72,17 +76,14 @@ def test_strategy_of_the_environment(name: str, monkeypatch: pytest.MonkeyPatch)
     assert f"strategy   {name} on CUDA" in printed(variables={"LOTR_STRATEGY": name}).stdout
     monkeypatch.setenv("LOTR_STRATEGY", name)
     strategy_from_environment.cache_clear()
-    on_gpu = torch.device("cuda", 0)
-    with FakeTensorMode() as mode:
-        x = FakeTensor(mode, torch.empty(4, 8, device="meta"), on_gpu)
     try:
         has_fused = any("90a" in arch for arch in build_info()["cuda"]["archs"])
         expected = name if name != "fused" or has_fused else "beta"
-        assert choose_strategy(4, x) == STRATEGIES[expected]
+        assert choose_strategy(4, on_cuda()) == STRATEGIES[expected]
         assert choose_strategy(4, torch.empty(4, 8)) == STRATEGIES["beta"]
         if has_fused:  # the driver would be called
             return
-        note = strategy_note(8, 8, 4, torch.bfloat16, on_gpu)
+        note = strategy_note(8, 8, 4, torch.bfloat16, torch.device("cuda", 0))
         assert note.startswith(f"strategy {expected}")
         assert ("gemm_lotr" in note) == (name == "fused")
         assert strategy_note(8, 8, 4, torch.bfloat16, torch.device("cpu")) == ""
@@ -92,7 +93,5 @@ def test_strategy_of_the_environment(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_default_strategy_on_cuda() -> None:
-    with FakeTensorMode() as mode:
-        x = FakeTensor(mode, torch.empty(4, 8, device="meta"), torch.device("cuda", 0))
-    assert choose_strategy(BETA_TOKENS, x) == STRATEGIES["beta"]
-    assert choose_strategy(BETA_TOKENS - 1, x) == STRATEGIES["two_pass"]
+    assert choose_strategy(BETA_TOKENS, on_cuda()) == STRATEGIES["beta"]
+    assert choose_strategy(BETA_TOKENS - 1, on_cuda()) == STRATEGIES["two_pass"]

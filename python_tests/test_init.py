@@ -1,7 +1,5 @@
 """Starts of A and B: random, from the weights ("svd"), from gradients (`init_from_gradient`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Scalings and merging of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -148,27 +146,38 @@ def test_a_merge_between_forward_and_backward_is_refused(form: str) -> None:
         loss(y).backward()
 
 
-def test_merge_refuses_a_weight_that_is_not_a_parameter() -> None:
+def parametrized() -> LoTRLinear:
     layer = Net("linear").layers[0]
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
-    with pytest.raises(TypeError, match="merge: expected a weight that is a parameter"):
-        layer.merge()
+    return layer
 
 
-def test_merge_of_a_wrapped_layer_needs_a_linear_base() -> None:
-    layer = Net("wrapped").layers[0]
-    with pytest.raises(TypeError, match="merge: expected"):
-        layer.merge()
-
-
-def test_merge_refuses_a_wrapped_base_that_a_hook_changes() -> None:
+def wrapped_linear(hooked: bool) -> LoTRWrapped:
+    """Returns a wrapped nn.Linear. With a hook, its output is not a product with its weight."""
     layer = LoTRWrapped.from_linear(nn.Linear(K, K), LoTRFactors(K, K, 2))
     nn.init.normal_(layer.core)
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    return layer
+
+
+NOT_A_PRODUCT = {
+    "a parametrized weight": (parametrized, "a weight that is a parameter"),
+    "a base with a custom forward": (lambda: Net("wrapped").layers[0], ""),
+    "a base with a hook": (lambda: wrapped_linear(hooked=True), "a base that returns"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_A_PRODUCT)
+def test_only_a_product_with_a_parameter_is_merged_into(case: str) -> None:
+    make, message = NOT_A_PRODUCT[case]
+    with pytest.raises(TypeError, match=f"merge: expected {message}"):
+        make().merge()
+
+
+def test_a_wrapped_linear_layer_is_merged_into() -> None:
+    layer = wrapped_linear(hooked=False)
     x = inputs(6).float()
     expected = layer(x)
     layer.merge()
-    assert relative(layer(x), expected.double()) < 1e-5
-    layer.unmerge()
-    layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
-    with pytest.raises(TypeError, match="merge: expected a base that returns"):
-        layer.merge()
+    assert relative(layer(x), expected) < 1e-5

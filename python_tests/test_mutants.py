@@ -1,7 +1,5 @@
 """The faults of python_tests/data/mutants fit the sources. mutants.py runs them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

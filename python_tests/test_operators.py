@@ -5,8 +5,6 @@ Each operand has NaN around it in memory. A check is (what, result, truth, size,
 LOTR_CPU_ISA chooses the instruction set; `test_lower_instruction_sets` runs the table with each.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -104,9 +102,8 @@ class Case:
         self.cores = self.factor(2, self.r, self.r_out)
 
     def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = (
-            torch.randn(*size, generator=self.generator, dtype=torch.float64) / size[-1] ** 0.25
-        )
+        values = torch.randn(*size, generator=self.generator, dtype=torch.float64)
+        values /= size[-1] ** 0.25
         return laid_out(values.to(dtype or self.dtype), self.layout)
 
     def factor(self, *size: int) -> Tensor:
@@ -115,7 +112,7 @@ class Case:
     def sums(self, *size: int) -> Tensor:
         return self.make(*size, dtype=self.acc)
 
-    def w(self, *tensors: Tensor) -> list[Tensor]:
+    def wide(self, *tensors: Tensor) -> list[Tensor]:
         """In float64, as the products see them: factors rounded to x's dtype."""
         return [copy64(t.to(self.dtype) if t.dtype == self.factors else t) for t in tensors]
 
@@ -135,7 +132,7 @@ class Case:
 
 
 def shrink(c: Case) -> Iterator[Check]:
-    x, A = c.w(c.x, c.A)
+    x, A = c.wide(c.x, c.A)
     x = x * c.mask(c.k)
     yield "u", ops.shrink(c.x, c.A, c.p, c.seed), x @ A, x.abs() @ A.abs(), 1
 
@@ -143,7 +140,7 @@ def shrink(c: Case) -> Iterator[Check]:
 def expand_add_(c: Case) -> Iterator[Check]:
     y = laid_out(c.g, c.layout)
     before = copy64(c.g)
-    u, F = c.w(c.u, c.F)
+    u, F = c.wide(c.u, c.F)
     ops.expand_add_(y, c.u, c.F, c.p, c.seed)
     assert untouched(y)
     mask = c.mask(c.n)
@@ -151,7 +148,7 @@ def expand_add_(c: Case) -> Iterator[Check]:
 
 
 def expand(c: Case) -> Iterator[Check]:
-    y, u, F = c.w(c.g, c.u, c.F)
+    y, u, F = c.wide(c.g, c.u, c.F)
     yield "y", ops.expand(c.g, c.u, c.F), y + u @ F.T, y.abs() + u.abs() @ F.abs().T, 1
 
 
@@ -174,7 +171,7 @@ def rows_of(c: Case) -> Iterator[tuple[tuple, Tensor, Tensor]]:
 
 
 def row_core(c: Case) -> Iterator[Check]:
-    u, cores = c.w(c.u, c.cores)
+    u, cores = c.wide(c.u, c.cores)
     for choice, index, tokens in rows_of(c):
         h = ops.row_core(c.u, c.cores, *choice, S)
         h_of_fallback = fallback.row_core(c.u, c.cores, S, RowChoice(*choice))
@@ -188,7 +185,7 @@ def row_core(c: Case) -> Iterator[Check]:
 
 def row_core_backward(c: Case) -> Iterator[Check]:
     dh = c.make(c.m, c.r_out)
-    u, cores, g = c.w(c.u, c.cores, dh)
+    u, cores, g = c.wide(c.u, c.cores, dh)
     for choice, index, tokens in rows_of(c):
         du, dcores = ops.row_core_backward(dh, c.u, c.cores, *choice, S, True, True)
         du_truth, dcores_truth = row_gradients(u, cores, g, index, tokens)
@@ -215,7 +212,7 @@ class Layer:
         self.core = c.cores[0]
         self.bias = c.make(1, c.n)[0]
         self.x, self.g, self.weight = c.dense_if_bfloat16(c.x, c.g, c.make(c.n, c.k))
-        self.wide_x, self.wide_g, self.W, self.A, self.u, self.wide_bias = c.w(
+        self.wide_x, self.wide_g, self.W, self.A, self.u, self.wide_bias = c.wide(
             self.x, self.g, self.weight, c.A, c.u, self.bias
         )
         self.kept = self.wide_x * c.mask(c.k)
@@ -275,7 +272,7 @@ def layer_forward_projected(c: Case) -> Iterator[Check]:
 
 def layer_forward_rows(c: Case) -> Iterator[Check]:
     t = Layer(c)
-    (B,) = c.w(c.F)
+    (B,) = c.wide(c.F)
     for strategy, bias in itertools.product((0, BETA), (t.bias, None)):
         y = ops.layer_forward_rows(t.x, t.weight, bias, c.u, c.F, strategy)
         yield f"y {strategy}", y, *t.y(t.u, t.u.abs(), B, B.abs(), bias), 5
@@ -327,7 +324,7 @@ def layer_gradients(
 
 def layer_backward_projected_(c: Case) -> Iterator[Check]:
     t = Layer(c)
-    (F,) = c.w(c.F)
+    (F,) = c.wide(c.F)
     dB = S * t.Q @ t.G
     dB_size = S * t.Q_size @ t.G.abs()
     zero = torch.zeros((), dtype=torch.float64)
@@ -357,7 +354,7 @@ def layer_backward_projected_(c: Case) -> Iterator[Check]:
 
 def layer_backward_rows_(c: Case) -> Iterator[Check]:
     t = Layer(c)
-    (B,) = c.w(c.F)
+    (B,) = c.wide(c.F)
     zero = torch.zeros((), dtype=torch.float64)
     new = ops.layer_backward_rows_(t.g, t.weight, c.u, c.F, None, None, True, True)
     dx_total = c.dense_if_bfloat16(c.make(c.m, c.k))[0]
@@ -383,7 +380,7 @@ def du_and_Q(c: Case, u: Tensor, Q: Tensor, F: Tensor, need_du: bool = True) -> 
 
 def backward_sums(c: Case) -> Iterator[Check]:
     """The backwards without the base product, with and without du."""
-    g, u, F_wide = c.w(c.g, c.u, c.F)
+    g, u, F_wide = c.wide(c.g, c.u, c.F)
     B = c.B.double()
     core = c.cores[0]
     G = core.double()
@@ -428,7 +425,7 @@ def shrink_backward_(c: Case) -> Iterator[Check]:
     dx_before = copy64(dx)
     dA_before = copy64(dA)
     mask = c.mask(c.k)
-    du, x, A = c.w(c.u, c.x, c.A)
+    du, x, A = c.wide(c.u, c.x, c.A)
     new = ops.shrink_backward_(c.u, None, c.x, None, None, c.p, c.seed)
     ops.shrink_backward_(c.u, dx, c.x, c.A, dA, c.p, c.seed)
     assert untouched(dx)
@@ -498,7 +495,7 @@ def results(name: str, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.startswith("layer_")])
 def test_same_bits_at_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    """Also for odd numbers of tokens, whose last pair has one row.
+    """Also for odd numbers of tokens, where the last pair has one row.
 
     The layers' operators contain the library's product, which promises no bits.
     """
@@ -731,7 +728,7 @@ def test_strides_on_cuda(name: str, dtype: torch.dtype) -> None:
                 if result is None:
                     continue
                 row_stride = result.shape[-1]
-                # An argument du is added by torch, whose result has dense rows.
+                # torch adds an argument du, and the result of that sum has dense rows.
                 if declared.name in PADDED and not (has_du and declared.name == "du"):
                     row_stride = -(-row_stride * result.itemsize // 16) * 16 // result.itemsize
                 strides = (row_stride * result.shape[1], row_stride, 1)
@@ -779,7 +776,7 @@ def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.Monke
 
 
 def test_reference_by_autograd() -> None:
-    """The specification's own backward, derived by hand."""
+    """The backward of the specification was derived by hand."""
     shapes = ((4, 6), (5, 6), (5,), (6, 3), (5, 2), (3, 2))
     x, W, bias, A, B, core = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes

@@ -1,7 +1,5 @@
 """The wheel, and the message of setup.py where torch or wheel is missing."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -6,8 +6,6 @@ adds their gradients as values, changes parameters, merges, copies, or trains in
 must agree after each step.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -368,38 +366,33 @@ class Program(RuleBasedStateMachine):
         inputs = [pair for pair in candidates if pair[1].requires_grad]
         if not inputs or not twin.requires_grad:
             return
-        settings = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
-        by, by_twin = zip(*inputs)
-        gradients = torch.autograd.grad(scalar(actual), by, **settings)
-        twin_gradients = torch.autograd.grad(scalar(twin), by_twin, **settings)
-        for gradient, twin_gradient in zip(gradients, twin_gradients, strict=True):
-            self.compare(gradient, twin_gradient)
+        losses = (scalar(actual), scalar(twin))
+        for gradient, twin_gradient in self.compared(losses, inputs, create_graph=create_graph):
             if create_graph and gradient is not None and twin_gradient is not None:
                 if gradient.requires_grad and twin_gradient.requires_grad:
-                    self.penalty(gradient, twin_gradient)
+                    self.compared((scalar(gradient), scalar(twin_gradient)), self.leaves())
                 self.add(gradient, twin_gradient)
 
-    def penalty(self, gradient: Tensor, twin_gradient: Tensor) -> None:
-        """Differentiates a gradient once more."""
-        parameters, twins = zip(*self.leaves(), strict=True)
-        settings = {"retain_graph": True, "allow_unused": True}
-        second = torch.autograd.grad(scalar(gradient), parameters, **settings)
-        twin_second = torch.autograd.grad(scalar(twin_gradient), twins, **settings)
-        for actual, expected in zip(second, twin_second, strict=True):
-            self.compare(actual, expected)
+    def compared(
+        self, outputs: Pair, inputs: list[Pair], **options: object
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Differentiates a pair by some pairs, and compares the gradients."""
+        parameters, twins = zip(*inputs, strict=True)
+        options |= {"retain_graph": True, "allow_unused": True}
+        gradients = torch.autograd.grad(outputs[0], parameters, **options)
+        twin_gradients = torch.autograd.grad(outputs[1], twins, **options)
+        pairs = list(zip(gradients, twin_gradients, strict=True))
+        for pair in pairs:
+            self.compare(*pair)
+        return pairs
 
     def batched_gradients(self, v: int, vectors: int) -> None:
         actual, twin = self.value(v)
         if not twin.requires_grad:
             return
-        dy = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64)
-        dy = dy.view(vectors, TOKENS, K)
-        settings = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
-        parameters, twins = zip(*self.leaves(), strict=True)
-        gradients = torch.autograd.grad(actual, parameters, dy, **settings)
-        twin_gradients = torch.autograd.grad(twin, twins, dy, **settings)
-        for gradient, twin_gradient in zip(gradients, twin_gradients, strict=True):
-            self.compare(gradient, twin_gradient)
+        values = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64)
+        dy = values.view(vectors, TOKENS, K)
+        self.compared((actual, twin), self.leaves(), grad_outputs=dy, is_grads_batched=True)
 
     # ---- changes ---------------------------------------------------------------------------------
 

@@ -1,13 +1,11 @@
 """Checkpoints of transformers' Trainer that contain only the adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from models import started
+from models import same, started
 from torch import Tensor, nn
 
 from lotr_ext import load_adapter
@@ -42,16 +40,12 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "one")
-    start = trained(whole.model)
-    whole.train()
-    expected = trained(whole.model)
-    assert not equal(start, expected)
+    run = trainer(tmp_path / "one")
+    start = trained(run.model)
+    run.train()
+    expected = trained(run.model)
+    assert not same(start, expected)
     checkpoint = tmp_path / "one" / "checkpoint-2"
     files = {path.name for path in checkpoint.iterdir()}
     assert {"lotr_adapter.safetensors", "optimizer.pt"} <= files
@@ -60,10 +54,10 @@ def test_a_run_that_is_resumed_equals_one_that_is_not(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "two")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
-    assert equal(trained(resumed.model), expected)
+    assert same(trained(resumed.model), expected)
 
     loaded = load_adapter(zoo.net("llama"), tmp_path / "two" / "checkpoint-4")
-    assert equal(trained(loaded), expected)
+    assert same(trained(loaded), expected)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -77,6 +71,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
-    assert equal(trained(run.model), trained(load_adapter(zoo.net("llama"), best)))
+    assert same(trained(run.model), trained(load_adapter(zoo.net("llama"), best)))
     run.save_model(str(tmp_path / "end"))
     assert adapted_layers(load_adapter(zoo.net("llama"), tmp_path / "end"))

@@ -1,15 +1,14 @@
-"""Six small networks for the tests of whole models.
+"""Six small networks for the tests of models.
 
 `net(name)` has the same weights on every machine and with every version of transformers: they are
 drawn parameter by parameter, from one generator.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,78 +76,60 @@ class Attention(nn.Module):
 
 
 def _transformers(family: str, head: str, **settings: object) -> nn.Module:
+    """Returns a model of transformers, such as Bert + ForSequenceClassification."""
     import transformers
 
     transformers.logging.set_verbosity_error()
+    config = getattr(transformers, f"{family}Config")(**settings)
     with contextlib.redirect_stderr(io.StringIO()):
-        model = getattr(transformers, family + head)(
-            getattr(transformers, f"{family}Config")(**settings)
-        )
+        model = getattr(transformers, family + head)(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     return model
 
 
-def _bert() -> nn.Module:
-    dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    sizes = {
-        **_SIZES,
-        **dry,
-        "intermediate_size": 24,
-        "max_position_embeddings": 32,
-        "num_labels": 3,
-    }
-    return _transformers("Bert", "ForSequenceClassification", **sizes)
-
-
-def _gpt2() -> nn.Module:
-    dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "n_positions": 32,
-        "n_embd": WIDTH,
-        "n_layer": 2,
-        "n_head": 2,
-        **_TOKENS,
-        **dry,
-    }
-    return _transformers("GPT2", "LMHeadModel", **sizes)
-
-
-def _llama() -> nn.Module:
-    sizes = {
-        **_SIZES,
-        **_TOKENS,
-        "num_key_value_heads": 1,
-        "intermediate_size": 24,
-        "max_position_embeddings": 32,
-    }
-    return _transformers("Llama", "ForCausalLM", **sizes)
-
-
-def _mixture() -> nn.Module:
-    sizes = {
-        **_SIZES,
-        **_TOKENS,
-        "num_key_value_heads": 1,
-        "intermediate_size": 12,
-        "max_position_embeddings": 32,
-    }
-    return _transformers(
-        "Mixtral", "ForCausalLM", **sizes, num_local_experts=3, num_experts_per_tok=2
-    )
-
-
+_LLAMA = {**_SIZES, **_TOKENS, "num_key_value_heads": 1, "max_position_embeddings": 32}
 _NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
     "attention": Attention,
-    "bert": _bert,
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "mixture": _mixture,
+    "bert": partial(
+        _transformers,
+        "Bert",
+        "ForSequenceClassification",
+        **_SIZES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+    ),
+    "gpt2": partial(
+        _transformers,
+        "GPT2",
+        "LMHeadModel",
+        **_TOKENS,
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
+    "llama": partial(_transformers, "Llama", "ForCausalLM", **_LLAMA, intermediate_size=24),
+    "mixture": partial(
+        _transformers,
+        "Mixtral",
+        "ForCausalLM",
+        **_LLAMA,
+        intermediate_size=12,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    ),
 }
 NETS = tuple(_NETS)
-# the layers to adapt; of a mixture the experts' parameters
+# The layers to adapt; of a mixture, the experts' parameters.
 TARGETS = {
     "mlp": ["up", "down"],
     "attention": ["q", "k", "v", "o"],
@@ -199,10 +180,13 @@ def inputs(name: str, rows: int = 3, tokens: int = 5, dtype: torch.dtype = torch
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
 
 
+def settings_of(model: nn.Module) -> dict[str, bool]:
+    """Returns the keyword arguments of a call: language models keep no cache."""
+    is_language_model = hasattr(model, "config") and model.config.model_type != "bert"
+    return {"use_cache": False} if is_language_model else {}
+
+
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the model's output as one tensor: the logits of a transformers model."""
-    settings = {}
-    if hasattr(model, "config") and model.config.model_type != "bert":
-        settings["use_cache"] = False
-    y = model(x, **settings)
+    y = model(x, **settings_of(model))
     return y if isinstance(y, Tensor) else y.logits

@@ -225,7 +225,7 @@ template <typename K>
 inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, int64_t units,
                        int64_t vectors) {
   static_assert(K::kLanes == kSide);
-  const int64_t steps = (units + kSide - 1) / kSide;
+  const int64_t steps = ceil_div(units, kSide);
   for (int64_t i = units * ldk; i < steps * kSide * ldk; ++i) k[i] = 0;
   for (int64_t v = 0; v < vectors; ++v) {
     for (int64_t t = 0; t < steps; ++t, to += kSide * kSide) {
@@ -247,7 +247,7 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   constexpr int64_t kTile = kSide * kSide;
   const int64_t row = x.a.row_stride;
-  const int64_t steps = (x.rows + K::kPair * kSide - 1) / (K::kPair * kSide);
+  const int64_t steps = ceil_div(x.rows, K::kPair * kSide);
   const auto* columns = static_cast<const uint16_t*>(x.a.data) + x.i0 * row + x.c0;
   // The two tiles of a step, from 32 rows of 32 columns.
   const auto make = [&](int64_t t) {
@@ -269,7 +269,7 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
   };
   alignas(64) float sums[4 * kTile];
   const Tiles full(kSide, kSide);
-  tile_columns_of((r + kSide - 1) / kSide, [&](auto ra, int64_t v) {
+  tile_columns_of(ceil_div(r, kSide), [&](auto ra, int64_t v) {
     constexpr int RA = decltype(ra)::value;
     Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit,
            steps * kTile * kUnit, kTile * kUnit};

@@ -96,12 +96,7 @@ struct Factor {
 template <typename K, int MR, int RV, bool kAlongRow>
 inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Unit* b, int64_t ldb,
                       int64_t n, Ahead& ahead) {
-  typename K::Vec acc[MR][RV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
-  }
+  typename K::Vec acc[MR][RV] = {};
   Piece piece = ahead.take();
   multiply<K, MR, RV, kAlongRow>(acc, a.data, a.step, b, ldb, n, &piece);
   ahead.now = piece;
@@ -115,28 +110,21 @@ inline void sum_block(const Sums<K>& c, const Broadcast& a, const typename K::Un
   }
 }
 
-// Calls f.operator()<MR>(row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
+// Calls f(Int<MR>, first row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
+template <int MR, typename F>
+LOTR_INLINE void last_block(int64_t rows, int64_t& i, F& f) {
+  if (i + MR > rows) return;
+  f(Int<MR>{}, i);
+  i += MR;
+}
 template <int kMost, typename F>
 LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
   int64_t i = 0;
   for (; i + kMost <= rows; i += kMost) f(Int<kMost>{}, i);
-  if constexpr (kMost > 8) {
-    if (i + 8 <= rows) {
-      f(Int<8>{}, i);
-      i += 8;
-    }
-  }
-  if constexpr (kMost > 4) {
-    if (i + 4 <= rows) {
-      f(Int<4>{}, i);
-      i += 4;
-    }
-  }
-  if (i + 2 <= rows) {
-    f(Int<2>{}, i);
-    i += 2;
-  }
-  if (i < rows) f(Int<1>{}, i);
+  if constexpr (kMost > 8) last_block<8>(rows, i, f);
+  if constexpr (kMost > 4) last_block<4>(rows, i, f);
+  last_block<2>(rows, i, f);
+  last_block<1>(rows, i, f);
 }
 
 // c[rows][rank vectors] (+)= product over n units, in groups of at most kMaxVectors vectors.
@@ -148,8 +136,8 @@ inline void sum_rows(const Sums<K>& c, const Broadcast& a, int64_t rows, const F
   for (int64_t v = 0; v < b.vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
     const int64_t left = b.vectors - v;
-    const int64_t groups = (left + kMaxVectors - 1) / kMaxVectors;
-    const int64_t group = (left + groups - 1) / groups;
+    const int64_t groups = ceil_div(left, kMaxVectors);
+    const int64_t group = ceil_div(left, groups);
     by_vectors(group, [&](auto rv) {
       constexpr int RV = decltype(rv)::value;
       constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
@@ -233,12 +221,7 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t y_step, const T* from
                                 typename K::Acc scale, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes;
   constexpr int kPanel = RV * kLanes;
-  typename K::Vec acc[MR][RV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
-  }
+  typename K::Vec acc[MR][RV] = {};
   multiply<K, MR, RV, true>(acc, u.data, u.step, f, kPanel, n);
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {

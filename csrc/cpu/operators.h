@@ -1,5 +1,6 @@
-// The operators for one element type T: how the work is cut into tasks. Equations are in
-// torch/schema.cpp.
+// The operators for one element type T: how the work is divided into tasks. Equations are in
+// torch/schema.cpp, words in tiles.h. K is the kind of arithmetic of T, Unit what one of its lanes
+// multiplies, Acc the type of sums (vec.h). Work is counted in multiplications.
 #pragma once
 
 #include "cpu/products.h"
@@ -30,7 +31,7 @@ inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
 // Rows of a matrix in blocks; a thread walks its blocks in tiles of up to kTileRows.
 template <int64_t kBlock = kTileRows / 4, typename F>
 inline void run_rows(int64_t rows, int64_t work, F&& body) {
-  run_tasks((rows + kBlock - 1) / kBlock, work,
+  run_tasks(ceil_div(rows, kBlock), work,
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
 
@@ -40,9 +41,9 @@ struct Chunks {
   int64_t count;
   int64_t rows;
   explicit Chunks(int64_t m) {
-    const int64_t wanted = m <= 1024 ? (m + 127) / 128 : smaller(64, larger(8, m / 256));
-    rows = round_up((m + larger(1, wanted) - 1) / larger(1, wanted), 2 * kTileUnits);
-    count = (m + larger(1, rows) - 1) / larger(1, rows);
+    const int64_t wanted = m <= 1024 ? ceil_div(m, 128) : smaller(64, larger(8, m / 256));
+    rows = round_up(ceil_div(m, larger(1, wanted)), 2 * kTileUnits);
+    count = ceil_div(m, larger(1, rows));
   }
 };
 
@@ -81,60 +82,75 @@ struct Operators {
     });
   }
 
+  // The panels of F^T, and the memory in which one is packed and masked.
+  struct Panels {
+    static constexpr int64_t kColumns = kPanel<K>;
+    int64_t units;  // of the rank
+    int64_t count;
+    int64_t size;  // units of a panel
+    size_t row_bytes;
+    size_t mask_bytes;
+
+    explicit Panels(const TensorView& F)
+        : units(packed_units<K>(F.cols)),
+          count(ceil_div(F.rows, kColumns)),
+          size(units * kColumns),
+          row_bytes(size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit)),
+          mask_bytes(size_t((kExpandRows + 1) * kColumns + kMaskSlack) * sizeof(uint32_t)) {}
+  };
+
   static void expand(const TensorView& y, const TensorView& u, const TensorView& F,
                      const Drop& drop, const Start& start) {
-    constexpr int64_t kLine = kPanel<K>;
-    const int64_t units = packed_units<K>(u.cols);
-    const int64_t panels = (y.cols + kLine - 1) / kLine;
-    const int64_t line_units = units * kLine;
-    const int64_t work = y.rows * y.cols * u.cols;
-    const size_t row_bytes = size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit);
-    const size_t mask_bytes = size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t);
-    if (y.rows <= kTileRows) {
-      // Few tokens: each panel is packed where it is used, so that F passes through L1 and no
-      // packed copy is written.
-      Scratch u_memory(u_bytes(u));
-      const Broadcast rows_of_u = u_rows(u, 0, y.rows, u_memory.get<Unit>());
-      run_tasks(panels, work, [&](int64_t begin, int64_t end) {
-        Scratch memory(size_t(line_units) * sizeof(Unit) + row_bytes + mask_bytes);
-        Unit* panel = memory.get<Unit>();
-        auto* buffer = panel + line_units;
-        auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() +
-                                                 size_t(line_units) * sizeof(Unit) + row_bytes);
-        for (int64_t p = begin; p < end; ++p) {
-          pack_panel<K, T>(panel, kLine, F, p * kLine, buffer);
-          expand_panel<K, T>({y, 0, y.rows, p * kLine, kLine}, rows_of_u, units, panel, drop, start,
-                             mask);
-        }
-      });
-      return;
-    }
+    if (y.rows <= kTileRows) return expand_few(y, u, F, drop, start);
+    const Panels panels(F);
+    constexpr int64_t kColumns = Panels::kColumns;
     const auto pack = [&](Unit* to, int64_t begin, int64_t end) {
-      Scratch buffer(row_bytes);
+      Scratch buffer(panels.row_bytes);
       for (int64_t p = begin; p < end; ++p)
-        pack_panel<K, T>(to + p * line_units, kLine, F, p * kLine, buffer.get<Unit>());
+        pack_panel<K, T>(to + p * panels.size, kColumns, F, p * kColumns, buffer.get<Unit>());
     };
     // Threads share the packing if it is work enough for two of them. Otherwise each packs all of
     // F.
-    const int64_t pack_work = panels * line_units;
+    const int64_t pack_work = panels.count * panels.size;
     const bool shared = pack_work >= 2 * kThreadWork;
     Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);
     if (shared)
-      run_tasks(panels, pack_work,
+      run_tasks(panels.count, pack_work,
                 [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
-    run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
+    run_rows(y.rows, y.rows * y.cols * u.cols, [&](int64_t i0, int64_t i1) {
       Scratch u_memory(u_bytes(u));
-      Scratch mask(mask_bytes);
+      Scratch mask(panels.mask_bytes);
       Scratch packed_here(shared ? 0 : size_t(pack_work) * sizeof(Unit));
-      if (!shared) pack(packed_here.get<Unit>(), 0, panels);
+      if (!shared) pack(packed_here.get<Unit>(), 0, panels.count);
       const Unit* const ready = (shared ? packed : packed_here).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const Broadcast rows_of_u = u_rows(u, i, rows, u_memory.get<Unit>());
-        for (int64_t p = 0; p < panels; ++p) {
-          expand_panel<K, T>({y, i, rows, p * kLine, kLine}, rows_of_u, units,
-                             ready + p * line_units, drop, start, mask.get<uint32_t>());
+        for (int64_t p = 0; p < panels.count; ++p) {
+          expand_panel<K, T>({y, i, rows, p * kColumns, kColumns}, rows_of_u, panels.units,
+                             ready + p * panels.size, drop, start, mask.get<uint32_t>());
         }
+      }
+    });
+  }
+
+  // For few tokens each panel is packed where it is used: F passes through L1, and no packed copy
+  // is written.
+  static void expand_few(const TensorView& y, const TensorView& u, const TensorView& F,
+                         const Drop& drop, const Start& start) {
+    const Panels panels(F);
+    constexpr int64_t kColumns = Panels::kColumns;
+    Scratch u_memory(u_bytes(u));
+    const Broadcast rows_of_u = u_rows(u, 0, y.rows, u_memory.get<Unit>());
+    run_tasks(panels.count, y.rows * y.cols * u.cols, [&](int64_t begin, int64_t end) {
+      const size_t panel_bytes = size_t(panels.size) * sizeof(Unit);
+      Scratch memory(panel_bytes + panels.row_bytes + panels.mask_bytes);
+      Unit* panel = memory.get<Unit>();
+      auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() + panel_bytes + panels.row_bytes);
+      for (int64_t p = begin; p < end; ++p) {
+        pack_panel<K, T>(panel, kColumns, F, p * kColumns, panel + panels.size);
+        expand_panel<K, T>({y, 0, y.rows, p * kColumns, kColumns}, rows_of_u, panels.units, panel,
+                           drop, start, mask);
       }
     });
   }
@@ -262,12 +278,12 @@ struct Operators {
     const int64_t work = x.rows * x.cols * k.cols;
     const int64_t tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // The sums of one chunk may be computed in the output: few tokens then read and write it once.
-    const bool wide = out.dtype == (same<Acc, double> ? DType::float64 : DType::float32);
+    const bool wide = out.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const int64_t transposed = transposed_columns<K, T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
     if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
         k.cols % K::kLanes == 0) {
-      const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
+      const int64_t blocks = ceil_div(x.cols, kTileColumns);
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns;
@@ -279,7 +295,7 @@ struct Operators {
       });
       return;
     }
-    if constexpr (same<T, Acc>) {
+    if constexpr (std::is_same_v<T, Acc>) {
       // Few tokens, and a rank that is not a multiple of the vector: padding k and the sums would
       // take longer than the sums.
       if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(k) &&
@@ -288,11 +304,10 @@ struct Operators {
     }
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
-    const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
-    const int64_t width =
-        round_up(larger(2 * kTileColumns, threads() == 1 ? x.cols : (x.cols + wanted - 1) / wanted),
-                 kTileColumns);
-    const int64_t across = (x.cols + width - 1) / width;
+    const int64_t wanted = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
+    const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, wanted);
+    const int64_t width = round_up(larger(2 * kTileColumns, columns), kTileColumns);
+    const int64_t across = ceil_div(x.cols, width);
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {

@@ -31,9 +31,7 @@ struct RowPairs {
 template <typename K, int MR, bool kAgain, bool kPrefetch>
 inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* made,
                         const typename K::Unit* k, int64_t ldk, int64_t n, Ahead& ahead) {
-  typename K::Vec acc[MR][2];
-#pragma GCC unroll 8
-  for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
+  typename K::Vec acc[MR][2] = {};
   Piece piece;
   if constexpr (kPrefetch) piece = ahead.take();
 #pragma GCC unroll 2

@@ -38,7 +38,7 @@ inline int64_t tile_rows(const TensorView& x, int64_t r) {
 // The rank in vectors.
 template <typename K>
 constexpr int64_t vectors_of(int64_t r) {
-  return (r + K::kLanes - 1) / K::kLanes;
+  return ceil_div(r, K::kLanes);
 }
 
 // A factor [K, r] as units of pairs of rows: [units of K][vectors], zero padded. May be the factor
@@ -85,13 +85,13 @@ template <typename K>
 inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const typename K::Acc* c,
                        int64_t ldc, double scale, bool add) {
   using Acc = typename K::Acc;
-  by_dtype(out.dtype, [&](auto* tag) {
-    using T = typename Pointee<decltype(tag)>::type;
+  by_dtype(out.dtype, [&](auto stored) {
+    using T = typename decltype(stored)::type;
     const Acc s = Acc(scale);
     for (int64_t i = 0; i < rows; ++i, c += ldc) {
       T* row = static_cast<T*>(out.data) + (i0 + i) * out.row_stride;
       int64_t j = 0;
-      if constexpr (same<Acc, double> == same<T, double>) {
+      if constexpr (std::is_same_v<Acc, double> == std::is_same_v<T, double>) {
         for (; out.col_stride == 1 && j + K::kLanes <= out.cols; j += K::kLanes) {
           const auto sum = s * load(c + j);
           store(row + j, add ? load(row + j) + sum : sum);
@@ -99,7 +99,7 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
       }
       // The rest of a rank that is not a multiple of the vector, by halves and quarters: a masked
       // store would make the next row's load wait.
-      if constexpr (same<Acc, T>) {
+      if constexpr (std::is_same_v<Acc, T>) {
         for (; out.col_stride == 1 && j + 8 <= out.cols; j += 8)
           write_part<8>(row + j, c + j, s, add);
         for (; out.col_stride == 1 && j + 4 <= out.cols; j += 4)
@@ -369,7 +369,7 @@ inline void expand_panel(const Rectangle& part, const Broadcast& u, int64_t unit
   if (y.col_stride == 1 && origin.col_stride == 1 && cols == kPanel<K> && !drop.on &&
       drop.scale == 1.0) {
     const auto run = [&](auto form) {
-      constexpr Form kForm = Form(decltype(form)::value);
+      constexpr Form kForm = decltype(form)::value;
       if constexpr (in_tiles<K>)
         expand_in_tiles<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
                                      panel, units, bias);
@@ -377,9 +377,9 @@ inline void expand_panel(const Rectangle& part, const Broadcast& u, int64_t unit
         expand_full_rows<K, T, kForm>(top, y.row_stride, from, origin.row_stride, part.rows, u,
                                       panel, units, bias);
     };
-    if (!has_matrix) return run(Int<int(Form::bias)>{});
-    if (!add_bias) return run(Int<int(Form::matrix)>{});
-    return run(Int<int(Form::matrix_and_bias)>{});
+    if (!has_matrix) return run(std::integral_constant<Form, Form::bias>{});
+    if (!add_bias) return run(std::integral_constant<Form, Form::matrix>{});
+    return run(std::integral_constant<Form, Form::matrix_and_bias>{});
   }
   row_blocks<kExpandRows>(part.rows, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;

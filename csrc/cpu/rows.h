@@ -61,47 +61,46 @@ struct RowProducts {
                     int64_t n) {
     for (int64_t i = 0; i < n; ++i, to += a.cols) {
       const T* from = static_cast<const T*>(a.data) + Gathered<T>::at(row, token, i) * a.row_stride;
-      parts<typename KindOf<Acc>::type, T>(to, from, a.col_stride, a.cols, nullptr);
+      parts<Plain<Acc>, T>(to, from, a.col_stride, a.cols, nullptr);
     }
   }
-  using Plain = typename KindOf<Acc>::type;
-  static constexpr int64_t kLanes = Plain::kLanes;
+  static constexpr int64_t kLanes = Plain<Acc>::kLanes;
 
   // Neighboring elements of a core, rounded to T.
   template <typename S>
-  static LOTR_INLINE typename Plain::Vec vector_of(const S* core) {
-    if constexpr (same<S, T>) return load(core);
+  static LOTR_INLINE typename Plain<Acc>::Vec vector_of(const S* core) {
+    if constexpr (std::is_same_v<S, T>) return load(core);
     Acc values[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain, T>(core[i]);
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain<Acc>, T>(core[i]);
     return load(values);
   }
   // out[b] = scaling * sum over a of in[a] core(a, b), for cores with contiguous rows or columns.
   static void times_core(Acc* out, const Acc* in, const TensorView& core, Acc scaling) {
-    by_dtype(core.dtype, [&](auto* tag) {
-      using S = typename Pointee<decltype(tag)>::type;
+    by_dtype(core.dtype, [&](auto stored) {
+      using S = typename decltype(stored)::type;
       const S* data = static_cast<const S*>(core.data);
       const int64_t from = core.rows;
       const int64_t to = core.cols;
       if (core.col_stride == 1) {
         int64_t b = 0;
         for (; b + kLanes <= to; b += kLanes) {
-          typename Plain::Vec sum{};
+          typename Plain<Acc>::Vec sum{};
           for (int64_t a = 0; a < from; ++a)
-            sum = Plain::madd(sum, vector_of(data + a * core.row_stride + b), in[a]);
+            sum = Plain<Acc>::madd(sum, vector_of(data + a * core.row_stride + b), in[a]);
           store(out + b, sum * scaling);
         }
         for (; b < to; ++b) {
           Acc sum = 0;
           for (int64_t a = 0; a < from; ++a)
-            sum += in[a] * part<Plain, T>(data[a * core.row_stride + b]);
+            sum += in[a] * part<Plain<Acc>, T>(data[a * core.row_stride + b]);
           out[b] = sum * scaling;
         }
         return;
       }
       const int64_t in_vectors = from / kLanes * kLanes;
       for (int64_t b0 = 0; b0 < to; b0 += kLanes) {
-        typename Plain::Vec square[kLanes] = {};
-        typename Plain::Vec sum{};
+        typename Plain<Acc>::Vec square[kLanes] = {};
+        typename Plain<Acc>::Vec sum{};
         const int64_t cols = smaller(kLanes, to - b0);
         for (int64_t b = 0; b < cols; ++b)
           for (int64_t a = 0; a < in_vectors; a += kLanes)
@@ -112,7 +111,7 @@ struct RowProducts {
         store(sums, sum);
         for (int64_t b = 0; b < cols; ++b) {
           for (int64_t a = in_vectors; a < from; ++a)
-            sums[b] += in[a] * part<Plain, T>(data[(b0 + b) * core.col_stride + a]);
+            sums[b] += in[a] * part<Plain<Acc>, T>(data[(b0 + b) * core.col_stride + a]);
           out[b0 + b] = sums[b] * scaling;
         }
       }

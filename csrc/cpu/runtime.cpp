@@ -74,10 +74,6 @@ int64_t threads() {
 
 void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context) {
-  if (tasks <= 1) {
-    if (tasks == 1) body(0, 1, context);
-    return;
-  }
   torch::stable::parallel_for(0, tasks, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }

@@ -8,7 +8,7 @@
 namespace lotr::cpu {
 
 // Runs body(begin, end, context) over [0, tasks) on torch's threads, at least `grain` tasks per
-// thread. With one task or one thread it runs in the calling thread.
+// thread. With one thread, or inside a body, it runs in the calling thread.
 void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context);
 

@@ -57,22 +57,21 @@ struct Small {
   static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to,
                          const TensorView& core, int64_t sa, int64_t sb, Acc scale) {
     for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
-    by_dtype(core.dtype, [&](auto* tag) {
-      using S = typename Pointee<decltype(tag)>::type;
+    by_dtype(core.dtype, [&](auto stored) {
+      using S = typename decltype(stored)::type;
       Scratch line(size_t(to) * sizeof(Acc));
       Acc* row = line.get<Acc>();
       for (int64_t a = 0; a < from; ++a) {
         const S* src = static_cast<const S*>(core.data) + a * sa;
-        using Plain = typename KindOf<Acc>::type;
-        parts<Plain, T>(row, src, sb, to, nullptr);
+        parts<Plain<Acc>, T>(row, src, sb, to, nullptr);
         for (int64_t i = 0; i < m; ++i) add_scaled(out + i * to, in[i * from + a] * scale, row, to);
       }
     });
   }
 
   static void widen(Acc* out, const TensorView& a) {
-    by_dtype(a.dtype, [&](auto* tag) {
-      using S = typename Pointee<decltype(tag)>::type;
+    by_dtype(a.dtype, [&](auto stored) {
+      using S = typename decltype(stored)::type;
       for (int64_t i = 0; i < a.rows; ++i)
         for (int64_t j = 0; j < a.cols; ++j)
           out[i * a.cols + j] =
@@ -122,7 +121,8 @@ struct Small {
     const int64_t m = s.g.rows;
     const int64_t r_in = s.core.rows;
     const int64_t r_out = s.core.cols;
-    const DType t = s.g.dtype, acc = t == DType::float64 ? DType::float64 : DType::float32;
+    const DType t = s.g.dtype;
+    const DType acc = t == DType::float64 ? DType::float64 : DType::float32;
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));
     Acc* h = memory.get<Acc>();  // scaling g B, never rounded

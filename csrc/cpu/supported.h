@@ -16,14 +16,14 @@ inline bool runs_generic() {
   return true;
 }
 #ifdef __x86_64__
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;  // registers, zeros if the CPU does not have the leaf
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &a, &b, &c, &d); }
+};
 inline bool runs_avx2() {
   __builtin_cpu_init();
   // By cpuid: __builtin_cpu_supports of g++ before 11 and of clang++ 14 does not know "f16c".
-  unsigned a = 0;
-  unsigned b = 0;
-  unsigned c = 0;
-  unsigned d = 0;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  const bool f16c = Cpuid(1).c >> 29 & 1;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
 }
 inline bool runs_avx512() {
@@ -39,12 +39,9 @@ inline bool runs_avx512_bf16() {
 // are AMX-BF16 and AMX-TILE.
 inline bool runs_amx_bf16() {
 #ifdef __linux__
-  unsigned a = 0;
-  unsigned b = 0;
-  unsigned c = 0;
-  unsigned d = 0;
-  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) &&
-         (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  const unsigned d = Cpuid(7).d;
+  return runs_avx512_bf16() && (d >> 22 & 1) && (d >> 24 & 1) &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
 #endif

@@ -50,28 +50,24 @@ constexpr int64_t element_size(DType dtype) {
   return 2;
 }
 
-// Calls f with a null pointer whose type points to the storage type of a runtime dtype.
+template <typename S>
+struct Type {
+  using type = S;
+};
+// Calls f with the Type of the elements that a dtype stores.
 template <typename F>
 LOTR_INLINE void by_dtype(DType t, F&& f) {
   switch (t) {
     case DType::float32:
-      return f(static_cast<float*>(nullptr));
+      return f(Type<float>{});
     case DType::float64:
-      return f(static_cast<double*>(nullptr));
+      return f(Type<double>{});
     case DType::bfloat16:
-      return f(static_cast<bf16*>(nullptr));
+      return f(Type<bf16>{});
     case DType::float16:
-      return f(static_cast<f16*>(nullptr));
+      return f(Type<f16>{});
   }
 }
-template <typename P>
-struct Pointee;
-template <typename S>
-struct Pointee<S*> {
-  using type = S;
-};
-template <typename A, typename B>
-constexpr bool same = __is_same(A, B);
 
 template <typename K>
 constexpr bool pairs = K::kPair == 2;
@@ -89,7 +85,7 @@ constexpr int64_t kSide = 16;
 // up to full steps of units_of_step.
 template <typename K>
 constexpr int64_t units_of(int64_t n) {
-  return (n + K::kPair - 1) / K::kPair;
+  return ceil_div(n, K::kPair);
 }
 constexpr int64_t units_of_step(int64_t units) {
   return larger(1, smaller(units, kSide));
@@ -103,27 +99,17 @@ constexpr int64_t packed_units(int64_t n) {
 // What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type,
 // rounded to T on the way.
 template <typename K>
-struct PartOf {
-  using type = typename K::Acc;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct PartOf<BF2> {
-  using type = uint16_t;
-};
-#endif
-template <typename K>
-using Part = typename PartOf<K>::type;
+using Part = std::conditional_t<pairs<K>, uint16_t, typename K::Acc>;
 
 template <typename K, typename T, typename S>
 LOTR_INLINE Part<K> part(S s) {
   if constexpr (pairs<K>) {
-    if constexpr (same<S, bf16>) {
+    if constexpr (std::is_same_v<S, bf16>) {
       return s.bits;
     } else {
       return Narrow<bf16>::from(float(to_float(s))).bits;
     }
-  } else if constexpr (same<S, T>) {
+  } else if constexpr (std::is_same_v<S, T>) {
     return to_float(s);
   } else {
     return typename K::Acc(to_float(Narrow<T>::from(to_float(s))));
@@ -135,7 +121,8 @@ template <typename K, typename T, typename S>
 inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint32_t* keep) {
   int64_t j = 0;
   if (cs == 1 && !keep) {
-    if constexpr (!pairs<K> && !same<S, double> && (same<S, T> || same<T, float>)) {  // exact
+    constexpr bool kExact = std::is_same_v<S, T> || std::is_same_v<T, float>;
+    if constexpr (kExact && !pairs<K> && !std::is_same_v<S, double>) {
       for (; j + K::kLanes <= n; j += K::kLanes) store(dst + j, load(src + j));
     }
     for (; j < n; ++j) dst[j] = part<K, T>(src[j]);
@@ -178,8 +165,8 @@ inline void row_parts(Part<K>* dst, const Rectangle& from, int64_t i, const Drop
 template <typename K, typename T>
 inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                            const Drop& drop = {}, uint32_t* mask = nullptr) {
-  by_dtype(from.a.dtype, [&](auto* tag) {
-    using S = typename Pointee<decltype(tag)>::type;
+  by_dtype(from.a.dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
     for (int64_t i = 0; i < from.rows; ++i) {
       Part<K>* dst = reinterpret_cast<Part<K>*>(tile + i * ld);
       row_parts<K, T, S>(dst, from, i, drop, mask);
@@ -192,7 +179,7 @@ inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Rectangle& 
 template <typename K, typename T, typename S>
 inline void elements_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                                   const Drop& drop, uint32_t* mask) {
-  if constexpr (same<S, float> && same<T, float>) {
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
     // A rank that is not a multiple of the lanes: loads each row's elements and its padding at
     // once.
     const TensorView& a = from.a;
@@ -234,7 +221,7 @@ inline void pairs_down_columns(typename K::Unit* tile, int64_t ld, const Rectang
                                uint16_t* buffer, const Drop& drop, uint32_t* mask) {
   const TensorView& a = from.a;
   const int64_t cols = from.cols;
-  const bool bits_in_place = same<S, bf16> && a.col_stride == 1 && !drop.on;
+  const bool bits_in_place = std::is_same_v<S, bf16> && a.col_stride == 1 && !drop.on;
   const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) +
                                                       from.i0 * a.row_stride + from.c0);
   int64_t i = 0;
@@ -267,8 +254,8 @@ template <typename K, typename T>
 inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Rectangle& from,
                               [[maybe_unused]] uint16_t* buffer, const Drop& drop = {},
                               uint32_t* mask = nullptr) {
-  by_dtype(from.a.dtype, [&](auto* tag) {
-    using S = typename Pointee<decltype(tag)>::type;
+  by_dtype(from.a.dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
     if constexpr (pairs<K>) {
       pairs_down_columns<K, T, S>(tile, ld, from, buffer, drop, mask);
     } else {
@@ -282,8 +269,8 @@ template <typename K, typename T>
 inline bool native(const TensorView& a) {
   if (a.col_stride != 1) return false;
   if constexpr (pairs<K>) return a.dtype == DType::bfloat16;
-  if constexpr (same<K, F64>) return a.dtype == DType::float64;
-  return same<T, float> && a.dtype == DType::float32;
+  if constexpr (std::is_same_v<K, F64>) return a.dtype == DType::float64;
+  return std::is_same_v<T, float> && a.dtype == DType::float32;
 }
 
 // Transposes rows [n0, n0 + width) of F [N, r]: panel[packed unit of r][width], zero past the end.

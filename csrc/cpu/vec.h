@@ -23,7 +23,6 @@ struct VecOf {
   typedef T memory __attribute__((vector_size(LOTR_VB), aligned(sizeof(T)), may_alias));
 };
 using vf = VecOf<float>::type;
-using vd = VecOf<double>::type;
 using vi = VecOf<uint32_t>::type;
 typedef uint16_t vh __attribute__((vector_size(LOTR_VB / 2)));
 typedef uint16_t vh_memory __attribute__((vector_size(LOTR_VB / 2), aligned(2), may_alias));
@@ -102,18 +101,10 @@ struct Narrow<f16> {
   }
 };
 
-// Vector loads that widen, and stores that round.
-LOTR_INLINE vf load(const float* p) {
-  return *reinterpret_cast<const VecOf<float>::memory*>(p);
-}
-LOTR_INLINE vd load(const double* p) {
-  return *reinterpret_cast<const VecOf<double>::memory*>(p);
-}
-LOTR_INLINE vi load(const uint32_t* p) {
-  return *reinterpret_cast<const VecOf<uint32_t>::memory*>(p);
-}
-LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) {
-  return *reinterpret_cast<const VecOf<uint16_t>::memory*>(p);
+// Vector loads, which widen half types, and stores, which round to them.
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+LOTR_INLINE typename VecOf<T>::type load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::memory*>(p);
 }
 LOTR_INLINE vf load(const bf16* p) {
   // Intrinsics if there are any, because GCC converts a vector in two halves.
@@ -139,8 +130,9 @@ LOTR_INLINE vf load(const f16* p) {
 #endif
 }
 
-LOTR_INLINE void store(float* p, vf v) {
-  *reinterpret_cast<VecOf<float>::memory*>(p) = v;
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+LOTR_INLINE void store(T* p, typename VecOf<T>::type v) {
+  *reinterpret_cast<typename VecOf<T>::memory*>(p) = v;
 }
 // The first n of a vector's lanes, with zeros for the others.
 LOTR_INLINE vf load_first(const float* p, int64_t n) {
@@ -154,12 +146,6 @@ LOTR_INLINE vf load_first(const float* p, int64_t n) {
   for (int64_t i = 0; i < LOTR_VB / 4 && i < n; ++i) v[i] = p[i];
   return v;
 #endif
-}
-LOTR_INLINE void store(double* p, vd v) {
-  *reinterpret_cast<VecOf<double>::memory*>(p) = v;
-}
-LOTR_INLINE void store(uint32_t* p, vi v) {
-  *reinterpret_cast<VecOf<uint32_t>::memory*>(p) = v;
 }
 LOTR_INLINE void store(bf16* p, vf v) {
 #if LOTR_VB == 64 && defined(__AVX512BF16__)
@@ -200,22 +186,17 @@ LOTR_INLINE void store(T* p, vf a, vf b) {
 
 // Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16
 // neighbors along the summed dimension, whose two products one instruction adds.
-struct F32 {
-  using Unit = float;
-  using Acc = float;
-  using Vec = vf;
+template <typename T>
+struct Plain {
+  using Unit = T;
+  using Acc = T;
+  using Vec = typename VecOf<T>::type;
   static constexpr int kPair = 1;
-  static constexpr int kLanes = LOTR_VB / 4;
-  static LOTR_INLINE Vec madd(Vec acc, vf b, float a) { return acc + b * a; }
+  static constexpr int kLanes = LOTR_VB / sizeof(T);
+  static LOTR_INLINE Vec madd(Vec acc, Vec b, T a) { return acc + b * a; }
 };
-struct F64 {
-  using Unit = double;
-  using Acc = double;
-  using Vec = vd;
-  static constexpr int kPair = 1;
-  static constexpr int kLanes = LOTR_VB / 8;
-  static LOTR_INLINE Vec madd(Vec acc, vd b, double a) { return acc + b * a; }
-};
+using F32 = Plain<float>;
+using F64 = Plain<double>;
 #if defined(__AVX512BF16__)
 struct BF2 {
   using Unit = uint32_t;
@@ -254,10 +235,8 @@ struct KindOf<bf16> {
 };
 #endif
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
+template <int n>
+using Int = std::integral_constant<int, n>;
 
 // Lanes 0, n, 1, n + 1, .. of the first (half = 0) or second (half = 1) halves of a and b.
 template <int half, typename V, int... I>
@@ -305,8 +284,11 @@ LOTR_INLINE void transpose(V (&a)[n]) {
   }
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 constexpr int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
+  return ceil_div(n, to) * to;
 }
 constexpr int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;

@@ -69,8 +69,8 @@ struct Traffic {
   uint64_t size = 0;  // bytes of the array
   uint64_t read_bytes = 0, read_sectors = 0;
   uint64_t written_bytes = 0, written_sectors = 0;
-  uint64_t unwrapped =
-      0;  // race build: bytes touched by plain loads and stores, which nothing else counts
+  // Race build: bytes that plain loads and stores touch, which nothing else counts.
+  uint64_t unwrapped = 0;
 };
 
 struct LaunchRecord {

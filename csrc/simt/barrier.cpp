@@ -102,21 +102,21 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
          mask, mask & ~warp.alive);
   t.mask = mask;
   t.operand = operand;
-  if (const uint32_t met =
-          warp.arrived & mask) {  // these lanes were compared with each other on arrival
-    const Thread& other = warp.thread[__builtin_ctz(met)];
+  // Lanes that have arrived were compared with each other then: one of them is enough.
+  if (const uint32_t arrived = warp.arrived & mask) {
+    const Thread& other = warp.thread[__builtin_ctz(arrived)];
     if (other.op != op || other.mask != mask || !same(other.site, site))
       fail(
           "divergent warp: lane %u is at %s mask %08x, %s:%d, while lane %u is at %s mask %08x, "
           "%s:%d",
           t.lane, op, mask, site.file, site.line, other.lane, other.op, other.mask, other.site.file,
           other.site.line);
-  }
-  if (!(warp.arrived & mask))
+  } else {
     for (uint32_t lanes = mask & ~me; lanes; lanes &= lanes - 1) {
       const Thread& other = warp.thread[__builtin_ctz(lanes)];
       if (other.state == State::at_barrier) fail_diverged(t, other);
     }
+  }
   warp.arrived |= me;
   race::Sync& sync = warp.sync[warp.generation % 2];
   if (orders_memory) race::release(sync);

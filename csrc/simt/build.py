@@ -32,6 +32,7 @@ CSRC = ROOT / "csrc"
 EXECUTOR = CSRC / "simt"
 BUILD = ROOT / "build-simt"
 MODES = ("plain", "asan", "race", "coverage")
+KINDS = ("bf16", "fp16", "fp32")  # element types, each with a csrc/cuda/kernels_*.cu
 JOBS = 2
 MODULE = "lotr_simt"
 
@@ -46,25 +47,20 @@ _FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["-ldl"],
     ),
     "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
-    "bindings": (
-        ["-O0"],
-        ["-O0"],
-        [],
-    ),  # csrc/simt/module in every mode: it has no kernels, so -O0 compiles fastest
+    # csrc/simt/module in every mode. It has no kernels, so -O0, which compiles fastest, is enough.
+    "bindings": (["-O0"], ["-O0"], []),
 }
 _COMMON = [
     "-std=c++17",
-    "-g1",
+    "-g1",  # lines for reports; compiles in three quarters of the time of -g
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
+    "-DLOTR_SM90A",  # kernels of sm_90a run here too
 ]
-_COMMON += [
-    "-DLOTR_SM90A"
-]  # kernels of sm_90a run here too; -g1: lines for reports, a quarter less to compile than -g
 
 
 class BuildError(RuntimeError):
@@ -136,12 +132,9 @@ def _stale(output: Path, command: list[str]) -> bool:
     if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
         return True
     built = output.stat().st_mtime
-    words = (
-        depends.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-        if depends.exists()
-        else []
-    )
-    return any(not Path(name).exists() or Path(name).stat().st_mtime > built for name in words)
+    text = depends.read_text() if depends.exists() else ":"
+    inputs = map(Path, text.replace("\\\n", " ").split(":", 1)[1].split())
+    return any(not path.exists() or path.stat().st_mtime > built for path in inputs)
 
 
 def make(output: Path, command: list[str]) -> bool:
@@ -182,14 +175,10 @@ def locked(mode: str) -> Iterator[None]:
 
 def _make_all(steps: list[tuple[Path, list[str]]]) -> list[str]:
     """Runs the compile commands, the largest source first, and returns the objects."""
+    largest_first = sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)
     with ThreadPoolExecutor(JOBS) as pool:
-        list(
-            pool.map(
-                lambda step: make(*step),
-                sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size),
-            )
-        )
-    return [str(step[0]) for step in steps]
+        list(pool.map(lambda step: make(*step), largest_first))
+    return [str(output) for output, _ in steps]
 
 
 def _build(
@@ -206,12 +195,10 @@ def _build(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
-    executor = sorted(EXECUTOR.glob("*.cpp"))
-    global_defines = [
-        d for d in defines if d.startswith("-DLOTR_SIMT_")
-    ]  # those the executor must see too
+    of_executor = [define for define in defines if define.startswith("-DLOTR_SIMT_")]
     with locked(mode):
-        steps = [_compile(mode, source, False, [], global_defines) for source in executor]
+        executor = sorted(EXECUTOR.glob("*.cpp"))
+        steps = [_compile(mode, source, False, [], of_executor) for source in executor]
         steps += [_compile(mode, source, True, [], defines) for source in sources]
         objects = [*_make_all(steps), *other_objects]
         output.with_suffix(".d").write_text("out: " + " ".join(objects))
@@ -242,15 +229,12 @@ def module(mode: str = "plain", kind: str | None = None) -> Path:
     sources = sorted((CSRC / "cuda").rglob("*.cu"))
     name = MODULE
     if kind is not None and mode != "plain":
-        others = [
-            s for s in sources if s.stem.startswith("kernels_") and s.stem != f"kernels_{kind}"
-        ]
-        sources = [s for s in sources if s not in others]
         name = f"{MODULE}-{kind}"
+        others = {CSRC / "cuda" / f"kernels_{other}.cu" for other in KINDS if other != kind}
+        sources = [source for source in sources if source not in others]
+        steps = [_compile("plain", source, True, [], []) for source in sorted(others)]
         with locked("plain"):
-            other_objects += _make_all(
-                [_compile("plain", source, True, [], []) for source in others]
-            )
+            other_objects += _make_all(steps)
     output = BUILD / mode / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _build(mode, sources, output, ["-shared"], [], tuple(other_objects))
 
@@ -323,17 +307,17 @@ def python_environment(mode: str) -> dict[str, str]:
     """The same for Python: AddressSanitizer must be there before Python starts."""
     env = environment(mode)
     if mode == "asan":
-        libraries = [
-            subprocess.run(
-                [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for name in (
-                "libasan.so",
-                "libstdc++.so",
-            )  # with libstdc++, so that exceptions can be intercepted
-        ]
-        env["LD_PRELOAD"] = " ".join(str(Path(name).resolve()) for name in libraries)
+        # With libstdc++, so that exceptions can be intercepted.
+        libraries = [_library("libasan.so"), _library("libstdc++.so")]
+        env["LD_PRELOAD"] = " ".join(libraries)
     return env
+
+
+def _library(name: str) -> str:
+    """Returns the path of one of the compiler's libraries."""
+    command = [compiler(), f"-print-file-name={name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return str(Path(done.stdout.strip()).resolve())
 
 
 def coverage(under: Path = CSRC / "cuda" / "kernels") -> dict[str, tuple[int, int, list[int]]]:

@@ -30,14 +30,14 @@ void check_launch(const Launch& launch) {
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
-  check("blocks in a cluster", cluster,
-        8);  // more only if the kernel has asked for a size of few GPUs
+  // More than 8 need an attribute of the kernel, and run on few GPUs.
+  check("blocks in a cluster", cluster, 8);
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
       launch.grid.z % launch.cluster.z)
     throw Error(std::string(launch.name) +
-                ": a GPU would refuse this launch: grid is no multiple of the cluster");
+                ": a GPU would refuse this launch: the grid is not a multiple of the cluster");
 }
 
 // Every block starts with shared memory full of NaN, so that a read before the first write is
@@ -176,16 +176,13 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   for (int i = 0; i < 4; ++i) next_random();  // small seeds differ only in few bits
   blockDim = launch.block;
   gridDim = launch.grid;
-  const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, launch.early};
-  three(launch.grid, record.grid);
-  three(launch.block, record.block);
-  three(launch.cluster, record.cluster);
-  totals.launches.push_back(record);
+  const dim3 g = launch.grid;
+  const dim3 b = launch.block;
+  const dim3 c = launch.cluster;
+  totals.launches.push_back(
+      {launch.name, {g.x, g.y, g.z}, {b.x, b.y, b.z}, {c.x, c.y, c.z}, launch.smem, launch.early});
 
   race::begin_launch();
-  const dim3 g = launch.grid;
-  const dim3 c = launch.cluster;
   const uint64_t nx = g.x / c.x;
   const uint64_t ny = g.y / c.y;
   const uint64_t nz = g.z / c.z;

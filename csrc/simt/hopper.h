@@ -14,8 +14,8 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void fence_mbarrier_init(Site site);
-void mbarrier_arrive(void* barrier, uint32_t bytes,
-                     Site site);  // bytes: added to what the phase waits for
+// bytes: added to those that the phase waits for.
+void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
 // Arrives at the same mbarrier of block `rank`.  It orders this thread's reads before the waiting
 // thread, but makes none of its stores visible there.

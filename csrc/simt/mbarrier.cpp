@@ -7,10 +7,10 @@
 namespace lotr::simt {
 namespace {
 
-constexpr char MARK[] =
-    "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
-constexpr int64_t MOST =
-    (1 << 20) - 1;  // arrivals, and bytes that are announced or have come early
+// Stored in the 8 bytes of an mbarrier, so that overwriting it is noticed.
+constexpr char MARK[] = "mbarrier";
+// Arrivals, and bytes that are announced or have come early.
+constexpr int64_t MOST = (1 << 20) - 1;
 
 void arrive(MemoryBarrier& b, Site site) {
   if (!b.pending)

@@ -149,8 +149,7 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   snprintf(
       text, sizeof text,
       "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
-      "nothing orders "
-      "the two",
+      "nothing orders the two",
       kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
       describe(place).c_str(), before.thread % in_block, other.c_str(), wrote ? "written" : "read",
       describe(before.place).c_str());
@@ -293,7 +292,7 @@ void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
 
 std::string report() {
   std::string text;
-  for (const std::string& one : detector.reports) text += (text.empty() ? "" : "\n") + one;
+  for (const std::string& line : detector.reports) text += (text.empty() ? "" : "\n") + line;
   return text;
 }
 

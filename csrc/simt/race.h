@@ -36,8 +36,9 @@ void begin_launch();
 void begin_blocks(uint32_t threads);  // that run at the same time
 void release(Sync& sync);             // by the running thread
 void acquire(const Sync& sync);
-void access(const void* p, size_t bytes,
-            Use use);  // by the running thread's wrapper, at its op and site
+// By the running thread's wrapper, at its op and site.
+void access(const void* p, size_t bytes, Use use);
+// By a plain load or store, the instruction at pc.
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
 std::string report();  // of the launch so far, empty if clean
 

@@ -53,15 +53,22 @@ inline void seen(const volatile void* p, size_t bytes, Use use, void* pc) {
   }                                                                                            \
   HOOK T __tsan_atomic##BITS##_exchange(volatile T* p, T value, int) {                         \
     const T old = *p;                                                                          \
-    return *p = value, old;                                                                    \
+    *p = value;                                                                                \
+    return old;                                                                                \
   }                                                                                            \
   HOOK T __tsan_atomic##BITS##_fetch_or(volatile T* p, T value, int) {                         \
     const T old = *p;                                                                          \
-    return *p = T(old | value), old;                                                           \
+    *p = T(old | value);                                                                       \
+    return old;                                                                                \
   }                                                                                            \
   HOOK int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* p, T* seen, T value, int, \
                                                          int) {                                \
-    return *p == *seen ? (*p = value, 1) : (*seen = *p, 0);                                    \
+    const bool is_equal = *p == *seen;                                                         \
+    if (is_equal)                                                                              \
+      *p = value;                                                                              \
+    else                                                                                       \
+      *seen = *p;                                                                              \
+    return is_equal;                                                                           \
   }
 
 extern "C" {

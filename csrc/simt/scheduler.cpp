@@ -20,9 +20,6 @@ namespace {
 int lowest(uint32_t bits) {
   return __builtin_ctz(bits);
 }
-int highest(uint32_t bits) {
-  return 31 - __builtin_clz(bits);
-}
 int nth(uint64_t bits, size_t n) {
   while (n--) bits &= bits - 1;
   return __builtin_ctzll(bits);
@@ -125,12 +122,8 @@ Thread* choose_thread() {
   for (;;) {
     if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_engine();
     if (Warp* warp = choose_warp()) {
-      const uint32_t ready = warp->ready;
-      const int lane = order == Order::reverse ? highest(ready)
-                       : order == Order::random
-                           ? nth(ready, next_random() % __builtin_popcount(ready))
-                           : lowest(ready);
-      return &warp->thread[lane];
+      const size_t n = choose(order, __builtin_popcount(warp->ready));
+      return &warp->thread[nth(warp->ready, n)];
     }
     if (!machine.threads_left) return nullptr;
     if (!machine.engine.empty()) {

@@ -69,8 +69,8 @@ struct Thread {
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<BulkStore> stores;
-  std::vector<uint32_t>
-      unfenced;  // words of shared memory written since its last fence.proxy.async
+  // Words of shared memory that it has written since its last fence.proxy.async.
+  std::vector<uint32_t> unfenced;
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
@@ -102,9 +102,8 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
-  const Thread* unfenced =
-      nullptr;                   // the thread that initialized it, until its fence.mbarrier_init
-  std::vector<Thread*> waiting;  // threads to wake when the phase completes
+  const Thread* unfenced = nullptr;  // what initialized it, until its fence.mbarrier_init
+  std::vector<Thread*> waiting;      // threads to wake when the phase completes
 };
 
 // Operands of a warpgroup's product in flight, as a thread last read them at its wait.
@@ -119,8 +118,8 @@ struct Block {
   uint32_t rank = 0, thread_count = 0;              // rank in its cluster
   uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
   unsigned char* shared = nullptr;
-  std::vector<uint16_t>
-      unfenced;  // per word of shared memory: 1 + the thread with an unfenced store
+  // For each word of shared memory: 1 + the thread with an unfenced store, or 0.
+  std::vector<uint16_t> unfenced;
   size_t shared_bytes = 0;
   Barrier barriers[16];
   bool let_next = false;  // has called griddepcontrol.launch_dependents

@@ -72,7 +72,8 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
     fail("%s at %s:%d: blocks %#x of a cluster of %zu", t.op, site.file, site.line, blocks,
          machine.blocks.size());
   const size_t barrier_offset = shared_offset(barrier);
-  each_row(map, col, row, [](size_t, const void* from, size_t part) {  // read once, for all blocks
+  // Counted once: one read serves all blocks.
+  each_row(map, col, row, [](size_t, const void* from, size_t part) {
     count_global(Space::global_read, reinterpret_cast<uintptr_t>(from), part);
   });
   ++totals.bulk_copies;
@@ -183,8 +184,8 @@ void bulk_wait(int keep, Site site) {
   for (size_t i = 0; i < done; ++i) {
     if (!t.stores[i].tile) continue;
     while (!*t.stores[i].landed) wait_here(State::spinning, "cp.async.bulk.wait_group", site);
-    touch_read(t.stores[i].tile,
-               t.stores[i].bytes);  // a store that this wait does not precede is a race
+    // A thread's store that this wait does not precede is a race.
+    touch_read(t.stores[i].tile, t.stores[i].bytes);
   }
   t.stores.erase(t.stores.begin(), t.stores.begin() + std::ptrdiff_t(done));
   progress();

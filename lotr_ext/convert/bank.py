@@ -214,7 +214,7 @@ def _write(
             put_tensors(directory / "tasks", f"{name}.safetensors", task, metadata)
             files[name] = directory / "tasks" / f"{name}.safetensors"
     errors = {
-        name: lost(math.sqrt(captured[name]), 1.0 if norm > 0 else 0.0)
+        name: lost(norm * math.sqrt(captured[name]), norm)
         for name, norm in collection.norms.items()
     }
     return BankConversion(config, files, errors)
@@ -245,8 +245,7 @@ def _factorized(
         for (name, layer), core in zip(loras, normalized, strict=True):
             captured[name] += float(core.square().sum())
             unscaled = collection.norms[name] / (START**2 * config.s) * core
-            cores[layer][places[name]] = unscaled.to(config.adapter_dtype)
-        for layer in layers:
-            zero = torch.zeros(config.ranks)
-            converted[layer] = ConvertedLayer(START * A, START * B, zero, group)
+            cores[layer][places[name]] = unscaled  # cast to the adapter's dtype
+        zero = ConvertedLayer(START * A, START * B, torch.zeros(config.ranks), group)
+        converted |= dict.fromkeys(layers, zero)
     return Conversion.of(config, converted, {}, {}), captured

@@ -35,7 +35,7 @@ class Host(NamedTuple):
         interleaved: Whether the rows of gate_up_proj alternate between gate and up.
     """
 
-    rename: tuple[str, str] | None = None
+    rename: tuple[str, str] = ("", "")
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     interleaved: bool = False
 
@@ -57,8 +57,7 @@ def expert_tensors(layers: Mapping[str, LoRA], form: str, host: Host) -> dict[st
     modules: dict[str, dict[str, LoRA]] = {}
     for name, layer in layers.items():
         module, _, parameter = name.rpartition(".")
-        renamed = module.replace(*host.rename) if host.rename else module
-        modules.setdefault(renamed, {})[parameter] = layer
+        modules.setdefault(module.replace(*host.rename), {})[parameter] = layer
     tensors = {}
     for module, parameters in modules.items():
         for name, (A, B) in EXPERT_FORMS[form](parameters, host).items():

@@ -273,7 +273,7 @@ def _write_lora(
     }
     if stacked and experts == "peft":
         config["target_parameters"] = sorted(stacked)
-    written = expert_tensors(stacked, experts, HOSTS[hosts] if hosts else Host())
+    written = expert_tensors(stacked, experts, HOSTS.get(hosts, Host()))
     for name, layer in sorted(linear.items()):
         written[f"{name}.lora_A.weight"] = layer.A
         written[f"{name}.lora_B.weight"] = layer.B

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import peft
@@ -21,20 +22,13 @@ if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
     )
 
 
-class _PeftType(str):
-    """A string in place of a member of PEFT's enum: it prints like one, and has a value."""
+class PeftType(str, Enum):
+    """Stands next to PEFT's enum of this name, which is closed, and prints as its members do."""
 
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return f"PeftType.{self.value}"
-
-    @property
-    def value(self) -> str:
-        return str.__str__(self)
+    LOTR = "LOTR"
 
 
-LOTR = _PeftType("LOTR")
+LOTR = PeftType.LOTR
 
 # Fields of the first version that a file may have. share_factors can be ignored, because such a
 # file contains A and B.

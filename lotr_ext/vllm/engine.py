@@ -190,7 +190,16 @@ class _LayerWithCores:
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        """Makes the slots. vLLM calls it once."""
+        """Makes the slots. vLLM calls it once.
+
+        Args:
+            max_loras: The number of slots.
+            lora_config: vLLM's LoRAConfig.
+            model_config: Not read.
+
+        Raises:
+            ValueError: If the engine shards LoRAs, or has another base model.
+        """
         if lora_config.fully_sharded_loras:
             raise ValueError(
                 "fully_sharded_loras: expected False with LOTR_FACTORS, because each process holds "
@@ -338,9 +347,10 @@ def _with_cores(
             **options,
         ):
             return False
-        parent, _, name = source_layer.prefix.rpartition(".")
+        name = source_layer.prefix.rpartition(".")[2]
         names = packed_modules_list if len(packed_modules_list) > 1 else [name]
-        source_layer.lotr_names = tuple(f"{parent}.{n}" if parent else n for n in names)
+        prefix = source_layer.prefix.removesuffix(name)
+        source_layer.lotr_names = tuple(prefix + n for n in names)
         return True
 
     attributes = {

@@ -82,14 +82,14 @@ def test_tasks(device: str) -> None:
 def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     model.zero_grad()
     call(x).float().square().mean().backward()
-    return [p.grad.cpu() for p in models.own_parameters(model)]
+    return [p.grad.cpu() for p in models.adapter_parameters(model)]
 
 
 def definition(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradients by the formula in float64."""
     model = copy.deepcopy(model).to("cpu", torch.float64)
     plain = zoo.net("mlp").double()
-    parameters = models.own_parameters(model)
+    parameters = models.adapter_parameters(model)
     y = torch.func.functional_call(plain, models.written_out(model, plain), (x.double().cpu(),))
     return list(torch.autograd.grad(y.square().mean(), parameters))
 
@@ -127,7 +127,7 @@ class Trained:
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).cuda()
         self.optimizer = torch.optim.AdamW(
-            models.own_parameters(self.model), lr=1e-2, capturable=True
+            models.adapter_parameters(self.model), lr=1e-2, capturable=True
         )
         self.x = torch.zeros(2, 150, zoo.WIDTH, device="cuda")
         self.loss = torch.zeros((), device="cuda")
@@ -168,4 +168,7 @@ def test_a_training_step_is_captured_and_replayed() -> None:
     losses = plain.run(plain.step)
     replayed = graphed.run(graph.replay)
     assert replayed == pytest.approx(losses, rel=1e-4) and len(set(losses)) == 4
-    assert worst(models.own_parameters(graphed.model), models.own_parameters(plain.model)) < 1e-4
+    assert (
+        worst(models.adapter_parameters(graphed.model), models.adapter_parameters(plain.model))
+        < 1e-4
+    )

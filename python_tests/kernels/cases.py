@@ -122,9 +122,8 @@ FUSED_SHAPES = [
     *FUSED_QUICK,
     Shape(520, 136, 64, n=520, sms=4, bare=True),
     Shape(257, 264, 80, n=257, sms=2),
-    Shape(
-        2400, 8, 8, n=300, sms=6
-    ),  # more bands of tiles than are walked together, two columns of them
+    # More bands of tiles than are walked together, two columns of them.
+    Shape(2400, 8, 8, n=300, sms=6),
 ]
 
 
@@ -141,25 +140,20 @@ class Problem:
     check: Callable[[Views], None] = lambda views: None
 
     def run(self, lib: ModuleType, **options: object) -> Views:
-        """Returns the outputs by name, in new poisoned memory, and checks that around it.
+        """Returns the outputs by name, in new poisoned memory, and checks what is around them.
 
         Args:
             lib: The executor's module.
             options: For the executor.
         """
         outputs = {name: make() for name, make in self.outputs.items()}
+        views = {name: output.view for name, output in outputs.items()}
         lib.set_device(**self.device)
-        lib.set_options(
-            sm90=self.kernel == "gemm_lotr", **options
-        )  # a block may take an H100's shared memory
-        lib.run(
-            self.kernel,
-            {**self.inputs, **{name: o.view for name, o in outputs.items()}},
-            self.numbers,
-        )
+        lib.set_options(sm90=self.kernel == "gemm_lotr", **options)
+        lib.run(self.kernel, self.inputs | views, self.numbers)
         for output in outputs.values():
             output.check_outside()
-        return {name: output.view for name, output in outputs.items()}
+        return views
 
     def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
         """Runs once, checks the values, and returns the bits of the outputs."""

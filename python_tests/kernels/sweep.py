@@ -35,10 +35,10 @@ PIPELINE = [
     Shape(2000, 70, 13, sms=12),
 ]
 FUSED_PIPELINE = [
-    Shape(130, 328, 16, n=600, sms=2),  # more k-steps than stages, three tiles a pair of blocks
-    Shape(
-        260, 40, 100, n=264, sms=2, bare=True
-    ),  # so few that the next tile's stages are loaded meanwhile
+    # More k-steps than stages, three tiles for a pair of blocks.
+    Shape(130, 328, 16, n=600, sms=2),
+    # So few k-steps that the stages of the next tile are loaded meanwhile.
+    Shape(260, 40, 100, n=264, sms=2, bare=True),
 ]
 
 
@@ -90,7 +90,6 @@ def failures(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", default="plain")
     parser.add_argument("--module", type=Path, help="a module that is built already")
@@ -99,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--schedules", default="forward,reverse,1")
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument(
-        "--skip", help="FILE:LINE of csrc/cuda, where barriers and waits are left out"
+        "--skip", help="FILE:LINE of csrc/cuda, whose barriers and waits are skipped"
     )
     options = parser.parse_args(arguments)
     from csrc.simt import build

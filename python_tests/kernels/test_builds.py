@@ -22,15 +22,9 @@ HERE = Path(__file__).resolve().parent
 
 def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
     """Runs sweep.py in a build of the executor. kind: the only element type that runs, or all."""
-    command = [
-        sys.executable,
-        str(HERE / "sweep.py"),
-        "--mode",
-        mode,
-        "--module",
-        str(build.module(mode, kind)),
-        *arguments,
-    ]
+    module = str(build.module(mode, kind))
+    command = [sys.executable, str(HERE / "sweep.py"), "--mode", mode, "--module", module]
+    command += arguments
     done = subprocess.run(
         command, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000
     )
@@ -39,15 +33,14 @@ def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
 
 def wide_sweep(mode: str, *arguments: str) -> None:
     """All kernels, shapes and element types, in two processes."""
-    halves = [",".join(list(KERNELS)[i::2]) for i in range(2)]
     build.module(mode)
+
+    def half(i: int) -> None:
+        kernels = ",".join(list(KERNELS)[i::2])
+        sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments)
+
     with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(
-                lambda kernels: sweep(mode, "--shapes", "all", "--kernels", kernels, *arguments),
-                halves,
-            )
-        )
+        list(pool.map(half, range(2)))
 
 
 def test_no_race() -> None:
@@ -78,14 +71,12 @@ def test_every_line_of_the_kernels_runs() -> None:
     }
     names = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "sum_parts")
     assert {f"kernels/{name}.cuh" for name in names} | {"sm90/gemm_lotr.cuh"} <= set(kernels)
-    ran, total = (sum(lines[i] for lines in kernels.values()) for i in (0, 1))
-    print(
-        *(
-            f"{name}: {n} of {lines} lines, not run: {missed or 'none'}"
-            for name, (n, lines, missed) in kernels.items()
-        ),
-        sep="\n",
-    )
+    ran = 0
+    total = 0
+    for name, (run_lines, lines, missed) in kernels.items():
+        ran += run_lines
+        total += lines
+        print(f"{name}: {run_lines} of {lines} lines, not run: {missed or 'none'}")
     assert ran / total >= 0.98
 
 
@@ -93,6 +84,17 @@ def test_every_line_of_the_kernels_runs() -> None:
 
 Site = tuple[str, str, int]  # operation, file, line
 FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/", "csrc/cuda/sm90/")
+OPERATIONS = {  # at least, so that none is missing because nothing reports it
+    "__syncthreads",
+    "__syncwarp",
+    "cp.async.commit_group",
+    "cp.async.wait_group",
+    "griddepcontrol.wait",
+    "mbarrier.try_wait",
+    "mbarrier.arrive.cluster",
+    "barrier.cluster",
+    "fence.proxy.async",
+}
 
 
 def synchronisation_sites(lib: ModuleType) -> dict[Site, list[str]]:
@@ -113,44 +115,18 @@ def test_each_synchronisation_left_out_is_noticed(lib: ModuleType) -> None:
     """By wrong values or an error in some schedule, else by the race detector."""
     sites = synchronisation_sites(lib)
     unnoticed = []
-    operations = {op for op, _, _ in sites}
-    assert operations >= {
-        "__syncthreads",
-        "__syncwarp",
-        "cp.async.commit_group",
-        "cp.async.wait_group",
-        "griddepcontrol.wait",
-    }
-    assert operations >= {
-        "mbarrier.try_wait",
-        "mbarrier.arrive.cluster",
-        "barrier.cluster",
-        "fence.proxy.async",
-    }
+    assert {op for op, _, _ in sites} >= OPERATIONS
     try:
         for (op, file, line), kernels in sites.items():
             lib.skip_synchronisation(file, line)
-            if not failures(
-                lib,
-                problems("pipeline", ["bf16"], kernels),
-                ["forward", "reverse", "101"],
-                first=True,
-            ):
+            cases = problems("pipeline", ["bf16"], kernels)
+            if not failures(lib, cases, ["forward", "reverse", "101"], first=True):
                 unnoticed.append((op, file, line, kernels))
     finally:
         lib.skip_synchronisation("", 0)
     for op, file, line, kernels in unnoticed:
+        skipped = ["--skip", f"{file}:{line}", "--kernels", ",".join(kernels)]
         with pytest.raises(AssertionError, match="data race"):
-            some = (
-                "--kinds",
-                "bf16",
-                "--schedules",
-                "forward",
-                "--kernels",
-                ",".join(kernels),
-                "--skip",
-                f"{file}:{line}",
-            )
-            sweep("race", *some, kind="bf16")
+            sweep("race", *skipped, "--kinds", "bf16", "--schedules", "forward", kind="bf16")
         print(f"{op} at {file}:{line}: only the race detector")
     print(f"{len(sites)} places skipped")

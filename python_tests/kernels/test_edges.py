@@ -28,13 +28,12 @@ NAN = np.float32("nan")
 
 def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(count)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     index = rng.integers(0, cores, count)
     token = rng.integers(0, tokens, count)
     return {
-        "u": draw(tokens, r),
-        "cores": draw(cores, r, r),
-        "g": draw(count, r),
+        "u": rng.standard_normal((tokens, r), np.float32),
+        "cores": rng.standard_normal((cores, r, r), np.float32),
+        "g": rng.standard_normal((count, r), np.float32),
         "index": index,
         "tokens": token,
     }
@@ -102,7 +101,10 @@ def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     """Small integers, so that every product is exact and equality is the check."""
     rng = np.random.default_rng(0)
     x, A, u = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((M, K), (K, R), (M, R)))
-    far = lambda cols: lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols]  # noqa: E731
+
+    def far(cols: int) -> np.ndarray:
+        return lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols]
+
     lib.set_device(multiprocessors=4)
     big = far(K)
     narrow_A = narrow(A, "bf16")
@@ -268,8 +270,8 @@ def launch(plan, kernel, op, *sizes):  # prints the plan and the launched blocks
         KERNELS[kernel](Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
     except ValueError as error:
         return print(str(error).removeprefix("LOTR_CUDA_PLAN: expected "))
-    grid = next(one["grid"] for one in lib.counters()["launches"] if one["name"] == op)
-    print(lib.plan_text(op, *sizes, 20, 12), np.prod(grid))
+    grids = {{launch["name"]: launch["grid"] for launch in lib.counters()["launches"]}}
+    print(lib.plan_text(op, *sizes, 20, 12), np.prod(grids[op]))
 
 """
 
@@ -346,19 +348,12 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
                 bits.append(problem.checked(lib))
                 for launch in lib.counters()["launches"]:
                     seen.add(launch["name"])
-                    assert launch["early"] == early and launch["let_next"] == np.prod(
-                        launch["grid"]
-                    ), (problem.name, launch)
+                    assert launch["early"] == early, (problem.name, launch)
+                    assert launch["let_next"] == np.prod(launch["grid"]), (problem.name, launch)
             assert bits[0] == bits[1], problem.name
     large = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack", "sum_parts"}
-    small = {"fold", "fold_grad"}
-    assert seen == large | small | {
-        "row_core",
-        "row_core_grad",
-        "row_ends",
-        "sum_rows",
-        "gemm_lotr",
-    }
+    rows = {"row_core", "row_core_grad", "row_ends", "sum_rows"}
+    assert seen == large | rows | {"fold", "fold_grad", "gemm_lotr"}
 
 
 def test_bits_of_gemm_lotr_do_not_depend_on_the_number_of_multiprocessors(lib: ModuleType) -> None:

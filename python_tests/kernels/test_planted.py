@@ -286,14 +286,9 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
 
 
 def case(unit: str, file: str, name: str, bug: Bug) -> object:
-    """The other builds of the executor take minutes to compile."""
-    return pytest.param(
-        unit,
-        file,
-        bug,
-        id=name,
-        marks=pytest.mark.slow if bug.mode == "plain" else pytest.mark.full,
-    )
+    # The other builds of the executor take minutes to compile.
+    mark = pytest.mark.slow if bug.mode == "plain" else pytest.mark.full
+    return pytest.param(unit, file, bug, id=name, marks=mark)
 
 
 CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug in bugs.items()]
@@ -302,17 +297,9 @@ CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug i
 @pytest.mark.parametrize(("unit", "file", "bug"), CASES)
 def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
     module = build.planted_module(bug.mode, unit, file, bug.text, bug.instead, tmp_path)
-    sweep = [
-        sys.executable,
-        str(HERE / "sweep.py"),
-        "--mode",
-        bug.mode,
-        "--module",
-        str(module),
-        "--shapes",
-        bug.shapes,
-    ]
-    sweep += ["--kinds", bug.kinds, "--kernels", bug.kernels, "--schedules", "forward,reverse,103"]
+    sweep = [sys.executable, str(HERE / "sweep.py"), "--mode", bug.mode, "--module", str(module)]
+    sweep += ["--shapes", bug.shapes, "--kinds", bug.kinds, "--kernels", bug.kernels]
+    sweep += ["--schedules", "forward,reverse,103"]
     environment = build.python_environment(bug.mode)
     done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
     crashed = done.returncode < 0  # far outside an array

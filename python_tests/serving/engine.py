@@ -8,8 +8,6 @@ The last printed line has the results, one per step. A step is one of
 Its result is null, a list of token lists, or {"error": text}.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

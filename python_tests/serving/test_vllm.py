@@ -3,8 +3,6 @@
 Needs a Python with vLLM: `make serve-test` installs one, LOTR_VLLM_PYTHON names another.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -16,10 +16,8 @@ EXPECTED: dict[str, dict] = {
     "coalesced16": {"x": [1024, 32, 0, 0], "y": [0, 0, 256, 8], "threads": 64, "launches": 1},
     "strided": {"x": [128, 32, 0, 0], "y": [0, 0, 128, 4]},  # a sector for each lane
     "broadcast": {"x": [4, 1, 0, 0]},
-    "straddling": {
-        "x": [64, 3, 0, 0],
-        "y": [0, 0, 64, 2],
-    },  # 64 bytes that start 2 bytes into a sector
+    # 64 bytes that start 2 bytes into a sector
+    "straddling": {"x": [64, 3, 0, 0], "y": [0, 0, 64, 2]},
     "half_the_lanes": {"x": [192, 6, 0, 0], "y": [0, 0, 192, 6]},
     "zero_fill": {"x": [8 * 16 + 4, 5, 0, 0], "shared": [4, 4], "async_copies": 32},
     "unregistered": {"x": [0, 0, 0, 0], "(unregistered)": [128, 4, 0, 0]},

@@ -19,29 +19,21 @@ def table(mode: str) -> str:
 
 @pytest.mark.parametrize("mode", ["race", pytest.param("asan", marks=pytest.mark.full)])
 def test_every_step_is_right_and_clean(mode: str) -> None:
-    assert (
-        len(table(mode).splitlines()) == 6
-    )  # the program checks the values, and stops at the first step that is wrong
+    # The program checks the values, and stops at the first step that is wrong.
+    assert len(table(mode).splitlines()) == 6
 
 
 def test_the_page_shows_what_the_program_prints() -> None:
     printed = table("plain")
     page = (TEACHING / "shrink.md").read_text(encoding="utf-8")
-    shown = page[
-        page.index("<!-- steps:begin -->\n") : page.index("<!-- steps:end -->")
-    ].splitlines()[1:]
+    shown = page.split("<!-- steps:begin -->\n")[1].split("<!-- steps:end -->")[0].splitlines()
     assert [line.split() for line in shown] == [line.split() for line in printed.splitlines()]
 
 
 def test_each_step_gains_what_the_page_says() -> None:
+    names = ("x", "A", "multiply", "shared", "conflict", "flight")
     naive, wide, tiled, tensor, ring = (
-        dict(
-            zip(
-                ("x", "A", "multiply", "shared", "conflict", "flight"),
-                map(float, line.split()[-6:]),
-                strict=True,
-            )
-        )
+        dict(zip(names, map(float, line.split()[-6:]), strict=True))
         for line in table("plain").splitlines()[1:]
     )
     assert naive["x"] == 16 and wide["x"] == tiled["x"] == tensor["x"] == ring["x"] == 1

@@ -76,7 +76,9 @@ constexpr int factor_grad_narrow(int R) {
   return R == 64 ? 64 : factor_grad_wide(R);
 }
 constexpr int factor_grad_subs(int R, int cols) {
-  return (R <= 64 ? 64 : 128) * 128 / ((R < 32 ? 32 : R) * cols);
+  const int accumulators = blocks_of_one_product(R) == 2 ? 32 : 64;  // of each of 256 threads
+  const int ranks = R < 32 ? 32 : R;
+  return accumulators * 256 / (ranks * cols);
 }
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
   if (R == 256) return 32;

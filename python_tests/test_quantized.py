@@ -5,8 +5,6 @@ transformers imports torchao, with warnings, wherever it finds it. `test_with_th
 this file again with that folder on the path.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import os
@@ -71,7 +69,7 @@ class Packed(Tensor):
     """A weight like torchao's: a tensor subclass that supports only F.linear."""
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor) -> Packed:
+    def __new__(cls, codes: Tensor, scale: Tensor) -> "Packed":
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
 
     def __init__(self, codes: Tensor, scale: Tensor):
