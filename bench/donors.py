@@ -316,13 +316,14 @@ def pairs_for(form: Form, target: str, seed: int) -> Pairs:
         "svd": lambda rank: pairs_of([weights], form.group, rank),
         "own": lambda rank: pairs_of([gradients(target)], form.group, rank),
         "donors": lambda rank: pairs_of([gradients(d) for d in DONORS], form.group, rank),
+        "known": lambda rank: pairs_of([gradients(d) for d in (*DONORS, target)], form.group, rank),
         "loras": lambda rank: pairs_of_loras(form.group, rank),
         "mixed": lambda rank: mixed_pairs(form.group, rank),
     }
     most = max(form.rank)
     if form.source not in ("loras", "mixed"):  # whose first columns are no pair of a lower rank
         most = next(rank for rank in (16, 64, 256) if most <= rank)
-    about = target if form.source == "own" else "all"
+    about = target if form.source in ("own", "known") else "all"
     name = f"pair-{form.source}-{about}-{form.group}-{most}"
     pairs = cached(name, lambda: makers[form.source](most))
     r_in, r_out = form.rank

@@ -11,10 +11,10 @@ verilog. The donors and their pairs are in donors.py.
 A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
 
     PAIR      A fixed pair: random; svd, of the weights; donors, the leading directions of the
-              donors' gradients; own, of the target's gradient; loras, of the donors' LoRAs by
-              loras_to_bank; mixed, trained on the donors. A pair that is trained with the cores:
-              trained, from a random start; trained-own and so on, from a fixed pair.
-              peft/all/4/lora is LoRA
+              donors' gradients; own, of the target's gradient; known, of all these gradients;
+              loras, of the donors' LoRAs by loras_to_bank; mixed, trained on the donors. A pair
+              that is trained with the cores: trained, from a random start; trained-own and so on,
+              from a fixed pair. peft/all/4/lora is LoRA
     GROUP     layer, block, shape, width: which layers share A, and B
     RANK      of A and B; 4x18: of A, of B
     CORE      dense, diagonal
@@ -62,6 +62,7 @@ FORMS = (  # what is run without --forms
     "donors/layer/16/dense",
     "own/layer/16/dense",
 )
+RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
 MEASURED = ("numbers", "captured", "validation", "loss", "items")
 COLLECTION_RANKS = (16, 32, 64)
@@ -297,8 +298,9 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
         ax.axhline(1, color="0.8", linewidth=1)
         ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
     axes[0].set_ylabel("gain kept, of LoRA of rank 4")
-    fixed = recorded[recorded["captured"].notna()]
-    for target, runs in fixed.groupby("target"):
+    fixed = recorded[recorded["captured"].notna() & (recorded["steps"] < STEPS)]
+    at_best_rates = fixed.loc[fixed.groupby(["target", "form"])["validation"].idxmin()]
+    for target, runs in at_best_rates.groupby("target"):
         axes[-1].plot(runs["captured"], runs["validation"], "o", label=target)
         for _, run in runs.iterrows():
             axes[-1].annotate(run["form"], (run["captured"], run["validation"]), fontsize=6)
@@ -367,7 +369,7 @@ def parser() -> argparse.ArgumentParser:
         help="; ".join(TARGETS),
     )
     add("--forms", type=str.split, default=list(FORMS), help="with blanks between them")
-    add("--rates", type=rates, default=[4e-3, 8e-3], help="with commas between them (4e-3,8e-3)")
+    add("--rates", type=rates, default=RATES, help="with commas between them (2e-3,4e-3,8e-3)")
     add("--seeds", type=int, default=1, help="how many, from 0 on (1)")
     add("--steps", type=int, default=STEPS, help=f"of a run ({STEPS})")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (1)")

@@ -57,8 +57,8 @@ def rank_for(
             )
     if (like is None) == (numbers is None):
         raise TypeError(f"like: expected either like or numbers, got {like!r} and {numbers!r}")
-    selection = select(model, LoTRConfig(**settings))
-    lora_rank_1 = sum(sum(target.sizes) for target in selection.targets)
+    targets = select(model, LoTRConfig(**settings)).targets
+    lora_rank_1 = sum(sum(target.sizes) for target in targets)
     if numbers is None:
         budget = _rank_of_lora(like) * lora_rank_1
     else:
@@ -70,15 +70,13 @@ def rank_for(
     else:
         form = {"group_by": "block", "core": "dense"}
     # Another group_by may have other groups of the same layers.
-    config = LoTRConfig(**settings, **form)
-    form_selection = select(model, config)
+    selection = select(model, LoTRConfig(**settings, **form))
     rank = 0
-    while _size(form_selection, config, rank + 1) <= budget:
+    while _size(selection, rank + 1) <= budget:
         rank += 1
     if rank == 0:
-        least = _size(form_selection, config, 1)
         raise ValueError(
-            f"numbers: expected at least {least:,} for rank 1 in {len(selection.targets)} "
+            f"numbers: expected at least {_size(selection, 1):,} for rank 1 in {len(targets)} "
             f"layers, got {budget:,}. Adapt fewer layers."
         )
     return LoTRConfig(rank=rank, **settings, **form)
@@ -91,8 +89,8 @@ def _rank_of_lora(like: object) -> int:
     return int(match[1])
 
 
-def _size(selection: Selection, config: LoTRConfig, rank: int) -> int:
+def _size(selection: Selection, rank: int) -> int:
     """Returns the number of trained parameters of an adapter of this rank."""
-    core = rank if config.core == "diagonal" else rank * rank
+    core = rank if selection.config.core == "diagonal" else rank * rank
     factors = sum(sum(targets[0].sizes) for targets in selection.groups.values())
     return rank * factors + core * len(selection.targets)

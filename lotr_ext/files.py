@@ -126,7 +126,7 @@ def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=options.pop("token", None))
+    api = HfApi(token=options.pop("token", None))  # the upload needs it, too
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         api.create_repo(repo_id, exist_ok=True, **options)
@@ -231,7 +231,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
         for key, factor in ((entry.A, layer.factors.A), (entry.B, layer.factors.B)):
             tensors[key] = factor.value
             tensors[start_key(key)] = factor.start
-        if _core_source(layer) is None:
+        if layer.core_source() is None:
             tensors[f"{name}.core"] = layer.core
         tensors[f"{name}.start_core"] = layer.start_core
         form = layer._modules.get("core_form")
@@ -254,18 +254,9 @@ def _prefixed(name: str, module: nn.Module) -> dict[str, Tensor]:
     return module.state_dict(prefix=f"{name}.", keep_vars=True)
 
 
-def _core_source(layer: LoTRLayer) -> nn.Module | None:
-    """Returns the module that computes the core, None for a core that is a parameter."""
-    if layer._parameters.get("core") is not None:
-        return None
-    if "parametrizations" in layer._modules:
-        return layer.parametrizations["core"]
-    return layer.core_form
-
-
 def _full_core(layer: LoTRLayer, gather: Gather) -> Tensor:
     """Returns the core, which a module computes from full parameters, or which layers share."""
-    source = _core_source(layer)
+    source = layer.core_source()
     if source is None:
         return gather(layer.core)
     if isinstance(source, CoreAt):
@@ -360,11 +351,10 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
             f"{type(model).__name__} without {', '.join(missing[:5])}. Load it into the base "
             f"model that it was trained on."
         )
-    exact = _exact_config(state, linear)
-    selection = select(model, exact)
+    selection = select(model, _exact_config(state, linear))
     _check_core_sizes(state)
     _check_targets(model, state, refuse_other_targets)
-    install(model, exact, selection)
+    install(model, selection)
     model.lotr_config = config
     model.lotr_left_out = {}
 

@@ -261,14 +261,21 @@ class LoTRLayer(nn.Module):
 
     # ---- parameters ------------------------------------------------------------------------------
 
+    def core_source(self) -> nn.Module | None:
+        """Returns the module that computes the core, None for a core that is a parameter."""
+        if self._parameters.get("core") is not None:
+            return None
+        if "core_form" in self._modules:
+            return self.core_form
+        return self.parametrizations.core  # torch.nn.utils.parametrize
+
     def core_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the core, or the parameters from which it is computed."""
-        if "core" in self._parameters:
-            yield self.core
-        elif "core_form" in self._modules:
-            yield from self.core_form.parameters()
-        else:  # torch.nn.utils.parametrize
-            yield from self.parametrizations.core.parameters()
+        source = self.core_source()
+        if source is None:
+            yield self._parameters["core"]
+        else:
+            yield from source.parameters()
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""

@@ -39,7 +39,7 @@ from .first_step import check_layers_are_called, check_optimizer, watch
 from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
-from .targets import Selection, Target, heads, select, with_head
+from .targets import Selection, Target, heads, select
 from .transformers_experts import adapt_parameter
 from .wrapped import adapt
 
@@ -88,10 +88,9 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     Warns:
         UserWarning: If a known head stays frozen, or if the rank exceeds the width of a layer.
     """
-    config = with_head(model, config)
     selection = select(model, config)
     with unchanged_on_error(model):
-        install(model, config, selection)
+        install(model, selection)
     frozen = []
     for name, head in heads(model).items():
         if not any(p.requires_grad for p in head.parameters()):
@@ -120,14 +119,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
-    """Adapts the layers of a selection.
-
-    Args:
-        model: A plain model.
-        config: How they are adapted.
-        selection: From `select`, for this model and configuration.
-    """
+def install(model: nn.Module, selection: Selection) -> None:
+    """Adapts the layers that `select` returned for a plain model."""
+    config = selection.config
     starts = {}
     if config.init == "svd":  # first, because it reads the plain weights and may raise
         starts = {group: _svd_start(targets, config) for group, targets in selection.groups.items()}

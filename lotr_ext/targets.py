@@ -39,7 +39,6 @@ __all__ = [
     "select",
     "tied_names",
     "why_not_adapted",
-    "with_head",
 ]
 
 # The heads of transformers' models, by the last part of their names.
@@ -84,12 +83,15 @@ class Selection:
     """What a configuration selects in a model.
 
     Attributes:
+        config: The configuration, with the model's heads in modules_to_save if its task_type has
+            one.
         targets: The layers to be adapted, in the model's order.
         saved: The modules that are fully trained, by name.
         left_out: The names of the layers that target_modules matches and that are not adapted, by
             the reason.
     """
 
+    config: LoTRConfig
     targets: list[Target]
     saved: dict[str, nn.Module]
     left_out: dict[str, list[str]]
@@ -111,6 +113,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             f"is for get_peft_model."
         )
     _check_model(model)
+    config = _with_heads(model, config)
     modules = modules_with_names(model)
     _check_patterns(model, config, [name for _, names in modules for name in names])
     saved = saved_modules(model, config)
@@ -120,7 +123,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     if not targets:
         raise _nothing_to_adapt(model, config, left_out)
     check_targets(targets, config)
-    return Selection(targets, saved, left_out)
+    return Selection(config, targets, saved, left_out)
 
 
 def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -329,6 +332,7 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     known_heads = {}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
+        # Other models may use these names for other layers.
         is_in_transformers_model = hasattr(modules[parent], "get_output_embeddings")
         has_parameters = next(module.parameters(), None) is not None
         if child in _HEADS and is_in_transformers_model and has_parameters:
@@ -357,14 +361,13 @@ def output_layers(model: nn.Module) -> dict[int, str]:
     return reasons
 
 
-def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
+def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
     """Returns config with the model's heads in modules_to_save, if its task_type has one.
 
     Raises:
         ValueError: If no head is known.
     """
-    has_head = getattr(config, "task_type", None) in HEADED_TASKS
-    if not has_head or not isinstance(model, nn.Module):
+    if config.task_type not in HEADED_TASKS:
         return config
     saved = config.modules_to_save or ()
     known_heads = heads(model)
@@ -392,12 +395,12 @@ def saved_modules(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
             continue
         if not _matches(name, config.modules_to_save):
             continue
-        for parameter_name, p in module.named_parameters():
+        for inner_name, p in module.named_parameters():
             is_plain = type(p) is nn.Parameter or is_dtensor(p)
             if not is_plain or p.dtype.itemsize < 2:
                 raise ValueError(
                     f"modules_to_save: expected parameters that can be trained, got "
-                    f"{name}.{parameter_name}, quantized"
+                    f"{name}.{inner_name}, quantized"
                 )
         saved[name] = module
     return saved

@@ -32,6 +32,8 @@ class AdapterCheckpoints:
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
 
+    # Private methods of the Trainer: it has no public ones for what a checkpoint loads.
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:

@@ -97,8 +97,8 @@ class Collection:
         loras = {}
         for name, folder in self.folders.items():
             for layer in layers:
-                if layer in folder and self.norms[name] > 0:
-                    lora = folder[layer]
+                lora = folder.get(layer)
+                if lora is not None and self.norms[name] > 0:
                     loras[name, layer] = replace(lora, B=lora.B / self.norms[name])
         return loras
 

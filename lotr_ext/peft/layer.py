@@ -136,7 +136,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self.register_buffer("weight_backup", None, persistent=False)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Returns the device on which the base computes, and its dtype if layers compute in it."""
+        """Returns the device on which the base computes, and its dtype, float32 if quantized."""
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         if dtype not in DTYPES.values():
             dtype = torch.float32

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_state import AdapterState
+from ..adapter_state import AdapterState, LayerEntry
 from ..convert.lora import CONFIG_NAME, put_folder
 from ..convert.to_lora import bank_of
 from ..files import save_adapter, state_of
@@ -49,17 +49,15 @@ class Factors:
     """The factors of an adapter, as the engine holds them.
 
     Attributes:
-        layers: For each adapted layer the names of its A and B in tensors.
+        layers: The adapted layers, with the names of their A and B in tensors, and s.
         tensors: A [k, r_in] and B [n, r_out], each once.
         spans: The slice of each layer's core in one vector with all cores.
-        scalings: s of each layer.
         task_format: What a task over these factors consists of.
     """
 
-    layers: Mapping[str, tuple[str, str]]
+    layers: Mapping[str, LayerEntry]
     tensors: Mapping[str, Tensor]
     spans: Mapping[str, slice]
-    scalings: Mapping[str, float]
     task_format: TaskFormat
 
     def core_shape(self, layer: str) -> tuple[int, ...]:
@@ -78,16 +76,16 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
         ValueError: If the engine cannot split it into factors and cores.
     """
     _check_servable(adapter, where)
-    layers = {name: (entry.A, entry.B) for name, entry in adapter.layers.items()}
-    scalings = {name: entry.scaling for name, entry in adapter.layers.items()}
     tensors: dict[str, Tensor] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     spans: dict[str, slice] = {}
     start = 0
-    for name, keys in layers.items():
-        A, B = (adapter.tensors[key] for key in keys)
-        tensors |= zip(keys, (A.detach(), B.detach()))
+    for name, entry in adapter.layers.items():
+        A = adapter.tensors[entry.A]
+        B = adapter.tensors[entry.B]
+        tensors[entry.A] = A.detach()
+        tensors[entry.B] = B.detach()
         pairs[name] = (A, B)  # themselves: shared factors are recognized by identity
         shapes[f"{name}.core"] = (A.shape[1], B.shape[1])
         end = start + A.shape[1] * B.shape[1]
@@ -96,8 +94,8 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
     # A task's file has the checksum of the factors in an order that depends on the groups.
     group_by = "shape" if adapter.config is None else adapter.config.group_by
     ordered = factors_in_order(pairs, group_by)
-    task_format = TaskFormat(shapes, tuple(scalings.values()), ordered)
-    return Factors(layers, tensors, spans, scalings, task_format)
+    scalings = tuple(entry.scaling for entry in adapter.layers.values())
+    return Factors(adapter.layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
 
 
 def _check_servable(adapter: AdapterState, where: str) -> None:
@@ -211,7 +209,7 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
                 f"task again."
             )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
-    scaled = [s * tensors[f"{layer}.core"] for layer, s in factors.scalings.items()]
+    scaled = [entry.scaling * tensors[f"{name}.core"] for name, entry in factors.layers.items()]
     return torch.cat([core.flatten() for core in scaled])
 
 

@@ -236,9 +236,9 @@ class _LayerWithCores:
             slots: The number of slots.
         """
         factors = self.lotr_factors
-        A_key, B_key = factors.layers[name]
-        A = self._factor(A_key, "A", place)
-        B = self._factor(B_key, "B", place)
+        entry = factors.layers[name]
+        A = self._factor(entry.A, "A", place)
+        B = self._factor(entry.B, "B", place)
         expected = (self.input_size, columns.stop - columns.start)
         if (len(A), len(B)) != expected:
             raise ValueError(
