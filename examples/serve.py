@@ -31,7 +31,7 @@ NOT_LEARNED = -100  # cross_entropy ignores this label
 
 
 def text_parts(task: str, lines: list[str], generator: random.Random) -> list[tuple[str, bool]]:
-    """Returns a text of the task in parts, and for each part whether it is learned."""
+    """Returns the parts of a text of the task, and for each part whether it is learned."""
     if task == "larger":
         parts = []
         for _ in range(5):

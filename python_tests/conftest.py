@@ -36,14 +36,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["alone", "folded", "shared"])
+@pytest.fixture(params=["few tokens", "folded", "shared"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes layers of any size use one of the three plans for which they depend on the size.
+    """Makes layers of any size use one of the three plans that depend on the size.
 
-    "alone": one node, core not folded. "folded": one node. "shared": siblings share u = x A.
+    "few tokens": one node, core not folded. "folded": one node. "shared": siblings share u = x A.
     """
     monkeypatch.setattr(dispatch, "LITTLE_WORK", 0 if request.param == "shared" else 2**62)
-    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "alone" else 0)
+    monkeypatch.setattr(dispatch, "FEW_TOKENS", 2**62 if request.param == "few tokens" else 0)
     return request.param
 
 

@@ -1,6 +1,6 @@
 """Compiled and exported layers.
 
-Graphs of torch.compile contain our operators. Those of torch.export and ONNX contain the PyTorch
+Graphs of torch.compile contain our operators. Graphs of torch.export and ONNX contain the PyTorch
 fallback.
 """
 

@@ -73,7 +73,7 @@ def run_blocks(page: Path) -> dict[str, object]:
         if torch.distributed.is_initialized():  # a block failed before the last one
             torch.distributed.destroy_process_group()
         torch.compiler.reset()
-    messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    messages = [str(entry.message) for entry in caught if issubclass(entry.category, UserWarning)]
     assert [message for message in messages if message[:60] not in text] == []
     return names
 

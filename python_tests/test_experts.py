@@ -31,6 +31,7 @@ from lotr_ext import (
     lotr_grouped_linear,
 )
 from lotr_ext.adapted import adapted_layers
+from lotr_ext.core import grouped
 from lotr_ext.core.request import ADAPTER_OFF, open_request
 
 E = 5  # experts
@@ -151,6 +152,12 @@ def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) ->
     y, *_ = check(*make(by_token, tasks, dtype=dtype), torch.randn(ROWS, N, dtype=dtype))
     assert y.dtype == dtype
     assert not y[ENDS[-1] :].any()
+
+
+def test_the_base_product_is_zero_past_the_last_end() -> None:
+    arguments, _, (x, *_) = make(False, False)
+    y = grouped.linear(x, arguments["weight"], arguments["bias"], OFFS)
+    assert y[: ENDS[-1]].all() and not y[ENDS[-1] :].any()
 
 
 def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float) -> None:

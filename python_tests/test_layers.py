@@ -434,7 +434,7 @@ ALWAYS_SHARED = {
 }
 FORMS = [
     (kind, form)
-    for kind, form in itertools.product(KINDS, ("alone", "folded", "shared"))
+    for kind, form in itertools.product(KINDS, ("few tokens", "folded", "shared"))
     if form == "shared" or kind not in ALWAYS_SHARED
 ]
 each_form = pytest.mark.parametrize("kind, form", FORMS, indirect=["form"])
@@ -903,8 +903,8 @@ def test_many_small_gradients_of_half_precision_factors(
         total = torch.stack([output().double().sum() for _ in range(calls)]).sum()
         return torch.autograd.grad(total, [factors.A.value, factors.B.value])
 
-    for many, one in zip(gradients(1000), gradients(1), strict=True):
-        assert relative(many.double(), 1000 * one.double()) < 1e-2
+    for total, single in zip(gradients(1000), gradients(1), strict=True):
+        assert relative(total.double(), 1000 * single.double()) < 1e-2
 
 
 # ---- changes between forward and backward, and between siblings ----------------------------------

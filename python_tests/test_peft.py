@@ -91,7 +91,7 @@ def layers(model: nn.Module) -> list[LoTRPeftLinear]:
 
 
 class Plain(nn.Module):
-    """base(x) + the sum over adapters of s ((x A) G) B^T by autograd alone."""
+    """Computes base(x) + the sum over adapters of s ((x A) G) B^T in plain PyTorch."""
 
     def __init__(self, layer: LoTRPeftLinear, names: list[str]):
         super().__init__()
