@@ -3,7 +3,7 @@
 python -m bench            every program that this machine can run (make bench); --quick in minutes
 python -m bench.layer      one adapted layer against its rivals
 python -m bench.model      a transformer trained with each method
-python -m bench.host       host overhead of a layer, and its Python frames and operators
+python -m bench.host       host overhead of a layer
 python -m bench.shared     layers on one pair of factors: one sum in place against autograd's sums
 python -m bench.experts    the experts of a mixture against LoRA
 python -m bench.tasks      a batch with a task per row, trained and served

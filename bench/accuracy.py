@@ -59,7 +59,7 @@ from .problems import (
     problem_of,
 )
 
-LOTR_RATE = 0.4  # LoTR's rates over those of other methods
+LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
 MOST_RATES = 9  # of one search
 MOST_GROUPS = 250  # of held-out items in a row
 DIVERGED = 2.0  # times the validation loss of the unadapted model
@@ -101,12 +101,12 @@ def train(run: Run) -> dict[str, Any]:
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
     trained = sum(p.numel() for p in Trained.of(model).method)
     row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
-    losses = fit(model, run.method, run.lr, run.seed, problem) if run.method != "base" else []
+    losses = []
+    if run.method != "base":
+        losses = fit(model, run.method, run.lr, run.seed, problem)
     row |= measured(model, losses, problem)
-    row["seconds"] = time.perf_counter() - start
-    row["machine"] = machine("cpu")
-    row["commit"] = commit()
-    return row
+    seconds = time.perf_counter() - start
+    return row | {"seconds": seconds, "machine": machine("cpu"), "commit": commit()}
 
 
 def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
@@ -187,6 +187,7 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
 
 def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
     """Returns the first seed's validation loss by rate, infinite if a run of any seed diverged."""
+    # A rate at which any seed diverged must not win.
     first = runs[(runs["seed"] == 0) & runs["lr"].notna()]
     tried = dict(zip(first["lr"], first["validation"], strict=True))
     return tried | {
@@ -256,6 +257,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     runs = recorded[recorded["task"] == task]
     if runs.empty:
         return []
+    # Runs of another size, as --steps makes them, cannot be compared.
     usual = (runs["steps"] == runs["steps"].mode()[0]) & (runs["batch"] == runs["batch"].mode()[0])
     runs = runs[usual]
     # Some rows of old commits have only the rate of the run.
@@ -264,7 +266,7 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     trained = runs["validation"].notna() & runs["items"].notna()
     runs = runs[trained & ~(runs["validation"] > DIVERGED * unadapted)]
     seeds = runs.groupby(["method", "rank", "lr"])["seed"].nunique()
-    count = seeds.max() if len(seeds) else 0
+    count = seeds.max()
     points = []
     for (method, rank), of_place in runs.groupby(["method", "rank"], sort=False):
         lr = seeds[method, rank].idxmax()
@@ -495,12 +497,14 @@ def record(path: Path, row: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
-    options.results = options.results or ((QUICK if options.quick else RESULTS) / "accuracy.jsonl")
+    folder = RESULTS
     if options.quick:
+        folder = QUICK
         options.tasks = ["teacher-half"]
         options.steps = options.steps or 40
         options.methods = options.methods or places_of(QUICK_METHODS)
         options.seeds = 3
+    options.results = options.results or folder / "accuracy.jsonl"
     shown = options.tasks
     if options.tasks == ["none"]:
         shown = list(TASKS)

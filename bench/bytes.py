@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from csrc.simt import build
+
 from .common import NAMES, RESULTS, commit, parser_of, replace_rows, show, sizes
 from .rivals import LAYERS, Tensors
 
@@ -85,14 +87,6 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
 
 
 # ---- our kernels ---------------------------------------------------------------------------------
-
-
-def executor() -> ModuleType:
-    """Returns the module that runs the kernels on the CPU. It is built if its sources changed."""
-    from csrc.simt import build
-
-    print("compiling the executor if its sources changed (about 90 s)", file=sys.stderr, flush=True)
-    return build.load("plain")
 
 
 def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
@@ -291,7 +285,8 @@ def tables(
 def main(argv: list[str] | None = None) -> int:
     options = parser_of("bytes", __doc__, OPTIONS).parse_args(argv)
     path = options.results / "bytes.jsonl"
-    lib = executor()
+    print("compiling the executor if its sources changed (about 90 s)", file=sys.stderr, flush=True)
+    lib = build.load("plain")
     for shape in options.shapes:
         rows = measure(shape, options.multiprocessors, lib)
         replace_rows(path, rows, [*shape, "multiprocessors"])

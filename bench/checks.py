@@ -27,7 +27,7 @@ def check_error(what: str, error: float, limit: float) -> float:
 def memory_changes(call: Callable[[], object]) -> list[int]:
     """Returns each CPU allocation (positive) and release (negative) during a call, in bytes.
 
-    They are in order, and include those of autograd's C++ code and of our operators.
+    They are in order. The C++ code of autograd and of our operators is included.
     """
     from torch.profiler import ProfilerActivity, profile
 

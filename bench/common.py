@@ -244,7 +244,7 @@ def case_table(frame: pd.DataFrame, floor: str, key: Sequence[str]) -> pd.DataFr
 def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
     """Returns a row per case and a column per rival: the time of the floor, the others over it.
 
-    The times are those of the last stage. Cases and rivals are in the order in which they come.
+    The times are from the last stage. Cases and rivals are in the order in which they come.
 
     Args:
         frame: The rows of all cases.

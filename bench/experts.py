@@ -27,11 +27,6 @@ from .timing import Group, Step, training
 NAMES = ("frozen", "lora-peft", "lora-grouped", "lotr_ext")
 PARAMETERS = ("gate_up_proj", "down_proj")
 KEY = ("m", "hidden", "inner", "experts", "top", "r")
-# on a GPU the layers of Qwen3-30B-A3B and of Mixtral
-SHAPES = {
-    "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
-    "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
-}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
 CHECKED_TOKENS = 64
 
@@ -107,6 +102,7 @@ def adapted(name: str, base: Mixture, rank: int) -> nn.Module:
     """Returns a rival on the weights of base. Each package initializes its adapter."""
     if name == "frozen":
         return base
+    # With this memo the copy has the same parameter objects, so all rivals share the weights.
     weights = {id(p): p for p in base.experts.parameters()}
     mixture = Mixture(copy.deepcopy(base.experts, weights))
     targets = [f"experts.{parameter}" for parameter in PARAMETERS]
@@ -189,7 +185,11 @@ PROGRAM = Program(
         "top {top}, r {r}"
     ),
     key=KEY,
-    shapes=SHAPES,
+    shapes={
+        "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
+        # the layers of Qwen3-30B-A3B and of Mixtral
+        "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
+    },
     slice_s=0.0,
 )
 if __name__ == "__main__":

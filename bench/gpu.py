@@ -42,6 +42,15 @@ GRACE_S = 10
 RESTARTS = 5
 PYTHON = (sys.executable, "-m")
 GOOD = ("done", "skipped")
+PROFILED = ("shrink", "expand_add", "shrink_grad", "factor_grad")
+PROFILE = (
+    *("ncu", "--clock-control", "none", "--csv", "--metrics"),
+    "gpu__time_duration.sum,dram__bytes.sum,"
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    *("--kernel-name", f"regex:^({'|'.join(PROFILED)})$"),
+    *(*PYTHON, "bench.kernels", "--once", "--kernels", ",".join(PROFILED)),
+)
 OPTIONS = {
     "budget": {"type": float, "default": BUDGET_S, "help": f"seconds for all parts ({BUDGET_S})"},
     "parts": {"help": "some parts, comma-separated (all)"},
@@ -83,12 +92,6 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     is_cuda = options.device == "cuda"
     device = ("--device", options.device)
     results = ("--results", str(options.folder / "results"))
-    metrics = (
-        "gpu__time_duration.sum,dram__bytes.sum,"
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed"
-    )
-    profiled = ("shrink", "expand_add", "shrink_grad", "factor_grad")
 
     def bench(name: str, weight: float, *words: str, **fields: tuple[str, ...]) -> Part:
         usual = ("--dtypes", "bf16", "--require-kernels", *results, *device)
@@ -125,12 +128,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         command = (sys.executable, "-c", unzip, str(options.wheel.resolve()), MODULE)
         build = Part("build", 1.0, command)
     smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
-    profile = (
-        *("ncu", "--clock-control", "none", "--metrics", metrics, "--csv"),
-        *("--kernel-name", f"regex:^({'|'.join(profiled)})$"),
-        *(*PYTHON, "bench.kernels", "--once", "--kernels", ",".join(profiled)),
-        *("--shapes", "8192x4096x16", "--dtypes", "bf16", *device),
-    )
+    profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
     mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build,
@@ -144,7 +142,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         sanitizer("memcheck"),
         bench("model", 4.0, "--rounds", "7", **mixed),
         bench("host", 1.5, "--clock", "wall", uses=("peft",)),
-        Part("profile", 1.0, profile, ("ncu",)),
+        Part("profile", 1.0, (*PROFILE, *profiled_shape), ("ncu",)),
         bench("shared", 1.0),
         bench("experts", 1.0, **mixed),
         bench("tasks", 1.0, **mixed),

@@ -6,19 +6,13 @@
 
 A shape is tokens x layers x width x rank. chained: the x of a layer is the y of the one before.
 siblings: three layers on one x, as q, k and v of a block. Every rival has the same weights, and the
-LoTR ones are compared with the formula in float64 first. Times are microseconds per layer. frames:
-calls of Python functions of lotr_ext in a step, per layer; functions: how many different ones;
-operators: those that Python and autograd dispatch. These counts do not depend on the machine.
+LoTR ones are compared with the formula in float64 first. Times are per layer.
+python_tests/test_frames.py counts the Python calls of a layer.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import CodeType
 from typing import Any
-
-import torch
 
 from .common import Case, dtype_of, some_of
 from .program import Program
@@ -26,7 +20,6 @@ from .rivals import STACKED, WIRINGS, check_stack, random_tokens, stack, stack_v
 from .timing import Group, Step, training
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 5e-2}  # of y and dx, through all layers
-SHAPES = "1x24x32x8,16x24x32x8,160x24x32x8"
 KEY = ("m", "layers", "k", "r")
 
 
@@ -34,45 +27,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [{"form": wiring, **shape} for wiring in options.forms for shape in options.shapes]
 
 
-def count_frames(call: Callable[[], object], folder: Path) -> tuple[int, int]:
-    """Counts calls of Python functions in the files of a folder, and different functions."""
-    calls: list[CodeType] = []
-
-    def note(frame: Any, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(folder)):
-            calls.append(frame.f_code)
-
-    # backward on this thread, which has the profile function
-    with torch.autograd.set_multithreading_enabled(False):
-        sys.setprofile(note)
-        try:
-            call()
-        finally:
-            sys.setprofile(None)
-    return len(calls), len(set(calls))
-
-
-def count_operators(call: Callable[[], object]) -> int:
-    """Counts the operators that Python or autograd calls, without those that they call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    def is_operator(event: Any) -> bool:
-        return event is not None and event.name.startswith(("aten::", "lotr::"))
-
-    def is_inner(event: Any) -> bool:
-        caller = event.cpu_parent
-        while caller is not None and not is_operator(caller):
-            caller = caller.cpu_parent
-        return caller is not None
-
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
-    return sum(is_operator(event) and not is_inner(event) for event in profiler.events())
-
-
 def build(case: Case, options: argparse.Namespace) -> Group:
-    import lotr_ext
-
     m, layers, k, r = (case[name] for name in KEY)
     dtype = dtype_of(case)
     if case["form"] == "siblings" and layers % 3:
@@ -88,13 +43,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         if name.startswith("lotr"):
             facts["error"] = check_stack(model, truth, x, g, TOLERANCE[case["dtype"]])
         leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-        step = training(lambda: model(x), g, leaves, layers=layers, facts=facts)
-        step.run()
-        frames, functions = count_frames(step.run, Path(lotr_ext.__file__).parent)
-        facts["frames"] = frames / layers
-        facts["functions"] = functions
-        facts["operators"] = count_operators(step.run) / layers
-        return step
+        return training(lambda: model(x), g, leaves, layers=layers, facts=facts)
 
     return Group(options.rivals or STACKED, step_of)
 
@@ -106,7 +55,7 @@ PROGRAM = Program(
     build=build,
     form="{form}, {m} tokens, {layers} layers of width {k}, r {r}",
     key=KEY,
-    shapes={"cpu": SHAPES, "cuda": SHAPES},
+    shapes=dict.fromkeys(("cpu", "cuda"), "1x24x32x8,16x24x32x8,160x24x32x8"),
     cases=cases,
     floor="lotr-eager",
     rounds=41,

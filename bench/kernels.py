@@ -32,47 +32,28 @@ from .program import Program
 from .timing import Group, Step, copy_gb_per_s
 
 SCALING = 0.5
+lotr = torch.ops.lotr
 KEY = ("m", "n", "r")
 Results = tuple[Tensor, ...]
-SHAPES = {
-    "cuda": ("8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128"),
-    "cpu": "2048x768x16,512x768x16,2048x768x64",
-}
 SUMS = ("D", "Q")  # float32
 
 
 # ---- our kernels ---------------------------------------------------------------------------------
 
 
-def shrink(x: Tensor, A: Tensor) -> Results:
-    return (torch.ops.lotr.shrink(x, A),)
-
-
 def expand_add(y: Tensor, u: Tensor, F: Tensor) -> Results:
-    torch.ops.lotr.expand_add_(y, u, F)
+    lotr.expand_add_(y, u, F)
     return (y,)
 
 
 def factor_grad(D: Tensor, x: Tensor, k: Tensor) -> Results:
-    torch.ops.lotr.shrink_backward_(k, None, x, None, D)
+    lotr.shrink_backward_(k, None, x, None, D)
     return (D,)
 
 
 def shrink_grad(g: Tensor, F: Tensor, u: Tensor, Q: Tensor) -> Results:
-    _, k, _ = torch.ops.lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
+    _, k, _ = lotr.layer_backward_rows_(g, None, u, F, None, Q, True, True)
     return k, Q
-
-
-def fold(B: Tensor, core: Tensor) -> Results:
-    return (torch.ops.lotr.fold(B, core, SCALING, B.dtype),)
-
-
-def row_core(u: Tensor, cores: Tensor, index: Tensor) -> Results:
-    return (torch.ops.lotr.row_core(u, cores, index, None, None, SCALING),)
-
-
-def gemm_lotr(x: Tensor, W: Tensor, u: Tensor, F: Tensor) -> Results:
-    return (torch.ops.lotr.layer_forward_rows(x, W, None, u, F, FUSED),)
 
 
 class Kernel(NamedTuple):
@@ -93,7 +74,7 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "gemm_lotr": Kernel(
-        gemm_lotr,
+        lambda x, W, u, F: (lotr.layer_forward_rows(x, W, None, u, F, FUSED),),
         {"x": "mn", "W": "nn", "u": "mr", "F": "nr"},
         lambda x, W, u, F: ((x @ W.T).addmm_(u, F.T),),
         {
@@ -101,7 +82,9 @@ KERNELS = {
             "library, beta": lambda x, W, u, F: ((u @ F.T).addmm_(x, W.T),),
         },
     ),
-    "shrink": Kernel(shrink, {"x": "mn", "A": "nr"}, lambda x, A: (x @ A,)),
+    "shrink": Kernel(
+        lambda x, A: (lotr.shrink(x, A),), {"x": "mn", "A": "nr"}, lambda x, A: (x @ A,)
+    ),
     "expand_add": Kernel(
         expand_add, {"y": "mn", "u": "mr", "F": "nr"}, lambda y, u, F: (y.addmm_(u, F.T),)
     ),
@@ -113,9 +96,13 @@ KERNELS = {
     "factor_grad": Kernel(
         factor_grad, {"D": "nr", "x": "mn", "k": "mr"}, lambda D, x, k: (D.add_(x.T @ k),)
     ),
-    "fold": Kernel(fold, {"B": "nr", "core": "rr"}, lambda B, core: ((B * SCALING) @ core.T,)),
+    "fold": Kernel(
+        lambda B, core: (lotr.fold(B, core, SCALING, B.dtype),),
+        {"B": "nr", "core": "rr"},
+        lambda B, core: ((B * SCALING) @ core.T,),
+    ),
     "row_core": Kernel(
-        row_core,
+        lambda u, cores, index: (lotr.row_core(u, cores, index, None, None, SCALING),),
         {"u": "mr", "cores": "nrr", "index": "m"},
         lambda u, cores, index: (SCALING * torch.bmm(u.unsqueeze(1), cores[index]).squeeze(1),),
     ),
@@ -177,6 +164,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     truth = kernel.formula(**copied(operands, torch.float64))
     theirs = max(map(error_of, kernel.formula(**copied(operands)), truth))
     results = kernel.ours(**copied(operands))
+    # Ours may round once more, and sums in another order.
     limit = 2 * theirs + torch.finfo(dtype_of(case)).eps
     facts = {
         "error": check_error("ours", max(map(error_of, results, truth)), limit),
@@ -189,7 +177,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
     def step_of(name: str) -> Step:
         rival_operands = copied(operands)
         call = {"step": lambda _: calls[name](**rival_operands)}
-        return Step(call, facts=facts if name == "lotr_ext" else {})
+        return Step(call, facts={"lotr_ext": facts}.get(name, {}))
 
     return Group(options.rivals or calls, step_of)
 
@@ -211,7 +199,10 @@ PROGRAM = Program(
     build=build,
     form="{kernel} {m} x {n}, r {r}",
     key=KEY,
-    shapes=SHAPES,
+    shapes={
+        "cuda": ("8192x4096x16,8192x4096x64,2048x4096x16,8192x14336x16,8192x1024x16,8192x4096x128"),
+        "cpu": "2048x768x16,512x768x16,2048x768x64",
+    },
     cases=cases,
     floor="library",
     rounds=15,

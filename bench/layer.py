@@ -20,16 +20,6 @@ from .rivals import LAYERS, TOLERANCE, Tensors, check_layer, random_tokens, usua
 from .timing import Group, Step, training
 
 KEY = ("m", "k", "n", "r")
-SHAPES = {
-    "cpu": (
-        "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,"
-        "16x768x768x16,1x768x768x16"
-    ),
-    "cuda": (
-        "8192x4096x4096x16,2048x4096x4096x16,16x4096x4096x16,8192x4096x4096x64,"
-        "8192x4096x14336x16,8192x14336x4096x16"
-    ),
-}
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -60,7 +50,16 @@ PROGRAM = Program(
     build=build,
     form="{m} x {k} x {n}, r {r}",
     key=KEY,
-    shapes=SHAPES,
+    shapes={
+        "cpu": (
+            "512x768x768x16,2048x768x768x16,1024x2048x2048x16,2048x768x768x64,"
+            "16x768x768x16,1x768x768x16"
+        ),
+        "cuda": (
+            "8192x4096x4096x16,2048x4096x4096x16,16x4096x4096x16,8192x4096x4096x64,"
+            "8192x4096x14336x16,8192x14336x4096x16"
+        ),
+    },
     compared=("frozen", "lotr_ext"),
     is_pivoted=True,
 )

@@ -30,7 +30,6 @@ from .models import (
     EagerLoTR,
     adapted_model,
     base_model,
-    our_layers_in,
     rank_of,
     trained,
     usual_methods,
@@ -73,10 +72,12 @@ def gradient_error(
 
     Both models have the same factors and random cores.
     """
+    from lotr_ext import LoTRLinear
+
     torch.manual_seed(1)
     eager = adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
     eager_layers = [module for module in eager.modules() if isinstance(module, EagerLoTR)]
-    layers = our_layers_in(model)
+    layers = [module for module in model.modules() if isinstance(module, LoTRLinear)]
     with torch.no_grad():
         for eager_layer, layer in zip(eager_layers, layers, strict=True):
             eager_layer.core.normal_(std=0.1)

@@ -174,11 +174,13 @@ def rank_of(method: str, case: Case) -> int | None:
 
     At equal size it is known for the model's usual targets.
     """
+    if method == "frozen":
+        return 0
+    if not method.endswith(("-as-lotr", "-as-lora")):
+        return case["r"]
     shape = MODELS[case["model"]]
-    if method.endswith(("-as-lotr", "-as-lora")):
-        is_usual = case["r"] == 16 and case["targets"] == ",".join(shape.targets)
-        return shape.equal.get(method) if is_usual else None
-    return 0 if method == "frozen" else case["r"]
+    is_usual = case["r"] == 16 and case["targets"] == ",".join(shape.targets)
+    return shape.equal.get(method) if is_usual else None
 
 
 def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: int) -> nn.Module:
@@ -209,13 +211,6 @@ def adapted_model(method: str, base: nn.Module, targets: Iterable[str], rank: in
     if variant in STRATEGIES:
         model.forward = with_strategy(variant, model.forward, square_weight(base), rank)
     return model
-
-
-def our_layers_in(model: nn.Module) -> list[nn.Module]:
-    """Returns the adapted layers, in order."""
-    from lotr_ext import LoTRLinear
-
-    return [module for module in model.modules() if isinstance(module, LoTRLinear)]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

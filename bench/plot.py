@@ -1,7 +1,7 @@
-"""Pictures of recorded results: python -m bench.plot [folder or file ..]
+"""Pictures of recorded results: python -m bench.plot [folder ..]
 
 Draws layer.png into the folder of a machine, and accuracy.png next to accuracy.jsonl. Without
-arguments it draws those of bench/results.
+arguments it draws the pictures of bench/results.
 """
 
 import sys
@@ -100,11 +100,9 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main(words: list[str]) -> int:
-    for word in words or [str(RESULTS)]:
-        path = Path(word)
-        for file in [path] if path.is_file() else sorted(path.rglob("*.jsonl")):
-            draw = {"layer": layer, "accuracy": accuracy}.get(file.stem)
-            if draw is not None:
+    for folder in words or [str(RESULTS)]:
+        for draw in (layer, accuracy):
+            for file in Path(folder).rglob(f"{draw.__name__}.jsonl"):
                 draw(read(file), file.with_suffix(".png"))
     return 0
 

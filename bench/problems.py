@@ -160,8 +160,8 @@ def _rows(values: Tensor | list, rows: Tensor) -> Tensor | list:
 class Teacher(Problem):
     """A small residual net learns what a changed copy of it computes, from noisy outputs.
 
-    The change of every weight has rank 4. A part `source` of its squared norm lies in spaces that
-    all layers of one shape share. The loss is the squared error over that of the unchanged net.
+    The change of every weight has rank 4. A part `source` of its squared norm is in spaces that all
+    layers of one shape share. The loss is the squared error over the unchanged net's.
     """
 
     def __init__(self, task: Task):
@@ -321,6 +321,7 @@ class Written(Problem):
         ids = tokenizer(text, verbose=False)["input_ids"]
         count = len(ids) // SEQUENCE
         rows = torch.tensor(ids[: count * SEQUENCE]).view(count, SEQUENCE)
+        # Validation and held-out rows are spread over the text, because its parts differ.
         held = task.validation + task.held_out
         spread_evenly = torch.arange(held) * (count // held)
         is_held = torch.zeros(count, dtype=torch.bool).index_fill_(0, spread_evenly, True)
@@ -485,7 +486,7 @@ def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
 
 
 class Trained(NamedTuple):
-    """The trained parameters of a model. Those of a new head are not counted."""
+    """The trained parameters of a model. A method's size does not count a new head."""
 
     method: list[nn.Parameter]
     head: list[nn.Parameter]

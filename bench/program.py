@@ -50,7 +50,7 @@ from .common import (
     slug,
     some_of,
 )
-from .timing import CLOCKS, Clock, GpuSamples, Group, Rounds, Times, interval, rows_of, with_sum
+from .timing import CLOCKS, Clock, Group, Rounds, Times, gpu_samples, interval, rows_of, with_sum
 
 CASE_ENDING = ", {dtype}, threads: {threads}"  # of a title
 DEVICE_LOST = 3  # exit status after a CUDA error
@@ -98,7 +98,7 @@ class Program:
         name: Of its module in `bench`.
         doc: What --help prints.
         rivals: All of them, in the order of the tables.
-        build: The rivals of a case, only those of `options.rivals` if it is set.
+        build: The rivals of a case, only `options.rivals` if it is set.
         form: The title of a case, as a format of its columns.
         key: The numbers of a shape. A program with shapes has the option --shapes.
         shapes: The usual shapes, by device.
@@ -220,7 +220,8 @@ class Program:
             if results.device_is_lost():
                 break
         if results.rows:
-            self.tables(pd.DataFrame(results.all_rows()), list(cases[0]), options.markdown)
+            rows = itertools.chain.from_iterable(results.rows.values())
+            self.tables(pd.DataFrame(rows), list(cases[0]), options.markdown)
         about = results.about
         print(
             f"\n{self.command(words)}; {about['machine']}, {about['clock']} seconds, "
@@ -237,18 +238,20 @@ class Program:
         rounds = Rounds(group, clock, 0.0 if is_short else self.slice_s)
         for name, reason in group.failures.items():
             results.fail(f"{self.title(case)}, {named(name)}: {reason}")
+        if not group.steps:
+            return
         times: list[Times] = []
-        with GpuSamples(options.device) as samples:
+        with gpu_samples(options.device) as samples:
             try:
                 next_write = time.monotonic() + WRITE_EVERY_S
-                for turn in range(options.rounds if group.steps else 0):
+                for turn in range(options.rounds):
                     times.append(rounds.run(turn))
                     if time.monotonic() > next_write:
-                        results.keep(case, times, group, samples.facts())
+                        results.keep(case, times, group, samples())
                         next_write = time.monotonic() + WRITE_EVERY_S
             finally:  # also when a round raises, and when the program is interrupted
                 if times:
-                    results.keep(case, times, group, samples.facts())
+                    results.keep(case, times, group, samples())
 
     # ---- tables ----
 
@@ -291,9 +294,6 @@ class Results:
         self.rows[str(case)] = rows
         replace_rows(self.path, rows, ["machine", *case])
 
-    def all_rows(self) -> list[dict[str, Any]]:
-        return list(itertools.chain.from_iterable(self.rows.values()))
-
     def fail(self, line: str) -> None:
         self.failures.append(line)
         print(f"not measured: {line}", file=sys.stderr, flush=True)
@@ -308,12 +308,11 @@ def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     from lotr_ext import LoTRLinear, explain
     from lotr_ext.core.kernel_support import kernel_obstacle
 
-    index = torch.cuda.current_device() if device == "cuda" else None
     # The kernels depend on dtype and rank, not on the other sizes.
     for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
-        if kernel_obstacle(rank, dtype, torch.device(device, index)) is not None:
-            layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
-            return explain(layer, torch.zeros(1, 16, device=device, dtype=dtype))
+        x = torch.zeros(1, 16, device=device, dtype=dtype)
+        if kernel_obstacle(rank, dtype, x.device) is not None:
+            return explain(LoTRLinear(16, 16, rank, device=device, dtype=dtype), x)
     return None
 
 

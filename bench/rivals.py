@@ -17,8 +17,9 @@ measures an older lotr_ext that has no strategies.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as nnf
@@ -86,20 +87,22 @@ class Rival(nn.Module):
 
     Args:
         call: The formula or the module.
-        trained: The parameters by the formula's names, each with whether it is stored transposed,
-            as LoRA's modules store A and B.
+        trained: The parameters by the formula's names.
+        transposed: Those that are stored transposed, as LoRA's modules store A.
     """
 
     def __init__(
         self,
         call: Callable[[Tensor], Tensor],
-        trained: dict[str, tuple[nn.Parameter, bool]] | None = None,
+        trained: Mapping[str, nn.Parameter] = MappingProxyType({}),
+        transposed: Sequence[str] = (),
     ):
         super().__init__()
         self.call = call
-        self.trained = trained or {}
+        self.trained = trained
+        self.transposed = transposed
         if not isinstance(call, nn.Module):
-            for name, (parameter, _) in self.trained.items():
+            for name, parameter in trained.items():
                 self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def lora(t: Tensors, form: str) -> Rival:
 
     calls = {"eager": eager, "in-place": in_place, "beta": in_place}
     call = compiled(eager) if form == "compiled" else calls[form]
-    return Rival(call, {"A": (A, True), "B": (B, False)})
+    return Rival(call, {"A": A, "B": B}, transposed=("A",))
 
 
 def compiled(function: Callable) -> Callable:
@@ -186,7 +189,7 @@ def lora_peft(t: Tensors) -> Rival:
     B = layer.lora_B["default"].weight
     A.data = t.A.T.contiguous().clone()
     B.data = t.B.clone()
-    return Rival(layer, {"A": (A, True), "B": (B, False)})
+    return Rival(layer, {"A": A, "B": B}, transposed=("A",))
 
 
 def vera_peft(t: Tensors) -> Rival:
@@ -200,7 +203,7 @@ def vera_peft(t: Tensors) -> Rival:
     b = layer.vera_lambda_b["default"]
     d.data = t.d.clone()
     b.data = t.b.clone()
-    return Rival(layer, {"d": (d, False), "b": (b, False)})
+    return Rival(layer, {"d": d, "b": b})
 
 
 def _peft_layer(t: Tensors, config: object) -> nn.Module:
@@ -221,7 +224,7 @@ def three_lines(t: Tensors, pair: tuple[nn.Parameter, nn.Parameter] | None = Non
         h = u @ core
         return nnf.linear(x, t.weight, t.bias) + SCALING * h @ B.T
 
-    return Rival(call, {"A": (A, False), "B": (B, False), "core": (core, False)})
+    return Rival(call, {"A": A, "B": B, "core": core})
 
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -230,12 +233,12 @@ def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name.partition(".")[0]: parameter for name, parameter in parameters}
 
 
-def set_values(layer: nn.Module, t: Tensors) -> dict[str, tuple[nn.Parameter, bool]]:
+def set_values(layer: nn.Module, t: Tensors) -> dict[str, nn.Parameter]:
     """Gives an adapted layer the values and dtype of t. Returns its trained parameters."""
     parameters = factors_of(layer) | {"core": layer.core}
     for name, parameter in parameters.items():
         parameter.data = getattr(t, name).clone()
-    return {name: (parameter, False) for name, parameter in parameters.items()}
+    return parameters
 
 
 def our_layers(tensors: list[Tensors]) -> list[Rival]:
@@ -370,16 +373,16 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
     """
 
     def oriented(name: str, value: Tensor) -> Tensor:
-        return value.T if rival.trained[name][1] else value
+        return value.T if name in rival.transposed else value
 
     values = {
         name: oriented(name, parameter).detach().double().requires_grad_()
-        for name, (parameter, _) in rival.trained.items()
+        for name, parameter in rival.trained.items()
     }
     wide = t.double()
     truth = run(lambda x: formula(x, wide, values), x.double(), g.double())
     errors = list(map(error_of, run(rival, x, g), truth))
-    for name, (parameter, _) in rival.trained.items():
+    for name, parameter in rival.trained.items():
         errors.append(error_of(oriented(name, parameter.grad), values[name].grad))
         parameter.grad = None
     return check_error("y, dx and gradients", max(errors), limit)

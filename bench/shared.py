@@ -27,10 +27,6 @@ from .timing import Group, Step, training
 FLOOR = "autograd"
 KEY = ("layers", "m", "k", "r")
 STACKS = {FLOOR: "lotr-eager", "lotr_ext": "lotr_ext"}
-SHAPES = {
-    "cpu": "4x256x768x16,16x256x768x16,64x256x768x16",
-    "cuda": "4x4096x4096x16,16x4096x4096x16,64x4096x4096x16",
-}
 # Of dA: at least five times what correct ways of summing have.
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.15, "fp16": 2e-2}
 
@@ -66,6 +62,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         step = training(lambda: model(x), g, model.parameters(), facts=facts)
         step.run()
         if options.device == "cpu":
+            # A factor has k r numbers in the layer's dtype, its sum of gradients in float32.
             facts |= allocations(step, {k * r * dtype.itemsize, k * r * 4})
         return step
 
@@ -79,7 +76,10 @@ PROGRAM = Program(
     build=build,
     form="{layers} layers, {m} tokens of width {k}, r {r}",
     key=KEY,
-    shapes=SHAPES,
+    shapes={
+        "cpu": "4x256x768x16,16x256x768x16,64x256x768x16",
+        "cuda": "4x4096x4096x16,16x4096x4096x16,64x4096x4096x16",
+    },
     floor=FLOOR,
     slice_s=0.0,
     compared=tuple(STACKS),

@@ -113,9 +113,9 @@ def outcome_of(
     operators = tests.test_operators
     name, _, variant = form.partition(" ")
     on_device = tests.OnDevice(device, fused=variant == "fused")
-    p = DROPPED if variant == "dropout" else 0.0
-    sizes = tests.FUSED_SHAPES if variant == "fused" else operators.SHAPES
-    for i, shape in enumerate(sizes[::-1][:shapes]):
+    p = {"dropout": DROPPED}.get(variant, 0.0)
+    every_shape = {"fused": tests.FUSED_SHAPES}.get(variant, operators.SHAPES)
+    for i, shape in enumerate(every_shape[::-1][:shapes]):
         layout = operators.LAYOUTS[i % len(operators.LAYOUTS)]
         place = f"{' x '.join(map(str, shape))} {layout}"
         before(place)

@@ -43,7 +43,7 @@ def error_lines(log: Path) -> list[str]:
 def last_case(log: Path) -> re.Match | None:
     """Returns the last line "[3/42] title" of a log: the case that ran when it ended."""
     matches = list(re.finditer(r"^\[(\d+)/(\d+)\] (.*)$", text_of(log), re.MULTILINE))
-    return matches[-1] if matches else None
+    return next(reversed(matches), None)
 
 
 def smoke_rows(results: Path) -> list[dict]:

@@ -33,10 +33,6 @@ from .timing import Group, Step, training
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 VOCABULARY = 2048
 KEY = ("rows", "tokens", "tasks", "hidden", "blocks", "r")
-SHAPES = {
-    "cpu": "64x16x1000x512x4x16,64x1x1000x512x4x16",
-    "cuda": "64x64x1000x2048x8x16,64x1x1000x2048x8x16",
-}
 FLOOR = "lotr_ext-one"
 BANKED = ("lotr_ext-row", "lotr_ext-token", "lotr_ext-half")
 ALL_WAYS = ("frozen", FLOOR, *BANKED, "lora-peft-one", "lora-peft-row")
@@ -108,6 +104,7 @@ def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted
         for _ in range(case["tasks"]):
             bank.add()
         cores = list(bank.cores)
+    # Not zeros, so that the outputs of tasks differ.
     for core in cores:
         nn.init.normal_(core.requires_grad_())
 
@@ -185,7 +182,10 @@ PROGRAM = Program(
         "{blocks} blocks, r {r}"
     ),
     key=KEY,
-    shapes=SHAPES,
+    shapes={
+        "cpu": "64x16x1000x512x4x16,64x1x1000x512x4x16",
+        "cuda": "64x64x1000x2048x8x16,64x1x1000x2048x8x16",
+    },
     cases=cases,
     floor=FLOOR,
     slice_s=0.0,

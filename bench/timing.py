@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import itertools
 import random
 import shutil
 import subprocess
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
@@ -30,9 +33,8 @@ from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
 FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
-QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a whole step
+QUEUE_CYCLES = 6_000_000  # a few milliseconds, in which the CPU queues a complete step
 COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
-SAMPLE_S = 1.0
 SAMPLED = {  # column: what nvidia-smi calls it
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -192,43 +194,31 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
 
 
-class GpuSamples:
-    """Samples a GPU's clocks, temperature and power once per second while a case is measured.
+@contextlib.contextmanager
+def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """Samples a GPU's clocks, temperature and power once per second.
 
-    There are no samples on a CPU, and none without nvidia-smi.
+    Yields a function that returns the medians so far: none on a CPU, and none without nvidia-smi.
     """
+    if device != "cuda" or shutil.which("nvidia-smi") is None:
+        yield dict
+        return
+    query = f"--query-gpu={','.join(SAMPLED.values())}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1"]
+    with tempfile.NamedTemporaryFile("r") as log:
+        process = subprocess.Popen(command, stdout=log.fileno(), stderr=subprocess.DEVNULL)
 
-    def __init__(self, device: str):
-        self._is_on = device == "cuda" and shutil.which("nvidia-smi") is not None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._samples: list[list[float]] = []
+        def medians() -> dict[str, float]:
+            lines = io.StringIO(",".join(SAMPLED) + "\n" + Path(log.name).read_text())
+            # A value that is not a number, as "[N/A]", is left out.
+            samples = pd.read_csv(lines, on_bad_lines="skip").apply(pd.to_numeric, errors="coerce")
+            return samples.median().dropna().to_dict()
 
-    def __enter__(self) -> GpuSamples:
-        if self._is_on:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        if self._is_on:
-            self._thread.join()
-
-    def _sample(self) -> None:
-        query = f"--query-gpu={','.join(SAMPLED.values())}"
-        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-        while not self._stop.is_set():
-            # Without a number, for example "[N/A]", there is no sample.
-            with contextlib.suppress(ValueError, IndexError, subprocess.SubprocessError):
-                output = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-                self._samples.append([float(text) for text in output.splitlines()[0].split(",")])
-            self._stop.wait(SAMPLE_S)
-
-    def facts(self) -> dict[str, float]:
-        """Returns the median of each column so far."""
-        if not self._samples:
-            return {}
-        return dict(zip(SAMPLED, np.median(self._samples, axis=0).tolist()))
+        try:
+            yield medians
+        finally:
+            process.kill()
+            process.wait()
 
 
 @functools.cache
@@ -272,8 +262,8 @@ class Rounds:
     def run(self, turn: int) -> Times:
         """Returns the seconds of each rival's stages in one round.
 
-        Each rival runs once untimed first, so that caches and allocator are as it leaves them. The
-        order is that of the turn in every run of the program.
+        Each rival runs once untimed first, so that caches and allocator are as it leaves them. A
+        turn has the same order in every run of the program.
         """
         draw = random.Random(turn)
         times = {}

@@ -305,7 +305,7 @@ inline void outer_rows(const OuterSums<K>& sums, const TensorView& x, const Drop
   }
 }
 
-// Columns of a panel: those whose sums a block keeps in registers.
+// Columns of a panel: a block keeps their sums in registers.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // Few rows where there are registers to spare: out-of-order execution then sees the next block's

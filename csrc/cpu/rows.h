@@ -2,11 +2,11 @@
 // core, or the same token.
 //
 // A group is one of the dense products of operators.h. It reads the group's rows in place if they
-// are consecutive, as those of an expert are, and a copy otherwise. A group of a few rows, as with
-// many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup rows
-// from its first one, and each sum runs in the order of its rows, so the number of threads changes
-// no bit. (The places of these divisions may change bits, because compilers fuse multiplication and
-// addition for some block sizes only.)
+// are consecutive, as the rows of an expert are, and a copy otherwise. A group of a few rows, as
+// with many tasks, is multiplied with the core in place. A long group is divided every kRowsOfGroup
+// rows from its first one, and each sum runs in the order of its rows, so the number of threads
+// changes no bit. (The places of these divisions may change bits, because compilers fuse
+// multiplication and addition for some block sizes only.)
 #pragma once
 
 #include "cpu/small.h"
@@ -163,7 +163,7 @@ struct RowProducts {
         const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
         const TensorView core = layer_of(cores, cores_ls, by_core.key[group]);
-        // Decided by the size of the group, not by that of its last part.
+        // Decided by the size of the group, not of its last part.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
           Acc* wide = memory.get<Acc>();

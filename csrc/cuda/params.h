@@ -31,7 +31,7 @@ struct ExpandParams : ExpandProblem {
 // D is the sum itself, or the parts.
 struct FactorGradParams : FactorGradProblem {
   Pieces m_pieces, k_pieces;  // of the row and column tiles
-  int32_t D_cols;             // columns that are written: r, or those of a part
+  int32_t D_cols;             // columns that are written: r, or a part's
   int64_t D_part;             // elements from one part of D to the next
 };
 
@@ -40,7 +40,7 @@ struct ShrinkGradParams : ShrinkGradProblem {
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   float* k_parts;             // [pieces of N, M, k_parts_row], or null: one piece, which writes k
   int64_t k_parts_row;
-  int32_t Q_cols;  // columns that are written: r_u, or those of a part
+  int32_t Q_cols;  // columns that are written: r_u, or a part's
   int64_t Q_part;  // elements from one part of Q to the next
 };
 
@@ -48,7 +48,7 @@ struct ShrinkGradParams : ShrinkGradProblem {
 struct FoldGradParams : FoldGradProblem {
   int64_t n_per_split;  // rows of Q and B that one block of dG reads
   int32_t splits;
-  int64_t dcore_row;   // columns that are written: r_out, or those of a part
+  int64_t dcore_row;   // columns that are written: r_out, or a part's
   int64_t dcore_part;  // elements from one part to the next
 };
 
@@ -59,7 +59,7 @@ struct RowCoreParams : RowCoreProblem {
 // dcores are the gradients themselves, or the parts.
 struct RowCoreGradParams : RowCoreGradProblem {
   int32_t splits;       // blocks that share the rows of a core
-  int64_t dcores_row;   // columns that are written: r_out, or those of a part
+  int64_t dcores_row;   // columns that are written: r_out, or a part's
   int64_t dcores_part;  // elements from one part to the next
 };
 

@@ -30,7 +30,7 @@
 
 namespace lotr::plan {
 
-// Properties of a card, as the driver reports them.  The defaults are those of an H100 SXM.
+// Properties of a card, as the driver reports them.  The defaults are an H100 SXM's.
 struct Card {
   int32_t multiprocessors = 132;
   int32_t shared = 233472;  // bytes of shared memory per SM

@@ -43,7 +43,7 @@ bool has_word(const std::string& kernel, const std::string& name) {
   return name == "rows" || name == "cols" || name == "m_blocks" || name == "n_blocks";
 }
 
-// The words of each kernel.  Those of "" belong to all launches.
+// The words of each kernel.  The words of "" belong to all launches.
 std::map<std::string, Words> parse(const std::string& text) {
   std::map<std::string, Words> words_of;
   std::istringstream parts(text);

@@ -112,7 +112,9 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
   const Rows rows(a);
   const RowIndex index = rows.of(s);
   OptionalTensor du;
-  const TensorView du_out = make(du, need_u ? s[M] : 0, need_u ? s[R_IN] : 0, like_.dtype, need_u);
+  const int64_t du_rows = need_u ? s[M] : 0;
+  const int64_t du_cols = need_u ? s[R_IN] : 0;
+  const TensorView du_out = make(du, du_rows, du_cols, like_.dtype, need_u);
   if (need_u) {
     RowIndex by_core = index;
     by_core.token = nullptr;

@@ -650,7 +650,7 @@ CASES = [
 
 
 def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:
-    """All shapes that a kernel takes, or those of `make test`."""
+    """All shapes that a kernel takes, or the few of `make test`."""
     if KERNELS[kernel] in FUSED:
         return FUSED_QUICK if quick else FUSED_SHAPES
     return QUICK if quick else SHAPES

@@ -12,7 +12,7 @@
 namespace lotr::cuda {
 namespace {
 
-// Coordinates of a bulk copy are 32-bit, and those of the last tiles pass the extent.
+// Coordinates of a bulk copy are 32-bit, and the last tiles' coordinates pass the extent.
 constexpr int64_t MOST = int64_t(1) << 30;  // rows and columns
 
 // f(the traits of the problem's instance).

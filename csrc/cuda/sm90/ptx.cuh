@@ -191,9 +191,8 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
                              uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4}], "
-      "[%2];" ::"r"(shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
 #else
@@ -207,9 +206,8 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
                                        uint64_t* barrier, uint16_t blocks LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
       : "memory");
 #else

@@ -105,7 +105,7 @@ LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
     f(std::false_type{});
 }
 
-// Zeroes the dropped elements of the chunks that this thread loaded.  cols: those of the matrix.
+// Zeroes the dropped elements of the chunks that this thread loaded.  cols: of the matrix.
 template <int THREADS, class Tile>
 LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, int64_t row0, int64_t col0,
                       int64_t cols) {
