@@ -16,15 +16,20 @@ from .core.operators import DTYPES
 _LARGEST_DIMENSION = 2**31 - 1
 
 
+def check_floating(name: str, tensor: object) -> None:
+    """Checks that tensor is a tensor of a floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. Convert it, for "
+            f"example with torch.from_numpy."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
 def check_input(x: object, in_features: int) -> None:
     """Checks that x is a floating tensor [.., in_features]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x: expected a torch.Tensor, got {type(x).__name__}. Convert it, for example with "
-            f"torch.from_numpy."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(
             f"x: expected a last dimension of in_features = {in_features}, got shape "
@@ -80,28 +85,53 @@ def check_index(name: str, index: object, count: int, x: Tensor | None = None) -
     Args:
         x: If given, the input [b, .., k] of the rows that the index [b] or [b, tokens] is for.
     """
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        actual = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {actual}")
+    check_integers(name, index, torch.int64)
     if x is not None and (not 1 <= index.dim() < x.dim() or index.shape != x.shape[: index.dim()]):
         raise ValueError(
             f"{name}: expected one index per row or per token of x {tuple(x.shape)}, got shape "
             f"{tuple(index.shape)}"
         )
-    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+    check_range(name, index, -1, count)
+
+
+def check_integers(name: str, tensor: object, dtype: torch.dtype) -> None:
+    """Checks that tensor is a tensor of an integer dtype.
+
+    Args:
+        name: The argument, for the error.
+        tensor: Its value.
+        dtype: torch.int64 or torch.int32.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        actual = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a tensor of {dtype}, got {actual}")
+
+
+def check_range(name: str, index: Tensor, start: int, end: int) -> None:
+    """Checks that the values of an index are in [start, end), if `has_values`.
+
+    Args:
+        name: The argument, for the error.
+        index: Of integers.
+        start: The least value that is allowed.
+        end: The value after the largest one.
+    """
+    if not has_values(index) or not index.numel():
         return
     least = int(index.min())
     most = int(index.max())
-    if least < -1 or most >= count:
-        raise ValueError(f"{name}: expected indices in [-1, {count}), got {least} to {most}")
+    if least < start or most >= end:
+        raise ValueError(f"{name}: expected values in [{start}, {end}), got {least} to {most}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether reading the tensor's values neither waits for a GPU nor breaks a graph."""
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
     """Checks that tensor is floating and has this shape. A string in it stands for any size."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    check_floating(name, tensor)
     actual = tuple(tensor.shape)
     fits = len(actual) == len(shape) and all(
         isinstance(expected, str) or expected == size for expected, size in zip(shape, actual)

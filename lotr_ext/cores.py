@@ -138,7 +138,10 @@ class Cores(nn.Module):
 
 
 class LayersAndKinds(Cores):
-    """Cores of a grid: the layers times the kinds that occur in places, [(layer, kind), ..]."""
+    """Cores of a grid: all pairs of a layer and a kind that occur in places, [(layer, kind), ..].
+
+    The pairs that places lack get an index as well, so that divmod finds layer and kind.
+    """
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)

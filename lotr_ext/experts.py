@@ -12,6 +12,7 @@ Not here: the experts classes of transformers (transformers_experts.py) and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,14 @@ from .checks import (
     check_dtype,
     check_dtypes_and_devices,
     check_index,
+    check_integers,
     check_number,
+    check_range,
     check_tensor,
+    has_values,
 )
-from .core import dispatch, fallback, grouped
-from .core.call import LayerCall, RowChoice
+from .core import dispatch, grouped
+from .core.call import LayerCall, RowChoice, cores_of_groups
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
@@ -70,32 +74,30 @@ class Routing:
             return RowChoice(None, self.offs, self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
-        expert = fallback.cores_of_groups(self.offs, len(task), experts)
+        expert = cores_of_groups(self.offs, len(task), experts)
         has_core = (task >= 0) & (expert >= 0)
         index = torch.where(has_core, task * experts + expert, -1)
         return RowChoice(index, None, self.reads), cores.flatten(0, 1)
 
-    def without_unread_rows(self, x: Tensor) -> Tensor:
-        """Returns x with zeros in the rows that no expert reads.
+    def without_unread_rows(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns y = compute(x) with zeros for the rows that no expert reads.
 
-        They may hold anything, also NaN, which dA = x^T du would spread: zero times NaN is NaN.
+        They may hold anything, also NaN, which dA = x^T du and dB = g^T h would spread: zero times
+        NaN is NaN. So unread rows of x become zero, and past the last end the gradient of y does.
         """
+        rows = len(x) if self.reads is None else len(self.reads)
+        is_past_end = torch.arange(rows, device=self.offs.device) >= self.offs[-1]
+        y = compute(_with_zeros(x, self._is_unread(len(x), is_past_end)))
+        return _with_zeros(y, is_past_end)
+
+    def _is_unread(self, x_rows: int, is_past_end: Tensor) -> Tensor:
+        """Returns which rows of x no expert reads [x_rows]."""
         if self.reads is None:
-            return _with_zeros(x, self._is_past_end(len(x)))
+            return is_past_end
         # A row past the last end marks one more row than x has.
-        marked = self.reads.masked_fill(self._is_past_end(len(self.reads)), len(x))
-        is_unread = torch.ones(len(x) + 1, dtype=torch.bool, device=x.device)
-        return _with_zeros(x, is_unread.index_fill(0, marked, False)[: len(x)])
-
-    def without_unread_gradient(self, y: Tensor) -> Tensor:
-        """Returns y, whose gradient becomes zero in rows past the last end, as y is.
-
-        The gradient may be NaN there, which dB = g^T h would spread.
-        """
-        return _with_zeros(y, self._is_past_end(len(y)))
-
-    def _is_past_end(self, rows: int) -> Tensor:
-        return torch.arange(rows, device=self.offs.device) >= self.offs[-1]
+        marked = self.reads.masked_fill(is_past_end, x_rows)
+        is_unread = torch.ones(x_rows + 1, dtype=torch.bool, device=marked.device)
+        return is_unread.index_fill(0, marked, False)[:x_rows]
 
 
 def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
@@ -103,14 +105,9 @@ def _with_zeros(x: Tensor, is_zero: Tensor) -> Tensor:
 
     On a GPU and in a compiled graph this is not known, so that the result is a copy.
     """
-    if _has_values(is_zero) and not bool(is_zero.any()):
+    if has_values(is_zero) and not bool(is_zero.any()):
         return x
     return x.masked_fill(is_zero.unsqueeze(1), 0)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether reading the tensor's values neither waits for a GPU nor breaks a graph."""
-    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 # ---- the function --------------------------------------------------------------------------------
@@ -146,8 +143,8 @@ def lotr_grouped_linear(
         cores: [e, r_in, r_out], or [t, e, r_in, r_out] with a core_index.
         scaling: s.
         bias: [e, n].
-        tokens: The row of x that each row reads [rows] (int64). x A is then computed once per
-            token.
+        tokens: The row of x that each row reads [rows] (int64), also for rows past the last end.
+            x A is then computed once per token.
         core_index: The task of each row of x (int64), -1 for none. A row uses the core of its task
             and its expert.
 
@@ -166,46 +163,40 @@ def lotr_grouped_linear(
         check_tensor("bias", bias, e, n)
     check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
+    tasks = None
     if core_index is not None:
         check_index("core_index", core_index, len(cores), x)
-        core_index = core_index.to(x.device)
+        tasks = core_index.to(x.device)
     routing = Routing(offs, reads=tokens, tokens=tokens)
-    x = routing.without_unread_rows(x)
-    choice, cores = routing.choice(cores, core_index)
-    call = LayerCall(x, weight, bias, A, B, cores, float(scaling), choice=choice)
-    y = dispatch.grouped_linear(call, offs)
-    return routing.without_unread_gradient(y)
+    choice, flat_cores = routing.choice(cores, tasks)
+
+    def compute(x_read: Tensor) -> Tensor:
+        call = LayerCall(x_read, weight, bias, A, B, flat_cores, float(scaling), choice=choice)
+        return dispatch.grouped_linear(call, offs)
+
+    return routing.without_unread_rows(x, compute)
 
 
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
-    _check_index_map("offs", offs, torch.int32, x.device)
+    check_integers("offs", offs, torch.int32)
+    _check_device("offs", offs, x)
     if offs.shape != (experts,):
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
         )
     if tokens is None:
         return
-    _check_index_map("tokens", tokens, torch.int64, x.device)
+    check_integers("tokens", tokens, torch.int64)
+    _check_device("tokens", tokens, x)
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
-    if not _has_values(tokens) or tokens.numel() == 0:
-        return
-    least = int(tokens.min())
-    most = int(tokens.max())
-    if least < 0 or most >= len(x):
-        raise ValueError(
-            f"tokens: expected rows of x in [0, {len(x)}), got {least} to {most}. Rows without an "
-            f"expert need a valid token as well."
-        )
+    check_range("tokens", tokens, 0, len(x))
 
 
-def _check_index_map(name: str, tensor: object, dtype: torch.dtype, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        actual = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {actual}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -275,9 +266,12 @@ class LoTRExperts(LoTRLayer):
         """
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         routing = Routing(offs, reads=tokens, tokens=tokens)
-        x_read = routing.without_unread_rows(x)
-        y = self.routed(x_read, self.weight_matrix(), self.bias, routing, request_input=x)
-        return routing.without_unread_gradient(y)
+
+        def compute(x_read: Tensor) -> Tensor:
+            weight = self.weight_matrix()
+            return self.routed(x_read, weight, self.bias, routing, request_input=x)
+
+        return routing.without_unread_rows(x, compute)
 
     def routed(
         self,

@@ -12,7 +12,7 @@ from .checks import (
     check_probability,
     check_tensor,
 )
-from .core import dispatch, fallback
+from .core import dispatch
 from .core.call import LayerCall, RowChoice
 
 __all__ = ["lotr_linear"]
@@ -68,7 +68,7 @@ def lotr_linear(
     choice = None
     if core_index is not None:
         check_index("core_index", core_index, len(core), x)
-        choice = RowChoice(fallback.rows_of(core_index.to(x.device), x))
+        choice = RowChoice.of_index(core_index.to(x.device), x)
     check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "core": core})
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)

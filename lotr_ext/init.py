@@ -121,10 +121,10 @@ def fill_core_(tensor: Tensor, init: str) -> Tensor:
 # ---- from the weights ----------------------------------------------------------------------------
 
 _DENSE = 640  # features up to which a dense decomposition takes a fraction of a second
-_EXTRA = 10  # columns of a subspace iteration in addition to those that are kept
+_EXTRA_COLUMNS = 10  # columns of a subspace iteration in addition to those that are kept
 
 
-def leading(blocks: Sequence[Tensor], r: int) -> Tensor:
+def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     """Returns the r leading left singular vectors [d, r] of the matrix [block_1 .. block_L].
 
     A dense decomposition if d or the columns are few. Otherwise nine steps of subspace iteration
@@ -138,12 +138,12 @@ def leading(blocks: Sequence[Tensor], r: int) -> Tensor:
     if r <= columns < d and columns <= _DENSE:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
-    if d <= _DENSE or 8 * (r + _EXTRA) >= d:
+    if d <= _DENSE or 8 * (r + _EXTRA_COLUMNS) >= d:
         gram = sum(block @ block.T for block in blocks)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
     generator = torch.Generator("cpu").manual_seed(0)
     subspace = torch.randn(
-        d, r + _EXTRA, dtype=torch.float64, device="cpu", generator=generator
+        d, r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
     ).to(blocks[0].device)
     for _ in range(9):
         subspace = torch.linalg.qr(sum(block @ (block.T @ subspace) for block in blocks))[0]
@@ -204,12 +204,12 @@ def tucker2_of(
         n: Rows of the matrices.
         rank: As for `tucker2`.
     """
-    A = leading(spans, min(rank[0], len(spans[0])))
+    A = leading_vectors(spans, min(rank[0], len(spans[0])))
     captured = -math.inf
     for _ in range(20):
-        B = leading(right(A), min(rank[1], n))
+        B = leading_vectors(right(A), min(rank[1], n))
         halves = left(B)
-        A = leading(halves, A.shape[1])
+        A = leading_vectors(halves, A.shape[1])
         previous = captured
         captured = sum(float((A.T @ half).square().sum()) for half in halves)
         if captured - previous <= 1e-9 * captured:
@@ -222,7 +222,7 @@ def tucker2_of(
 # ---- from the gradients --------------------------------------------------------------------------
 
 _ITERATIONS = 3  # of the subspace iteration; each is one pass over the batches
-_SPARE = 8  # columns of the iteration in addition to a factor's rank
+_EXTRA_DIRECTIONS = 8  # columns of the iteration in addition to a factor's rank
 _PROBES = 32  # random vectors that estimate what a pair does not capture
 
 
@@ -288,15 +288,11 @@ def start_from_gradients(
                 directions[factor] = _random_directions(factor, generator)
 
     for _ in range(_ITERATIONS):
-        products = _products_of_gradients(
-            model,
-            [
-                (layer, directions[layer.factors.A], directions[layer.factors.B])
-                for layer in layers.values()
-            ],
-            batches,
-            loss,
-        )
+        inputs = [
+            (layer, directions[layer.factors.A], directions[layer.factors.B])
+            for layer in layers.values()
+        ]
+        products = _products_of_gradients(model, inputs, batches, loss)
         blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
         for layer, product in zip(layers.values(), products):
             blocks[layer.factors.A].append(product.left)
@@ -304,21 +300,21 @@ def start_from_gradients(
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
-            vectors = leading([block.double() for block in factor_blocks], previous.shape[1])
-            directions[factor] = vectors.to(previous)
+            wide_blocks = [block.double() for block in factor_blocks]
+            directions[factor] = leading_vectors(wide_blocks, previous.shape[1]).to(previous)
 
-    directions = {factor: value[:, : factor.rank] for factor, value in directions.items()}
-    captured = _captured(model, layers, directions, batches, loss)
+    kept_directions = {factor: vectors[:, : factor.rank] for factor, vectors in directions.items()}
+    captured = _captured(model, layers, kept_directions, batches, loss)
     values = [
-        (factor.value, START * padded(value.double(), factor.rank))
-        for factor, value in directions.items()
+        (factor.value, START * padded(vectors.double(), factor.rank))
+        for factor, vectors in kept_directions.items()
     ]
     return GradientStart(values, captured)
 
 
 def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
-    """Returns orthonormal columns [features, rank + spare ones] on the factor's device."""
-    columns = min(factor.rank + _SPARE, factor.features)
+    """Returns orthonormal columns [features, rank + extra ones] on the factor's device."""
+    columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
     return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
 
@@ -369,7 +365,11 @@ def _captured(
 
 
 class _Tap(Function):
-    """Returns y. Its backward adds products of the layer's gradient g^T x to `products`."""
+    """Returns y. Its backward adds products of the layer's gradient g^T x to `products`.
+
+    The frozen weights need no gradient. The anchor is a scalar that requires one, so that autograd
+    runs the taps of all layers.
+    """
 
     @staticmethod
     def forward(
@@ -401,7 +401,7 @@ def _products_of_gradients(
     Args:
         inputs: (layer, V, U) of each layer.
     """
-    anchor = torch.zeros((), device="cpu", requires_grad=True)  # in the graph of every loss
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
     all_products = []
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():

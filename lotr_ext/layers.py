@@ -27,6 +27,7 @@ from .factors import (
     LoTRFactor,
     LoTRFactors,
     Scaling,
+    check_factors,
     factors_for,
     scaling_of,
     set_unregistered,
@@ -54,7 +55,7 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses define `base`, `weight_matrix` and `to_base`.
+    Subclasses define `weight_matrix`, and those that adapt a module also `sizes_of` and `to_base`.
 
     Attributes:
         factors: The pair of A and B.
@@ -109,7 +110,8 @@ class LoTRLayer(nn.Module):
                 f"linear: expected a linear layer that {cls.__name__} adapts, got "
                 f"{type(linear).__name__}"
             )
-        s = scaling_of(getattr(factors, "rank", 1), alpha, rslora, scaling)
+        check_factors(factors)
+        s = scaling_of(factors.rank, alpha, rslora, scaling)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = sizes
@@ -143,8 +145,6 @@ class LoTRLayer(nn.Module):
             lead: The leading dimensions of the core.
         """
         check_probability("dropout", dropout)
-        if not isinstance(factors, LoTRFactors):
-            raise TypeError(f"factors: expected LoTRFactors, got {type(factors).__name__}")
         layer_sizes = (self.in_features, self.out_features)
         factor_sizes = (factors.in_features, factors.out_features)
         if layer_sizes != factor_sizes:
@@ -168,8 +168,9 @@ class LoTRLayer(nn.Module):
         self.register_buffer("weight_backup", None, persistent=False)
         factors.A.cache.layers += 1
         factors.B.cache.layers += 1
-        self.factors = factors  # registered, so that a model built by hand owns A and B
-        set_unregistered(self, "factors", factors)  # also, because each call reads them
+        # A child, so that a model built by hand owns A and B. Each call reads it from `__dict__`.
+        self.factors = factors
+        set_unregistered(self, "factors", factors)
 
     def leave_factors_to_owner(self) -> None:
         """Keeps only a plain reference to the factors, which another module registers.
@@ -189,6 +190,7 @@ class LoTRLayer(nn.Module):
         Returns:
             [..., out_features].
         """
+        # Without a call if the shape is right, which saves time in each layer.
         if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
             check_input(input, self.in_features)
         if self.merged:
@@ -198,7 +200,7 @@ class LoTRLayer(nn.Module):
             return self._with_adapter(input, self.core, None)
         if state is ADAPTER_OFF:
             return self._without_adapter(input)
-        choice = RowChoice(fallback.rows_of(state.index_of(input), input))
+        choice = RowChoice.of_index(state.index_of(input), input)
         return self._with_adapter(input, state.cores, choice)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
@@ -208,9 +210,9 @@ class LoTRLayer(nn.Module):
             core: [r_in, r_out], or [c, r_in, r_out] with a choice.
             choice: Which core each row of x uses.
         """
-        return self._run(x, core, choice, weight=self.weight_matrix(), bias=self.bias)
+        return self._dispatch(x, core, choice, weight=self.weight_matrix(), bias=self.bias)
 
-    def _run(
+    def _dispatch(
         self,
         x: Tensor,
         core: Tensor,
@@ -354,7 +356,7 @@ class LoTRLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Returns W + s B G^T A^T as a new tensor, W itself if it is merged already."""
+        """Returns W + s B G^T A^T as a new tensor, also if the layer is merged already."""
         weight = self.weight_matrix().detach()
         return weight.clone() if self.merged else plus(weight, self.delta_weight())
 
@@ -386,10 +388,6 @@ class LoTRLayer(nn.Module):
         weight.copy_(merged_weight)
         self.merged = True
 
-    def drop_backup(self) -> None:
-        """Frees what `merge` keeps for `unmerge`."""
-        self.weight_backup = None
-
     def _check_unmerged(self) -> None:
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
@@ -410,6 +408,10 @@ class LoTRLayer(nn.Module):
         weight.copy_(original)
         self.weight_backup = None
         self.merged = False
+
+    def drop_backup(self) -> None:
+        """Frees what `merge` keeps for `unmerge`."""
+        self.weight_backup = None
 
     def _weight_to_write(self, caller: str) -> Tensor:
         """Returns `weight_matrix()`.
@@ -484,9 +486,8 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         factors: An existing pair. Its rank is then used.
         alpha: See `scaling_of`, as for rslora and scaling.
         dropout: The probability of dropping an element of the adapter's x in training, in [0, 1).
-        dtype: The dtype of weight and bias: float32, float64, bfloat16 or float16. If None, torch's
-            default.
-            New factors and the core are float32, or float64 for float64.
+        dtype: The dtype of weight and bias: float32, float64, bfloat16 or float16. torch's default
+            dtype if None. New factors and the core are float32, or float64 for float64.
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or value. The message names it.
@@ -527,7 +528,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         else:  # computed in each forward, as by torch.nn.utils.parametrize
             weight = self.weight
             bias = self.bias
-        return self._run(x, core, choice, weight=weight, bias=bias)
+        return self._dispatch(x, core, choice, weight=weight, bias=bias)
 
     def weight_matrix(self) -> Tensor:
         return self.weight
@@ -556,7 +557,7 @@ class LoTRConv1D(LoTRLayer):
         return _with_tensors_of(self, self.__dict__["adapted"])
 
 
-# ---- plain linear layers -------------------------------------------------------------------------
+# ---- weights and plain linear layers -------------------------------------------------------------
 
 
 def plus(weight: Tensor, delta: Tensor) -> Tensor:
@@ -602,8 +603,7 @@ def check_plain(module: nn.Module, caller: str) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
             f"prune.remove)."
         )
-    is_sharded_here = is_sharded(weight) or is_in_fsdp1(module)
-    if type(weight) is not nn.Parameter or is_sharded_here:
+    if type(weight) is not nn.Parameter or is_sharded(weight) or is_in_fsdp1(module):
         raise TypeError(
             f"{caller}: expected a full, plain weight, got {type(weight).__name__}, sharded or in "
             f"another format. Save the adapter, and load it onto the model in one process."
@@ -612,9 +612,11 @@ def check_plain(module: nn.Module, caller: str) -> None:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D, which may not be installed: checks its attributes."""
-    if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
-        return False
-    return getattr(module, "weight", None) is not None
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and getattr(module, "weight", None) is not None
+    )
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -629,8 +631,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _contains_adapter(module: nn.Module) -> bool:
-    adapter_types = (LoTRLayer, LoTRFactors, LoTRFactor)
-    return any(isinstance(child, adapter_types) for child in module.modules())
+    return any(isinstance(m, (LoTRLayer, LoTRFactors, LoTRFactor)) for m in module.modules())
 
 
 def device_of(module: nn.Module) -> torch.device:

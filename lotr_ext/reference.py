@@ -40,7 +40,13 @@ class Gradients(NamedTuple):
 
 
 def fold(B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """Computes F = s B G^T [.., n, r_in] for B [n, r_out] and G [.., r_in, r_out]."""
+    """Computes F = s B G^T [.., n, r_in].
+
+    Args:
+        B: [n, r_out].
+        core: G [.., r_in, r_out].
+        scaling: s.
+    """
     return scaling * (B @ core.mT)
 
 
@@ -75,7 +81,12 @@ def backward(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Gradients:
-    """Computes all gradients of `forward` for g = dL/dy [m, n], derived by hand."""
+    """Computes all gradients of `forward`, derived by hand.
+
+    Args:
+        g: dL/dy [m, n].
+        x: As for `forward`, as are the others.
+    """
     dropped = x if mask is None else x * mask
     u = dropped @ A
     F = fold(B, core, scaling)
@@ -138,6 +149,12 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
 
     It is 0 where x is dropped, 1 / (1 - p) elsewhere. Element e = i cols + j is kept if word e % 4
     of Philox block e / 4 is at least floor(p 2^32).
+
+    Args:
+        rows: The rows of x.
+        cols: The columns of x.
+        p: The probability of dropping an element.
+        seed: An int64.
     """
     if p == 0.0:
         return torch.ones(rows, cols, dtype=torch.float64, device="cpu")

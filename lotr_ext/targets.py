@@ -21,7 +21,7 @@ from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .layers import LoTRLayer, features, is_conv1d
 from .sharded_tensors import is_dtensor, is_fsdp
-from .transformers_experts import CHILD, expert_sizes, why_not
+from .transformers_experts import CHILD, expert_obstacle, expert_sizes
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
 
 __all__ = [
@@ -185,7 +185,9 @@ def _linear_targets(
     for module, names in modules:
         # "all-linear" selects no parameter, but whoever adapts a mixture should learn of its
         # experts.
-        if config.everything and any(why_not(module, p) is None for p in module._parameters):
+        if config.everything and any(
+            expert_obstacle(module, p) is None for p in module._parameters
+        ):
             experts = "3-D parameters of experts: name them in target_parameters"
             left_out.setdefault(experts, []).append(names[0])
         if not _is_selected(module, names, config):
@@ -426,7 +428,7 @@ def _expert_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]
             if not _matches(full_name, config.target_parameters):
                 continue
             parameter = full_name.rpartition(".")[2]
-            reason = why_not(module, parameter)
+            reason = expert_obstacle(module, parameter)
             if reason is not None:
                 raise TypeError(
                     f"target_parameters: expected the 3-D weights of a mixture's experts, got "

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checks import check_floating
 from .config import GroupBy
 from .storage import checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
@@ -58,9 +59,7 @@ class TaskFormat:
         expect_names(where, self.shapes, tensors)
         for name, shape in self.shapes.items():
             core = tensors[name]
-            if not isinstance(core, Tensor) or not core.is_floating_point():
-                actual = core.dtype if isinstance(core, Tensor) else type(core).__name__
-                raise TypeError(f"{name}: expected a floating tensor, got {actual}")
+            check_floating(name, core)
             if core.layout is not torch.strided:
                 raise TypeError(
                     f"{name}: expected a dense tensor, got layout {core.layout}. Pass its "
@@ -144,12 +143,12 @@ def factors_in_order(
         pairs: (A, B) of each layer. Layers that share a factor have the same tensor object.
         group_by: As in the configuration, or "shape" if there is none. Not a callable.
     """
-    keyed: dict[int, tuple[tuple[str, str], str, Tensor]] = {}
+    entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
     for name, (A, B) in pairs.items():
         sizes = (A.shape[0], B.shape[0])
         group = group_of(name, None, sizes, group_by)
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
-            keyed.setdefault(id(factor), ((owner, part), part, factor))
-    in_order = sorted(keyed.values(), key=lambda entry: entry[0])
+            entries.setdefault(id(factor), (owner, part, factor))
+    in_order = sorted(entries.values(), key=lambda entry: entry[:2])
     return [(part, factor) for _, part, factor in in_order]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NamedTuple, TypeVar
@@ -96,7 +96,7 @@ class TaskBank(Attachment):
             self.cores.append(nn.Parameter(empty, requires_grad=False))
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         # In tuples, because the model registers the factors.
-        self._layers = tuple(layers)
+        self._layer_names = tuple(layers)
         self._factors = tuple(layer.factors for layer in layers.values())
         self._scalings = tuple(float(layer.scaling) for layer in layers.values())
         self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
@@ -146,7 +146,7 @@ class TaskBank(Attachment):
             TypeError, ValueError: If source is not a task of this adapter: other layers, ranks,
                 scalings or factors. Nothing is changed then.
         """
-        cores = self._cores_in(source)
+        cores = self._checked_cores(source)
         with _changes:
             free = (~self.taken).nonzero()
             if not len(free):
@@ -160,7 +160,7 @@ class TaskBank(Attachment):
 
     def replace(self, task: int, source: Source | None) -> None:
         """Replaces a task by another one. Arguments and errors are as for `add`."""
-        cores = self._cores_in(source)
+        cores = self._checked_cores(source)
         with _changes:
             self._write(self._slot(task), cores, taken=True)
 
@@ -170,7 +170,7 @@ class TaskBank(Attachment):
         Raises:
             TypeError, ValueError: If there is no such task.
         """
-        cores = self._cores_in(None)
+        cores = self._checked_cores(None)
         with _changes:
             self._write(self._slot(task), cores, taken=False)
 
@@ -182,7 +182,8 @@ class TaskBank(Attachment):
         """
         slot = self._slot(task)
         return {
-            f"{name}.core": cores.detach()[slot] for name, cores in zip(self._layers, self.cores)
+            f"{name}.core": cores.detach()[slot]
+            for name, cores in zip(self._layer_names, self.cores)
         }
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
@@ -196,7 +197,7 @@ class TaskBank(Attachment):
         with _changes:
             self._format().write(target, self.cores_of(task))
 
-    # ---- details ---------------------------------------------------------------------------------
+    # ---- slots and cores -------------------------------------------------------------------------
 
     def _slot(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
@@ -215,7 +216,7 @@ class TaskBank(Attachment):
                 parameter.grad[slot].zero_()
         self.taken[slot] = taken
 
-    def _cores_in(self, source: Source | None) -> list[Tensor]:
+    def _checked_cores(self, source: Source | None) -> list[Tensor]:
         """Returns the cores of a task in the order of the layers, checked."""
         if source is None:
             return [torch.zeros_like(cores.detach()[0]) for cores in self.cores]
@@ -243,10 +244,11 @@ class TaskBank(Attachment):
                     values[factor] = factor.value
         pairs = {
             name: (values[factors.A], values[factors.B])
-            for name, factors in zip(self._layers, self._factors)
+            for name, factors in zip(self._layer_names, self._factors)
         }
         shapes = {
-            f"{name}.core": tuple(cores.shape[1:]) for name, cores in zip(self._layers, self.cores)
+            f"{name}.core": tuple(cores.shape[1:])
+            for name, cores in zip(self._layer_names, self.cores)
         }
         return TaskFormat(shapes, self._scalings, factors_in_order(pairs, self._group_by))
 
@@ -305,7 +307,7 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
     if not isinstance(model, LoTRLayer):
         states[model] = request
     for layer, cores in zip(layers.values(), bank.cores, strict=True):
-        states[layer] = _LayerTasks(cores, request)
+        states[layer] = _LayerTasks(cores, request.index_of)
     with open_request(states):
         yield model
 
@@ -343,7 +345,10 @@ def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> boo
 
 
 def _check_that_tasks_are_used(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
-    """Warns at the first step of an optimizer that has the bank, if no forward has used it."""
+    """Warns if an optimizer has the tasks of a bank, but no forward has used them.
+
+    A `first_step.Check`.
+    """
     bank = getattr(model, "lotr_tasks", None)
     if bank is None:
         return []
@@ -424,7 +429,7 @@ class _Request:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
                 "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
-                "one context for the forward with a cache and another for the other."
+                "one context for the forward with a cache and another one for this forward."
             )
         last = index.shape[1] - 1
         expected = index.shape[1] if self.cached is None else self.cached.new
@@ -444,10 +449,7 @@ class _LayerTasks(NamedTuple):
     """The state of a layer in an open `use_tasks` (see `TaskState`)."""
 
     cores: Tensor
-    request: _Request
-
-    def index_of(self, x: Tensor) -> Tensor:
-        return self.request.index_of(x)
+    index_of: Callable[[Tensor], Tensor]
 
 
 def _advice(x: Tensor, b: int) -> str:
@@ -490,10 +492,11 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
     """
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     arguments = {**bound, **bound.get("kwargs", {})}
-    caches = []
-    for name, value in arguments.items():
-        if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length")):
-            caches.append(value)
+    caches = [
+        value
+        for name, value in arguments.items()
+        if value is not None and (name in _CACHE_NAMES or hasattr(value, "get_seq_length"))
+    ]
     if not caches:
         return None
     tokens = arguments.get("inputs_embeds")

@@ -30,7 +30,7 @@ from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors, set_unregistered
 from .sharded_tensors import is_sharded
 
-__all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_sizes", "why_not"]
+__all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_obstacle", "expert_sizes"]
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface
@@ -64,7 +64,7 @@ def _register() -> None:
 # ---- which parameters can be adapted -------------------------------------------------------------
 
 
-def why_not(module: nn.Module, parameter: str) -> str | None:
+def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
     """Returns why a parameter cannot be adapted as the matrices of experts, None if it can.
 
     The reason completes the "got" of an error.
@@ -93,11 +93,11 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
 
 def _accepts_forward(module: nn.Module) -> bool:
     """Whether the class of experts calls a registered function in its forward."""
-    if not all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES):
-        return False
-    if not hasattr(type(module).forward, "__wrapped__"):
-        return False
-    return hasattr(module.config, "_experts_implementation")
+    return (
+        all(hasattr(module, name) for name in _LAYOUT_ATTRIBUTES)
+        and hasattr(type(module).forward, "__wrapped__")
+        and hasattr(module.config, "_experts_implementation")
+    )
 
 
 def _first_projection(module: nn.Module) -> str:
@@ -198,7 +198,7 @@ def adapt_parameter(
 
     Args:
         module: The experts module.
-        parameter: A name for which `why_not` returns None.
+        parameter: A name for which `expert_obstacle` returns None.
         factors: The pair of A and B, with the sizes of `expert_sizes`.
         scaling: s.
         dropout: The probability of dropping an element of the adapter's x in training.

@@ -30,7 +30,14 @@ from .layers import (
     plus,
 )
 
-__all__ = ["LoTRWrapped", "adapt", "dequantizer", "has_plain_weight", "layer_class", "mergeable"]
+__all__ = [
+    "LoTRWrapped",
+    "adapt",
+    "check_mergeable",
+    "dequantizer",
+    "has_plain_weight",
+    "layer_class",
+]
 
 
 # ---- the weight of a base ------------------------------------------------------------------------
@@ -104,8 +111,8 @@ def _matrix_of(base: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def mergeable(base: nn.Module) -> Tensor:
-    """Returns W [n, k] of a base that returns x W^T + bias, up to rounding, for writing.
+def check_mergeable(base: nn.Module) -> Tensor:
+    """Returns W [n, k] of a base, which may be written, if the base returns x W^T + bias.
 
     A base that has hooks, or is not exactly nn.Linear, is called on two rows of random numbers, in
     eval mode.
@@ -189,7 +196,7 @@ class LoTRWrapped(LoTRLayer):
         return self.base_layer(x)
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
-        return self._run(x, core, choice, base_output=self.base_layer(x))
+        return self._dispatch(x, core, choice, base_output=self.base_layer(x))
 
     def weight_matrix(self) -> Tensor:
         return _matrix_of(self.base_layer)
@@ -240,7 +247,7 @@ class LoTRWrapped(LoTRLayer):
         """
         self._check_unmerged()
         if dequantize is False or has_plain_weight(self.base_layer):
-            mergeable(self.base_layer)
+            check_mergeable(self.base_layer)
             super().merge(safe, keep_backup)
             return
         dense = self.dense_weight()

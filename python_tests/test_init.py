@@ -27,7 +27,7 @@ from lotr_ext.init import (
     CapturedGradient,
     fill_core_,
     fill_factor_,
-    leading,
+    leading_vectors,
     tucker2,
 )
 from lotr_ext.model import adapted_layers
@@ -123,7 +123,7 @@ def test_tucker2_has_converged() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(14, 10, dtype=torch.float64, generator=generator) for _ in range(4)]
     A, B, _ = tucker2(weights, (3, 2))
-    best_B = leading([weight @ A for weight in weights], 2)
+    best_B = leading_vectors([weight @ A for weight in weights], 2)
     assert relative(B @ (B.T @ best_B), best_B) < 1e-3
 
 
@@ -137,13 +137,13 @@ def test_tucker2_of_a_rank_above_the_width() -> None:
 def test_leading_directions_of_a_wide_stack() -> None:
     """The subspace iteration and the dense decomposition find the same space."""
     matrix = torch.randn(800, 4, dtype=torch.float64) @ torch.randn(4, 900, dtype=torch.float64)
-    directions = leading([matrix], 4)
+    directions = leading_vectors([matrix], 4)
     expected = torch.linalg.svd(matrix, full_matrices=False)[0][:, :4]
     assert relative(directions @ (directions.T @ expected), expected) < 1e-8
 
 
 def test_leading_directions_of_fewer_columns_than_directions() -> None:
-    directions = leading([torch.randn(20, 2, dtype=torch.float64)], 4)
+    directions = leading_vectors([torch.randn(20, 2, dtype=torch.float64)], 4)
     assert directions.shape == (20, 4)
     assert relative(directions.T @ directions, torch.eye(4)) < 1e-12
 
@@ -158,7 +158,7 @@ def test_leading_directions_of_close_singular_values() -> None:
 
     left = orthonormal(900, 9)
     matrix = left * torch.linspace(1.0, 0.8, 9, dtype=torch.float64) @ orthonormal(800, 9).T
-    directions = leading([matrix], 4)
+    directions = leading_vectors([matrix], 4)
     assert relative(directions @ (directions.T @ left[:, :4]), left[:, :4]) < 1e-8
 
 

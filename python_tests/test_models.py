@@ -860,6 +860,13 @@ def test_a_recommended_adapter_has_the_size_of_a_lora(name: str, like: int) -> N
     assert size <= size_of_lora < next_size
 
 
+def test_a_recommendation_leaves_out_the_head_of_the_task() -> None:
+    of_task = rank_for(
+        zoo.net("bert"), numbers=1000, task_type="SEQ_CLS", target_modules=["query", "classifier"]
+    )
+    assert of_task.rank == rank_for(zoo.net("bert"), numbers=1000, target_modules=["query"]).rank
+
+
 @pytest.mark.parametrize("train", [("core",), ("A", "core"), ("B", "core"), ("A", "B", "core")])
 def test_only_the_named_parts_are_trained(x: Tensor, train: tuple[str, ...]) -> None:
     model = trained("mlp", train=train)

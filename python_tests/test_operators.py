@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_map_only
 from lotr_ext import reference
 from lotr_ext.core import fallback, kernel_support
 from lotr_ext.core.call import RowChoice
-from lotr_ext.core.kernel_support import failed_call
+from lotr_ext.core.kernel_support import trial_obstacle
 
 ops = torch.ops.lotr
 Check = tuple[str, Tensor, Tensor, Tensor, float]
@@ -754,8 +754,8 @@ def test_expand_add_bumps_the_version_counter() -> None:
 
 def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
     with FakeTensorMode():
-        assert failed_call(torch.device("cpu")) is None
-        assert "meta" in failed_call(torch.device("meta"))
+        assert trial_obstacle(torch.device("cpu")) is None
+        assert "meta" in trial_obstacle(torch.device("meta"))
 
 
 def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -763,7 +763,7 @@ def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.Monke
     build = {"cuda": {"built": True, "archs": ["90a"]}}
     monkeypatch.setattr(kernel_support, "build_info", lambda: build)
     monkeypatch.setattr(kernel_support, "driver_obstacle", lambda: None)
-    monkeypatch.setattr(kernel_support, "failed_call", lambda device: "got 135.0")
+    monkeypatch.setattr(kernel_support, "trial_obstacle", lambda device: "got 135.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -52,15 +52,15 @@ inline const std::array<DtypeInfo, 6>& dtypes() {
 // The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, because errors name
 // dtypes that no argument may have. These have torch's names: Short, Byte, ComplexFloat.
 inline DtypeInfo dtype_info(ScalarType type) {
-  for (const DtypeInfo& one : dtypes())
-    if (one.type == type) return one;
+  for (const DtypeInfo& info : dtypes())
+    if (info.type == type) return info;
   return {type, torch::headeronly::toString(type), int32_t(type), 0};
 }
 inline DtypeInfo dtype_info(AtenTensorHandle t) {
   int32_t code = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
-  for (const DtypeInfo& one : dtypes())
-    if (one.code == code) return one;
+  for (const DtypeInfo& info : dtypes())
+    if (info.code == code) return info;
   return dtype_info(ScalarType(code));
 }
 
@@ -173,10 +173,10 @@ struct Check {
       fail(op, ": ", a.name, ": expected dtype ", dtype_info(expected).name, ", got ",
            dtype_info(a.dtype).name);
   }
-  // `like`'s dtype, one that the kernels exist for.
-  void supported(const char* like, ScalarType dtype) const {
+  // Kernels exist for the dtype of the argument `name`.
+  void supported(const char* name, ScalarType dtype) const {
     if (!is_supported(dtype))
-      fail(op, ": ", like,
+      fail(op, ": ", name,
            ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, "
            "got ",
            dtype_info(dtype).name);

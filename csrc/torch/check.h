@@ -35,10 +35,11 @@ constexpr bool WRITTEN = true;
 // its size; later arguments must match. Only M and rows may be zero.
 class Sizes {
  public:
-  // like: the argument that has, or is, the dtype of the activations.
-  Sizes(const Check& c, const char* like, ScalarType dtype, std::initializer_list<Rule> rules) {
+  // dtype_name: the argument that has, or is, the dtype of the activations.
+  Sizes(const Check& c, const char* dtype_name, ScalarType dtype,
+        std::initializer_list<Rule> rules) {
     check_memory(c, rules);
-    c.supported(like, dtype);
+    c.supported(dtype_name, dtype);
     for (const Rule& rule : rules) {
       if (!rule.arg || rule.as == As::any) continue;
       check_dtype(c, rule, dtype);
@@ -56,8 +57,8 @@ class Sizes {
     const char* of = nullptr;  // the argument that has it
   };
 
-  // Each tensor is on the device of the first, with memory for all its elements. One that is
-  // written has no element twice, and shares none with another argument.
+  // Each tensor is on the device of the first, with memory for all its elements. A written tensor
+  // has no element twice, and shares none with another argument.
   static void check_memory(const Check& c, std::initializer_list<Rule> rules) {
     const Arg* first = nullptr;
     for (const Rule& rule : rules) {
@@ -155,8 +156,15 @@ class Sizes {
 // u that each row reads. g: only in the backward. The values of the indices are checked only on a
 // CPU, because on a GPU that would synchronize.
 struct RowArgs {
-  Arg g{"g"}, u{"u"}, cores{"cores"}, index{"index"}, offs{"offs"}, tokens{"tokens"};
+  Arg g{"g"}, u, cores, index, offs, tokens;
 
+  RowArgs(const Tensor& u, const Tensor& cores, const OptionalTensor& index,
+          const OptionalTensor& offs, const OptionalTensor& tokens)
+      : u("u", u),
+        cores("cores", cores),
+        index("index", index),
+        offs("offs", offs),
+        tokens("tokens", tokens) {}
   Sizes check(const Check& c, double scaling) const {
     // without tokens there is a row for each token
     const Dim row = tokens ? ROWS : M;
@@ -179,11 +187,14 @@ struct RowArgs {
 // When the adapter's product is computed; see layer.h.
 enum class Strategy : int64_t { two_pass = 0, beta = 1, fused = 2 };
 
-// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. Those that
-// an operator does not set are absent.
+// The arguments of layer_forward, layer_forward_few_tokens and layer_forward_projected. All have
+// those of the constructor. Others are absent unless an operator sets them.
 struct ForwardArgs {
-  Arg x{"x"}, weight{"weight"}, bias{"bias"}, A{"A"}, u{"u"}, B{"B"}, core{"core"}, seed{"seed"};
+  Arg x, weight, bias, A{"A"}, u{"u"}, B, core, seed{"seed"};
 
+  ForwardArgs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& B,
+              const Tensor& core)
+      : x("x", x), weight("weight", weight), bias("bias", bias), B("B", B), core("core", core) {}
   Sizes check(const Check& c, double scaling, double p) const {
     const Sizes s(c, x,
                   {{B, As::factor, {N, R_OUT}},
@@ -200,11 +211,19 @@ struct ForwardArgs {
   }
 };
 
-// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_.
+// The arguments of layer_backward_, layer_backward_few_tokens_ and layer_backward_projected_, set
+// as those of ForwardArgs.
 struct BackwardArgs {
-  Arg g{"g"}, weight{"weight"}, x{"x"}, u{"u"}, A{"A"}, F{"F"}, B{"B"}, core{"core"}, du{"du"},
-      dx{"dx"}, dA{"dA"}, dB{"dB"}, seed{"seed"};
+  Arg g, weight, x{"x"}, u, A{"A"}, F{"F"}, B, core, du{"du"}, dx{"dx"}, dA{"dA"}, dB, seed{"seed"};
 
+  BackwardArgs(const Tensor& g, const OptionalTensor& weight, const Tensor& u, const Tensor& B,
+               const Tensor& core, const OptionalTensor& dB)
+      : g("g", g),
+        weight("weight", weight),
+        u("u", u),
+        B("B", B),
+        core("core", core),
+        dB("dB", dB) {}
   Sizes check(const Check& c, double scaling, double p, bool need_B) const {
     const Sizes s(c, g,
                   {{B, As::factor, {N, R_OUT}},

@@ -12,8 +12,8 @@ namespace lotr {
 namespace {
 
 // The values of an index, each in [least, bound).
-std::vector<int64_t> values(const char* op, const Arg& a, const char* what, int64_t least,
-                            int64_t bound) {
+std::vector<int64_t> checked_values(const char* op, const Arg& a, const char* what, int64_t least,
+                                    int64_t bound) {
   const auto* data = static_cast<const int64_t*>(read_data(a));
   std::vector<int64_t> out(size_t(a.size[0]));
   for (size_t i = 0; i < out.size(); ++i) {
@@ -86,12 +86,12 @@ class Grouping {
 };
 
 Grouping by_core(const char* op, const RowArgs& a, int64_t rows, int64_t cores) {
-  return a.index ? Grouping(values(op, a.index, "cores", -1, cores), cores)
+  return a.index ? Grouping(checked_values(op, a.index, "cores", -1, cores), cores)
                  : Grouping(op, a.offs, rows);
 }
 
 std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
-  return a.tokens ? values(op, a.tokens, "rows of u", 0, m) : std::vector<int64_t>();
+  return a.tokens ? checked_values(op, a.tokens, "rows of u", 0, m) : std::vector<int64_t>();
 }
 
 // A new tensor. It is zeroed if some of its elements are not written.
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, cons
   const Grouping groups = by_core(op_, a, rows, s[L]);
   const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
-  Tensor du = new_tensor<2>(like_, {0, 0}, like_.dtype, true);
-  Tensor dcores = new_tensor<3>(like_, {0, 0, 0}, sums, true);
+  Tensor du;
+  Tensor dcores;
   if (need_u) {
     TensorView transposed = last_matrix(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols);

@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: operators.h and layer.h over products_cuda.h. And what describes
-// the CUDA kernels of this build.
+// The operators on CUDA tensors, operators.h and layer.h over products_cuda.h, and the operators
+// that describe the CUDA kernels of this build.
 #include <string>
 #include <tuple>
 

@@ -14,7 +14,7 @@
 namespace lotr {
 
 // The functions of libtorch_cuda, looked up by name at their first use: the module must load under
-// a torch without CUDA.  They do not pass through the dispatcher, whose stable interface has no
+// a torch without CUDA. They do not pass through the dispatcher, whose stable interface has no
 // product with alpha and beta.
 struct TorchCuda {
   int32_t (*current_stream)(int32_t, void**);
@@ -23,8 +23,8 @@ struct TorchCuda {
                        double, double);
 
   static const TorchCuda& functions() {
-    static const TorchCuda found;
-    return found;
+    static const TorchCuda functions;
+    return functions;
   }
 
  private:
@@ -44,21 +44,22 @@ struct TorchCuda {
   }
 };
 
-// What launches need to know of a device.
+// The properties of a device that launches depend on.
 struct Device {
   cuda::Card card;
   bool early;  // as in Call
 };
 
-// Makes the device current, and asks the driver about it once.
+// Makes the device current, and reads its properties from the driver once.
 //
 // This module links another CUDA runtime than torch, and torch's device guard sets the device of
-// torch's.  The two agree where the thread has a current context, which both follow.
+// torch's. The two agree where the thread has a current context, which both follow.
 inline const Device& device_of(const char* op, int32_t device) {
-  constexpr int32_t MOST = 64;
-  static std::array<Device, MOST> known;
-  static std::array<std::once_flag, MOST> asked;
-  if (device >= MOST) fail(op, ": device: expected an index below ", MOST, ", got ", device);
+  constexpr int32_t MAX_DEVICES = 64;
+  static std::array<Device, MAX_DEVICES> devices;
+  static std::array<std::once_flag, MAX_DEVICES> is_read;
+  if (device >= MAX_DEVICES)
+    fail(op, ": device: expected an index below ", MAX_DEVICES, ", got ", device);
   const auto check = [&](cudaError_t error) {
     if (error)
       fail(op, ": device ", device, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error),
@@ -72,17 +73,17 @@ inline const Device& device_of(const char* op, int32_t device) {
   int current = -1;
   check(cudaGetDevice(&current));
   if (current != device) check(cudaSetDevice(device));
-  std::call_once(asked[size_t(device)], [&] {
+  std::call_once(is_read[size_t(device)], [&] {
     int driver = 0;
     check(cudaDriverGetVersion(&driver));
     // Graphs hold early launches since CUDA 12.3. An older driver gets none, since any call may be
     // captured.
     const bool early = cuda::waits_in_kernels() && driver >= 12030 && cuda::early_launches();
-    known[size_t(device)] = {{attribute(cudaDevAttrMultiProcessorCount),
-                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},
-                             early};
+    devices[size_t(device)] = {{attribute(cudaDevAttrMultiProcessorCount),
+                                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)},
+                               early};
   });
-  return known[size_t(device)];
+  return devices[size_t(device)];
 }
 
 inline DType cuda_dtype(const char* op, const char* name, ScalarType dtype) {

@@ -1,5 +1,5 @@
 // row_core and its backward (schema.cpp) on CUDA tensors: one launch for each of the kernels of
-// cuda/kernels/row_core.cuh.  Indices are sorted by torch, stably.  Nothing synchronizes.
+// cuda/kernels/row_core.cuh. Indices are sorted by torch, stably. Nothing synchronizes.
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
@@ -16,7 +16,7 @@ struct Rows {
 
   explicit Rows(const RowArgs& a)
       : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
-  RowIndex of(const Sizes& s) const {
+  RowIndex index_in(const Sizes& s) const {
     RowIndex x{};
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
     if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
@@ -41,7 +41,7 @@ void check_sizes(const char* op, const Sizes& s) {
 void product(const CudaProducts& products, const TensorView& h, const TensorView& a,
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
-  const TensorView G = read(cores);  // its row is a core's
+  const TensorView G = read(cores);  // with the rows of the cores
   RowCoreProblem q{};
   q.index = index;
   q.a = products.matrix(a);
@@ -101,7 +101,7 @@ Tensor CudaProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) 
   const Rows rows(a);
   OptionalTensor h;
   product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u),
-          rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
+          rows.index_in(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
   return *h;
 }
 
@@ -110,12 +110,11 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
                                                            bool need_cores) const {
   check_sizes(op_, s);
   const Rows rows(a);
-  const RowIndex index = rows.of(s);
+  const RowIndex index = rows.index_in(s);
   OptionalTensor du;
-  const int64_t du_rows = need_u ? s[M] : 0;
-  const int64_t du_cols = need_u ? s[R_IN] : 0;
-  const TensorView du_out = make(du, du_rows, du_cols, like_.dtype, need_u);
+  Tensor dcores;
   if (need_u) {
+    const TensorView du_out = make(du, s[M], s[R_IN], like_.dtype, true);
     RowIndex by_core = index;
     by_core.token = nullptr;
     by_core.tokens = index.rows;  // g has a row for each
@@ -136,10 +135,8 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
       run(q);
     }
   }
-  using Size = std::array<int64_t, 3>;
-  Tensor dcores = empty<3>(like_, need_cores ? Size{s[L], s[R_IN], s[R_OUT]} : Size{0, 0, 0},
-                           aoti_torch_dtype_float32());
   if (need_cores) {
+    dcores = empty<3>(like_, {s[L], s[R_IN], s[R_OUT]}, aoti_torch_dtype_float32());
     std::optional<Sorted> by_core;
     if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
     const TensorView u = read(a.u);
@@ -158,7 +155,7 @@ std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, con
     q.scale = float(scaling);
     run(q);
   }
-  return {*du, dcores};
+  return {du.value_or(Tensor()), dcores};
 }
 
 }  // namespace lotr

@@ -92,13 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a;
-  a.x.set(x);
-  a.weight.set(weight);
-  a.bias.set(bias);
+  ForwardArgs a(x, weight, bias, B, core);
   a.A.set(A);
-  a.B.set(B);
-  a.core.set(core);
   a.seed.set(seed);
   a.check(c, scaling, p);
   const Products products(c, a.x, p, a.seed);
@@ -117,13 +112,8 @@ std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tenso
                                                     double scaling, int64_t strategy) {
   const Check c{"lotr::layer_forward_few_tokens", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a;
-  a.x.set(x);
-  a.weight.set(weight);
-  a.bias.set(bias);
+  ForwardArgs a(x, weight, bias, B, core);
   a.A.set(A);
-  a.B.set(B);
-  a.core.set(core);
   const Sizes s = a.check(c, scaling, 0.0);
   const Products products(c, a.x);
   OptionalTensor u;
@@ -142,13 +132,8 @@ std::tuple<Tensor, Tensor> layer_forward_projected(const Tensor& x, const Tensor
                                                    double scaling, int64_t strategy) {
   const Check c{"lotr::layer_forward_projected", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a;
-  a.x.set(x);
-  a.weight.set(weight);
-  a.bias.set(bias);
+  ForwardArgs a(x, weight, bias, B, core);
   a.u.set(u);
-  a.B.set(B);
-  a.core.set(core);
   a.check(c, scaling, 0.0);
   const Products products(c, a.x);
   OptionalTensor F;
@@ -230,17 +215,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     bool need_core, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  BackwardArgs a;
-  a.g.set(g);
-  a.weight.set(weight);
+  BackwardArgs a(g, weight, u, B, core, dB);
   a.x.set(x);
-  a.u.set(u);
   a.A.set(A);
   a.F.set(F);
-  a.B.set(B);
-  a.core.set(core);
   a.dA.set(dA);
-  a.dB.set(dB);
   a.seed.set(seed);
   const Sizes s = a.check(c, scaling, p, need_B);
   const Products products(c, a.g, p, a.seed);
@@ -265,16 +244,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_few_tokens(
     const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core) {
   const Check c{"lotr::layer_backward_few_tokens_", Products::max_rank};
   const Strategy order = Products::strategy_of(c, strategy);
-  BackwardArgs a;
-  a.g.set(g);
-  a.weight.set(weight);
+  BackwardArgs a(g, weight, u, B, core, dB);
   a.x.set(x);
-  a.u.set(u);
   a.A.set(A);
-  a.B.set(B);
-  a.core.set(core);
   a.dA.set(dA);
-  a.dB.set(dB);
   const Sizes s = a.check(c, scaling, 0.0, need_B);
   const Products products(c, a.g);
   LayerGradients out(products, a, s, need_B, need_core);
@@ -293,16 +266,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_projected(
     const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& du,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_B, bool need_core) {
   const Check c{"lotr::layer_backward_projected_", Products::max_rank};
-  BackwardArgs a;
-  a.g.set(g);
-  a.weight.set(weight);
-  a.u.set(u);
+  BackwardArgs a(g, weight, u, B, core, dB);
   a.F.set(F);
-  a.B.set(B);
-  a.core.set(core);
   a.du.set(du);
   a.dx.set(dx);
-  a.dB.set(dB);
   const Sizes s = a.check(c, scaling, 0.0, need_B);
   const Products products(c, a.g);
   LayerGradients out(products, a, s, need_B, need_core);

@@ -14,14 +14,14 @@ namespace lotr {
 template <class Products>
 Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
   const Check c{"lotr::shrink", Products::max_rank};
-  const Arg ax("x", x);
-  const Arg aA("A", A);
-  const Arg aseed("seed", seed);
-  const Sizes s(c, ax, {{ax, As::same, {M, K}}, {aA, As::factor, {K, R}}, {aseed}});
-  c.dropout(p, aseed);
-  const Products products(c, ax, p, aseed);
+  const Arg x_arg("x", x);
+  const Arg A_arg("A", A);
+  const Arg seed_arg("seed", seed);
+  const Sizes s(c, x_arg, {{x_arg, As::same, {M, K}}, {A_arg, As::factor, {K, R}}, {seed_arg}});
+  c.dropout(p, seed_arg);
+  const Products products(c, x_arg, p, seed_arg);
   OptionalTensor u;
-  products.shrink(u, read(ax), aA, true);
+  products.shrink(u, read(x_arg), A_arg, true);
   return *u;
 }
 
@@ -29,17 +29,19 @@ template <class Products>
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
                  const OptionalTensor& seed) {
   const Check c{"lotr::expand_add_", Products::max_rank};
-  const Arg ay("y", y);
-  const Arg au("u", u);
-  const Arg aF("F", F);
-  const Arg aseed("seed", seed);
-  const Sizes s(
-      c, ay,
-      {{ay, As::same, {M, N}, WRITTEN}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}, {aseed}});
-  c.dropout(p, aseed);
-  const Products products(c, ay, p, aseed);
-  Output out = products.onto(ay);
-  products.expand(out, read(au), read(aF), true);
+  const Arg y_arg("y", y);
+  const Arg u_arg("u", u);
+  const Arg F_arg("F", F);
+  const Arg seed_arg("seed", seed);
+  const Sizes s(c, y_arg,
+                {{y_arg, As::same, {M, N}, WRITTEN},
+                 {u_arg, As::same, {M, R}},
+                 {F_arg, As::factor, {N, R}},
+                 {seed_arg}});
+  c.dropout(p, seed_arg);
+  const Products products(c, y_arg, p, seed_arg);
+  Output out = products.onto(y_arg);
+  products.expand(out, read(u_arg), read(F_arg), true);
 }
 
 // y + u F^T as a new tensor: the operator that made y may have saved it for its backward, and users
@@ -47,27 +49,28 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check c{"lotr::expand", Products::max_rank};
-  const Arg ay("y", y);
-  const Arg au("u", u);
-  const Arg aF("F", F);
-  const Sizes s(c, ay,
-                {{ay, As::same, {LEADING, N}}, {au, As::same, {M, R}}, {aF, As::factor, {N, R}}});
-  const Products products(c, ay);
-  const Output sum = products.output(ay, s[N]);
-  products.expand_from(sum, read(ay), read(au), read(aF));
+  const Arg y_arg("y", y);
+  const Arg u_arg("u", u);
+  const Arg F_arg("F", F);
+  const Sizes s(
+      c, y_arg,
+      {{y_arg, As::same, {LEADING, N}}, {u_arg, As::same, {M, R}}, {F_arg, As::factor, {N, R}}});
+  const Products products(c, y_arg);
+  const Output sum = products.output(y_arg, s[N]);
+  products.expand_from(sum, read(y_arg), read(u_arg), read(F_arg));
   return sum.tensor;
 }
 
 template <class Products>
 Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtype) {
   const Check c{"lotr::fold", Products::max_rank};
-  const Arg aB("B", B);
-  const Arg acore("core", core);
+  const Arg B_arg("B", B);
+  const Arg core_arg("core", core);
   const Sizes s(c, "dtype", dtype,
-                {{aB, As::factor, {N, R_OUT}}, {acore, As::factor, {R_IN, R_OUT}}});
+                {{B_arg, As::factor, {N, R_OUT}}, {core_arg, As::factor, {R_IN, R_OUT}}});
   c.finite("scaling", scaling);
   OptionalTensor F;
-  Products(c, aB).fold(F, aB, acore, scaling, dtype);
+  Products(c, B_arg).fold(F, B_arg, core_arg, scaling, dtype);
   return *F;
 }
 
@@ -75,12 +78,7 @@ template <class Products>
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index,
                 const OptionalTensor& offs, const OptionalTensor& tokens, double scaling) {
   const Check c{"lotr::row_core", Products::max_rank};
-  RowArgs a;
-  a.u.set(u);
-  a.cores.set(cores);
-  a.index.set(index);
-  a.offs.set(offs);
-  a.tokens.set(tokens);
+  const RowArgs a(u, cores, index, offs, tokens);
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core(a, s, scaling);
 }
@@ -92,13 +90,8 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& tokens, double scaling,
                                              bool need_u, bool need_cores) {
   const Check c{"lotr::row_core_backward", Products::max_rank};
-  RowArgs a;
+  RowArgs a(u, cores, index, offs, tokens);
   a.g.set(g);
-  a.u.set(u);
-  a.cores.set(cores);
-  a.index.set(index);
-  a.offs.set(offs);
-  a.tokens.set(tokens);
   const Sizes s = a.check(c, scaling);
   return Products(c, a.u).row_core_backward(a, s, scaling, need_u, need_cores);
 }

@@ -13,7 +13,8 @@ namespace lotr {
 
 class CpuProducts {
  public:
-  static constexpr bool few_tokens_first = true;  // so that their product may precede the base's
+  // Whether the adapter's product for few tokens may precede the base product.
+  static constexpr bool few_tokens_first = true;
   static constexpr int64_t max_rank = 0;
 
   CpuProducts(const Check& c, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))

@@ -62,16 +62,13 @@ def forward_ad_is_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-_TYPES_WITH_STORAGE = {Tensor, nn.Parameter}
-
-
 def storage_id(tensor: Tensor) -> int:
     """Identifies the storage of a tensor: `tensor.data = other` changes it but not the version.
 
     The address is not enough: FSDP2 frees the memory of a storage and fills it again elsewhere.
     Returns 0 for the tensors that torch.compile traces, which may have no storage.
     """
-    if type(tensor) not in _TYPES_WITH_STORAGE:
+    if type(tensor) not in (Tensor, nn.Parameter):
         return 0
     return tensor.untyped_storage()._cdata
 

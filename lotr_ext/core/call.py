@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,23 @@ class RowChoice(NamedTuple):
     index: Tensor | None
     offs: Tensor | None = None
     tokens: Tensor | None = None
+
+    @staticmethod
+    def of_index(index: Tensor, x: Tensor) -> RowChoice:
+        """Returns the choice of an index [b], [b, tokens] or [rows] for the rows of x [.., k]."""
+        lead = x.shape[:-1]
+        ones = (1,) * (len(lead) - index.dim())
+        return RowChoice(index.view(*index.shape, *ones).expand(lead).reshape(-1))
+
+
+def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:
+    """Returns the core of each row [rows], -1 for rows past the last group.
+
+    Args:
+        offs: Where the rows of each core end [count].
+    """
+    index = torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
+    return torch.where(index < count, index, -1)
 
 
 class LayerCall(NamedTuple):

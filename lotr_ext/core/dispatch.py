@@ -20,7 +20,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
@@ -28,26 +28,22 @@ from . import fallback, grouped, nodes
 from .call import LayerCall, RowChoice
 from .factor_cache import FactorCache
 from .kernel_support import kernel_obstacle
-from .operators import lotr
+from .operators import PLAIN_TYPES, lotr
 from .strategy import choose_strategy
 
 # Part of the key of compiled code that torch keeps on disk. Change it with nodes.py and this file.
 VERSION = "lotr 7"
 
 # Below this many multiplications in one pass over x, a layer computes u itself. Reading an element
-# of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). One node then costs less
-# than two nodes that share u: 12.1 against 15.4 % over the frozen model at 256 tokens, 8.4 against
-# 7.1 % at 1,024 (python -m bench.model --model smollm2 --sequence 256).
+# of x takes as long as 16 of them, so a pass is x.numel() (r_in + 16). The time over the frozen
+# model is 12.1 % if each layer computes u, and 15.4 % if layers share it, at 256 tokens. At 1,024
+# it is 8.4 and 7.1 % (python -m bench.model --model smollm2 --sequence 256).
 LITTLE_WORK = 2**23
 
 # Below this many tokens, multiplying them with the core costs less than folding the core into B.
 FEW_TOKENS = 129
 
-_PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-_ONE_CORE = RowChoice(None)  # in an operator's schema
 
 
 class Caches(NamedTuple):
@@ -72,10 +68,10 @@ def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) 
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return fallback.layer(call)
-        *tensors, choice = call
-        return lotr.linear.default(*tensors, *(choice or _ONE_CORE), VERSION)
+        choice = call.choice or RowChoice(None)
+        return lotr.linear.default(*call[:-1], *choice, VERSION)
     if fallback_reason(call) is not None:
-        if call.base_output is None and type(call.weight) in _PLAIN_TYPES:
+        if call.base_output is None and type(call.weight) in PLAIN_TYPES:
             _check_base_product(call.x, call.weight)
         return fallback.layer(call)
     return run_nodes(call, caches or Caches(FactorCache(), FactorCache()), layer)
@@ -118,9 +114,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not private.any_autocast_is_enabled() or x.dtype not in _AUTOCAST_DTYPES:
         return None
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type):  # the next line would raise, as for meta
-        return None
-    if not torch.is_autocast_enabled(device_type):
+    # is_autocast_enabled raises for a device type without autocast, such as meta.
+    is_available = torch.amp.is_autocast_available(device_type)
+    if not is_available or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -157,22 +153,18 @@ def fallback_reason(call: LayerCall) -> str | None:
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
     types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
-    if not types <= _PLAIN_TYPES:
+    if not types <= PLAIN_TYPES:
         return "a tensor is of a subclass"
-    if not _share_device(x, A, B, core):
+    base = weight if base_output is None else base_output
+    if not _share_device(x, base, A, B, core):
         return "the tensors are on several devices"
-    base = weight
-    if base_output is not None:
-        base = base_output
-        if base.device != x.device:
-            return "the tensors are on several devices"
     return _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, core.shape, x.device)
 
 
-def _share_device(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> bool:
+def _share_device(x: Tensor, base: Tensor, A: Tensor, B: Tensor, core: Tensor) -> bool:
     if x.is_cpu:  # faster than a comparison of devices
-        return A.is_cpu and B.is_cpu and core.is_cpu
-    return x.device == A.device == B.device == core.device
+        return base.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu
+    return x.device == base.device == A.device == B.device == core.device
 
 
 @functools.cache
@@ -235,7 +227,12 @@ def choose_plan(
 
 
 def run_nodes(call: LayerCall, caches: Caches, layer: object) -> Tensor:
-    """Computes a call by our operators. `fallback_reason` must be None."""
+    """Computes a call by our operators.
+
+    Args:
+        call: Arguments for which `fallback_reason` is None.
+        caches: As for `linear`, as is layer.
+    """
     x = call.x
     if x.dim() > 2 and not x.is_contiguous():  # the operators flatten the leading dimensions
         return run_nodes(call._replace(x=x.contiguous()), caches, layer)
@@ -290,7 +287,7 @@ def _linear_in_graph(
     base = base_output if weight is None else weight
     dtypes = x.dtype, base.dtype, A.dtype, B.dtype, core.dtype
     ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash
-    is_traced = type(x) not in _PLAIN_TYPES
+    is_traced = type(x) not in PLAIN_TYPES
     if not is_traced or _dtype_obstacle(*dtypes, ranks, x.device) is not None:
         return fallback.layer(call)
     caches = Caches(_cache_of_traced(A), _cache_of_traced(B))

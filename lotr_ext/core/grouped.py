@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from . import _torch_private as private
-from . import fallback
+from .call import cores_of_groups
 from .operators import fake_kernel
 
 
@@ -32,16 +32,16 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         weight: [e, n, k] of x's dtype.
         offs: Where the rows of each expert end [e] (int32).
     """
-    if _torch_runs(x, weight):
+    if _torch_can_run(x, weight):
         y = nnf.grouped_mm(x, weight.mT, offs=offs)
         is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
         return y.masked_fill_(is_past_end.unsqueeze(1), 0)  # torch leaves them unwritten
     y = x.new_empty(x.shape[0], weight.shape[1])
-    ends = _checked_ends(offs, x.shape[0])
-    for expert, (start, end) in enumerate(pairwise([0, *ends])):
-        if end > start:
-            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
-    y[ends[-1] :].zero_()
+    *expert_rows, past_end = _rows_of_experts(offs, x.shape[0])
+    for expert, rows in enumerate(expert_rows):
+        if rows.stop > rows.start:
+            torch.mm(x[rows], weight[expert].t(), out=y[rows])
+    y[past_end].zero_()
     return y
 
 
@@ -55,17 +55,16 @@ def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
         offs: Where the rows of each expert end [e] (int32).
     """
     dW = g.new_zeros(offs.shape[0], g.shape[1], x.shape[1])
-    ends = _checked_ends(offs, g.shape[0])
-    for expert, (start, end) in enumerate(pairwise([0, *ends])):
-        if end > start:
-            torch.mm(g[start:end].t(), x[start:end], out=dW[expert])
+    for expert, rows in enumerate(_rows_of_experts(offs, g.shape[0])[:-1]):
+        if rows.stop > rows.start:
+            torch.mm(g[rows].t(), x[rows], out=dW[expert])
     return dW
 
 
-def _torch_runs(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product runs.
+def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's grouped product accepts these tensors.
 
-    It does for bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
+    It accepts bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
     """
     if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
         return False
@@ -77,16 +76,17 @@ def _torch_runs(x: Tensor, weight: Tensor) -> bool:
     return x.stride(0) % 8 == 0 and wide_stride % 8 == 0
 
 
-def _checked_ends(offs: Tensor, rows: int) -> list[int]:
-    """Returns the values of offs.
+def _rows_of_experts(offs: Tensor, rows: int) -> list[slice]:
+    """Returns the rows of each expert, and then the rows past the last end.
 
     Raises:
-        ValueError: If they do not ascend in [0, rows].
+        ValueError: If offs does not ascend in [0, rows].
     """
     ends = offs.tolist()
-    if any(first > second for first, second in pairwise([0, *ends, rows])):
+    spans = [slice(start, end) for start, end in pairwise([0, *ends, rows])]
+    if any(span.start > span.stop for span in spans):
         raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")
-    return ends
+    return spans
 
 
 @fake_kernel("grouped_mm")
@@ -151,16 +151,14 @@ def linear(
         y = grouped_mm(rows.contiguous(), weight, offs)
     if bias is None:
         return y
-    expert = fallback.cores_of_groups(offs, len(y), len(bias))
+    expert = cores_of_groups(offs, len(y), len(bias))
     has_expert = (expert >= 0).unsqueeze(1)
     return y + torch.where(has_expert, bias[expert.clamp(min=0)], 0)
 
 
 def _differentiable_product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """`grouped_mm` in PyTorch operations, for torch.func, which custom operators do not support."""
-    ends = _checked_ends(offs, len(x))
-    products = [
-        x[start:end] @ weight[expert].T for expert, (start, end) in enumerate(pairwise([0, *ends]))
-    ]
-    past_end = x.new_zeros(len(x) - ends[-1], weight.shape[1])
-    return torch.cat([*products, past_end])
+    *expert_rows, past_end = _rows_of_experts(offs, len(x))
+    products = [x[rows] @ weight[expert].T for expert, rows in enumerate(expert_rows)]
+    zeros = x.new_zeros(past_end.stop - past_end.start, weight.shape[1])
+    return torch.cat([*products, zeros])

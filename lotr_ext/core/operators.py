@@ -44,7 +44,8 @@ TWO_PASS = 0  # the base product, then the adapter's product is added to it
 BETA = 1  # the adapter's product, then the base product accumulates onto it
 FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BETA
 
-_PLAIN_TYPES = {Tensor, nn.Parameter}
+# The types whose subclasses the kernels do not see. NoneType is that of an absent argument.
+PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
 def _load_library() -> None:
@@ -86,18 +87,20 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-# Each of these four functions calls one operator. Under a dispatch mode it runs the steps of that
-# operator instead, because the mode must see the base product as an operator of PyTorch: selective
-# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
-# operators. A recomputation without the mode has the same saved tensors.
 _layer_forward = private.direct_call(lotr.layer_forward.default)
 _layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
 _layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
 _layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
 
 
+# The next four functions call one operator each. Under a dispatch mode they run the steps of that
+# operator instead, because the mode must see the base product as an operator of PyTorch: selective
+# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
+# operators. A recomputation without the mode has the same saved tensors.
+
+
 def _mode_is_active(x: Tensor) -> bool:
-    return private.dispatch_mode_count() and type(x) in _PLAIN_TYPES
+    return private.dispatch_mode_count() > 0 and type(x) in PLAIN_TYPES
 
 
 def layer_forward(
@@ -112,7 +115,11 @@ def layer_forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T."""
+    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T.
+
+    Args:
+        x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
+    """
     if not _mode_is_active(x):
         return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
     base_output = nnf.linear(x, weight, bias)
@@ -131,7 +138,11 @@ def layer_forward_few_tokens(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A."""
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
@@ -150,7 +161,11 @@ def layer_forward_projected(
     scaling: float,
     strategy: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T."""
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
@@ -161,7 +176,11 @@ def layer_forward_projected(
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
-    """Returns y = x W^T + bias + h B^T."""
+    """Returns y = x W^T + bias + h B^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
     if not _mode_is_active(x):
         return _layer_forward_rows(x, weight, bias, h, B, strategy)
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
@@ -224,7 +243,7 @@ def _new_factor_dtype(*factors: Tensor) -> torch.dtype:
 def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
     torch._check(
         x.shape[-1] == weight.shape[1],
-        lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}",
+        lambda: f"lotr: x: expected {weight.shape[1]} columns, as weight has, got {x.shape}",
     )
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -351,9 +370,8 @@ def _(u, cores, index, offs, tokens, scaling):
 
 @fake_kernel("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores):
-    du = _empty_rows(u, *u.shape) if need_u else u.new_empty(0, 0)
-    shape = cores.shape if need_cores else (0, 0, 0)
-    return du, u.new_empty(shape, dtype=accumulate_dtype(u.dtype))
+    du = _empty_rows(u, *u.shape) if need_u else None
+    return du, _empty_gradient(cores, accumulate_dtype(u.dtype), need_cores)
 
 
 # ---- dropout_mask --------------------------------------------------------------------------------
@@ -364,6 +382,13 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     """Returns the mask [rows, cols] that the operators' dropout draws from (p, seed).
 
     An element is 0 where x is dropped and 1 / (1 - p) where it is kept.
+
+    Args:
+        rows: The rows of x.
+        cols: The columns of x.
+        p: The probability of dropping an element.
+        seed: One int64.
+        dtype: The dtype of the mask, which is on the seed's device.
     """
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     ones = torch.ones(1, 1, dtype=dtype, device=seed.device)

@@ -58,9 +58,8 @@ def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
         return BETA
     if name is not None:
         return STRATEGIES[name]
-    if not isinstance(tokens, int):
-        return BETA
-    return BETA if tokens >= BETA_TOKENS else TWO_PASS
+    are_few = isinstance(tokens, int) and tokens < BETA_TOKENS
+    return TWO_PASS if are_few else BETA
 
 
 @functools.cache
@@ -94,7 +93,8 @@ def fused_obstacle(
 def strategy_note(k: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> str:
     """Returns how LOTR_STRATEGY changes a layer [k] -> [n], for `explain`: "" if it does not.
 
-    The arguments are as for `fused_obstacle`.
+    Args:
+        k: As for `fused_obstacle`, as are the others.
     """
     name = strategy_from_environment()
     if name is None or device.type != "cuda":

@@ -24,7 +24,7 @@ from ..core.operators import DTYPES, accumulate_dtype
 from ..factors import LoTRFactors, set_unregistered
 from ..init import fill_core_
 from ..layers import features, is_conv1d
-from ..wrapped import LoTRWrapped, layer_class, mergeable
+from ..wrapped import LoTRWrapped, check_mergeable, layer_class
 from .config import LoTRPeftConfig
 
 __all__ = ["LoTRPeftAdapter", "LoTRPeftLinear"]
@@ -246,7 +246,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         names = [name for name in names if name in self.lotr_adapter]
         if not names:
             return
-        weight = mergeable(self.base_layer).detach()
+        weight = check_mergeable(self.base_layer).detach()
         backup = self.weight_backup
         if backup is None:
             backup = weight.clone()
@@ -268,7 +268,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        mergeable(self.base_layer).detach().copy_(self.weight_backup)
+        check_mergeable(self.base_layer).detach().copy_(self.weight_backup)
         self.weight_backup = None
         self.merged_adapters.clear()
 

@@ -49,7 +49,7 @@ from ..targets import (
     tied_names,
     why_not_adapted,
 )
-from ..wrapped import mergeable
+from ..wrapped import check_mergeable
 from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
@@ -258,7 +258,7 @@ class LoTRPeftModel(BaseTuner):
         super()._check_merge_allowed()
         for name, layer in self._layers().items():
             try:
-                mergeable(layer.base_layer)
+                check_mergeable(layer.base_layer)
             except TypeError as error:
                 raise TypeError(f"{error} ({name})") from None
 
