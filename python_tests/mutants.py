@@ -43,6 +43,7 @@ DESELECTED = "not instruction and not libraries"  # tests that start the suite a
 
 # The tests of a file, in the order in which they run. The first prefix that matches counts.
 TESTS = {
+    "lotr_ext/core/call.py": ("experts", "operators"),
     "lotr_ext/core/dispatch.py": ("layers", "programs", "tasks", "compile", "frames", "experts"),
     "lotr_ext/core/request.py": ("layers", "tasks", "experts"),
     "lotr_ext/core/fallback.py": ("operators", "layers", "merging", "bad_input", "experts"),
