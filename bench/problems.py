@@ -236,6 +236,15 @@ def changed(net: Net, shared: float, generator: torch.Generator) -> Net:
 Texts = tuple[list[list[int]], Tensor]
 
 
+@lru_cache
+def text_classifier() -> type[nn.Module]:
+    """Returns the TextClassifier of the examples, whose modules import each other by name."""
+    sys.path.append(str(ROOT / "examples"))
+    from common import TextClassifier
+
+    return TextClassifier
+
+
 class Classified(Problem):
     """MiniLM with a new linear head on the mean of its last hidden states.
 
@@ -268,11 +277,9 @@ class Classified(Problem):
         self.parts["training"] = encoded(texts)
 
     def model(self, seed: int) -> nn.Module:
-        sys.path.append(str(ROOT / "examples"))
-        from common import TextClassifier
-
+        classifier = text_classifier()
         torch.manual_seed(seed)
-        return TextClassifier(copy.deepcopy(self.encoder), 2)
+        return classifier(copy.deepcopy(self.encoder), 2)
 
     def batches(self, seed: int) -> Iterator[Texts]:
         """Twenty batches at a time are sorted by length, to reduce padding."""
