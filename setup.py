@@ -11,8 +11,6 @@ Environment variables (an empty value counts as unset):
 `pip install -v` shows the progress of the compilation.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

@@ -7,8 +7,6 @@ include each other; both use tensor_view.h. simt/module, which is in no wheel, i
 cuda.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

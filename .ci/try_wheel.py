@@ -1,7 +1,5 @@
 """Tries an installed wheel: layers against float64, a model that trains, its adapter on disk."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 

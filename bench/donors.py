@@ -6,8 +6,6 @@ Perl's modules (Artistic), and rated snippets (MIT). Texts, gradients and pairs 
 stored in demo_results/transfer.
 """
 
-from __future__ import annotations
-
 import gettext
 import os
 import re
@@ -62,7 +60,7 @@ class Form(NamedTuple):
     b: str = ""
 
     @staticmethod
-    def of(text: str) -> Form:
+    def of(text: str) -> "Form":
         pair, group, rank, core, *words = text.split("/")
         r_in, _, r_out = rank.partition("x")
         ranks = (int(r_in), int(r_out or r_in))

@@ -4,8 +4,6 @@ A problem (a synthetic teacher, a sentence encoder on rated texts, a language mo
 fresh models, endless training batches, the loss of a batch, and the losses of held-out items.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import random
@@ -499,7 +497,7 @@ class Trained(NamedTuple):
     head: list[nn.Parameter]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Trained:
+    def of(cls, model: nn.Module) -> "Trained":
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         head = {n: p for n, p in parameters.items() if "head" in n.split(".")}
         return cls([p for n, p in parameters.items() if n not in head], list(head.values()))

@@ -7,8 +7,6 @@ and a program that is ended keeps the rounds that it has measured. With --agains
 another checkout runs in turns with this one.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import itertools
@@ -229,7 +227,7 @@ class Program:
         )
         return DEVICE_LOST if results.device_is_lost() else int(bool(results.failures))
 
-    def _measure(self, case: Case, options: argparse.Namespace, results: Results) -> None:
+    def _measure(self, case: Case, options: argparse.Namespace, results: "Results") -> None:
         """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
         torch.set_num_threads(case["threads"])
         group = self.build(case, options)

@@ -14,8 +14,6 @@ lotr_ext.core is imported inside the functions, and not at all on a CPU: with --
 measures an older lotr_ext that has no strategies.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +56,7 @@ class Tensors:
     @classmethod
     def random(
         cls, k: int, n: int, rank: int, dtype: torch.dtype, device: str, seed: int = 0
-    ) -> Tensors:
+    ) -> "Tensors":
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> Tensor:
@@ -74,10 +72,10 @@ class Tensors:
             b=normal(n, scale=1.0),
         )
 
-    def double(self) -> Tensors:
+    def double(self) -> "Tensors":
         return Tensors(**{name: t.double() for name, t in vars(self).items()})
 
-    def adapter_in(self, dtype: torch.dtype) -> Tensors:
+    def adapter_in(self, dtype: torch.dtype) -> "Tensors":
         """Returns the same with A, B and core in another dtype."""
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), core=self.core.to(dtype))
 

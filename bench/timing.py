@@ -5,8 +5,6 @@ time is the median over rounds. A ratio is the median of per-round ratios, with 
 paired bootstrap over rounds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -66,7 +64,7 @@ class Step:
         for stage in self.stages.values():
             state = stage(state)
 
-    def with_peak(self, device: str) -> Step:
+    def with_peak(self, device: str) -> "Step":
         """Adds the peak of its memory to the facts.
 
         The first run is not measured: it makes caches and the optimizer's state.

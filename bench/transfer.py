@@ -27,8 +27,6 @@ items (these three as in bench.accuracy), seconds, commit. A row of transfer_col
 text under its LoRA, or as a task of a bank. The time of a step: python -m bench.model.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """A hook of mkdocs.yml: adds the pictures of bench/results, outside of docs/, to the site."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

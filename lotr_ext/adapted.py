@@ -11,8 +11,6 @@ The layers only refer to these modules.
 Not here: making them (model.py, tasks.py) and what a layer computes (layers.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -20,16 +18,6 @@ from torch import nn
 
 from .factors import set_unregistered
 from .layers import LoTRLayer, device_of
-
-__all__ = [
-    "Attachment",
-    "adapted_layers",
-    "attach",
-    "compute_device",
-    "detach_all",
-    "expect_unmerged",
-    "layers_in",
-]
 
 # Modules that count their children, iterate over them, or call them one after another.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -14,8 +14,6 @@ Not here: how an adapter is taken from a model and put into one (files.py), how 
 and read (storage.py), formats of older versions (old_files.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,8 +38,6 @@ from .storage import (
     tensors_in,
 )
 from .targets import name_ends_with
-
-__all__ = ["FILE_NAME", "AdapterState", "LayerEntry"]
 
 FILE_NAME = "lotr_adapter.safetensors"
 VERSION = "3"  # 1 and 2 were a JSON file next to a safetensors file
@@ -73,7 +69,7 @@ class LayerEntry:
     experts: int = 0
 
     @staticmethod
-    def from_json(value: object) -> LayerEntry:
+    def from_json(value: object) -> "LayerEntry":
         """Returns the entry in a JSON object.
 
         Raises:
@@ -134,7 +130,7 @@ class AdapterState:
         }
 
     @staticmethod
-    def from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
+    def from_document(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "AdapterState":
         """Returns the adapter of a document and its tensors.
 
         Args:
@@ -219,7 +215,7 @@ class AdapterState:
     # ---- files -----------------------------------------------------------------------------------
 
     @staticmethod
-    def read(directory: Path) -> AdapterState:
+    def read(directory: Path) -> "AdapterState":
         """Reads the adapter in a directory, also one of an older version.
 
         Raises:

@@ -4,8 +4,6 @@ A checksum would differ after a cast. The values of one base agree up to the rou
 the coarsest dtype of base weights. Quantized parameters are skipped.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -18,8 +16,6 @@ from .checks import check_number
 from .sharded_tensors import full_shape, is_sharded
 from .storage import expect_type
 from .targets import saved_in
-
-__all__ = ["BaseModel", "refuse_or_warn"]
 
 Gather = Callable[[Tensor], Tensor]  # returns the full tensor of one that may be sharded
 PARAMETERS = 8  # how many frozen parameters are sampled
@@ -34,7 +30,7 @@ class BaseModel:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
-    def from_json(value: object) -> BaseModel:
+    def from_json(value: object) -> "BaseModel":
         """Returns what a JSON object has.
 
         Raises:
@@ -54,7 +50,7 @@ class BaseModel:
         return base
 
     @staticmethod
-    def of(model: nn.Module, gather: Gather) -> BaseModel:
+    def of(model: nn.Module, gather: Gather) -> "BaseModel":
         """Returns the base of an adapted model.
 
         Args:

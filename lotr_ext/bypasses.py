@@ -9,15 +9,11 @@ models of transformers             resize_token_embeddings copies the weight of 
                                    into a new layer: refused if the output layer is adapted
 """
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from torch import nn
 
 from .layers import LoTRLayer
-
-__all__ = ["block_bypasses", "restore_bypasses", "why_not_called"]
 
 # The attributes on which the fast paths depend. Nothing else reads them.
 _FAST_PATH_ATTRIBUTES = {

@@ -3,8 +3,6 @@
 Not here: checks that need a model (targets.py) or a layer (layers.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

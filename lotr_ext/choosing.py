@@ -9,8 +9,6 @@
 The rank is the largest one with at most this number of parameters.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -19,8 +17,6 @@ from torch import nn
 from .checks import check_dimension
 from .config import LoTRConfig
 from .targets import Selection, select
-
-__all__ = ["rank_for"]
 
 # Where the recipe changes its form, in ranks of a LoRA: between the sizes that were measured
 # (docs/choosing.md), 1 and 4 at their geometric mean.

@@ -3,8 +3,6 @@
 Not here: which layers of a model a configuration means (targets.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,8 +16,6 @@ from .core.operators import DTYPES
 from .cores import FORMS
 from .factors import Scaling, scaling_of
 from .init import CORE_INITS, FACTOR_INITS
-
-__all__ = ["GroupBy", "LoTRConfig", "check_choice", "place_of"]
 
 DIAGONAL = ("diagonal", "cp")  # forms of cores with r numbers on the diagonal, see `scaling_of`
 GROUPS = ("shape", "block", "name", "layer", "width")
@@ -148,7 +144,7 @@ class LoTRConfig:
     core: str | Callable[..., Any] = "dense"
     task_type: str | None = None
 
-    def __new__(cls, *_: Any, **settings: Any) -> LoTRConfig:
+    def __new__(cls, *_: Any, **settings: Any) -> "LoTRConfig":
         # Before __init__, in which Python would only call the argument unexpected.
         check_names(settings, cls)
         return super().__new__(cls)
@@ -256,7 +252,7 @@ class LoTRConfig:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> "LoTRConfig":
         """Returns the configuration that `to_dict` described.
 
         Raises:

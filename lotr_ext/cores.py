@@ -16,8 +16,6 @@ the forms that use neither. docs/relatives.md has the sources.
 Not here: how a layer uses a form (`LoTRLayer.use_core`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -49,9 +47,9 @@ class CoreAt(nn.Module):
             model of `apply_lotr`.
     """
 
-    cores: Cores
+    cores: "Cores"
 
-    def __init__(self, cores: Cores, index: int, owned: bool = True):
+    def __init__(self, cores: "Cores", index: int, owned: bool = True):
         super().__init__()
         self.index = index
         if owned:

@@ -10,8 +10,6 @@ Not here: the experts classes of transformers (transformers_experts.py) and the 
 (core/grouped.py, core/dispatch.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,8 +32,6 @@ from .core.call import LayerCall, RowChoice, cores_of_groups
 from .core.request import ADAPTER_OFF, state_of
 from .factors import LoTRFactors, Scaling, factors_for, scaling_of
 from .layers import LoTRLayer
-
-__all__ = ["LoTRExperts", "Routing", "lotr_grouped_linear"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ its layers, and so that one A can be paired with several B.
 Not here: the layers, which hold the cores G_l (layers.py).
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -24,8 +22,6 @@ from .core.dispatch import Caches
 from .core.factor_cache import FactorCache
 from .core.operators import accumulate_dtype
 from .init import START, fill_factor_
-
-__all__ = ["LoTRFactor", "LoTRFactors", "Scaling", "check_factors", "factors_for", "scaling_of"]
 
 Scaling = float | Literal["auto"]
 DEFAULT_RANK = 8
@@ -189,7 +185,7 @@ class LoTRFactors(nn.Module):
         self._set_pair(A, B)
 
     @staticmethod
-    def of(A: LoTRFactor, B: LoTRFactor) -> LoTRFactors:
+    def of(A: LoTRFactor, B: LoTRFactor) -> "LoTRFactors":
         """Returns the pair of two existing factors, which may also be in other pairs.
 
         Raises:

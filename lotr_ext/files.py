@@ -4,8 +4,6 @@ Not here: an adapter's file (adapter_state.py), what identifies a base model (ba
 in several processes (sharded.py).
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 import warnings
@@ -31,8 +29,6 @@ from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
 from .storage import checked_path, expect_names
 from .targets import parameter_name, saved_in, select, tied_names
-
-__all__ = ["load_adapter", "load_state", "push_to_hub", "save_adapter", "state_of"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Strictness = bool | Literal["targets"]

@@ -6,8 +6,6 @@ torch calls a hook for the steps of all optimizers of the process. It is registe
 model that is watched, so importing lotr_ext changes nothing.
 """
 
-from __future__ import annotations
-
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,9 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapted import layers_in
-
-__all__ = ["Check", "check_layers_are_called", "check_optimizer", "check_unmerged", "watch"]
-
 
 # Receives a model and the parameters of an optimizer that has made a step, with the gradients that
 # it used still in place. Returns the warnings, or None if this step shows nothing yet.

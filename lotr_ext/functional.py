@@ -1,7 +1,5 @@
 """lotr_linear, the functional form of an adapted layer."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .checks import (
@@ -14,8 +12,6 @@ from .checks import (
 )
 from .core import dispatch
 from .core.call import LayerCall, RowChoice
-
-__all__ = ["lotr_linear"]
 
 
 def lotr_linear(

@@ -1,7 +1,5 @@
 """`python -m lotr_ext.info [--plans M K N r]`: what was built, and what runs on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import platform
@@ -18,8 +16,6 @@ from .core.kernel_support import (
     kernel_obstacle,
 )
 from .core.strategy import strategy_from_environment
-
-__all__ = ["main", "plans", "report"]
 
 _LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
 

@@ -14,8 +14,6 @@
 Not here: which layers of a model start how (model.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack

@@ -8,8 +8,6 @@ Not here: a layer for any other base (wrapped.py) and for experts (experts.py), 
 (factors.py), and how a call runs (core/dispatch.py).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
@@ -34,8 +32,6 @@ from .factors import (
 )
 from .sharded_tensors import is_in_fsdp1, is_sharded
 
-__all__ = ["LoTRConv1D", "LoTRLayer", "LoTRLinear"]
-
 Layer = TypeVar("Layer", bound="LoTRLayer")
 
 
@@ -45,7 +41,7 @@ class _CoreAttribute:
     It has no `__set__`, so that assigning a Parameter still registers it.
     """
 
-    def __get__(self, layer: LoTRLayer | None, owner: type | None = None) -> Tensor:
+    def __get__(self, layer: "LoTRLayer | None", owner: type | None = None) -> Tensor:
         if layer is None:
             return self
         core = layer._parameters.get("core")

@@ -5,8 +5,6 @@
 Not here: merging one layer (layers.py, wrapped.py) and taking the adapter off (`unload`, model.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -17,8 +15,6 @@ from .adapted import adapted_layers, expect_unmerged
 from .first_step import check_unmerged, watch
 from .layers import LoTRLayer
 from .targets import tied_names
-
-__all__ = ["merge", "merge_layers", "unmerge"]
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,8 +10,6 @@ refer to them.
 Not here: the selection (targets.py), merging (merging.py), reports (reports.py), files (files.py).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -42,15 +40,6 @@ from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
 from .transformers_experts import adapt_parameter
 from .wrapped import adapt
-
-__all__ = [
-    "LoTRConfig",
-    "adapted_layers",
-    "apply_lotr",
-    "disabled",
-    "init_from_gradient",
-    "unload",
-]
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -7,8 +7,6 @@
 Version 1 is of lotr_ext 0.1.0. This file turns both versions into the present one (files.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +16,6 @@ from torch import Tensor
 
 from .checks import check_rank
 from .storage import errors_of, expect_type, json_in, tensors_in
-
-__all__ = ["JSON_NAME", "config_of_version_1", "read", "remove", "start_key"]
 
 JSON_NAME = "lotr_adapter.json"
 _TENSORS = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")

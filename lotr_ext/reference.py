@@ -16,8 +16,6 @@ LoTR: arXiv 2402.01376. Tests compare the kernels of every device with these fun
 calls them at run time.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

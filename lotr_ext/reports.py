@@ -7,8 +7,6 @@
 Not here: the rule by which a call falls back (core/dispatch.py).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,14 +20,6 @@ from .core.call import LayerCall
 from .core.request import ADAPTER_OFF, state_of
 from .core.strategy import strategy_note
 from .layers import LoTRLayer
-
-__all__ = [
-    "TrainableSummary",
-    "explain",
-    "lotr_parameters",
-    "parameter_groups",
-    "trainable_summary",
-]
 
 # The group of a part of the adapter, and of any other parameter.
 _GROUPS = {"A": "factors", "B": "factors", "core": "cores", None: "other"}

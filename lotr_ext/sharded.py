@@ -8,8 +8,6 @@ full tensors for the file and shard them again.
 Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from os import PathLike

@@ -7,8 +7,6 @@ instances.
 Not here: models in several processes (sharded.py).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,19 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-__all__ = [
-    "copy_full",
-    "expect_full",
-    "full_shape",
-    "full_tensor",
-    "full_tensors_in",
-    "imported_class",
-    "is_dtensor",
-    "is_fsdp",
-    "is_in_fsdp1",
-    "is_sharded",
-]
 
 
 def imported_class(module: str, name: str) -> type | tuple[()]:

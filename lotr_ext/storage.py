@@ -6,8 +6,6 @@ the new one. Nothing in a file is ever executed.
 Not here: what the file of an adapter (adapter_state.py) and of a task (task_files.py) contains.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,19 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "checked_path",
-    "checksum",
-    "errors_of",
-    "expect_names",
-    "expect_type",
-    "json_in",
-    "json_object",
-    "put_file",
-    "put_tensors",
-    "tensors_in",
-]
 
 
 def checked_path(path: object, name: str) -> Path:

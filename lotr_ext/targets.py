@@ -5,8 +5,6 @@
 Not here: how they are adapted (model.py).
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import re
@@ -23,23 +21,6 @@ from .layers import LoTRLayer, features, is_conv1d
 from .sharded_tensors import is_dtensor, is_fsdp
 from .transformers_experts import CHILD, expert_obstacle, expert_sizes
 from .wrapped import LoTRWrapped, has_plain_weight, layer_class
-
-__all__ = [
-    "Selection",
-    "Target",
-    "check_targets",
-    "group_of",
-    "heads",
-    "linear_target",
-    "modules_with_names",
-    "name_ends_with",
-    "parameter_name",
-    "saved_in",
-    "saved_modules",
-    "select",
-    "tied_names",
-    "why_not_adapted",
-]
 
 # The heads of transformers' models, by the last part of their names.
 _HEADS = (

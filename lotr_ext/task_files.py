@@ -11,8 +11,6 @@
 Not here: the bank (tasks.py) and how files are written (storage.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,6 @@ from .checks import check_floating
 from .config import GroupBy
 from .storage import checksum, expect_names, put_tensors, tensors_in
 from .targets import group_of
-
-__all__ = ["TaskFormat", "factors_in_order", "task_metadata"]
 
 _IDENTITY = {"format": "lotr_task", "version": "1"}
 _ANOTHER_ADAPTER = "Load the adapter that it was trained with."

@@ -12,8 +12,6 @@ Not here: the file of a task (task_files.py), how a layer computes rows with dif
 (core/nodes.py), and tasks in vLLM (vllm/).
 """
 
-from __future__ import annotations
-
 import inspect
 import threading
 import warnings
@@ -34,8 +32,6 @@ from .first_step import watch
 from .layers import LoTRLayer
 from .storage import checked_path
 from .task_files import TaskFormat, factors_in_order
-
-__all__ = ["TaskBank", "use_tasks"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Mapping[str, Tensor] | str | PathLike[str]

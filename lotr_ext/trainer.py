@@ -5,8 +5,6 @@
 A checkpoint of the Trainer has all weights of the model, which are hundreds of times the adapter.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -16,8 +16,6 @@ Not here: what an adapter of experts computes (experts.py), and which parameters
 (targets.py).
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -29,8 +27,6 @@ from .core.operators import DTYPES
 from .experts import LoTRExperts, Routing
 from .factors import LoTRFactors, set_unregistered
 from .sharded_tensors import is_sharded
-
-__all__ = ["CHILD", "LoTRHostedExperts", "adapt_parameter", "expert_obstacle", "expert_sizes"]
 
 CHILD = "lotr"  # the child of an experts module that holds the adapters, by parameter
 _IMPLEMENTATION = "lotr"  # the name of our forward in transformers' interface

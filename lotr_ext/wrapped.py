@@ -7,8 +7,6 @@ Also `adapt`, which chooses the class of an adapted layer, and how W of a quanti
 Not here: layers that compute x W^T themselves (layers.py), and merging of models (merging.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -29,16 +27,6 @@ from .layers import (
     linear_of,
     plus,
 )
-
-__all__ = [
-    "LoTRWrapped",
-    "adapt",
-    "check_mergeable",
-    "dequantizer",
-    "has_plain_weight",
-    "layer_class",
-]
-
 
 # ---- the weight of a base ------------------------------------------------------------------------
 

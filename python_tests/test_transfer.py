@@ -1,7 +1,5 @@
 """bench.transfer: what its pairs, forms, search and tables compute."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

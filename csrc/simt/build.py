@@ -10,8 +10,6 @@ has changed. Two compilers run at a time. On the command line, `python csrc/simt
 builds the module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """Builds the five kernels of docs/teaching/shrink.md, runs them, and prints their table."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

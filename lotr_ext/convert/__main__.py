@@ -1,7 +1,5 @@
 """The commands: python -m lotr_ext.convert COMMAND SOURCE DESTINATION."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

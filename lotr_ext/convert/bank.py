@@ -12,8 +12,6 @@ errors of all LoRAs is minimal.
 The LoRAs' files are read one group at a time, so memory does not grow with the collection's size.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import tempfile
@@ -37,8 +35,6 @@ from .to_lotr import (
     lost,
     tucker2_of_loras,
 )
-
-__all__ = ["BankConversion", "loras_to_bank"]
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,12 @@ With e experts of intermediate size i:
                     .lora_A.weight [r, k] and .lora_B.weight [i, r]
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .lora import LoRA
-
-__all__ = ["EXPERT_FORMS", "HOSTS", "Host", "expert_tensors"]
 
 Factors = tuple[Tensor, Tensor]  # lora_A, lora_B
 

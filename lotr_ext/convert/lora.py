@@ -5,8 +5,6 @@ Reads and checks a LoRA. Writes the two files of any adapter in PEFT's form.
 Not here: what LoTR writes into these files (to_lora.py, ../vllm).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -23,8 +21,6 @@ from torch import Tensor
 from ..checks import check_number
 from ..storage import checked_path, json_in, put_file, put_tensors
 from ..targets import name_ends_with
-
-__all__ = ["CONFIG_NAME", "LoRA", "LoRAFolder", "modules_of", "put_folder", "read_lora"]
 
 Source = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"

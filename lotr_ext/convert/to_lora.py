@@ -10,8 +10,6 @@ weights are W minus the start adapter; a LoRA for the unchanged W has to hold bo
 rank: [lora_B, -start_B] [lora_A; start_A].
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -45,8 +43,6 @@ from .lora import (
     read_config,
     tensors_of_peft,
 )
-
-__all__ = ["bank_of", "export_lora", "lotr_to_lora"]
 
 
 def export_lora(

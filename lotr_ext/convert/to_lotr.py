@@ -1,7 +1,5 @@
 """Converts a LoRA, or a checkpoint of the original implementation, to a LoTR adapter."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +17,6 @@ from ..init import START, tucker2_of
 from ..storage import checked_path
 from ..targets import Target, check_targets, group_of
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
-
-__all__ = ["Conversion", "lora_to_lotr", "original_to_lotr"]
 
 GROUPS_OF_ONE_SHAPE = ("shape", "block", "name", "layer")
 
@@ -70,7 +66,7 @@ class Conversion:
         layers: Mapping[str, ConvertedLayer],
         saved: Mapping[str, Tensor],
         errors: dict[str, float],
-    ) -> Conversion:
+    ) -> "Conversion":
         """Returns the adapter of converted layers.
 
         Args:

@@ -10,8 +10,6 @@ Two kinds:
 Not here: the dictionaries of nn.Module (`_parameters`, `_modules`), which other files read as well.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ y = x W^T + bias + s ((drop(x) A) G) B^T          one core for all rows
 y_i = base_i + s ((drop(x)_t(i) A) G_c(i)) B^T    with a RowChoice
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -26,7 +24,7 @@ class RowChoice(NamedTuple):
     tokens: Tensor | None = None
 
     @staticmethod
-    def of_index(index: Tensor, x: Tensor) -> RowChoice:
+    def of_index(index: Tensor, x: Tensor) -> "RowChoice":
         """Returns the choice of an index [b], [b, tokens] or [rows] for the rows of x [.., k]."""
         lead = x.shape[:-1]
         ones = (1,) * (len(lead) - index.dim())

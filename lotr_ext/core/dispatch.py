@@ -13,8 +13,6 @@
 Arguments are not checked here (functional.py and layers.py check them).
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 from typing import NamedTuple

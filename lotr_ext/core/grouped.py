@@ -10,8 +10,6 @@ The products are operators, so that a compiled graph contains no loop over exper
 Not here: the adapter (dispatch.py) and who sorts the rows (experts.py).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

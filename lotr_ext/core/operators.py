@@ -20,8 +20,6 @@ Not here: gradients (nodes.py), the same formulas in PyTorch (fallback.py), and 
 the kernels can run on a device (kernel_support.py).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path

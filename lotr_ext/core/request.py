@@ -9,8 +9,6 @@ Not here: what a state means to a layer (layers.py, experts.py) and where it is 
 tasks.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol

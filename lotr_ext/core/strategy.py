@@ -10,8 +10,6 @@ refuses run as beta, and `explain` says so.
 Not here: the strategies themselves (csrc/torch/layer.h).
 """
 
-from __future__ import annotations
-
 import functools
 import os
 

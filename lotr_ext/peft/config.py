@@ -1,7 +1,5 @@
 """LoTRPeftConfig: what `peft.get_peft_model` adapts and how, and its file."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,8 +10,6 @@ from peft.config import PeftConfig
 
 from ..config import LORA_SETTINGS, LoTRConfig, check_choice, check_names
 from ..old_files import config_of_version_1
-
-__all__ = ["LOTR", "LoTRPeftConfig"]
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
     raise ImportError(
@@ -116,7 +112,7 @@ class LoTRPeftConfig(PeftConfig):
         default=None, metadata={"help": "another name for rank"}
     )
 
-    def __new__(cls, *_: Any, **values: Any) -> LoTRPeftConfig:
+    def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
         # What an old file has and this class lacks is dropped by PEFT, with a warning.
         check_names((n for n, value in values.items() if value or n not in _FORMER), cls)
         return super().__new__(cls)

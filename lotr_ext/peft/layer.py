@@ -7,8 +7,6 @@ The first active adapter runs with the product of a plain base. The others are a
 Not here: the factors A and B, which the tuner owns (model.py).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,8 +24,6 @@ from ..init import fill_core_
 from ..layers import features, is_conv1d
 from ..wrapped import LoTRWrapped, check_mergeable, layer_class
 from .config import LoTRPeftConfig
-
-__all__ = ["LoTRPeftAdapter", "LoTRPeftLinear"]
 
 
 def _as_list(names: str | Sequence[str]) -> list[str]:

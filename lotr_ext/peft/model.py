@@ -22,8 +22,6 @@ registered once:
 The files leave out the adapter's name, as PEFT does. A layer's core refers to its pair of factors.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,8 +50,6 @@ from ..targets import (
 from ..wrapped import check_mergeable
 from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
-
-__all__ = ["LoTRPeftModel"]
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
 HALVES = (torch.bfloat16, torch.float16)

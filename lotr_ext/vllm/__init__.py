@@ -18,8 +18,6 @@ A task is a folder that the requests, resolvers and HTTP endpoints of vLLM accep
 This file needs no vLLM. Not here: the layers of vLLM with cores (engine.py).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ This file imports private names of vLLM. python_tests/serving uses each of them,
 version moves or drops one.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -45,8 +43,6 @@ from ..core import fallback
 from ..core.call import RowChoice
 from ..core.kernel_support import kernel_obstacle
 from . import Factors, read_task
-
-__all__ = ["install"]
 
 TESTED_VERSION = "0.32."
 lotr = torch.ops.lotr

@@ -4,8 +4,6 @@ Some tests also run on a CPU, which shows that they can pass: those with the par
 with a name that ends in _cpu.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests that need a GPU: graphs, streams, devices, more than 2^31 elements, the sanitizer."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

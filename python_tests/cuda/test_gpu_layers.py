@@ -1,7 +1,5 @@
 """Layers, experts, tasks and models on a GPU against float64; compiled, autocast, CUDA graphs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

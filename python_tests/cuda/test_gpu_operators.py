@@ -4,8 +4,6 @@ On a Hopper GPU also the strategy FUSED of the layer's operators, which runs gem
 tests run once on the CPU, which shows that the checks can pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -5,8 +5,6 @@ NaN: the columns between its rows, the rows after the last, and the elements bef
 kernel that reads any of it produces NaN.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

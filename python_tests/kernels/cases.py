@@ -4,8 +4,6 @@ A problem runs in the executor's module (csrc/simt). On a GPU the operators that
 run the table of test_operators.py (python_tests/cuda).
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -445,7 +443,7 @@ class Rounded:
         self.square = square
 
     @classmethod
-    def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> Rounded:
+    def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> "Rounded":
         """Returns scale left right. Its error is the error of the terms, which may cancel."""
         value = scale * (left @ right)
         return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))

@@ -1,7 +1,5 @@
 """The executor's module, built once, and the folders that its tests import from."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forw
 Prints one line for each failure and exits with 1 if there was one.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable, Iterator

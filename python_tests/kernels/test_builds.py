@@ -3,8 +3,6 @@
 The builds: race detector, sanitizers, coverage.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The compiled code: no spills, no stack, and the intended instructions."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections.abc import Iterator

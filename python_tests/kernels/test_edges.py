@@ -4,8 +4,6 @@ Rows without a core or token, offsets beyond 31 bits, a grid beyond its limit, b
 from LOTR_CUDA_PLAN, early launches.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

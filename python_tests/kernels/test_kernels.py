@@ -1,7 +1,5 @@
 """Every kernel, element type and shape against float64, with the same bits in several schedules."""
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import numpy as np

@@ -3,8 +3,6 @@
 test_builds.py skips barriers and waits; these are other mistakes.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

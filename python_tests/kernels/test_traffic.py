@@ -3,8 +3,6 @@
 python python_tests/kernels/test_traffic.py     writes traffic.json, after an improvement
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The executor's counters, for kernels with traffic that can be counted by hand (counters.cpp)."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

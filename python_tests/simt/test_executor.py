@@ -3,8 +3,6 @@
 test_mistakes.py has its errors.
 """
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The layouts are written here independently: the row and column of each lane's re
 which a swizzle moves an element.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Callable

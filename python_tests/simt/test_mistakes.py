@@ -4,8 +4,6 @@ The check that is named here finds each of them, and a correct kernel raises no 
 kernels are in python_tests/kernels/test_planted.py.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The five steps of docs/teaching: right in every schedule, without races, each with its gain."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

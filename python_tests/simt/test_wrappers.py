@@ -4,8 +4,6 @@ nvcc compiles each wrapper to its instruction. A host compiler rejects code that
 something else there. test_compiled.py (python_tests/kernels) checks the output of ptxas.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
