@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from helpers import copy64, sums_dtype
+from helpers import CLOSE, copy64, sums_dtype, worst
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -372,3 +372,28 @@ def no_grad_first(side: Side) -> Results:
     with torch.no_grad():
         y = side()
     return [y, *side.grad(loss(side()))]
+
+
+def agree(
+    net: Net,
+    context: Callable[[Side], Results],
+    x: Tensor,
+    close: float = CLOSE[torch.float64],
+    trains_x: bool = True,
+) -> None:
+    """Checks that a context returns the same for the net and for its truth.
+
+    Args:
+        net: the network.
+        context: what runs on both sides.
+        x: the input of the network.
+        close: the bound of the relative error of each result.
+        trains_x: whether x requires a gradient.
+    """
+    results = []
+    for side in sides(net, x, trains_x):
+        torch.manual_seed(0)
+        with net.request():
+            results.append(context(side))
+    error = worst(*results)
+    assert error < close, f"{error:.1e}"
