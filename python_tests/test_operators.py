@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -718,17 +719,22 @@ def test_the_check_of_a_device_also_while_a_caller_traces() -> None:
         assert "meta" in trial_obstacle(torch.device("meta"))
 
 
-def test_a_gpu_on_which_the_first_layer_is_wrong_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_on_which_the_first_layer_is_wrong_warns() -> None:
     """Layers then run the PyTorch fallback. That must not happen in silence."""
-    build = {"cuda": {"built": True, "archs": ["90a"]}}
-    monkeypatch.setattr(kernel_support, "build_info", lambda: build)
-    monkeypatch.setattr(kernel_support, "driver_obstacle", lambda: None)
-    monkeypatch.setattr(kernel_support, "trial_obstacle", lambda device: "got 135.0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    package = mock.patch.multiple(
+        kernel_support,
+        build_info=lambda: {"cuda": {"built": True, "archs": ["90a"]}},
+        driver_obstacle=lambda: None,
+        trial_obstacle=lambda device: "got 135.0",
+    )
+    gpu = mock.patch.multiple(
+        torch.cuda,
+        device_count=lambda: 1,
+        get_device_capability=lambda index: (9, 0),
+        is_current_stream_capturing=lambda: False,
+    )
     check_device = kernel_support.cuda_obstacle.__wrapped__  # without its cache
-    with pytest.warns(UserWarning, match=r"fallback.*got 135\.0"):
+    with package, gpu, pytest.warns(UserWarning, match=r"fallback.*got 135\.0"):
         assert "got 135.0" in check_device(0)
 
 
@@ -746,8 +752,7 @@ def test_reference_by_autograd() -> None:
     g = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, A, B, core, W, bias), g)
     gradients = reference.backward(g, x, W, A, B, core, 0.7, mask)
-    for gradient, truth in zip(gradients, expected, strict=True):
-        assert torch.allclose(gradient, truth, atol=1e-12)
+    assert worst(gradients, expected) < 1e-12
 
 
 def test_philox_known_answers() -> None:

@@ -431,13 +431,6 @@ def trained_tasks(model: nn.Module) -> TaskBank:
     return model.lotr_tasks.requires_grad_()
 
 
-def step_of(model: nn.Module, task: int, optimizer: torch.optim.Optimizer) -> None:
-    x = torch.randn(3, 5, zoo.WIDTH)
-    output(model, x, torch.full((3,), task)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_tasks_trained_one_after_another_do_not_move_each_other(
     model: nn.Module,
@@ -449,7 +442,10 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
         before = [core.detach().clone() for core in bank.cores]
         optimizer = kind(bank.parameters(), lr=0.1, weight_decay=0.0)
         for _ in range(3):
-            step_of(model, task, optimizer)
+            x = torch.randn(3, 5, zoo.WIDTH)
+            output(model, x, torch.full((3,), task)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
         for core, old in zip(bank.cores, before, strict=True):
             moved_tasks = {i for i in range(3) if not torch.equal(core[i], old[i])}
             assert moved_tasks == {task}
@@ -552,11 +548,10 @@ def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "disable_tqdm": True,
+        "gradient_checkpointing": checkpoints is not None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": bool(checkpoints)},
     }
-    if checkpoints is not None:
-        arguments["gradient_checkpointing"] = True
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpoints}
-        model.enable_input_require_grads()
+    model.enable_input_require_grads()
     data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(x, INDEX.tolist())]
     trainer = TaskTrainer(
         model,
@@ -580,11 +575,9 @@ def test_slots_are_added_replaced_and_removed(way: str, tmp_path: Path) -> None:
     model = trained("mlp", way)
     x = zoo.inputs("mlp", rows=2)
     bank = TaskBank(model, 2)
-    assert len(bank) == 0
     assert not any(parameter.requires_grad for parameter in bank.cores)
     assert bank.add() == 0  # a task starts at zero, as the base model
-    y = output(model, x, torch.tensor([0, -1]))
-    assert relative(y, output_of_task(model, -1, x)) < 1e-6
+    assert relative(output(model, x, torch.tensor([0, -1])), output_of_task(model, -1, x)) < 1e-6
     cores = {f"{n}.core": layer.core for n, layer in adapted_layers(model).items()}
     assert bank.add(cores) == 1
     assert relative(output(model, x, torch.tensor([1, 1])), zoo.output(model, x)) < 1e-6
