@@ -218,10 +218,9 @@ class Program(RuleBasedStateMachine):
         self.clear_gradients()
         x = x.detach().requires_grad_()
         layers = partial(checkpoint, run, x, use_reentrant=True)
-        actual, twin = self.pair_of(layers, partial(plain, x_twin.detach()))
-        scalar(actual).backward()
-        if twin.requires_grad:
-            scalar(twin).backward()
+        for y in self.pair_of(layers, partial(plain, x_twin.detach())):
+            if y.requires_grad:
+                scalar(y).backward()
         self.compare_gradients()
 
     @rule(v1=number, v2=number, kind=st.sampled_from(sorted(JOINS)))
@@ -235,21 +234,19 @@ class Program(RuleBasedStateMachine):
     @rule(v=newest)
     def backward(self, v: int) -> None:
         actual, twin = self.value(v)
-        if not twin.requires_grad:
-            return
-        scalar(actual).backward(retain_graph=True)
-        scalar(twin).backward(retain_graph=True)
-        self.compare_gradients()
+        if twin.requires_grad:
+            for y in (actual, twin):
+                scalar(y).backward(retain_graph=True)
+            self.compare_gradients()
 
     @rule()
     def backward_of_all(self) -> None:
         """Runs a backward without retain_graph, which frees the graphs."""
         self.clear_gradients()
-        loss = sum(scalar(actual) for actual, _ in self.values)
-        twin_loss = sum(scalar(twin) for _, twin in self.values)
-        if twin_loss.requires_grad:
-            loss.backward()
-            twin_loss.backward()
+        losses = [sum(map(scalar, values)) for values in zip(*self.values, strict=True)]
+        if losses[1].requires_grad:
+            for loss in losses:
+                loss.backward()
             self.compare_gradients()
         self.forget_graphs()
 
@@ -292,12 +289,11 @@ class Program(RuleBasedStateMachine):
 
     @rule(v=newest, vectors=st.integers(1, 3))
     def batched_gradients(self, v: int, vectors: int) -> None:
-        actual, twin = self.value(v)
-        if not twin.requires_grad:
-            return
+        pair = self.value(v)
         values = torch.linspace(-1, 1, vectors * TOKENS * K, dtype=torch.float64)
         dy = values.view(vectors, TOKENS, K)
-        self.compared((actual, twin), self.leaves(), grad_outputs=dy, is_grads_batched=True)
+        if pair[1].requires_grad:
+            self.compared(pair, self.leaves(), grad_outputs=dy, is_grads_batched=True)
 
     # ---- changes ---------------------------------------------------------------------------------
 
