@@ -87,22 +87,9 @@ class Cores(nn.Module):
         """Returns G [r_in, r_out] of the place with that index."""
         raise TypeError(f"{type(self).__name__} must define make")
 
-    def forward(self, index: int | Tensor) -> Tensor:
-        """Returns make(index).
-
-        Returns a tensor unchanged, because nn.Sequential calls all modules registered in it.
-        """
-        return index if isinstance(index, Tensor) else self.make(index)
-
-    def index(self, place: Hashable) -> int:
-        """Returns the index of a place.
-
-        Raises:
-            ValueError: If the place is unknown.
-        """
-        if place not in self.places:
-            raise ValueError(f"place: expected one of {self.places!r:.200}, got {place!r}")
-        return self.places.index(place)
+    def forward(self, index: int) -> Tensor:
+        """Returns make(index). Sharded training gathers the parameters around this call."""
+        return self.make(index)
 
     def at(self, place: Hashable, owned: bool = True) -> CoreAt:
         """Returns the module that computes the core of one place, for `LoTRLayer.use_core`.
@@ -114,7 +101,7 @@ class Cores(nn.Module):
         Raises:
             ValueError: If the place is unknown.
         """
-        return CoreAt(self, self.index(place), owned)
+        return CoreAt(self, self.places.index(place), owned)
 
     def begin_as_identity(self) -> None:
         """Sets G = I, for core_init="identity".
@@ -143,9 +130,6 @@ class LayersAndKinds(Cores):
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
-        for place in self.places:
-            if not (isinstance(place, tuple) and len(place) == 2):
-                raise TypeError(f"places: expected pairs (layer, kind), got {place!r}")
         self.layers = list(dict.fromkeys(layer for layer, _ in self.places))
         self.kinds = list(dict.fromkeys(kind for _, kind in self.places))
         self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]

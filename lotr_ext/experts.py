@@ -176,7 +176,6 @@ def lotr_grouped_linear(
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
     check_integers("offs", offs, torch.int32)
-    _check_device("offs", offs, x)
     if offs.shape != (experts,):
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
@@ -184,15 +183,9 @@ def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, toke
     if tokens is None:
         return
     check_integers("tokens", tokens, torch.int64)
-    _check_device("tokens", tokens, x)
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
     check_range("tokens", tokens, 0, len(x))
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
 
 
 # ---- the module ----------------------------------------------------------------------------------

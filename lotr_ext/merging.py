@@ -6,17 +6,14 @@ Not here: merging one layer (layers.py, wrapped.py) and taking the adapter off (
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .adapted import adapted_layers, expect_unmerged
-from .first_step import check_unmerged, watch
+from .adapted import Model, adapted_layers, expect_unmerged
+from .first_step import watch
 from .layers import LoTRLayer
 from .targets import tied_names
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge(
@@ -55,7 +52,7 @@ def merge(
     if not keep_backup:
         for layer in layers.values():
             layer.drop_backup()
-    watch(model, check_unmerged)
+    watch(model)
     return model
 
 

@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import (
+    Model,
     adapted_layers,
     attach,
     compute_device,
@@ -33,16 +34,13 @@ from .core import fallback
 from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
-from .first_step import check_layers_are_called, check_optimizer, watch
+from .first_step import watch
 from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
 from .transformers_experts import adapt_parameter
-from .wrapped import adapt
-
-Model = TypeVar("Model", bound=nn.Module)
-
+from .wrapped import LoTRWrapped, adapt, layer_class
 
 # ---- apply ---------------------------------------------------------------------------------------
 
@@ -80,10 +78,11 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     selection = select(model, config)
     with unchanged_on_error(model):
         install(model, selection)
-    frozen = []
-    for name, head in heads(model).items():
-        if not any(p.requires_grad for p in head.parameters()):
-            frozen.append(name)
+    frozen = [
+        name
+        for name, head in heads(model).items()
+        if not any(p.requires_grad for p in head.parameters())
+    ]
     if frozen:
         warnings.warn(
             f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. "
@@ -127,13 +126,20 @@ def install(model: nn.Module, selection: Selection) -> None:
             parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
     all_factors: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        layers = _adapt_group(model, group, targets, all_factors, config)
+        factors = pair_of(
+            all_factors,
+            group,
+            targets[0].sizes,
+            config,
+            device=compute_device(targets[0].module),
+            dtype=config.adapter_dtype,
+        )
+        layers = [_adapt_target(model, target, factors, config) for target in targets]
         if cores is not None:
             for target, layer in zip(targets, layers):
                 layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-    _warn_of_rank(config, all_factors)
     # After the layers: the owner of what is attached may depend on where they are.
     attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
@@ -145,40 +151,7 @@ def install(model: nn.Module, selection: Selection) -> None:
     model.lotr_config = config
     model.lotr_left_out = selection.left_out
     block_bypasses(model)
-    watch(model, check_optimizer)
-    watch(model, check_layers_are_called)
-
-
-def _adapt_group(
-    model: nn.Module,
-    group: str,
-    targets: Sequence[Target],
-    all_factors: MutableMapping[str, LoTRFactor],
-    config: LoTRConfig,
-) -> list[LoTRLayer]:
-    """Adapts the layers of one group. Adds its factors to all_factors if they are new."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lotr_ext: rank")  # `_warn_of_rank` warns once instead
-        factors = pair_of(
-            all_factors,
-            group,
-            targets[0].sizes,
-            config,
-            device=compute_device(targets[0].module),
-            dtype=config.adapter_dtype,
-        )
-    return [_adapt_target(model, target, factors, config) for target in targets]
-
-
-def _warn_of_rank(config: LoTRConfig, factors: Mapping[str, LoTRFactor]) -> None:
-    too_narrow = [f.features for f in factors.values() if f.rank > f.features]
-    if too_narrow:
-        warnings.warn(
-            f"lotr_ext: rank {config.rank} exceeds the width of {len(too_narrow)} of "
-            f"{len(factors)} factors, the least is {min(too_narrow)}. A lower rank gives the same "
-            f"functions.",
-            stacklevel=4,
-        )
+    watch(model)
 
 
 def pair_of(
@@ -201,9 +174,8 @@ def pair_of(
         device: The device of new factors.
         dtype: The dtype of new factors.
     """
-    init = config.init
-    if init == "svd":
-        init = "kaiming"  # the cheapest: `set_start` overwrites the values
+    # "kaiming" is the cheapest: `set_start` overwrites the values.
+    init = "kaiming" if config.init == "svd" else config.init
     pair = []
     for part, features, rank in zip("AB", sizes, config.ranks):
         owner = features if config.group_by == "width" else group
@@ -230,9 +202,7 @@ def _adapt_target(
     layer.leave_factors_to_owner()
     # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
     device = compute_device(target.module)
-    if layer.core.device != device:
-        core = torch.empty(layer.core.shape, device=device, dtype=layer.core.dtype)
-        layer.core = nn.Parameter(core)
+    layer.core = nn.Parameter(torch.empty_like(layer.core, device=device))
     fill_core_(layer.core, config.core_init)
     return layer
 
@@ -296,6 +266,11 @@ def _svd_start(targets: Sequence[Target], config: LoTRConfig) -> Start:
     """
     weights = []
     for target in targets:
+        if layer_class(target.module) is LoTRWrapped:
+            raise ValueError(
+                f'init: expected weights that "svd" can read and write, got {target.name!r} '
+                f"({type(target.module).__name__})"
+            )
         weight = target.module.weight
         weights.append(weight if isinstance(target.module, nn.Linear) else weight.T)
     A, B, cores = tucker2(weights, config.ranks)
@@ -388,11 +363,7 @@ def init_from_gradient(
                 f"core: expected zero for a start from the gradient, got other values in {name!r}"
             )
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
-        start = start_from_gradients(model, layers, batches, loss)
-    with torch.no_grad():
-        for factor, value in start.values:
-            factor.copy_(value)
-    return start.captured
+        return start_from_gradients(model, layers, batches, loss)
 
 
 # ---- unload --------------------------------------------------------------------------------------

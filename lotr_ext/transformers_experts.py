@@ -67,10 +67,8 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
     """
     kind = type(module).__name__
     tensor = module._parameters.get(parameter)
-    if tensor is None:
-        return f"no parameter of {kind}; target_modules adapts linear layers"
-    if tensor.dim() != 3:
-        return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
+    if tensor is None or tensor.dim() != 3:
+        return f"not a 3-D parameter of {kind}; target_modules adapts linear layers"
     if type(tensor) is not nn.Parameter or tensor.dtype not in DTYPES.values():
         return (
             f"experts of {kind} that are quantized or sharded ({type(tensor).__name__}, "
@@ -98,11 +96,8 @@ def _accepts_forward(module: nn.Module) -> bool:
 
 def _first_projection(module: nn.Module) -> str:
     """Returns the name of the parameter that is multiplied with the module's input."""
-    return "gate_up_proj" if _has_gate(module) else "up_proj"
-
-
-def _has_gate(module: nn.Module) -> bool:
-    return getattr(module, "has_gate", True)
+    # A class without the attribute has a gate.
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
 def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
@@ -154,13 +149,10 @@ class LoTRHostedExperts(LoTRExperts):
     def called_module(self) -> nn.Module:
         return self.host
 
-    def weight_matrix(self) -> Tensor:
-        return _weight_of(self.host, self.parameter)
-
     @property
     def weight(self) -> Tensor:
         """The host's W [e, n, k]."""
-        return self.weight_matrix()
+        return _weight_of(self.host, self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -174,7 +166,7 @@ class LoTRHostedExperts(LoTRExperts):
                 f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
                 f"{type(weight).__name__}"
             )
-        return self.weight_matrix()
+        return self.weight
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""
@@ -234,7 +226,7 @@ def _forward_of_host(
 
     first = _first_projection(host)
     y = _project(host, first, hidden_states, Routing(offs, tokens, tokens), hidden_states)
-    y = host._apply_gate(y) if _has_gate(host) else host.act_fn(y)
+    y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
     y = _project(host, "down_proj", y, Routing(offs, None, tokens), hidden_states)
     if getattr(host, "has_post_expert_norm", False):
         y = host.post_expert_norm(y)

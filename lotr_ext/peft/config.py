@@ -8,7 +8,7 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 
-from ..config import LORA_SETTINGS, LoTRConfig, check_choice, check_names
+from ..config import LoTRConfig, check_choice
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
@@ -62,8 +62,7 @@ class LoTRPeftConfig(PeftConfig):
         layers: The adapted layers with the names of their factors. Set when layers are adapted.
 
     Raises:
-        TypeError, ValueError: If a field has a wrong type or value, or is one that only PEFT's LoRA
-            has.
+        TypeError, ValueError: If a field has a wrong type or value.
     """
 
     rank: int | tuple[int, int] | None = field(
@@ -111,11 +110,6 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = field(
         default=None, metadata={"help": "another name for rank"}
     )
-
-    def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # What an old file has and this class lacks is dropped by PEFT, with a warning.
-        check_names((n for n, value in values.items() if value or n not in _FORMER), cls)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +179,6 @@ class LoTRPeftConfig(PeftConfig):
             value = kwargs.pop(name, None)
             if value and name != "share_factors":
                 raise TypeError(
-                    f"{name}: expected nothing, because this version does not have it, got "
-                    f"{value!r}. {LORA_SETTINGS[name]}"
+                    f"{name}: expected none, because this version does not have it, got {value!r}"
                 )
         return super().from_peft_type(**kwargs)

@@ -128,7 +128,7 @@ class LoTRPeftModel(BaseTuner):
         targets = self._targets(peft_config, model)
         if not targets:
             return  # PEFT raises a detailed error
-        check_targets(targets, peft_config.to_lotr())
+        check_targets(targets)
         self._groups = {target.name: target.group for target in targets}
         by_width = peft_config.group_by == "width"
         layers = []
