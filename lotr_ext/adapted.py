@@ -101,6 +101,7 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
         module: The module.
     """
     owner = _owner(model)
+    # Elsewhere, `model.<name>` is what users and files read.
     if owner is not model:
         set_unregistered(model, name, module)
     setattr(owner, name, module)

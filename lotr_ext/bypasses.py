@@ -55,6 +55,7 @@ def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) ->
                 setattr(module, attribute, False)
         if callable(getattr(module, "fuse_projections", None)) and _contains(module, layer_type):
             module.fuse_projections = _refuse_to_fuse
+        # Resizing only the input embedding would be right, but it resizes both.
         if callable(getattr(module, "resize_token_embeddings", None)):
             output = module.get_output_embeddings()
             if output is not None and _contains(output, layer_type):

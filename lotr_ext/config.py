@@ -31,6 +31,7 @@ def place_of(name: str) -> tuple[str, str]:
     "model.layers.3.self_attn.q_proj" has the place ("model.layers.3", "self_attn.q_proj"). A name
     without a number is a kind: ("", name).
     """
+    # As few dotted parts as possible, of which the last one ends with a number.
     match = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
     if match is None:
         return "", name
@@ -102,6 +103,7 @@ class LoTRConfig:
 
     def __post_init__(self) -> None:
         ranks = check_rank(self.rank)
+        # For its checks. The value is computed on demand, see `s`.
         scaling_of(self.rank, self.alpha, self.rslora, self.scaling)
         check_probability("dropout", self.dropout)
         if not callable(self.group_by) and not isinstance(self.group_by, Mapping):
@@ -112,18 +114,19 @@ class LoTRConfig:
         check_choice("core_init", self.core_init, CORE_INITS)
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES.values())
         check_choice("task_type", self.task_type, (*TASKS, None))
-        # The dataclass is frozen. These are one form of what was passed.
-        if not isinstance(self.rank, int):
-            object.__setattr__(self, "rank", ranks)
-        if isinstance(self.group_by, Mapping):
-            object.__setattr__(self, "group_by", dict(self.group_by))
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _pattern(name, getattr(self, name)))
-        for name in ("modules_to_save", "target_parameters", "train"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        # One form of what was passed makes equal settings equal. Not by assignments, because the
+        # dataclass is frozen.
+        vars(self).update(
+            rank=self.rank if isinstance(self.rank, int) else ranks,
+            group_by=dict(self.group_by) if isinstance(self.group_by, Mapping) else self.group_by,
+            target_modules=_pattern("target_modules", self.target_modules),
+            exclude_modules=_pattern("exclude_modules", self.exclude_modules),
+            modules_to_save=_names("modules_to_save", self.modules_to_save),
+            target_parameters=_names("target_parameters", self.target_parameters),
+            train=_names("train", self.train),
+        )
         self._check_combinations()
-        # In one order, so that equal settings make equal configurations.
-        object.__setattr__(self, "train", tuple(part for part in PARTS if part in self.train))
+        vars(self)["train"] = tuple(part for part in PARTS if part in self.train)
 
     def _check_combinations(self) -> None:
         svd = self.init == "svd"

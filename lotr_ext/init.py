@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_tensor
+
 __all__ = [
     "CORE_INITS",
     "FACTOR_INITS",
@@ -60,10 +62,12 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         The tensor.
 
     Raises:
-        ValueError: If init is unknown.
+        ValueError: If init is unknown, or tensor is not 2-D.
+        TypeError: If the tensor's dtype is not floating.
     """
     if init not in FACTOR_INITS:
         raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
+    check_tensor("tensor", tensor, "d", "r")
     if tensor.is_meta:
         return tensor
     d, r = tensor.shape
@@ -80,6 +84,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **options))
         # The signs make q uniform over all matrices with orthonormal columns.
         q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+        # A factor that is wider than long has orthonormal rows.
         values = q if r <= d else q.T
     return tensor.copy_(START * values)
 
@@ -123,12 +128,15 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     """
     d = blocks[0].shape[0]
     columns = sum(block.shape[1] for block in blocks)
+    # With few columns, all of them are in the span of a small basis.
     if r <= columns < d and columns <= _DENSE:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
+    # Few rows, or so many vectors that an iteration would not be cheaper.
     if d <= _DENSE or 8 * (r + _EXTRA_COLUMNS) >= d:
         gram = sum(block @ block.T for block in blocks)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
+    # From a seed, so that the same weights give the same factors in every process.
     generator = torch.Generator("cpu").manual_seed(0)
     subspace = torch.randn(
         d, r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
@@ -194,6 +202,7 @@ def tucker2_of(
     """
     A = leading_vectors(spans, min(rank[0], len(spans[0])))
     captured = -math.inf
+    # Each half-step is the best factor for the other one, so `captured` never falls.
     for _ in range(20):
         B = leading_vectors(right(A), min(rank[1], n))
         halves = left(B)
@@ -258,6 +267,7 @@ def start_from_gradients(
     Raises:
         TypeError, ValueError: As `lotr_ext.init_from_gradient`.
     """
+    # Four passes read them, and an iterator would be empty after the first.
     batches = list(batches)
     if not batches:
         raise ValueError("batches: expected at least one, got none")
@@ -293,6 +303,7 @@ def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
     """Returns orthonormal columns [features, rank + extra ones] on the factor's device."""
     columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
+    # The iteration needs columns of length 1, without START.
     return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
 
 
@@ -378,6 +389,7 @@ def _products_of_gradients(
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     all_products = []
+    # A batch norm, for example, counts the batches.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
@@ -398,6 +410,7 @@ def _products_of_gradients(
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
+    # Every process has other batches, and all of them need the same A and B.
     if dist.is_available() and dist.is_initialized():
         for products in all_products:
             dist.all_reduce(products.right)

@@ -99,7 +99,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     trained_before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
-    except BaseException:
+    except BaseException:  # also an interrupt
         if was_plain:
             without_adapters(model, layers_in(model))
         for p, requires_grad in trained_before:
@@ -199,6 +199,7 @@ def _adapt_target(
         layer = adapt(target.module, factors, **settings)
         for name in target.names:
             model.set_submodule(name, layer)
+    # `install` registers the factors once, with the model.
     layer.leave_factors_to_owner()
     # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
     device = compute_device(target.module)
@@ -291,6 +292,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start) -> None:
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
     for layer, core in zip(layers, start.cores):
+        # What is subtracted has the rounding of what the layer computes with.
         layer.start_core = core.to(layer.core)
         layer.core.copy_(layer.start_core)
         weight = layer._weight_to_write("init")
@@ -346,12 +348,13 @@ def init_from_gradient(
 
     Raises:
         TypeError: If experts are adapted.
-        ValueError: If a core is not zero; if there are no batches; if the loss is not a scalar, or
-            depends on no adapted layer; or if the gradients are not finite, or all zero.
-        RuntimeError: If the model has no adapter, or a merged one.
+        ValueError: If a core is not zero; if there are no batches; if the loss depends on no
+            adapted layer; or if the gradients are not finite, or all zero.
+        RuntimeError: If the model has no adapter, or a merged one; or if the loss is not a scalar.
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "init_from_gradient")
+    # At zero cores, the gradient of W is the one at which training starts.
     for name, layer in layers.items():
         if layer.num_experts:
             raise TypeError(
@@ -390,6 +393,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
         TypeError, ValueError, RuntimeError: As for `merge` and `unmerge`.
     """
     layers = adapted_layers(model)
+    # Before anything is merged.
     for name, layer in layers.items():
         if type(layer).to_base is LoTRLayer.to_base:
             raise TypeError(
@@ -408,11 +412,9 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     # By id, because one layer may have several names.
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
-    if isinstance(model, LoTRLayer):  # there is no place to put the plain layer
-        detach_all(model)
-        return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, LoTRLayer):
+        if name and isinstance(layer, LoTRLayer):
             model.set_submodule(name, bases[id(layer)])
     detach_all(model)
-    return model
+    # If the model is an adapted layer itself, there is no place to put the plain one.
+    return bases.get(id(model), model)

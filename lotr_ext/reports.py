@@ -43,10 +43,9 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
     """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
-    parts: dict[nn.Parameter, str] = {}
-    for layer in adapted_layers(model).values():
-        for part, parameter in layer.parts():
-            parts[parameter] = part
+    layers = adapted_layers(model).values()
+    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    # Not only of the model itself: an adapted model with a bank may be inside it.
     for module in model.modules():
         if isinstance(module, Attachment):
             parts.update(dict.fromkeys(module.parameters(), "core"))
@@ -139,10 +138,12 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     layers = adapted_layers(model).values()
     # Without the tasks of a bank, which `parts` lists as a module.
     adapter = {parameter: part for layer in layers for part, parameter in layer.parts()}
-    other_modules = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in adapter:
-            other_modules.append(name.rpartition(".")[0])
+    other_modules = [
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in adapter
+    ]
+    # A part that is frozen in some layers counts as trained.
     trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
     parameters = list(model.parameters())
     return TrainableSummary(

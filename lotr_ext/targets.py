@@ -31,7 +31,6 @@ _HEADS = (
     "cls_classifier",
     "distillation_classifier",
 )
-_OUTPUT = "the output layer or a head: name it to adapt it, or train it fully with modules_to_save"
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     config = _with_heads(model, config)
     _check_patterns(model, config)
     saved = saved_modules(model, config)
+    # These train fully, so that an adapter inside them would have no purpose.
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
     targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
@@ -114,6 +114,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
 def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    # A layer in several places has to be replaced in all of them.
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             modules.setdefault(id(module), (module, []))[1].append(name)
@@ -155,7 +156,7 @@ def _linear_targets(
         The targets, and as `Selection.left_out` the names of the others by the reason.
     """
     tied = tied_names(model)
-    outputs = output_layers(model)
+    outputs = output_layers(model) if config.everything else {}
     targets = []
     left_out: dict[str, list[str]] = {}
     for module, names in modules_with_names(model):
@@ -174,10 +175,9 @@ def _linear_targets(
             reason = "fully trained: modules_to_save"
         elif any(_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
-        elif config.everything and no_effect is not None:
-            reason = no_effect
-        elif config.everything and id(module) in outputs:
-            reason = _OUTPUT
+        elif config.everything:
+            # A layer that the user names is refused instead, see `linear_target`.
+            reason = no_effect or outputs.get(id(module))
         if reason is None:
             targets.append(linear_target(names, module, no_effect, config.group_by))
         else:
@@ -199,9 +199,8 @@ def _is_linear(module: nn.Module) -> bool:
 
     It also selects a quantized layer that is not an nn.Linear, such as HQQ's.
     """
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    return features(module) is not None and callable(getattr(module, "dequantize", None))
+    is_quantized = features(module) is not None and callable(getattr(module, "dequantize", None))
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
 
 
 def why_not_adapted(
@@ -316,19 +315,21 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     return known_heads
 
 
-def output_layers(model: nn.Module) -> set[int]:
-    """Returns the ids of the layers that "all-linear" leaves out, as in PEFT.
+def output_layers(model: nn.Module) -> dict[int, str]:
+    """Returns the layers that "all-linear" leaves out, as in PEFT, by id(module).
 
-    The output layers and heads of transformers' and timm's models.
+    The output layers and heads of transformers' and timm's models. The values are the reasons.
     """
     outputs = list(heads(model).values())
     for module in model.modules():
         for getter in ("get_output_embeddings", "get_classifier"):
             output = getattr(module, getter, lambda: None)()
+            # None without one, and a tuple of two for timm's distilled models.
             if isinstance(output, nn.Module):
                 outputs.append(output)
+    reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
     # A classifier may be a block of several layers.
-    return {id(child) for output in outputs for child in output.modules()}
+    return {id(child): reason for output in outputs for child in output.modules()}
 
 
 def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
@@ -424,8 +425,9 @@ def parameter_name(layer_name: str) -> str:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    is_wrapped = isinstance(model, (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel))
-    if is_wrapped or hasattr(model, "_orig_mod"):  # torch.compile's
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    # It reduces the gradients of those parameters that the model had when it was wrapped.
+    if is_ddp or hasattr(model, "_orig_mod"):  # torch.compile's
         raise TypeError(
             f"model: expected the plain model, before it is wrapped or compiled, got "
             f"{type(model).__name__}"
@@ -433,11 +435,13 @@ def _check_model(model: nn.Module) -> None:
     peft_layer = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     for name, module in model.named_modules():
         class_name = type(module).__name__
+        # Adapting freezes the model, so another adapter would stop training without an error.
         if isinstance(module, LoTRLayer):
             raise RuntimeError(
                 f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
                 f"unload(model) first."
             )
+        # FSDP shards what it finds when it wraps a module, and moves the weights.
         if is_fsdp(module):
             raise TypeError(
                 f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
@@ -461,6 +465,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
             continue
         names = parameters if field == "target_parameters" else modules
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
+        # One by one, so that a misspelt name among others does not adapt less than was meant.
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
                 raise ValueError(
@@ -472,6 +477,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
 
 def check_targets(targets: Sequence[Target]) -> None:
     """Checks that the layers of each group have one shape."""
+    # By the name of the group, because a mapping or a callable may join any layers.
     first: dict[str, Target] = {}
     for target in targets:
         other = first.setdefault(target.group, target)

@@ -72,6 +72,7 @@ class TaskFormat:
             TypeError, ValueError: If it is another file, or a task of another adapter.
         """
         tensors, metadata = tensors_in(path, where)
+        # Names and shapes first, because they say best how another adapter differs.
         self.check(tensors, where)
         for key, expected in self.metadata().items():
             if metadata.get(key) != expected:
@@ -83,6 +84,7 @@ class TaskFormat:
 
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of the file of such a task."""
+        # One number if all layers have it, as after `apply_lotr`.
         scaling = json.dumps(list(self.scalings))
         if len(set(self.scalings)) == 1:
             scaling = repr(self.scalings[0])
@@ -107,10 +109,12 @@ def factors_in_order(
     """
     entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
     for name, (A, B) in pairs.items():
+        # The layers themselves are not needed: a callable group_by is saved as its mapping.
         sizes = (A.shape[0], B.shape[0])
         group = group_of(name, None, sizes, group_by)
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
             entries.setdefault(id(factor), (owner, part, factor))
+    # By owner and part. Two factors never have both in common, so tensors are not compared.
     in_order = sorted(entries.values(), key=lambda entry: entry[:2])
     return [(part, factor) for _, part, factor in in_order]

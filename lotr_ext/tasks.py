@@ -86,9 +86,10 @@ class TaskBank(Attachment):
                 )
         self.cores = nn.ParameterList()
         for layer in layers.values():
-            like = layer.core.detach()
-            empty = torch.zeros(tasks, *like.shape, dtype=like.dtype, device=like.device)
+            core = layer.core.detach()
+            empty = core.new_zeros(tasks, *core.shape)
             self.cores.append(nn.Parameter(empty, requires_grad=False))
+        # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         # In a dictionary, because the model has registered the layers already.
         self._layers = {**layers}
@@ -97,10 +98,9 @@ class TaskBank(Attachment):
         # Two adapters of experts have one host, which is called.
         for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
-        if not isinstance(model, LoTRLayer):
-            before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
-            after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
-            self._hooks += [before, after]
+        before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
+        after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
+        self._hooks += [before, after]
         watch(model)
 
     def on_detach(self) -> None:
@@ -129,10 +129,11 @@ class TaskBank(Attachment):
             The slot, which an index names.
 
         Raises:
-            RuntimeError: If no slot is free.
+            RuntimeError: If no slot is free, or if a core is sparse or on the meta device.
             TypeError, ValueError: If source is not a task of this adapter: other layers, ranks,
                 scalings or factors. Nothing is changed then.
         """
+        # Outside of the lock, because reading a file takes longer than all else.
         cores = self._checked_cores(source)
         with _changes:
             free = (~self.taken).nonzero()
@@ -155,7 +156,7 @@ class TaskBank(Attachment):
         """Removes a task. Its slot becomes zero and free.
 
         Raises:
-            TypeError, ValueError: If there is no such task.
+            ValueError: If there is no such task.
         """
         cores = self._checked_cores(None)
         with _changes:
@@ -165,7 +166,7 @@ class TaskBank(Attachment):
         """Returns the cores of a task by `<layer>.core`, as views of the bank.
 
         Raises:
-            TypeError, ValueError: If there is no such task.
+            ValueError: If there is no such task.
         """
         slot = self._slot(task)
         return {
@@ -284,9 +285,8 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         )
     has_experts = any(layer.num_experts for layer in layers.values())
     request = _Request(index, flat=flat or has_experts)
-    states: dict[nn.Module, Any] = {}
-    if not isinstance(model, LoTRLayer):
-        states[model] = request
+    # For the hooks. A model that is one adapted layer has the layer's state instead.
+    states: dict[nn.Module, Any] = {model: request}
     for layer, cores in zip(layers.values(), bank.cores, strict=True):
         states[layer] = _LayerTasks(cores, request.index_of)
     with open_request(states):
@@ -307,6 +307,7 @@ def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
             f"index: expected shape [b] for a model with an encoder and a decoder, which have "
             f"different tokens, got {tuple(index.shape)}"
         )
+    # Reading values of a GPU would wait for it. A free slot computes as the base model there.
     if index.device.type != "cpu" or bank.taken.device.type != "cpu":
         return
     tasks = index[index >= 0]
@@ -357,6 +358,7 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
+        # Copied once per device, not once per layer.
         index = self._index_on.get(x.device)
         if index is None:
             index = self.index.to(x.device)
@@ -382,6 +384,7 @@ class _Request:
 
     def _columns(self, index: Tensor, tokens: int) -> Tensor:
         """Returns the columns of an index [b, columns] for the tokens of a layer's input."""
+        # The recomputed forward may be any of the context's, with a cache or without.
         if self.cached is None and self.had_cache and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
@@ -419,10 +422,12 @@ def _note_cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.cached = _cached_tokens(model, args, kwargs)
+        # Kept after the forward, for a checkpoint that recomputes in backward.
         request.had_cache = request.had_cache or request.cached is not None
 
 
 def _forget_cached_tokens(model: nn.Module, args: tuple, output: object) -> None:
+    # A layer that is called outside of the model's forward has no cache.
     request = state_of(model)
     if isinstance(request, _Request):
         request.cached = None
@@ -434,6 +439,7 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
     Raises:
         ValueError: If the cache does not tell how many tokens it holds.
     """
+    # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     arguments = {**bound, **bound.get("kwargs", {})}
     caches = [

@@ -124,7 +124,7 @@ class LoTRHostedExperts(LoTRExperts):
     """The adapter of one 3-D parameter of an experts module, its host.
 
     Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names, and
-    passes them in its forward: sharded training has gathered them then.
+    passes them in its forward: sharded training has gathered them then. `apply_lotr` freezes them.
     """
 
     def __init__(
@@ -139,11 +139,8 @@ class LoTRHostedExperts(LoTRExperts):
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
-        weight = getattr(host, parameter)
-        weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self._add_adapter(factors, scaling, dropout, weight.device, lead=(self.num_experts,))
+        lead = (self.num_experts,)
+        self._add_adapter(factors, scaling, dropout, self.weight.device, lead)
         self.train(host.training)
 
     def called_module(self) -> nn.Module:
@@ -173,6 +170,7 @@ class LoTRHostedExperts(LoTRExperts):
         self.give_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
+        # With its last adapter, the host is as it was.
         if not adapted:
             self.host.config = adapted.config
             delattr(self.host, CHILD)
@@ -219,6 +217,7 @@ def _forward_of_host(
         [m, hidden] in the dtype of hidden_states.
     """
     m, top_k = top_k_index.shape
+    # Sorted by expert, because a grouped product reads consecutive rows.
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     next_expert = torch.arange(1, host.num_experts + 1, device=expert.device, dtype=expert.dtype)
     offs = torch.searchsorted(expert, next_expert, out_int32=True)
@@ -232,6 +231,7 @@ def _forward_of_host(
         y = host.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
+    # Back to the order of the tokens, whose top_k rows are then neighbors.
     row_of = torch.empty_like(order)
     row_of[order] = torch.arange(order.shape[0], device=order.device)
     # A sum over a dimension, and not index_add_: its order is fixed, so the result is reproducible.
@@ -247,6 +247,7 @@ def _project(
     if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(host, CHILD)._modules.get(parameter)
+    # Only one of the two parameters may be adapted.
     if layer is None:
         return grouped.linear(x, weight, bias, routing.offs, routing.reads)
     return layer.routed(x, weight, bias, routing, request_input=hidden_states)

@@ -26,7 +26,7 @@ from lotr_ext import (
     adapt,
     lotr_linear,
 )
-from lotr_ext.init import fill_core_
+from lotr_ext.init import fill_core_, fill_factor_
 
 Row = tuple[str, str, Callable[[], object]]
 NAN = math.nan
@@ -173,6 +173,12 @@ CORE: list[Row] = [
     ("core of another shape", "core", wrong_form(Returns(torch.zeros(3, 2)))),
     ("core of another dtype", "core", wrong_form(Returns(torch.zeros(2, 2).double()))),
     ("core None", "core", wrong_form(Returns(None))),
+    ("fill a vector", "tensor", lambda: fill_factor_(torch.empty(3), "normal")),
+    (
+        "fill integers",
+        "tensor",
+        lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal"),
+    ),
     ("fill a core by an unknown init", "core_init", lambda: fill_core_(torch.empty(3, 2), "ones")),
     # calls
     ("x too narrow", "x", call(x=torch.randn(5, 5))),

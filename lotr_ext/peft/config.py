@@ -26,9 +26,8 @@ class PeftType(str, Enum):
 
 LOTR = PeftType.LOTR
 
-# Fields of the first version that a file may have. share_factors can be ignored, because such a
-# file contains A and B.
-_FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
+# Fields of the first version that a file may have, and that this version lacks.
+_FORMER = ("magnitude", "use_dora", "target_parameters")
 # Fields that LoTRConfig has, too.
 _SHARED = (
     "rank",
@@ -111,6 +110,16 @@ class LoTRPeftConfig(PeftConfig):
         default=None, metadata={"help": "another name for rank"}
     )
 
+    def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
+        # From the file of another version, PEFT's base class would drop them with a warning.
+        for name in _FORMER:
+            if values.get(name):
+                raise TypeError(
+                    f"{name}: expected none, because this version does not have it, got "
+                    f"{values[name]!r}"
+                )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOTR
@@ -175,10 +184,6 @@ class LoTRPeftConfig(PeftConfig):
         if kwargs.get("scaling") in (None, "auto"):
             rank = kwargs.get("rank") or 16
             kwargs["scaling"] = config_of_version_1({**kwargs, "rank": rank})["scaling"]
-        for name in _FORMER:
-            value = kwargs.pop(name, None)
-            if value and name != "share_factors":
-                raise TypeError(
-                    f"{name}: expected none, because this version does not have it, got {value!r}"
-                )
+        kwargs.pop("share_factors", None)  # such a file contains A and B
+        kwargs = {name: value for name, value in kwargs.items() if value or name not in _FORMER}
         return super().from_peft_type(**kwargs)
