@@ -73,9 +73,10 @@ class BaseModel:
             ValueError: If the base is another one and refuse is set.
         """
         parameters = _comparable(model)
-        for name, expected in self.values.items():
-            # All processes gather in the same order, which is the file's.
-            actual = _sample(gather(parameters[name])) if name in parameters else expected
+        # Processes that hold shards gather together, so all need one order: the file's.
+        for name in filter(parameters.__contains__, self.values):
+            actual = _sample(gather(parameters[name]))
+            expected = self.values[name]
             if not _agree(actual, expected):
                 message = (
                     f"base: expected the model that the adapter was trained on "

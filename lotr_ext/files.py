@@ -515,7 +515,7 @@ def _copy_to(
         copy(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)
     first = next(iter(state.layers.values()))
-    # An equal configuration stays, because its alpha says more than the number that follows from it.
+    # An equal configuration stays: its alpha says more than the number that follows from it.
     if config is not None and (config.s, config.dropout) != (first.scaling, first.dropout):
         model.lotr_config = replace(
             config, alpha=None, rslora=False, scaling=first.scaling, dropout=first.dropout
