@@ -460,7 +460,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
             continue
         names = parameters if field == "target_parameters" else modules
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
-        # One by one, so that a misspelt name among others does not adapt less than was meant.
+        # One by one, so that a misspelt name among others is noticed.
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
                 raise ValueError(
