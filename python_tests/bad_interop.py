@@ -109,7 +109,15 @@ _CONFIG: list[Row] = [
     ),
     ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),
     ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
-    ("PEFT use_dora", "use_dora", _config("use_dora", True)),
+    *(
+        (f"PEFT {name}", name, _config(name, value))
+        for name, value in {
+            "use_dora": True,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "trainable_token_indices": [1],
+        }.items()
+    ),
     ("PEFT magnitude", "magnitude", _config("magnitude", True)),
     (
         "PEFT target_parameters",
