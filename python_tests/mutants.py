@@ -194,7 +194,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", help="part of a file's name or of a description")
-    parser.add_argument("--tenth", type=int, help="a number: only every tenth fault, from its digit")
+    parser.add_argument(
+        "--tenth", type=int, help="a number: only every tenth fault, from its digit"
+    )
     parser.add_argument("--list", action="store_true", help="check the texts without a run")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start no further fault after this time"

@@ -24,7 +24,6 @@ from lotr_ext import (
     load_adapter,
     save_adapter,
     use_tasks,
-    vllm,
 )
 from lotr_ext.adapted import layers_in
 from lotr_ext.adapter_state import AdapterState
@@ -79,6 +78,19 @@ def lora_model(folder: Path, net: str = "attention") -> nn.Module:
 def output(model: nn.Module, net: str = "attention") -> Tensor:
     inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
     return zoo.output(inner, zoo.inputs(net))
+
+
+def changes(
+    adapter: AdapterState, tensors: dict[str, Tensor], cores: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the change of each layer's weight, s B G^T A^T, in float64."""
+    return {
+        layer: entry.scaling
+        * tensors[entry.B].double()
+        @ cores[f"{layer}.core"].double().mT
+        @ tensors[entry.A].double().mT
+        for layer, entry in adapter.layers.items()
+    }
 
 
 # ---- LoTR to LoRA --------------------------------------------------------------------------------
@@ -272,18 +284,16 @@ def test_a_lora_in_a_pickle_and_one_of_zeros(tmp_path: Path) -> None:
 
 def test_at_a_lower_rank_the_error_is_reported(tmp_path: Path) -> None:
     lora("attention", tmp_path)
-    layers = read_lora(tmp_path)[0]
+    deltas = {name: layer.B @ layer.A for name, layer in read_lora(tmp_path)[0].items()}
     converted = lora_to_lotr(tmp_path, rank=3, dtype=torch.float64)
     lost = 0.0
-    for name, entry in converted.adapter.layers.items():
-        A, B, core = (converted.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
-        delta = layers[name].B @ layers[name].A
-        rest = delta - entry.scaling * B @ core.mT @ A.mT
-        assert float(rest.norm() / delta.norm()) == pytest.approx(converted.errors[name], abs=1e-6)
-        lost += float(rest.square().sum())
+    for name, change in changes(converted.adapter, converted.tensors, converted.tensors).items():
+        error = relative(change, deltas[name])
+        assert error == pytest.approx(converted.errors[name], abs=1e-6)
+        lost += error**2 * float(deltas[name].square().sum())
     # No A of rank 3 loses less than all but the three largest singular values of the deltas.
-    deltas = torch.cat([(layer.B @ layer.A).mT for layer in layers.values()], 1)
-    squares = torch.linalg.svdvals(deltas).square()
+    stack = torch.cat([delta.mT for delta in deltas.values()], 1)
+    squares = torch.linalg.svdvals(stack).square()
     least = float(squares[3:].sum())
     assert least <= lost < min(float(squares.sum()), 3 * least)
 
@@ -302,17 +312,6 @@ def collection(folder: Path) -> list[Path]:
     for seed, (name, settings) in enumerate(COLLECTION.items()):
         lora("attention", folder / name, seed=seed, **settings)
     return [folder / name for name in COLLECTION]
-
-
-def approximations(directory: Path, name: str) -> dict[str, Tensor]:
-    """The changes of all layers by a bank's task, in float64."""
-    adapter = AdapterState.read(directory)
-    cores = load_file(directory / "tasks" / f"{name}.safetensors")
-    changes = {}
-    for layer, entry in adapter.layers.items():
-        A, B = (adapter.tensors[key].double() for key in (entry.A, entry.B))
-        changes[layer] = entry.scaling * B @ cores[f"{layer}.core"].double().mT @ A.mT
-    return changes
 
 
 @pytest.mark.parametrize(("group_by", "rank"), [("layer", 8), ("shape", 16), ("block", (16, 15))])
@@ -341,24 +340,24 @@ def test_the_error_of_each_lora_is_that_of_its_task(group_by: str, tmp_path: Pat
     path = tmp_path / "legal" / "adapter_model.safetensors"
     save_file({key: 10.0 * tensor for key, tensor in load_file(path).items()}, path)
     bank = loras_to_bank(sources, tmp_path / "bank", rank=2, group_by=group_by, dtype=torch.float64)
-    lost: dict[str, float] = {}
+    adapter = AdapterState.read(tmp_path / "bank")
+    total = 0.0
     stacks: dict[str, list[Tensor]] = {}  # of each group, the changes by all LoRAs
     for source in sources:
-        changes = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
-        norm = sum(float(change.square().sum()) for change in changes.values())
-        kept = approximations(tmp_path / "bank", source.name)
-        rest = [change - changes.get(name, 0) for name, change in kept.items()]
-        lost[source.name] = sum(float(change.square().sum()) for change in rest) / norm
-        for name, change in changes.items():
-            group = name if group_by == "layer" else "all"
-            stacks.setdefault(group, []).append(change / norm**0.5)
-    for name, square in lost.items():
-        assert bank.errors[name] == pytest.approx(square**0.5, abs=1e-7)
+        deltas = {name: layer.B @ layer.A for name, layer in read_lora(source)[0].items()}
+        norm = sum(float(delta.square().sum()) for delta in deltas.values()) ** 0.5
+        kept = changes(adapter, adapter.tensors, load_file(bank.files[source.name]))
+        rest = [change - deltas.get(name, 0) for name, change in kept.items()]
+        lost = sum(float(change.square().sum()) for change in rest) / norm**2
+        assert bank.errors[source.name] == pytest.approx(lost**0.5, abs=1e-7)
+        total += lost
+        for name, delta in deltas.items():
+            stacks.setdefault(name if group_by == "layer" else "all", []).append(delta / norm)
     # No pair of rank 2 loses less than the singular values after the second, of all D or D^T.
     for dimension in (0, 1):
-        sides = [torch.cat(changes, dimension) for changes in stacks.values()]
+        sides = [torch.cat(matrices, dimension) for matrices in stacks.values()]
         least = sum(float(torch.linalg.svdvals(side)[2:].square().sum()) for side in sides)
-        assert least - 1e-9 <= sum(lost.values()) <= 2.5 * least
+        assert least - 1e-9 <= total <= 2.5 * least
 
 
 def test_a_share_sets_the_rank(tmp_path: Path) -> None:
@@ -380,20 +379,6 @@ def test_a_share_sets_the_rank(tmp_path: Path) -> None:
     ranks = list(errors)
     assert ranks == sorted(ranks) and ranks[0] < ranks[-1] == 3
     assert errors[3] < 1e-6 < errors[ranks[0]]
-
-
-def test_a_bank_is_served_by_vllm(tmp_path: Path) -> None:
-    bank = loras_to_bank(collection(tmp_path), tmp_path / "bank", rank=4)
-    model = load_adapter(zoo.net("attention"), tmp_path / "bank")
-    tasks = TaskBank(model, 3)
-    vllm.export_factors(model, tmp_path / "factors")
-    factors = vllm.read_factors(tmp_path / "factors")
-    for file in bank.files.values():
-        vllm.export_task(model, tmp_path / "task", task=tasks.add(file))
-        vector = vllm.read_task(tmp_path / "task", factors)
-        cores = load_file(file)
-        for layer, span in factors.spans.items():
-            assert relative(vector[span].view(4, 4) / bank.config.s, cores[f"{layer}.core"]) < 1e-6
 
 
 def with_other_sizes(folder: Path) -> None:

@@ -84,9 +84,7 @@ def check_readme(names: dict[str, object], output: str, folder: Path) -> None:
     (summary,) = [line for line in output.splitlines() if line.startswith("LoTR: ")]
     assert summary in " ".join(text.split())
     (command,) = re.findall(r"`python (-m lotr_ext.convert [^`]*)`", text)
-    program = [sys.executable, *shlex.split(command)]
-    process = subprocess.run(program, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
     assert (folder / "as-lora" / "adapter_model.safetensors").is_file()
 
 
@@ -121,17 +119,13 @@ def commands() -> list[str]:
 
 
 def help_of(program: list[str]) -> str:
-    command = [sys.executable, *program, "--help"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    return subprocess.check_output([sys.executable, *program, "--help"], cwd=ROOT, text=True)
 
 
 def program_of(words: list[str]) -> tuple[list[str], list[str]]:
     """Splits a command into the program that Python runs and its arguments."""
     if words[0] == "make":
-        target = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True)
-        assert target.returncode == 0
+        subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
         arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
         return MAKE_PROGRAMS.get(words[1], []), shlex.split(" ".join(arguments))
     if words[0] == "pip":
