@@ -56,28 +56,15 @@ def expect_names(what: str, expected: Collection[str], actual: Collection[str]) 
         )
 
 
-def expect_type(name: str, value: object, kind: type) -> None:
-    """Checks the type of a value in a JSON document.
-
-    Args:
-        name: The name of the field, for the error.
-        value: The value of the field.
-        kind: The expected type.
-
-    Raises:
-        TypeError: If it has another one. A bool is not an int.
-    """
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
-
-
 @contextmanager
-def errors_of(name: str) -> Iterator[None]:
-    """Puts a name before the message of a TypeError or ValueError from inside."""
+def errors_of(where: str) -> Iterator[None]:
+    """Turns whatever Python raises for a malformed document into one ValueError that names it."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # With its type, because a KeyError prints only the key.
+        problem = f"{type(error).__name__}: {error!s:.500}"
+        raise ValueError(f"{where}: expected a well-formed adapter, got {problem}") from None
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -157,11 +157,6 @@ _CONVERT: list[Row] = [
     ("export_lora into 3", "directory", lambda: export_lora(_model(), 3)),
     ("export_lora into a file", "directory", lambda: export_lora(_model(), _checkpoint())),
     (
-        "export_lora of a task without a bank",
-        "task",
-        lambda: export_lora(_model(), _folder(), task=0),
-    ),
-    (
         "export_lora with a wrong task_type",
         "task_type",
         lambda: export_lora(_model(), _folder(), task_type="X"),
@@ -199,20 +194,10 @@ _CONVERT: list[Row] = [
         "source",
         lambda: original_to_lotr(_checkpoint(a=torch.ones(1))),
     ),
-    (
-        "original_to_lotr modules_to_save",
-        "modules_to_save",
-        lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"]),
-    ),
 ]
 _VLLM: list[Row] = [
     ("export_factors of a plain model", "model", lambda: export_factors(zoo.net("mlp"), _folder())),
     ("export_task into 3", "directory", lambda: export_task(_model(), 3)),
     ("export_task into a file", "directory", lambda: export_task(_model(), _checkpoint())),
-    (
-        "export_task of a task without a bank",
-        "task",
-        lambda: export_task(_model(), _folder(), task=0),
-    ),
 ]
 BAD_INTEROP: list[Row] = [*_CONFIG, *_PEFT, *_CONVERT, *_VLLM]

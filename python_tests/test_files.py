@@ -473,9 +473,6 @@ OF_DOCUMENTS: dict[str, Change] = {
     "another rank": changed("config", rank=2),
     "computed cores that the file lacks": changed("config", core="tucker"),
     "an unknown dtype": changed("config", adapter_dtype="complex64"),
-    "modules_to_save that are a word": changed(modules_to_save="head"),
-    "modules_to_save with a number": changed(modules_to_save=[3]),
-    "other modules_to_save": changed("config", modules_to_save=None),
 }
 OF_FILES: dict[str, Change] = {
     "no file": lambda folder: (folder / FILE_NAME).unlink(),
@@ -497,11 +494,8 @@ OF_FILES: dict[str, Change] = {
     "endless brackets": lambda folder: sealed(folder, "[" * 200_000, tensors_in(folder)),
     "a base that is a list": changed(base=[]),
     "a base with an unknown field": changed(base={"names": "x"}),
-    "a base whose name is a number": changed("base", name=3),
     "values of the base that are a list": changed("base", values=[1.0]),
     "a value of the base that is a word": changed("base", values={"head.weight": ["x"]}),
-    "tied parameters that are a word": changed(tied="head"),
-    "tied parameters with a number": changed(tied=[3]),
     "another tensor": of_tensors("extra", torch.zeros(2)),
     "a tensor less": of_tensors("head.bias", None),
     "no core": of_tensors("blocks.1.up.core", None),
@@ -589,7 +583,7 @@ def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(
         return tensor
 
     monkeypatch.setattr(torch, "zeros", small)
-    with pytest.raises(ValueError, match=r"lotr_cores.slices: expected \[700, 700, 700\]"):
+    with pytest.raises(ValueError, match=r"lotr_cores: expected .*slices': \[700, 700, 700\]"):
         load_adapter(zoo.net("mlp"), folder)
 
 
@@ -746,34 +740,23 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
 # ---- other places --------------------------------------------------------------------------------
 
 
-# A file in a folder, whether it is passed in place of the folder, and the message.
+# A file in a folder, and the message.
 WRONG_FOLDERS = [
-    ("adapter_config.json", '{"peft_type": "LORA"}', "got a LoRA.*lora_to_lotr"),
-    (
-        "adapter_config.json",
-        '{"peft_type": "LOTR"}',
-        r"got a LoTR adapter.*PeftModel.from_pretrained, or .* lotr_ext.convert.lotr_to_lora",
-    ),
-    ("adapter_config.json", '{"peft_type": "IA3"}', "got an? .*IA3.*PeftModel.from_pretrained"),
-    ("adapter_config.json", '{"peft_type": 3}', "got an? .*PeftModel.from_pretrained"),
-    ("notes.txt", "", "got .*folder, which has no adapter. Pass the folder"),
-    ("config.json", "{}", "save_pretrained or a Trainer wrote .*AdapterCheckpoints"),
+    ("notes.txt", r"got .*folder, which has no adapter. Pass the folder"),
+    ("config.json", r"save_pretrained or of a Trainer.*AdapterCheckpoints"),
+    ("adapter_config.json", r"of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
 ]
 
 
-@pytest.mark.parametrize(("file", "text", "message"), WRONG_FOLDERS)
-def test_a_folder_without_an_adapter_is_named(
-    file: str, text: str, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("file", "message"), WRONG_FOLDERS)
+def test_a_folder_without_an_adapter_is_named(file: str, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=r"got .*folder, which does not exist. Pass the folder"):
+    with pytest.raises(ValueError, match=r"got .*folder, which is no folder. Pass the folder"):
         load_adapter(zoo.net("mlp"), folder)
     folder.mkdir()
-    (folder / file).write_text(text)
+    (folder / file).write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_adapter(zoo.net("mlp"), folder)
-    with pytest.raises(ValueError, match=r"got the file .*Pass the folder"):
-        load_adapter(zoo.net("mlp"), folder / file)
 
 
 def test_pushes_to_a_hub_and_loads_from_it(

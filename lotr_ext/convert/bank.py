@@ -60,7 +60,7 @@ class Collection:
             raise ValueError(f"sources: expected a list of folders, got {sources!r:.80}")
         self.folders: dict[str, LoRAFolder] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
-        squares: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
         for source in sources:
             name = checked_path(source, "sources").resolve().name
             if name in self.folders:
@@ -74,16 +74,15 @@ class Collection:
                     f"sources: expected LoRAs without modules_to_save, because a task is only its "
                     f"cores, got {min(folder.saved)} in {folder.path}"
                 )
-            squares[name] = 0.0
+            self.norms[name] = 0.0
             for layer, lora in folder.items():
                 if self.sizes.setdefault(layer, lora.sizes) != lora.sizes:
                     raise ValueError(
                         f"sources: expected LoRAs of one base model, got {layer!r} of "
                         f"{self.sizes[layer]} and of {lora.sizes} in {folder.path}"
                     )
-                squares[name] += lora.norm**2
+                self.norms[name] = math.hypot(self.norms[name], lora.norm)
             self.folders[name] = folder
-        self.norms = {name: math.sqrt(square) for name, square in squares.items()}
 
     def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
         """Returns the LoRAs of these layers by (name, layer).

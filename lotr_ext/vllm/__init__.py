@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
 from ..convert.lora import CONFIG_NAME, put_folder
-from ..convert.to_lora import bank_of
 from ..files import save_adapter, state_of
 from ..old_files import start_key
 from ..storage import checked_path, json_in
@@ -159,14 +158,15 @@ def export_task(
             None, as the model was loaded.
 
     Raises:
-        RuntimeError: If the model has no adapter, or no bank for the task.
+        RuntimeError: If the model has no adapter.
+        AttributeError: If a task is given and the model has no TaskBank.
         ValueError: If there is no such task, if the engine cannot hold the adapter, or if directory
             is a file.
     """
     directory = checked_path(directory, "directory")
     adapter = state_of(model)
     factors = factors_of(adapter, "export_task")
-    cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
+    cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
     task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
