@@ -257,17 +257,6 @@ def test_warns_of_what_the_file_lacks(
     assert message is None or re.search(message, texts[0])
 
 
-@pytest.mark.parametrize(
-    ("in_file", "in_model"), [("shape", "name"), ("name", "shape"), ("block", "layer")]
-)
-def test_factors_shared_in_another_way_are_refused(
-    in_file: str, in_model: str, tmp_path: Path
-) -> None:
-    other = started("attention", group_by=in_model)
-    with pytest.raises(ValueError, match=r"layers.*: expected .*factors"):
-        reloaded(trained("attention", group_by=in_file), other, tmp_path)
-
-
 def test_computed_cores_in_another_order_are_refused(tmp_path: Path) -> None:
     save_adapter(trained("mlp", "diagonal"), tmp_path)
     document = document_of(tmp_path)
