@@ -458,7 +458,6 @@ def test_selects_layers(
             assert parameter.requires_grad == is_saved, name
 
 
-# Settings for a model in another one, what is left out, and the number of adapted layers.
 # A model, settings, a part of the reason for each layer that is left out, and how many are adapted.
 LEFT_OUT = [
     ("llama", {}, {"lm_head": "the output layer"}, 14),
@@ -870,7 +869,7 @@ def test_another_default_device_changes_nothing(x: Tensor) -> None:
 
 
 def offloaded() -> nn.Module:
-    """Returns the zoo's Llama with accelerate's hooks. Between forwards, its weights are on meta."""
+    """Returns the zoo's Llama with weights that are on the meta device between forwards."""
     accelerate = pytest.importorskip("accelerate")
     model = zoo.net("llama")
     accelerate.cpu_offload(model, torch.device("cpu"))
@@ -1081,8 +1080,6 @@ def test_config_survives_json() -> None:
 
 # ---- refusals ------------------------------------------------------------------------------------
 
-
-# What is adapted, the settings, and what the message proposes.
 # What is adapted, the settings, and what the message proposes.
 WRONG_SETTINGS = [
     ("mlp", {"target_modules": ["blocks"]}, "expected"),
