@@ -204,16 +204,16 @@ def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...
 
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
     names = {m: name for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
-    entries = {}
-    for name, layer in layers.items():
-        entries[name] = LayerEntry(
+    return {
+        name: LayerEntry(
             A=f"{names[layer.factors.A]}.value",
             B=f"{names[layer.factors.B]}.value",
             scaling=float(layer.scaling),
             dropout=layer.dropout,
             experts=layer.num_experts,
         )
-    return entries
+        for name, layer in layers.items()
+    }
 
 
 def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
@@ -389,12 +389,10 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     layers = adapted_layers(model)
     _check_can_load(model, layers)
     _check_structure(model, layers, state)
-    entries = _entries_of(model, layers)
-    names = _names_in_file(state, entries)
-    model_tensors = {}
-    for key, tensor in _tensors_of(model, entries).items():
-        if not key.endswith((".start", ".start_core")):
-            model_tensors[names.get(key, key)] = tensor
+    _check_sharing(layers, state)
+    # By the names in the file, where factors may have other names than in the model.
+    tensors = _tensors_of(model, state.layers).items()
+    model_tensors = {k: t for k, t in tensors if not k.endswith((".start", ".start_core"))}
     expected = model_tensors | _expected_starts(state, layers)
     # A file has the value of every core, also where the model computes it from parameters.
     cores = {f"{name}.core" for name in layers}
@@ -447,25 +445,20 @@ def _check_structure(
         )
 
 
-def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> dict[str, str]:
-    """Returns the names in the file of the model's factors, which may have other names there.
-
-    Raises:
-        ValueError: If layers share other factors in the file than in the model.
-    """
-    pairs: set[tuple[str, str]] = set()
-    for layer, entry in entries.items():
-        saved = state.layers[layer]
-        pairs |= {(entry.A, saved.A), (entry.B, saved.B)}
-    names = dict(pairs)
-    saved_names = set(names.values())
-    # A name of the model or of the file that is in several pairs stands for several factors.
-    if not len(names) == len(saved_names) == len(pairs):
+def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
+    """Checks that layers share the same factors in the model and in the file."""
+    pairs: set[tuple[LoTRFactor, str]] = set()
+    for name, layer in layers.items():
+        entry = state.layers[name]
+        pairs |= {(layer.factors.A, entry.A), (layer.factors.B, entry.B)}
+    factors = {factor for factor, _ in pairs}
+    names = {name for _, name in pairs}
+    # A factor of the model, or a name in the file, that is in two pairs stands for two factors.
+    if not len(factors) == len(names) == len(pairs):
         raise ValueError(
-            f"layers: expected layers that share {len(names)} factors as in the model, got others "
-            f"that share {len(saved_names)} in the adapter"
+            f"layers: expected layers that share {len(factors)} factors as in the model, got "
+            f"others that share {len(names)} in the adapter"
         )
-    return names
 
 
 def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:

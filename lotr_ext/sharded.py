@@ -172,8 +172,8 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer
         error = caught
     failures: list[str | None] = [None] * _process_count()
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(failures, failure)
+    # As text, because an error of another package may not be importable in the other processes.
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

@@ -129,7 +129,7 @@ _PEFT: list[Row] = [
     ("PEFT adapter_name with a dot", "adapter_name", lambda: _tuned(name="a.b")),
     ("PEFT adapter_name keys", "adapter_name", lambda: _tuned(name="keys")),
     ("PEFT adapter_name of a layer", "adapter_name", _second("q")),
-    ("PEFT adapter_name of a group", "adapter_name", _second("16x16")),
+    ("PEFT adapter_name of a group", "adapter_name", _second("A_16x16")),
     ("PEFT adapter_names a word", "adapter_names", _named("default")),
     ("PEFT too few adapter_names", "adapter_names", _named(["default"] * 2)),
     ("PEFT unknown adapter_names", "adapter_names", _named(["nobody"] * 3)),

@@ -229,9 +229,7 @@ def _write_lora(
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
     rank = next(iter(layers.values())).rank  # all have the same
-    dropout = 0.0
-    if not stacked:  # PEFT refuses dropout with target_parameters
-        dropout = max(entry.dropout for entry in adapter.layers.values())
+    dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -239,7 +237,7 @@ def _write_lora(
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if stacked else dropout,  # PEFT has none for target_parameters
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),
