@@ -104,7 +104,7 @@ class TaskFormat:
         """Writes a task, atomically.
 
         Raises:
-            ValueError: If the folder of path is a file.
+            FileExistsError: If the folder of path is a file.
             OSError: If the disk refuses.
         """
         put_tensors(path.parent, path.name, tensors, self.metadata())

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +31,6 @@ from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
-from .storage import checked_path
 from .task_files import TaskFormat, factors_in_order
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -189,7 +189,7 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the disk refuses.
         """
-        target = checked_path(path, "path")
+        target = Path(path)
         with _changes:
             self._format().write(target, self.cores_of(task))
 
@@ -221,7 +221,7 @@ class TaskBank(Attachment):
             tensors = source
             task_format.check(tensors, "source")
         else:
-            tensors = task_format.read(checked_path(source, "source"), "source")
+            tensors = task_format.read(Path(source), "source")
         for name, cores in zip(task_format.shapes, self.cores):
             if tensors[name].is_meta and not cores.is_meta:
                 raise ValueError(

@@ -118,14 +118,12 @@ def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     model = adapted()
     export_lora(model, tmp_path / "lora")
     export_task(model, tmp_path / "task")
-    with pytest.raises(ValueError, match="expected a task by export_task, got an adapter of LORA"):
+    with pytest.raises(ValueError, match="expected a task by export_task, got .*lora"):
         read(model, tmp_path / "lora")
-    truncated = {"lora/adapter_config.json": "JSON", "task/lotr_task.safetensors": "safetensors"}
-    for file, kind in truncated.items():
-        path = tmp_path / file
-        path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match=f"adapter: expected a {kind}"):
-            read(model, path.parent)
+    path = tmp_path / "task" / "lotr_task.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="adapter: expected a safetensors"):
+        read(model, path.parent)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
-from ..convert.lora import CONFIG_NAME, put_folder
+from ..convert.lora import put_folder
 from ..files import save_adapter, state_of
 from ..old_files import start_key
-from ..storage import checked_path, json_in
 from ..task_files import TaskFormat, factors_in_order
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -120,7 +119,7 @@ def read_factors(directory: str | PathLike[str]) -> Factors:
     Raises:
         ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
     """
-    return factors_of(AdapterState.read(checked_path(directory, "LOTR_FACTORS")), "LOTR_FACTORS")
+    return factors_of(AdapterState.read(Path(directory)), "LOTR_FACTORS")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -158,10 +157,10 @@ def export_task(
     Raises:
         RuntimeError: If the model has no adapter.
         AttributeError: If a task is given and the model has no TaskBank.
-        ValueError: If there is no such task, if the engine cannot hold the adapter, or if directory
-            is a file.
+        ValueError: If there is no such task, or if the engine cannot hold the adapter.
+        FileExistsError: If directory is a file.
     """
-    directory = checked_path(directory, "directory")
+    directory = Path(directory)
     adapter = state_of(model)
     factors = factors_of(adapter, "export_task")
     cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
@@ -190,19 +189,17 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
         TypeError, ValueError: If it is not a complete task over these factors with finite values.
     """
     path = Path(directory) / TENSORS_NAME
-    if not path.exists():  # another adapter: say which kind
-        config = json_in(Path(directory) / CONFIG_NAME, "adapter")
+    if not path.exists():
         raise ValueError(
-            f"adapter: expected a task by export_task, got an adapter of "
-            f"{config.get('peft_type')} in {directory}. An engine with LOTR_FACTORS serves only "
-            f"tasks."
+            f"adapter: expected a task by export_task, got {directory} without {TENSORS_NAME}. An "
+            f"engine with LOTR_FACTORS serves only tasks."
         )
     tensors = factors.task_format.read(path, "adapter")
     damaged = [name for name, core in tensors.items() if not bool(core.isfinite().all())]
     if damaged:
         raise ValueError(
-            f"adapter: expected finite values, got others in {damaged[0]} in {directory}. Train the "
-            f"task again."
+            f"adapter: expected finite values, got others in {damaged[0]} in {directory}. Train "
+            f"the task again."
         )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
     scaled = [entry.scaling * tensors[f"{name}.core"] for name, entry in factors.layers.items()]
