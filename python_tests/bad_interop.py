@@ -108,14 +108,6 @@ _CONFIG: list[Row] = [
         _config("layers_to_transform", [0], target_modules="q"),
     ),
     ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),
-    ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
-    ("PEFT use_dora", "use_dora", _config("use_dora", True)),
-    ("PEFT magnitude", "magnitude", _config("magnitude", True)),
-    (
-        "PEFT target_parameters",
-        "target_parameters",
-        _config("target_parameters", ["experts.down_proj"]),
-    ),
 ]
 _PEFT: list[Row] = [
     ("PEFT an embedding", "target_modules", lambda: _tuned(target_modules=["embed"])),

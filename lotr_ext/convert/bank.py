@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import LoTRConfig
 from ..init import START
 from ..storage import put_tensors
-from ..task_files import factors_in_order, task_metadata
+from ..task_files import TaskFormat, factors_in_order
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
     Conversion,
@@ -200,7 +200,10 @@ def _write(
             name: (adapter.tensors[layer.A], adapter.tensors[layer.B])
             for name, layer in adapter.adapter.layers.items()
         }
-        metadata = task_metadata(factors_in_order(pairs, config.group_by), [config.s])
+        factors = factors_in_order(pairs, config.group_by)
+        shapes = {f"{layer}.core": config.ranks for layer in layers}
+        # Once for all tasks, because it has the checksum of A and B.
+        metadata = TaskFormat(shapes, (config.s,), factors).metadata()
         files = {}
         for index, name in enumerate(collection.folders):
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}

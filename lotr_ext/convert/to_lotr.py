@@ -161,7 +161,7 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
         group = group_of(name, layer, shape, group_by)
         targets.append(Target((name,), layer, shape, group))
         groups.setdefault(group, []).append(name)
-    check_targets(targets, config)
+    check_targets(targets)
     return groups
 
 

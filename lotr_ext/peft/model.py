@@ -108,7 +108,7 @@ class LoTRPeftModel(BaseTuner):
             TypeError, ValueError: If a layer cannot be adapted.
         """
         targets = self._targets(peft_config, model)
-        check_targets(targets, peft_config.to_lotr())
+        check_targets(targets)
         self._groups = {target.name: target.group for target in targets}
         by_width = peft_config.group_by == "width"
         layers = []
