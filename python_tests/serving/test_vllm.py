@@ -218,7 +218,7 @@ def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
         "expected a task by export_task, got ",
         "expected a task by export_task",
         "expected the ranks of the adapter",
-        "made for other A and B",
+        "expected a task with factors",
         f"expected finite values, got others in {core}",
         f"{core}: expected the ranks of the adapter",
         f"missing {core}; not in the model none",
