@@ -118,7 +118,7 @@ def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     model = adapted()
     export_lora(model, tmp_path / "lora")
     export_task(model, tmp_path / "task")
-    with pytest.raises(ValueError, match="expected a task by export_task, got .*lora"):
+    with pytest.raises(ValueError, match=r"expected a task by export_task, got .*lora"):
         read(model, tmp_path / "lora")
     path = tmp_path / "task" / "lotr_task.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
