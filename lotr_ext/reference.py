@@ -33,8 +33,6 @@ class Gradients(NamedTuple):
     dA: Tensor
     dB: Tensor
     dcore: Tensor
-    dweight: Tensor
-    dbias: Tensor
 
 
 def fold(B: Tensor, core: Tensor, scaling: float) -> Tensor:
@@ -79,7 +77,7 @@ def backward(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Gradients:
-    """Computes all gradients of `forward`, derived by hand.
+    """Computes the gradients of `forward`, derived by hand. W and the bias are frozen.
 
     Args:
         g: dL/dy [m, n].
@@ -98,8 +96,6 @@ def backward(
         dA=dropped.mT @ du,
         dB=scaling * (Q @ core),
         dcore=scaling * (Q.mT @ B),
-        dweight=g.mT @ x,
-        dbias=g.sum(0),
     )
 
 
@@ -113,6 +109,7 @@ def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:
         [q, 4] int64 in [0, 2^32).
     """
     mask = 0xFFFFFFFF
+    # torch has no unsigned arithmetic, so that 32-bit words are kept in int64 and masked.
     key_0 = seed & mask
     key_1 = (seed >> 32) & mask
     word_0 = counter_low & mask
@@ -154,8 +151,6 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
         p: The probability of dropping an element.
         seed: An int64.
     """
-    if p == 0.0:
-        return torch.ones(rows, cols, dtype=torch.float64, device="cpu")
     count = rows * cols
     blocks = philox_4x32_10(torch.arange((count + 3) // 4, device="cpu"), seed)
     kept = blocks.reshape(-1)[:count] >= math.floor(p * 2.0**32)

@@ -37,6 +37,7 @@ def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:
     Args:
         offs: Where the rows of each core end [count].
     """
+    # "right" skips the experts without rows, whose end equals the end before it.
     index = torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
     return torch.where(index < count, index, -1)
 
