@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .core.operators import DTYPES
 
-# The kernels count rows and columns in int32.
+# Beyond it, torch would fail in its allocator, in words that name no argument.
 _LARGEST_DIMENSION = 2**31 - 1
 
 

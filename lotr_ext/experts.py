@@ -301,9 +301,5 @@ class LoTRExperts(LoTRLayer):
 
         return factors.read(compute)
 
-    def weight_matrix(self) -> Tensor:
-        """Returns W [e, n, k]."""
-        return self.weight
-
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"

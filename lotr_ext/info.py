@@ -12,7 +12,6 @@ from .core.kernel_support import (
     CUDA_DTYPES,
     build_info,
     cuda_obstacle,
-    cuda_version,
     kernel_obstacle,
 )
 from .core.strategy import strategy_from_environment
@@ -61,8 +60,8 @@ def _cuda_report() -> tuple[str, list[str]]:
     if not build["built"]:
         return "not built", [strategy_line]
     runtime, driver = torch.ops.lotr.cuda_versions()
-    supported = f"driver for CUDA {cuda_version(driver)}" if driver else "no driver"
-    lines = [f"CUDA       kernels built by CUDA {cuda_version(runtime)}; {supported}"]
+    supported = f"driver for CUDA {_cuda_version(driver)}" if driver else "no driver"
+    lines = [f"CUDA       kernels built by CUDA {_cuda_version(runtime)}; {supported}"]
     obstacle = cuda_obstacle(0)
     gpu_count = torch.cuda.device_count()
     where = "no GPU here"
@@ -74,6 +73,11 @@ def _cuda_report() -> tuple[str, list[str]]:
         lines.append(f"           they cannot run: {obstacle}")
     archs = ", ".join(arch.removesuffix("-real") for arch in build["archs"])
     return f"built for {archs}, {where}", [*lines, strategy_line]
+
+
+def _cuda_version(number: int) -> str:
+    """Returns "12.8" for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _gpu_reports() -> list[str]:

@@ -51,7 +51,8 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses define `weight_matrix`, and those that adapt a module also `sizes_of` and `to_base`.
+    Subclasses that adapt a module define `sizes_of`. They also define `weight_matrix` if their
+    weight is not W, and `to_base` if they keep the module itself.
 
     Attributes:
         factors: The pair of A and B.
@@ -253,8 +254,8 @@ class LoTRLayer(nn.Module):
         return self
 
     def weight_matrix(self) -> Tensor:
-        """Returns W [out_features, in_features], a view of the weight."""
-        raise TypeError(f"{type(self).__name__} must define weight_matrix")
+        """Returns W [out_features, in_features], for experts [e, ..], or a view of the weight."""
+        return self.weight
 
     def to_base(self) -> nn.Module:
         """Returns the plain layer with the current weight, which contains a merged adapter."""
@@ -324,8 +325,6 @@ class LoTRLayer(nn.Module):
             ValueError: If it returns something else than a tensor like the core, or if the layer
                 has init "svd".
         """
-        if not isinstance(form, nn.Module):
-            raise TypeError(f"core: expected a module, got {type(form).__name__}")
         if self.start_core is not None:
             raise ValueError(
                 'core: expected a layer that starts as its base, got one of init "svd"'
@@ -336,9 +335,9 @@ class LoTRLayer(nn.Module):
             raise ValueError(
                 f"core: expected a {expected}, got a {actual} of {type(form).__name__}"
             )
+        self.register_module("core_form", form)
         # Otherwise `core` would return the parameter, and state_dict would have it.
         self._parameters.pop("core", None)
-        self.core_form = form
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -518,9 +517,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
         return self._dispatch(x, core, choice, weight=weight, bias=bias)
-
-    def weight_matrix(self) -> Tensor:
-        return self.weight
 
 
 class LoTRConv1D(LoTRLayer):

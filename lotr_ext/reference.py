@@ -54,15 +54,14 @@ def forward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    mask: Tensor | None = None,
+    mask: Tensor | float = 1.0,
 ) -> Tensor:
     """Computes y = x W^T + bias + s ((drop(x) A) G) B^T [m, n].
 
     Args:
-        mask: 0 or 1 / (1 - p) for each element of x [m, k]. None without dropout.
+        mask: 0 or 1 / (1 - p) for each element of x [m, k]. 1 without dropout.
     """
-    dropped = x if mask is None else x * mask
-    u = dropped @ A
+    u = (x * mask) @ A
     y = x @ weight.mT + u @ fold(B, core, scaling).mT
     return y if bias is None else y + bias
 
@@ -75,7 +74,7 @@ def backward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    mask: Tensor | None = None,
+    mask: Tensor | float = 1.0,
 ) -> Gradients:
     """Computes the gradients of `forward`, derived by hand. W and the bias are frozen.
 
@@ -83,16 +82,13 @@ def backward(
         g: dL/dy [m, n].
         x: As for `forward`, as are the others.
     """
-    dropped = x if mask is None else x * mask
+    dropped = x * mask
     u = dropped @ A
     F = fold(B, core, scaling)
     du = g @ F
     Q = g.mT @ u
-    dropped_dx = du @ A.mT
-    if mask is not None:
-        dropped_dx = dropped_dx * mask
     return Gradients(
-        dx=g @ weight + dropped_dx,
+        dx=g @ weight + (du @ A.mT) * mask,
         dA=dropped.mT @ du,
         dB=scaling * (Q @ core),
         dcore=scaling * (Q.mT @ B),

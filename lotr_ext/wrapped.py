@@ -32,9 +32,11 @@ from .layers import (
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether products may read module.weight: a floating tensor of values, not one-byte codes."""
     weight = getattr(module, "weight", None)
-    if type(weight) not in (Tensor, nn.Parameter):
-        return False
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+    )
 
 
 def _dequantized(module: nn.Module) -> Tensor | None:

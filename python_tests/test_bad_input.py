@@ -169,7 +169,6 @@ CORE: list[Row] = [
     ("dropout None", "dropout", layer(dropout=None)),
     ("init unknown", "init", factors(6, 4, 2, init="ones")),
     ("train unknown", "train", lambda: LoTRLinear(6, 4, 2).set_trained(("A", "G"))),
-    ("core a tensor", "core", wrong_form(torch.zeros(2, 2))),
     ("core of another shape", "core", wrong_form(Returns(torch.zeros(3, 2)))),
     ("core of another dtype", "core", wrong_form(Returns(torch.zeros(2, 2).double()))),
     ("core None", "core", wrong_form(Returns(None))),

@@ -123,19 +123,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _check_base_product(x: Tensor, weight: Tensor) -> None:
     """Checks that PyTorch can compute x W^T, which the fallback does.
 
+    PyTorch itself would return memory that was never written if only one of them is on the meta
+    device.
+
     Raises:
-        TypeError: If the dtypes differ. Autocast has cast both already.
-        ValueError: If only one of them is on the meta device.
+        TypeError: If the dtypes differ (autocast has cast both already), or one has no values.
     """
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
-            f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}. "
-            f"Convert x or the layer."
-        )
-    if x.is_meta != weight.is_meta:
-        raise ValueError(
-            f"x: expected a tensor on {weight.device}, as the weight is, got one on {x.device}. "
-            f"Move x or the layer."
+            f"x: expected {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on "
+            f"{x.device}. Convert x or the layer."
         )
 
 
