@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 class RowChoice(NamedTuple):
-    """Which core each row uses: by `index`, or by `offs`. See csrc/torch/schema.cpp.
+    """Which core each row uses: by `index`, or by `offs` if the rows are sorted by core.
+
+    Six rows of three cores, the last of them without a core:
+
+        index [0, 0, 1, 1, 2, -1]   or   offs [2, 4, 5]
 
     Attributes:
         index: The core of each row [rows], -1 for none.

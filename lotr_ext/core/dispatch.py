@@ -280,9 +280,9 @@ def _linear_in_graph(
     choice = RowChoice(index, offs, tokens) if has_choice else None
     call = LayerCall(x, weight, bias, A, B, core, scaling, p, base_output, choice)
     base = base_output if weight is None else weight
-    dtypes = x.dtype, base.dtype, A.dtype, B.dtype, core.dtype
     ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash
-    if type(x) in PLAIN_TYPES or _dtype_obstacle(*dtypes, ranks, x.device) is not None:
+    obstacle = _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, ranks, x.device)
+    if type(x) in PLAIN_TYPES or obstacle is not None:
         return fallback.layer(call)
     # As attributes of the traced tensors, the caches end with the trace.
     A_cache = A.__dict__.setdefault("_lotr_cache", FactorCache())

@@ -83,7 +83,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def _in_one_call(operator: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Replaces the decorated function, which runs the steps of an operator, by the operator.
+    """Replaces the decorated function, which runs the steps of an operator, by one call of it.
 
     The steps remain for dispatch modes, because a mode must see the base product as an operator of
     PyTorch: selective checkpointing chooses by name which results it keeps, and a FLOP counter
