@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from arrays import DTYPE, ODD, PACKED  # noqa: E402
-from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of  # noqa: E402
+from cases import CASES, FUSED, KERNELS, Problem, Shape, problem_of, shapes_of  # noqa: E402
 
 # At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
 # stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
@@ -42,7 +42,7 @@ FUSED_PIPELINE = [
 
 def shapes(which: str, kernel: str) -> list[Shape]:
     """Returns shapes of a kernel: pipeline, some (half of it), quick (of `make test`) or all."""
-    pipeline = FUSED_PIPELINE if KERNELS[kernel] in FUSED else PIPELINE
+    pipeline = FUSED_PIPELINE if kernel in FUSED else PIPELINE
     sets = {"pipeline": pipeline, "some": pipeline[::2], "quick": shapes_of(kernel, quick=True)}
     return sets.get(which, shapes_of(kernel) + pipeline)
 
@@ -51,7 +51,7 @@ def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterat
     """Yields one problem at a time, because each has its arrays."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
     return (
-        KERNELS[kernel](shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
+        problem_of(kernel, shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
     )
 
 

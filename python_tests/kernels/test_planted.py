@@ -150,15 +150,15 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     },
     ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {
         "first_half_of_the_rank_twice": Bug(
-            "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": k: ", "shrink_grad"
+            "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": du: ", "shrink_grad"
         ),
         "u_of_the_first_rows": Bug(
             "    now.slot = tile::stage_after<STAGES>(now.slot);\n", "", ": Q: ", "shrink_grad"
         ),
-        "k_of_all_columns_in_one_place": Bug(
-            "p.k_parts + int64_t(blockIdx.x) * p.M * p.k_parts_row;",
-            "p.k_parts;",
-            ": k: ",
+        "du_of_all_columns_in_one_place": Bug(
+            "p.du_parts + int64_t(blockIdx.x) * p.M * p.du_parts_row;",
+            "p.du_parts;",
+            ": du: ",
             "shrink_grad",
         ),
     },
