@@ -5,6 +5,7 @@ Prints one line for each failure and exits with 1 if there was one.
 """
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -85,6 +86,15 @@ def failures(
         if lines and first:
             break
     return lines
+
+
+def in_process(mode: str, module: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs this file with a module that is built already, in a process of its mode."""
+    from csrc.simt import build
+
+    command = [sys.executable, __file__, "--mode", mode, "--module", str(module), *arguments]
+    environment = build.python_environment(mode)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,29 +3,20 @@
 The builds: race detector, sanitizers, coverage.
 """
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from cases import KERNELS
-from sweep import failures, problems
+from sweep import failures, in_process, problems
 
 from csrc.simt import build
-
-HERE = Path(__file__).resolve().parent
 
 
 def sweep(mode: str, *arguments: str, kind: str | None = None) -> None:
     """Runs sweep.py in a build of the executor. kind: the only element type that runs, or all."""
-    module = str(build.module(mode, kind))
-    command = [sys.executable, str(HERE / "sweep.py"), "--mode", mode, "--module", module]
-    command += arguments
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000
-    )
+    done = in_process(mode, build.module(mode, kind), *arguments)
     assert done.returncode == 0, f"{mode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 

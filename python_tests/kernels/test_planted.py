@@ -4,16 +4,13 @@ test_builds.py skips barriers and waits; these are other mistakes.
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sweep import in_process
 
 from csrc.simt import build
-
-HERE = Path(__file__).resolve().parent
 
 
 class Bug(NamedTuple):
@@ -295,11 +292,8 @@ CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug i
 @pytest.mark.parametrize(("unit", "file", "bug"), CASES)
 def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
     module = build.planted_module(bug.mode, unit, file, bug.text, bug.instead, tmp_path)
-    sweep = [sys.executable, str(HERE / "sweep.py"), "--mode", bug.mode, "--module", str(module)]
-    sweep += ["--shapes", bug.shapes, "--kinds", bug.kinds, "--kernels", bug.kernels]
-    sweep += ["--schedules", "forward,reverse,103"]
-    environment = build.python_environment(bug.mode)
-    done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
+    chosen = ("--shapes", bug.shapes, "--kinds", bug.kinds, "--kernels", bug.kernels)
+    done = in_process(bug.mode, module, *chosen, "--schedules", "forward,reverse,103")
     crashed = done.returncode < 0  # far outside an array
     output = done.stderr if bug.mode == "asan" else done.stdout
     assert crashed or (done.returncode and re.search(bug.message, output)), (

@@ -3,7 +3,6 @@
 test_mistakes.py has its errors.
 """
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,7 @@ def line_of(mark: str) -> int:
 
 
 def run(*arguments: str, mode: str = "plain", **schedule: object) -> str:
-    env = build.environment(mode) | {
-        f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()
-    }
-    done = subprocess.run(
-        [build.program(mode, SOURCE), *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=1000,
-    )
+    done = build.run_program(mode, SOURCE, *arguments, **schedule)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.rstrip("\n")
 
