@@ -62,14 +62,6 @@ def step(
     return [u, y, du, dB, dcore, dx, dA]
 
 
-def run_python(program: str, *prefix: str) -> None:
-    """Runs a program, which may import this file, in a new process."""
-    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
-    command = [*prefix, sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -246,7 +238,12 @@ with torch.cuda.graph(graph):
 graph.replay()
 assert same(captured, step(t))
 """
-    run_python(program)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
+    )
 
 
 def test_wrong_devices_overlap_and_rank_are_named() -> None:
@@ -287,12 +284,12 @@ def test_second_device_alone_makes_no_context_on_the_first() -> None:
         "layer(torch.ones(8, 64, device='cuda:1')).sum().backward(); "
         "assert not torch._C._cuda_hasPrimaryContext(0)"
     )
-    run_python(program)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_sanitizer(tool: str) -> None:
     """Ragged layers of every rank class, one allocation per tensor, because memcheck needs that."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
@@ -309,6 +306,23 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 torch.cuda.synchronize()
 """
     # initcheck also reports blocks that torch's allocator reuses, so only our kernels are checked.
-    options = ("--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=lotr")
-    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-    run_python(steps, program, *options)
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=lotr",
+        sys.executable,
+        "-c",
+        steps,
+    ]
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": f"{HERE}:{HERE.parents[1]}",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE, env=environment, timeout=3000
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
