@@ -406,7 +406,7 @@ class _Request:
 
 
 class _LayerTasks(NamedTuple):
-    """The state of a layer in an open `use_tasks` (see `TaskState`)."""
+    """The state of a layer in an open `use_tasks` (see core/request.py)."""
 
     cores: Tensor
     index_of: Callable[[Tensor], Tensor]
