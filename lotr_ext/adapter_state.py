@@ -211,7 +211,7 @@ class AdapterState:
         """Writes the adapter into a directory, which is created if needed. Other files in it stay.
 
         Raises:
-            ValueError: If directory is a file.
+            FileExistsError: If directory is a file.
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
         text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON

@@ -27,7 +27,7 @@ from .layers import LoTRLayer
 from .model import Start, clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
-from .storage import checked_path, expect_names
+from .storage import expect_names
 from .targets import parameter_name, saved_in, select, tied_names
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,14 +47,14 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         TypeError: If directory is not a path, or a tensor is sharded.
-        RuntimeError: If the model has no adapter, or one on the meta device.
-        ValueError: If directory is a file.
+        RuntimeError: If the model has no adapter, or torch cannot copy it from the meta device.
+        FileExistsError: If directory is a file.
 
     Warns:
         UserWarning: If trained parameters are not saved: those that are neither the adapter's nor
             of modules_to_save, and tasks.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     inner, writes = unwrap(model)
     state = state_of(inner)
     warn_of_unsaved(inner)
@@ -96,8 +96,6 @@ def load_adapter(
     Warns:
         UserWarning: If strict allows a difference.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     load_state(model, AdapterState.read(local_folder(directory)), cast=cast, strict=strict)
     return model
 
@@ -136,7 +134,7 @@ def local_folder(directory: str | PathLike[str]) -> Path:
         TypeError: If directory is not a path.
         ValueError: If there is no such folder and no such repository.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     is_id = isinstance(directory, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", directory)
     if path.exists() or not is_id:
         return path
@@ -164,7 +162,7 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
 
     Raises:
         TypeError: If a tensor is sharded, with the default gather.
-        RuntimeError: If the model has no adapter, or one on the meta device.
+        RuntimeError: If the model has no adapter.
     """
     layers = adapted_layers(model)
     entries = _entries_of(model, layers)
@@ -173,9 +171,6 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     for name, layer in layers.items():
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
     config = getattr(model, "lotr_config", None)
     dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
     if config is not None and len(dtypes) == 1:
@@ -204,16 +199,16 @@ def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...
 
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
     names = {m: name for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
-    entries = {}
-    for name, layer in layers.items():
-        entries[name] = LayerEntry(
+    return {
+        name: LayerEntry(
             A=f"{names[layer.factors.A]}.value",
             B=f"{names[layer.factors.B]}.value",
             scaling=float(layer.scaling),
             dropout=layer.dropout,
             experts=layer.num_experts,
         )
-    return entries
+        for name, layer in layers.items()
+    }
 
 
 def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
@@ -389,12 +384,10 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     layers = adapted_layers(model)
     _check_can_load(model, layers)
     _check_structure(model, layers, state)
-    entries = _entries_of(model, layers)
-    names = _names_in_file(state, entries)
-    model_tensors = {}
-    for key, tensor in _tensors_of(model, entries).items():
-        if not key.endswith((".start", ".start_core")):
-            model_tensors[names.get(key, key)] = tensor
+    _check_sharing(layers, state)
+    # By the names in the file, where factors may have other names than in the model.
+    tensors = _tensors_of(model, state.layers).items()
+    model_tensors = {k: t for k, t in tensors if not k.endswith((".start", ".start_core"))}
     expected = model_tensors | _expected_starts(state, layers)
     # A file has the value of every core, also where the model computes it from parameters.
     cores = {f"{name}.core" for name in layers}
@@ -447,25 +440,20 @@ def _check_structure(
         )
 
 
-def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> dict[str, str]:
-    """Returns the names in the file of the model's factors, which may have other names there.
-
-    Raises:
-        ValueError: If layers share other factors in the file than in the model.
-    """
-    pairs: set[tuple[str, str]] = set()
-    for layer, entry in entries.items():
-        saved = state.layers[layer]
-        pairs |= {(entry.A, saved.A), (entry.B, saved.B)}
-    names = dict(pairs)
-    saved_names = set(names.values())
-    # A name of the model or of the file that is in several pairs stands for several factors.
-    if not len(names) == len(saved_names) == len(pairs):
+def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
+    """Checks that layers share the same factors in the model and in the file."""
+    pairs: set[tuple[LoTRFactor, str]] = set()
+    for name, layer in layers.items():
+        entry = state.layers[name]
+        pairs |= {(layer.factors.A, entry.A), (layer.factors.B, entry.B)}
+    factors = {factor for factor, _ in pairs}
+    names = {name for _, name in pairs}
+    # A factor of the model, or a name in the file, that is in two pairs stands for two factors.
+    if not len(factors) == len(names) == len(pairs):
         raise ValueError(
-            f"layers: expected layers that share {len(names)} factors as in the model, got others "
-            f"that share {len(saved_names)} in the adapter"
+            f"layers: expected layers that share {len(factors)} factors as in the model, got "
+            f"others that share {len(names)} in the adapter"
         )
-    return names
 
 
 def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:

@@ -42,17 +42,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: expected format lotr of version 1 or 2, got {kind!r:.80} of version "
             f"{version!r:.80}"
         )
-    name = content.get("tensors_file")
-    sha256 = content.get("tensors_sha256")
-    if not isinstance(name, str) or not _TENSORS.fullmatch(name) or not isinstance(sha256, str):
+    name = str(content.get("tensors_file"))
+    if not _TENSORS.fullmatch(name):  # never a path to somewhere else
         raise ValueError(
-            f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors and its "
-            f"tensors_sha256, got {name!r:.80} and {sha256!r:.80}"
+            f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors, got {name:.80}"
         )
     document = {key: content.get(key) for key in ("config", "layers", "modules_to_save")}
     if version == 1:
         with errors_of(str(path)):
             document = _document_of_version_1(document)
+    sha256 = str(content.get("tensors_sha256"))
     return document, tensors_in(path.parent / name, "directory", sha256)[0]
 
 

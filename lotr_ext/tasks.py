@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
-from .storage import checked_path, put_tensors
+from .storage import put_tensors
 from .task_files import TaskFormat, factors_in_order
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
@@ -181,7 +182,7 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the disk refuses.
         """
-        target = checked_path(path, "path")
+        target = Path(path)
         with _changes:
             cores = self.cores_of(task)
             put_tensors(target.parent, target.name, cores, self._format().metadata())
@@ -214,7 +215,7 @@ class TaskBank(Attachment):
             tensors = source
             task_format.check(tensors, "source")
         else:
-            tensors = task_format.read(checked_path(source, "source"), "source")
+            tensors = task_format.read(Path(source), "source")
         # Copies, so that torch refuses a sparse one, or one without values, before any is written.
         return [
             torch.empty_like(cores[0]).copy_(tensors[name])
@@ -405,7 +406,7 @@ class _Request:
 
 
 class _LayerTasks(NamedTuple):
-    """The state of a layer in an open `use_tasks` (see `TaskState`)."""
+    """The state of a layer in an open `use_tasks` (see core/request.py)."""
 
     cores: Tensor
     index_of: Callable[[Tensor], Tensor]

@@ -247,8 +247,6 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         "source",
         lambda: _banked().lotr_tasks.add(FOLDER / "tasks" / "task0.safetensors"),
     ),
-    ("a task that is a number", "source", lambda: _banked().lotr_tasks.add(3)),
-    ("a path that is a number", "path", lambda: _banked().lotr_tasks.save(0, 3)),
     (
         "tasks without a bank",
         "use_tasks",
@@ -271,15 +269,6 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ),
     # files
     ("save a plain model", "model", lambda: save_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
-    ("save to a number", "directory", lambda: save_adapter(trained("mlp"), 3)),
-    ("save to a file", "directory", lambda: save_adapter(trained("mlp"), __file__)),
-    (
-        "save on the meta device",
-        "model",
-        lambda: save_adapter(trained("mlp").to("meta"), tempfile.mkdtemp()),
-    ),
-    ("load into no module", "model", lambda: load_adapter(3, FOLDER / "dense")),
-    ("load a number", "directory", lambda: load_adapter(zoo.net("mlp"), 3)),
     ("load a hub id", "directory", lambda: load_adapter(zoo.net("mlp"), "someone/adapter")),
     ("load an empty folder", "directory", lambda: load_adapter(zoo.net("mlp"), tempfile.mkdtemp())),
     (
@@ -291,6 +280,17 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         "load into other layers",
         "layers",
         lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense"),
+    ),
+    *(
+        (
+            f"load factors by {in_file} into a model by {in_model}",
+            "layers",
+            lambda in_file=in_file, in_model=in_model: load_adapter(
+                started("attention", group_by=in_model),
+                _saved(trained("attention", group_by=in_file)),
+            ),
+        )
+        for in_file, in_model in (("shape", "name"), ("name", "shape"), ("block", "layer"))
     ),
     (
         "load another rank",

@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype
 from ..config import LoTRConfig
 from ..init import START
-from ..storage import checked_path, put_tensors
+from ..storage import put_tensors
 from ..task_files import TaskFormat, factors_in_order
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
@@ -62,7 +61,7 @@ class Collection:
         self.sizes: dict[str, tuple[int, int]] = {}
         self.norms: dict[str, float] = {}
         for source in sources:
-            name = checked_path(source, "sources").resolve().name
+            name = Path(source).resolve().name
             if name in self.folders:
                 raise ValueError(
                     f"sources: expected folders of different names, which the tasks' files get, "
@@ -132,8 +131,7 @@ def loras_to_bank(
         ValueError: If `read_lora` refuses a source; if a source has modules_to_save or layers of
             other sizes; if two sources have one name; or if rank or group_by has a wrong value.
     """
-    check_dtype(dtype)
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     share = _share_of(rank)
     collection = Collection(sources)
     config = LoTRConfig(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..storage import checked_path, json_in, put_file, put_tensors
+from ..storage import json_in, put_file, put_tensors
 from ..targets import name_ends_with
 
 Source = str | PathLike[str]
@@ -185,7 +185,7 @@ class LoRAFolder(Mapping[str, LoRA]):
     """
 
     def __init__(self, source: Source):
-        self.path = checked_path(source, "source")
+        self.path = Path(source)
         self.config = read_config(self.path, "LORA")
         check_two_factors(self.config)
         self._tensors = tensors_of_peft(self.path)

@@ -29,7 +29,6 @@ from ..core.operators import accumulate_dtype
 from ..files import state_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
-from ..storage import checked_path
 from ..targets import parameter_name
 from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
 from .lora import (
@@ -67,7 +66,7 @@ def export_lora(
         AttributeError: If a task is given and the model has no TaskBank.
         TypeError, ValueError: As `save_adapter` and `lotr_to_lora`.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     inner, writes = unwrap(model)
     adapter = state_of(inner)
     if task is None:
@@ -103,11 +102,12 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
 
     Raises:
         TypeError: If an option is unknown, or a path is not a path.
-        ValueError: If there is no such adapter, directory is a file or the source of PEFT's files,
-            or an option has an unknown value.
+        ValueError: If there is no such adapter, directory is the source of PEFT's files, or an
+            option has an unknown value.
+        FileExistsError: If directory is a file.
     """
-    path = checked_path(directory, "directory")
-    folder = checked_path(source, "source")
+    path = Path(directory)
+    folder = Path(source)
     # `save_adapter` may have written next to a file of PEFT. Its adapter is meant then.
     by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
     adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
@@ -230,9 +230,7 @@ def _write_lora(
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
     rank = next(iter(layers.values())).rank  # all have the same
-    dropout = 0.0
-    if not stacked:  # PEFT refuses dropout with target_parameters
-        dropout = max(entry.dropout for entry in adapter.layers.values())
+    dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -240,7 +238,7 @@ def _write_lora(
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if stacked else dropout,  # PEFT has none for target_parameters
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),

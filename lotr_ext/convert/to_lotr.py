@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
-from ..checks import check_dtype, check_number
 from ..config import LoTRConfig
 from ..init import START, tucker2_of
-from ..storage import checked_path
 from ..targets import Target, check_targets, group_of
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
@@ -55,10 +54,10 @@ class Conversion:
         """Writes the adapter for `lotr_ext.load_adapter`.
 
         Raises:
-            ValueError: If directory is a file.
+            FileExistsError: If directory is a file.
             OSError: If the disk refuses; an adapter that was there is then unchanged.
         """
-        self.adapter.write(checked_path(directory, "directory"))
+        self.adapter.write(Path(directory))
 
     @staticmethod
     def of(
@@ -117,7 +116,6 @@ def lora_to_lotr(
         TypeError: If an argument is of the wrong type.
         ValueError: If `read_lora` refuses the source, or if rank or group_by has a wrong value.
     """
-    check_dtype(dtype)
     layers, saved, peft_config = read_lora(source)
     # PEFT names the usual heads, also those that the model does not have. LoTRConfig refuses these.
     endings = peft_config.get("modules_to_save") or ()
@@ -241,10 +239,9 @@ def original_to_lotr(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the file has no such layers, if parts are missing or do not fit, if layers
-            have several ranks or dtypes, or for a scale that is not a finite number.
+            have several ranks or dtypes, or if scale is not finite.
     """
-    check_number("scale", scale)
-    state = tensors_of(checked_path(source, "source"))
+    state = tensors_of(Path(source))
     parts: dict[str, dict[str, Tensor]] = {}
     for key in state:
         if match := ORIGINAL_KEY.fullmatch(key):

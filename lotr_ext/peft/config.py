@@ -124,7 +124,10 @@ class LoTRPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOTR
-        self._unite_ranks()
+        given = [rank for rank in (self.rank, self.r) if rank is not None]
+        self.rank = given[0] if given else 16
+        if self.r not in (None, self.rank):
+            raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
             raise ValueError(
                 f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}"
@@ -135,7 +138,10 @@ class LoTRPeftConfig(PeftConfig):
                 "apply_lotr for it."
             )
         check_choice("bias", self.bias, ("none", "all", "lotr_only"))
-        self.train = list(self.to_lotr().train)  # to_lotr also checks the shared fields
+        checked = self.to_lotr()
+        self.rank = checked.rank  # a pair is a list in JSON
+        self.r = checked.rank
+        self.train = list(checked.train)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -151,17 +157,6 @@ class LoTRPeftConfig(PeftConfig):
                 f"layers_pattern: expected layers_to_transform with it, got only "
                 f"{self.layers_pattern!r}"
             )
-
-    def _unite_ranks(self) -> None:
-        """Sets rank and r to the one that is given."""
-        for name in ("rank", "r"):
-            if isinstance(getattr(self, name), list):  # from JSON
-                setattr(self, name, tuple(getattr(self, name)))
-        if self.rank is None:
-            self.rank = 16 if self.r is None else self.r
-        if self.r not in (None, self.rank):
-            raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
-        self.r = self.rank
 
     def to_lotr(self) -> LoTRConfig:
         """Returns the same settings for `apply_lotr`, without targets and modules_to_save."""

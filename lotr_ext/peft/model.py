@@ -53,7 +53,6 @@ from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def _prefix_of(adapter_name: str) -> re.Pattern[str]:
@@ -166,11 +165,11 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             ValueError: If a name has a dot, or is also the name of a module or group.
         """
-        parts = set(self._groups.values())
-        for name in (*self._groups, *self._layers()):
-            parts.update(name.split("."))
-        for groups in self.lotr_factors.values():
-            parts.update(groups)
+        names: list[str] = []
+        for config in self.peft_config.values():
+            for entry in config.layers:
+                names += [entry["name"], *entry["factors"]]
+        parts = set(".".join(names).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:
             if "." in name or hasattr(nn.ModuleDict, name) or (has_others and name in parts):
@@ -224,7 +223,8 @@ class LoTRPeftModel(BaseTuner):
         # super() sees only what is in the layers.
         parts = self._parts(adapter_name) if autocast_adapter_dtype else []
         for module in chain.from_iterable(part.modules() for part in parts):
-            if any(parameter.dtype in HALVES for parameter in module.parameters(recurse=False)):
+            dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
+            if dtypes & {torch.bfloat16, torch.float16}:
                 module.float()
 
     # ---- removing one ----------------------------------------------------------------------------
