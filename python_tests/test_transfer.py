@@ -1,6 +1,5 @@
 """bench.transfer: what its pairs, forms, search and tables compute."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from bench import donors, transfer
 from bench.donors import Form
-from bench.problems import TASKS, Problem, fit
+from bench.problems import TASKS, Written, fit
 from lotr_ext import LoTRConfig, apply_lotr
 
 
@@ -81,21 +80,15 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     assert relative(layer(x), base(x) + scale * (x @ A @ torch.diag(layer.d) @ B.mT) * b) < 1e-12
 
 
-class Counting(Problem):
+class Counting(Written):
     """A text that counts in steps, for the zoo's Llama."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(TASKS[donors.MODEL])
+        self.task = TASKS[donors.MODEL]
         step = 1 + donors.DONORS.index(name)
         rows = torch.arange(40)[:, None] + step * torch.arange(12)
         self.parts = {"training": (rows % zoo.VOCABULARY,)}
         self.base = zoo.net("llama")
-
-    def model(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self.base)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor]) -> Tensor:
-        return model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
 
 
 def spans_the_changes(pairs: donors.Pairs) -> None:
