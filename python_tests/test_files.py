@@ -756,7 +756,7 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (None, "got .*nowhere, which is no folder. Pass the folder"),
+        (None, "got .*nowhere, which is not a folder. Pass the folder"),
         ("notes.txt", "got .*nowhere, which has no adapter. Pass the folder"),
         ("config.json", "save_pretrained or of a Trainer.*AdapterCheckpoints"),
         ("adapter_config.json", "of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
