@@ -20,6 +20,7 @@ A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
     CORE      dense, diagonal
     only:v,o  only layers of these kinds
     b:o,down  a vector b per layer of these kinds, as VeRA: y += ((x A) * d) B^T * b
+    norm:20   the norm of a row of B in the layers with b. Elsewhere, and by default, it is 2
 
 A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, numbers (trained),
 captured (the share of the target's squared gradient that a fixed pair captures), validation, loss,
@@ -42,6 +43,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from scipy import stats
 from torch import Tensor, nn
 
@@ -61,10 +63,20 @@ FORMS = (  # what is run without --forms
     "own/layer/16/dense",
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
-TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
+TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation", "gain"]
 MEASURED = ("numbers", "captured", "validation", "loss", "items")
+USUAL_NORM = 2.0  # of a row of B, about as in VeRA
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
+PAIR_MARKS = {  # of the picture's last panel
+    "random": "o",
+    "svd": "s",
+    "donors": "^",
+    "known": "v",
+    "own": "D",
+    "loras": "P",
+    "mixed": "X",
+}
 FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, its own pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
@@ -94,13 +106,12 @@ class Run(NamedTuple):
 class Vectors(nn.Module):
     """y = base(x) + ((x A) * d) B^T * b with A and B fixed, in plain torch."""
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool):
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool, norm: float):
         super().__init__()
         n, r = B.shape
         self.base = base
         self.register_buffer("A", A.to(base.weight.dtype))
-        # About the size of VeRA's B: the norm of a row is 2.
-        self.register_buffer("B", (2 * (n / r) ** 0.5 * B).to(base.weight.dtype))
+        self.register_buffer("B", (norm * (n / r) ** 0.5 * B).to(base.weight.dtype))
         # A product of zeros would have no gradient.
         self.d = nn.Parameter(torch.full((r,), 0.1 if with_b else 0.0))
         self.b = nn.Parameter(torch.zeros(n)) if with_b else None
@@ -122,7 +133,10 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
     with_b = re.compile(layers_named(form.b))
     for name, (A, B) in pairs_for(form, target, seed).items():
         parent, _, last = name.rpartition(".")
-        vectors = Vectors(model.get_submodule(name), A, B, with_b.fullmatch(name) is not None)
+        has_b = with_b.fullmatch(name) is not None
+        # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
+        norm = float(form.norm) if has_b else USUAL_NORM
+        vectors = Vectors(model.get_submodule(name), A, B, has_b, norm)
         setattr(model.get_submodule(parent), last, vectors)
     return model
 
@@ -233,6 +247,21 @@ def results_of(
     return sorted(results, key=lambda result: result[0].parameters)
 
 
+def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs of fewer steps, with their share of LoRA r 4's gain after as many.
+
+    The gain is that of the validation loss.
+    """
+    runs = recorded[recorded["steps"] < STEPS]
+    others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
+    base = others[others["method"] == "base"].groupby("task")["validation"].first()
+    of_lora = runs[runs["form"] == "peft/all/4/lora"]
+    lora = of_lora.groupby(["target", "steps"])["validation"].min().rename("lora")
+    runs = runs.join(lora, on=["target", "steps"])
+    before = runs["target"].map(base)
+    return runs.assign(gain=(before - runs["validation"]) / (before - runs["lora"]))
+
+
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs by seed at the rate of most seeds; of several, validation decides."""
     seeds = runs.groupby("lr")["seed"].nunique()
@@ -256,7 +285,7 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
             for point, kept in results_of(recorded, target)
         ]
         show(target, pd.DataFrame(rows), markdown)
-    shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
+    shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
     show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""), markdown)
     collected = read(RESULTS / "transfer_collection.jsonl")
     show("ten LoRAs, and banks of them", collection_table(collected), markdown)
@@ -296,18 +325,29 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
         ax.axhline(1, color="0.8", linewidth=1)
         ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
     axes[0].set_ylabel("gain kept, of LoRA of rank 4")
-    fixed = recorded[recorded["captured"].notna() & (recorded["steps"] < STEPS)]
-    at_best_rates = fixed.loc[fixed.groupby(["target", "form"])["validation"].idxmin()]
-    for target, runs in at_best_rates.groupby("target"):
-        axes[-1].plot(runs["captured"], runs["validation"], "o", label=target)
-        for _, run in runs.iterrows():
-            axes[-1].annotate(run["form"], (run["captured"], run["validation"]), fontsize=6)
-    axes[-1].set(title="cores on a fixed pair", xlabel="share of the squared gradient captured")
-    axes[-1].set(ylabel="validation loss of short runs", xlim=(-0.1, 1.6))
+    draw_short_runs(axes[-1], recorded)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
+
+
+def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
+    """Draws what cores on a fixed pair gain in short runs against what the pair captures."""
+    runs = short_runs(recorded)
+    fixed = runs[runs["captured"].notna() & runs["gain"].notna()]
+    best = fixed.loc[fixed.groupby(["target", "form"])["gain"].idxmax()]
+    for _, run in best.iterrows():
+        color = f"C{TARGETS.index(run['target'])}"
+        mark = PAIR_MARKS[run["form"].split("/")[0]]
+        ax.plot(run["captured"], run["gain"], mark, color=color, alpha=0.7)
+    for pair, mark in PAIR_MARKS.items():
+        ax.plot([], [], mark, color="0.4", label=pair)
+    for number, target in enumerate(TARGETS):
+        ax.plot([], [], "-", color=f"C{number}", label=target)
+    ax.set(title="after 20 steps, on a fixed pair", xscale="log", ylim=(0.2, 1.1))
+    ax.set(xlabel="share of the squared gradient captured")
+    ax.legend(fontsize=6)
 
 
 # ---- a collection of LoRAs -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 import sys
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from .adapter_state import AdapterState
 from .factors import LoTRFactor
 from .files import Strictness
 from .sharded_tensors import copy_full, full_tensor, imported_class
-from .storage import checked_path
 
 __all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
@@ -47,6 +47,7 @@ def shard_factors(model: Model, **options: Any) -> Model:
 
     for module in model.modules():
         if isinstance(module, LoTRFactor):
+            # Kept after the first read, because the next layer reads the same factor.
             fully_shard(module, **{"reshard_after_forward": False, **options})
     return model
 
@@ -64,11 +65,12 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
         RuntimeError: In all other processes if one of them fails.
     """
     inner = unwrapped(model)
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     _reshard(inner)
     state = files.state_of(inner, full_tensor)
     files.warn_of_unsaved(inner)
 
+    # All have the full tensors now. Several writers would replace each other's file.
     def write() -> None:
         if _process_count() == 1 or dist.get_rank() == 0:
             state.write(path)
@@ -169,11 +171,12 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     # A process that raises leaves the others waiting in the next collective operation.
     try:
         result = work()
-    except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer
+    # Also KeyboardInterrupt, because the others wait for an answer.
+    except BaseException as caught:
         error = caught
     failures: list[str | None] = [None] * _process_count()
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(failures, failure)
+    # As text, because an error of another package may not be importable in the other processes.
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

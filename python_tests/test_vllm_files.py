@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import trained
+from models import same, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,10 +25,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "integers": (lambda t, m: t.update({KEY: t[KEY].int()}), f"{KEY}: expected a floating"),
     "no core": (lambda t, m: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
     "another layer": (lambda t, m: t.update(other=t[KEY].clone()), "not in the model other"),
-    "other factors": (lambda t, m: m.update(factors="0" * 64), "made for other A and B"),
-    "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task for scaling"),
-    "another format": (lambda t, m: m.update(format="pt"), "expected a task's file"),
-    "a newer version": (lambda t, m: m.update(version="9"), "expected a task's file"),
+    "other factors": (lambda t, m: m.update(factors="0" * 64), "expected a task with factors"),
+    "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task with scaling"),
+    "another format": (lambda t, m: m.update(format="pt"), "expected a task with format"),
+    "a newer version": (lambda t, m: m.update(version="9"), "expected a task with version"),
 }
 
 
@@ -47,13 +47,16 @@ def random_cores(bank: TaskBank) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("group_by", "factor_count"),
-    [("width", 3), ("layer", 16)],  # A_16, B_16, B_8; a pair for each of eight layers
+    ("group_by", "factor_count", "scaling_step"),
+    [("width", 3, 0.0), ("layer", 16, 0.0), ("width", 3, 1.0)],  # A_16, B_16, B_8; eight pairs
 )
 def test_a_task_is_read_over_the_factors_of_its_model(
-    group_by: str, factor_count: int, tmp_path: Path
+    group_by: str, factor_count: int, scaling_step: float, tmp_path: Path
 ) -> None:
     model = adapted(scaling=2.0, group_by=group_by)
+    layers = adapted_layers(model)
+    for i, layer in enumerate(layers.values()):
+        layer.scaling += scaling_step * i
     bank = TaskBank(model, 2)
     task = bank.add(random_cores(bank))
     export_factors(model, tmp_path / "factors")
@@ -63,12 +66,12 @@ def test_a_task_is_read_over_the_factors_of_its_model(
     from_model = vllm.factors_of(state_of(model), "test")
     assert factors.task_format.metadata() == from_model.task_format.metadata()
     assert len(factors.tensors) == factor_count
-    model_cores = {f"{name}.core": layer.core for name, layer in adapted_layers(model).items()}
+    model_cores = {f"{name}.core": layer.core for name, layer in layers.items()}
     for folder, cores in (("model", model_cores), ("task", bank.cores_of(task))):
         vector = vllm.read_task(tmp_path / folder, factors)
-        for name, span in factors.spans.items():
-            core = vector[span].view(factors.core_shape(name))
-            assert torch.equal(core, 2.0 * cores[f"{name}.core"])
+        for name, layer in layers.items():
+            core = vector[factors.spans[name]].view(factors.core_shape(name))
+            assert torch.equal(core, layer.scaling * cores[f"{name}.core"])
     written = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
     expected = {
         "peft_type": "LORA",
@@ -76,27 +79,18 @@ def test_a_task_is_read_over_the_factors_of_its_model(
         "base_model_name_or_path": "base",
         "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
     }
-    assert {name: written[name] for name in expected} == expected
+    assert written.items() >= expected.items()
 
 
-@pytest.mark.parametrize("scaling", [2.0, "per layer"])
-def test_the_engine_and_a_bank_read_the_same_file(scaling: object, tmp_path: Path) -> None:
-    model = adapted(scaling=2.0)
-    if scaling == "per layer":
-        for i, layer in enumerate(adapted_layers(model).values()):
-            layer.scaling = 1.0 + i
+def test_the_engine_and_a_bank_read_the_same_file(tmp_path: Path) -> None:
+    model = adapted()
     bank = TaskBank(model, 3)
     task = bank.add(random_cores(bank))
     export_task(model, tmp_path / "task", task=task)
-    for name, core in bank.cores_of(bank.add(tmp_path / "task" / "lotr_task.safetensors")).items():
-        assert torch.equal(core, bank.cores_of(task)[name])
+    read_again = bank.cores_of(bank.add(tmp_path / "task" / "lotr_task.safetensors"))
+    assert same(read_again, bank.cores_of(task))
     bank.save(task, tmp_path / "other" / "lotr_task.safetensors")
-    vector = read(model, tmp_path / "other")
-    assert torch.equal(vector, read(model, tmp_path / "task"))
-    factors = vllm.factors_of(state_of(model), "test")
-    for name, layer in adapted_layers(model).items():
-        core = layer.scaling * bank.cores_of(task)[f"{name}.core"]
-        assert torch.equal(vector[factors.spans[name]].view(core.shape), core)
+    assert torch.equal(read(model, tmp_path / "other"), read(model, tmp_path / "task"))
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
@@ -118,14 +112,12 @@ def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     model = adapted()
     export_lora(model, tmp_path / "lora")
     export_task(model, tmp_path / "task")
-    with pytest.raises(ValueError, match="expected a task by export_task, got an adapter of LORA"):
+    with pytest.raises(ValueError, match=r"expected a task by export_task, got .*lora"):
         read(model, tmp_path / "lora")
-    truncated = {"lora/adapter_config.json": "JSON", "task/lotr_task.safetensors": "safetensors"}
-    for file, kind in truncated.items():
-        path = tmp_path / file
-        path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match=f"adapter: expected a {kind}"):
-            read(model, path.parent)
+    path = tmp_path / "task" / "lotr_task.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="adapter: expected a safetensors"):
+        read(model, path.parent)
 
 
 @pytest.mark.parametrize(

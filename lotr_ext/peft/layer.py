@@ -26,10 +26,6 @@ from ..wrapped import LoTRWrapped, check_mergeable, layer_class
 from .config import LoTRPeftConfig
 
 
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
 class LoTRPeftAdapter(nn.Module):
     """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
 
@@ -49,9 +45,13 @@ class LoTRPeftAdapter(nn.Module):
         self.scaling = config.to_lotr().s
         self.dropout = config.dropout
         self.trained = tuple(config.train)
-        # The tuner registers them, once.
+        # The tuner registers them, so that state_dict has a factor once and not in every layer.
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
+        for part, parameter in self.parts():
+            # PEFT's methods change it only for the others, see `parameters`.
+            if part not in self.trained:
+                parameter.requires_grad_(False)
 
     def forward(
         self,
@@ -90,11 +90,6 @@ class LoTRPeftAdapter(nn.Module):
         core = self.core_matrix()
         return self.factors.read(lambda A, B: fallback.delta_weight(A, B, core, self.scaling))
 
-    def set_trained(self, is_trained: bool) -> None:
-        """Trains the parts that the configuration names, or freezes all."""
-        for part, parameter in self.parts():
-            parameter.requires_grad_(is_trained and part in self.trained)
-
     def modules_of_parts(self) -> dict[str, nn.Module]:
         """Returns the modules that have the parameters of the parts "A", "B" and "core"."""
         core = self if self.form is None else self.form.cores
@@ -103,8 +98,16 @@ class LoTRPeftAdapter(nn.Module):
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
         for part, module in self.modules_of_parts().items():
-            for parameter in module.parameters():
+            # Not module.parameters(), which for a core is the method below.
+            for _, parameter in module.named_parameters():
                 yield part, parameter
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yields the parameters that are trained while the adapter is active, also of A and B.
+
+        PEFT sets requires_grad of all of them when it becomes active or inactive.
+        """
+        return (parameter for part, parameter in self.parts() if part in self.trained)
 
     def extra_repr(self) -> str:
         return f"rank={self.factors.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
@@ -118,7 +121,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
-    # The weight before the first merge. Not in state_dict.
+    # The weight before the first merge. A buffer, so that it moves with the layer.
     weight_backup: Tensor | None
 
     def __init__(self, base_layer: nn.Module):
@@ -134,9 +137,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Returns the device on which the base computes, and its dtype, float32 if quantized."""
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        if dtype not in DTYPES.values():
-            dtype = torch.float32
-        return compute_device(self.base_layer), dtype
+        # A quantized weight has the dtype of its bytes.
+        return compute_device(self.base_layer), dtype if dtype in DTYPES.values() else torch.float32
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -148,22 +150,22 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.lotr_adapter:
             return
         adapter = self.lotr_adapter[adapter_name]
-        if any(parameter.is_meta for _, parameter in adapter.parts()):
-            return
-        if device is None:
-            device = self.place()[0]
-        for module in adapter.modules_of_parts().values():
-            module.to(device)
+        # PEFT also calls it before the values are loaded, when there is nothing to move.
+        if not any(parameter.is_meta for _, parameter in adapter.parts()):
+            for module in adapter.modules_of_parts().values():
+                module.to(self.place()[0] if device is None else device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
         if self.disable_adapters:
+            # As PEFT's layers do: the base has no other weight to compute with.
             if self.merged:
-                self.unmerge()  # as PEFT's layers do
+                self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if names is not None:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
         adapters = []
+        # The weight has them already.
         if not self.merged:
             active = self.active_adapters
             adapters = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
@@ -192,30 +194,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             if name in self.lotr_adapter:
                 places = [i for i, row_name in enumerate(names) if row_name == name]
                 rows = torch.tensor(places, device=x.device)
-                y_rows = self.lotr_adapter[name](x[rows], base_output=y[rows])
-                y = y.index_copy(0, rows, y_rows)
+                # Not in place: autograd may need the base's output as it was.
+                y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], base_output=y[rows]))
         return y
-
-    # ---- which adapters are active and trained ---------------------------------------------------
-
-    # These do what BaseTunerLayer's methods do, which see only the parameters below this layer.
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        active = _as_list(adapter_names)
-        for name, adapter in self.lotr_adapter.items():
-            adapter.set_trained(name in active and not inference_mode)
-        self._active_adapter = active
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
-        self.set_adapter(self.active_adapters, inference_mode=not enabled)
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        for name in _as_list(adapter_names):
-            if name in self.lotr_adapter:
-                self.lotr_adapter[name].set_trained(requires_grad)
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -238,20 +219,20 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             TypeError: If the base has no plain weight.
             ValueError: If the sum is not finite and safe_merge is set.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lotr_adapter]
+        chosen = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in chosen if name in self.lotr_adapter]
+        # PEFT calls every layer, also those that have no adapter of these names.
         if not names:
             return
         weight = check_mergeable(self.base_layer).detach()
-        backup = self.weight_backup
-        if backup is None:
-            backup = weight.clone()
+        backup = weight.clone() if self.weight_backup is None else self.weight_backup
         # From the backup, so that a second merge does not round the first one's result again.
         merged = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
             merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
             if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(  # in PEFT's words
+                # In PEFT's words, which its users may look for.
+                raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.weight_backup = backup
@@ -278,6 +259,3 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-    def __repr__(self) -> str:
-        return "lotr." + super().__repr__()
