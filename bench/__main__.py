@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-PROGRAMS = ["layer", "model", "host", "shared", "experts", "tasks"]
+PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 
 
 def main(words: list[str]) -> int:

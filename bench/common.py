@@ -1,7 +1,6 @@
-"""What all benchmarks share: names, the machine, result files, tables.
+"""What all benchmarks share: names, checks, the machine, result files, tables, options.
 
-Not here: timing (timing.py), checks of numbers and memory (checks.py), the command line of a
-measuring program (program.py).
+Not here: times and memory (timing.py), the command line of a measuring program (program.py).
 """
 
 import argparse
@@ -25,6 +24,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -87,6 +87,26 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {telling_line(str(error))}"
 
 
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def error_of(result: Tensor, truth: Tensor) -> float:
+    """Returns the relative error (Frobenius)."""
+    truth = truth.double()
+    return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def check_error(what: str, error: float, limit: float) -> float:
+    """Returns the error.
+
+    Raises:
+        ArithmeticError: If it is NaN or above the limit.
+    """
+    if not error <= limit:
+        raise ArithmeticError(f"{what}: relative error expected <= {limit:.2g}, got {error:.1e}")
+    return error
+
+
 # ---- the machine ---------------------------------------------------------------------------------
 
 
@@ -111,12 +131,8 @@ def machine(device: str) -> str:
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if match:
-            model = match[1].strip()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    model = match[1].strip() if match else platform.machine()
     return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
@@ -144,10 +160,9 @@ def keep_memory() -> None:
     """
     m_mmap_max = -4  # glibc's malloc.h
     m_trim_threshold = -1
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 # ---- result files --------------------------------------------------------------------------------

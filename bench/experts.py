@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of
+from .common import Case, check_error, dtype_of, error_of
 from .models import trained
 from .program import Program
 from .timing import Group, Step, training

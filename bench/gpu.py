@@ -129,6 +129,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         build = Part("build", 1.0, command)
     smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
+    stacks = ("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16", "--forms", "chained")
+    shared = (*stacks, "--rivals", "lotr-eager,lotr_ext")
     mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build,
@@ -143,7 +145,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         bench("model", 4.0, "--rounds", "7", **mixed),
         bench("host", 1.5, "--clock", "wall", uses=("peft",)),
         Part("profile", 1.0, (*PROFILE, *profiled_shape), ("ncu",)),
-        bench("shared", 1.0),
+        bench("host", 1.0, *shared)._replace(name="shared"),
         bench("experts", 1.0, **mixed),
         bench("tasks", 1.0, **mixed),
         sanitizer("racecheck"),

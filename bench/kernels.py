@@ -26,8 +26,7 @@ from torch import Tensor
 from lotr_ext.core.operators import FUSED
 from lotr_ext.core.strategy import fused_obstacle
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of, some_of
+from .common import Case, check_error, dtype_of, error_of, some_of
 from .program import Program
 from .timing import Group, Step, copy_gb_per_s
 

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of, some_of
+from .common import Case, check_error, dtype_of, error_of, some_of
 from .models import (
     METHODS,
     MODELS,

@@ -48,21 +48,22 @@ from .common import (
     slug,
     some_of,
 )
-from .timing import CLOCKS, Clock, Group, Rounds, Times, gpu_samples, interval, rows_of, with_sum
+from .timing import (
+    CLOCKS,
+    Clock,
+    Group,
+    Rounds,
+    Step,
+    Times,
+    gpu_samples,
+    interval,
+    rows_of,
+    seconds_of,
+)
 
 CASE_ENDING = ", {dtype}, threads: {threads}"  # of a title
 DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
-
-
-def threads_of(text: str) -> list[int]:
-    """Converts an option: "1,2" becomes [1, 2]."""
-    count = os.cpu_count() or 1
-    threads = text.split(",")
-    for word in threads:
-        if not (word.isdigit() and 1 <= int(word) <= count):
-            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
-    return sorted(map(int, threads))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has the others
@@ -71,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has t
         "choices": ("cpu", "cuda"),
         "default": "cuda" if torch.cuda.is_available() else "cpu",
     },
-    "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
+    "threads": {"type": sizes("threads"), "default": "1", "help": "CPU thread counts (1)"},
     "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
     "against": {
         "type": Path,
@@ -155,13 +156,13 @@ class Program:
             usual_clock = "events"
             if not torch.cuda.is_available():
                 parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
-        elif options.threads == [1]:
+        elif options.threads == [{"threads": 1}]:
             usual_clock = "cpu"
         options.clock = options.clock or usual_clock
         if options.clock not in ("wall", usual_clock):
             parser.error(
-                f"clock: expected wall or {usual_clock} on {options.device} with "
-                f"{options.threads} threads, got {options.clock}"
+                f"clock: expected wall or {usual_clock} on {options.device} with these threads, "
+                f"got {options.clock}"
             )
         if self.key and options.shapes is None:
             options.shapes = sizes(*self.key)(self.shapes[options.device])
@@ -180,7 +181,7 @@ class Program:
         if options.quick:
             shapes = shapes[:1]
         return [
-            {**shape, "dtype": dtype, "threads": threads}
+            {**shape, "dtype": dtype, **threads}
             for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)
         ]
 
@@ -222,21 +223,21 @@ class Program:
             self.tables(pd.DataFrame(rows), list(cases[0]), options.markdown)
         about = results.about
         print(
-            f"\n{self.command(words)}; {about['machine']}, {about['clock']} seconds, "
-            f"{about['date']}, {about['commit']}\nresults in {results.path}"
+            f"\npython -m bench.{self.name} {' '.join(words)}\n{about['machine']}, "
+            f"{about['clock']} seconds, {about['date']}, {about['commit']}\n"
+            f"results in {results.path}"
         )
         return DEVICE_LOST if results.device_is_lost() else int(bool(results.failures))
 
     def _measure(self, case: Case, options: argparse.Namespace, results: "Results") -> None:
         """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
         torch.set_num_threads(case["threads"])
-        group = self.build(case, options)
         is_short = options.quick or options.rounds < 5
         clock = Clock(options.device, options.clock)
-        rounds = Rounds(group, clock, 0.0 if is_short else self.slice_s)
-        for name, reason in group.failures.items():
+        rounds = Rounds(self.build(case, options), clock, 0.0 if is_short else self.slice_s)
+        for name, reason in rounds.failures.items():
             results.fail(f"{self.title(case)}, {named(name)}: {reason}")
-        if not group.steps:
+        if not rounds.steps:
             return
         times: list[Times] = []
         with gpu_samples(options.device) as samples:
@@ -245,11 +246,11 @@ class Program:
                 for turn in range(options.rounds):
                     times.append(rounds.run(turn))
                     if time.monotonic() > next_write:
-                        results.keep(case, times, group, samples())
+                        results.keep(case, times, rounds.steps, samples())
                         next_write = time.monotonic() + WRITE_EVERY_S
             finally:  # also when a round raises, and when the program is interrupted
                 if times:
-                    results.keep(case, times, group, samples())
+                    results.keep(case, times, rounds.steps, samples())
 
     # ---- tables ----
 
@@ -266,11 +267,6 @@ class Program:
     def title(self, case: Case) -> str:
         return (self.form + CASE_ENDING).format(**case)
 
-    def command(self, words: Sequence[str]) -> str:
-        """Returns the command as a page shows it."""
-        shown = [word for word in words if word != "--markdown"]
-        return " ".join(["python -m", f"bench.{self.name}", *shown])
-
 
 class Results:
     """The result file of a run, and what could not be measured."""
@@ -284,11 +280,15 @@ class Results:
         self.failures: list[str] = []
 
     def keep(
-        self, case: Case, times: Sequence[Times], group: Group, samples: dict[str, float]
+        self,
+        case: Case,
+        times: Sequence[Times],
+        steps: Mapping[str, Step],
+        samples: dict[str, float],
     ) -> None:
         """Writes the rows of a case in place of those from fewer rounds."""
         columns = self.about | {"rounds": len(times)} | samples | case
-        rows = [columns | row for row in rows_of(times, group, self.program.floor)]
+        rows = [columns | row for row in rows_of(times, steps, self.program.floor)]
         self.rows[str(case)] = rows
         replace_rows(self.path, rows, ["machine", *case])
 
@@ -371,7 +371,7 @@ def work(name: str, argv: list[str]) -> None:
             torch.set_num_threads(question["case"]["threads"])
             group = program.build(question["case"], options)
             rounds = Rounds(group, clock, max(program.slice_s, 0.05))
-            answer = {"stages": {name: list(step.stages) for name, step in group.steps.items()}}
+            answer = rounds.failures
         else:
             answer = rounds.run(question["turn"])
         answers.write(json.dumps(answer) + "\n")
@@ -395,44 +395,44 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     for number, case in enumerate(cases, 1):
         title = program.title(case)
         print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
-        answers = {side: worker.ask({"case": case}) for side, worker in workers.items()}
+        for side, worker in workers.items():
+            for rival, reason in worker.ask({"case": case}).items():
+                print(f"not measured: {side}, {named(rival)}: {reason}", file=sys.stderr)
         times: dict[str, list[Times]] = {"new": [], "old": []}
         for turn in range(options.rounds):
             # In random order, so that no side always runs second.
             for side in random.Random(turn).sample(list(workers), 2):
                 times[side].append(workers[side].ask({"turn": turn}))
-        tables[title] = comparison(times, answers["new"]["stages"], program.floor)
+        tables[title] = comparison(times["new"], times["old"], program.floor)
     for worker in workers.values():
         worker.close()
     for title, table in tables.items():
         show(title, table, options.markdown)
     print(
-        f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, "
-        f"95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"\npython -m bench.{program.name} {' '.join(argv)}\n{commits}, medians of "
+        f"{options.rounds} rounds in turns, 95 % intervals\n{machine(options.device)}, "
+        f"{options.clock} seconds, load {os.getloadavg()[0]:.1f}"
     )
     return 0
 
 
-def comparison(
-    times: dict[str, list[Times]], stages: dict[str, list[str]], floor: str
-) -> pd.DataFrame:
+def comparison(new: list[Times], old: list[Times], floor: str) -> pd.DataFrame:
     """Returns the ratios of new to old times, a row per rival and stage."""
-    floors = {side: with_sum(rounds, floor) for side, rounds in times.items()}
     rows = []
-    for rival, names in stages.items():
-        new = with_sum(times["new"], rival)
-        old = with_sum(times["old"], rival)
-        for i, stage in enumerate([*names, "step"][: len(new)]):
-            ratio = new[i] / old[i]
-            over_floor = (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
+    for rival, stages in new[0].items():
+        for stage in stages:
+            seconds = seconds_of(new, rival, stage)
+            old_seconds = seconds_of(old, rival, stage)
+            floor_ratio = seconds_of(new, floor, stage) / seconds_of(old, floor, stage)
             rows.append(
                 {
                     "": f"{named(rival)}, {stage}",
-                    "new": seconds_text(np.median(new[i])),
-                    "old": seconds_text(np.median(old[i])),
-                    "new / old": _ratio_text(ratio),
-                    f"the same, each over its {named(floor)}": _ratio_text(over_floor),
+                    "new": seconds_text(np.median(seconds)),
+                    "old": seconds_text(np.median(old_seconds)),
+                    "new / old": _ratio_text(seconds / old_seconds),
+                    f"the same, each over its {named(floor)}": _ratio_text(
+                        seconds / old_seconds / floor_ratio
+                    ),
                 }
             )
     return pd.DataFrame(rows)

@@ -24,8 +24,7 @@ from bench.timing import Group, Step
 SMALL = {
     "layer": "--shapes 32x48x40x4 --dtypes fp32,bf16",
     "model": "--models tiny-lm,tiny-encoder --dtypes fp32",
-    "host": "--shapes 2x6x16x4 --forms siblings",
-    "shared": "--shapes 3x16x24x4 --dtypes fp32",
+    "host": "--shapes 2x6x16x4,16x3x24x4 --forms siblings",
     "experts": "--shapes 64x32x16x4x2x4 --dtypes fp32",
     "tasks": "--shapes 4x4x6x32x1x4",
     "kernels": "--shapes 40x24x4 --dtypes fp32",
@@ -102,7 +101,7 @@ def test_require_kernels_refuses_the_fallback(tmp_path, capsys, monkeypatch):
     [
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
         ("layer", "--dtypes int8", "--dtypes: expected some of bf16"),
-        ("host", "--threads 0", "--threads: expected numbers from 1"),
+        ("host", "--threads 0", "--threads: expected threads, numbers of at least 1"),
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
         ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
@@ -160,8 +159,10 @@ def test_worker_measures_a_checkout_that_has_no_core(tmp_path):
     argv = words_of("layer", tmp_path, "--rivals", "frozen,lotr_ext")
     worker = Worker("layer", argv, tmp_path)
     case = {"m": 8, "k": 12, "n": 10, "r": 4, "dtype": "fp32", "threads": 1}
-    assert set(worker.ask({"case": case})["stages"]) == {"frozen", "lotr_ext"}
-    assert all(seconds > 0 for stages in worker.ask({"turn": 0}).values() for seconds in stages)
+    assert worker.ask({"case": case}) == {}  # nothing failed
+    times = worker.ask({"turn": 0})
+    assert set(times) == {"frozen", "lotr_ext"}
+    assert all(seconds > 0 for stages in times.values() for seconds in stages.values())
     worker.close()
 
 
