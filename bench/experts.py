@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import Case, check_error, dtype_of, error_of
-from .models import trained
+from .model import trained, twin
 from .program import Program
 from .timing import Group, Step, training
 
@@ -101,9 +101,7 @@ def adapted(name: str, base: Mixture, rank: int) -> nn.Module:
     """Returns a rival on the weights of base. Each package initializes its adapter."""
     if name == "frozen":
         return base
-    # With this memo the copy has the same parameter objects, so all rivals share the weights.
-    weights = {id(p): p for p in base.experts.parameters()}
-    mixture = Mixture(copy.deepcopy(base.experts, weights))
+    mixture = twin(base)
     targets = [f"experts.{parameter}" for parameter in PARAMETERS]
     if name == "lora-grouped":
         return GroupedLoRA(mixture.experts, rank)

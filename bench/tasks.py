@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import Case, dtype_of
-from .models import llama, random_model, trained
+from .model import llama, random_model, trained
 from .program import Program
 from .timing import Group, Step, training
 
