@@ -28,6 +28,7 @@ from pathlib import Path
 # are older than it.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random, or in data/
 
 
 def _prefer_installed() -> None:

@@ -29,12 +29,10 @@ text under its LoRA, or as a task of a bank. The time of a step: python -m bench
 
 import argparse
 import itertools
-import multiprocessing
-import os
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +44,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from . import accuracy
-from .common import RESULTS, commit, read, show, some_of, write
+from .accuracy import complete, record, runs_in
+from .common import RESULTS, commit, read, show, some_of
 from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
 from .problems import TASKS, adapt, fit
 
@@ -62,7 +61,6 @@ FORMS = (  # what is run without --forms
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
-MEASURED = ("numbers", "captured", "validation", "loss", "items")
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
 FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
@@ -86,6 +84,9 @@ class Run(NamedTuple):
     lr: float
     seed: int
     steps: int
+
+
+COLUMNS = (*Run._fields, "numbers", "captured", "validation", "loss", "items")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -183,28 +184,6 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def runs_in(path: Path) -> pd.DataFrame:
-    """Returns the recorded runs, with all columns that are used here."""
-    recorded = read(path)
-    columns = [*recorded.columns, *Run._fields, *MEASURED]
-    return recorded.reindex(columns=list(dict.fromkeys(columns)))
-
-
-def work(options: argparse.Namespace) -> None:
-    """Makes the runs that are not recorded. Only this process writes the file."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        while runs := next_runs(runs_in(options.results), options):
-            for future in as_completed([pool.submit(train, run) for run in runs]):
-                record(options.results, future.result())
-
-
-def record(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file, and prints it."""
-    write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
-    print({name: value for name, value in row.items() if name != "items"}, flush=True)
-
-
 # ---- tables --------------------------------------------------------------------------------------
 
 
@@ -215,7 +194,7 @@ def results_of(
 
     The point of the runs has the form as its method.
     """
-    others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
+    others = runs_in(RESULTS / "accuracy.jsonl")
     others = others[(others["scaling"] == "") & others["method"].str.match("base|lo|vera|full")]
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
     forms = recorded.rename(columns={"target": "task", "numbers": "parameters"})
@@ -380,13 +359,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the program."""
     options = parser().parse_args(argv)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
     elif options.targets != ["none"]:
-        work(options)
-    recorded = runs_in(options.results)
+        lacking_runs = partial(next_runs, options=options)
+        complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
+    recorded = runs_in(options.results, COLUMNS)
     tables(recorded, options.markdown)
     picture(recorded, options.results.with_suffix(".png"))
     print(f"results in {options.results}")

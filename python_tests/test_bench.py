@@ -489,7 +489,7 @@ def test_accuracy_continues_from_recorded_runs(tmp_path, capsys):
     capsys.readouterr()
     assert accuracy.main(words) == 0
     output = capsys.readouterr()
-    assert output.err.count("seed") == 1 and "ours less rival" in output.out
+    assert output.err.count("'seed'") == 1 and "ours less rival" in output.out
     again = accuracy.runs_in(path)
     assert again["loss"].iloc[-1] == recorded["loss"].iloc[-1]  # the same run, the same numbers
 

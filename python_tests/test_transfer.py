@@ -9,7 +9,7 @@ import torch
 from helpers import relative
 from torch import Tensor, nn
 
-from bench import donors, transfer
+from bench import common, donors, transfer
 from bench.donors import Form
 
 
@@ -88,7 +88,7 @@ def test_the_search_continues_from_what_is_recorded(
 ) -> None:
     options = options_with(tmp_path, rates=[1e-3, 2e-3, 4e-3], seeds=3)
     made = []
-    while runs := transfer.next_runs(transfer.runs_in(options.results), options):
+    while runs := transfer.next_runs(transfer.runs_in(options.results, transfer.COLUMNS), options):
         run = runs[0]
         made.append((run.lr, run.seed))
         row = run._asdict()
@@ -103,7 +103,7 @@ def test_the_recorded_runs_make_tables_and_a_picture(
 ) -> None:
     recorded = pd.read_json(transfer.RESULTS / "transfer.jsonl", lines=True)
     path = tmp_path / "transfer.jsonl"
-    transfer.write(path, recorded)
+    common.write(path, recorded)
     assert transfer.main(["--targets", "none", "--results", str(path), "--markdown"]) == 0
     output = capsys.readouterr().out
     assert "| lora, r 4 | 1,221,120 | 4,770 |" in output and "100% (100% to 100%)" in output
