@@ -53,11 +53,11 @@ from .problems import (
     TASKS,
     Problem,
     Task,
-    Trained,
     adapt,
     fit,
     missing,
     problem_of,
+    trained_parts,
 )
 
 LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
@@ -101,11 +101,11 @@ def train(run: Run) -> dict[str, Any]:
     problem = problem_of(task)
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    trained = sum(p.numel() for p in Trained.of(model).method)
-    row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
+    parameters, _ = trained_parts(model)
     losses = []
     if run.method != "base":
         losses = fit(model, run.method, run.lr, run.seed, problem)
+    row = {**run._asdict(), "scaling": "", "parameters": sum(p.numel() for p in parameters)}
     row |= measured(model, losses, problem)
     seconds = time.perf_counter() - start
     return row | {"seconds": seconds, "machine": machine("cpu"), "commit": commit()}
@@ -156,7 +156,7 @@ def rungs_of(method: str) -> list[float]:
 
 def first_rate(method: str, task: Task) -> float:
     """Returns the rate at which a search begins."""
-    return rungs_of(method)[LADDER.index(METHODS[method].rates.of(task))]
+    return rungs_of(method)[LADDER.index(getattr(METHODS[method].rates, task.kind))]
 
 
 def best_rate(tried: dict[float, float], begin: float) -> float:
@@ -448,7 +448,7 @@ def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Place]:
     return [
         (method, rank)
         for method, text in methods
-        for rank in ([int(text)] if text else METHODS[method].ranks.of(task))
+        for rank in ([int(text)] if text else getattr(METHODS[method].ranks, task.kind))
     ]
 
 
