@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -186,18 +185,18 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     """
     end = time.monotonic() + limit_s
     log.write_bytes(b"")
-    words: tuple[str, ...] = ()
+    command = part.command
     crashes: list[str] = []
     while True:
-        status = _run_once(part, (*part.command, *words), log, end - time.monotonic())
-        case = summary.last_case(log)
+        status = _run_once(part, command, log, end - time.monotonic())
         is_crash = status is not None and (status < 0 or status == DEVICE_LOST)
-        if not (is_crash and part.restarts and case) or len(crashes) == RESTARTS:
+        if not (is_crash and part.restarts and summary.last_case(log)) or len(crashes) == RESTARTS:
             break
-        crashes.append(case[1])
-        if case[1] == case[2]:
+        case, count, _ = summary.last_case(log)
+        crashes.append(case)
+        if case == count:
             break
-        words = ("--from", str(int(case[1]) + 1))
+        command = (*part.command, "--from", str(int(case) + 1))
     if status is None:
         outcome = "stopped"
     elif crashes:
@@ -311,8 +310,6 @@ def main(argv: list[str] | None = None) -> int:
     except argparse.ArgumentTypeError as error:
         parser.error(f"parts: {error}")
     selected = [parts[name] for name in names]
-    if options.wheel is not None and not zipfile.is_zipfile(options.wheel):
-        parser.error(f"wheel: expected a wheel of lotr_ext, got {options.wheel}")
     if not options.dry_run:
         return work(selected, options)
     total = sum(part.weight for part in selected)
