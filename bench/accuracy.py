@@ -66,7 +66,6 @@ DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
 # The rates of other methods than LoTR, and 0 for what trains nothing.
 LADDER = [0.0, *(float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5))]
-QUICK_METHODS = "base:0,lotr:8,lora:2"
 Place = tuple[str, int]  # a method and a rank
 
 
@@ -434,7 +433,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": os.cpu_count(),
         "help": "runs at a time, one thread each (one per core)",
     },
-    "results": {"type": Path, "help": "the file (bench/results/accuracy.jsonl)"},
+    "results": {
+        "type": Path,
+        "default": RESULTS / "accuracy.jsonl",
+        "help": "the file (bench/results/accuracy.jsonl)",
+    },
     "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
     "quick": {
         "action": "store_true",
@@ -490,17 +493,21 @@ def complete(
                 record(path, future.result())
 
 
+QUICK_OPTIONS = {
+    "tasks": ["teacher-half"],
+    "methods": places_of("base:0,lotr:8,lora:2"),
+    "seeds": 3,
+    "steps": 40,
+    "results": QUICK / "accuracy.jsonl",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
-    folder = RESULTS
     if options.quick:
-        folder = QUICK
-        options.tasks = ["teacher-half"]
-        options.steps = options.steps or 40
-        options.methods = options.methods or places_of(QUICK_METHODS)
-        options.seeds = 3
-    options.results = options.results or folder / "accuracy.jsonl"
+        parser.set_defaults(**QUICK_OPTIONS)
+        options = parser.parse_args(argv)
     shown = options.tasks
     if options.tasks == ["none"]:
         shown = list(TASKS)

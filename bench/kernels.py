@@ -129,11 +129,10 @@ def operands_of(case: Case, device: str) -> dict[str, Tensor]:
 
 def copied(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Returns copies for a call that writes. The floating-point ones get the dtype."""
-    copies = {}
-    for name, operand in operands.items():
-        is_cast = dtype is not None and operand.is_floating_point()
-        copies[name] = operand.to(dtype, copy=True) if is_cast else operand.clone()
-    return copies
+    return {
+        name: operand.to(dtype if operand.is_floating_point() else None, copy=True)
+        for name, operand in operands.items()
+    }
 
 
 def obstacle(case: Case, device: str) -> str | None:

@@ -18,7 +18,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -185,37 +185,23 @@ def rank_of(method: str, case: Case) -> int:
     return EQUAL_RANKS[method]
 
 
-class EagerLoTR(nn.Module):
-    """y = base(x) + ((x A) G) B^T as the original implementation computes it.
+def lotr_layers(model: nn.Module) -> list[nn.Module]:
+    from lotr_ext import LoTRLinear
 
-    All layers of a shape share A and B. They have the dtype of the weights, because the original
-    cannot mix dtypes.
-    """
-
-    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
-        super().__init__()
-        self.base = base
-        self.A = A
-        self.B = B
-        self.core = nn.Parameter(A.new_zeros(A.shape[1], B.shape[1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
+    return [module for module in model.modules() if isinstance(module, LoTRLinear)]
 
 
-def _eager_lotr(model: nn.Module, targets: list[str], r: int) -> nn.Module:
-    pairs: dict[torch.Size, list[nn.Parameter]] = {}
-    for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] not in targets:
-            continue
-        weight = module.weight
-        if weight.shape not in pairs:
-            pairs[weight.shape] = [
-                nn.Parameter(weight.new_empty(size, r).normal_(0, size**-0.5))
-                for size in (module.in_features, module.out_features)
-            ]
-        model.set_submodule(name, EagerLoTR(module, *pairs[weight.shape]))
-    return model
+def in_three_lines(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns a forward for an adapted layer in torch operations, as the original computes it."""
+    factors = factors_of(layer)
+
+    def forward(x: Tensor) -> Tensor:
+        u = x @ factors["A"].to(x.dtype)
+        h = u @ layer.core.to(x.dtype)
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        return y + layer.scaling * h @ factors["B"].to(x.dtype).T
+
+    return forward
 
 
 def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -> nn.Module:
@@ -228,8 +214,6 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
     variant = method.partition("-")[2]
     if method == "frozen":
         return model
-    if method == "lotr-eager":
-        return _eager_lotr(model, targets, rank)
     if method.startswith(("lora-peft", "vera-peft")):
         from peft import LoraConfig, VeraConfig, get_peft_model
 
@@ -238,8 +222,15 @@ def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     from lotr_ext import LoTRConfig, apply_lotr
 
-    parts = ("core",) if variant == "core" else ("A", "B", "core")
-    apply_lotr(model, LoTRConfig(rank=rank, scaling=1.0, target_modules=targets, train=parts))
+    config = LoTRConfig(rank=rank, scaling=1.0, target_modules=targets)
+    if variant == "core":
+        config = replace(config, train=("core",))
+    if variant == "eager":  # the original cannot mix dtypes
+        config = replace(config, adapter_dtype=square_weight(base).dtype)
+    apply_lotr(model, config)
+    if variant == "eager":
+        for layer in lotr_layers(model):
+            layer.forward = in_three_lines(layer)
     if variant == "compiled":
         return compiled(model)
     if variant in STRATEGIES:
@@ -265,35 +256,27 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def core_gradients(
-    model: nn.Module, layers: list[nn.Module], loss_of: Callable[[nn.Module], Tensor]
-) -> Tensor:
+def core_gradients(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Tensor:
     loss_of(model).backward()
-    return torch.cat([layer.core.grad.double().flatten() for layer in layers])
+    gradients = [layer.core.grad.double().flatten() for layer in lotr_layers(model)]
+    model.zero_grad()
+    return torch.cat(gradients)
 
 
-def gradient_error(
-    model: nn.Module, base: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]
-) -> float:
+def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]) -> float:
     """Returns the error of our cores' gradients against the three-line formula's.
 
-    Both models have the same factors and random cores.
+    Both have the same factors and random cores, which the model keeps.
     """
-    from lotr_ext import LoTRLinear
-
-    torch.manual_seed(1)
-    eager = adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
-    eager_layers = [module for module in eager.modules() if isinstance(module, EagerLoTR)]
-    layers = [module for module in model.modules() if isinstance(module, LoTRLinear)]
-    with torch.no_grad():
-        for eager_layer, layer in zip(eager_layers, layers, strict=True):
-            eager_layer.core.normal_(std=0.1)
-            factors = factors_of(layer)
-            factors["A"].copy_(eager_layer.A)
-            factors["B"].copy_(eager_layer.B)
-            layer.core.copy_(eager_layer.core)
-    expected = core_gradients(eager, eager_layers, loss_of)
-    error = error_of(core_gradients(model, layers, loss_of), expected)
+    for layer in lotr_layers(model):
+        nn.init.normal_(layer.core, std=0.1)
+    gradients = core_gradients(model, loss_of)
+    for layer in lotr_layers(model):
+        layer.forward = in_three_lines(layer)
+    expected = core_gradients(model, loss_of)
+    for layer in lotr_layers(model):
+        del layer.forward
+    error = error_of(gradients, expected)
     return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
 
 
@@ -316,7 +299,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         parameters = trained(model)
         facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in parameters)}
         if name in ("lotr_ext", "lotr_ext-fused"):
-            facts["error"] = gradient_error(model, base, case, loss_of)
+            facts["error"] = gradient_error(model, case, loss_of)
         # A group, because an optimizer refuses an empty list: the frozen model trains nothing.
         optimizer = torch.optim.AdamW([{"params": parameters}], lr=1e-3)
         step = training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)

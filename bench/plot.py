@@ -48,13 +48,11 @@ def layer(rows: pd.DataFrame, path: Path) -> None:
     rivals = [rival for rival in RIVALS if rival in wide["over"]]
     if not rivals:  # a quick run measures one case, which this picture may not show
         return
-    height = wide["over"][rivals]
-    below = height - wide["over_low"][rivals]
-    above = wide["over_high"][rivals] - height
+    height, low, high = (wide[column][rivals] for column in ("over", "over_low", "over_high"))
     figure, ax = plt.subplots(figsize=(10, 4), layout="constrained")
     height.rename(columns=named).plot.bar(
         ax=ax,
-        yerr=np.stack([below.T, above.T], axis=1).clip(0),  # [rivals, 2, labels]
+        yerr=np.stack([(height - low).T, (high - height).T], axis=1).clip(0),  # [rivals, 2, labels]
         color=[RIVALS[rival] for rival in rivals],
         width=0.8,
         rot=0,
