@@ -13,10 +13,8 @@ PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 
 def main(words: list[str]) -> int:
     programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
-    failed = []
-    for name in programs:
-        if subprocess.run([sys.executable, "-m", f"bench.{name}", *words]).returncode:
-            failed.append(name)
+    commands = {name: [sys.executable, "-m", f"bench.{name}", *words] for name in programs}
+    failed = [name for name, command in commands.items() if subprocess.run(command).returncode]
     folders = ["demo_results/bench"] if "--quick" in words else []
     subprocess.run([sys.executable, "-m", "bench.plot", *folders])
     if failed:

@@ -13,6 +13,7 @@ counted byte. Operators of torch are assumed to move every operand once, which i
 bytes of the frozen layer are subtracted. No GPU has run these kernels.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -223,22 +224,17 @@ def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> lis
     """Returns a row per kernel and a row per layer."""
     m, k, n, r = (shape[name] for name in KEY)
     about = {"multiprocessors": multiprocessors, "commit": commit()}
+    kernels = itertools.chain(*kernels_of(m, k, n, r).values())
     counts: dict[Kernel, dict[str, Any]] = {}
     rows = []
-    for kernels in kernels_of(m, k, n, r).values():
-        for kernel in kernels:
-            if kernel in counts:
-                continue
-            name, tokens, width, rank = kernel
-            print(f"{name} {tokens} x {width}, r {rank}", file=sys.stderr, flush=True)
-            counts[kernel] = count(lib, kernel, multiprocessors)
-            case = {"m": tokens, "k": width, "n": width, "r": rank}
-            rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
-    frozen = library_bytes("frozen", m, k, n, r)
-    layers = {}
-    for rival in RIVALS:
-        forward, backward = library_bytes(rival, m, k, n, r)
-        layers[NAMES[rival]] = (forward - frozen[0], backward - frozen[1])
+    for kernel in dict.fromkeys(kernels):
+        name, tokens, width, rank = kernel
+        print(f"{name} {tokens} x {width}, r {rank}", file=sys.stderr, flush=True)
+        counts[kernel] = count(lib, kernel, multiprocessors)
+        case = {"m": tokens, "k": width, "n": width, "r": rank}
+        rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
+    frozen = np.array(library_bytes("frozen", m, k, n, r))
+    layers = {NAMES[rival]: library_bytes(rival, m, k, n, r) - frozen for rival in RIVALS}
     layers |= layer_bytes(counts, m, k, n, r)
     for name, (forward, backward) in layers.items():
         moved = {"forward_bytes": forward, "backward_bytes": backward, "bytes": forward + backward}

@@ -10,7 +10,6 @@ another checkout runs in turns with this one.
 import argparse
 import importlib
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -18,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -321,11 +322,12 @@ class Worker:
     """A process that measures with the lotr_ext of one checkout, one round per question."""
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
+        self.connection, other_end = Pipe()
         # lotr_ext comes from the checkout, bench from this tree, whatever is installed.
         code = (
             f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
             f"sys.path[0] = {str(ROOT)!r}; "
-            f"from bench.program import work; work({name!r}, {argv!r})"
+            f"from bench.program import work; work({name!r}, {argv!r}, {other_end.fileno()})"
         )
         # PYTHONPATH may name this tree, and so may the working folder.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -333,49 +335,39 @@ class Worker:
             [sys.executable, "-c", code],
             env=environment,
             cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            pass_fds=[other_end.fileno()],
         )
+        other_end.close()  # so that `recv` raises when the process has ended
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            status = self.process.wait()
-            raise RuntimeError(f"a worker ended with status {status}; what it printed is above")
-        return json.loads(answer)
+        """Returns the answer.
+
+        Raises:
+            EOFError: If the process has ended. What it printed says why.
+        """
+        self.connection.send(question)
+        return self.connection.recv()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.connection.send(None)
         self.process.wait()
 
 
-def work(name: str, argv: list[str]) -> None:
-    """The program of a worker: answers questions from standard input.
-
-    What libraries print goes to standard error.
-    """
-    # File descriptor 1 becomes standard error, also for libraries that print from C.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def work(name: str, argv: list[str], file_descriptor: int) -> None:
+    """The program of a worker: answers questions until one is None."""
+    connection = Connection(file_descriptor)
     program = importlib.import_module(f"bench.{name}").PROGRAM
     options = program.arguments(argv)
     keep_memory()
     clock = Clock(options.device, options.clock)
-    rounds = None
-    for line in sys.stdin:
-        question = json.loads(line)
+    for question in iter(connection.recv, None):
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
             group = program.build(question["case"], options)
             rounds = Rounds(group, clock, max(program.slice_s, 0.05))
-            answer = rounds.failures
+            connection.send(rounds.failures)
         else:
-            answer = rounds.run(question["turn"])
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            connection.send(rounds.run(question["turn"]))
 
 
 def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> int:
