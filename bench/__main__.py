@@ -1,4 +1,4 @@
-"""python -m bench [--quick] [--markdown]: every program that this machine can run (make bench).
+"""python -m bench [--quick]: every program that this machine can run (make bench).
 
 The pictures are drawn at the end.
 """

@@ -334,18 +334,18 @@ def deviations(value: Callable[..., np.ndarray], samples: list[np.ndarray]) -> n
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def tables(recorded: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
+def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
     """Prints each task's points, and what our forms have against each LoRA and VeRA."""
     for task in tasks:
         points = points_of(recorded, task)
         if not points:
             continue
         title = f"{task}, {len(points[0].seeds)} seeds"
-        show(title, losses_table(points), markdown)
+        show(title, losses_table(points))
         rows = [row for point in points if (row := comparison(point, points))]
         if rows:
             title = f"{task}: our best form of at most as many numbers, by validation"
-            show(title, pd.DataFrame(rows), markdown)
+            show(title, pd.DataFrame(rows))
 
 
 def losses_table(points: list[Point]) -> pd.DataFrame:
@@ -438,7 +438,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": RESULTS / "accuracy.jsonl",
         "help": "the file (bench/results/accuracy.jsonl)",
     },
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
     "quick": {
         "action": "store_true",
         "help": "a teacher, three methods, 40 steps, into demo_results/bench",
@@ -524,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
         places = with_ranks(options.methods or places_of(usual), task)
         lacking_runs = partial(next_runs, name, places, options)
         complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
-    tables(runs_in(options.results), shown, options.markdown)
+    tables(runs_in(options.results), shown)
     print(f"results in {options.results}")
     return 0
 

@@ -38,7 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
     "results": {"type": Path, "default": FOLDER, "help": "folder for the results"},
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
 }
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
@@ -91,15 +90,11 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
 
 
 def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
-    """Zeros as from torch's allocator: at a multiple of 256, with rows at multiples of 16 bytes."""
-    size = np.dtype(dtype).itemsize
-    elements_per_row = -(-shape[-1] * size // 16) * 16 // size
-    rows = shape[:-1]
-    count = int(np.prod(rows)) * elements_per_row * size
-    memory = np.zeros(count + 256, np.uint8)
+    """Returns zeros at a multiple of 256 bytes, as from torch's allocator on a GPU."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 256, np.uint8)
     start = -memory.ctypes.data % 256
-    array = memory[start : start + count].view(dtype).reshape(*rows, elements_per_row)
-    return array[..., : shape[-1]]
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Operands(NamedTuple):
@@ -246,9 +241,7 @@ def _megabytes(value: float) -> str:
     return f"{value / 1e6:.1f} MB"
 
 
-def tables(
-    rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int, markdown: bool
-) -> None:
+def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int) -> None:
     frame = pd.DataFrame(rows)
     kernels, layers = (frame[frame["stage"] == stage] for stage in ("kernel", "layer"))
     names = kernels.apply(lambda row: f"{row['rival']} {row['m']} x {row['n']}", axis=1)
@@ -264,7 +257,7 @@ def tables(
     )
     text = "{m} x {k} x {n}, r {r}, bf16".format(**shape)
     planned = f"planned for {multiprocessors} multiprocessors (SIMT executor, no GPU)"
-    show(f"Counted bytes, {planned}: {text}", shown, markdown)
+    show(f"Counted bytes, {planned}: {text}", shown)
     shown = pd.DataFrame(
         {
             "a layer, beyond the frozen one": layers["rival"],
@@ -275,7 +268,7 @@ def tables(
         }
     )
     title = f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least"
-    show(title, shown, markdown)
+    show(title, shown)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     for shape in options.shapes:
         rows = measure(shape, options.multiprocessors, lib)
         replace_rows(path, rows, [*shape, "multiprocessors"])
-        tables(rows, shape, options.multiprocessors, options.markdown)
+        tables(rows, shape, options.multiprocessors)
     print(f"results in {path}")
     return 0
 

@@ -12,7 +12,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -22,8 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +57,6 @@ VARIANTS = {
     "-half": ", half of the tokens without a task",
 }
 Case = dict[str, Any]  # what is measured: columns of the result file
-console = Console(width=None if sys.stdout.isatty() else 180)
 
 
 def named(rival: str) -> str:
@@ -276,22 +272,18 @@ def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
 
 def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
     """Returns a table of which the first columns are texts, the others numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(table.columns) - texts)
-    lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = []
+    for i, (name, cells) in enumerate(table.astype(str).items()):
+        width = max(map(len, [str(name), *cells]))
+        side = "<" if i < texts else ">"
+        rule = "-" * (width - 1) + ("-" if i < texts else ":")
+        columns.append([f"{cell:{side}{width}}" for cell in (str(name), rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
-def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
-    """Prints a table for a terminal, or in Markdown for a page."""
-    if markdown:
-        print(f"\n{title}\n\n{markdown_table(table)}")
-        return
-    shown = Table(title=title, title_justify="left")
-    for i, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if i else "left")
-    for line in table.astype(str).values.tolist():
-        shown.add_row(*line)
-    console.print(shown)
+def show(title: str, table: pd.DataFrame) -> None:
+    """Prints a table in Markdown."""
+    print(f"\n{title}\n\n{markdown_table(table)}")
 
 
 # ---- options -------------------------------------------------------------------------------------

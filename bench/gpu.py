@@ -6,7 +6,7 @@
     python -m bench.gpu --out DIR                  where summary.md and results.tar.gz go
     python -m bench.gpu --dry-run                  the parts, their time, and what is missing
 
-It needs a Python with torch, numpy, pandas, scipy, rich and pytest; for the build also nvcc, a C++
+It needs a Python with torch, numpy, pandas, scipy and pytest; for the build also nvcc, a C++
 compiler, cmake and ninja. It needs neither a network nor make. Each part is a process with a share
 of the time that is left. A part is stopped when its time is over, and what it measured is kept,
 because every program writes its rows as it measures them. A benchmark that crashes is started again

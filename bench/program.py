@@ -85,7 +85,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has t
         "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
     },
     "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
     "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
 }
 
@@ -197,7 +196,7 @@ class Program:
         options = self.arguments(argv)
         cases = self.all_cases(options)
         if options.show:
-            self.tables(read(options.show), list(cases[0]), options.markdown)
+            self.tables(read(options.show), list(cases[0]))
             return 0
         fallback = fallback_line(cases, options.device) if options.require_kernels else None
         if fallback is not None:
@@ -221,7 +220,7 @@ class Program:
                 break
         if results.rows:
             rows = itertools.chain.from_iterable(results.rows.values())
-            self.tables(pd.DataFrame(rows), list(cases[0]), options.markdown)
+            self.tables(pd.DataFrame(rows), list(cases[0]))
         about = results.about
         print(
             f"\npython -m bench.{self.name} {' '.join(words)}\n{about['machine']}, "
@@ -255,15 +254,15 @@ class Program:
 
     # ---- tables ----
 
-    def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
+    def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
         """Prints the rows of cases, which the columns `key` name."""
         if self.is_pivoted:
             title = f"{self.name}: time over {named(self.floor)}"
-            show(title, pivot(frame, self.form + CASE_ENDING, self.floor), markdown)
+            show(title, pivot(frame, self.form + CASE_ENDING, self.floor))
             return
         titles = [self.title(row) for row in frame.to_dict("records")]
         for title, rows in frame.groupby(titles, sort=False):
-            show(str(title), case_table(rows, self.floor, key), markdown)
+            show(str(title), case_table(rows, self.floor, key))
 
     def title(self, case: Case) -> str:
         return (self.form + CASE_ENDING).format(**case)
@@ -399,7 +398,7 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     for worker in workers.values():
         worker.close()
     for title, table in tables.items():
-        show(title, table, options.markdown)
+        show(title, table)
     print(
         f"\npython -m bench.{program.name} {' '.join(argv)}\n{commits}, medians of "
         f"{options.rounds} rounds in turns, 95 % intervals\n{machine(options.device)}, "

@@ -220,7 +220,7 @@ def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["lr"] == lr].drop_duplicates("seed", keep="last").set_index("seed")
 
 
-def tables(recorded: pd.DataFrame, markdown: bool) -> None:
+def tables(recorded: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
             {
@@ -234,11 +234,11 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
             }
             for point, kept in results_of(recorded, target)
         ]
-        show(target, pd.DataFrame(rows), markdown)
+        show(target, pd.DataFrame(rows))
     shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""), markdown)
+    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""))
     collected = read(RESULTS / "transfer_collection.jsonl")
-    show("ten LoRAs, and banks of them", collection_table(collected), markdown)
+    show("ten LoRAs, and banks of them", collection_table(collected))
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -351,7 +351,6 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=STEPS, help=f"of a run ({STEPS})")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each (1)")
     add("--results", type=Path, default=RESULTS / "transfer.jsonl", help="the file")
-    add("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
     add("--collection", action="store_true", help="ten LoRAs, and banks of them")
     return top
 
@@ -365,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         lacking_runs = partial(next_runs, options=options)
         complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
     recorded = runs_in(options.results, COLUMNS)
-    tables(recorded, options.markdown)
+    tables(recorded)
     picture(recorded, options.results.with_suffix(".png"))
     print(f"results in {options.results}")
     return 0
