@@ -245,23 +245,19 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
     A run that ended far above the unadapted model counts as diverged, and its point is left out.
     """
     runs = recorded[(recorded["task"] == task) & (recorded["scaling"] == "")]
-    if runs.empty:
-        return []
-    # Runs of another size, as --steps makes them, cannot be compared.
-    usual = (runs["steps"] == runs["steps"].mode()[0]) & (runs["batch"] == runs["batch"].mode()[0])
-    runs = runs[usual]
+    for column in ("steps", "batch"):  # runs of another size, as --steps makes, cannot be compared
+        runs = runs[runs[column].isin(runs[column].mode()[:1])]
     # Some rows of old commits have only the rate of the run.
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
-    trained = runs["validation"].notna() & runs["items"].notna()
-    runs = runs[trained & ~(runs["validation"] > DIVERGED * unadapted)]
+    runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
     seeds = runs.groupby(["method", "rank", "lr"])["seed"].nunique()
     count = seeds.max()
     points = []
     for (method, rank), of_place in runs.groupby(["method", "rank"], sort=False):
         lr = seeds[method, rank].idxmax()
-        at_rate = of_place[of_place["lr"] == lr]
-        at_rate = at_rate.drop_duplicates("seed", keep="last").sort_values("seed")
+        at_rate = of_place[of_place["lr"] == lr].drop_duplicates("seed", keep="last")
+        at_rate = at_rate.sort_values("seed")
         if method == "base":  # without training, all seeds are the same
             at_rate = pd.concat([at_rate.iloc[:1]] * count)
         if len(at_rate) == count:
@@ -342,7 +338,7 @@ def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
             continue
         title = f"{task}, {len(points[0].seeds)} seeds"
         show(title, losses_table(points))
-        rows = [row for point in points if (row := comparison(point, points))]
+        rows = list(filter(None, (comparison(point, points) for point in points)))
         if rows:
             title = f"{task}: our best form of at most as many numbers, by validation"
             show(title, pd.DataFrame(rows))
