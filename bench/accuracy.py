@@ -106,8 +106,8 @@ def train(run: Run) -> dict[str, Any]:
         losses = fit(model, run.method, run.lr, run.seed, problem)
     row = {**run._asdict(), "scaling": "", "parameters": sum(p.numel() for p in parameters)}
     row |= measured(model, losses, problem)
-    seconds = time.perf_counter() - start
-    return row | {"seconds": seconds, "machine": machine("cpu"), "commit": commit()}
+    row["seconds"] = time.perf_counter() - start
+    return row | {"machine": machine("cpu"), "commit": commit()}
 
 
 def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
@@ -517,8 +517,8 @@ def main(argv: list[str] | None = None) -> int:
         task = TASKS[name]
         usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
         places = with_ranks(options.methods or places_of(usual), task)
-        lacking_runs = partial(next_runs, name, places, options)
-        complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
+        next_of_task = partial(next_runs, name, places, options)
+        complete(options.results, COLUMNS, next_of_task, train, options.jobs)
     tables(runs_in(options.results), shown)
     print(f"results in {options.results}")
     return 0

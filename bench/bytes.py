@@ -80,9 +80,8 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
     x = torch.empty(m, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with MovedBytes() as forward:
         y = layer(x)
-    g = torch.empty_like(y)
     with MovedBytes() as backward:
-        y.backward(g)
+        y.backward(torch.empty_like(y))
     return forward.total, backward.total
 
 
@@ -244,10 +243,9 @@ def _megabytes(value: float) -> str:
 def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int) -> None:
     frame = pd.DataFrame(rows)
     kernels, layers = (frame[frame["stage"] == stage] for stage in ("kernel", "layer"))
-    names = kernels.apply(lambda row: f"{row['rival']} {row['m']} x {row['n']}", axis=1)
     shown = pd.DataFrame(
         {
-            "kernel": names,
+            "kernel": kernels.apply("{rival} {m} x {n}".format_map, axis=1),
             "counted": kernels["bytes"].map(_megabytes),
             "every operand once": kernels["least_bytes"].map(_megabytes),
             "the large matrix moves": kernels["large_times"].map("{:.3f} times".format),
@@ -267,8 +265,7 @@ def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: i
             "of the least": (layers["bytes"] / layers["bytes"].min()).map("{:.1f}".format),
         }
     )
-    title = f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least"
-    show(title, shown)
+    show(f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least", shown)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -166,8 +166,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         if name == "lotr_ext":
             error = gradient_error(model, x, g, routing)
             facts["error"] = check_error("gradients", error, limit)
-        step = training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
-        return step.with_peak(device)
+        return training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
 
     return Group(options.rivals or NAMES, step_of)
 

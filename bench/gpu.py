@@ -112,8 +112,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
         command = ("compute-sanitizer", *words, *smoke)
         # Memcheck checks against allocations, so each tensor must be one.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=environment)
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=uncached)
 
     build = Part(
         "build",
@@ -128,8 +128,10 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         build = Part("build", 1.0, command)
     smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
-    stacks = ("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16", "--forms", "chained")
-    shared = (*stacks, "--rivals", "lotr-eager,lotr_ext")
+    shared = (
+        *("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16"),
+        *("--forms", "chained", "--rivals", "lotr-eager,lotr_ext"),
+    )
     mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build,

@@ -174,8 +174,8 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         rival_operands = copied(operands)
-        call = {"step": lambda _: calls[name](**rival_operands)}
-        return Step(call, facts={"lotr_ext": facts}.get(name, {}))
+        facts_of_rival = facts if name == "lotr_ext" else {}
+        return Step({"step": lambda _: calls[name](**rival_operands)}, facts=facts_of_rival)
 
     return Group(options.rivals or calls, step_of)
 

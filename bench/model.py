@@ -102,8 +102,9 @@ def random_model(family: str, settings: dict, dtype: torch.dtype, device: str) -
     torch.manual_seed(0)
     with torch.device(device):
         if family == "encoder":
-            config = transformers.BertConfig(**settings)
-            model = transformers.BertModel(config, add_pooling_layer=False)
+            model = transformers.BertModel(
+                transformers.BertConfig(**settings), add_pooling_layer=False
+            )
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     return model.to(dtype).requires_grad_(False)
@@ -276,8 +277,8 @@ def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], 
     expected = core_gradients(model, loss_of)
     for layer in lotr_layers(model):
         del layer.forward
-    error = error_of(gradients, expected)
-    return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
+    limit = TOLERANCE[case["dtype"]]
+    return check_error("gradients of the cores", error_of(gradients, expected), limit)
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -302,8 +303,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
             facts["error"] = gradient_error(model, case, loss_of)
         # A group, because an optimizer refuses an empty list: the frozen model trains nothing.
         optimizer = torch.optim.AdamW([{"params": parameters}], lr=1e-3)
-        step = training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
-        return step.with_peak(options.device)
+        return training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
 
     return Group(options.rivals or usual_methods(base, case), step_of)
 

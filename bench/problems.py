@@ -175,8 +175,8 @@ class Teacher(Problem):
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
-            noisy = y + noise * torch.randn(y.shape, generator=generator)
-            self.parts[part] = (inputs[part], noisy)
+            y += noise * torch.randn(y.shape, generator=generator)
+            self.parts[part] = (inputs[part], y)
 
     def model(self, seed: int) -> nn.Module:
         return copy.deepcopy(self.net)
@@ -305,9 +305,9 @@ class Written(Problem):
         self.base.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text = (DATA / task.source).read_text(encoding="utf-8")
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        count = len(ids) // SEQUENCE
-        rows = torch.tensor(ids[: count * SEQUENCE]).view(count, SEQUENCE)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        rows = ids.unfold(0, SEQUENCE, SEQUENCE)
+        count = len(rows)
         # Validation and held-out rows are spread over the text, because its parts differ.
         held = task.validation + task.held_out
         spread_evenly = torch.arange(held) * (count // held)

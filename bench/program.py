@@ -166,9 +166,8 @@ class Program:
             )
         if self.key and options.shapes is None:
             options.shapes = sizes(*self.key)(self.shapes[options.device])
-        if options.rounds is None:
-            usual_rounds = 41 if options.against else self.rounds
-            options.rounds = 3 if options.quick else usual_rounds
+        usual_rounds = 41 if options.against else self.rounds
+        options.rounds = options.rounds or (3 if options.quick else usual_rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
             parser.error(
                 f"against: expected a checkout with a built lotr_ext, got {options.against}. "

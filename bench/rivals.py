@@ -201,8 +201,7 @@ def vera_peft(t: Tensors) -> Rival:
 def _peft_layer(t: Tensors, config: object) -> nn.Module:
     from peft import get_peft_model
 
-    model = nn.Sequential()
-    model.add_module("layer", frozen_linear(t))
+    model = nn.ModuleDict({"layer": frozen_linear(t)})
     return get_peft_model(model, config).base_model.model.layer
 
 
@@ -320,10 +319,19 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 }
 
 
+ON_REQUEST = (
+    "lora-compiled",
+    "lotr_ext-fp32",
+    "lotr_ext-two_pass",
+    "lotr_ext-beta",
+    "lotr_ext-fused",
+    "lotr_ext-compiled",
+)
+
+
 def usual_layers(t: Tensors) -> list[str]:
     """Returns the rivals of one layer that are measured by default."""
-    usual = ["frozen", "lora-eager", "lora-in-place", "lora-beta", "lora-peft", "vera-peft"]
-    usual += ["lotr-eager", "lotr_ext"]
+    usual = [name for name in LAYERS if name not in ON_REQUEST]
     if t.weight.dtype != torch.float32:
         usual.append("lotr_ext-fp32")
     if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case

@@ -50,7 +50,7 @@ class Step:
         stages: By name, timed one after the other. Each gets the result of the one before.
         prepare: Runs before the stages and is not timed.
         layers: a time is divided by this.
-        facts: Further columns of the rival's rows.
+        facts: Further columns of the rival's rows. `Rounds` adds the peak of memory.
     """
 
     stages: dict[str, Callable[[Any], Any]]
@@ -63,15 +63,6 @@ class Step:
         state = None
         for stage in self.stages.values():
             state = stage(state)
-
-    def with_peak(self, device: str) -> "Step":
-        """Adds the peak of its memory to the facts.
-
-        The first run is not measured: it makes caches and the optimizer's state.
-        """
-        self.run()
-        self.facts["peak_bytes"] = peak_bytes(self.run, device)
-        return self
 
 
 class Group(NamedTuple):
@@ -187,10 +178,9 @@ def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
     if device != "cuda" or shutil.which("nvidia-smi") is None:
         yield dict
         return
-    query = f"--query-gpu={','.join(SAMPLED.values())}"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1"]
+    query = ["--query-gpu=" + ",".join(SAMPLED.values()), "--format=csv,noheader,nounits"]
     with tempfile.NamedTemporaryFile("r") as log:
-        process = subprocess.Popen(command, stdout=log.fileno(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(["nvidia-smi", *query, "--loop=1"], stdout=log)
 
         def medians() -> dict[str, float]:
             lines = io.StringIO(",".join(SAMPLED) + "\n" + Path(log.name).read_text())
@@ -234,9 +224,9 @@ def memory_changes(call: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in changes]
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
+def peak_bytes(call: Callable[[], object], is_cuda: bool) -> int:
     """Returns the most that torch allocates during a call, beyond what was allocated before."""
-    if device != "cuda":
+    if not is_cuda:
         return max(itertools.accumulate(memory_changes(call), initial=0))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -271,7 +261,8 @@ class Rounds:
         for name in group.names:
             try:
                 step = group.make(name)
-                clock.seconds(step)
+                clock.seconds(step)  # makes caches and the optimizer's state
+                step.facts["peak_bytes"] = peak_bytes(step.run, clock.is_cuda)
                 begin = time.perf_counter()
                 clock.seconds(step)
             except Exception as error:  # packages of rivals may raise anything
