@@ -174,11 +174,13 @@ def usual_methods(base: nn.Module, case: Case) -> list[str]:
 
 
 def rank_of(method: str, case: Case) -> int:
-    """Returns the rank of a method in a case.
+    """Returns the rank of a method in a case, 0 for the frozen model.
 
     Raises:
         ValueError: If the rank of equal size is not known for the case.
     """
+    if method == "frozen":
+        return 0
     if method not in EQUAL_RANKS:
         return case["r"]
     if not EQUAL_CASE.items() <= case.items():
