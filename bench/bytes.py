@@ -114,7 +114,7 @@ OPERANDS = {
     "shrink": Operands({"x": "mn", "A": "nr", "u": "mr"}, "x"),
     "expand_add": Operands({"y": "mn", "u": "mr", "F": "nr"}, "y", "y"),
     "factor_grad": Operands({"D": "nr", "x": "mn", "v": "mr"}, "x", "D"),
-    "shrink_grad": Operands({"g": "mn", "F": "nr", "u": "mr", "k": "mr", "Q": "nr"}, "g"),
+    "shrink_grad": Operands({"g": "mn", "F": "nr", "u": "mr", "du": "mr", "Q": "nr"}, "g"),
     "fold": Operands({"B": "nr", "core": "rr", "F": "nr"}, "F"),
     "fold_grad": Operands(
         {"Q": "nr", "B": "nr", "core": "rr", "dcore": "rr", "dB": "nr"}, "Q", "dB"

@@ -40,6 +40,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from scipy import stats
 from torch import Tensor, nn
 
@@ -60,9 +61,18 @@ FORMS = (  # what is run without --forms
     "own/layer/16/dense",
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
-TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation"]  # its columns
+TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation", "gain"]
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
+PAIR_MARKS = {  # of the picture's last panel
+    "random": "o",
+    "svd": "s",
+    "donors": "^",
+    "known": "v",
+    "own": "D",
+    "loras": "P",
+    "mixed": "X",
+}
 FAMILIES = {  # of the picture: which rows, as a regular expression; mark; color
     "cores and a vector b": (r".*/b:.*", "s", "tab:cyan"),
     "LoTR, its own pair": (r"trained.*|lotr(-width|-block|-diagonal)?,.*", "^", "tab:green"),
@@ -212,6 +222,21 @@ def results_of(
     return sorted(results, key=lambda result: result[0].parameters)
 
 
+def short_runs(recorded: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs of fewer steps, with their share of LoRA r 4's gain after as many.
+
+    The gain is that of the validation loss.
+    """
+    runs = recorded[recorded["steps"] < STEPS]
+    others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
+    base = others[others["method"] == "base"].groupby("task")["validation"].first()
+    of_lora = runs[runs["form"] == "peft/all/4/lora"]
+    lora = of_lora.groupby(["target", "steps"])["validation"].min().rename("lora")
+    runs = runs.join(lora, on=["target", "steps"])
+    before = runs["target"].map(base)
+    return runs.assign(gain=(before - runs["validation"]) / (before - runs["lora"]))
+
+
 def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs by seed at the rate of most seeds; of several, validation decides."""
     seeds = runs.groupby("lr")["seed"].nunique()
@@ -235,7 +260,7 @@ def tables(recorded: pd.DataFrame) -> None:
             for point, kept in results_of(recorded, target)
         ]
         show(target, pd.DataFrame(rows))
-    shorter = recorded[recorded["steps"] < STEPS].sort_values(["target", "steps", "validation"])
+    shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
     show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""))
     collected = read(RESULTS / "transfer_collection.jsonl")
     show("ten LoRAs, and banks of them", collection_table(collected))
@@ -275,18 +300,29 @@ def picture(recorded: pd.DataFrame, path: Path) -> None:
         ax.axhline(1, color="0.8", linewidth=1)
         ax.set(xscale="log", title=target, xlabel="KiB per task, float32", ylim=(0.2, 1.1))
     axes[0].set_ylabel("gain kept, of LoRA of rank 4")
-    fixed = recorded[recorded["captured"].notna() & (recorded["steps"] < STEPS)]
-    at_best_rates = fixed.loc[fixed.groupby(["target", "form"])["validation"].idxmin()]
-    for target, runs in at_best_rates.groupby("target"):
-        axes[-1].plot(runs["captured"], runs["validation"], "o", label=target)
-        for _, run in runs.iterrows():
-            axes[-1].annotate(run["form"], (run["captured"], run["validation"]), fontsize=6)
-    axes[-1].set(title="cores on a fixed pair", xlabel="share of the squared gradient captured")
-    axes[-1].set(ylabel="validation loss of short runs", xlim=(-0.1, 1.6))
+    draw_short_runs(axes[-1], recorded)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
+
+
+def draw_short_runs(ax: Axes, recorded: pd.DataFrame) -> None:
+    """Draws what cores on a fixed pair gain in short runs against what the pair captures."""
+    runs = short_runs(recorded)
+    fixed = runs[runs["captured"].notna() & runs["gain"].notna()]
+    best = fixed.loc[fixed.groupby(["target", "form"])["gain"].idxmax()]
+    for _, run in best.iterrows():
+        color = f"C{TARGETS.index(run['target'])}"
+        mark = PAIR_MARKS[run["form"].split("/")[0]]
+        ax.plot(run["captured"], run["gain"], mark, color=color, alpha=0.7)
+    for pair, mark in PAIR_MARKS.items():
+        ax.plot([], [], mark, color="0.4", label=pair)
+    for number, target in enumerate(TARGETS):
+        ax.plot([], [], "-", color=f"C{number}", label=target)
+    ax.set(title="after 20 steps, on a fixed pair", xscale="log", ylim=(0.2, 1.1))
+    ax.set(xlabel="share of the squared gradient captured")
+    ax.legend(fontsize=6)
 
 
 # ---- a collection of LoRAs -----------------------------------------------------------------------

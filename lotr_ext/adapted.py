@@ -12,12 +12,15 @@ Not here: making them (model.py, tasks.py) and what a layer computes (layers.py)
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from .factors import set_unregistered
 from .layers import LoTRLayer, device_of
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Modules that count their children, iterate over them, or call them one after another.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -98,6 +101,7 @@ def attach(model: nn.Module, name: str, module: nn.Module) -> None:
         module: The module.
     """
     owner = _owner(model)
+    # Elsewhere, `model.<name>` is what users and files read.
     if owner is not model:
         set_unregistered(model, name, module)
     setattr(owner, name, module)
@@ -117,13 +121,11 @@ def detach_all(model: nn.Module) -> None:
 
 
 def _owner(model: nn.Module) -> nn.Module:
-    if not isinstance(model, _CONTAINERS):
-        return model
-    # The nearest module around the first adapted layer that is not such a container.
+    """Returns the module that registers what is attached to an adapted model."""
     name, layer = next(iter(adapted_layers(model).items()))
-    while name:
+    owner = model
+    while isinstance(owner, _CONTAINERS) and name:
         name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if not isinstance(module, _CONTAINERS):
-            return module
-    return layer
+        owner = model.get_submodule(name)
+    # If there are only containers around the layer, the last one is the model.
+    return layer if isinstance(owner, _CONTAINERS) else owner

@@ -16,7 +16,7 @@ and read (storage.py), formats of older versions (old_files.py).
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,22 @@ from torch import Tensor
 from . import __version__, old_files
 from .base_model import BaseModel
 from .checks import check_number, check_probability
-from .config import LoTRConfig
+from .config import LoTRConfig, place_of
 from .core.operators import DTYPES
-from .storage import (
-    checksum,
-    errors_of,
-    expect_type,
-    json_in,
-    json_object,
-    put_tensors,
-    tensors_in,
-)
-from .targets import name_ends_with
+from .cores import FORMS
+from .storage import checksum, errors_of, json_object, put_tensors, tensors_in
 
 FILE_NAME = "lotr_adapter.safetensors"
 VERSION = "3"  # 1 and 2 were a JSON file next to a safetensors file
 
-
-def _names_from_json(field: str, value: object) -> tuple[str, ...]:
-    expect_type(field, value, list)
-    for name in value:
-        expect_type(field, name, str)
-    return tuple(value)
+# What a folder without an adapter may have instead, and what to do with it.
+_OTHER_FILES = {
+    "adapter_config.json": "an adapter of PEFT. Load it with peft.PeftModel.from_pretrained (after "
+    "import lotr_ext.peft if it is a LoTR), or convert it with lotr_ext.convert.lora_to_lotr or "
+    "lotr_to_lora.",
+    "config.json": "a model of save_pretrained or of a Trainer, which write no LoTR adapter. Train "
+    "with lotr_ext.trainer.AdapterCheckpoints to have adapters in checkpoints.",
+}
 
 
 @dataclass(frozen=True)
@@ -69,29 +63,24 @@ class LayerEntry:
     experts: int = 0
 
     @staticmethod
-    def from_json(value: object) -> "LayerEntry":
+    def from_json(layer: str, values: Mapping[str, Any]) -> "LayerEntry":
         """Returns the entry in a JSON object.
 
+        Args:
+            layer: The name of the layer, for the error.
+            values: The JSON object.
+
         Raises:
-            TypeError, ValueError: If a field is missing, unknown, or of a wrong type or value.
+            TypeError, ValueError: If a field is missing or unknown, or s or dropout has a wrong
+                value.
         """
-        expect_type("layers", value, dict)
-        names = {item.name for item in fields(LayerEntry)}
-        if not names - {"experts"} <= value.keys() <= names:
-            raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)!r:.200}")
-        entry = LayerEntry(**value)
-        expect_type("A", entry.A, str)
-        expect_type("B", entry.B, str)
-        expect_type("experts", entry.experts, int)
-        check_number("scaling", entry.scaling)
-        check_probability("dropout", entry.dropout)
-        if entry.A == entry.B:
-            raise ValueError(f"B: expected another tensor than A, got {entry.B!r:.80}")
-        if entry.experts < 0:
-            raise ValueError(f"experts: expected at least 0, got {entry.experts}")
-        # The kernels compute with it in float32.
+        entry = LayerEntry(**values)
+        check_number(f"{layer}.scaling", entry.scaling)
+        check_probability(f"{layer}.dropout", entry.dropout)
+        # The kernels compute with it in float32, where a larger number would be infinite.
         if abs(entry.scaling) > torch.finfo(torch.float32).max:
-            raise ValueError(f"scaling: expected a float32 number, got {entry.scaling}")
+            raise ValueError(f"{layer}.scaling: expected a float32 number, got {entry.scaling}")
+        # JSON writes 2.0 as 2 in some languages, and a task's file compares s as text.
         return replace(entry, scaling=float(entry.scaling), dropout=float(entry.dropout))
 
 
@@ -138,31 +127,22 @@ class AdapterState:
             tensors: By name.
 
         Raises:
-            TypeError, ValueError: If a field is missing or has a wrong type or value, or if the
-                sizes of tensors do not fit each other or the configuration. The message names the
-                field.
+            AttributeError, LookupError, TypeError, ValueError: If a field is missing or has a wrong
+                type or value, or if the sizes of tensors do not fit each other or the
+                configuration.
         """
-        expect_type("layers", document.get("layers"), dict)
-        config = document.get("config")
-        if config is not None:
-            expect_type("config", config, dict)
-            with errors_of("config"):
-                config = LoTRConfig.from_dict(config)
-        layers = {}
-        for name, value in document["layers"].items():
-            with errors_of(f"layers, {name!r:.200}"):
-                layers[name] = LayerEntry.from_json(value)
+        config = document["config"]
+        layers = document["layers"].items()
         tied = document.get("tied")
         state = AdapterState(
-            config,
-            layers,
-            _names_from_json("modules_to_save", document.get("modules_to_save")),
+            None if config is None else LoTRConfig.from_dict(config),
+            {name: LayerEntry.from_json(name, values) for name, values in layers},
+            tuple(document["modules_to_save"]),
             BaseModel.from_json(document.get("base", {})),
             dict(tensors),
-            None if tied is None else _names_from_json("tied", tied),
+            None if tied is None else tuple(tied),
         )
         state._check_sizes()
-        state._check_config()
         return state
 
     def _check_sizes(self) -> None:
@@ -170,47 +150,37 @@ class AdapterState:
         if not self.layers:
             raise ValueError("layers: expected at least one, got none")
         for name, entry in self.layers.items():
-            A, B, core = (self._floating(key) for key in (entry.A, entry.B, f"{name}.core"))
+            A, B, core = (self.tensors[key] for key in (entry.A, entry.B, f"{name}.core"))
+            ranks = (A.shape[-1], B.shape[-1]) if self.config is None else self.config.ranks
             lead = [entry.experts] if entry.experts else []  # each expert has a core
-            if A.dim() != 2 or B.dim() != 2 or core.shape != (*lead, A.shape[1], B.shape[1]):
+            expected = [[len(A), ranks[0]], [len(B), ranks[1]], [*lead, *ranks]]
+            shapes = [list(tensor.shape) for tensor in (A, B, core)]
+            dtypes = {A.dtype, B.dtype, core.dtype}
+            if shapes != expected or not dtypes.issubset(DTYPES.values()):
                 raise ValueError(
-                    f"layers, {name!r}: expected A [k, r_in], B [n, r_out] and a core "
-                    f"{[*lead, 'r_in', 'r_out']}, got {list(A.shape)}, {list(B.shape)} and "
-                    f"{list(core.shape)}"
+                    f"layers, {name!r}: expected floating A, B and core of shapes {expected}, by "
+                    f"the ranks of the configuration, got {shapes}, {sorted(map(str, dtypes))}"
                 )
+        if self.config is not None and self.config.core != "custom":
+            self._check_computed_cores(self.config)
 
-    def _check_config(self) -> None:
-        """Checks that the configuration fits the tensors."""
-        if self.config is None:
-            return
-        for name, entry in self.layers.items():
-            ranks = self.tensors[entry.A].shape[1], self.tensors[entry.B].shape[1]
-            if self.config.ranks != ranks:
-                raise ValueError(
-                    f"config.rank: expected {ranks} as the tensors of {name!r} have, got "
-                    f"{self.config.rank}"
-                )
-        has_computed_cores = any(key.startswith("lotr_cores.") for key in self.tensors)
-        if has_computed_cores != (self.config.core != "dense"):
-            expected = "another form" if has_computed_cores else '"dense"'
+    def _check_computed_cores(self, config: LoTRConfig) -> None:
+        """Checks the parameters of computed cores, of which a dense configuration has none."""
+        expected = {}
+        if config.core in FORMS:
+            # A file of a few bytes may have a rank that needs gigabytes. On meta nothing is
+            # allocated for it.
+            with torch.device("meta"):
+                cores = FORMS[config.core]([place_of(name) for name in self.layers], config.rank)
+            expected = _shapes(cores.state_dict(prefix="lotr_cores."))
+        actual = {
+            name: shape for name, shape in _shapes(self.tensors).items() if "lotr_cores." in name
+        }
+        if actual != expected:
             raise ValueError(
-                f"config.core: expected {expected} as the tensors have, got {self.config.core!r}"
+                f"lotr_cores: expected {expected} for core {config.core!r} and rank "
+                f"{config.rank}, got {actual}"
             )
-        for name in self.modules_to_save:
-            endings = self.config.modules_to_save or ()
-            if not any(name_ends_with(name, ending) for ending in endings):
-                raise ValueError(
-                    f"modules_to_save: expected names that the configuration has, got {name!r:.80}"
-                )
-
-    def _floating(self, key: str) -> Tensor:
-        if key not in self.tensors:
-            raise ValueError(f"tensors: expected {key!r}, got none of this name")
-        if self.tensors[key].dtype not in DTYPES.values():
-            raise TypeError(
-                f"{key}: expected one of {', '.join(DTYPES)}, got {self.tensors[key].dtype}"
-            )
-        return self.tensors[key]
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -223,23 +193,25 @@ class AdapterState:
                 the file, what was expected and what was found.
         """
         path = directory / FILE_NAME
+        old_path = directory / old_files.JSON_NAME
         if path.exists():
             document, tensors = _document_of(path)
+        elif old_path.exists():
+            document, tensors = old_files.read(old_path)
         else:
-            path = directory / old_files.JSON_NAME
-            if not path.exists():
-                raise ValueError(
-                    f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
-                )
-            document, tensors = old_files.read(path)
-        with errors_of(str(path)):
+            raise ValueError(
+                f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
+            )
+        # The checksum finds damage. Whoever edits a document learns the first thing that does not
+        # fit, whatever Python calls it.
+        with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 
     def write(self, directory: Path) -> None:
         """Writes the adapter into a directory, which is created if needed. Other files in it stay.
 
         Raises:
-            ValueError: If directory is a file.
+            FileExistsError: If directory is a file.
             OSError: If the disk refuses. An adapter that was there is then unchanged.
         """
         text = json.dumps(self.document, allow_nan=False)  # NaN is not JSON
@@ -276,39 +248,14 @@ def _document_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json_object(text, "directory", path), tensors
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _what_is_at(directory: Path) -> str:
     """Says what stands in place of an adapter's folder, and what to do."""
-    if directory.is_file():
-        return f"the file {directory}. Pass the folder that save_adapter wrote."
-    if not directory.exists():
-        return f"{directory}, which does not exist. Pass the folder that save_adapter wrote."
-    if (directory / "adapter_config.json").is_file():
-        return _adapter_of_peft(directory)
-    if (directory / "config.json").is_file():
-        return (
-            f"{directory}, where save_pretrained or a Trainer wrote a model. They write no LoTR "
-            f"adapter: pass a folder that save_adapter wrote, and train with "
-            f"lotr_ext.trainer.AdapterCheckpoints to have adapters in checkpoints."
-        )
-    return f"{directory}, which has no adapter. Pass the folder that save_adapter wrote."
-
-
-def _adapter_of_peft(directory: Path) -> str:
-    try:
-        method = json_in(directory / "adapter_config.json", "directory").get("peft_type")
-    except ValueError:
-        method = None
-    if method == "LOTR":
-        return (
-            f"a LoTR adapter of PEFT in {directory}. Import lotr_ext.peft and load it with "
-            f"peft.PeftModel.from_pretrained, or write a LoRA with lotr_ext.convert.lotr_to_lora."
-        )
-    if method == "LORA":
-        return (
-            f"a LoRA of PEFT in {directory}. Load it with peft.PeftModel.from_pretrained, or "
-            f"convert it first with lotr_ext.convert.lora_to_lotr."
-        )
-    return (
-        f"an adapter of PEFT ({method!r:.40}) in {directory}. Load it with "
-        f"peft.PeftModel.from_pretrained."
-    )
+    for name, other in _OTHER_FILES.items():
+        if (directory / name).is_file():
+            return f"{directory}, which has {other}"
+    kind = "has no adapter" if directory.is_dir() else "is no folder"
+    return f"{directory}, which {kind}. Pass the folder that save_adapter wrote."

@@ -6,15 +6,14 @@ the coarsest dtype of base weights. Quantized parameters are skipped.
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from .adapted import layers_in
-from .checks import check_number
 from .sharded_tensors import full_shape, is_sharded
-from .storage import expect_type
 from .targets import saved_in
 
 Gather = Callable[[Tensor], Tensor]  # returns the full tensor of one that may be sharded
@@ -30,24 +29,11 @@ class BaseModel:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
-    def from_json(value: object) -> "BaseModel":
-        """Returns what a JSON object has.
-
-        Raises:
-            TypeError, ValueError: If a field is unknown, or of a wrong type or value.
-        """
-        expect_type("base", value, dict)
-        if not value.keys() <= {"name", "values"}:
-            raise ValueError(f"base: expected name and values, got {sorted(value)!r:.200}")
-        base = BaseModel(**value)
-        if base.name is not None:
-            expect_type("base.name", base.name, str)
-        expect_type("base.values", base.values, dict)
-        for name, numbers in base.values.items():
-            expect_type(f"base.values, {name:.80}", numbers, list)
-            for number in numbers:
-                check_number(f"base.values, {name:.80}", number)
-        return base
+    def from_json(values: Mapping[str, Any]) -> "BaseModel":
+        """Returns what a JSON object has."""
+        base = BaseModel(**values)
+        # Raises here if these are no numbers, not at the comparison, when the model has changed.
+        return replace(base, values={name: list(map(float, v)) for name, v in base.values.items()})
 
     @staticmethod
     def of(model: nn.Module, gather: Gather) -> "BaseModel":
@@ -57,33 +43,26 @@ class BaseModel:
             model: The model.
             gather: Returns the full tensor of one that may be sharded.
         """
-        skipped = _moved_parameters(model)
-        for layer in layers_in(model).values():
-            skipped.update(id(p) for p in layer.adapter_parameters())
-        for module in saved_in(model).values():
-            skipped.update(id(p) for p in module.parameters())
-        frozen = [
-            (name, p)
-            for name, p in model.named_parameters()
-            if id(p) not in skipped and not p.requires_grad and _is_sampled(p)
-        ]
+        in_file = parameters_in_file(model)
+        frozen = {
+            name: parameter
+            for name, parameter in _comparable(model).items()
+            if not parameter.requires_grad and parameter not in in_file
+        }
         # Biases and norms may be zeros and ones in every model. Matrices tell models apart.
-        matrices = [(name, p) for name, p in frozen if len(full_shape(p)) > 1]
-        candidates = matrices or frozen
+        matrices = [name for name, parameter in frozen.items() if len(full_shape(parameter)) > 1]
+        names = matrices or list(frozen)
         # Spread over the depth: models often share their first layers, such as embeddings.
-        step = max(1, math.ceil(len(candidates) / PARAMETERS))
-        values = {}
-        for name, parameter in candidates[::step]:
-            numbers = _sample(gather(parameter))
-            if all(map(math.isfinite, numbers)):  # JSON has no others
-                values[name] = numbers
-        return BaseModel(_name_of(model), values)
+        step = max(1, math.ceil(len(names) / PARAMETERS))
+        values = {name: _sample(gather(frozen[name])) for name in names[::step]}
+        # JSON has no NaN and no infinity.
+        finite = {name: v for name, v in values.items() if all(map(math.isfinite, v))}
+        return BaseModel(_name_of(model), finite)
 
     def check(self, model: nn.Module, gather: Gather, refuse: bool) -> None:
         """Refuses a model with another base, or warns of it.
 
-        Values may differ by the rounding to bfloat16. Parameters that the model lacks, or has in a
-        quantized format, are skipped.
+        Parameters that the model lacks, or has in a quantized format, are skipped.
 
         Args:
             model: An adapted model.
@@ -93,22 +72,31 @@ class BaseModel:
         Raises:
             ValueError: If the base is another one and refuse is set.
         """
-        moved = _moved_parameters(model)
-        parameters = dict(model.named_parameters())
-        for name, expected in self.values.items():
-            parameter = parameters.get(name)
-            if parameter is None or id(parameter) in moved or not _is_sampled(parameter):
-                continue
-            difference = _difference(_sample(gather(parameter)), expected)
-            if difference is not None:
+        parameters = _comparable(model)
+        # Processes that hold shards gather together, so all need one order: the file's.
+        for name in filter(parameters.__contains__, self.values):
+            actual = _sample(gather(parameters[name]))
+            expected = self.values[name]
+            if not _agree(actual, expected):
                 message = (
                     f"base: expected the model that the adapter was trained on "
                     f"({self.name or 'its name is not known'}), got "
                     f"{_name_of(model) or type(model).__name__}, in which {name} has "
-                    f"{difference}. Load the adapter into its base model."
+                    f"{_short(actual)} in place of {_short(expected)}. Load the adapter into its "
+                    f"base model."
                 )
                 refuse_or_warn(message, refuse)
                 return
+
+
+def parameters_in_file(model: nn.Module) -> set[nn.Parameter]:
+    """Returns the parameters of an adapted model that an adapter's file has."""
+    parameters: set[nn.Parameter] = set()
+    for layer in layers_in(model).values():
+        parameters.update(layer.adapter_parameters())
+    for module in saved_in(model).values():
+        parameters.update(module.parameters())
+    return parameters
 
 
 def refuse_or_warn(message: str, refuse: bool) -> None:
@@ -131,27 +119,35 @@ def _sample(tensor: Tensor) -> list[float]:
     return tensor.detach().reshape(-1)[places].double().tolist()
 
 
-def _difference(actual: list[float], expected: list[float]) -> str | None:
-    """Describes where two samples differ by more than the rounding to bfloat16, None if nowhere."""
-    if len(actual) != len(expected):
-        return "another size"
-    for actual_value, value in zip(actual, expected):
-        if not math.isclose(actual_value, value, rel_tol=2.0**-7, abs_tol=1e-6):
-            return f"{actual_value:.4g} in place of {value:.4g}"
-    return None
+def _agree(actual: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether two samples differ by no more than the rounding to bfloat16."""
+    return len(actual) == len(expected) and all(
+        math.isclose(value, other, rel_tol=2.0**-7, abs_tol=1e-6)
+        for value, other in zip(actual, expected)
+    )
 
 
-def _moved_parameters(model: nn.Module) -> set[int]:
-    """Returns the ids of base parameters that a merge or init "svd" has changed."""
-    moved: set[int] = set()
+def _short(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers)
+
+
+def _comparable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that a base model has in the same format and with the same values."""
+    moved: set[nn.Parameter] = set()
     for layer in layers_in(model).values():
+        # A merge and init "svd" have changed the weight.
         if layer.merged or layer.start_core is not None:
-            moved.update(id(p) for p in layer.parameters())
-            moved.update(id(p) for p in getattr(layer, "host", layer).parameters())
-    return moved
+            moved.update(layer.parameters())
+            moved.update(getattr(layer, "host", layer).parameters())
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter not in moved and _has_plain_values(parameter)
+    }
 
 
-def _is_sampled(parameter: Tensor) -> bool:
+def _has_plain_values(parameter: Tensor) -> bool:
+    """Whether a parameter has values, which are not quantized."""
     is_plain = type(parameter) is nn.Parameter or is_sharded(parameter)
     is_float = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
     return is_plain and is_float and not parameter.is_meta and math.prod(full_shape(parameter)) > 0

@@ -47,14 +47,15 @@ def block_bypasses(model: nn.Module, layer_type: type[nn.Module] = LoTRLayer) ->
         layer_type: The class of its adapted layers.
     """
     for module in model.modules():
-        attribute = _fast_path_attribute(module)
-        if attribute is not None and _contains(module, layer_type):
+        for cls, attribute in _FAST_PATH_ATTRIBUTES.items():
             # A second adapter of PEFT finds it turned off already.
-            if "lotr_fast_path" not in vars(module):
-                module.lotr_fast_path = getattr(module, attribute)
+            is_on = isinstance(module, cls) and "lotr_fast_path" not in vars(module)
+            if is_on and _contains(module, layer_type):
+                module.lotr_fast_path = (attribute, getattr(module, attribute))
                 setattr(module, attribute, False)
         if callable(getattr(module, "fuse_projections", None)) and _contains(module, layer_type):
             module.fuse_projections = _refuse_to_fuse
+        # Resizing only the input embedding would be right, but it resizes both.
         if callable(getattr(module, "resize_token_embeddings", None)):
             output = module.get_output_embeddings()
             if output is not None and _contains(output, layer_type):
@@ -68,18 +69,11 @@ def restore_bypasses(model: nn.Module) -> None:
             if vars(module).get(name) is refusal:
                 delattr(module, name)
         if "lotr_fast_path" in vars(module):
-            setattr(module, _fast_path_attribute(module), vars(module).pop("lotr_fast_path"))
+            setattr(module, *vars(module).pop("lotr_fast_path"))
 
 
 def _contains(module: nn.Module, layer_type: type[nn.Module]) -> bool:
     return any(isinstance(child, layer_type) for child in module.modules())
-
-
-def _fast_path_attribute(module: nn.Module) -> str | None:
-    for cls, attribute in _FAST_PATH_ATTRIBUTES.items():
-        if isinstance(module, cls) and hasattr(module, attribute):
-            return attribute
-    return None
 
 
 def _refuse_to_fuse(*args: Any, **kwargs: Any) -> NoReturn:

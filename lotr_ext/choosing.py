@@ -53,6 +53,7 @@ def rank_for(
             )
     if (like is None) == (numbers is None):
         raise TypeError(f"like: expected either like or numbers, got {like!r} and {numbers!r}")
+    # A LoRA of rank 1 has one row and one column for each layer.
     targets = select(model, LoTRConfig(**settings)).targets
     lora_rank_1 = sum(sum(target.sizes) for target in targets)
     if numbers is None:

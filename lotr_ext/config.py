@@ -4,8 +4,8 @@ Not here: which layers of a model a configuration means (targets.py).
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,49 +24,6 @@ TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 PARTS = ("A", "B", "core")
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
 
-# Settings of PEFT's LoRA that LoTR lacks or calls by another name, and what to use instead.
-LORA_SETTINGS = {
-    "r": "Here it is 'rank'.",
-    "lora_alpha": "Here it is 'alpha'.",
-    "lora_dropout": "Here it is 'dropout'.",
-    "use_rslora": "Here it is 'rslora'.",
-    "init_lora_weights": "Here it is 'init'.",
-    "rank_pattern": "Layers that share factors have one rank.",
-    "alpha_pattern": "All layers have one scaling.",
-    "bias": "To train biases, use lotr_ext.peft. Its configuration has this field.",
-    "lora_bias": "An adapter has no bias.",
-    "use_dora": "LoTR has no magnitudes.",
-    "magnitude": "LoTR has no magnitudes.",
-    "fan_in_fan_out": "Conv1D layers are recognized without it.",
-    "layers_to_transform": "Pass a regular expression as target_modules.",
-    "layers_pattern": "Pass a regular expression as target_modules.",
-    "layer_replication": "Replicate the layers before they are adapted.",
-    "trainable_token_indices": "Name the embedding in modules_to_save.",
-    "target_parameters": "apply_lotr adapts experts.",
-    "loftq_config": "The base weights stay as they are.",
-    "eva_config": "lotr_ext.init_from_gradient starts an adapter from data.",
-    "corda_config": "lotr_ext.init_from_gradient starts an adapter from data.",
-}
-
-
-def check_names(names: Iterable[str], config_class: type) -> None:
-    """Checks that no name is a setting of PEFT's LoRA that a configuration does not have.
-
-    Args:
-        names: The names of the arguments.
-        config_class: The configuration's class, a dataclass.
-
-    Raises:
-        TypeError: If one is. The message says what to use.
-    """
-    field_names = {field.name for field in fields(config_class)}
-    for name in names:
-        if name in LORA_SETTINGS and name not in field_names:
-            raise TypeError(
-                f"{name}: expected a field of {config_class.__name__}, got one of PEFT's LoRA. "
-                f"{LORA_SETTINGS[name]}"
-            )
-
 
 def place_of(name: str) -> tuple[str, str]:
     """Returns (layer, kind) of a layer's name: the parts up to its first number and after it.
@@ -74,6 +31,7 @@ def place_of(name: str) -> tuple[str, str]:
     "model.layers.3.self_attn.q_proj" has the place ("model.layers.3", "self_attn.q_proj"). A name
     without a number is a kind: ("", name).
     """
+    # As few dotted parts as possible, of which the last one ends with a number.
     match = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
     if match is None:
         return "", name
@@ -123,8 +81,7 @@ class LoTRConfig:
 
     Raises:
         TypeError, ValueError: If a field has a wrong type or value, or fields exclude each other.
-            The message names the field. For a setting of PEFT's LoraConfig, such as r or
-            rank_pattern, it says what to use here.
+            The message names the field.
     """
 
     rank: int | tuple[int, int] = 16
@@ -144,13 +101,9 @@ class LoTRConfig:
     core: str | Callable[..., Any] = "dense"
     task_type: str | None = None
 
-    def __new__(cls, *_: Any, **settings: Any) -> "LoTRConfig":
-        # Before __init__, in which Python would only call the argument unexpected.
-        check_names(settings, cls)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         ranks = check_rank(self.rank)
+        # For its checks. The value is computed on demand, see `s`.
         scaling_of(self.rank, self.alpha, self.rslora, self.scaling)
         check_probability("dropout", self.dropout)
         if not callable(self.group_by) and not isinstance(self.group_by, Mapping):
@@ -161,59 +114,42 @@ class LoTRConfig:
         check_choice("core_init", self.core_init, CORE_INITS)
         check_choice("adapter_dtype", self.adapter_dtype, DTYPES.values())
         check_choice("task_type", self.task_type, (*TASKS, None))
-        # The dataclass is frozen. These are one form of what was passed.
-        if not isinstance(self.rank, int):
-            object.__setattr__(self, "rank", ranks)
-        if isinstance(self.group_by, Mapping):
-            object.__setattr__(self, "group_by", dict(self.group_by))
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _pattern(name, getattr(self, name)))
-        for name in ("modules_to_save", "target_parameters", "train"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        # One form of what was passed makes equal settings equal. Not by assignments, because the
+        # dataclass is frozen.
+        vars(self).update(
+            rank=self.rank if isinstance(self.rank, int) else ranks,
+            group_by=dict(self.group_by) if isinstance(self.group_by, Mapping) else self.group_by,
+            target_modules=_pattern("target_modules", self.target_modules),
+            exclude_modules=_pattern("exclude_modules", self.exclude_modules),
+            modules_to_save=_names("modules_to_save", self.modules_to_save),
+            target_parameters=_names("target_parameters", self.target_parameters),
+            train=_names("train", self.train),
+        )
         self._check_combinations()
-        # In one order, so that equal settings make equal configurations.
-        object.__setattr__(self, "train", tuple(part for part in PARTS if part in self.train))
+        vars(self)["train"] = tuple(part for part in PARTS if part in self.train)
 
     def _check_combinations(self) -> None:
         svd = self.init == "svd"
-        trained = self.train or ()
+        trained = set(self.train or ())
         # At the start, one part has a gradient: with zero cores the core, with identity cores B.
         needed = "core" if self.core_init == "zero" else "B"
-        has_needed = svd or needed in trained
-        if not trained or not has_needed or not set(PARTS).issuperset(trained):
+        if not trained or not trained <= set(PARTS) or not (svd or needed in trained):
             raise ValueError(
                 f"train: expected some of {', '.join(PARTS)}, with {needed!r} among them, because "
                 f"at core_init {self.core_init!r} all other gradients are zero at the start, got "
                 f"{self.train!r}"
             )
-        if self.core != "dense" and svd:
+        has_experts = self.target_parameters is not None
+        if self.core != "dense" and (svd or has_experts):
             raise ValueError(
-                f'core: expected "dense" with init "svd", which sets the cores, got {self.core!r}'
+                f'core: expected "dense" with init "svd", which sets the cores, and with '
+                f"target_parameters, because each expert has a core, got {self.core!r}"
             )
-        if self.core != "dense" and self.target_parameters is not None:
-            raise ValueError(
-                f'core: expected "dense" with target_parameters, because each expert has a core, '
-                f"got {self.core!r}"
-            )
-        excludes_svd = (
-            self.core_init != "zero"
-            or self.target_parameters is not None
-            or self.group_by == "width"
-        )
-        if svd and excludes_svd:
+        if svd and (self.core_init != "zero" or has_experts or self.group_by == "width"):
             raise ValueError(
                 'init: expected another init than "svd" with core_init="identity", '
                 'target_parameters or group_by="width", got "svd"'
             )
-
-    def __getattr__(self, name: str) -> Any:
-        """Explains what is missing to `peft.get_peft_model`, which reads these names first."""
-        if name in ("base_model_name_or_path", "peft_type"):
-            raise AttributeError(
-                "peft_config: expected a LoTRPeftConfig, got a LoTRConfig, which is for "
-                "apply_lotr. Use lotr_ext.peft.LoTRPeftConfig with PEFT's functions."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -228,28 +164,20 @@ class LoTRConfig:
     @property
     def everything(self) -> bool:
         """Whether all linear layers are targets."""
-        if self.target_modules is None:
-            return self.target_parameters is None
-        return self.target_modules == "all-linear"
+        by_default = self.target_modules is None and self.target_parameters is None
+        return by_default or self.target_modules == "all-linear"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dictionary for JSON. A callable core becomes "custom".
 
-        Raises:
-            ValueError: If group_by is a callable.
+        A callable group_by has no such form. `apply_lotr` keeps the mapping that it returned in
+        model.lotr_config.
         """
-        if callable(self.group_by):
-            raise ValueError(
-                "group_by: expected a name or a mapping for JSON, got a callable. `apply_lotr` "
-                "keeps the mapping that it returned in model.lotr_config."
-            )
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
-        values["core"] = "custom" if callable(self.core) else self.core
-        for name, value in values.items():
-            if isinstance(value, tuple):
-                values[name] = list(value)
-        return values
+        return {
+            **asdict(self),
+            "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
+            "core": "custom" if callable(self.core) else self.core,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoTRConfig":
@@ -259,11 +187,9 @@ class LoTRConfig:
             TypeError: If a field is unknown.
             TypeError, ValueError: As for the constructor.
         """
-        values = {**values}
-        if "adapter_dtype" in values:
-            name = values["adapter_dtype"]
-            values["adapter_dtype"] = DTYPES.get(str(name), name)  # the constructor refuses others
-        return cls(**values)
+        name = values.get("adapter_dtype", "float32")
+        dtype = DTYPES.get(str(name), name)  # the constructor refuses another name
+        return cls(**{**values, "adapter_dtype": dtype})
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -273,26 +199,17 @@ def _names(field: str, value: object) -> tuple[str, ...] | None:
     """Returns a list of names as a tuple, a set in alphabetical order."""
     if value is None:
         return None
-    is_set = isinstance(value, (set, frozenset))
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    if not (is_set or is_list) or not value:
-        hint = f" Write [{value!r}]." if isinstance(value, str) else ""
-        raise TypeError(
-            f"{field}: expected a list of at least one name, or None, got {value!r}.{hint}"
-        )
-    for name in value:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{field}: expected a list of names, got {name!r} in {value!r}")
+    is_list = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
+    if not is_list or not value or not all(isinstance(name, str) and name for name in value):
+        raise TypeError(f"{field}: expected a list of at least one name, or None, got {value!r}")
     # A set has another order in each process, and so would the file.
-    return tuple(sorted(value)) if is_set else tuple(value)
+    return tuple(sorted(value)) if isinstance(value, Set) else tuple(value)
 
 
 def _pattern(field: str, value: object) -> str | tuple[str, ...] | None:
     """Returns a regular expression, or a list of name endings as a tuple."""
     if not isinstance(value, str):
         return _names(field, value)
-    if value.replace("_", "-").lower() == "all-linear" and value != "all-linear":
-        raise ValueError(f'{field}: expected "all-linear", got {value!r}')
     try:
         re.compile(value)
     except re.error as error:

@@ -52,6 +52,7 @@ class CoreAt(nn.Module):
     def __init__(self, cores: "Cores", index: int, owned: bool = True):
         super().__init__()
         self.index = index
+        # As a child of every layer, the parameters would be in state_dict once per layer.
         if owned:
             self.cores = cores
         else:
@@ -80,6 +81,7 @@ class Cores(nn.Module):
         super().__init__()
         self.r_in, self.r_out = check_rank(rank)
         self.places = list(places)
+        # A place that occurs twice would give one core to two layers.
         if not self.places or len(set(self.places)) != len(self.places):
             raise ValueError(f"places: expected at least one, each once, got {self.places!r:.200}")
 
@@ -87,22 +89,9 @@ class Cores(nn.Module):
         """Returns G [r_in, r_out] of the place with that index."""
         raise TypeError(f"{type(self).__name__} must define make")
 
-    def forward(self, index: int | Tensor) -> Tensor:
-        """Returns make(index).
-
-        Returns a tensor unchanged, because nn.Sequential calls all modules registered in it.
-        """
-        return index if isinstance(index, Tensor) else self.make(index)
-
-    def index(self, place: Hashable) -> int:
-        """Returns the index of a place.
-
-        Raises:
-            ValueError: If the place is unknown.
-        """
-        if place not in self.places:
-            raise ValueError(f"place: expected one of {self.places!r:.200}, got {place!r}")
-        return self.places.index(place)
+    def forward(self, index: int) -> Tensor:
+        """Returns make(index). Sharded training gathers the parameters around this call."""
+        return self.make(index)
 
     def at(self, place: Hashable, owned: bool = True) -> CoreAt:
         """Returns the module that computes the core of one place, for `LoTRLayer.use_core`.
@@ -114,7 +103,7 @@ class Cores(nn.Module):
         Raises:
             ValueError: If the place is unknown.
         """
-        return CoreAt(self, self.index(place), owned)
+        return CoreAt(self, self.places.index(place), owned)
 
     def begin_as_identity(self) -> None:
         """Sets G = I, for core_init="identity".
@@ -143,9 +132,7 @@ class LayersAndKinds(Cores):
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
-        for place in self.places:
-            if not (isinstance(place, tuple) and len(place) == 2):
-                raise TypeError(f"places: expected pairs (layer, kind), got {place!r}")
+        # In the order of the places, which decides what the rows in a file belong to.
         self.layers = list(dict.fromkeys(layer for layer, _ in self.places))
         self.kinds = list(dict.fromkeys(kind for _, kind in self.places))
         self.places = [(layer, kind) for layer in self.layers for kind in self.kinds]
@@ -176,6 +163,7 @@ class CPCores(LayersAndKinds):
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int):
         super().__init__(places, rank)
         r = self._single_rank()
+        # Zeros times ones: G = 0, and `layer` has a gradient. With two zeros, neither would.
         self.layer = nn.Parameter(torch.zeros(len(self.layers), r))
         self.kind = nn.Parameter(torch.ones(len(self.kinds), r))
 
@@ -203,6 +191,7 @@ class TuckerCores(Cores):
     ):
         super().__init__(places, rank)
         count = self.r_in if slices is None else check_dimension("slices", slices)
+        # Random weights give each of the slices, which start at zero, another gradient.
         self.weights = nn.Parameter(torch.randn(len(self.places), count) / math.sqrt(count))
         self.slices = nn.Parameter(torch.zeros(count, self.r_in, self.r_out))
 
@@ -212,6 +201,7 @@ class TuckerCores(Cores):
 
     @torch.no_grad()
     def begin_as_identity(self) -> None:
+        # The other weights stay: their slices are zero.
         self.weights[:, 0] = 1.0
         self.slices[0].diagonal().fill_(1.0)
 
@@ -234,6 +224,7 @@ class TrainCores(LayersAndKinds):
     ):
         super().__init__(places, rank)
         inner = self.r_out if inner is None else check_dimension("inner", inner)
+        # As in `CPCores`, with an identity in place of ones.
         self.layer = nn.Parameter(torch.zeros(len(self.layers), self.r_in, inner))
         self.kind = nn.Parameter(torch.eye(inner, self.r_out).repeat(len(self.kinds), 1, 1))
 
@@ -272,6 +263,7 @@ class FewCores(Cores):
         super().__init__(places, rank)
         count = check_dimension("numbers", numbers)
         self.numbers = nn.Parameter(torch.zeros(1 if tied else len(self.places), count))
+        # On the CPU, so that a seed gives the same R on every device and in every process.
         generator = torch.Generator("cpu").manual_seed(seed)
         device = "meta" if self.numbers.is_meta else "cpu"
         random = self.numbers.new_empty(count, self.r_in, self.r_out, device=device)

@@ -70,6 +70,7 @@ class Routing:
             return RowChoice(None, self.offs, self.reads), cores
         task = tasks if self.tokens is None else tasks[self.tokens]
         experts = cores.shape[1]
+        # The core of task t and expert c has the index t e + c in the flattened cores.
         expert = cores_of_groups(self.offs, len(task), experts)
         has_core = (task >= 0) & (expert >= 0)
         index = torch.where(has_core, task * experts + expert, -1)
@@ -82,6 +83,7 @@ class Routing:
         NaN is NaN. So unread rows of x become zero, and past the last end the gradient of y does.
         """
         rows = len(x) if self.reads is None else len(self.reads)
+        # A mask and not a slice: the last end is on the GPU, and reading it would wait.
         is_past_end = torch.arange(rows, device=self.offs.device) >= self.offs[-1]
         y = compute(_with_zeros(x, self._is_unread(len(x), is_past_end)))
         return _with_zeros(y, is_past_end)
@@ -176,7 +178,6 @@ def lotr_grouped_linear(
 def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, tokens: object) -> None:
     check_tensor("x", x, "rows" if tokens is None else "m", in_features)
     check_integers("offs", offs, torch.int32)
-    _check_device("offs", offs, x)
     if offs.shape != (experts,):
         raise ValueError(
             f"offs: expected one end per expert, shape ({experts},), got {tuple(offs.shape)}"
@@ -184,15 +185,9 @@ def _check_routing(x: Tensor, experts: int, in_features: int, offs: object, toke
     if tokens is None:
         return
     check_integers("tokens", tokens, torch.int64)
-    _check_device("tokens", tokens, x)
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape [rows], got {tuple(tokens.shape)}")
     check_range("tokens", tokens, 0, len(x))
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -233,16 +228,15 @@ class LoTRExperts(LoTRLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        # Before the weight is allocated, which may have gigabytes.
         check_dtype(dtype)
         check_dimension("num_experts", num_experts)
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         super().__init__()
         weight = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
-        if not weight.is_meta:
-            bound = in_features**-0.5  # as nn.Linear starts
-            weight.uniform_(-bound, bound)
-        self.weight = nn.Parameter(weight)
+        bound = in_features**-0.5  # as nn.Linear starts
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
         self.bias = nn.Parameter(weight.new_zeros(num_experts, out_features)) if bias else None
         self.num_experts = num_experts
         self.in_features = in_features
@@ -264,8 +258,7 @@ class LoTRExperts(LoTRLayer):
         routing = Routing(offs, reads=tokens, tokens=tokens)
 
         def compute(x_read: Tensor) -> Tensor:
-            weight = self.weight_matrix()
-            return self.routed(x_read, weight, self.bias, routing, request_input=x)
+            return self.routed(x_read, self.weight, self.bias, routing, request_input=x)
 
         return routing.without_unread_rows(x, compute)
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from .adapted import adapted_layers, expect_unmerged, layers_in
 from .adapter_state import AdapterState, LayerEntry
-from .base_model import BaseModel, Gather, refuse_or_warn
-from .config import LoTRConfig, place_of
-from .cores import FORMS, CoreAt
+from .base_model import BaseModel, Gather, parameters_in_file, refuse_or_warn
+from .config import LoTRConfig
+from .cores import CoreAt
 from .factors import LoTRFactor
 from .layers import LoTRLayer
 from .model import Start, clear_start, install, set_start, unchanged_on_error
 from .old_files import start_key
 from .sharded_tensors import copy_full, expect_full, full_shape, full_tensors_in
-from .storage import checked_path, expect_names
+from .storage import expect_names
 from .targets import parameter_name, saved_in, select, tied_names
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,14 +47,14 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
 
     Raises:
         TypeError: If directory is not a path, or a tensor is sharded.
-        RuntimeError: If the model has no adapter, or one on the meta device.
-        ValueError: If directory is a file.
+        RuntimeError: If the model has no adapter, or torch cannot copy it from the meta device.
+        FileExistsError: If directory is a file.
 
     Warns:
         UserWarning: If trained parameters are not saved: those that are neither the adapter's nor
             of modules_to_save, and tasks.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     inner, writes = unwrap(model)
     state = state_of(inner)
     warn_of_unsaved(inner)
@@ -96,8 +96,6 @@ def load_adapter(
     Warns:
         UserWarning: If strict allows a difference.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     load_state(model, AdapterState.read(local_folder(directory)), cast=cast, strict=strict)
     return model
 
@@ -136,7 +134,7 @@ def local_folder(directory: str | PathLike[str]) -> Path:
         TypeError: If directory is not a path.
         ValueError: If there is no such folder and no such repository.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     is_id = isinstance(directory, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", directory)
     if path.exists() or not is_id:
         return path
@@ -164,7 +162,7 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
 
     Raises:
         TypeError: If a tensor is sharded, with the default gather.
-        RuntimeError: If the model has no adapter, or one on the meta device.
+        RuntimeError: If the model has no adapter.
     """
     layers = adapted_layers(model)
     entries = _entries_of(model, layers)
@@ -173,9 +171,6 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     for name, layer in layers.items():
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
     config = getattr(model, "lotr_config", None)
     dtypes = {layer.factors.A.value.dtype for layer in layers.values()}
     if config is not None and len(dtypes) == 1:
@@ -204,16 +199,16 @@ def _tied_to(model: nn.Module, saved: Mapping[str, nn.Module]) -> tuple[str, ...
 
 def _entries_of(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> dict[str, LayerEntry]:
     names = {m: name for name, m in model.named_modules() if isinstance(m, LoTRFactor)}
-    entries = {}
-    for name, layer in layers.items():
-        entries[name] = LayerEntry(
+    return {
+        name: LayerEntry(
             A=f"{names[layer.factors.A]}.value",
             B=f"{names[layer.factors.B]}.value",
             scaling=float(layer.scaling),
             dropout=layer.dropout,
             experts=layer.num_experts,
         )
-    return entries
+        for name, layer in layers.items()
+    }
 
 
 def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
@@ -238,9 +233,9 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
         tensors.update(_prefixed("lotr_cores", cores))
     for name, module in saved_in(model).items():
         tensors.update(_prefixed(name, module))
-    # A tied tensor has several names, of which the first one stays. A start may be None.
-    first_keys: dict[int, str] = {}
+    first_keys: dict[int, str] = {}  # a tied tensor has several names
     for key, tensor in tensors.items():
+        # A start may be None, and a module's extra state is no tensor.
         if isinstance(tensor, Tensor):
             first_keys.setdefault(id(tensor), key)
     return {key: tensors[key] for key in first_keys.values()}
@@ -269,25 +264,19 @@ def unwrap(model: nn.Module, *engines: Any) -> tuple[nn.Module, bool]:
         The model, and whether this process writes its files.
     """
     writes = True
-    wrappers = (nn.parallel.DistributedDataParallel, *engines)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        if hasattr(model, "_orig_mod"):  # torch.compile's
-            model = model._orig_mod
-            continue
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+    ddp = nn.parallel.DistributedDataParallel
+    while isinstance(model, (ddp, *engines)) or hasattr(model, "_orig_mod"):
+        if isinstance(model, ddp):
             writes = dist.get_rank(model.process_group) == 0
-        model = model.module
+        # torch.compile's wrapper passes `module` on to what it wraps, so its name comes first.
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model, writes
 
 
 def warn_of_unsaved(model: nn.Module) -> None:
     """Warns about what is trained and absent from the adapter's file."""
-    saved: set[int] = set()
-    for layer in layers_in(model).values():
-        saved.update(id(p) for p in layer.adapter_parameters())
-    for module in saved_in(model).values():
-        saved.update(id(p) for p in module.parameters())
-    unsaved = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    saved = parameters_in_file(model)
+    unsaved = [n for n, p in model.named_parameters() if p.requires_grad and p not in saved]
     if unsaved:
         warnings.warn(
             f"lotr_ext: save_adapter does not write {len(unsaved)} trained parameters that are "
@@ -348,7 +337,6 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
             f"model that it was trained on."
         )
     selection = select(model, _exact_config(state, linear))
-    _check_core_sizes(state)
     _check_targets(model, state, refuse_other_targets)
     install(model, selection)
     model.lotr_config = config
@@ -359,16 +347,14 @@ def _exact_config(state: AdapterState, linear: list[str]) -> LoTRConfig:
     """Returns the configuration that selects exactly the layers and groups of the adapter."""
     experts = [parameter_name(name) for name, entry in state.layers.items() if entry.experts]
     # With "width", other layers share a layer's A than share its B, which no mapping can express.
-    group_by: str | dict[str, str] = "width"
-    if state.config.group_by != "width":
-        group_by = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
+    pairs = {name: f"{entry.A} {entry.B}" for name, entry in state.layers.items()}
     return replace(
         state.config,
         # An expression for full names. A list would also match other names that end with one.
         target_modules="|".join(map(re.escape, linear)) or None,
         target_parameters=experts or None,
         exclude_modules=None,
-        group_by=group_by,
+        group_by="width" if state.config.group_by == "width" else pairs,
         # Loaded values replace these. "svd" would factorize every weight first.
         init="kaiming" if state.config.init == "svd" else state.config.init,
     )
@@ -389,25 +375,6 @@ def _check_targets(model: nn.Module, state: AdapterState, refuse: bool) -> None:
         refuse_or_warn(message, refuse)
 
 
-def _check_core_sizes(state: AdapterState) -> None:
-    """Checks the parameters of computed cores before memory is allocated for them."""
-    if state.config.core not in FORMS:
-        return
-    # A few bytes of a damaged file may ask for gigabytes. On meta nothing is allocated.
-    with torch.device("meta"):
-        places = [place_of(name) for name in state.layers]
-        cores = FORMS[state.config.core](places, state.config.rank)
-    expected = cores.state_dict(prefix="lotr_cores.")
-    actual = {key: t for key, t in state.tensors.items() if key.startswith("lotr_cores.")}
-    expect_names("tensors", expected, actual)
-    for key, tensor in expected.items():
-        if tensor.shape != actual[key].shape:
-            raise ValueError(
-                f"{key}: expected {list(tensor.shape)} by the configuration, got "
-                f"{list(actual[key].shape)}"
-            )
-
-
 def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict[str, Tensor]:
     """Checks that the adapter fits an adapted model, and returns what it replaces.
 
@@ -417,12 +384,10 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
     layers = adapted_layers(model)
     _check_can_load(model, layers)
     _check_structure(model, layers, state)
-    entries = _entries_of(model, layers)
-    names = _names_in_file(state, entries)
-    model_tensors = {}
-    for key, tensor in _tensors_of(model, entries).items():
-        if not key.endswith((".start", ".start_core")):
-            model_tensors[names.get(key, key)] = tensor
+    _check_sharing(layers, state)
+    # By the names in the file, where factors may have other names than in the model.
+    tensors = _tensors_of(model, state.layers).items()
+    model_tensors = {k: t for k, t in tensors if not k.endswith((".start", ".start_core"))}
     expected = model_tensors | _expected_starts(state, layers)
     # A file has the value of every core, also where the model computes it from parameters.
     cores = {f"{name}.core" for name in layers}
@@ -475,25 +440,20 @@ def _check_structure(
         )
 
 
-def _names_in_file(state: AdapterState, entries: Mapping[str, LayerEntry]) -> dict[str, str]:
-    """Returns the names in the file of the model's factors, which may have other names there.
-
-    Raises:
-        ValueError: If layers share other factors in the file than in the model.
-    """
-    pairs: set[tuple[str, str]] = set()
-    for layer, entry in entries.items():
-        saved = state.layers[layer]
-        pairs |= {(entry.A, saved.A), (entry.B, saved.B)}
-    names = dict(pairs)
-    saved_names = set(names.values())
-    # A name of the model or of the file that is in several pairs stands for several factors.
-    if not len(names) == len(saved_names) == len(pairs):
+def _check_sharing(layers: Mapping[str, LoTRLayer], state: AdapterState) -> None:
+    """Checks that layers share the same factors in the model and in the file."""
+    pairs: set[tuple[LoTRFactor, str]] = set()
+    for name, layer in layers.items():
+        entry = state.layers[name]
+        pairs |= {(layer.factors.A, entry.A), (layer.factors.B, entry.B)}
+    factors = {factor for factor, _ in pairs}
+    names = {name for _, name in pairs}
+    # A factor of the model, or a name in the file, that is in two pairs stands for two factors.
+    if not len(factors) == len(names) == len(pairs):
         raise ValueError(
-            f"layers: expected layers that share {len(names)} factors as in the model, got others "
-            f"that share {len(saved_names)} in the adapter"
+            f"layers: expected layers that share {len(factors)} factors as in the model, got "
+            f"others that share {len(names)} in the adapter"
         )
-    return names
 
 
 def _expected_starts(state: AdapterState, layers: Mapping[str, LoTRLayer]) -> dict[str, Tensor]:
@@ -532,9 +492,9 @@ def _copy_to(
         group = [layers[name] for name in names]
         if group[0].start_core is not None:
             clear_start(group)  # with the old scaling, which made it
-        for name in names:
-            layers[name].scaling = state.layers[name].scaling
-            layers[name].dropout = state.layers[name].dropout
+        for name, layer in zip(names, group):
+            layer.scaling = state.layers[name].scaling
+            layer.dropout = state.layers[name].dropout
         if start_key(A) in state.tensors:
             cores = torch.stack([state.tensors[f"{name}.start_core"] for name in names])
             start = Start(state.tensors[start_key(A)], state.tensors[start_key(B)], cores)
@@ -542,17 +502,12 @@ def _copy_to(
     for key, tensor in model_tensors.items():
         copy(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)
-    if config is not None:
-        model.lotr_config = _config_after_loading(config, state)
-
-
-def _config_after_loading(config: LoTRConfig, state: AdapterState) -> LoTRConfig:
-    """Returns the model's configuration with the scaling and dropout of the adapter."""
-    if state.config is not None:
-        names = ("alpha", "rslora", "scaling", "dropout")
-        return replace(config, **{name: getattr(state.config, name) for name in names})
-    entry = next(iter(state.layers.values()))
-    return replace(config, alpha=None, rslora=False, scaling=entry.scaling, dropout=entry.dropout)
+    first = next(iter(state.layers.values()))
+    # An equal configuration stays: its alpha says more than the number that follows from it.
+    if config is not None and (config.s, config.dropout) != (first.scaling, first.dropout):
+        model.lotr_config = replace(
+            config, alpha=None, rslora=False, scaling=first.scaling, dropout=first.dropout
+        )
 
 
 def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:

@@ -1,6 +1,6 @@
-"""Warnings at an optimizer step that trains an adapted model in a way that cannot be intended.
+"""Warns at an optimizer step that trains an adapted model in a way that cannot be intended.
 
-    watch(model, check)       check runs after each step of any optimizer, until it has an answer
+    watch(model)      looks at the steps of all optimizers, until one of them is right or wrong
 
 torch calls a hook for the steps of all optimizers of the process. It is registered with the first
 model that is watched, so importing lotr_ext changes nothing.
@@ -8,7 +8,6 @@ model that is watched, so importing lotr_ext changes nothing.
 
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,27 +15,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .adapted import layers_in
+from .adapted import Attachment, layers_in
 
-# Receives a model and the parameters of an optimizer that has made a step, with the gradients that
-# it used still in place. Returns the warnings, or None if this step shows nothing yet.
-Check = Callable[[nn.Module, set[nn.Parameter]], list[str] | None]
-
-_checks: weakref.WeakKeyDictionary[nn.Module, list[Check]] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hook_is_registered = False
 
 
-def watch(model: nn.Module, check: Check) -> None:
-    """Runs a check after the next optimizer steps, until it returns a list of warnings.
-
-    Args:
-        model: An adapted model. The check ends with it.
-        check: It must not refer to the model.
-    """
+def watch(model: nn.Module) -> None:
+    """Checks the next optimizer steps of an adapted model, until one trains the adapter."""
     global _hook_is_registered
-    checks = _checks.setdefault(model, [])
-    if check not in checks:
-        checks.append(check)
+    _watched.add(model)
     if not _hook_is_registered:
         # For good: torch iterates over its hooks, so a hook cannot remove itself.
         register_optimizer_step_post_hook(_after_step)
@@ -44,73 +32,70 @@ def watch(model: nn.Module, check: Check) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or not _checks:
+    # Every step of every optimizer of the process pays for this hook.
+    if torch.compiler.is_compiling() or not _watched:
         return
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    # Copies, because a check that has its answer is removed.
-    for model, checks in list(_checks.items()):
-        for check in list(checks):
-            messages = check(model, optimized)
-            if messages is None:
-                continue
-            checks.remove(check)
-            for message in messages:
-                warnings.warn(f"lotr_ext: {message}", stacklevel=3)
-        if not checks:
-            del _checks[model]
+    # A copy, because a model that has its answer is removed.
+    for model in list(_watched):
+        mistake = _mistake(model, optimized)
+        if mistake is None:
+            continue
+        _watched.discard(model)
+        if mistake:
+            warnings.warn(f"lotr_ext: {mistake}", stacklevel=3)
 
 
-# ---- checks of every adapted model ---------------------------------------------------------------
+def _mistake(model: nn.Module, optimized: set[nn.Parameter]) -> str | None:
+    """Returns what is wrong with a step, "" if nothing is, None if it shows nothing yet.
 
-
-def check_optimizer(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
-    """Warns of an optimizer that was made before the adapter, so that it has only frozen weights.
-
-    An optimizer of other trained parameters, such as a head, is right.
+    Args:
+        model: An adapted model.
+        optimized: The parameters of the optimizer. The gradients that it used are still in place.
     """
-    adapter = {p for layer in layers_in(model).values() for p in layer.adapter_parameters()}
-    if adapter & optimized:
-        return []
-    # It may be for another model, or for a head.
-    if all(p.requires_grad for p in optimized.intersection(model.parameters())):
-        return None
-    return [
-        "none of the adapter's parameters is in this optimizer, which has parameters that "
-        "apply_lotr has frozen. Make the optimizer after apply_lotr: "
-        "torch.optim.AdamW(lotr_parameters(model))."
-    ]
-
-
-def check_layers_are_called(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
-    """Warns of layers that no forward has called: their cores have no gradient, others have one."""
+    layers = layers_in(model)
+    adapter = {p for layer in layers.values() for p in layer.adapter_parameters()}
+    attached = [module for module in model.modules() if isinstance(module, Attachment)]
+    tasks = {p for bank in attached for p in bank.parameters() if p.requires_grad}
+    if optimized.isdisjoint(adapter | tasks):
+        # It may be for another model, or for a head: those parameters are not frozen.
+        if all(p.requires_grad for p in optimized.intersection(model.parameters())):
+            return None
+        return (
+            "none of the adapter's parameters is in this optimizer, which has parameters that "
+            "apply_lotr has frozen. Make the optimizer after apply_lotr: "
+            "torch.optim.AdamW(lotr_parameters(model))."
+        )
+    trained = {p for p in adapter & optimized if p.requires_grad}
+    for name, layer in layers.items():
+        # The forward of a merged layer reads only its weight.
+        if layer.merged and not trained.isdisjoint(layer.adapter_parameters()):
+            return (
+                f"the adapter is merged into the weights, so that it gets no gradient, such as in "
+                f"{name!r}. Call unmerge(model) before training."
+            )
+    if all(p.grad is None for p in adapter | tasks):
+        return None  # a step without a backward
+    trained_tasks = tasks & optimized
+    if trained_tasks and all(p.grad is None for p in trained_tasks):
+        return (
+            "the optimizer has the tasks of the bank, but no forward has used them, so that only "
+            "the model's adapter has a gradient. Call the model inside use_tasks(model, index)."
+        )
     is_called: dict[str, bool] = {}
-    for name, layer in layers_in(model).items():
-        cores = [p for p in layer.core_parameters() if p.requires_grad and p in optimized]
+    for name, layer in layers.items():
+        cores = trained.intersection(layer.core_parameters())
         # A core has a gradient as soon as a forward and a backward have passed its layer.
         if cores:
             is_called[name] = any(p.grad is not None for p in cores)
-    if not any(is_called.values()):
-        return None  # an optimizer of other parameters, or a step without a backward
     idle = [name for name, called in is_called.items() if not called]
-    if not idle:
-        return []
-    more = f" and {len(idle) - 1} more layers" if len(idle) > 1 else ""
-    return [
-        f"{idle[0]}{more} had no part in the first optimizer step: no forward has called them, so "
-        f"their adapters have no effect. Leave them out with exclude_modules."
-    ]
-
-
-def check_unmerged(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
-    """Warns of training after `merge`: a merged layer runs without its adapter."""
-    merged = {name: layer for name, layer in layers_in(model).items() if layer.merged}
-    if not merged:
-        return []
-    for name, layer in merged.items():
-        trained = {p for p in layer.adapter_parameters() if p.requires_grad}
-        if trained & optimized:
-            return [
-                f"the adapter is merged into the weights, so that it gets no gradient, such as in "
-                f"{name!r}. Call unmerge(model) before training."
-            ]
-    return None
+    if any(is_called.values()) and idle:
+        return (
+            f"no forward has called {len(idle)} of {len(is_called)} adapted layers, such as "
+            f"{idle[0]!r}, before an optimizer step, so their adapters have no effect. Leave them "
+            f"out with exclude_modules."
+        )
+    # Another optimizer may train the tasks, or the cores of all layers.
+    if not trained_tasks and (tasks or not any(is_called.values())):
+        return None
+    return ""

@@ -28,72 +28,59 @@ def report() -> list[str]:
         ValueError: If LOTR_STRATEGY names no strategy.
     """
     build = build_info()
-    cuda_summary, cuda_lines = _cuda_report()
-    torch_cuda = torch.version.cuda or "not in this build"
-    return [
-        f"CPU kernels: yes; CUDA kernels: {cuda_summary}",
+    # By the names in their metadata, without importing any: transformers takes seconds.
+    installed = {
+        distribution.metadata["Name"]: distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+    libraries = [f"{name} {installed.get(name, '-')}" for name in _LIBRARIES]
+    lines = [
+        f"CPU kernels: yes; CUDA kernels: {_cuda_summary()}",
         "",
         f"lotr_ext   {__version__} (extension {build['version']}, "
         f"for torch >= {build['torch_target']})",
         f"python     {platform.python_version()} on {platform.platform()}",
-        f"torch      {torch.__version__}, CUDA {torch_cuda}, threads: {torch.get_num_threads()}",
-        f"libraries  {_library_versions()}",
+        f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}, "
+        f"threads: {torch.get_num_threads()}",
+        f"libraries  {', '.join(libraries)}",
         f"CPU        kernels for {build['cpu']['isa']}",
-        *cuda_lines,
-        *_device_report(torch.device("cpu"), platform.processor() or platform.machine()),
-        *_gpu_reports(),
     ]
+    if build["cuda"]["built"]:
+        runtime, driver = torch.ops.lotr.cuda_versions()
+        supported = f"driver for CUDA {cuda_version(driver)}" if driver else "no driver"
+        lines.append(f"CUDA       kernels built by CUDA {cuda_version(runtime)}; {supported}")
+        # Also without a GPU: an old driver hides the one that is there.
+        obstacle = cuda_obstacle(0)
+        if obstacle is not None:
+            lines.append(f"           they cannot run: {obstacle}")
+    strategy = strategy_from_environment() or "by tokens"
+    lines.append(f"strategy   {strategy} on CUDA (LOTR_STRATEGY)")
+    names = {torch.device("cpu"): platform.processor() or platform.machine()}
+    for index in range(torch.cuda.device_count()):
+        names[torch.device("cuda", index)] = torch.cuda.get_device_name(index)
+    for device, name in names.items():
+        lines.append(f"{device!s:10} {name}")
+        for dtype in CUDA_DTYPES:
+            obstacle = kernel_obstacle(16, dtype, device)
+            runs = f"the PyTorch fallback, because {obstacle}" if obstacle else "the kernels"
+            lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")
+    return lines
 
 
-def _library_versions() -> str:
-    versions = {
-        distribution.metadata["Name"]: distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
-    return ", ".join(f"{name} {versions.get(name, '-')}" for name in _LIBRARIES)
-
-
-def _cuda_report() -> tuple[str, list[str]]:
-    """Returns what the first line says of the CUDA kernels, and the lines about them."""
-    strategy = strategy_from_environment()
-    strategy_line = f"strategy   {strategy or 'by tokens'} on CUDA (LOTR_STRATEGY)"
+def _cuda_summary() -> str:
+    """Returns what the first line says of the CUDA kernels."""
     build = build_info()["cuda"]
     if not build["built"]:
-        return "not built", [strategy_line]
-    runtime, driver = torch.ops.lotr.cuda_versions()
-    supported = f"driver for CUDA {cuda_version(driver)}" if driver else "no driver"
-    lines = [f"CUDA       kernels built by CUDA {cuda_version(runtime)}; {supported}"]
-    obstacle = cuda_obstacle(0)
-    gpu_count = torch.cuda.device_count()
-    where = "no GPU here"
-    if gpu_count and obstacle is None:
-        where = f"they run on {gpu_count} GPU{'s' * (gpu_count > 1)} here"
-    elif gpu_count:
-        where = "they cannot run here"
-    if obstacle is not None:
-        lines.append(f"           they cannot run: {obstacle}")
+        return "not built"
     archs = ", ".join(arch.removesuffix("-real") for arch in build["archs"])
-    return f"built for {archs}, {where}", [*lines, strategy_line]
-
-
-def _gpu_reports() -> list[str]:
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        lines += _device_report(device, torch.cuda.get_device_name(device))
-    return lines
-
-
-def _device_report(device: torch.device, name: str) -> list[str]:
-    """Returns a line for the device and one per dtype."""
-    lines = [f"{device!s:10} {name}"]
-    for dtype in CUDA_DTYPES:
-        obstacle = kernel_obstacle(16, dtype, device)
-        runs = "the kernels"
-        if obstacle is not None:
-            runs = f"the PyTorch fallback, because {obstacle}"
-        lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")
-    return lines
+    gpu_count = torch.cuda.device_count()
+    if gpu_count == 0:
+        where = "no GPU here"
+    elif cuda_obstacle(0) is None:
+        where = f"they run on {gpu_count} GPU{'s' * (gpu_count > 1)} here"
+    else:
+        where = "they cannot run here"
+    return f"built for {archs}, {where}"
 
 
 def plans(m: int, k: int, n: int, r: int) -> list[str]:

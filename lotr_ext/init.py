@@ -17,6 +17,7 @@ Not here: which layers of a model start how (model.py).
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_tensor
+
 __all__ = [
     "CORE_INITS",
     "FACTOR_INITS",
     "START",
     "CapturedGradient",
-    "GradientStart",
     "fill_core_",
     "fill_factor_",
     "start_from_gradients",
@@ -65,10 +67,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
     """
     if init not in FACTOR_INITS:
         raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
-    if tensor.dim() != 2:
-        raise ValueError(f"tensor: expected 2 dimensions [d, r], got shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"tensor: expected a floating dtype, got {tensor.dtype}")
+    check_tensor("tensor", tensor, "d", "r")
     if tensor.is_meta:
         return tensor
     d, r = tensor.shape
@@ -85,6 +84,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         q, upper = torch.linalg.qr(torch.randn(max(d, r), min(d, r), **options))
         # The signs make q uniform over all matrices with orthonormal columns.
         q = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+        # A factor that is wider than long has orthonormal rows.
         values = q if r <= d else q.T
     return tensor.copy_(START * values)
 
@@ -101,15 +101,10 @@ def fill_core_(tensor: Tensor, init: str) -> Tensor:
         The tensor.
 
     Raises:
-        ValueError: If init is unknown, or tensor has another number of dimensions.
+        ValueError: If init is unknown.
     """
     if init not in CORE_INITS:
         raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")
-    if tensor.dim() not in (2, 3):
-        raise ValueError(
-            f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape "
-            f"{tuple(tensor.shape)}"
-        )
     tensor.zero_()
     if init == "identity":
         tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -133,12 +128,15 @@ def leading_vectors(blocks: Sequence[Tensor], r: int) -> Tensor:
     """
     d = blocks[0].shape[0]
     columns = sum(block.shape[1] for block in blocks)
+    # With few columns, all of them are in the span of a small basis.
     if r <= columns < d and columns <= _DENSE:
         q, upper = torch.linalg.qr(torch.cat(list(blocks), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
+    # Few rows, or so many vectors that an iteration would not be cheaper.
     if d <= _DENSE or 8 * (r + _EXTRA_COLUMNS) >= d:
         gram = sum(block @ block.T for block in blocks)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
+    # From a seed, so that the same weights give the same factors in every process.
     generator = torch.Generator("cpu").manual_seed(0)
     subspace = torch.randn(
         d, r + _EXTRA_COLUMNS, dtype=torch.float64, device="cpu", generator=generator
@@ -204,6 +202,7 @@ def tucker2_of(
     """
     A = leading_vectors(spans, min(rank[0], len(spans[0])))
     captured = -math.inf
+    # Each half-step is the best factor for the other one, so `captured` never falls.
     for _ in range(20):
         B = leading_vectors(right(A), min(rank[1], n))
         halves = left(B)
@@ -238,13 +237,6 @@ class CapturedGradient(NamedTuple):
     layers: dict[str, float]
 
 
-class GradientStart(NamedTuple):
-    """New values of each factor, and the share of the gradients that they capture."""
-
-    values: list[tuple[nn.Parameter, Tensor]]
-    captured: CapturedGradient
-
-
 class _Products(NamedTuple):
     """Products of one layer's gradient dW = g^T x over all batches."""
 
@@ -257,8 +249,8 @@ def start_from_gradients(
     layers: Mapping[str, Any],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-) -> GradientStart:
-    """Computes START times the leading directions of the gradients dW_l = g^T x of the weights.
+) -> CapturedGradient:
+    """Sets A and B to START times the leading directions of the weights' gradients dW_l = g^T x.
 
     Shared A and B span the leading directions of all their layers' dW_l, by three steps of subspace
     iteration from a random start, each one pass over the batches:
@@ -275,26 +267,24 @@ def start_from_gradients(
     Raises:
         TypeError, ValueError: As `lotr_ext.init_from_gradient`.
     """
+    # Four passes read them, and an iterator would be empty after the first.
     batches = list(batches)
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     generator = torch.Generator("cpu").manual_seed(0)
-    directions: dict[nn.Module, Tensor] = {}
-    for layer in layers.values():
-        for factor in (layer.factors.A, layer.factors.B):
-            if factor not in directions:
-                directions[factor] = _random_directions(factor, generator)
-
+    pairs = [layer.factors for layer in layers.values()]
+    factors = dict.fromkeys(factor for pair in pairs for factor in (pair.A, pair.B))
+    directions = {factor: _random_directions(factor, generator) for factor in factors}
     for _ in range(_ITERATIONS):
         inputs = [
-            (layer, directions[layer.factors.A], directions[layer.factors.B])
-            for layer in layers.values()
+            (layer, directions[pair.A], directions[pair.B])
+            for layer, pair in zip(layers.values(), pairs)
         ]
         products = _products_of_gradients(model, inputs, batches, loss)
         blocks: dict[nn.Module, list[Tensor]] = {factor: [] for factor in directions}
-        for layer, product in zip(layers.values(), products):
-            blocks[layer.factors.A].append(product.left)
-            blocks[layer.factors.B].append(product.right)
+        for pair, product in zip(pairs, products):
+            blocks[pair.A].append(product.left)
+            blocks[pair.B].append(product.right)
         for factor, factor_blocks in blocks.items():
             _check_gradients(factor_blocks)
             previous = directions[factor]
@@ -303,17 +293,17 @@ def start_from_gradients(
 
     kept_directions = {factor: vectors[:, : factor.rank] for factor, vectors in directions.items()}
     captured = _captured(model, layers, kept_directions, batches, loss)
-    values = [
-        (factor.value, START * padded(vectors.double(), factor.rank))
-        for factor, vectors in kept_directions.items()
-    ]
-    return GradientStart(values, captured)
+    with torch.no_grad():
+        for factor, vectors in kept_directions.items():
+            factor.value.copy_(START * padded(vectors.double(), factor.rank))
+    return captured
 
 
 def _random_directions(factor: nn.Module, generator: torch.Generator) -> Tensor:
     """Returns orthonormal columns [features, rank + extra ones] on the factor's device."""
     columns = min(factor.rank + _EXTRA_DIRECTIONS, factor.features)
     drawn = torch.empty(factor.features, columns, device="cpu")
+    # The iteration needs columns of length 1, without START.
     return fill_factor_(drawn, "orthonormal", generator).to(factor.value.device) / START
 
 
@@ -347,19 +337,17 @@ def _captured(
         inputs.append((layer, torch.cat([A, probes], 1), directions[layer.factors.B]))
     products = _products_of_gradients(model, inputs, batches, loss)
 
-    shares: dict[str, float] = {}
-    captured_sum = 0.0
-    norm_sum = 0.0
+    captured: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for name, layer, product in zip(layers, layers.values(), products):
         r = directions[layer.factors.A].shape[1]
         in_A = product.right[:, :r].double()
         outside = product.right[:, r:].double()
-        captured = float((directions[layer.factors.B].double().T @ in_A).square().sum())
-        norm = float(in_A.square().sum()) + float(outside.square().sum()) / _PROBES
-        shares[name] = captured / norm if norm else 0.0
-        captured_sum += captured
-        norm_sum += norm
-    return CapturedGradient(captured_sum / norm_sum, shares)
+        captured[name] = float((directions[layer.factors.B].double().T @ in_A).square().sum())
+        norms[name] = float(in_A.square().sum() + outside.square().sum() / _PROBES)
+    # A layer may have no gradient at all. Not all layers, see `_check_gradients`.
+    shares = {name: captured[name] / norm if norm else 0.0 for name, norm in norms.items()}
+    return CapturedGradient(sum(captured.values()) / sum(norms.values()), shares)
 
 
 class _Tap(Function):
@@ -401,22 +389,28 @@ def _products_of_gradients(
     """
     anchor = torch.zeros((), device="cpu", requires_grad=True)
     all_products = []
+    # A batch norm, for example, counts the batches.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
         for layer, V, U in inputs:
             products = _Products(V.new_zeros(len(U), V.shape[1]), V.new_zeros(len(V), U.shape[1]))
             all_products.append(products)
-            handle = layer.register_forward_hook(
-                _tap_hook(anchor, V, U, products), with_kwargs=True
-            )
+            tap = partial(_tap, anchor, V, U, products)
+            handle = layer.register_forward_hook(tap, with_kwargs=True)
             stack.callback(handle.remove)
         try:
             for batch in batches:
-                _backward_to(anchor, loss(model, batch))
+                # None if no layer has a part in the loss, or if a checkpoint hides its part.
+                if torch.autograd.grad(loss(model, batch), anchor, allow_unused=True) == (None,):
+                    raise ValueError(
+                        "loss: expected one that depends on the adapted layers, got one in which "
+                        "none has a part. Under checkpointing, use_reentrant=False is needed."
+                    )
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
+    # Every process has other batches, and all of them need the same A and B.
     if dist.is_available() and dist.is_initialized():
         for products in all_products:
             dist.all_reduce(products.right)
@@ -424,33 +418,19 @@ def _products_of_gradients(
     return all_products
 
 
-def _tap_hook(anchor: Tensor, V: Tensor, U: Tensor, products: _Products) -> Callable[..., Tensor]:
-    def tap(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return y
-        x = args[0] if args else next(iter(kwargs.values()))
-        return _Tap.apply(anchor, y, x, V, U, products)
-
-    return tap
-
-
-def _backward_to(anchor: Tensor, value: object) -> None:
-    """Runs the backward of a loss through all taps.
-
-    Raises:
-        TypeError: If the loss is not a scalar tensor.
-        ValueError: If it does not depend on an adapted layer.
-    """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        actual = type(value).__name__
-        if isinstance(value, Tensor):
-            actual = f"shape {list(value.shape)}"
-        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {actual}")
-    gradient = None
-    if value.requires_grad:
-        (gradient,) = torch.autograd.grad(value, anchor, allow_unused=True)
-    if gradient is None:
-        raise ValueError(
-            "loss: expected one that depends on the adapted layers, got one in which none has a "
-            "part. Under checkpointing, use_reentrant=False is needed."
-        )
+def _tap(
+    anchor: Tensor,
+    V: Tensor,
+    U: Tensor,
+    products: _Products,
+    layer: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Tensor],
+    y: Tensor,
+) -> Tensor:
+    """A forward hook, after its first four arguments."""
+    # In a part of the model that runs under no_grad, a tap would have no backward.
+    if not torch.is_grad_enabled():
+        return y
+    x = args[0] if args else next(iter(kwargs.values()))
+    return _Tap.apply(anchor, y, x, V, U, products)

@@ -6,17 +6,14 @@ Not here: merging one layer (layers.py, wrapped.py) and taking the adapter off (
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .adapted import adapted_layers, expect_unmerged
-from .first_step import check_unmerged, watch
+from .adapted import Model, adapted_layers, expect_unmerged
+from .first_step import watch
 from .layers import LoTRLayer
 from .targets import tied_names
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge(
@@ -50,12 +47,14 @@ def merge(
             if a weight is tied to another module.
     """
     layers = adapted_layers(model)
+    # Merged again, the adapter would be in the weights twice.
     expect_unmerged(layers, "merge")
     merge_layers(model, layers, safe=safe, dequantize=dequantize)
+    # Only now: until the last layer is merged, the copies undo the others.
     if not keep_backup:
         for layer in layers.values():
             layer.drop_backup()
-    watch(model, check_unmerged)
+    watch(model)
     return model
 
 
@@ -95,10 +94,12 @@ def _check_weights(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
     """Checks that each layer has values, and a weight that no other module reads."""
     tied = tied_names(model)
     for name, layer in layers.items():
+        # On meta a merge would do nothing, without an error.
         if layer.core.is_meta or any(p.is_meta for p in layer.parameters()):
             raise RuntimeError(
                 f"merge: expected tensors with values, got {name!r} on the meta device"
             )
+        # What else uses a tied weight, such as an embedding, would change as well.
         base = getattr(layer, "base_layer", None)  # of a LoTRWrapped: it owns the weight
         other_names = tied.get(id(layer)) or tied.get(id(base))
         if other_names:
@@ -121,6 +122,7 @@ def unmerge(model: Model) -> Model:
     merged = {name: layer for name, layer in adapted_layers(model).items() if layer.merged}
     if not merged:
         raise RuntimeError("unmerge: expected merged layers, got none that is merged")
+    # Before the first layer changes, so that all are unmerged or none.
     for name, layer in merged.items():
         # Dequantizing replaced the base; only the old module has its quantized values.
         if getattr(layer, "replaced", False) and layer.quantized_base is None:

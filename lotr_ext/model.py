@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import (
+    Model,
     adapted_layers,
     attach,
     compute_device,
@@ -33,16 +34,13 @@ from .core import fallback
 from .core.request import ADAPTER_OFF, open_request
 from .cores import FORMS, Cores
 from .factors import LoTRFactor, LoTRFactors
-from .first_step import check_layers_are_called, check_optimizer, watch
+from .first_step import watch
 from .init import START, CapturedGradient, fill_core_, start_from_gradients, tucker2
 from .layers import LoTRLayer, plus
 from .merging import merge_layers, unmerge
 from .targets import Selection, Target, heads, select
 from .transformers_experts import adapt_parameter
-from .wrapped import adapt
-
-Model = TypeVar("Model", bound=nn.Module)
-
+from .wrapped import LoTRWrapped, adapt, layer_class
 
 # ---- apply ---------------------------------------------------------------------------------------
 
@@ -80,10 +78,11 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     selection = select(model, config)
     with unchanged_on_error(model):
         install(model, selection)
-    frozen = []
-    for name, head in heads(model).items():
-        if not any(p.requires_grad for p in head.parameters()):
-            frozen.append(name)
+    frozen = [
+        name
+        for name, head in heads(model).items()
+        if not any(p.requires_grad for p in head.parameters())
+    ]
     if frozen:
         warnings.warn(
             f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its random values. "
@@ -100,7 +99,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     trained_before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
-    except BaseException:
+    except BaseException:  # also an interrupt
         if was_plain:
             without_adapters(model, layers_in(model))
         for p, requires_grad in trained_before:
@@ -127,13 +126,20 @@ def install(model: nn.Module, selection: Selection) -> None:
             parameter.requires_grad_(parameter.is_floating_point())  # integers have no gradient
     all_factors: dict[str, LoTRFactor] = {}
     for group, targets in selection.groups.items():
-        layers = _adapt_group(model, group, targets, all_factors, config)
+        factors = pair_of(
+            all_factors,
+            group,
+            targets[0].sizes,
+            config,
+            device=compute_device(targets[0].module),
+            dtype=config.adapter_dtype,
+        )
+        layers = [_adapt_target(model, target, factors, config) for target in targets]
         if cores is not None:
             for target, layer in zip(targets, layers):
                 layer.use_core(cores.at(place_of(target.name), owned=False))
         if starts:
             set_start(layers, starts[group])
-    _warn_of_rank(config, all_factors)
     # After the layers: the owner of what is attached may depend on where they are.
     attach(model, "lotr_factors", nn.ModuleList(all_factors.values()))
     if cores is not None:
@@ -145,40 +151,7 @@ def install(model: nn.Module, selection: Selection) -> None:
     model.lotr_config = config
     model.lotr_left_out = selection.left_out
     block_bypasses(model)
-    watch(model, check_optimizer)
-    watch(model, check_layers_are_called)
-
-
-def _adapt_group(
-    model: nn.Module,
-    group: str,
-    targets: Sequence[Target],
-    all_factors: MutableMapping[str, LoTRFactor],
-    config: LoTRConfig,
-) -> list[LoTRLayer]:
-    """Adapts the layers of one group. Adds its factors to all_factors if they are new."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lotr_ext: rank")  # `_warn_of_rank` warns once instead
-        factors = pair_of(
-            all_factors,
-            group,
-            targets[0].sizes,
-            config,
-            device=compute_device(targets[0].module),
-            dtype=config.adapter_dtype,
-        )
-    return [_adapt_target(model, target, factors, config) for target in targets]
-
-
-def _warn_of_rank(config: LoTRConfig, factors: Mapping[str, LoTRFactor]) -> None:
-    too_narrow = [f.features for f in factors.values() if f.rank > f.features]
-    if too_narrow:
-        warnings.warn(
-            f"lotr_ext: rank {config.rank} exceeds the width of {len(too_narrow)} of "
-            f"{len(factors)} factors, the least is {min(too_narrow)}. A lower rank gives the same "
-            f"functions.",
-            stacklevel=4,
-        )
+    watch(model)
 
 
 def pair_of(
@@ -201,9 +174,8 @@ def pair_of(
         device: The device of new factors.
         dtype: The dtype of new factors.
     """
-    init = config.init
-    if init == "svd":
-        init = "kaiming"  # the cheapest: `set_start` overwrites the values
+    # "kaiming" is the cheapest: `set_start` overwrites the values.
+    init = "kaiming" if config.init == "svd" else config.init
     pair = []
     for part, features, rank in zip("AB", sizes, config.ranks):
         owner = features if config.group_by == "width" else group
@@ -227,12 +199,11 @@ def _adapt_target(
         layer = adapt(target.module, factors, **settings)
         for name in target.names:
             model.set_submodule(name, layer)
+    # `install` registers the factors once, with the model.
     layer.leave_factors_to_owner()
     # A layer makes its core where its weight is. That may be the meta device, if it is offloaded.
     device = compute_device(target.module)
-    if layer.core.device != device:
-        core = torch.empty(layer.core.shape, device=device, dtype=layer.core.dtype)
-        layer.core = nn.Parameter(core)
+    layer.core = nn.Parameter(torch.empty_like(layer.core, device=device))
     fill_core_(layer.core, config.core_init)
     return layer
 
@@ -296,6 +267,11 @@ def _svd_start(targets: Sequence[Target], config: LoTRConfig) -> Start:
     """
     weights = []
     for target in targets:
+        if layer_class(target.module) is LoTRWrapped:
+            raise ValueError(
+                f'init: expected weights that "svd" can read and write, got {target.name!r} '
+                f"({type(target.module).__name__})"
+            )
         weight = target.module.weight
         weights.append(weight if isinstance(target.module, nn.Linear) else weight.T)
     A, B, cores = tucker2(weights, config.ranks)
@@ -316,6 +292,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start) -> None:
         factor.start = value.to(factor.value)
         factor.value.copy_(factor.start)
     for layer, core in zip(layers, start.cores):
+        # What is subtracted has the rounding of what the layer computes with.
         layer.start_core = core.to(layer.core)
         layer.core.copy_(layer.start_core)
         weight = layer._weight_to_write("init")
@@ -371,12 +348,13 @@ def init_from_gradient(
 
     Raises:
         TypeError: If experts are adapted.
-        ValueError: If a core is not zero; if there are no batches; if the loss is not a scalar, or
-            depends on no adapted layer; or if the gradients are not finite, or all zero.
-        RuntimeError: If the model has no adapter, or a merged one.
+        ValueError: If a core is not zero; if there are no batches; if the loss depends on no
+            adapted layer; or if the gradients are not finite, or all zero.
+        RuntimeError: If the model has no adapter, or a merged one; or if the loss is not a scalar.
     """
     layers = adapted_layers(model)
     expect_unmerged(layers, "init_from_gradient")
+    # At zero cores, the gradient of W is the one at which training starts.
     for name, layer in layers.items():
         if layer.num_experts:
             raise TypeError(
@@ -388,11 +366,7 @@ def init_from_gradient(
                 f"core: expected zero for a start from the gradient, got other values in {name!r}"
             )
     with open_request(dict.fromkeys(layers.values(), ADAPTER_OFF)):
-        start = start_from_gradients(model, layers, batches, loss)
-    with torch.no_grad():
-        for factor, value in start.values:
-            factor.copy_(value)
-    return start.captured
+        return start_from_gradients(model, layers, batches, loss)
 
 
 # ---- unload --------------------------------------------------------------------------------------
@@ -419,6 +393,7 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
         TypeError, ValueError, RuntimeError: As for `merge` and `unmerge`.
     """
     layers = adapted_layers(model)
+    # Before anything is merged.
     for name, layer in layers.items():
         if type(layer).to_base is LoTRLayer.to_base:
             raise TypeError(
@@ -437,11 +412,9 @@ def without_adapters(model: Model, layers: Mapping[str, LoTRLayer]) -> Model:
     # By id, because one layer may have several names.
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     restore_bypasses(model)
-    if isinstance(model, LoTRLayer):  # there is no place to put the plain layer
-        detach_all(model)
-        return bases[id(model)]
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, LoTRLayer):
+        if name and isinstance(layer, LoTRLayer):
             model.set_submodule(name, bases[id(layer)])
     detach_all(model)
-    return model
+    # If the model is an adapted layer itself, there is no place to put the plain one.
+    return bases.get(id(model), model)

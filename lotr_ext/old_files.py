@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_rank
-from .storage import errors_of, expect_type, json_in, tensors_in
+from .config import PARTS
+from .storage import errors_of, json_in, tensors_in
 
 JSON_NAME = "lotr_adapter.json"
 _TENSORS = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
@@ -36,22 +37,21 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     content = json_in(path, "directory")
     kind = content.get("format")
     version = content.get("format_version")
-    if kind != "lotr" or version not in (1, 2) or isinstance(version, bool):
+    if kind != "lotr" or version not in (1, 2):
         raise ValueError(
             f"{path}: expected format lotr of version 1 or 2, got {kind!r:.80} of version "
             f"{version!r:.80}"
         )
-    name = content.get("tensors_file")
-    sha256 = content.get("tensors_sha256")
-    if not isinstance(name, str) or not _TENSORS.fullmatch(name) or not isinstance(sha256, str):
+    name = str(content.get("tensors_file"))
+    if not _TENSORS.fullmatch(name):  # never a path to somewhere else
         raise ValueError(
-            f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors and its "
-            f"tensors_sha256, got {name!r:.80} and {sha256!r:.80}"
+            f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors, got {name:.80}"
         )
     document = {key: content.get(key) for key in ("config", "layers", "modules_to_save")}
     if version == 1:
         with errors_of(str(path)):
             document = _document_of_version_1(document)
+    sha256 = str(content.get("tensors_sha256"))
     return document, tensors_in(path.parent / name, "directory", sha256)[0]
 
 
@@ -81,8 +81,7 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(values)
     if config.pop("magnitude", False):
         raise ValueError("magnitude: expected False, got True, which this version does not have")
-    train = config.get("train", ["A", "B", "core"])
-    expect_type("train", train, list)
+    train = config.get("train", PARTS)
     config["train"] = [part for part in train if part != "magnitude"]
     if config.get("init") == "gradient":
         config["init"] = "orthonormal"
@@ -99,24 +98,23 @@ def config_of_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _document_of_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a document of version 1 as one of the present version. Other checks follow it."""
-    config = document["config"]
-    layers = document["layers"]
-    expect_type("layers", layers, dict)
     entries = {}
-    for name, entry in layers.items():
-        expect_type(f"layers, {name!r:.200}", entry, dict)
-        factors = entry.get("factors")
+    for name, entry in document["layers"].items():
+        factors = entry["factors"]
         if isinstance(factors, str):  # a pair in one module
-            names = [f"{factors}.A", f"{factors}.B"]
-        elif isinstance(factors, list) and len(factors) == 2:
-            names = [f"{module}.value" for module in factors]
+            A, B = (f"{factors}.{part}" for part in "AB")
         else:
-            raise TypeError(f"layers, {name!r:.200}: expected factors, got {factors!r:.80}")
-        entries[name] = {"A": names[0], "B": names[1], "experts": entry.get("experts", 0)}
-        for key in ("scaling", "dropout"):
-            entries[name][key] = entry.get(key)
+            A, B = (f"{module}.value" for module in factors)
+        entries[name] = {
+            "A": A,
+            "B": B,
+            "scaling": entry["scaling"],
+            "dropout": entry["dropout"],
+            "experts": entry.get("experts", 0),
+        }
+    config = document["config"]
     return {
-        "config": config_of_version_1(config) if isinstance(config, dict) else config,
+        "config": config if config is None else config_of_version_1(config),
         "layers": entries,
         "modules_to_save": document["modules_to_save"],
     }

@@ -43,10 +43,9 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _adapter_parts(model: nn.Module) -> dict[nn.Parameter, str]:
     """Returns the part of each parameter of the adapter: "A", "B" or "core"."""
-    parts: dict[nn.Parameter, str] = {}
-    for layer in adapted_layers(model).values():
-        for part, parameter in layer.parts():
-            parts[parameter] = part
+    layers = adapted_layers(model).values()
+    parts = {parameter: part for layer in layers for part, parameter in layer.parts()}
+    # Not only of the model itself: an adapted model with a bank may be inside it.
     for module in model.modules():
         if isinstance(module, Attachment):
             parts.update(dict.fromkeys(module.parameters(), "core"))
@@ -71,21 +70,17 @@ def parameter_groups(
         RuntimeError: If the model has no adapter.
     """
     parts = _adapter_parts(model)
-    members: dict[str, list[nn.Parameter]] = {"cores": [], "factors": [], "other": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            members[_GROUPS[parts.get(parameter)]].append(parameter)
-    if other_lr is None:
-        other_lr = lr
-    rates = {"cores": lr, "factors": lr, "other": other_lr}
+    rates = {"cores": lr, "factors": lr, "other": lr if other_lr is None else other_lr}
     groups = []
-    for name, parameters in members.items():
-        if not parameters:
-            continue
+    for name, rate in rates.items():
+        parameters = [
+            p for p in model.parameters() if p.requires_grad and _GROUPS[parts.get(p)] == name
+        ]
         group: dict[str, Any] = {"params": parameters, "name": name}
-        if rates[name] is not None:  # without "lr", the optimizer's rate is used
-            group["lr"] = rates[name]
-        groups.append(group)
+        if rate is not None:  # without "lr", the optimizer's rate is used
+            group["lr"] = rate
+        if parameters:  # torch warns about an empty group
+            groups.append(group)
     return groups
 
 
@@ -117,21 +112,19 @@ class TrainableSummary(NamedTuple):
     def __str__(self) -> str:
         pairs = "pair" if self.groups == 1 else "pairs"
         share = self.trained / self.total
-        parts = ", ".join(_shortened(self.parts, 5)) or "nothing"
         lines = [
             f"LoTR: {self.layers} layers, {self.groups} {pairs} of factors, {self.adapter:,} "
             f"adapter parameters; trained {self.trained:,} of {self.total:,} ({share:.4%})",
-            f"trained: {parts}; all else is frozen",
+            f"trained: {_shortened(self.parts, 5) or 'nothing'}; all else is frozen",
         ]
         for reason, names in self.left_out.items():
-            lines.append(f"left out: {', '.join(_shortened(names))} ({reason})")
+            lines.append(f"left out: {_shortened(names, 3)} ({reason})")
         return "\n".join(lines)
 
 
-def _shortened(names: Sequence[str], most: int = 3) -> list[str]:
-    if len(names) <= most:
-        return [*names]
-    return [*names[: most - 1], f"{len(names) - most + 1} more"]
+def _shortened(names: Sequence[str], most: int) -> str:
+    more = [f"{len(names) - most + 1} more"] if len(names) > most else []
+    return ", ".join([*names[: most - len(more)], *more])
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -145,10 +138,12 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     layers = adapted_layers(model).values()
     # Without the tasks of a bank, which `parts` lists as a module.
     adapter = {parameter: part for layer in layers for part, parameter in layer.parts()}
-    other_modules = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in adapter:
-            other_modules.append(name.rpartition(".")[0])
+    other_modules = [
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in adapter
+    ]
+    # A part that is frozen in some layers counts as trained.
     trained_parts = {part for parameter, part in adapter.items() if parameter.requires_grad}
     parameters = list(model.parameters())
     return TrainableSummary(
@@ -183,36 +178,36 @@ def explain(model: nn.Module, x: Tensor) -> str:
 
 
 def _line(layer: LoTRLayer, x: Tensor) -> str:
-    subject = (
-        f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
-        f"{layer.factors.rank}"
-    )
-    if layer.merged:
-        return f"{subject}: only the base, because the adapter is merged into its weight"
-    if state_of(layer) is ADAPTER_OFF:
-        return f"{subject}: only the base, because the adapter is disabled"
     device = x.device.type
+    # As in the layer's forward: autocast decides, and token ids become the weight's dtype.
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif x.is_floating_point():
         dtype = x.dtype
     else:
         dtype = layer.weight.dtype
-    # The rule looks at dtypes and devices only, so that nothing has to be computed.
-    empty = x.new_empty(0, dtype=dtype)  # stands for the layer's input and for its base's output
+    return (
+        f"{type(layer).__name__} {layer.in_features} -> {layer.out_features} at rank "
+        f"{layer.factors.rank}: {_what_runs(layer, x.new_empty(0, dtype=dtype))} "
+        f"({str(dtype).removeprefix('torch.')} on {device})"
+    )
+
+
+def _what_runs(layer: LoTRLayer, x: Tensor) -> str:
+    """Returns what runs in a layer for an input of the dtype and device of x."""
+    if layer.merged:
+        return "only the base, because the adapter is merged into its weight"
+    if state_of(layer) is ADAPTER_OFF:
+        return "only the base, because the adapter is disabled"
 
     def reason(A: Tensor, B: Tensor) -> str:
-        call = LayerCall(empty, None, None, A, B, layer.core, layer.scaling, base_output=empty)
+        # The rule looks at dtypes and devices only, so x stands for the base's output as well.
+        call = LayerCall(x, None, None, A, B, layer.core, layer.scaling, base_output=x)
         return dispatch.fallback_reason(call) or ""
 
     fallback_reason = layer.factors.read(reason)
     if fallback_reason:
-        runs = f"the PyTorch fallback, because {fallback_reason}"
-    else:
-        runs = "the kernels of lotr_ext"
-        note = strategy_note(
-            layer.in_features, layer.out_features, layer.factors.A.rank, dtype, x.device
-        )
-        if note:
-            runs = f"{runs}, {note}"
-    return f"{subject}: {runs} ({str(dtype).removeprefix('torch.')} on {device})"
+        return f"the PyTorch fallback, because {fallback_reason}"
+    sizes = (layer.in_features, layer.out_features, layer.factors.A.rank)
+    note = strategy_note(*sizes, x.dtype, x.device)
+    return ", ".join(filter(None, ("the kernels of lotr_ext", note)))

@@ -11,6 +11,7 @@ Not here: how a sharded tensor is recognized and gathered (sharded_tensors.py).
 import sys
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from .adapter_state import AdapterState
 from .factors import LoTRFactor
 from .files import Strictness
 from .sharded_tensors import copy_full, full_tensor, imported_class
-from .storage import checked_path
 
 __all__ = ["full_tensor", "load_adapter", "save_adapter", "shard_factors"]
 
@@ -64,7 +64,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
         RuntimeError: In all other processes if one of them fails.
     """
     inner = unwrapped(model)
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     _reshard(inner)
     state = files.state_of(inner, full_tensor)
     files.warn_of_unsaved(inner)
@@ -172,8 +172,8 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer
         error = caught
     failures: list[str | None] = [None] * _process_count()
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(failures, failure)
+    # As text, because an error of another package may not be importable in the other processes.
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

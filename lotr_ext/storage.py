@@ -12,27 +12,11 @@ import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def checked_path(path: object, name: str) -> Path:
-    """Returns path as a Path.
-
-    Args:
-        path: The argument of a caller.
-        name: The name of the argument, for the error.
-
-    Raises:
-        TypeError: If path is neither a string nor a path.
-    """
-    if not isinstance(path, (str, PathLike)):
-        raise TypeError(f"{name}: expected a path, got {type(path).__name__} {path!r:.80}")
-    return Path(path)
 
 
 def expect_names(what: str, expected: Collection[str], actual: Collection[str]) -> None:
@@ -56,28 +40,15 @@ def expect_names(what: str, expected: Collection[str], actual: Collection[str]) 
         )
 
 
-def expect_type(name: str, value: object, kind: type) -> None:
-    """Checks the type of a value in a JSON document.
-
-    Args:
-        name: The name of the field, for the error.
-        value: The value of the field.
-        kind: The expected type.
-
-    Raises:
-        TypeError: If it has another one. A bool is not an int.
-    """
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
-
-
 @contextmanager
-def errors_of(name: str) -> Iterator[None]:
-    """Puts a name before the message of a TypeError or ValueError from inside."""
+def errors_of(where: str) -> Iterator[None]:
+    """Turns whatever Python raises for a malformed document into one ValueError that names it."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # With its type, because a KeyError prints only the key.
+        problem = f"{type(error).__name__}: {error!s:.500}"
+        raise ValueError(f"{where}: expected a well-formed adapter, got {problem}") from None
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -115,13 +86,11 @@ def put_tensors(
         metadata: For the file's header.
 
     Raises:
-        ValueError: If directory is a file.
+        FileExistsError: If directory is a file.
         OSError: If the disk refuses. The directory is then unchanged.
     """
     from safetensors.torch import save
 
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
     # safetensors refuses tensors that share memory, so each is copied.
     contiguous = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -218,7 +187,6 @@ def json_in(path: Path, name: str) -> dict[str, Any]:
         ValueError: If there is no such file, or it has something else.
     """
     try:
-        text = read_bytes(path)
+        return json_object(read_bytes(path), name, path)
     except OSError as error:
         raise ValueError(f"{name}: expected a JSON file {path}, got {error}") from None
-    return json_object(text, name, path)

@@ -6,21 +6,19 @@ Not here: how they are adapted (model.py).
 """
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .bypasses import why_not_called
 from .config import HEADED_TASKS, GroupBy, LoTRConfig, place_of
 from .layers import LoTRLayer, features, is_conv1d
-from .sharded_tensors import is_dtensor, is_fsdp
+from .sharded_tensors import imported_class, is_dtensor, is_fsdp
 from .transformers_experts import CHILD, expert_obstacle, expert_sizes
-from .wrapped import LoTRWrapped, has_plain_weight, layer_class
+from .wrapped import has_plain_weight
 
 # The heads of transformers' models, by the last part of their names.
 _HEADS = (
@@ -95,21 +93,28 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         )
     _check_model(model)
     config = _with_heads(model, config)
-    modules = modules_with_names(model)
-    _check_patterns(model, config, [name for _, names in modules for name in names])
+    _check_patterns(model, config)
     saved = saved_modules(model, config)
+    # These train fully, so that an adapter inside them would have no purpose.
     inside_saved = {id(child) for module in saved.values() for child in module.modules()}
-    targets, left_out = _linear_targets(model, config, modules, inside_saved)
+    targets, left_out = _linear_targets(model, config, inside_saved)
     targets += _expert_targets(model, config, inside_saved)
     if not targets:
-        raise _nothing_to_adapt(model, config, left_out)
-    check_targets(targets, config)
+        reasons = [f"{names[0]!r}: {reason}" for reason, names in left_out.items()]
+        raise ValueError(
+            f"target_modules: expected linear layers that can be adapted (nn.Linear, transformers' "
+            f"Conv1D, or modules with in_features and out_features), got none for "
+            f"{config.target_modules!r} in {type(model).__name__}. Left out: "
+            f"{'; '.join(reasons) or 'none'}."
+        )
+    check_targets(targets)
     return Selection(config, targets, saved, left_out)
 
 
 def modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Returns each module inside the model once, with all its names."""
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
+    # A layer in several places has to be replaced in all of them.
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             modules.setdefault(id(module), (module, []))[1].append(name)
@@ -134,26 +139,17 @@ def _matches(name: str, pattern: Sequence[str] | str | None) -> bool:
     return any(name_ends_with(name, ending) for ending in pattern or ())
 
 
-def _has_class(value: object, *names: str) -> bool:
-    """Whether value has a class of one of these names. Its package may not be imported."""
-    return any(cls.__name__ in names for cls in type(value).__mro__)
-
-
 # ---- linear layers -------------------------------------------------------------------------------
 
 
 def _linear_targets(
-    model: nn.Module,
-    config: LoTRConfig,
-    modules: Sequence[tuple[nn.Module, list[str]]],
-    inside_saved: set[int],
+    model: nn.Module, config: LoTRConfig, inside_saved: set[int]
 ) -> tuple[list[Target], dict[str, list[str]]]:
     """Returns the linear layers that config adapts, and those that it leaves out.
 
     Args:
         model: The model.
         config: The configuration.
-        modules: From `modules_with_names`.
         inside_saved: The ids of modules in modules_to_save.
 
     Returns:
@@ -163,7 +159,7 @@ def _linear_targets(
     outputs = output_layers(model) if config.everything else {}
     targets = []
     left_out: dict[str, list[str]] = {}
-    for module, names in modules:
+    for module, names in modules_with_names(model):
         # "all-linear" selects no parameter, but whoever adapts a mixture should learn of its
         # experts.
         if config.everything and any(
@@ -180,6 +176,7 @@ def _linear_targets(
         elif any(_matches(name, config.exclude_modules) for name in names):
             reason = "exclude_modules"
         elif config.everything:
+            # A layer that the user names is refused instead, see `linear_target`.
             reason = no_effect or outputs.get(id(module))
         if reason is None:
             targets.append(linear_target(names, module, no_effect, config.group_by))
@@ -202,9 +199,8 @@ def _is_linear(module: nn.Module) -> bool:
 
     It also selects a quantized layer that is not an nn.Linear, such as HQQ's.
     """
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    return features(module) is not None and callable(getattr(module, "dequantize", None))
+    is_quantized = features(module) is not None and callable(getattr(module, "dequantize", None))
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
 
 
 def why_not_adapted(
@@ -239,11 +235,9 @@ def _returns_rows(module: nn.Linear) -> bool:
     Routers of mixtures return tuples (Llama 4).
     """
     on_meta = copy.copy(module)  # shallow: only its dictionaries are replaced
-    for kind in ("_parameters", "_buffers"):
-        tensors = {}
-        for name, tensor in vars(module)[kind].items():
-            tensors[name] = None if tensor is None else tensor.to("meta")
-        vars(on_meta)[kind] = tensors
+    for name in ("_parameters", "_buffers"):
+        tensors = {key: t if t is None else t.to("meta") for key, t in vars(module)[name].items()}
+        setattr(on_meta, name, tensors)
     try:
         y = on_meta.forward(on_meta.weight.new_empty(1, module.in_features))
     except Exception:  # of any kind: it is not our forward
@@ -326,20 +320,16 @@ def output_layers(model: nn.Module) -> dict[int, str]:
 
     The output layers and heads of transformers' and timm's models. The values are the reasons.
     """
-    reasons: dict[int, str] = {}
+    outputs = list(heads(model).values())
     for module in model.modules():
         for getter in ("get_output_embeddings", "get_classifier"):
             output = getattr(module, getter, lambda: None)()
+            # None without one, and a tuple of two for timm's distilled models.
             if isinstance(output, nn.Module):
-                # A classifier may be a block of several layers.
-                for child in output.modules():
-                    reasons[id(child)] = "the output layer: name it to adapt it"
-    for head in heads(model).values():
-        for child in head.modules():
-            reasons[id(child)] = (
-                "a head: name it to adapt it, or train it fully with modules_to_save"
-            )
-    return reasons
+                outputs.append(output)
+    reason = "the output layer or a head: name it to adapt it, or to train it, in modules_to_save"
+    # A classifier may be a block of several layers.
+    return {id(child): reason for output in outputs for child in output.modules()}
 
 
 def _with_heads(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
@@ -435,36 +425,29 @@ def parameter_name(layer_name: str) -> str:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.Linear) or is_conv1d(model):
-        raise TypeError(
-            f"model: expected a model with linear layers inside, got one {type(model).__name__}. "
-            f"Adapt it with LoTRLinear.from_linear(linear, LoTRFactors(in_features, out_features, "
-            f"rank))."
-        )
-    if _has_class(model, "ScriptModule", "DistributedDataParallel", "OptimizedModule"):
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    # It reduces the gradients of those parameters that the model had when it was wrapped.
+    if is_ddp or hasattr(model, "_orig_mod"):  # torch.compile's
         raise TypeError(
             f"model: expected the plain model, before it is wrapped or compiled, got "
             f"{type(model).__name__}"
         )
-    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
-    if lazy:
-        raise ValueError(
-            f"model: expected parameters with values, got the lazy {lazy[0]!r}. Call the model "
-            f"once before apply_lotr."
-        )
+    peft_layer = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
     for name, module in model.named_modules():
         class_name = type(module).__name__
+        # Adapting freezes the model, so another adapter would stop training without an error.
         if isinstance(module, LoTRLayer):
             raise RuntimeError(
                 f"model: expected one with no adapter, got a LoTR one at {name!r}. Call "
                 f"unload(model) first."
             )
+        # FSDP shards what it finds when it wraps a module, and moves the weights.
         if is_fsdp(module):
             raise TypeError(
                 f"model: expected full tensors, got {name or class_name!r} sharded by FSDP. Call "
                 f"apply_lotr before it."
             )
-        if _has_class(module, "BaseTunerLayer"):
+        if isinstance(module, peft_layer):
             raise RuntimeError(
                 f"model: expected one without PEFT's adapters, got {class_name} at {name!r}, which "
                 f"would be frozen. Merge it first (merge_and_unload), or use LoTR as a PEFT method "
@@ -472,80 +455,29 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_patterns(model: nn.Module, config: LoTRConfig, modules: Sequence[str]) -> None:
-    """Checks that each name of a configuration matches something.
-
-    Args:
-        model: The model.
-        config: The configuration.
-        modules: The names of the model's modules.
-    """
+def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
+    """Checks that each name of a configuration matches something."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters()]
     for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = getattr(config, field)
-        if field == "target_modules" and value == "all-linear":
+        if field == "target_modules" and config.everything:
             continue
         names = parameters if field == "target_parameters" else modules
-        is_expression = isinstance(value, str)
-        texts = (value,) if is_expression else value or ()
-        for text in texts:
-            pattern = text if is_expression else [text]
+        patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
+        # One by one, so that a misspelt name among others does not adapt less than was meant.
+        for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
-                hint = _hint(model, text, names, is_expression=is_expression)
                 raise ValueError(
-                    f"{field}: expected names in the model, got {text!r}, which matches none{hint}"
+                    f"{field}: expected names in the model, got {pattern!r}, which matches none. A "
+                    f"list has name endings in full dotted parts, a string is a regular expression "
+                    f"for the full name, and experts are named in target_parameters."
                 )
 
 
-def _hint(model: nn.Module, text: str, names: Sequence[str], *, is_expression: bool) -> str:
-    """Returns what a pattern that matches nothing may mean, as the end of a sentence.
-
-    Args:
-        model: The model.
-        text: A regular expression or a name ending.
-        names: The names that it could match.
-        is_expression: Whether it is a regular expression.
-    """
-    if is_expression and any(name_ends_with(name, text) for name in names):
-        return (
-            f". A string is a regular expression for the full name: to match name endings pass "
-            f"[{text!r}]."
-        )
-    for name, p in model.named_parameters():
-        if p.dim() == 3 and name_ends_with(name, text):
-            return f". {name!r} is a 3-D parameter: name it in target_parameters."
-    part_count = text.count(".") + 1
-    endings = {".".join(name.split(".")[-part_count:]) for name in names}
-    close = difflib.get_close_matches(text, sorted(endings))
-    if close:
-        return f". The closest: {', '.join(map(repr, close))}."
-    linear = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)
-    }
-    if linear:
-        return f". The linear layers' names end with {', '.join(sorted(linear)[:20])}."
-    return ""
-
-
-def _nothing_to_adapt(
-    model: nn.Module, config: LoTRConfig, left_out: Mapping[str, list[str]]
-) -> ValueError:
-    """Returns the error for a selection without targets."""
-    if config.everything and not left_out:
-        return ValueError(
-            f"model: expected linear layers (nn.Linear, transformers' Conv1D, or modules with "
-            f"in_features and out_features), got a {type(model).__name__} without any. Layers of "
-            f"other kinds, such as convolutions, cannot be adapted."
-        )
-    reasons = "; ".join(f"{names[0]!r}: {reason}" for reason, names in left_out.items())
-    return ValueError(
-        f"target_modules: expected to match a linear layer that can be adapted, got "
-        f"{config.target_modules!r}, of which all are left out ({reasons or 'none is linear'})"
-    )
-
-
-def check_targets(targets: Sequence[Target], config: LoTRConfig) -> None:
-    """Checks that the layers of each group have one shape, and that "svd" can read all weights."""
+def check_targets(targets: Sequence[Target]) -> None:
+    """Checks that the layers of each group have one shape."""
+    # By the name of the group, because a mapping or a callable may join any layers.
     first: dict[str, Target] = {}
     for target in targets:
         other = first.setdefault(target.group, target)
@@ -553,11 +485,6 @@ def check_targets(targets: Sequence[Target], config: LoTRConfig) -> None:
             raise ValueError(
                 f"group_by: expected layers of one shape in group {target.group!r}, got "
                 f"{other.name!r} {other.sizes} and {target.name!r} {target.sizes}"
-            )
-        if config.init == "svd" and layer_class(target.module) is LoTRWrapped:
-            raise ValueError(
-                f'init: expected weights that "svd" can read and write, got {target.name!r} '
-                f"({type(target.module).__name__})"
             )
 
 
@@ -574,30 +501,25 @@ def group_of(name: str, module: nn.Module, sizes: tuple[int, int], by: GroupBy) 
         by: The configuration's group_by.
 
     Raises:
-        ValueError: If a mapping lacks the layer.
-        TypeError: If the group is not a string.
+        TypeError: If the group is not a string, or a mapping lacks the layer.
     """
-    shape = f"{sizes[0]}x{sizes[1]}"
-    if isinstance(by, str):
+    if callable(by):
+        group = by(name, module)
+    elif isinstance(by, dict):
+        group = by.get(name)
+    else:
+        shape = f"{sizes[0]}x{sizes[1]}"
         # Groups are names of modules in PEFT's files, so that they have no dots.
         block = place_of(name)[0].replace(".", "_")
-        if by == "layer":
-            return name.replace(".", "_")
-        if by == "name":
-            return f"{name.rpartition('.')[2]}_{shape}"
-        if by == "block" and block:
-            return f"{block}_{shape}"
-        return shape
-    if isinstance(by, dict):
-        if name not in by:
-            raise ValueError(
-                f"group_by: expected a group for each adapted layer, got none for {name!r}"
-            )
-        group = by[name]
-    else:
-        group = by(name, module)
+        group = {
+            "shape": shape,
+            "width": shape,
+            "block": f"{block}_{shape}" if block else shape,
+            "name": f"{name.rpartition('.')[2]}_{shape}",
+            "layer": name.replace(".", "_"),
+        }[by]
     if not isinstance(group, str):
         raise TypeError(
-            f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}"
+            f"group_by: expected a string for each adapted layer, got {group!r} for {name!r}"
         )
     return group

@@ -12,19 +12,17 @@ Not here: the bank (tasks.py) and how files are written (storage.py).
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .checks import check_floating
 from .config import GroupBy
-from .storage import checksum, expect_names, put_tensors, tensors_in
+from .storage import checksum, expect_names, tensors_in
 from .targets import group_of
 
-_IDENTITY = {"format": "lotr_task", "version": "1"}
 _ANOTHER_ADAPTER = "Load the adapter that it was trained with."
 
 
@@ -56,11 +54,6 @@ class TaskFormat:
         for name, shape in self.shapes.items():
             core = tensors[name]
             check_floating(name, core)
-            if core.layout is not torch.strided:
-                raise TypeError(
-                    f"{name}: expected a dense tensor, got layout {core.layout}. Pass its "
-                    f"to_dense()."
-                )
             if tuple(core.shape) != shape:
                 ranks = "(r_in, r_out)" if len(shape) == 2 else "(e, r_in, r_out)"
                 raise ValueError(
@@ -79,53 +72,28 @@ class TaskFormat:
             TypeError, ValueError: If it is another file, or a task of another adapter.
         """
         tensors, metadata = tensors_in(path, where)
-        for key, expected in _IDENTITY.items():
+        # Names and shapes first, because they say best how another adapter differs.
+        self.check(tensors, where)
+        for key, expected in self.metadata().items():
             if metadata.get(key) != expected:
                 raise ValueError(
-                    f"{where}: expected a task's file of format {_IDENTITY['format']}, version "
-                    f"{_IDENTITY['version']}, got {key} {metadata.get(key)!s:.80} in {path}. "
-                    f"TaskBank.save writes one."
+                    f"{where}: expected a task with {key} {expected:.200}, as the adapter has, got "
+                    f"{metadata.get(key)!s:.200} in {path}. {_ANOTHER_ADAPTER}"
                 )
-        self.check(tensors, where)
-        expected = self.metadata()
-        if metadata.get("scaling") != expected["scaling"]:
-            raise ValueError(
-                f"{where}: expected a task for scaling {expected['scaling']:.200}, as the adapter "
-                f"has, got {metadata.get('scaling')!s:.200} in {path}. {_ANOTHER_ADAPTER}"
-            )
-        if metadata.get("factors") != expected["factors"]:
-            raise ValueError(
-                f"{where}: expected a task for the A and B of this adapter, got one that was made "
-                f"for other A and B in {path}. {_ANOTHER_ADAPTER}"
-            )
         return tensors
-
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a task, atomically.
-
-        Raises:
-            ValueError: If the folder of path is a file.
-            OSError: If the disk refuses.
-        """
-        put_tensors(path.parent, path.name, tensors, self.metadata())
 
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of the file of such a task."""
-        return task_metadata(self.factors, self.scalings)
-
-
-def task_metadata(
-    factors: Iterable[tuple[str, Tensor]], scalings: Sequence[float]
-) -> dict[str, str]:
-    """Returns the metadata of a task's file.
-
-    Args:
-        factors: ("A" or "B", value) of each factor, in the order of `factors_in_order`.
-        scalings: s of each layer, or one s if all layers have it.
-    """
-    have_one_scaling = len(set(scalings)) == 1
-    scaling = repr(scalings[0]) if have_one_scaling else json.dumps(list(scalings))
-    return {**_IDENTITY, "scaling": scaling, "factors": checksum(factors)}
+        # One number if all layers have it, as after `apply_lotr`.
+        scaling = json.dumps(list(self.scalings))
+        if len(set(self.scalings)) == 1:
+            scaling = repr(self.scalings[0])
+        return {
+            "format": "lotr_task",
+            "version": "1",
+            "scaling": scaling,
+            "factors": checksum(self.factors),
+        }
 
 
 def factors_in_order(
@@ -141,10 +109,12 @@ def factors_in_order(
     """
     entries: dict[int, tuple[str, str, Tensor]] = {}  # (owner, part, factor) by the factor's id
     for name, (A, B) in pairs.items():
+        # The layers themselves are not needed: a callable group_by is saved as its mapping.
         sizes = (A.shape[0], B.shape[0])
         group = group_of(name, None, sizes, group_by)
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
             entries.setdefault(id(factor), (owner, part, factor))
+    # By owner and part. Two factors never have both in common, so tensors are not compared.
     in_order = sorted(entries.values(), key=lambda entry: entry[:2])
     return [(part, factor) for _, part, factor in in_order]

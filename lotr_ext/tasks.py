@@ -18,22 +18,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import Attachment, adapted_layers, attach, expect_unmerged, layers_in
+from .adapted import Attachment, Model, adapted_layers, attach, expect_unmerged, layers_in
 from .checks import check_dimension, check_index
 from .core._torch_private import current_backward
 from .core.request import current_request, open_request, state_of
 from .first_step import watch
 from .layers import LoTRLayer
-from .storage import checked_path
+from .storage import put_tensors
 from .task_files import TaskFormat, factors_in_order
 
-Model = TypeVar("Model", bound=nn.Module)
 Source = Mapping[str, Tensor] | str | PathLike[str]
 
 # One lock for all banks. A bank with a lock could not be copied or pickled.
@@ -87,27 +87,22 @@ class TaskBank(Attachment):
                 )
         self.cores = nn.ParameterList()
         for layer in layers.values():
-            like = layer.core.detach()
-            empty = torch.zeros(tasks, *like.shape, dtype=like.dtype, device=like.device)
+            core = layer.core.detach()
+            empty = core.new_zeros(tasks, *core.shape)
             self.cores.append(nn.Parameter(empty, requires_grad=False))
+        # On the CPU, where an index is checked without waiting for a GPU.
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        # In tuples, because the model registers the factors.
-        self._layer_names = tuple(layers)
-        self._factors = tuple(layer.factors for layer in layers.values())
-        self._scalings = tuple(float(layer.scaling) for layer in layers.values())
+        # In a dictionary, because the model has registered the layers already.
+        self._layers = {**layers}
         self._group_by = getattr(getattr(model, "lotr_config", None), "group_by", "shape")
         attach(model, "lotr_tasks", self)
-        self._add_hooks(model, layers)
-        watch(model, _check_that_tasks_are_used)
-
-    def _add_hooks(self, model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
-        called_modules = dict.fromkeys(layer.called_module() for layer in layers.values())
-        for module in called_modules:
+        # Two adapters of experts have one host, which is called.
+        for module in dict.fromkeys(layer.called_module() for layer in layers.values()):
             self._hooks.append(module.register_forward_pre_hook(_refuse_without_request))
-        if not isinstance(model, LoTRLayer):
-            before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
-            after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
-            self._hooks += [before, after]
+        before = model.register_forward_pre_hook(_note_cached_tokens, with_kwargs=True)
+        after = model.register_forward_hook(_forget_cached_tokens, always_call=True)
+        self._hooks += [before, after]
+        watch(model)
 
     def on_detach(self) -> None:
         """Removes the bank's hooks from the model."""
@@ -115,11 +110,8 @@ class TaskBank(Attachment):
             hook.remove()
 
     def __del__(self) -> None:
+        # `del model.lotr_tasks` calls nothing else.
         self.on_detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns its input, because nn.Sequential calls all its children."""
-        return x
 
     def __len__(self) -> int:
         return int(self.taken.sum())
@@ -138,10 +130,11 @@ class TaskBank(Attachment):
             The slot, which an index names.
 
         Raises:
-            RuntimeError: If no slot is free.
+            RuntimeError: If no slot is free, or if a core is sparse or on the meta device.
             TypeError, ValueError: If source is not a task of this adapter: other layers, ranks,
                 scalings or factors. Nothing is changed then.
         """
+        # Outside of the lock, because reading a file takes longer than all else.
         cores = self._checked_cores(source)
         with _changes:
             free = (~self.taken).nonzero()
@@ -164,7 +157,7 @@ class TaskBank(Attachment):
         """Removes a task. Its slot becomes zero and free.
 
         Raises:
-            TypeError, ValueError: If there is no such task.
+            ValueError: If there is no such task.
         """
         cores = self._checked_cores(None)
         with _changes:
@@ -174,12 +167,11 @@ class TaskBank(Attachment):
         """Returns the cores of a task by `<layer>.core`, as views of the bank.
 
         Raises:
-            TypeError, ValueError: If there is no such task.
+            ValueError: If there is no such task.
         """
         slot = self._slot(task)
         return {
-            f"{name}.core": cores.detach()[slot]
-            for name, cores in zip(self._layer_names, self.cores)
+            f"{name}.core": cores.detach()[slot] for name, cores in zip(self._layers, self.cores)
         }
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
@@ -189,18 +181,18 @@ class TaskBank(Attachment):
             TypeError, ValueError: If path is not a path, or there is no such task.
             OSError: If the disk refuses.
         """
-        target = checked_path(path, "path")
+        target = Path(path)
         with _changes:
-            self._format().write(target, self.cores_of(task))
+            cores = self.cores_of(task)
+            put_tensors(target.parent, target.name, cores, self._format().metadata())
 
     # ---- slots and cores -------------------------------------------------------------------------
 
     def _slot(self, task: object) -> int:
-        if isinstance(task, bool) or not isinstance(task, int):
-            raise TypeError(f"task: expected an int, got {type(task).__name__} {task!r}")
-        if not 0 <= task < len(self.taken) or not self.taken[task]:
-            raise ValueError(f"task: expected a task of the bank, as add returned it, got {task}")
-        return task
+        if task not in self.taken.nonzero().flatten().tolist():
+            raise ValueError(f"task: expected a task of the bank, as add returned it, got {task!r}")
+        # A bool would index all slots, although it equals 0 or 1.
+        return int(task)
 
     @torch.no_grad()
     def _write(self, slot: int, cores: Sequence[Tensor], *, taken: bool) -> None:
@@ -212,41 +204,36 @@ class TaskBank(Attachment):
                 parameter.grad[slot].zero_()
         self.taken[slot] = taken
 
+    @torch.no_grad()
     def _checked_cores(self, source: Source | None) -> list[Tensor]:
         """Returns the cores of a task in the order of the layers, checked."""
         if source is None:
-            return [torch.zeros_like(cores.detach()[0]) for cores in self.cores]
+            return [torch.zeros_like(cores[0]) for cores in self.cores]
         task_format = self._format()
         if isinstance(source, Mapping):
             tensors = source
             task_format.check(tensors, "source")
         else:
-            tensors = task_format.read(checked_path(source, "source"), "source")
-        for name, cores in zip(task_format.shapes, self.cores):
-            if tensors[name].is_meta and not cores.is_meta:
-                raise ValueError(
-                    f"{name}: expected values, as the bank has on {cores.device}, got a tensor on "
-                    f"the meta device. Load its values first."
-                )
-        return [tensors[name].detach() for name in task_format.shapes]
+            tensors = task_format.read(Path(source), "source")
+        # Copies, so that torch refuses a sparse one, or one without values, before any is written.
+        return [
+            torch.empty_like(cores[0]).copy_(tensors[name])
+            for name, cores in zip(task_format.shapes, self.cores)
+        ]
 
     def _format(self) -> TaskFormat:
         """Returns what a task of the adapter consists of, with the current values of A and B."""
-        values = {}
-        for factors in self._factors:
-            for factor in (factors.A, factors.B):
-                # Once, because a parametrized value is a new tensor each time.
-                if factor not in values:
-                    values[factor] = factor.value
-        pairs = {
-            name: (values[factors.A], values[factors.B])
-            for name, factors in zip(self._layer_names, self._factors)
+        pairs = [layer.factors for layer in self._layers.values()]
+        # Each is read once, because a parametrized value is a new tensor each time.
+        values = {factor: factor.value for pair in pairs for factor in (pair.A, pair.B)}
+        values_of_layers = {
+            name: (values[pair.A], values[pair.B]) for name, pair in zip(self._layers, pairs)
         }
         shapes = {
-            f"{name}.core": tuple(cores.shape[1:])
-            for name, cores in zip(self._layer_names, self.cores)
+            f"{name}.core": tuple(cores.shape[1:]) for name, cores in zip(self._layers, self.cores)
         }
-        return TaskFormat(shapes, self._scalings, factors_in_order(pairs, self._group_by))
+        scalings = tuple(float(layer.scaling) for layer in self._layers.values())
+        return TaskFormat(shapes, scalings, factors_in_order(values_of_layers, self._group_by))
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -299,9 +286,8 @@ def use_tasks(model: Model, index: Tensor, *, flat: bool = False) -> Iterator[Mo
         )
     has_experts = any(layer.num_experts for layer in layers.values())
     request = _Request(index, flat=flat or has_experts)
-    states: dict[nn.Module, Any] = {}
-    if not isinstance(model, LoTRLayer):
-        states[model] = request
+    # For the hooks. A model that is one adapted layer has the layer's state instead.
+    states: dict[nn.Module, Any] = {model: request}
     for layer, cores in zip(layers.values(), bank.cores, strict=True):
         states[layer] = _LayerTasks(cores, request.index_of)
     with open_request(states):
@@ -322,6 +308,7 @@ def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
             f"index: expected shape [b] for a model with an encoder and a decoder, which have "
             f"different tokens, got {tuple(index.shape)}"
         )
+    # Reading values of a GPU would wait for it. A free slot computes as the base model there.
     if index.device.type != "cpu" or bank.taken.device.type != "cpu":
         return
     tasks = index[index >= 0]
@@ -331,34 +318,12 @@ def _check_tasks(model: nn.Module, bank: TaskBank, index: object) -> None:
 
 
 def _trains_only_factors(bank: TaskBank, layers: Mapping[str, LoTRLayer]) -> bool:
-    if any(cores.requires_grad for cores in bank.cores):
-        return False
-    return any(
+    trains_factors = any(
         part != "core" and parameter.requires_grad
         for layer in layers.values()
         for part, parameter in layer.parts()
     )
-
-
-def _check_that_tasks_are_used(model: nn.Module, optimized: set[nn.Parameter]) -> list[str] | None:
-    """Warns if an optimizer has the tasks of a bank, but no forward has used them.
-
-    A `first_step.Check`.
-    """
-    bank = getattr(model, "lotr_tasks", None)
-    if bank is None:
-        return []
-    cores = {cores for cores in bank.cores if cores.requires_grad} & optimized
-    if any(parameter.grad is not None for parameter in cores):
-        return []
-    adapter = (p for layer in layers_in(model).values() for p in layer.adapter_parameters())
-    has_gradient = any(parameter.grad is not None for parameter in adapter)
-    if not cores or not has_gradient:
-        return None  # an optimizer of other parameters, or a step without a backward
-    return [
-        "the optimizer has the tasks of the bank, but no forward has used them, so that only the "
-        "model's adapter has a gradient. Call the model inside use_tasks(model, index)."
-    ]
+    return trains_factors and not any(cores.requires_grad for cores in bank.cores)
 
 
 class _CachedTokens(NamedTuple):
@@ -394,40 +359,39 @@ class _Request:
         Returns:
             [b], [b, tokens] or [m].
         """
+        # Copied once per device, not once per layer.
         index = self._index_on.get(x.device)
         if index is None:
             index = self.index.to(x.device)
             self._index_on[x.device] = index
         b = len(index)
         if self.flat and x.dim() == 2:
-            return self._index_of_flat(index, len(x))
+            tokens, rest = divmod(len(x), max(b, 1))
+            if rest:
+                raise ValueError(
+                    f"x: expected the tokens of a batch of {b} rows of equal length, got {len(x)}"
+                )
+            if index.dim() == 1:
+                return index.repeat_interleave(tokens)
+            return self._columns(index, tokens).reshape(-1)
         if x.dim() <= index.dim() or x.shape[0] != b:
             raise ValueError(
                 f"x: expected a batch of {b} rows, one for each row of the index "
-                f"{list(index.shape)} of tasks, got shape {list(x.shape)}.{_advice(x, b)}"
+                f"{list(index.shape)} of tasks, got shape {list(x.shape)}. If it has the tokens of "
+                f"all rows, row after row, pass use_tasks(.., flat=True). For beam search, or "
+                f"several sequences per prompt, pass index.repeat_interleave(num_beams)."
             )
         return index if index.dim() == 1 else self._columns(index, x.shape[1])
 
-    def _index_of_flat(self, index: Tensor, tokens: int) -> Tensor:
-        b = len(index)
-        tokens_per_row, rest = divmod(tokens, max(b, 1))
-        if rest:
-            raise ValueError(
-                f"x: expected the tokens of a batch of {b} rows of equal length, got {tokens}"
-            )
-        if index.dim() == 1:
-            return index.repeat_interleave(tokens_per_row)
-        return self._columns(index, tokens_per_row).reshape(-1)
-
     def _columns(self, index: Tensor, tokens: int) -> Tensor:
         """Returns the columns of an index [b, columns] for the tokens of a layer's input."""
+        # The recomputed forward may be any of the context's, with a cache or without.
         if self.cached is None and self.had_cache and current_backward() >= 0:
             raise RuntimeError(
                 "use_tasks: expected no cache of keys and values in a context whose forward is "
                 "recomputed by a checkpoint, got one. Pass an index of one task per row, or open "
                 "one context for the forward with a cache and another one for this forward."
             )
-        last = index.shape[1] - 1
         expected = index.shape[1] if self.cached is None else self.cached.new
         if tokens != expected:
             raise ValueError(
@@ -438,7 +402,7 @@ class _Request:
         if self.cached is None:
             return index
         columns = torch.arange(tokens, device=index.device) + self.cached.past
-        return index[:, columns.clamp(max=last)]
+        return index[:, columns.clamp(max=index.shape[1] - 1)]
 
 
 class _LayerTasks(NamedTuple):
@@ -446,18 +410,6 @@ class _LayerTasks(NamedTuple):
 
     cores: Tensor
     index_of: Callable[[Tensor], Tensor]
-
-
-def _advice(x: Tensor, b: int) -> str:
-    """Says what to do about an input that does not have b rows."""
-    if x.dim() == 2:
-        return " If these are the tokens of all rows, row after row, pass use_tasks(.., flat=True)."
-    if b and x.shape[0] > b and x.shape[0] % b == 0:
-        return (
-            " If this is beam search, or several sequences per prompt, pass "
-            "index.repeat_interleave(num_beams)."
-        )
-    return ""
 
 
 # ---- hooks on the model --------------------------------------------------------------------------
@@ -471,10 +423,12 @@ def _note_cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     request = state_of(model)
     if isinstance(request, _Request) and request.index.dim() == 2:
         request.cached = _cached_tokens(model, args, kwargs)
+        # Kept after the forward, for a checkpoint that recomputes in backward.
         request.had_cache = request.had_cache or request.cached is not None
 
 
 def _forget_cached_tokens(model: nn.Module, args: tuple, output: object) -> None:
+    # A layer that is called outside of the model's forward has no cache.
     request = state_of(model)
     if isinstance(request, _Request):
         request.cached = None
@@ -486,6 +440,7 @@ def _cached_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Ca
     Raises:
         ValueError: If the cache does not tell how many tokens it holds.
     """
+    # By position as well as by name: GPT-2 receives the cache second, Llama fourth.
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     arguments = {**bound, **bound.get("kwargs", {})}
     caches = [

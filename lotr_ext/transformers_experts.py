@@ -67,10 +67,8 @@ def expert_obstacle(module: nn.Module, parameter: str) -> str | None:
     """
     kind = type(module).__name__
     tensor = module._parameters.get(parameter)
-    if tensor is None:
-        return f"no parameter of {kind}; target_modules adapts linear layers"
-    if tensor.dim() != 3:
-        return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
+    if tensor is None or tensor.dim() != 3:
+        return f"not a 3-D parameter of {kind}; target_modules adapts linear layers"
     if type(tensor) is not nn.Parameter or tensor.dtype not in DTYPES.values():
         return (
             f"experts of {kind} that are quantized or sharded ({type(tensor).__name__}, "
@@ -98,11 +96,8 @@ def _accepts_forward(module: nn.Module) -> bool:
 
 def _first_projection(module: nn.Module) -> str:
     """Returns the name of the parameter that is multiplied with the module's input."""
-    return "gate_up_proj" if _has_gate(module) else "up_proj"
-
-
-def _has_gate(module: nn.Module) -> bool:
-    return getattr(module, "has_gate", True)
+    # A class without the attribute has a gate.
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
 def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
@@ -129,7 +124,7 @@ class LoTRHostedExperts(LoTRExperts):
     """The adapter of one 3-D parameter of an experts module, its host.
 
     Its only parameter is `core` [e, r_in, r_out]. The host keeps the weights under their names, and
-    passes them in its forward: sharded training has gathered them then.
+    passes them in its forward: sharded training has gathered them then. `apply_lotr` freezes them.
     """
 
     def __init__(
@@ -144,23 +139,17 @@ class LoTRHostedExperts(LoTRExperts):
         set_unregistered(self, "host", host)  # which has this module as its child
         self.parameter = parameter
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
-        weight = getattr(host, parameter)
-        weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self._add_adapter(factors, scaling, dropout, weight.device, lead=(self.num_experts,))
+        lead = (self.num_experts,)
+        self._add_adapter(factors, scaling, dropout, self.weight.device, lead)
         self.train(host.training)
 
     def called_module(self) -> nn.Module:
         return self.host
 
-    def weight_matrix(self) -> Tensor:
-        return _weight_of(self.host, self.parameter)
-
     @property
     def weight(self) -> Tensor:
         """The host's W [e, n, k]."""
-        return self.weight_matrix()
+        return _weight_of(self.host, self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -174,13 +163,14 @@ class LoTRHostedExperts(LoTRExperts):
                 f"{caller}: expected a full (unsharded), plain {self.parameter}, got "
                 f"{type(weight).__name__}"
             )
-        return self.weight_matrix()
+        return self.weight
 
     def to_base(self) -> nn.Module:
         """Removes this adapter from the host, and returns the host."""
         self.give_start_back()
         adapted = getattr(self.host, CHILD)
         del adapted[self.parameter]
+        # With its last adapter, the host is as it was.
         if not adapted:
             self.host.config = adapted.config
             delattr(self.host, CHILD)
@@ -227,6 +217,7 @@ def _forward_of_host(
         [m, hidden] in the dtype of hidden_states.
     """
     m, top_k = top_k_index.shape
+    # Sorted by expert, because a grouped product reads consecutive rows.
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     next_expert = torch.arange(1, host.num_experts + 1, device=expert.device, dtype=expert.dtype)
     offs = torch.searchsorted(expert, next_expert, out_int32=True)
@@ -234,12 +225,13 @@ def _forward_of_host(
 
     first = _first_projection(host)
     y = _project(host, first, hidden_states, Routing(offs, tokens, tokens), hidden_states)
-    y = host._apply_gate(y) if _has_gate(host) else host.act_fn(y)
+    y = host._apply_gate(y) if first == "gate_up_proj" else host.act_fn(y)
     y = _project(host, "down_proj", y, Routing(offs, None, tokens), hidden_states)
     if getattr(host, "has_post_expert_norm", False):
         y = host.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
+    # Back to the order of the tokens, whose top_k rows are then neighbors.
     row_of = torch.empty_like(order)
     row_of[order] = torch.arange(order.shape[0], device=order.device)
     # A sum over a dimension, and not index_add_: its order is fixed, so the result is reproducible.
@@ -255,6 +247,7 @@ def _project(
     if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(host, CHILD)._modules.get(parameter)
+    # Only one of the two parameters may be adapted.
     if layer is None:
         return grouped.linear(x, weight, bias, routing.offs, routing.reads)
     return layer.routed(x, weight, bias, routing, request_input=hidden_states)

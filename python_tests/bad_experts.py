@@ -76,11 +76,8 @@ BAD_EXPERTS: list[Row] = [
 ]
 BAD_CORES: list[Row] = [
     ("diagonal of two ranks", "rank", lambda: FORMS["diagonal"](PLACES, (3, 4))),
-    ("cores of names", "places", lambda: FORMS["cp"](["q"], 4)),
     ("cores of no places", "places", lambda: FORMS["diagonal"]([], 4)),
     ("cores of a place twice", "places", lambda: FORMS["diagonal"]([("0", "q")] * 2, 4)),
-    ("a place of no layer", "place", lambda: FORMS["diagonal"](PLACES, 4).at(("3", "q"))),
-    ("a place of no kind", "place", lambda: FORMS["train"](PLACES, 4).at(("0", "k"))),
     ("no slices", "slices", lambda: FORMS["tucker"](PLACES, 4, slices=0)),
     ("few as identity", "core_init", lambda: FORMS["few"](PLACES, 4).begin_as_identity()),
     ("a core of another rank", "core", _use(FORMS["diagonal"](PLACES, 5).at(PLACES[0]))),

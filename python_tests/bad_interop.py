@@ -12,7 +12,7 @@ from torch import nn
 from lotr_ext import LoTRConfig, apply_lotr, save_adapter
 from lotr_ext.convert import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr
 from lotr_ext.peft import LoTRPeftConfig
-from lotr_ext.vllm import export_factors, export_task
+from lotr_ext.vllm import export_factors
 
 Row = tuple[str, str, Callable[[], object]]
 
@@ -108,14 +108,6 @@ _CONFIG: list[Row] = [
         _config("layers_to_transform", [0], target_modules="q"),
     ),
     ("PEFT layers_pattern alone", "layers_pattern", _config("layers_pattern", "blocks")),
-    ("PEFT lora_alpha", "lora_alpha", _config("lora_alpha", 8)),
-    ("PEFT use_dora", "use_dora", _config("use_dora", True)),
-    ("PEFT magnitude", "magnitude", _config("magnitude", True)),
-    (
-        "PEFT target_parameters",
-        "target_parameters",
-        _config("target_parameters", ["experts.down_proj"]),
-    ),
 ]
 _PEFT: list[Row] = [
     ("PEFT an embedding", "target_modules", lambda: _tuned(target_modules=["embed"])),
@@ -129,7 +121,7 @@ _PEFT: list[Row] = [
     ("PEFT adapter_name with a dot", "adapter_name", lambda: _tuned(name="a.b")),
     ("PEFT adapter_name keys", "adapter_name", lambda: _tuned(name="keys")),
     ("PEFT adapter_name of a layer", "adapter_name", _second("q")),
-    ("PEFT adapter_name of a group", "adapter_name", _second("16x16")),
+    ("PEFT adapter_name of a group", "adapter_name", _second("A_16x16")),
     ("PEFT adapter_names a word", "adapter_names", _named("default")),
     ("PEFT too few adapter_names", "adapter_names", _named(["default"] * 2)),
     ("PEFT unknown adapter_names", "adapter_names", _named(["nobody"] * 3)),
@@ -146,13 +138,6 @@ _PEFT: list[Row] = [
 ]
 _CONVERT: list[Row] = [
     ("export_lora of a plain model", "model", lambda: export_lora(zoo.net("mlp"), _folder())),
-    ("export_lora into 3", "directory", lambda: export_lora(_model(), 3)),
-    ("export_lora into a file", "directory", lambda: export_lora(_model(), _checkpoint())),
-    (
-        "export_lora of a task without a bank",
-        "task",
-        lambda: export_lora(_model(), _folder(), task=0),
-    ),
     (
         "export_lora with a wrong task_type",
         "task_type",
@@ -168,7 +153,6 @@ _CONVERT: list[Row] = [
         "hosts",
         lambda: lotr_to_lora(_saved(), _folder(), hosts="X"),
     ),
-    ("lotr_to_lora of 3", "source", lambda: lotr_to_lora(3, _folder())),
     ("lotr_to_lora of a LoRA", "adapter_config.json", lambda: lotr_to_lora(_lora(), _folder())),
     ("lotr_to_lora of an empty folder", "directory", lambda: lotr_to_lora(_folder(), _folder())),
     ("lora_to_lotr of an empty folder", "source", lambda: lora_to_lotr(_folder(), rank=2)),
@@ -181,30 +165,17 @@ _CONVERT: list[Row] = [
     ),
     (
         "lora_to_lotr of dtype int8",
-        "dtype",
+        "adapter_dtype",
         lambda: lora_to_lotr(_lora(), rank=2, dtype=torch.int8),
     ),
     ("lora_to_lotr of DoRA", "use_dora", lambda: lora_to_lotr(_lora(use_dora=True), rank=2)),
-    ("original_to_lotr scale a word", "scale", lambda: original_to_lotr(_checkpoint(), scale="2")),
     (
         "original_to_lotr of another file",
         "source",
         lambda: original_to_lotr(_checkpoint(a=torch.ones(1))),
     ),
-    (
-        "original_to_lotr modules_to_save",
-        "modules_to_save",
-        lambda: original_to_lotr(_checkpoint(), modules_to_save=["x"]),
-    ),
 ]
 _VLLM: list[Row] = [
     ("export_factors of a plain model", "model", lambda: export_factors(zoo.net("mlp"), _folder())),
-    ("export_task into 3", "directory", lambda: export_task(_model(), 3)),
-    ("export_task into a file", "directory", lambda: export_task(_model(), _checkpoint())),
-    (
-        "export_task of a task without a bank",
-        "task",
-        lambda: export_task(_model(), _folder(), task=0),
-    ),
 ]
 BAD_INTEROP: list[Row] = [*_CONFIG, *_PEFT, *_CONVERT, *_VLLM]

@@ -180,7 +180,6 @@ CORE: list[Row] = [
         lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal"),
     ),
     ("fill a core by an unknown init", "core_init", lambda: fill_core_(torch.empty(3, 2), "ones")),
-    ("fill a core that is a vector", "tensor", lambda: fill_core_(torch.empty(3), "zero")),
     # calls
     ("x too narrow", "x", call(x=torch.randn(5, 5))),
     ("x a list", "x", call(x=[1.0] * 6)),

@@ -481,9 +481,6 @@ OF_DOCUMENTS: dict[str, Change] = {
     "another rank": changed("config", rank=2),
     "computed cores that the file lacks": changed("config", core="tucker"),
     "an unknown dtype": changed("config", adapter_dtype="complex64"),
-    "modules_to_save that are a word": changed(modules_to_save="head"),
-    "modules_to_save with a number": changed(modules_to_save=[3]),
-    "other modules_to_save": changed("config", modules_to_save=None),
 }
 OF_FILES: dict[str, Change] = {
     "no file": lambda folder: (folder / FILE_NAME).unlink(),
@@ -505,11 +502,8 @@ OF_FILES: dict[str, Change] = {
     "endless brackets": lambda folder: sealed(folder, "[" * 200_000, tensors_in(folder)),
     "a base that is a list": changed(base=[]),
     "a base with an unknown field": changed(base={"names": "x"}),
-    "a base whose name is a number": changed("base", name=3),
     "values of the base that are a list": changed("base", values=[1.0]),
     "a value of the base that is a word": changed("base", values={"head.weight": ["x"]}),
-    "tied parameters that are a word": changed(tied="head"),
-    "tied parameters with a number": changed(tied=[3]),
     "another tensor": of_tensors("extra", torch.zeros(2)),
     "a tensor less": of_tensors("head.bias", None),
     "no core": of_tensors("blocks.1.up.core", None),
@@ -598,7 +592,7 @@ def test_a_file_of_a_huge_rank_is_refused_before_memory_is_allocated(
         return tensor
 
     monkeypatch.setattr(torch, "zeros", small)
-    with pytest.raises(ValueError, match=r"lotr_cores.slices: expected \[700, 700, 700\]"):
+    with pytest.raises(ValueError, match=r"lotr_cores: expected .*slices': \[700, 700, 700\]"):
         load_adapter(zoo.net("mlp"), folder)
 
 
@@ -760,29 +754,12 @@ def test_the_configuration_follows_a_file_of_a_hand_built_model(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("method", "advice"),
-    [
-        ("LORA", "lora_to_lotr"),
-        ("LOTR", "PeftModel.from_pretrained, or .* lotr_to_lora"),
-        ("IA3", "IA3.*PeftModel.from_pretrained"),
-        (3, "PeftModel.from_pretrained"),
-    ],
-)
-def test_a_folder_of_peft_is_named(method: object, advice: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": method}))
-    with pytest.raises(ValueError, match=f"got an? .*adapter|LoRA.*{advice}"):
-        load_adapter(zoo.net("mlp"), tmp_path)
-    (tmp_path / "pytorch_lora.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"got the file .*Pass the folder"):
-        load_adapter(zoo.net("mlp"), tmp_path / "pytorch_lora.bin")
-
-
-@pytest.mark.parametrize(
     ("file", "message"),
     [
-        (None, "got .*nowhere, which does not exist. Pass the folder"),
+        (None, "got .*nowhere, which is no folder. Pass the folder"),
         ("notes.txt", "got .*nowhere, which has no adapter. Pass the folder"),
-        ("config.json", "save_pretrained or a Trainer wrote .*AdapterCheckpoints"),
+        ("config.json", "save_pretrained or of a Trainer.*AdapterCheckpoints"),
+        ("adapter_config.json", "of PEFT.*PeftModel.from_pretrained.*lora_to_lotr"),
     ],
 )
 def test_a_folder_without_an_adapter_is_named(

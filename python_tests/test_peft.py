@@ -21,7 +21,6 @@ from models import unchanged
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lotr_ext import LoTRConfig
 from lotr_ext.init import START
 from lotr_ext.peft import LoTRPeftConfig, LoTRPeftLinear
 from lotr_ext.peft import config as peft_config
@@ -533,29 +532,6 @@ def test_the_first_versions_files_load(tmp_path: Path) -> None:
         for read in (LoTRPeftConfig, peft.PeftConfig):
             with pytest.raises(ERRORS, match=r"magnitude|use_dora|target_parameters"):
                 read.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("settings", "advice"),
-    [
-        ({"lora_alpha": 3}, "Here it is 'alpha'"),
-        ({"rank_pattern": {}}, "one rank"),
-        ({"alpha_pattern": {}}, "one scaling"),
-        ({"use_dora": True}, "no magnitudes"),
-        ({"trainable_token_indices": [1]}, "modules_to_save"),
-        ({"target_parameters": ["up"]}, "apply_lotr"),
-    ],
-)
-def test_what_only_lora_has_is_named(settings: dict[str, object], advice: str) -> None:
-    (name,) = settings
-    with pytest.raises(TypeError, match=f"{name}: expected a field of LoTRPeftConfig, .*{advice}"):
-        LoTRPeftConfig(**settings)
-
-
-def test_a_configuration_for_apply_lotr_is_refused_by_name() -> None:
-    with pytest.raises(AttributeError, match="expected a LoTRPeftConfig, got a LoTRConfig"):
-        peft.get_peft_model(zoo.net("mlp"), LoTRConfig(rank=2))
-    assert copy.deepcopy(LoTRConfig()) == LoTRConfig()
 
 
 def test_a_saved_configuration_has_its_scaling_as_a_number(tmp_path: Path) -> None:

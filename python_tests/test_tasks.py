@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers import refused, relative, worst
+from helpers import relative, worst
 from models import adapter_parameters, moved, trained, unchanged
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -635,7 +635,7 @@ def test_files_of_other_factors_scalings_and_kinds_are_refused(tmp_path: Path) -
     again.lotr_tasks.replace(1, path)  # the same factors: `trained` is deterministic
     for other, reason in (
         (banked("attention", scaling=2.0), "scaling"),
-        (banked("attention", seed=3), "other A and B"),
+        (banked("attention", seed=3), "factors"),
         (banked("attention", rank=2), "ranks"),
         (banked("attention", rank=2, scaling=2.0), "ranks"),
         (banked("mlp"), "missing"),
@@ -715,7 +715,7 @@ def test_a_core_without_values_of_its_kind_changes_nothing(
     cores = {name: core.clone() for name, core in bank.cores_of(0).items()}
     last = list(cores)[-1]
     cores[last] = BAD_VALUES[kind](cores[last])
-    with unchanged(model), refused(last, (TypeError, ValueError)):
+    with unchanged(model), pytest.raises((TypeError, RuntimeError)):  # torch's own
         bank.add(cores) if write == "add" else bank.replace(1, cores)
 
 

@@ -25,10 +25,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "integers": (lambda t, m: t.update({KEY: t[KEY].int()}), f"{KEY}: expected a floating"),
     "no core": (lambda t, m: t.pop(KEY), f"expected the model's 8, got 7: missing {KEY}"),
     "another layer": (lambda t, m: t.update(other=t[KEY].clone()), "not in the model other"),
-    "other factors": (lambda t, m: m.update(factors="0" * 64), "made for other A and B"),
-    "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task for scaling"),
-    "another format": (lambda t, m: m.update(format="pt"), "expected a task's file"),
-    "a newer version": (lambda t, m: m.update(version="9"), "expected a task's file"),
+    "other factors": (lambda t, m: m.update(factors="0" * 64), "expected a task with factors"),
+    "another scaling": (lambda t, m: m.update(scaling="3.0"), "expected a task with scaling"),
+    "another format": (lambda t, m: m.update(format="pt"), "expected a task with format"),
+    "a newer version": (lambda t, m: m.update(version="9"), "expected a task with version"),
 }
 
 
@@ -118,14 +118,12 @@ def test_a_folder_without_a_task_is_refused(tmp_path: Path) -> None:
     model = adapted()
     export_lora(model, tmp_path / "lora")
     export_task(model, tmp_path / "task")
-    with pytest.raises(ValueError, match="expected a task by export_task, got an adapter of LORA"):
+    with pytest.raises(ValueError, match=r"expected a task by export_task, got .*lora"):
         read(model, tmp_path / "lora")
-    truncated = {"lora/adapter_config.json": "JSON", "task/lotr_task.safetensors": "safetensors"}
-    for file, kind in truncated.items():
-        path = tmp_path / file
-        path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match=f"adapter: expected a {kind}"):
-            read(model, path.parent)
+    path = tmp_path / "task" / "lotr_task.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="adapter: expected a safetensors"):
+        read(model, path.parent)
 
 
 @pytest.mark.parametrize(

@@ -219,31 +219,31 @@ inline void expand_in_tiles(T* y, int64_t ldy, const T* from, int64_t ldfrom, in
   });
 }
 
-// k [units][ldk] as tiles of A, of units rounded up: to[vectors][steps][16 of the rank][16 units],
+// v [units][ldv] as tiles of A, of units rounded up: to[vectors][steps][16 of the rank][16 units],
 // zero padded.
 template <typename K>
-inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, int64_t units,
+inline void turn_units(typename K::Unit* to, typename K::Unit* v, int64_t ldv, int64_t units,
                        int64_t vectors) {
   static_assert(K::kLanes == kSide);
   const int64_t steps = ceil_div(units, kSide);
-  for (int64_t i = units * ldk; i < steps * kSide * ldk; ++i) k[i] = 0;
-  for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t i = units * ldv; i < steps * kSide * ldv; ++i) v[i] = 0;
+  for (int64_t j = 0; j < vectors; ++j) {
     for (int64_t t = 0; t < steps; ++t, to += kSide * kSide) {
-      decltype(load(k)) square[K::kLanes];
+      decltype(load(v)) square[K::kLanes];
       for (int64_t i = 0; i < K::kLanes; ++i)
-        square[i] = load(k + (t * kSide + i) * ldk + v * kSide);
+        square[i] = load(v + (t * kSide + i) * ldv + j * kSide);
       transpose<K::kLanes>(square);
       for (int64_t i = 0; i < K::kLanes; ++i) store(to + i * kSide, square[i]);
     }
   }
 }
 
-// S[r][32] (+)= k^T x for 32 columns of a tile of x, as outer_columns (outer_pairs.h). k: turned;
-// made: room for the units of these columns. prefetch: whether to prefetch the columns to the
+// S[r][32] (+)= v^T x for 32 columns of a tile of x, as outer_columns (outer_pairs.h). turned: v;
+// x_units: room for the units of these columns. prefetch: whether to prefetch the columns to the
 // right.
 template <typename K>
-inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename K::Unit* k,
-                           int64_t r, typename K::Unit* made, bool prefetch) {
+inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename K::Unit* turned,
+                           int64_t r, typename K::Unit* x_units, bool prefetch) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   constexpr int64_t kTile = kSide * kSide;
   const int64_t row = x.a.row_stride;
@@ -251,7 +251,7 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
   const auto* columns = static_cast<const uint16_t*>(x.a.data) + x.i0 * row + x.c0;
   // The two tiles of a step, from 32 rows of 32 columns.
   const auto make = [&](int64_t t) {
-    typename K::Unit* to = made + t * 2 * kTile;
+    typename K::Unit* to = x_units + t * 2 * kTile;
     const uint16_t* low = columns + 2 * kSide * t * row;
     const int64_t left = smaller(2 * kSide, x.rows - 2 * kSide * t);
     for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * row, to += kSide) {
@@ -271,9 +271,9 @@ inline void outer_in_tiles(const Sums<K>& S, const Rectangle& x, const typename 
   const Tiles full(kSide, kSide);
   tile_columns_of(ceil_div(r, kSide), [&](auto ra, int64_t v) {
     constexpr int RA = decltype(ra)::value;
-    Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit,
+    Side a{reinterpret_cast<const char*>(turned + v * steps * kTile), kSide * kUnit,
            steps * kTile * kUnit, kTile * kUnit};
-    Side b{reinterpret_cast<const char*>(made), kSide * kUnit, kTile * kUnit, 2 * kTile * kUnit};
+    Side b{reinterpret_cast<const char*>(x_units), kSide * kUnit, kTile * kUnit, 2 * kTile * kUnit};
     zero_tiles<RA, 2>();
     if (v == 0) {
       // A step is made while the one before it is multiplied: a tile cannot be loaded from stores

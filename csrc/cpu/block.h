@@ -5,7 +5,7 @@
 //
 //   shrink        a = x rows (units along the row)       b = packed A             sums over k
 //   expand        a = u rows                             b = packed F^T panel     sums over r
-//   factor_grad   a = x columns (units down a column)    b = packed k             sums over m
+//   factor_grad   a = x columns (units down a column)    b = packed v             sums over m
 //
 // Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does
 // MR * RV multiplications for RV + MR loads. Rows are few enough that rows whose distance is a
@@ -81,7 +81,7 @@ struct Broadcast {
   int64_t step;
 };
 
-// b: a packed factor, or a tile of k. Each unit has a row of `vectors` vectors; rows are `ld`
+// b: a packed factor, or a tile of v. Each unit has a row of `vectors` vectors; rows are `ld`
 // apart.
 template <typename K>
 struct Factor {

@@ -2,8 +2,8 @@
 // compiled once per instruction set. If it shared an inline function with other files, the linker
 // could keep the copy for a newer CPU, which an older one cannot run.
 //
-// m tokens, k in, n out, r rank, l layer. Strides count elements. T is the activations' type; sums
-// are float (double for f64).
+// m tokens, k in_features, n out_features, r rank. Strides count elements. T is the activations'
+// type; sums are float (double for f64).
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,7 @@ struct Groups {
   int64_t count;
 };
 
+// The few-token form of a layer's backward. Absent gradients are not needed.
 struct SmallBackward {
   TensorView dx, g, x, u, A, core, B, dA, dB, dcore;
   double scaling = 1.0;

@@ -41,16 +41,16 @@ struct Chunks {
   int64_t count;
   int64_t rows;
   explicit Chunks(int64_t m) {
-    const int64_t wanted = m <= 1024 ? ceil_div(m, 128) : smaller(64, larger(8, m / 256));
-    rows = round_up(ceil_div(m, larger(1, wanted)), 2 * kTileUnits);
+    const int64_t target = m <= 1024 ? ceil_div(m, 128) : smaller(64, larger(8, m / 256));
+    rows = round_up(ceil_div(m, larger(1, target)), 2 * kTileUnits);
     count = ceil_div(m, larger(1, rows));
   }
 };
 
-inline TensorView layer_of(const TensorView& a, int64_t layer_stride, int64_t l) {
-  TensorView b = a;
-  b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
-  return b;
+inline TensorView core_of(const TensorView& cores, int64_t core_stride, int64_t index) {
+  TensorView core = cores;
+  core.data = static_cast<char*>(cores.data) + index * core_stride * element_size(cores.dtype);
+  return core;
 }
 
 template <typename T>
@@ -229,104 +229,107 @@ struct Operators {
       if (threads() > 1) return chunks.count;
       return chunks.rows <= tile_m ? 1 : 2;
     }
-    Acc* of(int64_t chunk) const {
+    Acc* sums_of(int64_t chunk) const {
       return memory.template get<Acc>() + larger(0, smaller(chunk, count - 1)) * size;
     }
     // Whether a chunk's sums start anew.
     bool fresh(int64_t chunk) const { return chunk == 0 || count > 1; }
     void done(int64_t chunk) const {
       if (!at_once || chunk == 0 || count == 1) return;
-      Acc* const first = of(0);
-      const Acc* const sums = of(chunk);
+      Acc* const first = sums_of(0);
+      const Acc* const sums = sums_of(chunk);
       for (int64_t j = 0; j < size; j += K::kLanes)
         store(first + j, load(first + j) + load(sums + j));
     }
     int64_t left() const { return at_once ? smaller(1, count) : count; }
   };
 
-  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T k, each element written once, no
+  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T v, each element written once, no
   // operand copied.
   template <int n>
   static void outer_part(const TensorView& out, int64_t c0, int64_t c1, const TensorView& x,
-                         const TensorView& k, int64_t j, double scale, bool add) {
+                         const TensorView& v, int64_t j, double scale, bool add) {
     typedef Acc Part __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
     for (int64_t c = c0; c < c1; ++c) {
       Part sum = {};
       const Acc* a = static_cast<const Acc*>(x.data) + c;
-      const Acc* b = static_cast<const Acc*>(k.data) + j;
-      for (int64_t i = 0; i < x.rows; ++i, a += x.row_stride, b += k.row_stride)
+      const Acc* b = static_cast<const Acc*>(v.data) + j;
+      for (int64_t i = 0; i < x.rows; ++i, a += x.row_stride, b += v.row_stride)
         sum += *a * *reinterpret_cast<const Part*>(b);
       write_part<n>(static_cast<Acc*>(out.data) + c * out.row_stride + j,
                     reinterpret_cast<const Acc*>(&sum), Acc(scale), add);
     }
   }
-  static void outer_parts(const TensorView& out, const TensorView& x, const TensorView& k,
+  static void outer_parts(const TensorView& out, const TensorView& x, const TensorView& v,
                           double scale, bool add) {
-    run_rows(x.cols, x.rows * x.cols * k.cols, [&](int64_t c0, int64_t c1) {
+    run_rows(x.cols, x.rows * x.cols * v.cols, [&](int64_t c0, int64_t c1) {
       int64_t j = 0;
-      for (; j + 8 <= k.cols; j += 8) outer_part<8>(out, c0, c1, x, k, j, scale, add);
-      for (; j + 4 <= k.cols; j += 4) outer_part<4>(out, c0, c1, x, k, j, scale, add);
-      for (; j < k.cols; ++j) outer_part<1>(out, c0, c1, x, k, j, scale, add);
+      for (; j + 8 <= v.cols; j += 8) outer_part<8>(out, c0, c1, x, v, j, scale, add);
+      for (; j + 4 <= v.cols; j += 4) outer_part<4>(out, c0, c1, x, v, j, scale, add);
+      for (; j < v.cols; ++j) outer_part<1>(out, c0, c1, x, v, j, scale, add);
     });
   }
 
-  // out (+)= scale * drop(x)^T k.
-  static void outer(const TensorView& out, const TensorView& x, const TensorView& k,
+  // D (+)= drop(x)^T v, with the sums in D itself: few tokens then read and write it once.
+  static void outer_in_output(const TensorView& D, const TensorView& x, const TensorView& v,
+                              const Drop& drop, int64_t tile_m, bool add) {
+    const int64_t blocks = ceil_div(x.cols, kTileColumns);
+    run_tasks(blocks, x.rows * x.cols * v.cols, [&](int64_t begin, int64_t end) {
+      Scratch memory(tile_space<K>(v.cols));
+      const int64_t c0 = begin * kTileColumns;
+      const int64_t c1 = smaller(end * kTileColumns, x.cols);
+      const auto sums = OuterSums<K>::in_output(static_cast<Acc*>(D.data), D.row_stride);
+      OuterPart part{0, x.rows, c0, c1, tile_m};
+      part.fresh = !add;
+      outer_rows<K, T>(sums, x, drop, v, part, memory.get<char>());
+    });
+  }
+
+  // out (+)= scale * drop(x)^T v.
+  static void outer(const TensorView& out, const TensorView& x, const TensorView& v,
                     const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t work = x.rows * x.cols * k.cols;
-    const int64_t tile_m = tile_rows_once<K, T>(x, drop, k.cols);
-    // The sums of one chunk may be computed in the output: few tokens then read and write it once.
+    const int64_t tile_m = tile_rows_once<K, T>(x, drop, v.cols);
     const bool wide = out.dtype == (std::is_same_v<Acc, double> ? DType::float64 : DType::float32);
     const int64_t transposed = transposed_columns<K, T>(x, drop);
     const bool better_in_tiles = in_tiles<K> && transposed > 0 && x.rows >= kSide;
     if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.col_stride == 1 &&
-        k.cols % K::kLanes == 0) {
-      const int64_t blocks = ceil_div(x.cols, kTileColumns);
-      run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
-        Scratch memory(tile_space<K>(k.cols));
-        const int64_t c0 = begin * kTileColumns;
-        const int64_t c1 = smaller(end * kTileColumns, x.cols);
-        const auto sums = OuterSums<K>::in_output(static_cast<Acc*>(out.data), out.row_stride);
-        OuterPart part{0, x.rows, c0, c1, tile_m};
-        part.fresh = !add;
-        outer_rows<K, T>(sums, x, drop, k, part, memory.get<char>());
-      });
-      return;
-    }
+        v.cols % K::kLanes == 0)
+      return outer_in_output(out, x, v, drop, tile_m, add);
     if constexpr (std::is_same_v<T, Acc>) {
-      // Few tokens, and a rank that is not a multiple of the vector: padding k and the sums would
+      // Few tokens, and a rank that is not a multiple of the vector: padding v and the sums would
       // take longer than the sums.
-      if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(k) &&
+      if (x.rows <= kFewRows && wide && out.col_stride == 1 && native<K, T>(x) && native<K, T>(v) &&
           !drop.on)
-        return outer_parts(out, x, k, scale, add);
+        return outer_parts(out, x, v, scale, add);
     }
-    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, k.cols));
+    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, transposed, v.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
-    const int64_t wanted = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
-    const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, wanted);
+    const int64_t parts = chunks.count ? ceil_div(2 * threads(), chunks.count) : 1;
+    const int64_t columns = threads() == 1 ? x.cols : ceil_div(x.cols, parts);
     const int64_t width = round_up(larger(2 * kTileColumns, columns), kTileColumns);
     const int64_t across = ceil_div(x.cols, width);
+    const int64_t work = x.rows * x.cols * v.cols;
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
-      Scratch memory(tile_space<K>(k.cols));
+      Scratch memory(tile_space<K>(v.cols));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across;
         const int64_t c0 = task % across * width;
         const int64_t i0 = chunk * chunks.rows;
-        const auto sums = OuterSums<K>::in_block(blocks.of(chunk), transposed, k.cols);
+        const auto sums = OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, v.cols);
         OuterPart part{i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
                        tile_m};
         part.fresh = blocks.fresh(chunk);
-        outer_rows<K, T>(sums, x, drop, k, part, memory.get<char>());
+        outer_rows<K, T>(sums, x, drop, v, part, memory.get<char>());
         blocks.done(chunk);
       }
     });
-    add_partials(out, blocks.of(0), blocks.left(), transposed, scale, add);
+    add_partials(out, blocks.sums_of(0), blocks.left(), transposed, scale, add);
   }
 
-  static void factor_grad(const TensorView& acc, const TensorView& x, const TensorView& k,
+  static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
                           const Drop& drop, bool add) {
-    outer(acc, x, k, drop, drop.scale, add);
+    outer(D, x, v, drop, drop.scale, add);
   }
 
   static void add(const TensorView& out, const TensorView& a) {
@@ -342,13 +345,13 @@ struct Operators {
 
   // Reads a tile of g once from memory and uses it twice in cache, if the tile and its operands fit
   // there.
-  static void shrink_grad(const TensorView& k, const TensorView& Q, const TensorView& g,
+  static void shrink_grad(const TensorView& du, const TensorView& Q, const TensorView& g,
                           const TensorView& F, const TensorView& u, bool add) {
     const Chunks chunks(g.rows);
     const int64_t ld = vectors_of<K>(F.cols) * K::kLanes;
     const int64_t tile_m = tile_rows<K>(g, F.cols);
     if (tile_m == 0) {
-      shrink(k, g, F, {});
+      shrink(du, g, F, {});
       factor_grad(Q, g, u, {}, add);
       return;
     }
@@ -362,18 +365,19 @@ struct Operators {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows;
         const int64_t last = smaller(first + chunks.rows, g.rows);
-        const auto sums_of_chunk = OuterSums<K>::in_block(blocks.of(chunk), transposed, F.cols);
+        const auto sums_of_chunk =
+            OuterSums<K>::in_block(blocks.sums_of(chunk), transposed, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
             const int64_t n = smaller(kTileRows, rows - part);
             const bool cold = chunk == begin && i == first;
-            // outer_rows prefetches the tile below, of pairs in bursts, so half of it is prefetched
-            // here.
+            // outer_rows prefetches the rows below as well. With pairs only its last blocks do, in
+            // bursts, so some of these rows are prefetched here.
             const bool below = pairs<K>;
             shrink_tile<K, T>(memory.get<Acc>(), ld, g, Drop{}, b.units, {i + part, n, cold, below},
                               space);
-            write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
+            write_rows<K>(du, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
           OuterPart part{i, i + rows, 0, g.cols, tile_m};
           part.fresh = blocks.fresh(chunk) && i == first;
@@ -383,7 +387,7 @@ struct Operators {
         blocks.done(chunk);
       }
     });
-    add_partials(Q, blocks.of(0), blocks.left(), transposed, 1.0, add);
+    add_partials(Q, blocks.sums_of(0), blocks.left(), transposed, 1.0, add);
   }
 };
 

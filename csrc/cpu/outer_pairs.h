@@ -1,8 +1,8 @@
-// factor_grad for pairs, with x read in place: its columns are the vectors here and k is broadcast,
+// factor_grad for pairs, with x read in place: its columns are the vectors here and v is broadcast,
 // so that two rows of x become pairs in registers. The general form (products.h) broadcasts x, and
 // has to copy each tile into pairs first, which takes a quarter of its time.
 //
-//   S[j][c] (+)= sum over i of k[i, j] x[i, c]     S = P^T, transposed when chunks are added
+//   S[j][c] (+)= sum over i of v[i, j] x[i, c]     S = P^T, transposed when chunks are added
 //
 // The columns of S are in the order of pairs_of (vec.h) within each 32.
 #pragma once
@@ -25,17 +25,17 @@ struct RowPairs {
 
 // S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h):
 // what is added at a time must not depend on where the sum is kept. The first block leaves its
-// units in `made`, and the others (kAgain) read these: rows of x that are a power of two apart fall
-// into the same few places of L1 and would not stay there.
+// units in `x_units`, and the others (kAgain) read these: rows of x that are a power of two apart
+// fall into the same few places of L1 and would not stay there.
 template <typename K, int MR, bool kAgain, bool kPrefetch>
-inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* made,
-                        const typename K::Unit* k, int64_t ldk, int64_t n, Ahead& ahead) {
+inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* x_units,
+                        const typename K::Unit* v, int64_t ldv, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][2] = {};
   Piece piece;
   if constexpr (kPrefetch) piece = ahead.take();
 #pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
-    typename K::Unit* units = made + t * kPairColumns<K>;
+    typename K::Unit* units = x_units + t * kPairColumns<K>;
     vi left, right;
     if constexpr (kAgain) {
       left = load(units);
@@ -55,7 +55,7 @@ inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* m
     }
 #pragma GCC unroll 8
     for (int j = 0; j < MR; ++j) {
-      const typename K::Unit s = k[t * ldk + j];
+      const typename K::Unit s = v[t * ldv + j];
       acc[j][0] = K::madd(acc[j][0], left, s);
       acc[j][1] = K::madd(acc[j][1], right, s);
     }
@@ -63,19 +63,19 @@ inline void outer_block(const Sums<K>& S, const RowPairs& x, typename K::Unit* m
   if constexpr (kPrefetch) ahead.now = piece;
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) {
-    for (int v = 0; v < 2; ++v) {
-      typename K::Acc* at = S.data + j * S.ld + v * K::kLanes;
-      store(at, S.fresh ? acc[j][v] : load(at) + acc[j][v]);
+    for (int h = 0; h < 2; ++h) {
+      typename K::Acc* at = S.data + j * S.ld + h * K::kLanes;
+      store(at, S.fresh ? acc[j][h] : load(at) + acc[j][h]);
     }
   }
 }
 
-// S[r][32] (+)= k^T x for 32 columns of a tile of x. k: the tile's units, [units][ldk]; made: room
-// for the units of these columns. The last block prefetches the next tile, because the blocks
+// S[r][32] (+)= v^T x for 32 columns of a tile of x. v: the tile's units, [units][ldv]; x_units:
+// room for the units of these columns. The last block prefetches the next tile, because the blocks
 // before it load more themselves.
 template <typename K>
-inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K::Unit* k,
-                          int64_t ldk, int64_t r, typename K::Unit* made, Ahead& ahead) {
+inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K::Unit* v,
+                          int64_t ldv, int64_t r, typename K::Unit* x_units, Ahead& ahead) {
   [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
   const int64_t row = x.a.row_stride;
   const auto* low = static_cast<const uint16_t*>(x.a.data) + x.i0 * row + x.c0;
@@ -89,7 +89,7 @@ inline void outer_columns(const Sums<K>& S, const Rectangle& x, const typename K
         {&outer_block<K, MR, false, false>, &outer_block<K, MR, false, true>},
         {&outer_block<K, MR, true, false>, &outer_block<K, MR, true, true>}};
     const Block block = kBlocks[j > 0][j + MR == r];
-    block({S.data + j * S.ld, S.ld, S.fresh}, pairs_of_x, made, k + j, ldk, units, ahead);
+    block({S.data + j * S.ld, S.ld, S.fresh}, pairs_of_x, x_units, v + j, ldv, units, ahead);
   });
 }
 

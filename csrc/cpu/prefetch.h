@@ -18,14 +18,14 @@ struct Piece {
 
   Piece() = default;
   // A rectangle may extend past the tensor: only its part inside is prefetched.
-  Piece(const Rectangle& wanted) {
-    const TensorView& a = wanted.a;
-    if (a.col_stride != 1 || wanted.i0 >= a.rows || wanted.c0 >= a.cols) return;
+  Piece(const Rectangle& part) {
+    const TensorView& a = part.a;
+    if (a.col_stride != 1 || part.i0 >= a.rows || part.c0 >= a.cols) return;
     const int64_t size = element_size(a.dtype);
-    row = static_cast<const char*>(a.data) + (wanted.i0 * a.row_stride + wanted.c0) * size;
+    row = static_cast<const char*>(a.data) + (part.i0 * a.row_stride + part.c0) * size;
     step = a.row_stride * size;
-    bytes = smaller(wanted.cols, a.cols - wanted.c0) * size;
-    rows = smaller(wanted.rows, a.rows - wanted.i0);
+    bytes = smaller(part.cols, a.cols - part.c0) * size;
+    rows = smaller(part.rows, a.rows - part.i0);
   }
   LOTR_INLINE void next() {
     if (rows <= 0) return;

@@ -1,7 +1,7 @@
 // The two shapes of product, for a range of rows of one thread:
 //
-//   shrink_tile   c[i0 .. i1, r]  += x[i0 .. i1, K] b                       b: a packed factor
-//   outer_rows    P[c0 .. c1, r]  += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
+//   shrink_tile   c[i0 .. i1, r]  += x[i0 .. i1, k] b                       b: a packed factor
+//   outer_rows    P[c0 .. c1, r]  += x[i0 .. i1, c0 .. c1]^T v[i0 .. i1, r]
 //
 // Both walk x in tiles that stay in cache. They read x in place if its layout allows (native), else
 // from a copy of the tile that is converted, masked, paired and padded. Every sum runs over its
@@ -41,8 +41,8 @@ constexpr int64_t vectors_of(int64_t r) {
   return ceil_div(r, K::kLanes);
 }
 
-// A factor [K, r] as units of pairs of rows: [units of K][vectors], zero padded. May be the factor
-// itself.
+// A factor [k, r] in units: [packed units of k][vectors of r], zero padded. In place if the
+// factor's memory is that already.
 template <typename K, typename T>
 struct PackedFactor {
   Scratch memory;
@@ -114,25 +114,25 @@ inline void write_rows(const TensorView& out, int64_t i0, int64_t rows, const ty
 }
 
 // Rows of a factor_grad tile if x is read once. If x is read in place, as many as keep the matching
-// rows of k in L1. Pairs use the default height, because the units made from x must fit in L1 as
+// rows of v in L1. Pairs use the default height, because the units made from x must fit in L1 as
 // well.
 template <typename K, typename T>
 inline int64_t tile_rows_once(const TensorView& x, const Drop& drop, int64_t r) {
-  const int64_t k_bytes =
+  const int64_t v_bytes =
       kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
-  const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * k_bytes <= kTileBytes;
+  const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * v_bytes <= kTileBytes;
   return (deep ? kDeepUnits : kTileUnits) * K::kPair;
 }
 
-// A factor_grad tile's part of k in units, and for tiles turned as well.
+// A factor_grad tile's part of v in units, and for tiles turned as well.
 template <typename K>
-constexpr int64_t k_copies = in_tiles<K> ? 2 : 1;
+constexpr int64_t v_copies = in_tiles<K> ? 2 : 1;
 
 // Bytes a thread needs for its copies of tiles, at rank r.
 template <typename K>
 inline size_t tile_space(int64_t r) {
   const int64_t shrink = kTileRows * kTileStep;
-  const int64_t outer = kDeepUnits * (kTileColumns + k_copies<K> * vectors_of<K>(r) * K::kLanes);
+  const int64_t outer = kDeepUnits * (kTileColumns + v_copies<K> * vectors_of<K>(r) * K::kLanes);
   return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
@@ -237,32 +237,32 @@ struct OuterPart {
   bool warm = false;   // these rows are in cache already
 };
 
-// sums[c][j] (+)= sum over the part's rows i of drop(x)[i, c] k[i, j].
+// sums[c][j] (+)= sum over the part's rows i of drop(x)[i, c] v[i, j].
 template <typename K, typename T>
 inline void outer_rows(const OuterSums<K>& sums, const TensorView& x, const Drop& drop,
-                       const TensorView& k, const OuterPart& part, char* space) {
+                       const TensorView& v, const OuterPart& part, char* space) {
   using Unit = typename K::Unit;
-  const int64_t vectors = vectors_of<K>(k.cols);
-  const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
+  const int64_t vectors = vectors_of<K>(v.cols);
+  const bool v_in_place = !pairs<K> && native<K, T>(v) && v.cols % K::kLanes == 0;
   const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
   auto* x_tile = reinterpret_cast<Unit*>(space);
-  auto* k_tile = x_tile + kDeepUnits * kTileColumns;
-  [[maybe_unused]] auto* turned = k_tile + kDeepUnits * vectors * K::kLanes;
-  auto* mask = reinterpret_cast<uint32_t*>(k_tile + k_copies<K> * kDeepUnits * vectors * K::kLanes);
+  auto* v_tile = x_tile + kDeepUnits * kTileColumns;
+  [[maybe_unused]] auto* turned = v_tile + kDeepUnits * vectors * K::kLanes;
+  auto* mask = reinterpret_cast<uint32_t*>(v_tile + v_copies<K> * kDeepUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
   for (int64_t i = part.i0; i < part.i1; i += part.tile_rows) {
     const int64_t rows = smaller(part.tile_rows, part.i1 - i);
     const int64_t units = units_of<K>(rows);
     const bool fresh = part.fresh && i == part.i0;
-    Factor<K> b{k_tile, vectors * K::kLanes, vectors};
-    if (k_in_place) {
-      b.data = static_cast<const Unit*>(k.data) + i * k.row_stride;
-      b.ld = k.row_stride;
+    Factor<K> b{v_tile, vectors * K::kLanes, vectors};
+    if (v_in_place) {
+      b.data = static_cast<const Unit*>(v.data) + i * v.row_stride;
+      b.ld = v.row_stride;
     } else {
-      tile_down_columns<K, T>(k_tile, b.ld, {k, i, rows, 0, k.cols}, row);
+      tile_down_columns<K, T>(v_tile, b.ld, {v, i, rows, 0, v.cols}, row);
     }
     if constexpr (in_tiles<K>) {
-      if (part.c0 < sums.transposed) turn_units<K>(turned, k_tile, b.ld, units, vectors);
+      if (part.c0 < sums.transposed) turn_units<K>(turned, v_tile, b.ld, units, vectors);
     }
     int64_t c = part.c0;
     // A tile in cache: prefetches the rows below. Else the columns to the right, and from the last
@@ -282,10 +282,10 @@ inline void outer_rows(const OuterSums<K>& sums, const TensorView& x, const Drop
         const Rectangle columns{x, i, rows, c, kPairColumns<K>};
         if constexpr (in_tiles<K>) {
           const bool right = !part.warm && c + kPairColumns<K> < part.c1;
-          outer_in_tiles<K>(S, columns, turned, k.cols, x_tile, right);
+          outer_in_tiles<K>(S, columns, turned, v.cols, x_tile, right);
         } else {
           prefetch(kPairColumns<K>);
-          outer_columns<K>(S, columns, b.data, b.ld, k.cols, x_tile, ahead);
+          outer_columns<K>(S, columns, b.data, b.ld, v.cols, x_tile, ahead);
         }
       }
     }

@@ -144,13 +144,31 @@ struct RowProducts {
     return low;
   }
 
+  // The rows of a short group: h[row[j]] = scaling u[..] core, without copies of the core.
+  static void row_core_of_few(const TensorView& h, const TensorView& u, const int64_t* row,
+                              const int64_t* token, int64_t n, const TensorView& core,
+                              Acc scaling) {
+    Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
+    Acc* wide = memory.get<Acc>();
+    Acc* sums = wide + n * core.rows;
+    widen(wide, u, row, token, n);
+    if (core.row_stride == 1 || core.col_stride == 1) {
+      for (int64_t j = 0; j < n; ++j)
+        times_core(sums + j * core.cols, wide + j * core.rows, core, scaling);
+    } else {
+      Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.row_stride,
+                           core.col_stride, scaling);
+    }
+    for (int64_t j = 0; j < n; ++j)
+      write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
+  }
+
   // h has contiguous rows, of T or wider.
   static void row_core(const TensorView& h, const TensorView& u, const int64_t* token,
-                       const TensorView& cores, int64_t cores_ls, const Groups& by_core,
+                       const TensorView& cores, int64_t core_stride, const Groups& by_core,
                        double scaling) {
     Drop scaled;
     scaled.scale = scaling;
-    const bool core_in_lines = cores.row_stride == 1 || cores.col_stride == 1;
     const int64_t total = by_core.first[by_core.count];
     const int64_t row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
@@ -158,25 +176,14 @@ struct RowProducts {
       // A group is divided from its first row: a thread computes the parts that start in its rows.
       const int64_t first = by_core.first[group];
       int64_t i = smaller(first + round_up(begin - first, kRowsOfGroup), by_core.first[group + 1]);
-      while (i < end) {
+      for (int64_t n = 0; i < end; i += n) {
         while (by_core.first[group + 1] <= i) ++group;
-        const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
+        n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
-        const TensorView core = layer_of(cores, cores_ls, by_core.key[group]);
+        const TensorView core = core_of(cores, core_stride, by_core.key[group]);
         // Decided by the size of the group, not of its last part.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
-          Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
-          Acc* wide = memory.get<Acc>();
-          Acc* sums = wide + n * core.rows;
-          widen(wide, u, row, token, n);
-          for (int64_t j = 0; core_in_lines && j < n; ++j)
-            times_core(sums + j * core.cols, wide + j * core.rows, core, Acc(scaling));
-          if (!core_in_lines)
-            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.row_stride,
-                                 core.col_stride, Acc(scaling));
-          for (int64_t j = 0; j < n; ++j)
-            write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
-          i += n;
+          row_core_of_few(h, u, row, token, n, core, Acc(scaling));
           continue;
         }
         const Gathered<T> in(u, row, token, n);
@@ -189,20 +196,19 @@ struct RowProducts {
         for (int64_t j = 0; !follow && j < n; ++j)
           std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes,
                       memory.get<char>() + j * row_bytes, size_t(row_bytes));
-        i += n;
       }
     });
   }
 
   // dG_c = scaling * the sum over the rows of c of u_t(i)^T g_i, for the cores that have rows.
-  static void row_core_grad(const TensorView& dcores, int64_t dcores_ls, const TensorView& g,
+  static void row_core_grad(const TensorView& dcores, int64_t core_stride, const TensorView& g,
                             const TensorView& u, const int64_t* token, const Groups& by_core,
                             double scaling) {
     auto groups = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = by_core.first[group];
         const int64_t n = by_core.first[group + 1] - first;
-        const TensorView out = layer_of(dcores, dcores_ls, by_core.key[group]);
+        const TensorView out = core_of(dcores, core_stride, by_core.key[group]);
         if (n <= kShortGroup) {
           Scratch memory(size_t(n * (u.cols + g.cols)) * sizeof(Acc));
           Acc* wide_u = memory.get<Acc>();
@@ -223,16 +229,16 @@ struct RowProducts {
     run_tasks(by_core.count, by_core.first[by_core.count] * u.cols * g.cols, groups);
   }
 
-  // du_t = the sum of a token's rows of k, in their order, rounded once.
-  static void sum_rows(const TensorView& du, const TensorView& k, const Groups& by_token) {
-    const int64_t r = k.cols;
+  // du_t = the sum of a token's rows of row_du, in their order, rounded once.
+  static void sum_rows(const TensorView& du, const TensorView& row_du, const Groups& by_token) {
+    const int64_t r = row_du.cols;
     run_tasks(by_token.count, by_token.first[by_token.count] * r, [&](int64_t begin, int64_t end) {
       Scratch memory(size_t(r) * sizeof(Acc));
       Acc* sum = memory.get<Acc>();
       for (int64_t group = begin; group < end; ++group) {
         for (int64_t j = 0; j < r; ++j) sum[j] = 0;
         for (int64_t i = by_token.first[group]; i < by_token.first[group + 1]; ++i) {
-          const Acc* row = static_cast<const Acc*>(k.data) + by_token.row[i] * r;
+          const Acc* row = static_cast<const Acc*>(row_du.data) + by_token.row[i] * r;
           for (int64_t j = 0; j < r; ++j) sum[j] += row[j];
         }
         write_rows<K>(du, by_token.key[group], 1, sum, r, 1.0, false);

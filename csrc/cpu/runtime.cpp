@@ -60,8 +60,8 @@ Scratch::~Scratch() {
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    const long told = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (told > 0) return int64_t(told);
+    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (reported > 0) return int64_t(reported);
 #endif
     return int64_t(512) << 10;
   }();

@@ -126,22 +126,22 @@ struct Small {
     Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) +
                    size_t(m * (r_in + r_out)) * sizeof(T));
     Acc* h = memory.get<Acc>();  // scaling g B, never rounded
-    Acc* k = h + m * r_out;      // h core^T
-    Acc* u = k + m * r_in;       // the given u
+    Acc* du = h + m * r_out;     // h core^T
+    Acc* u = du + m * r_in;      // the given u
     Acc* uc = u + m * r_in;      // scaling u core
-    T* k_t = reinterpret_cast<T*>(uc + m * r_out);
-    T* uc_t = k_t + m * r_in;
+    T* du_t = reinterpret_cast<T*>(uc + m * r_out);
+    T* uc_t = du_t + m * r_in;
     if (s.dx.data || s.dA.data || s.dcore.data) {
       Drop scaled;
       scaled.scale = s.scaling;
       Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled);
     }
     if (s.dx.data || s.dA.data) {
-      times_core(k, h, m, r_out, r_in, s.core, s.core.col_stride, s.core.row_stride, Acc(1));
-      narrow(k_t, k, m * r_in);
-      const TensorView k_mat = dense(k_t, m, r_in, t);
-      if (s.dx.data) Ops::expand(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx ? TensorView{} : s.dx, {}});
-      if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{}, !s.fresh_dA);
+      times_core(du, h, m, r_out, r_in, s.core, s.core.col_stride, s.core.row_stride, Acc(1));
+      narrow(du_t, du, m * r_in);
+      const TensorView du_mat = dense(du_t, m, r_in, t);
+      if (s.dx.data) Ops::expand(s.dx, du_mat, s.A, Drop{}, {s.fresh_dx ? TensorView{} : s.dx, {}});
+      if (s.dA.data) Ops::factor_grad(s.dA, s.x, du_mat, Drop{}, !s.fresh_dA);
     }
     if (s.dB.data || s.dcore.data) widen(u, s.u);
     if (s.dB.data) {

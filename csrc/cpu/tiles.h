@@ -10,6 +10,7 @@
 //          |  x   |      |                 |              |
 //          +------+------+--               +--------------+
 //
+//   K               the kind of arithmetic of T: single elements, or pairs (vec.h)
 //   unit            what one lane multiplies at once: an element, or a pair
 //   pair            two bfloat16 neighbors along the summed dimension
 //   tile            the part of x that is multiplied at a time. It stays in L1 or L2, in place or
@@ -27,7 +28,7 @@
 //
 // A tile has its units along the summed dimension, which is a row of the matrix or a column:
 //   along_row      tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of expand
-//   down_columns   tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of factor_grad,
+//   down_columns   tile[i / pair][c]   = elements (i .. i + pair, c)       x and v of factor_grad,
 //                                                                          the factors
 #pragma once
 
@@ -38,16 +39,8 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-      return 8;
-    case DType::float32:
-      return 4;
-    case DType::bfloat16:
-    case DType::float16:
-      break;
-  }
-  return 2;
+  if (dtype == DType::float64) return 8;
+  return dtype == DType::float32 ? 4 : 2;
 }
 
 template <typename S>
@@ -314,12 +307,7 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const TensorView&
 }
 
 inline TensorView transposed(const TensorView& a) {
-  TensorView t = a;
-  t.rows = a.cols;
-  t.cols = a.rows;
-  t.row_stride = a.col_stride;
-  t.col_stride = a.row_stride;
-  return t;
+  return {a.data, a.cols, a.rows, a.col_stride, a.row_stride, a.dtype};
 }
 
 }  // namespace lotr::cpu::LOTR_ISA

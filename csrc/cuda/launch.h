@@ -1,6 +1,6 @@
 // The CUDA operators without torch: raw pointers, a stream and a workspace.
-// csrc/torch/products_cuda.h calls them with tensors, csrc/simt/module with numpy arrays.  They
-// check only ranks, do not allocate and never synchronize.  A launch that fails throws
+// csrc/torch/products_cuda.h calls them with tensors, csrc/simt/module with numpy arrays. They
+// check only ranks, do not allocate and never synchronize. A launch that fails throws
 // std::runtime_error with the kernel's name.
 #pragma once
 #include <cstddef>
@@ -21,18 +21,18 @@ struct Call {
   bool early;    // kernels may be launched early: waits_in_kernels() and early_launches()
 };
 
-// Whether the current device runs code of compute capability 9.0 or later.  Its kernels call
-// griddepcontrol_wait and may be launched early (ptx/launch.cuh).  Code for an older capability,
+// Whether the current device runs code of compute capability 9.0 or later. Its kernels call
+// griddepcontrol_wait and may be launched early (ptx/launch.cuh). Code for an older capability,
 // which the driver translates for a newer card, does not call it.
 bool waits_in_kernels();
 
-// Elements of 16 bytes.  A matrix with rows at multiples of it, in aligned memory, is read 16 bytes
-// at a time.  Give u, k, h and F such rows, whatever their rank is.
+// Elements of 16 bytes. A matrix with rows at multiples of it, in aligned memory, is read 16 bytes
+// at a time. Give u, du, h and F such rows, whatever their rank is.
 constexpr int64_t row_elements(DType type) {
   return 16 / element_size(type);
 }
 
-// The workspace of a call, taken piece by piece.  Without memory (null) it only counts: the
+// The workspace of a call, taken piece by piece. Without memory (null) it only counts: the
 // operators then run without a launch, so the bytes that are counted are the bytes that will be
 // taken.
 class Workspace {
@@ -73,14 +73,14 @@ class Workspace {
 // An operator is one function that counts the workspace, and that launches:
 //
 //   workspace(call, problem)         bytes on the device, aligned to 256 bytes
-//   run(call, problem, workspace)    The workspace may hold anything.  It may be freed, in stream
+//   run(call, problem, workspace)    The workspace may hold anything. It may be freed, in stream
 //                                    order, when run returns.
 //
 // An input that cannot be read 16 bytes at a time (float32 factors with half activations, strides
 // that are not multiples of 16 bytes, a transposed g) is first cast or packed into the workspace,
-// with one more launch.  Outputs may have any strides; rows at multiples of 16 bytes are faster.
+// with one more launch. Outputs may have any strides; rows at multiples of 16 bytes are faster.
 //
-// A FloatSum that is written, not added to, needs no zeros.  It must be contiguous if M is 0.
+// A FloatSum that is written, not added to, needs no zeros. It must be contiguous if M is 0.
 void run(const Call& call, const ShrinkProblem& p, Workspace& memory);
 void run(const Call& call, const ExpandProblem& p, Workspace& memory);
 void run(const Call& call, const FactorGradProblem& p, Workspace& memory);
@@ -90,7 +90,7 @@ void run(const Call& call, const ShrinkGradProblem& p, Workspace& memory);
 void run(const Call& call, const FoldProblem& p, Workspace& memory);
 void run(const Call& call, const FoldGradProblem& p, Workspace& memory);
 
-// Per-row cores.  There must be fewer than 2^31 rows, tokens and cores.
+// Per-row cores. There must be fewer than 2^31 rows, tokens and cores.
 void run(const Call& call, const RowCoreProblem& p, Workspace& memory);
 void run(const Call& call, const RowEndsProblem& p, Workspace& memory);
 void run(const Call& call, const RowCoreGradProblem& p, Workspace& memory);

@@ -1,4 +1,4 @@
-// The kernels of one element type, as host functions.  Each kernels_*.cu compiles them for one
+// The kernels of one element type, as host functions. Each kernels_*.cu compiles them for one
 // type.
 #pragma once
 #include <stdexcept>
@@ -10,12 +10,12 @@
 
 namespace lotr::cuda {
 
-// Largest rank of one launch.  A larger one is computed in pieces of the rank, each of which reads
+// Largest rank of one launch. A larger one is computed in pieces of the rank, each of which reads
 // the large matrix once.
 constexpr int max_rank(DType type) {
   return type == DType::float32 ? 128 : 256;
 }
-// Above this rank, k and Q are cheaper from two reads of g: their parts would outweigh one read.
+// Above this rank, du and Q are cheaper from two reads of g: their parts would outweigh one read.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
 
 // The matrices can be read 16 bytes at a time, and the rank fits one launch.
@@ -27,7 +27,7 @@ struct Launchers {
   static void shrink_grad(const Call& call, const ShrinkGradParams& p, const plan::Plan& plan);
 };
 
-// The second launch for sums that are split over blocks.  type: of the core product.
+// The second launch for sums that are split over blocks. type: of the core product.
 void sum_parts(const Call& call, DType type, const SumTwoParams& p);
 // dcores [rows, cols], contiguous, from the parts of fold_grad or row_core_grad.
 void sum_cores(const Call& call, const float* parts, float* dcores, int64_t rows, int32_t cols,

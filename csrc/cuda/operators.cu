@@ -163,7 +163,8 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
     const Workspace::Scope of_launch(memory);
     const plan::Plan plan = plan_of(call, Kernel::factor_grad, p.M, p.K, ranks);
     auto params = params_of<FactorGradParams>(p);
-    params.r = params.D_cols = ranks;
+    params.r = ranks;
+    params.D_cols = ranks;
     params.v = columns(p.v, first, call.type);
     params.D.data += first * p.D.col;
     SumTwoParams sums{};
@@ -181,11 +182,11 @@ void run(const Call& call, const FactorGradProblem& problem, Workspace& memory) 
 
 namespace {
 
-// k and Q from two reads of g, for ranks at which the parts would cost more than the second read.
+// du and Q from two reads of g, for ranks at which the parts would cost more than the second read.
 void two_reads(const Call& call, const ShrinkGradProblem& p, Workspace& memory) {
-  ShrinkProblem k = shrink_of(p.g, p.F, p.k, p.M, p.N, p.r);
-  k.core_product = p.core_product;
-  run(call, k, memory);
+  ShrinkProblem du = shrink_of(p.g, p.F, p.du, p.M, p.N, p.r);
+  du.core_product = p.core_product;
+  run(call, du, memory);
   run(call, factor_grad_of(p.Q, p.g, p.u, p.M, p.N, p.r_u), memory);
 }
 
@@ -205,11 +206,11 @@ void run(const Call& call, const ShrinkGradProblem& problem, Workspace& memory) 
   const plan::Plan plan = plan_of(call, Kernel::shrink_grad, p.M, p.N, r);
   auto params = params_of<ShrinkGradParams>(p);
   params.Q_cols = p.r_u;
-  params.k_parts_row = row_of_parts(p.r);
+  params.du_parts_row = row_of_parts(p.r);
   SumTwoParams sums{};
-  if (plan.n_blocks > 1 || p.core_product.core.data) {  // sum_parts multiplies k with the core
-    params.k_parts = memory.take<float>(plan.n_blocks * p.M * params.k_parts_row);
-    sums.first = rounded_sum(call, params.k_parts, p.k, p.M, p.r, plan.n_blocks, 1.f);
+  if (plan.n_blocks > 1 || p.core_product.core.data) {  // sum_parts multiplies du with the core
+    params.du_parts = memory.take<float>(plan.n_blocks * p.M * params.du_parts_row);
+    sums.first = rounded_sum(call, params.du_parts, p.du, p.M, p.r, plan.n_blocks, 1.f);
     sums.core_product = p.core_product;
   }
   if (plan.m_blocks > 1) {

@@ -1,8 +1,8 @@
 // Kernel parameters: a problem and how it is divided into blocks, passed by value.
 //
 // Blocks that share an output tile store partial sums ("parts"): one float32 matrix per block,
-// which the kernel sum_parts adds in order.  So no block waits for another, and no memory outlives
-// a launch.  A part has `parts_row` columns, all of them written: complete 32-byte sectors.
+// which the kernel sum_parts adds in order. So no block waits for another, and no memory outlives
+// a launch. A part has `parts_row` columns, all of them written: complete 32-byte sectors.
 #pragma once
 #include "problem.h"
 
@@ -38,8 +38,8 @@ struct FactorGradParams : FactorGradProblem {
 // Q is the sum itself, or the parts.
 struct ShrinkGradParams : ShrinkGradProblem {
   Pieces m_pieces, n_pieces;  // of the row and column tiles
-  float* k_parts;             // [pieces of N, M, k_parts_row], or null: one piece, which writes k
-  int64_t k_parts_row;
+  float* du_parts;            // [pieces of N, M, du_parts_row], or null: one piece, which writes du
+  int64_t du_parts_row;
   int32_t Q_cols;  // columns that are written: r_u, or a part's
   int64_t Q_part;  // elements from one part of Q to the next
 };

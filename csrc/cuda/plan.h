@@ -1,12 +1,12 @@
 // How the problem of each kernel is divided into blocks: one function per kernel, from shape and
 // card to a plan.
 //
-// A kernel reads its large matrix once, whatever the plan is.  The plan decides the rest: every
+// A kernel reads its large matrix once, whatever the plan is. The plan decides the rest: every
 // block that needs a factor reads it again, mostly from L2; and if several blocks share an output
 // (split), they write parts, which a second launch (sum_parts) adds.
 //
 // An example: u = x A with x [2048, 4096] in bfloat16, r = 16, on an H100 of 132 SMs, which holds
-// two blocks of this kernel per SM.  Tiles of 64 x 128 are 16 KB; x has 32 x 32 of them, 16.8 MB.
+// two blocks of this kernel per SM. Tiles of 64 x 128 are 16 KB; x has 32 x 32 of them, 16.8 MB.
 //
 //   m_blocks x splits                             32 x 1    32 x 4    32 x 8
 //   blocks                                            32       128       256
@@ -18,7 +18,7 @@
 //   sum_parts, the second launch                       0     1,833     1,965
 //   estimate                                      25,598    12,342    12,570
 //
-// Without a split, 100 SMs have no block.  With 4 splits, 128 SMs have one.  More splits let blocks
+// Without a split, 100 SMs have no block. With 4 splits, 128 SMs have one. More splits let blocks
 // overlap, but memory already limits, and more parts are written and read.
 #pragma once
 #include <algorithm>
@@ -30,7 +30,7 @@
 
 namespace lotr::plan {
 
-// Properties of a card, as the driver reports them.  The defaults are an H100 SXM's.
+// Properties of a card, as the driver reports them. The defaults are an H100 SXM's.
 struct Card {
   int32_t multiprocessors = 132;
   int32_t shared = 233472;  // bytes of shared memory per SM
@@ -63,6 +63,11 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
+// The fewest blocks whose longest piece of `tiles` tiles is as long as with `blocks` of them.
+constexpr int64_t fewest_blocks(int64_t tiles, int64_t blocks) {
+  return ceil_div(tiles, ceil_div(tiles, blocks));
+}
+
 // One block for a matrix [M, N] in tiles of rows x cols.
 inline Plan one_block(int64_t M, int64_t N, int rows, int cols) {
   return {rows, cols, ceil_div(M, rows), ceil_div(N, cols)};
@@ -70,8 +75,8 @@ inline Plan one_block(int64_t M, int64_t N, int rows, int cols) {
 
 // ---- cost model ----
 
-// Bytes per clock and SM.  Of device memory: 3.35 TB/s of an H100 SXM are 14.5, 2.04 TB/s of an
-// A100 13.4 (vendor's data sheets).  Of L2 while all SMs read: microbenchmarks of Hopper (arXiv
+// Bytes per clock and SM. Of device memory: 3.35 TB/s of an H100 SXM are 14.5, 2.04 TB/s of an
+// A100 13.4 (vendor's data sheets). Of L2 while all SMs read: microbenchmarks of Hopper (arXiv
 // 2402.13499).
 constexpr double MEMORY_RATE = 14, L2_RATE = 30;
 
@@ -99,7 +104,7 @@ inline int resident_blocks(const Card& card, int at_most,
   return size_t(card.shared) >= 2 * (bytes + 1024) ? at_most : 1;
 }
 
-// The costs of a kernel that its plans have in common.  Bytes but for the first two.
+// The costs of a kernel that its plans have in common. All but the first two are bytes.
 struct Costs {
   int resident_blocks = 1;     // per SM
   double bytes_per_clock = 0;  // of the matrix, by a block that is alone on its SM
@@ -111,7 +116,7 @@ struct Costs {
 };
 
 // Estimates a plan in clocks: the longest of the busiest SM, memory and L2, plus a share of the
-// other two, plus the second launch of a split.  `splits` blocks share an output.
+// other two, plus the second launch of a split. `splits` blocks share an output.
 inline double clocks_of(const Card& card, const Costs& costs, const Plan& plan, int64_t splits) {
   const double sms = card.multiprocessors;
   // Waves: turns of the busiest SM, in which its resident blocks run together.
@@ -119,13 +124,13 @@ inline double clocks_of(const Card& card, const Costs& costs, const Plan& plan, 
   double turns = double(blocks_of_sm);
   if (costs.resident_blocks == 2)
     turns = double(blocks_of_sm / 2) * 2 / TWO_BLOCK_SPEEDUP + double(blocks_of_sm % 2);
-  const double tiles_of_block =
+  const double tiles =
       double(ceil_div(plan.m_tiles, plan.m_blocks) * ceil_div(plan.n_tiles, plan.n_blocks));
 
   const double parts = splits > 1 ? costs.part * double(splits) : 0;
   const double factors =
       costs.per_m_block * double(plan.m_blocks) + costs.per_n_block * double(plan.n_blocks);
-  const double block_time = tiles_of_block * costs.tile * turns / costs.bytes_per_clock;
+  const double block_time = tiles * costs.tile * turns / costs.bytes_per_clock;
   const double memory_time = (costs.matrix + parts) / (MEMORY_RATE * sms);
   const double l2_time = (costs.matrix + factors + parts) / (L2_RATE * sms);
   double clocks = (1 - NOT_OVERLAPPED) * std::max({block_time, memory_time, l2_time}) +
@@ -146,16 +151,15 @@ struct Fastest {
 };
 
 // Calls f(splits) for the candidate numbers of pieces of a row of `most` tiles: one, as many as
-// give one block per SM, and as many as give one per resident block.  others: blocks along the
-// other dimension of the grid.  Of the numbers with the same longest piece the smallest is taken.
+// give one block per SM, and as many as give one per resident block. others: blocks along the
+// other dimension of the grid.
 template <class F>
 void each_split(const Card& card, int resident_blocks, int64_t others, int64_t most, F f) {
   const int64_t sms = card.multiprocessors;
   int64_t last = 0;
   for (const int64_t blocks : {int64_t(1), sms, sms * resident_blocks}) {
     const int64_t wanted = std::clamp<int64_t>(blocks / others, 1, most);
-    const int64_t longest_piece = ceil_div(most, wanted);
-    const int64_t splits = ceil_div(most, longest_piece);
+    const int64_t splits = fewest_blocks(most, wanted);
     if (splits != last) f(splits);
     last = splits;
   }
@@ -163,7 +167,7 @@ void each_split(const Card& card, int resident_blocks, int64_t others, int64_t m
 
 // ---- the plans of each kernel ----
 
-// u = x A: kernels/shrink.cuh.  Tall tiles read A fewer times, low ones fill a GPU with fewer
+// u = x A: kernels/shrink.cuh. Tall tiles read A fewer times, low ones fill a GPU with fewer
 // tokens.
 inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int element) {
   const int R = padded_rank(r);
@@ -179,8 +183,8 @@ inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int elemen
     costs.tile = double(rows * cols * element);
     costs.per_m_block = double(K) * double(r) * element;
     costs.part = 4 * double(M) * double(r);
-    for (const int owned : {1, kernels::shrink_subs(R, rows)}) {
-      plan.m_blocks = ceil_div(plan.m_tiles, owned);
+    for (const int tiles_of_block : {1, kernels::shrink_subs(R, rows)}) {
+      plan.m_blocks = ceil_div(plan.m_tiles, tiles_of_block);
       each_split(card, costs.resident_blocks, plan.m_blocks, plan.n_tiles, [&](int64_t splits) {
         plan.n_blocks = splits;
         fastest.consider(card, costs, plan, splits);
@@ -191,7 +195,7 @@ inline Plan shrink(const Card& card, int64_t M, int64_t K, int64_t r, int elemen
   return fastest.plan;
 }
 
-// y = start + u F^T: kernels/expand_add.cuh.  A block keeps F of some column tiles in shared
+// y = start + u F^T: kernels/expand_add.cuh. A block keeps F of some column tiles in shared
 // memory.
 inline Plan expand_add(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
   const int R = padded_rank(r);
@@ -208,8 +212,8 @@ inline Plan expand_add(const Card& card, int64_t M, int64_t N, int64_t r, int el
   costs.per_n_block = double(M) * double(r) * element;
   const int subs = kernels::expand_subs(size_t(element), R);
   Fastest fastest;
-  for (const int owned : {1, 2, 4, subs}) {
-    plan.n_blocks = ceil_div(plan.n_tiles, std::min(owned, subs));
+  for (const int tiles_of_block : {1, 2, 4, subs}) {
+    plan.n_blocks = ceil_div(plan.n_tiles, std::min(tiles_of_block, subs));
     each_split(card, costs.resident_blocks, plan.n_blocks, plan.m_tiles, [&](int64_t blocks) {
       plan.m_blocks = blocks;
       fastest.consider(card, costs, plan, 1);
@@ -218,7 +222,7 @@ inline Plan expand_add(const Card& card, int64_t M, int64_t N, int64_t r, int el
   return fastest.plan;
 }
 
-// D += x^T v: kernels/factor_grad.cuh.  Strips of columns, and pieces of M.
+// D += x^T v: kernels/factor_grad.cuh. Strips of columns, and pieces of M.
 inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int element) {
   const int R = padded_rank(r);
   const int wide = kernels::factor_grad_wide(R);
@@ -233,8 +237,8 @@ inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int e
     costs.tile = double(rows * cols * element);
     costs.per_n_block = double(M) * double(r) * element;
     costs.part = 4.0 * double(K) * double(r);
-    for (const int owned : {1, kernels::factor_grad_subs(R, cols)}) {
-      plan.n_blocks = ceil_div(plan.n_tiles, owned);
+    for (const int tiles_of_block : {1, kernels::factor_grad_subs(R, cols)}) {
+      plan.n_blocks = ceil_div(plan.n_tiles, tiles_of_block);
       each_split(card, costs.resident_blocks, plan.n_blocks, plan.m_tiles, [&](int64_t splits) {
         plan.m_blocks = splits;
         fastest.consider(card, costs, plan, splits);
@@ -245,8 +249,8 @@ inline Plan factor_grad(const Card& card, int64_t M, int64_t K, int64_t r, int e
   return fastest.plan;
 }
 
-// k = g F and Q = g^T u: kernels/shrink_grad.cuh, one block per SM.  n blocks along N write n M r
-// elements of k, m blocks along M write m N r of Q: with n m = SMs the sum is least at
+// du = g F and Q = g^T u: kernels/shrink_grad.cuh, one block per SM. n blocks along N write n M r
+// elements of du, m blocks along M write m N r of Q: with n m = SMs the sum is least at
 // n = sqrt(SMs N / M).
 inline Plan shrink_grad(const Card& card, int64_t M, int64_t N, int64_t r, int element) {
   const int R = padded_rank(r);
@@ -255,10 +259,10 @@ inline Plan shrink_grad(const Card& card, int64_t M, int64_t N, int64_t r, int e
       one_block(M, N, kernels::SHRINK_GRAD_ROWS, kernels::shrink_grad_cols(size_t(element)));
   const int64_t least = ceil_div(plan.n_tiles, kernels::shrink_grad_subs(size_t(element), R));
   const auto wanted = int64_t(std::lround(std::sqrt(double(sms) * double(N) / double(M))));
-  plan.n_blocks = std::clamp<int64_t>(wanted, least, plan.n_tiles);
-  plan.n_blocks = ceil_div(plan.n_tiles, ceil_div(plan.n_tiles, plan.n_blocks));
-  plan.m_blocks = std::clamp<int64_t>(sms / plan.n_blocks, 1, plan.m_tiles);
-  plan.m_blocks = ceil_div(plan.m_tiles, ceil_div(plan.m_tiles, plan.m_blocks));
+  const int64_t n_blocks = std::clamp<int64_t>(wanted, least, plan.n_tiles);
+  plan.n_blocks = fewest_blocks(plan.n_tiles, n_blocks);
+  const int64_t m_blocks = std::clamp<int64_t>(sms / plan.n_blocks, 1, plan.m_tiles);
+  plan.m_blocks = fewest_blocks(plan.m_tiles, m_blocks);
   return plan;
 }
 
@@ -268,7 +272,7 @@ struct Split {
   int64_t splits = 1;
 };
 
-// dG = s Q^T B: kernels/fold.cuh.  The sum over N is long: split until there is one block per SM,
+// dG = s Q^T B: kernels/fold.cuh. The sum over N is long: split until there is one block per SM,
 // with at least 256 rows per block.
 inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out) {
   const int64_t sms = card.multiprocessors;
@@ -277,7 +281,7 @@ inline Split fold_grad(const Card& card, int64_t N, int64_t r_in, int64_t r_out)
   return plan;
 }
 
-// dG_c for the rows of a core: kernels/row_core.cuh.  Split until there are four blocks per SM,
+// dG_c for the rows of a core: kernels/row_core.cuh. Split until there are four blocks per SM,
 // with at least 64 rows per block for a core of average size.
 inline Split row_core_grad(const Card& card, int64_t rows, int64_t cores, int64_t r_in,
                            int64_t r_out) {

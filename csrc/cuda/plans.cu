@@ -36,14 +36,14 @@ bool has_tiles(const std::string& kernel) {
   return std::find(NAMES, NAMES + WITH_TILES, kernel) != NAMES + WITH_TILES;
 }
 
-// Whether a kernel's plan has this number.  The kernel "" stands for all launches.
+// Whether a kernel's plan has this number. The kernel "" stands for all launches.
 bool has_word(const std::string& kernel, const std::string& name) {
   if (kernel.empty()) return name == "early";
   if (!has_tiles(kernel)) return name == "splits";
   return name == "rows" || name == "cols" || name == "m_blocks" || name == "n_blocks";
 }
 
-// The words of each kernel.  The words of "" belong to all launches.
+// The words of each kernel. The words of "" belong to all launches.
 std::map<std::string, Words> parse(const std::string& text) {
   std::map<std::string, Words> words_of;
   std::istringstream parts(text);

@@ -1,7 +1,8 @@
 // The problems that operators compute: POD structs without a plan and without CUDA or torch types.
 //
-// m tokens, k in, n out, r rank.  Strides count elements, not bytes.  A problem has the extents of
-// its matrices; a matrix without data (null) is an operand or a result that the call does not have.
+// m tokens, k in_features, n out_features, r rank. Strides count elements, not bytes. A problem
+// has the extents of its matrices; a matrix without data (null) is an operand or a result that the
+// call does not have.
 #pragma once
 #include <cstdint>
 
@@ -40,7 +41,7 @@ struct Dropout {
   float scale;  // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
 };
 
-// h = scale * u core, for few tokens in the launches that compute u.  core null: no such product.
+// h = scale * u core, for few tokens in the launches that compute u. core null: no such product.
 struct CoreProduct {
   Matrix core;  // [r, r_core]
   Matrix h;     // [M, r_core]
@@ -60,7 +61,7 @@ struct ShrinkProblem {
   CoreProduct core_product;  // of u
 };
 
-// y = start + drop(u F^T).  start: y itself, another matrix, or null for the bias.
+// y = start + drop(u F^T). start: y itself, another matrix, or null for the bias.
 struct ExpandProblem {
   Matrix y;      // [M, N]
   Matrix start;  // [M, N] of y's type, or null; it is y, or does not overlap y
@@ -83,16 +84,16 @@ struct FactorGradProblem {
   Dropout dropout;
 };
 
-// k = g F and Q (+)= g^T u from one read of g
+// du = g F and Q (+)= g^T u from one read of g
 struct ShrinkGradProblem {
   Matrix g;    // [M, N]
   Matrix F;    // [N, r]
   Matrix u;    // [M, r_u]
-  Matrix k;    // [M, r]
+  Matrix du;   // [M, r]
   FloatSum Q;  // [N, r_u]
   int64_t M, N;
   int32_t r, r_u;
-  CoreProduct core_product;  // of k
+  CoreProduct core_product;  // of du
 };
 
 // F = s B G^T
@@ -132,7 +133,7 @@ struct SmallForwardProblem {
   float scale;
 };
 
-// h = g B, k = scale h core^T, dx += k A^T, dA (+)= x^T k, dB (+)= scale g^T (u core),
+// h = g B, du = scale h core^T, dx += du A^T, dA (+)= x^T du, dB (+)= scale g^T (u core),
 // dcore = scale u^T h
 struct SmallBackwardProblem {
   Matrix dx;     // [M, K], or null
@@ -160,7 +161,8 @@ struct RowIndex {
   int64_t rows, tokens, cores;
 };
 
-// h_i = scale a_t(i) G_c(i); and k_i = scale g_i G_c(i)^T, with the strides of a core exchanged
+// h_i = scale a_t(i) G_c(i); and row_du_i = scale g_i G_c(i)^T, with the strides of a core
+// exchanged
 struct RowCoreProblem {
   RowIndex index;
   Matrix a;             // [tokens, r_in]
@@ -200,17 +202,17 @@ struct RowCoreGradProblem {
   float scale;
 };
 
-// du_t = sum of k_i over the rows of t, in their order
+// du_t = sum of row_du_i over the rows of t, in their order
 struct SumRowsProblem {
   Segments of_token;
-  const float* k;  // [rows, r], contiguous
-  Matrix du;       // [tokens, r]
+  const float* row_du;  // [rows, r], contiguous
+  Matrix du;            // [tokens, r]
   DType du_type;
   int64_t tokens;
   int32_t r;
 };
 
-// to = from in the kernels' type.  The rows of `to` start at multiples of 16 bytes; their padding
+// to = from in the kernels' type. The rows of `to` start at multiples of 16 bytes; their padding
 // is not written.
 struct PackProblem {
   Matrix from, to;  // [rows, cols]

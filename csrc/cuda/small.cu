@@ -1,5 +1,5 @@
 // Implements the few-token form of launch.h: tokens are multiplied with the core, which is not
-// folded into B.  A backward pass has the launches of the folded form; a forward pass has one
+// folded into B. A backward pass has the launches of the folded form; a forward pass has one
 // fewer, because no F is made.
 #include <utility>
 
@@ -34,26 +34,26 @@ void expand(const Call& call, const Matrix& y, const Matrix& u, const Matrix& F,
   run(call, p, memory);
 }
 
-// h = g B, k = scale h core^T, Q = g^T u; without `Q` (null) h and k.
+// h = g B, du = scale h core^T, Q = g^T u; without `Q` (null) h and du.
 void shrink_gradient(const Call& call, const SmallBackwardProblem& p, const Matrix& h,
                      const CoreProduct& core_product, const FloatSum& Q, Workspace& memory) {
   if (Q.data) {
-    ShrinkGradProblem q{};
-    q.g = p.g;
-    q.F = p.B;
-    q.u = p.u;
-    q.k = h;
-    q.Q = Q;
-    q.M = p.M;
-    q.N = p.N;
-    q.r = p.r_out;
-    q.r_u = p.r_in;
-    q.core_product = core_product;
-    run(call, q, memory);
+    ShrinkGradProblem problem{};
+    problem.g = p.g;
+    problem.F = p.B;
+    problem.u = p.u;
+    problem.du = h;
+    problem.Q = Q;
+    problem.M = p.M;
+    problem.N = p.N;
+    problem.r = p.r_out;
+    problem.r_u = p.r_in;
+    problem.core_product = core_product;
+    run(call, problem, memory);
   } else {
-    ShrinkProblem q = shrink_of(p.g, p.B, h, p.M, p.N, p.r_out);
-    q.core_product = core_product;
-    run(call, q, memory);
+    ShrinkProblem problem = shrink_of(p.g, p.B, h, p.M, p.N, p.r_out);
+    problem.core_product = core_product;
+    run(call, problem, memory);
   }
 }
 
@@ -71,33 +71,33 @@ void run(const Call& call, const SmallForwardProblem& p, Workspace& memory) {
 // dB and dcore by Q = g^T u, as in the folded form: dB = scale Q core, dcore = scale Q^T B.
 void run(const Call& call, const SmallBackwardProblem& p, Workspace& memory) {
   const Workspace::Scope scope(memory);
-  const bool needs_k = p.dx.data || p.dA.data;
+  const bool needs_du = p.dx.data || p.dA.data;
   const bool needs_Q = p.dB.data || p.dcore;
   const Matrix h = take_matrix(call, memory, p.M, p.r_out);
-  const Matrix k = take_matrix(call, memory, p.M, p.r_in);
+  const Matrix du = take_matrix(call, memory, p.M, p.r_in);
   FloatSum Q{};
   if (needs_Q) Q = {memory.take<float>(p.N * p.r_in), p.r_in, 1, false};
-  if (needs_k)
-    shrink_gradient(call, p, h, {transposed(p.core), k, p.r_in, p.scale}, Q, memory);
+  if (needs_du)
+    shrink_gradient(call, p, h, {transposed(p.core), du, p.r_in, p.scale}, Q, memory);
   else if (needs_Q)
     run(call, factor_grad_of(Q, p.g, p.u, p.M, p.N, p.r_in), memory);
   if (needs_Q) {
-    FoldGradProblem q{};
-    q.Q = {Q.data, Q.row, Q.col, Access::element};
-    q.B = p.B;
-    q.core = p.core;
-    q.dB = p.dB;
-    q.dcore = p.dcore;
-    q.B_type = type_of(call, p.B);
-    q.core_type = type_of(call, p.core);
-    q.N = p.N;
-    q.r_in = p.r_in;
-    q.r_out = p.r_out;
-    q.scale = p.scale;
-    run(call, q, memory);
+    FoldGradProblem problem{};
+    problem.Q = {Q.data, Q.row, Q.col, Access::element};
+    problem.B = p.B;
+    problem.core = p.core;
+    problem.dB = p.dB;
+    problem.dcore = p.dcore;
+    problem.B_type = type_of(call, p.B);
+    problem.core_type = type_of(call, p.core);
+    problem.N = p.N;
+    problem.r_in = p.r_in;
+    problem.r_out = p.r_out;
+    problem.scale = p.scale;
+    run(call, problem, memory);
   }
-  if (p.dx.data) expand(call, p.dx, k, p.A, p.M, p.K, p.r_in, 1.f, memory);
-  if (p.dA.data) run(call, factor_grad_of(p.dA, p.x, k, p.M, p.K, p.r_in), memory);
+  if (p.dx.data) expand(call, p.dx, du, p.A, p.M, p.K, p.r_in, 1.f, memory);
+  if (p.dA.data) run(call, factor_grad_of(p.dA, p.x, du, p.M, p.K, p.r_in), memory);
 }
 
 }  // namespace lotr::cuda

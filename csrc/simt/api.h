@@ -1,5 +1,5 @@
 // The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that tests need
-// no GPU.  Test builds only.  Host programs (the tests, the Python module) include this header.
+// no GPU. Test builds only. Host programs (the tests, the Python module) include this header.
 //
 //   site.h device.h hopper.h  the functions that csrc/cuda/ptx calls, one per instruction's wrapper
 //   grid.cpp scheduler.cpp    clusters of blocks one after another; one fiber per GPU thread,
@@ -14,8 +14,8 @@
 //   sites.cpp                 skips one barrier, for mutation tests
 //
 // It cannot test the PTX inside the wrappers, speed, or what the hardware's memory model allows but
-// the race detector's model does not.  mma sums in float32 in a fixed order, so results differ from
-// a GPU's in the last bits.  Not thread-safe: one thread launches.
+// the race detector's model does not. mma sums in float32 in a fixed order, so results differ from
+// a GPU's in the last bits. Not thread-safe: one thread launches.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Options {
   size_t shared_limit = 232448;
 };
 // Mutation without a compiler: barriers, warp synchronization, commits, waits and fences at this
-// line do nothing, as if the line were deleted.  file: the end of its path, as "tile/reduce.cuh".
+// line do nothing, as if the line were deleted. file: the end of its path, as "tile/reduce.cuh".
 // An empty file is no line.
 struct Skip {
   std::string file;
@@ -62,7 +62,7 @@ const Options& options();
 // environment.
 Options options_from_environment(Options options = {});
 
-// Traffic of one registered array.  Lanes that execute a call site together count as one
+// Traffic of one registered array. Lanes that execute a call site together count as one
 // instruction, and a byte that several of its lanes access counts once.
 struct Traffic {
   std::string name;
@@ -90,8 +90,8 @@ struct Counters {
   uint64_t async_copies = 0;                 // cp.async, per lane
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
-  // Shared memory, with ldmatrix and the writes of cp.async.  A phase is the work of one cycle
-  // without conflicts; wavefronts / phases is the degree of bank conflicts.  Without count_memory:
+  // Shared memory, with ldmatrix and the writes of cp.async. A phase is the work of one cycle
+  // without conflicts; wavefronts / phases is the degree of bank conflicts. Without count_memory:
   // only ldmatrix.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
   uint64_t shared_unwrapped = 0;  // race build: bytes
@@ -102,7 +102,7 @@ struct Counters {
 Counters counters();
 void reset_counters();  // registered arrays stay
 
-// Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.
+// Names [base, base + bytes). Throws std::invalid_argument if it overlaps another array.
 void register_array(const std::string& name, const void* base, size_t bytes);
 void clear_arrays();
 

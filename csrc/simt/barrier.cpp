@@ -85,8 +85,6 @@ void exchange(Warp& warp, uint32_t mask, void* op) {
   }
 }
 
-void nothing(Warp&, uint32_t, void*) {}
-
 }  // namespace
 
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
@@ -121,7 +119,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
   race::Sync& sync = warp.sync[warp.generation % 2];
   if (orders_memory) race::release(sync);
   if ((warp.arrived & mask) == mask) {
-    leader(warp, mask, context);
+    if (leader) leader(warp, mask, context);
     warp.arrived &= ~mask;
     ++warp.generation;
     ++totals.warp_collectives;
@@ -172,7 +170,7 @@ void cluster_sync(Site site) {
 void sync_warp(uint32_t mask, Site site) {
   race::ExecutorScope scope;
   if (left_out("__syncwarp", site)) return;
-  warp_collective("__syncwarp", mask, site, nullptr, nothing, nullptr, true);
+  warp_collective("__syncwarp", mask, site, nullptr, nullptr, nullptr, true);
 }
 
 uint64_t shuffle_xor(uint32_t mask, uint64_t bits, int lanes, int width, Site site) {

@@ -301,6 +301,28 @@ def environment(mode: str) -> dict[str, str]:
     return env
 
 
+def run_program(
+    mode: str, source: Path, *arguments: str, defines: tuple[str, ...] = (), **schedule: object
+) -> subprocess.CompletedProcess[str]:
+    """Builds and runs a program of one source file.
+
+    Args:
+        mode: One of MODES.
+        source: The file, with a main().
+        arguments: Of the program.
+        defines: For the compiler.
+        schedule: `order`, `seed` and `preempt` of the executor.
+    """
+    variables = {f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()}
+    return subprocess.run(
+        [program(mode, source, defines), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(mode) | variables,
+        timeout=1000,
+    )
+
+
 def python_environment(mode: str) -> dict[str, str]:
     """The same for Python: AddressSanitizer must be there before Python starts."""
     env = environment(mode)

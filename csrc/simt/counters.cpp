@@ -1,4 +1,4 @@
-// Counts the traffic of a launch.  Each lane logs its accesses.  When the warp converges, the log
+// Counts the traffic of a launch. Each lane logs its accesses. When the warp converges, the log
 // is split into instructions: the lanes' n-th accesses at one call site are one instruction.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -60,7 +60,7 @@ void add(Traffic& traffic, Space space, uint64_t bytes, uint64_t sectors) {
   }
 }
 
-// Bytes and sectors of one instruction.  An aligned access of at most 16 bytes is inside one
+// Bytes and sectors of one instruction. An aligned access of at most 16 bytes is inside one
 // sector.
 void count_global_instruction(const Access* const* lanes, size_t count) {
   struct Touched {
@@ -84,18 +84,18 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
         lanes[0]->space, __builtin_popcount(touched[i].bytes), 1);
 }
 
-// 32 banks of 4 bytes.  A cycle transfers 128 bytes: a warp of 4-byte accesses, half a warp of
-// 8-byte accesses, a quarter of 16-byte accesses.  Lanes that access one word share it; different
+// 32 banks of 4 bytes. A cycle transfers 128 bytes: a warp of 4-byte accesses, half a warp of
+// 8-byte accesses, a quarter of 16-byte accesses. Lanes that access one word share it; different
 // words in one bank need several cycles.
 void count_shared_instruction(const Access* const* lanes, const int* lane_numbers, size_t count) {
   const uint32_t bytes = lanes[0]->bytes;
-  const int lanes_a_phase = bytes <= 4 ? 32 : 128 / int(bytes);
-  for (int first = 0; first < 32; first += lanes_a_phase) {
+  const int lanes_per_phase = bytes <= 4 ? 32 : 128 / int(bytes);
+  for (int first = 0; first < 32; first += lanes_per_phase) {
     uintptr_t words[32];
     int in_bank[32] = {}, worst = 0;
     size_t n = 0;
     for (size_t i = 0; i < count; ++i) {
-      if (lane_numbers[i] < first || lane_numbers[i] >= first + lanes_a_phase) continue;
+      if (lane_numbers[i] < first || lane_numbers[i] >= first + lanes_per_phase) continue;
       for (uintptr_t word = lanes[i]->address / 4; word * 4 < lanes[i]->address + bytes; ++word) {
         if (std::find(words, words + n, word) != words + n) continue;
         words[n++] = word;

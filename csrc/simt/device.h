@@ -1,5 +1,5 @@
 // What kernels include when a host compiler compiles them: the functions that csrc/cuda/ptx calls,
-// and the CUDA built-ins.  Their code is in files that are never compiled with -fsanitize=thread,
+// and the CUDA built-ins. Their code is in files that are never compiled with -fsanitize=thread,
 // so that the race detector sees the kernel's accesses and not the executor's own.
 #pragma once
 #ifdef __CUDACC__

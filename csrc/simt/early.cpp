@@ -1,4 +1,4 @@
-// Programmatic dependent launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here.
+// Programmatic dependent launches (csrc/cuda/ptx/launch.cuh). Grids run one after another here.
 // Errors show what would go wrong if they overlapped: before griddepcontrol.wait, a thread must not
 // access global memory, exit, or let the next launch start.
 #include "state.h"

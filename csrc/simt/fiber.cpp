@@ -10,7 +10,7 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
-// A fiber's frames must be on its stack.  (A module that is loaded into Python gets this from
+// A fiber's frames must be on its stack. (A module that is loaded into Python gets this from
 // ASAN_OPTIONS.)
 extern "C" const char* __asan_default_options() {
   return "detect_stack_use_after_return=0:detect_leaks=0";

@@ -1,4 +1,4 @@
-// A fiber: one GPU thread's stack and saved registers.  x86-64 switches in a dozen instructions of
+// A fiber: one GPU thread's stack and saved registers. x86-64 switches in a dozen instructions of
 // assembly; other machines, or LOTR_SIMT_UCONTEXT, use ucontext (about fifty times slower).
 #pragma once
 #include <cstddef>
@@ -31,7 +31,7 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// `entry` runs at the first switch to the fiber.  It must call fiber_entered() first and never
+// `entry` runs at the first switch to the fiber. It must call fiber_entered() first and never
 // return.
 void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 void fiber_entered();
@@ -40,7 +40,7 @@ void fiber_switch(Fiber& from, Fiber& to);
 // Resumes `to`; `from` will not run again.
 [[noreturn]] void fiber_leave(Fiber& from, Fiber& to);
 
-// Stacks for `count` fibers of the same size, each above an unmapped page.  Blocks reuse them.
+// Stacks for `count` fibers of the same size, each above an unmapped page. Blocks reuse them.
 class FiberStacks {
  public:
   ~FiberStacks();

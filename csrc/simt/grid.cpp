@@ -145,7 +145,7 @@ void run_cluster(uint3 corner) {
   race::leave_kernel();
 }
 
-// The i-th cluster of n to run.  Random: i -> (a i + b) mod n with a coprime to n, so that no list
+// The i-th cluster of n to run. Random: i -> (a i + b) mod n with a coprime to n, so that no list
 // is needed.
 struct ClusterOrder {
   uint64_t count, step = 1, start = 0;

@@ -17,7 +17,7 @@ void fence_mbarrier_init(Site site);
 // bytes: added to those that the phase waits for.
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
-// Arrives at the same mbarrier of block `rank`.  It orders this thread's reads before the waiting
+// Arrives at the same mbarrier of block `rank`. It orders this thread's reads before the waiting
 // thread, but makes none of its stores visible there.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 
@@ -26,7 +26,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier,
                  uint32_t blocks, Site site);
 uint32_t own_block();  // its mask
-// From shared memory to the matrix.  The tile is read, and the matrix written, some time before a
+// From shared memory to the matrix. The tile is read, and the matrix written, some time before a
 // bulk_wait that keeps fewer groups in flight returns.
 void tma_store_2d(const TensorMap& map, int col, int row, const void* shared, Site site);
 void bulk_commit(Site site);
@@ -34,7 +34,7 @@ void bulk_wait(int keep, Site site);
 void fence_proxy_async(Site site);
 
 void wgmma_fence(Site site);
-// d [64, n] of a warpgroup.  a, b: descriptors.  mn_major: the order of b.
+// d [64, n] of a warpgroup. a, b: descriptors. mn_major: the order of b.
 void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumulate, bool is_bf16,
            Site site);
 void wgmma_commit(Site site);

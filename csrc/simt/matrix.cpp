@@ -1,4 +1,4 @@
-// ldmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
+// ldmatrix and mma.sync. Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
 // and of the fragments of m16n8k16.
 #include <algorithm>
 #include <cmath>
@@ -78,7 +78,7 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// Sums in float along k.  The hardware's order and truncation are not specified.
+// Sums in float along k. The hardware's order and truncation are not specified.
 template <float (*Convert)(uint32_t)>
 void multiply(Warp& warp, uint32_t, void*) {
   float A[16][16], B[16][8], D[16][8];

@@ -135,7 +135,7 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   move(p, value, bytes);
 }
 
-// At issue the destination becomes NaN (with AddressSanitizer it is poisoned).  The data is written
+// At issue the destination becomes NaN (with AddressSanitizer it is poisoned). The data is written
 // at the wait.
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site) {
   race::ExecutorScope scope;
@@ -171,13 +171,8 @@ void cp_async_wait(int keep, Site site) {
   Thread& t = enter("cp.async.wait_group", site);
   if (left_out(t.op, site)) return;
   ++totals.async_waits;
-  size_t landing = 0;
-  int groups = 0;
-  for (size_t i = t.copies.size(); i-- > 0;)
-    if (t.copies[i].commit && ++groups > keep) {
-      landing = i + 1;
-      break;
-    }
+  const size_t landing =
+      covered_by_wait(t.copies, keep, [](const AsyncCopy& copy) { return copy.commit; });
   for (size_t i = 0; i < landing; ++i) {
     const AsyncCopy& copy = t.copies[i];
     if (copy.commit) continue;

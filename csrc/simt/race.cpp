@@ -127,6 +127,16 @@ std::ptrdiff_t shared_place(uintptr_t address) {
   return -1;
 }
 
+// The block of an earlier access, as the running thread sees it.
+std::string block_of(const Event& event) {
+  if (event.cluster != detector.cluster) return "an earlier block";
+  const Block& block = machine.blocks[event.thread / self().block->thread_count];
+  if (&block == self().block) return "the same block";
+  const uint3 at = block.index;
+  return "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," +
+         std::to_string(at.z) + ")";
+}
+
 void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote,
                 uint32_t place, Use use) {
   const Thread& t = self();
@@ -137,22 +147,13 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
           : "global memory " + global_name(address);
   const char* now = use == Use::write ? "writes" : "reads";
   char text[1200];
-  const uint32_t in_block = t.block->thread_count;
-  std::string other = "an earlier block";
-  if (before.cluster == detector.cluster) {
-    const uint3 at = machine.blocks[before.thread / in_block].index;
-    other = &machine.blocks[before.thread / in_block] == t.block
-                ? "the same block"
-                : "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," +
-                      std::to_string(at.z) + ")";
-  }
   snprintf(
       text, sizeof text,
       "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
       "nothing orders the two",
       kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
-      describe(place).c_str(), before.thread % in_block, other.c_str(), wrote ? "written" : "read",
-      describe(before.place).c_str());
+      describe(place).c_str(), before.thread % t.block->thread_count, block_of(before).c_str(),
+      wrote ? "written" : "read", describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
@@ -223,7 +224,7 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   }
 }
 
-// A thread's variables are on its fiber's stack.  Its parameters are copied from the launching
+// A thread's variables are on its fiber's stack. Its parameters are copied from the launching
 // stack.
 bool on_process_stack(uintptr_t p) {
   static uintptr_t base = 0;

@@ -1,8 +1,8 @@
 // The race detector: vector clocks over the kernel's loads and stores, by CUDA's rules.
 //
 // The kernel's file is compiled with -fsanitize=thread and linked without it, so that the compiler
-// calls a __tsan_* hook for every load and store; race_hooks.cpp has the hooks.  The executor's
-// files are compiled without the flag and report the wrappers' accesses themselves.  In other
+// calls a __tsan_* hook for every load and store; race_hooks.cpp has the hooks. The executor's
+// files are compiled without the flag and report the wrappers' accesses themselves. In other
 // builds all of this is empty.
 //
 // Two accesses are ordered by:

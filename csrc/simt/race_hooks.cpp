@@ -42,7 +42,7 @@ inline void seen(const volatile void* p, size_t bytes, Use use, void* pc) {
     seen(p, N, Use::write, CALLER);              \
   }
 
-// Used only by the launchers: guards of static variables, std::atomic.  One process thread runs
+// Used only by the launchers: guards of static variables, std::atomic. One process thread runs
 // everything.
 #define ATOMIC(BITS, T)                                                                        \
   HOOK T __tsan_atomic##BITS##_load(const volatile T* p, int) {                                \

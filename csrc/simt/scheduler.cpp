@@ -53,7 +53,7 @@ std::string whereabouts() {
   return text;
 }
 
-// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order.  A
+// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A
 // GPU does not order them either.
 void run_engine() {
   const size_t i = choose(machine.options.order, machine.engine.size());

@@ -13,7 +13,7 @@ struct Calls {
   const char* op;
   uint64_t count;
 };
-// By address of the file's name.  One file may have several addresses.
+// By address of the file's name. One file may have several addresses.
 std::map<std::pair<const char*, int>, Calls> sites;
 
 bool ends_with(const char* text, const std::string& end) {

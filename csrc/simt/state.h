@@ -184,11 +184,21 @@ inline Thread& enter(const char* op, Site site) {
 }
 
 // ---- barrier.cpp ----
-// Every lane of the mask must call with the same op from the same place.  The last lane runs
-// `leader`, which reads the lanes' operands from warp.thread[lane].operand.
+// Every lane of the mask must call with the same op from the same place. The last lane runs
+// `leader`, unless that is null: it reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader,
                      void* context, bool orders_memory);
+
+// How many of a thread's operations, from the oldest on, a wait covers that leaves `keep` groups in
+// flight. ends_group(operation): whether it stands for the end of a group.
+template <class Operation, class EndsGroup>
+size_t covered_by_wait(const std::vector<Operation>& operations, int keep, EndsGroup ends_group) {
+  int groups = 0;
+  for (size_t i = operations.size(); i-- > 0;)
+    if (ends_group(operations[i]) && ++groups > keep) return i + 1;
+  return 0;
+}
 
 // ---- memory.cpp ----
 void check_shared(const void* p, size_t bytes, size_t align, const char* op, Site site);

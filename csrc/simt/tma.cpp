@@ -1,7 +1,7 @@
 // sm_90: bulk copies (TMA) of boxes between matrices and swizzled tiles in shared memory.
 //
-// A copy lands when no thread can continue, or at a random time.  A tile that is being filled is
-// NaN until then.  A tile that is being stored is read then, or at the latest when the wait for its
+// A copy lands when no thread can continue, or at a random time. A tile that is being filled is
+// NaN until then. A tile that is being stored is read then, or at the latest when the wait for its
 // group returns: so a tile that is overwritten too early is visible in the matrix, which is NaN
 // until then.
 #include <algorithm>
@@ -174,13 +174,8 @@ void bulk_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.wait_group", site);
   if (left_out(t.op, site)) return;
-  size_t done = 0;
-  int groups = 0;
-  for (size_t i = t.stores.size(); i-- > 0;)
-    if (!t.stores[i].tile && ++groups > keep) {
-      done = i + 1;
-      break;
-    }
+  const size_t done =
+      covered_by_wait(t.stores, keep, [](const BulkStore& store) { return !store.tile; });
   for (size_t i = 0; i < done; ++i) {
     if (!t.stores[i].tile) continue;
     while (!*t.stores[i].landed) wait_here(State::spinning, "cp.async.bulk.wait_group", site);

@@ -1,9 +1,9 @@
 // sm_90a: wgmma.mma_async m64nNk16, both operands in shared memory with 128-byte swizzle, a
-// K-major, b K-major or MN-major.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix
+// K-major, b K-major or MN-major. Layouts: PTX ISA, "Asynchronous warpgroup-level matrix
 // instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until
-// then the accumulators are NaN.  Each thread computes its elements.
+// then the accumulators are NaN. Each thread computes its elements.
 #include <algorithm>
 #include <cstring>
 
@@ -117,8 +117,6 @@ void multiply(Thread& t, const WarpgroupProduct& w) {
   if (++decoded.users == WARPGROUP) t.block->products.erase(key_of(t, w));
 }
 
-void nothing(Warp&, uint32_t, void*) {}
-
 }  // namespace
 
 void wgmma_fence(Site site) {
@@ -149,7 +147,7 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool mn_major, bool accumula
         "wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with 128-byte "
         "swizzle",
         site.file, site.line, n);
-  warp_collective("wgmma.mma_async", ~0u, site, nullptr, nothing, nullptr, false);
+  warp_collective("wgmma.mma_async", ~0u, site, nullptr, nullptr, nullptr, false);
   if (t.linear % WARPGROUP == 0) ++totals.wgmma;
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
@@ -172,14 +170,9 @@ void wgmma_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.wait_group", site);
   if (left_out(t.op, site)) return;
-  size_t done = 0;
-  int groups = 0;
-  for (size_t i = t.products.size(); i-- > 0;)
-    if (t.products[i].commit && ++groups > keep) {
-      done = i + 1;
-      break;
-    }
-  warp_collective(t.op, ~0u, site, nullptr, nothing, nullptr, false);
+  const size_t done = covered_by_wait(
+      t.products, keep, [](const WarpgroupProduct& product) { return product.commit; });
+  warp_collective(t.op, ~0u, site, nullptr, nullptr, nullptr, false);
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
     if (product.commit) continue;

@@ -101,7 +101,8 @@ struct Arg {
   const char* name;
   const Tensor* tensor = nullptr;  // null: an optional argument that is not given
   AtenTensorHandle handle = nullptr;
-  ScalarType dtype = ScalarType::Undefined;  // Undefined: None. The fields below are then unset
+  // Undefined: Python passed None for an argument that is not optional. The fields below are unset.
+  ScalarType dtype = ScalarType::Undefined;
   int64_t dim = 0;
   const int64_t* size = nullptr;    // borrowed from the tensor
   const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
@@ -168,10 +169,10 @@ struct Check {
   const char* op;
   int64_t max_rank = 0;  // of the kernels of a device; 0: any
 
-  void dtype(const Arg& a, ScalarType expected) const {
-    if (a.dtype != expected)
-      fail(op, ": ", a.name, ": expected dtype ", dtype_info(expected).name, ", got ",
-           dtype_info(a.dtype).name);
+  void dtype(const Arg& arg, ScalarType expected) const {
+    if (arg.dtype != expected)
+      fail(op, ": ", arg.name, ": expected dtype ", dtype_info(expected).name, ", got ",
+           dtype_info(arg.dtype).name);
   }
   // Kernels exist for the dtype of the argument `name`.
   void supported(const char* name, ScalarType dtype) const {
@@ -184,11 +185,11 @@ struct Check {
   void finite(const char* name, double value) const {
     if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
   }
-  void absent(const Arg& a, const char* when) const {
-    if (a) fail(op, ": ", a.name, ": expected None ", when, ", got a tensor");
+  void absent(const Arg& arg, const char* when) const {
+    if (arg) fail(op, ": ", arg.name, ": expected None ", when, ", got a tensor");
   }
-  void present(const Arg& a, const char* why) const {
-    if (!a) fail(op, ": ", a.name, ": expected a tensor ", why, ", got None");
+  void present(const Arg& arg, const char* why) const {
+    if (!arg) fail(op, ": ", arg.name, ": expected a tensor ", why, ", got None");
   }
   // Dropout probability and its seed.
   void dropout(double p, const Arg& seed) const {
@@ -201,19 +202,20 @@ struct Check {
     if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", seed.shape());
   }
   // The leading dimensions form one dimension, with one stride.
-  void one_matrix(const Arg& a) const {
-    if (a.split < 0) return;
-    fail(op, ": ", a.name,
+  void one_matrix(const Arg& arg) const {
+    if (arg.split < 0) return;
+    fail(op, ": ", arg.name,
          ": expected leading dimensions that form one dimension (call contiguous()), got stride ",
-         a.stride[a.split], " in dimension ", a.split, " of shape ", a.shape());
+         arg.stride[arg.split], " in dimension ", arg.split, " of shape ", arg.shape());
   }
-  // Not None, and on the device of the first argument.
-  void device(const Arg& a, const Arg& first) const {
-    if (a.dtype == ScalarType::Undefined) fail(op, ": ", a.name, ": expected a tensor, got None");
-    if (a.device_type != first.device_type || a.device_index != first.device_index)
-      fail(op, ": ", a.name, ": expected the device of ", first.name, " (",
+  // On the device of the first argument, and not None.
+  void device(const Arg& arg, const Arg& first) const {
+    if (arg.dtype == ScalarType::Undefined)
+      fail(op, ": ", arg.name, ": expected a tensor, got None");
+    if (arg.device_type != first.device_type || arg.device_index != first.device_index)
+      fail(op, ": ", arg.name, ": expected the device of ", first.name, " (",
            device_name(first.device_type), ", index ", first.device_index, "), got ",
-           device_name(a.device_type), ", index ", a.device_index);
+           device_name(arg.device_type), ", index ", arg.device_index);
   }
   // The addresses of a tensor's first byte and of the byte after its last; both 0 if it has no
   // elements. Its storage may have been freed, as sharded training does between two uses, or be too
@@ -222,21 +224,21 @@ struct Check {
     uintptr_t first = 0;
     uintptr_t last = 0;
   };
-  Bytes memory(const Arg& a) const {
+  Bytes memory(const Arg& arg) const {
     int64_t reach = 1;
     int64_t offset = 0;
     int64_t bytes = 0;
-    for (int64_t i = 0; i < a.dim; ++i) {
-      if (a.size[i] == 0) return {};
-      reach += (a.size[i] - 1) * a.stride[i];
+    for (int64_t i = 0; i < arg.dim; ++i) {
+      if (arg.size[i] == 0) return {};
+      reach += (arg.size[i] - 1) * arg.stride[i];
     }
     const void* data = nullptr;
-    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
-                       aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
-                       aoti_torch_get_storage_size(a.handle, &bytes) == 0;
-    const int64_t item = dtype_info(a.dtype).bytes;
-    if (!known || !data || bytes < (offset + reach) * item)
-      fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(),
+    const bool readable = torch_get_const_data_ptr(arg.handle, &data) == 0 &&
+                          aoti_torch_get_storage_offset(arg.handle, &offset) == 0 &&
+                          aoti_torch_get_storage_size(arg.handle, &bytes) == 0;
+    const int64_t item = dtype_info(arg.dtype).bytes;
+    if (!readable || !data || bytes < (offset + reach) * item)
+      fail(op, ": ", arg.name, ": expected a tensor with memory for shape ", arg.shape(),
            ", got a storage of ", bytes, " bytes: it was freed or made shorter");
     const auto first = reinterpret_cast<uintptr_t>(data);
     return {first, first + uintptr_t(reach * item)};
@@ -244,19 +246,19 @@ struct Check {
   // A tensor that is written must not contain one element twice, as an expanded or overlapping one
   // does: the stride of each dimension must exceed the reach of all dimensions with smaller
   // strides.
-  void writable(const Arg& a) const {
+  void writable(const Arg& arg) const {
     std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-    for (int64_t i = 0; i < a.dim; ++i) {
-      if (a.size[i] == 0) return;
-      if (a.size[i] > 1) dims.emplace_back(a.stride[i], a.size[i]);
+    for (int64_t i = 0; i < arg.dim; ++i) {
+      if (arg.size[i] == 0) return;
+      if (arg.size[i] > 1) dims.emplace_back(arg.stride[i], arg.size[i]);
     }
     std::sort(dims.begin(), dims.end());
     int64_t reach = 0;
     for (const auto& [stride, size] : dims) {
       if (stride <= reach)
-        fail(op, ": ", a.name,
+        fail(op, ": ", arg.name,
              ": expected a tensor without repeated elements (it is written in place), got stride ",
-             stride, " in shape ", a.shape(), "; give a clone() of it");
+             stride, " in shape ", arg.shape(), "; give a clone() of it");
       reach += (size - 1) * stride;
     }
   }

@@ -31,120 +31,123 @@ struct Rule {
 };
 constexpr bool WRITTEN = true;
 
-// The sizes on which an operator's arguments agree. The first argument that has a dimension defines
-// its size; later arguments must match. Only M and rows may be zero.
+// The sizes on which an operator's arguments agree. Its constructor checks all arguments, and
+// throws. The first argument that has a dimension defines its size; later arguments must match.
+// Only M and rows may be zero.
 class Sizes {
  public:
   // dtype_name: the argument that has, or is, the dtype of the activations.
-  Sizes(const Check& c, const char* dtype_name, ScalarType dtype,
+  Sizes(const Check& check, const char* dtype_name, ScalarType dtype,
         std::initializer_list<Rule> rules) {
-    check_memory(c, rules);
-    c.supported(dtype_name, dtype);
+    check_memory(check, rules);
+    check.supported(dtype_name, dtype);
     for (const Rule& rule : rules) {
       if (!rule.arg || rule.as == As::any) continue;
-      check_dtype(c, rule, dtype);
-      check_shape(c, rule);
+      check_dtype(check, rule, dtype);
+      check_shape(check, rule);
     }
   }
-  Sizes(const Check& c, const Arg& like, std::initializer_list<Rule> rules)
-      : Sizes(c, like.name, like.dtype, rules) {}
+  Sizes(const Check& check, const Arg& like, std::initializer_list<Rule> rules)
+      : Sizes(check, like.name, like.dtype, rules) {}
   // The size of a dimension, 0 if no argument has it.
   int64_t operator[](Dim d) const { return sizes_[d].size; }
 
  private:
   struct Size {
     int64_t size = 0;
-    const char* of = nullptr;  // the argument that has it
+    const char* argument = nullptr;  // the first one that has it
   };
 
   // Each tensor is on the device of the first, with memory for all its elements. A written tensor
   // has no element twice, and shares none with another argument.
-  static void check_memory(const Check& c, std::initializer_list<Rule> rules) {
+  static void check_memory(const Check& check, std::initializer_list<Rule> rules) {
     const Arg* first = nullptr;
     for (const Rule& rule : rules) {
       if (!rule.arg) continue;
       if (!first) first = &rule.arg;
-      c.device(rule.arg, *first);
+      check.device(rule.arg, *first);
     }
     std::array<Check::Bytes, 16> bytes;  // no operator has more tensors
     size_t i = 0;
-    for (const Rule& rule : rules) bytes[i++] = rule.arg ? c.memory(rule.arg) : Check::Bytes{};
+    for (const Rule& rule : rules) bytes[i++] = rule.arg ? check.memory(rule.arg) : Check::Bytes{};
     i = 0;
     for (const Rule& rule : rules) {
       const Check::Bytes written_bytes = bytes[i++];
       if (!rule.arg || !rule.written) continue;
-      c.writable(rule.arg);
+      check.writable(rule.arg);
       size_t j = 0;
       for (const Rule& other : rules)
         if (const Check::Bytes& other_bytes = bytes[j++]; &other != &rule)
-          c.apart(rule.arg, written_bytes, other.arg, other_bytes);
+          check.apart(rule.arg, written_bytes, other.arg, other_bytes);
     }
   }
 
-  static void check_dtype(const Check& c, const Rule& rule, ScalarType like) {
-    const Arg& a = rule.arg;
+  static void check_dtype(const Check& check, const Rule& rule, ScalarType like) {
+    const Arg& arg = rule.arg;
     switch (rule.as) {
       case As::same:
-        return c.dtype(a, like);
+        return check.dtype(arg, like);
       case As::sums:
-        return c.dtype(a, acc_dtype(like));
+        return check.dtype(arg, acc_dtype(like));
       case As::int64:
-        return c.dtype(a, ScalarType::Long);
+        return check.dtype(arg, ScalarType::Long);
       case As::int32:
-        return c.dtype(a, ScalarType::Int);
+        return check.dtype(arg, ScalarType::Int);
       case As::factor:
-        if (a.dtype == like || (is_half(like) && a.dtype == ScalarType::Float)) return;
-        fail(c.op, ": ", a.name, ": expected dtype ", dtype_info(like).name,
-             is_half(like) ? " or torch.float32" : "", ", got ", dtype_info(a.dtype).name);
+        if (arg.dtype == like || (is_half(like) && arg.dtype == ScalarType::Float)) return;
+        fail(check.op, ": ", arg.name, ": expected dtype ", dtype_info(like).name,
+             is_half(like) ? " or torch.float32" : "", ", got ", dtype_info(arg.dtype).name);
       case As::any:
         return;
     }
   }
 
-  static std::string text(const Rule& rule) {
-    std::string all;
+  static std::string shape_text(const Rule& rule) {
+    std::string text;
     for (const Dim d : rule.shape)
-      if (d) all += (all.empty() ? "[" : ", ") + std::string(DIM_NAMES[d]);
-    return all + "]";
+      if (d) text += (text.empty() ? "[" : ", ") + std::string(DIM_NAMES[d]);
+    return text + "]";
   }
 
-  void check_shape(const Check& c, const Rule& rule) {
-    const Arg& a = rule.arg;
+  void check_shape(const Check& check, const Rule& rule) {
+    const Arg& arg = rule.arg;
     if (rule.shape[0] == LEADING) {
-      if (a.dim < 1)
-        fail(c.op, ": ", a.name, ": expected a tensor ", text(rule), ", got shape ", a.shape());
-      c.one_matrix(a);
+      if (arg.dim < 1)
+        fail(check.op, ": ", arg.name, ": expected a tensor ", shape_text(rule), ", got shape ",
+             arg.shape());
+      check.one_matrix(arg);
       Size& tokens = sizes_[M];
-      if (tokens.of && a.matrix.rows != tokens.size)
-        fail(c.op, ": ", a.name, ": expected ", tokens.size, " tokens, as in ", tokens.of,
-             ", got shape ", a.shape());
-      tokens = {a.matrix.rows, tokens.of ? tokens.of : a.name};
-      return check_size(c, a, a.dim - 1, rule.shape[1]);
+      if (tokens.argument && arg.matrix.rows != tokens.size)
+        fail(check.op, ": ", arg.name, ": expected ", tokens.size, " tokens, as in ",
+             tokens.argument, ", got shape ", arg.shape());
+      tokens = {arg.matrix.rows, tokens.argument ? tokens.argument : arg.name};
+      return check_size(check, arg, arg.dim - 1, rule.shape[1]);
     }
     int64_t dims = 0;
     for (const Dim d : rule.shape) dims += d != NO_DIM;
-    if (a.dim != dims)
-      fail(c.op, ": ", a.name, ": expected a ", dims, "-D tensor ", text(rule), ", got shape ",
-           a.shape());
-    for (int64_t i = 0; i < dims; ++i) check_size(c, a, i, rule.shape[size_t(i)]);
+    if (arg.dim != dims)
+      fail(check.op, ": ", arg.name, ": expected a ", dims, "-D tensor ", shape_text(rule),
+           ", got shape ", arg.shape());
+    for (int64_t i = 0; i < dims; ++i) check_size(check, arg, i, rule.shape[size_t(i)]);
   }
 
-  void check_size(const Check& c, const Arg& a, int64_t axis, Dim d) {
-    Size& known = sizes_[d];
-    const int64_t size = a.size[axis];
-    if (known.of) {
-      if (size != known.size)
-        fail(c.op, ": ", a.name, ": expected size ", known.size, " in dimension ", axis, " (",
-             DIM_NAMES[d], ", as in ", known.of, "), got shape ", a.shape());
+  void check_size(const Check& check, const Arg& arg, int64_t axis, Dim d) {
+    Size& agreed = sizes_[d];
+    const int64_t size = arg.size[axis];
+    if (agreed.argument) {
+      if (size != agreed.size)
+        fail(check.op, ": ", arg.name, ": expected size ", agreed.size, " in dimension ", axis,
+             " (", DIM_NAMES[d], ", as in ", agreed.argument, "), got shape ", arg.shape());
       return;
     }
-    known = {size, a.name};
+    agreed = {size, arg.name};
     if (size < 1 && d != M && d != ROWS)
-      fail(c.op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", DIM_NAMES[d],
-           "), got shape ", a.shape());
-    if (c.max_rank && size > c.max_rank && (d == R || d == R_IN || d == R_OUT))
-      fail(c.op, ": ", a.name, ": expected a rank of at most ", c.max_rank, " in dimension ", axis,
-           ", got shape ", a.shape(), "; the PyTorch fallback supports it");
+      fail(check.op, ": ", arg.name, ": expected at least 1 in dimension ", axis, " (",
+           DIM_NAMES[d], "), got shape ", arg.shape());
+    if (check.max_rank && size > check.max_rank && (d == R || d == R_IN || d == R_OUT))
+      fail(check.op, ": ", arg.name, ": expected a rank of at most ", check.max_rank,
+           " in dimension ", axis, ", got shape ", arg.shape(),
+           "; the PyTorch fallback supports it");
   }
 
   std::array<Size, LEADING + 1> sizes_{};
@@ -165,20 +168,20 @@ struct RowArgs {
         index("index", index),
         offs("offs", offs),
         tokens("tokens", tokens) {}
-  Sizes check(const Check& c, double scaling) const {
+  Sizes check(const Check& check, double scaling) const {
     // without tokens there is a row for each token
     const Dim row = tokens ? ROWS : M;
-    const Sizes s(c, u,
-                  {{u, As::same, {M, R_IN}},
-                   {cores, As::factor, {L, R_IN, R_OUT}},
-                   {tokens, As::int64, {ROWS}},
-                   {index, As::int64, {row}},
-                   {offs, As::int32, {L}},
-                   {g, As::same, {row, R_OUT}}});
+    const Sizes sizes(check, u,
+                      {{u, As::same, {M, R_IN}},
+                       {cores, As::factor, {L, R_IN, R_OUT}},
+                       {tokens, As::int64, {ROWS}},
+                       {index, As::int64, {row}},
+                       {offs, As::int32, {L}},
+                       {g, As::same, {row, R_OUT}}});
     if (bool(index) == bool(offs))
-      fail(c.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
-    c.finite("scaling", scaling);
-    return s;
+      fail(check.op, ": index, offs: expected exactly one of them, got ", index ? "both" : "none");
+    check.finite("scaling", scaling);
+    return sizes;
   }
 };
 
@@ -195,19 +198,19 @@ struct ForwardArgs {
   ForwardArgs(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& B,
               const Tensor& core)
       : x("x", x), weight("weight", weight), bias("bias", bias), B("B", B), core("core", core) {}
-  Sizes check(const Check& c, double scaling, double p) const {
-    const Sizes s(c, x,
-                  {{B, As::factor, {N, R_OUT}},
-                   {core, As::factor, {R_IN, R_OUT}},
-                   {x, As::same, {LEADING, K}},
-                   {weight, As::same, {N, K}},
-                   {bias, As::same, {N}},
-                   {A, As::factor, {K, R_IN}},
-                   {u, As::same, {M, R_IN}},
-                   {seed}});
-    c.finite("scaling", scaling);
-    c.dropout(p, seed);
-    return s;
+  Sizes check(const Check& check, double scaling, double p) const {
+    const Sizes sizes(check, x,
+                      {{B, As::factor, {N, R_OUT}},
+                       {core, As::factor, {R_IN, R_OUT}},
+                       {x, As::same, {LEADING, K}},
+                       {weight, As::same, {N, K}},
+                       {bias, As::same, {N}},
+                       {A, As::factor, {K, R_IN}},
+                       {u, As::same, {M, R_IN}},
+                       {seed}});
+    check.finite("scaling", scaling);
+    check.dropout(p, seed);
+    return sizes;
   }
 };
 
@@ -224,36 +227,36 @@ struct BackwardArgs {
         B("B", B),
         core("core", core),
         dB("dB", dB) {}
-  Sizes check(const Check& c, double scaling, double p, bool need_B) const {
-    const Sizes s(c, g,
-                  {{B, As::factor, {N, R_OUT}},
-                   {core, As::factor, {R_IN, R_OUT}},
-                   {g, As::same, {LEADING, N}},
-                   {A, As::factor, {K, R_IN}},
-                   {weight, As::same, {N, K}},
-                   {x, As::same, {LEADING, K}},
-                   {dx, As::same, {LEADING, K}, WRITTEN},
-                   {u, As::same, {M, R_IN}},
-                   {du, As::same, {M, R_IN}},
-                   {F, As::factor, {N, R_IN}},
-                   {dA, As::sums, {K, R_IN}, WRITTEN},
-                   {dB, As::sums, {N, R_OUT}, WRITTEN},
-                   {seed}});
-    c.finite("scaling", scaling);
-    c.dropout(p, seed);
-    if (dx) c.present(weight, "because dx is given");
-    if (du) c.present(F, "because du is given");
-    if (dA) c.present(x, "because dA is given");
-    if (!need_B) c.absent(dB, "without need_B");
-    return s;
+  Sizes check(const Check& check, double scaling, double p, bool need_B) const {
+    const Sizes sizes(check, g,
+                      {{B, As::factor, {N, R_OUT}},
+                       {core, As::factor, {R_IN, R_OUT}},
+                       {g, As::same, {LEADING, N}},
+                       {A, As::factor, {K, R_IN}},
+                       {weight, As::same, {N, K}},
+                       {x, As::same, {LEADING, K}},
+                       {dx, As::same, {LEADING, K}, WRITTEN},
+                       {u, As::same, {M, R_IN}},
+                       {du, As::same, {M, R_IN}},
+                       {F, As::factor, {N, R_IN}},
+                       {dA, As::sums, {K, R_IN}, WRITTEN},
+                       {dB, As::sums, {N, R_OUT}, WRITTEN},
+                       {seed}});
+    check.finite("scaling", scaling);
+    check.dropout(p, seed);
+    if (dx) check.present(weight, "because dx is given");
+    if (du) check.present(F, "because du is given");
+    if (dA) check.present(x, "because dA is given");
+    if (!need_B) check.absent(dB, "without need_B");
+    return sizes;
   }
 };
 
 struct RowsForwardArgs {
   Arg x{"x"}, weight{"weight"}, bias{"bias"}, h{"h"}, B{"B"};
 
-  Sizes check(const Check& c) const {
-    return Sizes(c, x,
+  Sizes check(const Check& check) const {
+    return Sizes(check, x,
                  {{B, As::factor, {N, R}},
                   {x, As::same, {LEADING, K}},
                   {weight, As::same, {N, K}},
@@ -265,36 +268,36 @@ struct RowsForwardArgs {
 struct RowsBackwardArgs {
   Arg g{"g"}, weight{"weight"}, h{"h"}, B{"B"}, dx{"dx"}, dB{"dB"};
 
-  Sizes check(const Check& c, bool need_B) const {
-    const Sizes s(c, g,
-                  {{B, As::factor, {N, R}},
-                   {g, As::same, {LEADING, N}},
-                   {weight, As::same, {N, K}},
-                   {h, As::same, {M, R}},
-                   {dx, As::same, {LEADING, K}, WRITTEN},
-                   {dB, As::sums, {N, R}, WRITTEN}});
-    if (dx) c.present(weight, "because dx is given");
-    if (!need_B) c.absent(dB, "without need_B");
-    return s;
+  Sizes check(const Check& check, bool need_B) const {
+    const Sizes sizes(check, g,
+                      {{B, As::factor, {N, R}},
+                       {g, As::same, {LEADING, N}},
+                       {weight, As::same, {N, K}},
+                       {h, As::same, {M, R}},
+                       {dx, As::same, {LEADING, K}, WRITTEN},
+                       {dB, As::sums, {N, R}, WRITTEN}});
+    if (dx) check.present(weight, "because dx is given");
+    if (!need_B) check.absent(dB, "without need_B");
+    return sizes;
   }
 };
 
 struct ShrinkBackwardArgs {
   Arg du{"du"}, dx{"dx"}, x{"x"}, A{"A"}, dA{"dA"}, seed{"seed"};
 
-  Sizes check(const Check& c, double p) const {
-    const Sizes s(c, du,
-                  {{du, As::same, {M, R}},
-                   {dx, As::same, {LEADING, K}, WRITTEN},
-                   {A, As::factor, {K, R}},
-                   {x, As::same, {LEADING, K}},
-                   {dA, As::sums, {K, R}, WRITTEN},
-                   {seed}});
+  Sizes check(const Check& check, double p) const {
+    const Sizes sizes(check, du,
+                      {{du, As::same, {M, R}},
+                       {dx, As::same, {LEADING, K}, WRITTEN},
+                       {A, As::factor, {K, R}},
+                       {x, As::same, {LEADING, K}},
+                       {dA, As::sums, {K, R}, WRITTEN},
+                       {seed}});
     if (bool(dx) != bool(A))
-      fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
-    if (dA) c.present(x, "because dA is given");
-    c.dropout(p, seed);
-    return s;
+      fail(check.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
+    if (dA) check.present(x, "because dA is given");
+    check.dropout(p, seed);
+    return sizes;
   }
 };
 

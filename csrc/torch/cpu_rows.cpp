@@ -12,14 +12,14 @@ namespace lotr {
 namespace {
 
 // The values of an index, each in [least, bound).
-std::vector<int64_t> checked_values(const char* op, const Arg& a, const char* what, int64_t least,
+std::vector<int64_t> checked_values(const char* op, const Arg& arg, const char* what, int64_t least,
                                     int64_t bound) {
-  const auto* data = static_cast<const int64_t*>(read_data(a));
-  std::vector<int64_t> out(size_t(a.size[0]));
+  const auto* data = static_cast<const int64_t*>(read_data(arg));
+  std::vector<int64_t> out(size_t(arg.size[0]));
   for (size_t i = 0; i < out.size(); ++i) {
-    out[i] = data[int64_t(i) * a.stride[0]];
+    out[i] = data[int64_t(i) * arg.stride[0]];
     if (out[i] < least || out[i] >= bound)
-      fail(op, ": ", a.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i],
+      fail(op, ": ", arg.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i],
            " in row ", i);
   }
   return out;
@@ -85,13 +85,13 @@ class Grouping {
   std::vector<int64_t> row_, key_, first_;
 };
 
-Grouping by_core(const char* op, const RowArgs& a, int64_t rows, int64_t cores) {
-  return a.index ? Grouping(checked_values(op, a.index, "cores", -1, cores), cores)
-                 : Grouping(op, a.offs, rows);
+Grouping by_core(const char* op, const RowArgs& args, int64_t rows, int64_t cores) {
+  return args.index ? Grouping(checked_values(op, args.index, "cores", -1, cores), cores)
+                    : Grouping(op, args.offs, rows);
 }
 
-std::vector<int64_t> tokens_of(const char* op, const RowArgs& a, int64_t m) {
-  return a.tokens ? checked_values(op, a.tokens, "rows of u", 0, m) : std::vector<int64_t>();
+std::vector<int64_t> tokens_of(const char* op, const RowArgs& args, int64_t m) {
+  return args.tokens ? checked_values(op, args.tokens, "rows of u", 0, m) : std::vector<int64_t>();
 }
 
 // A new tensor. It is zeroed if some of its elements are not written.
@@ -105,64 +105,64 @@ Tensor new_tensor(const Arg& like, const std::array<int64_t, dim>& size, ScalarT
   if (!all_written && bytes) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
   return t;
 }
-// A matrix, or the first matrix of [cores, rows, cols].
-TensorView last_matrix(const Arg& a, void* data) {
-  const int64_t* size = a.size + a.dim - 2;
-  const int64_t* stride = a.stride + a.dim - 2;
-  return {data, size[0], size[1], stride[0], stride[1], kernel_dtype(a.dtype)};
+// A matrix, or the first one of [cores, rows, cols].
+TensorView first_matrix(const Arg& arg, void* data) {
+  const int64_t* size = arg.size + arg.dim - 2;
+  const int64_t* stride = arg.stride + arg.dim - 2;
+  return {data, size[0], size[1], stride[0], stride[1], kernel_dtype(arg.dtype)};
 }
 TensorView written(const Tensor& t) {
-  const Arg a("", t);
-  return last_matrix(a, written_data(a));
+  const Arg arg("", t);
+  return first_matrix(arg, written_data(arg));
 }
 
 }  // namespace
 
-Tensor CpuProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) const {
-  const int64_t rows = s[a.tokens ? ROWS : M];
-  const Grouping groups = by_core(op_, a, rows, s[L]);
-  const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
-  const Tensor h = new_tensor<2>(like_, {rows, s[R_OUT]}, like_.dtype, groups.rows() == rows);
-  cpu::row_core(written(h), read(a.u), a.tokens ? token.data() : nullptr,
-                last_matrix(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(),
-                scaling);
+Tensor CpuProducts::row_core(const RowArgs& args, const Sizes& sizes, double scaling) const {
+  const int64_t rows = sizes[args.tokens ? ROWS : M];
+  const Grouping groups = by_core(op_, args, rows, sizes[L]);
+  const std::vector<int64_t> token = tokens_of(op_, args, sizes[M]);
+  const Tensor h = new_tensor<2>(like_, {rows, sizes[R_OUT]}, like_.dtype, groups.rows() == rows);
+  cpu::row_core(written(h), read(args.u), args.tokens ? token.data() : nullptr,
+                first_matrix(args.cores, read_data(args.cores)), args.cores.stride[0],
+                groups.groups(), scaling);
   return h;
 }
 
-std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& a, const Sizes& s,
+std::tuple<Tensor, Tensor> CpuProducts::row_core_backward(const RowArgs& args, const Sizes& sizes,
                                                           double scaling, bool need_u,
                                                           bool need_cores) const {
-  const int64_t rows = s[a.tokens ? ROWS : M];
-  const Grouping groups = by_core(op_, a, rows, s[L]);
-  const std::vector<int64_t> token = tokens_of(op_, a, s[M]);
+  const int64_t rows = sizes[args.tokens ? ROWS : M];
+  const Grouping groups = by_core(op_, args, rows, sizes[L]);
+  const std::vector<int64_t> token = tokens_of(op_, args, sizes[M]);
   const ScalarType sums = acc_dtype(like_.dtype);
   Tensor du;
   Tensor dcores;
   if (need_u) {
-    TensorView transposed = last_matrix(a.cores, read_data(a.cores));
+    TensorView transposed = first_matrix(args.cores, read_data(args.cores));
     std::swap(transposed.rows, transposed.cols);
     std::swap(transposed.row_stride, transposed.col_stride);
     const auto product = [&](const Tensor& out) {
-      cpu::row_core(written(out), read(a.g), nullptr, transposed, a.cores.stride[0],
+      cpu::row_core(written(out), read(args.g), nullptr, transposed, args.cores.stride[0],
                     groups.groups(), scaling);
     };
     const bool all_rows = groups.rows() == rows;
-    if (!a.tokens) {
-      du = new_tensor<2>(like_, {s[M], s[R_IN]}, like_.dtype, all_rows);
+    if (!args.tokens) {
+      du = new_tensor<2>(like_, {sizes[M], sizes[R_IN]}, like_.dtype, all_rows);
       product(du);
     } else {
-      const Grouping by_token(token, s[M]);
+      const Grouping by_token(token, sizes[M]);
       // Not rounded before it is summed.
-      const Tensor k = new_tensor<2>(like_, {rows, s[R_IN]}, sums, all_rows);
-      product(k);
-      du = new_tensor<2>(like_, {s[M], s[R_IN]}, like_.dtype, by_token.all_keys());
-      cpu::sum_rows(written(du), written(k), by_token.groups());
+      const Tensor row_du = new_tensor<2>(like_, {rows, sizes[R_IN]}, sums, all_rows);
+      product(row_du);
+      du = new_tensor<2>(like_, {sizes[M], sizes[R_IN]}, like_.dtype, by_token.all_keys());
+      cpu::sum_rows(written(du), written(row_du), by_token.groups());
     }
   }
   if (need_cores) {
-    dcores = new_tensor<3>(like_, {s[L], s[R_IN], s[R_OUT]}, sums, groups.all_keys());
-    cpu::row_core_grad(written(dcores), s[R_IN] * s[R_OUT], read(a.g), read(a.u),
-                       a.tokens ? token.data() : nullptr, groups.groups(), scaling);
+    dcores = new_tensor<3>(like_, {sizes[L], sizes[R_IN], sizes[R_OUT]}, sums, groups.all_keys());
+    cpu::row_core_grad(written(dcores), sizes[R_IN] * sizes[R_OUT], read(args.g), read(args.u),
+                       args.tokens ? token.data() : nullptr, groups.groups(), scaling);
   }
   return {du, dcores};
 }

@@ -46,17 +46,17 @@ std::string gemm_lotr_refusal(int64_t K, int64_t N, int64_t r, ScalarType dtype,
   void* const aligned = reinterpret_cast<void*>(uintptr_t(256));  // never read
   const int64_t chunk = cuda::row_elements(call.type);
   const int64_t rank_row = (r + chunk - 1) / chunk * chunk;
-  cuda::GemmLotr q{};
-  q.y = {aligned, N, 1, Access::vector};
-  q.x = {aligned, K, 1, Access::vector};
-  q.W = {aligned, K, 1, Access::vector};
-  q.u = {aligned, rank_row, 1, Access::vector};
-  q.F = {aligned, rank_row, 1, Access::vector};
-  q.M = 2;
-  q.N = N;
-  q.K = K;
-  q.r = int32_t(r);
-  return cuda::gemm_lotr_refusal(call, q);
+  cuda::GemmLotr problem{};
+  problem.y = {aligned, N, 1, Access::vector};
+  problem.x = {aligned, K, 1, Access::vector};
+  problem.W = {aligned, K, 1, Access::vector};
+  problem.u = {aligned, rank_row, 1, Access::vector};
+  problem.F = {aligned, rank_row, 1, Access::vector};
+  problem.M = 2;
+  problem.N = N;
+  problem.K = K;
+  problem.r = int32_t(r);
+  return cuda::gemm_lotr_refusal(call, problem);
 }
 #else
 std::string gemm_lotr_refusal(int64_t, int64_t, int64_t, ScalarType, int64_t) {

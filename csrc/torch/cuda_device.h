@@ -1,5 +1,6 @@
 // What a call on CUDA tensors needs of libtorch_cuda and of the driver.
 #pragma once
+
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 

@@ -14,25 +14,25 @@ namespace {
 struct Rows {
   OptionalTensor index, offs, tokens;
 
-  explicit Rows(const RowArgs& a)
-      : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
-  RowIndex index_in(const Sizes& s) const {
+  explicit Rows(const RowArgs& args)
+      : index(packed(args.index)), offs(packed(args.offs)), tokens(packed(args.tokens)) {}
+  RowIndex index_in(const Sizes& sizes) const {
     RowIndex x{};
     if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
     if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
     if (tokens) x.token = static_cast<const int64_t*>(tokens->const_data_ptr());
-    x.rows = s[tokens ? ROWS : M];
-    x.tokens = s[M];
-    x.cores = s[L];
+    x.rows = sizes[tokens ? ROWS : M];
+    x.tokens = sizes[M];
+    x.cores = sizes[L];
     return x;
   }
-  static OptionalTensor packed(const Arg& a) {
-    return a ? OptionalTensor(torch::stable::contiguous(*a.tensor)) : std::nullopt;
+  static OptionalTensor packed(const Arg& arg) {
+    return arg ? OptionalTensor(torch::stable::contiguous(*arg.tensor)) : std::nullopt;
   }
 };
 
-void check_sizes(const char* op, const Sizes& s) {
-  for (const int64_t size : {s[ROWS], s[M], s[L]})
+void check_sizes(const char* op, const Sizes& sizes) {
+  for (const int64_t size : {sizes[ROWS], sizes[M], sizes[L]})
     if (size >= std::numeric_limits<int32_t>::max())
       fail(op, ": expected fewer than 2^31 rows, tokens and cores, got ", size);
 }
@@ -42,24 +42,24 @@ void product(const CudaProducts& products, const TensorView& h, const TensorView
              const RowIndex& index, const Arg& cores, bool transposed, double scaling,
              float missing) {
   const TensorView G = read(cores);  // with the rows of the cores
-  RowCoreProblem q{};
-  q.index = index;
-  q.a = products.matrix(a);
-  q.cores = products.matrix(G);
-  q.core_stride = cores.stride[0];
-  q.h = products.matrix(h);
-  q.a_type = a.dtype;
-  q.core_type = G.dtype;
-  q.h_type = h.dtype;
-  q.r_in = int32_t(cores.size[1]);
-  q.r_out = int32_t(cores.size[2]);
+  RowCoreProblem problem{};
+  problem.index = index;
+  problem.a = products.matrix(a);
+  problem.cores = products.matrix(G);
+  problem.core_stride = cores.stride[0];
+  problem.h = products.matrix(h);
+  problem.a_type = a.dtype;
+  problem.core_type = G.dtype;
+  problem.h_type = h.dtype;
+  problem.r_in = int32_t(cores.size[1]);
+  problem.r_out = int32_t(cores.size[2]);
   if (transposed) {
-    std::swap(q.cores.row, q.cores.col);
-    std::swap(q.r_in, q.r_out);
+    std::swap(problem.cores.row, problem.cores.col);
+    std::swap(problem.r_in, problem.r_out);
   }
-  q.scale = float(scaling);
-  q.missing = missing;
-  products.run(q);
+  problem.scale = float(scaling);
+  problem.missing = missing;
+  products.run(problem);
 }
 
 // The rows sorted by a key below `bound`, in the order of the rows where that is the same, and
@@ -70,12 +70,12 @@ struct Sorted {
   Sorted(const CudaProducts& products, const Arg& like, const Tensor& key, int64_t bound) {
     std::tie(keys, order) = sort(key);
     ends = empty<1>(like, {bound + 1}, aoti_torch_dtype_int32());
-    RowEndsProblem q{};
-    q.keys = static_cast<const int64_t*>(keys.const_data_ptr());
-    q.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
-    q.rows = keys.size(0);
-    q.bound = bound;
-    products.run(q);
+    RowEndsProblem problem{};
+    problem.keys = static_cast<const int64_t*>(keys.const_data_ptr());
+    problem.ends = static_cast<int32_t*>(ends.mutable_data_ptr());
+    problem.rows = keys.size(0);
+    problem.bound = bound;
+    products.run(problem);
   }
   Segments segments() const {
     return {static_cast<const int64_t*>(order.const_data_ptr()),
@@ -96,64 +96,65 @@ struct Sorted {
 
 }  // namespace
 
-Tensor CudaProducts::row_core(const RowArgs& a, const Sizes& s, double scaling) const {
-  check_sizes(op_, s);
-  const Rows rows(a);
+Tensor CudaProducts::row_core(const RowArgs& args, const Sizes& sizes, double scaling) const {
+  check_sizes(op_, sizes);
+  const Rows rows(args);
   OptionalTensor h;
-  product(*this, make(h, s[a.tokens ? ROWS : M], s[R_OUT], like_.dtype, true), read(a.u),
-          rows.index_in(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
+  product(*this, make(h, sizes[args.tokens ? ROWS : M], sizes[R_OUT], like_.dtype, true),
+          read(args.u), rows.index_in(sizes), args.cores, false, scaling,
+          std::numeric_limits<float>::quiet_NaN());
   return *h;
 }
 
-std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& a, const Sizes& s,
+std::tuple<Tensor, Tensor> CudaProducts::row_core_backward(const RowArgs& args, const Sizes& sizes,
                                                            double scaling, bool need_u,
                                                            bool need_cores) const {
-  check_sizes(op_, s);
-  const Rows rows(a);
-  const RowIndex index = rows.index_in(s);
+  check_sizes(op_, sizes);
+  const Rows rows(args);
+  const RowIndex index = rows.index_in(sizes);
   OptionalTensor du;
   Tensor dcores;
   if (need_u) {
-    const TensorView du_out = make(du, s[M], s[R_IN], like_.dtype, true);
+    const TensorView du_out = make(du, sizes[M], sizes[R_IN], like_.dtype, true);
     RowIndex by_core = index;
     by_core.token = nullptr;
     by_core.tokens = index.rows;  // g has a row for each
     if (!rows.tokens) {
-      product(*this, du_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
+      product(*this, du_out, read(args.g), by_core, args.cores, true, scaling, 0.f);
     } else {
-      const Sorted by_token(*this, like_, *rows.tokens, s[M]);
-      OptionalTensor k;  // float32: not rounded before it is summed
-      const TensorView k_out = make(k, index.rows, s[R_IN], ScalarType::Float, false);
-      product(*this, k_out, read(a.g), by_core, a.cores, true, scaling, 0.f);
-      SumRowsProblem q{};
-      q.of_token = by_token.segments();
-      q.k = static_cast<const float*>(k_out.data);
-      q.du = matrix(du_out);
-      q.du_type = du_out.dtype;
-      q.tokens = s[M];
-      q.r = int32_t(s[R_IN]);
-      run(q);
+      const Sorted by_token(*this, like_, *rows.tokens, sizes[M]);
+      OptionalTensor row_du;  // float32: not rounded before it is summed
+      const TensorView row_du_out = make(row_du, index.rows, sizes[R_IN], ScalarType::Float, false);
+      product(*this, row_du_out, read(args.g), by_core, args.cores, true, scaling, 0.f);
+      SumRowsProblem problem{};
+      problem.of_token = by_token.segments();
+      problem.row_du = static_cast<const float*>(row_du_out.data);
+      problem.du = matrix(du_out);
+      problem.du_type = du_out.dtype;
+      problem.tokens = sizes[M];
+      problem.r = int32_t(sizes[R_IN]);
+      run(problem);
     }
   }
   if (need_cores) {
-    dcores = empty<3>(like_, {s[L], s[R_IN], s[R_OUT]}, aoti_torch_dtype_float32());
+    dcores = empty<3>(like_, {sizes[L], sizes[R_IN], sizes[R_OUT]}, aoti_torch_dtype_float32());
     std::optional<Sorted> by_core;
-    if (rows.index) by_core.emplace(*this, like_, *rows.index, s[L]);
-    const TensorView u = read(a.u);
-    RowCoreGradProblem q{};
-    q.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
-    q.token = index.token;
-    q.u = matrix(u);
-    q.g = matrix(read(a.g));
-    q.type = u.dtype;
-    q.dcores = static_cast<float*>(dcores.mutable_data_ptr());
-    q.rows = index.rows;
-    q.tokens = s[M];
-    q.cores = s[L];
-    q.r_in = int32_t(s[R_IN]);
-    q.r_out = int32_t(s[R_OUT]);
-    q.scale = float(scaling);
-    run(q);
+    if (rows.index) by_core.emplace(*this, like_, *rows.index, sizes[L]);
+    const TensorView u = read(args.u);
+    RowCoreGradProblem problem{};
+    problem.of_core = by_core ? by_core->segments() : Segments{nullptr, index.ends, 1};
+    problem.token = index.token;
+    problem.u = matrix(u);
+    problem.g = matrix(read(args.g));
+    problem.type = u.dtype;
+    problem.dcores = static_cast<float*>(dcores.mutable_data_ptr());
+    problem.rows = index.rows;
+    problem.tokens = sizes[M];
+    problem.cores = sizes[L];
+    problem.r_in = int32_t(sizes[R_IN]);
+    problem.r_out = int32_t(sizes[R_OUT]);
+    problem.scale = float(scaling);
+    run(problem);
   }
   return {du.value_or(Tensor()), dcores};
 }

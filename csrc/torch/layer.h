@@ -44,8 +44,8 @@ struct Output {
   Tensor tensor;
   Tensor matrix;
   TensorView view;
-  bool fresh = false;  // true: the next product is written, and later ones are added
-  const Arg* bias = nullptr;
+  bool fresh = false;         // true: the next product is written, and later ones are added
+  const Arg* bias = nullptr;  // of y, or null: added with the first product
 };
 
 // A sum over tokens. Kernels add to a given one and write a new one. Without data it is not needed.
@@ -88,20 +88,20 @@ template <class Products>
 std::tuple<Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const Tensor& weight,
                                                  const OptionalTensor& bias, const Tensor& A,
                                                  const Tensor& B, const Tensor& core,
-                                                 double scaling, int64_t strategy, double p,
+                                                 double scaling, int64_t strategy_code, double p,
                                                  const OptionalTensor& seed) {
-  const Check c{"lotr::layer_forward", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a(x, weight, bias, B, core);
-  a.A.set(A);
-  a.seed.set(seed);
-  a.check(c, scaling, p);
-  const Products products(c, a.x, p, a.seed);
+  const Check check{"lotr::layer_forward", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  ForwardArgs args(x, weight, bias, B, core);
+  args.A.set(A);
+  args.seed.set(seed);
+  args.check(check, scaling, p);
+  const Products products(check, args.x, p, args.seed);
   OptionalTensor u;
   OptionalTensor F;
-  const TensorView u_view = products.shrink(u, read(a.x), a.A, true);
-  const TensorView F_view = products.fold(F, a.B, a.core, scaling, a.x.dtype);
-  const Tensor y = add_to_base(products, a.x, a.weight, a.bias, u_view, F_view, order);
+  const TensorView u_view = products.shrink(u, read(args.x), args.A, true);
+  const TensorView F_view = products.fold(F, args.B, args.core, scaling, args.x.dtype);
+  const Tensor y = add_to_base(products, args.x, args.weight, args.bias, u_view, F_view, strategy);
   return {y, *u, *F};
 }
 
@@ -109,19 +109,19 @@ template <class Products>
 std::tuple<Tensor, Tensor> layer_forward_few_tokens(const Tensor& x, const Tensor& weight,
                                                     const OptionalTensor& bias, const Tensor& A,
                                                     const Tensor& B, const Tensor& core,
-                                                    double scaling, int64_t strategy) {
-  const Check c{"lotr::layer_forward_few_tokens", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a(x, weight, bias, B, core);
-  a.A.set(A);
-  const Sizes s = a.check(c, scaling, 0.0);
-  const Products products(c, a.x);
+                                                    double scaling, int64_t strategy_code) {
+  const Check check{"lotr::layer_forward_few_tokens", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  ForwardArgs args(x, weight, bias, B, core);
+  args.A.set(A);
+  const Sizes sizes = args.check(check, scaling, 0.0);
+  const Products products(check, args.x);
   OptionalTensor u;
-  Output y = products.output(a.x, s[N]);
-  if (a.bias) y.bias = &a.bias;
-  base_and_adapter(products, y, a.x, transposed_view(a.weight),
-                   Products::few_tokens_first && order != Strategy::two_pass,
-                   [&] { products.small_forward(u, y, a, scaling); });
+  Output y = products.output(args.x, sizes[N]);
+  if (args.bias) y.bias = &args.bias;
+  base_and_adapter(products, y, args.x, transposed_view(args.weight),
+                   Products::few_tokens_first && strategy != Strategy::two_pass,
+                   [&] { products.small_forward(u, y, args, scaling); });
   return {y.tensor, *u};
 }
 
@@ -129,33 +129,35 @@ template <class Products>
 std::tuple<Tensor, Tensor> layer_forward_projected(const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& bias, const Tensor& u,
                                                    const Tensor& B, const Tensor& core,
-                                                   double scaling, int64_t strategy) {
-  const Check c{"lotr::layer_forward_projected", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  ForwardArgs a(x, weight, bias, B, core);
-  a.u.set(u);
-  a.check(c, scaling, 0.0);
-  const Products products(c, a.x);
+                                                   double scaling, int64_t strategy_code) {
+  const Check check{"lotr::layer_forward_projected", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  ForwardArgs args(x, weight, bias, B, core);
+  args.u.set(u);
+  args.check(check, scaling, 0.0);
+  const Products products(check, args.x);
   OptionalTensor F;
-  const TensorView F_view = products.fold(F, a.B, a.core, scaling, a.x.dtype);
-  const Tensor y = add_to_base(products, a.x, a.weight, a.bias, read(a.u), F_view, order);
+  const TensorView F_view = products.fold(F, args.B, args.core, scaling, args.x.dtype);
+  const Tensor y =
+      add_to_base(products, args.x, args.weight, args.bias, read(args.u), F_view, strategy);
   return {y, *F};
 }
 
 template <class Products>
 Tensor layer_forward_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                          const Tensor& h, const Tensor& B, int64_t strategy) {
-  const Check c{"lotr::layer_forward_rows", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  RowsForwardArgs a;
-  a.x.set(x);
-  a.weight.set(weight);
-  a.bias.set(bias);
-  a.h.set(h);
-  a.B.set(B);
-  a.check(c);
-  const Products products(c, a.x);
-  return add_to_base(products, a.x, a.weight, a.bias, read(a.h), read(a.B), order);
+                          const Tensor& h, const Tensor& B, int64_t strategy_code) {
+  const Check check{"lotr::layer_forward_rows", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  RowsForwardArgs args;
+  args.x.set(x);
+  args.weight.set(weight);
+  args.bias.set(bias);
+  args.h.set(h);
+  args.B.set(B);
+  args.check(check);
+  const Products products(check, args.x);
+  return add_to_base(products, args.x, args.weight, args.bias, read(args.h), read(args.B),
+                     strategy);
 }
 
 // ---- backward ----
@@ -168,18 +170,19 @@ struct LayerGradients {
   ScalarType dtype;  // of new sums: the factors' dtype if they share one, else the dtype of sums
 
   template <class Products>
-  LayerGradients(const Products& products, const BackwardArgs& a, const Sizes& s, bool need_B,
-                 bool need_core) {
-    const bool share = a.B.dtype == a.core.dtype && (!a.A || a.A.dtype == a.B.dtype);
-    dtype = share ? a.B.dtype : acc_dtype(a.g.dtype);
-    if (a.weight) dx = a.dx ? products.onto(a.dx) : products.output(a.g, s[K]);
-    if (a.x) dA = products.sum(a.dA, new_dA, s[K], s[R_IN], dtype);
-    if (need_B) dB = products.sum(a.dB, new_dB, s[N], s[R_OUT], dtype);
-    if (need_core) dcore = products.sum(Arg("dcore"), new_dcore, s[R_IN], s[R_OUT], dtype);
+  LayerGradients(const Products& products, const BackwardArgs& args, const Sizes& sizes,
+                 bool need_B, bool need_core) {
+    const bool one_dtype =
+        args.B.dtype == args.core.dtype && (!args.A || args.A.dtype == args.B.dtype);
+    dtype = one_dtype ? args.B.dtype : acc_dtype(args.g.dtype);
+    if (args.weight) dx = args.dx ? products.onto(args.dx) : products.output(args.g, sizes[K]);
+    if (args.x) dA = products.sum(args.dA, new_dA, sizes[K], sizes[R_IN], dtype);
+    if (need_B) dB = products.sum(args.dB, new_dB, sizes[N], sizes[R_OUT], dtype);
+    if (need_core) dcore = products.sum(Arg("dcore"), new_dcore, sizes[R_IN], sizes[R_OUT], dtype);
   }
   // dx, dA, dB, dcore: undefined if they are not needed, or were added to an argument.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> results(const BackwardArgs& a) const {
-    return {a.dx ? Tensor() : dx.tensor, defined(new_dA, dtype), defined(new_dB, dtype),
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results(const BackwardArgs& args) const {
+    return {args.dx ? Tensor() : dx.tensor, defined(new_dA, dtype), defined(new_dB, dtype),
             defined(new_dcore, dtype)};
   }
 };
@@ -197,13 +200,13 @@ TensorView du_and_Q(const Products& products, OptionalTensor& du, const Sum& Q, 
 // du, and the gradients of B and the core from Q.
 template <class Products>
 TensorView folded_gradients(const Products& products, OptionalTensor& du, const LayerGradients& out,
-                            const BackwardArgs& a, const Sizes& s, double scaling) {
+                            const BackwardArgs& args, const Sizes& sizes, double scaling) {
   const bool need_Q = out.dB || out.dcore;
   OptionalTensor new_Q;
   Sum Q;
-  if (need_Q) Q = products.sum(Arg("Q"), new_Q, s[N], s[R_IN], acc_dtype(a.g.dtype));
-  const TensorView du_view = du_and_Q(products, du, Q, a.g, a.F, a.u);
-  if (need_Q) products.fold_grad(out.dB, out.dcore, Q.view, a.B, a.core, scaling);
+  if (need_Q) Q = products.sum(Arg("Q"), new_Q, sizes[N], sizes[R_IN], acc_dtype(args.g.dtype));
+  const TensorView du_view = du_and_Q(products, du, Q, args.g, args.F, args.u);
+  if (need_Q) products.fold_grad(out.dB, out.dcore, Q.view, args.B, args.core, scaling);
   return du_view;
 }
 
@@ -211,53 +214,53 @@ template <class Products>
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const Tensor& u,
     const Tensor& A, const Tensor& F, const Tensor& B, const Tensor& core, double scaling,
-    int64_t strategy, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+    int64_t strategy_code, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
     bool need_core, double p, const OptionalTensor& seed) {
-  const Check c{"lotr::layer_backward_", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  BackwardArgs a(g, weight, u, B, core, dB);
-  a.x.set(x);
-  a.A.set(A);
-  a.F.set(F);
-  a.dA.set(dA);
-  a.seed.set(seed);
-  const Sizes s = a.check(c, scaling, p, need_B);
-  const Products products(c, a.g, p, a.seed);
-  LayerGradients out(products, a, s, need_B, need_core);
+  const Check check{"lotr::layer_backward_", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  BackwardArgs args(g, weight, u, B, core, dB);
+  args.x.set(x);
+  args.A.set(A);
+  args.F.set(F);
+  args.dA.set(dA);
+  args.seed.set(seed);
+  const Sizes sizes = args.check(check, scaling, p, need_B);
+  const Products products(check, args.g, p, args.seed);
+  LayerGradients out(products, args, sizes, need_B, need_core);
   OptionalTensor du;
-  const TensorView du_view = folded_gradients(products, du, out, a, s, scaling);
-  if (out.dA) products.outer(out.dA, read(a.x), du_view, true);
-  if (!a.weight) return out.results(a);
-  const TensorView A_view = read(a.A);
-  const bool fused = order == Strategy::fused && p == 0.0 &&
-                     products.fused(out.dx, a.g, a.weight, du_view, A_view, true);
+  const TensorView du_view = folded_gradients(products, du, out, args, sizes, scaling);
+  if (out.dA) products.outer(out.dA, read(args.x), du_view, true);
+  if (!args.weight) return out.results(args);
+  const TensorView A_view = read(args.A);
+  const bool fused = strategy == Strategy::fused && p == 0.0 &&
+                     products.fused(out.dx, args.g, args.weight, du_view, A_view, true);
   if (!fused)
-    base_and_adapter(products, out.dx, a.g, *a.weight.tensor, order != Strategy::two_pass,
+    base_and_adapter(products, out.dx, args.g, *args.weight.tensor, strategy != Strategy::two_pass,
                      [&] { products.expand(out.dx, du_view, A_view, true); });
-  return out.results(a);
+  return out.results(args);
 }
 
 template <class Products>
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_few_tokens(
     const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const Tensor& u,
-    const Tensor& A, const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
+    const Tensor& A, const Tensor& B, const Tensor& core, double scaling, int64_t strategy_code,
     const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core) {
-  const Check c{"lotr::layer_backward_few_tokens_", Products::max_rank};
-  const Strategy order = Products::strategy_of(c, strategy);
-  BackwardArgs a(g, weight, u, B, core, dB);
-  a.x.set(x);
-  a.A.set(A);
-  a.dA.set(dA);
-  const Sizes s = a.check(c, scaling, 0.0, need_B);
-  const Products products(c, a.g);
-  LayerGradients out(products, a, s, need_B, need_core);
-  const auto add = [&] { products.small_backward(out, a, scaling); };
-  if (a.weight)
-    base_and_adapter(products, out.dx, a.g, *a.weight.tensor,
-                     Products::few_tokens_first && order != Strategy::two_pass, add);
+  const Check check{"lotr::layer_backward_few_tokens_", Products::max_rank};
+  const Strategy strategy = Products::strategy_of(check, strategy_code);
+  BackwardArgs args(g, weight, u, B, core, dB);
+  args.x.set(x);
+  args.A.set(A);
+  args.dA.set(dA);
+  const Sizes sizes = args.check(check, scaling, 0.0, need_B);
+  const Products products(check, args.g);
+  LayerGradients out(products, args, sizes, need_B, need_core);
+  const auto add = [&] { products.small_backward(out, args, scaling); };
+  if (args.weight)
+    base_and_adapter(products, out.dx, args.g, *args.weight.tensor,
+                     Products::few_tokens_first && strategy != Strategy::two_pass, add);
   else
     add();
-  return out.results(a);
+  return out.results(args);
 }
 
 template <class Products>
@@ -265,48 +268,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward_projected(
     const Tensor& g, const OptionalTensor& weight, const Tensor& u, const OptionalTensor& F,
     const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& du,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_B, bool need_core) {
-  const Check c{"lotr::layer_backward_projected_", Products::max_rank};
-  BackwardArgs a(g, weight, u, B, core, dB);
-  a.F.set(F);
-  a.du.set(du);
-  a.dx.set(dx);
-  const Sizes s = a.check(c, scaling, 0.0, need_B);
-  const Products products(c, a.g);
-  LayerGradients out(products, a, s, need_B, need_core);
+  const Check check{"lotr::layer_backward_projected_", Products::max_rank};
+  BackwardArgs args(g, weight, u, B, core, dB);
+  args.F.set(F);
+  args.du.set(du);
+  args.dx.set(dx);
+  const Sizes sizes = args.check(check, scaling, 0.0, need_B);
+  const Products products(check, args.g);
+  LayerGradients out(products, args, sizes, need_B, need_core);
   OptionalTensor new_du;
-  folded_gradients(products, new_du, out, a, s, scaling);
-  if (a.du) products.add(new_du, a.du);
-  if (a.weight) products.base(out.dx, a.g, *a.weight.tensor);
-  const auto [new_dx, new_dA, new_dB, new_dcore] = out.results(a);
-  return {new_dx, defined(new_du, a.g.dtype), new_dB, new_dcore};
+  folded_gradients(products, new_du, out, args, sizes, scaling);
+  if (args.du) products.add(new_du, args.du);
+  if (args.weight) products.base(out.dx, args.g, *args.weight.tensor);
+  const auto [new_dx, new_dA, new_dB, new_dcore] = out.results(args);
+  return {new_dx, defined(new_du, args.g.dtype), new_dB, new_dcore};
 }
 
 template <class Products>
 std::tuple<Tensor, Tensor, Tensor> layer_backward_rows(
     const Tensor& g, const OptionalTensor& weight, const Tensor& h, const Tensor& B,
     const OptionalTensor& dx, const OptionalTensor& dB, bool need_h, bool need_B) {
-  const Check c{"lotr::layer_backward_rows_", Products::max_rank};
-  RowsBackwardArgs a;
-  a.g.set(g);
-  a.weight.set(weight);
-  a.h.set(h);
-  a.B.set(B);
-  a.dx.set(dx);
-  a.dB.set(dB);
-  const Sizes s = a.check(c, need_B);
-  const Products products(c, a.g);
-  const ScalarType sums = acc_dtype(a.g.dtype);
+  const Check check{"lotr::layer_backward_rows_", Products::max_rank};
+  RowsBackwardArgs args;
+  args.g.set(g);
+  args.weight.set(weight);
+  args.h.set(h);
+  args.B.set(B);
+  args.dx.set(dx);
+  args.dB.set(dB);
+  const Sizes sizes = args.check(check, need_B);
+  const Products products(check, args.g);
+  const ScalarType sums = acc_dtype(args.g.dtype);
   OptionalTensor new_dh;
   OptionalTensor new_dB;
   Sum dB_sum;
-  if (need_B) dB_sum = products.sum(a.dB, new_dB, s[N], s[R], sums);
-  du_and_Q(products, new_dh, dB_sum, a.g, need_h ? a.B : Arg("B"), a.h);
+  if (need_B) dB_sum = products.sum(args.dB, new_dB, sizes[N], sizes[R], sums);
+  // dh and dB are du and Q, with B in place of F and h in place of u. An absent B: dh is not
+  // needed.
+  du_and_Q(products, new_dh, dB_sum, args.g, need_h ? args.B : Arg("B"), args.h);
   Output dx_out;
-  if (a.weight) {
-    dx_out = a.dx ? products.onto(a.dx) : products.output(a.g, s[K]);
-    products.base(dx_out, a.g, *a.weight.tensor);
+  if (args.weight) {
+    dx_out = args.dx ? products.onto(args.dx) : products.output(args.g, sizes[K]);
+    products.base(dx_out, args.g, *args.weight.tensor);
   }
-  return {a.dx ? Tensor() : dx_out.tensor, defined(new_dh, a.g.dtype), defined(new_dB, sums)};
+  return {args.dx ? Tensor() : dx_out.tensor, defined(new_dh, args.g.dtype), defined(new_dB, sums)};
 }
 
 // dx += drop(du A^T); dA += drop(x)^T du, returned if it is new.
@@ -314,23 +319,25 @@ template <class Products>
 Tensor shrink_backward(const Tensor& du, const OptionalTensor& dx, const OptionalTensor& x,
                        const OptionalTensor& A, const OptionalTensor& dA, double p,
                        const OptionalTensor& seed) {
-  const Check c{"lotr::shrink_backward_", Products::max_rank};
-  ShrinkBackwardArgs a;
-  a.du.set(du);
-  a.dx.set(dx);
-  a.x.set(x);
-  a.A.set(A);
-  a.dA.set(dA);
-  a.seed.set(seed);
-  const Sizes s = a.check(c, p);
-  const Products products(c, a.du, p, a.seed);
-  const ScalarType sums = acc_dtype(a.du.dtype);
+  const Check check{"lotr::shrink_backward_", Products::max_rank};
+  ShrinkBackwardArgs args;
+  args.du.set(du);
+  args.dx.set(dx);
+  args.x.set(x);
+  args.A.set(A);
+  args.dA.set(dA);
+  args.seed.set(seed);
+  const Sizes sizes = args.check(check, p);
+  const Products products(check, args.du, p, args.seed);
+  const ScalarType sums = acc_dtype(args.du.dtype);
   OptionalTensor new_dA;
-  const TensorView du_view = read(a.du);
-  if (a.x) products.outer(products.sum(a.dA, new_dA, s[K], s[R], sums), read(a.x), du_view, true);
-  if (a.dx) {
-    Output dx_out = products.onto(a.dx);
-    products.expand(dx_out, du_view, read(a.A), true);
+  const TensorView du_view = read(args.du);
+  if (args.x)
+    products.outer(products.sum(args.dA, new_dA, sizes[K], sizes[R], sums), read(args.x), du_view,
+                   true);
+  if (args.dx) {
+    Output dx_out = products.onto(args.dx);
+    products.expand(dx_out, du_view, read(args.A), true);
   }
   return defined(new_dA, sums);
 }

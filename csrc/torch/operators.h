@@ -13,13 +13,14 @@ namespace lotr {
 
 template <class Products>
 Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
-  const Check c{"lotr::shrink", Products::max_rank};
+  const Check check{"lotr::shrink", Products::max_rank};
   const Arg x_arg("x", x);
   const Arg A_arg("A", A);
   const Arg seed_arg("seed", seed);
-  const Sizes s(c, x_arg, {{x_arg, As::same, {M, K}}, {A_arg, As::factor, {K, R}}, {seed_arg}});
-  c.dropout(p, seed_arg);
-  const Products products(c, x_arg, p, seed_arg);
+  const Sizes sizes(check, x_arg,
+                    {{x_arg, As::same, {M, K}}, {A_arg, As::factor, {K, R}}, {seed_arg}});
+  check.dropout(p, seed_arg);
+  const Products products(check, x_arg, p, seed_arg);
   OptionalTensor u;
   products.shrink(u, read(x_arg), A_arg, true);
   return *u;
@@ -28,18 +29,18 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 template <class Products>
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
                  const OptionalTensor& seed) {
-  const Check c{"lotr::expand_add_", Products::max_rank};
+  const Check check{"lotr::expand_add_", Products::max_rank};
   const Arg y_arg("y", y);
   const Arg u_arg("u", u);
   const Arg F_arg("F", F);
   const Arg seed_arg("seed", seed);
-  const Sizes s(c, y_arg,
-                {{y_arg, As::same, {M, N}, WRITTEN},
-                 {u_arg, As::same, {M, R}},
-                 {F_arg, As::factor, {N, R}},
-                 {seed_arg}});
-  c.dropout(p, seed_arg);
-  const Products products(c, y_arg, p, seed_arg);
+  const Sizes sizes(check, y_arg,
+                    {{y_arg, As::same, {M, N}, WRITTEN},
+                     {u_arg, As::same, {M, R}},
+                     {F_arg, As::factor, {N, R}},
+                     {seed_arg}});
+  check.dropout(p, seed_arg);
+  const Products products(check, y_arg, p, seed_arg);
   Output out = products.onto(y_arg);
   products.expand(out, read(u_arg), read(F_arg), true);
 }
@@ -48,39 +49,39 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p,
 // may write into a result.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
-  const Check c{"lotr::expand", Products::max_rank};
+  const Check check{"lotr::expand", Products::max_rank};
   const Arg y_arg("y", y);
   const Arg u_arg("u", u);
   const Arg F_arg("F", F);
-  const Sizes s(
-      c, y_arg,
+  const Sizes sizes(
+      check, y_arg,
       {{y_arg, As::same, {LEADING, N}}, {u_arg, As::same, {M, R}}, {F_arg, As::factor, {N, R}}});
-  const Products products(c, y_arg);
-  const Output sum = products.output(y_arg, s[N]);
+  const Products products(check, y_arg);
+  const Output sum = products.output(y_arg, sizes[N]);
   products.expand_from(sum, read(y_arg), read(u_arg), read(F_arg));
   return sum.tensor;
 }
 
 template <class Products>
 Tensor fold(const Tensor& B, const Tensor& core, double scaling, ScalarType dtype) {
-  const Check c{"lotr::fold", Products::max_rank};
+  const Check check{"lotr::fold", Products::max_rank};
   const Arg B_arg("B", B);
   const Arg core_arg("core", core);
-  const Sizes s(c, "dtype", dtype,
-                {{B_arg, As::factor, {N, R_OUT}}, {core_arg, As::factor, {R_IN, R_OUT}}});
-  c.finite("scaling", scaling);
+  const Sizes sizes(check, "dtype", dtype,
+                    {{B_arg, As::factor, {N, R_OUT}}, {core_arg, As::factor, {R_IN, R_OUT}}});
+  check.finite("scaling", scaling);
   OptionalTensor F;
-  Products(c, B_arg).fold(F, B_arg, core_arg, scaling, dtype);
+  Products(check, B_arg).fold(F, B_arg, core_arg, scaling, dtype);
   return *F;
 }
 
 template <class Products>
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index,
                 const OptionalTensor& offs, const OptionalTensor& tokens, double scaling) {
-  const Check c{"lotr::row_core", Products::max_rank};
-  const RowArgs a(u, cores, index, offs, tokens);
-  const Sizes s = a.check(c, scaling);
-  return Products(c, a.u).row_core(a, s, scaling);
+  const Check check{"lotr::row_core", Products::max_rank};
+  const RowArgs args(u, cores, index, offs, tokens);
+  const Sizes sizes = args.check(check, scaling);
+  return Products(check, args.u).row_core(args, sizes, scaling);
 }
 
 template <class Products>
@@ -89,14 +90,14 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& offs,
                                              const OptionalTensor& tokens, double scaling,
                                              bool need_u, bool need_cores) {
-  const Check c{"lotr::row_core_backward", Products::max_rank};
-  RowArgs a(u, cores, index, offs, tokens);
-  a.g.set(g);
-  const Sizes s = a.check(c, scaling);
-  return Products(c, a.u).row_core_backward(a, s, scaling, need_u, need_cores);
+  const Check check{"lotr::row_core_backward", Products::max_rank};
+  RowArgs args(u, cores, index, offs, tokens);
+  args.g.set(g);
+  const Sizes sizes = args.check(check, scaling);
+  return Products(check, args.u).row_core_backward(args, sizes, scaling, need_u, need_cores);
 }
 
-// Every operator that a CPU and CUDA both have, for one kind of Products.
+// The operators that the CPU and CUDA both have, for one of the two kinds of Products.
 template <class Products, class Library>
 void implement_operators(Library& m) {
   m.impl("shrink", TORCH_BOX(&shrink<Products>));

@@ -17,19 +17,19 @@ class CpuProducts {
   static constexpr bool few_tokens_first = true;
   static constexpr int64_t max_rank = 0;
 
-  CpuProducts(const Check& c, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
-      : op_(c.op), like_(like) {
+  CpuProducts(const Check& check, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
+      : op_(check.op), like_(like) {
     if (p == 0.0) return;
     drop_.on = true;
     drop_.threshold = uint32_t(p * 4294967296.0);
     drop_.scale = 1.0 / (1.0 - p);
     drop_.seed = uint64_t(*static_cast<const int64_t*>(read_data(seed)));
   }
-  static Strategy strategy_of(const Check& c, int64_t strategy) {
-    const auto order = Strategy(strategy);
-    if (order != Strategy::two_pass && order != Strategy::beta)
-      fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy);
-    return order;
+  static Strategy strategy_of(const Check& check, int64_t strategy_code) {
+    const auto strategy = Strategy(strategy_code);
+    if (strategy != Strategy::two_pass && strategy != Strategy::beta)
+      fail(check.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy_code);
+    return strategy;
   }
 
   // y or dx, new, with like's leading dimensions.
@@ -50,11 +50,11 @@ class CpuProducts {
   // Adds x weight to `out`, by the library that torch's own linear layers use. The adapter's
   // product adds the bias.
   void base(Output& out, const Arg& x, const Tensor& weight) const {
-    const Tensor a = matrix_view(x);
+    const Tensor left = matrix_view(x);
     const AtenTensorHandle y = out.matrix.get();
     const int32_t error = out.fresh
-                              ? aoti_torch_cpu_mm_out(y, a.get(), weight.get())
-                              : aoti_torch_cpu_addmm_out(y, y, a.get(), weight.get(), 1.0, 1.0);
+                              ? aoti_torch_cpu_mm_out(y, left.get(), weight.get())
+                              : aoti_torch_cpu_addmm_out(y, y, left.get(), weight.get(), 1.0, 1.0);
     STABLE_TORCH_ERROR_CODE_CHECK(error);
     out.fresh = false;
   }
@@ -103,20 +103,21 @@ class CpuProducts {
     cpu::factor_grad(D.view, x, v, drop(dropped), D.add);
   }
 
-  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& a, double scaling) const {
-    const TensorView u = make(owner, a.x.matrix.rows, a.core.size[0], like_.dtype);
-    cpu::small_forward(u, y.view, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
-                       start_of(y));
+  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
+                     double scaling) const {
+    const TensorView u = make(owner, args.x.matrix.rows, args.core.size[0], like_.dtype);
+    cpu::small_forward(u, y.view, read(args.x), read(args.A), read(args.core), read(args.B),
+                       scaling, start_of(y));
   }
-  static void small_backward(LayerGradients& out, const BackwardArgs& a, double scaling) {
+  static void small_backward(LayerGradients& out, const BackwardArgs& args, double scaling) {
     cpu::SmallBackward b;
-    b.g = read(a.g);
-    b.u = read(a.u);
-    b.A = read(a.A);
-    b.core = read(a.core);
-    b.B = read(a.B);
+    b.g = read(args.g);
+    b.u = read(args.u);
+    b.A = read(args.A);
+    b.core = read(args.core);
+    b.B = read(args.B);
     b.scaling = scaling;
-    if (a.x) b.x = read(a.x);
+    if (args.x) b.x = read(args.x);
     b.dx = out.dx.view;
     b.fresh_dx = out.dx.fresh;
     out.dx.fresh = false;
@@ -129,9 +130,9 @@ class CpuProducts {
   }
 
   // ---- per-row cores: cpu_rows.cpp ----
-  Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
-  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
-                                               bool need_u, bool need_cores) const;
+  Tensor row_core(const RowArgs& args, const Sizes& sizes, double scaling) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& args, const Sizes& sizes,
+                                               double scaling, bool need_u, bool need_cores) const;
 
  private:
   // A new contiguous matrix, to be written.

@@ -3,6 +3,7 @@
 // synchronizes, and all memory comes from torch's allocator on that stream, so a CUDA graph may
 // capture a call.
 #pragma once
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -27,8 +28,8 @@ class CudaProducts {
 #endif
 
   // like's device is current during the lifetime.
-  CudaProducts(const Check& c, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
-      : op_(c.op), like_(like), guard_(like.device_index) {
+  CudaProducts(const Check& check, const Arg& like, double p = 0.0, const Arg& seed = Arg("seed"))
+      : op_(check.op), like_(like), guard_(like.device_index) {
     const DType type = cuda_dtype(op_, like.name, like.dtype);
     const Device& device = device_of(op_, like.device_index);
     void* stream = nullptr;
@@ -40,12 +41,12 @@ class CudaProducts {
     dropout_.threshold = uint32_t(p * 4294967296.0);
     dropout_.scale = float(1.0 / (1.0 - p));
   }
-  static Strategy strategy_of(const Check& c, int64_t strategy) {
-    const auto order = Strategy(strategy);
-    if (order == Strategy::two_pass || order == Strategy::beta) return order;
-    if (order == Strategy::fused && has_fused) return order;
-    fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
-         has_fused ? " or 2 (fused)" : " in a build without sm_90a", ", got ", strategy);
+  static Strategy strategy_of(const Check& check, int64_t strategy_code) {
+    const auto strategy = Strategy(strategy_code);
+    if (strategy == Strategy::two_pass || strategy == Strategy::beta) return strategy;
+    if (strategy == Strategy::fused && has_fused) return strategy;
+    fail(check.op, ": strategy: expected 0 (two_pass) or 1 (beta)",
+         has_fused ? " or 2 (fused)" : " in a build without sm_90a", ", got ", strategy_code);
   }
 
   Matrix matrix(const TensorView& v) const {
@@ -90,12 +91,13 @@ class CudaProducts {
   // Adds x weight to `out`, which starts from its bias if it is fresh.
   void base(Output& out, const Arg& x, const Tensor& weight) const {
     const TorchCuda& torch = TorchCuda::functions();
-    const Tensor a = matrix_view(x);
+    const Tensor left = matrix_view(x);
     const AtenTensorHandle y = out.matrix.get();
     AtenTensorHandle start = y;
     if (out.fresh) start = out.bias ? out.bias->handle : nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(start ? torch.addmm_out(y, start, a.get(), weight.get(), 1.0, 1.0)
-                                        : torch.mm_out(y, a.get(), weight.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        start ? torch.addmm_out(y, start, left.get(), weight.get(), 1.0, 1.0)
+              : torch.mm_out(y, left.get(), weight.get()));
     out.fresh = false;
   }
 #ifdef LOTR_SM90A
@@ -105,24 +107,24 @@ class CudaProducts {
              bool backward) const {
     OptionalTensor u_copy;
     OptionalTensor F_copy;
-    cuda::GemmLotr q{};
-    q.backward = backward;
-    q.x = matrix(read(x));
-    q.W = matrix(read(weight));
-    q.u = in_rows(u, u_copy);
-    q.F = in_rows(F, F_copy);
-    q.y = matrix(y.view);
+    cuda::GemmLotr problem{};
+    problem.backward = backward;
+    problem.x = matrix(read(x));
+    problem.W = matrix(read(weight));
+    problem.u = in_rows(u, u_copy);
+    problem.F = in_rows(F, F_copy);
+    problem.y = matrix(y.view);
     if (y.bias) {
       const TensorView bias = read(*y.bias);
-      q.bias = bias.data;
-      q.bias_stride = bias.col_stride;
+      problem.bias = bias.data;
+      problem.bias_stride = bias.col_stride;
     }
-    q.M = y.view.rows;
-    q.N = y.view.cols;
-    q.K = x.matrix.cols;
-    q.r = int32_t(u.cols);
-    if (!cuda::gemm_lotr_refusal(call_, q).empty()) return false;
-    cuda::gemm_lotr(call_, q);
+    problem.M = y.view.rows;
+    problem.N = y.view.cols;
+    problem.K = x.matrix.cols;
+    problem.r = int32_t(u.cols);
+    if (!cuda::gemm_lotr_refusal(call_, problem).empty()) return false;
+    cuda::gemm_lotr(call_, problem);
     y.fresh = false;
     return true;
   }
@@ -135,16 +137,16 @@ class CudaProducts {
 
   TensorView shrink(OptionalTensor& owner, const TensorView& x, const Arg& A, bool dropped) const {
     const TensorView u = make(owner, x.rows, A.size[1], like_.dtype, true);
-    ShrinkProblem q{};
-    q.x = matrix(x);
-    q.A = matrix(read(A));
-    q.u = matrix(u);
-    q.M = x.rows;
-    q.K = x.cols;
-    q.r = int32_t(u.cols);
-    q.scale = 1.f;
-    q.dropout = mask(dropped);
-    run(q);
+    ShrinkProblem problem{};
+    problem.x = matrix(x);
+    problem.A = matrix(read(A));
+    problem.u = matrix(u);
+    problem.M = x.rows;
+    problem.K = x.cols;
+    problem.r = int32_t(u.cols);
+    problem.scale = 1.f;
+    problem.dropout = mask(dropped);
+    run(problem);
     return u;
   }
   TensorView fold(OptionalTensor& owner, const Arg& B, const Arg& core, double scaling,
@@ -152,55 +154,55 @@ class CudaProducts {
     const TensorView factor = read(B);
     const TensorView G = read(core);
     const TensorView F = make(owner, factor.rows, G.rows, dtype, true);
-    FoldProblem q{};
-    q.B = matrix(factor);
-    q.core = matrix(G);
-    q.F = matrix(F);
-    q.B_type = factor.dtype;
-    q.core_type = G.dtype;
-    q.F_type = F.dtype;
-    q.N = factor.rows;
-    q.r_in = int32_t(G.rows);
-    q.r_out = int32_t(G.cols);
-    q.scale = float(scaling);
-    run(q);
+    FoldProblem problem{};
+    problem.B = matrix(factor);
+    problem.core = matrix(G);
+    problem.F = matrix(F);
+    problem.B_type = factor.dtype;
+    problem.core_type = G.dtype;
+    problem.F_type = F.dtype;
+    problem.N = factor.rows;
+    problem.r_in = int32_t(G.rows);
+    problem.r_out = int32_t(G.cols);
+    problem.scale = float(scaling);
+    run(problem);
     return F;
   }
   // Adds drop(u F^T) to `out`, which starts from its bias if it is fresh.
   void expand(Output& out, const TensorView& u, const TensorView& F, bool dropped) const {
-    ExpandProblem q = expand_problem(out, u, F);
-    q.dropout = mask(dropped);
+    ExpandProblem problem = expand_problem(out, u, F);
+    problem.dropout = mask(dropped);
     if (!out.fresh) {
-      q.start = q.y;
+      problem.start = problem.y;
     } else if (out.bias) {
       const TensorView bias = read(*out.bias);
-      q.bias = bias.data;
-      q.bias_stride = bias.col_stride;
+      problem.bias = bias.data;
+      problem.bias_stride = bias.col_stride;
     }
-    run(q);
+    run(problem);
     out.fresh = false;
   }
   // out = from + u F^T.
   void expand_from(const Output& out, const TensorView& from, const TensorView& u,
                    const TensorView& F) const {
-    ExpandProblem q = expand_problem(out, u, F);
-    q.start = matrix(from);
-    run(q);
+    ExpandProblem problem = expand_problem(out, u, F);
+    problem.start = matrix(from);
+    run(problem);
   }
   TensorView shrink_grad(OptionalTensor& owner, const Sum& Q, const TensorView& g, const Arg& F,
                          const Arg& u) const {
     const TensorView du = make(owner, g.rows, F.size[1], like_.dtype, true);
-    ShrinkGradProblem q{};
-    q.g = matrix(g);
-    q.F = matrix(read(F));
-    q.u = matrix(read(u));
-    q.k = matrix(du);
-    q.Q = float_sum(Q);
-    q.M = g.rows;
-    q.N = g.cols;
-    q.r = int32_t(du.cols);
-    q.r_u = q.r;
-    run(q);
+    ShrinkGradProblem problem{};
+    problem.g = matrix(g);
+    problem.F = matrix(read(F));
+    problem.u = matrix(read(u));
+    problem.du = matrix(du);
+    problem.Q = float_sum(Q);
+    problem.M = g.rows;
+    problem.N = g.cols;
+    problem.r = int32_t(du.cols);
+    problem.r_u = problem.r;
+    run(problem);
     return du;
   }
   // sum += given, as a tensor with dense rows: the stable interface has no addition in place.
@@ -211,79 +213,80 @@ class CudaProducts {
                  const Arg& core, double scaling) const {
     const TensorView factor = read(B);
     const TensorView G = read(core);
-    FoldGradProblem q{};
-    q.Q = matrix(Q);
-    q.B = matrix(factor);
-    q.core = matrix(G);
-    q.B_type = factor.dtype;
-    q.core_type = G.dtype;
-    q.dB = float_sum(dB);
-    q.dcore = static_cast<float*>(dcore.view.data);
-    q.N = factor.rows;
-    q.r_in = int32_t(G.rows);
-    q.r_out = int32_t(G.cols);
-    q.scale = float(scaling);
-    run(q);
+    FoldGradProblem problem{};
+    problem.Q = matrix(Q);
+    problem.B = matrix(factor);
+    problem.core = matrix(G);
+    problem.B_type = factor.dtype;
+    problem.core_type = G.dtype;
+    problem.dB = float_sum(dB);
+    problem.dcore = static_cast<float*>(dcore.view.data);
+    problem.N = factor.rows;
+    problem.r_in = int32_t(G.rows);
+    problem.r_out = int32_t(G.cols);
+    problem.scale = float(scaling);
+    run(problem);
   }
   // D (+)= drop(x)^T v.
   void outer(const Sum& D, const TensorView& x, const TensorView& v, bool dropped) const {
-    FactorGradProblem q{};
-    q.x = matrix(x);
-    q.v = matrix(v);
-    q.D = float_sum(D);
-    q.M = x.rows;
-    q.K = x.cols;
-    q.r = int32_t(v.cols);
-    q.dropout = mask(dropped);
-    run(q);
+    FactorGradProblem problem{};
+    problem.x = matrix(x);
+    problem.v = matrix(v);
+    problem.D = float_sum(D);
+    problem.M = x.rows;
+    problem.K = x.cols;
+    problem.r = int32_t(v.cols);
+    problem.dropout = mask(dropped);
+    run(problem);
   }
 
-  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& a, double scaling) const {
-    const TensorView x = read(a.x);
-    const TensorView G = read(a.core);
-    SmallForwardProblem q{};
-    q.y = matrix(y.view);
-    q.x = matrix(x);
-    q.A = matrix(read(a.A));
-    q.core = matrix(G);
-    q.B = matrix(read(a.B));
-    q.u = matrix(make(owner, x.rows, G.rows, like_.dtype, true));
-    q.M = x.rows;
-    q.K = x.cols;
-    q.N = y.view.cols;
-    q.r_in = int32_t(G.rows);
-    q.r_out = int32_t(G.cols);
-    q.scale = float(scaling);
-    run(q);
+  void small_forward(OptionalTensor& owner, Output& y, const ForwardArgs& args,
+                     double scaling) const {
+    const TensorView x = read(args.x);
+    const TensorView G = read(args.core);
+    SmallForwardProblem problem{};
+    problem.y = matrix(y.view);
+    problem.x = matrix(x);
+    problem.A = matrix(read(args.A));
+    problem.core = matrix(G);
+    problem.B = matrix(read(args.B));
+    problem.u = matrix(make(owner, x.rows, G.rows, like_.dtype, true));
+    problem.M = x.rows;
+    problem.K = x.cols;
+    problem.N = y.view.cols;
+    problem.r_in = int32_t(G.rows);
+    problem.r_out = int32_t(G.cols);
+    problem.scale = float(scaling);
+    run(problem);
   }
-  void small_backward(LayerGradients& out, const BackwardArgs& a, double scaling) const {
-    const TensorView g = read(a.g);
-    const TensorView A = read(a.A);
-    const TensorView G = read(a.core);
-    SmallBackwardProblem q{};
-    q.dx = matrix(out.dx.view);
-    q.g = matrix(g);
-    if (a.x) q.x = matrix(read(a.x));
-    q.u = matrix(read(a.u));
-    q.A = matrix(A);
-    q.core = matrix(G);
-    q.B = matrix(read(a.B));
-    q.dA = float_sum(out.dA);
-    q.dB = float_sum(out.dB);
-    q.dcore = static_cast<float*>(out.dcore.view.data);
-    q.M = g.rows;
-    q.K = A.rows;
-    q.N = g.cols;
-    q.r_in = int32_t(G.rows);
-    q.r_out = int32_t(G.cols);
-    q.scale = float(scaling);
-    run(q);
+  void small_backward(LayerGradients& out, const BackwardArgs& args, double scaling) const {
+    const TensorView g = read(args.g);
+    const TensorView A = read(args.A);
+    const TensorView G = read(args.core);
+    SmallBackwardProblem problem{};
+    problem.dx = matrix(out.dx.view);
+    problem.g = matrix(g);
+    if (args.x) problem.x = matrix(read(args.x));
+    problem.u = matrix(read(args.u));
+    problem.A = matrix(A);
+    problem.core = matrix(G);
+    problem.B = matrix(read(args.B));
+    problem.dA = float_sum(out.dA);
+    problem.dB = float_sum(out.dB);
+    problem.dcore = static_cast<float*>(out.dcore.view.data);
+    problem.M = g.rows;
+    problem.K = A.rows;
+    problem.N = g.cols;
+    problem.r_in = int32_t(G.rows);
+    problem.r_out = int32_t(G.cols);
+    problem.scale = float(scaling);
+    run(problem);
   }
 
   // ---- per-row cores: cuda_rows.cpp ----
-  Tensor row_core(const RowArgs& a, const Sizes& s, double scaling) const;
-  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& a, const Sizes& s, double scaling,
-                                               bool need_u, bool need_cores) const;
+  Tensor row_core(const RowArgs& args, const Sizes& sizes, double scaling) const;
+  std::tuple<Tensor, Tensor> row_core_backward(const RowArgs& args, const Sizes& sizes,
+                                               double scaling, bool need_u, bool need_cores) const;
 
  private:
 #ifdef LOTR_SM90A
@@ -299,15 +302,15 @@ class CudaProducts {
   }
 #endif
   ExpandProblem expand_problem(const Output& out, const TensorView& u, const TensorView& F) const {
-    ExpandProblem q{};
-    q.y = matrix(out.view);
-    q.u = matrix(u);
-    q.F = matrix(F);
-    q.M = out.view.rows;
-    q.N = out.view.cols;
-    q.r = int32_t(u.cols);
-    q.dropout = mask(false);
-    return q;
+    ExpandProblem problem{};
+    problem.y = matrix(out.view);
+    problem.u = matrix(u);
+    problem.F = matrix(F);
+    problem.M = out.view.rows;
+    problem.N = out.view.cols;
+    problem.r = int32_t(u.cols);
+    problem.dropout = mask(false);
+    return problem;
   }
   Dropout mask(bool dropped) const { return dropped ? dropout_ : Dropout{nullptr, 0, 1.f}; }
 

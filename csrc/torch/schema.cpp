@@ -36,8 +36,8 @@
 //   shrink_backward_             dx, A       dx += drop(du A^T)      dx
 //                                x           dA = drop(x)^T du       dA          dA, in acc(T)
 //
-// New dA, dB and dcore have the dtype of the factors if these share one, else acc(T). What is given
-// to be added to has acc(T), and dx and du have T.
+// New dA, dB and dcore have the dtype of the factors if these share one, else acc(T). A dA or dB
+// that is added to has acc(T); dx and du have T.
 //
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake
 // kernels and version counters are registered in Python (lotr_ext/core/operators.py), where that
@@ -67,17 +67,17 @@ namespace lotr {
 namespace {
 
 std::string info() {
-  std::ostringstream s;
-  s << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56)
-    << "." << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\", \"cpu\": {\"isa\": \""
-    << cpu::isa_name() << "\"}, \"cuda\": {\"built\": "
+  std::ostringstream json;
+  json << "{\"version\": \"" LOTR_VERSION "\", \"torch_target\": \"" << (TORCH_TARGET_VERSION >> 56)
+       << "." << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\", \"cpu\": {\"isa\": \""
+       << cpu::isa_name() << "\"}, \"cuda\": {\"built\": "
 #ifdef LOTR_WITH_CUDA
-    << "true"
+       << "true"
 #else
-    << "false"
+       << "false"
 #endif
-    << ", \"archs\": \"" LOTR_CUDA_ARCHS "\"}}";
-  return s.str();
+       << ", \"archs\": \"" LOTR_CUDA_ARCHS "\"}}";
+  return json.str();
 }
 
 }  // namespace

@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype
 from ..config import LoTRConfig
 from ..init import START
-from ..storage import checked_path, put_tensors
-from ..task_files import factors_in_order, task_metadata
+from ..storage import put_tensors
+from ..task_files import TaskFormat, factors_in_order
 from .lora import LoRA, LoRAFolder, Source
 from .to_lotr import (
     Conversion,
@@ -60,9 +59,9 @@ class Collection:
             raise ValueError(f"sources: expected a list of folders, got {sources!r:.80}")
         self.folders: dict[str, LoRAFolder] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
-        squares: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
         for source in sources:
-            name = checked_path(source, "sources").resolve().name
+            name = Path(source).resolve().name
             if name in self.folders:
                 raise ValueError(
                     f"sources: expected folders of different names, which the tasks' files get, "
@@ -74,16 +73,15 @@ class Collection:
                     f"sources: expected LoRAs without modules_to_save, because a task is only its "
                     f"cores, got {min(folder.saved)} in {folder.path}"
                 )
-            squares[name] = 0.0
+            self.norms[name] = 0.0
             for layer, lora in folder.items():
                 if self.sizes.setdefault(layer, lora.sizes) != lora.sizes:
                     raise ValueError(
                         f"sources: expected LoRAs of one base model, got {layer!r} of "
                         f"{self.sizes[layer]} and of {lora.sizes} in {folder.path}"
                     )
-                squares[name] += lora.norm**2
+                self.norms[name] = math.hypot(self.norms[name], lora.norm)
             self.folders[name] = folder
-        self.norms = {name: math.sqrt(square) for name, square in squares.items()}
 
     def of_layers(self, layers: Sequence[str]) -> dict[tuple[str, str], LoRA]:
         """Returns the LoRAs of these layers by (name, layer).
@@ -133,8 +131,7 @@ def loras_to_bank(
         ValueError: If `read_lora` refuses a source; if a source has modules_to_save or layers of
             other sizes; if two sources have one name; or if rank or group_by has a wrong value.
     """
-    check_dtype(dtype)
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     share = _share_of(rank)
     collection = Collection(sources)
     config = LoTRConfig(
@@ -203,7 +200,10 @@ def _write(
             name: (adapter.tensors[layer.A], adapter.tensors[layer.B])
             for name, layer in adapter.adapter.layers.items()
         }
-        metadata = task_metadata(factors_in_order(pairs, config.group_by), [config.s])
+        factors = factors_in_order(pairs, config.group_by)
+        shapes = {f"{layer}.core": config.ranks for layer in layers}
+        # Once for all tasks, because it has the checksum of A and B.
+        metadata = TaskFormat(shapes, (config.s,), factors).metadata()
         files = {}
         for index, name in enumerate(collection.folders):
             task = {f"{layer}.core": cores[i, index] for i, layer in enumerate(layers)}

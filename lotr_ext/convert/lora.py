@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..storage import checked_path, json_in, put_file, put_tensors
+from ..storage import json_in, put_file, put_tensors
 from ..targets import name_ends_with
 
 Source = str | PathLike[str]
@@ -83,50 +82,21 @@ def _upper(matrix: Tensor) -> Tensor:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors in a safetensors file by name. Each is read on access. Nothing is executed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open() as file:
-            self._names = list(file.keys())
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"source: expected a safetensors file {self.path}, got {error}"
-            ) from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with self._open() as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def tensors_of(path: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in a file of safetensors or torch.save. No code in it is executed."""
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file.")
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
     try:
+        if path.suffix == ".safetensors":
+            # Maps the file into memory: values are read when they are used.
+            return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
+        problem = f"{type(error).__name__} {error}"
         raise ValueError(
-            f"source: expected tensors by torch.save in {path}, got {type(error).__name__} {error}"
+            f"source: expected tensors by safetensors or torch.save in {path}, got {problem}"
         ) from None
     if not isinstance(tensors, Mapping) or not all(
         isinstance(tensor, Tensor) for tensor in tensors.values()
@@ -137,11 +107,8 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
 
 def tensors_of_peft(directory: Path) -> Mapping[str, Tensor]:
     """Returns the tensors in the file of an adapter that PEFT saved."""
-    path = directory / TENSORS_NAME
-    old_path = directory / OLD_TENSORS_NAME
-    if old_path.is_file() and not path.is_file():
-        path = old_path
-    return tensors_of(path)
+    paths = [directory / name for name in (TENSORS_NAME, OLD_TENSORS_NAME)]
+    return tensors_of(next(filter(Path.is_file, paths), paths[0]))
 
 
 def base_name(key: str) -> str:
@@ -174,16 +141,10 @@ def read_config(directory: Path, peft_type: str) -> dict[str, Any]:
         ValueError: If there is none, or one of another method.
     """
     path = directory / CONFIG_NAME
-    if not path.exists():
-        problem = "which has none" if directory.is_dir() else "which is not a folder"
-        raise ValueError(
-            f"source: expected a folder with {CONFIG_NAME}, got {directory}, {problem}. Pass the "
-            f"folder that PEFT's save_pretrained wrote."
-        )
     config = json_in(path, "source")
-    written = config.get("peft_type", "LORA")
-    if str(written).rpartition(".")[2] != peft_type:
-        raise ValueError(f"{path}: expected peft_type {peft_type}, got {written!r:.80}")
+    method = str(config.get("peft_type", "LORA")).rpartition(".")[2]  # once "PeftType.LORA"
+    if method != peft_type:
+        raise ValueError(f"{path}: expected peft_type {peft_type}, got {method!r:.80}")
     return config
 
 
@@ -224,7 +185,7 @@ class LoRAFolder(Mapping[str, LoRA]):
     """
 
     def __init__(self, source: Source):
-        self.path = checked_path(source, "source")
+        self.path = Path(source)
         self.config = read_config(self.path, "LORA")
         check_two_factors(self.config)
         self._tensors = tensors_of_peft(self.path)
@@ -256,15 +217,15 @@ class LoRAFolder(Mapping[str, LoRA]):
                 f"{name}: expected lora_A [r, K] and lora_B [N, r], "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-        for tensor in (A, B):
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    f"{name}: expected finite floating values, got {A.dtype}, {B.dtype} or values "
-                    f"that are not finite"
-                )
+        if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):
+            raise ValueError(
+                f"{name}: expected finite floating values, got {A.dtype}, {B.dtype} or values that "
+                f"are not finite"
+            )
         alpha = self._alpha(name)
         check_number("lora_alpha", alpha)
-        rank = len(A)  # a rank_pattern may differ from the configuration's r
+        # Not the configuration's r, from which a rank_pattern may differ.
+        rank = len(A)
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return LoRA(A.double(), alpha / divisor * B.double())
 
@@ -276,10 +237,9 @@ class LoRAFolder(Mapping[str, LoRA]):
 
     def _alpha(self, name: str) -> object:
         patterns = self.config.get("alpha_pattern") or {}
-        for pattern, alpha in patterns.items():  # the first match, as in PEFT
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return alpha
-        return self.config.get("lora_alpha")
+        # The first match, as in PEFT.
+        matches = (a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(matches, self.config.get("lora_alpha"))
 
 
 def read_lora(source: Source) -> tuple[dict[str, LoRA], dict[str, Tensor], dict[str, Any]]:

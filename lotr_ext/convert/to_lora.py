@@ -28,9 +28,7 @@ from ..core.operators import accumulate_dtype
 from ..files import state_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D
 from ..old_files import config_of_version_1, start_key
-from ..storage import checked_path
 from ..targets import parameter_name
-from ..tasks import TaskBank
 from .hosts import EXPERT_FORMS, HOSTS, Host, expert_tensors
 from .lora import (
     CONFIG_NAME,
@@ -64,16 +62,16 @@ def export_lora(
         The layers by name, as for `lotr_to_lora`. Empty in a process that does not write.
 
     Raises:
-        RuntimeError: If a task is given and the model has no bank.
+        AttributeError: If a task is given and the model has no TaskBank.
         TypeError, ValueError: As `save_adapter` and `lotr_to_lora`.
     """
-    path = checked_path(directory, "directory")
+    path = Path(directory)
     inner, writes = unwrap(model)
     adapter = state_of(inner)
     if task is None:
         warn_of_unsaved(inner)
     else:
-        adapter = replace(adapter, tensors=adapter.tensors | bank_of(inner).cores_of(task))
+        adapter = replace(adapter, tensors=adapter.tensors | inner.lotr_tasks.cores_of(task))
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     conv1d = any(isinstance(layer, LoTRConv1D) for layer in layers_in(inner).values())
     options.setdefault("base_model", adapter.base.name)
@@ -81,21 +79,6 @@ def export_lora(
     if options.get("experts") in ("vllm-shared", "per-expert") and model_type in HOSTS:
         options.setdefault("hosts", model_type)
     return _write_lora(path, adapter, **options) if writes else {}
-
-
-def bank_of(model: nn.Module) -> TaskBank:
-    """Returns the model's TaskBank.
-
-    Raises:
-        RuntimeError: If there is none.
-    """
-    bank = getattr(model, "lotr_tasks", None)
-    if bank is None:
-        raise RuntimeError(
-            "task: expected a model with a TaskBank, got one without. "
-            "Create TaskBank(model, tasks) first."
-        )
-    return bank
 
 
 def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str, LoRA]:
@@ -118,11 +101,12 @@ def lotr_to_lora(source: Source, directory: Source, **options: Any) -> dict[str,
 
     Raises:
         TypeError: If an option is unknown, or a path is not a path.
-        ValueError: If there is no such adapter, directory is a file or the source of PEFT's files,
-            or an option has an unknown value.
+        ValueError: If there is no such adapter, directory is the source of PEFT's files, or an
+            option has an unknown value.
+        FileExistsError: If directory is a file.
     """
-    path = checked_path(directory, "directory")
-    folder = checked_path(source, "source")
+    path = Path(directory)
+    folder = Path(source)
     # `save_adapter` may have written next to a file of PEFT. Its adapter is meant then.
     by_peft = (folder / CONFIG_NAME).is_file() and not list(folder.glob("lotr_adapter.*"))
     adapter = _read_lotr_of_peft(folder) if by_peft else AdapterState.read(folder)
@@ -139,8 +123,6 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     content = read_config(directory, "LOTR")
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
-    if isinstance(values.get("rank"), list):
-        values["rank"] = tuple(values["rank"])
     config = LoTRConfig.from_dict(config_of_version_1(values))
     bias = content.get("bias", "none")
     if config.core != "dense" or bias != "none":
@@ -158,10 +140,7 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
         factors = entry["factors"]
         A, B = (f"{factors}.A", f"{factors}.B") if isinstance(factors, str) else factors
         layers[entry["name"]] = LayerEntry(f"{A}.value", f"{B}.value", config.s, config.dropout)
-    used = {f"{name}.core" for name in layers}
-    for entry in layers.values():
-        used |= {entry.A, entry.B}
-    saved = modules_of(tensors.keys() - used, content.get("modules_to_save"))
+    saved = modules_of(tensors, content.get("modules_to_save"))
     return AdapterState(config, layers, tuple(saved), BaseModel(), tensors)
 
 
@@ -199,7 +178,12 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
         target = parameter_name(name) if entry.experts else name
         layers[target] = _layer_of(adapter, name, form)
     rank = max(layer.rank for layer in layers.values())
-    return {name: _with_rank(layer, rank) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        lacking = rank - layer.rank
+        # Zeros leave the product as it is.
+        A = pad(layer.A, (0, 0, 0, lacking))
+        layers[name] = replace(layer, A=A, B=pad(layer.B, (0, lacking)))
+    return layers
 
 
 def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
@@ -224,12 +208,6 @@ def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
     return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
 
 
-def _with_rank(layer: LoRA, rank: int) -> LoRA:
-    """Pads the factors with zeros up to a rank. The product stays the same."""
-    lacking = rank - layer.rank
-    return replace(layer, A=pad(layer.A, (0, 0, 0, lacking)), B=pad(layer.B, (0, lacking)))
-
-
 # ---- the folder ----------------------------------------------------------------------------------
 
 
@@ -251,9 +229,7 @@ def _write_lora(
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
     rank = next(iter(layers.values())).rank  # all have the same
-    dropout = 0.0
-    if not stacked:  # PEFT refuses dropout with target_parameters
-        dropout = max(entry.dropout for entry in adapter.layers.values())
+    dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -261,7 +237,7 @@ def _write_lora(
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if stacked else dropout,  # PEFT has none for target_parameters
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
-from ..checks import check_dtype, check_number, check_rank
 from ..config import LoTRConfig
 from ..init import START, tucker2_of
-from ..storage import checked_path
 from ..targets import Target, check_targets, group_of
 from .lora import LoRA, Source, modules_of, read_lora, tensors_of
 
@@ -55,10 +54,10 @@ class Conversion:
         """Writes the adapter for `lotr_ext.load_adapter`.
 
         Raises:
-            ValueError: If directory is a file.
+            FileExistsError: If directory is a file.
             OSError: If the disk refuses; an adapter that was there is then unchanged.
         """
-        self.adapter.write(checked_path(directory, "directory"))
+        self.adapter.write(Path(directory))
 
     @staticmethod
     def of(
@@ -117,8 +116,6 @@ def lora_to_lotr(
         TypeError: If an argument is of the wrong type.
         ValueError: If `read_lora` refuses the source, or if rank or group_by has a wrong value.
     """
-    check_dtype(dtype)
-    ranks = check_rank(rank)
     layers, saved, peft_config = read_lora(source)
     # PEFT names the usual heads, also those that the model does not have. LoTRConfig refuses these.
     endings = peft_config.get("modules_to_save") or ()
@@ -134,7 +131,7 @@ def lora_to_lotr(
     errors = {}
     groups = groups_of({name: layer.sizes for name, layer in layers.items()}, config)
     for group, names in groups.items():
-        A, B, cores = tucker2_of_loras([layers[name] for name in names], ranks)
+        A, B, cores = tucker2_of_loras([layers[name] for name in names], config.ranks)
         for name, core in zip(names, cores, strict=True):
             errors[name] = lost(float(core.norm()), layers[name].norm)
             scaled = core / (START**2 * config.s)
@@ -164,7 +161,7 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
         group = group_of(name, layer, shape, group_by)
         targets.append(Target((name,), layer, shape, group))
         groups.setdefault(group, []).append(name)
-    check_targets(targets, config)
+    check_targets(targets)
     return groups
 
 
@@ -242,11 +239,9 @@ def original_to_lotr(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the file has no such layers, if parts are missing or do not fit, if layers
-            have several ranks or dtypes, if modules_to_save match nothing, or for a scale that is
-            not a finite number.
+            have several ranks or dtypes, or if scale is not finite.
     """
-    check_number("scale", scale)
-    state = tensors_of(checked_path(source, "source"))
+    state = tensors_of(Path(source))
     parts: dict[str, dict[str, Tensor]] = {}
     for key in state:
         if match := ORIGINAL_KEY.fullmatch(key):
@@ -263,12 +258,6 @@ def original_to_lotr(
             f"source: expected layers of one rank and dtype, "
             f"got ranks {sorted(ranks)}, {sorted(map(str, dtypes))}"
         )
-    for ending in modules_to_save or ():
-        if not modules_of(state, [ending]):
-            raise ValueError(
-                f"modules_to_save: expected names of modules in the checkpoint, got {ending!r}, "
-                f"which matches none"
-            )
     rank = ranks.pop()
     config = LoTRConfig(
         rank=rank,
@@ -288,17 +277,13 @@ def _original_layers(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Con
     layers: dict[str, ConvertedLayer] = {}
     groups: dict[str, ConvertedLayer] = {}  # the first layer of each
     for name, tensors in parts.items():
-        missing = [part for part in ORIGINAL_PARTS if part not in tensors]
-        if missing:
+        # A part that is missing has no shape that fits.
+        lhs, mid, rhs = (tensors.get(part, torch.empty(0)) for part in ORIGINAL_PARTS)
+        r = len(mid)
+        shapes = [list(tensor.shape) for tensor in (lhs, mid, rhs)]
+        if shapes != [[r, lhs.shape[-1]], [r, r], [len(rhs), r]]:
             raise ValueError(
-                f"{name}: expected lotr.lhs, .mid and .rhs, got none of {', '.join(missing)}"
-            )
-        lhs, mid, rhs = (tensors[part] for part in ORIGINAL_PARTS)
-        are_matrices = all(tensors[part].dim() == 2 for part in ORIGINAL_PARTS)
-        if not are_matrices or not rhs.shape[1] == len(mid) == mid.shape[1] == len(lhs):
-            shapes = ", ".join(f"{part} {tuple(tensors[part].shape)}" for part in ORIGINAL_PARTS)
-            raise ValueError(
-                f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}"
+                f"{name}: expected lotr.lhs [r, out], .mid [r, r] and .rhs [in, r], got {shapes}"
             )
         B = lhs.mT.contiguous()
         # The checkpoint has the factors in every layer. Equal ones were shared.

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 
-from ..config import LORA_SETTINGS, LoTRConfig, check_choice, check_names
+from ..config import LoTRConfig, check_choice
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):
@@ -26,9 +26,8 @@ class PeftType(str, Enum):
 
 LOTR = PeftType.LOTR
 
-# Fields of the first version that a file may have. share_factors can be ignored, because such a
-# file contains A and B.
-_FORMER = ("magnitude", "use_dora", "share_factors", "target_parameters")
+# Fields of the first version that a file may have, and that this version lacks.
+_FORMER = ("magnitude", "use_dora", "target_parameters")
 # Fields that LoTRConfig has, too.
 _SHARED = (
     "rank",
@@ -62,8 +61,7 @@ class LoTRPeftConfig(PeftConfig):
         layers: The adapted layers with the names of their factors. Set when layers are adapted.
 
     Raises:
-        TypeError, ValueError: If a field has a wrong type or value, or is one that only PEFT's LoRA
-            has.
+        TypeError, ValueError: If a field has a wrong type or value.
     """
 
     rank: int | tuple[int, int] | None = field(
@@ -113,14 +111,22 @@ class LoTRPeftConfig(PeftConfig):
     )
 
     def __new__(cls, *_: Any, **values: Any) -> "LoTRPeftConfig":
-        # What an old file has and this class lacks is dropped by PEFT, with a warning.
-        check_names((n for n, value in values.items() if value or n not in _FORMER), cls)
+        # From the file of another version, PEFT's base class would drop them with a warning.
+        for name in _FORMER:
+            if values.get(name):
+                raise TypeError(
+                    f"{name}: expected none, because this version does not have it, got "
+                    f"{values[name]!r}"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOTR
-        self._unite_ranks()
+        given = [rank for rank in (self.rank, self.r) if rank is not None]
+        self.rank = given[0] if given else 16
+        if self.r not in (None, self.rank):
+            raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
         if callable(self.group_by) or callable(self.core) or self.core == "custom":
             raise ValueError(
                 f"group_by, core: expected what can be saved, got {self.group_by!r}, {self.core!r}"
@@ -131,7 +137,10 @@ class LoTRPeftConfig(PeftConfig):
                 "apply_lotr for it."
             )
         check_choice("bias", self.bias, ("none", "all", "lotr_only"))
-        self.train = list(self.to_lotr().train)  # to_lotr also checks the shared fields
+        checked = self.to_lotr()
+        self.rank = checked.rank  # a pair is a list in JSON
+        self.r = checked.rank
+        self.train = list(checked.train)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -147,17 +156,6 @@ class LoTRPeftConfig(PeftConfig):
                 f"layers_pattern: expected layers_to_transform with it, got only "
                 f"{self.layers_pattern!r}"
             )
-
-    def _unite_ranks(self) -> None:
-        """Sets rank and r to the one that is given."""
-        for name in ("rank", "r"):
-            if isinstance(getattr(self, name), list):  # from JSON
-                setattr(self, name, tuple(getattr(self, name)))
-        if self.rank is None:
-            self.rank = 16 if self.r is None else self.r
-        if self.r not in (None, self.rank):
-            raise ValueError(f"r: expected rank = {self.rank!r}, or only one, got {self.r!r}")
-        self.r = self.rank
 
     def to_lotr(self) -> LoTRConfig:
         """Returns the same settings for `apply_lotr`, without targets and modules_to_save."""
@@ -181,11 +179,6 @@ class LoTRPeftConfig(PeftConfig):
         if kwargs.get("scaling") in (None, "auto"):
             rank = kwargs.get("rank") or 16
             kwargs["scaling"] = config_of_version_1({**kwargs, "rank": rank})["scaling"]
-        for name in _FORMER:
-            value = kwargs.pop(name, None)
-            if value and name != "share_factors":
-                raise TypeError(
-                    f"{name}: expected nothing, because this version does not have it, got "
-                    f"{value!r}. {LORA_SETTINGS[name]}"
-                )
+        kwargs.pop("share_factors", None)  # such a file contains A and B
+        kwargs = {name: value for name, value in kwargs.items() if value or name not in _FORMER}
         return super().from_peft_type(**kwargs)

@@ -26,10 +26,6 @@ from ..wrapped import LoTRWrapped, check_mergeable, layer_class
 from .config import LoTRPeftConfig
 
 
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
 class LoTRPeftAdapter(nn.Module):
     """One adapter in one layer: its core, scaling and dropout, and the factors of its group.
 
@@ -52,6 +48,10 @@ class LoTRPeftAdapter(nn.Module):
         # The tuner registers them, once.
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
+        for part, parameter in self.parts():
+            # PEFT's methods change it only for the others, see `parameters`.
+            if part not in self.trained:
+                parameter.requires_grad_(False)
 
     def forward(
         self,
@@ -90,11 +90,6 @@ class LoTRPeftAdapter(nn.Module):
         core = self.core_matrix()
         return self.factors.read(lambda A, B: fallback.delta_weight(A, B, core, self.scaling))
 
-    def set_trained(self, is_trained: bool) -> None:
-        """Trains the parts that the configuration names, or freezes all."""
-        for part, parameter in self.parts():
-            parameter.requires_grad_(is_trained and part in self.trained)
-
     def modules_of_parts(self) -> dict[str, nn.Module]:
         """Returns the modules that have the parameters of the parts "A", "B" and "core"."""
         core = self if self.form is None else self.form.cores
@@ -103,8 +98,16 @@ class LoTRPeftAdapter(nn.Module):
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
         for part, module in self.modules_of_parts().items():
-            for parameter in module.parameters():
+            # Not module.parameters(), which for a core is the method below.
+            for _, parameter in module.named_parameters():
                 yield part, parameter
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yields the parameters that are trained while the adapter is active, also of A and B.
+
+        PEFT sets requires_grad of all of them when it becomes active or inactive.
+        """
+        return (parameter for part, parameter in self.parts() if part in self.trained)
 
     def extra_repr(self) -> str:
         return f"rank={self.factors.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
@@ -148,12 +151,10 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.lotr_adapter:
             return
         adapter = self.lotr_adapter[adapter_name]
-        if any(parameter.is_meta for _, parameter in adapter.parts()):
-            return
-        if device is None:
-            device = self.place()[0]
-        for module in adapter.modules_of_parts().values():
-            module.to(device)
+        # PEFT also calls it before the values are loaded, when there is nothing to move.
+        if not any(parameter.is_meta for _, parameter in adapter.parts()):
+            for module in adapter.modules_of_parts().values():
+                module.to(self.place()[0] if device is None else device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
@@ -195,27 +196,6 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
                 y_rows = self.lotr_adapter[name](x[rows], base_output=y[rows])
                 y = y.index_copy(0, rows, y_rows)
         return y
-
-    # ---- which adapters are active and trained ---------------------------------------------------
-
-    # These do what BaseTunerLayer's methods do, which see only the parameters below this layer.
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        active = _as_list(adapter_names)
-        for name, adapter in self.lotr_adapter.items():
-            adapter.set_trained(name in active and not inference_mode)
-        self._active_adapter = active
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disable_adapters = not enabled
-        self.set_adapter(self.active_adapters, inference_mode=not enabled)
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        for name in _as_list(adapter_names):
-            if name in self.lotr_adapter:
-                self.lotr_adapter[name].set_trained(requires_grad)
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -278,6 +258,3 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-    def __repr__(self) -> str:
-        return "lotr." + super().__repr__()

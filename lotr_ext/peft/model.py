@@ -23,8 +23,9 @@ The files leave out the adapter's name, as PEFT does. A layer's core refers to i
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,26 +53,11 @@ from .config import LoTRPeftConfig
 from .layer import LoTRPeftAdapter, LoTRPeftLinear
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for rows without an adapter
-HALVES = (torch.bfloat16, torch.float16)
 
 
-def _check_place(module: nn.Module, names: Sequence[str]) -> None:
-    """Checks that PEFT can replace a module: it replaces only the first of several names."""
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
-        raise TypeError(
-            f"target_modules: expected layers without adapters of other methods, got {names[0]!r} "
-            f"({type(module).__name__})"
-        )
-    if len(names) > 1:
-        raise ValueError(
-            f"target_modules: expected layers in one place each, got one at {', '.join(names)}"
-        )
-
-
-def _keys_of(adapter_name: str) -> re.Pattern[str]:
-    """Matches the names of an adapter's tensors in the model's state_dict, and no others."""
-    name = re.escape(adapter_name)
-    return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
+def _prefix_of(adapter_name: str) -> re.Pattern[str]:
+    """Matches what precedes the last parts in the names of an adapter's tensors."""
+    return re.compile(rf"\b(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\.")
 
 
 class LoTRPeftModel(BaseTuner):
@@ -92,9 +78,10 @@ class LoTRPeftModel(BaseTuner):
     def _layers(self) -> dict[str, LoTRPeftLinear]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
 
-    def _owners(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-        """Returns the modules that own parameters outside of the adapted layers, by adapter."""
-        return self.lotr_factors, self.lotr_cores
+    def _parts(self, adapter_name: str) -> list[nn.Module]:
+        """Returns the modules outside of the layers that have parameters of an adapter."""
+        owners = (self.lotr_factors, self.lotr_cores)
+        return [owner[adapter_name] for owner in owners if adapter_name in owner]
 
     # ---- adding an adapter -----------------------------------------------------------------------
 
@@ -106,9 +93,8 @@ class LoTRPeftModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter, as BaseTuner does. The factors of others keep their requires_grad."""
-        before = []
-        for owner in self._owners():
-            before += [(parameter, parameter.requires_grad) for parameter in owner.parameters()]
+        parameters = chain(self.lotr_factors.parameters(), self.lotr_cores.parameters())
+        before = [(parameter, parameter.requires_grad) for parameter in parameters]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT restores what it finds in the model. The factors are not in it.
         for parameter, requires_grad in before:
@@ -121,14 +107,8 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             TypeError, ValueError: If a layer cannot be adapted.
         """
-        if not isinstance(peft_config, LoTRPeftConfig):
-            raise TypeError(
-                f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}"
-            )
         targets = self._targets(peft_config, model)
-        if not targets:
-            return  # PEFT raises a detailed error
-        check_targets(targets, peft_config.to_lotr())
+        check_targets(targets)
         self._groups = {target.name: target.group for target in targets}
         by_width = peft_config.group_by == "width"
         layers = []
@@ -137,7 +117,7 @@ class LoTRPeftModel(BaseTuner):
             factors = [f"lotr_factors.A_{A_name}", f"lotr_factors.B_{B_name}"]
             layers.append({"name": target.name, "factors": factors})
         # Computed cores depend on the order of the layers, which a loaded adapter determines.
-        order = {str(entry.get("name")): i for i, entry in enumerate(peft_config.layers or ())}
+        order = {entry["name"]: i for i, entry in enumerate(peft_config.layers or ())}
         if order.keys() == self._groups.keys():
             layers.sort(key=lambda entry: order[entry["name"]])
         peft_config.layers = layers
@@ -154,11 +134,20 @@ class LoTRPeftModel(BaseTuner):
         targets = []
         for module, names in modules_with_names(model):
             name = names[0]
-            if name.startswith(inside_adapted):
+            is_inside = name.startswith(inside_adapted)
+            if is_inside or not self._check_target_module_exists(config, name):
                 continue
-            if not self._check_target_module_exists(config, name):
-                continue
-            _check_place(module, names)
+            if len(names) > 1:
+                # PEFT would replace only the first.
+                raise ValueError(
+                    f"target_modules: expected layers in one place each, got one at "
+                    f"{', '.join(names)}"
+                )
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
+                raise TypeError(
+                    f"target_modules: expected layers without adapters of other methods, got "
+                    f"{name!r} ({type(module).__name__})"
+                )
             base = module.base_layer if isinstance(module, LoTRPeftLinear) else module
             no_effect = why_not_adapted(model, base, names, tied)
             if is_everything and no_effect is not None:
@@ -176,11 +165,11 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             ValueError: If a name has a dot, or is also the name of a module or group.
         """
-        parts = set(self._groups.values())
-        for name in (*self._groups, *self._layers()):
-            parts.update(name.split("."))
-        for groups in self.lotr_factors.values():
-            parts.update(groups)
+        names: list[str] = []
+        for config in self.peft_config.values():
+            for entry in config.layers:
+                names += [entry["name"], *entry["factors"]]
+        parts = set(".".join(names).split("."))
         has_others = len(self.peft_config) > 1
         for name in self.peft_config:
             if "." in name or hasattr(nn.ModuleDict, name) or (has_others and name in parts):
@@ -231,22 +220,18 @@ class LoTRPeftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            return
-        for owner in self._owners():
-            if adapter_name not in owner:
-                continue
-            for module in owner[adapter_name].modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    if parameter.dtype in HALVES:
-                        wide = parameter.detach().float()
-                        setattr(module, name, nn.Parameter(wide, parameter.requires_grad))
+        # super() sees only what is in the layers.
+        parts = self._parts(adapter_name) if autocast_adapter_dtype else []
+        for module in chain.from_iterable(part.modules() for part in parts):
+            dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
+            if dtypes & {torch.bfloat16, torch.float16}:
+                module.float()
 
     # ---- removing one ----------------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for owner in self._owners():
+        for owner in (self.lotr_factors, self.lotr_cores):
             if adapter_name in owner:
                 del owner[adapter_name]
 
@@ -321,29 +306,24 @@ class LoTRPeftModel(BaseTuner):
         Raises:
             RuntimeError: If a tensor is sharded, of which PEFT would save a shard.
         """
-        candidates = super()._get_adapter_state_dict(
+        tensors = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        keys = _keys_of(adapter_name)
-        tensors = {}
-        for key, tensor in candidates.items():
-            if not keys.search(key) and not key.endswith(".bias"):
-                continue
+        for key, tensor in tensors.items():
+            # ZeRO-3 leaves an empty tensor.
             if 0 in tensor.shape or is_sharded(tensor):
                 raise RuntimeError(
                     f"save_pretrained: expected full tensors, got {key} of shape "
                     f"{list(tensor.shape)}, sharded. Gather a sharded model first, as accelerate's "
                     f"get_state_dict does, and pass the result as state_dict."
                 )
-            tensors[key] = tensor
         return tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if not _keys_of(adapter_name).search(key):
-            return super()._remove_adapter_name_from_key(key, adapter_name)
-        pattern = rf"(lotr_(?:factors|cores|adapter))\.{re.escape(adapter_name)}\."
-        return re.sub(pattern, r"\1.", key, count=1)
+        # PEFT's method expects the name just before the last part. A factor's is further ahead, and
+        # so is that of a parametrized core.
+        return _prefix_of(adapter_name).sub(r"\1.", key, count=1)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -360,9 +340,10 @@ class LoTRPeftModel(BaseTuner):
             new_key = re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key)
             tensors[new_key] = tensor
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        any_key = re.compile(r"\.lotr_adapter\.|lotr_(factors|cores)\.")
-        expected = {key for key in model.state_dict() if _keys_of(adapter_name).search(key)}
-        expect_names("adapter", expected, {key for key in tensors if any_key.search(key)})
+        expected = {key for key in model.state_dict() if _prefix_of(adapter_name).search(key)}
+        # The rest are biases and modules_to_save.
+        actual = {key for key in tensors if re.search(r"\blotr_(factors|cores|adapter)\.", key)}
+        expect_names("adapter", expected, actual)
         return tensors
 
 

@@ -18,10 +18,12 @@ A task is a folder that the requests, resolvers and HTTP endpoints of vLLM accep
 This file needs no vLLM. Not here: the layers of vLLM with cores (engine.py).
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_state import AdapterState, LayerEntry
-from ..convert.lora import CONFIG_NAME, put_folder
-from ..convert.to_lora import bank_of
+from ..convert.lora import put_folder
 from ..files import save_adapter, state_of
 from ..old_files import start_key
-from ..storage import checked_path, json_in
 from ..task_files import TaskFormat, factors_in_order
 
 __all__ = ["export_factors", "export_task", "register"]
@@ -74,26 +74,22 @@ def factors_of(adapter: AdapterState, where: str) -> Factors:
         ValueError: If the engine cannot split it into factors and cores.
     """
     _check_servable(adapter, where)
-    tensors: dict[str, Tensor] = {}
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    layers = adapter.layers
+    keys = chain.from_iterable((entry.A, entry.B) for entry in layers.values())
+    # One object per factor: layers that share one are recognized by its identity.
+    tensors = {key: adapter.tensors[key].detach() for key in keys}
+    pairs = {name: (tensors[entry.A], tensors[entry.B]) for name, entry in layers.items()}
+    shapes = {f"{name}.core": (A.shape[1], B.shape[1]) for name, (A, B) in pairs.items()}
     spans: dict[str, slice] = {}
     start = 0
-    for name, entry in adapter.layers.items():
-        A = adapter.tensors[entry.A]
-        B = adapter.tensors[entry.B]
-        tensors[entry.A] = A.detach()
-        tensors[entry.B] = B.detach()
-        pairs[name] = (A, B)  # themselves: shared factors are recognized by identity
-        shapes[f"{name}.core"] = (A.shape[1], B.shape[1])
-        end = start + A.shape[1] * B.shape[1]
-        spans[name] = slice(start, end)
-        start = end
+    for name, shape in zip(layers, shapes.values()):
+        spans[name] = slice(start, start + math.prod(shape))
+        start = spans[name].stop
     # A task's file has the checksum of the factors in an order that depends on the groups.
     group_by = "shape" if adapter.config is None else adapter.config.group_by
     ordered = factors_in_order(pairs, group_by)
-    scalings = tuple(entry.scaling for entry in adapter.layers.values())
-    return Factors(adapter.layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
+    scalings = tuple(entry.scaling for entry in layers.values())
+    return Factors(layers, tensors, spans, TaskFormat(shapes, scalings, ordered))
 
 
 def _check_servable(adapter: AdapterState, where: str) -> None:
@@ -123,7 +119,7 @@ def read_factors(directory: str | PathLike[str]) -> Factors:
     Raises:
         ValueError: If there is no such folder, or it has an adapter that the engine cannot hold.
     """
-    return factors_of(AdapterState.read(checked_path(directory, "LOTR_FACTORS")), "LOTR_FACTORS")
+    return factors_of(AdapterState.read(Path(directory)), "LOTR_FACTORS")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -159,14 +155,15 @@ def export_task(
             None, as the model was loaded.
 
     Raises:
-        RuntimeError: If the model has no adapter, or no bank for the task.
-        ValueError: If there is no such task, if the engine cannot hold the adapter, or if directory
-            is a file.
+        RuntimeError: If the model has no adapter.
+        AttributeError: If a task is given and the model has no TaskBank.
+        ValueError: If there is no such task, or if the engine cannot hold the adapter.
+        FileExistsError: If directory is a file.
     """
-    directory = checked_path(directory, "directory")
+    directory = Path(directory)
     adapter = state_of(model)
     factors = factors_of(adapter, "export_task")
-    cores = adapter.tensors if task is None else bank_of(model).cores_of(task)
+    cores = adapter.tensors if task is None else model.lotr_tasks.cores_of(task)
     task_format = factors.task_format
     rank = max(max(shape) for shape in task_format.shapes.values())
     # vLLM reads it before the plugin sees the folder: it must be a LoRA that the engine accepts.
@@ -192,20 +189,18 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
         TypeError, ValueError: If it is not a complete task over these factors with finite values.
     """
     path = Path(directory) / TENSORS_NAME
-    if not path.exists():  # another adapter: say which kind
-        config = json_in(Path(directory) / CONFIG_NAME, "adapter")
+    if not path.exists():
         raise ValueError(
-            f"adapter: expected a task by export_task, got an adapter of "
-            f"{config.get('peft_type')} in {directory}. An engine with LOTR_FACTORS serves only "
-            f"tasks."
+            f"adapter: expected a task by export_task, got {directory} without {TENSORS_NAME}. An "
+            f"engine with LOTR_FACTORS serves only tasks."
         )
     tensors = factors.task_format.read(path, "adapter")
-    for name, core in tensors.items():
-        if not bool(core.isfinite().all()):
-            raise ValueError(
-                f"adapter: expected finite values, got others in {name} in {directory}. Train the "
-                f"task again."
-            )
+    damaged = [name for name, core in tensors.items() if not bool(core.isfinite().all())]
+    if damaged:
+        raise ValueError(
+            f"adapter: expected finite values, got others in {damaged[0]} in {directory}. Train "
+            f"the task again."
+        )
     # The engine's kernels add (u G) B^T, so the scaling belongs to the core.
     scaled = [entry.scaling * tensors[f"{name}.core"] for name, entry in factors.layers.items()]
     return torch.cat([core.flatten() for core in scaled])

@@ -95,10 +95,11 @@ def _adapt_only(names: Collection[str]) -> None:
 
     def supported(model: nn.Module) -> list[str]:
         packed = get_packed_modules_mapping(model)
-        selected = []
-        for name in supported_modules(model):
-            if not {name, *packed.get(name, ())}.isdisjoint(names):
-                selected.append(name)
+        selected = [
+            name
+            for name in supported_modules(model)
+            if not {name, *packed.get(name, ())}.isdisjoint(names)
+        ]
         if not selected:
             raise ValueError(
                 f"LOTR_FACTORS: expected layers of the engine's model, got {sorted(names)} of "
@@ -254,13 +255,13 @@ class _LayerWithCores:
             side: "A" or "B".
             place: The index of the packed module.
         """
-        dtype = self.lora_config.lora_dtype
         full = self.lotr_factors.tensors[key]
         rows = full if self.tp_size == 1 else self._rows_of_process(full, side, place)
         # Layers may cut one factor in different ways. Each cut is kept once.
         cut = None
         if rows.shape != full.shape:
             cut = (type(self).__name__, place, self.input_size, self.output_size)
+        dtype = self.lora_config.lora_dtype
         shared_key = (key, dtype, str(self.device), cut)
         if shared_key not in self.lotr_shared:
             self.lotr_shared[shared_key] = rows.to(self.device, dtype).contiguous()
@@ -268,16 +269,15 @@ class _LayerWithCores:
 
     def _rows_of_process(self, full: Tensor, side: str, place: int) -> Tensor:
         """Returns this process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
-        if side == "A":
-            return self._cut(self.slice_lora_a, full.T, place).T
-        return self._cut(self.slice_lora_b, full, place)
-
-    def _cut(self, slice_lora: Any, matrix: Tensor, place: int) -> Tensor:
+        slice_lora = self.slice_lora_a if side == "A" else self.slice_lora_b
+        matrices: list[Tensor | None] = [None] * self.n_slices
+        matrices[place] = full.T if side == "A" else full
+        # vLLM's rules take a list for a packed layer, and a tensor for any other.
         if self.n_slices == 1:
-            return slice_lora(matrix)
-        packed: list[Tensor | None] = [None] * self.n_slices
-        packed[place] = matrix
-        return slice_lora(packed)[place]
+            rows = slice_lora(matrices[0])
+        else:
+            rows = slice_lora(matrices)[place]
+        return rows.T if side == "A" else rows
 
     def reset_lora(self, index: int) -> None:
         for part in self.lotr_parts:
@@ -307,13 +307,12 @@ class _LayerWithCores:
         slots = self.punica_wrapper.token_lora_indices[: len(x_rows)]
         projections: dict[int, Tensor] = {}
         for part in self.lotr_parts:
+            # Once for all modules that share A.
             if id(part.A) not in projections:
-                projections[id(part.A)] = self._project(x_rows, part.A)
+                u = lotr.shrink(x_rows, part.A) if self.lotr_has_kernels else x_rows @ part.A
+                projections[id(part.A)] = u
             self._add(y[:, part.columns], projections[id(part.A)], part, slots)
         return y.view(output.shape)
-
-    def _project(self, x: Tensor, A: Tensor) -> Tensor:
-        return lotr.shrink(x, A) if self.lotr_has_kernels else x @ A
 
     def _add(self, y: Tensor, u: Tensor, part: Part, slots: Tensor) -> None:
         """Adds (u G_slot) B^T to y, a view of the output."""

@@ -94,23 +94,19 @@ class Output:
         values: np.ndarray | None = None,
     ):
         matrix_shape = (int(np.prod(shape[:-1])), shape[-1])
-        if len(shape) > 2:
-            layout = PACKED
-        self.buffer, matrix = poisoned(matrix_shape, dtype, layout)
-        inside = np.zeros(self.buffer.shape, bool)
-        row_stride, col_stride = (stride // self.buffer.itemsize for stride in matrix.strides)
-        rows, cols = np.indices(matrix_shape)
-        inside[layout.offset + rows * row_stride + cols * col_stride] = True
-        self._outside = ~inside
-        self._poison = POISON[self.buffer.itemsize]
-        self._words = self.buffer.view(self._poison.dtype)
+        self.buffer, matrix = poisoned(matrix_shape, dtype, PACKED if len(shape) > 2 else layout)
         self.view = matrix.reshape(shape)
+        self.poison = POISON[self.buffer.itemsize]
+        self.words = self.buffer.view(self.poison.dtype)
+        self.view[...] = 0
+        self.is_outside = self.words == self.poison  # what zeros in the matrix do not replace
+        self.words[...] = self.poison
         if values is not None:
             self.view[...] = values
 
     def check_outside(self) -> None:
         """Asserts that nothing around the matrix was written."""
-        assert (self._words[self._outside] == self._poison).all(), "wrote outside the output"
+        assert (self.words[self.is_outside] == self.poison).all(), "wrote outside the output"
 
 
 def check_close(

@@ -5,9 +5,11 @@ run the table of test_operators.py (python_tests/cuda).
 """
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from arrays import (
@@ -30,6 +32,8 @@ from arrays import (
 SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
 FLOAT = np.float32
 Views = dict[str, np.ndarray]
+Outputs = dict[str, Callable[[], Output]]  # functions, because each run has new outputs
+Check = Callable[[Views], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Shape:
 
     m tokens, k and n columns of the large matrices (n 0: half of k), ranks r and r2 (0: the same).
     The device has `sms` multiprocessors. bare: without the optional operands: a bias, sums that are
-    added to, dB, dx, the tokens of rows.
+    added to, dB, dx, the tokens of rows. cores: of per-row cores (0: 1 to 9, by k).
     """
 
     m: int
@@ -51,6 +55,7 @@ class Shape:
     n: int = 0
     bare: bool = False
     float_factors: bool = False
+    cores: int = 0
 
     @property
     def other(self) -> int:
@@ -67,9 +72,11 @@ class Shape:
 
 
 # Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than
-# splits and more.
+# splits and more; more cores than rows.
 QUICK = [
     Shape(0, 64, 16),
+    Shape(0, 64, 16, bare=True),
+    Shape(40, 8, 4, cores=3000),
     Shape(1, 1, 1, ODD, 0.5),
     Shape(1, 1000, 8, sms=8),
     Shape(2, 333, 5, ODD, 0.1, bare=True),
@@ -133,12 +140,12 @@ class Problem:
     kernel: str
     device: dict[str, int]  # for which plans are made
     inputs: Views
-    numbers: dict[str, float] = field(default_factory=dict)
-    outputs: dict[str, Callable[[], Output]] = field(default_factory=dict)
-    check: Callable[[Views], None] = lambda views: None
+    numbers: dict[str, float]
+    outputs: Outputs
+    check: Check
 
     def run(self, lib: ModuleType, **options: object) -> Views:
-        """Returns the outputs by name, in new poisoned memory, and checks what is around them.
+        """Returns the outputs by name, and checks that nothing else was written.
 
         Args:
             lib: The executor's module.
@@ -146,11 +153,14 @@ class Problem:
         """
         outputs = {name: make() for name, make in self.outputs.items()}
         views = {name: output.view for name, output in outputs.items()}
+        before = {name: array.copy() for name, array in self.inputs.items()}
         lib.set_device(**self.device)
         lib.set_options(sm90=self.kernel == "gemm_lotr", **options)
         lib.run(self.kernel, self.inputs | views, self.numbers)
         for output in outputs.values():
             output.check_outside()
+        for name, array in before.items():
+            np.testing.assert_array_equal(self.inputs[name], array, f"{self.name}: input {name}")
         return views
 
     def checked(self, lib: ModuleType, **options: object) -> dict[str, bytes]:
@@ -163,21 +173,22 @@ class Problem:
 class Maker:
     """Random operands of a shape and element type, and the comparison of results."""
 
-    def __init__(self, shape: Shape, kind: str, name: str):
+    def __init__(self, kernel: str, shape: Shape, kind: str):
         self.shape = shape
         self.kind = kind
-        self.name = f"{name} {kind} {shape}"
+        self.name = f"{kernel} {kind} {shape}"
         self.dtype = DTYPE[kind]
         self.rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
-    def values(self, *size: int) -> np.ndarray:
-        return self.rng.standard_normal(size)
-
     def floats(self, *size: int) -> np.ndarray:
-        return self.values(*size).astype(FLOAT)
+        return self.rng.standard_normal(size, FLOAT)
+
+    def stored(self, rows: int, cols: int) -> np.ndarray:
+        """Returns values of the kernel's type."""
+        return narrow(self.floats(rows, cols), self.kind)
 
     def large(self, rows: int, cols: int) -> np.ndarray:
-        return place(narrow(self.values(rows, cols), self.kind), self.dtype, self.shape.layout)
+        return place(self.stored(rows, cols), self.dtype, self.shape.layout)
 
     def factor(self, rows: int, cols: int) -> np.ndarray:
         if self.shape.float_factors:
@@ -188,16 +199,25 @@ class Maker:
         """Returns the values of an operand that the kernel's product uses."""
         return operand(a, self.kind)
 
-    def problem(self, kernel: str, inputs: Views, **numbers: float) -> Problem:
-        return Problem(self.name, kernel, {"multiprocessors": self.shape.sms}, inputs, numbers)
+    def problem(
+        self, kernel: str, inputs: Views, outputs: Outputs, check: Check, **numbers: float
+    ) -> Problem:
+        device = {"multiprocessors": self.shape.sms}
+        return Problem(self.name, kernel, device, inputs, numbers, outputs, check)
 
-    def with_dropout(self, problem: Problem) -> np.ndarray | float:
-        """Adds the shape's dropout to a problem. Returns the mask, scaled by 1 / (1 - p)."""
+    def with_dropout(self, problem: Problem) -> Problem:
+        """Adds the shape's dropout, whose effect is `mask`."""
+        if self.shape.p:
+            problem.inputs["seed"] = np.array([SEED], np.int64)
+            problem.numbers["p"] = self.shape.p
+        return problem
+
+    @cached_property
+    def mask(self) -> np.ndarray | float:
+        """1 / (1 - p) for the elements [m, k] that dropout keeps, else 0."""
         shape = self.shape
         if not shape.p:
             return 1.0
-        problem.inputs["seed"] = np.array([SEED], np.int64)
-        problem.numbers["p"] = shape.p
         return philox_keep(SEED, shape.m, shape.k, shape.p) / (1 - shape.p)
 
     def out(
@@ -206,10 +226,20 @@ class Maker:
         start: np.ndarray | None = None,
         dtype: type | None = None,
         packed: bool = False,
-    ):
+    ) -> Callable[[], Output]:
         """Returns a function that creates an output, by default of the kernel's type and of NaN."""
         layout = PACKED if packed else self.shape.layout
         return lambda: Output(size, dtype or self.dtype, layout, start)
+
+    def sum(self, rows: int, cols: int) -> tuple[np.ndarray | float, Callable[[], Output]]:
+        """Returns what a float32 sum is added to, and the function that creates it.
+
+        bare: It is not added to anything, and is packed, as it must be without tokens.
+        """
+        if self.shape.bare:
+            return 0.0, self.out(rows, cols, dtype=FLOAT, packed=True)
+        start = self.floats(rows, cols)
+        return start, self.out(rows, cols, start=start, dtype=FLOAT)
 
     def close(
         self,
@@ -230,62 +260,65 @@ class Maker:
         check_close(result, truth, narrow(eager, kind), size, kind, f"{self.name}: {what}")
 
 
-def shrink(shape: Shape, kind: str) -> Problem:
-    t = Maker(shape, kind, "shrink")
+def shrink(t: Maker, shape: Shape) -> Problem:
     x = t.large(shape.m, shape.k)
     A = t.factor(shape.k, shape.r)
-    problem = t.problem("shrink", {"x": x, "A": A})
-    mask = t.with_dropout(problem)
-    problem.outputs = {"u": t.out(shape.m, shape.r)}
-    problem.check = lambda out: t.close(out["u"], t.op(x) * mask, t.op(A), "u")
-    return problem
+    problem = t.problem(
+        "shrink",
+        {"x": x, "A": A},
+        {"u": t.out(shape.m, shape.r)},
+        lambda out: t.close(out["u"], t.op(x) * t.mask, t.op(A), "u"),
+    )
+    return t.with_dropout(problem)
 
 
-def shrink_core(shape: Shape, kind: str) -> Problem:
+def shrink_core(t: Maker, shape: Shape) -> Problem:
     """shrink of few tokens: u and h = 3 u core from one launch."""
-    t = Maker(shape, kind, "shrink_core")
     x = t.large(shape.m, shape.k)
     A = t.factor(shape.k, shape.r)
     core = t.factor(shape.r, shape.other)
-    problem = t.problem("shrink", {"x": x, "A": A, "core": core}, scale=0.5, core_scale=3.0)
-    problem.outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
+    outputs = {"u": t.out(shape.m, shape.r), "h": t.out(shape.m, shape.other)}
 
     def check(out: Views) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
         t.close(out["h"], t.op(out["u"]), t.op(core), "h", scale=3.0)  # of the u that is stored
 
-    problem.check = check
-    return problem
+    inputs = {"x": x, "A": A, "core": core}
+    return t.problem("shrink", inputs, outputs, check, scale=0.5, core_scale=3.0)
 
 
-def expand_add(shape: Shape, kind: str) -> Problem:
-    t = Maker(shape, kind, "expand_add")
+def expand(
+    t: Maker,
+    shape: Shape,
+    add: np.ndarray | float,
+    y0: np.ndarray | None = None,
+    **inputs: np.ndarray,
+) -> Problem:
+    """y = add + drop(u F^T), where y starts from y0 (None: NaN), and `inputs` from elsewhere."""
     u = t.large(shape.m, shape.r)
     F = t.factor(shape.k, shape.r)
-    y0 = narrow(t.values(shape.m, shape.k), kind)
-    problem = t.problem("expand_add", {"u": u, "F": F})
-    mask = t.with_dropout(problem)
-    problem.outputs = {"y": t.out(shape.m, shape.k, start=y0)}
-    problem.check = lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), mask)
-    return problem
-
-
-def expand_fresh(shape: Shape, kind: str) -> Problem:
-    """y = bias + u F^T, whatever y holds (here NaN)."""
-    t = Maker(shape, kind, "expand_fresh")
-    u = t.large(shape.m, shape.r)
-    F = t.factor(shape.k, shape.r)
-    problem = t.problem("expand_add", {"u": u, "F": F}, fresh=1)
-    mask = t.with_dropout(problem)
-    bias = np.zeros(shape.k)
-    if not shape.bare:
-        problem.inputs["bias"] = t.large(1, shape.k)[0]
-        bias = wide(problem.inputs["bias"])
-    problem.outputs = {"y": t.out(shape.m, shape.k)}
-    problem.check = lambda out: t.close(
-        out["y"], t.op(u), t.op(F).T, "y", bias[None].repeat(shape.m, 0), mask
+    problem = t.problem(
+        "expand_add",
+        {"u": u, "F": F, **inputs},
+        {"y": t.out(shape.m, shape.k, start=y0)},
+        lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", add, t.mask),
+        fresh=y0 is None,
     )
-    return problem
+    return t.with_dropout(problem)
+
+
+def expand_add(t: Maker, shape: Shape) -> Problem:
+    """y += u F^T."""
+    y0 = t.stored(shape.m, shape.k)
+    return expand(t, shape, wide(y0), y0)
+
+
+def expand_fresh(t: Maker, shape: Shape) -> Problem:
+    """y = bias + u F^T, or without the bias."""
+    if shape.bare:
+        return expand(t, shape, 0.0)
+    bias = t.large(1, shape.k)[0]
+    return expand(t, shape, wide(bias), bias=bias)
 
 
 # The layout of `start` for each layout of y: both by chunks with other strides, one of them, none.
@@ -297,125 +330,109 @@ START_LAYOUT = {
 }
 
 
-def expand_from(shape: Shape, kind: str) -> Problem:
-    """y = start + u F^T from another matrix, which stays as it is."""
-    t = Maker(shape, kind, "expand_from")
-    u = t.large(shape.m, shape.r)
-    F = t.factor(shape.k, shape.r)
-    values = narrow(t.values(shape.m, shape.k), kind)
-    start = place(values, t.dtype, START_LAYOUT[shape.layout])
-    problem = t.problem("expand_add", {"u": u, "F": F, "start": start})
-    mask = t.with_dropout(problem)
-    problem.outputs = {"y": t.out(shape.m, shape.k)}
-
-    def check(out: Views) -> None:
-        t.close(out["y"], t.op(u), t.op(F).T, "y", wide(values), mask)
-        np.testing.assert_array_equal(start, values)
-
-    problem.check = check
-    return problem
+def expand_from(t: Maker, shape: Shape) -> Problem:
+    """y = start + u F^T from another matrix."""
+    start = place(t.stored(shape.m, shape.k), t.dtype, START_LAYOUT[shape.layout])
+    return expand(t, shape, wide(start), start=start)
 
 
-def factor_grad(shape: Shape, kind: str) -> Problem:
-    """D += x^T v; bare: D = x^T v, whatever D holds."""
-    t = Maker(shape, kind, "factor_grad")
+def factor_grad(t: Maker, shape: Shape) -> Problem:
+    """D += x^T v; bare: D = x^T v."""
     x = t.large(shape.m, shape.k)
     v = t.large(shape.m, shape.r)
-    D0 = t.floats(shape.k, shape.r)
-    problem = t.problem("factor_grad", {"x": x, "v": v}, accumulate=not shape.bare)
-    left = (t.op(x) * t.with_dropout(problem)).T
-    problem.outputs = {"D": t.out(shape.k, shape.r, start=None if shape.bare else D0, dtype=FLOAT)}
-    problem.check = lambda out: t.close(
-        out["D"], left, t.op(v), "D", 0.0 if shape.bare else D0, kind="fp32"
+    D0, D = t.sum(shape.k, shape.r)
+    problem = t.problem(
+        "factor_grad",
+        {"x": x, "v": v},
+        {"D": D},
+        lambda out: t.close(out["D"], (t.op(x) * t.mask).T, t.op(v), "D", D0, kind="fp32"),
+        accumulate=not shape.bare,
     )
-    return problem
+    return t.with_dropout(problem)
 
 
-def shrink_grad(shape: Shape, kind: str) -> Problem:
-    """k = g F and Q += g^T u; bare: Q = g^T u, whatever Q holds."""
-    t = Maker(shape, kind, "shrink_grad")
+def shrink_grad(t: Maker, shape: Shape) -> Problem:
+    """du = g F and Q += g^T u; bare: Q = g^T u."""
     g = t.large(shape.m, shape.k)
     F = t.factor(shape.k, shape.r)
     u = t.large(shape.m, shape.r)
-    Q0 = t.floats(shape.k, shape.r)
-    problem = t.problem("shrink_grad", {"g": g, "F": F, "u": u}, accumulate=not shape.bare)
-    Q = t.out(shape.k, shape.r, start=None if shape.bare else Q0, dtype=FLOAT, packed=shape.bare)
-    problem.outputs = {"k": t.out(shape.m, shape.r), "Q": Q}
+    Q0, Q = t.sum(shape.k, shape.r)
 
     def check(out: Views) -> None:
-        t.close(out["k"], t.op(g), t.op(F), "k")
-        t.close(out["Q"], t.op(g).T, t.op(u), "Q", 0.0 if shape.bare else Q0, kind="fp32")
+        t.close(out["du"], t.op(g), t.op(F), "du")
+        t.close(out["Q"], t.op(g).T, t.op(u), "Q", Q0, kind="fp32")
 
-    problem.check = check
-    return problem
+    inputs = {"g": g, "F": F, "u": u}
+    outputs = {"du": t.out(shape.m, shape.r), "Q": Q}
+    return t.problem("shrink_grad", inputs, outputs, check, accumulate=not shape.bare)
 
 
-def gemm_lotr(shape: Shape, kind: str, backward: bool = False) -> Problem:
+def gemm_lotr(t: Maker, shape: Shape, backward: bool = False) -> Problem:
     """y = x W^T + bias + u F^T. Backward, with the same names: y = x W + u F^T, W [k, n]."""
-    m = shape.m
-    k = shape.k
-    n = shape.columns
-    r = shape.r
-    t = Maker(shape, kind, "gemm_lotr_backward" if backward else "gemm_lotr")
-    x = t.large(m, k)
-    W = t.large(*((k, n) if backward else (n, k)))
-    u = t.large(m, r)
-    F = t.large(n, r)
-    problem = t.problem("gemm_lotr", {"x": x, "W": W, "u": u, "F": F}, backward=backward)
-    bias = np.zeros((1, n))
+    sizes = (shape.k, shape.columns) if backward else (shape.columns, shape.k)
+    inputs = {
+        "x": t.large(shape.m, shape.k),
+        "W": t.large(*sizes),
+        "u": t.large(shape.m, shape.r),
+        "F": t.large(shape.columns, shape.r),
+    }
+    left = np.hstack([wide(inputs["x"]), wide(inputs["u"])])
+    W = wide(inputs["W"])
+    right = np.vstack([W if backward else W.T, wide(inputs["F"]).T])
+    bias = 0.0
     if not shape.bare:
-        problem.inputs["bias"] = t.large(1, n)
-        bias = wide(problem.inputs["bias"])
-    problem.outputs = {"y": t.out(m, n)}
-
-    def check(out: Views) -> None:
-        left = np.hstack([wide(x), wide(u)])
-        right = np.vstack([wide(W) if backward else wide(W).T, wide(F).T])
-        t.close(out["y"], left, right, "y", bias.repeat(m, 0))
-
-    problem.check = check
-    return problem
+        inputs["bias"] = t.large(1, shape.columns)
+        bias = wide(inputs["bias"])
+    return t.problem(
+        "gemm_lotr",
+        inputs,
+        {"y": t.out(shape.m, shape.columns)},
+        lambda out: t.close(out["y"], left, right, "y", bias),
+        backward=backward,
+    )
 
 
-def gemm_lotr_backward(shape: Shape, kind: str) -> Problem:
-    return gemm_lotr(shape, kind, True)
+def gemm_lotr_backward(t: Maker, shape: Shape) -> Problem:
+    return gemm_lotr(t, shape, True)
 
 
-def pack(shape: Shape, kind: str) -> Problem:
+def pack(t: Maker, shape: Shape) -> Problem:
     """A copy in the kernel's type, with rows at multiples of 16 bytes. Padding is not written."""
-    t = Maker(shape, kind, "pack")
     matrix = t.factor(shape.m, shape.k)
-    problem = t.problem("pack", {"from": matrix})
-    problem.outputs = {"to": lambda: Output((shape.m, shape.k), t.dtype, ROWS_OF_16_BYTES)}
-    problem.check = lambda out: np.testing.assert_array_equal(wide(out["to"]), t.op(matrix))
-    return problem
+    return t.problem(
+        "pack",
+        {"from": matrix},
+        {"to": lambda: Output((shape.m, shape.k), t.dtype, ROWS_OF_16_BYTES)},
+        lambda out: np.testing.assert_array_equal(wide(out["to"]), t.op(matrix)),
+    )
 
 
 # ---- the core ----
 
 
-def fold(shape: Shape, kind: str) -> Problem:
-    t = Maker(shape, kind, "fold")
+def fold(t: Maker, shape: Shape) -> Problem:
     B = t.factor(shape.k, shape.other)
     core = t.factor(shape.r, shape.other)
-    problem = t.problem("fold", {"B": B, "core": core}, scale=0.25)
-    problem.outputs = {"F": t.out(shape.k, shape.r)}
-    problem.check = lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
-    return problem
+    return t.problem(
+        "fold",
+        {"B": B, "core": core},
+        {"F": t.out(shape.k, shape.r)},
+        lambda out: t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25),
+        scale=0.25,
+    )
 
 
-def fold_grad(shape: Shape, kind: str) -> Problem:
+def fold_grad(t: Maker, shape: Shape) -> Problem:
     """dcore = s Q^T B, dB += s Q core. Only dcore if bare, only dB if the shape has dropout."""
-    t = Maker(shape, kind, "fold_grad")
     B = t.factor(shape.k, shape.other)
     core = t.factor(shape.r, shape.other)
     Q = t.floats(shape.k, shape.r)
     dB0 = t.floats(shape.k, shape.other)
-    problem = t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, scale=0.25)
+    outputs: Outputs = {}
     if shape.bare or not shape.p:
-        problem.outputs["dcore"] = t.out(shape.r, shape.other, dtype=FLOAT, packed=True)
+        outputs["dcore"] = t.out(shape.r, shape.other, dtype=FLOAT, packed=True)
     if not shape.bare:
-        problem.outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
+        outputs["dB"] = t.out(shape.k, shape.other, start=dB0, dtype=FLOAT)
 
     def check(out: Views) -> None:
         if "dcore" in out:
@@ -423,8 +440,7 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
         if "dB" in out:
             t.close(out["dB"], wide(Q), wide(core), "dB", dB0, scale=0.25, kind="fp32")
 
-    problem.check = check
-    return problem
+    return t.problem("fold_grad", {"Q": Q, "B": B, "core": core}, outputs, check, scale=0.25)
 
 
 # ---- the few-token form: products of products, of which the inner one may be stored rounded ----
@@ -432,15 +448,14 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20}
 
 
-class Rounded:
+class Rounded(NamedTuple):
     """A matrix and the mean square of its rounding error in units of the type.
 
-    h and k may be stored rounded or not.
+    h and du may be stored rounded or not.
     """
 
-    def __init__(self, value: np.ndarray, square: np.ndarray):
-        self.value = value
-        self.square = square
+    value: np.ndarray
+    square: np.ndarray
 
     @classmethod
     def product(cls, scale: float, left: np.ndarray, right: np.ndarray) -> "Rounded":
@@ -448,100 +463,83 @@ class Rounded:
         value = scale * (left @ right)
         return cls(value, np.maximum(value**2, scale**2 * (left**2 @ right**2)))
 
+    @property
+    def T(self) -> "Rounded":
+        return Rounded(self.value.T, self.square.T)
+
 
 def check_unfolded(
-    t: Maker,
-    result: np.ndarray,
-    left: Rounded,
-    right: np.ndarray,
-    add: np.ndarray,
-    kind: str,
-    what: str,
+    t: Maker, what: str, result: np.ndarray, left: Rounded, right: np.ndarray, add: np.ndarray
 ) -> None:
     """Asserts result = add + left right, off by at most four rounding errors of `left`."""
     unit = ROUNDING[t.kind]
     truth = wide(add) + left.value @ right
     size = np.abs(wide(add)) + np.abs(left.value) @ np.abs(right)
     error = np.abs(wide(result) - truth)
-    rounding = np.abs(truth) * (unit if kind == t.kind else 2.0**-22)
+    rounding = np.abs(truth) * (unit if result.dtype == t.dtype else 2.0**-22)
     allowed = 4 * unit * np.sqrt(left.square @ right**2) + rounding + 1e-6 * size + 1e-30
     assert np.isfinite(error).all() and (error <= allowed).all(), (
         f"{t.name}: {what} is off by {error.max():.3g}"
     )
 
 
-def small_forward(shape: Shape, kind: str) -> Problem:
+S = 0.125  # the scaling
+
+
+def small_forward(t: Maker, shape: Shape) -> Problem:
     """u = x A, y += s (u core) B^T."""
-    t = Maker(shape, kind, "small_forward")
-    m = shape.m
-    k = shape.k
-    n = shape.columns
-    s = 0.125
-    x = t.large(m, k)
-    A = t.factor(k, shape.r)
+    x = t.large(shape.m, shape.k)
+    A = t.factor(shape.k, shape.r)
     core = t.factor(shape.r, shape.other)
-    B = t.factor(n, shape.other)
-    y0 = narrow(t.values(m, n), kind)
-    problem = t.problem("small_forward", {"x": x, "A": A, "core": core, "B": B}, scale=s)
-    problem.outputs = {"y": t.out(m, n, start=y0), "u": t.out(m, shape.r)}
+    B = t.factor(shape.columns, shape.other)
+    y0 = t.stored(shape.m, shape.columns)
 
     def check(out: Views) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u")
-        check_unfolded(
-            t, out["y"], Rounded.product(s, t.op(out["u"]), t.op(core)), t.op(B).T, y0, kind, "y"
-        )
+        h = Rounded.product(S, t.op(out["u"]), t.op(core))
+        check_unfolded(t, "y", out["y"], h, t.op(B).T, y0)
 
-    problem.check = check
-    return problem
+    inputs = {"x": x, "A": A, "core": core, "B": B}
+    outputs = {"y": t.out(*y0.shape, start=y0), "u": t.out(shape.m, shape.r)}
+    return t.problem("small_forward", inputs, outputs, check, scale=S)
 
 
-def small_backward(shape: Shape, kind: str) -> Problem:
-    """h = g B, k = s h core^T, dx += k A^T, dA += x^T k, dB += s g^T (u core), dcore = s u^T h.
+def small_backward(t: Maker, shape: Shape) -> Problem:
+    """h = s g B, du = h core^T, dx += du A^T, dA += x^T du, dB += s g^T (u core), dcore = u^T h.
 
     bare: without dx and dA.
     """
-    t = Maker(shape, kind, "small_backward")
-    m = shape.m
-    k = shape.k
-    n = shape.columns
-    r = shape.r
-    q = shape.other
-    s = 0.125
-    x = t.large(m, k)
-    g = t.large(m, n)
-    u = t.large(m, r)
-    A = t.factor(k, r)
-    core = t.factor(r, q)
-    B = t.factor(n, q)
-    dx0 = narrow(t.values(m, k), kind)
-    dA0 = t.floats(k, r)
-    dB0 = t.floats(n, q)
-    problem = t.problem("small_backward", {"g": g, "u": u, "A": A, "core": core, "B": B}, scale=s)
-    problem.outputs = {
-        "dB": t.out(n, q, start=dB0, dtype=FLOAT),
-        "dcore": t.out(r, q, dtype=FLOAT, packed=True),
+    x = t.large(shape.m, shape.k)
+    g = t.large(shape.m, shape.columns)
+    u = t.large(shape.m, shape.r)
+    A = t.factor(shape.k, shape.r)
+    core = t.factor(shape.r, shape.other)
+    B = t.factor(shape.columns, shape.other)
+    dx0 = t.stored(shape.m, shape.k)
+    dA0 = t.floats(*A.shape)
+    dB0 = t.floats(*B.shape)
+    inputs = {"g": g, "u": u, "A": A, "core": core, "B": B}
+    outputs = {
+        "dB": t.out(*B.shape, start=dB0, dtype=FLOAT),
+        "dcore": t.out(*core.shape, dtype=FLOAT, packed=True),
     }
     if not shape.bare:
-        problem.inputs["x"] = x
-        problem.outputs |= {"dx": t.out(m, k, start=dx0), "dA": t.out(k, r, start=dA0, dtype=FLOAT)}
+        inputs["x"] = x
+        outputs["dx"] = t.out(*dx0.shape, start=dx0)
+        outputs["dA"] = t.out(*A.shape, start=dA0, dtype=FLOAT)
 
     def check(out: Views) -> None:
-        wide_g = t.op(g)
-        c = t.op(core)
-        h_u = Rounded.product(s, t.op(u), c)
-        h = Rounded.product(s, wide_g, t.op(B))
-        k_ = Rounded(h.value @ c.T, h.square @ (c**2).T)
-        turned = lambda matrix: Rounded(matrix.value.T, matrix.square.T)  # noqa: E731
-        check_unfolded(t, out["dB"].T, turned(h_u), wide_g, dB0.T, "fp32", "dB")
-        check_unfolded(
-            t, out["dcore"].T, turned(h), t.op(u), np.zeros((q, r), FLOAT), "fp32", "dcore"
-        )
-        if "dx" in out:
-            check_unfolded(t, out["dx"], k_, t.op(A).T, dx0, kind, "dx")
-            check_unfolded(t, out["dA"].T, turned(k_), t.op(x), dA0.T, "fp32", "dA")
+        G = t.op(core)
+        uG = Rounded.product(S, t.op(u), G)
+        h = Rounded.product(S, t.op(g), t.op(B))
+        du = Rounded(h.value @ G.T, h.square @ (G**2).T)
+        check_unfolded(t, "dB", out["dB"].T, uG.T, t.op(g), dB0.T)
+        check_unfolded(t, "dcore", out["dcore"].T, h.T, t.op(u), np.zeros(core.T.shape))
+        if not shape.bare:
+            check_unfolded(t, "dx", out["dx"], du, t.op(A).T, dx0)
+            check_unfolded(t, "dA", out["dA"].T, du.T, t.op(x), dA0.T)
 
-    problem.check = check
-    return problem
+    return t.problem("small_backward", inputs, outputs, check, scale=S)
 
 
 # ---- per-row cores ----
@@ -553,78 +551,64 @@ class Rows:
     bare: by the ends of each core's rows, one row per token.
     """
 
-    def __init__(self, shape: Shape, kind: str, name: str):
-        self.t = t = Maker(shape, kind, name)
-        m = shape.m
-        self.count = 1 + shape.k % 9
+    def __init__(self, t: Maker, shape: Shape):
+        self.op = t.op
+        self.count = shape.cores or 1 + shape.k % 9
         self.cores = np.stack([t.factor(shape.r, shape.other) for _ in range(self.count)])
-        self.g = t.large(m, shape.other)
-        self.u = t.large(m if shape.bare else m // 3 + 1, shape.r)
-        self.index = t.rng.integers(-1, self.count, m)
-        self.tokens = t.rng.integers(0, len(self.u), m)
+        self.g = t.large(shape.m, shape.other)
+        self.u = t.large(shape.m if shape.bare else shape.m // 3 + 1, shape.r)
+        self.index = t.rng.integers(-1, self.count, shape.m)
+        self.tokens = t.rng.integers(0, len(self.u), shape.m)
         self.index[self.index == self.count // 2] = -1  # and some cores without a row
         self.inputs: Views = {"index": self.index, "tokens": self.tokens}
         if shape.bare:
-            self.tokens = np.arange(m)
-            index = np.sort(self.index)
-            without_core = np.count_nonzero(index < 0)
-            self.index = np.roll(index, -without_core)  # they come last
-            ends = [
-                np.count_nonzero((self.index >= 0) & (self.index <= core))
-                for core in range(self.count)
-            ]
-            self.inputs = {"offs": np.array(ends, np.int32)}
+            self.tokens = np.arange(shape.m)
+            self.index = np.sort(self.index % (self.count + 1))  # rows without a core come last
+            ends = np.searchsorted(self.index, range(self.count), "right")
+            self.inputs = {"offs": ends.astype(np.int32)}
         self.inputs |= {"u": self.u, "cores": self.cores}
 
-    def each(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Returns (index of a core, its rows, their u, the core, their g) in float64."""
-        op = self.t.op
-        parts = []
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields (index of a core, its rows, their u, the core, their g) in float64."""
         for core in range(self.count):
             rows = self.index == core
-            u = op(self.u)[self.tokens[rows]]
-            parts.append((core, rows, u, op(self.cores[core]), op(self.g)[rows]))
-        return parts
+            u = self.op(self.u[self.tokens[rows]])
+            yield core, rows, u, self.op(self.cores[core]), self.op(self.g[rows])
 
 
-def row_core(shape: Shape, kind: str) -> Problem:
-    rows = Rows(shape, kind, "row_core")
-    t = rows.t
-    s = 0.5
-    problem = t.problem("row_core", rows.inputs, scale=s)
-    problem.outputs = {"h": t.out(shape.m, shape.other)}
+def row_core(t: Maker, shape: Shape) -> Problem:
+    rows = Rows(t, shape)
 
     def check(out: Views) -> None:
-        for core, of_core, u, G, _ in rows.each():
-            t.close(out["h"][of_core], u, G, f"h of core {core}", scale=s)
-        assert not wide(out["h"][rows.index < 0]).any(), "rows without a core are zero"
+        for core, of_core, u, G, _ in rows:
+            t.close(out["h"][of_core], u, G, f"h of core {core}", scale=S)
+        without_core = ~np.isin(rows.index, range(rows.count))
+        assert not wide(out["h"][without_core]).any(), "rows without a core are zero"
 
-    problem.check = check
-    return problem
+    return t.problem("row_core", rows.inputs, {"h": t.out(shape.m, shape.other)}, check, scale=S)
 
 
-def row_core_backward(shape: Shape, kind: str) -> Problem:
-    rows = Rows(shape, kind, "row_core_backward")
-    t = rows.t
-    s = 0.5
-    problem = t.problem("row_core_backward", rows.inputs | {"g": rows.g}, scale=s)
-    dcores = t.out(rows.count, shape.r, shape.other, dtype=FLOAT)
-    problem.outputs = {"du": t.out(*rows.u.shape), "dcores": dcores}
+def row_core_backward(t: Maker, shape: Shape) -> Problem:
+    rows = Rows(t, shape)
 
     def check(out: Views) -> None:
         du = np.zeros(rows.u.shape)
         size = np.zeros(rows.u.shape)
-        for core, of_core, u, G, g in rows.each():
-            t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=s, kind="fp32")
-            np.add.at(du, rows.tokens[of_core], s * g @ G.T)
-            np.add.at(size, rows.tokens[of_core], s * np.abs(g) @ np.abs(G).T)
-        check_close(out["du"], du, narrow(du, kind), size, kind, f"{t.name}: du")
+        for core, of_core, u, G, g in rows:
+            t.close(out["dcores"][core], u.T, g, f"dcores[{core}]", scale=S, kind="fp32")
+            np.add.at(du, rows.tokens[of_core], S * g @ G.T)
+            np.add.at(size, rows.tokens[of_core], S * np.abs(g) @ np.abs(G).T)
+        check_close(out["du"], du, narrow(du, t.kind), size, t.kind, f"{t.name}: du")
 
-    problem.check = check
-    return problem
+    outputs = {
+        "du": t.out(*rows.u.shape),
+        "dcores": t.out(rows.count, shape.r, shape.other, dtype=FLOAT),
+    }
+    inputs = rows.inputs | {"g": rows.g}
+    return t.problem("row_core_backward", inputs, outputs, check, scale=S)
 
 
-FUSED = (gemm_lotr, gemm_lotr_backward)
+FUSED = ("gemm_lotr", "gemm_lotr_backward")
 _LARGE = (
     shrink,
     shrink_core,
@@ -636,19 +620,18 @@ _LARGE = (
     pack,
 )
 _SMALL = (fold, fold_grad, small_forward, small_backward, row_core, row_core_backward)
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
-    f.__name__: f for f in (*_LARGE, *_SMALL, *FUSED)
+KERNELS: dict[str, Callable[[Maker, Shape], Problem]] = {
+    f.__name__: f for f in (*_LARGE, *_SMALL, gemm_lotr, gemm_lotr_backward)
 }
-CASES = [
-    (name, kind)
-    for name, f in KERNELS.items()
-    for kind in DTYPE
-    if f not in FUSED or kind != "fp32"
-]
+CASES = [(name, kind) for name in KERNELS for kind in DTYPE if name not in FUSED or kind != "fp32"]
+
+
+def problem_of(kernel: str, shape: Shape, kind: str) -> Problem:
+    return KERNELS[kernel](Maker(kernel, shape, kind), shape)
 
 
 def shapes_of(kernel: str, quick: bool = False) -> list[Shape]:
     """All shapes that a kernel takes, or the few of `make test`."""
-    if KERNELS[kernel] in FUSED:
+    if kernel in FUSED:
         return FUSED_QUICK if quick else FUSED_SHAPES
     return QUICK if quick else SHAPES

@@ -5,6 +5,7 @@ Prints one line for each failure and exits with 1 if there was one.
 """
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from arrays import DTYPE, ODD, PACKED  # noqa: E402
-from cases import CASES, FUSED, KERNELS, Problem, Shape, shapes_of  # noqa: E402
+from cases import CASES, FUSED, KERNELS, Problem, Shape, problem_of, shapes_of  # noqa: E402
 
 # At least two blocks in each dimension of every grid, and walks of more tiles than the ring has
 # stages, so that every stage is filled a second time; with and without dropout, aligned and not. On
@@ -42,7 +43,7 @@ FUSED_PIPELINE = [
 
 def shapes(which: str, kernel: str) -> list[Shape]:
     """Returns shapes of a kernel: pipeline, some (half of it), quick (of `make test`) or all."""
-    pipeline = FUSED_PIPELINE if KERNELS[kernel] in FUSED else PIPELINE
+    pipeline = FUSED_PIPELINE if kernel in FUSED else PIPELINE
     sets = {"pipeline": pipeline, "some": pipeline[::2], "quick": shapes_of(kernel, quick=True)}
     return sets.get(which, shapes_of(kernel) + pipeline)
 
@@ -51,7 +52,7 @@ def problems(which: str, kinds: Iterable[str], kernels: Iterable[str]) -> Iterat
     """Yields one problem at a time, because each has its arrays."""
     cases = [(kernel, kind) for kernel in kernels for kind in kinds if (kernel, kind) in CASES]
     return (
-        KERNELS[kernel](shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
+        problem_of(kernel, shape, kind) for kernel, kind in cases for shape in shapes(which, kernel)
     )
 
 
@@ -85,6 +86,15 @@ def failures(
         if lines and first:
             break
     return lines
+
+
+def in_process(mode: str, module: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs this file with a module that is built already, in a process of its mode."""
+    from csrc.simt import build
+
+    command = [sys.executable, __file__, "--mode", mode, "--module", str(module), *arguments]
+    environment = build.python_environment(mode)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
 
 
 def main(arguments: list[str] | None = None) -> int:

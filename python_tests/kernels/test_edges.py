@@ -13,79 +13,45 @@ from types import ModuleType
 import numpy as np
 import pytest
 from arrays import narrow, wide
-from cases import FUSED, KERNELS, Shape, shapes_of
+from cases import FUSED, KERNELS, problem_of, shapes_of
 
 HERE = Path(__file__).resolve().parent
 C = 4
 R = 16
-NAN = np.float32("nan")
 
 
 # ---- per-row cores ----
 
 
-def rows_of(count: int, tokens: int, cores: int = C, r: int = R) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(count)
-    index = rng.integers(0, cores, count)
-    token = rng.integers(0, tokens, count)
-    return {
-        "u": rng.standard_normal((tokens, r), np.float32),
-        "cores": rng.standard_normal((cores, r, r), np.float32),
-        "g": rng.standard_normal((count, r), np.float32),
-        "index": index,
-        "tokens": token,
-    }
+def results(lib: ModuleType, g: np.ndarray, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Returns h, du and dcores."""
+    sizes = (g.shape, inputs["u"].shape, inputs["cores"].shape)
+    h, du, dcores = (np.full(size, np.nan, np.float32) for size in sizes)
+    lib.run("row_core", {**inputs, "h": h})
+    lib.run("row_core_backward", {**inputs, "g": g, "du": du, "dcores": dcores})
+    return [h, du, dcores]
 
 
-def forward(lib: ModuleType, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    h = np.full(inputs["g"].shape, NAN)
-    lib.run("row_core", {"h": h, **{name: a for name, a in inputs.items() if name != "g"}})
-    return h
-
-
-def backward(lib: ModuleType, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    du = np.full(inputs["u"].shape, NAN)
-    dcores = np.full(inputs["cores"].shape, NAN)
-    lib.run("row_core_backward", {**inputs, "du": du, "dcores": dcores})
-    return du, dcores
-
-
-def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rows_whose_core_or_token_does_not_exist(lib: ModuleType, seed: int) -> None:
     """Such rows are NaN and have no gradient. The other rows do not change."""
-    for seed in (1, 2):
-        lib.set_options(order="random", seed=seed)
-        inputs = rows_of(50, 9)
-        inputs["index"][[3, 20, 30]] = [-2, C, 2**40]
-        inputs["tokens"][[7, 21, 40]] = [-1, 9, -(2**40)]
-        inputs["index"][11] = -1
-        bad = np.isin(np.arange(50), [3, 20, 30, 7, 21, 40])
-        h = forward(lib, inputs)
-        assert np.isnan(h[bad]).all() and not np.isnan(h[~bad]).any() and not h[11].any()
-        kept = inputs | {name: inputs[name][~bad] for name in ("g", "index", "tokens")}
-        np.testing.assert_array_equal(h[~bad], forward(lib, kept))
-        for gradient, expected in zip(backward(lib, inputs), backward(lib, kept), strict=True):
-            np.testing.assert_array_equal(gradient, expected)
-
-
-def test_no_row_and_no_token(lib: ModuleType) -> None:
-    for count, tokens in ((0, 3), (0, 0)):
-        inputs = rows_of(count, max(tokens, 1))
-        inputs["u"] = inputs["u"][:tokens]
-        assert forward(lib, inputs).shape == (count, R)
-        assert not any(a.any() for a in backward(lib, inputs))
-
-
-def test_many_cores_of_which_few_have_rows(lib: ModuleType) -> None:
-    inputs = rows_of(40, 10, 3000, 4)
-    h = forward(lib, inputs)
-    du, dcores = backward(lib, inputs)
-    for i, (core, token) in enumerate(zip(inputs["index"], inputs["tokens"], strict=True)):
-        np.testing.assert_allclose(
-            h[i], inputs["u"][token] @ inputs["cores"][core], rtol=1e-5, atol=1e-5
-        )
-    assert not np.delete(dcores, inputs["index"], 0).any()
-    assert dcores[inputs["index"]].any((1, 2)).all()
-    assert np.isfinite(du).all()
+    rng = np.random.default_rng(seed)
+    sizes = ((50, R), (9, R), (C, R, R))
+    g, u, cores = (rng.standard_normal(size, np.float32) for size in sizes)
+    index = rng.integers(0, C, 50)
+    tokens = rng.integers(0, 9, 50)
+    index[[3, 11, 20, 30]] = [-2, -1, C, 2**40]
+    tokens[[7, 21, 40]] = [-1, 9, -(2**40)]
+    is_good = ~np.isin(np.arange(50), [3, 20, 30, 7, 21, 40])
+    lib.set_options(order="random", seed=seed)
+    inputs = {"u": u, "cores": cores, "index": index, "tokens": tokens}
+    h, *gradients = results(lib, g, inputs)
+    assert np.isnan(h[~is_good]).all() and not h[11].any()
+    good_inputs = inputs | {"index": index[is_good], "tokens": tokens[is_good]}
+    expected = results(lib, g[is_good], good_inputs)
+    for result, value in zip([h[is_good], *gradients], expected, strict=True):
+        np.testing.assert_array_equal(result, value)  # NaN would equal NaN
+        assert np.isfinite(value).all()
 
 
 # ---- sizes: sparse arrays, of which only the touched pages take memory ----
@@ -98,29 +64,22 @@ K = 72
 def test_rows_beyond_31_bits(lib: ModuleType) -> None:
     """Small integers, so that every product is exact and equality is the check."""
     rng = np.random.default_rng(0)
-    x, A, u = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((M, K), (K, R), (M, R)))
-
-    def far(cols: int) -> np.ndarray:
-        return lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols]
-
-    lib.set_device(multiprocessors=4)
-    big = far(K)
-    narrow_A = narrow(A, "bf16")
-    narrow_u = narrow(u, "bf16")
-    big[...] = narrow(x, "bf16")
-    product = wide(narrow(x @ A, "bf16"))
-    out = far(R)
-    k = far(R)
-    y = far(K)
+    x, A, v = (rng.integers(-4, 5, shape).astype(float) for shape in ((M, K), (K, R), (M, R)))
+    factors = {"A": narrow(A, "bf16"), "v": narrow(v, "bf16")}
+    wide_x, u, du, y = (
+        lib.sparse_array([M, ROW], np.dtype(np.uint16))[:, :cols] for cols in (K, R, R, K)
+    )
+    wide_x[...] = narrow(x, "bf16")
     D = np.ones((K, R), np.float32)
     Q = np.zeros((K, R), np.float32)
-    lib.run("shrink", {"x": big, "A": narrow_A, "u": out})
-    lib.run("factor_grad", {"D": D, "x": big, "v": narrow_u})
-    lib.run("shrink_grad", {"g": big, "F": narrow_A, "u": narrow_u, "k": k, "Q": Q})
-    lib.run("expand_add", {"y": y, "u": narrow_u, "F": narrow_A})
-    assert (wide(out) == product).all() and (wide(k) == product).all()
-    assert (D == 1 + x.T @ u).all() and (Q == x.T @ u).all()
-    assert (wide(y) == wide(narrow(u @ A.T, "bf16"))).all()
+    lib.set_device(multiprocessors=4)
+    lib.run("shrink", {"x": wide_x, "A": factors["A"], "u": u})
+    lib.run("factor_grad", {"D": D, "x": wide_x, "v": factors["v"]})
+    lib.run("shrink_grad", {"g": wide_x, "F": factors["A"], "u": factors["v"], "du": du, "Q": Q})
+    lib.run("expand_add", {"y": y, "u": factors["v"], "F": factors["A"]})
+    for result, truth in ((u, x @ A), (du, x @ A), (y, v @ A.T)):
+        np.testing.assert_array_equal(result, narrow(truth, "bf16"))
+    assert (D == 1 + x.T @ v).all() and (Q == x.T @ v).all()
 
 
 @pytest.mark.full
@@ -151,6 +110,7 @@ def bf16(rows: int, cols: int, stride: int = 0, start: int = 0) -> np.ndarray:
 
 ROWS = "expected a row stride that is a multiple of 8 and at least"
 GOOD = {
+    "fold": {"B": bf16(8, 4), "core": bf16(4, 4), "F": bf16(8, 4)},
     "shrink": {"x": bf16(2, 8), "A": bf16(8, 4), "u": bf16(2, 4)},
     "expand_add": {"y": bf16(2, 8), "u": bf16(2, 4), "F": bf16(8, 4)},
     "gemm_lotr": {
@@ -163,6 +123,7 @@ GOOD = {
 }
 # kernel, arrays that replace good ones or are more, numbers, the message
 BAD = [
+    ("shrunk", {}, {}, "run: name: expected one of shrink, .*, got shrunk"),
     ("shrink", {"B": bf16(2, 2)}, {}, r"shrink: arrays: expected x A u \[ seed core h \], got .*B"),
     ("shrink", {"u": None}, {}, "shrink: arrays: expected .*, got no u"),
     ("shrink", {}, {"s": 1}, "shrink: numbers: expected p=0 scale=1 core_scale=1, got s"),
@@ -227,6 +188,18 @@ BAD = [
         {},
         r"gemm_lotr: K: expected 1 to 2\^30, got 0",
     ),
+    (
+        "gemm_lotr",
+        {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()},
+        {},
+        "dtype: expected bfloat16 or float16, got float32",
+    ),
+    (
+        "fold",
+        {"B": bf16(8, 257), "core": bf16(4, 257)},
+        {},
+        "fold: B: expected a rank from 1 to 256, got 257",
+    ),
 ]
 
 
@@ -234,22 +207,10 @@ BAD = [
 def test_bad_argument_is_named(
     lib: ModuleType, kernel: str, changed: dict, numbers: dict, message: str
 ) -> None:
-    arrays = {name: a for name, a in (GOOD[kernel] | changed).items() if a is not None}
+    arrays = {name: a for name, a in (GOOD.get(kernel, {}) | changed).items() if a is not None}
     with pytest.raises(ValueError, match=message):
         lib.run(kernel, arrays, numbers)
     assert not any(a.any() for a in arrays.values())
-
-
-def test_unknown_kernel_type_and_rank_are_named(lib: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"run: name: expected one of shrink, .*, got shrunk"):
-        lib.run("shrunk", GOOD["shrink"])
-    with pytest.raises(ValueError, match="dtype: expected bfloat16 or float16, got float32"):
-        lib.run(
-            "gemm_lotr",
-            {name: np.zeros(a.shape, np.float32) for name, a in GOOD["gemm_lotr"].items()},
-        )
-    with pytest.raises(ValueError, match="fold: B: expected a rank from 1 to 256, got 257"):
-        KERNELS["fold"](Shape(1, 8, 4, r2=257), "bf16").run(lib)
 
 
 # ---- plans: a process reads LOTR_CUDA_PLAN at the first launch at which the text is a plan ----
@@ -257,7 +218,7 @@ def test_unknown_kernel_type_and_rank_are_named(lib: ModuleType) -> None:
 PROGRAM = f"""
 import os, sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
 import numpy as np
-from cases import KERNELS, Shape
+from cases import Shape, problem_of
 from csrc.simt import build
 lib = build.load("plain")
 
@@ -265,7 +226,7 @@ def launch(plan, kernel, op, *sizes):  # prints the plan and the launched blocks
     os.environ["LOTR_CUDA_PLAN"] = plan
     lib.reset_counters()
     try:
-        KERNELS[kernel](Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
+        problem_of(kernel, Shape(330, 600, 20, sms=12, r2=12), "bf16").checked(lib)
     except ValueError as error:
         return print(str(error).removeprefix("LOTR_CUDA_PLAN: expected "))
     grids = {{launch["name"]: launch["grid"] for launch in lib.counters()["launches"]}}
@@ -282,52 +243,50 @@ def printed(calls: list[tuple]) -> list[str]:
     ).stdout.splitlines()
 
 
+FORCED = {
+    "shrink": "rows=64 cols=128 m_blocks=6 n_blocks=2",
+    "expand_add": "rows=128 cols=64 m_blocks=1 n_blocks=10",
+    "factor_grad": "rows=64 cols=128 m_blocks=3 n_blocks=5",
+    "shrink_grad": "rows=64 cols=128 m_blocks=2 n_blocks=5",
+    "row_core_grad": "splits=3",
+}
+
+
 def test_a_plan_of_the_environment_is_printed_and_launched(lib: ModuleType) -> None:
     """And the results stay right."""
-    forced = {
-        "shrink": "rows=64 cols=128 m_blocks=6 n_blocks=2",
-        "expand_add": "rows=128 cols=64 m_blocks=1 n_blocks=10",
-        "factor_grad": "rows=64 cols=128 m_blocks=3 n_blocks=5",
-        "shrink_grad": "rows=64 cols=128 m_blocks=2 n_blocks=5",
-        "row_core_grad": "splits=3",
-    }
-    plan = "; ".join(f"{op} {words}" for op, words in forced.items())
-    calls = [(plan, op, op, 330, 600) for op in forced if op != "row_core_grad"]
+    plan = "; ".join(f"{op} {words}" for op, words in FORCED.items())
+    calls = [(plan, op, op, 330, 600) for op in FORCED if op != "row_core_grad"]
     lines = printed([*calls, (plan, "row_core_backward", "row_core_grad", 330, 7)])
-    for (op, words), line in zip(forced.items(), lines, strict=True):
+    for (op, words), line in zip(FORCED.items(), lines, strict=True):
         text, blocks, launched = re.fullmatch(r"(.*): (\d+) blocks.* (\d+)", line).groups()
         assert text == f"{op} {words}" and blocks == launched, line
 
 
+# Texts that are not plans, and the bad word; plans that no kernel can run.
+NOT_PLANS = {
+    "shrunk rows=64": "shrunk",
+    "shrink rows": "rows",
+    "shrink splits=2": "splits=2",
+    "fold_grad rows=64": "rows=64",
+    "rows=64": "rows=64",
+    "shrink rows=99999999999999999999": "rows=99999999999999999999",
+}
+IMPOSSIBLE = {
+    "shrink m_blocks=99": "m_blocks from 1 to 6, got 99",
+    "expand_add n_blocks=1": "at least 2 n_blocks of expand_add, got 1",
+    "factor_grad cols=77": "a tile that the kernel is compiled for, as 64 x 128, got 64 x 77",
+    "fold_grad splits=4000": "splits from 1 to 19, got 4000",
+}
+
+
 def test_bad_plan_is_refused(lib: ModuleType) -> None:
-    """Texts that are not plans, and plans that no kernel can run."""
-    texts = [
-        "shrunk rows=64",
-        "shrink rows",
-        "shrink splits=2",
-        "fold_grad rows=64",
-        "rows=64",
-        "shrink rows=99999999999999999999",
-    ]
-    impossible = {
-        "shrink": "m_blocks=99",
-        "expand_add": "n_blocks=1",
-        "factor_grad": "cols=77",
-        "fold_grad": "splits=4000",
-    }
-    plan = "; ".join(f"{op} {words}" for op, words in impossible.items())
-    lines = printed(
-        [(text, "shrink", "shrink") for text in texts] + [(plan, op, op) for op in impossible]
-    )
-    bad_words = ("shrunk", "rows", "splits=2", "rows=64", "rows=64", texts[5].split()[1])
-    for line, bad_word in zip(lines[:6], bad_words, strict=True):
-        assert line.endswith(f", got {bad_word}"), line
-    assert lines[6:] == [
-        "m_blocks from 1 to 6, got 99",
-        "at least 2 n_blocks of expand_add, got 1",
-        "a tile that the kernel is compiled for, as 64 x 128, got 64 x 77",
-        "splits from 1 to 19, got 4000",
-    ]
+    # The first plan that is one stays for the process.
+    calls = [(text, "shrink", "shrink") for text in NOT_PLANS]
+    ops = [text.split()[0] for text in IMPOSSIBLE]
+    lines = printed(calls + [("; ".join(IMPOSSIBLE), op, op) for op in ops])
+    bad_words = [line.rpartition(", got ")[2] for line in lines[: len(calls)]]
+    assert bad_words == list(NOT_PLANS.values())
+    assert lines[len(calls) :] == list(IMPOSSIBLE.values())
 
 
 # ---- launches ----
@@ -336,11 +295,11 @@ def test_bad_plan_is_refused(lib: ModuleType) -> None:
 def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
     """In every block, with parts and without. On a card without early launches none is early."""
     seen = set()
-    for kernel, make in KERNELS.items():
+    for kernel in KERNELS:
         for shape in (shapes_of(kernel)[6], shapes_of(kernel)[-2]):
             bits = []
+            problem = problem_of(kernel, shape, "bf16")
             for early in (True, False):
-                problem = make(shape, "bf16")
                 problem.device["early"] = early
                 lib.reset_counters()
                 bits.append(problem.checked(lib))
@@ -355,8 +314,8 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib: ModuleType) -> None:
 
 
 def test_bits_of_gemm_lotr_do_not_depend_on_the_number_of_multiprocessors(lib: ModuleType) -> None:
-    for make in FUSED:
-        problem = make(shapes_of("gemm_lotr", quick=True)[-1], "bf16")
+    for kernel in FUSED:
+        problem = problem_of(kernel, shapes_of(kernel, quick=True)[-1], "bf16")
         first = problem.checked(lib)
         problem.device["multiprocessors"] = 6
         assert problem.checked(lib) == first, problem.name

@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from arrays import ALIGNED, COLUMNS, ODD, PACKED
-from cases import CASES, FUSED, KERNELS, Shape, shapes_of
+from cases import CASES, FUSED, Shape, problem_of, shapes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sweep import failures
@@ -18,13 +18,15 @@ EVERY_CASE = pytest.mark.parametrize(("kernel", "kind"), CASES)
 def test_kernel(lib: ModuleType, kernel: str, kind: str) -> None:
     few = kernel.startswith(("small", "row"))  # composed of other kernels; many barriers
     shapes = shapes_of(kernel, quick=True)[:: 2 if few else 1]
-    assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes), ["reverse", "101"])
+    assert not failures(
+        lib, (problem_of(kernel, shape, kind) for shape in shapes), ["reverse", "101"]
+    )
 
 
 @pytest.mark.full
 @EVERY_CASE
 def test_kernel_all_shapes(lib: ModuleType, kernel: str, kind: str) -> None:
-    assert not failures(lib, (KERNELS[kernel](shape, kind) for shape in shapes_of(kernel)), MANY)
+    assert not failures(lib, (problem_of(kernel, shape, kind) for shape in shapes_of(kernel)), MANY)
 
 
 def any_shape(fused: bool) -> st.SearchStrategy[Shape]:
@@ -50,9 +52,9 @@ def test_kernel_any_shape(lib: ModuleType, kernel: str, kind: str) -> None:
     @settings(
         max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
-    @given(any_shape(KERNELS[kernel] in FUSED), st.integers(1, 200))
+    @given(any_shape(kernel in FUSED), st.integers(1, 200))
     def check(shape: Shape, seed: int) -> None:
-        assert not failures(lib, [KERNELS[kernel](shape, kind)], [str(seed)])
+        assert not failures(lib, [problem_of(kernel, shape, kind)], [str(seed)])
 
     check()
 

@@ -4,16 +4,13 @@ test_builds.py skips barriers and waits; these are other mistakes.
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sweep import in_process
 
 from csrc.simt import build
-
-HERE = Path(__file__).resolve().parent
 
 
 class Bug(NamedTuple):
@@ -150,15 +147,15 @@ BUGS: dict[tuple[str, str], dict[str, Bug]] = {
     },
     ("kernels_bf16.cu", "kernels/shrink_grad.cuh"): {
         "first_half_of_the_rank_twice": Bug(
-            "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": k: ", "shrink_grad"
+            "threadIdx.x) / 128 * (Traits::R / 2);", "threadIdx.x) * 0;", ": du: ", "shrink_grad"
         ),
         "u_of_the_first_rows": Bug(
             "    now.slot = tile::stage_after<STAGES>(now.slot);\n", "", ": Q: ", "shrink_grad"
         ),
-        "k_of_all_columns_in_one_place": Bug(
-            "p.k_parts + int64_t(blockIdx.x) * p.M * p.k_parts_row;",
-            "p.k_parts;",
-            ": k: ",
+        "du_of_all_columns_in_one_place": Bug(
+            "p.du_parts + int64_t(blockIdx.x) * p.M * p.du_parts_row;",
+            "p.du_parts;",
+            ": du: ",
             "shrink_grad",
         ),
     },
@@ -295,11 +292,8 @@ CASES = [case(*where, name, bug) for where, bugs in BUGS.items() for name, bug i
 @pytest.mark.parametrize(("unit", "file", "bug"), CASES)
 def test_noticed(unit: str, file: str, bug: Bug, tmp_path: Path) -> None:
     module = build.planted_module(bug.mode, unit, file, bug.text, bug.instead, tmp_path)
-    sweep = [sys.executable, str(HERE / "sweep.py"), "--mode", bug.mode, "--module", str(module)]
-    sweep += ["--shapes", bug.shapes, "--kinds", bug.kinds, "--kernels", bug.kernels]
-    sweep += ["--schedules", "forward,reverse,103"]
-    environment = build.python_environment(bug.mode)
-    done = subprocess.run(sweep, capture_output=True, text=True, env=environment, timeout=900)
+    chosen = ("--shapes", bug.shapes, "--kinds", bug.kinds, "--kernels", bug.kernels)
+    done = in_process(bug.mode, module, *chosen, "--schedules", "forward,reverse,103")
     crashed = done.returncode < 0  # far outside an array
     output = done.stderr if bug.mode == "asan" else done.stdout
     assert crashed or (done.returncode and re.search(bug.message, output)), (

@@ -215,15 +215,15 @@ def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
     )
     core = "model.layers.0.mlp.down_proj.core"
     messages = [
-        "expected a task by export_task, got an adapter of LORA",
-        "expected a JSON file",
+        "expected a task by export_task, got ",
+        "expected a task by export_task",
         "expected the ranks of the adapter",
-        "made for other A and B",
+        "expected a task with factors",
         f"expected finite values, got others in {core}",
         f"{core}: expected the ranks of the adapter",
         f"missing {core}; not in the model none",
         "expected a safetensors file",
-        "expected a JSON file",
+        "expected a task by export_task",
     ]
     for message, result in zip(messages, results[1:-1], strict=True):
         assert isinstance(result, dict) and message in result["error"], (message, result)

@@ -1,7 +1,6 @@
 """The executor's counters, for kernels with traffic that can be counted by hand (counters.cpp)."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,7 @@ EXPECTED: dict[str, dict] = {
 
 
 def counted(mode: str, order: str) -> dict[str, dict]:
-    program = build.program(mode, SOURCE)
-    env = build.environment(mode) | {"LOTR_SIMT_ORDER": order, "LOTR_SIMT_PREEMPT": "64"}
-    done = subprocess.run([program], capture_output=True, text=True, env=env)
+    done = build.run_program(mode, SOURCE, order=order, preempt=64)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
 

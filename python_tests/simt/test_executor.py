@@ -3,7 +3,6 @@
 test_mistakes.py has its errors.
 """
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,57 +18,40 @@ def line_of(mark: str) -> int:
 
 
 def run(*arguments: str, mode: str = "plain", **schedule: object) -> str:
-    env = build.environment(mode) | {
-        f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()
-    }
-    done = subprocess.run(
-        [build.program(mode, SOURCE), *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=1000,
-    )
+    done = build.run_program(mode, SOURCE, *arguments, **schedule)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.rstrip("\n")
 
 
-def threads(text: str) -> list[int]:
-    return [int(word) for word in text.split()]
+def threads(**schedule: object) -> list[int]:
+    return [int(word) for word in run("schedule", **schedule).split()]
 
 
 def test_schedules() -> None:
     in_order = list(range(192))
-    assert threads(run("schedule", order="forward")) == in_order
-    assert threads(run("schedule", order="reverse")) == in_order[::-1]
-    some = [run("schedule", order="random", seed=seed, preempt=16) for seed in (1, 2, 1)]
-    assert some[0] == some[2] != some[1]
-    assert sorted(threads(some[0])) == in_order
-    assert threads(some[0])[:64] not in (in_order[:64], in_order[:127:-1])
+    assert threads(order="forward") == in_order
+    assert threads(order="reverse") == in_order[::-1]
+    first, other, again = (threads(order="random", seed=seed, preempt=16) for seed in (1, 2, 1))
+    assert first == again != other
+    assert sorted(first) == in_order
+    assert first[:64] not in (in_order[:64], in_order[:127:-1])
 
 
-def test_shared_memory_starts_as_nan() -> None:
-    assert run("poison") == "128"
+# What a program prints, of which the sign of a NaN may be any.
+PRINTED = {
+    "poison": "128",  # shared memory starts as NaN
+    "copies": "nan 7",  # copies land at the wait
+    "sparse": "7",  # arrays of more than 2^31 elements
+    "launches": "first 2 3 32 2 64\nsecond 2 3 32 2 64",
+    # Whether each launch was early, how many blocks let the next start, and the sum of all.
+    "early": "1 2 0 2 6",
+    "blocks": "8000",
+}
 
 
-def test_copies_land_at_the_wait() -> None:
-    assert run("copies") in ("nan 7", "-nan 7")
-
-
-def test_sparse_arrays_reach_beyond_31_bits() -> None:
-    assert run("sparse") == "7"
-
-
-def test_launches_are_listed() -> None:
-    assert run("launches") == "first 2 3 32 2 64\nsecond 2 3 32 2 64"
-
-
-def test_early_launches() -> None:
-    """Whether each launch was early, how many blocks let the next start, and the sum of all."""
-    assert run("early") == "1 2 0 2 6"
-
-
-def test_thousands_of_blocks() -> None:
-    assert run("blocks") == "8000"
+@pytest.mark.parametrize("program", PRINTED)
+def test_programs(program: str) -> None:
+    assert run(program).removeprefix("-") == PRINTED[program]
 
 
 def test_bad_options() -> None:
@@ -80,13 +62,11 @@ def test_bad_options() -> None:
 
 
 def test_leaving_out_a_barrier() -> None:
-    first = line_of("FIRST BARRIER")
-    second = line_of("SECOND BARRIER")
+    lines = [line_of("FIRST BARRIER"), line_of("SECOND BARRIER")]
     verdict, *sites = run("skip", "0").splitlines()
     assert verdict == "right"
-    assert sites[:2] == [f"__syncthreads {first} 256", f"__syncthreads {second} 256"]
-    assert run("skip", str(first)).startswith("wrong")
-    assert run("skip", str(second)).startswith("wrong")
+    assert sites[:2] == [f"__syncthreads {line} 256" for line in lines]
+    assert all(run("skip", str(line)).startswith("wrong") for line in lines)
 
 
 @pytest.mark.full

@@ -5,7 +5,6 @@ which a swizzle moves an element.
 """
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +13,14 @@ import pytest
 
 from csrc.simt import build
 
-PROGRAMS = Path(__file__).parent / "programs"
+SOURCE = Path(__file__).parent / "programs" / "layouts.cpp"
 N = 256
 K = 64
 
 
 @pytest.fixture(scope="module")
 def printed() -> dict:
-    done = subprocess.run(
-        [build.program("plain", PROGRAMS / "layouts.cpp")], capture_output=True, text=True
-    )
+    done = build.run_program("plain", SOURCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -111,11 +108,8 @@ def test_bulk_copies_swizzle_and_fill_with_zero(printed: dict, major: str) -> No
     row, col = np.indices((64, 64))
     assert (memory[: 64 * K][swizzle(row * 128 + col * 2) // 2] == box_of(printed[major])).all()
     n, k = np.indices((N, K))
-    if major == "k_major":
-        place = n * 128 + k * 2
-    else:
-        place = n // 64 * 64 * 128 + k * 128 + n % 64 * 2
-    assert (memory[64 * K :][swizzle(place) // 2] == b).all()
+    places = {"k_major": n * 128 + k * 2, "mn_major": n // 64 * 8192 + k * 128 + n % 64 * 2}
+    assert (memory[64 * K :][swizzle(places[major]) // 2] == b).all()
 
 
 @pytest.mark.parametrize("major", ["k_major", "mn_major"])

@@ -5,7 +5,6 @@ kernels are in python_tests/kernels/test_planted.py.
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,13 +93,9 @@ MISTAKES: dict[str, dict[str, str]] = {
 UCONTEXT = "-DLOTR_SIMT_UCONTEXT=1"  # the fibers of a machine without a switch in assembly
 
 
-def run(mistake: str, mode: str, *defines: str, **schedule: object) -> tuple[list[str], str]:
-    """What is printed, and what AddressSanitizer says."""
-    program = build.program(mode, SOURCE, defines)
-    env = build.environment(mode) | {
-        f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()
-    }
-    done = subprocess.run([program, mistake], capture_output=True, text=True, env=env, timeout=1000)
+def run(mistake: str, mode: str, **settings: object) -> tuple[list[str], str]:
+    """What is printed, and what AddressSanitizer says. settings: for build.run_program."""
+    done = build.run_program(mode, SOURCE, mistake, **settings)
     return done.stdout.splitlines(), done.stderr
 
 
@@ -127,7 +122,7 @@ def test_noticed(mistake: str, mode: str) -> None:
 def test_noticed_on_fibers_of_ucontext() -> None:
     for mistake, modes in MISTAKES.items():
         if "plain" in modes:
-            printed, _ = run(mistake, "plain", UCONTEXT)
+            printed, _ = run(mistake, "plain", defines=(UCONTEXT,))
             assert re.search(modes["plain"], printed[0]) and printed[1] == "right", printed
 
 

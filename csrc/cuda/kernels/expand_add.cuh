@@ -1,11 +1,11 @@
 // expand_add:  y = start + scale * drop(u F^T)      y, start [M, N], u [M, r], F [N, r]
 //              y = bias + scale * drop(u F^T)       bias [N]: an instance that does not read start
 //
-// start is y itself (y += u F^T, dx += drop(k A^T)), or another matrix, which is not changed.
+// start is y itself (y += u F^T, dx += drop(du A^T)), or another matrix, which is not changed.
 //
-// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.  A warp takes
+// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens. A warp takes
 //          strips of 16 tokens, from the last to the first, because what the base product has
-//          written last is still in L2, and walks each strip tile by tile.  The piece's rows of F
+//          written last is still in L2, and walks each strip tile by tile. The piece's rows of F
 //          stay in shared memory.
 // Bytes    start once in (with a bias: no start), y once out; F, and the bias, once for each block
 //          along tokens; u once for each piece of N (plan.h balances them)
@@ -13,7 +13,7 @@
 //
 // A lane reads what it copied: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8,
 // ..) of each of the 8-column products, and the columns of F are dealt to the products so that
-// these accumulators are 16 contiguous bytes in a row of y.  So lanes share only the warp's strip
+// these accumulators are 16 contiguous bytes in a row of y. So lanes share only the warp's strip
 // of u, and no warp waits for another.
 //
 // Timeline of a warp (tile t = strip i, column tile n; L copies in flight, P product, sum and
@@ -42,7 +42,7 @@ struct ExpandTraits {
   using Factor = tile::Shared<T, COLS, R>;
   struct Stage {
     tile::Shared<T, STRIP, R> u;
-    // rows g and g + 8 of each group, by lane.  FROM_BIAS: used only at a ragged edge.
+    // rows g and g + 8 of each group, by lane. FROM_BIAS: used only at a ragged edge.
     tile::Chunk<T> y[2 * GROUPS][32];
   };
   static constexpr int STAGES =
@@ -54,7 +54,7 @@ struct ExpandTraits {
   };
   static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 
-  // The column of y, in its tile, that row s of Factor belongs to.  In a group, columns 2q and 2q +
+  // The column of y, in its tile, that row s of Factor belongs to. In a group, columns 2q and 2q +
   // 1 of product j are elements 2j and 2j + 1 of the chunk of lane q.
   static LOTR_DEVICE int column(int s) {
     const int group = s / GROUP;
@@ -64,7 +64,7 @@ struct ExpandTraits {
   }
 };
 
-// Rows row0 .. of F, dealt to the products.  By plain loads, while the first tiles of start are in
+// Rows row0 .. of F, dealt to the products. By plain loads, while the first tiles of start are in
 // flight: the loop then waits only for these.
 template <class Traits>
 LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int64_t row0,
@@ -91,7 +91,7 @@ LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int
   }
 }
 
-// The bias of the piece.  Zeros past the last column, and without a bias.
+// The bias of the piece. Zeros past the last column, and without a bias.
 template <class Traits>
 LOTR_DEVICE void load_bias(typename Traits::Smem& sm, const ExpandParams& p, int64_t n_begin,
                            int cols) {
@@ -120,7 +120,7 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
   }
 }
 
-// How a lane walks a matrix [M, N].  Strides in elements: from chunk to chunk of a lane 8 rows down
+// How a lane walks a matrix [M, N]. Strides in elements: from chunk to chunk of a lane 8 rows down
 // or a group to the right; from tile to tile; from the last tile of a strip to the first of the
 // next.
 struct LaneSteps {
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       Chunk sum[2 * GROUPS];
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c) {
-        // At a ragged edge only the elements inside the matrix were copied.  The others have old
+        // At a ragged edge only the elements inside the matrix were copied. The others have old
         // contents of shared memory: they are added to as well, but not stored below.
         if constexpr (Traits::FROM_BIAS)
           sum[c] = ptx::load_shared(

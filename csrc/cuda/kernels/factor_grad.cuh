@@ -1,10 +1,10 @@
 // factor_grad:  D (+)= drop(x)^T v       x [M, K], v [M, r], D [K, r] float32
-//                                        used for dA += x^T k and Q = g^T u
+//                                        used for dA += x^T du and Q = g^T u
 //
-// Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.  A block walks
+// Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M. A block walks
 //          its rectangle of x row tile by row tile; its sums stay in registers.
-// Bytes    x once, in complete 128-byte lines; v once for each piece of K; D in and out.  With s
-//          pieces of M, 4 K r written s times as parts and read s times by sum_parts.  plan.h
+// Bytes    x once, in complete 128-byte lines; v once for each piece of K; D in and out. With s
+//          pieces of M, 4 K r written s times as parts and read s times by sum_parts. plan.h
 //          balances the pieces of K against s.
 // Sums     float32; over m in the block's order, then over the pieces of M in order (sum_parts.cuh)
 //
@@ -14,7 +14,7 @@
 //   v  slot  m % STAGES   L L L P P P P |
 //
 // v is copied with the first column tile of its row tile, into slot m % STAGES, and stays for all
-// column tiles.  A copy is issued STAGES - 1 tiles ahead, hence at most STAGES - 1 row tiles ahead:
+// column tiles. A copy is issued STAGES - 1 tiles ahead, hence at most STAGES - 1 row tiles ahead:
 // the slot's last reader has finished.
 #pragma once
 #include "rectangle.cuh"

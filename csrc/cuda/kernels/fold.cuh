@@ -8,7 +8,7 @@
 //          fold_grad  one launch for both: first the tiles of dB; then one block of dG for each
 //                     tile of G and split of N
 // Bytes    fold       B r_in / 16 times, F out
-//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times.  With s splits of
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times. With s splits of
 //                     N, dG is written s times as parts and read s times by sum_parts.
 //          What is read again comes from L2.
 #pragma once

@@ -36,7 +36,7 @@ struct Walk {
   }
 };
 
-// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp has 16 MI
+// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers. A warp has 16 MI
 // columns, and the full rank if its sums are few, so that no two warps read the same part of x.
 template <class Traits>
 struct ColumnSums {
@@ -50,7 +50,7 @@ struct ColumnSums {
 
   static LOTR_DEVICE int i0() { return int(threadIdx.x) / 32 % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return int(threadIdx.x) / 32 / WARP_COLS * (8 * NJ); }
-  // f(sums of column tile n).  Registers need a constant index, so there is one copy of f for each
+  // f(sums of column tile n). Registers need a constant index, so there is one copy of f for each
   // tile if the compiler cannot deduce n.
   template <class F>
   LOTR_DEVICE void with_sums(int n, F f) {
@@ -77,7 +77,7 @@ struct ColumnSums {
     });
   }
 
-  // to (+)= scale * sum.  The rows of `to` are the columns of the rectangle.
+  // to (+)= scale * sum. The rows of `to` are the columns of the rectangle.
   LOTR_DEVICE void store(const tile::SumTiles& to, float scale) const {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)

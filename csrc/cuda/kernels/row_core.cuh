@@ -1,27 +1,27 @@
 // row_core:       h_i = s a_t(i) G_c(i)       a [tokens, r_in], G_c [r_in, r_out], h [rows, r_out]
-//                 and in the backward pass k_i = s g_i G_c(i)^T
+//                 and in the backward pass row_du_i = s g_i G_c(i)^T
 // row_ends:       the ends of the rows of each core, or token, among the sorted rows
 // row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c       dG [cores, r_in, r_out]
-// sum_rows:       du_t = sum of k_i over the rows of t                  k [rows, r_in], float32
+// sum_rows:       du_t = sum of row_du_i over the rows of t        row_du [rows, r_in], float32
 //
 // Each row is multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
-// small_product.cuh keep up with memory.  With few rows latency dominates.
+// small_product.cuh keep up with memory. With few rows latency dominates.
 //
-// Grid     row_core       x: tiles of up to 32 consecutive rows, y: tiles of r_out.  A block
+// Grid     row_core       x: tiles of up to 32 consecutive rows, y: tiles of r_out. A block
 //                         processes the runs of its rows that have the same core, which passes
-//                         through shared memory once per run.  If there are few rows, rows.cu gives
+//                         through shared memory once per run. If there are few rows, rows.cu gives
 //                         a block fewer of them.
 //          row_core_grad  one block for each core, tile of the core and split of its rows
 //          row_ends       x: 128 keys, one thread per key
 //          sum_rows       x: 128 elements of du, one thread per element
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
-//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once.  With s splits, dG is
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once. With s splits, dG is
 //                         written s times as parts and read s times by sum_parts.
-//          sum_rows       k once, du once
+//          sum_rows       row_du once, du once
 // Sums     float32, over the rows of a core or token in their order: no atomics, the same bits
 //          every time.
 //
-// The host does not read an index, so it cannot check one.  If a core is below -1 or not below
+// The host does not read an index, so it cannot check one. If a core is below -1 or not below
 // `cores`, or a token does not exist, the row is NaN in h and is skipped in every gradient.
 #pragma once
 #include "small_product.cuh"
@@ -183,7 +183,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const Sum
     segment(p.of_token, token, begin, end);
     float sum = 0.f;
     for (int64_t place = begin; place < end; ++place)
-      sum += ptx::load(p.k + row_of(p.of_token, place) * p.r + j);
+      sum += ptx::load(p.row_du + row_of(p.of_token, place) * p.r + j);
     write_float(p.du.data, p.du_type, token * p.du.row + j * p.du.col, sum);
   }
   ptx::griddepcontrol_launch_dependents();

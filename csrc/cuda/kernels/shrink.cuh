@@ -1,11 +1,11 @@
-// shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r]; also k = g F
+// shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r]; also du = g F
 //          h = core_scale * u core        core [r, r_core], h [M, r_core]; optional, for few tokens
 //
-// Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its
+// Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K. A block walks its
 //          rectangle of x by steps of COLS columns, in each of them row tile by row tile; its sums
-//          stay in registers.  There is one piece of K if the row tiles fill the GPU.
-// Bytes    x once; A once for each piece of M.  With s pieces of K, 4 M r written s times as parts
-//          and read s times by sum_parts.  plan.h chooses the pieces.
+//          stay in registers. There is one piece of K if the row tiles fill the GPU.
+// Bytes    x once; A once for each piece of M. With s pieces of K, 4 M r written s times as parts
+//          and read s times by sum_parts. plan.h chooses the pieces.
 // Sums     float32; over k in the block's order, then over the pieces of K in order (sum_parts.cuh)
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
-    // One place per loop.  If the loops shared one, the compiler would keep the sums in local
+    // One place per loop. If the loops shared one, the compiler would keep the sums in local
     // memory.
     Place now;
     for (; now.step < steps; advance(now)) {

@@ -1,14 +1,14 @@
-// shrink_grad:  k = g F,  Q (+)= g^T u      g [M, N], F [N, r], u [M, r_u], k [M, r],
+// shrink_grad:  du = g F,  Q (+)= g^T u     g [M, N], F [N, r], u [M, r_u], du [M, r],
 //                                           Q [N, r_u] float32
-//               h = scale * k core          core [r, r_core], h [M, r_core]; optional, for few
+//               h = scale * du core         core [r, r_core], h [M, r_core]; optional, for few
 //                                           tokens, by sum_parts
 //
-// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M.  A block reads its
-//          rectangle of g once, tile by tile, and uses each tile twice: its rows for k, its columns
-//          for Q.  The rows of F stay in shared memory, the sums of Q in registers; the sums of k
-//          are written after each row tile.
-// Bytes    g once.  With s_M x s_N blocks: F s_M times, u s_N times, and as parts, written here and
-//          read by sum_parts, 8 r (s_N M + s_M N).  plan.h balances s_M N against s_N M.
+// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M. A block reads its
+//          rectangle of g once, tile by tile, and uses each tile twice: its rows for du, its
+//          columns for Q. The rows of F stay in shared memory, the sums of Q in registers; the
+//          sums of du are written after each row tile.
+// Bytes    g once. With s_M x s_N blocks: F s_M times, u s_N times, and as parts, written here and
+//          read by sum_parts, 8 r (s_N M + s_M N). plan.h balances s_M N against s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (sum_parts.cuh)
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P both products, a barrier at
@@ -16,9 +16,9 @@
 //
 //   g  stage t % STAGES   L L L P |
 //   u  slot  m % STAGES   L L L P P P P |
-//   k                     . . . + + + w
+//   du                    . . . + + + w
 //
-// u is copied with the first column tile of its row tile and stays for the others.  The rows of F
+// u is copied with the first column tile of its row tile and stays for the others. The rows of F
 // arrive with the first stage and stay to the end.
 #pragma once
 #include "rectangle.cuh"
@@ -32,7 +32,7 @@ struct ShrinkGradTraits {
   static constexpr int R = R_, THREADS = 256;
   static constexpr int ROWS = SHRINK_GRAD_ROWS, COLS = shrink_grad_cols(sizeof(T));
   static constexpr int SUBS = shrink_grad_subs(sizeof(T), R);
-  static constexpr int NJ = R / 16;  // fragments of k that a warp has: 16 rows, half of the rank
+  static constexpr int NJ = R / 16;  // fragments of du that a warp has: 16 rows, half of the rank
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> g;
@@ -47,20 +47,20 @@ struct ShrinkGradTraits {
   static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
 };
 
-// Stores a warp's sums of k at [row, rank] of the row tile that starts at m0: rounded, or as a
+// Stores a warp's sums of du at [row, rank] of the row tile that starts at m0: rounded, or as a
 // part.
 template <class Traits>
-LOTR_DEVICE void store_k(const ShrinkGradParams& p, const float (&k)[1][Traits::NJ][4], int64_t m0,
-                         int row, int rank) {
+LOTR_DEVICE void store_du(const ShrinkGradParams& p, const float (&du)[1][Traits::NJ][4],
+                          int64_t m0, int row, int rank) {
 #pragma unroll
   for (int j = 0; j < Traits::NJ; ++j) {
     if (m0 + row >= p.M || rank + 8 * j >= p.r) continue;
-    if (p.k_parts) {
-      float* const part = p.k_parts + int64_t(blockIdx.x) * p.M * p.k_parts_row;
-      const tile::SumTiles to{{part, p.k_parts_row, 1, false}, p.M, int(p.k_parts_row)};
-      to.store(m0 + row, rank + 8 * j, k[0][j]);
+    if (p.du_parts) {
+      float* const part = p.du_parts + int64_t(blockIdx.x) * p.M * p.du_parts_row;
+      const tile::SumTiles to{{part, p.du_parts_row, 1, false}, p.M, int(p.du_parts_row)};
+      to.store(m0 + row, rank + 8 * j, du[0][j]);
     } else {
-      tile::store_rounded<typename Traits::T>(p.k, m0 + row, p.M, rank + 8 * j, p.r, k[0][j]);
+      tile::store_rounded<typename Traits::T>(p.du, m0 + row, p.M, rank + 8 * j, p.r, du[0][j]);
     }
   }
 }
@@ -94,12 +94,12 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
   for (int i = 0; i < STAGES - 1; ++i) fetch();
 
-  const int k_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16);
-  const int k_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
+  const int du_row = ptx::held(int(threadIdx.x) / 32 % 4 * 16);
+  const int du_rank = int(threadIdx.x) / 128 * (Traits::R / 2);
   Sums Q_sums;
 #pragma unroll 1
   for (; walk.holds(now); ++now.m) {
-    float k[1][Traits::NJ][4] = {};
+    float du[1][Traits::NJ][4] = {};
     [[maybe_unused]] Right right;
 #pragma unroll
     for (int n = 0; n < Traits::SUBS; ++n) {
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
       auto& u = sm.stage[now.slot].u;
       if constexpr (KEEP)
         if (n == 0) right.template load<tile::Order::across_k>(u, Q_sums.j0());
-      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row, 0,
-                                                                               sm.F[n], k_rank);
+      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(du, g, du_row, 0,
+                                                                               sm.F[n], du_rank);
       fetch();  // between the products, where their fragments do not occupy its registers
       if constexpr (KEEP)
         Q_sums.add_right(n, g, right);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
         Q_sums.add(n, g, u);
       now.stage = tile::stage_after<STAGES>(now.stage);
     }
-    store_k<Traits>(p, k, int64_t(walk.row(now)) * ROWS, k_row, k_rank);
+    store_du<Traits>(p, du, int64_t(walk.row(now)) * ROWS, du_row, du_rank);
     now.slot = tile::stage_after<STAGES>(now.slot);
   }
   FloatSum Q = p.Q;

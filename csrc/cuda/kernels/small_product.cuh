@@ -1,5 +1,5 @@
 // Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused
-// multiply-adds.  The caller's lambdas read the operands, which may have any type and strides.
+// multiply-adds. The caller's lambdas read the operands, which may have any type and strides.
 #pragma once
 #include "../tile/load.cuh"
 #include "traits.h"
@@ -8,7 +8,7 @@ namespace lotr::kernels {
 
 struct FoldTraits {
   static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
-  // Blocks per SM, at least.  Without it ptxas aims at 12 on sm_120, and spills.
+  // Blocks per SM, at least. Without it ptxas aims at 12 on sm_120, and spills.
   static constexpr int BLOCKS = 4;
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {
@@ -18,7 +18,7 @@ struct FoldTraits {
 
 using tile::Order;  // chosen so that neighboring threads read neighbors in memory
 
-// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows.  Operands past
+// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows. Operands past
 // the end read as zero.
 template <Order OF_A, Order OF_B, class A, class B>
 LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K,

@@ -2,7 +2,7 @@
 //                                                       out [rows, cols]
 //             h = core_scale * out core                 optional, for few tokens
 //
-// The second launch of a product that is split over blocks.  The parts are added in their
+// The second launch of a product that is split over blocks. The parts are added in their
 // order: the same inputs give the same bits, whichever block of the first launch ended first.
 //
 // Grid     x: strips of ROWS rows of the first output, then of the second one

@@ -4,13 +4,13 @@
 
 namespace lotr::kernels {
 
-// Bytes of shared memory per block.  The smallest supported GPUs (sm_86, 89, 120) have 100 KB per
-// SM, of which the system reserves 1 KB.  With 80 KB a second block fits on an A100 (164 KB) and on
+// Bytes of shared memory per block. The smallest supported GPUs (sm_86, 89, 120) have 100 KB per
+// SM, of which the system reserves 1 KB. With 80 KB a second block fits on an A100 (164 KB) and on
 // all larger GPUs.
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
 // Resident blocks per SM, by registers and shared memory: two if the sums are few, so that one
-// block computes while the other waits.  shrink and factor_grad keep one product, which leaves room
+// block computes while the other waits. shrink and factor_grad keep one product, which leaves room
 // for more.
 constexpr int blocks_together(int R) {
   return R <= 32 ? 2 : 1;
@@ -28,7 +28,7 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most,
 }
 
 // How many of a block's eight warps divide the rank; the others divide rows (shrink) or columns
-// (sums down the columns).  One if the rank is short and the tile is long enough for all eight, so
+// (sums down the columns). One if the rank is short and the tile is long enough for all eight, so
 // that each part of x is read once from shared memory.
 constexpr int warps_along_rank(int R, int length) {
   return R <= 32 && length >= 128 ? 1 : 2;
@@ -65,9 +65,9 @@ constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
 // ---- factor_grad ----
 
-// Column tiles, with sums in registers.  They are complete 128-byte lines of x, and wide if two
-// blocks are to fit, so that a warp has the full rank or reads each part of v for more columns.  At
-// ranks 16 and 64 they may be narrow, for matrices of few columns.  A block may have several: 32
+// Column tiles, with sums in registers. They are complete 128-byte lines of x, and wide if two
+// blocks are to fit, so that a warp has the full rank or reads each part of v for more columns. At
+// ranks 16 and 64 they may be narrow, for matrices of few columns. A block may have several: 32
 // accumulators per thread if two blocks are to fit, else 64.
 constexpr int factor_grad_wide(int R) {
   return R == 32 || R == 64 ? 128 : 64;
@@ -91,7 +91,7 @@ constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_ROW_BYTES = 256;  // of a tile
 constexpr int shrink_grad_cols(size_t element) {
   return SHRINK_GRAD_ROW_BYTES / int(element);
 }
-// Column tiles of a block.  Their rows of F stay in shared memory, at most 32 KB, and their sums in
+// Column tiles of a block. Their rows of F stay in shared memory, at most 32 KB, and their sums in
 // registers, at most 64 per thread.
 constexpr int shrink_grad_subs(size_t element, int R) {
   const int fit = int(32768 / (shrink_grad_cols(element) * R * element));
@@ -101,7 +101,7 @@ constexpr int shrink_grad_subs(size_t element, int R) {
 
 // ---- expand_add ----
 
-// Threads.  Each warp keeps 16 rows of u, so a large rank leaves room for fewer warps.
+// Threads. Each warp keeps 16 rows of u, so a large rank leaves room for fewer warps.
 constexpr int expand_threads(size_t element, int R) {
   const size_t row = R * element;
   if (row <= 128) return 256;

@@ -11,7 +11,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define LOTR_DEVICE __device__ __forceinline__
-// In the executor the last argument of a wrapper is its caller's file and line, for reports.  On
+// In the executor the last argument of a wrapper is its caller's file and line, for reports. On
 // the device there is no such argument.
 #define LOTR_SITE
 #define LOTR_SITE_ONLY
@@ -120,7 +120,7 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[1] = pair.y;
 }
 
-// Keeps a value in a register.  Without it the compiler computes the value again in every
+// Keeps a value in a register. Without it the compiler computes the value again in every
 // iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__

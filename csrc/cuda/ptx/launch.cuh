@@ -2,17 +2,17 @@
 // executor.
 //
 // An early launch (programmatic dependent launch, compute capability 9.0 and later) may start
-// before the previous kernel of the stream has ended, which hides the launch latency.  It is safe,
+// before the previous kernel of the stream has ended, which hides the launch latency. It is safe,
 // in a stream and in a captured graph, because of three rules:
 //
 //   - Every thread calls griddepcontrol_wait before it accesses global memory, and before it exits.
-//     The wait ends when all previous grids have completed and their stores are visible.  So no
+//     The wait ends when all previous grids have completed and their stores are visible. So no
 //     thread reads too early, and a kernel never ends before the previous ones: a wait for the last
-//     kernel is a wait for all.  The executor checks this rule.
-//   - The previous operation may be anything.  A kernel without launch_dependents, a memset or an
+//     kernel is a wait for all. The executor checks this rule.
+//   - The previous operation may be anything. A kernel without launch_dependents, a memset or an
 //     event is waited for as usual, and early kernels of a library wait for theirs in the same way.
-//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible.  A
-//     next kernel, also one of a library, must call griddepcontrol_wait before it reads.  The call
+//   - griddepcontrol_launch_dependents lets the next kernel start, but makes no store visible. A
+//     next kernel, also one of a library, must call griddepcontrol_wait before it reads. The call
 //     comes after a thread's last store, so that the next kernel's blocks do not take the place of
 //     blocks that still have work.
 #pragma once
@@ -54,7 +54,7 @@ LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The next kernel in the stream may start once every block has ended or called this.  The first
+// The next kernel in the stream may start once every block has ended or called this. The first
 // thread of a block that calls it does so for the block, while other threads may still store.
 LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -66,7 +66,7 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The compute capability of the current device, times ten; 90 in the executor.  Throws
+// The compute capability of the current device, times ten; 90 in the executor. Throws
 // std::runtime_error with the kernel's name.
 inline int capability_of_device([[maybe_unused]] const char* name) {
 #ifdef __CUDACC__
@@ -82,7 +82,7 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 }
 
 #ifdef __CUDACC__
-// Allows, during its lifetime, calls that ask about a kernel or set its attributes.  The first such
+// Allows, during its lifetime, calls that ask about a kernel or set its attributes. The first such
 // call may load the kernel or allocate memory for its module, which a stream capture of this or
 // another thread forbids by default, although it touches no stream.
 class DriverQuery {
@@ -158,7 +158,7 @@ cudaError_t allow_shared_memory(size_t bytes) {
 }
 #endif
 
-// Throws std::runtime_error with the kernel's name.  An error inside the kernel appears at a later
+// Throws std::runtime_error with the kernel's name. An error inside the kernel appears at a later
 // call on the device, and here in the executor (lotr::simt::Error).
 template <auto KERNEL, class... Args>
 void launch(const LaunchArgs& args, Args&&... params) {

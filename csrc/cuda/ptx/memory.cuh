@@ -1,5 +1,5 @@
-// Loads and stores of 2, 4, 8 or 16 bytes, one instruction each.  The executor counts them: bytes
-// and 32-byte sectors of global memory, bank conflicts of shared memory.  The address must be
+// Loads and stores of 2, 4, 8 or 16 bytes, one instruction each. The executor counts them: bytes
+// and 32-byte sectors of global memory, bank conflicts of shared memory. The address must be
 // aligned to the size.
 #pragma once
 #include "base.cuh"

@@ -1,6 +1,6 @@
 // The device primitives for kernels, for sm_80 and later (../sm90: those that only sm_90a has).
 //
-// Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs
+// Under nvcc a wrapper is one PTX instruction. Under a host compiler the same kernel source runs
 // in the SIMT executor (csrc/simt, test builds only), one fiber per GPU thread, and the wrapper
 // does what the PTX manual defines.
 //
@@ -21,20 +21,20 @@
 //   ptx::launch<kernel>({grid, block, sizeof(Smem), stream, cluster, "name"}, params);
 //
 // Access global and shared memory through cp_async and the wrappers of memory.cuh: only these are
-// counted.  A plain *p works and is checked by the sanitizers, but it is missing from the counts
+// counted. A plain *p works and is checked by the sanitizers, but it is missing from the counts
 // (the race build reports it as `unwrapped`).
 //
 // Counting, from the host: simt::register_array("x", pointer, bytes) names a range of global
 // memory, simt::set_options turns counting on, and simt::counters() returns the bytes and sectors
-// that were read and written for each name (csrc/simt/api.h).  Lanes of a warp that execute one
-// call site together count as one instruction, so coalescing is counted as on the device.  Accesses
+// that were read and written for each name (csrc/simt/api.h). Lanes of a warp that execute one
+// call site together count as one instruction, so coalescing is counted as on the device. Accesses
 // to other memory are listed as "(unregistered)".
 //
 // The executor throws simt::Error, with file and line, for: a barrier or warp collective that not
 // all threads reach, or reach at different lines; lanes missing from a mask; misaligned or
 // out-of-range shared addresses; a thread that exits with a copy in flight; a launch that a GPU
-// would refuse.  The data of cp.async does not exist before the wait: until then the destination
-// reads as NaN.  Shared memory starts as NaN.
+// would refuse. The data of cp.async does not exist before the wait: until then the destination
+// reads as NaN. Shared memory starts as NaN.
 #pragma once
 #include "base.cuh"
 #include "launch.cuh"
@@ -44,7 +44,7 @@ namespace lotr::ptx {
 
 // ---- asynchronous copies, global to shared ----
 
-// 16 bytes, bypassing L1; L2 fetches the full 128-byte line.  Both addresses are aligned to 16
+// 16 bytes, bypassing L1; L2 fetches the full 128-byte line. Both addresses are aligned to 16
 // bytes.
 LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
 #ifdef __CUDACC__
@@ -68,7 +68,7 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR
 #endif
 }
 
-// Closes a group of this thread's copies.  An empty group counts as well.
+// Closes a group of this thread's copies. An empty group counts as well.
 LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -77,7 +77,7 @@ LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Waits until at most N of this thread's latest groups are in flight.  The copies of other threads
+// Waits until at most N of this thread's latest groups are in flight. The copies of other threads
 // need a barrier after it.
 template <int N>
 LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
@@ -90,8 +90,8 @@ LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
 
 // ---- matrices in registers ----
 
-// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i passes the address of row i of tile t (16
-// bytes, aligned).  Lane l receives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each tile.
+// ldmatrix: 8 x 8 tiles of 16-bit elements. Lane 8 t + i passes the address of row i of tile t (16
+// bytes, aligned). Lane l receives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each tile.
 // trans: of the transposed tiles.
 LOTR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row LOTR_SITE) {
 #ifdef __CUDACC__
@@ -137,7 +137,7 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 #endif
 }
 
-// d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators.  With g = lane / 4, q = 2 (lane % 4):
+// d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators. With g = lane / 4, q = 2 (lane % 4):
 //   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbors along k
 //   b: (q, g) (q + 8, g), each register two neighbors along k
 //   d: (g, q) (g, q + 1) (g + 8, q) (g + 8, q + 1)

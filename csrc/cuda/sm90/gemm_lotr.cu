@@ -71,8 +71,8 @@ ptx::LaunchArgs launch_args(const Call& call, int64_t pairs) {
   return args;
 }
 
-// Returns why the current device cannot run the instance, or an empty string.  A MIG slice may have
-// no room for it.  Queries the driver once per device and thread.
+// Returns why the current device cannot run the instance, or an empty string. A MIG slice may have
+// no room for it. Queries the driver once per device and thread.
 template <class Traits>
 std::string refuse_device(const Call& call) {
   thread_local std::array<bool, 64> runs{};  // devices that run it
@@ -92,7 +92,7 @@ std::string refuse_device(const Call& call) {
 
 // The tensor map of m [rows, cols] in boxes of box_rows, from this thread's cache, which needs no
 // lock. A map contains only an address and sizes, so it stays valid for other memory at the same
-// address.  In training the addresses repeat: weights keep theirs, and torch's allocator returns
+// address. In training the addresses repeat: weights keep theirs, and torch's allocator returns
 // the same blocks in each step.
 template <class T>
 ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows) {

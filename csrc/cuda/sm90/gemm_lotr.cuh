@@ -1,24 +1,24 @@
 // gemm_lotr:  y = x W^T + bias + u F^T        sm_90a, bf16 or fp16, float32 sums
-//             dx = g W + k A^T                the same kernel; W is read MN-major, so there is no
+//             dx = g W + du A^T               the same kernel; W is read MN-major, so there is no
 //                                             transposed copy
 //
-//   x [M, K], W [N, K] (backward: [K, N]), u [M, r], F [N, r], y [M, N].  In the backward pass read
-//   dx, g, W, k and A for y, x, W, u and F.  u comes from the shrink kernel, k from shrink_grad.
+//   x [M, K], W [N, K] (backward: [K, N]), u [M, r], F [N, r], y [M, N]. In the backward pass read
+//   dx, g, W, du and A for y, x, W, u and F. u comes from the shrink kernel, du from shrink_grad.
 //
 // The rank is one more k-step (two above rank 64): the step loads u and F in place of x and W, and
-// multiplies into the same accumulators.  The tensor maps fill ranks past r with zeros.
+// multiplies into the same accumulators. The tensor maps fill ranks past r with zeros.
 //
-// Grid     pairs of blocks, as many as fill the GPU's SMs or fewer.  Pair c computes tiles c,
-//          c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows.  Each block
-//          loads half of the columns of W and writes them to both blocks (multicast).  Blocks of
+// Grid     pairs of blocks, as many as fill the GPU's SMs or fewer. Pair c computes tiles c,
+//          c + pairs, c + 2 pairs, .. of 256 x 256; each block has 128 of the rows. Each block
+//          loads half of the columns of W and writes them to both blocks (multicast). Blocks of
 //          different pairs share nothing.
 // Block    two warpgroups multiply 64 x 256 each, one thread of a ninth warp loads.
 // Bytes    x once for each column of tiles, W once for each band of 256 rows, both mostly from L2;
 //          u and F likewise; y is written once and never read.
 //
-// Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile.  L:
-// copy in flight or landed.  P: product.  R: the product of the rank.  .: the product may still
-// run, one group stays in flight.  S: a warpgroup stores 64 of its 256 columns.
+// Timeline of a block: one tile of six k-steps and the step of the rank, then the next tile. L:
+// copy in flight or landed. P: product. R: the product of the rank.  .: the product may still
+// run, one group stays in flight. S: a warpgroup stores 64 of its 256 columns.
 //
 //   stage 0   L P . L L P . L L L L P
 //   stage 1   L L P . L L P . L L L L P
@@ -29,11 +29,11 @@
 // Each stage has two mbarriers: `full` counts the bytes of the copies; at `empty` the warps of both
 // blocks arrive that have read the stage.
 //
-// Epilogue A warpgroup writes 64 x 64 of y to shared memory.  One thread stores it by a bulk copy,
-//          while all threads write the next 64 columns to a second buffer.  Meanwhile the stages of
+// Epilogue A warpgroup writes 64 x 64 of y to shared memory. One thread stores it by a bulk copy,
+//          while all threads write the next 64 columns to a second buffer. Meanwhile the stages of
 //          the next tile are loaded, and the other warpgroup, up to four k-steps later, multiplies.
 // Early    Programmatic dependent launch: the block sets up its barriers while the previous kernel
-//          ends.  The next kernel may start when a block's last store is complete.
+//          ends. The next kernel may start when a block's last store is complete.
 // Bits     Each element of y is summed by one thread in one order.
 #pragma once
 #include "../ptx/launch.cuh"
@@ -53,7 +53,7 @@ struct GemmLotrTraits {
 
   struct Stage {             // one k-step of a tile, or one of the rank
     T x[BM][BK];             // x, or u
-    T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK].  W MN-major: [BN / 64][BK][64]
+    T w[BN / 64 * BK * 64];  // W or F, K-major: [BN][BK]. W MN-major: [BN / 64][BK][64]
   };
   struct alignas(1024) Smem {
     Stage stage[STAGES];
@@ -66,7 +66,7 @@ struct GemmLotrTraits {
 
 // Tiles of the pairs, 256 x 256, in the order in which the pairs take them.
 struct GemmLotrTiles {
-  // Bands that are walked together.  On a GPU with 66 pairs, 8 x 8 tiles read 2,048 rows of x and
+  // Bands that are walked together. On a GPU with 66 pairs, 8 x 8 tiles read 2,048 rows of x and
   // 2,048 columns of W, the least that a wave can read.
   static constexpr int BANDS_TOGETHER = 8;
   int bands, columns;
@@ -90,7 +90,7 @@ struct GemmLotrParams {
   GemmLotrTiles tiles;
 };
 
-// A place in the ring of stages.  Each thread keeps one; all walk the stages in the same order.
+// A place in the ring of stages. Each thread keeps one; all walk the stages in the same order.
 template <int STAGES>
 struct RingPlace {
   int stage = 0;
@@ -233,14 +233,14 @@ struct Multiplier {
     return s.stage[place.stage];
   }
 
-  // Called by a full warp.  Arrives at both blocks' producers, because each of them writes here.
+  // Called by a full warp. Arrives at both blocks' producers, because each of them writes here.
   LOTR_DEVICE void release(int stage) {
     __syncwarp();  // all lanes have finished their reads
     const uint32_t lane = threadIdx.x % 32;
     if (lane < Traits::PAIR) ptx::mbarrier_arrive_cluster(&s.empty[stage], lane);
   }
 
-  // The bias of the columns `thread`, `thread` + 128.  It arrives while the products run.
+  // The bias of the columns `thread`, `thread` + 128. It arrives while the products run.
   LOTR_DEVICE void load_bias(T (&bias)[Traits::BN / 128], int n0) {
     const auto* from = static_cast<const T*>(p.bias);
 #pragma unroll
@@ -250,18 +250,18 @@ struct Multiplier {
     }
   }
 
-  // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time.  A thread has rows `row` and
-  // `row` + 8, and of every 8 columns the two from `pair` on.  A panel has the swizzle of its
-  // tensor map, so the 8 rows of a warp's store are in different banks.
-  struct alignas(4) Two {
+  struct alignas(4) Two {  // neighbors, one 32-bit word
     T v[2];
   };
+  // d + bias to rows m0 to m0 + 63 of y, PANEL columns at a time. A thread has rows `row` and
+  // `row` + 8, and of every 8 columns the two from `pair` on. A panel has the swizzle of its
+  // tensor map, so the 8 rows of a warp's store are in different banks.
   LOTR_DEVICE void store(const float (&d)[Traits::BN / 2], const T (&bias)[Traits::BN / 128],
                          int m0, int n0) {
     const int lane = thread % 32;
     const int row = thread / 32 * 16 + lane / 4;
     const int pair = lane % 4 * 2;
-    // Read after the next barrier.  The reads for the previous tile came before its last barrier.
+    // Read after the next barrier. The reads for the previous tile came before its last barrier.
 #pragma unroll
     for (int i = 0; i < Traits::BN / 128; ++i)
       ptx::store_shared(&s.bias[group][thread + 128 * i], bias[i]);
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
     Multiplier<Traits>{s, Y, p}.run();
     __syncwarp();
   }
-  // No block may exit while the other still arrives at its mbarriers.  All stores are complete
+  // No block may exit while the other still arrives at its mbarriers. All stores are complete
   // here.
   ptx::cluster_sync();
   ptx::griddepcontrol_launch_dependents();

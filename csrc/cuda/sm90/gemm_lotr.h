@@ -1,7 +1,7 @@
 // The base product with the adapter's product in the same launch (gemm_lotr.cuh), without torch:
-// raw pointers and a stream.  For sm_90a.
+// raw pointers and a stream. For sm_90a.
 //
-//   forward   y = x W^T + bias + u F^T        backward   dx = g W + k A^T
+//   forward   y = x W^T + bias + u F^T        backward   dx = g W + du A^T
 #pragma once
 #include <string>
 
@@ -11,7 +11,7 @@ namespace lotr::cuda {
 
 constexpr int GEMM_LOTR_MAX_RANK = 128;
 
-// One direction.  In the backward pass x, W, u, F and y are g, W, k, A and dx.  N and K are the
+// One direction. In the backward pass x, W, u, F and y are g, W, du, A and dx. N and K are the
 // columns of y and x, so in the backward pass N is in_features and K is out_features.
 struct GemmLotr {
   bool backward;
@@ -27,10 +27,10 @@ struct GemmLotr {
 };
 
 // Returns why the kernel or the current device cannot run the problem (name, expected, got), or an
-// empty string.  Reads no memory.
+// empty string. Reads no memory.
 std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q);
 
-// One launch.  Throws std::invalid_argument if gemm_lotr_refusal returns a reason.
+// One launch. Throws std::invalid_argument if gemm_lotr_refusal returns a reason.
 void gemm_lotr(const Call& call, const GemmLotr& q);
 
 }  // namespace lotr::cuda

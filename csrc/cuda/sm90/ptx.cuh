@@ -1,9 +1,9 @@
 // Device primitives that only sm_90a has: tensor maps, mbarriers, tiled bulk copies (TMA) in both
-// directions, clusters.  The products are in wgmma.cuh.  ../ptx/base.cuh explains how wrappers
+// directions, clusters. The products are in wgmma.cuh. ../ptx/base.cuh explains how wrappers
 // work.
 //
 // In the executor a tile that a bulk copy fills is NaN until the mbarrier's phase completes, and a
-// tile that a bulk copy stores is read at some time before the wait.  Copies land when no thread
+// tile that a bulk copy stores is read at some time before the wait. Copies land when no thread
 // can continue, or at random times.
 #pragma once
 #include "../ptx/memory.cuh"
@@ -71,7 +71,7 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = make();
-  // The driver needs a current context.  A thread gets one at its first call of the runtime, but
+  // The driver needs a current context. A thread gets one at its first call of the runtime, but
   // not from torch's device guard (pytorch issue 195256), so a new thread may have none, for
   // example one of autograd's.
   int device = 0;
@@ -86,7 +86,7 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
 #endif
 }
 
-// Called by one thread.  Starts to fetch the map, which is a parameter of the kernel and is written
+// Called by one thread. Starts to fetch the map, which is a parameter of the kernel and is written
 // by no earlier kernel, so this may precede griddepcontrol_wait.
 LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
 #ifdef __CUDACC__
@@ -127,7 +127,7 @@ LOTR_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals LOTR_SITE) {
 #endif
 }
 
-// After the inits and before a cluster_sync.  Makes the inits visible to bulk copies and to the
+// After the inits and before a cluster_sync. Makes the inits visible to bulk copies and to the
 // other block.
 LOTR_DEVICE void fence_mbarrier_init(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -149,7 +149,7 @@ LOTR_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes LOT
 }
 
 // Arrives at the same mbarrier of block `rank` of the cluster, after reads of memory that a copy of
-// that block may then overwrite.  It makes none of this thread's stores visible there.
+// that block may then overwrite. It makes none of this thread's stores visible there.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -163,7 +163,7 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
 #endif
 }
 
-// Waits until the phase of this parity has completed.  The first phase has parity 0; waiting for
+// Waits until the phase of this parity has completed. The first phase has parity 0; waiting for
 // parity 1 on a new barrier returns.
 LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
@@ -183,7 +183,7 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 
 // ---- bulk copies from global memory ----
 //
-// One thread starts them.  Their bytes, always those of complete boxes, count at the mbarrier.  A
+// One thread starts them. Their bytes, always those of complete boxes, count at the mbarrier. A
 // tile starts at a multiple of 1024 bytes.
 
 // The box with the first element (col, row).

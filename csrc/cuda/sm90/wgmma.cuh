@@ -2,7 +2,7 @@
 // 16]^T in float32, both operands in shared memory.
 //
 // A product runs while its threads continue: between its issue and a wgmma_wait that covers its
-// group, threads must not access its accumulators or write its tiles.  In the executor the
+// group, threads must not access its accumulators or write its tiles. In the executor the
 // accumulators are NaN until then, and the operands are read at the wait.
 #pragma once
 #include "../ptx/base.cuh"
@@ -23,7 +23,7 @@ LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
          uint64_t(1) << 62;
 }
 
-// MN-major: a row is 64 n of one k, 128 bytes; 8 rows are a pattern of 1024 bytes.  The next 64 n
+// MN-major: a row is 64 n of one k, 128 bytes; 8 rows are a pattern of 1024 bytes. The next 64 n
 // are the next panel, panel_bytes further on.
 LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_bytes) {
   const uint64_t address = shared_address(tile);
@@ -31,7 +31,7 @@ LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_byt
          uint64_t(1) << 62;
 }
 
-// Added to a descriptor, moves it by so many elements.  K-major: fewer than a row has.  MN-major:
+// Added to a descriptor, moves it by so many elements. K-major: fewer than a row has. MN-major:
 // complete rows, a multiple of 8.
 template <class T>
 LOTR_DEVICE constexpr uint64_t descriptor_step(int elements) {
@@ -68,7 +68,7 @@ LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
 }
 
 // Comes after the wait, which names no registers, so that the compiler moves no read of these sums
-// above it.  Not an instruction.
+// above it. Not an instruction.
 template <int COUNT>
 LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 #ifdef __CUDACC__
@@ -106,7 +106,7 @@ enum class Major { k = 0, mn = 1 };
       : "l"(a), "l"(b), "n"(int(B_MAJOR)))
 #endif
 
-// d += a b^T; a is K-major.  Warp w of the warpgroup holds rows 16 w to 16 w + 15 of d,
+// d += a b^T; a is K-major. Warp w of the warpgroup holds rows 16 w to 16 w + 15 of d,
 // columns 8 j to 8 j + 7 in d[4 j ..] as mma_m16n8k16 does.
 template <class T, Major B_MAJOR = Major::k>
 LOTR_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b LOTR_SITE) {

@@ -5,7 +5,7 @@
 
 namespace lotr::tile {
 
-// T: the type of u.  u_at(row, rank): an element of the block's u, rounded to T.  The block's rows
+// T: the type of u. u_at(row, rank): an element of the block's u, rounded to T. The block's rows
 // start at row0.
 template <class T, int THREADS, class U>
 LOTR_DEVICE void apply_core(const CoreProduct& p, int64_t row0, int rows, int r, U u_at) {

@@ -1,8 +1,8 @@
-// Global memory to a shared tile, and the dropout of a tile.  A thread has the same chunks in both,
+// Global memory to a shared tile, and the dropout of a tile. A thread has the same chunks in both,
 // so it can mask what it copied as soon as its copies have landed, before the block's barrier.
 //
 // The rows of all matrices here start at multiples of 16 bytes (launchers pack the others), so
-// every copy is asynchronous.  A tile inside the matrix takes a path without bounds: the thread's
+// every copy is asynchronous. A tile inside the matrix takes a path without bounds: the thread's
 // address, and steps that are the same for all threads.
 #pragma once
 #include "philox.cuh"
@@ -77,7 +77,7 @@ class Loader {
   }
 };
 
-// A chunk without its dropped elements.  Bit j of `keep` is for element j.
+// A chunk without its dropped elements. Bit j of `keep` is for element j.
 template <int CHUNK>
 LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   uint32_t* word = &value.x;
@@ -94,7 +94,7 @@ LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   return value;
 }
 
-// f(true or false as a type): compiles a kernel's loop once with dropout and once without.  A test
+// f(true or false as a type): compiles a kernel's loop once with dropout and once without. A test
 // in every step would cost the loop without dropout up to 30 % more instructions, because the masks
 // take registers from addresses.
 template <class F>
@@ -105,7 +105,7 @@ LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
     f(std::false_type{});
 }
 
-// Zeroes the dropped elements of the chunks that this thread loaded.  cols: of the matrix.
+// Zeroes the dropped elements of the chunks that this thread loaded. cols: of the matrix.
 template <int THREADS, class Tile>
 LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, int64_t row0, int64_t col0,
                       int64_t cols) {

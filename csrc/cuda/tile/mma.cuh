@@ -1,8 +1,8 @@
 // Matrix products of a warp on shared tiles.
 //
-// A policy is an element type and a way to multiply.  Both policies leave the accumulator of a
+// A policy is an element type and a way to multiply. Both policies leave the accumulator of a
 // 16 x 8 tile as mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q),
-// (g + 8, 2q + 1).  The functions a and b load the operands' fragments, each in two orders of
+// (g + 8, 2q + 1). The functions a and b load the operands' fragments, each in two orders of
 // memory:
 //
 //   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      16 rows i
@@ -98,7 +98,7 @@ struct Exact {
 };
 
 // d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
-// The columns are processed in groups of at most 32 registers of fragments.  The loop of a float32
+// The columns are processed in groups of at most 32 registers of fragments. The loop of a float32
 // product is not unrolled completely.
 template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B,

@@ -1,5 +1,5 @@
 // Random bits of dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-// 3", 2011).  The mask of an element depends only on its place in the matrix and on the seed, so
+// 3", 2011). The mask of an element depends only on its place in the matrix and on the seed, so
 // the backward pass, another tiling, the CPU and the GPU all draw the same mask.
 #pragma once
 #include "../params.h"
@@ -26,7 +26,7 @@ LOTR_DEVICE uint32_t philox_keep4(uint64_t seed, uint64_t quad, uint32_t thresho
          uint32_t(c2 >= threshold) << 2 | uint32_t(c3 >= threshold) << 3;
 }
 
-// Bits of the elements first .. first + N - 1.  One quad after another, which takes few of the
+// Bits of the elements first .. first + N - 1. One quad after another, which takes few of the
 // kernel's registers.
 template <int N>
 LOTR_DEVICE uint32_t philox_keep(uint64_t seed, uint64_t first, uint32_t threshold) {

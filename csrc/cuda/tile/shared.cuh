@@ -1,13 +1,13 @@
 // A matrix tile in shared memory, swizzled so that no access of the kernels has bank conflicts.
 //
-// A row consists of 16-byte chunks.  Chunk c of row i is stored at chunk c ^ rev3(i), where rev3 is
+// A row consists of 16-byte chunks. Chunk c of row i is stored at chunk c ^ rev3(i), where rev3 is
 // the three low bits of i reversed:
 //
 //   eight rows, one chunk     -> eight different bank groups    ldmatrix, plain and transposed
 //   four rows, two chunks     -> eight different bank groups    32-bit reads down a column
 //   one row, all its chunks   -> a permutation of them          cp.async, 16-byte loads and stores
 //
-// Rows shorter than 128 bytes share a 128-byte line with their neighbors.  Then the mask drops the
+// Rows shorter than 128 bytes share a 128-byte line with their neighbors. Then the mask drops the
 // bits that the position in the line already provides.
 #pragma once
 #include "../params.h"
@@ -15,7 +15,7 @@
 
 namespace lotr::tile {
 
-// The order in memory of a product's operand.  Neighbors in memory are neighbors along k (the sum),
+// The order in memory of a product's operand. Neighbors in memory are neighbors along k (the sum),
 // or else along the rows of the first operand, the columns of the second.
 enum class Order { along_k, across_k };
 
@@ -42,7 +42,7 @@ struct Shared {
   }
   static LOTR_DEVICE int offset(int row, int c) { return row * COLS + (c ^ swizzle(row)) * CHUNK; }
   LOTR_DEVICE T* chunk(int row, int c) { return data + offset(row, c); }
-  // Chunk c + k / CHUNK, if the two have no bit in common.  A product then needs one offset for all
+  // Chunk c + k / CHUNK, if the two have no bit in common. A product then needs one offset for all
   // its steps along k.
   LOTR_DEVICE T* chunk(int row, int c, int k) { return data + (offset(row, c) ^ k); }
   LOTR_DEVICE Chunk<T>* as_chunk(int row, int c) {

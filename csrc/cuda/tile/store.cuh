@@ -74,7 +74,7 @@ struct SumTiles {
   int64_t rows;
   int cols;
 
-  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix.  All loads come before the
+  // the tile at [i0, j0] += or = d * scale, nothing outside the matrix. All loads come before the
   // first addition, which waits for one.
   LOTR_DEVICE void accumulate(int64_t i0, int j0, const float (&d)[4], float scale) const {
     float v[4] = {};

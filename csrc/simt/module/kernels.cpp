@@ -1,13 +1,13 @@
 // The table of kernels that run() accepts: their names, and how arguments become the problems of
-// csrc/cuda.  Outputs are the caller's arrays, so that a test can poison, pad or stride them.
+// csrc/cuda. Outputs are the caller's arrays, so that a test can poison, pad or stride them.
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <optional>
 
+#include "arguments.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/gemm_lotr.h"
-#include "given.h"
 
 namespace lotr::simt {
 namespace {
@@ -27,203 +27,204 @@ void launch(DType type, const Problem& problem) {
   launch(call_of(type), problem);
 }
 
-int32_t rank(const Given& given, const char* name, int dim) {
-  return int32_t(given.extent(name, dim));
+int32_t rank(const Arguments& args, const char* name, int dim) {
+  return int32_t(args.extent(name, dim));
 }
 
-void shrink(const Given& given) {
-  const DType type = given.type("x");
-  ShrinkProblem q{};
-  q.M = given.extent("x", 0);
-  q.K = given.extent("x", 1);
-  q.r = rank(given, "A", 1);
-  q.x = given.input("x", type, q.M, q.K);
-  q.A = given.input("A", type, q.K, q.r);
-  q.u = given.output("u", type, q.M, q.r);
-  q.scale = float(given.number("scale"));
-  q.dropout = given.dropout();
-  if (given.has("core")) {
-    const int32_t r_core = rank(given, "core", 1);
-    q.core_product = {given.input("core", type, q.r, r_core), given.output("h", type, q.M, r_core),
-                      r_core, float(given.number("core_scale"))};
+void shrink(const Arguments& args) {
+  const DType type = args.type("x");
+  ShrinkProblem problem{};
+  problem.M = args.extent("x", 0);
+  problem.K = args.extent("x", 1);
+  problem.r = rank(args, "A", 1);
+  problem.x = args.input("x", type, problem.M, problem.K);
+  problem.A = args.input("A", type, problem.K, problem.r);
+  problem.u = args.output("u", type, problem.M, problem.r);
+  problem.scale = float(args.number("scale"));
+  problem.dropout = args.dropout();
+  if (args.has("core")) {
+    const int32_t r_core = rank(args, "core", 1);
+    problem.core_product = {args.input("core", type, problem.r, r_core),
+                            args.output("h", type, problem.M, r_core), r_core,
+                            float(args.number("core_scale"))};
   }
-  launch(type, q);
+  launch(type, problem);
 }
 
 // y starts from `start`; without it from its values (fresh=0) or from the bias (fresh=1).
-void expand_add(const Given& given) {
-  const DType type = given.type("y");
-  ExpandProblem q{};
-  q.M = given.extent("y", 0);
-  q.N = given.extent("y", 1);
-  q.r = rank(given, "F", 1);
-  q.y = given.output("y", type, q.M, q.N);
-  if (given.has("start"))
-    q.start = given.output("start", type, q.M, q.N);
-  else if (given.number("fresh") == 0)
-    q.start = q.y;
-  q.u = given.input("u", type, q.M, q.r);
-  q.F = given.input("F", type, q.N, q.r);
-  q.dropout = given.dropout();
-  q.bias = given.line("bias", type, q.N);
-  q.bias_stride = given.stride("bias", 0);
-  launch(type, q);
+void expand_add(const Arguments& args) {
+  const DType type = args.type("y");
+  ExpandProblem problem{};
+  problem.M = args.extent("y", 0);
+  problem.N = args.extent("y", 1);
+  problem.r = rank(args, "F", 1);
+  problem.y = args.output("y", type, problem.M, problem.N);
+  if (args.has("start"))
+    problem.start = args.output("start", type, problem.M, problem.N);
+  else if (args.number("fresh") == 0)
+    problem.start = problem.y;
+  problem.u = args.input("u", type, problem.M, problem.r);
+  problem.F = args.input("F", type, problem.N, problem.r);
+  problem.dropout = args.dropout();
+  problem.bias = args.line("bias", type, problem.N);
+  problem.bias_stride = args.stride("bias", 0);
+  launch(type, problem);
 }
 
-void factor_grad(const Given& given) {
-  const DType type = given.type("x");
-  FactorGradProblem q{};
-  q.M = given.extent("x", 0);
-  q.K = given.extent("x", 1);
-  q.r = rank(given, "v", 1);
-  q.x = given.input("x", type, q.M, q.K);
-  q.v = given.input("v", type, q.M, q.r);
-  q.D = given.sum("D", q.K, q.r, given.number("accumulate") != 0);
-  q.dropout = given.dropout();
-  launch(type, q);
+void factor_grad(const Arguments& args) {
+  const DType type = args.type("x");
+  FactorGradProblem problem{};
+  problem.M = args.extent("x", 0);
+  problem.K = args.extent("x", 1);
+  problem.r = rank(args, "v", 1);
+  problem.x = args.input("x", type, problem.M, problem.K);
+  problem.v = args.input("v", type, problem.M, problem.r);
+  problem.D = args.sum("D", problem.K, problem.r, args.number("accumulate") != 0);
+  problem.dropout = args.dropout();
+  launch(type, problem);
 }
 
-void shrink_grad(const Given& given) {
-  const DType type = given.type("g");
-  ShrinkGradProblem q{};
-  q.M = given.extent("g", 0);
-  q.N = given.extent("g", 1);
-  q.r = rank(given, "F", 1);
-  q.r_u = rank(given, "u", 1);
-  q.g = given.input("g", type, q.M, q.N);
-  q.F = given.input("F", type, q.N, q.r);
-  q.u = given.input("u", type, q.M, q.r_u);
-  q.k = given.output("k", type, q.M, q.r);
-  q.Q = given.sum("Q", q.N, q.r_u, given.number("accumulate") != 0);
-  launch(type, q);
+void shrink_grad(const Arguments& args) {
+  const DType type = args.type("g");
+  ShrinkGradProblem problem{};
+  problem.M = args.extent("g", 0);
+  problem.N = args.extent("g", 1);
+  problem.r = rank(args, "F", 1);
+  problem.r_u = rank(args, "u", 1);
+  problem.g = args.input("g", type, problem.M, problem.N);
+  problem.F = args.input("F", type, problem.N, problem.r);
+  problem.u = args.input("u", type, problem.M, problem.r_u);
+  problem.du = args.output("du", type, problem.M, problem.r);
+  problem.Q = args.sum("Q", problem.N, problem.r_u, args.number("accumulate") != 0);
+  launch(type, problem);
 }
 
-void fold(const Given& given) {
-  FoldProblem q{};
-  q.N = given.extent("B", 0);
-  q.r_out = rank(given, "B", 1);
-  q.r_in = rank(given, "core", 0);
-  q.B_type = given.type("B");
-  q.core_type = given.type("core");
-  q.F_type = given.type("F");
-  q.B = given.input("B", q.B_type, q.N, q.r_out);
-  q.core = given.input("core", q.core_type, q.r_in, q.r_out);
-  q.F = given.output("F", q.F_type, q.N, q.r_in);
-  q.scale = float(given.number("scale"));
-  launch(q.F_type, q);
+void fold(const Arguments& args) {
+  FoldProblem problem{};
+  problem.N = args.extent("B", 0);
+  problem.r_out = rank(args, "B", 1);
+  problem.r_in = rank(args, "core", 0);
+  problem.B_type = args.type("B");
+  problem.core_type = args.type("core");
+  problem.F_type = args.type("F");
+  problem.B = args.input("B", problem.B_type, problem.N, problem.r_out);
+  problem.core = args.input("core", problem.core_type, problem.r_in, problem.r_out);
+  problem.F = args.output("F", problem.F_type, problem.N, problem.r_in);
+  problem.scale = float(args.number("scale"));
+  launch(problem.F_type, problem);
 }
 
-void fold_grad(const Given& given) {
-  FoldGradProblem q{};
-  q.N = given.extent("B", 0);
-  q.r_out = rank(given, "B", 1);
-  q.r_in = rank(given, "core", 0);
-  q.B_type = given.type("B");
-  q.core_type = given.type("core");
-  q.Q = given.input("Q", DType::float32, q.N, q.r_in);
-  q.B = given.input("B", q.B_type, q.N, q.r_out);
-  q.core = given.input("core", q.core_type, q.r_in, q.r_out);
-  q.dB = given.sum("dB", q.N, q.r_out, given.number("accumulate") != 0);
-  q.dcore = given.floats("dcore", {q.r_in, q.r_out});
-  q.scale = float(given.number("scale"));
-  launch(DType::float32, q);
+void fold_grad(const Arguments& args) {
+  FoldGradProblem problem{};
+  problem.N = args.extent("B", 0);
+  problem.r_out = rank(args, "B", 1);
+  problem.r_in = rank(args, "core", 0);
+  problem.B_type = args.type("B");
+  problem.core_type = args.type("core");
+  problem.Q = args.input("Q", DType::float32, problem.N, problem.r_in);
+  problem.B = args.input("B", problem.B_type, problem.N, problem.r_out);
+  problem.core = args.input("core", problem.core_type, problem.r_in, problem.r_out);
+  problem.dB = args.sum("dB", problem.N, problem.r_out, args.number("accumulate") != 0);
+  problem.dcore = args.floats("dcore", {problem.r_in, problem.r_out});
+  problem.scale = float(args.number("scale"));
+  launch(DType::float32, problem);
 }
 
-void small_forward(const Given& given) {
-  const DType type = given.type("x");
-  SmallForwardProblem q{};
-  q.M = given.extent("x", 0);
-  q.K = given.extent("A", 0);
-  q.N = given.extent("B", 0);
-  q.r_in = rank(given, "A", 1);
-  q.r_out = rank(given, "B", 1);
-  q.y = given.output("y", type, q.M, q.N);
-  q.x = given.input("x", type, q.M, q.K);
-  q.A = given.input("A", type, q.K, q.r_in);
-  q.core = given.input("core", type, q.r_in, q.r_out);
-  q.B = given.input("B", type, q.N, q.r_out);
-  q.u = given.output("u", type, q.M, q.r_in);
-  q.scale = float(given.number("scale"));
-  launch(type, q);
+void small_forward(const Arguments& args) {
+  const DType type = args.type("x");
+  SmallForwardProblem problem{};
+  problem.M = args.extent("x", 0);
+  problem.K = args.extent("A", 0);
+  problem.N = args.extent("B", 0);
+  problem.r_in = rank(args, "A", 1);
+  problem.r_out = rank(args, "B", 1);
+  problem.y = args.output("y", type, problem.M, problem.N);
+  problem.x = args.input("x", type, problem.M, problem.K);
+  problem.A = args.input("A", type, problem.K, problem.r_in);
+  problem.core = args.input("core", type, problem.r_in, problem.r_out);
+  problem.B = args.input("B", type, problem.N, problem.r_out);
+  problem.u = args.output("u", type, problem.M, problem.r_in);
+  problem.scale = float(args.number("scale"));
+  launch(type, problem);
 }
 
-void small_backward(const Given& given) {
-  const DType type = given.type("g");
-  const bool add = given.number("accumulate") != 0;
-  SmallBackwardProblem q{};
-  q.M = given.extent("g", 0);
-  q.K = given.extent("A", 0);
-  q.N = given.extent("B", 0);
-  q.r_in = rank(given, "A", 1);
-  q.r_out = rank(given, "B", 1);
-  q.dx = given.output("dx", type, q.M, q.K);
-  q.g = given.input("g", type, q.M, q.N);
-  q.x = given.input("x", type, q.M, q.K);
-  q.u = given.input("u", type, q.M, q.r_in);
-  q.A = given.input("A", type, q.K, q.r_in);
-  q.core = given.input("core", type, q.r_in, q.r_out);
-  q.B = given.input("B", type, q.N, q.r_out);
-  q.dA = given.sum("dA", q.K, q.r_in, add);
-  q.dB = given.sum("dB", q.N, q.r_out, add);
-  q.dcore = given.floats("dcore", {q.r_in, q.r_out});
-  q.scale = float(given.number("scale"));
-  launch(type, q);
+void small_backward(const Arguments& args) {
+  const DType type = args.type("g");
+  const bool add = args.number("accumulate") != 0;
+  SmallBackwardProblem problem{};
+  problem.M = args.extent("g", 0);
+  problem.K = args.extent("A", 0);
+  problem.N = args.extent("B", 0);
+  problem.r_in = rank(args, "A", 1);
+  problem.r_out = rank(args, "B", 1);
+  problem.dx = args.output("dx", type, problem.M, problem.K);
+  problem.g = args.input("g", type, problem.M, problem.N);
+  problem.x = args.input("x", type, problem.M, problem.K);
+  problem.u = args.input("u", type, problem.M, problem.r_in);
+  problem.A = args.input("A", type, problem.K, problem.r_in);
+  problem.core = args.input("core", type, problem.r_in, problem.r_out);
+  problem.B = args.input("B", type, problem.N, problem.r_out);
+  problem.dA = args.sum("dA", problem.K, problem.r_in, add);
+  problem.dB = args.sum("dB", problem.N, problem.r_out, add);
+  problem.dcore = args.floats("dcore", {problem.r_in, problem.r_out});
+  problem.scale = float(args.number("scale"));
+  launch(type, problem);
 }
 
-void pack(const Given& given) {
-  const DType type = given.type("to");
-  const int64_t rows = given.extent("to", 0);
-  const int64_t cols = given.extent("to", 1);
-  launch(type, PackProblem{given.input("from", type, rows, cols),
-                           given.output("to", type, rows, cols), rows, cols});
+void pack(const Arguments& args) {
+  const DType type = args.type("to");
+  const int64_t rows = args.extent("to", 0);
+  const int64_t cols = args.extent("to", 1);
+  launch(type, PackProblem{args.input("from", type, rows, cols),
+                           args.output("to", type, rows, cols), rows, cols});
 }
 
 // ---- row_core: csrc/torch sorts the rows with torch; std::stable_sort replaces it ----
 
-RowIndex index_of(const Given& given, int64_t rows) {
-  const int64_t cores = given.extent("cores", 0);
-  const int64_t tokens = given.extent("u", 0);
-  return {given.integers<int64_t>("index"),
-          given.integers<int32_t>("offs"),
-          given.integers<int64_t>("tokens"),
+RowIndex index_of(const Arguments& args, int64_t rows) {
+  const int64_t cores = args.extent("cores", 0);
+  const int64_t tokens = args.extent("u", 0);
+  return {args.integers<int64_t>("index"),
+          args.integers<int32_t>("offs"),
+          args.integers<int64_t>("tokens"),
           rows,
           tokens,
           cores};
 }
 
 // A matrix with its type and extents.
-Matrix matrix(const Given& given, const char* name) {
-  return given.input(name, given.type(name), given.extent(name, 0), given.extent(name, 1));
+Matrix matrix(const Arguments& args, const char* name) {
+  return args.input(name, args.type(name), args.extent(name, 0), args.extent(name, 1));
 }
 
 // h = scale a G by rows; transposed: a G^T.
-void product(const Given& given, const RowIndex& index, Matrix a, DType a_type, Matrix h,
+void product(const Arguments& args, const RowIndex& index, Matrix a, DType a_type, Matrix h,
              DType h_type, bool transposed, float missing) {
-  const Given::Stack cores = given.stack("cores", given.extent("cores", 0),
-                                         given.extent("cores", 1), given.extent("cores", 2));
-  RowCoreProblem q{};
-  q.index = index;
-  q.a = a;
-  q.cores = cores.matrix;
-  q.core_stride = cores.next;
-  q.r_in = rank(given, "cores", 1);
-  q.r_out = rank(given, "cores", 2);
+  const Arguments::Stack cores = args.stack("cores", args.extent("cores", 0),
+                                            args.extent("cores", 1), args.extent("cores", 2));
+  RowCoreProblem problem{};
+  problem.index = index;
+  problem.a = a;
+  problem.cores = cores.matrix;
+  problem.core_stride = cores.next;
+  problem.r_in = rank(args, "cores", 1);
+  problem.r_out = rank(args, "cores", 2);
   if (transposed) {
-    std::swap(q.cores.row, q.cores.col);
-    std::swap(q.r_in, q.r_out);
+    std::swap(problem.cores.row, problem.cores.col);
+    std::swap(problem.r_in, problem.r_out);
   }
-  q.h = h;
-  q.a_type = a_type;
-  q.core_type = given.type("cores");
-  q.h_type = h_type;
-  q.scale = float(given.number("scale"));
-  q.missing = missing;
-  launch(given.type("u"), q);
+  problem.h = h;
+  problem.a_type = a_type;
+  problem.core_type = args.type("cores");
+  problem.h_type = h_type;
+  problem.scale = float(args.number("scale"));
+  problem.missing = missing;
+  launch(args.type("u"), problem);
 }
 
-void row_core(const Given& given) {
-  product(given, index_of(given, given.extent("h", 0)), matrix(given, "u"), given.type("u"),
-          matrix(given, "h"), given.type("h"), false, std::numeric_limits<float>::quiet_NaN());
+void row_core(const Arguments& args) {
+  product(args, index_of(args, args.extent("h", 0)), matrix(args, "u"), args.type("u"),
+          matrix(args, "h"), args.type("h"), false, std::numeric_limits<float>::quiet_NaN());
 }
 
 // Rows sorted by a key, and the ends of the rows of each key.
@@ -243,74 +244,75 @@ struct Sorted {
   Segments segments() { return {order.as<int64_t>(), ends.as<int32_t>(), 0}; }
 };
 
-void sum_over_rows(const Given& given, const cuda::Call& call, const RowIndex& by_core,
+void sum_over_rows(const Arguments& args, const cuda::Call& call, const RowIndex& by_core,
                    int64_t rows, Matrix g) {
-  const int64_t r_in = given.extent("cores", 1);
-  const int64_t tokens = given.extent("u", 0);
-  Sorted by_token(call, given.integers<int64_t>("tokens"), rows, tokens);
-  Memory k(nullptr, size_t(rows * r_in) * 4);
-  product(given, by_core, g, given.type("g"), {k.as<float>(), r_in, 1, Access::element},
+  const int64_t r_in = args.extent("cores", 1);
+  const int64_t tokens = args.extent("u", 0);
+  Sorted by_token(call, args.integers<int64_t>("tokens"), rows, tokens);
+  Memory row_du(nullptr, size_t(rows * r_in) * 4);
+  product(args, by_core, g, args.type("g"), {row_du.as<float>(), r_in, 1, Access::element},
           DType::float32, true, 0.f);
-  SumRowsProblem q{};
-  q.of_token = by_token.segments();
-  q.k = k.as<float>();
-  q.tokens = tokens;
-  q.r = int32_t(r_in);
-  q.du = matrix(given, "du");
-  q.du_type = given.type("du");
-  launch(call, q);
+  SumRowsProblem problem{};
+  problem.of_token = by_token.segments();
+  problem.row_du = row_du.as<float>();
+  problem.tokens = tokens;
+  problem.r = int32_t(r_in);
+  problem.du = matrix(args, "du");
+  problem.du_type = args.type("du");
+  launch(call, problem);
 }
 
-void row_core_backward(const Given& given) {
-  const cuda::Call call = call_of(given.type("u"));
-  const int64_t rows = given.extent("g", 0);
-  const RowIndex index = index_of(given, rows);
+void row_core_backward(const Arguments& args) {
+  const cuda::Call call = call_of(args.type("u"));
+  const int64_t rows = args.extent("g", 0);
+  const RowIndex index = index_of(args, rows);
   RowIndex by_core = index;
   by_core.token = nullptr;
   by_core.tokens = rows;
-  const Matrix g = matrix(given, "g");
-  if (given.has("tokens"))
-    sum_over_rows(given, call, by_core, rows, g);
+  const Matrix g = matrix(args, "g");
+  if (args.has("tokens"))
+    sum_over_rows(args, call, by_core, rows, g);
   else
-    product(given, by_core, g, given.type("g"), matrix(given, "du"), given.type("du"), true, 0.f);
+    product(args, by_core, g, args.type("g"), matrix(args, "du"), args.type("du"), true, 0.f);
   std::optional<Sorted> by_index;
   if (index.core) by_index.emplace(call, index.core, rows, index.cores);
-  RowCoreGradProblem q{};
-  q.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
-  q.token = index.token;
-  q.u = matrix(given, "u");
-  q.g = g;
-  q.type = given.type("u");
-  q.rows = rows;
-  q.tokens = index.tokens;
-  q.cores = index.cores;
-  q.r_in = rank(given, "cores", 1);
-  q.r_out = rank(given, "cores", 2);
-  q.dcores = given.floats("dcores", {index.cores, q.r_in, q.r_out});
-  q.scale = float(given.number("scale"));
-  launch(call, q);
+  RowCoreGradProblem problem{};
+  problem.of_core = by_index ? by_index->segments() : Segments{nullptr, index.ends, 1};
+  problem.token = index.token;
+  problem.u = matrix(args, "u");
+  problem.g = g;
+  problem.type = args.type("u");
+  problem.rows = rows;
+  problem.tokens = index.tokens;
+  problem.cores = index.cores;
+  problem.r_in = rank(args, "cores", 1);
+  problem.r_out = rank(args, "cores", 2);
+  problem.dcores = args.floats("dcores", {index.cores, problem.r_in, problem.r_out});
+  problem.scale = float(args.number("scale"));
+  launch(call, problem);
 }
 
-// In the backward pass x, W, u, F and y are g, W, k, A and dx.
-void gemm_lotr(const Given& given) {
-  const DType type = given.type("x");
-  cuda::GemmLotr q{};
-  q.backward = given.number("backward") != 0;
-  q.M = given.extent("x", 0);
-  q.K = given.extent("x", 1);
-  q.N = given.extent("F", 0);
-  q.r = rank(given, "F", 1);
-  q.x = given.input("x", type, q.M, q.K);
-  q.y = given.output("y", type, q.M, q.N);
-  q.W = q.backward ? given.input("W", type, q.K, q.N) : given.input("W", type, q.N, q.K);
-  q.u = given.input("u", type, q.M, q.r);
-  q.F = given.input("F", type, q.N, q.r);
-  if (given.has("bias")) {
-    const Matrix bias = given.input("bias", type, 1, q.N);
-    q.bias = bias.data;
-    q.bias_stride = bias.col;
+// In the backward pass x, W, u, F and y are g, W, du, A and dx.
+void gemm_lotr(const Arguments& args) {
+  const DType type = args.type("x");
+  cuda::GemmLotr problem{};
+  problem.backward = args.number("backward") != 0;
+  problem.M = args.extent("x", 0);
+  problem.K = args.extent("x", 1);
+  problem.N = args.extent("F", 0);
+  problem.r = rank(args, "F", 1);
+  problem.x = args.input("x", type, problem.M, problem.K);
+  problem.y = args.output("y", type, problem.M, problem.N);
+  problem.W = problem.backward ? args.input("W", type, problem.K, problem.N)
+                               : args.input("W", type, problem.N, problem.K);
+  problem.u = args.input("u", type, problem.M, problem.r);
+  problem.F = args.input("F", type, problem.N, problem.r);
+  if (args.has("bias")) {
+    const Matrix bias = args.input("bias", type, 1, problem.N);
+    problem.bias = bias.data;
+    problem.bias_stride = bias.col;
   }
-  cuda::gemm_lotr(call_of(type), q);
+  cuda::gemm_lotr(call_of(type), problem);
 }
 
 }  // namespace
@@ -320,7 +322,7 @@ const std::vector<Kernel>& kernels() {
       {"shrink", "x A u [ seed core h ]", "p=0 scale=1 core_scale=1", shrink},
       {"expand_add", "y u F [ seed start bias ]", "p=0 fresh=0", expand_add},
       {"factor_grad", "D x v [ seed ]", "p=0 accumulate=1", factor_grad},
-      {"shrink_grad", "g F u k Q", "accumulate=0", shrink_grad},
+      {"shrink_grad", "g F u du Q", "accumulate=0", shrink_grad},
       {"fold", "B core F", "scale=1", fold},
       {"fold_grad", "Q B core [ dB dcore ]", "scale=1 accumulate=1", fold_grad},
       {"small_forward", "y x A core B u", "scale=1", small_forward},

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <memory>
 
+#include "arguments.h"
 #include "cuda/plans.h"
-#include "given.h"
 
 namespace lotr::simt {
 namespace {
@@ -19,7 +19,7 @@ void run(const std::string& name, const py::dict& arrays, const py::dict& number
   for (const Kernel& kernel : kernels()) {
     if (name == kernel.name) {
       clear_arrays();
-      return kernel.run(Given(kernel, arrays, numbers));
+      return kernel.run(Arguments(kernel, arrays, numbers));
     }
     names += (names.empty() ? "" : ", ") + std::string(kernel.name);
   }
@@ -72,7 +72,7 @@ std::string plan_text_of(const std::string& op, int64_t M, int64_t N, int32_t r,
   return cuda::plan_text({type, device.card, nullptr, device.early}, op, M, N, r, r_out);
 }
 
-// The places where threads synchronize.  test_builds.py skips each of them.
+// The places where threads synchronize. test_builds.py skips each of them.
 py::list synchronisation_sites_py() {
   py::list sites;
   for (const SynchronisationSite& s : synchronisation_sites())
@@ -102,18 +102,18 @@ py::array sparse_array(const std::vector<py::ssize_t>& shape, const py::dtype& d
 PYBIND11_MODULE(lotr_simt, m) {
   using namespace lotr::simt;
   using namespace pybind11::literals;
-  m.doc() = "The CUDA kernels of lotr_ext, run on the CPU by the SIMT executor.  Test builds only.";
+  m.doc() = "The CUDA kernels of lotr_ext, run on the CPU by the SIMT executor. Test builds only.";
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
   m.def("run", &run, "name"_a, "arrays"_a, "numbers"_a = py::dict(),
         "Runs a kernel's operator on numpy arrays (bfloat16 as uint16), which it writes in place");
   m.def("set_device", &set_device, py::kw_only(), "multiprocessors"_a = 132, "early"_a = true,
-        "The GPU that plans are made for.  early: it has programmatic dependent launches (sm_90 "
+        "The GPU that plans are made for. early: it has programmatic dependent launches (sm_90 "
         "and later)");
   m.def("plan_text", &plan_text_of, "op"_a, "M"_a, "N"_a, "r"_a, "r_out"_a, "element"_a = 2,
         "A kernel's plan in one line, as python -m lotr_ext.info prints it");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1,
         "preempt"_a = 0, "count_memory"_a = false, "sm90"_a = false,
-        "How threads are scheduled and what is counted.  sm90: a block may take an H100's shared "
+        "How threads are scheduled and what is counted. sm90: a block may take an H100's shared "
         "memory");
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);

@@ -43,7 +43,8 @@ KERNEL(half_the_lanes) {  // two call sites in a loop that lanes leave at differ
 KERNEL(zero_fill) {
   Smem& s = ptx::shared_storage<Smem>();
   LANE;
-  ptx::cp_async16(&s.f[4 * lane], p.x + 4 * lane, lane < 8 ? 16 : lane == 8 ? 4 : 0);
+  const int bytes = lane < 8 ? 16 : 4 * (lane == 8);  // the ninth lane copies a quarter
+  ptx::cp_async16(&s.f[4 * lane], p.x + 4 * lane, bytes);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
 }

@@ -147,12 +147,12 @@ constexpr int N = 256, K = 64;
 template <class T>
 struct alignas(1024) Operands {
   T a[64][K];
-  T b[N * K];  // K-major: [N][K].  MN-major: N / 64 panels [K][64]
+  T b[N * K];  // K-major: [N][K]. MN-major: N / 64 panels [K][64]
   uint64_t full;
 };
 
 // d = [0, 1, ..] + a b^T over all k in the first group; e over the first 16 k in the second group,
-// which is still in flight when d is read.  out [thread]: d, e, whether e was NaN then.  a is
+// which is still in flight when d is read. out [thread]: d, e, whether e was NaN then. a is
 // stored to C as well.
 template <class T, bool MN>
 __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
@@ -166,8 +166,10 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
     ptx::fence_mbarrier_init();
     ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.a + sizeof s.b);
     ptx::tma_load_2d(s.a, &A, 64, 3, &s.full);
-    for (int n = 0; n < N; n += 64)
-      ptx::tma_load_2d(s.b + n * K, &B, MN ? n : 0, MN ? 0 : n, &s.full);
+    for (int n = 0; n < N; n += 64) {
+      const int col = MN ? n : 0;
+      ptx::tma_load_2d(s.b + n * K, &B, col, n - col, &s.full);
+    }
   }
   __syncthreads();
   ptx::mbarrier_wait(&s.full, 0);

@@ -1,5 +1,5 @@
 // The arguments of run(): numpy arrays and numbers by name, checked against the kernel's line of
-// the table in kernels.cpp.  bfloat16 arrays have the dtype uint16.
+// the table in kernels.cpp. bfloat16 arrays have the dtype uint16.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -17,17 +17,17 @@ namespace py = pybind11;
 
 struct Kernel;
 
-class Given {
+class Arguments {
  public:
   // Throws py::value_error for a name that is missing or that the kernel does not have.
-  Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers);
+  Arguments(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers);
 
   bool has(const char* name) const { return arrays_.count(name); }
   int64_t extent(const char* name, int dim) const { return array(name).shape(dim); }
   DType type(const char* name) const;
   double number(const char* name) const { return numbers_.at(name); }
 
-  // Arguments of a kernel of element type `type`.  An array that is absent is null.
+  // Arguments of a kernel of element type `type`. An array that is absent is null.
   Matrix input(const char* name, DType type, int64_t rows, int64_t cols) const;
   Matrix output(const char* name, DType type, int64_t rows, int64_t cols) const;
   FloatSum sum(const char* name, int64_t rows, int64_t cols, bool add) const;
@@ -65,11 +65,11 @@ class Given {
   std::map<std::string, double> numbers_;
 };
 
-// A kernel that Python can run.  arrays: names, those in brackets are optional.  numbers: names
+// A kernel that Python can run. arrays: names, those in brackets are optional. numbers: names
 // with their defaults.
 struct Kernel {
   const char *name, *arrays, *numbers;
-  void (*run)(const Given& given);
+  void (*run)(const Arguments& args);
 };
 const std::vector<Kernel>& kernels();
 
@@ -80,7 +80,7 @@ struct Device {
 };
 inline Device device;
 
-// Memory as torch's allocator returns it on a GPU: aligned, with any content (here NaN).  name: for
+// Memory as torch's allocator returns it on a GPU: aligned, with any content (here NaN). name: for
 // the counts of traffic, null for none.
 class Memory {
  public:

@@ -1,26 +1,26 @@
-#include "given.h"
+#include "arguments.h"
 
 #include <sstream>
 
 namespace lotr::simt {
 
-Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers)
+Arguments::Arguments(const Kernel& kernel, const py::dict& arrays, const py::dict& numbers)
     : kernel_(kernel) {
   for (const auto& [name, value] : arrays)
     if (!value.is_none()) arrays_[py::str(name)] = py::array::ensure(value);
-  size_t known = 0;
+  size_t accepted = 0;
   bool required = true;
   std::istringstream words(kernel.arrays);
   for (std::string word; words >> word;) {
     if (word == "[") {
       required = false;
     } else if (arrays_.count(word)) {
-      ++known;
+      ++accepted;
     } else if (required) {
       fail("arrays", kernel.arrays, "no " + word);
     }
   }
-  if (known != arrays_.size())
+  if (accepted != arrays_.size())
     fail("arrays", kernel.arrays, py::str(py::list(arrays.attr("keys")())));
   words = std::istringstream(kernel.numbers);
   for (std::string word; words >> word;) {
@@ -28,22 +28,22 @@ Given::Given(const Kernel& kernel, const py::dict& arrays, const py::dict& numbe
     numbers_[word.substr(0, equals)] = std::stod(word.substr(equals + 1));
   }
   for (const auto& [name, value] : numbers) {
-    const auto found = numbers_.find(py::str(name));
-    if (found == numbers_.end()) fail("numbers", kernel.numbers, py::str(name));
-    found->second = value.cast<double>();
+    const auto number = numbers_.find(py::str(name));
+    if (number == numbers_.end()) fail("numbers", kernel.numbers, py::str(name));
+    number->second = value.cast<double>();
   }
 }
 
-void Given::fail(const char* name, const std::string& expected, const std::string& got) const {
+void Arguments::fail(const char* name, const std::string& expected, const std::string& got) const {
   throw py::value_error(std::string(kernel_.name) + ": " + name + ": expected " + expected +
                         ", got " + got);
 }
 
-const py::array& Given::array(const char* name) const {
+const py::array& Arguments::array(const char* name) const {
   return arrays_.at(name);
 }
 
-DType Given::type(const char* name) const {
+DType Arguments::type(const char* name) const {
   const py::array& a = array(name);
   const char kind = a.dtype().kind();
   if (a.itemsize() == 4 && kind == 'f') return DType::float32;
@@ -52,7 +52,7 @@ DType Given::type(const char* name) const {
   fail(name, "float32, float16 or uint16 (bfloat16)", py::str(a.dtype()));
 }
 
-void Given::expect_shape(const char* name, const std::vector<int64_t>& shape) const {
+void Arguments::expect_shape(const char* name, const std::vector<int64_t>& shape) const {
   const py::array& a = array(name);
   const std::vector<int64_t> got(a.shape(), a.shape() + a.ndim());
   const auto text = [](const std::vector<int64_t>& extents) {
@@ -63,7 +63,7 @@ void Given::expect_shape(const char* name, const std::vector<int64_t>& shape) co
   if (got != shape) fail(name, text(shape), text(got));
 }
 
-void Given::count_for(const char* name) const {
+void Arguments::count_for(const char* name) const {
   const py::array& a = array(name);
   if (!options().count_memory || a.size() == 0) return;
   size_t bytes = size_t(a.itemsize());
@@ -71,11 +71,11 @@ void Given::count_for(const char* name) const {
   register_array(name, a.data(), bytes);
 }
 
-int64_t Given::stride(const char* name, int dim) const {
+int64_t Arguments::stride(const char* name, int dim) const {
   return has(name) ? array(name).strides(dim) / array(name).itemsize() : 0;
 }
 
-Matrix Given::input(const char* name, DType as, int64_t rows, int64_t cols) const {
+Matrix Arguments::input(const char* name, DType as, int64_t rows, int64_t cols) const {
   if (!has(name)) return {};
   expect_shape(name, {rows, cols});
   count_for(name);
@@ -85,24 +85,25 @@ Matrix Given::input(const char* name, DType as, int64_t rows, int64_t cols) cons
   return {data, row, col, cuda::access_of(data, row, col, rows, type(name), as)};
 }
 
-Matrix Given::output(const char* name, DType as, int64_t rows, int64_t cols) const {
+Matrix Arguments::output(const char* name, DType as, int64_t rows, int64_t cols) const {
   if (!has(name)) return {};
   if (type(name) != as) fail(name, "the element type of the input", py::str(array(name).dtype()));
   return input(name, as, rows, cols);
 }
 
-FloatSum Given::sum(const char* name, int64_t rows, int64_t cols, bool add) const {
+FloatSum Arguments::sum(const char* name, int64_t rows, int64_t cols, bool add) const {
   return {floats(name, {rows, cols}), stride(name, 0), stride(name, 1), add};
 }
 
-Given::Stack Given::stack(const char* name, int64_t count, int64_t rows, int64_t cols) const {
+Arguments::Stack Arguments::stack(const char* name, int64_t count, int64_t rows,
+                                  int64_t cols) const {
   expect_shape(name, {count, rows, cols});
   count_for(name);
   void* const data = const_cast<void*>(array(name).data());
   return {{data, stride(name, 1), stride(name, 2), Access::element}, stride(name, 0)};
 }
 
-const void* Given::line(const char* name, DType as, int64_t size) const {
+const void* Arguments::line(const char* name, DType as, int64_t size) const {
   if (!has(name)) return nullptr;
   if (type(name) != as) fail(name, "the element type of the output", py::str(array(name).dtype()));
   expect_shape(name, {size});
@@ -110,7 +111,7 @@ const void* Given::line(const char* name, DType as, int64_t size) const {
   return array(name).data();
 }
 
-float* Given::floats(const char* name, std::vector<int64_t> shape) const {
+float* Arguments::floats(const char* name, std::vector<int64_t> shape) const {
   if (!has(name)) return nullptr;
   if (type(name) != DType::float32) fail(name, "float32", py::str(array(name).dtype()));
   expect_shape(name, shape);
@@ -118,7 +119,7 @@ float* Given::floats(const char* name, std::vector<int64_t> shape) const {
   return static_cast<float*>(const_cast<void*>(array(name).data()));
 }
 
-Dropout Given::dropout() const {
+Dropout Arguments::dropout() const {
   const double p = number("p");
   if (p == 0) return {nullptr, 0, 1.f};
   if (!has("seed")) fail("seed", "an array, because p is not 0", "none");
