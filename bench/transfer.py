@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from . import accuracy
 from .accuracy import complete, record, runs_in
-from .common import RESULTS, commit, read, show, some_of
+from .common import RESULTS, commit, parser_of, read, show, some_of
 from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
 from .problems import TASKS, adapt, fit
 
@@ -367,33 +367,24 @@ def rates(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m bench.transfer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = top.add_argument
-    add(
-        "--targets",
-        type=some_of([*TARGETS, "none"]),
-        default=list(TARGETS),
-        help="; ".join(TARGETS),
-    )
-    add("--forms", type=str.split, default=list(FORMS), help="with blanks between them")
-    add("--rates", type=rates, default=RATES, help="with commas between them (2e-3,4e-3,8e-3)")
-    add("--seeds", type=int, default=1, help="how many, from 0 on (1)")
-    add("--steps", type=int, default=STEPS, help=f"of a run ({STEPS})")
-    add("--jobs", type=int, default=1, help="runs at a time, one thread each (1)")
-    add("--results", type=Path, default=RESULTS / "transfer.jsonl", help="the file")
-    add("--collection", action="store_true", help="ten LoRAs, and banks of them")
-    return top
+OPTIONS: dict[str, dict[str, Any]] = {
+    "targets": {
+        "type": some_of([*TARGETS, "none"]),
+        "default": list(TARGETS),
+        "help": f"some of {', '.join(TARGETS)}; none (all)",
+    },
+    "forms": {"type": str.split, "default": list(FORMS), "help": "with blanks between them"},
+    "rates": {"type": rates, "default": RATES, "help": "of the search (2e-3,4e-3,8e-3)"},
+    "seeds": {"type": int, "default": 1, "help": "how many, from 0 on (1)"},
+    "steps": {"type": int, "default": STEPS, "help": f"of a run ({STEPS})"},
+    "jobs": {"type": int, "default": 1, "help": "runs at a time, one thread each (1)"},
+    "results": {"type": Path, "default": RESULTS / "transfer.jsonl", "help": "the file"},
+    "collection": {"action": "store_true", "help": "ten LoRAs, and banks of them"},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program."""
-    options = parser().parse_args(argv)
+    options = parser_of("transfer", __doc__, OPTIONS).parse_args(argv)
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
     elif options.targets != ["none"]:

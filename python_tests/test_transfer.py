@@ -77,7 +77,8 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
 
 def options_with(tmp_path: Path, **changes: object) -> argparse.Namespace:
     words = ["--targets", "smollm2-kjv", "--forms", "random/layer/16/dense"]
-    options = transfer.parser().parse_args([*words, "--results", str(tmp_path / "r.jsonl")])
+    parser = common.parser_of("transfer", "", transfer.OPTIONS)
+    options = parser.parse_args([*words, "--results", str(tmp_path / "r.jsonl")])
     for name, value in changes.items():
         setattr(options, name, value)
     return options
