@@ -236,15 +236,11 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     """LoTRLinear on one pair of factors."""
     from lotr_ext import LoTRFactors, LoTRLinear
 
-    first = tensors[0]
-    n, k = first.weight.shape
-    rank = first.A.shape[1]
-    factors = LoTRFactors(k, n, rank, dtype=first.A.dtype, device=first.A.device)
-    rivals = []
-    for t in tensors:
-        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING)
-        rivals.append(Rival(layer, set_values(layer, t)))
-    return rivals
+    n, k = tensors[0].weight.shape
+    A = tensors[0].A
+    factors = LoTRFactors(k, n, A.shape[1], dtype=A.dtype, device=A.device)
+    layers = [LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING) for t in tensors]
+    return [Rival(layer, set_values(layer, t)) for layer, t in zip(layers, tensors)]
 
 
 def fused_reason(weight: Tensor, rank: int) -> str | None:
@@ -418,9 +414,8 @@ def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str)
     They are scaled so that values do not grow through many layers.
     """
     tensors = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
-    A = tensors[0].A
-    B = tensors[0].B
-    return [replace(t, A=A, B=B, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
+    pair = {"A": tensors[0].A, "B": tensors[0].B}
+    return [replace(t, **pair, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
 
 
 def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
