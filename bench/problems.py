@@ -199,7 +199,11 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def changed(net: nn.Sequential, shared: float, generator: torch.Generator) -> nn.Sequential:
-    """Returns a copy of net with a change of rank 4 in every weight. shared: see Teacher."""
+    """Returns a copy of net with a change of rank 4 in every weight.
+
+    A change is sqrt(shared) L M R^T + sqrt(1 - shared) L' M' R'^T, each product of norm 1, scaled
+    to half the norm of the weight. All layers of a shape have the same L and R.
+    """
     teacher = copy.deepcopy(net)
 
     def spaces(n: int, k: int) -> list[Tensor]:
@@ -209,11 +213,11 @@ def changed(net: nn.Sequential, shared: float, generator: torch.Generator) -> nn
         layers = [getattr(block, kind) for block in teacher]
         common = spaces(*layers[0].weight.shape)
         for layer in layers:
-            parts = ((common, shared), (spaces(*layer.weight.shape), 1 - shared))
             change = torch.zeros_like(layer.weight)
-            for (left, right), part in parts:
-                direction = left @ torch.randn(4, 4, generator=generator) @ right.T
-                change += part**0.5 * direction / direction.norm()
+            separate = spaces(*layer.weight.shape)
+            for (L, R), share in ((common, shared), (separate, 1 - shared)):
+                direction = L @ torch.randn(4, 4, generator=generator) @ R.T
+                change += share**0.5 * direction / direction.norm()
             layer.weight += 0.5 * layer.weight.norm() * change / change.norm()
     return teacher
 

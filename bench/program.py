@@ -197,10 +197,11 @@ class Program:
         if options.show:
             self.tables(read(options.show), list(cases[0]))
             return 0
-        fallback = fallback_line(cases, options.device) if options.require_kernels else None
-        if fallback is not None:
-            print(f"require-kernels: {fallback}", file=sys.stderr)
-            return 1
+        if options.require_kernels:
+            fallback = fallback_line(cases, options.device)
+            if fallback is not None:
+                print(f"require-kernels: {fallback}", file=sys.stderr)
+                return 1
         words = list(sys.argv[1:] if argv is None else argv)
         if options.against:
             return compare(self, options, words)
