@@ -4,13 +4,14 @@ Not here: checks that need a model (targets.py) or a layer (layers.py).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from .core.operators import DTYPES
 
+# Beyond it, torch would fail in its allocator, in words that name no argument.
 _LARGEST_DIMENSION = 2**31 - 1
 
 
@@ -37,6 +38,7 @@ def check_input(x: object, in_features: int) -> None:
 
 def check_dimension(name: str, value: object) -> int:
     """Returns value if it is an int of at least 1."""
+    # bool is a subclass of int, and True would be a rank of 1.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if not 1 <= value <= _LARGEST_DIMENSION:
@@ -62,9 +64,8 @@ def check_number(name: str, value: object) -> None:
     """Checks that value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if torch.compiler.is_compiling():
-        return  # Dynamo cannot trace isfinite of a symbol
-    if not math.isfinite(value):
+    # Dynamo cannot trace isfinite of a symbol.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 
@@ -73,6 +74,25 @@ def check_probability(name: str, value: object) -> None:
     check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+
+
+def check_choice(
+    name: str, value: object, choices: Collection[object], alternative: str = ""
+) -> None:
+    """Checks that value is one of the choices.
+
+    Args:
+        name: The argument or field, for the error.
+        value: Its value.
+        choices: The names of the choices.
+        alternative: What else the message says is allowed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name}: expected one of {listed}{alternative}, got {value!r}")
 
 
 def check_index(name: str, index: object, count: int, x: Tensor | None = None) -> None:
@@ -138,24 +158,12 @@ def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {actual}")
 
 
-def check_dtypes_and_devices(
-    x: Tensor, base: Mapping[str, Tensor | None], adapter: Mapping[str, Tensor]
-) -> None:
-    """Checks that tensors can be computed with x.
+def check_values(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Checks that the tensors have values if x does. Tensors on the meta device have none.
 
-    Args:
-        base: On x's device and of its dtype, unless autocast casts them.
-        adapter: May be on another device, but with values if x has values.
+    torch would compute with x and a meta tensor, and return memory that was never written.
     """
-    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    for name, tensor in base.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype and not is_cast:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    for name, tensor in adapter.items():
+    for name, tensor in tensors.items():
         if tensor.is_meta != x.is_meta:
             raise ValueError(
                 f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}"

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .checks import (
     check_dimension,
     check_dtype,
-    check_dtypes_and_devices,
     check_index,
     check_integers,
     check_number,
     check_range,
     check_tensor,
+    check_values,
     has_values,
 )
 from .core import dispatch, grouped
@@ -159,7 +159,7 @@ def lotr_grouped_linear(
     check_tensor("cores", cores, *lead, e, A.shape[1], B.shape[1])
     if bias is not None:
         check_tensor("bias", bias, e, n)
-    check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
+    check_values(x, {"weight": weight, "A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
     tasks = None
     if core_index is not None:
@@ -293,10 +293,6 @@ class LoTRExperts(LoTRLayer):
             return dispatch.grouped_linear(call, routing.offs, factors.caches, self)
 
         return factors.read(compute)
-
-    def weight_matrix(self) -> Tensor:
-        """Returns W [e, n, k]."""
-        return self.weight
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"

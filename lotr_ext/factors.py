@@ -55,8 +55,6 @@ def scaling_of(
         raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
     r = max(check_rank(rank))
     if scaling != "auto":
-        if isinstance(scaling, str):
-            raise ValueError(f'scaling: expected a number or "auto", got {scaling!r}')
         check_number("scaling", scaling)
         if alpha is not None or rslora:
             raise ValueError(
@@ -67,9 +65,9 @@ def scaling_of(
     if alpha is None and not rslora:
         exponent = 0.5 if diagonal else 1.5
         return 4.0 * (8 / r) ** exponent / START**3
-    alpha = r if alpha is None else alpha
-    check_number("alpha", alpha)
-    return alpha / math.sqrt(r) if rslora else alpha / r
+    numerator = r if alpha is None else alpha
+    check_number("alpha", numerator)
+    return numerator / (math.sqrt(r) if rslora else r)
 
 
 def set_unregistered(module: nn.Module, name: str, value: object) -> None:
@@ -125,6 +123,7 @@ class LoTRFactor(nn.Module):
         check_dimension("rank", rank)
         check_dtype(dtype)
         super().__init__()
+        # Columns beyond the features depend on the others: they cost memory and express nothing.
         if rank > features:
             warnings.warn(
                 f"lotr_ext: rank {rank} exceeds {features} features; a lower rank gives the same "
@@ -205,6 +204,7 @@ class LoTRFactors(nn.Module):
         return pair
 
     def _set_pair(self, A: LoTRFactor, B: LoTRFactor) -> None:
+        # As children, for parameters() and state_dict.
         self.A = A
         self.B = B
         # `read` runs in each call, and reads an attribute in `__dict__` faster than a child.
@@ -268,9 +268,9 @@ def factors_for(
         ValueError: If rank is not the rank of the factors.
     """
     if factors is None:
+        new_rank = DEFAULT_RANK if rank is None else rank
         factors_dtype = accumulate_dtype(dtype or torch.get_default_dtype())
-        rank = DEFAULT_RANK if rank is None else rank
-        return LoTRFactors(*sizes, rank, device=device, dtype=factors_dtype)
+        return LoTRFactors(*sizes, new_rank, device=device, dtype=factors_dtype)
     check_factors(factors)
     if rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
         raise ValueError(f"rank: expected {factors.rank}, the rank of factors, or None, got {rank}")

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from .checks import (
-    check_dtypes_and_devices,
     check_index,
     check_input,
     check_number,
     check_probability,
     check_tensor,
+    check_values,
 )
 from .core import dispatch
 from .core.call import LayerCall, RowChoice
@@ -49,8 +49,9 @@ def lotr_linear(
         y [.., n] in x's dtype, or in autocast's.
 
     Raises:
-        TypeError, ValueError: If an argument has the wrong type, shape or value, before anything
-            runs. The message names it.
+        TypeError, ValueError: If an argument has the wrong type, shape or value. The message names
+            it.
+        RuntimeError: If PyTorch cannot compute with the dtypes or devices of the arguments.
     """
     check_tensor("weight", weight, "out_features", "in_features")
     n, k = weight.shape
@@ -65,7 +66,7 @@ def lotr_linear(
     if core_index is not None:
         check_index("core_index", core_index, len(core), x)
         choice = RowChoice.of_index(core_index.to(x.device), x)
-    check_dtypes_and_devices(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "core": core})
+    check_values(x, {"weight": weight, "A": A, "B": B, "core": core})
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0

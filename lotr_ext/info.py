@@ -12,7 +12,6 @@ from .core.kernel_support import (
     CUDA_DTYPES,
     build_info,
     cuda_obstacle,
-    cuda_version,
     kernel_obstacle,
 )
 from .core.strategy import strategy_from_environment
@@ -47,8 +46,8 @@ def report() -> list[str]:
     ]
     if build["cuda"]["built"]:
         runtime, driver = torch.ops.lotr.cuda_versions()
-        supported = f"driver for CUDA {cuda_version(driver)}" if driver else "no driver"
-        lines.append(f"CUDA       kernels built by CUDA {cuda_version(runtime)}; {supported}")
+        supported = f"driver for CUDA {_cuda_version(driver)}" if driver else "no driver"
+        lines.append(f"CUDA       kernels built by CUDA {_cuda_version(runtime)}; {supported}")
         # Also without a GPU: an old driver hides the one that is there.
         obstacle = cuda_obstacle(0)
         if obstacle is not None:
@@ -65,6 +64,11 @@ def report() -> list[str]:
             runs = f"the PyTorch fallback, because {obstacle}" if obstacle else "the kernels"
             lines.append(f"           {str(dtype).removeprefix('torch.'):9} {runs}")
     return lines
+
+
+def _cuda_version(number: int) -> str:
+    """Returns "12.8" for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _cuda_summary() -> str:

@@ -38,7 +38,7 @@ Layer = TypeVar("Layer", bound="LoTRLayer")
 class _CoreAttribute:
     """Descriptor for `layer.core`: returns the parameter, or evaluates the module `core_form`.
 
-    It has no `__set__`, so that assigning a Parameter still registers it.
+    Not a property, which would refuse assignments: FSDP1 assigns plain tensors to `core`.
     """
 
     def __get__(self, layer: "LoTRLayer | None", owner: type | None = None) -> Tensor:
@@ -51,7 +51,8 @@ class _CoreAttribute:
 class LoTRLayer(nn.Module):
     """Base class of adapted layers: y = base(x) + s ((drop(x) A) G) B^T.
 
-    Subclasses define `weight_matrix`, and those that adapt a module also `sizes_of` and `to_base`.
+    Subclasses that adapt a module define `sizes_of`. They also define `weight_matrix` if their
+    weight is not W, and `to_base` if they keep the module itself.
 
     Attributes:
         factors: The pair of A and B.
@@ -113,7 +114,8 @@ class LoTRLayer(nn.Module):
         layer.in_features, layer.out_features = sizes
         layer._take_base(linear)
         layer._add_adapter(factors, s, dropout, device_of(linear))
-        layer.training = linear.training  # `train` would also change the modules inside the base
+        # Not `train`, which would also change the modules inside the base.
+        layer.training = linear.training
         return layer
 
     @staticmethod
@@ -147,6 +149,7 @@ class LoTRLayer(nn.Module):
             raise ValueError(
                 f"factors: expected (in_features, out_features) = {layer_sizes}, got {factor_sizes}"
             )
+        # The other way round is common: a layer on the meta device gets its values from a file.
         A = factors.A.value
         if A.is_meta and device.type != "meta":
             raise ValueError(
@@ -155,6 +158,7 @@ class LoTRLayer(nn.Module):
             )
         for parameter in self.parameters():
             parameter.requires_grad_(False)
+        # Zero, so that the adapted model starts as the base model.
         core = torch.zeros(*lead, factors.r_in, factors.r_out, device=device, dtype=A.dtype)
         self.core = nn.Parameter(core)
         self.scaling = scaling
@@ -162,6 +166,7 @@ class LoTRLayer(nn.Module):
         self.merged = False
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
+        # With one layer, a factor needs no sum of gradients (see `FactorCache`).
         factors.A.cache.layers += 1
         factors.B.cache.layers += 1
         # A child, so that a model built by hand owns A and B. Each call reads it from `__dict__`.
@@ -186,7 +191,7 @@ class LoTRLayer(nn.Module):
         Returns:
             [..., out_features].
         """
-        # Without a call if the shape is right, which saves time in each layer.
+        # A call of `check_input` takes time in each layer, so it is skipped if the shape is right.
         if not isinstance(input, Tensor) or input.shape[-1:] != (self.in_features,):
             check_input(input, self.in_features)
         if self.merged:
@@ -236,6 +241,7 @@ class LoTRLayer(nn.Module):
             return y
         A = self.factors.A.start
         B = self.factors.B.start
+        # Rarely used, so that the PyTorch fallback is fast enough.
         call = LayerCall(x, None, None, A, B, self.start_core, self.scaling, base_output=y)
         return fallback.layer(call)
 
@@ -248,12 +254,16 @@ class LoTRLayer(nn.Module):
         return self
 
     def weight_matrix(self) -> Tensor:
-        """Returns W [out_features, in_features], a view of the weight."""
-        raise TypeError(f"{type(self).__name__} must define weight_matrix")
+        """Returns W [out_features, in_features], for experts [e, ..], or a view of the weight."""
+        return self.weight
 
     def to_base(self) -> nn.Module:
         """Returns the plain layer with the current weight, which contains a merged adapter."""
-        raise TypeError(f"{type(self).__name__} must define to_base")
+        self.give_start_back()
+        base = self.adapted
+        base.weight = self.weight
+        base.bias = self.bias
+        return base.train(self.training)
 
     # ---- parameters ------------------------------------------------------------------------------
 
@@ -266,26 +276,24 @@ class LoTRLayer(nn.Module):
         return self.parametrizations.core  # torch.nn.utils.parametrize
 
     def core_parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the core, or the parameters from which it is computed."""
+        """Returns the core, or the parameters from which it is computed."""
         source = self.core_source()
-        if source is None:
-            yield self._parameters["core"]
-        else:
-            yield from source.parameters()
+        return iter([self._parameters["core"]]) if source is None else source.parameters()
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters of "A", "B" and "core", each with the name of its part."""
-        factors = self.factors
-        for part, module in (("A", factors.A), ("B", factors.B)):
-            for parameter in module.parameters():
+        parameters = {
+            "A": self.factors.A.parameters(),
+            "B": self.factors.B.parameters(),
+            "core": self.core_parameters(),
+        }
+        for part, parameters_of_part in parameters.items():
+            for parameter in parameters_of_part:
                 yield part, parameter
-        for parameter in self.core_parameters():
-            yield "core", parameter
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the parameters of A, B and the core."""
-        for _, parameter in self.parts():
-            yield parameter
+        """Returns the parameters of A, B and the core."""
+        return (parameter for _, parameter in self.parts())
 
     def set_trained(self, train: Collection[str]) -> None:
         """Trains the named parts of the adapter and freezes the others.
@@ -317,28 +325,19 @@ class LoTRLayer(nn.Module):
             ValueError: If it returns something else than a tensor like the core, or if the layer
                 has init "svd".
         """
-        if not isinstance(form, nn.Module):
-            raise TypeError(
-                f"core: expected a module whose forward returns it, got {type(form).__name__}"
-            )
         if self.start_core is not None:
             raise ValueError(
                 'core: expected a layer that starts as its base, got one of init "svd"'
             )
-        with torch.no_grad():
-            core = self.core
-            new_core = form()
-        expected = tuple(core.shape), core.dtype, core.device
-        actual = type(new_core).__name__
-        if isinstance(new_core, Tensor):
-            actual = tuple(new_core.shape), new_core.dtype, new_core.device
+        expected = _kind_of(self.core)
+        actual = _kind_of(form())
         if actual != expected:
             raise ValueError(
-                f"core: expected shape, dtype and device {expected}, got {actual} of "
-                f"{type(form).__name__}"
+                f"core: expected a {expected}, got a {actual} of {type(form).__name__}"
             )
+        self.register_module("core_form", form)
+        # Otherwise `core` would return the parameter, and state_dict would have it.
         self._parameters.pop("core", None)
-        self.core_form = form
 
     # ---- merging ---------------------------------------------------------------------------------
 
@@ -380,6 +379,7 @@ class LoTRLayer(nn.Module):
         merged_weight = self.merged_weight()
         if safe:
             check_finite(merged_weight)
+        # W + delta is rounded, so that a subtraction would not restore W bit for bit.
         self.weight_backup = weight.detach().clone() if keep_backup else None
         weight.copy_(merged_weight)
         self.merged = True
@@ -432,6 +432,7 @@ class LoTRLayer(nn.Module):
 
         Removing the adapter then restores the original weight.
         """
+        # The adapter in a merged weight includes the start.
         if self.start_core is None or self.merged:
             return
         factors = self.factors
@@ -454,17 +455,11 @@ class LoTRLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        items = [
-            f"in_features={self.in_features}",
-            f"out_features={self.out_features}",
-            f"rank={self.factors.rank}",
-            f"scaling={self.scaling:g}",
-        ]
-        if self.dropout:
-            items.append(f"dropout={self.dropout}")
-        if self.merged:
-            items.append("merged")
-        return ", ".join(items)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.factors.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
+            f"merged={self.merged}"
+        )
 
 
 class LoTRLinear(LoTRLayer, nn.Linear):
@@ -508,32 +503,20 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         factors = factors_for(factors, rank, (in_features, out_features), device, dtype)
         s = scaling_of(factors.rank, alpha, rslora, scaling)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        # For `to_base`, which puts this layer's weight and bias into it.
+        base = nn.Linear(in_features, out_features, bias=False, device="meta")
+        set_unregistered(self, "adapted", base)
         self._add_adapter(factors, s, dropout, self.weight.device)
 
     @staticmethod
     def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
-        if not isinstance(linear, nn.Linear):
-            return None
-        return linear.in_features, linear.out_features
+        return features(linear) if isinstance(linear, nn.Linear) else None
 
     def _with_adapter(self, x: Tensor, core: Tensor, choice: RowChoice | None) -> Tensor:
         parameters = self._parameters  # faster than nn.Module.__getattr__, see LoTRFactors.read
-        if "weight" in parameters and "bias" in parameters:
-            weight = parameters["weight"]
-            bias = parameters["bias"]
-        else:  # computed in each forward, as by torch.nn.utils.parametrize
-            weight = self.weight
-            bias = self.bias
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         return self._dispatch(x, core, choice, weight=weight, bias=bias)
-
-    def weight_matrix(self) -> Tensor:
-        return self.weight
-
-    def to_base(self) -> nn.Linear:
-        linear = self.__dict__.get("adapted")
-        if linear is None:  # built by the constructor, not by from_linear
-            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        return _with_tensors_of(self, linear)
 
 
 class LoTRConv1D(LoTRLayer):
@@ -548,9 +531,6 @@ class LoTRConv1D(LoTRLayer):
 
     def weight_matrix(self) -> Tensor:
         return self.weight.t()
-
-    def to_base(self) -> nn.Module:
-        return _with_tensors_of(self, self.__dict__["adapted"])
 
 
 # ---- weights and plain linear layers -------------------------------------------------------------
@@ -571,6 +551,7 @@ def linear_of(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
         training: Whether the layer is in training mode.
     """
     out_features, in_features = weight.shape
+    # On the meta device, so that no weight is allocated and filled only to be replaced.
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -619,11 +600,15 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features), None for a module that cannot be adapted."""
     if is_conv1d(module):
         return tuple(module.weight.shape)
-    in_features = getattr(module, "in_features", None)
-    out_features = getattr(module, "out_features", None)
-    if not isinstance(in_features, int) or not isinstance(out_features, int):
-        return None
-    return in_features, out_features
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _kind_of(core: object) -> str:
+    """Describes what a core must have in common with the core that it replaces."""
+    if not isinstance(core, Tensor):
+        return type(core).__name__
+    return f"tensor {list(core.shape)}, {core.dtype}, on {core.device}"
 
 
 def _contains_adapter(module: nn.Module) -> bool:
@@ -634,11 +619,3 @@ def device_of(module: nn.Module) -> torch.device:
     """Returns the device of a module's tensors, the CPU if it has none."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _with_tensors_of(layer: LoTRLayer, linear: nn.Module) -> nn.Module:
-    """Returns linear with the layer's weight, bias and mode."""
-    layer.give_start_back()
-    linear.weight = layer.weight
-    linear.bias = layer.bias
-    return linear.train(layer.training)

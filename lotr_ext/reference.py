@@ -33,8 +33,6 @@ class Gradients(NamedTuple):
     dA: Tensor
     dB: Tensor
     dcore: Tensor
-    dweight: Tensor
-    dbias: Tensor
 
 
 def fold(B: Tensor, core: Tensor, scaling: float) -> Tensor:
@@ -56,15 +54,14 @@ def forward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    mask: Tensor | None = None,
+    mask: Tensor | float = 1.0,
 ) -> Tensor:
     """Computes y = x W^T + bias + s ((drop(x) A) G) B^T [m, n].
 
     Args:
-        mask: 0 or 1 / (1 - p) for each element of x [m, k]. None without dropout.
+        mask: 0 or 1 / (1 - p) for each element of x [m, k]. 1 without dropout.
     """
-    dropped = x if mask is None else x * mask
-    u = dropped @ A
+    u = (x * mask) @ A
     y = x @ weight.mT + u @ fold(B, core, scaling).mT
     return y if bias is None else y + bias
 
@@ -77,29 +74,24 @@ def backward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    mask: Tensor | None = None,
+    mask: Tensor | float = 1.0,
 ) -> Gradients:
-    """Computes all gradients of `forward`, derived by hand.
+    """Computes the gradients of `forward`, derived by hand. W and the bias are frozen.
 
     Args:
         g: dL/dy [m, n].
         x: As for `forward`, as are the others.
     """
-    dropped = x if mask is None else x * mask
+    dropped = x * mask
     u = dropped @ A
     F = fold(B, core, scaling)
     du = g @ F
     Q = g.mT @ u
-    dropped_dx = du @ A.mT
-    if mask is not None:
-        dropped_dx = dropped_dx * mask
     return Gradients(
-        dx=g @ weight + dropped_dx,
+        dx=g @ weight + (du @ A.mT) * mask,
         dA=dropped.mT @ du,
         dB=scaling * (Q @ core),
         dcore=scaling * (Q.mT @ B),
-        dweight=g.mT @ x,
-        dbias=g.sum(0),
     )
 
 
@@ -113,6 +105,7 @@ def philox_4x32_10(counter_low: Tensor, seed: int) -> Tensor:
         [q, 4] int64 in [0, 2^32).
     """
     mask = 0xFFFFFFFF
+    # torch has no unsigned arithmetic, so that 32-bit words are kept in int64 and masked.
     key_0 = seed & mask
     key_1 = (seed >> 32) & mask
     word_0 = counter_low & mask
@@ -154,8 +147,6 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
         p: The probability of dropping an element.
         seed: An int64.
     """
-    if p == 0.0:
-        return torch.ones(rows, cols, dtype=torch.float64, device="cpu")
     count = rows * cols
     blocks = philox_4x32_10(torch.arange((count + 3) // 4, device="cpu"), seed)
     kept = blocks.reshape(-1)[:count] >= math.floor(p * 2.0**32)

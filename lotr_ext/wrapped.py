@@ -7,8 +7,6 @@ Also `adapt`, which chooses the class of an adapted layer, and how W of a quanti
 Not here: layers that compute x W^T themselves (layers.py), and merging of models (merging.py).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -34,53 +32,49 @@ from .layers import (
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether products may read module.weight: a floating tensor of values, not one-byte codes."""
     weight = getattr(module, "weight", None)
-    if type(weight) not in (Tensor, nn.Parameter):
-        return False
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
+    )
 
 
-def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
-    """Returns a function that computes W [out_features, in_features] of a quantized module.
+def _dequantized(module: nn.Module) -> Tensor | None:
+    """Returns W [out_features, in_features] of a quantized module.
 
-    It is the quantizer's: dequantize() of a tensor subclass (torchao, optimum-quanto) or of the
+    The quantizer computes it: dequantize() of a tensor subclass (torchao, optimum-quanto) or of the
     module (HQQ and others), and bitsandbytes' functions for Linear4bit and Linear8bitLt. Returns
-    None if there is none.
+    None if there is no such function.
     """
     weight = getattr(module, "weight", None)
     weight_type = type(weight).__name__
     if weight_type == "Params4bit" and weight.quant_state is not None:
-        return _dequantizer_4bit(module)
+        return _dequantized_4bit(module)
     if weight_type == "Int8Params":
-        return _dequantizer_8bit(module)
+        return _dequantized_8bit(module)
     is_subclass = isinstance(weight, Tensor) and not has_plain_weight(module)
     if is_subclass and type(weight).dequantize is not Tensor.dequantize:
-        return weight.dequantize
+        return weight.dequantize()
     method = getattr(module, "dequantize", None)
-    return method if callable(method) else None
+    return method() if callable(method) else None
 
 
-def _dequantizer_4bit(module: nn.Module) -> Callable[[], Tensor]:
+def _dequantized_4bit(module: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = module.weight
-
-    def dequantize() -> Tensor:
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            # An evaluation on the CPU has packed the codes. This restores their order.
-            module.state_dict()
-        return dequantize_4bit(weight.data, weight.quant_state)
-
-    return dequantize
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        # An evaluation on the CPU has packed the codes. This restores their order.
+        module.state_dict()
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
-def _dequantizer_8bit(module: nn.Module) -> Callable[[], Tensor] | None:
+def _dequantized_8bit(module: nn.Module) -> Tensor | None:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     weight = module.weight
+    # The first forward moves the scales from the weight to the module's state.
     scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    if scales is None:
-        return None
-    return lambda: int8_vectorwise_dequant(weight.data, scales)
+    return None if scales is None else int8_vectorwise_dequant(weight.data, scales)
 
 
 def _matrix_of(base: nn.Module) -> Tensor:
@@ -102,8 +96,7 @@ def _matrix_of(base: nn.Module) -> Tensor:
 def check_mergeable(base: nn.Module) -> Tensor:
     """Returns W [n, k] of a base, which may be written, if the base returns x W^T + bias.
 
-    A base that has hooks, or is not exactly nn.Linear, is called on two rows of random numbers, in
-    eval mode.
+    A base that has hooks, or is not exactly nn.Linear, is called on two rows of random numbers.
 
     Raises:
         TypeError: If the base is another module, or its weight cannot be written.
@@ -114,8 +107,9 @@ def check_mergeable(base: nn.Module) -> Tensor:
         return weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    y = _output_in_eval_mode(base, x)
+    y = base(x)
     expected = nnf.linear(x, weight, base.bias)
+    # Two products of one matrix may round differently, for example one that a hook has split.
     bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * expected.abs().max().item()
     is_same = (
         isinstance(y, Tensor)
@@ -126,19 +120,9 @@ def check_mergeable(base: nn.Module) -> Tensor:
         raise TypeError(
             f"merge: expected a base that returns x W^T + bias, got {type(base).__name__}, which "
             f"returns something else because of its forward or a hook. Use the model without "
-            f"merging."
+            f"merging, or in eval mode if the base has dropout."
         )
     return weight
-
-
-def _output_in_eval_mode(base: nn.Module, x: Tensor) -> object:
-    """Returns base(x) in eval mode, and restores the mode of each module inside."""
-    modes = [(module, module.training) for module in base.modules()]
-    try:
-        return base.eval()(x)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -200,19 +184,14 @@ class LoTRWrapped(LoTRLayer):
         Raises:
             TypeError: If it cannot be computed.
         """
-        dequantize = dequantizer(self.base_layer)
-        if dequantize is None:
-            raise TypeError(
-                f"merge: expected a base with a dense weight that can be read (nn.Linear, Conv1D, "
-                f"torchao, bitsandbytes, or a module with dequantize()), got "
-                f"{type(self.base_layer).__name__}. Use the model without merging."
-            )
-        weight = dequantize()
+        weight = _dequantized(self.base_layer)
         shape = (self.out_features, self.in_features)
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
+        # Broadcasting would accept a weight of other shapes without an error.
+        if not isinstance(weight, Tensor) or weight.shape != shape:
             raise TypeError(
-                f"merge: expected a dense [{self.out_features}, {self.in_features}], got "
-                f"{type(weight).__name__}"
+                f"merge: expected a base whose dense weight {list(shape)} can be read (nn.Linear, "
+                f"Conv1D, torchao, bitsandbytes, or a module with dequantize()), got "
+                f"{type(self.base_layer).__name__}. Use the model without merging."
             )
         return weight.detach()
 
@@ -244,10 +223,12 @@ class LoTRWrapped(LoTRLayer):
             dtype = dequantize
         else:
             dtype = dense.dtype if bias is None else bias.dtype
+        # Added before the cast to dtype, so that the sum is rounded only once.
         merged = plus(dense.to(accumulate_dtype(dense.dtype)), self.delta_weight()).to(dtype)
         if safe:
             check_finite(merged)
         new_bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        # All that can fail is done. From here on the layer changes.
         set_unregistered(self, "quantized_base", self.base_layer if keep_backup else None)
         self.base_layer = linear_of(merged, new_bias, self.training)
         self.merged = True
@@ -299,7 +280,9 @@ def layer_class(module: nn.Module) -> type[LoTRLinear] | type[LoTRConv1D] | type
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+    # A weight that is not a parameter is computed in each forward (weight_norm, parametrizations).
     has_parameter = has_plain_weight(module) and "weight" in module._parameters
+    # accelerate replaces `forward` on the module object.
     if has_hooks or not has_parameter or "forward" in vars(module):
         return LoTRWrapped
     if is_conv1d(module):

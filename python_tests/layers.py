@@ -35,7 +35,7 @@ SCALING = 0.7
 
 @dataclass(frozen=True)
 class RowTasks:
-    """The state of a layer in a request (`lotr_ext.core.request.TaskState`)."""
+    """The state of a layer in a request (see lotr_ext/core/request.py)."""
 
     net: "Net"
     layer: int

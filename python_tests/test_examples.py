@@ -70,7 +70,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     not MINILM.is_dir(), reason="the model is missing: python examples/data.py minilm snippets"
 )
 @pytest.mark.parametrize("program", QUICK)
-def test_an_example_runs(program, language, tmp_path):
+def test_an_example_runs(program: str, language: list[str], tmp_path: Path) -> None:
     arguments, words = QUICK[program]
     options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
     process = run(program, *options)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 class RowChoice(NamedTuple):
-    """Which core each row uses: by `index`, or by `offs`. See csrc/torch/schema.cpp.
+    """Which core each row uses: by `index`, or by `offs` if the rows are sorted by core.
+
+    Six rows of three cores, the last of them without a core:
+
+        index [0, 0, 1, 1, 2, -1]   or   offs [2, 4, 5]
 
     Attributes:
         index: The core of each row [rows], -1 for none.
@@ -37,6 +41,7 @@ def cores_of_groups(offs: Tensor, rows: int, count: int) -> Tensor:
     Args:
         offs: Where the rows of each core end [count].
     """
+    # "right" skips the experts without rows, whose end equals the end before it.
     index = torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
     return torch.where(index < count, index, -1)
 

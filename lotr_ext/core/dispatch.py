@@ -61,9 +61,11 @@ def linear(call: LayerCall, caches: Caches | None = None, layer: object = None) 
     """
     dtype = autocast_dtype(call.x)
     if dtype is not None:
+        # Disabled, because the second call would cast again, without end.
         with torch.autocast(call.x.device.type, enabled=False):
             return linear(_cast(call, dtype, caches), caches, layer)
     if torch.compiler.is_compiling():
+        # An exported program has only operators of PyTorch, so that it runs without lotr_ext.
         if torch.compiler.is_exporting():
             return fallback.layer(call)
         choice = call.choice or RowChoice(None)
@@ -113,28 +115,24 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
         return None
     device_type = x.device.type
     # is_autocast_enabled raises for a device type without autocast, such as meta.
-    is_available = torch.amp.is_autocast_available(device_type)
-    if not is_available or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _check_base_product(x: Tensor, weight: Tensor) -> None:
     """Checks that PyTorch can compute x W^T, which the fallback does.
 
+    PyTorch itself would return memory that was never written if only one of them is on the meta
+    device.
+
     Raises:
-        TypeError: If the dtypes differ. Autocast has cast both already.
-        ValueError: If only one of them is on the meta device.
+        TypeError: If the dtypes differ (autocast has cast both already), or one has no values.
     """
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype or x.is_meta != weight.is_meta:
         raise TypeError(
-            f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}. "
-            f"Convert x or the layer."
-        )
-    if x.is_meta != weight.is_meta:
-        raise ValueError(
-            f"x: expected a tensor on {weight.device}, as the weight is, got one on {x.device}. "
-            f"Move x or the layer."
+            f"x: expected {weight.dtype} on {weight.device}, as the weight is, got {x.dtype} on "
+            f"{x.device}. Convert x or the layer."
         )
 
 
@@ -148,10 +146,10 @@ def fallback_reason(call: LayerCall) -> str | None:
     if torch.jit.is_tracing():
         return "torch.jit.trace or torch.onnx records the call"
     x, weight, _, A, B, core, _, _, base_output, _ = call
+    # Sparse and mkldnn tensors have the plain type, but no strides.
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
-    types = {type(x), type(weight), type(A), type(B), type(core), type(base_output)}
-    if not types <= PLAIN_TYPES:
+    if not {type(x), type(weight), type(A), type(B), type(core), type(base_output)} <= PLAIN_TYPES:
         return "a tensor is of a subclass"
     base = weight if base_output is None else base_output
     if not _share_device(x, base, A, B, core):
@@ -216,11 +214,11 @@ def choose_plan(
         return Plan.PROJECTION  # one node would keep x, which a frozen A does not need
     if p:
         return Plan.ONE_NODE
+    # Another form for few tokens would add a guard, and one compilation per form.
     is_known = isinstance(tokens, int)
-    if layers != 1:
-        r_in = A.shape[1]
-        if not is_known or x.numel() * (r_in + 16) >= LITTLE_WORK:
-            return Plan.PROJECTION
+    is_much_work = not is_known or x.numel() * (A.shape[1] + 16) >= LITTLE_WORK
+    if layers != 1 and is_much_work:
+        return Plan.PROJECTION
     return Plan.ONE_NODE_FEW_TOKENS if is_known and tokens < FEW_TOKENS else Plan.ONE_NODE
 
 
@@ -278,25 +276,18 @@ def _linear_in_graph(
     A compiled graph therefore has our operators, forward and backward. While AOTAutograd traces,
     the tensors have its own type. Plain tensors mean that something else runs the graph.
     """
-    choice = RowChoice(index, offs, tokens)
-    if index is None and offs is None:
-        choice = None
+    has_choice = index is not None or offs is not None
+    choice = RowChoice(index, offs, tokens) if has_choice else None
     call = LayerCall(x, weight, bias, A, B, core, scaling, p, base_output, choice)
     base = base_output if weight is None else weight
-    dtypes = x.dtype, base.dtype, A.dtype, B.dtype, core.dtype
     ranks = (int(core.shape[-2]), int(core.shape[-1]))  # the symbols of Dynamo have no hash
-    is_traced = type(x) not in PLAIN_TYPES
-    if not is_traced or _dtype_obstacle(*dtypes, ranks, x.device) is not None:
+    obstacle = _dtype_obstacle(x.dtype, base.dtype, A.dtype, B.dtype, core.dtype, ranks, x.device)
+    if type(x) in PLAIN_TYPES or obstacle is not None:
         return fallback.layer(call)
-    caches = Caches(_cache_of_traced(A), _cache_of_traced(B))
-    return run_nodes(call, caches, layer=core)
-
-
-def _cache_of_traced(factor: Tensor) -> FactorCache:
-    # On the traced tensor, which ends with the trace.
-    if not hasattr(factor, "_lotr_cache"):
-        factor._lotr_cache = FactorCache()
-    return factor._lotr_cache
+    # As attributes of the traced tensors, the caches end with the trace.
+    A_cache = A.__dict__.setdefault("_lotr_cache", FactorCache())
+    B_cache = B.__dict__.setdefault("_lotr_cache", FactorCache())
+    return run_nodes(call, Caches(A_cache, B_cache), layer=core)
 
 
 _library = torch.library.Library("lotr", "FRAGMENT")

@@ -32,10 +32,12 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """
     if _torch_can_run(x, weight):
         y = nnf.grouped_mm(x, weight.mT, offs=offs)
+        # torch leaves the rows past the end unwritten. offs stays on the GPU: no wait for it.
         is_past_end = torch.arange(len(x), device=x.device) >= offs[-1]
-        return y.masked_fill_(is_past_end.unsqueeze(1), 0)  # torch leaves them unwritten
+        return y.masked_fill_(is_past_end.unsqueeze(1), 0)
     y = x.new_empty(x.shape[0], weight.shape[1])
     *expert_rows, past_end = _rows_of_experts(offs, x.shape[0])
+    # With few tokens, most experts have no rows.
     for expert, rows in enumerate(expert_rows):
         if rows.stop > rows.start:
             torch.mm(x[rows], weight[expert].t(), out=y[rows])
@@ -64,14 +66,17 @@ def _torch_can_run(x: Tensor, weight: Tensor) -> bool:
 
     It accepts bfloat16 on a GPU from sm_80 on, if the rows or columns are aligned to 16 bytes.
     """
-    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
-        return False
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    if x.stride(1) != 1 or 1 not in (weight.stride(1), weight.stride(2)):
-        return False
     wide_stride = max(weight.stride(1), weight.stride(2))
-    return x.stride(0) % 8 == 0 and wide_stride % 8 == 0
+    return (
+        x.is_cuda
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and x.dtype == torch.bfloat16
+        and x.shape[0] > 0
+        and x.stride(1) == 1
+        and 1 in (weight.stride(1), weight.stride(2))
+        and x.stride(0) % 8 == 0
+        and wide_stride % 8 == 0
+    )
 
 
 def _rows_of_experts(offs: Tensor, rows: int) -> list[slice]:
@@ -101,6 +106,7 @@ def _(g, x, offs):
 
 
 def _save_factors(ctx, inputs, output) -> None:
+    """Saves each factor of a product if the other one needs a gradient, else None."""
     first, second, offs = inputs
     need_first, need_second = ctx.needs_input_grad[:2]
     ctx.save_for_backward(first if need_second else None, second if need_first else None, offs)
@@ -108,18 +114,16 @@ def _save_factors(ctx, inputs, output) -> None:
 
 def _grouped_mm_backward(ctx, g: Tensor):
     x, weight, offs = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
     g = g.contiguous()  # the gradient of a sum is one element, expanded
-    dx = grouped_mm(g, weight.mT, offs) if need_x else None
-    dW = grouped_outer(g, x, offs) if need_weight else None
+    dx = None if weight is None else grouped_mm(g, weight.mT, offs)
+    dW = None if x is None else grouped_outer(g, x, offs)
     return dx, dW, None
 
 
 def _grouped_outer_backward(ctx, dW: Tensor):
     g, x, offs = ctx.saved_tensors
-    need_g, need_x = ctx.needs_input_grad[:2]
-    dg = grouped_mm(x, dW, offs) if need_g else None
-    dx = grouped_mm(g, dW.mT, offs) if need_x else None
+    dg = None if x is None else grouped_mm(x, dW, offs)
+    dx = None if g is None else grouped_mm(g, dW.mT, offs)
     return dg, dx, None
 
 

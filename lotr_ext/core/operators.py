@@ -20,7 +20,7 @@ Not here: gradients (nodes.py), the same formulas in PyTorch (fallback.py), and 
 the kernels can run on a device (kernel_support.py).
 """
 
-import inspect
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,21 +46,18 @@ FUSED = 2  # both in one kernel on Hopper GPUs. Shapes that it refuses run as BE
 PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
-def _load_library() -> None:
-    library = Path(__file__).parents[1] / "_C.abi3.so"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        raise ImportError(
-            f"lotr_ext: expected a compiled extension that loads in {library}, got "
-            f"{error.__cause__ or error}. Build it with `pip install --no-build-isolation -e .` "
-            f"(or `make test`) in the project's folder. If it is installed elsewhere, this source "
-            f"folder hides it: start Python in another folder, or as `python -P`.",
-            name="lotr_ext",  # `python -m lotr_ext.info` prints one line for it and no traceback
-        ) from None
+_LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+try:
+    torch.ops.load_library(str(_LIBRARY))
+except OSError as error:
+    raise ImportError(
+        f"lotr_ext: expected a compiled extension that loads in {_LIBRARY}, got "
+        f"{error.__cause__ or error}. Build it with `pip install --no-build-isolation -e .` "
+        f"(or `make test`) in the project's folder. If it is installed elsewhere, this source "
+        f"folder hides it: start Python in another folder, or as `python -P`.",
+        name="lotr_ext",  # `python -m lotr_ext.info` prints one line for it and no traceback
+    ) from None
 
-
-_load_library()
 lotr = torch.ops.lotr
 
 
@@ -85,22 +82,29 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-_layer_forward = private.direct_call(lotr.layer_forward.default)
-_layer_forward_few_tokens = private.direct_call(lotr.layer_forward_few_tokens.default)
-_layer_forward_projected = private.direct_call(lotr.layer_forward_projected.default)
-_layer_forward_rows = private.direct_call(lotr.layer_forward_rows.default)
+def _in_one_call(operator: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """Replaces the decorated function, which runs the steps of an operator, by one call of it.
+
+    The steps remain for dispatch modes, because a mode must see the base product as an operator of
+    PyTorch: selective checkpointing chooses by name which results it keeps, and a FLOP counter
+    counts only PyTorch's operators. Steps and operator return the same tensors, so that a
+    checkpoint may be recomputed without the mode.
+    """
+    call_operator = private.direct_call(operator)
+
+    def decorate(steps: Callable) -> Callable:
+        @functools.wraps(steps)
+        def run(x: Tensor, *args):
+            if private.dispatch_mode_count() and type(x) in PLAIN_TYPES:
+                return steps(x, *args)
+            return call_operator(x, *args)
+
+        return run
+
+    return decorate
 
 
-# The next four functions call one operator each. Under a dispatch mode they run the steps of that
-# operator instead, because the mode must see the base product as an operator of PyTorch: selective
-# checkpointing chooses by name which results it keeps, and a FLOP counter knows only PyTorch's
-# operators. A recomputation without the mode has the same saved tensors.
-
-
-def _mode_is_active(x: Tensor) -> bool:
-    return private.dispatch_mode_count() > 0 and type(x) in PLAIN_TYPES
-
-
+@_in_one_call(lotr.layer_forward.default)
 def layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -118,14 +122,13 @@ def layer_forward(
     Args:
         x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
     """
-    if not _mode_is_active(x):
-        return _layer_forward(x, weight, bias, A, B, core, scaling, strategy, p, seed)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A, p, seed)
     F = lotr.fold.default(B, core, scaling, x.dtype)
     return lotr.expand.default(base_output, u, F), u, F
 
 
+@_in_one_call(lotr.layer_forward_few_tokens.default)
 def layer_forward_few_tokens(
     x: Tensor,
     weight: Tensor,
@@ -141,14 +144,13 @@ def layer_forward_few_tokens(
     Args:
         x: As for `layer_forward`, as are the others.
     """
-    if not _mode_is_active(x):
-        return _layer_forward_few_tokens(x, weight, bias, A, B, core, scaling, strategy)
     base_output = nnf.linear(x, weight, bias)
     u = lotr.shrink.default(as_matrix(x), A)
     h = (u @ core.to(u.dtype)) * scaling
     return lotr.expand.default(base_output, h, B.to(u.dtype)), u
 
 
+@_in_one_call(lotr.layer_forward_projected.default)
 def layer_forward_projected(
     x: Tensor,
     weight: Tensor,
@@ -164,13 +166,11 @@ def layer_forward_projected(
     Args:
         x: As for `layer_forward`, as are the others.
     """
-    if not _mode_is_active(x):
-        return _layer_forward_projected(x, weight, bias, u, B, core, scaling, strategy)
-    base_output = nnf.linear(x, weight, bias)
     F = lotr.fold.default(B, core, scaling, x.dtype)
-    return lotr.expand.default(base_output, u, F), F
+    return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
 
 
+@_in_one_call(lotr.layer_forward_rows.default)
 def layer_forward_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
 ) -> Tensor:
@@ -179,8 +179,6 @@ def layer_forward_rows(
     Args:
         x: As for `layer_forward`, as are the others.
     """
-    if not _mode_is_active(x):
-        return _layer_forward_rows(x, weight, bias, h, B, strategy)
     return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
 
 
@@ -195,20 +193,12 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     """
 
     def register(function: Callable) -> Callable:
-        names = list(inspect.signature(function).parameters)
-
         def checked(*args):
-            device = None
-            for argument, tensor in zip(names, args):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if device is None:
-                    device = tensor.device
-                if tensor.device != device:
-                    raise RuntimeError(
-                        f"lotr::{name}: {argument}: expected the device of the first tensor "
-                        f"({device}), got {tensor.device}"
-                    )
+            devices = [str(tensor.device) for tensor in args if isinstance(tensor, Tensor)]
+            if len(set(devices)) > 1:
+                raise RuntimeError(
+                    f"lotr::{name}: expected tensors on one device, got {', '.join(devices)}"
+                )
             return function(*args)
 
         torch.library.register_fake(f"lotr::{name}", checked)
@@ -220,16 +210,10 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
 def _empty_rows(like: Tensor, rows: int, rank: int, dtype: torch.dtype | None = None) -> Tensor:
     """A new [rows, rank]. On CUDA each row starts at a multiple of 16 bytes."""
     dtype = dtype or like.dtype
-    row_stride = rank
-    if like.device.type == "cuda":
-        elements_per_chunk = 16 // dtype.itemsize
-        row_stride = -(-rank // elements_per_chunk) * elements_per_chunk
+    elements_per_chunk = 16 // dtype.itemsize if like.device.type == "cuda" else 1
+    row_stride = -(-rank // elements_per_chunk) * elements_per_chunk
     # Not a slice of a wider tensor: a fake CUDA tensor can be sliced only by a CUDA build of torch.
     return like.new_empty_strided((rows, rank), (row_stride, 1), dtype=dtype)
-
-
-def _token_count(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
 
 
 def _new_factor_dtype(*factors: Tensor) -> torch.dtype:
@@ -277,13 +261,14 @@ def _(B, core, scaling, dtype):
 @fake_kernel("layer_forward")
 def _(x, weight, bias, A, B, core, scaling, strategy, p=0.0, seed=None):
     y = _empty_output(x, weight)
-    u = _empty_rows(x, _token_count(x), A.shape[1])
+    u = _empty_rows(x, as_matrix(y).shape[0], A.shape[1])
     return y, u, _empty_rows(x, B.shape[0], core.shape[0])
 
 
 @fake_kernel("layer_forward_few_tokens")
 def _(x, weight, bias, A, B, core, scaling, strategy):
-    return _empty_output(x, weight), _empty_rows(x, _token_count(x), A.shape[1])
+    y = _empty_output(x, weight)
+    return y, _empty_rows(x, as_matrix(y).shape[0], A.shape[1])
 
 
 @fake_kernel("layer_forward_projected")
@@ -296,20 +281,17 @@ def _(x, weight, bias, h, B, strategy):
     return _empty_output(x, weight)
 
 
-@fake_kernel("layer_backward_")
-def _(
-    g, weight, x, u, A, F, B, core, scaling, strategy, dA, dB, need_B, need_core, p=0.0, seed=None
-):
-    return _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core)
-
-
 @fake_kernel("layer_backward_few_tokens_")
 def _(g, weight, x, u, A, B, core, scaling, strategy, dA, dB, need_B, need_core):
-    return _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core)
+    return _fake_layer_backward(
+        g, weight, x, u, A, None, B, core, scaling, strategy, dA, dB, need_B, need_core
+    )
 
 
-def _empty_layer_gradients(g, weight, x, A, B, core, dA, dB, need_B, need_core):
-    """(dx, dA, dB, dcore) of a backward that starts at x."""
+@fake_kernel("layer_backward_")
+def _fake_layer_backward(
+    g, weight, x, u, A, F, B, core, scaling, strategy, dA, dB, need_B, need_core, p=0.0, seed=None
+):
     dtype = _new_factor_dtype(B, core, A)
     return (
         _empty_dx(g, weight),
@@ -388,6 +370,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
         seed: One int64.
         dtype: The dtype of the mask, which is on the seed's device.
     """
+    # The kernel of expand multiplies its product with the mask. Here the product is 1.
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     ones = torch.ones(1, 1, dtype=dtype, device=seed.device)
     lotr.expand_add_(mask, ones.expand(rows, 1), ones.expand(cols, 1), p, seed)

@@ -1,5 +1,12 @@
 """The state of a request: which cores the layers use inside a context, or that they use none.
 
+The state of a layer is one of
+
+    None          no request: the layer uses its core
+    ADAPTER_OFF   the layer computes its base only
+    tasks         state.cores [tasks, r_in, r_out], for experts [tasks, e, r_in, r_out], and
+                  state.index_of(x): the task of each row, or each token, of an input x, -1 for none
+
 `disabled` and `use_tasks` open a request. It is in force for the thread that opened it and for the
 backwards that this thread starts, because it is in a thread-local of torch that autograd carries
 into its backward threads. So a checkpoint recomputes in the same request, if backward is called
@@ -11,27 +18,13 @@ tasks.py).
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import _torch_private as private
 
-ADAPTER_OFF = "off"  # the state of a layer whose adapter is disabled
-
-
-class TaskState(Protocol):
-    """The state of a layer whose rows use the cores of tasks.
-
-    Attributes:
-        cores: [tasks, r_in, r_out], for experts [tasks, e, r_in, r_out].
-    """
-
-    cores: Tensor
-
-    def index_of(self, x: Tensor) -> Tensor:
-        """Returns the task of each row, or each token, of an input x, -1 for none."""
-
+ADAPTER_OFF = "off"
 
 _KEY = "lotr"  # in torch's thread-local dictionary
 
@@ -46,6 +39,7 @@ def open_request(states: Mapping[nn.Module, Any]) -> Iterator[None]:
     A module that `states` does not name keeps its state of the enclosing request.
     """
     outer = current_request()
+    # A token and not a count, because threads add and discard at the same time.
     token = object()
     private.set_thread_local(_KEY, {**outer, **states})
     _open_requests.add(token)

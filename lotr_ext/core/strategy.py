@@ -52,10 +52,12 @@ def choose_strategy(tokens: int | torch.SymInt, x: Tensor) -> int:
     if x.is_cpu:
         return BETA if x.dtype in (torch.float32, torch.float64) else TWO_PASS
     name = strategy_from_environment()
+    # The operators raise for FUSED if the build lacks the kernel.
     if name == "fused" and not _has_fused():
         return BETA
     if name is not None:
         return STRATEGIES[name]
+    # A comparison with a symbol of torch.compile would add a guard.
     are_few = isinstance(tokens, int) and tokens < BETA_TOKENS
     return TWO_PASS if are_few else BETA
 
