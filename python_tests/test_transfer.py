@@ -68,7 +68,7 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 8).double()
     A, B = torch.randn(6, 4).double(), torch.randn(8, 4).double()
-    layer = transfer.Vectors(base, A, B, with_b).double()
+    layer = transfer.Vectors(base, A, B, with_b, 2.0).double()
     x = torch.randn(3, 6).double()
     assert torch.equal(layer(x), base(x))  # the model's function starts unchanged
     trained = [layer.d, layer.b] if with_b else [layer.d]
