@@ -4,7 +4,7 @@ Not here: checks that need a model (targets.py) or a layer (layers.py).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -74,6 +74,25 @@ def check_probability(name: str, value: object) -> None:
     check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+
+
+def check_choice(
+    name: str, value: object, choices: Collection[object], alternative: str = ""
+) -> None:
+    """Checks that value is one of the choices.
+
+    Args:
+        name: The argument or field, for the error.
+        value: Its value.
+        choices: The names of the choices.
+        alternative: What else the message says is allowed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name}: expected one of {listed}{alternative}, got {value!r}")
 
 
 def check_index(name: str, index: object, count: int, x: Tensor | None = None) -> None:

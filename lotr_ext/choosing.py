@@ -56,10 +56,12 @@ def rank_for(
     # A LoRA of rank 1 has one row and one column for each layer.
     targets = select(model, LoTRConfig(**settings)).targets
     lora_rank_1 = sum(sum(target.sizes) for target in targets)
-    if numbers is None:
-        budget = _rank_of_lora(like) * lora_rank_1
-    else:
+    if numbers is not None:
         budget = check_dimension("numbers", numbers)
+    elif match := re.fullmatch(r"lora:0*([1-9]\d*)", str(like)):
+        budget = int(match[1]) * lora_rank_1
+    else:
+        raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
     if budget < _DIAGONAL_FROM * lora_rank_1:
         form = {"group_by": "shape", "core": "dense"}
     elif budget < _BLOCKS_FROM * lora_rank_1:
@@ -77,13 +79,6 @@ def rank_for(
             f"layers, got {budget:,}. Adapt fewer layers."
         )
     return LoTRConfig(rank=rank, **settings, **form)
-
-
-def _rank_of_lora(like: object) -> int:
-    match = re.fullmatch(r"lora:0*([1-9]\d*)", str(like))
-    if match is None:
-        raise ValueError(f'like: expected "lora:<rank>", such as "lora:1", got {like!r}')
-    return int(match[1])
 
 
 def _size(selection: Selection, rank: int) -> int:

@@ -4,14 +4,14 @@ Not here: which layers of a model a configuration means (targets.py).
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checks import check_probability, check_rank
+from .checks import check_choice, check_probability, check_rank
 from .core.operators import DTYPES
 from .cores import FORMS
 from .factors import Scaling, scaling_of
@@ -31,7 +31,7 @@ def place_of(name: str) -> tuple[str, str]:
     "model.layers.3.self_attn.q_proj" has the place ("model.layers.3", "self_attn.q_proj"). A name
     without a number is a kind: ("", name).
     """
-    # As few dotted parts as possible, of which the last one ends with a number.
+    # As few dotted parts as possible, of which the last one is a number.
     match = re.fullmatch(r"((?:.*?\.)??\d+)(?:\.(.*))?", name)
     if match is None:
         return "", name
@@ -217,22 +217,3 @@ def _pattern(field: str, value: object) -> str | tuple[str, ...] | None:
             f"{field}: expected a regular expression, got {value!r} ({error})"
         ) from None
     return value
-
-
-def check_choice(
-    field: str, value: object, choices: Collection[object], alternative: str = ""
-) -> None:
-    """Checks that value is one of the choices.
-
-    Args:
-        field: The name of the argument or field.
-        value: Its value.
-        choices: The names of the choices.
-        alternative: What else the message says is allowed.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if value not in choices:
-        names = ", ".join(map(str, choices))
-        raise ValueError(f"{field}: expected one of {names}{alternative}, got {value!r}")

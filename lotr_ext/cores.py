@@ -191,7 +191,7 @@ class TuckerCores(Cores):
     ):
         super().__init__(places, rank)
         count = self.r_in if slices is None else check_dimension("slices", slices)
-        # Random weights give each of the slices, which start at zero, another gradient.
+        # Random weights give each of the slices, which start at zero, a different gradient.
         self.weights = nn.Parameter(torch.randn(len(self.places), count) / math.sqrt(count))
         self.slices = nn.Parameter(torch.zeros(count, self.r_in, self.r_out))
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .checks import check_tensor
+from .checks import check_choice, check_tensor
 
 __all__ = [
     "CORE_INITS",
@@ -65,8 +65,7 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
         ValueError: If init is unknown, or tensor is not 2-D.
         TypeError: If the tensor's dtype is not floating.
     """
-    if init not in FACTOR_INITS:
-        raise ValueError(f"init: expected one of {', '.join(FACTOR_INITS)}, got {init!r}")
+    check_choice("init", init, FACTOR_INITS)
     check_tensor("tensor", tensor, "d", "r")
     if tensor.is_meta:
         return tensor
@@ -103,8 +102,7 @@ def fill_core_(tensor: Tensor, init: str) -> Tensor:
     Raises:
         ValueError: If init is unknown.
     """
-    if init not in CORE_INITS:
-        raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")
+    check_choice("core_init", init, CORE_INITS)
     tensor.zero_()
     if init == "identity":
         tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -238,10 +236,12 @@ class CapturedGradient(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """Products of one layer's gradient dW = g^T x over all batches."""
+    """Products of one layer's gradient dW = g^T x with V and U, over all batches."""
 
-    right: Tensor  # dW V = g^T (x V), for V [k, c]
-    left: Tensor  # dW^T U = x^T (g U), for U [n, c]
+    V: Tensor  # [k, c]
+    U: Tensor  # [n, c]
+    right: Tensor  # dW V = g^T (x V)
+    left: Tensor  # dW^T U = x^T (g U)
 
 
 def start_from_gradients(
@@ -358,20 +358,19 @@ class _Tap(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, anchor: Tensor, y: Tensor, x: Tensor, V: Tensor, U: Tensor, products: _Products
-    ) -> Tensor:
-        ctx.operands = x.detach(), V, U, products
+    def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, products: _Products) -> Tensor:
+        ctx.x = x.detach()
+        ctx.products = products
         return y.detach()  # not a view: models add to a layer's output in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        x, V, U, products = ctx.operands
-        x = x.reshape(-1, x.shape[-1]).to(V.dtype)
-        g_rows = g.reshape(-1, g.shape[-1]).to(V.dtype)
-        products.right.add_(g_rows.T @ (x @ V))
-        products.left.add_(x.T @ (g_rows @ U))
-        return torch.zeros((), device="cpu"), g, None, None, None, None
+        products = ctx.products
+        x = ctx.x.reshape(-1, ctx.x.shape[-1]).to(products.V.dtype)
+        g_rows = g.reshape(-1, g.shape[-1]).to(products.V.dtype)
+        products.right.add_(g_rows.T @ (x @ products.V))
+        products.left.add_(x.T @ (g_rows @ products.U))
+        return torch.zeros((), device="cpu"), g, None, None
 
 
 def _products_of_gradients(
@@ -394,15 +393,19 @@ def _products_of_gradients(
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(torch.random.fork_rng())
         for layer, V, U in inputs:
-            products = _Products(V.new_zeros(len(U), V.shape[1]), V.new_zeros(len(V), U.shape[1]))
+            right = V.new_zeros(len(U), V.shape[1])
+            left = V.new_zeros(len(V), U.shape[1])
+            products = _Products(V, U, right, left)
             all_products.append(products)
-            tap = partial(_tap, anchor, V, U, products)
-            handle = layer.register_forward_hook(tap, with_kwargs=True)
+            hook = partial(_tap, anchor, products)
+            handle = layer.register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         try:
             for batch in batches:
-                # None if no layer has a part in the loss, or if a checkpoint hides its part.
-                if torch.autograd.grad(loss(model, batch), anchor, allow_unused=True) == (None,):
+                value = loss(model, batch)
+                (gradient,) = torch.autograd.grad(value, anchor, allow_unused=True)
+                # If no layer has a part in the loss, or if a checkpoint hides its part.
+                if gradient is None:
                     raise ValueError(
                         "loss: expected one that depends on the adapted layers, got one in which "
                         "none has a part. Under checkpointing, use_reentrant=False is needed."
@@ -420,17 +423,15 @@ def _products_of_gradients(
 
 def _tap(
     anchor: Tensor,
-    V: Tensor,
-    U: Tensor,
     products: _Products,
     layer: nn.Module,
     args: tuple,
     kwargs: dict[str, Tensor],
     y: Tensor,
 ) -> Tensor:
-    """A forward hook, after its first four arguments."""
+    """Puts a `_Tap` onto the output of a layer: a forward hook, after its first two arguments."""
     # In a part of the model that runs under no_grad, a tap would have no backward.
     if not torch.is_grad_enabled():
         return y
     x = args[0] if args else next(iter(kwargs.values()))
-    return _Tap.apply(anchor, y, x, V, U, products)
+    return _Tap.apply(anchor, y, x, products)

@@ -395,7 +395,8 @@ def unload(model: Model, *, merge: bool = False, dequantize: bool | torch.dtype 
     layers = adapted_layers(model)
     # Before anything is merged.
     for name, layer in layers.items():
-        if type(layer).to_base is LoTRLayer.to_base:
+        # `LoTRLayer.to_base` gives back what a layer keeps as `adapted`.
+        if type(layer).to_base is LoTRLayer.to_base and not hasattr(layer, "adapted"):
             raise TypeError(
                 f"unload: expected layers with a plain form, got {name!r}, a {type(layer).__name__}"
             )

@@ -79,7 +79,7 @@ def parameter_groups(
         group: dict[str, Any] = {"params": parameters, "name": name}
         if rate is not None:  # without "lr", the optimizer's rate is used
             group["lr"] = rate
-        if parameters:  # torch warns about an empty group
+        if parameters:
             groups.append(group)
     return groups
 
@@ -123,8 +123,10 @@ class TrainableSummary(NamedTuple):
 
 
 def _shortened(names: Sequence[str], most: int) -> str:
-    more = [f"{len(names) - most + 1} more"] if len(names) > most else []
-    return ", ".join([*names[: most - len(more)], *more])
+    shown = list(names)
+    if len(names) > most:
+        shown[most - 1 :] = [f"{len(names) - most + 1} more"]
+    return ", ".join(shown)
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

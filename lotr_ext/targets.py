@@ -187,20 +187,15 @@ def _linear_targets(
 
 def _is_selected(module: nn.Module, names: Sequence[str], config: LoTRConfig) -> bool:
     """Whether target_modules selects a module."""
+    has_sizes = features(module) is not None
     if config.everything:
-        return _is_linear(module)
-    if isinstance(config.target_modules, str) and features(module) is None:
-        return False  # a regular expression filters the layers that can be adapted
+        # Also quantized layers that are not an nn.Linear, such as HQQ's.
+        is_quantized = has_sizes and callable(getattr(module, "dequantize", None))
+        return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
+    # A regular expression filters the layers that can be adapted. A list names them.
+    if isinstance(config.target_modules, str) and not has_sizes:
+        return False
     return any(_matches(name, config.target_modules) for name in names)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" selects a module.
-
-    It also selects a quantized layer that is not an nn.Linear, such as HQQ's.
-    """
-    is_quantized = features(module) is not None and callable(getattr(module, "dequantize", None))
-    return isinstance(module, nn.Linear) or is_conv1d(module) or is_quantized
 
 
 def why_not_adapted(
@@ -465,7 +460,7 @@ def _check_patterns(model: nn.Module, config: LoTRConfig) -> None:
             continue
         names = parameters if field == "target_parameters" else modules
         patterns = [value] if isinstance(value, str) else [[ending] for ending in value or ()]
-        # One by one, so that a misspelt name among others does not adapt less than was meant.
+        # One by one, so that a misspelt name among others is noticed.
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
                 raise ValueError(

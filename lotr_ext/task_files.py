@@ -115,6 +115,6 @@ def factors_in_order(
         for part, factor in (("A", A), ("B", B)):
             owner = f"{part}_{factor.shape[0]}" if group_by == "width" else group
             entries.setdefault(id(factor), (owner, part, factor))
-    # By owner and part. Two factors never have both in common, so tensors are not compared.
+    # By owner and part, which do not depend on the order of the layers.
     in_order = sorted(entries.values(), key=lambda entry: entry[:2])
     return [(part, factor) for _, part, factor in in_order]

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,6 +334,7 @@ class _CachedTokens(NamedTuple):
     new: int  # given to the model
 
 
+@dataclass
 class _Request:
     """The state of the model in one open `use_tasks`, shared by all its layers.
 
@@ -343,12 +345,11 @@ class _Request:
         had_cache: Whether any forward in this context had a cache.
     """
 
-    def __init__(self, index: Tensor, *, flat: bool):
-        self.index = index
-        self.flat = flat
-        self.cached: _CachedTokens | None = None
-        self.had_cache = False
-        self._index_on = {index.device: index}
+    index: Tensor
+    flat: bool
+    cached: _CachedTokens | None = None
+    had_cache: bool = False
+    _index_on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def index_of(self, x: Tensor) -> Tensor:
         """Returns the tasks of the rows, or tokens, of an input of a layer.
@@ -360,10 +361,9 @@ class _Request:
             [b], [b, tokens] or [m].
         """
         # Copied once per device, not once per layer.
-        index = self._index_on.get(x.device)
-        if index is None:
-            index = self.index.to(x.device)
-            self._index_on[x.device] = index
+        if x.device not in self._index_on:
+            self._index_on[x.device] = self.index.to(x.device)
+        index = self._index_on[x.device]
         b = len(index)
         if self.flat and x.dim() == 2:
             tokens, rest = divmod(len(x), max(b, 1))

@@ -112,11 +112,6 @@ def _weight_of(host: nn.Module, parameter: str) -> Tensor:
     return weight.mT if host.is_transposed else weight
 
 
-def _bias_of(host: nn.Module, parameter: str) -> Tensor | None:
-    """Returns the bias [e, n] of a parameter, None if the host has none."""
-    return getattr(host, f"{parameter}_bias") if host.has_bias else None
-
-
 # ---- the adapter of one parameter ----------------------------------------------------------------
 
 
@@ -150,11 +145,6 @@ class LoTRHostedExperts(LoTRExperts):
     def weight(self) -> Tensor:
         """The host's W [e, n, k]."""
         return _weight_of(self.host, self.parameter)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The host's bias [e, n], None if it has none."""
-        return _bias_of(self.host, self.parameter)
 
     def _weight_to_write(self, caller: str) -> Tensor:
         weight = self.host._parameters.get(self.parameter)
@@ -243,7 +233,7 @@ def _project(
 ) -> Tensor:
     """Computes one projection of the rows, with its adapter if it has one."""
     weight = _weight_of(host, parameter)
-    bias = _bias_of(host, parameter)
+    bias = getattr(host, f"{parameter}_bias") if host.has_bias else None
     if dispatch.autocast_dtype(x) is None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     layer = getattr(host, CHILD)._modules.get(parameter)

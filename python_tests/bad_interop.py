@@ -135,6 +135,13 @@ _PEFT: list[Row] = [
         "adapter_names",
         _named(["default"] * 3, lambda model: model.eval().merge_adapter()),
     ),
+    (
+        "PEFT a state of other layers",
+        "adapter",
+        lambda: peft.set_peft_model_state_dict(
+            _tuned(target_modules=["q"]), peft.get_peft_model_state_dict(_tuned())
+        ),
+    ),
 ]
 _CONVERT: list[Row] = [
     ("export_lora of a plain model", "model", lambda: export_lora(zoo.net("mlp"), _folder())),

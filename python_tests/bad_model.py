@@ -281,6 +281,17 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
         "layers",
         lambda: load_adapter(trained("mlp", target_modules=["up"]), FOLDER / "dense"),
     ),
+    *(
+        (
+            f"load factors by {in_file} into a model by {in_model}",
+            "layers",
+            lambda in_file=in_file, in_model=in_model: load_adapter(
+                started("attention", group_by=in_model),
+                _saved(trained("attention", group_by=in_file)),
+            ),
+        )
+        for in_file, in_model in (("shape", "name"), ("name", "shape"), ("block", "layer"))
+    ),
     (
         "load another rank",
         "A",

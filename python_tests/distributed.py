@@ -6,6 +6,7 @@ returns the largest relative error of the parameters' changes, or of tensors tha
 count.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -50,33 +51,23 @@ Changes = dict[str, Tensor]  # how training changes each trained parameter
 
 
 class Block(nn.Module):
-    """A gated mix of q, k and v, which read one x, and o.
+    """A gated mix of q, k and v, which read one x, and o."""
 
-    Args:
-        checkpoints: "reentrant" or "non-reentrant" if backward recomputes the block, else None.
-    """
-
-    def __init__(self, checkpoints: str | None):
+    def __init__(self):
         super().__init__()
         for name in "qkvo":
             self.add_module(name, nn.Linear(WIDTH, WIDTH))
-        self.checkpoints = checkpoints
-
-    def mix(self, x: Tensor) -> Tensor:
-        return x + self.o(torch.tanh(self.q(x) * self.k(x) + self.v(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.checkpoints is None:
-            return self.mix(x)
-        return checkpoint(self.mix, x, use_reentrant=self.checkpoints == "reentrant")
+        return x + self.o(torch.tanh(self.q(x) * self.k(x) + self.v(x)))
 
 
 class Net(nn.Module):
     """Two blocks and a fully trained head: x [b, tokens, 24] -> [b, tokens, 5]."""
 
-    def __init__(self, checkpoints: str | None = None):
+    def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(checkpoints) for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,13 +80,21 @@ class Net(nn.Module):
 def build(
     checkpoints: str | None = None, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> Net:
-    """Returns an adapted Net, with the same values in all processes."""
+    """Returns an adapted Net, with the same values in all processes.
+
+    Args:
+        checkpoints: "reentrant" or "non-reentrant" if backward recomputes each block.
+        dtype: Of all parameters.
+        **settings: Other fields of CONFIG.
+    """
     torch.manual_seed(0)
     config = LoTRConfig(**{**vars(CONFIG), "adapter_dtype": dtype, **settings})
-    net = apply_lotr(Net(checkpoints).to(dtype), config)
-    for name, parameter in net.named_parameters():
-        if name.endswith(".core"):
-            nn.init.normal_(parameter, std=0.3)
+    net = apply_lotr(Net().to(dtype), config)
+    zoo.fill(net, only=lambda name: name.endswith(".core"))
+    if checkpoints is not None:
+        is_reentrant = checkpoints == "reentrant"
+        for block in net.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=is_reentrant)
     return net
 
 
@@ -146,22 +145,19 @@ def shard(net: Net, reshard: bool = False, **options: Any) -> Net:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def ddp(checkpoints: str | None = None, core: str = "dense", **options: Any) -> float:
-    net = DistributedDataParallel(build(checkpoints, core=core), **options)
-    return error(train(net, [dist.get_rank()]), train(build(core=core), [0, 1]))
-
-
-def fsdp2(checkpoints: str | None = None, reshard: bool = False, **settings: Any) -> float:
-    net = shard(build(checkpoints, **settings), reshard)
+def training(
+    wrap: Callable[[Net], nn.Module], checkpoints: str | None = None, **settings: Any
+) -> float:
+    """Trains a wrapped model in two processes, and the model on both batches in one."""
+    net = wrap(build(checkpoints, **settings))
     return error(train(net, [dist.get_rank()]), train(build(**settings), [0, 1]))
 
 
 def fsdp2_in_bfloat16(core: str) -> float:
     """FSDP2 that computes in bfloat16, against one process in float32. Returns 0 within 10 %."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    net = shard(build(core=core, dtype=torch.float32), mp_policy=policy)
-    expected = train(build(core=core, dtype=torch.float32), [0, 1])
-    relative_error = error(train(net, [dist.get_rank()]), expected)
+    wrap = partial(shard, mp_policy=policy)
+    relative_error = training(wrap, core=core, dtype=torch.float32)
     return relative_error * (relative_error >= 0.1)
 
 
@@ -215,23 +211,12 @@ def fsdp2_collectives() -> list[int]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
     net = shard(build())
-    counts = {"foreach_reduce": 0, "foreach_all_gather": 0}
-
-    def counted(name: str, real: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return real(*args, **kwargs)
-
-        return call
-
     net(batch(0, 0, torch.float64)).sum().backward()
-    real = {name: getattr(groups, name) for name in counts}
-    for name in counts:
-        setattr(groups, name, counted(name, real[name]))
-    net(batch(0, 1, torch.float64)).sum().backward()
-    for name in counts:
-        setattr(groups, name, real[name])
-    return list(counts.values())
+    names = ("foreach_reduce", "foreach_all_gather")
+    counted = {name: mock.Mock(wraps=getattr(groups, name)) for name in names}
+    with mock.patch.multiple(groups, **counted):
+        net(batch(0, 1, torch.float64)).sum().backward()
+    return [counted[name].call_count for name in names]
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -288,19 +273,19 @@ def functions_for_full_tensors() -> float:
     if dist.get_rank() == 0:
         save_adapter(build(), folder)
     dist.barrier()
-    accepted = 0.0
-    for call in (
+    calls = (
         lambda: save_adapter(model, folder),
         lambda: load_adapter(model, folder),
         lambda: merge(model),
         lambda: unload(model, merge=True),
-    ):
+    )
+    refusals = 0
+    for call in calls:
         try:
             call()
-            accepted += 1
         except TypeError as refusal:
-            accepted += "shard" not in str(refusal)
-    return accepted
+            refusals += "shard" in str(refusal)
+    return float(len(calls) - refusals)
 
 
 def a_tied_head() -> float:
@@ -316,36 +301,39 @@ def a_tied_head() -> float:
 
 def failure_reaches_all() -> float:
     """A save that fails in process 0. Returns the number of processes without an error."""
-    try:
+    without_error = torch.zeros(())
+    with contextlib.suppress(RuntimeError, OSError, ValueError):
         sharded.save_adapter(shard(build()), "/dev/null/adapter")
-        failed = 0.0
-    except (RuntimeError, OSError, ValueError):
-        failed = 1.0
-    count = torch.tensor(failed)
-    dist.all_reduce(count)
-    return 2.0 - count.item()
+        without_error.fill_(1)
+    dist.all_reduce(without_error)
+    return without_error.item()
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
+RESHARDED = partial(shard, reshard=True)
+FINDS_UNUSED = partial(DistributedDataParallel, find_unused_parameters=True)
 CHECKS: dict[str, Callable[[], Any]] = {
-    "ddp": ddp,
+    "ddp": partial(training, DistributedDataParallel),
     "ddp, a bucket view, static graph": partial(
-        ddp, static_graph=True, gradient_as_bucket_view=True
+        training,
+        partial(DistributedDataParallel, static_graph=True, gradient_as_bucket_view=True),
     ),
-    "ddp, find_unused_parameters": partial(ddp, find_unused_parameters=True),
-    "ddp, checkpoints": partial(ddp, "non-reentrant"),
-    "ddp, reentrant checkpoints": partial(ddp, "reentrant", static_graph=True),
-    "ddp, experts": partial(experts, partial(DistributedDataParallel, find_unused_parameters=True)),
+    "ddp, find_unused_parameters": partial(training, FINDS_UNUSED),
+    "ddp, checkpoints": partial(training, DistributedDataParallel, "non-reentrant"),
+    "ddp, reentrant checkpoints": partial(
+        training, partial(DistributedDataParallel, static_graph=True), "reentrant"
+    ),
+    "ddp, experts": partial(experts, FINDS_UNUSED),
     "ddp, saved and loaded": partial(saved_and_loaded, DistributedDataParallel),
     "ddp, saved by process 0": saved_by_process_0,
-    "fsdp2": fsdp2,
-    "fsdp2, resharded": partial(fsdp2, reshard=True),
-    "fsdp2, checkpoints": partial(fsdp2, "non-reentrant", reshard=True),
-    "fsdp2, one factor per width": partial(fsdp2, group_by="width"),
+    "fsdp2": partial(training, shard),
+    "fsdp2, resharded": partial(training, RESHARDED),
+    "fsdp2, checkpoints": partial(training, RESHARDED, "non-reentrant"),
+    "fsdp2, one factor per width": partial(training, shard, group_by="width"),
     "fsdp2, experts": partial(experts, shard_mixture),
     "fsdp2, saved and loaded": partial(saved_and_loaded, shard),
-    "fsdp2, saved and loaded, resharded": partial(saved_and_loaded, partial(shard, reshard=True)),
+    "fsdp2, saved and loaded, resharded": partial(saved_and_loaded, RESHARDED),
     "fsdp2 without shard_factors, saved and loaded": partial(
         saved_and_loaded, fully_shard, core="tucker"
     ),
@@ -358,10 +346,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
 
 for form in FORMS:
     CHECKS |= {
-        f"ddp, {form}": partial(ddp, core=form),
+        f"ddp, {form}": partial(training, DistributedDataParallel, core=form),
         f"ddp, {form}, saved": partial(saved_and_loaded, DistributedDataParallel, core=form),
-        f"fsdp2, {form}": partial(fsdp2, core=form),
-        f"fsdp2, {form}, checkpoints": partial(fsdp2, "non-reentrant", reshard=True, core=form),
+        f"fsdp2, {form}": partial(training, shard, core=form),
+        f"fsdp2, {form}, checkpoints": partial(training, RESHARDED, "non-reentrant", core=form),
         f"fsdp2, {form}, saved": partial(saved_and_loaded, shard, core=form),
         f"fsdp2, {form}, bfloat16": partial(fsdp2_in_bfloat16, form),
     }

@@ -14,6 +14,7 @@ Exit code 1: a fault survived, or its text is stale.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import re
@@ -32,7 +33,6 @@ import torch._dynamo
 import torch.testing
 import transformers  # noqa: F401
 import yaml
-from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "python_tests" / "data" / "mutants"
@@ -142,10 +142,9 @@ def run(mutant: Mutant, folder: Path) -> str:
 
 def build(folder: Path) -> bool:
     """Compiles the extension of the copy, only the CPU's part. Returns whether that worked."""
-    environment = {**os.environ, "LOTR_CUDA": "OFF", "LOTR_CPU_ISAS": "native"}
-    environment["LOTR_BUILD_DIR"] = str(folder / "build")
+    settings = {"LOTR_CUDA": "OFF", "LOTR_CPU_ISAS": "native", "LOTR_BUILD_DIR": f"{folder}/build"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    process = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True)
     return process.returncode == 0
 
 
@@ -156,9 +155,8 @@ def first_failure(folder: Path, tests: str) -> str | None:
         The name of the test that failed, None if all passed.
     """
     output = folder / "output"
-    process = multiprocessing.get_context("fork").Process(
-        target=run_tests, args=(folder, tests, output)
-    )
+    arguments = (folder, tests, output)
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
     process.start()
     process.join(TIME_LIMIT)
     if process.is_alive():
@@ -167,10 +165,9 @@ def first_failure(folder: Path, tests: str) -> str | None:
     all_passed_or_none_selected = (0, 5)
     if process.exitcode in all_passed_or_none_selected:
         return None
-    failures = re.findall(
-        r"^(?:FAILED|ERROR) (?:python_tests/)?(.*?)(?: - |$)", output.read_text(), re.M
-    )
-    return failures[0] if failures else tests
+    name_of_failure = r"^(?:FAILED|ERROR) (?:python_tests/)?(.*?)(?: - |$)"
+    failure = re.search(name_of_failure, output.read_text(), re.M)
+    return failure[1] if failure else tests
 
 
 def run_tests(folder: Path, tests: str, output: Path) -> None:
@@ -197,23 +194,26 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", help="part of a file's name or of a description")
-    parser.add_argument("--tenth", type=int, help="a number: only the faults with its last digit")
+    parser.add_argument(
+        "--tenth", type=int, help="a number: only every tenth fault, from its digit"
+    )
     parser.add_argument("--list", action="store_true", help="check the texts without a run")
-    parser.add_argument("--seconds", type=float, help="start no further fault after this time")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further fault after this time"
+    )
     return parser.parse_args()
 
 
-def is_selected(number: int, mutant: Mutant, arguments: argparse.Namespace) -> bool:
-    """Returns whether the command line names the fault with this number."""
-    text = f"{mutant.file} {mutant.fault}"
-    has_word = not arguments.words or any(word in text for word in arguments.words)
-    return has_word and (arguments.tenth is None or number % 10 == arguments.tenth % 10)
+def selected(arguments: argparse.Namespace) -> list[Mutant]:
+    """Returns the faults that the command line names."""
+    words = arguments.words or [""]
+    mutants = [m for m in read_mutants() if any(word in f"{m.file} {m.fault}" for word in words)]
+    return mutants if arguments.tenth is None else mutants[arguments.tenth % 10 :: 10]
 
 
 def run_all(mutants: list[Mutant], seconds: float) -> int:
     """Runs faults in a copy of the repository. Returns how many of them are not caught."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
     of_repository = (ROOT, ROOT / "python_tests")
@@ -223,30 +223,30 @@ def run_all(mutants: list[Mutant], seconds: float) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "mutated")
         copy_repository(folder)
-        for mutant in track(mutants, description="faults"):
+        for mutant in mutants:
             start = time.time()
             if start > deadline:
                 break
             outcomes.append(run(mutant, folder))
             duration = f"({time.time() - start:.0f} s)"
             print(f"{mutant.file}: {mutant.fault}: {outcomes[-1]} {duration}", flush=True)
-    missed = [outcome for outcome in outcomes if not outcome.startswith("caught")]
-    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} caught")
-    return len(missed)
+    caught = sum(outcome.startswith("caught") for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return len(outcomes) - caught
 
 
 def main() -> int:
     arguments = parse_arguments()
-    numbered = enumerate(read_mutants())
-    mutants = [mutant for number, mutant in numbered if is_selected(number, mutant, arguments)]
+    mutants = selected(arguments)
     if not mutants:
         print("mutants: expected words of a file's name or of a fault, got none that match.")
         return 1
     if not arguments.list:
-        return int(run_all(mutants, arguments.seconds or float("inf")) > 0)
-    stale = [mutant for mutant in mutants if stale_reason(mutant, ROOT) is not None]
-    for mutant in stale:
-        print(f"{mutant.file}: {mutant.fault}: STALE: {stale_reason(mutant, ROOT)}")
+        return int(run_all(mutants, arguments.seconds) > 0)
+    reasons = {mutant: stale_reason(mutant, ROOT) for mutant in mutants}
+    stale = {mutant: reason for mutant, reason in reasons.items() if reason is not None}
+    for mutant, reason in stale.items():
+        print(f"{mutant.file}: {mutant.fault}: STALE: {reason}")
     print(f"{len(mutants)} faults, {len(stale)} of them stale")
     return int(bool(stale))
 

@@ -31,9 +31,8 @@ for module in ("datasets", "diffusers"):  # imported by PEFT's tests, and not us
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         sys.modules[module] = mock.MagicMock()
 
-STARTED = {
-    "revision": "started"
-}  # a field that LoTR does not use: cores of such a configuration start at random values
+# A field that LoTR does not use. Cores of such a configuration start at random values.
+STARTED = {"revision": "started"}
 CONFIG = ours.LoTRPeftConfig
 _SMALL = {"scaling": 0.2}  # PEFT compares to 1e-5 at inputs up to 90, and sets the learning rates
 CASES = [

@@ -84,9 +84,7 @@ def check_readme(names: dict[str, object], output: str, folder: Path) -> None:
     (summary,) = [line for line in output.splitlines() if line.startswith("LoTR: ")]
     assert summary in " ".join(text.split())
     (command,) = re.findall(r"`python (-m lotr_ext.convert [^`]*)`", text)
-    program = [sys.executable, *shlex.split(command)]
-    process = subprocess.run(program, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
     assert (folder / "as-lora" / "adapter_model.safetensors").is_file()
 
 
@@ -105,7 +103,9 @@ CHECKS = {README: check_readme, DOCS / "hugging_face.md": check_trainer_block}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
-def test_python_blocks_run_in_order(page, folder, capsys):
+def test_python_blocks_run_in_order(
+    page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = run_blocks(page)
     if page in CHECKS:
         CHECKS[page](names, capsys.readouterr().out, folder)
@@ -121,17 +121,13 @@ def commands() -> list[str]:
 
 
 def help_of(program: list[str]) -> str:
-    command = [sys.executable, *program, "--help"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    return subprocess.check_output([sys.executable, *program, "--help"], cwd=ROOT, text=True)
 
 
 def program_of(words: list[str]) -> tuple[list[str], list[str]]:
     """Splits a command into the program that Python runs and its arguments."""
     if words[0] == "make":
-        target = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True)
-        assert target.returncode == 0
+        subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
         arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
         return MAKE_PROGRAMS.get(words[1], []), shlex.split(" ".join(arguments))
     if words[0] == "pip":
@@ -142,7 +138,7 @@ def program_of(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_exists(command):
+def test_every_command_exists(command: str) -> None:
     words = shlex.split(command.removeprefix("cd .. && "), comments=True)
     while "=" in words[0]:  # an environment variable
         words.pop(0)
@@ -166,7 +162,7 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_links_and_paths_exist(page):
+def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^\s*(?:```|~~~)(.*)$", text, re.MULTILINE)
     assert set(fences[::2]) <= {"python", "sh", "text"}
@@ -185,6 +181,6 @@ def test_links_and_paths_exist(page):
     assert not re.search(r"/(work|home|root|tmp)/", text)
 
 
-def test_the_api_page_has_every_public_name():
+def test_the_api_page_has_every_public_name() -> None:
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     assert [name for name in lotr_ext.__all__ if f"::: lotr_ext.{name}\n" not in page] == []

@@ -70,7 +70,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     not MINILM.is_dir(), reason="the model is missing: python examples/data.py minilm snippets"
 )
 @pytest.mark.parametrize("program", QUICK)
-def test_an_example_runs(program, language, tmp_path):
+def test_an_example_runs(program: str, language: list[str], tmp_path: Path) -> None:
     arguments, words = QUICK[program]
     options = arguments.format(out=tmp_path / "out", language=" ".join(language)).split()
     process = run(program, *options)
@@ -83,7 +83,7 @@ def test_an_example_runs(program, language, tmp_path):
         assert trained == {"head only": 770, "LoTR": 16130, "LoRA (PEFT)": 148226}
 
 
-def test_a_wrong_option_ends_with_one_line():
+def test_a_wrong_option_ends_with_one_line() -> None:
     process = run("per_example", "--rank", "0")
     assert process.returncode == 2
     assert "--rank: expected at least 1, got 0" in process.stderr.splitlines()[-1]

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,6 +38,7 @@ from models import (
     written_out,
 )
 from safetensors.torch import load_file
+from test_quantized import Dense
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -98,12 +100,8 @@ def bound_of(way: str) -> float:
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_starts_as_the_plain_model(name: str, way: str) -> None:
     x = zoo.inputs(name)
-    before = zoo.output(zoo.net(name), x)
-    after = zoo.output(started(name, way), x)
-    if way == "svd":
-        assert relative(after, before) < 1e-5
-    else:
-        assert torch.equal(after, before)
+    error = relative(zoo.output(started(name, way), x), zoo.output(zoo.net(name), x))
+    assert error <= (1e-5 if way == "svd" else 0)
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
@@ -124,57 +122,45 @@ def test_merge_is_exact_to_undo(name: str, way: str) -> None:
     x = zoo.inputs(name)
     before = state(model)
     adapted = zoo.output(model, x)
-    merge(model)
-    assert relative(zoo.output(model, x), adapted) < bound_of(way)
-    unmerge(model)
-    assert same(state(model), before)
-    merge(model, keep_backup=False, safe=True)
-    unmerge(model)
+    assert relative(zoo.output(merge(model), x), adapted) < bound_of(way)
+    assert same(state(unmerge(model)), before)
+    unmerge(merge(model, keep_backup=False, safe=True))
     assert relative(zoo.output(model, x), adapted) < bound_of(way)
 
 
+@pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize(("name", "way"), LINEAR)
-def test_unload_gives_the_plain_model_back(name: str, way: str) -> None:
+def test_unload_gives_plain_layers_back(name: str, way: str, merges: bool) -> None:
     plain = zoo.net(name)
     model = trained(name, way)
     x = zoo.inputs(name)
-    classes = {module_name: type(m) for module_name, m in plain.named_modules()}
-    merge(model)
-    assert unload(model) is model
-    assert {module_name: type(m) for module_name, m in model.named_modules()} == classes
-    if way == "svd":
-        assert worst(state(model).values(), state(plain).values()) < 1e-6
-    else:
-        assert same(state(model), state(plain))
+    expected = zoo.output(model if merges else plain, x)
+    if not merges:
+        merge(model)
+    assert unload(model, merge=merges) is model
+    assert relative(zoo.output(model, x), expected) < 2e-5
+    if not merges:
+        error = worst(model.state_dict().values(), plain.state_dict().values())
+        assert error <= (1e-6 if way == "svd" else 0)
+    assert [(key, type(m)) for key, m in model.named_modules()] == [
+        (key, type(m)) for key, m in plain.named_modules()
+    ]
     assert not [key for key in vars(model) if key.startswith("lotr")]
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     apply_lotr(model, config(name))  # nothing that would refuse a new adapter is left
-    assert relative(zoo.output(model, x), zoo.output(plain, x)) < 1e-5
-
-
-@pytest.mark.parametrize(("name", "way"), LINEAR)
-def test_unload_merges_on_request(name: str, way: str) -> None:
-    model = trained(name, way)
-    x = zoo.inputs(name)
-    adapted = zoo.output(model, x)
-    unload(model, merge=True)
-    assert model.state_dict().keys() == zoo.net(name).state_dict().keys()
-    assert relative(zoo.output(model, x), adapted) < 2e-5
+    assert relative(zoo.output(model, x), expected) < 2e-5
 
 
 @pytest.mark.parametrize(("name", "way"), LINEAR)
 def test_disabled_computes_the_plain_model(name: str, way: str) -> None:
     model = trained(name, way)
     x = zoo.inputs(name)
-    plain = zoo.output(zoo.net(name), x)
     adapted = zoo.output(model, x)
     with disabled(model):
         y = zoo.output(model, x)
-        if y.requires_grad:
-            y.sum().backward()
-    assert relative(y, plain) < (1e-5 if way == "svd" else 1e-7)
+    assert relative(y, zoo.output(zoo.net(name), x)) < (1e-5 if way == "svd" else 1e-7)
+    assert not y.requires_grad
     assert torch.equal(zoo.output(model, x), adapted)
-    assert all(p.grad is None for p in adapter_parameters(model))
 
 
 @pytest.mark.parametrize(
@@ -226,37 +212,28 @@ def test_gradient_checkpointing_of_transformers(name: str, reentrant: bool) -> N
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama"])
-def test_disabled_in_a_checkpoint_and_in_another_thread(name: str) -> None:
-    """A checkpoint recomputes in the state of its context; other threads do not see it."""
+def test_a_checkpoint_recomputes_in_the_state_of_its_context(name: str) -> None:
     model = trained(name)
     x = zoo.inputs(name)
-    adapted = zoo.output(model, x)
-    with disabled(model), ThreadPoolExecutor(1) as pool:
-        in_thread = pool.submit(zoo.output, model, x).result()
+    with disabled(model):
         anchor = torch.zeros((), requires_grad=True)
         y = checkpoint(lambda a: zoo.output(model, x) + a, anchor, use_reentrant=False)
         y.sum().backward()
-    assert torch.equal(in_thread, adapted)
     assert relative(y, zoo.output(zoo.net(name), x)) < 1e-7
     assert all(p.grad is None for p in adapter_parameters(model))
 
 
-@pytest.mark.parametrize("closed_by", ["another thread", "the first one first"])
-def test_contexts_that_close_out_of_order_leave_the_adapter_on(
-    x: Tensor, model: nn.Module, closed_by: str
-) -> None:
+def test_contexts_of_other_threads_and_out_of_order(x: Tensor, model: nn.Module) -> None:
     adapted = model(x)
     first = disabled(model)
+    second = disabled(model)
     first.__enter__()
+    second.__enter__()
     assert not torch.equal(model(x), adapted)
-    if closed_by == "another thread":
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(first.__exit__, None, None, None).result()
-    else:
-        second = disabled(model)
-        second.__enter__()
-        first.__exit__(None, None, None)
-        second.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(model, x).result(), adapted)
+        pool.submit(first.__exit__, None, None, None).result()
+    second.__exit__(None, None, None)
     assert torch.equal(model(x), adapted)
 
 
@@ -284,41 +261,15 @@ GROUPS = [
 
 @pytest.mark.parametrize(("name", "by", "factors", "pairs"), GROUPS)
 def test_groups_share_factors(name: str, by: object, factors: int, pairs: int) -> None:
-    model = apply_lotr(
-        zoo.net(name), LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by)
-    )
-    assert len(model.lotr_factors) == factors
+    settings = LoTRConfig(rank=2, target_modules=zoo.TARGETS[name], group_by=by)
+    model = apply_lotr(zoo.net(name), settings)
+    layers = adapted_layers(model)
+    assert {f for m in layers.values() for f in m.factors.children()} == {*model.lotr_factors}
     assert trainable_summary(model).groups == pairs
-    owned = {id(f) for f in model.lotr_factors}
-    assert all({id(m.factors.A), id(m.factors.B)} <= owned for m in adapted_layers(model).values())
     keys = [key for key in model.state_dict() if "lotr_" in key]
     assert keys == [f"lotr_factors.{i}.value" for i in range(factors)]
-    if callable(by):
-        assert model.lotr_config.group_by == {
-            n: by(n, None) for n in adapted_layers(model)
-        }  # it can be saved
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("name", "left_names", "reason"),
-    [
-        ("llama", {"lm_head"}, "the output layer"),
-        ("bert", {"classifier"}, "a head"),
-        ("gpt2", {"lm_head"}, "tied"),
-        ("mixture", {"lm_head", *(f"model.layers.{i}.mlp.experts" for i in (0, 1))}, "3-D|output"),
-    ],
-)
-def test_all_linear_reports_what_it_leaves_out(
-    name: str, left_names: set[str], reason: str
-) -> None:
-    model = apply_lotr(zoo.net(name), LoTRConfig(rank=2))
-    summary = trainable_summary(model)
-    reasons = {name: why for why, names in summary.left_out.items() for name in names}
-    assert set(reasons) >= left_names
-    assert not set(reasons) & set(adapted_layers(model))
-    assert all(re.search(reason, reasons[name]) for name in left_names), reasons
-    assert str(summary).count("left out:") == len(summary.left_out)
+    if callable(by):  # a mapping can be saved
+        assert model.lotr_config.group_by == {key: by(key, None) for key in layers}
 
 
 PLACES = {
@@ -365,13 +316,78 @@ def shared_memory() -> nn.Module:
     return model
 
 
+class Router(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def reads() -> nn.Module:
+    """Layers that "all-linear" leaves out for what they are, and one that it wraps."""
+    tied = nn.Linear(8, 8)
+    return zoo.Children(
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+        router=Router(8, 8),
+        doubled=Doubled(8, 8),
+        tied=tied,
+        embed=nn.Embedding(8, 8, _weight=tied.weight),
+    )
+
+
+class Attention(zoo.Children):
+    """Projections that can be fused, as in diffusers."""
+
+    fused_projections = False
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        self.to_qkv = nn.Linear(8, 24, bias=False)
+        weights = [part.weight for part in (self.to_q, self.to_k, self.to_v)]
+        self.to_qkv.weight.data.copy_(torch.cat(weights))
+        self.fused_projections = fuse
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused_projections:
+            return self.to_qkv(x)
+        return torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], -1)
+
+
+def fusible() -> Attention:
+    return Attention(**{f"to_{name}": nn.Linear(8, 8, bias=False) for name in "qkv"})
+
+
+def fused() -> nn.Module:
+    model = nn.ModuleDict({"attention": fusible()})
+    model["attention"].fuse_projections()
+    return model
+
+
+def inner_bert() -> nn.Module:
+    return nn.ModuleDict({"inner": zoo.net("bert")})
+
+
+def three_layers() -> nn.Module:
+    """A container names its children by numbers, as a model names its factors."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+
+
+def network(net: str | Callable[[], nn.Module]) -> nn.Module:
+    return zoo.net(net) if isinstance(net, str) else net()
+
+
 UPS = ["blocks.0.up", "blocks.1.up"]
 DOWNS = ["blocks.0.down", "blocks.1.down"]
 LLAMA_BLOCK = [
     *(f"model.layers.1.self_attn.{n}_proj" for n in "qkvo"),
     *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")),
 ]
-DOWN_EXPERTS = [f"model.layers.{i}.mlp.experts.lotr.down_proj" for i in (0, 1)]
+QUERIES = [f"inner.bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+PATTERN = r".*\.(query|classifier)"
+EXPERTS = [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+DOWN_EXPERTS = [f"{experts}.lotr.down_proj" for experts in EXPERTS]
 # A network, settings, the adapted layers, and the modules that are saved.
 SELECTED = [
     ("mlp", {}, [UPS[0], DOWNS[0], UPS[1], DOWNS[1], "head"], ()),
@@ -415,6 +431,9 @@ SELECTED = [
         ("classifier", "pre_classifier"),
     ),
     (shared_memory, {}, ["c"], ()),
+    (reads, {}, ["doubled"], ()),
+    (fused, {}, ["attention.to_qkv"], ()),
+    (three_layers, {"modules_to_save": ["1", "2"], "train": ["core"]}, ["0"], ("1", "2")),
 ]
 
 
@@ -426,78 +445,59 @@ def test_selects_layers(
     selected: list[str],
     saved: tuple[str, ...],
 ) -> None:
-    plain = zoo.net(net) if isinstance(net, str) else net()
+    plain = network(net)
+    endings = tuple(f".{ending}" for ending in saved)
+    saved_names = [name for name, _ in plain.named_modules() if f".{name}".endswith(endings)]
     model = apply_lotr(plain, LoTRConfig(rank=2, **settings))
     assert list(adapted_layers(model)) == selected
     assert (model.lotr_config.modules_to_save or ()) == saved
+    assert list(saved_modules(model, model.lotr_config)) == saved_names
     for name, parameter in model.named_parameters():
-        is_saved = any(f".{end}." in f".{name}" for end in saved)
         if "lotr_" not in name and not name.endswith("core"):
+            is_saved = any(name.startswith(f"{module}.") for module in saved_names)
             assert parameter.requires_grad == is_saved, name
 
 
-QUERIES = [f"inner.bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
-PATTERN = r".*\.(query|classifier)"
-# Settings for a model in another one, what is left out, and the number of adapted layers.
+# A model, settings, a part of the reason for each layer that is left out, and how many are adapted.
 LEFT_OUT = [
-    ({}, {"inner.classifier"}, 13),
-    ({"target_modules": ["classifier", "query"]}, set(), 3),
-    ({"target_modules": PATTERN, "exclude_modules": ["1.attention.self.query"]}, {QUERIES[1]}, 2),
-    ({"target_modules": ["query"], "modules_to_save": ["layer.0"]}, {QUERIES[0]}, 1),
+    ("llama", {}, {"lm_head": "the output layer"}, 14),
+    ("gpt2", {}, {"lm_head": "tied"}, 8),
+    ("mixture", {}, {"lm_head": "the output layer", **dict.fromkeys(EXPERTS, "3-D")}, 8),
+    (inner_bert, {}, {"inner.classifier": "a head"}, 13),
+    (inner_bert, {"target_modules": ["classifier", "query"]}, {}, 3),
+    (
+        inner_bert,
+        {"target_modules": PATTERN, "exclude_modules": ["1.attention.self.query"]},
+        {QUERIES[1]: "exclude_modules"},
+        2,
+    ),
+    (
+        inner_bert,
+        {"target_modules": ["query"], "modules_to_save": ["layer.0"]},
+        {QUERIES[0]: "modules_to_save"},
+        1,
+    ),
+    (
+        reads,
+        {},
+        {"attention.out_proj": "MultiheadAttention", "router": "its forward", "tied": "tied"},
+        1,
+    ),
+    (fused, {}, dict.fromkeys([f"attention.to_{name}" for name in "qkv"], "to_qkv"), 1),
 ]
 
 
 @pytest.mark.filterwarnings("ignore")  # the head stays frozen
-@pytest.mark.parametrize(("settings", "left_names", "count"), LEFT_OUT)
-def test_the_summary_says_what_was_named_and_left_out(
-    settings: dict, left_names: set[str], count: int
+@pytest.mark.parametrize(("net", "settings", "left_out", "count"), LEFT_OUT)
+def test_the_summary_says_what_was_left_out_and_why(
+    net: str | Callable[[], nn.Module], settings: dict, left_out: dict[str, str], count: int
 ) -> None:
-    model = nn.ModuleDict({"inner": zoo.net("bert")})
-    summary = trainable_summary(apply_lotr(model, LoTRConfig(rank=2, **settings)))
-    assert {name for names in summary.left_out.values() for name in names} == left_names
+    summary = trainable_summary(apply_lotr(network(net), LoTRConfig(rank=2, **settings)))
+    reasons = {name: reason for reason, names in summary.left_out.items() for name in names}
+    assert reasons.keys() == left_out.keys()
+    assert all(left_out[name] in reason for name, reason in reasons.items()), reasons
+    assert str(summary).count("left out:") == len(summary.left_out)
     assert summary.layers == count
-
-
-class Router(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x), x
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Reads(zoo.Children):
-    """Layers that "all-linear" leaves out for what they are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tied(self.doubled(self.router(self.attention(x, x, x)[0])[0]))
-
-
-def reads() -> nn.Module:
-    tied = nn.Linear(8, 8)
-    return Reads(
-        attention=nn.MultiheadAttention(8, 2, batch_first=True),
-        router=Router(8, 8),
-        doubled=Doubled(8, 8),
-        tied=tied,
-        embed=nn.Embedding(8, 8, _weight=tied.weight),
-    ).eval()
-
-
-def test_all_linear_leaves_out_what_an_adapter_would_break() -> None:
-    model = apply_lotr(reads(), LoTRConfig(rank=2))
-    assert {name: type(m) for name, m in adapted_layers(model).items()} == {"doubled": LoTRWrapped}
-    left_out = list(trainable_summary(model).left_out.values())
-    assert left_out == [["attention.out_proj"], ["router"], ["tied"]]
-    x = torch.randn(2, 3, 8)
-    before = model(x)
-    moved(model)
-    assert not torch.equal(model(x), before)
-    for name in ("out_proj", "router", "tied"):
-        with refused("target_modules", ValueError):
-            apply_lotr(reads(), LoTRConfig(rank=2, target_modules=[name]))
 
 
 def test_encoder_layers_run_their_adapters_also_without_gradients() -> None:
@@ -505,69 +505,52 @@ def test_encoder_layers_run_their_adapters_also_without_gradients() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     plain = nn.TransformerEncoder(layer, 2).eval()
     model = copy.deepcopy(plain)
-    x = torch.randn(2, 3, 8)
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    mask[0, 2] = True
+    inputs = {"src": torch.randn(2, 3, 8), "src_key_padding_mask": torch.eye(2, 3).bool()}
     moved(apply_lotr(model, LoTRConfig(rank=2, target_modules=["linear1", "linear2"])))
-    expected = model(x, src_key_padding_mask=mask)
+    expected = model(**inputs)
     with torch.inference_mode():
-        assert relative(model(x, src_key_padding_mask=mask), expected) < 1e-6
+        assert relative(model(**inputs), expected) < 1e-6
         unload(model)
-        assert torch.equal(model(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask))
+        assert torch.equal(model(**inputs), plain(**inputs))
 
 
 def test_a_layer_in_two_places_stays_one_layer() -> None:
     layer = nn.Linear(4, 4)
+    layer.tag = "kept"
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Tanh())})
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["a"]))
     assert model["a"] is model["b"][0]
     assert list(adapted_layers(model)) == ["a"]
     unload(model)
     assert model["a"] is model["b"][0] is layer
+    assert layer.tag == "kept"
 
 
 class Pipeline(nn.Sequential):
-    """Runs and saves its children one after another, as sentence-transformers does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _, module in self.named_children():
-            x = module.encode(x)
-        return x
-
-    def save(self, folder: Path) -> list[str]:
-        for index, module in enumerate(self._modules.values()):
-            torch.save(module.to_save(), folder / str(index))
-        return [type(module).__name__ for module in self]
+    """A container by inheritance, as sentence-transformers' models are."""
 
 
-class Stage(zoo.Children):
-    def encode(self, x: Tensor) -> Tensor:
-        return self.head(self.model(x))
-
-    def to_save(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-
-def stage() -> Stage:
-    return Stage(model=zoo.Mlp(), head=nn.Linear(3, zoo.WIDTH))
+def names_of_a_layer() -> nn.Module:
+    """A model that uses the names of an adapted layer's parts."""
+    names = ("core", "factors", "lotr")
+    model = nn.Sequential(OrderedDict({name: nn.Linear(16, 16) for name in names}))
+    model.weight = nn.Parameter(torch.ones(16))
+    return model
 
 
 CONTAINERS = {
     "layers": lambda: nn.Sequential(nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 16)),
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 6)), nn.Linear(6, 16)),
     "blocks": lambda: nn.Sequential(zoo.Mlp(), nn.Linear(3, 16)),
-    "pipeline": lambda: Pipeline(stage(), stage()),
+    "subclass": lambda: Pipeline(zoo.Mlp(), nn.Linear(3, 16)),
+    "names": names_of_a_layer,
     "list": lambda: nn.ModuleList([nn.Linear(16, 16), zoo.Mlp()]),
     "dict": lambda: nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)}),
 }
 
 
 def run(container: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(container, nn.Sequential):
-        return container(x)
-    for module in container.children():
-        x = module(x)
-    return x
+    return nn.Sequential(*container.children())(x)
 
 
 @pytest.mark.filterwarnings("ignore")  # tasks are saved separately
@@ -580,21 +563,18 @@ def test_the_children_of_a_container_stay_its_only_children(
     settings = LoTRConfig(rank=2, scaling=1.5, core=core)
     model = moved(apply_lotr(copy.deepcopy(plain), settings))
     lotr_ext.TaskBank(model, 1).add()
-    assert len(model) == len(plain) == len(list(model))
     assert [n for n, _ in model.named_children()] == [n for n, _ in plain.named_children()]
     assert {id(p) for p in lotr_parameters(model)} <= {id(p) for p in model.parameters()}
     y = run(model, x)
     with disabled(model):
         assert relative(run(model, x), run(plain, x)) < 1e-6 < relative(y, run(plain, x))
-    if name == "pipeline":
-        assert model.save(tmp_path) == ["Stage", "Stage"]
     # A copy, a state_dict and a file hold the adapter.
     other = apply_lotr(copy.deepcopy(plain), settings)
     lotr_ext.TaskBank(other, 1)
     other.load_state_dict(model.state_dict())
     assert torch.equal(run(copy.deepcopy(model), x), y) and torch.equal(run(other, x), y)
-    lotr_ext.save_adapter(model, tmp_path / "adapter")
-    loaded = lotr_ext.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
+    lotr_ext.save_adapter(model, tmp_path)
+    loaded = lotr_ext.load_adapter(copy.deepcopy(plain), tmp_path)
     assert torch.equal(run(loaded, x), y)
     assert loaded.lotr_config == settings
     unload(model)
@@ -617,72 +597,44 @@ def test_a_container_loads_a_file_whose_factors_it_registered(
     assert worst(adapter_parameters(loaded), adapter_parameters(model)) == 0
 
 
-def test_modules_to_save_are_not_the_factors_of_a_container() -> None:
-    """The factors are named by numbers, as the children of a container are."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-    apply_lotr(model, LoTRConfig(rank=2, modules_to_save=["1", "2"], train=["core"]))
-    assert list(saved_modules(model, model.lotr_config)) == ["1", "2"]
-
-
 def test_wraps_hooked_and_parametrized_layers(x: Tensor) -> None:
-    model = zoo.net("mlp")
-    hook_calls = []
-    model.blocks[0]["down"].register_forward_hook(lambda *_: hook_calls.append(1))
-    parametrizations.weight_norm(model.blocks[1]["up"])
-    plain = copy.deepcopy(model)
-    before = plain(x)
-    state_before = state(plain)
-    hook_calls.clear()
-    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
-    kinds = {name: type(m).__name__ for name, m in adapted_layers(model).items()}
-    assert [n for n, kind in kinds.items() if kind == "LoTRWrapped"] == [
-        "blocks.0.down",
-        "blocks.1.up",
-    ]
-    assert not torch.equal(model(x), before)
-    assert hook_calls
+    plain = zoo.net("mlp")
+    hook = mock.Mock(return_value=None)
+    plain.blocks[0]["down"].register_forward_hook(hook)
+    parametrizations.weight_norm(plain.blocks[1]["up"])
+    model = moved(apply_lotr(copy.deepcopy(plain), LoTRConfig(rank=2, scaling=1.5)))
+    layers = adapted_layers(model)
+    wrapped = [name for name, layer in layers.items() if isinstance(layer, LoTRWrapped)]
+    assert wrapped == ["blocks.0.down", "blocks.1.up"]
+    assert not torch.equal(model(x), plain(x))
+    assert model.blocks[0]["down"].base_layer._forward_hooks
     with unchanged(model), pytest.raises(TypeError, match="blocks"):  # of the weight norm
         merge(model)
-    assert not any(m.merged for m in adapted_layers(model).values())
+    assert not any(layer.merged for layer in layers.values())
     unload(model)
-    assert same(state(model), state_before)
-    assert torch.equal(model(x), before)
+    assert same(state(model), state(plain))
+    assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize("keep_backup", [True, False])
-def test_merge_changes_all_layers_or_none(model: nn.Module, keep_backup: bool) -> None:
-    model.blocks[1]["down"].core.data[0, 0] = float("inf")
-    with unchanged(model), pytest.raises(ValueError, match="finite"):
-        merge(model, safe=True, keep_backup=keep_backup)
-    assert not any(m.merged for m in adapted_layers(model).values())
-
-
-class NamesOfALayer(zoo.Children):
-    """Uses names of an adapted layer for its children."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lotr(self.factors(self.core(x))) * self.weight
-
-
-def test_a_model_may_use_the_names_of_adapted_layers() -> None:
-    layers = {name: nn.Linear(4, 4) for name in ("core", "factors", "lotr")}
-    model = NamesOfALayer(**layers, weight=nn.Parameter(torch.ones(4)))
-    x = torch.randn(2, 4)
-    y = model(x)
-    moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
-    assert len(adapted_layers(model)) == 3
-    assert relative(model(x), y) > 1e-3
-    unload(model)
-    assert torch.equal(model(x), y)
-
-
-def test_attributes_that_others_put_on_a_layer_are_there_after_unload() -> None:
-    model = zoo.net("mlp")
-    up = model.blocks[0]["up"]
-    up.tag = "kept"
-    unload(apply_lotr(model, LoTRConfig(rank=2)))
-    assert model.blocks[0]["up"] is up
-    assert up.tag == "kept"
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"safe": True}, ValueError),
+        ({"safe": True, "keep_backup": False}, ValueError),
+        ({}, KeyboardInterrupt),
+    ],
+)
+def test_merge_changes_all_layers_or_none(
+    model: nn.Module, options: dict, error: type[BaseException]
+) -> None:
+    last = model.blocks[1]["down"]
+    if error is KeyboardInterrupt:
+        last.merge = mock.Mock(side_effect=KeyboardInterrupt)
+    else:
+        last.core.data[0, 0] = float("inf")
+    with unchanged(model), pytest.raises(error):
+        merge(model, **options)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -712,53 +664,27 @@ def test_a_checkpoint_of_transformers_has_the_factors_once(tmp_path: Path) -> No
     assert torch.equal(zoo.output(other, x), y)
 
 
-class Quantized(nn.Module):
-    """A linear layer that is read by dequantize()."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features = 16
-        self.out_features = 16
-        self.codes = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
-        self.bias = None
-
-    def dequantize(self) -> Tensor:
-        return self.codes.float() / 16
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantize())
-
-
 def test_unmerge_changes_all_layers_or_none(x: Tensor) -> None:
-    model = nn.Sequential(nn.Linear(16, 16), Quantized())
+    model = nn.Sequential(nn.Linear(16, 16), Dense(nn.Linear(16, 16)))
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.5)))
     merge(model, keep_backup=False, dequantize=True)
-    weight = model[0].weight.clone()
+    y = model(x)
     with refused("unmerge", RuntimeError):
         unmerge(model)
-    assert model[0].merged
-    assert torch.equal(model[0].weight, weight)
-    y = model(x)
+    assert model[0].merged and torch.equal(model(x), y)
     unload(model, merge=True)
     assert torch.equal(model(x), y)
 
 
-def test_an_interrupted_merge_merges_nothing(model: nn.Module) -> None:
-    model.blocks[1]["down"].merge = mock.Mock(side_effect=KeyboardInterrupt)
-    with unchanged(model), pytest.raises(KeyboardInterrupt):
-        merge(model)
-    assert not any(layer.merged for layer in adapted_layers(model).values())
-
-
-@pytest.mark.parametrize("wrap", [False, True])
-def test_a_weight_that_was_tied_later_is_not_merged(wrap: bool) -> None:
+@pytest.mark.parametrize("hooks", [0, 1])
+def test_a_weight_that_was_tied_later_is_not_merged(hooks: int) -> None:
     model = zoo.net("mlp")
-    weight = model.blocks[0]["up"].weight
-    if wrap:
-        model.blocks[0]["up"].register_forward_hook(lambda *_: None)
+    layer = model.blocks[0]["up"]
+    for _ in range(hooks):
+        layer.register_forward_hook(lambda *_: None)
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["up"]))
-    assert isinstance(model.blocks[0]["up"], LoTRWrapped) is wrap
-    model.other = zoo.Children(weight=weight)
+    assert isinstance(model.blocks[0]["up"], LoTRWrapped) is bool(hooks)
+    model.other = zoo.Children(weight=layer.weight)
     with refused("merge", RuntimeError):
         merge(model)
 
@@ -767,7 +693,7 @@ def test_a_model_around_an_adapted_one_is_unloaded(model: nn.Module) -> None:
     bank = lotr_ext.TaskBank(model, 1)
     unload(nn.ModuleDict({"inner": model, "head": nn.Linear(3, 3)}))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    assert set(model.state_dict()) == set(zoo.net("mlp").state_dict())
+    assert model.state_dict().keys() == zoo.net("mlp").state_dict().keys()
     assert not any(key.startswith("lotr") for key in vars(model))
     assert len(bank) == 0  # it was alive until here
 
@@ -786,15 +712,13 @@ def test_a_single_layer_is_unloaded_to_its_plain_layer() -> None:
 def test_summary_groups_and_parameters_count_the_same() -> None:
     model = started("bert", modules_to_save=["classifier"])
     summary = trainable_summary(model)
-    assert summary.layers == len(adapted_layers(model)) == 8
+    assert summary.layers == 8
     r = 3
     assert summary.adapter == 8 * r * r + r * (16 + 16) + r * (24 + 16)
     assert summary.adapter == sum(p.numel() for p in lotr_parameters(model))
     assert summary.trained == summary.adapter + 16 * 3 + 3
     assert summary.parts == ("A", "B", "core", "classifier")
     assert summary.total == sum(p.numel() for p in model.parameters())
-    assert "8 layers, 2 pairs of factors" in str(summary)
-    assert "rank=3" in str(model)
     groups = parameter_groups(model, 1e-3, other_lr=1e-2)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == {"cores": 1e-3, "factors": 1e-3, "other": 1e-2}
@@ -812,10 +736,10 @@ def test_a_bank_that_trains_is_among_the_parameters() -> None:
     assert set(without_bank).isdisjoint(bank.parameters())
     bank.requires_grad_()
     assert set(lotr_parameters(model)) == {*without_bank, *bank.parameters()}
-    cores, factors, other = parameter_groups(model)
-    assert set(bank.parameters()) < set(cores["params"])
-    assert len(factors["params"]) == 4
-    assert set(other["params"]) == set(model.head.parameters())
+    cores, factors, other = (set(group["params"]) for group in parameter_groups(model))
+    assert set(bank.parameters()) < cores
+    assert len(factors) == 4
+    assert other == set(model.head.parameters())
 
 
 # The sizes that docs/choosing.md measures: (size, rank, core, group_by).
@@ -877,21 +801,34 @@ def test_only_the_named_parts_are_trained(x: Tensor, train: tuple[str, ...]) -> 
         assert {part for part, p in parts.items() if p.grad is not None} == set(train)
 
 
-def test_a_head_that_stays_frozen_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="classifier stays frozen") as caught:
-        model = apply_lotr(zoo.net("bert"), LoTRConfig(rank=2, target_modules=["query"]))
-    assert len(caught) == 1
-    assert not model.classifier.weight.requires_grad
+# A model, the type of its task, and the warnings.
+TASK_TYPES = [("bert", None, 1), ("bert", "SEQ_CLS", 0), ("llama", "CAUSAL_LM", 0)]
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_task_type_trains_the_head_of_its_task() -> None:
-    settings = LoTRConfig(rank=2, target_modules=["query"], task_type="SEQ_CLS")
-    model = apply_lotr(zoo.net("bert"), settings)
-    assert model.lotr_config.modules_to_save == ("classifier",)
-    apply_lotr(zoo.net("llama"), LoTRConfig(rank=2, task_type="CAUSAL_LM"))
+@pytest.mark.parametrize(("name", "task_type", "count"), TASK_TYPES)
+def test_a_head_that_stays_frozen_is_warned_of(
+    name: str, task_type: str | None, count: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    settings = LoTRConfig(rank=2, target_modules=r".*(query|q_proj)", task_type=task_type)
+    apply_lotr(zoo.net(name), settings)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == count and all("classifier stays frozen" in m for m in messages)
 
 
+ROBERTA = partial(RobertaModel, RobertaConfig(vocab_size=50265), add_pooling_layer=False)
+QWEN3 = partial(
+    Qwen3MoeForCausalLM,
+    Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    ),
+)
+# The paper, query and value of RoBERTa-base: S r^2 + 2 r d numbers.
 COUNTS = {
     1: 1560,
     2: 3168,
@@ -903,35 +840,23 @@ COUNTS = {
     80: 276480,
     88: 321024,
 }
+# Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once.
+COUNT_OF_QWEN3 = 2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048)
+COUNTED = [
+    *((ROBERTA, {"rank": r, "target_modules": ["query", "value"]}, n) for r, n in COUNTS.items()),
+    (QWEN3, {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}, COUNT_OF_QWEN3),
+]
 
 
-@pytest.mark.parametrize(("rank", "count"), COUNTS.items())
-def test_counts_of_the_paper_on_a_model_without_memory(rank: int, count: int) -> None:
-    """RoBERTa-base, query and value: S r^2 + 2 r d numbers."""
+@pytest.mark.parametrize(("make", "settings", "count"), COUNTED)
+def test_counts_of_models_without_memory(
+    make: Callable[[], nn.Module], settings: dict, count: int
+) -> None:
     with torch.device("meta"):
-        model = RobertaModel(RobertaConfig(vocab_size=50265), add_pooling_layer=False)
-    apply_lotr(model, LoTRConfig(rank=rank, target_modules=["query", "value"]))
-    assert trainable_summary(model).adapter == count
-    assert all(p.is_meta for p in model.parameters())
-
-
-def test_counts_of_a_large_mixture_without_memory() -> None:
-    """Qwen3-30B-A3B: each of 128 experts has two cores per layer, each factor is there once."""
-    size = Qwen3MoeConfig(
-        hidden_size=2048,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-    )
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(size)
-    apply_lotr(model, LoTRConfig(rank=16, target_parameters=["gate_up_proj", "down_proj"]))
-    count = 2 * 48 * 128 * 16**2 + 16 * (2048 + 1536 + 768 + 2048)
-    summary = trainable_summary(model)
+        model = make()
+    summary = trainable_summary(apply_lotr(model, LoTRConfig(**settings)))
     assert summary.adapter == summary.trained == count
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_another_default_device_changes_nothing(x: Tensor) -> None:
@@ -943,31 +868,31 @@ def test_another_default_device_changes_nothing(x: Tensor) -> None:
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
-def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path) -> None:
-    """accelerate keeps the weights on the meta device between two forwards."""
+def offloaded() -> nn.Module:
+    """Returns the zoo's Llama with weights that are on the meta device between forwards."""
     accelerate = pytest.importorskip("accelerate")
+    model = zoo.net("llama")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    return model
 
-    def offloaded() -> nn.Module:
-        model = zoo.net("llama")
-        accelerate.cpu_offload(model, torch.device("cpu"))
-        assert {p.device.type for p in model.parameters()} == {"meta"}
-        return model
 
+def test_an_adapter_over_offloaded_layers_is_in_memory_and_trains(tmp_path: Path) -> None:
     in_memory = trained("llama")
     x = zoo.inputs("llama")
     model = moved(apply_lotr(offloaded(), config("llama")))
     assert {p.device.type for p in lotr_parameters(model)} == {"cpu"}
-    y = zoo.output(in_memory, x)
-    assert relative(zoo.output(model, x), y) < 1e-6
-    zoo.output(model, x).square().sum().backward()
-    y.square().sum().backward()
-    gradients = [p.grad for p in adapter_parameters(model)]
-    assert worst(gradients, [p.grad for p in adapter_parameters(in_memory)]) < 1e-5
+    y = zoo.output(model, x)
+    y_in_memory = zoo.output(in_memory, x)
+    gradients = torch.autograd.grad(y.square().sum(), adapter_parameters(model))
+    expected = torch.autograd.grad(y_in_memory.square().sum(), adapter_parameters(in_memory))
+    assert worst([y, *gradients], [y_in_memory, *expected]) < 1e-5
     with refused("merge", RuntimeError):
         merge(model)
     lotr_ext.save_adapter(model, tmp_path)
     for base in (zoo.net("llama"), offloaded()):
-        assert relative(zoo.output(lotr_ext.load_adapter(base, tmp_path), x), y) < 1e-6
+        loaded = lotr_ext.load_adapter(base, tmp_path)
+        assert relative(zoo.output(loaded, x), y_in_memory) < 1e-6
 
 
 class Idle(zoo.Children):
@@ -1068,12 +993,8 @@ def test_an_optimizer_for_the_head_and_one_for_the_adapter_are_right(parts: tupl
 
 def test_training_after_a_merge_is_noticed_also_later(x: Tensor) -> None:
     model = with_head()
-    parameters = trained_parameters(model)
-    assert not at_first_step(model, parameters, x)
-    merge(model)
-    assert len(at_first_step(model, parameters, x)) == 1
-    unmerge(model)
-    assert not at_first_step(model, parameters, x)
+    for change, count in ((nn.Module.train, 0), (merge, 1), (unmerge, 0)):
+        assert len(at_first_step(change(model), trained_parameters(model), x)) == count
 
 
 def test_importing_the_package_registers_no_hook() -> None:
@@ -1082,30 +1003,6 @@ def test_importing_the_package_registers_no_hook() -> None:
         "import lotr_ext.tasks, lotr_ext.convert; assert not o._global_optimizer_post_hooks"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class Attention(zoo.Children):
-    """Projections that can be fused, as in diffusers."""
-
-    fused_projections = False
-
-    @torch.no_grad()
-    def fuse_projections(self, fuse: bool = True) -> None:
-        self.to_qkv = nn.Linear(8, 24, bias=False)
-        parts = (self.to_q, self.to_k, self.to_v)
-        self.to_qkv.weight.copy_(torch.cat([part.weight for part in parts]))
-        self.fused_projections = fuse
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fused_projections:
-            q, k, v = self.to_qkv(x).chunk(3, -1)
-        else:
-            q, k, v = (projection(x) for projection in (self.to_q, self.to_k, self.to_v))
-        return torch.softmax(q @ k.mT, -1) @ v
-
-
-def fusible() -> Attention:
-    return Attention(**{f"to_{name}": nn.Linear(8, 8, bias=False) for name in "qkv"})
 
 
 def test_projections_are_fused_only_without_an_adapter() -> None:
@@ -1117,7 +1014,6 @@ def test_projections_are_fused_only_without_an_adapter() -> None:
     for adapted in (model, pickle.loads(pickle.dumps(model))):
         with refused("fuse_projections", RuntimeError):
             adapted["adapted"].fuse_projections(fuse=True)
-        assert torch.equal(adapted["adapted"](x), y)
     unload(model, merge=True)
     model["adapted"].fuse_projections()
     assert relative(model["adapted"](x), y) < 1e-5
@@ -1131,26 +1027,14 @@ def test_an_adapted_output_layer_is_not_resized(by_peft: bool) -> None:
     if by_peft:
         unloaded = peft.get_peft_model(model, LoTRPeftConfig(**settings)).unload
     else:
-        moved(apply_lotr(model, LoTRConfig(**settings)))
-        unloaded = partial(unload, model, merge=True)
-    y = zoo.output(model, zoo.inputs("llama"))
+        unloaded = partial(unload, apply_lotr(model, LoTRConfig(**settings)))
     for adapted in (model, pickle.loads(pickle.dumps(model))):
         with refused("resize_token_embeddings", RuntimeError):
             adapted.resize_token_embeddings(80)
-        assert torch.equal(zoo.output(adapted, zoo.inputs("llama")), y)
+        assert len(adapted.get_input_embeddings().weight) == zoo.VOCABULARY
     unloaded().resize_token_embeddings(80)
     apply_lotr(model, LoTRConfig(rank=2, target_modules=["q_proj"])).resize_token_embeddings(90)
     assert len(model.lm_head.weight) == 90
-
-
-def test_fused_projections_are_adapted_where_they_are_called() -> None:
-    model = nn.ModuleDict({"attention": fusible()})
-    model["attention"].fuse_projections()
-    with refused("target_modules", ValueError):
-        apply_lotr(model, LoTRConfig(rank=2, target_modules=["to_q"]))
-    apply_lotr(model, LoTRConfig(rank=2))
-    assert list(adapted_layers(model)) == ["attention.to_qkv"]
-    assert len(trainable_summary(model).left_out) == 1
 
 
 def test_a_rank_above_the_width_is_warned_of() -> None:
@@ -1170,8 +1054,7 @@ def test_explain_says_what_runs_and_why(x: Tensor, model: nn.Module) -> None:
     with lotr_ext.use_tasks(model, torch.tensor([0, -1, 0])):
         assert explain(model, x).splitlines() == lines
     del model.lotr_tasks
-    merge(model)
-    assert explain(model, x).count("merged") == 2
+    assert explain(merge(model), x).count("merged") == 2
     layer = LoTRLinear(4, 4, rank=2)
     assert explain(layer, torch.randn(2, 4)).startswith("1 x LoTRLinear 4 -> 4 at rank 2")
     mixed = apply_lotr(zoo.net("bert", torch.bfloat16), config("bert", adapter_dtype="float16"))
@@ -1202,24 +1085,26 @@ def test_config_survives_json() -> None:
 
 # ---- refusals ------------------------------------------------------------------------------------
 
-
-BAD_TARGETS = [
-    {"target_modules": ["blocks"]},
-    {"modules_to_save": ["nothing"]},
-    {"group_by": lambda name, module: "one"},
-    {"group_by": lambda name, module: 3},
-    {"core": lambda places, rank: nn.Linear(2, 2)},
-    {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)},
+# What is adapted, the settings, and what the message proposes.
+WRONG_SETTINGS = [
+    ("mlp", {"target_modules": ["blocks"]}, "expected"),
+    ("mlp", {"modules_to_save": ["nothing"]}, "expected"),
+    ("mlp", {"group_by": lambda name, module: "one"}, "expected"),
+    ("mlp", {"group_by": lambda name, module: 3}, "expected"),
+    ("mlp", {"core": lambda places, rank: nn.Linear(2, 2)}, "expected"),
+    ("mlp", {"core": lambda places, rank: FORMS["diagonal"](places, rank + 1)}, "expected"),
+    *((reads, {"target_modules": [name]}, "expected") for name in ("out_proj", "router", "tied")),
+    (fused, {"target_modules": ["to_q"]}, "target_modules: expected"),
 ]
 
 
-@pytest.mark.parametrize("settings", BAD_TARGETS)
-def test_a_refused_model_is_unchanged(x: Tensor, settings: dict) -> None:
-    model = zoo.net("mlp")
-    y = model(x)
-    with unchanged(model), pytest.raises(ERRORS, match="expected"):
+@pytest.mark.parametrize(("net", "settings", "message"), WRONG_SETTINGS)
+def test_a_refused_model_is_unchanged(
+    net: str | Callable[[], nn.Module], settings: dict, message: str
+) -> None:
+    model = network(net)
+    with unchanged(model), pytest.raises(ERRORS, match=message):
         apply_lotr(model, LoTRConfig(rank=2, **settings))
-    assert torch.equal(model(x), y)
 
 
 def test_refuses_sharded_models() -> None:
@@ -1231,9 +1116,8 @@ def test_refuses_sharded_models() -> None:
         with refused("target_modules", TypeError):
             apply_lotr(model, LoTRConfig(rank=2))
         apply_lotr(model, LoTRConfig(rank=2, exclude_modules=["head"]))
-        with refused("model", TypeError):
-            apply_lotr(fully_shard(zoo.net("mlp"), mesh=mesh), LoTRConfig(rank=2))
-        with refused("model", TypeError):
-            apply_lotr(nn.parallel.DistributedDataParallel(zoo.net("mlp")), LoTRConfig(rank=2))
+        for wrap in (partial(fully_shard, mesh=mesh), nn.parallel.DistributedDataParallel):
+            with refused("model", TypeError):
+                apply_lotr(wrap(zoo.net("mlp")), LoTRConfig(rank=2))
     finally:
         dist.destroy_process_group()

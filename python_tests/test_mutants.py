@@ -1,8 +1,5 @@
 """The faults of python_tests/data/mutants fit the sources. mutants.py runs them."""
 
-import subprocess
-import sys
-
 from mutants import ROOT, read_mutants, stale_reason, suite_of
 
 
@@ -14,10 +11,3 @@ def test_every_fault_can_be_written_and_has_tests() -> None:
         assert mutant.new != mutant.old
         for name in suite_of(mutant.file):
             assert (ROOT / "python_tests" / f"test_{name}.py").is_file()
-
-
-def test_help_explains_the_command() -> None:
-    command = [sys.executable, "python_tests/mutants.py", "--help"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0
-    assert "--tenth" in process.stdout

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_serves_every_python_and_contains_only_the_package(wheel):
+def test_the_wheel_serves_every_python_and_contains_only_the_package(wheel: Path) -> None:
     assert re.fullmatch(r"lotr_ext-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -53,7 +53,7 @@ REQUIRED = (
 )
 
 
-def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """The environment has only the packages that the wheel requires: torch, numpy, safetensors."""
     venv = tmp_path / "venv"
     assert run(sys.executable, "-m", "venv", "--without-pip", venv).returncode == 0
@@ -98,7 +98,9 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
         ),
     ],
 )
-def test_setup_ends_with_one_line_that_says_what_to_do(tmp_path, patch, words):
+def test_setup_ends_with_one_line_that_says_what_to_do(
+    tmp_path: Path, patch: str, words: list[str]
+) -> None:
     build = ["build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     program = f"""
 import importlib.metadata as m, importlib.util as u, runpy, shutil as s, sys

@@ -1,16 +1,21 @@
 """bench.transfer: what its pairs, forms, search and tables compute."""
 
-import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import zoo
 from helpers import relative
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench import donors, transfer
 from bench.donors import Form
+from bench.problems import TASKS, Written, fit
+from lotr_ext import LoTRConfig, apply_lotr
 
 
 def projection(columns: Tensor) -> Tensor:
@@ -75,27 +80,78 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     assert relative(layer(x), base(x) + scale * (x @ A @ torch.diag(layer.d) @ B.mT) * b) < 1e-12
 
 
-def options_with(tmp_path: Path, **changes: object) -> argparse.Namespace:
-    words = ["--targets", "smollm2-kjv", "--forms", "random/layer/16/dense"]
-    options = transfer.parser().parse_args([*words, "--results", str(tmp_path / "r.jsonl")])
-    for name, value in changes.items():
-        setattr(options, name, value)
-    return options
+class Counting(Written):
+    """A text that counts in steps, for the zoo's Llama."""
+
+    def __init__(self, name: str) -> None:
+        self.task = TASKS[donors.MODEL]
+        step = 1 + donors.DONORS.index(name)
+        rows = torch.arange(40)[:, None] + step * torch.arange(12)
+        self.parts = {"training": (rows % zoo.VOCABULARY,)}
+        self.base = zoo.net("llama")
 
 
-def test_the_search_continues_from_what_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def spans_the_changes(pairs: donors.Pairs) -> None:
+    """Checks that the pair of each layer has all directions of the LoRAs' changes."""
+    for name, (A, B) in pairs.items():
+        for donor in donors.DONORS:
+            tensors = load_file(donors.CACHE / "loras" / donor / "adapter_model.safetensors")
+            lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{s}.weight"] for s in "AB")
+            assert relative(lora_A @ projection(A), lora_A) < 1e-4
+            assert relative(projection(B) @ lora_B, lora_B) < 1e-4
+
+
+PAIRS = LoTRConfig(rank=3, group_by="layer", scaling=1.0, target_modules=donors.layers_named(""))
+
+
+def loss_of_donors(pairs: donors.Pairs) -> float:
+    """Returns the sum of the donors' losses after a few steps of cores between fixed pairs."""
+    total = 0.0
+    for text in map(Counting, donors.DONORS):
+        model = apply_lotr(text.model(0), replace(PAIRS, train=("core",)))
+        for name, (A, B) in pairs.items():
+            model.get_submodule(name).factors.load_state_dict({"A.value": A, "B.value": B})
+        text.task = text.task._replace(steps=40)
+        fit(model, "lotr", 0.05, 0, text)
+        total += text.loss(model, text.parts["training"]).item()
+    return total
+
+
+def lowers_the_loss_of_the_donors(pairs: donors.Pairs) -> None:
+    """Checks that cores learn the donors' texts better between these pairs than between others."""
+    others = donors.orthonormal_pairs(apply_lotr(zoo.net("llama"), PAIRS))
+    assert loss_of_donors(pairs) < loss_of_donors(others) - 0.2
+
+
+@pytest.mark.parametrize(
+    ("source", "check"), [("loras", spans_the_changes), ("mixed", lowers_the_loss_of_the_donors)]
+)
+def test_pairs_that_the_donors_train(
+    source: str, check: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = options_with(tmp_path, rates=[1e-3, 2e-3, 4e-3], seeds=3)
-    made = []
+    small = {"CACHE": tmp_path, "DONORS": donors.DONORS[:3], "LORA_RANK": 1, "problem": Counting}
+    for name, value in small.items():
+        monkeypatch.setattr(donors, name, value)
+    pairs = donors.pairs_for(Form.of(f"{source}/layer/3/dense"), donors.DONORS[0], 0)
+    assert len(pairs) == 14
+    for factor in [factor for pair in pairs.values() for factor in pair]:
+        assert relative(factor.mT @ factor, torch.eye(3)) < 1e-5
+    check(pairs)
+
+
+def test_the_search_continues_from_what_is_recorded(tmp_path: Path) -> None:
+    words = ["--targets", "smollm2-kjv", "--forms", "random/layer/16/dense", "--seeds", "3"]
+    words += ["--rates", "1e-3,2e-3,4e-3", "--results", str(tmp_path / "r.jsonl")]
+    options = transfer.parser().parse_args(words)
+    finished = []
     while runs := transfer.next_runs(transfer.runs_in(options.results), options):
         run = runs[0]
-        made.append((run.lr, run.seed))
+        finished.append((run.lr, run.seed))
         row = run._asdict()
         if run.lr != 4e-3:  # this one diverges
             row |= {"validation": abs(run.lr - 2e-3), "numbers": 7}
         transfer.record(options.results, row)
-    assert made == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1), (2e-3, 2)]
+    assert finished == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1), (2e-3, 2)]
 
 
 def test_the_recorded_runs_make_tables_and_a_picture(

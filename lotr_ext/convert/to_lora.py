@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 from ..adapted import layers_in
 from ..adapter_state import AdapterState, LayerEntry
 from ..base_model import BaseModel
-from ..config import TASKS, LoTRConfig, check_choice
+from ..checks import check_choice
+from ..config import TASKS, LoTRConfig
 from ..core.operators import accumulate_dtype
 from ..files import state_of, unwrap, warn_of_unsaved
 from ..layers import LoTRConv1D

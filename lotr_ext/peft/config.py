@@ -8,7 +8,8 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 
-from ..config import LoTRConfig, check_choice
+from ..checks import check_choice
+from ..config import LoTRConfig
 from ..old_files import config_of_version_1
 
 if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < (0, 21):

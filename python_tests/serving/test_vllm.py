@@ -5,15 +5,12 @@ Needs a Python with vLLM: `make serve-test` installs one, LOTR_VLLM_PYTHON names
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
@@ -53,6 +50,20 @@ MODELS = {
 }
 IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
 NEW = 10
+Mix = list[int | None]  # of each row, the number of its task, or None for the base model
+KINDS = {
+    "llama-width": ("llama", {}),
+    "qwen3-shape": ("qwen3", {"group_by": "shape"}),
+    "llama-name": (  # over max_lora_rank
+        "llama",
+        {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12},
+    ),
+    "phi3-fused": ("phi3", {}),
+    "qwen3-moe-attention": (
+        "qwen3-moe",
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    ),
+}
 
 
 def base(kind: str, folder: Path, **sizes) -> nn.Module:
@@ -78,27 +89,21 @@ def banked(
     }
     model = apply_lotr(base(kind, folder, **(sizes or {})), LoTRConfig(**options))
     bank = TaskBank(model, tasks)
-    for i in range(tasks):
-        g = torch.Generator().manual_seed(i)
-        task = bank.add()
-        bank.replace(
-            task,
-            {
-                name: torch.randn(core.shape, generator=g) * 0.7
-                for name, core in bank.cores_of(task).items()
-            },
-        )
     export_factors(model, folder / "factors")
     for i in range(tasks):
+        g = torch.Generator().manual_seed(i)
+        cores = bank.cores_of(bank.add())
+        values = {name: torch.randn(core.shape, generator=g) for name, core in cores.items()}
+        bank.replace(i, {name: 0.7 * core for name, core in values.items()})
         export_task(model, folder / f"task-{i}", task=i)
     return model
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
-    """Returns the tokens from PyTorch, row i with task tasks[i] or -1 for the base model."""
-    with use_tasks(model, torch.tensor(tasks)):
-        rows = IDS[: len(tasks)]
+def greedy(model: nn.Module, numbers: Mix) -> list[list[int]]:
+    """Returns the tokens from PyTorch. Row i has the task of numbers[i], or only the base model."""
+    rows = IDS[: len(numbers)]
+    with use_tasks(model, torch.tensor([(number or 0) - 1 for number in numbers])):
         tokens = model.generate(
             rows,
             attention_mask=torch.ones_like(rows),
@@ -110,17 +115,17 @@ def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
     return tokens[:, rows.shape[1] :].tolist()
 
 
-def run(folder: Path, steps: list[dict], *, factors: Path | bool = True, **options) -> list:
-    where = folder / "factors" if factors is True else factors
+def run(folder: Path, steps: list[dict], *, factors: Path | None = None, **options) -> list:
+    """Returns the results of an engine's steps. Its factors are those of the folder by default."""
     spec = {
         "model": str(folder / "base"),
-        "factors": str(where) if where else None,
+        "factors": str(factors or folder / "factors"),
         "options": options,
+        "steps": steps,
     }
-    (folder / "spec.json").write_text(json.dumps({**spec, "steps": steps}))
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("LOTR_")
-    } | {"PYTHONPATH": str(ROOT)}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    environment = {key: text for key, text in os.environ.items() if not key.startswith("LOTR_")}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -131,103 +136,76 @@ def load(folder: Path, number: int, **more) -> dict:
     return {"load": [folder.name, number, str(folder)], **more}
 
 
-def batch(numbers: list[int | None]) -> dict:
+def batch(numbers: Mix) -> dict:
     return {
         "generate": [[IDS[i].tolist(), number] for i, number in enumerate(numbers)],
         "tokens": NEW,
     }
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("llama", {}),
-        ("qwen3", {"group_by": "shape"}),
-        (
-            "llama",
-            {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12},
-        ),  # over max_lora_rank
-        ("phi3", {}),
-        ("qwen3-moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
-    ],
-    ids=["llama-width", "qwen3-shape", "llama-name", "phi3-fused", "qwen3-moe-attention"],
-)
+def check_mixes(folder: Path, model: nn.Module, mixes: list[Mix], **options) -> None:
+    """Loads all tasks, which must differ, and compares each mix of them with PyTorch."""
+    count = len(model.lotr_tasks)
+    loads = [load(folder / f"task-{i}", i + 1) for i in range(count)]
+    results = run(folder, [*loads, *map(batch, mixes)], **options)
+    assert results[:count] == [None] * count
+    for mix, tokens in zip(mixes, results[count:], strict=True):
+        assert tokens == greedy(model, mix)
+    assert len({str(tokens) for tokens in results[count:]}) == len(mixes)
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS.values(), ids=KINDS)
 def test_tokens_are_the_same_as_in_pytorch(tmp_path: Path, kind: str, settings: dict) -> None:
     model = banked(kind, tmp_path, 3, **settings)
-    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
     mixes = [[1, None, 3, 2, 1], [None] * 5, [2, 2, 2, 2, 2]]
-    results = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=4, max_cpu_loras=8)
-    assert results[:3] == [None] * 3
-    for mix, tokens in zip(mixes, results[3:], strict=True):
-        assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
-    assert len({str(tokens) for tokens in results[3:]}) == 3  # the tasks differ
+    check_mixes(tmp_path, model, mixes, max_loras=4, max_cpu_loras=8)
 
 
 def test_two_processes_share_the_layers(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 3)
-    mix = [1, None, 3, 2, 1]
-    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
-    results = run(tmp_path, [*steps, batch(mix)], max_loras=4, tensor_parallel_size=2)
-    assert results[-1] == greedy(model, [-1 if number is None else number - 1 for number in mix])
+    check_mixes(tmp_path, model, [[1, None, 3, 2, 1]], max_loras=4, tensor_parallel_size=2)
 
 
 def test_more_tasks_than_slots_come_and_go(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 6)
-    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(6)]
     mixes = [[1, 2, None, None, 1], [3, 4, 3, None, 4], [1, 6, 1, 6, None], [5, 5, 5, 5, 5]]
-    results = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=2, max_cpu_loras=8)
-    for mix, tokens in zip(mixes, results[6:], strict=True):
-        assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
+    check_mixes(tmp_path, model, mixes, max_loras=2, max_cpu_loras=8)
 
 
 def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
     model = banked("llama", tmp_path, 2)
-    first = greedy(model, [0] * 5)
-    moved = tmp_path / "new"
-    export_task(model, moved, task=1)
+    export_task(model, tmp_path / "new", task=1)
     steps = [
         load(tmp_path / "task-0", 1),
         batch([1] * 5),
-        load(moved, 1, inplace=True),
+        load(tmp_path / "new", 1, inplace=True),
         batch([1] * 5),
     ]
     results = run(tmp_path, steps, max_loras=2)
-    assert results[1] == first and results[3] == greedy(model, [1] * 5) != first
+    assert results[1] == greedy(model, [1] * 5)
+    assert results[3] == greedy(model, [2] * 5) != results[1]
 
 
 def test_bad_tasks_are_refused_and_the_engine_continues(tmp_path: Path) -> None:
+    """test_vllm_files.py has every kind of a bad task."""
     model = banked("llama", tmp_path, 1)
     export_lora(model, tmp_path / "lora", base_model="base")
     banked("llama", tmp_path / "other-rank", 1, rank=4)
     banked("llama", tmp_path / "other-factors", 1, init="normal")
-    spoiled = {name: spoil(tmp_path, name) for name in ("nan", "shape", "missing", "cut")}
-    wrong = [
-        tmp_path / "lora",
-        tmp_path / "factors",
-        tmp_path / "other-rank" / "task-0",
-        tmp_path / "other-factors" / "task-0",
-        *spoiled.values(),
-        tmp_path / "nowhere",
-    ]
-    steps = [load(folder, i + 2) for i, folder in enumerate(wrong)]
-    results = run(
-        tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2
-    )
-    core = "model.layers.0.mlp.down_proj.core"
-    messages = [
-        "expected a task by export_task, got ",
-        "expected a task by export_task",
-        "expected the ranks of the adapter",
-        "expected a task with factors",
-        f"expected finite values, got others in {core}",
-        f"{core}: expected the ranks of the adapter",
-        f"missing {core}; not in the model none",
-        "expected a safetensors file",
-        "expected a task by export_task",
-    ]
-    for message, result in zip(messages, results[1:-1], strict=True):
+    messages = {
+        tmp_path / "lora": "expected a task by export_task, got ",
+        tmp_path / "factors": "expected a task by export_task",
+        tmp_path / "other-rank" / "task-0": "expected the ranks of the adapter",
+        tmp_path / "other-factors" / "task-0": "expected a task with factors",
+        tmp_path / "nowhere": "expected a task by export_task",
+    }
+    steps = [load(tmp_path / "task-0", 1)]
+    steps += [load(folder, number) for number, folder in enumerate(messages, 2)]
+    mix = [1, None, 1, None, 1]
+    results = run(tmp_path, [*steps, batch(mix)], max_loras=2)
+    for message, result in zip(messages.values(), results[1:-1], strict=True):
         assert isinstance(result, dict) and message in result["error"], (message, result)
-    assert results[-1] == greedy(model, [0, -1, 0, -1, 0])
+    assert results[-1] == greedy(model, mix)
 
 
 def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
@@ -238,24 +216,3 @@ def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
         match=r"LOTR_FACTORS: expected \(128, 96\) features at model.layers.0.mlp.gate_proj, got",
     ):
         run(tmp_path, [], factors=tmp_path / "wider" / "factors", max_loras=2)
-
-
-def spoil(folder: Path, how: str) -> Path:
-    """Returns a copy of task-0 with something wrong in its tensors."""
-    target = folder / how
-    shutil.copytree(folder / "task-0", target)
-    path = target / "lotr_task.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    key = min(tensors)
-    if how == "nan":
-        tensors[key][0, 0] = float("nan")
-    elif how == "shape":
-        tensors[key] = tensors[key][:-1].clone()
-    elif how == "missing":
-        del tensors[key]
-    save_file(tensors, path, metadata)
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    return target
