@@ -58,6 +58,7 @@ class Form(NamedTuple):
     core: str
     only: str = ""
     b: str = ""
+    norm: str = "2"
 
     @staticmethod
     def of(text: str) -> "Form":

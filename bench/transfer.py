@@ -20,6 +20,7 @@ A form says what a task trains, as PAIR/GROUP/RANK/CORE, and further words:
     CORE      dense, diagonal
     only:v,o  only layers of these kinds
     b:o,down  a vector b per layer of these kinds, as VeRA: y += ((x A) * d) B^T * b
+    norm:20   the norm of a row of B in the layers with b. Elsewhere, and by default, it is 2
 
 A row of bench/results/transfer.jsonl is a run: target, form, lr, seed, steps, numbers (trained),
 captured (the share of the target's squared gradient that a fixed pair captures), validation, loss,
@@ -64,6 +65,7 @@ FORMS = (  # what is run without --forms
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation", "gain"]
 MEASURED = ("numbers", "captured", "validation", "loss", "items")
+USUAL_NORM = 2.0  # of a row of B, about as in VeRA
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
 PAIR_MARKS = {  # of the picture's last panel
@@ -104,13 +106,12 @@ class Run(NamedTuple):
 class Vectors(nn.Module):
     """y = base(x) + ((x A) * d) B^T * b with A and B fixed, in plain torch."""
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool):
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, with_b: bool, norm: float):
         super().__init__()
         n, r = B.shape
         self.base = base
         self.register_buffer("A", A.to(base.weight.dtype))
-        # About the size of VeRA's B: the norm of a row is 2.
-        self.register_buffer("B", (2 * (n / r) ** 0.5 * B).to(base.weight.dtype))
+        self.register_buffer("B", (norm * (n / r) ** 0.5 * B).to(base.weight.dtype))
         # A product of zeros would have no gradient.
         self.d = nn.Parameter(torch.full((r,), 0.1 if with_b else 0.0))
         self.b = nn.Parameter(torch.zeros(n)) if with_b else None
@@ -132,7 +133,10 @@ def build(form: Form, target: str, seed: int) -> nn.Module:
     with_b = re.compile(layers_named(form.b))
     for name, (A, B) in pairs_for(form, target, seed).items():
         parent, _, last = name.rpartition(".")
-        vectors = Vectors(model.get_submodule(name), A, B, with_b.fullmatch(name) is not None)
+        has_b = with_b.fullmatch(name) is not None
+        # Adam moves each number by the rate, so a larger B is a higher rate of b alone.
+        norm = float(form.norm) if has_b else USUAL_NORM
+        vectors = Vectors(model.get_submodule(name), A, B, has_b, norm)
         setattr(model.get_submodule(parent), last, vectors)
     return model
 

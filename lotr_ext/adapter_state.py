@@ -202,8 +202,8 @@ class AdapterState:
             raise ValueError(
                 f"directory: expected a folder with {FILE_NAME}, got {_what_is_at(directory)}"
             )
-        # The checksum finds damage. Whoever edits a document learns the first thing that does not
-        # fit, whatever Python calls it.
+        # The checksum finds damage. Whoever edits a document gets one error for the first thing
+        # that does not fit.
         with errors_of(str(directory)):
             return AdapterState.from_document(document, tensors)
 
@@ -257,5 +257,5 @@ def _what_is_at(directory: Path) -> str:
     for name, other in _OTHER_FILES.items():
         if (directory / name).is_file():
             return f"{directory}, which has {other}"
-    kind = "has no adapter" if directory.is_dir() else "is no folder"
+    kind = "has no adapter" if directory.is_dir() else "is not a folder"
     return f"{directory}, which {kind}. Pass the folder that save_adapter wrote."

@@ -32,7 +32,7 @@ class BaseModel:
     def from_json(values: Mapping[str, Any]) -> "BaseModel":
         """Returns what a JSON object has."""
         base = BaseModel(**values)
-        # Raises here if these are no numbers, not at the comparison, when the model has changed.
+        # Raises here for anything but numbers, not at the comparison, when the model has changed.
         return replace(base, values={name: list(map(float, v)) for name, v in base.values.items()})
 
     @staticmethod
@@ -148,6 +148,8 @@ def _comparable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _has_plain_values(parameter: Tensor) -> bool:
     """Whether a parameter has values, which are not quantized."""
+    # A subclass, of torchao for example, may show values that depend on its format.
     is_plain = type(parameter) is nn.Parameter or is_sharded(parameter)
+    # Float8 weights need a scale, which is another tensor.
     is_float = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
     return is_plain and is_float and not parameter.is_meta and math.prod(full_shape(parameter)) > 0

@@ -56,6 +56,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     """
     path = Path(directory)
     inner, writes = unwrap(model)
+    # In every process, so that a model that cannot be saved is an error in all of them.
     state = state_of(inner)
     warn_of_unsaved(inner)
     if writes:
@@ -120,7 +121,8 @@ def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=options.pop("token", None))  # the upload needs it, too
+    # With the token, which the upload needs as well as the creation.
+    api = HfApi(token=options.pop("token", None))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         api.create_repo(repo_id, exist_ok=True, **options)
@@ -169,6 +171,7 @@ def state_of(model: nn.Module, gather: Gather = expect_full) -> AdapterState:
     # All processes gather in the same order, which is the model's.
     tensors = {key: gather(tensor) for key, tensor in _tensors_of(model, entries).items()}
     for name, layer in layers.items():
+        # Computed cores are in the file by value, too: conversions and vLLM need no form for them.
         if f"{name}.core" not in tensors:
             tensors[f"{name}.core"] = _full_core(layer, gather)
     config = getattr(model, "lotr_config", None)
@@ -235,7 +238,7 @@ def _tensors_of(model: nn.Module, entries: Mapping[str, LayerEntry]) -> dict[str
         tensors.update(_prefixed(name, module))
     first_keys: dict[int, str] = {}  # a tied tensor has several names
     for key, tensor in tensors.items():
-        # A start may be None, and a module's extra state is no tensor.
+        # A start may be None, and a module's extra state any object.
         if isinstance(tensor, Tensor):
             first_keys.setdefault(id(tensor), key)
     return {key: tensors[key] for key in first_keys.values()}
@@ -311,6 +314,7 @@ def load_state(
     """
     if not isinstance(strict, bool) and strict != "targets":
         raise ValueError(f'strict: expected True, False or "targets", got {strict!r}')
+    # All that can fail comes before the copies, which cannot be undone.
     with unchanged_on_error(model):
         if not layers_in(model):
             _adapt_as_saved(model, state, refuse_other_targets=bool(strict))
@@ -330,6 +334,7 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
     modules = dict(model.named_modules())
     linear = [name for name, entry in state.layers.items() if not entry.experts]
     missing = [name for name in linear if name not in modules]
+    # Before `select`, whose error would show a regular expression with all names.
     if missing:
         raise ValueError(
             f"model: expected the {len(state.layers)} layers of the adapter, got a "
@@ -339,6 +344,7 @@ def _adapt_as_saved(model: nn.Module, state: AdapterState, refuse_other_targets:
     selection = select(model, _exact_config(state, linear))
     _check_targets(model, state, refuse_other_targets)
     install(model, selection)
+    # What the user chose, not the names of all layers with which the model was adapted here.
     model.lotr_config = config
     model.lotr_left_out = {}
 
@@ -400,12 +406,14 @@ def _matching_tensors(model: nn.Module, state: AdapterState, cast: bool) -> dict
 def _check_can_load(model: nn.Module, layers: Mapping[str, LoTRLayer]) -> None:
     """Checks that the values of an adapted model may be replaced."""
     expect_unmerged(layers, "load_adapter")
+    # A task is only cores. With other factors it would compute something else.
     if hasattr(model, "lotr_tasks"):
         raise RuntimeError(
-            "load_adapter: expected a model without a TaskBank, got one with a bank. Its tasks "
-            "would change with the factors. Load the adapter first, or del model.lotr_tasks."
+            "load_adapter: expected a model without a TaskBank, got one with a bank. Load "
+            "the adapter first, or del model.lotr_tasks."
         )
     for name, layer in layers.items():
+        # Of a parametrized tensor, a copy would change a value that is computed anew.
         modules = (layer, layer.factors.A, layer.factors.B)
         if any(hasattr(module, "parametrizations") for module in modules):
             raise TypeError(
@@ -497,8 +505,7 @@ def _copy_to(
             layer.dropout = state.layers[name].dropout
         if start_key(A) in state.tensors:
             cores = torch.stack([state.tensors[f"{name}.start_core"] for name in names])
-            start = Start(state.tensors[start_key(A)], state.tensors[start_key(B)], cores)
-            set_start(group, start)
+            set_start(group, Start(state.tensors[start_key(A)], state.tensors[start_key(B)], cores))
     for key, tensor in model_tensors.items():
         copy(tensor, state.tensors[key])
     config = getattr(model, "lotr_config", None)
@@ -519,6 +526,7 @@ def _check_tensor(key: str, target: Tensor, tensor: Tensor, cast: bool) -> None:
             f"{list(tensor.shape)}. For another dtype pass cast=True; for another rank load the "
             f"adapter into the plain model, after unload(model)."
         )
+    # torch copies into such a tensor without an error and without an effect.
     if target.is_meta:
         raise RuntimeError(
             f"load_adapter: expected a model with values, got {key} on the meta device. "

@@ -43,7 +43,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{version!r:.80}"
         )
     name = str(content.get("tensors_file"))
-    if not _TENSORS.fullmatch(name):  # never a path to somewhere else
+    # Else a file from somewhere else could name any path.
+    if not _TENSORS.fullmatch(name):
         raise ValueError(
             f"{path}: expected tensors_file lotr_adapter.<digits>.safetensors, got {name:.80}"
         )
@@ -60,7 +61,8 @@ def remove(directory: Path) -> None:
     paths = [path for path in directory.iterdir() if _TENSORS.fullmatch(path.name)]
     for path in (directory / JSON_NAME, *paths):
         if path.is_file():
-            path.unlink(missing_ok=True)  # another process may save at the same time
+            # Another process may save at the same time, and remove it first.
+            path.unlink(missing_ok=True)
 
 
 def start_key(key: str) -> str:

@@ -47,6 +47,7 @@ def shard_factors(model: Model, **options: Any) -> Model:
 
     for module in model.modules():
         if isinstance(module, LoTRFactor):
+            # Kept after the first read, because the next layer reads the same factor.
             fully_shard(module, **{"reshard_after_forward": False, **options})
     return model
 
@@ -69,6 +70,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     state = files.state_of(inner, full_tensor)
     files.warn_of_unsaved(inner)
 
+    # All have the full tensors now. Several writers would replace each other's file.
     def write() -> None:
         if _process_count() == 1 or dist.get_rank() == 0:
             state.write(path)
@@ -169,7 +171,8 @@ def _in_agreement(where: str, work: Callable[[], T]) -> T:
     # A process that raises leaves the others waiting in the next collective operation.
     try:
         result = work()
-    except BaseException as caught:  # also KeyboardInterrupt: the others wait for an answer
+    # Also KeyboardInterrupt, because the others wait for an answer.
+    except BaseException as caught:
         error = caught
     failures: list[str | None] = [None] * _process_count()
     # As text, because an error of another package may not be importable in the other processes.

@@ -40,9 +40,8 @@ def is_sharded(tensor: object) -> bool:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 shards the module's parameters, or FSDP1 wraps it."""
-    fsdp1 = imported_class("torch.distributed.fsdp", "FullyShardedDataParallel")
-    fsdp2 = imported_class("torch.distributed.fsdp", "FSDPModule")
-    return isinstance(module, fsdp1) or isinstance(module, fsdp2)
+    classes = ("FSDPModule", "FullyShardedDataParallel")
+    return isinstance(module, tuple(imported_class("torch.distributed.fsdp", c) for c in classes))
 
 
 def is_in_fsdp1(module: nn.Module) -> bool:
@@ -69,7 +68,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     if _is_zero3(tensor):
         with _gathered_by_zero3(tensor):
-            return tensor.detach().clone()  # the gathered values are freed afterwards
+            # A copy, because DeepSpeed frees the gathered values when the context ends.
+            return tensor.detach().clone()
     if is_dtensor(tensor):
         return tensor.full_tensor()
     return tensor
@@ -99,10 +99,11 @@ def copy_full(target: Tensor, value: Tensor) -> None:
     elif is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh = target.device_mesh
         local = value.to(target.device, target.dtype)
         # No source: each process cuts its shard from the full value, and nothing is sent.
-        target.copy_(distribute_tensor(local, mesh, target.placements, src_data_rank=None))
+        target.copy_(
+            distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+        )
     else:
         target.copy_(value)
 

@@ -106,11 +106,12 @@ def put_tensors(
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the content of a regular file. Opening a FIFO would wait for a writer.
+    """Returns the content of a regular file.
 
     Raises:
         OSError: If there is none, or it cannot be read.
     """
+    # Opening a pipe would wait for a writer.
     if not path.is_file():
         raise OSError("another kind of file" if path.exists() else "no such file")
     return path.read_bytes()
@@ -136,6 +137,7 @@ def tensors_in(
     from safetensors.torch import load
 
     try:
+        # Once, because another process may replace the file between two reads.
         data = read_bytes(path)
         actual = hashlib.sha256(data).hexdigest()
         if sha256 is not None and actual != sha256:

@@ -235,6 +235,23 @@ def trains_tasks(model: nn.Module) -> None:
     TaskBank(model, 3).requires_grad_().add()
 
 
+# As many pairs as by name. Those of q and k are exchanged in the second block.
+EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
+    f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
+}
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model"), [("shape", "name"), ("name", "shape"), ("name", EXCHANGED)]
+)
+def test_factors_shared_in_another_way_are_refused(
+    in_file: str, in_model: str | dict[str, str], tmp_path: Path
+) -> None:
+    save_adapter(trained("attention", group_by=in_file), tmp_path)
+    with pytest.raises(ValueError, match=r"layers.*: expected .*factors"):
+        load_adapter(started("attention", group_by=in_model), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -735,7 +752,7 @@ WRONG_FOLDERS = [
 @pytest.mark.parametrize(("file", "message"), WRONG_FOLDERS)
 def test_a_folder_without_an_adapter_is_named(file: str, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=r"got .*folder, which is no folder. Pass the folder"):
+    with pytest.raises(ValueError, match=r"got .*folder, which is not a folder. Pass the folder"):
         load_adapter(zoo.net("mlp"), folder)
     folder.mkdir()
     (folder / file).write_text("{}")

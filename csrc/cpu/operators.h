@@ -217,13 +217,13 @@ struct Operators {
   struct Blocks {
     int64_t size;
     int64_t count;
-    bool at_once;
+    bool adds_at_once;
     Scratch memory;
 
     Blocks(const Chunks& chunks, int64_t tile_m, int64_t size)
         : size(size),
           count(smaller(chunks.count, most(chunks, tile_m))),
-          at_once(threads() == 1),
+          adds_at_once(threads() == 1),
           memory(size_t(count * size) * sizeof(Acc)) {}
     static int64_t most(const Chunks& chunks, int64_t tile_m) {
       if (threads() > 1) return chunks.count;
@@ -234,14 +234,15 @@ struct Operators {
     }
     // Whether a chunk's sums start anew.
     bool fresh(int64_t chunk) const { return chunk == 0 || count > 1; }
-    void done(int64_t chunk) const {
-      if (!at_once || chunk == 0 || count == 1) return;
+    // Called when a chunk is summed. With one thread it is added to the first block.
+    void finish(int64_t chunk) const {
+      if (!adds_at_once || chunk == 0 || count == 1) return;
       Acc* const first = sums_of(0);
       const Acc* const sums = sums_of(chunk);
       for (int64_t j = 0; j < size; j += K::kLanes)
         store(first + j, load(first + j) + load(sums + j));
     }
-    int64_t left() const { return at_once ? smaller(1, count) : count; }
+    int64_t to_add() const { return adds_at_once ? smaller(1, count) : count; }
   };
 
   // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T v, each element written once, no
@@ -321,10 +322,10 @@ struct Operators {
                        tile_m};
         part.fresh = blocks.fresh(chunk);
         outer_rows<K, T>(sums, x, drop, v, part, memory.get<char>());
-        blocks.done(chunk);
+        blocks.finish(chunk);
       }
     });
-    add_partials(out, blocks.sums_of(0), blocks.left(), transposed, scale, add);
+    add_partials(out, blocks.sums_of(0), blocks.to_add(), transposed, scale, add);
   }
 
   static void factor_grad(const TensorView& D, const TensorView& x, const TensorView& v,
@@ -384,10 +385,10 @@ struct Operators {
           part.warm = true;
           outer_rows<K, T>(sums_of_chunk, g, Drop{}, u, part, space);
         }
-        blocks.done(chunk);
+        blocks.finish(chunk);
       }
     });
-    add_partials(Q, blocks.sums_of(0), blocks.left(), transposed, 1.0, add);
+    add_partials(Q, blocks.sums_of(0), blocks.to_add(), transposed, 1.0, add);
   }
 };
 

@@ -18,7 +18,8 @@ constexpr int max_rank(DType type) {
 // Above this rank, du and Q are cheaper from two reads of g: their parts would outweigh one read.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
 
-// The matrices can be read 16 bytes at a time, and the rank fits one launch.
+// P: a policy of tile/mma.cuh. The matrices can be read 16 bytes at a time, and the rank fits one
+// launch.
 template <class P>
 struct Launchers {
   static void shrink(const Call& call, const ShrinkParams& p, const plan::Plan& plan);

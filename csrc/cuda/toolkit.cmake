@@ -1,8 +1,10 @@
-# Functions for CMakeLists.txt: which architectures to compile for, and whether nvcc's CUDA fits torch's.
+# Functions for CMakeLists.txt: which architectures to compile for, and whether nvcc's CUDA fits
+# torch's.
 
-# Expands LOTR_ARCHS. It is CMake's list; or all, for a wheel; or AUTO: the cards of this machine that the
-# kernels and nvcc support, else 80 and 90a. The code of a card also runs on later minor versions (100 on 103),
-# and the PTX of the entry without "-real" runs on later cards. It is 90a and not 90, because 90 has no wgmma.
+# Expands LOTR_ARCHS. It is CMake's list; or all, for a wheel; or AUTO: the cards of this machine
+# that the kernels and nvcc support, else 80 and 90a. The code of a card also runs on later minor
+# versions (100 on 103), and the PTX of the entry without "-real" runs on later cards. It is 90a and
+# not 90, because 90 has no wgmma.
 function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 86-real 89-real 90a-real)
@@ -15,14 +17,16 @@ function(lotr_archs result wanted nvcc_version)
     lotr_cards(wanted "${nvcc_version}")
     if(NOT wanted)
       set(wanted 80 90a-real)
-      message(STATUS "no GPU on this machine: compiling for 80 (newer cards use its PTX) and 90a. LOTR_ARCHS=90a-real compiles "
-                     "only for an H100, LOTR_ARCHS=all for all cards, LOTR_CUDA=OFF builds only the CPU kernels.")
+      message(STATUS "no GPU on this machine: compiling for 80 (newer cards use its PTX) and 90a. "
+                     "LOTR_ARCHS=90a-real compiles only for an H100, LOTR_ARCHS=all for all "
+                     "cards, LOTR_CUDA=OFF builds only the CPU kernels.")
     endif()
   endif()
   set(${result} "${wanted}" PARENT_SCOPE)
 endfunction()
 
-# Lists the architectures of this machine's cards. The list is empty if nvcc does not support one of them.
+# Lists the architectures of this machine's cards. The list is empty if nvcc does not support one of
+# them.
 function(lotr_cards result nvcc_version)
   set(archs)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
@@ -33,8 +37,9 @@ function(lotr_cards result nvcc_version)
     list(REMOVE_DUPLICATES cards)
     foreach(card IN LISTS cards)
       if(card VERSION_GREATER_EQUAL 10.0 AND nvcc_version VERSION_LESS 12.8)
-        message(STATUS "nvcc ${nvcc_version} has no code for this machine's GPU of compute capability ${card}: the driver will "
-                       "compile PTX at the first launch. CUDA 12.8 or later has code for it.")
+        message(STATUS "nvcc ${nvcc_version} has no code for this machine's GPU of compute "
+                       "capability ${card}: the driver will compile PTX at the first launch. CUDA "
+                       "12.8 or later has code for it.")
         set(archs)
         break()
       endif()
@@ -48,10 +53,10 @@ function(lotr_cards result nvcc_version)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# Splits a list in two: architectures that are compiled, and nvcc's options for those that are assembled from
-# the PTX of a compiled one. The latter are "-real" entries for which the list has a lower architecture on the
-# same side of 9.0, the only version that the sources distinguish. PTX is two thirds of the work; 80, 86 and 89
-# share one.
+# Splits a list in two: architectures that are compiled, and nvcc's options for those that are
+# assembled from the PTX of a compiled one. The latter are "-real" entries for which the list has a
+# lower architecture on the same side of 9.0, the only version that the sources distinguish. PTX is
+# two thirds of the work; 80, 86 and 89 share one.
 function(lotr_share_ptx compiled_result options_result archs)
   set(compiled)
   set(options)
@@ -62,7 +67,8 @@ function(lotr_share_ptx compiled_result options_result archs)
       foreach(other IN LISTS archs)
         if(other MATCHES "^([0-9]+)(-real)?$")
           set(lower ${CMAKE_MATCH_1})
-          if(lower LESS number AND (number LESS 90 OR lower GREATER_EQUAL 100) AND (NOT base OR lower LESS base))
+          if(lower LESS number AND (number LESS 90 OR lower GREATER_EQUAL 100)
+             AND (NOT base OR lower LESS base))
             set(base ${lower})
           endif()
         endif()
@@ -78,7 +84,8 @@ function(lotr_share_ptx compiled_result options_result archs)
   set(${options_result} "${options}" PARENT_SCOPE)
 endfunction()
 
-# Reads CUDA's version from torch's version.py, without importing torch. It is "" for a torch without CUDA.
+# Reads CUDA's version from torch's version.py, without importing torch. It is "" for a torch
+# without CUDA.
 function(lotr_torch_cuda result torch_folder)
   set(version "")
   if(EXISTS "${torch_folder}/version.py")
@@ -90,18 +97,21 @@ function(lotr_torch_cuda result torch_folder)
   set(${result} "${version}" PARENT_SCOPE)
 endfunction()
 
-# Explains a difference between the major versions. It is not an error, because the module contains a CUDA
-# runtime: only the driver must support both.
+# Explains a difference between the major versions. It is not an error, because the module contains
+# a CUDA runtime: only the driver must support both.
 function(lotr_compare_cuda nvcc_version torch_version)
   string(REGEX MATCH "^[0-9]+" nvcc_major "${nvcc_version}")
   string(REGEX MATCH "^[0-9]+" torch_major "${torch_version}")
   if("${torch_version}" STREQUAL "")
-    message(STATUS "nvcc has CUDA ${nvcc_version}, this torch has none: the CUDA kernels need a torch with CUDA")
+    message(STATUS "nvcc has CUDA ${nvcc_version}, this torch has none: the CUDA kernels need a "
+                   "torch with CUDA")
   elseif(nvcc_major GREATER torch_major)
-    message(WARNING "nvcc has CUDA ${nvcc_version}, torch has CUDA ${torch_version}: the kernels will need a driver for CUDA "
-                    "${nvcc_major}, and torch does not. With an older driver lotr_ext runs the PyTorch fallback, as "
-                    "python -m lotr_ext.info shows. Set CUDA_HOME to a CUDA ${torch_major} toolkit to avoid that.")
+    message(WARNING "nvcc has CUDA ${nvcc_version}, torch has CUDA ${torch_version}: the kernels "
+                    "will need a driver for CUDA ${nvcc_major}, and torch does not. With an older "
+                    "driver lotr_ext runs the PyTorch fallback, as python -m lotr_ext.info shows. "
+                    "Set CUDA_HOME to a CUDA ${torch_major} toolkit to avoid that.")
   elseif(nvcc_major LESS torch_major)
-    message(STATUS "nvcc has CUDA ${nvcc_version}, torch has CUDA ${torch_version}: every driver for torch can run the kernels")
+    message(STATUS "nvcc has CUDA ${nvcc_version}, torch has CUDA ${torch_version}: every driver "
+                   "for torch can run the kernels")
   endif()
 endfunction()

@@ -131,7 +131,6 @@ def loras_to_bank(
         ValueError: If `read_lora` refuses a source; if a source has modules_to_save or layers of
             other sizes; if two sources have one name; or if rank or group_by has a wrong value.
     """
-    path = Path(directory)
     share = _share_of(rank)
     collection = Collection(sources)
     config = LoTRConfig(
@@ -143,7 +142,7 @@ def loras_to_bank(
     groups = groups_of(collection.sizes, config)
     if share is not None:
         config = replace(config, rank=_rank_that_keeps(share, collection, groups.values()))
-    return _write(path, collection, groups, config)
+    return _write(Path(directory), collection, groups, config)
 
 
 def _share_of(rank: object) -> float | None:
@@ -176,7 +175,8 @@ def _rank_that_keeps(share: float, collection: Collection, groups: Iterable[list
     for square in squares:
         kept[: len(square)] += square
         kept[len(square) :] += square[-1]  # past its largest rank, a group keeps no more
-    is_enough = kept >= (share - 1e-9) * kept[-1]  # 1e-9: rounding of sums
+    # Up to the rounding of sums, so that a share of 1 does not depend on it.
+    is_enough = kept >= (share - 1e-9) * kept[-1]
     return int(is_enough.nonzero()[0]) + 1
 
 

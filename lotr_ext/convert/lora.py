@@ -24,7 +24,8 @@ from ..targets import name_ends_with
 Source = str | PathLike[str]
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-OLD_TENSORS_NAME = "adapter_model.bin"  # of PEFT before it had safetensors
+# Of PEFT before it had safetensors.
+OLD_TENSORS_NAME = "adapter_model.bin"
 
 FACTOR_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 # Settings of a LoRA that is more than x W^T plus the product of two factors.
@@ -87,13 +88,14 @@ def tensors_of(path: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file.")
+        raise ValueError(f"source: expected a file of tensors, got {path}, which is not a file")
     try:
         if path.suffix == ".safetensors":
             # Maps the file into memory: values are read when they are used.
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
+    # A damaged pickle makes torch.load raise errors of any kind.
+    except Exception as error:
         problem = f"{type(error).__name__} {error}"
         raise ValueError(
             f"source: expected tensors by safetensors or torch.save in {path}, got {problem}"
@@ -156,7 +158,8 @@ def check_two_factors(config: Mapping[str, Any]) -> None:
     """
     for name in MORE_THAN_TWO_FACTORS:
         value = config.get(name)
-        if value not in (None, False, "none", [], {}):  # the ways in which PEFT says "not used"
+        # The ways in which PEFT says "not used".
+        if value not in (None, False, "none", [], {}):
             raise ValueError(
                 f"{name}: expected a LoRA of two factors per layer, which LoTR can hold, "
                 f"got {value!r:.80}"

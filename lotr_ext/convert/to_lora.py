@@ -125,6 +125,7 @@ def _read_lotr_of_peft(directory: Path) -> AdapterState:
     settings = ("rank", "alpha", "rslora", "scaling", "dropout", "core", "magnitude")
     values = {name: content[name] for name in settings if name in content}
     config = LoTRConfig.from_dict(config_of_version_1(values))
+    # PEFT's file of computed cores has only their parameters, and a LoRA here has no biases.
     bias = content.get("bias", "none")
     if config.core != "dense" or bias != "none":
         raise ValueError(
@@ -161,7 +162,8 @@ def _as_lora(
         side: "A" or "B", into which the core is multiplied. The other one has no dimension of
             experts. If None, the one that gives the smaller rank.
     """
-    wide = accumulate_dtype(core.dtype)  # so that the result is rounded once
+    # So that the result is rounded once.
+    wide = accumulate_dtype(core.dtype)
     A, B, core = (tensor.detach().to(core.device, wide) for tensor in (A, B, core))
     r_in, r_out = core.shape[-2:]
     if side == "A" or (side is None and r_out <= r_in):
@@ -181,9 +183,10 @@ def _lora_of(adapter: AdapterState, form: str) -> dict[str, LoRA]:
     rank = max(layer.rank for layer in layers.values())
     for name, layer in layers.items():
         lacking = rank - layer.rank
-        # Zeros leave the product as it is.
-        A = pad(layer.A, (0, 0, 0, lacking))
-        layers[name] = replace(layer, A=A, B=pad(layer.B, (0, lacking)))
+        # Rows and columns of zeros leave the product as it is.
+        layers[name] = replace(
+            layer, A=pad(layer.A, (0, 0, 0, lacking)), B=pad(layer.B, (0, lacking))
+        )
     return layers
 
 
@@ -199,11 +202,16 @@ def _layer_of(adapter: AdapterState, name: str, form: str) -> LoRA:
     A, B = _as_lora(tensors[entry.A], tensors[entry.B], core, entry.scaling, side)
     if start_key(entry.A) in tensors:
         # The base weight is W plus the start. For a LoRA of W, the start is subtracted.
-        starts = tensors[start_key(entry.A)], tensors[start_key(entry.B)]
-        start_A, start_B = _as_lora(*starts, tensors[f"{name}.start_core"], entry.scaling)
+        start_A, start_B = _as_lora(
+            tensors[start_key(entry.A)],
+            tensors[start_key(entry.B)],
+            tensors[f"{name}.start_core"],
+            entry.scaling,
+        )
         A = torch.cat([A, start_A])
         B = torch.cat([B, -start_B], 1)
-    if entry.experts:  # a factor that all experts share has one dimension less
+    # A factor that all experts share has one dimension less.
+    if entry.experts:
         A = A.reshape(-1, *A.shape[-2:])
         B = B.reshape(-1, *B.shape[-2:])
     return LoRA(A.to(core.dtype).contiguous(), B.to(core.dtype).contiguous(), entry.experts)
@@ -230,7 +238,6 @@ def _write_lora(
     stacked = {name: layer for name, layer in layers.items() if layer.experts}
     modules = set(adapter.modules_to_save)
     rank = next(iter(layers.values())).rank  # all have the same
-    dropout = max(entry.dropout for entry in adapter.layers.values())
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -238,7 +245,8 @@ def _write_lora(
         "base_model_name_or_path": base_model or None,
         "r": rank,
         "lora_alpha": rank,  # alpha / r = 1: the scaling is in the factors
-        "lora_dropout": 0.0 if stacked else dropout,  # PEFT has none for target_parameters
+        # PEFT refuses dropout with target_parameters.
+        "lora_dropout": 0.0 if stacked else max(e.dropout for e in adapter.layers.values()),
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": _target_modules(linear, stacked, experts),

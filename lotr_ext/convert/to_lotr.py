@@ -83,8 +83,9 @@ class Conversion:
             tensors |= {A: layer.A, B: layer.B, f"{name}.core": layer.core}
         cast = {key: tensor.to(config.adapter_dtype) for key, tensor in tensors.items()}
         modules = tuple(modules_of(saved, config.modules_to_save))
-        adapter = AdapterState(config, entries, modules, BaseModel(), cast | dict(saved))
-        return Conversion(adapter, errors)
+        return Conversion(
+            AdapterState(config, entries, modules, BaseModel(), cast | dict(saved)), errors
+        )
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -154,7 +155,8 @@ def groups_of(sizes: Mapping[str, tuple[int, int]], config: LoTRConfig) -> dict[
             f"group_by: expected {', '.join(GROUPS_OF_ONE_SHAPE)} or a mapping, with one shape per "
             f"pair, got {group_by!r}"
         )
-    layer = nn.Identity()  # no model is needed, so there are no layers
+    # No model is needed, so there are no layers. A group depends on names and shapes only.
+    layer = nn.Identity()
     targets = []
     groups: dict[str, list[str]] = {}
     for name, shape in sizes.items():
@@ -212,7 +214,8 @@ def lost(captured: float, norm: float) -> float:
     """
     if norm == 0:
         return 0.0
-    return math.sqrt(max(0.0, 1 - (captured / norm) ** 2))  # rounding may give -1e-16
+    # Rounding may give -1e-16.
+    return math.sqrt(max(0.0, 1 - (captured / norm) ** 2))
 
 
 # ---- the original implementation -----------------------------------------------------------------

@@ -138,6 +138,7 @@ class LoTRPeftConfig(PeftConfig):
                 "apply_lotr for it."
             )
         check_choice("bias", self.bias, ("none", "all", "lotr_only"))
+        # Checks the fields that both configurations have.
         checked = self.to_lotr()
         self.rank = checked.rank  # a pair is a list in JSON
         self.r = checked.rank
@@ -178,8 +179,8 @@ class LoTRPeftConfig(PeftConfig):
         """
         # A later version saves a number, see `to_dict`.
         if kwargs.get("scaling") in (None, "auto"):
-            rank = kwargs.get("rank") or 16
-            kwargs["scaling"] = config_of_version_1({**kwargs, "rank": rank})["scaling"]
+            old = {**kwargs, "rank": kwargs.get("rank") or 16}
+            kwargs["scaling"] = config_of_version_1(old)["scaling"]
         kwargs.pop("share_factors", None)  # such a file contains A and B
         kwargs = {name: value for name, value in kwargs.items() if value or name not in _FORMER}
         return super().from_peft_type(**kwargs)

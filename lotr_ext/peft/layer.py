@@ -45,7 +45,7 @@ class LoTRPeftAdapter(nn.Module):
         self.scaling = config.to_lotr().s
         self.dropout = config.dropout
         self.trained = tuple(config.train)
-        # The tuner registers them, once.
+        # The tuner registers them, so that state_dict has a factor once and not in every layer.
         set_unregistered(self, "factors", factors)
         set_unregistered(self, "form", form)
         for part, parameter in self.parts():
@@ -121,7 +121,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
-    # The weight before the first merge. Not in state_dict.
+    # The weight before the first merge. A buffer, so that it moves with the layer.
     weight_backup: Tensor | None
 
     def __init__(self, base_layer: nn.Module):
@@ -137,9 +137,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Returns the device on which the base computes, and its dtype, float32 if quantized."""
         _, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
-        if dtype not in DTYPES.values():
-            dtype = torch.float32
-        return compute_device(self.base_layer), dtype
+        # A quantized weight has the dtype of its bytes.
+        return compute_device(self.base_layer), dtype if dtype in DTYPES.values() else torch.float32
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -159,12 +158,14 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)  # from the tuner's forward hooks
         if self.disable_adapters:
+            # As PEFT's layers do: the base has no other weight to compute with.
             if self.merged:
-                self.unmerge()  # as PEFT's layers do
+                self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if names is not None:
             return self._per_row(x, names, self.base_layer(x, *args, **kwargs))
         adapters = []
+        # The weight has them already.
         if not self.merged:
             active = self.active_adapters
             adapters = [self.lotr_adapter[name] for name in active if name in self.lotr_adapter]
@@ -193,8 +194,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             if name in self.lotr_adapter:
                 places = [i for i, row_name in enumerate(names) if row_name == name]
                 rows = torch.tensor(places, device=x.device)
-                y_rows = self.lotr_adapter[name](x[rows], base_output=y[rows])
-                y = y.index_copy(0, rows, y_rows)
+                # Not in place: autograd may need the base's output as it was.
+                y = y.index_copy(0, rows, self.lotr_adapter[name](x[rows], base_output=y[rows]))
         return y
 
     # ---- merging ---------------------------------------------------------------------------------
@@ -218,20 +219,20 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             TypeError: If the base has no plain weight.
             ValueError: If the sum is not finite and safe_merge is set.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lotr_adapter]
+        chosen = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in chosen if name in self.lotr_adapter]
+        # PEFT calls every layer, also those that have no adapter of these names.
         if not names:
             return
         weight = check_mergeable(self.base_layer).detach()
-        backup = self.weight_backup
-        if backup is None:
-            backup = weight.clone()
+        backup = weight.clone() if self.weight_backup is None else self.weight_backup
         # From the backup, so that a second merge does not round the first one's result again.
         merged = backup.to(accumulate_dtype(backup.dtype))
         for name in (*self.merged_adapters, *names):
             merged = merged + self.lotr_adapter[name].delta_weight().to(merged.device)
             if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(  # in PEFT's words
+                # In PEFT's words, which its users may look for.
+                raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.weight_backup = backup

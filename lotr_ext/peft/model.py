@@ -75,9 +75,6 @@ class LoTRPeftModel(BaseTuner):
     lotr_factors: nn.ModuleDict
     lotr_cores: nn.ModuleDict
 
-    def _layers(self) -> dict[str, LoTRPeftLinear]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
-
     def _parts(self, adapter_name: str) -> list[nn.Module]:
         """Returns the modules outside of the layers that have parameters of an adapter."""
         owners = (self.lotr_factors, self.lotr_cores)
@@ -214,8 +211,8 @@ class LoTRPeftModel(BaseTuner):
         form = None
         if adapter_name in self.lotr_cores:
             form = self.lotr_cores[adapter_name].at(place_of(current_key), owned=False)
-        adapter = LoTRPeftAdapter(factors, peft_config, form)
-        layer.lotr_adapter[adapter_name] = adapter.train(layer.training)
+        layer.lotr_adapter[adapter_name] = LoTRPeftAdapter(factors, peft_config, form)
+        layer.lotr_adapter.train(layer.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Makes an adapter float32 if it has half precision, as PEFT does with its adapters."""
@@ -237,9 +234,11 @@ class LoTRPeftModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name, layer in self._layers().items():
+        # All layers before the first is merged.
+        for name, module in self.model.named_modules():
             try:
-                check_mergeable(layer.base_layer)
+                if isinstance(module, LoTRPeftLinear):
+                    check_mergeable(module.base_layer)
             except TypeError as error:
                 raise TypeError(f"{error} ({name})") from None
 
@@ -260,18 +259,21 @@ class LoTRPeftModel(BaseTuner):
         if names is None:
             yield
             return
+        # With checkpoints, backward would recompute the layers when the hooks are gone.
         if self.training:
             raise ValueError(
                 "adapter_names: expected a model in eval mode, got one in training mode. Call "
                 "model.eval() first."
             )
+        # Here, because a layer cannot tell a wrong name from an adapter that leaves it out.
         unknown = sorted(set(names) - {BASE, *self.lotr_factors})
         if unknown:
             raise ValueError(
                 f"adapter_names: expected some of {', '.join(self.lotr_factors)}, {BASE}, got "
                 f"{', '.join(unknown)}"
             )
-        beams = kwargs.get("num_beams") or 1  # generate repeats each row for its beams
+        # `generate` repeats each row for its beams.
+        beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         encoder = self._encoder_modules()
         with ExitStack() as stack:
@@ -336,7 +338,7 @@ class LoTRPeftModel(BaseTuner):
         """
         tensors = {}
         for key, tensor in state_dict.items():
-            # the first version named them <group>.A and <group>.B
+            # The first version named them <group>.A and <group>.B.
             new_key = re.sub(r"(lotr_factors)\.(.+)\.([AB])$", r"\1.\3_\2.value", key)
             tensors[new_key] = tensor
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)

@@ -207,12 +207,6 @@ def read_task(directory: str | PathLike[str], factors: Factors) -> Tensor:
 
 
 @cache
-def served() -> Factors:
-    """Returns the factors in the folder LOTR_FACTORS."""
-    return read_factors(os.environ["LOTR_FACTORS"])
-
-
-@cache
 def register() -> None:
     """Makes vLLM serve tasks over the factors in the folder LOTR_FACTORS: vLLM's entry point.
 
@@ -223,6 +217,7 @@ def register() -> None:
         ValueError: If there is no such folder.
     """
     if os.environ.get("LOTR_FACTORS"):
+        # Only here: engine.py imports vLLM, and exporting works without it.
         from .engine import install
 
-        install(served())
+        install(read_factors(os.environ["LOTR_FACTORS"]))

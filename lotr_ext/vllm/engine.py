@@ -64,8 +64,8 @@ def install(factors: Factors) -> None:
     Raises:
         RuntimeError: If this version of vLLM is not tested, unless LOTR_VLLM_ANY=1.
     """
-    allows_any = os.environ.get("LOTR_VLLM_ANY") == "1"
-    if not vllm.__version__.startswith(TESTED_VERSION) and not allows_any:
+    is_tested = vllm.__version__.startswith(TESTED_VERSION)
+    if not is_tested and os.environ.get("LOTR_VLLM_ANY") != "1":
         raise RuntimeError(
             f"vllm: expected version {TESTED_VERSION}*, with which lotr_ext is tested, got "
             f"{vllm.__version__}. Set LOTR_VLLM_ANY=1 to try another version."
@@ -242,9 +242,7 @@ class _LayerWithCores:
                 f"LOTR_FACTORS: expected {expected} features at {name}, got {(len(A), len(B))} of "
                 f"another base model. Export the factors from an adapter of this model."
             )
-        shape = factors.core_shape(name)
-        dtype = self.lora_config.lora_dtype
-        cores = torch.zeros(slots, *shape, dtype=dtype, device=self.device)
+        cores = A.new_zeros(slots, *factors.core_shape(name))
         return Part(factors.spans[name], A, B, cores, columns)
 
     def _factor(self, key: str, side: str, place: int) -> Tensor:
