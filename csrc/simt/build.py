@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,36 +341,31 @@ def _library(name: str) -> str:
     return str(Path(done.stdout.strip()).resolve())
 
 
-def coverage(under: Path = CSRC / "cuda" / "kernels") -> dict[str, tuple[int, int, list[int]]]:
+def _counted_files() -> Iterator[tuple[Path, list[dict]]]:
+    """Yields source files and their counted lines, as gcov reports them for each object."""
+    for data in (BUILD / "coverage").glob("*.gcda"):
+        command = ["gcov", "--json-format", "--stdout", str(data)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=data.parent)
+        for text in done.stdout.splitlines():
+            for file in json.loads(text)["files"]:
+                yield Path(data.parent, file["file"]).resolve(), file["lines"]
+
+
+def coverage(under: Path) -> dict[str, tuple[int, int, list[int]]]:
     """Returns, per file in `under`: lines that ran, all lines, and the lines that did not run.
 
     Counts all programs that ran in coverage mode.
     """
-    counts: dict[Path, dict[int, int]] = {}
-    for data in (BUILD / "coverage").glob("*.gcda"):
-        done = subprocess.run(
-            ["gcov", "--json-format", "--stdout", str(data)],
-            capture_output=True,
-            text=True,
-            cwd=data.parent,
-        )
-        for text in done.stdout.splitlines():
-            for file in json.loads(text)["files"]:
-                path = Path(data.parent, file["file"]).resolve()
-                if under not in path.parents:
-                    continue
-                lines = counts.setdefault(path, {})
-                for line in file["lines"]:
-                    number = line["line_number"]
-                    lines[number] = lines.get(number, 0) + line["count"]
-    return {
-        str(path.relative_to(under)): (
-            sum(c > 0 for c in lines.values()),
-            len(lines),
-            sorted(n for n, c in lines.items() if not c),
-        )
-        for path, lines in sorted(counts.items())
-    }
+    counts: dict[Path, Counter[int]] = defaultdict(Counter)
+    for path, lines in _counted_files():
+        if under in path.parents:
+            for line in lines:
+                counts[path][line["line_number"]] += line["count"]
+    result = {}
+    for path, lines in sorted(counts.items()):
+        missed = sorted(number for number, count in lines.items() if not count)
+        result[str(path.relative_to(under))] = (len(lines) - len(missed), len(lines), missed)
+    return result
 
 
 def reset_coverage() -> None:

@@ -294,7 +294,7 @@ def expand(
     y0: np.ndarray | None = None,
     **inputs: np.ndarray,
 ) -> Problem:
-    """y = add + drop(u F^T), where y starts from y0 (None: NaN), and `inputs` from elsewhere."""
+    """y = add + drop(u F^T), where `add` is y0, or the start or bias in `inputs`, or zero."""
     u = t.large(shape.m, shape.r)
     F = t.factor(shape.k, shape.r)
     problem = t.problem(
