@@ -3,8 +3,7 @@
 python -m bench            every program that this machine can run (make bench); --quick in minutes
 python -m bench.layer      one adapted layer against its rivals
 python -m bench.model      a transformer trained with each method
-python -m bench.host       host overhead of a layer
-python -m bench.shared     layers on one pair of factors: one sum in place against autograd's sums
+python -m bench.host       a stack of layers: host overhead, and the shared gradient
 python -m bench.experts    the experts of a mixture against LoRA
 python -m bench.tasks      a batch with a task per row, trained and served
 python -m bench.kernels    each CUDA kernel against the library's product
@@ -29,6 +28,7 @@ from pathlib import Path
 # are older than it.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random, or in data/
 
 
 def _prefer_installed() -> None:

@@ -1,4 +1,4 @@
-"""python -m bench [--quick] [--markdown]: every program that this machine can run (make bench).
+"""python -m bench [--quick]: every program that this machine can run (make bench).
 
 The pictures are drawn at the end.
 """
@@ -8,15 +8,13 @@ import sys
 
 import torch
 
-PROGRAMS = ["layer", "model", "host", "shared", "experts", "tasks"]
+PROGRAMS = ["layer", "model", "host", "experts", "tasks"]
 
 
 def main(words: list[str]) -> int:
     programs = [*PROGRAMS, "kernels"] if torch.cuda.is_available() else PROGRAMS
-    failed = []
-    for name in programs:
-        if subprocess.run([sys.executable, "-m", f"bench.{name}", *words]).returncode:
-            failed.append(name)
+    commands = {name: [sys.executable, "-m", f"bench.{name}", *words] for name in programs}
+    failed = [name for name, command in commands.items() if subprocess.run(command).returncode]
     folders = ["demo_results/bench"] if "--quick" in words else []
     subprocess.run([sys.executable, "-m", "bench.plot", *folders])
     if failed:

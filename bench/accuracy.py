@@ -34,8 +34,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,20 +53,19 @@ from .problems import (
     TASKS,
     Problem,
     Task,
-    Trained,
     adapt,
     fit,
     missing,
     problem_of,
+    trained_parts,
 )
 
 LOTR_RATE = 0.4  # LoTR's rates over other methods' rates
-MOST_RATES = 9  # of one search
 MOST_GROUPS = 250  # of held-out items in a row
 DIVERGED = 2.0  # times the validation loss of the unadapted model
 RESAMPLES = 4000
-LADDER = [float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5)]
-QUICK_METHODS = "base:0,lotr:8,lora:2"
+# The rates of other methods than LoTR, and 0 for what trains nothing.
+LADDER = [0.0, *(float(f"{digit}e{exponent}") for exponent in range(-8, 2) for digit in (1, 2, 5))]
 Place = tuple[str, int]  # a method and a rank
 
 
@@ -80,8 +80,9 @@ class Run(NamedTuple):
     steps: int
     batch: int
 
-    def name(self) -> str:
-        return f"{self.task}: {name_of(self.method, self.rank)}, rate {self.lr:g}, seed {self.seed}"
+
+MEASURED = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
+COLUMNS = (*Run._fields, *MEASURED)
 
 
 def name_of(method: str, rank: int) -> str:
@@ -99,14 +100,14 @@ def train(run: Run) -> dict[str, Any]:
     problem = problem_of(task)
     torch.manual_seed(run.seed)  # the adapter's first values
     model = adapt(problem.model(run.seed), task, run.method, run.rank)
-    trained = sum(p.numel() for p in Trained.of(model).method)
-    row: dict[str, Any] = {**run._asdict(), "scaling": "", "parameters": trained}
+    parameters, _ = trained_parts(model)
     losses = []
     if run.method != "base":
         losses = fit(model, run.method, run.lr, run.seed, problem)
+    row = {**run._asdict(), "scaling": "", "parameters": sum(p.numel() for p in parameters)}
     row |= measured(model, losses, problem)
-    seconds = time.perf_counter() - start
-    return row | {"seconds": seconds, "machine": machine("cpu"), "commit": commit()}
+    row["seconds"] = time.perf_counter() - start
+    return row | {"machine": machine("cpu"), "commit": commit()}
 
 
 def measured(model: nn.Module, losses: list[float], problem: Problem) -> dict[str, Any]:
@@ -153,20 +154,17 @@ def rungs_of(method: str) -> list[float]:
 
 
 def first_rate(method: str, task: Task) -> float:
-    """Returns the rate at which a search begins, 0 for a method that trains nothing."""
-    rate = METHODS[method].rates.of(task)
-    return rungs_of(method)[LADDER.index(rate)] if rate else 0.0
+    """Returns the rate at which a search begins."""
+    return rungs_of(method)[LADDER.index(getattr(METHODS[method].rates, task.kind))]
 
 
-def best_rate(tried: dict[float, float]) -> float:
+def best_rate(tried: dict[float, float], begin: float) -> float:
     """Returns the rate with the lowest validation loss, the lower one of two."""
-    return min(tried, key=lambda lr: (tried[lr], lr))
+    return min(tried, key=lambda lr: (tried[lr], lr), default=begin)
 
 
 def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[float]:
-    """Returns the next rates of a search, none when it is over.
-
-    Three neighbors first; while the best one is the lowest or the highest, the next one beyond it.
+    """Returns the next rates of a search, none when both neighbors of the best one are known.
 
     Args:
         method: One of METHODS.
@@ -174,25 +172,18 @@ def rates_to_try(method: str, begin: float, tried: dict[float, float]) -> list[f
         tried: The validation loss by rate, infinite where a run diverged.
     """
     rungs = rungs_of(method)
-    middle = rungs.index(begin)
-    lacking = [lr for lr in rungs[middle - 1 : middle + 2] if lr not in tried]
-    if lacking:
-        return lacking
-    best = best_rate(tried)
-    if len(tried) >= MOST_RATES or min(tried) < best < max(tried):
-        return []
-    beyond = -1 if best == min(tried) else 1
-    return [rungs[rungs.index(best) + beyond]]
+    best = rungs.index(best_rate(tried, begin))
+    return [lr for lr in rungs[best - 1 : best + 2] if lr not in tried]
 
 
 def tried_rates(runs: pd.DataFrame) -> dict[float, float]:
-    """Returns the first seed's validation loss by rate, infinite if a run of any seed diverged."""
-    # A rate at which any seed diverged must not win.
-    first = runs[(runs["seed"] == 0) & runs["lr"].notna()]
-    tried = dict(zip(first["lr"], first["validation"], strict=True))
-    return tried | {
-        lr: float("inf") for lr in tried if lr in set(runs[runs["validation"].isna()]["lr"])
-    }
+    """Returns the first seed's validation loss by rate.
+
+    It is infinite if a run of any seed diverged, because such a rate must not win.
+    """
+    diverged = set(runs[runs["validation"].isna()]["lr"])
+    first = runs[(runs["seed"] == 0) & runs["lr"].notna()].set_index("lr")["validation"]
+    return {lr: float("inf") if lr in diverged else loss for lr, loss in first.items()}
 
 
 def next_runs(
@@ -204,26 +195,25 @@ def next_runs(
     """
     task = TASKS[name]
     steps = options.steps or task.steps
-    is_of_task = (recorded["task"] == name) & (recorded["steps"] == steps)
-    recorded = recorded[is_of_task & (recorded["batch"] == task.batch)]
+    usual = {"task": name, "scaling": "", "steps": steps, "batch": task.batch}
+    recorded = recorded[(recorded[list(usual)] == pd.Series(usual)).all(axis=1)]
     searches: list[Run] = []  # with the first seed
     repeats: list[Run] = []  # at the best rate, with the other seeds
     for method, rank in places:
         runs = recorded[(recorded["method"] == method) & (recorded["rank"] == rank)]
         tried = tried_rates(runs)
-        rate = first_rate(method, task)
+        run = Run(name, method, rank, first_rate(method, task), 0, steps, task.batch)
         seeds = range(1, options.seeds)
-        if method == "base":  # without training, all seeds are the same
+        if method == "base":  # without training, all seeds and rates are the same
             seeds = range(0)
         elif options.lr is not None:
-            rate = options.lr
-        rates = [rate]
-        if method != "base" and options.lr is None and not options.quick:
-            rates = rates_to_try(method, rate, tried)
-            rate = best_rate(tried) if tried else rate
-        run = Run(name, method, rank, rate, 0, steps, task.batch)
-        searches += [run._replace(lr=lr) for lr in rates if lr not in tried]
-        measured = set(runs[runs["lr"] == rate]["seed"])
+            run = run._replace(lr=options.lr)
+        elif not options.quick:
+            searches += [run._replace(lr=lr) for lr in rates_to_try(method, run.lr, tried)]
+            run = run._replace(lr=best_rate(tried, run.lr))
+        measured = set(runs[runs["lr"] == run.lr]["seed"])
+        if 0 not in measured and run not in searches:
+            searches.append(run)
         repeats += [run._replace(seed=seed) for seed in seeds if seed not in measured]
     return searches or sorted(repeats, key=lambda run: run.seed)
 
@@ -254,24 +244,20 @@ def points_of(recorded: pd.DataFrame, task: str) -> list[Point]:
 
     A run that ended far above the unadapted model counts as diverged, and its point is left out.
     """
-    runs = recorded[recorded["task"] == task]
-    if runs.empty:
-        return []
-    # Runs of another size, as --steps makes them, cannot be compared.
-    usual = (runs["steps"] == runs["steps"].mode()[0]) & (runs["batch"] == runs["batch"].mode()[0])
-    runs = runs[usual]
+    runs = recorded[(recorded["task"] == task) & (recorded["scaling"] == "")]
+    for column in ("steps", "batch"):  # runs of another size, as --steps makes, cannot be compared
+        runs = runs[runs[column].isin(runs[column].mode()[:1])]
     # Some rows of old commits have only the rate of the run.
     runs = runs.assign(lr=runs["lr"].fillna(runs["lr_run"]))
     unadapted = runs[runs["method"].isin(("base", "head"))]["validation"].min()
-    trained = runs["validation"].notna() & runs["items"].notna()
-    runs = runs[trained & ~(runs["validation"] > DIVERGED * unadapted)]
+    runs = runs[runs["items"].notna() & ~(runs["validation"] > DIVERGED * unadapted)]
     seeds = runs.groupby(["method", "rank", "lr"])["seed"].nunique()
     count = seeds.max()
     points = []
     for (method, rank), of_place in runs.groupby(["method", "rank"], sort=False):
         lr = seeds[method, rank].idxmax()
-        at_rate = of_place[of_place["lr"] == lr]
-        at_rate = at_rate.drop_duplicates("seed", keep="last").sort_values("seed")
+        at_rate = of_place[of_place["lr"] == lr].drop_duplicates("seed", keep="last")
+        at_rate = at_rate.sort_values("seed")
         if method == "base":  # without training, all seeds are the same
             at_rate = pd.concat([at_rate.iloc[:1]] * count)
         if len(at_rate) == count:
@@ -344,18 +330,18 @@ def deviations(value: Callable[..., np.ndarray], samples: list[np.ndarray]) -> n
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def tables(recorded: pd.DataFrame, tasks: list[str], markdown: bool) -> None:
+def tables(recorded: pd.DataFrame, tasks: list[str]) -> None:
     """Prints each task's points, and what our forms have against each LoRA and VeRA."""
     for task in tasks:
         points = points_of(recorded, task)
         if not points:
             continue
         title = f"{task}, {len(points[0].seeds)} seeds"
-        show(title, losses_table(points), markdown)
-        rows = [row for point in points if (row := comparison(point, points))]
+        show(title, losses_table(points))
+        rows = list(filter(None, (comparison(point, points) for point in points)))
         if rows:
             title = f"{task}: our best form of at most as many numbers, by validation"
-            show(title, pd.DataFrame(rows), markdown)
+            show(title, pd.DataFrame(rows))
 
 
 def losses_table(points: list[Point]) -> pd.DataFrame:
@@ -443,8 +429,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": os.cpu_count(),
         "help": "runs at a time, one thread each (one per core)",
     },
-    "results": {"type": Path, "help": "the file (bench/results/accuracy.jsonl)"},
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "results": {
+        "type": Path,
+        "default": RESULTS / "accuracy.jsonl",
+        "help": "the file (bench/results/accuracy.jsonl)",
+    },
     "quick": {
         "action": "store_true",
         "help": "a teacher, three methods, 40 steps, into demo_results/bench",
@@ -457,54 +446,63 @@ def with_ranks(methods: list[tuple[str, str]], task: Task) -> list[Place]:
     return [
         (method, rank)
         for method, text in methods
-        for rank in ([int(text)] if text else METHODS[method].ranks.of(task))
+        for rank in ([int(text)] if text else getattr(METHODS[method].ranks, task.kind))
     ]
 
 
-def runs_in(path: Path) -> pd.DataFrame:
-    """Returns the recorded runs at the default scaling, with all columns that are used here."""
+def runs_in(path: Path, columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """Returns the recorded runs, with these columns even if no run has them."""
     recorded = read(path)
-    measured = ("scaling", "parameters", "validation", "loss", "accuracy", "items", "lr_run")
-    columns = dict.fromkeys([*recorded.columns, *Run._fields, *measured])
-    return recorded.reindex(columns=list(columns)).query("scaling == ''")
-
-
-def work(options: argparse.Namespace) -> None:
-    """Makes the runs that are not recorded.
-
-    Only this process writes the file, each run as soon as it is finished.
-    """
-    # A forked process would inherit torch's thread pool without its threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for name in options.tasks:
-            task = TASKS[name]
-            usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
-            places = with_ranks(options.methods or places_of(usual), task)
-            while runs := next_runs(name, places, options, runs_in(options.results)):
-                for future in as_completed([pool.submit(train, run) for run in runs]):
-                    record(options.results, future.result())
+    return recorded.reindex(columns=list(dict.fromkeys([*recorded.columns, *columns])))
 
 
 def record(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to the file, and prints it."""
+    """Adds a row to a file, and prints it."""
     write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
-    run = Run(**{field: row[field] for field in Run._fields})
-    reached = f"loss {row['loss']:.4f}" if "loss" in row else "diverged"
-    print(f"{run.name()}: {reached}", file=sys.stderr, flush=True)
+    shown = {name: value for name, value in row.items() if name != "items"}
+    print(shown, file=sys.stderr, flush=True)
+
+
+def complete(
+    path: Path,
+    columns: Sequence[str],
+    next_runs: Callable[[pd.DataFrame], list],
+    train: Callable[[Any], dict[str, Any]],
+    jobs: int,
+) -> None:
+    """Makes runs until there are no next ones.
+
+    Args:
+        path: The result file. Only this process writes it, each run as soon as it is finished.
+        columns: Of the recorded runs.
+        next_runs: Returns runs that may run in parallel, from the recorded ones.
+        train: Makes a run in another process, with one thread. Returns its row.
+        jobs: How many runs are made at a time.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # the runs' processes inherit it
+    # A forked process would inherit torch's thread pool without its threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        while runs := next_runs(runs_in(path, columns)):
+            for future in as_completed([pool.submit(train, run) for run in runs]):
+                record(path, future.result())
+
+
+QUICK_OPTIONS = {
+    "tasks": ["teacher-half"],
+    "methods": places_of("base:0,lotr:8,lora:2"),
+    "seeds": 3,
+    "steps": 40,
+    "results": QUICK / "accuracy.jsonl",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of("accuracy", __doc__, OPTIONS)
     options = parser.parse_args(argv)
-    folder = RESULTS
     if options.quick:
-        folder = QUICK
-        options.tasks = ["teacher-half"]
-        options.steps = options.steps or 40
-        options.methods = options.methods or places_of(QUICK_METHODS)
-        options.seeds = 3
-    options.results = options.results or folder / "accuracy.jsonl"
+        parser.set_defaults(**QUICK_OPTIONS)
+        options = parser.parse_args(argv)
     shown = options.tasks
     if options.tasks == ["none"]:
         shown = list(TASKS)
@@ -515,11 +513,13 @@ def main(argv: list[str] | None = None) -> int:
                 f"tasks: expected {lacking} for {name}, found none; "
                 f"run python examples/data.py, see its help"
             )
-    # The runs' processes inherit these.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    work(options)
-    tables(runs_in(options.results), shown, options.markdown)
+    for name in options.tasks:
+        task = TASKS[name]
+        usual = ",".join(METHODS if task.all_methods else MAIN[task.kind])
+        places = with_ranks(options.methods or places_of(usual), task)
+        next_of_task = partial(next_runs, name, places, options)
+        complete(options.results, COLUMNS, next_of_task, train, options.jobs)
+    tables(runs_in(options.results), shown)
     print(f"results in {options.results}")
     return 0
 

@@ -13,6 +13,7 @@ counted byte. Operators of torch are assumed to move every operand once, which i
 bytes of the frozen layer are subtracted. No GPU has run these kernels.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shapes": {"type": sizes(*KEY), "default": SHAPES, "help": f"MxKxNxR, some ({SHAPES})"},
     "multiprocessors": {"type": int, "default": MULTIPROCESSORS, "help": f"({MULTIPROCESSORS})"},
     "results": {"type": Path, "default": FOLDER, "help": "folder for the results"},
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
 }
 ELEMENT = 2  # bytes of bfloat16
 RIVALS = ("lotr-eager", "lora-eager", "lora-in-place", "lora-beta")
@@ -80,9 +80,8 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
     x = torch.empty(m, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with MovedBytes() as forward:
         y = layer(x)
-    g = torch.empty_like(y)
     with MovedBytes() as backward:
-        y.backward(g)
+        y.backward(torch.empty_like(y))
     return forward.total, backward.total
 
 
@@ -90,15 +89,11 @@ def library_bytes(rival: str, m: int, k: int, n: int, r: int) -> Directions:
 
 
 def aligned(*shape: int, dtype: type = np.uint16) -> np.ndarray:
-    """Zeros as from torch's allocator: at a multiple of 256, with rows at multiples of 16 bytes."""
-    size = np.dtype(dtype).itemsize
-    elements_per_row = -(-shape[-1] * size // 16) * 16 // size
-    rows = shape[:-1]
-    count = int(np.prod(rows)) * elements_per_row * size
-    memory = np.zeros(count + 256, np.uint8)
+    """Returns zeros at a multiple of 256 bytes, as from torch's allocator on a GPU."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 256, np.uint8)
     start = -memory.ctypes.data % 256
-    array = memory[start : start + count].view(dtype).reshape(*rows, elements_per_row)
-    return array[..., : shape[-1]]
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Operands(NamedTuple):
@@ -223,22 +218,17 @@ def measure(shape: dict[str, int], multiprocessors: int, lib: ModuleType) -> lis
     """Returns a row per kernel and a row per layer."""
     m, k, n, r = (shape[name] for name in KEY)
     about = {"multiprocessors": multiprocessors, "commit": commit()}
+    kernels = itertools.chain(*kernels_of(m, k, n, r).values())
     counts: dict[Kernel, dict[str, Any]] = {}
     rows = []
-    for kernels in kernels_of(m, k, n, r).values():
-        for kernel in kernels:
-            if kernel in counts:
-                continue
-            name, tokens, width, rank = kernel
-            print(f"{name} {tokens} x {width}, r {rank}", file=sys.stderr, flush=True)
-            counts[kernel] = count(lib, kernel, multiprocessors)
-            case = {"m": tokens, "k": width, "n": width, "r": rank}
-            rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
-    frozen = library_bytes("frozen", m, k, n, r)
-    layers = {}
-    for rival in RIVALS:
-        forward, backward = library_bytes(rival, m, k, n, r)
-        layers[NAMES[rival]] = (forward - frozen[0], backward - frozen[1])
+    for kernel in dict.fromkeys(kernels):
+        name, tokens, width, rank = kernel
+        print(f"{name} {tokens} x {width}, r {rank}", file=sys.stderr, flush=True)
+        counts[kernel] = count(lib, kernel, multiprocessors)
+        case = {"m": tokens, "k": width, "n": width, "r": rank}
+        rows.append({**case, **about, "rival": name, "stage": "kernel", **counts[kernel]})
+    frozen = np.array(library_bytes("frozen", m, k, n, r))
+    layers = {NAMES[rival]: library_bytes(rival, m, k, n, r) - frozen for rival in RIVALS}
     layers |= layer_bytes(counts, m, k, n, r)
     for name, (forward, backward) in layers.items():
         moved = {"forward_bytes": forward, "backward_bytes": backward, "bytes": forward + backward}
@@ -250,15 +240,12 @@ def _megabytes(value: float) -> str:
     return f"{value / 1e6:.1f} MB"
 
 
-def tables(
-    rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int, markdown: bool
-) -> None:
+def tables(rows: list[dict[str, Any]], shape: dict[str, int], multiprocessors: int) -> None:
     frame = pd.DataFrame(rows)
     kernels, layers = (frame[frame["stage"] == stage] for stage in ("kernel", "layer"))
-    names = kernels.apply(lambda row: f"{row['rival']} {row['m']} x {row['n']}", axis=1)
     shown = pd.DataFrame(
         {
-            "kernel": names,
+            "kernel": kernels.apply("{rival} {m} x {n}".format_map, axis=1),
             "counted": kernels["bytes"].map(_megabytes),
             "every operand once": kernels["least_bytes"].map(_megabytes),
             "the large matrix moves": kernels["large_times"].map("{:.3f} times".format),
@@ -268,7 +255,7 @@ def tables(
     )
     text = "{m} x {k} x {n}, r {r}, bf16".format(**shape)
     planned = f"planned for {multiprocessors} multiprocessors (SIMT executor, no GPU)"
-    show(f"Counted bytes, {planned}: {text}", shown, markdown)
+    show(f"Counted bytes, {planned}: {text}", shown)
     shown = pd.DataFrame(
         {
             "a layer, beyond the frozen one": layers["rival"],
@@ -278,8 +265,7 @@ def tables(
             "of the least": (layers["bytes"] / layers["bytes"].min()).map("{:.1f}".format),
         }
     )
-    title = f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least"
-    show(title, shown, markdown)
+    show(f"Bytes of a layer, {text}: our kernels counted, operators of torch at their least", shown)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     for shape in options.shapes:
         rows = measure(shape, options.multiprocessors, lib)
         replace_rows(path, rows, [*shape, "multiprocessors"])
-        tables(rows, shape, options.multiprocessors, options.markdown)
+        tables(rows, shape, options.multiprocessors)
     print(f"results in {path}")
     return 0
 

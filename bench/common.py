@@ -1,7 +1,6 @@
-"""What all benchmarks share: names, the machine, result files, tables.
+"""What all benchmarks share: names, checks, the machine, result files, tables, options.
 
-Not here: timing (timing.py), checks of numbers and memory (checks.py), the command line of a
-measuring program (program.py).
+Not here: times and memory (timing.py), the command line of a measuring program (program.py).
 """
 
 import argparse
@@ -13,7 +12,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -23,8 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -60,7 +57,6 @@ VARIANTS = {
     "-half": ", half of the tokens without a task",
 }
 Case = dict[str, Any]  # what is measured: columns of the result file
-console = Console(width=None if sys.stdout.isatty() else 180)
 
 
 def named(rival: str) -> str:
@@ -87,6 +83,26 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {telling_line(str(error))}"
 
 
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def error_of(result: Tensor, truth: Tensor) -> float:
+    """Returns the relative error (Frobenius)."""
+    truth = truth.double()
+    return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def check_error(what: str, error: float, limit: float) -> float:
+    """Returns the error.
+
+    Raises:
+        ArithmeticError: If it is NaN or above the limit.
+    """
+    if not error <= limit:
+        raise ArithmeticError(f"{what}: relative error expected <= {limit:.2g}, got {error:.1e}")
+    return error
+
+
 # ---- the machine ---------------------------------------------------------------------------------
 
 
@@ -111,12 +127,8 @@ def machine(device: str) -> str:
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if match:
-            model = match[1].strip()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    model = match[1].strip() if match else platform.machine()
     return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
@@ -144,10 +156,9 @@ def keep_memory() -> None:
     """
     m_mmap_max = -4  # glibc's malloc.h
     m_trim_threshold = -1
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 # ---- result files --------------------------------------------------------------------------------
@@ -261,22 +272,18 @@ def pivot(frame: pd.DataFrame, title: str, floor: str) -> pd.DataFrame:
 
 def markdown_table(table: pd.DataFrame, texts: int = 1) -> str:
     """Returns a table of which the first columns are texts, the others numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(table.columns) - texts)
-    lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = []
+    for i, (name, cells) in enumerate(table.astype(str).items()):
+        width = max(map(len, [str(name), *cells]))
+        side = "<" if i < texts else ">"
+        rule = "-" * (width - 1) + ("-" if i < texts else ":")
+        columns.append([f"{cell:{side}{width}}" for cell in (str(name), rule, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
-def show(title: str, table: pd.DataFrame, markdown: bool) -> None:
-    """Prints a table for a terminal, or in Markdown for a page."""
-    if markdown:
-        print(f"\n{title}\n\n{markdown_table(table)}")
-        return
-    shown = Table(title=title, title_justify="left")
-    for i, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if i else "left")
-    for line in table.astype(str).values.tolist():
-        shown.add_row(*line)
-    console.print(shown)
+def show(title: str, table: pd.DataFrame) -> None:
+    """Prints a table in Markdown."""
+    print(f"\n{title}\n\n{markdown_table(table)}")
 
 
 # ---- options -------------------------------------------------------------------------------------

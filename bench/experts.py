@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of
-from .models import trained
+from .common import Case, check_error, dtype_of, error_of
+from .model import trained, twin
 from .program import Program
 from .timing import Group, Step, training
 
@@ -102,9 +101,7 @@ def adapted(name: str, base: Mixture, rank: int) -> nn.Module:
     """Returns a rival on the weights of base. Each package initializes its adapter."""
     if name == "frozen":
         return base
-    # With this memo the copy has the same parameter objects, so all rivals share the weights.
-    weights = {id(p): p for p in base.experts.parameters()}
-    mixture = Mixture(copy.deepcopy(base.experts, weights))
+    mixture = twin(base)
     targets = [f"experts.{parameter}" for parameter in PARAMETERS]
     if name == "lora-grouped":
         return GroupedLoRA(mixture.experts, rank)
@@ -169,8 +166,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         if name == "lotr_ext":
             error = gradient_error(model, x, g, routing)
             facts["error"] = check_error("gradients", error, limit)
-        step = training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
-        return step.with_peak(device)
+        return training(lambda: model(x, *routing), g, (x, *parameters), facts=facts)
 
     return Group(options.rivals or NAMES, step_of)
 

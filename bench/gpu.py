@@ -6,7 +6,7 @@
     python -m bench.gpu --out DIR                  where summary.md and results.tar.gz go
     python -m bench.gpu --dry-run                  the parts, their time, and what is missing
 
-It needs a Python with torch, numpy, pandas, scipy, rich and pytest; for the build also nvcc, a C++
+It needs a Python with torch, numpy, pandas, scipy and pytest; for the build also nvcc, a C++
 compiler, cmake and ninja. It needs neither a network nor make. Each part is a process with a share
 of the time that is left. A part is stopped when its time is over, and what it measured is kept,
 because every program writes its rows as it measures them. A benchmark that crashes is started again
@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -113,8 +112,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         smoke = ("bench.smoke", "--in-process", "--dtypes", "bf16", "--shapes", "3", *device)
         command = ("compute-sanitizer", *words, *smoke)
         # Memcheck checks against allocations, so each tensor must be one.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=environment)
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, 1.5, command, ("compute-sanitizer",), environment=uncached)
 
     build = Part(
         "build",
@@ -129,6 +128,10 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         build = Part("build", 1.0, command)
     smoke = ("--dtypes", "bf16", "--shapes", "1") if options.quick else ("--shapes", "6")
     profiled_shape = ("--shapes", "8192x4096x16", "--dtypes", "bf16", *device)
+    shared = (
+        *("--shapes", "4096x4x4096x16,4096x16x4096x16,4096x64x4096x16"),
+        *("--forms", "chained", "--rivals", "lotr-eager,lotr_ext"),
+    )
     mixed = {"needs": ("transformers",), "uses": ("peft",)}
     return [
         build,
@@ -143,7 +146,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         bench("model", 4.0, "--rounds", "7", **mixed),
         bench("host", 1.5, "--clock", "wall", uses=("peft",)),
         Part("profile", 1.0, (*PROFILE, *profiled_shape), ("ncu",)),
-        bench("shared", 1.0),
+        bench("host", 1.0, *shared)._replace(name="shared"),
         bench("experts", 1.0, **mixed),
         bench("tasks", 1.0, **mixed),
         sanitizer("racecheck"),
@@ -184,18 +187,18 @@ def run(part: Part, log: Path, limit_s: float) -> str:
     """
     end = time.monotonic() + limit_s
     log.write_bytes(b"")
-    words: tuple[str, ...] = ()
+    command = part.command
     crashes: list[str] = []
     while True:
-        status = _run_once(part, (*part.command, *words), log, end - time.monotonic())
-        case = summary.last_case(log)
+        status = _run_once(part, command, log, end - time.monotonic())
         is_crash = status is not None and (status < 0 or status == DEVICE_LOST)
-        if not (is_crash and part.restarts and case) or len(crashes) == RESTARTS:
+        if not (is_crash and part.restarts and summary.last_case(log)) or len(crashes) == RESTARTS:
             break
-        crashes.append(case[1])
-        if case[1] == case[2]:
+        case, count, _ = summary.last_case(log)
+        crashes.append(case)
+        if case == count:
             break
-        words = ("--from", str(int(case[1]) + 1))
+        command = (*part.command, "--from", str(int(case) + 1))
     if status is None:
         outcome = "stopped"
     elif crashes:
@@ -309,8 +312,6 @@ def main(argv: list[str] | None = None) -> int:
     except argparse.ArgumentTypeError as error:
         parser.error(f"parts: {error}")
     selected = [parts[name] for name in names]
-    if options.wheel is not None and not zipfile.is_zipfile(options.wheel):
-        parser.error(f"wheel: expected a wheel of lotr_ext, got {options.wheel}")
     if not options.dry_run:
         return work(selected, options)
     total = sum(part.weight for part in selected)

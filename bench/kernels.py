@@ -26,8 +26,7 @@ from torch import Tensor
 from lotr_ext.core.operators import FUSED
 from lotr_ext.core.strategy import fused_obstacle
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of, some_of
+from .common import Case, check_error, dtype_of, error_of, some_of
 from .program import Program
 from .timing import Group, Step, copy_gb_per_s
 
@@ -130,11 +129,10 @@ def operands_of(case: Case, device: str) -> dict[str, Tensor]:
 
 def copied(operands: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Returns copies for a call that writes. The floating-point ones get the dtype."""
-    copies = {}
-    for name, operand in operands.items():
-        is_cast = dtype is not None and operand.is_floating_point()
-        copies[name] = operand.to(dtype, copy=True) if is_cast else operand.clone()
-    return copies
+    return {
+        name: operand.to(dtype if operand.is_floating_point() else None, copy=True)
+        for name, operand in operands.items()
+    }
 
 
 def obstacle(case: Case, device: str) -> str | None:
@@ -176,8 +174,8 @@ def build(case: Case, options: argparse.Namespace) -> Group:
 
     def step_of(name: str) -> Step:
         rival_operands = copied(operands)
-        call = {"step": lambda _: calls[name](**rival_operands)}
-        return Step(call, facts={"lotr_ext": facts}.get(name, {}))
+        facts_of_rival = facts if name == "lotr_ext" else {}
+        return Step({"step": lambda _: calls[name](**rival_operands)}, facts=facts_of_rival)
 
     return Group(options.rivals or calls, step_of)
 

@@ -37,8 +37,7 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         facts = {"error": check_layer(rival, tensors, x, g, TOLERANCE[case["dtype"]])}
         i = names.index(name)
         leaves = [*copies, *rival.parameters()]
-        step = training(lambda: rival(copies[i]), g, leaves, facts=facts)
-        return step.with_peak(options.device)
+        return training(lambda: rival(copies[i]), g, leaves, facts=facts)
 
     return Group(names, step_of, deal=lambda draw: draw.shuffle(copies))
 

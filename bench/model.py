@@ -15,32 +15,233 @@ float32, the original's the model's.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_error, error_of
-from .common import Case, dtype_of, some_of
-from .models import (
-    METHODS,
-    MODELS,
-    EagerLoTR,
-    adapted_model,
-    base_model,
-    rank_of,
-    trained,
-    usual_methods,
-)
+from .common import Case, check_error, dtype_of, error_of, some_of
 from .program import Program
-from .rivals import factors_of
+from .rivals import STRATEGIES, compiled, factors_of, fused_reason, with_strategy
 from .timing import Group, Step, training
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # of our cores' gradients, through all layers
 USUAL = {"cpu": ["smollm2-135m", "minilm"], "cuda": ["llama-8x4096", "smollm2-135m"]}
 RANK = 16
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The configuration of a model in transformers.
+
+    Attributes:
+        family: "encoder" or "causal-lm".
+        settings: The arguments of its configuration.
+        targets: The adapted layers.
+        batch: Rows of a batch.
+        sequence: Tokens of a row.
+    """
+
+    family: str
+    settings: dict
+    targets: tuple[str, ...]
+    batch: int
+    sequence: int
+
+
+def llama(
+    hidden: int, layers: int, heads: int, inner: int, vocabulary: int, heads_per_key: int = 1
+) -> dict:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "num_key_value_heads": heads // heads_per_key,
+        "vocab_size": vocabulary,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    }
+
+
+def bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": vocabulary,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+# Not the head, which is tied to the embeddings.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODELS = {
+    "smollm2-135m": Shape("causal-lm", llama(576, 30, 9, 1536, 49152, 3), ALL_LINEAR, 1, 128),
+    "minilm": Shape("encoder", bert(384, 6, 12, 30522), ("query", "value"), 16, 64),
+    "llama-8x4096": Shape("causal-lm", llama(4096, 8, 32, 14336, 32000, 4), ALL_LINEAR, 4, 2048),
+    "tiny-lm": Shape("causal-lm", llama(32, 2, 4, 64, 100, 4), ALL_LINEAR, 2, 8),
+    "tiny-encoder": Shape("encoder", bert(32, 2, 2, 100), ("query", "value"), 2, 8),
+}
+
+
+def random_model(family: str, settings: dict, dtype: torch.dtype, device: str) -> nn.Module:
+    """Returns a frozen model with fixed random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        if family == "encoder":
+            model = transformers.BertModel(
+                transformers.BertConfig(**settings), add_pooling_layer=False
+            )
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    return model.to(dtype).requires_grad_(False)
+
+
+def base_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """Returns the model of MODELS[name].
+
+    The output of its embeddings requires a gradient, so that every method, and the frozen model as
+    well, goes backward through all layers.
+    """
+    model = random_model(MODELS[name].family, MODELS[name].settings, dtype, device)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.requires_grad_()
+    )
+    return model.train()  # as its users train; no model here has dropout
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """Returns a copy of the modules of base that uses the same parameter and buffer objects."""
+    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+
+
+def square_weight(base: nn.Module) -> Tensor:
+    """Returns the weight of a layer that keeps the width, as the first one of attention does."""
+    width = base.config.hidden_size
+    return next(p for p in base.parameters() if p.shape == (width, width))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+METHODS = (
+    "frozen",
+    "lora-peft",
+    "vera-peft",
+    "lotr-eager",
+    "lotr_ext",
+    "lotr_ext-core",
+    "lora-peft-as-lotr",
+    "vera-peft-as-lotr",
+    "lotr_ext-as-lora",
+    "lotr_ext-two_pass",
+    "lotr_ext-beta",
+    "lotr_ext-fused",
+    "lotr_ext-compiled",
+)
+# On a CPU the strategies are the same products in another order, and compiling takes minutes. So
+# only the first ones are usual.
+USUAL_METHODS = METHODS[:6]
+# The rank at which a method is nearest in size to LoTR or LoRA in this case.
+EQUAL_CASE = {"model": "minilm", "targets": "query,value", "r": 16}
+EQUAL_RANKS = {"lora-peft-as-lotr": 2, "vera-peft-as-lotr": 896, "lotr_ext-as-lora": 83}
+
+
+def usual_methods(base: nn.Module, case: Case) -> list[str]:
+    """Returns the methods that are measured by default."""
+    methods = list(USUAL_METHODS)
+    if EQUAL_CASE.items() <= case.items():
+        methods += EQUAL_RANKS
+    if fused_reason(square_weight(base), case["r"]) is None:
+        methods.append("lotr_ext-fused")
+    return methods
+
+
+def rank_of(method: str, case: Case) -> int:
+    """Returns the rank of a method in a case, 0 for the frozen model.
+
+    Raises:
+        ValueError: If the rank of equal size is not known for the case.
+    """
+    if method == "frozen":
+        return 0
+    if method not in EQUAL_RANKS:
+        return case["r"]
+    if not EQUAL_CASE.items() <= case.items():
+        raise ValueError(f"{method}: expected the case {EQUAL_CASE}, whose rank is known")
+    return EQUAL_RANKS[method]
+
+
+def lotr_layers(model: nn.Module) -> list[nn.Module]:
+    from lotr_ext import LoTRLinear
+
+    return [module for module in model.modules() if isinstance(module, LoTRLinear)]
+
+
+def in_three_lines(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns a forward for an adapted layer in torch operations, as the original computes it."""
+    factors = factors_of(layer)
+
+    def forward(x: Tensor) -> Tensor:
+        u = x @ factors["A"].to(x.dtype)
+        h = u @ layer.core.to(x.dtype)
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        return y + layer.scaling * h @ factors["B"].to(x.dtype).T
+
+    return forward
+
+
+def adapted_model(method: str, base: nn.Module, targets: list[str], rank: int) -> nn.Module:
+    """Returns a twin of base, adapted.
+
+    Raises:
+        ValueError: If the strategy in the method's name cannot run here.
+    """
+    model = twin(base)
+    variant = method.partition("-")[2]
+    if method == "frozen":
+        return model
+    if method.startswith(("lora-peft", "vera-peft")):
+        from peft import LoraConfig, VeraConfig, get_peft_model
+
+        if method.startswith("vera"):
+            return get_peft_model(model, VeraConfig(r=rank, target_modules=targets))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    from lotr_ext import LoTRConfig, apply_lotr
+
+    config = LoTRConfig(rank=rank, scaling=1.0, target_modules=targets)
+    if variant == "core":
+        config = replace(config, train=("core",))
+    if variant == "eager":  # the original cannot mix dtypes
+        config = replace(config, adapter_dtype=square_weight(base).dtype)
+    apply_lotr(model, config)
+    if variant == "eager":
+        for layer in lotr_layers(model):
+            layer.forward = in_three_lines(layer)
+    if variant == "compiled":
+        return compiled(model)
+    if variant in STRATEGIES:
+        model.forward = with_strategy(variant, model.forward, square_weight(base), rank)
+    return model
+
+
+# ---- the program ---------------------------------------------------------------------------------
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -58,36 +259,28 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def core_gradients(
-    model: nn.Module, layers: list[nn.Module], loss_of: Callable[[nn.Module], Tensor]
-) -> Tensor:
+def core_gradients(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> Tensor:
     loss_of(model).backward()
-    return torch.cat([layer.core.grad.double().flatten() for layer in layers])
+    gradients = [layer.core.grad.double().flatten() for layer in lotr_layers(model)]
+    model.zero_grad()
+    return torch.cat(gradients)
 
 
-def gradient_error(
-    model: nn.Module, base: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]
-) -> float:
+def gradient_error(model: nn.Module, case: Case, loss_of: Callable[[nn.Module], Tensor]) -> float:
     """Returns the error of our cores' gradients against the three-line formula's.
 
-    Both models have the same factors and random cores.
+    Both have the same factors and random cores, which the model keeps.
     """
-    from lotr_ext import LoTRLinear
-
-    torch.manual_seed(1)
-    eager = adapted_model("lotr-eager", base, case["targets"].split(","), case["r"])
-    eager_layers = [module for module in eager.modules() if isinstance(module, EagerLoTR)]
-    layers = [module for module in model.modules() if isinstance(module, LoTRLinear)]
-    with torch.no_grad():
-        for eager_layer, layer in zip(eager_layers, layers, strict=True):
-            eager_layer.core.normal_(std=0.1)
-            factors = factors_of(layer)
-            factors["A"].copy_(eager_layer.A)
-            factors["B"].copy_(eager_layer.B)
-            layer.core.copy_(eager_layer.core)
-    expected = core_gradients(eager, eager_layers, loss_of)
-    error = error_of(core_gradients(model, layers, loss_of), expected)
-    return check_error("gradients of the cores", error, TOLERANCE[case["dtype"]])
+    for layer in lotr_layers(model):
+        nn.init.normal_(layer.core, std=0.1)
+    gradients = core_gradients(model, loss_of)
+    for layer in lotr_layers(model):
+        layer.forward = in_three_lines(layer)
+    expected = core_gradients(model, loss_of)
+    for layer in lotr_layers(model):
+        del layer.forward
+    limit = TOLERANCE[case["dtype"]]
+    return check_error("gradients of the cores", error_of(gradients, expected), limit)
 
 
 def build(case: Case, options: argparse.Namespace) -> Group:
@@ -109,14 +302,12 @@ def build(case: Case, options: argparse.Namespace) -> Group:
         parameters = trained(model)
         facts: dict[str, Any] = {"rank": rank, "parameters": sum(p.numel() for p in parameters)}
         if name in ("lotr_ext", "lotr_ext-fused"):
-            facts["error"] = gradient_error(model, base, case, loss_of)
+            facts["error"] = gradient_error(model, case, loss_of)
         # A group, because an optimizer refuses an empty list: the frozen model trains nothing.
         optimizer = torch.optim.AdamW([{"params": parameters}], lr=1e-3)
-        step = training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
-        return step.with_peak(options.device)
+        return training(lambda: loss_of(model), None, parameters, optimizer, facts=facts)
 
-    names = options.rivals or usual_methods(base, case["r"])
-    return Group([name for name in names if rank_of(name, case) is not None], step_of)
+    return Group(options.rivals or usual_methods(base, case), step_of)
 
 
 PROGRAM = Program(

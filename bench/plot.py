@@ -48,13 +48,11 @@ def layer(rows: pd.DataFrame, path: Path) -> None:
     rivals = [rival for rival in RIVALS if rival in wide["over"]]
     if not rivals:  # a quick run measures one case, which this picture may not show
         return
-    height = wide["over"][rivals]
-    below = height - wide["over_low"][rivals]
-    above = wide["over_high"][rivals] - height
+    height, low, high = (wide[column][rivals] for column in ("over", "over_low", "over_high"))
     figure, ax = plt.subplots(figsize=(10, 4), layout="constrained")
     height.rename(columns=named).plot.bar(
         ax=ax,
-        yerr=np.stack([below.T, above.T], axis=1).clip(0),  # [rivals, 2, labels]
+        yerr=np.stack([(height - low).T, (high - height).T], axis=1).clip(0),  # [rivals, 2, labels]
         color=[RIVALS[rival] for rival in rivals],
         width=0.8,
         rot=0,
@@ -89,8 +87,8 @@ def accuracy(rows: pd.DataFrame, path: Path) -> None:
             )
         full = [point for point in points if METHODS[point.method].family == "full"]
         if full:
-            style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
-            ax.axhline(full[0].seeds.mean(), label="full fine-tuning", **style)
+            loss = full[0].seeds.mean()
+            ax.axhline(loss, label="full fine-tuning", color="0.5", linestyle="--", linewidth=1)
         ax.set(xscale="log", title=f"{task}, {TASKS[task].steps} steps", xlabel="trained numbers")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss")

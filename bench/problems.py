@@ -5,7 +5,6 @@ fresh models, endless training batches, the loss of a batch, and the losses of h
 """
 
 import copy
-import os
 import random
 import re
 import sys
@@ -58,7 +57,7 @@ _teacher = partial(
     validation=1000,
     held_out=2000,
     batch=64,
-    layers=r"blocks\.\d+\.(up|down)",
+    layers=r"\d+\.(up|down)",
     all_methods=True,
 )
 _classifier = partial(
@@ -108,7 +107,7 @@ class Problem:
     """Models, batches and losses of a task.
 
     Attributes:
-        parts: Training, validation and held_out, as tensors or lists of items.
+        parts: Training, validation and held_out, as tensors or arrays of items.
         measured_at_once: Items.
     """
 
@@ -138,7 +137,7 @@ class Problem:
         order = self.order(part)
         outcomes = []
         for rows in order.split(self.measured_at_once):
-            batch = tuple(_rows(values, rows) for values in self.parts[part])
+            batch = tuple(values[rows] for values in self.parts[part])
             outcomes.append(torch.stack([result.double() for result in self.losses(model, batch)]))
         losses, is_right = torch.cat(outcomes, 1)[:, order.argsort()]
         return losses, is_right
@@ -146,10 +145,6 @@ class Problem:
     def order(self, part: str) -> Tensor:
         """Returns the order in which items are measured."""
         return torch.arange(len(self.parts[part][0]))
-
-
-def _rows(values: Tensor | list, rows: Tensor) -> Tensor | list:
-    return values[rows] if isinstance(values, Tensor) else [values[i] for i in rows]
 
 
 # ---- a synthetic teacher -------------------------------------------------------------------------
@@ -167,7 +162,7 @@ class Teacher(Problem):
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.net = Net()
+            self.net = nn.Sequential(*(Block() for _ in range(6)))
         teacher = changed(self.net, float(task.source), generator)
         counts = {"training": 2048, "validation": task.validation, "held_out": task.held_out}
         with torch.no_grad():
@@ -180,8 +175,8 @@ class Teacher(Problem):
         noise = 0.2 * differences.std()
         self.parts = {}
         for part, y in outputs.items():
-            noisy = y + noise * torch.randn(y.shape, generator=generator)
-            self.parts[part] = (inputs[part], noisy)
+            y += noise * torch.randn(y.shape, generator=generator)
+            self.parts[part] = (inputs[part], y)
 
     def model(self, seed: int) -> nn.Module:
         return copy.deepcopy(self.net)
@@ -202,45 +197,34 @@ class Block(nn.Module):
         return h + self.down(torch.tanh(self.up(h)))
 
 
-class Net(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block() for _ in range(6)))
-
-
 @torch.no_grad()
-def changed(net: Net, shared: float, generator: torch.Generator) -> Net:
-    """Returns a copy of net with a change of rank 4 in every weight. shared: see Teacher."""
+def changed(net: nn.Sequential, shared: float, generator: torch.Generator) -> nn.Sequential:
+    """Returns a copy of net with a change of rank 4 in every weight.
+
+    A change is sqrt(shared) L M R^T + sqrt(1 - shared) L' M' R'^T, each product of norm 1, scaled
+    to half the norm of the weight. All layers of a shape have the same L and R.
+    """
     teacher = copy.deepcopy(net)
 
     def spaces(n: int, k: int) -> list[Tensor]:
         return [torch.linalg.qr(torch.randn(d, 4, generator=generator)).Q for d in (n, k)]
 
     for kind in ("up", "down"):
-        layers = [getattr(block, kind) for block in teacher.blocks]
+        layers = [getattr(block, kind) for block in teacher]
         common = spaces(*layers[0].weight.shape)
         for layer in layers:
-            parts = ((common, shared), (spaces(*layer.weight.shape), 1 - shared))
             change = torch.zeros_like(layer.weight)
-            for (left, right), part in parts:
-                direction = left @ torch.randn(4, 4, generator=generator) @ right.T
-                change += part**0.5 * direction / direction.norm()
+            separate = spaces(*layer.weight.shape)
+            for (L, R), share in ((common, shared), (separate, 1 - shared)):
+                direction = L @ torch.randn(4, 4, generator=generator) @ R.T
+                change += share**0.5 * direction / direction.norm()
             layer.weight += 0.5 * layer.weight.norm() * change / change.norm()
     return teacher
 
 
 # ---- rated texts ---------------------------------------------------------------------------------
 
-Texts = tuple[list[list[int]], Tensor]
-
-
-@lru_cache
-def text_classifier() -> type[nn.Module]:
-    """Returns the TextClassifier of the examples, whose modules import each other by name."""
-    sys.path.append(str(ROOT / "examples"))
-    from common import TextClassifier
-
-    return TextClassifier
+Texts = tuple[np.ndarray, Tensor]  # lists of token ids, and labels
 
 
 class Classified(Problem):
@@ -262,10 +246,10 @@ class Classified(Problem):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval()
 
-        def encoded(rated: list[tuple[str, int]]) -> tuple[list[list[int]], list[int]]:
-            words = [text for text, _ in rated]
-            ids = tokenizer(words, truncation=True, max_length=128)["input_ids"]
-            return ids, [label for _, label in rated]
+        def encoded(rated: list[tuple[str, int]]) -> Texts:
+            words, labels = zip(*rated)
+            ids = tokenizer(list(words), truncation=True, max_length=128)["input_ids"]
+            return np.fromiter(ids, object, len(ids)), torch.tensor(labels)
 
         self.parts = {}
         for part, count in (("held_out", task.held_out), ("validation", task.validation)):
@@ -275,9 +259,11 @@ class Classified(Problem):
         self.parts["training"] = encoded(texts)
 
     def model(self, seed: int) -> nn.Module:
-        classifier = text_classifier()
+        sys.path.append(str(ROOT / "examples"))  # whose modules import each other by name
+        from common import TextClassifier
+
         torch.manual_seed(seed)
-        return classifier(copy.deepcopy(self.encoder), 2)
+        return TextClassifier(copy.deepcopy(self.encoder), 2)
 
     def batches(self, seed: int) -> Iterator[Texts]:
         """Twenty batches at a time are sorted by length, to reduce padding."""
@@ -290,15 +276,15 @@ class Classified(Problem):
             batches = [chunk[i : i + size] for i in range(0, 20 * size, size)]
             draw.shuffle(batches)
             for batch in reversed(batches):
-                yield [ids[i] for i in batch], torch.tensor([labels[i] for i in batch])
+                yield ids[batch], labels[batch]
 
     def order(self, part: str) -> Tensor:
         """Texts of similar length are measured together, to reduce padding."""
         return torch.tensor([len(row) for row in self.parts[part][0]]).argsort(stable=True)
 
     def losses(self, model: nn.Module, batch: Texts) -> tuple[Tensor, Tensor]:
-        labels = torch.as_tensor(batch[1])
-        logits = model(batch[0])
+        ids, labels = batch
+        logits = model(ids)
         is_right = (logits.argmax(1) == labels).double()
         return nn.functional.cross_entropy(logits, labels, reduction="none"), is_right
 
@@ -323,9 +309,9 @@ class Written(Problem):
         self.base.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text = (DATA / task.source).read_text(encoding="utf-8")
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        count = len(ids) // SEQUENCE
-        rows = torch.tensor(ids[: count * SEQUENCE]).view(count, SEQUENCE)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        rows = ids.unfold(0, SEQUENCE, SEQUENCE)
+        count = len(rows)
         # Validation and held-out rows are spread over the text, because its parts differ.
         held = task.validation + task.held_out
         spread_evenly = torch.arange(held) * (count // held)
@@ -373,14 +359,11 @@ def problem_of(task: Task) -> Problem:
 
 
 class ByKind(NamedTuple):
-    """A value for each kind of task."""
+    """A value for each kind of task, by its name."""
 
     teacher: Any = ()
     classifier: Any = ()
     language: Any = ()
-
-    def of(self, task: Task) -> Any:
-        return getattr(self, task.kind)
 
 
 class Method(NamedTuple):
@@ -467,11 +450,11 @@ def adapt(model: nn.Module, task: Task, method: str, rank: int) -> nn.Module:
         if settings.pop("vera", False):
             return get_peft_model(model, VeraConfig(r=rank, **common))
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **common, **settings))
-    trained = {"full": task.layers, "norm": task.norms}.get(family, "")
+    trained = {"full": task.layers, "norm": task.norms}.get(family, "head")
     for name, module in model.named_modules():
-        is_trained = bool(trained) and re.fullmatch(trained, name) is not None
+        is_trained = re.fullmatch(trained, name) is not None or name == "head"
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(is_trained or (saved is not None and name == "head"))
+            parameter.requires_grad_(is_trained)
             if parameter.requires_grad:  # bfloat16 would round Adam's small steps away
                 parameter.data = parameter.data.float()
     return model
@@ -490,17 +473,11 @@ def decay(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor).step
 
 
-class Trained(NamedTuple):
-    """The trained parameters of a model. A method's size does not count a new head."""
-
-    method: list[nn.Parameter]
-    head: list[nn.Parameter]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Trained":
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        head = {n: p for n, p in parameters.items() if "head" in n.split(".")}
-        return cls([p for n, p in parameters.items() if n not in head], list(head.values()))
+def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Returns what a method trains, and a new head, which its size does not count."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = {name: p for name, p in trained.items() if "head" in name.split(".")}
+    return [p for name, p in trained.items() if name not in head], list(head.values())
 
 
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, steps: int) -> int:
@@ -511,7 +488,7 @@ def start_from_gradient(model: nn.Module, problem: Problem, batches: Iterator, s
     """
     from lotr_ext import init_from_gradient
 
-    head = Trained.of(model).head
+    _, head = trained_parts(model)
     if head:
         head_steps = steps // 10
         steps -= head_steps
@@ -534,14 +511,13 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
     batches = problem.batches(seed)
     if METHODS[method].settings.get("from_gradient"):
         steps = start_from_gradient(model, problem, batches, steps)
-    trained = Trained.of(model)
+    parameters, head = trained_parts(model)
     groups = [
-        {"params": trained.method, "lr": lr},
-        {"params": trained.head, "lr": lr if method == "head" else HEAD_LR},
+        {"params": parameters, "lr": lr},
+        {"params": head, "lr": lr if method == "head" else HEAD_LR},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = decay(optimizer, steps)
-    parent = os.getppid()
     losses: list[float] = []
     while len(losses) < steps and (not losses or np.isfinite(losses[-1])):
         loss = problem.loss(model, next(batches))
@@ -550,6 +526,4 @@ def fit(model: nn.Module, method: str, lr: float, seed: int, problem: Problem) -
         optimizer.step()
         schedule()
         losses.append(loss.item())
-        if os.getppid() != parent:
-            sys.exit(1)  # the parent has ended, so nobody records this run
     return losses

@@ -10,7 +10,6 @@ another checkout runs in turns with this one.
 import argparse
 import importlib
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -18,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,22 @@ from .common import (
     slug,
     some_of,
 )
-from .timing import CLOCKS, Clock, Group, Rounds, Times, gpu_samples, interval, rows_of, with_sum
+from .timing import (
+    CLOCKS,
+    Clock,
+    Group,
+    Rounds,
+    Step,
+    Times,
+    gpu_samples,
+    interval,
+    rows_of,
+    seconds_of,
+)
 
 CASE_ENDING = ", {dtype}, threads: {threads}"  # of a title
 DEVICE_LOST = 3  # exit status after a CUDA error
 WRITE_EVERY_S = 2.0
-
-
-def threads_of(text: str) -> list[int]:
-    """Converts an option: "1,2" becomes [1, 2]."""
-    count = os.cpu_count() or 1
-    threads = text.split(",")
-    for word in threads:
-        if not (word.isdigit() and 1 <= int(word) <= count):
-            raise argparse.ArgumentTypeError(f"expected numbers from 1 to {count}, got {word!r}")
-    return sorted(map(int, threads))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has the others
@@ -71,7 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has t
         "choices": ("cpu", "cuda"),
         "default": "cuda" if torch.cuda.is_available() else "cpu",
     },
-    "threads": {"type": threads_of, "default": "1", "help": "CPU thread counts (1)"},
+    "threads": {"type": sizes("threads"), "default": "1", "help": "CPU thread counts (1)"},
     "clock": {"choices": CLOCKS, "help": "cpu (one CPU thread), wall (more), events (GPU)"},
     "against": {
         "type": Path,
@@ -83,7 +85,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of every program; Program.parser has t
         "help": "exit with status 1 if PyTorch's products would run in place of our kernels",
     },
     "results": {"type": Path, "help": "folder for the results (bench/results/<machine>)"},
-    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
     "show": {"type": Path, "help": "print the tables of a result file, and measure nothing"},
 }
 
@@ -155,19 +156,18 @@ class Program:
             usual_clock = "events"
             if not torch.cuda.is_available():
                 parser.error("device: expected a GPU for cuda, got none. Pass --device cpu.")
-        elif options.threads == [1]:
+        elif options.threads == [{"threads": 1}]:
             usual_clock = "cpu"
         options.clock = options.clock or usual_clock
         if options.clock not in ("wall", usual_clock):
             parser.error(
-                f"clock: expected wall or {usual_clock} on {options.device} with "
-                f"{options.threads} threads, got {options.clock}"
+                f"clock: expected wall or {usual_clock} on {options.device} with these threads, "
+                f"got {options.clock}"
             )
         if self.key and options.shapes is None:
             options.shapes = sizes(*self.key)(self.shapes[options.device])
-        if options.rounds is None:
-            usual_rounds = 41 if options.against else self.rounds
-            options.rounds = 3 if options.quick else usual_rounds
+        usual_rounds = 41 if options.against else self.rounds
+        options.rounds = options.rounds or (3 if options.quick else usual_rounds)
         if options.against and not list((options.against / "lotr_ext").glob("_C*.so")):
             parser.error(
                 f"against: expected a checkout with a built lotr_ext, got {options.against}. "
@@ -180,7 +180,7 @@ class Program:
         if options.quick:
             shapes = shapes[:1]
         return [
-            {**shape, "dtype": dtype, "threads": threads}
+            {**shape, "dtype": dtype, **threads}
             for dtype, threads, shape in itertools.product(options.dtypes, options.threads, shapes)
         ]
 
@@ -195,12 +195,13 @@ class Program:
         options = self.arguments(argv)
         cases = self.all_cases(options)
         if options.show:
-            self.tables(read(options.show), list(cases[0]), options.markdown)
+            self.tables(read(options.show), list(cases[0]))
             return 0
-        fallback = fallback_line(cases, options.device) if options.require_kernels else None
-        if fallback is not None:
-            print(f"require-kernels: {fallback}", file=sys.stderr)
-            return 1
+        if options.require_kernels:
+            fallback = fallback_line(cases, options.device)
+            if fallback is not None:
+                print(f"require-kernels: {fallback}", file=sys.stderr)
+                return 1
         words = list(sys.argv[1:] if argv is None else argv)
         if options.against:
             return compare(self, options, words)
@@ -219,24 +220,24 @@ class Program:
                 break
         if results.rows:
             rows = itertools.chain.from_iterable(results.rows.values())
-            self.tables(pd.DataFrame(rows), list(cases[0]), options.markdown)
+            self.tables(pd.DataFrame(rows), list(cases[0]))
         about = results.about
         print(
-            f"\n{self.command(words)}; {about['machine']}, {about['clock']} seconds, "
-            f"{about['date']}, {about['commit']}\nresults in {results.path}"
+            f"\npython -m bench.{self.name} {' '.join(words)}\n{about['machine']}, "
+            f"{about['clock']} seconds, {about['date']}, {about['commit']}\n"
+            f"results in {results.path}"
         )
         return DEVICE_LOST if results.device_is_lost() else int(bool(results.failures))
 
     def _measure(self, case: Case, options: argparse.Namespace, results: "Results") -> None:
         """Measures one case. Its rows are in the file every WRITE_EVERY_S seconds."""
         torch.set_num_threads(case["threads"])
-        group = self.build(case, options)
         is_short = options.quick or options.rounds < 5
         clock = Clock(options.device, options.clock)
-        rounds = Rounds(group, clock, 0.0 if is_short else self.slice_s)
-        for name, reason in group.failures.items():
+        rounds = Rounds(self.build(case, options), clock, 0.0 if is_short else self.slice_s)
+        for name, reason in rounds.failures.items():
             results.fail(f"{self.title(case)}, {named(name)}: {reason}")
-        if not group.steps:
+        if not rounds.steps:
             return
         times: list[Times] = []
         with gpu_samples(options.device) as samples:
@@ -245,31 +246,26 @@ class Program:
                 for turn in range(options.rounds):
                     times.append(rounds.run(turn))
                     if time.monotonic() > next_write:
-                        results.keep(case, times, group, samples())
+                        results.keep(case, times, rounds.steps, samples())
                         next_write = time.monotonic() + WRITE_EVERY_S
             finally:  # also when a round raises, and when the program is interrupted
                 if times:
-                    results.keep(case, times, group, samples())
+                    results.keep(case, times, rounds.steps, samples())
 
     # ---- tables ----
 
-    def tables(self, frame: pd.DataFrame, key: list[str], markdown: bool) -> None:
+    def tables(self, frame: pd.DataFrame, key: list[str]) -> None:
         """Prints the rows of cases, which the columns `key` name."""
         if self.is_pivoted:
             title = f"{self.name}: time over {named(self.floor)}"
-            show(title, pivot(frame, self.form + CASE_ENDING, self.floor), markdown)
+            show(title, pivot(frame, self.form + CASE_ENDING, self.floor))
             return
         titles = [self.title(row) for row in frame.to_dict("records")]
         for title, rows in frame.groupby(titles, sort=False):
-            show(str(title), case_table(rows, self.floor, key), markdown)
+            show(str(title), case_table(rows, self.floor, key))
 
     def title(self, case: Case) -> str:
         return (self.form + CASE_ENDING).format(**case)
-
-    def command(self, words: Sequence[str]) -> str:
-        """Returns the command as a page shows it."""
-        shown = [word for word in words if word != "--markdown"]
-        return " ".join(["python -m", f"bench.{self.name}", *shown])
 
 
 class Results:
@@ -284,11 +280,15 @@ class Results:
         self.failures: list[str] = []
 
     def keep(
-        self, case: Case, times: Sequence[Times], group: Group, samples: dict[str, float]
+        self,
+        case: Case,
+        times: Sequence[Times],
+        steps: Mapping[str, Step],
+        samples: dict[str, float],
     ) -> None:
         """Writes the rows of a case in place of those from fewer rounds."""
         columns = self.about | {"rounds": len(times)} | samples | case
-        rows = [columns | row for row in rows_of(times, group, self.program.floor)]
+        rows = [columns | row for row in rows_of(times, steps, self.program.floor)]
         self.rows[str(case)] = rows
         replace_rows(self.path, rows, ["machine", *case])
 
@@ -304,13 +304,13 @@ class Results:
 def fallback_line(cases: Sequence[Case], device: str) -> str | None:
     """Returns `explain`'s line for the first case that our kernels cannot run, None if all can."""
     from lotr_ext import LoTRLinear, explain
-    from lotr_ext.core.kernel_support import kernel_obstacle
 
     # The kernels depend on dtype and rank, not on the other sizes.
     for dtype, rank in dict.fromkeys((DTYPES[case["dtype"]], case["r"]) for case in cases):
-        x = torch.zeros(1, 16, device=device, dtype=dtype)
-        if kernel_obstacle(rank, dtype, x.device) is not None:
-            return explain(LoTRLinear(16, 16, rank, device=device, dtype=dtype), x)
+        layer = LoTRLinear(16, 16, rank, device=device, dtype=dtype)
+        line = explain(layer, torch.zeros(1, 16, device=device, dtype=dtype))
+        if "kernels of lotr_ext" not in line:
+            return line
     return None
 
 
@@ -321,11 +321,12 @@ class Worker:
     """A process that measures with the lotr_ext of one checkout, one round per question."""
 
     def __init__(self, name: str, argv: list[str], checkout: Path):
+        self.connection, other_end = Pipe()
         # lotr_ext comes from the checkout, bench from this tree, whatever is installed.
         code = (
             f"import sys; sys.path.insert(0, {str(checkout.resolve())!r}); import lotr_ext; "
             f"sys.path[0] = {str(ROOT)!r}; "
-            f"from bench.program import work; work({name!r}, {argv!r})"
+            f"from bench.program import work; work({name!r}, {argv!r}, {other_end.fileno()})"
         )
         # PYTHONPATH may name this tree, and so may the working folder.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -333,49 +334,39 @@ class Worker:
             [sys.executable, "-c", code],
             env=environment,
             cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            pass_fds=[other_end.fileno()],
         )
+        other_end.close()  # so that `recv` raises when the process has ended
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            status = self.process.wait()
-            raise RuntimeError(f"a worker ended with status {status}; what it printed is above")
-        return json.loads(answer)
+        """Returns the answer.
+
+        Raises:
+            EOFError: If the process has ended. What it printed says why.
+        """
+        self.connection.send(question)
+        return self.connection.recv()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.connection.send(None)
         self.process.wait()
 
 
-def work(name: str, argv: list[str]) -> None:
-    """The program of a worker: answers questions from standard input.
-
-    What libraries print goes to standard error.
-    """
-    # File descriptor 1 becomes standard error, also for libraries that print from C.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def work(name: str, argv: list[str], file_descriptor: int) -> None:
+    """The program of a worker: answers questions until one is None."""
+    connection = Connection(file_descriptor)
     program = importlib.import_module(f"bench.{name}").PROGRAM
     options = program.arguments(argv)
     keep_memory()
     clock = Clock(options.device, options.clock)
-    rounds = None
-    for line in sys.stdin:
-        question = json.loads(line)
+    for question in iter(connection.recv, None):
         if "case" in question:
             torch.set_num_threads(question["case"]["threads"])
             group = program.build(question["case"], options)
             rounds = Rounds(group, clock, max(program.slice_s, 0.05))
-            answer = {"stages": {name: list(step.stages) for name, step in group.steps.items()}}
+            connection.send(rounds.failures)
         else:
-            answer = rounds.run(question["turn"])
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            connection.send(rounds.run(question["turn"]))
 
 
 def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> int:
@@ -395,44 +386,44 @@ def compare(program: Program, options: argparse.Namespace, argv: list[str]) -> i
     for number, case in enumerate(cases, 1):
         title = program.title(case)
         print(f"[{number}/{len(cases)}] {title}", file=sys.stderr, flush=True)
-        answers = {side: worker.ask({"case": case}) for side, worker in workers.items()}
+        for side, worker in workers.items():
+            for rival, reason in worker.ask({"case": case}).items():
+                print(f"not measured: {side}, {named(rival)}: {reason}", file=sys.stderr)
         times: dict[str, list[Times]] = {"new": [], "old": []}
         for turn in range(options.rounds):
             # In random order, so that no side always runs second.
             for side in random.Random(turn).sample(list(workers), 2):
                 times[side].append(workers[side].ask({"turn": turn}))
-        tables[title] = comparison(times, answers["new"]["stages"], program.floor)
+        tables[title] = comparison(times["new"], times["old"], program.floor)
     for worker in workers.values():
         worker.close()
     for title, table in tables.items():
-        show(title, table, options.markdown)
+        show(title, table)
     print(
-        f"\n{program.command(argv)}: {commits}, medians of {options.rounds} rounds in turns, "
-        f"95 % intervals\n{machine(options.device)}, {options.clock} seconds, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"\npython -m bench.{program.name} {' '.join(argv)}\n{commits}, medians of "
+        f"{options.rounds} rounds in turns, 95 % intervals\n{machine(options.device)}, "
+        f"{options.clock} seconds, load {os.getloadavg()[0]:.1f}"
     )
     return 0
 
 
-def comparison(
-    times: dict[str, list[Times]], stages: dict[str, list[str]], floor: str
-) -> pd.DataFrame:
+def comparison(new: list[Times], old: list[Times], floor: str) -> pd.DataFrame:
     """Returns the ratios of new to old times, a row per rival and stage."""
-    floors = {side: with_sum(rounds, floor) for side, rounds in times.items()}
     rows = []
-    for rival, names in stages.items():
-        new = with_sum(times["new"], rival)
-        old = with_sum(times["old"], rival)
-        for i, stage in enumerate([*names, "step"][: len(new)]):
-            ratio = new[i] / old[i]
-            over_floor = (new[i] / floors["new"][i]) / (old[i] / floors["old"][i])
+    for rival, stages in new[0].items():
+        for stage in stages:
+            seconds = seconds_of(new, rival, stage)
+            old_seconds = seconds_of(old, rival, stage)
+            floor_ratio = seconds_of(new, floor, stage) / seconds_of(old, floor, stage)
             rows.append(
                 {
                     "": f"{named(rival)}, {stage}",
-                    "new": seconds_text(np.median(new[i])),
-                    "old": seconds_text(np.median(old[i])),
-                    "new / old": _ratio_text(ratio),
-                    f"the same, each over its {named(floor)}": _ratio_text(over_floor),
+                    "new": seconds_text(np.median(seconds)),
+                    "old": seconds_text(np.median(old_seconds)),
+                    "new / old": _ratio_text(seconds / old_seconds),
+                    f"the same, each over its {named(floor)}": _ratio_text(
+                        seconds / old_seconds / floor_ratio
+                    ),
                 }
             )
     return pd.DataFrame(rows)

@@ -15,7 +15,7 @@ measures an older lotr_ext that has no strategies.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .checks import check_error, error_of
+from .common import check_error, error_of
 
 SCALING = 2.0
 STRATEGIES = ("two_pass", "beta", "fused")  # values of LOTR_STRATEGY (docs/kernels.md)
@@ -86,22 +86,16 @@ class Rival(nn.Module):
     Args:
         call: The formula or the module.
         trained: The parameters by the formula's names.
-        transposed: Those that are stored transposed, as LoRA's modules store A.
     """
 
     def __init__(
         self,
         call: Callable[[Tensor], Tensor],
         trained: Mapping[str, nn.Parameter] = MappingProxyType({}),
-        transposed: Sequence[str] = (),
     ):
         super().__init__()
         self.call = call
-        self.trained = trained
-        self.transposed = transposed
-        if not isinstance(call, nn.Module):
-            for name, parameter in trained.items():
-                self.register_parameter(name, parameter)
+        self.trained = nn.ParameterDict(trained)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(x)
@@ -170,7 +164,7 @@ def lora(t: Tensors, form: str) -> Rival:
 
     calls = {"eager": eager, "in-place": in_place, "beta": in_place}
     call = compiled(eager) if form == "compiled" else calls[form]
-    return Rival(call, {"A": A, "B": B}, transposed=("A",))
+    return Rival(call, {"A": A, "B": B})
 
 
 def compiled(function: Callable) -> Callable:
@@ -187,7 +181,7 @@ def lora_peft(t: Tensors) -> Rival:
     B = layer.lora_B["default"].weight
     A.data = t.A.T.contiguous().clone()
     B.data = t.B.clone()
-    return Rival(layer, {"A": A, "B": B}, transposed=("A",))
+    return Rival(layer, {"A": A, "B": B})
 
 
 def vera_peft(t: Tensors) -> Rival:
@@ -207,8 +201,7 @@ def vera_peft(t: Tensors) -> Rival:
 def _peft_layer(t: Tensors, config: object) -> nn.Module:
     from peft import get_peft_model
 
-    model = nn.Sequential()
-    model.add_module("layer", frozen_linear(t))
+    model = nn.ModuleDict({"layer": frozen_linear(t)})
     return get_peft_model(model, config).base_model.model.layer
 
 
@@ -243,15 +236,11 @@ def our_layers(tensors: list[Tensors]) -> list[Rival]:
     """LoTRLinear on one pair of factors."""
     from lotr_ext import LoTRFactors, LoTRLinear
 
-    first = tensors[0]
-    n, k = first.weight.shape
-    rank = first.A.shape[1]
-    factors = LoTRFactors(k, n, rank, dtype=first.A.dtype, device=first.A.device)
-    rivals = []
-    for t in tensors:
-        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING)
-        rivals.append(Rival(layer, set_values(layer, t)))
-    return rivals
+    n, k = tensors[0].weight.shape
+    A = tensors[0].A
+    factors = LoTRFactors(k, n, A.shape[1], dtype=A.dtype, device=A.device)
+    layers = [LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING) for t in tensors]
+    return [Rival(layer, set_values(layer, t)) for layer, t in zip(layers, tensors)]
 
 
 def fused_reason(weight: Tensor, rank: int) -> str | None:
@@ -326,10 +315,19 @@ LAYERS: dict[str, Callable[[Tensors], Rival]] = {
 }
 
 
+ON_REQUEST = (
+    "lora-compiled",
+    "lotr_ext-fp32",
+    "lotr_ext-two_pass",
+    "lotr_ext-beta",
+    "lotr_ext-fused",
+    "lotr_ext-compiled",
+)
+
+
 def usual_layers(t: Tensors) -> list[str]:
     """Returns the rivals of one layer that are measured by default."""
-    usual = ["frozen", "lora-eager", "lora-in-place", "lora-beta", "lora-peft", "vera-peft"]
-    usual += ["lotr-eager", "lotr_ext"]
+    usual = [name for name in LAYERS if name not in ON_REQUEST]
     if t.weight.dtype != torch.float32:
         usual.append("lotr_ext-fp32")
     if t.weight.device.type == "cuda":  # on a CPU compiling takes longer than the rest of a case
@@ -342,16 +340,14 @@ def usual_layers(t: Tensors) -> list[str]:
 def formula(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
     """The frozen layer and what a rival adds to it.
 
-    s x A B^T for LoRA, s x A G B^T for LoTR, b * (((x A) * d) B^T) for VeRA.
+    s x A^T B^T for LoRA with A [r, k], s x A G B^T for LoTR, b * (((x A) * d) B^T) for VeRA.
     """
     y = nnf.linear(x, t.weight, t.bias)
     if not values:
         return y
     if "d" in values:
         return y + values["b"] * (((x @ t.A) * values["d"]) @ t.B.T)
-    h = x @ values["A"]
-    if "core" in values:
-        h = h @ values["core"]
+    h = x @ values["A"] @ values["core"] if "core" in values else x @ values["A"].T
     return y + SCALING * h @ values["B"].T
 
 
@@ -369,19 +365,15 @@ def check_layer(rival: Rival, t: Tensors, x: Tensor, g: Tensor, limit: float) ->
     Raises:
         ArithmeticError: If it is above the limit.
     """
-
-    def oriented(name: str, value: Tensor) -> Tensor:
-        return value.T if name in rival.transposed else value
-
     values = {
-        name: oriented(name, parameter).detach().double().requires_grad_()
+        name: parameter.detach().double().requires_grad_()
         for name, parameter in rival.trained.items()
     }
     wide = t.double()
     truth = run(lambda x: formula(x, wide, values), x.double(), g.double())
     errors = list(map(error_of, run(rival, x, g), truth))
     for name, parameter in rival.trained.items():
-        errors.append(error_of(oriented(name, parameter.grad), values[name].grad))
+        errors.append(error_of(parameter.grad, values[name].grad))
         parameter.grad = None
     return check_error("y, dx and gradients", max(errors), limit)
 
@@ -422,9 +414,8 @@ def stack_values(count: int, k: int, rank: int, dtype: torch.dtype, device: str)
     They are scaled so that values do not grow through many layers.
     """
     tensors = [Tensors.random(k, k, rank, dtype, device, seed) for seed in range(count)]
-    A = tensors[0].A
-    B = tensors[0].B
-    return [replace(t, A=A, B=B, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
+    pair = {"A": tensors[0].A, "B": tensors[0].B}
+    return [replace(t, **pair, weight=t.weight * 0.5, core=t.core * 0.1) for t in tensors]
 
 
 def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
@@ -450,11 +441,19 @@ def stack(rival: str, tensors: list[Tensors], wiring: str) -> Chain:
     return model
 
 
+def gradients(model: nn.Module) -> Tensor:
+    """Returns the gradients of a LoTR stack: of the cores, which are smaller, then of A and B."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([p.grad.flatten() for p in sorted(trained, key=torch.numel)])
+
+
 def check_stack(model: Chain, truth: Chain, x: Tensor, g: Tensor, limit: float) -> float:
-    """Returns the error of y and dx against the formula's in float64.
+    """Returns the largest error of y, dx and the gradients against the formula's in float64.
 
     Raises:
         ArithmeticError: If it is above the limit.
     """
-    errors = map(error_of, run(model, x, g), run(truth, x.double(), g.double()))
-    return check_error("y, dx", max(errors), limit)
+    truth.zero_grad()
+    results = (*run(model, x, g), gradients(model))
+    expected = (*run(truth, x.double(), g.double()), gradients(truth))
+    return check_error("y, dx and gradients", max(map(error_of, results, expected)), limit)

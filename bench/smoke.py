@@ -71,13 +71,11 @@ def forms() -> list[str]:
     """Returns the entries of the table, each followed by its variants."""
     tests = table()
     operators = tests.test_operators
+    variants = {"dropout": operators.DROPS, "fused": tests.FUSED_OPERATORS}
     names = []
     for name in operators.TABLE:
         names.append(name)
-        if name in operators.DROPS:
-            names.append(f"{name} dropout")
-        if name in tests.FUSED_OPERATORS:
-            names.append(f"{name} fused")
+        names += [f"{name} {variant}" for variant, members in variants.items() if name in members]
     return names
 
 

@@ -25,12 +25,11 @@ FUSED_GOAL = 0.94  # of cuBLAS: below it the fused kernel is slower than beta
 
 def outcomes_in(results: Path) -> Outcomes:
     """Returns the outcomes of parts that ran before, in this folder."""
-    path = results / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(text_of(results / "summary.json") or "{}")
 
 
-def text_of(log: Path) -> str:
-    return log.read_text(errors="replace") if log.exists() else ""
+def text_of(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def error_lines(log: Path) -> list[str]:
@@ -40,14 +39,13 @@ def error_lines(log: Path) -> list[str]:
     return [*first, *(line for line in lines[-5:] if line not in first)]
 
 
-def last_case(log: Path) -> re.Match | None:
-    """Returns the last line "[3/42] title" of a log: the case that ran when it ended."""
-    matches = list(re.finditer(r"^\[(\d+)/(\d+)\] (.*)$", text_of(log), re.MULTILINE))
-    return next(reversed(matches), None)
+def last_case(log: Path) -> list[str]:
+    """Returns "3", "42" and the title of a log's last line "[3/42] title", else nothing.
 
-
-def smoke_rows(results: Path) -> list[dict]:
-    return read(results / "smoke.jsonl").to_dict("records")
+    It is the case that ran when the log ended.
+    """
+    cases = re.findall(r"^\[(\d+)/(\d+)\] (.*)$", text_of(log), re.MULTILINE)
+    return list(cases[-1]) if cases else []
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -56,14 +54,20 @@ def smoke_rows(results: Path) -> list[dict]:
 def page(results: Path, outcomes: Outcomes) -> str:
     """Returns the page in Markdown."""
     frames = {path.stem: read(path) for path in results.glob("*/*.jsonl")}
-    sections = [_head(results, frames), _parts(results, outcomes), _smoke(results)]
-    for name, section in (("layer", _layers), ("kernels", _kernels), ("model", _model)):
-        if name in frames:
-            sections.append(section(frames[name]))
-    steps = _next_steps(results, outcomes, frames)
-    if steps:
-        numbered = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
-        sections.append(f"## What to do next\n\n{numbered}")
+    smoke = read(results / "smoke.jsonl").to_dict("records")
+    sections = [_head(results, frames), _parts(results, outcomes, smoke), _smoke(smoke)]
+    if "layer" in frames:
+        title = "One layer: time over the frozen layer, forward and backward"
+        sections.append(_over_frozen(frames["layer"], title, "{m} x {k} x {n}, r {r}, {dtype}"))
+    if "kernels" in frames:
+        sections.append(_kernels(frames["kernels"]))
+    if "model" in frames:
+        title = "A model: time of a training step over the frozen model's"
+        case = "{model}, {batch} x {sequence}, r {r}, {dtype}"
+        sections.append(_over_frozen(frames["model"], title, case))
+    steps = _next_steps(outcomes, frames, smoke)
+    numbered = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
+    sections.append(f"## What to do next\n\n{numbered}" if steps else "")
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -83,26 +87,32 @@ def _head(results: Path, frames: dict[str, pd.DataFrame]) -> str:
     return "\n".join([f"# lotr_ext on {machine}", "", *(f"    {line}" for line in lines)])
 
 
-def _parts(results: Path, outcomes: Outcomes) -> str:
-    rows = []
-    for name, part in outcomes.items():
-        log = results / f"{name}.log"
-        details = ""
-        if name == "smoke":
-            details = _smoke_counts(smoke_rows(results))
-        elif name.startswith("test_"):  # lines of a verbose pytest, also of one that was stopped
-            words = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b", text_of(log))
-            details = counted(word.lower() for word in words)
-        elif part["outcome"].startswith("stopped"):
-            case = last_case(log)
-            details = f"in case {case[1]} of {case[2]}: {case[3]}" if case else ""
-        elif part["outcome"].startswith("failed"):
-            details = " ".join(error_lines(log)[:1])
-        details = details.replace("|", "/")[:160]
-        rows.append(
-            {"part": name, "outcome": part["outcome"], "details": details, "s": part["seconds"]}
-        )
+def _parts(results: Path, outcomes: Outcomes, smoke: list[dict]) -> str:
+    rows = [
+        {
+            "part": name,
+            "outcome": part["outcome"],
+            "details": _details(name, part["outcome"], results / f"{name}.log", smoke),
+            "s": part["seconds"],
+        }
+        for name, part in outcomes.items()
+    ]
     return "## What ran\n\n" + markdown_table(pd.DataFrame(rows), texts=3) if rows else ""
+
+
+def _details(name: str, outcome: str, log: Path, smoke: list[dict]) -> str:
+    """Returns what a row of the table says of a part besides its outcome."""
+    details = ""
+    if name == "smoke":
+        details = _smoke_counts(smoke)
+    elif name.startswith("test_"):  # lines of a verbose pytest, also of one that was stopped
+        words = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b", text_of(log))
+        details = counted(word.lower() for word in words)
+    elif outcome.startswith("stopped") and last_case(log):
+        details = "in case {} of {}: {}".format(*last_case(log))
+    elif outcome.startswith("failed"):
+        details = " ".join(error_lines(log)[:1])
+    return details.replace("|", "/")[:160]
 
 
 def counted(words: Iterable[str]) -> str:
@@ -116,32 +126,22 @@ def _smoke_counts(rows: list[dict]) -> str:
     return counted(kinds + ["not run"] * not_run)
 
 
-def _smoke(results: Path) -> str:
+def _smoke(rows: list[dict]) -> str:
     """What did not pass, one line each; skipped forms by their reason."""
-    rows = smoke_rows(results)
-    lines = [
-        f"- **{row['form']}, {row['dtype']}** {row['outcome']}"
-        for row in rows
-        if not row["outcome"].startswith(("passed", "skipped"))
-    ]
+    lines = ["- **{form}, {dtype}** {outcome}".format(**row) for row in broken(rows)]
     skipped = [row["outcome"] for row in rows if row["outcome"].startswith("skipped")]
     lines += [f"- {count} {outcome}" for outcome, count in Counter(skipped).items()]
     head = "## Operators against float64: what did not pass\n\n"
     return head + "\n".join(lines) if lines else ""
 
 
-def _layers(frame: pd.DataFrame) -> str:
-    table = pivot(frame, "{m} x {k} x {n}, r {r}, {dtype}", "frozen")
-    return (
-        f"## One layer: time over the frozen layer, forward and backward\n\n"
-        f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals.\n\n"
-        f"{markdown_table(table)}"
-    )
+def broken(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if not row["outcome"].startswith(("passed", "skipped"))]
 
 
-def _model(frame: pd.DataFrame) -> str:
-    table = pivot(frame, "{model}, {batch} x {sequence}, r {r}, {dtype}", "frozen")
-    return f"## A model: time of a training step over the frozen model's\n\n{markdown_table(table)}"
+def _over_frozen(frame: pd.DataFrame, title: str, case: str) -> str:
+    rounds = f"Medians of {frame['rounds'].min():.0f} rounds with 95 % intervals."
+    return f"## {title}\n\n{rounds}\n\n{markdown_table(pivot(frame, case, 'frozen'))}"
 
 
 def _kernel_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -175,12 +175,12 @@ def _kernels(frame: pd.DataFrame) -> str:
 # ---- what to do next -----------------------------------------------------------------------------
 
 
-def _next_steps(results: Path, outcomes: Outcomes, frames: dict[str, pd.DataFrame]) -> list[str]:
+def _next_steps(
+    outcomes: Outcomes, frames: dict[str, pd.DataFrame], smoke: list[dict]
+) -> list[str]:
     steps = []
-    kinds = ("wrong", "failed", "crashed", "hung")
-    broken = [row for row in smoke_rows(results) if row["outcome"].startswith(kinds)]
-    if broken:
-        words = '--forms "{form}" --dtypes {dtype}'.format(**broken[0])
+    if broken(smoke):
+        words = '--forms "{form}" --dtypes {dtype}'.format(**broken(smoke)[0])
         steps.append(
             f"Mend the operators that did not pass, first: `python -m bench.smoke {words}`."
         )

@@ -16,7 +16,6 @@ the bytes of one task, cores or a LoRA.
 """
 
 import argparse
-import contextlib
 import random
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import Case, dtype_of
-from .models import llama, random_model, trained
+from .model import llama, random_model, trained
 from .program import Program
 from .timing import Group, Step, training
 
@@ -93,12 +92,14 @@ class Adapted(NamedTuple):
 
 
 def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted:
-    from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, use_tasks
+    from lotr_ext import LoTRConfig, TaskBank, apply_lotr, use_tasks
 
-    config = LoTRConfig(rank=case["r"], target_modules=TARGETS, train=("core",))
-    model = apply_lotr(transformer(case, dtype, batch.device), config)
+    model = transformer(case, dtype, batch.device)
+    if way == "frozen":
+        return Adapted(lambda: model(input_ids=batch.ids).logits, [], 0)
+    apply_lotr(model, LoTRConfig(rank=case["r"], target_modules=TARGETS, train=("core",)))
     cores = trained(model)
-    task_bytes = 0 if way == "frozen" else sum(core.nbytes for core in cores)
+    task_bytes = sum(core.nbytes for core in cores)
     if way in BANKED:
         bank = TaskBank(model, case["tasks"])
         for _ in range(case["tasks"]):
@@ -108,13 +109,10 @@ def our_model(way: str, case: Case, batch: Batch, dtype: torch.dtype) -> Adapted
     for core in cores:
         nn.init.normal_(core.requires_grad_())
 
-    def context() -> contextlib.AbstractContextManager:
-        if way in BANKED:
-            return use_tasks(model, batch.index(way))
-        return disabled(model) if way == "frozen" else contextlib.nullcontext()
-
     def run() -> Tensor:
-        with context():
+        if way == FLOOR:
+            return model(input_ids=batch.ids).logits
+        with use_tasks(model, batch.index(way)):
             return model(input_ids=batch.ids).logits
 
     return Adapted(run, cores, task_bytes)

@@ -15,18 +15,18 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from .checks import peak_bytes
 from .common import reason_of
 
 CLOCKS = ("wall", "cpu", "events")
@@ -39,7 +39,7 @@ SAMPLED = {  # column: what nvidia-smi calls it
     "gpu_celsius": "temperature.gpu",
     "gpu_watts": "power.draw",
 }
-Times = dict[str, list[float]]  # seconds of each rival's stages in one round
+Times = dict[str, dict[str, float]]  # seconds in one round, by rival and stage
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Step:
         stages: By name, timed one after the other. Each gets the result of the one before.
         prepare: Runs before the stages and is not timed.
         layers: a time is divided by this.
-        facts: Further columns of the rival's rows.
+        facts: Further columns of the rival's rows. `Rounds` adds the peak of memory.
     """
 
     stages: dict[str, Callable[[Any], Any]]
@@ -64,43 +64,19 @@ class Step:
         for stage in self.stages.values():
             state = stage(state)
 
-    def with_peak(self, device: str) -> "Step":
-        """Adds the peak of its memory to the facts.
 
-        The first run is not measured: it makes caches and the optimizer's state.
-        """
-        self.run()
-        self.facts["peak_bytes"] = peak_bytes(self.run, device)
-        return self
-
-
-class Group:
+class Group(NamedTuple):
     """The rivals of one case.
 
-    Args:
-        names: The rivals.
-        make: Returns the step of a rival. If it raises, only this rival is left out.
-        deal: Called before each round, to draw what the steps use in it.
-
     Attributes:
-        steps: The rivals that run, by name.
-        failures: Why the others do not run, by name.
+        names: The rivals.
+        make: Returns the step of a rival.
+        deal: Called before each round, to draw what the steps use in it.
     """
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        make: Callable[[str], Step],
-        deal: Callable[[random.Random], None] = lambda draw: None,
-    ):
-        self.steps: dict[str, Step] = {}
-        self.failures: dict[str, str] = {}
-        self.deal = deal
-        for name in names:
-            try:
-                self.steps[name] = make(name)
-            except Exception as error:  # packages of rivals may raise anything
-                self.failures[name] = reason_of(error)
+    names: Iterable[str]
+    make: Callable[[str], Step]
+    deal: Callable[[random.Random], None] = lambda draw: None
 
 
 def training(
@@ -155,41 +131,42 @@ class Clock:
             self._large = torch.zeros(size // 4, device=device)
             self._sum = torch.zeros((), device=device)
 
-    def seconds(self, step: Step, repeats: int = 1) -> list[float]:
-        """Returns the seconds of each stage per layer, averaged over repeats back to back."""
-        measure = self._events if self.kind == "events" else self._read
-        total = np.sum([measure(step) for _ in range(repeats)], 0)
-        return (total / repeats / step.layers).tolist()
+    def seconds(self, step: Step, repeats: int = 1) -> dict[str, float]:
+        """Returns the seconds of each stage per layer, and as "step" their sum if they are several.
 
-    def _read(self, step: Step) -> list[float]:
+        They are averages over repeats back to back.
+        """
+        mean = np.mean([self._run(step) for _ in range(repeats)], 0) / step.layers
+        stages = dict(zip(step.stages, mean.tolist()))
+        return stages if len(stages) == 1 else stages | {"step": float(mean.sum())}
+
+    def _run(self, step: Step) -> list[float]:
         step.prepare()
         if self.is_cuda:
             torch.sum(self._large, 0, out=self._sum)
-        times = [self._now()]
+        if self.kind == "events":
+            # A private name: without it the launches of a short stage would be timed, not its
+            # kernels.
+            torch.cuda._sleep(QUEUE_CYCLES)
         state = None
+        times = [self._now()]
         for stage in step.stages.values():
             state = stage(state)
             times.append(self._now())
-        return np.diff(times).tolist()
+        if self.kind != "events":
+            return np.diff(times).tolist()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(times)]
 
-    def _now(self) -> float:
+    def _now(self) -> Any:
+        """Returns the time in seconds, or an event that the GPU will record."""
+        if self.kind == "events":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.process_time() if self.kind == "cpu" else time.perf_counter()
-
-    def _events(self, step: Step) -> list[float]:
-        step.prepare()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(step.stages) + 1)]
-        torch.sum(self._large, 0, out=self._sum)
-        # A private name: without it the launches of a short stage would be timed, not its kernels.
-        torch.cuda._sleep(QUEUE_CYCLES)
-        state = None
-        events[0].record()
-        for stage, event in zip(step.stages.values(), events[1:]):
-            state = stage(state)
-            event.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
 
 
 @contextlib.contextmanager
@@ -201,10 +178,9 @@ def gpu_samples(device: str) -> Iterator[Callable[[], dict[str, float]]]:
     if device != "cuda" or shutil.which("nvidia-smi") is None:
         yield dict
         return
-    query = f"--query-gpu={','.join(SAMPLED.values())}"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "--loop=1"]
+    query = ["--query-gpu=" + ",".join(SAMPLED.values()), "--format=csv,noheader,nounits"]
     with tempfile.NamedTemporaryFile("r") as log:
-        process = subprocess.Popen(command, stdout=log.fileno(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(["nvidia-smi", *query, "--loop=1"], stdout=log)
 
         def medians() -> dict[str, float]:
             lines = io.StringIO(",".join(SAMPLED) + "\n" + Path(log.name).read_text())
@@ -226,36 +202,76 @@ def copy_gb_per_s(device: str) -> float:
     target = torch.empty_like(source)
     clock = Clock(device, "events" if device == "cuda" else "wall")
     step = Step({"copy": lambda _: target.copy_(source)})
-    seconds = [clock.seconds(step)[0] for _ in range(11)]
+    seconds = [clock.seconds(step)["copy"] for _ in range(11)]
     return 2 * source.nbytes / float(np.median(seconds)) / 1e9
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def memory_changes(call: Callable[[], object]) -> list[int]:
+    """Returns each CPU allocation (positive) and release (negative) during a call, in bytes.
+
+    They are in order. The C++ code of autograd and of our operators is included.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    # A private name: the profiler's public summary adds allocations up by operator and loses
+    # their order.
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return [event.nbytes() for event in changes]
+
+
+def peak_bytes(call: Callable[[], object], is_cuda: bool) -> int:
+    """Returns the most that torch allocates during a call, beyond what was allocated before."""
+    if not is_cuda:
+        return max(itertools.accumulate(memory_changes(call), initial=0))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 # ---- rounds --------------------------------------------------------------------------------------
 
 
 class Rounds:
-    """Measures a group round by round. A rival that fails in the first one is left out.
+    """Makes the rivals of a group and measures them round by round.
+
+    A rival that cannot be made or run is left out, and the others are measured.
 
     Args:
         slice_s: About how many seconds one measurement of a rival takes.
+
+    Attributes:
+        steps: The rivals that run, by name.
+        failures: Why the others do not run, by name.
     """
 
     def __init__(self, group: Group, clock: Clock, slice_s: float):
-        self.group = group
+        self.deal = group.deal
         self.clock = clock
+        self.steps: dict[str, Step] = {}
         self.repeats: dict[str, int] = {}
-        gc.collect()
-        for name, step in list(group.steps.items()):
+        self.failures: dict[str, str] = {}
+        for name in group.names:
             try:
-                clock.seconds(step)
+                step = group.make(name)
+                clock.seconds(step)  # makes caches and the optimizer's state
+                step.facts["peak_bytes"] = peak_bytes(step.run, clock.is_cuda)
                 begin = time.perf_counter()
                 clock.seconds(step)
-            except Exception as error:  # out of memory, for example
-                group.failures[name] = reason_of(error)
-                del group.steps[name]
+            except Exception as error:  # packages of rivals may raise anything
+                self.failures[name] = reason_of(error)
                 continue
-            elapsed = max(time.perf_counter() - begin, 1e-7)
+            elapsed = time.perf_counter() - begin
+            self.steps[name] = step
             self.repeats[name] = max(1, min(1000, round(slice_s / elapsed)))
+        gc.collect()
 
     def run(self, turn: int) -> Times:
         """Returns the seconds of each rival's stages in one round.
@@ -267,20 +283,18 @@ class Rounds:
         times = {}
         gc.disable()  # a collection would be timed with the rival that happens to run
         try:
-            self.group.deal(draw)
-            for name in draw.sample(list(self.group.steps), len(self.group.steps)):
-                step = self.group.steps[name]
-                self.clock.seconds(step)
-                times[name] = self.clock.seconds(step, self.repeats[name])
+            self.deal(draw)
+            for name in draw.sample(list(self.steps), len(self.steps)):
+                self.clock.seconds(self.steps[name])
+                times[name] = self.clock.seconds(self.steps[name], self.repeats[name])
         finally:
             gc.enable()
         return times
 
 
-def with_sum(times: Sequence[Times], name: str) -> np.ndarray:
-    """Returns [stages, rounds] of one rival. With several stages their sum comes last."""
-    stages = np.array([seconds[name] for seconds in times]).T
-    return stages if len(stages) == 1 else np.vstack([stages, stages.sum(0)])
+def seconds_of(times: Sequence[Times], rival: str, stage: str) -> np.ndarray:
+    """Returns the seconds of each round, NaN for a rival that was not measured."""
+    return np.array([turn.get(rival, {}).get(stage, np.nan) for turn in times])
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float, float]:
@@ -296,21 +310,18 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     return middle, float(resampled.low), float(resampled.high)
 
 
-def rows_of(times: Sequence[Times], group: Group, floor: str) -> list[dict[str, Any]]:
+def rows_of(times: Sequence[Times], steps: Mapping[str, Step], floor: str) -> list[dict[str, Any]]:
     """Returns a row per rival and stage.
 
     `seconds` is the median. `over` is the time over the floor's of the same round, less one; it is
     NaN if the floor was not measured.
     """
     rows = []
-    for name, step in group.steps.items():
-        seconds_of = with_sum(times, name)
-        floor_of = np.full_like(seconds_of, np.nan)
-        if floor in group.steps:
-            floor_of = with_sum(times, floor)
-        for i, stage in enumerate([*step.stages, "step"][: len(seconds_of)]):
-            over, low, high = interval(seconds_of[i] / floor_of[i] - 1)
-            row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds_of[i]))}
+    for name, step in steps.items():
+        for stage in times[0][name]:
+            seconds = seconds_of(times, name, stage)
+            over, low, high = interval(seconds / seconds_of(times, floor, stage) - 1)
+            row = {"rival": name, "stage": stage, "seconds": float(np.median(seconds))}
             row |= {"over": over, "over_low": low, "over_high": high, **step.facts}
             if "least_bytes" in row:
                 row["gb_per_s"] = row["least_bytes"] / row["seconds"] / 1e9

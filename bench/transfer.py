@@ -30,12 +30,10 @@ text under its LoRA, or as a task of a bank. The time of a step: python -m bench
 
 import argparse
 import itertools
-import multiprocessing
-import os
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +46,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from . import accuracy
-from .common import RESULTS, commit, read, show, some_of, write
+from .accuracy import complete, record, runs_in
+from .common import RESULTS, commit, parser_of, read, show, some_of
 from .donors import CACHE, MODEL, TEXTS, Form, captured, layers_named, lora_of, pairs_for, problem
 from .problems import TASKS, adapt, fit
 
@@ -64,7 +63,6 @@ FORMS = (  # what is run without --forms
 )
 RATES = [2e-3, 4e-3, 8e-3]  # a pair from gradients needs a lower rate than a random one
 TRIAL = ["target", "form", "lr", "steps", "numbers", "captured", "validation", "gain"]
-MEASURED = ("numbers", "captured", "validation", "loss", "items")
 USUAL_NORM = 2.0  # of a row of B, about as in VeRA
 COLLECTION_RANKS = (16, 32, 64)
 COLLECTION_ROWS = 16  # held-out rows of each text
@@ -98,6 +96,9 @@ class Run(NamedTuple):
     lr: float
     seed: int
     steps: int
+
+
+COLUMNS = (*Run._fields, "numbers", "captured", "validation", "loss", "items")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -197,28 +198,6 @@ def next_runs(recorded: pd.DataFrame, options: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def runs_in(path: Path) -> pd.DataFrame:
-    """Returns the recorded runs, with all columns that are used here."""
-    recorded = read(path)
-    columns = [*recorded.columns, *Run._fields, *MEASURED]
-    return recorded.reindex(columns=list(dict.fromkeys(columns)))
-
-
-def work(options: argparse.Namespace) -> None:
-    """Makes the runs that are not recorded. Only this process writes the file."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        while runs := next_runs(runs_in(options.results), options):
-            for future in as_completed([pool.submit(train, run) for run in runs]):
-                record(options.results, future.result())
-
-
-def record(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file, and prints it."""
-    write(path, pd.concat([read(path), pd.DataFrame([row])], ignore_index=True))
-    print({name: value for name, value in row.items() if name != "items"}, flush=True)
-
-
 # ---- tables --------------------------------------------------------------------------------------
 
 
@@ -229,7 +208,7 @@ def results_of(
 
     The point of the runs has the form as its method.
     """
-    others = accuracy.runs_in(RESULTS / "accuracy.jsonl")
+    others = runs_in(RESULTS / "accuracy.jsonl")
     others = others[(others["scaling"] == "") & others["method"].str.match("base|lo|vera|full")]
     others["form"] = others["method"].combine(others["rank"], accuracy.name_of)
     forms = recorded.rename(columns={"target": "task", "numbers": "parameters"})
@@ -270,7 +249,7 @@ def at_best_rate(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["lr"] == lr].drop_duplicates("seed", keep="last").set_index("seed")
 
 
-def tables(recorded: pd.DataFrame, markdown: bool) -> None:
+def tables(recorded: pd.DataFrame) -> None:
     for target in TARGETS:
         rows = [
             {
@@ -284,11 +263,11 @@ def tables(recorded: pd.DataFrame, markdown: bool) -> None:
             }
             for point, kept in results_of(recorded, target)
         ]
-        show(target, pd.DataFrame(rows), markdown)
+        show(target, pd.DataFrame(rows))
     shorter = short_runs(recorded).sort_values(["target", "steps", "validation"])
-    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""), markdown)
+    show("shorter runs", shorter[TRIAL].round(3).astype(object).fillna(""))
     collected = read(RESULTS / "transfer_collection.jsonl")
-    show("ten LoRAs, and banks of them", collection_table(collected), markdown)
+    show("ten LoRAs, and banks of them", collection_table(collected))
 
 
 def collection_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -392,42 +371,31 @@ def rates(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m bench.transfer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = top.add_argument
-    add(
-        "--targets",
-        type=some_of([*TARGETS, "none"]),
-        default=list(TARGETS),
-        help="; ".join(TARGETS),
-    )
-    add("--forms", type=str.split, default=list(FORMS), help="with blanks between them")
-    add("--rates", type=rates, default=RATES, help="with commas between them (2e-3,4e-3,8e-3)")
-    add("--seeds", type=int, default=1, help="how many, from 0 on (1)")
-    add("--steps", type=int, default=STEPS, help=f"of a run ({STEPS})")
-    add("--jobs", type=int, default=1, help="runs at a time, one thread each (1)")
-    add("--results", type=Path, default=RESULTS / "transfer.jsonl", help="the file")
-    add("--markdown", action="store_true", help="print the tables in Markdown, as docs have them")
-    add("--collection", action="store_true", help="ten LoRAs, and banks of them")
-    return top
+OPTIONS: dict[str, dict[str, Any]] = {
+    "targets": {
+        "type": some_of([*TARGETS, "none"]),
+        "default": list(TARGETS),
+        "help": f"some of {', '.join(TARGETS)}; none (all)",
+    },
+    "forms": {"type": str.split, "default": list(FORMS), "help": "with blanks between them"},
+    "rates": {"type": rates, "default": RATES, "help": "of the search (2e-3,4e-3,8e-3)"},
+    "seeds": {"type": int, "default": 1, "help": "how many, from 0 on (1)"},
+    "steps": {"type": int, "default": STEPS, "help": f"of a run ({STEPS})"},
+    "jobs": {"type": int, "default": 1, "help": "runs at a time, one thread each (1)"},
+    "results": {"type": Path, "default": RESULTS / "transfer.jsonl", "help": "the file"},
+    "collection": {"action": "store_true", "help": "ten LoRAs, and banks of them"},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program."""
-    options = parser().parse_args(argv)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    options = parser_of("transfer", __doc__, OPTIONS).parse_args(argv)
     if options.collection:
         collect(options.results.with_name("transfer_collection.jsonl"))
     elif options.targets != ["none"]:
-        work(options)
-    recorded = runs_in(options.results)
-    tables(recorded, options.markdown)
+        lacking_runs = partial(next_runs, options=options)
+        complete(options.results, COLUMNS, lacking_runs, train, options.jobs)
+    recorded = runs_in(options.results, COLUMNS)
+    tables(recorded)
     picture(recorded, options.results.with_suffix(".png"))
     print(f"results in {options.results}")
     return 0

@@ -118,8 +118,7 @@ def main(words: list[str] | None = None) -> None:
 
     save_adapter(model, options.out)
     fresh, _ = language_model(options.model)
-    load_adapter(fresh, options.out)
-    loss_merged = held_out_loss(merge(fresh), held_out)
+    loss_merged = held_out_loss(merge(load_adapter(fresh, options.out)), held_out)
     assert abs(loss_merged - loss_after) < 0.02 * loss_after
     size = sum(file.stat().st_size for file in options.out.iterdir())
     print(

@@ -36,8 +36,7 @@ class Example(NamedTuple):
 
 def progress_bar(name: str, steps: int) -> tqdm:
     """Returns range(steps) with a progress bar. Without a terminal, prints every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(range(steps), desc=name, mininterval=interval)
+    return tqdm(range(steps), desc=name, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argparse.Namespace:
@@ -46,21 +45,19 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
     Args:
         doc: The docstring of the program. Its first line describes it.
         words: The command line. None stands for sys.argv.
-        defaults: A default per option, which also gives its type. Integers must be at least 1.
-            A list makes an option with several words, False a flag.
+        defaults: A default per option, which also gives its type. A list makes an option with
+            several words, False a flag.
     """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for name, default in {**defaults, "threads": os.cpu_count()}.items():
-        kind: dict[str, object] = {"default": default, "type": type(default)}
+        kind: dict[str, object] = {"type": type(default)}
         if default is False:
             kind = {"action": "store_true"}
         elif isinstance(default, list):
-            kind = {"default": default, "nargs": "+"}
-        elif isinstance(default, int):
-            kind["type"] = _positive_int
-        parser.add_argument(f"--{name.replace('_', '-')}", help=" ", **kind)
+            kind = {"nargs": "+"}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **kind)
     options = parser.parse_args(words)
     print(f"{parser.prog}: loading packages and data", flush=True)  # seconds without other output
     torch.set_num_threads(options.threads)
@@ -68,13 +65,6 @@ def parse_options(doc: str, words: list[str] | None, **defaults: object) -> argp
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     RESULTS.mkdir(exist_ok=True)
     return options
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def downloaded(path: Path, names: str) -> Path:

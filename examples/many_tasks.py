@@ -126,10 +126,9 @@ def main(words: list[str] | None = None) -> None:
     for number, ratio in ratios.items():
         print(f"{number:4} tasks {milliseconds[number]:8.1f} ms {ratio:6.2f} x")
     del ratios[NO_ADAPTER]
-    lines = {"one task per row": ratios, "no adapter": dict.fromkeys(ratios, 1.0)}
     draw(
         RESULTS / "many_tasks.png",
-        lines,
+        {"one task per row": ratios, "no adapter": dict.fromkeys(ratios, 1.0)},
         xscale="log",
         xlabel=f"different tasks in a batch of {TIMED_ROWS} rows",
         ylabel="time over the model without an adapter",

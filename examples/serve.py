@@ -17,6 +17,7 @@ import sys
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from causal_lm import language_model
 from common import parse_options, train
@@ -49,21 +50,21 @@ def text_parts(task: str, lines: list[str], generator: random.Random) -> list[tu
 def make_batch(
     tokenizer, lines: list[str], generator: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns token ids [rows, ROW_TOKENS], labels, and the task of each row."""
+    """Returns token ids and labels [rows, at most ROW_TOKENS], and the task of each row."""
     index = torch.arange(len(TASKS)).repeat_interleave(ROWS_PER_TASK)
-    ids = torch.zeros(len(index), ROW_TOKENS, dtype=torch.int64)
-    labels = torch.full((len(index), ROW_TOKENS), NOT_LEARNED)
-    for row, task in enumerate(index.tolist()):
+    ids = []
+    labels = []
+    for task in index.tolist():
         row_ids: list[int] = []
         row_labels: list[int] = []
         for text, is_learned in text_parts(TASKS[task], lines, generator):
             tokens = tokenizer(text)["input_ids"]
             row_ids += tokens
             row_labels += tokens if is_learned else [NOT_LEARNED] * len(tokens)
-        length = min(len(row_ids), ROW_TOKENS)
-        ids[row, :length] = torch.tensor(row_ids[:length])
-        labels[row, :length] = torch.tensor(row_labels[:length])
-    return ids, labels, index
+        ids.append(torch.tensor(row_ids[:ROW_TOKENS]))
+        labels.append(torch.tensor(row_labels[:ROW_TOKENS]))
+    padded_labels = pad_sequence(labels, batch_first=True, padding_value=NOT_LEARNED)
+    return pad_sequence(ids, batch_first=True), padded_labels, index
 
 
 def make_tasks(options: argparse.Namespace) -> None:
@@ -94,19 +95,20 @@ def make_tasks(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Replaces this process by vLLM's server."""
-    settings = {
+    environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "OMP_NUM_THREADS": str(options.threads),
+        **os.environ,
+        "LOTR_FACTORS": str(options.out / "factors"),
     }
-    environment = {**settings, **os.environ, "LOTR_FACTORS": str(options.out / "factors")}
-    model = ["--model", str(options.model), "--served-model-name", "smollm2"]
-    limits = ["--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model, *limits),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(options.model), "--served-model-name", "smollm2"),
+        *("--max-model-len", "1024", "--max-num-seqs", "32", "--max-loras", "8"),
         *("--host", "127.0.0.1", "--port", str(options.port), "--dtype", "float32"),
         *("--enforce-eager", "--enable-lora", "--max-cpu-loras", "1000"),
         *("--lora-modules", *(f"{name}={options.out / name}" for name in TASKS)),

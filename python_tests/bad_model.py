@@ -19,7 +19,8 @@ from lotr_ext import LoTRConfig, TaskBank, apply_lotr, load_adapter, save_adapte
 
 FOLDER = Path(__file__).parent / "data" / "bd4494a"
 LORA = peft.LoraConfig(target_modules=["up"])
-# As many pairs of factors as by name. Those of q and k are exchanged in the second block.
+
+# As many pairs as by name. Those of q and k are exchanged in the second block.
 EXCHANGED = {f"blocks.0.{name}": name for name in "qkvo"} | {
     f"blocks.1.{name}": other for name, other in zip("qkvo", "kqvo")
 }
@@ -287,17 +288,18 @@ BAD_MODEL: list[tuple[str, str, Callable[[], object]]] = [
     ),
     *(
         (
-            f"load factors by {in_file} into a model with {pairs} pairs",
+            f"load factors by {in_file} into a model by {in_model}",
             "layers",
             lambda in_file=in_file, in_model=in_model: load_adapter(
                 started("attention", group_by=in_model),
                 _saved(trained("attention", group_by=in_file)),
             ),
         )
-        for in_file, in_model, pairs in (
-            ("shape", "name", "more"),
-            ("name", "shape", "fewer"),
-            ("name", EXCHANGED, "as many"),
+        for in_file, in_model in (
+            ("shape", "name"),
+            ("name", "shape"),
+            ("block", "layer"),
+            ("name", EXCHANGED),
         )
     ),
     (

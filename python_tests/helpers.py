@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lotr_ext import reference
-
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
 BETA = 1  # a strategy of the operators of layers; the other one on a CPU is 0
@@ -134,11 +132,6 @@ def new_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """Returns x [m, k] in float64 after the dropout that every kernel draws for (p, seed)."""
-    return x.double() * reference.dropout_mask(*x.shape, p, seed)
 
 
 # ---- operators -----------------------------------------------------------------------------------

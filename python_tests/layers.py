@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from helpers import copy64, sums_dtype
+from helpers import CLOSE, copy64, sums_dtype, worst
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -66,18 +66,11 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-class Scaled(nn.Module):
+class Scaled(nn.Linear):
     """A linear layer with a custom forward, which doubles the output."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features = K
-        self.out_features = K
-        self.weight = nn.Parameter(torch.randn(K, K) / K**0.5)
-        self.bias = nn.Parameter(torch.randn(K))
-
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * nnf.linear(x, self.weight, self.bias)
+        return 2 * super().forward(x)
 
 
 def layer_classes(kind: str) -> tuple[Callable[[], nn.Module], type]:
@@ -85,7 +78,7 @@ def layer_classes(kind: str) -> tuple[Callable[[], nn.Module], type]:
     if kind == "conv1d":
         return Conv1D, LoTRConv1D
     if "wrapped" in kind:
-        return Scaled, LoTRWrapped
+        return partial(Scaled, K, K), LoTRWrapped
     return partial(nn.Linear, K, K), LoTRLinear
 
 
@@ -146,7 +139,6 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.kind = kind
         self.rows = kind.startswith("rows")
-        self.dropout = dropout
         count, self.wire = KINDS[kind]
         adapter_dtype = factors or dtype
 
@@ -177,6 +169,12 @@ class Net(nn.Module):
                 layer.weight.requires_grad_(kind == "trained base")
                 layer.bias.requires_grad_()
 
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        self.names = [  # of the parameters of each layer
+            {part: names[id(parameter)] for part, parameter in self.parts(i).items()}
+            for i in range(count)
+        ]
+
     def index(self, x: Tensor) -> Tensor:
         """Returns the task of each row.
 
@@ -188,9 +186,16 @@ class Net(nn.Module):
             return row_tasks
         return (row_tasks[:, None] + torch.arange(x.shape[1])) % 4 - 1
 
-    def core(self, i: int) -> Tensor:
-        """Returns the core of a layer, [r, r]; for a net of rows, its cores by task."""
-        return self.layers[i].core if self.cores is None else self.cores[i]
+    def parts(self, i: int) -> dict[str, Tensor]:
+        """Returns the parameters of a layer. The core of a net of rows is the layer's cores."""
+        layer = self.layers[i]
+        return {
+            "weight": layer.weight,
+            "bias": layer.bias,
+            "A": layer.factors.A.value,
+            "B": layer.factors.B.value,
+            "core": layer.core if self.cores is None else self.cores[i],
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         call = self.call_function if self.kind in ("function", "rows") else self.call_layer
@@ -202,11 +207,13 @@ class Net(nn.Module):
     def call_function(self, i: int, x: Tensor) -> Tensor:
         """Computes a layer by `lotr_linear`, from the layer's tensors."""
         layer = self.layers[i]
-        A = layer.factors.A.value
-        B = layer.factors.B.value
-        index = self.index(x) if self.rows else None
         return lotr_linear(
-            x, layer.weight, layer.bias, A, B, self.core(i), SCALING, core_index=index
+            x,
+            **self.parts(i),
+            scaling=layer.scaling,
+            core_index=self.index(x) if self.rows else None,
+            dropout_p=layer.dropout,
+            training=self.training,
         )
 
     @contextlib.contextmanager
@@ -224,24 +231,20 @@ class Net(nn.Module):
         return self.wire(lambda i, h: self.plain(i, leaves, h), x)
 
     def plain(self, i: int, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
-        """Computes one layer by its formula from parameters by name."""
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        """Computes one layer from parameters by name."""
+        core = leaves[self.names[i]["core"]]
+        if self.rows:
+            index = self.index(x)
+            core = cores_of_rows(
+                core, index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
+            )
+        return self.formula(i, leaves, x, core)
 
-        def leaf(parameter: Tensor) -> Tensor:
-            return leaves[names[id(parameter)]]
-
-        layer = self.layers[i]
-        A = leaf(layer.factors.A.value)
-        B = leaf(layer.factors.B.value)
-        G = leaf(self.core(i))
-        base_output = self.plain_base(leaf(layer.weight), leaf(layer.bias), x)
-        u = self.dropped(x) @ A
-        if self.cores is None:
-            return base_output + SCALING * (u @ G @ B.T)
-        index = self.index(x)
-        index = index.view(*index.shape, *(1,) * (x.dim() - 1 - index.dim()))
-        row_cores = G[index.clamp(min=0)] * (index >= 0)[..., None, None]
-        return base_output + SCALING * (u.unsqueeze(-2) @ row_cores).squeeze(-2) @ B.T
+    def formula(self, i: int, leaves: dict[str, Tensor], x: Tensor, core: Tensor) -> Tensor:
+        """Computes one layer by its formula, with a core [r_in, r_out] or one per row."""
+        W, bias, A, B = (leaves[self.names[i][part]] for part in ("weight", "bias", "A", "B"))
+        update = ((self.dropped(i, x) @ A).unsqueeze(-2) @ core).squeeze(-2) @ B.T
+        return self.plain_base(W, bias, x) + self.layers[i].scaling * update
 
     def plain_base(self, W: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         """Computes the base layer."""
@@ -251,16 +254,22 @@ class Net(nn.Module):
             return nnf.linear(x, W.T, bias)
         return nnf.linear(x, W, bias)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Drops elements of x by the mask that the kernels draw.
+    def dropped(self, i: int, x: Tensor) -> Tensor:
+        """Drops elements of x by the mask that the kernels draw for a layer.
 
         Its seed is the next number of torch's generator.
         """
-        if not (self.dropout and self.training):
+        p = self.layers[i].dropout
+        if not (p and self.training):
             return x
         seed = torch.randint(-(2**63), 2**63 - 1, (1,))
-        mask = reference.dropout_mask(x[..., 0].numel(), K, self.dropout, int(seed))
+        mask = reference.dropout_mask(x[..., 0].numel(), K, p, int(seed))
         return x * mask.view(x.shape)
+
+
+def cores_of_rows(cores: Tensor, index: Tensor) -> Tensor:
+    """Returns the core of each row, zero for -1."""
+    return cores[index.clamp(min=0)] * (index >= 0)[..., None, None]
 
 
 # ---- the two sides of a comparison ---------------------------------------------------------------
@@ -309,6 +318,19 @@ class Side:
         """Computes the output of one layer."""
         return self.net.plain(i, self.values, x) if self.exact else self.net.layers[i](x)
 
+    def part(self, i: int, part: str) -> Tensor:
+        """Returns a parameter of a layer: "weight", "bias", "A", "B" or "core"."""
+        return self.values[self.net.names[i][part]]
+
+    def replace(self, i: int, part: str, tensor: Tensor) -> None:
+        """Makes another tensor the parameter of a layer."""
+        name = self.net.names[i][part]
+        self.values[name] = tensor
+        if not self.exact:
+            module, _, attribute = name.rpartition(".")
+            delattr(self.net.get_submodule(module), attribute)
+            setattr(self.net.get_submodule(module), attribute, tensor)
+
     def grad(self, y: Tensor, targets: list[Tensor] | None = None, **settings: object) -> Results:
         """Returns the gradients of y.
 
@@ -352,31 +374,26 @@ def no_grad_first(side: Side) -> Results:
     return [y, *side.grad(loss(side()))]
 
 
-def linear_with_dropout() -> LoTRLinear:
-    """Returns a layer without bias that drops half of the elements of x."""
-    layer = LoTRLinear(K, K, 3, bias=False, scaling=SCALING, dropout=0.5, dtype=torch.float64)
-    nn.init.normal_(layer.core)
-    return layer
-
-
-def check_masks(call: Callable[[Tensor], Tensor], layer: LoTRLinear) -> None:
-    """Checks that forward and backward use one mask, and the next call another one.
-
-    For a fixed mask and without a bias, y is linear in x, and the adapter's output is linear in
-    each of A, B and G. So the product of each tensor and its gradient gives the output again.
+def agree(
+    net: Net,
+    context: Callable[[Side], Results],
+    x: Tensor,
+    close: float = CLOSE[torch.float64],
+    trains_x: bool = True,
+) -> None:
+    """Checks that a context returns the same for the net and for its truth.
 
     Args:
-        call: computes the layer, for example after `torch.compile`.
-        layer: a layer from `linear_with_dropout`.
+        net: the network.
+        context: what runs on both sides.
+        x: the input of the network.
+        close: the bound of the relative error of each result.
+        trains_x: whether x requires a gradient.
     """
-    x = inputs(6).requires_grad_()
-    y = call(x)
-    dy = torch.randn_like(y)
-    tensors = [x, layer.factors.A.value, layer.factors.B.value, layer.core]
-    gradients = torch.autograd.grad(y, tensors, dy)
-    adapter_output = (y - x @ layer.weight.T).detach()
-    outputs = (y, adapter_output, adapter_output, adapter_output)
-    for tensor, gradient, output in zip(tensors, gradients, outputs, strict=True):
-        ratio = (gradient * tensor).sum() / (output * dy).sum()
-        assert abs(ratio.item() - 1) < 1e-8
-    assert not torch.equal(call(x), y)
+    results = []
+    for side in sides(net, x, trains_x):
+        torch.manual_seed(0)
+        with net.request():
+            results.append(context(side))
+    error = worst(*results)
+    assert error < close, f"{error:.1e}"

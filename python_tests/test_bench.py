@@ -26,8 +26,7 @@ from bench.timing import Group, Step
 SMALL = {
     "layer": "--shapes 32x48x40x4 --dtypes fp32,bf16",
     "model": "--models tiny-lm,tiny-encoder --dtypes fp32",
-    "host": "--shapes 2x6x16x4 --forms siblings",
-    "shared": "--shapes 3x16x24x4 --dtypes fp32",
+    "host": "--shapes 2x6x16x4,16x3x24x4 --forms siblings",
     "experts": "--shapes 64x32x16x4x2x4 --dtypes fp32",
     "tasks": "--shapes 4x4x6x32x1x4",
     "kernels": "--shapes 40x24x4 --dtypes fp32",
@@ -60,7 +59,7 @@ def test_program_writes_a_row_per_rival_and_stage(
     if name in NEEDS_TRANSFORMERS:
         pytest.importorskip("transformers")
         pytest.importorskip("peft")
-    assert run(name, tmp_path, "--markdown", "--require-kernels") == 0, capsys.readouterr().err
+    assert run(name, tmp_path, "--require-kernels") == 0, capsys.readouterr().err
     rows = rows_in(tmp_path, name)
     assert all(row["seconds"] > 0 and row["machine"] and row["rounds"] == 3 for row in rows)
     assert any(row["rival"].startswith("lotr_ext") for row in rows)
@@ -111,7 +110,7 @@ def test_require_kernels_refuses_the_fallback(
     [
         ("layer", "--shapes 32x48", "expected mxkxnxr"),
         ("layer", "--dtypes int8", "--dtypes: expected some of bf16"),
-        ("host", "--threads 0", "--threads: expected numbers from 1"),
+        ("host", "--threads 0", "--threads: expected threads, numbers of at least 1"),
         ("host", "--shapes 1x2x3x0", "expected mxlayersxkxr"),
         ("host", "--rivals lora", "--rivals: expected some of frozen"),
         ("model", "--against nowhere", "against: expected a checkout"),
@@ -171,8 +170,10 @@ def test_worker_measures_a_checkout_that_has_no_core(tmp_path: Path) -> None:
     argv = words_of("layer", tmp_path, "--rivals", "frozen,lotr_ext")
     worker = Worker("layer", argv, tmp_path)
     case = {"m": 8, "k": 12, "n": 10, "r": 4, "dtype": "fp32", "threads": 1}
-    assert set(worker.ask({"case": case})["stages"]) == {"frozen", "lotr_ext"}
-    assert all(seconds > 0 for stages in worker.ask({"turn": 0}).values() for seconds in stages)
+    assert worker.ask({"case": case}) == {}  # nothing failed
+    times = worker.ask({"turn": 0})
+    assert set(times) == {"frozen", "lotr_ext"}
+    assert all(seconds > 0 for stages in times.values() for seconds in stages.values())
     worker.close()
 
 
@@ -428,7 +429,7 @@ for case in range(first, 6):
 def test_quick_run_leaves_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--device", "cpu", "--quick", "--parts", "info,kernels,layer", "--budget", "300"]
     assert gpu.main([*words, "--folder", str(tmp_path)]) == 0, capsys.readouterr().out
-    page = (tmp_path / "summary.md").read_text()
+    page = " ".join((tmp_path / "summary.md").read_text().split())
     for word in ("# lotr_ext on ", "| layer | done |", "LoRA eager", "shrink 2048 x 768", "GB/s"):
         assert word in page
 
@@ -495,7 +496,7 @@ def test_accuracy_continues_from_recorded_runs(
     capsys.readouterr()
     assert accuracy.main(words) == 0
     output = capsys.readouterr()
-    assert output.err.count("seed") == 1 and "ours less rival" in output.out
+    assert output.err.count("'seed'") == 1 and "ours less rival" in output.out
     losses = accuracy.runs_in(path)["loss"]
     assert losses.iloc[-1] == recorded["loss"].iloc[-1]  # the same run, the same numbers
 

@@ -11,14 +11,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import relative, worst
+from helpers import CLOSE, relative, worst
 from layers import (
     K,
     Net,
-    Side,
-    check_masks,
+    agree,
     inputs,
-    linear_with_dropout,
     loss,
     no_grad_first,
     once,
@@ -34,20 +32,24 @@ from lotr_ext import LoTRLinear, disabled
 GRAPH_KINDS = ("siblings", "two Bs", "wrapped", "function", "rows")
 
 
+def compiled(net: Net, backend: str = "aot_eager", **options: bool) -> Net:
+    """Returns the net with a compiled forward."""
+    torch._dynamo.reset()
+    other = copy.copy(net)
+    other.forward = torch.compile(net.forward, fullgraph=True, backend=backend, **options)
+    return other
+
+
 @pytest.mark.parametrize("kind", GRAPH_KINDS)
 def test_compile(kind: str) -> None:
     """One graph with gradients and one without, also for another number of tokens."""
-    torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    net = Net(kind)
-    compiled = copy.copy(net)
-    compiled.forward = torch.compile(net.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    net = compiled(Net(kind), dynamic=True)
     # Not the width: torch would take the two sizes of x to be equal.
     for tokens in (30, 18):
-        for run in (once, no_grad_first):
-            actual = run(Side(compiled, inputs(tokens), False))
-            assert worst(actual, run(Side(net, inputs(tokens), True))) < 1e-10
+        for context in (once, no_grad_first):
+            agree(net, context, inputs(tokens))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -84,18 +86,17 @@ def test_compiled_graphs_contain_our_operators(shared: None) -> None:
 def test_compile_and_checkpoint(where: str) -> None:
     torch._dynamo.reset()
     net = Net("siblings")
-    compiled = copy.copy(net)
+    other = copy.copy(net)
     run = partial(torch.compile, fullgraph=where != "each layer", backend="aot_eager")
     if where == "inside":
-        compiled.forward = run(lambda x: checkpoint(net, x, use_reentrant=False))
+        other.forward = run(lambda x: checkpoint(net, x, use_reentrant=False))
     elif where == "outside":
         graph = run(net.forward)
-        compiled.forward = lambda x: checkpoint(graph, x, use_reentrant=False)
+        other.forward = lambda x: checkpoint(graph, x, use_reentrant=False)
     else:
         layers = [run(layer) for layer in net.layers]
-        compiled.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
-    actual = once(Side(compiled, inputs(6), False))
-    assert worst(actual, once(Side(net, inputs(6), True))) < 1e-10
+        other.forward = lambda x: net.wire(lambda i, h: layers[i](h), x)
+    agree(other, once, inputs(6))
 
 
 @pytest.mark.parametrize("kind", ["siblings", "rows of siblings"])
@@ -112,18 +113,13 @@ def test_compiled_autograd(kind: str, shared: None) -> None:
 
 def test_compile_with_dropout() -> None:
     """The compiled backward uses the same mask as the forward."""
-    torch._dynamo.reset()
-    layer = linear_with_dropout()
-    check_masks(torch.compile(layer, fullgraph=True, backend="aot_eager"), layer)
+    agree(compiled(Net("siblings", dropout=0.4)), once, inputs(6))
 
 
 def test_compile_with_autocast() -> None:
-    torch._dynamo.reset()
-    net = Net("siblings", torch.float32)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    x = inputs(60, dtype=torch.float32)
+    net = compiled(Net("siblings", torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(compiled(x), net(x).float()) < 4e-2
+        agree(net, once, inputs(60, dtype=torch.float32), CLOSE[torch.bfloat16])
 
 
 def test_a_compiled_model_can_be_disabled() -> None:
@@ -131,11 +127,11 @@ def test_a_compiled_model_can_be_disabled() -> None:
     net = nn.Sequential(LoTRLinear(K, K, 2), nn.Tanh())
     x = inputs(6, dtype=torch.float32)
     nn.init.normal_(net[0].core)
-    compiled = torch.compile(net, backend="aot_eager")
+    compiled_net = torch.compile(net, backend="aot_eager")
     for _ in range(2):
-        assert relative(compiled(x), net(x)) < 1e-6
+        assert relative(compiled_net(x), net(x)) < 1e-6
         with disabled(net):
-            assert relative(compiled(x), torch.tanh(net[0].base(x))) < 1e-6
+            assert relative(compiled_net(x), torch.tanh(net[0].base(x))) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["siblings", "wrapped"])
@@ -163,10 +159,5 @@ def test_onnx(kind: str) -> None:
 
 
 def test_inductor() -> None:
-    torch._dynamo.reset()
-    net = Net("siblings", torch.float32)
-    x = inputs(6, dtype=torch.float32)
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    compiled = torch.compile(net, fullgraph=True)
-    gradients = torch.autograd.grad(loss(compiled(x)), parameters)
-    assert worst(gradients, torch.autograd.grad(loss(net(x)), parameters)) < 1e-5
+    net = compiled(Net("siblings", torch.float32), backend="inductor")
+    agree(net, once, inputs(6, dtype=torch.float32), 1e-5)

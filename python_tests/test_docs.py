@@ -27,7 +27,6 @@ LOCAL = {"sentence-transformers/all-MiniLM-L6-v2": "data/all-minilm-l6-v2"}
 MAKE_PROGRAMS = {  # target of make: the program that receives its ARGS
     "demo": ["examples/finetune_text.py"],
     "bench": ["-m", "bench.layer"],
-    "gpu": ["-m", "bench.gpu"],
 }
 
 

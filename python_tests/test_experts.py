@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import zoo
-from helpers import HALVES, relative, worst
-from models import trained
+from helpers import HALVES, copy64, relative, worst
+from models import adapter_parameters, moved, trained, written_out
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,12 +25,10 @@ from transformers.integrations.moe import use_experts_implementation
 from lotr_ext import (
     LoTRConfig,
     LoTRExperts,
-    LoTRFactors,
     LoTRLinear,
     apply_lotr,
     lotr_grouped_linear,
 )
-from lotr_ext.adapted import adapted_layers
 from lotr_ext.core import grouped
 from lotr_ext.core.request import ADAPTER_OFF, open_request
 
@@ -56,179 +54,174 @@ class Tasks(NamedTuple):
         return self.index
 
 
-def truth(
+def definition(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     tokens: Tensor | None,
     A: Tensor,
     B: Tensor,
     cores: Tensor,
-    tasks: Tensor | None = None,
+    core_index: Tensor | None = None,
 ) -> Tensor:
-    """The definition, one expert after another."""
-    rows = x if tokens is None else x[tokens]
-    parts = []
-    start = 0
-    for c, end in enumerate(ENDS):
-        part = rows[start:end]
-        y = part @ weight[c].T + (0 if bias is None else bias[c])
-        if tasks is None:
-            y = y + S * part @ A @ cores[c] @ B.T
-        else:
-            task = (tasks if tokens is None else tasks[tokens])[start:end]
-            G = cores[task.clamp(min=0), c] * (task >= 0)[:, None, None]
-            y = y + S * ((part @ A).unsqueeze(1) @ G).squeeze(1) @ B.T
-        parts.append(y)
-        start = end
-    return torch.cat([*parts, rows.new_zeros(len(rows) - start, N)])
+    """Computes each row with the matrices of its expert. Rows past the last end are zero."""
+    expert = torch.bucketize(torch.arange(ENDS[-1]), OFFS.long(), right=True)
+    rows = torch.arange(ROWS) if tokens is None else tokens
+    read = rows[: ENDS[-1]]
+    h = x[read].unsqueeze(1)
+    if core_index is None:
+        G = cores[expert]
+    else:
+        task = core_index[read]
+        G = cores[task.clamp(min=0), expert] * (task >= 0)[:, None, None]
+    update = S * h @ A @ G @ B.T
+    y = (h @ weight[expert].mT + update).squeeze(1) + bias[expert]
+    return torch.cat([y, y.new_zeros(ROWS - ENDS[-1], N)])
+
+
+LEAVES = ("x", "A", "B", "cores")
+ours = partial(lotr_grouped_linear, offs=OFFS, scaling=S)
 
 
 def make(
-    by_token: bool, tasks: bool, dtype: torch.dtype = torch.float64
-) -> tuple[dict, Tensor | None, list[Tensor]]:
-    """Returns keyword arguments, tokens, and the leaves x, A, B, cores."""
+    by_token: bool,
+    tasks: bool,
+    dtype: torch.dtype = torch.float64,
+    factors: torch.dtype | None = None,
+) -> dict[str, Tensor | None]:
+    """Returns arguments of `definition`, of which LEAVES require a gradient."""
     x = torch.randn(M if by_token else ROWS, K, dtype=dtype)
-    tokens = torch.randint(0, M, (ROWS,)) if by_token else None
-    A = torch.randn(K, R[0], dtype=dtype) / 4
-    B = torch.randn(N, R[1], dtype=dtype) / 4
-    cores = torch.randn(*((3,) if tasks else ()), E, *R, dtype=dtype) / 2
-    arguments = {
+    adapter = {
+        "A": torch.randn(K, R[0]) / 4,
+        "B": torch.randn(N, R[1]) / 4,
+        "cores": torch.randn(*((3,) if tasks else ()), E, *R) / 2,
+    }
+    return {
+        "x": x.requires_grad_(),
+        **{name: t.to(factors or dtype).requires_grad_() for name, t in adapter.items()},
         "weight": torch.randn(E, N, K, dtype=dtype) / 4,
         "bias": torch.randn(E, N, dtype=dtype),
+        "tokens": torch.randint(0, M, (ROWS,)) if by_token else None,
+        "core_index": torch.randint(-1, 3, (len(x),)) if tasks else None,
     }
-    if tasks:
-        arguments["core_index"] = torch.randint(-1, 3, (len(x),))
-    return arguments, tokens, [t.requires_grad_() for t in (x, A, B, cores)]
 
 
-def ours(arguments: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
-    x, A, B, cores = leaves
-    weight = arguments["weight"]
-    further = {key: value for key, value in arguments.items() if key != "weight"}
-    return lotr_grouped_linear(x, weight, OFFS, A, B, cores, S, tokens=tokens, **further)
-
-
-def definition(arguments: dict, tokens: Tensor | None, leaves: list[Tensor]) -> Tensor:
-    x, A, B, cores = leaves
-    return truth(
-        x, arguments["weight"], arguments["bias"], tokens, A, B, cores, arguments.get("core_index")
-    )
-
-
-def with_gradients(call: Callable[[], Tensor], leaves: list[Tensor], g: Tensor) -> list[Tensor]:
-    y = call()
-    return [y, *torch.autograd.grad(y, leaves, g)]
+def leaves_of(arguments: dict[str, Tensor]) -> list[Tensor]:
+    return [arguments[name] for name in LEAVES]
 
 
 def check(
-    arguments: dict,
-    tokens: Tensor | None,
-    leaves: list[Tensor],
-    g: Tensor,
-    call: Callable[[], Tensor] | None = None,
+    arguments: dict[str, Tensor | None], g: Tensor, call: Callable[..., Tensor] = ours
 ) -> list[Tensor]:
-    """Compares outputs and gradients with float64. Returns ours.
-
-    Args:
-        arguments: Of lotr_grouped_linear.
-        tokens: Its tokens.
-        leaves: x, A, B, cores.
-        g: The gradient of the output.
-        call: What computes the output, instead of lotr_grouped_linear.
-    """
-    exact_arguments = {k: t.double() if t.is_floating_point() else t for k, t in arguments.items()}
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    actual = with_gradients(call or partial(ours, arguments, tokens, leaves), leaves, g)
-    exact_call = partial(definition, exact_arguments, tokens, exact)
-    assert worst(actual, with_gradients(exact_call, exact, g.double())) < BOUNDS[g.dtype]
-    return actual
+    """Compares the output of a call, and its gradients for g, with float64. Returns the call's."""
+    exact = dict(arguments)
+    for name in (*LEAVES, "weight", "bias"):
+        exact[name] = copy64(arguments[name]).requires_grad_(name in LEAVES)
+    results = []
+    for run, values, dy in ((call, arguments, g), (definition, exact, g.double())):
+        y = run(**values)
+        results.append([y, *torch.autograd.grad(y, leaves_of(values), dy)])
+    assert worst(*results) < BOUNDS[g.dtype]
+    return results[0]
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
-@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
-@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
-def test_value_and_gradients(by_token: bool, tasks: bool, dtype: torch.dtype) -> None:
-    y, *_ = check(*make(by_token, tasks, dtype=dtype), torch.randn(ROWS, N, dtype=dtype))
+by_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+by_tokens = pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+DTYPES = [*((dtype, dtype) for dtype in BOUNDS), *((half, torch.float32) for half in HALVES)]
+
+
+@pytest.mark.parametrize("dtype, factors", DTYPES, ids=str)
+@by_tasks
+@by_tokens
+def test_value_and_gradients(
+    by_token: bool, tasks: bool, dtype: torch.dtype, factors: torch.dtype
+) -> None:
+    arguments = make(by_token, tasks, dtype, factors)
+    y, *gradients = check(arguments, torch.randn(ROWS, N, dtype=dtype))
     assert y.dtype == dtype
     assert not y[ENDS[-1] :].any()
+    assert [t.dtype for t in gradients] == [t.dtype for t in leaves_of(arguments)]
 
 
 def test_the_base_product_is_zero_past_the_last_end() -> None:
-    arguments, _, (x, *_) = make(False, False)
-    y = grouped.linear(x, arguments["weight"], arguments["bias"], OFFS)
+    arguments = make(False, False)
+    y = grouped.linear(arguments["x"], arguments["weight"], arguments["bias"], OFFS)
     assert y[: ENDS[-1]].all() and not y[ENDS[-1] :].any()
 
 
-def without_an_expert(leaves: list[Tensor], tokens: Tensor | None, value: float) -> None:
-    """Fills what no expert reads: the rows of x past the last end, or the last token of x."""
-    x = leaves[0]
-    with torch.no_grad():
-        if tokens is None:
-            x[ENDS[-1] :] = value
-        else:
-            x[-1] = value
-            tokens[: ENDS[-1]] %= M - 1
-            tokens[ENDS[-1] :] = M - 1
+def fill_unread(arguments: dict[str, Tensor | None]) -> None:
+    """Makes NaN what no expert reads: rows of x past the last end, or the last token of x."""
+    x = arguments["x"].detach()
+    tokens = arguments["tokens"]
+    if tokens is None:
+        x[ENDS[-1] :] = torch.nan
+    else:
+        x[-1] = torch.nan
+        tokens[: ENDS[-1]] %= M - 1
+        tokens[ENDS[-1] :] = M - 1
 
 
-@pytest.mark.parametrize("context", ["plain", "checkpoint", "compiled", "module"])
-@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
-@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+def of_module(
+    x: Tensor,
+    tokens: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    core_index: Tensor | None,
+    **tensors: Tensor,
+) -> Tensor:
+    """Computes LoTRExperts with the given tensors, and with its tasks in a request."""
+    experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S)
+    tensors |= {"factors.A.value": A, "factors.B.value": B}
+    tasks = {}
+    if core_index is None:
+        tensors["core"] = cores
+    else:
+        tasks[experts] = Tasks(cores, core_index)
+    with open_request(tasks):
+        return torch.func.functional_call(experts, tensors, (x, OFFS, tokens))
+
+
+def compiled(**arguments: Tensor | None) -> Tensor:
+    return torch.compile(ours, backend="aot_eager", fullgraph=True)(**arguments)
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "plain": ours,
+    "module": of_module,
+    "checkpoint": partial(checkpoint, ours, use_reentrant=False),
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("context", CALLS)
+@by_tasks
+@by_tokens
 def test_rows_without_an_expert_are_not_read(by_token: bool, tasks: bool, context: str) -> None:
     """They may hold NaN, as the end of a buffer does that is longer than its rows.
 
     So may the gradient of the output there.
     """
-    arguments, tokens, leaves = make(by_token, tasks)
-    without_an_expert(leaves, tokens, torch.nan)
+    arguments = make(by_token, tasks)
+    fill_unread(arguments)
     g = torch.randn(ROWS, N, dtype=torch.float64)
-    g[OFFS[-1] :] = torch.nan
-
-    def of_module() -> Tensor:
-        x, A, B, cores = leaves
-        experts = LoTRExperts(E, K, N, R, bias=True, dtype=torch.float64, scaling=S)
-        tensors = {"weight": arguments["weight"], "bias": arguments["bias"]}
-        tensors |= {"factors.A.value": A, "factors.B.value": B}
-        state = {}
-        if tasks:
-            state = {experts: Tasks(cores, arguments["core_index"])}
-        else:
-            tensors["core"] = cores
-        with open_request(state):
-            return torch.func.functional_call(experts, tensors, (x, OFFS, tokens))
-
-    call = partial(ours, arguments, tokens, leaves)
-    calls = {
-        "plain": call,
-        "module": of_module,
-        "checkpoint": lambda: checkpoint(call, use_reentrant=False),
-        "compiled": lambda: torch.compile(call, backend="aot_eager", fullgraph=True)(),
-    }
-    check(arguments, tokens, leaves, g, calls[context])
+    g[ENDS[-1] :] = torch.nan
+    check(arguments, g, CALLS[context])
 
 
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_a_float32_adapter_with_half_precision(half: torch.dtype) -> None:
-    arguments, tokens, leaves = make(True, False, dtype=half)
-    leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in leaves[1:]]
-    results = check(arguments, tokens, leaves, torch.randn(ROWS, N, dtype=half))
-    assert [gradient.dtype for gradient in results[2:]] == [torch.float32] * 3
-
-
-@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
+@by_tokens
 def test_double_backward(by_token: bool) -> None:
     """Also of a trained base with a weight that is a transposed view."""
-    arguments, tokens, leaves = make(by_token, False)
-    without_an_expert(leaves, tokens, torch.nan)
-    arguments["weight"] = arguments["weight"].mT.contiguous().mT.requires_grad_()
-    arguments["bias"].requires_grad_()
-    every = [*leaves, arguments["weight"], arguments["bias"]]
+    arguments = make(by_token, False)
+    fill_unread(arguments)
+    arguments["weight"] = arguments["weight"].mT.contiguous().mT
+    leaves = [*leaves_of(arguments)]
+    leaves += [arguments[name].requires_grad_() for name in ("weight", "bias")]
     results = []
     for call in (ours, definition):
-        y = call(arguments, tokens, leaves)
-        first = torch.autograd.grad(y.square().sum(), every, create_graph=True)
-        results.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), every)])
+        y = call(**arguments)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)])
     assert worst(*results) < 1e-10
 
 
@@ -241,35 +234,34 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple, tuple], tuple]] = 
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("tasks", [False, True], ids=["one", "tasks"])
+@by_tasks
 def test_transforms_of_torch_func(tasks: bool, transform: str) -> None:
-    arguments, tokens, leaves = make(True, tasks)
-    values = tuple(leaf.detach() for leaf in leaves)
-    tangents = tuple(torch.randn_like(value) for value in values)
+    arguments = make(True, tasks)
+    values = tuple(leaf.detach() for leaf in leaves_of(arguments))
+    tangents = tuple(map(torch.randn_like, values))
 
     def transformed(call: Callable[..., Tensor]) -> tuple:
-        return TRANSFORMS[transform](lambda *v: call(arguments, tokens, v), values, tangents)
+        def of_leaves(*leaves: Tensor) -> Tensor:
+            return call(**{**arguments, **dict(zip(LEAVES, leaves))})
+
+        return TRANSFORMS[transform](of_leaves, values, tangents)
 
     assert worst(transformed(ours), transformed(definition)) < 1e-12
 
 
-@pytest.mark.parametrize("by_token", [False, True], ids=["sorted", "tokens"])
-def test_no_rows(by_token: bool) -> None:
-    arguments, tokens, leaves = make(by_token, False)
-    if by_token:
-        tokens = tokens[:0]
-    else:
-        leaves[0] = leaves[0].detach()[:0].requires_grad_()
-    offs = torch.zeros(E, dtype=torch.int32)
-    x, A, B, cores = leaves
-    bias = arguments["bias"]
-    y = lotr_grouped_linear(x, arguments["weight"], offs, A, B, cores, S, tokens=tokens, bias=bias)
+@pytest.mark.parametrize("empty", ["x", "tokens"])
+def test_no_rows(empty: str) -> None:
+    arguments = make(empty == "tokens", False)
+    arguments[empty] = arguments[empty].detach()[:0].requires_grad_(empty == "x")
+    y = ours(**{**arguments, "offs": torch.zeros(E, dtype=torch.int32)})
     assert y.shape == (0, N)
-    assert not any(bool(gradient.any()) for gradient in torch.autograd.grad(y.sum(), leaves))
+    gradients = torch.autograd.grad(y.sum(), leaves_of(arguments))
+    assert not any(bool(gradient.any()) for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["grouped_mm", "grouped_outer"])
 def test_the_grouped_operators_are_well_formed(name: str) -> None:
+    """With a backward. test_operators.py has operands that require no gradient."""
     second = torch.randn(E, N, K) if name == "grouped_mm" else torch.randn(ROWS, N)
     tensors = [torch.randn(ROWS, K).requires_grad_(), second.requires_grad_()]
     torch.library.opcheck(getattr(torch.ops.lotr, name).default, (*tensors, OFFS))
@@ -280,37 +272,14 @@ def test_the_grouped_operators_are_well_formed(name: str) -> None:
 )
 def test_autocast_computes_in_its_dtype(dtype: torch.dtype, computed: torch.dtype) -> None:
     """It leaves float64 as it is."""
-    arguments, tokens, leaves = make(True, False, dtype=dtype)
-    expected = definition(arguments, tokens, leaves)
+    arguments = make(True, False, dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours(arguments, tokens, leaves)
+        y = ours(**arguments)
     assert y.dtype == computed
-    assert relative(y, expected) < BOUNDS[computed]
+    assert relative(y, definition(**arguments)) < BOUNDS[computed]
 
 
-def test_module_shares_factors_with_a_linear_layer() -> None:
-    """The gradients of A and B are sums over experts and a linear layer of the same shape."""
-    factors = LoTRFactors(K, N, R, dtype=torch.float64)
-    experts = LoTRExperts(E, K, N, factors=factors, bias=True, dtype=torch.float64, scaling=S)
-    linear = LoTRLinear(K, N, factors=factors, dtype=torch.float64, scaling=S)
-    x = torch.randn(ROWS, K, dtype=torch.float64)
-    A = factors.A.value
-    B = factors.B.value
-    leaves = [A, B, experts.core, linear.core]
-
-    def plain() -> tuple[Tensor, Tensor]:
-        y = nn.functional.linear(x, linear.weight, linear.bias)
-        y = y + S * x @ A @ linear.core @ B.T
-        return truth(x, experts.weight, experts.bias, None, A, B, experts.core), y
-
-    assert torch.equal(experts(x, OFFS), plain()[0])
-    for core in (experts.core, linear.core):
-        nn.init.normal_(core)
-    actual, expected = (
-        torch.autograd.grad(first.sin().sum() + second.sin().sum(), leaves)
-        for first, second in ((experts(x, OFFS), linear(x)), plain())
-    )
-    assert worst(actual, expected) < 1e-12
+# ---- the module ----------------------------------------------------------------------------------
 
 
 def random_module(**settings: object) -> LoTRExperts:
@@ -321,30 +290,47 @@ def random_module(**settings: object) -> LoTRExperts:
     return experts
 
 
-@pytest.mark.parametrize("state", ["adapted", "off", "merged"])
-def test_the_module_does_not_read_rows_without_an_expert(state: str) -> None:
+def definition_of(experts: LoTRExperts, x: Tensor, cores: Tensor) -> Tensor:
+    A = experts.factors.A.value
+    B = experts.factors.B.value
+    return definition(x, experts.weight, experts.bias, None, A, B, cores)
+
+
+def test_module_shares_factors_with_a_linear_layer() -> None:
+    """The gradients of A and B are sums over experts and a linear layer of the same shape."""
+    experts = random_module()
+    factors = experts.factors
+    linear = LoTRLinear(K, N, factors=factors, dtype=torch.float64, scaling=S)
+    nn.init.normal_(linear.core)
+    x = torch.randn(ROWS, K, dtype=torch.float64)
+    A = factors.A.value
+    B = factors.B.value
+    plain = nn.functional.linear(x, linear.weight, linear.bias) + S * x @ A @ linear.core @ B.T
+    expected = definition_of(experts, x, experts.core).sin().sum() + plain.sin().sum()
+    actual = experts(x, OFFS).sin().sum() + linear(x).sin().sum()
+    leaves = [A, B, experts.core, linear.core]
+    assert worst(*(torch.autograd.grad(loss, leaves) for loss in (actual, expected))) < 1e-12
+
+
+def test_the_module_at_its_start_off_merged_and_unmerged() -> None:
+    """It never reads the rows without an expert, which hold NaN."""
     experts = random_module()
     x = torch.randn(ROWS, K, dtype=torch.float64)
     x[ENDS[-1] :] = torch.nan
-    if state == "merged":
-        experts.merge()
-    factors = (experts.factors.A.value, experts.factors.B.value)
-    cores = experts.core if state == "adapted" else 0 * experts.core
-    expected = truth(x, experts.weight, experts.bias, None, *factors, cores)
-    with open_request({experts: ADAPTER_OFF} if state == "off" else {}):
-        assert relative(experts(x, OFFS), expected) < 1e-12
-
-
-def test_the_module_is_merged_and_unmerged() -> None:
-    experts = random_module()
-    x = torch.randn(ROWS, K, dtype=torch.float64)
-    before = experts.weight.detach().clone()
+    zero = torch.zeros_like(experts.core)
+    with open_request({experts: ADAPTER_OFF}):
+        base_output = experts(x, OFFS)
+    assert relative(base_output, definition_of(experts, x, zero)) < 1e-12
     y = experts(x, OFFS)
+    assert relative(y, definition_of(experts, x, experts.core)) < 1e-12
+    before = experts.weight.detach().clone()
     experts.merge(safe=True)
     assert relative(experts(x, OFFS), y) < 1e-12
     experts.unmerge()
     assert torch.equal(experts.weight, before)
     assert torch.equal(experts(x, OFFS), y)
+    nn.init.zeros_(experts.core)
+    assert torch.equal(experts(x, OFFS), base_output)
 
 
 def test_dropout_is_drawn_once_per_token() -> None:
@@ -356,11 +342,10 @@ def test_dropout_is_drawn_once_per_token() -> None:
     first = experts(x, offs, tokens)
     assert torch.equal(first[:M], first[M:])
     assert not torch.allclose(first, experts(x, offs, tokens))
-    y = experts.eval()(x, offs, tokens)
-    A = experts.factors.A.value
-    B = experts.factors.B.value
-    base = x @ experts.weight[0].T + experts.bias[0]
-    assert worst([y[:M]], [base + S * x @ A @ experts.core[0] @ B.T]) < 1e-12
+    experts.eval()
+    rows = torch.cat([x, x.new_zeros(ROWS - M, K)])
+    in_order = torch.tensor(ENDS, dtype=torch.int32)
+    assert relative(experts(rows, in_order), definition_of(experts, rows, experts.core)) < 1e-12
 
 
 # ---- experts classes of transformers -------------------------------------------------------------
@@ -376,69 +361,36 @@ LAYOUTS: dict[str, dict[str, bool]] = {
 }
 
 
-class ExpertsLoop(nn.Module):
-    """Experts in plain PyTorch, one token and one expert at a time."""
-
-    def __init__(self, config: object, layout: dict[str, bool]):
-        super().__init__()
-        self.num_experts = E
-        has_gate = layout["has_gate"]
-        columns = 2 * INNER if has_gate else INNER
-        shapes = {
-            "gate_up_proj" if has_gate else "up_proj": (columns, HIDDEN),
-            "down_proj": (HIDDEN, INNER),
-        }
-        for name, (n, k) in shapes.items():
-            shape = (k, n) if layout.get("is_transposed") else (n, k)
-            self.register_parameter(name, nn.Parameter(torch.randn(E, *shape)))
-            if layout.get("has_bias"):
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(E, n)))
-        self.act_fn = nn.SiLU()
-        self.post_expert_norm = nn.LayerNorm(HIDDEN)
-
-    def _matrix(self, name: str, expert: int) -> Tensor:
-        weight = getattr(self, name)[expert]
-        return weight.T if self.is_transposed else weight
-
-    def _bias(self, name: str, expert: int) -> Tensor | None:
-        return getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        first = "gate_up_proj" if self.has_gate else "up_proj"
-        result = torch.zeros_like(hidden_states)
-        for token, (experts, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights)):
-            for expert, weight in zip(experts, weights):
-                y = nn.functional.linear(
-                    hidden_states[token], self._matrix(first, expert), self._bias(first, expert)
-                )
-                if self.has_gate:
-                    gate, up = y.chunk(2)
-                    y = self.act_fn(gate) * up
-                else:
-                    y = self.act_fn(y)
-                y = nn.functional.linear(
-                    y, self._matrix("down_proj", expert), self._bias("down_proj", expert)
-                )
-                if self.has_post_expert_norm:
-                    y = self.post_expert_norm(y)
-                result[token] += weight * y
-        return result
-
-
 def experts_of(layout: str) -> nn.Module:
-    """Returns a model with experts that transformers has decorated, as in its models."""
-    options = LAYOUTS[layout]
+    """Returns a model with experts that transformers has decorated, as in its models.
+
+    Before they are adapted, transformers computes them.
+    """
+    options = {"is_transposed": False, "has_bias": False, **LAYOUTS[layout]}
+    columns = 2 * INNER if options["has_gate"] else INNER
+    sizes = {
+        "gate_up_proj" if options["has_gate"] else "up_proj": (columns, HIDDEN),
+        "down_proj": (HIDDEN, INNER),
+    }
 
     @use_experts_implementation(**options)
-    class Experts(ExpertsLoop):
+    class Experts(nn.Module):
         def __init__(self, config: object):
-            super().__init__(config, options)
+            super().__init__()
+            self.num_experts = E
+            for name, (n, k) in sizes.items():
+                shape = (k, n) if options["is_transposed"] else (n, k)
+                self.register_parameter(name, nn.Parameter(torch.randn(E, *shape)))
+                if options["has_bias"]:
+                    self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(E, n)))
+            self.act_fn = nn.SiLU()
+            self.post_expert_norm = nn.LayerNorm(HIDDEN)
 
-        def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            return super().forward(hidden, index, weights)
+        def forward(self) -> None:
+            raise NotImplementedError
 
     config = PreTrainedConfig()
-    config._experts_implementation = "eager"
+    config._experts_implementation = "batched_mm"
     return nn.ModuleDict({"experts": Experts(config)}).double()
 
 
@@ -450,34 +402,25 @@ def routed(m: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def adapted(model: nn.Module, ending: str = "_proj") -> nn.Module:
-    """The model with random cores for the parameters of an ending."""
+    """The model with a random adapter for the parameters of an ending."""
     names = [name for name in dict(model.named_parameters()) if name.endswith(ending)]
     config = LoTRConfig(rank=R, scaling=S, target_parameters=names, adapter_dtype=torch.float64)
-    for layer in adapted_layers(apply_lotr(model, config)).values():
-        nn.init.normal_(layer.core)
-    return model
+    return moved(apply_lotr(model, config))
 
 
 @pytest.mark.parametrize("ending", ["_proj", "up_proj", "down_proj"], ids=["both", "up", "down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_of_transformers_equal_their_loop(layout: str, ending: str) -> None:
-    """The class with s B G^T A^T added to its weights has the same output and gradients."""
+def test_experts_of_transformers(layout: str, ending: str) -> None:
+    """transformers computes the same with s B G^T A^T added to its weights."""
     plain = experts_of(layout)
     model = adapted(copy.deepcopy(plain), ending)
+    weights = {
+        name.removeprefix("experts."): weight for name, weight in written_out(model, plain).items()
+    }
     inputs = routed()
-    layers = adapted_layers(model)
-    leaves = [p for layer in layers.values() for p in layer.adapter_parameters()]
-    weights = dict(plain.named_parameters())
-    for name, layer in layers.items():
-        delta = S * layer.factors.B.value @ layer.core.mT @ layer.factors.A.value.T
-        key = name.replace(".lotr", "")
-        is_transposed = LAYOUTS[layout].get("is_transposed")
-        weights[key] = weights[key].detach() + (delta.mT if is_transposed else delta)
+    leaves = adapter_parameters(model)
     y = model["experts"](*inputs)
-    call = torch.func.functional_call
-    expected = call(
-        plain["experts"], {k.removeprefix("experts."): w for k, w in weights.items()}, inputs
-    )
+    expected = torch.func.functional_call(plain["experts"], weights, inputs)
     g = torch.randn_like(y)
     assert relative(y, expected) < 1e-12
     gradients = torch.autograd.grad(y, leaves, g)
@@ -488,10 +431,9 @@ def test_experts_of_transformers_take_hidden_states_of_another_dtype() -> None:
     """They are cast to the weights' dtype, and the result has their dtype."""
     model = adapted(experts_of("gated"))
     hidden, index, weights = routed()
-    expected = model["experts"](hidden, index, weights)
     y = model["experts"](hidden.float(), index, weights.float())
     assert y.dtype == torch.float32
-    assert relative(y, expected) < 1e-6
+    assert relative(y, model["experts"](hidden, index, weights)) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -524,8 +466,10 @@ def test_mixed_meta_tensors_are_refused() -> None:
     x = torch.ones(3, K)
     weight = torch.ones(E, N, K)
     offs = torch.zeros(E, dtype=torch.int32)
-    for arguments in ((x, weight.to("meta"), offs), (x.to("meta"), weight, offs)):
+    for operator, *tensors in (
+        (torch.ops.lotr.grouped_mm, x, weight.to("meta")),
+        (torch.ops.lotr.grouped_mm, x.to("meta"), weight),
+        (torch.ops.lotr.grouped_outer, torch.ones(3, N), x.to("meta")),
+    ):
         with pytest.raises(RuntimeError, match="expected tensors on one device"):
-            torch.ops.lotr.grouped_mm(*arguments)
-    with pytest.raises(RuntimeError, match="expected tensors on one device"):
-        torch.ops.lotr.grouped_outer(torch.ones(3, N), x.to("meta"), offs)
+            operator(*tensors, offs)

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    Cache,
     DynamicCache,
     StaticCache,
     T5Config,
@@ -22,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import ModelOutput
 
 from lotr_ext import (
     LoTRConfig,
@@ -74,8 +77,7 @@ def output(model: nn.Module, x: Tensor, index: Tensor = INDEX, **options: bool) 
 
 def called(model: nn.Module, cores: dict[str, Tensor], x: Tensor) -> Tensor:
     """The output for x with these cores in the layers themselves."""
-    result = torch.func.functional_call(model, cores, (x,))
-    return result if isinstance(result, Tensor) else result.logits
+    return zoo.output(partial(torch.func.functional_call, model, cores), x)
 
 
 def output_of_task(model: nn.Module, task: int, x: Tensor) -> Tensor:
@@ -170,18 +172,14 @@ def test_backward_of_a_checkpoint_outside_of_the_context_raises(name: str, reent
     model = banked(name)
     x = zoo.inputs(name, rows=4)
     model.lotr_tasks.requires_grad_()
-    with use_tasks(model, INDEX):
-        y = zoo.output(model, x)
-        z = checkpointed(model, x, reentrant)
-    y.sum().backward()
-    assert all(core.grad is not None for core in model.lotr_tasks.cores)
-    with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
-        z.sum().backward()
-    other = copy.deepcopy(model)  # the copy refuses by the copy of the bank
-    with use_tasks(other, INDEX):
-        z = checkpointed(other, x, reentrant=False)
-    with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
-        z.sum().backward()
+    for each in (model, copy.deepcopy(model)):  # the copy refuses by the copy of the bank
+        with use_tasks(each, INDEX):
+            y = zoo.output(each, x)
+            z = checkpointed(each, x, reentrant)
+        y.sum().backward()
+        assert all(core.grad is not None for core in each.lotr_tasks.cores)
+        with pytest.raises(RuntimeError, match="use_tasks: expected backward inside"):
+            z.sum().backward()
     del model.lotr_tasks
     checkpointed(model, x, reentrant=False).sum().backward()
 
@@ -212,79 +210,81 @@ def test_contexts_nest(x: Tensor, model: nn.Module) -> None:
 # ---- generation ----------------------------------------------------------------------------------
 
 
+def generated(model: nn.Module, index: Tensor, x: Tensor, **settings: object) -> Tensor:
+    with use_tasks(model, index):
+        return model.generate(x, do_sample=False, max_new_tokens=4, **settings)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixture"])
-def test_generate_with_one_task_per_row(name: str) -> None:
+def test_generate_with_one_task_per_row(name: str, beams: int) -> None:
+    """The model runs num_beams rows per prompt."""
     model = banked(name)
     x = zoo.inputs(name, rows=4)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    with use_tasks(model, INDEX):
-        batch = model.generate(x, **settings)
-    for i, task in enumerate(INDEX.tolist()):
-        with use_tasks(model, torch.tensor([task])):
-            single = model.generate(x[i : i + 1], **settings)
-        assert torch.equal(batch[i], single[0][: batch.shape[1]])
+    index = INDEX.repeat_interleave(beams)
+    batch = generated(model, index, x, num_beams=beams)
+    for i, tasks in enumerate(index.split(beams)):
+        (single,) = generated(model, tasks, x[i : i + 1], num_beams=beams)
+        assert torch.equal(batch[i, : len(single)], single)
+
+
+def test_beam_search_needs_an_index_of_its_beams() -> None:
+    with pytest.raises(ValueError, match="repeat_interleave"):
+        generated(banked("llama"), INDEX, zoo.inputs("llama", rows=4), num_beams=2)
 
 
 def test_generate_from_prompts_with_left_padding() -> None:
     """An index has a column for each token of the prompt, with the padding."""
     model = banked("llama")
     x = zoo.inputs("llama", rows=3)
-    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), x], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :2] = 0
-    by_token = torch.tensor([0, 1, -1]).repeat(3, x.shape[1])[:, : x.shape[1]]
-    for index in (torch.tensor([0, 1, -1]), by_token):
-        padded_index = index
-        if index.dim() == 2:
-            padded_index = torch.cat([index[:, :1].expand(-1, 2), index], 1)
-        with use_tasks(model, index):
-            expected = model.generate(x, max_new_tokens=4, do_sample=False)
-        with use_tasks(model, padded_index):
-            y = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
-        assert torch.equal(y[:, 2:], expected)
+    padded = nn.functional.pad(x, (2, 0))
+    mask = nn.functional.pad(torch.ones_like(x), (2, 0))
+    by_row = torch.tensor([0, 1, -1])
+    by_token = by_row.repeat(3, 2)[:, :5]
+    for index, padded_index in (
+        (by_row, by_row),
+        (by_token, torch.cat([by_token[:, :2], by_token], 1)),
+    ):
+        y = generated(model, padded_index, padded, attention_mask=mask)
+        assert torch.equal(y[:, 2:], generated(model, index, x))
 
 
-def test_beam_search_needs_an_index_of_its_beams() -> None:
-    """The model runs num_beams rows per prompt."""
-    model = banked("llama")
-    x = zoo.inputs("llama", rows=2)
-    settings = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    index = torch.tensor([0, 1])
-    with use_tasks(model, index), pytest.raises(ValueError, match="repeat_interleave"):
-        model.generate(x, **settings)
-    with use_tasks(model, index.repeat_interleave(2)):
-        y = model.generate(x, **settings)
-    for i in range(2):
-        with use_tasks(model, index[i : i + 1].repeat_interleave(2)):
-            expected = model.generate(x[i : i + 1], **settings)[0]
-        assert torch.equal(y[i, : len(expected)], expected)
+def with_cache_by_position(model: nn.Module, ids: Tensor, cache: Cache) -> ModelOutput:
+    """Passes the cache as GPT-2's second argument, Llama's fourth."""
+    arguments_before = {"gpt2": (), "llama": (None, None)}[model.config.model_type]
+    return model(ids, *arguments_before, cache)
+
+
+def with_embeddings(model: nn.Module, ids: Tensor, cache: Cache) -> ModelOutput:
+    return model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+
+
+def with_cache_by_name(model: nn.Module, ids: Tensor, cache: Cache) -> ModelOutput:
+    return model(ids, past_key_values=cache)
+
+
+# (class of the cache, its further arguments, call)
+CACHED = {
+    "by name": (DynamicCache, {}, with_cache_by_name),
+    "by position": (DynamicCache, {}, with_cache_by_position),
+    "static": (StaticCache, {"max_cache_len": 8}, with_cache_by_name),
+    "embeddings": (DynamicCache, {}, with_embeddings),
+}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("cached", ["by name", "by position", "static", "embeddings"])
+@pytest.mark.parametrize("cached", CACHED)
 def test_columns_count_from_the_first_token_in_the_cache(name: str, cached: str) -> None:
     """Forwards over a cache equal one over all tokens. Later tokens use the last column."""
+    cache_class, settings, call = CACHED[cached]
     model = banked(name)
     x = zoo.inputs(name, rows=2, tokens=6)
     index = torch.tensor([[0, 1, 2, 0], [1, 1, -1, 2]])
-    index_of_all = torch.cat([index, index[:, -1:].expand(-1, 2)], 1)
-    with torch.no_grad(), use_tasks(model, index_of_all):
-        expected = model(x, use_cache=False).logits
-    static = {"config": model.config, "max_cache_len": 8}
-    cache = StaticCache(**static) if cached == "static" else DynamicCache(config=model.config)
-    logits_of_parts = []
+    expected = output(model, x, torch.cat([index, index[:, -1:].expand(-1, 2)], 1))
+    cache = cache_class(config=model.config, **settings)
     with torch.no_grad(), use_tasks(model, index):
-        for part in x.split([3, 2, 1], 1):
-            inputs = (part,)
-            settings = {"past_key_values": cache}
-            if cached == "by position":  # GPT-2's second argument, Llama's fourth
-                inputs = (part, cache) if name == "gpt2" else (part, None, None, cache)
-                settings = {}
-            elif cached == "embeddings":
-                inputs = ()
-                settings["inputs_embeds"] = model.get_input_embeddings()(part)
-            logits_of_parts.append(model(*inputs, **settings).logits)
-    assert relative(torch.cat(logits_of_parts, 1), expected) < 1e-5
+        y = torch.cat([call(model, part, cache).logits for part in x.split([3, 2, 1], 1)], 1)
+    assert relative(y, expected) < 1e-5
 
 
 def test_one_cache_of_the_base_model_serves_several_tasks() -> None:
@@ -294,23 +294,21 @@ def test_one_cache_of_the_base_model_serves_several_tasks() -> None:
     tasks = torch.tensor([0, 2, -1])
     index = torch.full((3, 6), -1)
     index[:, 4:] = tasks.unsqueeze(1)
-    rows = x.expand(3, -1)
-    with torch.no_grad(), use_tasks(model, index):
-        expected = model(rows, use_cache=False).logits[:, 4:]
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), disabled(model):
         model(x[:, :4], past_key_values=cache)
     cache.batch_repeat_interleave(3)
+    rows = x.expand(3, -1)
     with torch.no_grad(), use_tasks(model, tasks):
         y = model(rows[:, 4:], past_key_values=cache).logits
-    assert relative(y, expected) < 1e-5
+    assert relative(y, output(model, rows, index)[:, 4:]) < 1e-5
 
 
 def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
     """The first layer of a hybrid model may keep no tokens."""
 
     class Hybrid(zoo.Mlp):
-        def forward(self, inputs_embeds: Tensor, past_key_values: DynamicCache) -> Tensor:
+        def forward(self, inputs_embeds: Tensor, past_key_values: Cache) -> Tensor:
             keys = inputs_embeds.unsqueeze(1)
             past_key_values.update(keys, keys, 1)  # the cache of layer 0 stays empty
             return super().forward(inputs_embeds)
@@ -318,14 +316,11 @@ def test_columns_count_the_tokens_of_the_longest_layer_of_a_cache() -> None:
     model = apply_lotr(zoo.fill(Hybrid()), LoTRConfig(rank=3, scaling=1.0, target_modules=["up"]))
     with_bank(moved(model), tasks=2, taken=2)
     x = zoo.inputs("mlp", rows=1)
-    index = torch.tensor([[0, 1, -1, 1, 0]])
     cache = DynamicCache()
-    with torch.no_grad(), use_tasks(model, index):
+    with torch.no_grad(), use_tasks(model, torch.tensor([[0, 1, -1, 1, 0]])):
         y = torch.cat([model(part, cache) for part in x.split([3, 2], 1)], 1)
-    for column, task in enumerate(index[0].tolist()):
-        with use_tasks(model, torch.tensor([task])):
-            expected = model(x, DynamicCache())[:, column]
-        assert relative(y[:, column], expected) < 1e-5
+        expected = model(x, DynamicCache())
+    assert relative(y, expected) < 1e-5
 
 
 def test_a_cache_without_a_length_is_refused() -> None:
@@ -337,14 +332,14 @@ def test_a_cache_without_a_length_is_refused() -> None:
     moved(apply_lotr(model, LoTRConfig(rank=2, scaling=1.0, target_modules=["q"])))
     TaskBank(model, 1).add()
     x = zoo.inputs("attention")
+    memory = (torch.zeros(3, 2),)
     with use_tasks(model, torch.zeros(3, 5, dtype=torch.long)):
         model(x)
-        with pytest.raises(ValueError, match="index: expected"):
-            model(x, (torch.zeros(3, 2),))
-        with pytest.raises(ValueError, match="index: expected"):
-            model(x, mems=(torch.zeros(3, 2),))
-    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # a task a row does not depend on it
-        model(x, (torch.zeros(3, 2),))
+        for positional, named in (((memory,), {}), ((), {"mems": memory})):
+            with pytest.raises(ValueError, match="index: expected"):
+                model(x, *positional, **named)
+    with use_tasks(model, torch.zeros(3, dtype=torch.long)):  # one task per row needs no length
+        model(x, memory)
 
 
 def test_an_encoder_and_a_decoder_need_one_task_per_row() -> None:
@@ -422,8 +417,8 @@ def test_experts_take_a_core_by_row_and_expert() -> None:
     tasks = torch.tensor([2, -1, 0, 1])
     y = output(model, x, tasks)
     # The expert of a token depends on its place in the batch, so x stays a batch.
-    for i, task in enumerate(tasks.tolist()):
-        assert relative(y[i], output_of_task(model, task, x)[i]) < 1e-5
+    of_tasks = [output_of_task(model, task, x)[i] for i, task in enumerate(tasks.tolist())]
+    assert relative(y, torch.stack(of_tasks)) < 1e-5
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -434,13 +429,6 @@ def trained_tasks(model: nn.Module) -> TaskBank:
     model.train()
     model.requires_grad_(False)
     return model.lotr_tasks.requires_grad_()
-
-
-def step_of(model: nn.Module, task: int, optimizer: torch.optim.Optimizer) -> None:
-    x = torch.randn(3, 5, zoo.WIDTH)
-    output(model, x, torch.full((3,), task)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
@@ -454,7 +442,10 @@ def test_tasks_trained_one_after_another_do_not_move_each_other(
         before = [core.detach().clone() for core in bank.cores]
         optimizer = kind(bank.parameters(), lr=0.1, weight_decay=0.0)
         for _ in range(3):
-            step_of(model, task, optimizer)
+            x = torch.randn(3, 5, zoo.WIDTH)
+            output(model, x, torch.full((3,), task)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
         for core, old in zip(bank.cores, before, strict=True):
             moved_tasks = {i for i in range(3) if not torch.equal(core[i], old[i])}
             assert moved_tasks == {task}
@@ -557,11 +548,10 @@ def test_the_trainer_of_transformers_trains_tasks(checkpoints: bool | None, tmp_
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "disable_tqdm": True,
+        "gradient_checkpointing": checkpoints is not None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": bool(checkpoints)},
     }
-    if checkpoints is not None:
-        arguments["gradient_checkpointing"] = True
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpoints}
-        model.enable_input_require_grads()
+    model.enable_input_require_grads()
     data = [{"input_ids": row, "labels": row, "task": task} for row, task in zip(x, INDEX.tolist())]
     trainer = TaskTrainer(
         model,
@@ -585,11 +575,9 @@ def test_slots_are_added_replaced_and_removed(way: str, tmp_path: Path) -> None:
     model = trained("mlp", way)
     x = zoo.inputs("mlp", rows=2)
     bank = TaskBank(model, 2)
-    assert len(bank) == 0
     assert not any(parameter.requires_grad for parameter in bank.cores)
     assert bank.add() == 0  # a task starts at zero, as the base model
-    y = output(model, x, torch.tensor([0, -1]))
-    assert relative(y, output_of_task(model, -1, x)) < 1e-6
+    assert relative(output(model, x, torch.tensor([0, -1])), output_of_task(model, -1, x)) < 1e-6
     cores = {f"{n}.core": layer.core for n, layer in adapted_layers(model).items()}
     assert bank.add(cores) == 1
     assert relative(output(model, x, torch.tensor([1, 1])), zoo.output(model, x)) < 1e-6

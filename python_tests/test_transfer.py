@@ -12,7 +12,7 @@ from helpers import relative
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench import donors, transfer
+from bench import common, donors, transfer
 from bench.donors import Form
 from bench.problems import TASKS, Written, fit
 from lotr_ext import LoTRConfig, apply_lotr
@@ -68,7 +68,7 @@ def test_a_layer_with_vectors_computes_its_equation(with_b: bool) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 8).double()
     A, B = torch.randn(6, 4).double(), torch.randn(8, 4).double()
-    layer = transfer.Vectors(base, A, B, with_b).double()
+    layer = transfer.Vectors(base, A, B, with_b, 2.0).double()
     x = torch.randn(3, 6).double()
     assert torch.equal(layer(x), base(x))  # the model's function starts unchanged
     trained = [layer.d, layer.b] if with_b else [layer.d]
@@ -142,9 +142,9 @@ def test_pairs_that_the_donors_train(
 def test_the_search_continues_from_what_is_recorded(tmp_path: Path) -> None:
     words = ["--targets", "smollm2-kjv", "--forms", "random/layer/16/dense", "--seeds", "3"]
     words += ["--rates", "1e-3,2e-3,4e-3", "--results", str(tmp_path / "r.jsonl")]
-    options = transfer.parser().parse_args(words)
+    options = common.parser_of("transfer", "", transfer.OPTIONS).parse_args(words)
     finished = []
-    while runs := transfer.next_runs(transfer.runs_in(options.results), options):
+    while runs := transfer.next_runs(transfer.runs_in(options.results, transfer.COLUMNS), options):
         run = runs[0]
         finished.append((run.lr, run.seed))
         row = run._asdict()
@@ -159,9 +159,9 @@ def test_the_recorded_runs_make_tables_and_a_picture(
 ) -> None:
     recorded = pd.read_json(transfer.RESULTS / "transfer.jsonl", lines=True)
     path = tmp_path / "transfer.jsonl"
-    transfer.write(path, recorded)
-    assert transfer.main(["--targets", "none", "--results", str(path), "--markdown"]) == 0
-    output = capsys.readouterr().out
+    common.write(path, recorded)
+    assert transfer.main(["--targets", "none", "--results", str(path)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
     assert "| lora, r 4 | 1,221,120 | 4,770 |" in output and "100% (100% to 100%)" in output
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
     for form in recorded[recorded["items"].notna()]["form"].unique():

@@ -82,109 +82,6 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _in_one_call(operator: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
-    """Replaces the decorated function, which runs the steps of an operator, by one call of it.
-
-    The steps remain for dispatch modes, because a mode must see the base product as an operator of
-    PyTorch: selective checkpointing chooses by name which results it keeps, and a FLOP counter
-    counts only PyTorch's operators. Steps and operator return the same tensors, so that a
-    checkpoint may be recomputed without the mode.
-    """
-    call_operator = private.direct_call(operator)
-
-    def decorate(steps: Callable) -> Callable:
-        @functools.wraps(steps)
-        def run(x: Tensor, *args):
-            if private.dispatch_mode_count() and type(x) in PLAIN_TYPES:
-                return steps(x, *args)
-            return call_operator(x, *args)
-
-        return run
-
-    return decorate
-
-
-@_in_one_call(lotr.layer_forward.default)
-def layer_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    core: Tensor,
-    scaling: float,
-    strategy: int,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T.
-
-    Args:
-        x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
-    """
-    base_output = nnf.linear(x, weight, bias)
-    u = lotr.shrink.default(as_matrix(x), A, p, seed)
-    F = lotr.fold.default(B, core, scaling, x.dtype)
-    return lotr.expand.default(base_output, u, F), u, F
-
-
-@_in_one_call(lotr.layer_forward_few_tokens.default)
-def layer_forward_few_tokens(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    core: Tensor,
-    scaling: float,
-    strategy: int,
-) -> tuple[Tensor, Tensor]:
-    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
-    base_output = nnf.linear(x, weight, bias)
-    u = lotr.shrink.default(as_matrix(x), A)
-    h = (u @ core.to(u.dtype)) * scaling
-    return lotr.expand.default(base_output, h, B.to(u.dtype)), u
-
-
-@_in_one_call(lotr.layer_forward_projected.default)
-def layer_forward_projected(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor,
-    B: Tensor,
-    core: Tensor,
-    scaling: float,
-    strategy: int,
-) -> tuple[Tensor, Tensor]:
-    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
-    F = lotr.fold.default(B, core, scaling, x.dtype)
-    return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
-
-
-@_in_one_call(lotr.layer_forward_rows.default)
-def layer_forward_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
-) -> Tensor:
-    """Returns y = x W^T + bias + h B^T.
-
-    Args:
-        x: As for `layer_forward`, as are the others.
-    """
-    return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
-
-
-# ---- fake kernels --------------------------------------------------------------------------------
-
-
 def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     """Registers the decorated function as the fake kernel of an operator.
 
@@ -207,6 +104,111 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def _in_one_call(name: str) -> Callable[[Callable], Callable]:
+    """Replaces the decorated function, which runs the steps of an operator, by one call of it.
+
+    The steps remain as the fake kernel, and for dispatch modes, because a mode must see the base
+    product as an operator of PyTorch: selective checkpointing chooses by name which results it
+    keeps, and a FLOP counter counts only PyTorch's operators. Steps and operator return the same
+    tensors, so that a checkpoint may be recomputed without the mode.
+    """
+    call_operator = private.direct_call(getattr(lotr, name).default)
+
+    def decorate(steps: Callable) -> Callable:
+        fake_kernel(name)(steps)
+
+        @functools.wraps(steps)
+        def run(x: Tensor, *args):
+            if private.dispatch_mode_count() and type(x) in PLAIN_TYPES:
+                return steps(x, *args)
+            return call_operator(x, *args)
+
+        return run
+
+    return decorate
+
+
+@_in_one_call("layer_forward")
+def layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    strategy: int,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y, u, F): y = x W^T + bias + u F^T, u = drop(x) A, F = s B G^T.
+
+    Args:
+        x: [.., k]. The other arguments are those of the operator, see csrc/torch/schema.cpp.
+    """
+    base_output = nnf.linear(x, weight, bias)
+    u = lotr.shrink.default(as_matrix(x), A, p, seed)
+    F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(base_output, u, F), u, F
+
+
+@_in_one_call("layer_forward_few_tokens")
+def layer_forward_few_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    strategy: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns (y, u): y = x W^T + bias + s (u G) B^T, u = x A.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
+    base_output = nnf.linear(x, weight, bias)
+    u = lotr.shrink.default(as_matrix(x), A)
+    h = (u @ core.to(u.dtype)) * scaling
+    return lotr.expand.default(base_output, h, B.to(u.dtype)), u
+
+
+@_in_one_call("layer_forward_projected")
+def layer_forward_projected(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    strategy: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns (y, F): y = x W^T + bias + u F^T, F = s B G^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
+    F = lotr.fold.default(B, core, scaling, x.dtype)
+    return lotr.expand.default(nnf.linear(x, weight, bias), u, F), F
+
+
+@_in_one_call("layer_forward_rows")
+def layer_forward_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, strategy: int
+) -> Tensor:
+    """Returns y = x W^T + bias + h B^T.
+
+    Args:
+        x: As for `layer_forward`, as are the others.
+    """
+    return lotr.expand.default(nnf.linear(x, weight, bias), h, B)
+
+
+# ---- fake kernels --------------------------------------------------------------------------------
+
+
 def _empty_rows(like: Tensor, rows: int, rank: int, dtype: torch.dtype | None = None) -> Tensor:
     """A new [rows, rank]. On CUDA each row starts at a multiple of 16 bytes."""
     dtype = dtype or like.dtype
@@ -220,14 +222,6 @@ def _new_factor_dtype(*factors: Tensor) -> torch.dtype:
     """The dtype of new gradients of factors: theirs if they share one, else the dtype of sums."""
     dtypes = {factor.dtype for factor in factors}
     return dtypes.pop() if len(dtypes) == 1 else accumulate_dtype(factors[0].dtype)
-
-
-def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
-    torch._check(
-        x.shape[-1] == weight.shape[1],
-        lambda: f"lotr: x: expected {weight.shape[1]} columns, as weight has, got {x.shape}",
-    )
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @fake_kernel("shrink")
@@ -256,29 +250,6 @@ def _(B, core, scaling, dtype):
         lambda: f"fold: core: expected r_out {B.shape[1]}, got {core.shape[1]}",
     )
     return _empty_rows(B, B.shape[0], core.shape[0], dtype)
-
-
-@fake_kernel("layer_forward")
-def _(x, weight, bias, A, B, core, scaling, strategy, p=0.0, seed=None):
-    y = _empty_output(x, weight)
-    u = _empty_rows(x, as_matrix(y).shape[0], A.shape[1])
-    return y, u, _empty_rows(x, B.shape[0], core.shape[0])
-
-
-@fake_kernel("layer_forward_few_tokens")
-def _(x, weight, bias, A, B, core, scaling, strategy):
-    y = _empty_output(x, weight)
-    return y, _empty_rows(x, as_matrix(y).shape[0], A.shape[1])
-
-
-@fake_kernel("layer_forward_projected")
-def _(x, weight, bias, u, B, core, scaling, strategy):
-    return _empty_output(x, weight), _empty_rows(x, B.shape[0], core.shape[0])
-
-
-@fake_kernel("layer_forward_rows")
-def _(x, weight, bias, h, B, strategy):
-    return _empty_output(x, weight)
 
 
 @fake_kernel("layer_backward_few_tokens_")

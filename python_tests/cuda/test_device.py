@@ -131,37 +131,38 @@ def test_a_thread_that_has_used_no_gpu(index: int) -> None:
     assert same(results, step(t))
 
 
+def siblings() -> tuple[LoTRFactors, list[LoTRLinear], list[torch.cuda.Stream]]:
+    """Returns factors, two layers that share them, and a stream for each layer."""
+    factors = LoTRFactors(512, 512, 16)
+    layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.core)
+    return factors, layers, [torch.cuda.Stream() for _ in layers]
+
+
 @pytest.mark.usefixtures("shared")
 def test_calls_on_two_streams() -> None:
     """The first stream is delayed: a layer on the second that reused its u would read too early."""
-    factors = LoTRFactors(512, 512, 16)
-    q, k = (LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2))
-    torch.nn.init.normal_(k.core)
-    first = torch.cuda.Stream()
-    second = torch.cuda.Stream()
+    factors, (q, k), (first, second) = siblings()
     x = torch.randn(2000, 512, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(first):
         torch.cuda._sleep(500_000_000)
-        kept = q(x)
+        y_of_first = q(x)
     with torch.cuda.stream(second):
         y = k(x)
     torch.cuda.synchronize()
     expected = (
         x @ k.weight.T + k.bias + k.scaling * x @ factors.A.value @ k.core @ factors.B.value.T
     )
-    assert torch.allclose(y, expected, rtol=1e-3, atol=1e-3) and torch.isfinite(kept).all()
+    assert torch.allclose(y, expected, rtol=1e-3, atol=1e-3) and torch.isfinite(y_of_first).all()
 
 
 def test_gradients_of_layers_on_two_streams() -> None:
     """The first stream is delayed in backward: a shared sum would be accessed too early."""
-    factors = LoTRFactors(512, 512, 16).cuda()
-    layers = [LoTRLinear(512, 512, factors=factors).cuda() for _ in range(2)]
+    factors, layers, streams = siblings()
     xs = torch.randn(2, 2000, 512, device="cuda")
-    streams = [torch.cuda.Stream() for _ in layers]
     outputs = []
-    for layer in layers:
-        torch.nn.init.normal_(layer.core)
     torch.cuda.synchronize()
     for layer, x, stream in zip(layers, xs, streams, strict=True):
         with torch.cuda.stream(stream):
